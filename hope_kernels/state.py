@@ -102,6 +102,10 @@ class State:
         """An independent copy: advancing one leaves the other as it was."""
         return self._mapped(lambda t: t.clone(), lambda c: Counters(c))
 
+    def snapshot(self):
+        """A state that stays as it is while this one advances, in place or not."""
+        return self.clone()
+
     def detach(self):
         """The same values cut from the autograd graph."""
         return self._mapped(lambda t: t.detach(), lambda c: Counters(c))
@@ -116,6 +120,28 @@ class State:
         return self._mapped(
             lambda t: t.index_select(0, torch.tensor(rows, dtype=torch.long, device=t.device)), lambda c: Counters(c[r] for r in rows)
         )
+
+    def merge(self, other, rows: list[bool]):
+        """Row b from ``other`` where ``rows[b]``, else from self; both of one structure."""
+        if all(rows):
+            return other.clone()
+        theirs = iter(other.tensors())
+
+        def pick(t: Tensor) -> Tensor:
+            mask = torch.tensor(rows, device=t.device).view(-1, *[1] * (t.dim() - 1))
+            return torch.where(mask, next(theirs), t)
+
+        counters = iter(other._counters())
+        return self._mapped(pick, lambda c: Counters(b if r else a for a, b, r in zip(c, next(counters), rows)))
+
+    def _counters(self) -> list[Counters]:
+        found: list[Counters] = []
+        _map(self, lambda t: t, lambda c: found.append(c) or c)
+        return found
+
+    def usable(self):
+        """The state without inference tensors, which autograd refuses: call it outside inference mode."""
+        return self._mapped(lambda t: t.clone() if t.is_inference() else t, lambda c: c)
 
     def to(self, device=None, dtype: torch.dtype | None = None):
         """Moved to ``device``; ``dtype`` is that of the layer's input (deviations stay fp32, or become fp64 with an fp64 input)."""

@@ -1,0 +1,27 @@
+# make demo        a small model reads a text it has never seen and gets better while reading
+# make test        tests and docstring examples, except the slow ones
+# make test-full   all of them
+# make lint        ruff
+# make venv        .venv, which the others build when they need it
+PYTHON ?= python3
+
+.PHONY: demo test test-full lint venv clean
+
+demo: venv
+	@.venv/bin/python -m hope_kernels demo
+
+test: venv
+	@.venv/bin/python -m pytest
+
+test-full: venv
+	@.venv/bin/python -m pytest -m ''
+
+lint: venv
+	@.venv/bin/python -m ruff check .
+
+venv:
+	@tools/venv.sh $(PYTHON)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

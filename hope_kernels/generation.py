@@ -1,0 +1,169 @@
+"""Reading long inputs in pieces of bounded memory, and writing on: greedy or sampled, learning or not, resumable at any token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PIECE = 4096  # tokens read per forward call: bounds activations and logits, whatever the prompt's length
+
+
+@dataclass
+class Generation:
+    """What ``generate`` returns. tokens [B, T_new] int64 (rows that stopped early are padded with their last token); lengths: new
+    tokens per row; state: has read everything but the last token of each row."""
+
+    tokens: Tensor
+    lengths: list[int]
+    state: object
+
+
+@dataclass
+class Reading:
+    """What ``read`` returns: logits [B, vocab] after each row's last token, summed next-token loss in nats and number of predicted
+    tokens per row, the state."""
+
+    logits: Tensor
+    nats: Tensor
+    predicted: list[int]
+    state: object
+
+
+def read(
+    model, ids: Tensor, state=None, lengths: Sequence[int] | None = None, learn: str = "off", backend: str | None = None,
+    piece: int = PIECE, on_piece: Callable[[int, float], None] | None = None, check_finite: bool = True, last: Tensor | None = None,
+) -> Reading:
+    """Reads ids [B, T] in pieces; memory does not grow with T (for attention without a window, the cache does).
+
+    on_piece(tokens read so far, nats so far of row 0) is called after every piece. last [B, vocab]: the logits before ids[:, 0],
+    to count that token's loss too. Raises what the model raises; the state then stands after the last whole piece.
+    """
+    B, T = ids.shape
+    lengths = [T] * B if lengths is None else list(lengths)
+    state = model.init_state(B) if state is None else state
+    nats = torch.zeros(B, dtype=torch.float64, device=ids.device)
+    predicted = [0] * B
+    # pieces end on segment boundaries, so that whole segments are read in one call
+    align = model.segment or 1
+    piece = max(piece // align, 1) * align
+    at = 0
+    while at < max(lengths):
+        end = min(at + piece - (state.pos[0] % align), max(lengths))
+        step = [min(max(n - at, 0), end - at) for n in lengths]
+        logits, state = model(ids[:, at:end], state, step, learn=learn, backend=backend, check_finite=check_finite)
+        before = torch.zeros_like(logits[:, 0]) if last is None else last
+        guesses = torch.cat([before.unsqueeze(1), logits[:, :-1]], 1)
+        loss = F.cross_entropy(guesses.flatten(0, 1).float(), ids[:, at:end].flatten(), reduction="none").unflatten(0, (B, -1)).double()
+        counted = torch.arange(end - at, device=ids.device) < torch.tensor(step, device=ids.device).unsqueeze(1)
+        if last is None:
+            counted[:, 0] = False
+        nats += (loss * counted).sum(1)
+        predicted = [p + (n - (last is None) if n else 0) for p, n in zip(predicted, step)]
+        pick = torch.tensor([max(n - 1, 0) for n in step], device=ids.device)
+        final = logits[torch.arange(B, device=ids.device), pick]
+        empty = torch.tensor([n == 0 for n in step], device=ids.device).unsqueeze(1)
+        last = final if last is None else torch.where(empty, last, final)
+        at = end
+        if on_piece is not None:
+            on_piece(at, float(nats[0]))
+    return Reading(last, nats, predicted, state)
+
+
+def generate(
+    model, ids: Tensor | None, max_new_tokens: int, state=None, *, lengths: Sequence[int] | None = None, learn: str = "next_token",
+    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+    stop: Sequence[str | bytes | Sequence[int]] = (), on_token: Callable[[list[int | None]], None] | None = None,
+    on_piece: Callable[[int, float], None] | None = None, backend: str | None = None, check_finite: bool = True, piece: int = PIECE,
+) -> Generation:
+    """Reads ids [B, T] (in pieces) and writes up to ``max_new_tokens`` tokens per row.
+
+    ids None continues a state that ``generate`` returned, from the token it has not read. temperature 0 is greedy; top_k keeps the k
+    likeliest tokens, top_p the likeliest ones whose mass reaches p. Row b's draw at position t depends on (seed, b, t) alone, so a
+    restored session draws what it would have drawn. stop: a row ends after any of these (strings count as UTF-8 bytes, for byte
+    models). on_token gets the new token per row, None for rows that have ended. A state passed in is advanced in place.
+    Raises ValueError for an empty prompt and arguments out of range.
+    """
+    _check(model, ids, state, max_new_tokens, temperature, top_k, top_p, lengths)
+    stops = [_stop_ids(model, s) for s in stop]
+    if ids is None:
+        ids = state.unread
+    B = ids.shape[0]
+    with torch.no_grad():
+        reading = read(model, ids, state, lengths, learn, backend, piece, on_piece, check_finite)
+        logits, state = reading.logits, reading.state
+        rows: list[list[int]] = [[] for _ in range(B)]
+        ended = [False] * B
+        for n in range(max_new_tokens):
+            if n:
+                step = [0 if e else 1 for e in ended]
+                out, state = model(token.unsqueeze(1), state, step, learn=learn, backend=backend, check_finite=check_finite)
+                keep = torch.tensor(ended, device=ids.device).unsqueeze(1)
+                logits = torch.where(keep, logits, out[:, 0])
+            token = _draw(logits, temperature, top_k, top_p, seed, state.pos)
+            values = token.tolist()
+            fresh = [None if e else v for e, v in zip(ended, values)]
+            for b, v in enumerate(fresh):
+                if v is not None:
+                    rows[b].append(v)
+                    ended[b] = any(rows[b][-len(s) :] == s for s in stops)
+            if on_token is not None:
+                on_token(fresh)
+            if all(ended):
+                break
+    lengths_new = [len(r) for r in rows]
+    width = max(lengths_new)
+    tokens = torch.tensor([r + [r[-1]] * (width - len(r)) for r in rows], dtype=torch.long, device=ids.device)
+    state.unread = tokens[:, -1:].clone()
+    return Generation(tokens, lengths_new, state)
+
+
+def _check(model, ids, state, max_new_tokens, temperature, top_k, top_p, lengths) -> None:
+    def need(ok: bool, name: str, value, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"generate: argument {name} is {value!r}, expected {expected}")
+
+    need(isinstance(max_new_tokens, int) and max_new_tokens > 0, "max_new_tokens", max_new_tokens, "a positive integer")
+    need(temperature >= 0, "temperature", temperature, "a number >= 0")
+    need(top_k is None or (isinstance(top_k, int) and top_k > 0), "top_k", top_k, "a positive integer or None")
+    need(top_p is None or 0 < top_p <= 1, "top_p", top_p, "a number in (0, 1] or None")
+    if ids is None:
+        if state is None or state.unread is None:
+            raise ValueError("generate: argument ids is None, which needs a state that generate returned")
+    elif ids.dim() != 2 or ids.shape[1] == 0 or (lengths is not None and min(lengths) == 0):
+        raise ValueError(f"generate: empty prompt (ids has shape {list(ids.shape)}, lengths {lengths}); every row needs at least one token")
+
+
+def _stop_ids(model, stop) -> list[int]:
+    if isinstance(stop, str):
+        stop = stop.encode()
+    if isinstance(stop, bytes) and model.config.vocab_size != 256:
+        raise ValueError(f"generate: stop strings need a byte model (vocab_size 256), this one has {model.config.vocab_size}; pass token ids")
+    if len(stop) == 0:
+        raise ValueError("generate: argument stop has an empty entry")
+    return [int(t) for t in stop]
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, seed: int, pos: list[int]) -> Tensor:
+    """One token per row, [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        floor = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if top_p is not None:
+        ranked, order = logits.sort(-1, descending=True)
+        p = ranked.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p
+        logits = logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
+    draws = []
+    for row, t in enumerate(pos):
+        g = torch.Generator().manual_seed(hash((seed, row, t)) & (2**63 - 1))
+        draws.append(torch.rand((), generator=g, dtype=torch.float64))
+    u = torch.stack(draws).to(logits.device).unsqueeze(-1)
+    mass = logits.softmax(-1).cumsum(-1)
+    return (mass < u * mass[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,249 @@
+"""SelfModifyingTitans: the layer around the memories. Static projections, gates and convolution here; no update rule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backend import resolve
+from ..config import TitansConfig
+from ..ops.check import check_lengths, check_placement, check_state, check_tensor, check_values
+from ..ops.titans.chunked import Stats, TokenInputs, eta_gate
+from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
+from ..ops.titans.memory import l2norm
+
+
+class SelfModifyingTitans(nn.Module):
+    """A layer whose memories keep learning while they read (Nested Learning section 8.1, eq 83-93; Titans with the static preset).
+
+    Per head, with x' = in_proj(causal_conv(x)), and every memory read as it was at the start of its chunk:
+
+        k = norm(M_k(x'))   v = M_v(x')   q = norm(W_q x')   eta = eta_scale * sigmoid(M_eta(x') + b)   alpha = sigmoid(M_alpha(x') + b)
+        o = M_memory(q)     y = W_o(rmsnorm_per_head(o) * silu(W_g x))
+        w <- w (alpha I - eta k k^T) - eta dL(M(k), M(v))/dw       for every memory, once per chunk and token
+
+    Parameters: ``w2`` [H, R, D], ``w1`` [H, Mf, D, N], ``w1s`` [H, Ms, N]: initial fast weights, stacked (``memory_init(name)`` gives
+    one memory's views); biases and gates per head. ``layer(x, state, lengths, update, backend)`` returns ``(y, state)``.
+    """
+
+    def __init__(self, config: TitansConfig, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        self.layout = Layout.of(config)
+        d, H, D = config.d_model, config.num_heads, config.head_dim
+        kw = {"device": device, "dtype": dtype}
+
+        def empty(shape):
+            return None if shape is None else nn.Parameter(torch.empty(shape, **kw))
+
+        shapes = self.layout.shapes(H)
+        self.w2, self.w1, self.w1s = (empty(s) for s in shapes)
+        self.conv = empty((d, config.conv_window)) if config.conv_window is not None else None
+
+        def linear(out: int, wanted: bool) -> nn.Linear | None:
+            return nn.Linear(d, out, bias=False, **kw) if wanted else None
+
+        static = not config.self_modifying
+        self.in_proj = linear(d, config.uses_in_proj)
+        self.q_proj = linear(d, not config.adaptive_q)
+        self.k_proj, self.v_proj, self.eta_proj = linear(d, static), linear(d, static), linear(H, static)
+        self.alpha_proj = linear(H, static and config.retention)
+        self.beta_proj = linear(H, config.momentum == "learned")
+        self.gate_proj, self.out_proj = linear(d, config.gate), linear(d, config.out_proj)
+        self.norm_gain = empty((H, D) if config.out_norm else None)
+        self.eta_bias = empty((H,))
+        self.alpha_bias = empty((H,) if config.retention else None)
+        self.beta_bias = empty((H,) if config.momentum == "learned" else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        c, D, N = self.config, self.config.head_dim, self.config.hidden
+        for p in (self.w2, self.w1, self.w1s):
+            if p is not None:
+                p.zero_()
+        for name in self.layout.names:
+            m = self.memory_init(name)
+            if c.memory == "mlp":
+                m["w2"].normal_(std=D**-0.5)
+                if name == "v":
+                    m["w1"].normal_(std=N**-0.5)
+            elif name in ("k", "v", "q"):
+                m["w"].normal_(std=D**-0.5)
+        if self.conv is not None:
+            nn.init.uniform_(self.conv, -(c.conv_window**-0.5), c.conv_window**-0.5)
+        for module in self.children():
+            nn.init.normal_(module.weight, std=c.d_model**-0.5)
+        if self.norm_gain is not None:
+            self.norm_gain.fill_(1)
+        self.eta_bias.fill_(c.eta_bias)
+        if self.alpha_bias is not None:
+            self.alpha_bias.copy_(torch.tensor(initial_alpha_bias(c)))
+        if self.beta_bias is not None:
+            self.beta_bias.fill_(2.0)
+
+    def extra_repr(self) -> str:
+        return f"memories={self.layout.names}, {self.config}"
+
+    @property
+    def w_init(self) -> FastWeights:
+        return FastWeights(self.w2, self.w1, self.w1s)
+
+    def memory_init(self, name: str) -> dict[str, Tensor]:
+        """Initial fast weights of one memory, as views: w2 [H, N, D], w1 [H, D_out, N] (and w_skip [H, 1, D]), or w for linear."""
+        return self.layout.views(self.w_init, name)
+
+    def init_state(self, batch: int, device=None, dtype: torch.dtype | None = None) -> TitansState:
+        """State of ``batch`` sequences that have read nothing, by default on the layer's device and in its dtype."""
+        device = self.w2.device if device is None else device
+        state = init_titans_state(self.config, self.w_init, batch, device, self.w2.dtype if dtype is None else dtype)
+        if self.config.retain_to == "zero" and torch.is_grad_enabled():
+            # the learned initial memory is where delta starts: it must reach the graph
+            expanded = self.w_init.map(lambda t, d: t.to(d.dtype).expand_as(d), state.deviation)
+            state.delta2, state.delta1, state.delta1s = expanded
+        state.owner = self
+        return state
+
+    def forward(
+        self, x: Tensor, state: TitansState | None = None, lengths=None, update: bool = True, backend: str | None = None,
+        *, check_finite: bool = False,
+    ) -> tuple[Tensor, TitansState]:
+        """Reads T tokens per row and learns them.
+
+        x: [B, T, d_model], the layer's dtype. state: from ``init_state``, an earlier call or a file; None starts new sequences.
+        lengths: [B] ints or tensor, tokens of each row that count (right padding); padded outputs are zero. update=False: a pure
+        read, the state stays as it is. check_finite: refuse an x with NaN or infinities (one sync on a device).
+        Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself, advanced in place; in
+        grad mode a new one that carries the graph. An error leaves the given state as it was.
+        Raises ValueError for wrong shapes, dtypes, lengths, values or a state of another configuration, TypeError for non-tensors.
+        """
+        name = "SelfModifyingTitans"
+        check_tensor(name, "x", x, ("B", "T", self.config.d_model), dtype=self.w2.dtype, device=self.w2.device)
+        lengths = check_lengths(name, lengths, x.shape[0], x.shape[1])
+        if check_finite:
+            check_values(name, "x", x, lengths)
+        given = state
+        if state is None:
+            state = self.init_state(x.shape[0])
+        check_state(name, state, TitansState, self.config, x.shape[0])
+        check_placement(name, state, x.dtype, x.device)
+        state.bind(self, name)
+        y, new = self.scan(x, state, lengths, update=update, backend=backend)
+        if given is None or torch.is_grad_enabled():
+            return y, new
+        return y, given.assign(new)
+
+    def scan(
+        self, x: Tensor, state: TitansState, lengths: list[int], *, update: bool = True, backend: str | None = None,
+        constant_memory: bool = False, stats: Stats | None = None,
+    ) -> tuple[Tensor, TitansState]:
+        """``forward`` without its checks and without touching ``state``: returns y and the new state.
+
+        constant_memory: fast weights and writes are constants of the graph, which then runs from y to x through q, convolution and
+        gate only, and the returned state is detached (the inner gradient of a learning model).
+        """
+        c, T = self.config, x.shape[1]
+        compute = resolve("titans", c, x.dtype, x.device, backend)
+        u, tail = self._convolved(x, state, lengths)
+        if self.in_proj is not None:
+            u = self.in_proj(u)
+        o, new = compute(c, self.w_init, self._inputs(u), state, lengths, update=update, constant_memory=constant_memory, stats=stats)
+        y = self._output(o, x)
+        if min(lengths, default=T) < T:
+            y = y * (torch.arange(T, device=x.device) < torch.tensor(lengths, device=x.device).unsqueeze(1)).unsqueeze(-1).to(y.dtype)
+        if not update:
+            return y, state
+        new = replace(new, conv_tail=tail)
+        return y, new.detach() if constant_memory else new
+
+    def _convolved(self, x: Tensor, state: TitansState, lengths: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Causal depthwise convolution over the carried tail and x; the new tail is each row's last W-1 inputs."""
+        if self.conv is None:
+            return x, None
+        W, T = self.config.conv_window, x.shape[1]
+        joined = torch.cat([state.conv_tail.to(x.dtype), x], 1)
+        out = sum(joined[:, j : j + T] * self.conv[:, j] for j in range(W))
+        if all(n == T for n in lengths):
+            return out, joined[:, T:]
+        index = torch.tensor(lengths, device=x.device).unsqueeze(1) + torch.arange(W - 1, device=x.device)
+        return out, joined.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+    def _inputs(self, u: Tensor) -> TokenInputs:
+        c = self.config
+
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (c.num_heads, c.head_dim))
+
+        def unit(t: Tensor) -> Tensor:
+            return l2norm(t) if c.qk_l2norm else t
+
+        q = None if c.adaptive_q else unit(heads(self.q_proj(u)))
+        beta = None
+        if c.momentum == "learned":
+            beta = torch.sigmoid(self.beta_proj(u) + self.beta_bias)
+        elif c.momentum is not None:
+            beta = torch.full((*u.shape[:2], c.num_heads), float(c.momentum), device=u.device, dtype=u.dtype)
+        if c.self_modifying:
+            return TokenInputs(q, x=heads(u), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
+        eta = eta_gate(self.eta_proj(u), self.eta_bias, c)
+        alpha = torch.sigmoid(self.alpha_proj(u) + self.alpha_bias) if c.retention else None
+        return TokenInputs(q, k=unit(heads(self.k_proj(u))), v=heads(self.v_proj(u)), eta=eta, alpha=alpha, beta=beta)
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        if self.norm_gain is not None:
+            o = F.rms_norm(o, (o.shape[-1],), eps=1e-6) * self.norm_gain
+        o = o.flatten(2)
+        if self.gate_proj is not None:
+            o = o * F.silu(self.gate_proj(x))
+        return o if self.out_proj is None else self.out_proj(o)
+
+    @torch.no_grad()
+    def diagnostics(self, x: Tensor, state: TitansState | None = None) -> dict:
+        """How the memories fare while reading x [B, T, d_model] from ``state`` (not modified): plain numbers.
+
+        max_S and clipped_share over all tokens committed; ``deviation``: per memory |delta| / |w_init| (Frobenius, mean over rows
+        and heads); ``half_life``: tokens until a write has decayed to a half, per head, at the mean log alpha of the tokens
+        committed (inf without retention; at the gate's bias if x closes no chunk).
+        """
+        state = self.init_state(x.shape[0]) if state is None else state
+        stats = Stats([], [])
+        y, state = self.scan(x, state, [x.shape[1]] * x.shape[0], stats=stats)
+        S = torch.cat([s.flatten() for s in stats.S]) if stats.S else torch.zeros(1)
+        deviation = {}
+        for name in self.layout.names:
+            learned, init = state.memory(name), self.memory_init(name)
+            if self.config.retain_to == "zero":
+                learned = {k: v - init[k] for k, v in learned.items()}
+            top = sum(v.double().square().sum() for v in learned.values()).sqrt()
+            base = sum(v.double().square().sum() for v in init.values()).sqrt() * x.shape[0] ** 0.5
+            deviation[name] = float(top / base.clamp_min(1e-30))
+        return {
+            "max_S": float(S.max()),
+            "clipped_share": float((S > 1).double().mean()),
+            "deviation": deviation,
+            "half_life": self._half_lives(stats.alpha),
+            "finite": bool(torch.isfinite(y).all()),
+        }
+
+    def _half_lives(self, alphas: list[Tensor]) -> list[float]:
+        H = self.config.num_heads
+        if not self.config.retention:
+            return [math.inf] * H
+        decay = torch.nn.functional.logsigmoid(self.alpha_bias.double())
+        if alphas:
+            decay = torch.cat(alphas, 1).double().log().mean(1).unflatten(0, (-1, H)).mean(0)
+        return [float(h) for h in math.log(0.5) / decay]
+
+
+def initial_alpha_bias(config: TitansConfig) -> list[float]:
+    """logit of 2^(-1/h_i) per head: half-lives h_i = 16 * 1024^(i/(H-1)) tokens, 512 for a single head."""
+    H = config.num_heads
+    if config.alpha_bias is not None:
+        return [config.alpha_bias] * H
+    lives = [512.0] if H == 1 else [16 * 1024 ** (i / (H - 1)) for i in range(H)]
+    # logit(2^-u) = -log(2^u - 1)
+    return [-math.log(math.expm1(math.log(2) / h)) for h in lives]

@@ -1,0 +1,198 @@
+"""Learning while reading: the CMS levels of a language model descend its own next-token loss, segment by segment (Nested Learning eq 71).
+
+A segment is the span [i - C, i) between multiples of C, the model's shortest CMS period. Its last token has a loss once token i is
+known, so everything due at count i happens when token i arrives, before it is read:
+
+    1. the gradient of the segment's summed loss at the weights it was read with, joins the accumulators of all levels
+    2. the levels with i = 0 mod C^(l) commit
+    3. token i is read with the new weights
+
+The gradient is taken inside the segment only: memories, cached keys and everything older are constants. A segment that is read in one
+piece inside one call is differentiated as it is read; any other is replayed from a snapshot taken at its start. Both are one function.
+
+Tokens read with learn="off" move the counters; a segment with such a token contributes nothing, and no level commits while they are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops.cms.chunked import gradient_leaves, master_dtype
+from .state import Counters
+
+TAINTED = -1  # ModelState.seen of a row whose open segment holds a token read with learn="off"
+
+
+def read_off(model, ids: Tensor, state, lengths: list[int], backend):
+    """The whole call with frozen CMS weights: (logits, new state)."""
+    if model.learns:
+        complete = [n > 0 and s == model.segment for n, s in zip(lengths, state.seen)]
+        if any(complete):
+            state = _replay(model, state, complete, ids, [0] * len(lengths), backend)
+    h, mixers = model.run(model.embed(ids), state.mixers, model.levels(state), lengths, backend)
+    new = advance(state, mixers, lengths)
+    if model.learns:
+        seen = [s if n == 0 else TAINTED if p % model.segment else 0 for s, n, p in zip(state.seen, lengths, new.pos)]
+        new = replace(new, seen=Counters(seen))
+    return model.logits(h, lengths), new
+
+
+def read_learning(model, ids: Tensor, state, lengths: list[int], backend):
+    """The call in rounds; each round takes every row up to its next segment boundary: (logits, new state)."""
+    B, C = ids.shape[0], model.segment
+    done = [0] * B
+    parts, places, width = [], [[] for _ in range(B)], 0
+    while any(d < n for d, n in zip(done, lengths)):
+        step = [min(n - d, C - p % C) for d, n, p in zip(done, lengths, state.pos)]
+        state = _boundary(model, state, step, ids, done, backend)
+        tokens = _slice(ids, done, max(step))
+        logits, state = _round(model, ids, tokens, state, done, step, lengths, backend)
+        parts.append(logits)
+        for b in range(B):
+            places[b].extend(range(width, width + step[b]))
+            done[b] += step[b]
+        width += max(step)
+    if not parts:
+        return torch.zeros(B, ids.shape[1], model.config.vocab_size, device=ids.device, dtype=model.embed.weight.dtype), state
+    return _in_order(parts, places, ids.shape[1]), state
+
+
+def _boundary(model, state, step: list[int], ids: Tensor, done: list[int], backend):
+    """What is due before a row that stands on a multiple of C reads on."""
+    here = [n > 0 and p > 0 and p % model.segment == 0 for n, p in zip(step, state.pos)]
+    if not any(here):
+        return state
+    complete = [h and s == model.segment for h, s in zip(here, state.seen)]
+    if any(complete):
+        state = _replay(model, state, complete, ids, done, backend)
+    cms = [None if c is None else block.cms.commit(c, here, state.pos) for block, c in zip(model.blocks, state.cms)]
+    return replace(state, cms=cms, seen=Counters(0 if h else s for h, s in zip(here, state.seen)))
+
+
+def _round(model, ids, tokens, state, done, step, lengths, backend):
+    """Reads ``tokens`` [B, n]. Rows that read a whole segment and whose next token is known contribute its gradient at once."""
+    C = model.segment
+    whole = [s == C and d + s < n for s, d, n in zip(step, done, lengths)]
+    fused = any(whole) and not torch.is_grad_enabled()
+    if fused:
+        targets = _slice(ids, [d + 1 for d in done], tokens.shape[1])
+        logits, mixers, grads = segment_gradients(model, state, state.mixers, tokens, targets, whole, step, backend)
+        cms = _accumulated(model, state.cms, grads, whole)
+    else:
+        whole = [False] * len(whole)
+        cms = state.cms
+    opening = [n > 0 and not w and p % C == 0 for n, w, p in zip(step, whole, state.pos)]
+    snapshot = state.snapshot
+    if any(opening):
+        snapshot = [m.snapshot() if all(opening) else old.merge(m, opening) for old, m in zip(snapshot, state.mixers)]
+    if not fused:
+        h, mixers = model.run(model.embed(tokens), state.mixers, model.levels(state), step, backend)
+        logits = model.logits(h, step)
+    kept, seen = _recorded(state, tokens, step, whole, C)
+    return logits, replace(advance(replace(state, cms=cms), mixers, step), snapshot=snapshot, ids=kept, seen=seen)
+
+
+def _recorded(state, tokens: Tensor, step: list[int], whole: list[bool], C: int) -> tuple[Tensor, Counters]:
+    """Token ids of the open segments, with this round's tokens of the rows whose segment stays open."""
+    keep = [n > 0 and not w and s != TAINTED for n, w, s in zip(step, whole, state.seen)]
+    # a tainted segment ends with this round where the row reaches its boundary
+    ended = [s == TAINTED and n > 0 and (p + n) % C == 0 for s, n, p in zip(state.seen, step, state.pos)]
+    seen = Counters(0 if w or e else s + n if k else s for s, n, k, w, e in zip(state.seen, step, keep, whole, ended))
+    if not any(keep):
+        return state.ids, seen
+    slot = torch.arange(C, device=tokens.device)
+    start = torch.tensor(state.seen, device=tokens.device).unsqueeze(1)
+    count = torch.tensor([n if k else 0 for n, k in zip(step, keep)], device=tokens.device).unsqueeze(1)
+    new = (slot >= start) & (slot < start + count)
+    source = (slot - start).clamp(0, tokens.shape[1] - 1)
+    return torch.where(new, tokens.gather(1, source), state.ids), seen
+
+
+def _replay(model, state, rows: list[bool], ids: Tensor, done: list[int], backend):
+    """Adds the gradients of the open, complete segments of ``rows`` to their accumulators; ``ids[b, done[b]]`` is the token arriving."""
+    arriving = _slice(ids, done, 1)
+    idx = [b for b, r in enumerate(rows) if r]
+    part = state if all(rows) else state.select(idx)
+    here = torch.tensor(idx, device=ids.device)
+    targets = torch.cat([part.ids[:, 1:], arriving.index_select(0, here)], 1)
+    C = model.segment
+    _, _, grads = segment_gradients(model, part, part.snapshot, part.ids, targets, [True] * len(idx), [C] * len(idx), backend)
+    if not all(rows):
+        grads = [None if g is None else [_scatter(level, here, len(rows)) for level in g] for g in grads]
+    return replace(state, cms=_accumulated(model, state.cms, grads, rows))
+
+
+def _scatter(level: dict | None, rows: Tensor, batch: int) -> dict | None:
+    """Gradients of some rows as gradients of the batch; the other rows are zero."""
+    if level is None:
+        return None
+    return {n: g.new_zeros(batch, *g.shape[1:]).index_copy(0, rows, g) for n, g in level.items()}
+
+
+def segment_gradients(model, state, mixers: list, ids: Tensor, targets: Tensor, rows: list[bool], lengths: list[int], backend):
+    """Reads one segment from ``mixers`` and differentiates it.
+
+    ids, targets [B, n]; a row marked in ``rows`` contributes the summed cross-entropy (nats) of its n tokens. Returns the logits and
+    the mixers after the segment, both detached, and per block and level the gradient (name -> [B, rows, cols]), None where lr = 0.
+    Runs with grad enabled and inference mode off whatever the caller's mode.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        state = replace(state, mixers=[]).usable()
+        mixers = [m.detach().usable() for m in mixers]
+        ids, targets = (t.clone() if t.is_inference() else t for t in (ids, targets))
+        levels, leaves = [], []
+        for block, levels_now in zip(model.blocks, model.levels(state)):
+            if block.cms is None:
+                levels.append(None)
+                continue
+            leaf = gradient_leaves(levels_now, block.cms.config, len(rows))
+            levels.append(leaf)
+            leaves += [t for level in leaf for t in level.values() if t.requires_grad]
+        h, mixers = model.run(model.embed(ids).detach(), mixers, levels, lengths, backend, inner=True)
+        logits = model.logits(h, lengths)
+        loss = F.cross_entropy(logits.flatten(0, 1).to(master_dtype(logits.dtype)), targets.flatten(), reduction="none")
+        if not all(rows):
+            loss = loss.unflatten(0, ids.shape)[[b for b, r in enumerate(rows) if r]]
+        found = iter(torch.autograd.grad(loss.sum(), leaves))
+    grads = [level and [_taken(one, found) for one in level] for level in levels]
+    return logits.detach(), [m.detach() for m in mixers], grads
+
+
+def _taken(level: dict[str, Tensor], found) -> dict[str, Tensor] | None:
+    grads = {n: next(found) for n, t in level.items() if t.requires_grad}
+    return {n: g.to(master_dtype(g.dtype)) for n, g in grads.items()} or None
+
+
+def _accumulated(model, cms: list, grads: list, rows: list[bool]) -> list:
+    return [None if c is None else block.cms.accumulate(c, g, rows) for block, c, g in zip(model.blocks, cms, grads)]
+
+
+def advance(state, mixers: list, lengths: list[int]):
+    """The state after ``lengths`` tokens: new mixers and all counters moved."""
+    def moved(pos):
+        return Counters(p + n for p, n in zip(pos, lengths))
+
+    cms = [None if c is None else replace(c, pos=moved(c.pos)) for c in state.cms]
+    return replace(state, mixers=mixers, cms=cms, pos=moved(state.pos))
+
+
+def _slice(ids: Tensor, start: list[int], n: int) -> Tensor:
+    """ids[b, start[b] : start[b] + n]; past the end of a row, its last token again."""
+    if len(set(start)) == 1 and start[0] + n <= ids.shape[1]:
+        return ids[:, start[0] : start[0] + n]
+    index = torch.tensor(start, device=ids.device).unsqueeze(1) + torch.arange(n, device=ids.device)
+    return ids.gather(1, index.clamp(max=ids.shape[1] - 1))
+
+
+def _in_order(parts: list[Tensor], places: list[list[int]], T: int) -> Tensor:
+    """Logits of the rounds [B, n_r, V] as [B, T, V]; slots past a row's length are zero."""
+    joined = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    if all(len(p) == T and p == places[0] for p in places) and joined.shape[1] == T:
+        return joined
+    index = torch.tensor([p + [0] * (T - len(p)) for p in places], device=joined.device)
+    valid = torch.tensor([[1] * len(p) + [0] * (T - len(p)) for p in places], device=joined.device, dtype=joined.dtype)
+    return joined.gather(1, index.unsqueeze(-1).expand(-1, -1, joined.shape[-1])) * valid.unsqueeze(-1)

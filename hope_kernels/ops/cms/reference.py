@@ -1,0 +1,192 @@
+"""The Continuum Memory System, one row and one token at a time, in fp64 NumPy: the definition every backend is tested against.
+
+    branch_l(x) = w_down sigma(w_up norm(x))  or  w_down (silu(w_gate norm(x)) * (w_up norm(x)));   MLP_l(x) = x + branch_l(x)
+    sequential, nested: y = MLP_K(... MLP_1(x));   independent: y = sum_l softmax(mix)_l MLP_l(x)
+    refresh of level l at counts i = 0 mod C^(l):  theta <- theta - lr_l f(sum of dL_t/dtheta)      (Nested Learning eq 70-74)
+
+Gradients are written out by hand; nothing here imports torch. Shapes: x, y [d]; up, gate [N, d]; down [d, N].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...config import CMSConfig
+
+NORM_EPS = 1e-6
+
+
+def gelu(z):
+    """The tanh form, and its derivative."""
+    c = np.sqrt(2 / np.pi)
+    t = np.tanh(c * (z + 0.044715 * z**3))
+    return 0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * c * (1 + 3 * 0.044715 * z**2)
+
+
+def silu(z):
+    """z sigmoid(z), and its derivative."""
+    s = 0.5 * (1 + np.tanh(0.5 * z))
+    return z * s, s * (1 + z * (1 - s))
+
+
+def norm(x, level, config, eps):
+    """Returns (n, pullback): the normalised x, and the map from dL/dn to dL/dx."""
+    gain = level["norm_gain"]
+    if config.norm == "rmsnorm":
+        r = 1 / np.sqrt(np.mean(x**2) + eps)
+        return gain * x * r, lambda dn: r * gain * dn - x * r**3 * np.mean(x * gain * dn)
+    centred = x - np.mean(x)
+    r = 1 / np.sqrt(np.mean(centred**2) + eps)
+    h = centred * r
+
+    def pullback(dn):
+        dh = gain * dn
+        return r * (dh - np.mean(dh) - h * np.mean(dh * h))
+
+    return gain * h + level.get("norm_bias", 0.0), pullback
+
+
+def branch(x, level, config, eps=NORM_EPS):
+    """Returns (branch(x), pullback); pullback(dL/dbranch) = (dL/dx, {matrix name: dL/dmatrix})."""
+    n, norm_pullback = norm(x, level, config, eps)
+    up = level["up"] @ n + level.get("up_bias", 0.0)
+    if config.mlp == "gelu":
+        hidden, slope = gelu(up)
+    else:
+        gated, slope = silu(level["gate"] @ n + level.get("gate_bias", 0.0))
+        hidden = gated * up
+
+    def pullback(error):
+        dhidden = level["down"].T @ error
+        grads = {"down": np.outer(error, hidden)}
+        if config.mlp == "gelu":
+            dup = slope * dhidden
+            dn = level["up"].T @ dup
+        else:
+            dup, dgate = gated * dhidden, slope * up * dhidden
+            grads["gate"] = np.outer(dgate, n)
+            dn = level["up"].T @ dup + level["gate"].T @ dgate
+        grads["up"] = np.outer(dup, n)
+        return norm_pullback(dn), grads
+
+    return level["down"] @ hidden + level.get("down_bias", 0.0), pullback
+
+
+def forward(x, levels, config: CMSConfig, mix=None, eps=NORM_EPS):
+    """One token through all levels. Returns (y, pullback); pullback(dL/dy) = (dL/dx, [per level {name: dL/dmatrix}])."""
+    if config.variant == "independent":
+        p = np.exp(mix - np.max(mix))
+        p = p / p.sum()
+        pairs = [branch(x, level, config, eps) for level in levels]
+        y = sum(p_l * (x + out) for p_l, (out, _) in zip(p, pairs))
+
+        def pullback(error):
+            back = [pull(p_l * error) for p_l, (_, pull) in zip(p, pairs)]
+            return error + sum(dx for dx, _ in back), [grads for _, grads in back]
+
+        return y, pullback
+
+    pulls = []
+    for level in levels:
+        out, pull = branch(x, level, config, eps)
+        x = x + out
+        pulls.append(pull)
+
+    def pullback(error):
+        grads = []
+        for pull in reversed(pulls):
+            dx, g = pull(error)
+            error = error + dx
+            grads.insert(0, g)
+        return error, grads
+
+    return x, pullback
+
+
+def newton_schulz(g):
+    """Five steps of torch.optim.Muon's quintic, in fp64."""
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / max(np.sqrt(np.sum(x**2)), 1e-7)
+    for _ in range(5):
+        s = x @ x.T
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+@dataclass
+class Row:
+    """What one sequence has learned. ``levels`` are its weights now, ``initial`` the shared ones it started from."""
+
+    initial: list[dict]
+    config: CMSConfig
+    mix: np.ndarray | None = None
+    eps: float = NORM_EPS
+    count: int = 0
+    off: bool = False  # the open segment contains a token that was read with learn=False
+    refreshed: set = field(default_factory=set)
+
+    def __post_init__(self):
+        self.names = ("up", "gate", "down") if self.config.mlp == "swiglu" else ("up", "down")
+        self.levels = [{n: np.array(v, dtype=np.float64) for n, v in level.items()} for level in self.initial]
+        self.segment = self._zeros()  # gradients of the open segment
+        self.total = self._zeros()  # gradients of finished segments, until their level commits
+        self.moment = self._zeros()
+
+    def _zeros(self):
+        return [{n: np.zeros_like(level[n]) for n in self.names} for level in self.levels]
+
+    def read(self, x, error=None, learn=True):
+        """One token: x [d] -> y [d], learning from its error dL/dy [d] if ``learn``."""
+        y, pullback = forward(x, self.levels, self.config, self.mix, self.eps)
+        if learn:
+            _, grads = pullback(error)
+            for l, g in enumerate(grads):
+                for n in self.names:
+                    self.segment[l][n] += g[n]
+        else:
+            self.off = True
+        self.count += 1
+        if self.count % self.config.chunks[0] == 0:
+            self._finish_segment()
+        return y
+
+    def _finish_segment(self):
+        if not self.off:
+            for l in range(len(self.levels)):
+                for n in self.names:
+                    self.total[l][n] += self.segment[l][n]
+            self._commit()
+        self.segment, self.off = self._zeros(), False
+
+    def _commit(self):
+        due = [self.count % c == 0 for c in self.config.chunks]
+        for l, rate in enumerate(self.config.learning_rates):
+            if due[l] and rate > 0:
+                for n in self.names:
+                    self._step(l, n, rate)
+                self.refreshed.add(l)
+        if self.config.variant == "nested":
+            for l in range(len(due) - 1):
+                if due[l + 1] and self.config.learning_rates[l] > 0:
+                    for n in self.names:
+                        self.levels[l][n] = np.array(self.initial[l][n], dtype=np.float64)
+                        self.moment[l][n] = np.zeros_like(self.levels[l][n])
+                    self.refreshed.discard(l)
+
+    def _step(self, l, n, rate):
+        g = self.total[l][n]
+        if self.config.optimizer == "momentum":
+            self.moment[l][n] = f = self.config.momentum * self.moment[l][n] + g
+        elif self.config.optimizer == "muon":
+            f = 0.2 * np.sqrt(max(g.shape)) * newton_schulz(g)
+        else:
+            f = g
+        self.levels[l][n] = self.levels[l][n] - rate * f
+        self.total[l][n] = np.zeros_like(g)
+
+
+def read(row: Row, x, error, learn):
+    """Several tokens: x, error [T, d], learn [T] bool -> y [T, d]; ``row`` advances."""
+    return np.stack([row.read(x[t], error[t], bool(learn[t])) for t in range(len(x))]) if len(x) else np.zeros_like(x)
