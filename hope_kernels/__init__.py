@@ -1,0 +1,20 @@
+"""hope_kernels: exact, accelerated HOPE layers (self-modifying Titans and the Continuum Memory System).
+
+    import hope_kernels as hk
+    layer = hk.SelfModifyingTitans(hk.TitansConfig(d_model=512, num_heads=8))
+    y, state = layer(x)
+"""
+
+from . import ops
+from .backend import available_backends
+from .config import CMSConfig, HopeConfig, TitansConfig
+from .layers.cms import ContinuumMemory
+from .layers.titans import SelfModifyingTitans
+from .model import HopeForCausalLM, bundled_models
+from .state import load_state
+
+__version__ = "0.1.0"
+__all__ = [
+    "CMSConfig", "ContinuumMemory", "HopeConfig", "HopeForCausalLM", "SelfModifyingTitans", "TitansConfig", "available_backends",
+    "bundled_models", "load_state", "ops",
+]

@@ -31,7 +31,7 @@ pip() {  # the venv's pip, or PYTHON's where the system splits ensurepip off int
     fi
 }
 
-create() { # "$@": options of venv
+create() {  # "$@": options of venv
     rm -rf .venv
     "$PYTHON" -m venv "$@" .venv || { rm -rf .venv; "$PYTHON" -m venv --without-pip "$@" .venv; }
 }
@@ -48,11 +48,12 @@ elif site=$(has_torch "$PYTHON"); then
     has_torch .venv/bin/python >/dev/null ||
         echo "$site" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_venv.pth"
 else
-    echo "installing $TORCH"
     create
+fi
+echo "installing the pinned packages"
+if grep -q 'include-system-site-packages = false' .venv/pyvenv.cfg; then
     pip install --quiet --no-compile "$TORCH"  # byte code for all of torch would take longer than its installation
 fi
-echo "installing requirements-dev.txt"
 pip install --quiet --no-warn-conflicts -r requirements-dev.txt  # no word on what the oracle lacks
 pip install --quiet --no-deps "$ORACLE"
 pip install --quiet --no-deps --no-build-isolation -e .

@@ -196,8 +196,8 @@ class ContinuumMemory(nn.Module):
 
     @torch.no_grad()
     def accumulate(self, state: CMSState, level_grads: list, rows: list[bool]) -> CMSState:
-        """A state whose accumulators include ``level_grads`` (per level None or name -> [B, rows, cols], as from ``cms_gradients``) in
-        the marked rows; ``state`` is not modified, and unchanged tensors are shared with it. Gradients of a level with lr = 0 are ignored."""
+        """A state whose accumulators include ``level_grads`` (as from ``cms_gradients``: per level None or name -> [B, rows, cols]) in
+        the marked rows. ``state`` is not modified, and unchanged tensors are shared with it. A level with lr = 0 ignores its gradient."""
         grads = list(state.grads)
         for l in ops.learning_levels(self.config) if any(rows) else ():
             if level_grads[l] is not None:
@@ -255,8 +255,9 @@ class ContinuumMemory(nn.Module):
             if n == 0:
                 continue
             if state.seen[b] == C1 and not tainted:
-                raise ValueError(f"{NAME}: row {b} has read the segment that ends at token {pos}, but {C1 - state.delivered[b]} of its {C1} "
-                                 "errors are outstanding; deliver them with refresh(state, error) before reading on")
+                raise ValueError(f"{NAME}: row {b} has read the segment that ends at token {pos}, but "
+                                 f"{C1 - state.delivered[b]} of its {C1} errors are outstanding; "
+                                 "deliver them with refresh(state, error) before reading on")
             left = C1 - pos % C1
             # A segment with learn=False tokens owes no errors, so a call may end it and fill the next one.
             room = left + C1 if tainted and pos % C1 else left

@@ -77,7 +77,8 @@ def check_placement(op: str, state: Any, dtype: torch.dtype, device: torch.devic
             if value.device != device:
                 raise ValueError(f"{op}: state.{name} is on {value.device}, expected {device}; move it with state.to(...)")
             if value.is_floating_point() and value.dtype != want:
-                raise ValueError(f"{op}: state.{name} has dtype {value.dtype}, expected {want} for an input of {dtype}; state.to(...) casts it")
+                raise ValueError(f"{op}: state.{name} has dtype {value.dtype}, expected {want} for an input of {dtype}; "
+                                 "state.to(...) casts it")
         elif isinstance(value, dict):
             for key, v in value.items():
                 check(f"{name}.{key}", v, want)
