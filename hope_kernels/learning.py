@@ -10,7 +10,8 @@ known, so everything due at count i happens when token i arrives, before it is r
 The gradient is taken inside the segment only: memories, cached keys and everything older are constants. A segment that is read in one
 piece inside one call is differentiated as it is read; any other is replayed from a snapshot taken at its start. Both are one function.
 
-Tokens read with learn="off" move the counters; a segment with such a token contributes nothing, and no level commits while they are read.
+Tokens read with learn="off" move the counters; a segment with such a token contributes nothing, and levels commit only at the end of a
+segment that contributes, when a token read with learn="next_token" follows. Until then the accumulators keep what they have.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def _boundary(model, state, step: list[int], ids: Tensor, done: list[int], backe
     complete = [h and s == model.segment for h, s in zip(here, state.seen)]
     if any(complete):
         state = _replay(model, state, complete, ids, done, backend)
-    cms = [None if c is None else block.cms.commit(c, here, state.pos) for block, c in zip(model.blocks, state.cms)]
-    return replace(state, cms=cms, seen=Counters(0 if h else s for h, s in zip(here, state.seen)))
+        state = replace(state, cms=_committed(model, state.cms, complete))
+    return replace(state, seen=Counters(0 if h else s for h, s in zip(here, state.seen)))
 
 
 def _round(model, ids, tokens, state, done, step, lengths, backend):
@@ -81,10 +82,8 @@ def _round(model, ids, tokens, state, done, step, lengths, backend):
     if fused:
         targets = _slice(ids, [d + 1 for d in done], tokens.shape[1])
         logits, mixers, grads = segment_gradients(model, state, state.mixers, tokens, targets, whole, step, backend)
-        cms = _accumulated(model, state.cms, grads, whole)
     else:
         whole = [False] * len(whole)
-        cms = state.cms
     opening = [n > 0 and not w and p % C == 0 for n, w, p in zip(step, whole, state.pos)]
     snapshot = state.snapshot
     if any(opening):
@@ -93,7 +92,11 @@ def _round(model, ids, tokens, state, done, step, lengths, backend):
         h, mixers = model.run(model.embed(tokens), state.mixers, model.levels(state), step, backend)
         logits = model.logits(h, step)
     kept, seen = _recorded(state, tokens, step, whole, C)
-    return logits, replace(advance(replace(state, cms=cms), mixers, step), snapshot=snapshot, ids=kept, seen=seen)
+    new = replace(advance(state, mixers, step), snapshot=snapshot, ids=kept, seen=seen)
+    if fused:
+        # their next token is in this call: what is due when it arrives is done at once
+        new = replace(new, cms=_committed(model, _accumulated(model, new.cms, grads, whole), whole))
+    return logits, new
 
 
 def _recorded(state, tokens: Tensor, step: list[int], whole: list[bool], C: int) -> tuple[Tensor, Counters]:
@@ -169,6 +172,10 @@ def _taken(level: dict[str, Tensor], found) -> dict[str, Tensor] | None:
 
 def _accumulated(model, cms: list, grads: list, rows: list[bool]) -> list:
     return [None if c is None else block.cms.accumulate(c, g, rows) for block, c, g in zip(model.blocks, cms, grads)]
+
+
+def _committed(model, cms: list, rows: list[bool]) -> list:
+    return [None if c is None else block.cms.commit(c, rows) for block, c in zip(model.blocks, cms)]
 
 
 def advance(state, mixers: list, lengths: list[int]):

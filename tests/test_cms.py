@@ -392,6 +392,16 @@ def test_a_state_moves_between_modes():
     stream.check()
 
 
+def test_weights_learned_in_inference_mode_serve_autograd():
+    layer = make(25, chunks=(2,))
+    with torch.inference_mode():
+        _, state = layer(torch.randn(2, 2, D, dtype=torch.float64))
+        state = layer.refresh(state, torch.randn(2, 2, D, dtype=torch.float64))
+    x = torch.randn(2, 1, D, dtype=torch.float64, requires_grad=True)
+    chunked.cms_forward(x, layer.effective_levels(state), layer.config).sum().backward()
+    assert x.grad.any() and not layer.levels[0]["up"].grad
+
+
 def test_padding_cannot_poison_outer_gradients():
     layer = make(18)
     x = torch.randn(2, 2, D, dtype=torch.float64)
