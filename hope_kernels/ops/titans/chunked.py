@@ -87,6 +87,7 @@ class _Group:
     delta: FastWeights
     s: FastWeights | None
     w: FastWeights  # chunk-start weights, [G, ...]
+    own: bool = False  # delta, s and w are this call's own buffers, to be written over where no graph needs them
 
 
 class _Rows:
@@ -135,6 +136,7 @@ class _Scan:
         self.small, self.big = sorted((config.chunk_memory, config.chunk_other))
         self.rows = _Rows(state.pos, lengths, self.big, first.device)
         self._token_of_slot()
+        self.in_place = not torch.is_grad_enabled()
         with self.writing():
             self._open_groups(w_init)
 
@@ -192,22 +194,33 @@ class _Scan:
             delta = take(flat)
             self.groups.append(_Group(layout, chunk, part, delta, None if s is None else take(s), self._weights(part, delta)))
         self.changed = False
+        self.memory_layout, self.other_layout = Layout.of(c, c.memories[:1]), Layout.of(c, c.memories[1:])
+        self.biases = [None if b is None else b.to(self.master).repeat(self.B).unsqueeze(1)
+                       for b in (self.inputs.eta_bias, self.inputs.alpha_bias)]
+        self._split_weights()
 
-    def _weights(self, base: FastWeights, delta: FastWeights) -> FastWeights:
-        """w_base + delta, [G, ...]."""
-        def add(d, b):
-            return d if b is None else (d.unflatten(0, (self.B, self.H)) + b).flatten(0, 1)
+    def _weights(self, base: FastWeights, delta: FastWeights, out: FastWeights | None = None) -> FastWeights:
+        """w_base + delta, [G, ...], in the buffers ``out`` if given."""
+        if base.w2 is None:
+            return delta
+        found = []
+        for d, b, o in zip(delta, base, out or (None,) * 3):
+            if d is None:
+                found.append(None)
+            elif self.B == 1:
+                found.append(torch.add(d, b, out=o))
+            else:
+                shape = (self.B, self.H, *d.shape[1:])
+                found.append(torch.add(d.view(shape), b, out=None if o is None else o.view(shape)).flatten(0, 1))
+        return FastWeights(*found)
 
-        return FastWeights(*(None if d is None else add(d, b) for d, b in zip(delta, base)))
-
-    def _memory_weights(self) -> tuple[Layout, FastWeights]:
-        group = self.groups[0]
-        layout = Layout.of(self.config, self.config.memories[:1])
-        return layout, group.w if len(group.layout.names) == 1 else group.layout.split(group.w)[0]
-
-    def _other_weights(self) -> tuple[Layout, FastWeights]:
-        layout = Layout.of(self.config, self.config.memories[1:])
-        return layout, self.groups[1].w if len(self.groups) > 1 else self.layout.split(self.groups[0].w)[1]
+    def _split_weights(self) -> None:
+        """The weights in force: M_memory's, and those of the memories that x' is read with."""
+        one = self.groups[0]
+        if len(self.groups) > 1:
+            self.memory_w, self.other_w = one.w, self.groups[1].w
+        else:
+            self.memory_w, self.other_w = (one.w, None) if len(one.layout.names) == 1 else one.layout.split(one.w)
 
     # -- one range of slots -----------------------------------------------------------------------------------------------
 
@@ -216,29 +229,24 @@ class _Scan:
         if x is None:
             return given._replace(beta=beta), None
         c = self.config
-        layout, w = self._other_weights()
-        out = read(x.to(self.master), w, layout, c.activation, self.dtype)
+        out = read(x.to(self.master), self.other_w, self.other_layout, c.activation, self.dtype)
         k, v = out.full[:, 0], out.full[:, 1]
         q = out.full[:, 2] if c.adaptive_q else None
         if c.qk_l2norm:
             k, q = l2norm(k), None if q is None else l2norm(q)
-        bias_eta, bias_alpha = (None if b is None else b.to(self.master).repeat(self.B).unsqueeze(1)
-                                for b in (self.inputs.eta_bias, self.inputs.alpha_bias))
-        eta = eta_gate(out.scalar[..., 0], bias_eta, c)
-        alpha = torch.sigmoid(out.scalar[..., 1] + bias_alpha) if c.retention else None
+        eta = eta_gate(out.scalar[..., 0], self.biases[0], c)
+        alpha = torch.sigmoid(out.scalar[..., 1] + self.biases[1]) if c.retention else None
         return Tokens(self._rounded(k), self._rounded(v), eta, alpha, beta), q
 
     def _rounded(self, t: Tensor) -> Tensor:
         return t.to(self.dtype).to(self.master)
 
     def _read_memory(self, q: Tensor) -> Tensor:
-        layout, w = self._memory_weights()
-        return read(self._rounded(q), w, layout, self.config.activation, self.dtype).full[:, 0]
+        return read(self._rounded(q), self.memory_w, self.memory_layout, self.config.activation, self.dtype).full[:, 0]
 
     def _adaptive_q(self, x: Tensor) -> Tensor:
         """q = norm(M_q(x)) under grad while every other production is a constant."""
-        layout, w = self._other_weights()
-        q = read(x.to(self.master), w, layout, self.config.activation, self.dtype).full[:, 2]
+        q = read(x.to(self.master), self.other_w, self.other_layout, self.config.activation, self.dtype).full[:, 2]
         return l2norm(q) if self.config.qk_l2norm else q
 
     # -- the loop ---------------------------------------------------------------------------------------------------------
@@ -319,7 +327,9 @@ class _Scan:
         if not any(flags):
             return
         clock = clock_terms(self.config, tokens.k, tokens.eta, tokens.alpha, tokens.beta)
-        delta, s = write(self.config, group.layout, group.w, group.delta, group.s, clock, tokens.v, self.dtype, None if self.stats is None else self.stats.S)
+        over = self.in_place and group.own and all(flags)
+        clip = None if self.stats is None else self.stats.S
+        delta, s = write(self.config, group.layout, group.w, group.delta, group.s, clock, tokens.v, self.dtype, clip, in_place=over)
         if self.stats is not None and tokens.alpha is not None:
             self.stats.alpha.append(tokens.alpha)
         if not all(flags):
@@ -327,8 +337,9 @@ class _Scan:
             delta = _where(mask, delta, group.delta)
             s = None if s is None else _where(mask, s, group.s)
         group.delta, group.s = delta, s
-        group.w = self._weights(group.base, delta)
-        self.changed = True
+        group.w = self._weights(group.base, delta, group.w if self.in_place and self.config.retain_to == "init" else None)
+        group.own = self.changed = True
+        self._split_weights()
 
     def _close(self, pieces: list[Tokens], chunk: int, pending: Tokens | None) -> Tokens:
         """Pending tokens of the rows whose last token lies in the long chunk number ``chunk``; other rows keep theirs."""

@@ -13,6 +13,7 @@ M_memory comes first, so the layer's two clocks own two contiguous row ranges.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class FastWeights(NamedTuple):
     w1: Tensor | None
     w1s: Tensor | None
 
-    def map(self, fn, *others: "FastWeights") -> "FastWeights":
+    def map(self, fn, *others: FastWeights) -> FastWeights:
         return FastWeights(*(None if t is None else fn(t, *o) for t, *o in zip(self, *others)))
 
 
@@ -46,23 +47,23 @@ class Layout:
     skip: bool
 
     @classmethod
-    def of(cls, config: TitansConfig, names: tuple[str, ...] | None = None) -> "Layout":
+    def of(cls, config: TitansConfig, names: tuple[str, ...] | None = None) -> Layout:
         mlp = config.memory == "mlp"
         return cls(config.memories if names is None else names, config.head_dim, config.hidden, mlp, mlp and config.scalar_skip)
 
-    @property
+    @cached_property
     def full(self) -> tuple[str, ...]:
         return tuple(n for n in self.names if n not in SCALARS)
 
-    @property
+    @cached_property
     def scalars(self) -> tuple[str, ...]:
         return tuple(n for n in self.names if n in SCALARS)
 
-    @property
+    @cached_property
     def hidden_rows(self) -> int:
         return len(self.names) * self.N if self.mlp else 0
 
-    @property
+    @cached_property
     def rows(self) -> int:
         if not self.mlp:
             return len(self.full) * self.D + len(self.scalars)

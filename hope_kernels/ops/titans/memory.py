@@ -3,17 +3,21 @@
 Notation, per (row, head) g: K, V [C, D]; eta, alpha, beta [C]; z = K w2^T, a = sigma(z), e the error at the output, d the error at
 the hidden layer. With R[t,s] = prod_{s<j<=t} alpha_j, B likewise for beta, and D = R (momentum off) or D = R B (on):
 
-    delta2_C = R[C,0] delta2 - c_C s2 - (diag(R[t-1,0]) K delta2^T - diag(c_{t-1}) K s2^T)^T Kt - (gain d)^T Kg
+    delta2_C = R[C,0] delta2 - c_C s2 - (K delta2^T)^T Kt - (K s2^T)^T Ks - (gain d)^T Kg
     delta1_C = R[C,0] delta1 - c_C s1 - (gain D[C,.] e)^T a
-    Kt = (I + L)^-T diag(eta R[C,.]) K        L[t,s] = R[t-1,s] eta_s k_t.k_s        for s < t
-    Kg = diag(D[C,.]) K - W^T Kt              W[t,s] = D[t-1,s] k_t.k_s              for s < t
+    X  = (I + L)^-T diag(eta R[C,.]) K        L[t,s] = R[t-1,s] eta_s k_t.k_s        for s < t
+    Kt = diag(R[t-1,0]) X,  Ks = -diag(c_{t-1}) X
+    Kg = diag(D[C,.]) K - W^T X               W[t,s] = D[t-1,s] k_t.k_s              for s < t
 
 The triangular solve is applied to the C keys, not to the R = 5N columns of d: since U = T rhs enters only as U^T K = rhs^T (T^T K),
-one [C, D] solve per head and clock serves every memory. ops/titans/README.md derives it.
+one [C, D] solve per head and clock serves every memory. README.md derives it.
+
+One chunk of one head is small, so on a CPU the number of operator calls is the cost; the code spends none that a view can save.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,87 +32,126 @@ EPS_NORM = 1e-6
 
 def l2norm(x: Tensor) -> Tensor:
     """x / max(|x|_2, 1e-6) over the last dimension."""
-    return F.normalize(x, dim=-1, eps=EPS_NORM)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS_NORM)
 
 
-def activate(z: Tensor, name: str) -> Tensor:
+_GELU_1, _GELU_3 = 2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715  # gelu_tanh(z) = z sigmoid(_GELU_1 z + _GELU_3 z^3)
+
+
+def activate(z: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+    """sigma(z), and what ``activate_backward`` can reuse.
+
+    Without a graph gelu_tanh goes through one sigmoid that value and derivative share: 2.5x less time on a CPU than two tanh.
+    """
     if name == "silu":
-        return F.silu(z)
-    return F.gelu(z, approximate="tanh" if name == "gelu_tanh" else "none")
+        return F.silu(z), None
+    if name == "gelu" or torch.is_grad_enabled():
+        return F.gelu(z, approximate="none" if name == "gelu" else "tanh"), None
+    gate = (z * z).mul_(_GELU_3).add_(_GELU_1).mul_(z).sigmoid_()
+    return z * gate, gate
 
 
-def activate_backward(grad: Tensor, z: Tensor, name: str) -> Tensor:
-    """grad * sigma'(z), differentiable in both."""
+def activate_backward(grad: Tensor, z: Tensor, name: str, a: Tensor, gate: Tensor | None) -> Tensor:
+    """grad * sigma'(z), differentiable in grad and z."""
     if name == "silu":
         return torch.ops.aten.silu_backward(grad, z)
-    return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if name == "gelu_tanh" else "none")
+    if gate is None:
+        return torch.ops.aten.gelu_backward(grad, z, approximate="none" if name == "gelu" else "tanh")
+    # gate + a (1 - gate) d/dz(_GELU_1 z + _GELU_3 z^3)
+    inner = (z * z).mul_(3 * _GELU_3).add_(_GELU_1)
+    return torch.addcmul(a, a, gate, value=-1).mul_(inner).add_(gate).mul_(grad)
 
 
 def gemm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with operands rounded to ``dtype`` and fp32 (fp64) accumulation; a and b are fp32 (fp64)."""
+    """a @ b for 3-D a and b, operands rounded to ``dtype``, fp32 (fp64) accumulation and result."""
     if dtype in (torch.float32, torch.float64):
-        return a @ b
+        return torch.bmm(a, b)
     if a.is_cuda:
-        return (a.to(dtype) @ b.to(dtype)).float()
-    return a.to(dtype).float() @ b.to(dtype).float()
+        return torch.bmm(a.to(dtype), b.to(dtype)).float()
+    return torch.bmm(a.to(dtype).float(), b.to(dtype).float())
+
+
+def add_gemm(c: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, sign: int = 1) -> Tensor:
+    """c + sign * a @ b, as ``gemm``, written over c: an intermediate that nothing else reads."""
+    if dtype in (torch.float32, torch.float64):
+        return c.baddbmm_(a, b, alpha=sign)
+    return c.add_(gemm(a, b, dtype), alpha=sign)
 
 
 class Read(NamedTuple):
-    """full [G, Mf, C, D] and scalar [G, C, Ms]: outputs; z [G, C, hidden_rows], a [G, C, M, N]: kept for the write."""
+    """full [G, Mf, C, D], scalar [G, C, Ms]: outputs; rows [G, C, R]: x w2^T; a, gate [G, C, M*N]: see ``activate``."""
 
     full: Tensor | None
     scalar: Tensor | None
-    z: Tensor | None
+    rows: Tensor
     a: Tensor | None
+    gate: Tensor | None
+
+
+def _by_memory(t: Tensor, M: int) -> Tensor:
+    """[G, C, M*n] -> [G*M, C, n]; a view when G is 1."""
+    G, C, width = t.shape
+    return t.view(G, C, M, width // M).transpose(1, 2).reshape(G * M, C, width // M)
 
 
 def read(x: Tensor, w: FastWeights, layout: Layout, activation: str, dtype: torch.dtype) -> Read:
     """M(x) for every memory of ``layout``: x [G, C, D], w with leading dimension G."""
     G, C, D = x.shape
-    Mf, Ms = len(layout.full), len(layout.scalars)
+    Mf, Ms, N = len(layout.full), len(layout.scalars), layout.N
     rows = gemm(x, w.w2.mT, dtype)
-    if not layout.mlp:
-        full = rows[..., : Mf * D].unflatten(-1, (Mf, D)).transpose(1, 2) if Mf else None
-        return Read(full, rows[..., Mf * D :] if Ms else None, None, None)
-    z = rows[..., : layout.hidden_rows]
-    a = activate(z, activation).unflatten(-1, (Mf + Ms, layout.N))
     full = scalar = None
+    if not layout.mlp:
+        if Mf:
+            full = rows[..., : Mf * D].view(G, C, Mf, D).transpose(1, 2)
+        return Read(full, rows[..., Mf * D :] if Ms else None, rows, None, None)
+    skip = layout.skip and Ms
+    a, gate = activate(rows[..., : layout.hidden_rows] if skip else rows, activation)
     if Mf:
-        full = gemm(a[:, :, :Mf].transpose(1, 2), w.w1.mT, dtype) + x.unsqueeze(1)
+        out = gemm(_by_memory(a[..., : Mf * N] if Ms else a, Mf), w.w1.flatten(0, 1).mT, dtype)
+        full = out.view(G, Mf, C, D) + x.unsqueeze(1)
     if Ms:
-        scalar = (a[:, :, Mf:] * w.w1s.unsqueeze(1)).sum(-1)
-        if layout.skip:
+        scalar = (a[..., Mf * N :].unflatten(-1, (Ms, N)) * w.w1s.unsqueeze(1)).sum(-1)
+        if skip:
             scalar = scalar + rows[..., layout.hidden_rows :]
-    return Read(full, scalar, z, a)
+    return Read(full, scalar, rows, a, gate)
+
+
+@lru_cache(maxsize=64)
+def _triangles(C: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """For t = 1..C, s = 0..C: (t > s), (t >= s) as numbers; and the row of t = 0, (s == 0)."""
+    with torch.inference_mode(False):
+        t, s = torch.arange(1, C + 1, device=device).unsqueeze(1), torch.arange(C + 1, device=device)
+        return t > s, (t >= s).to(dtype), (s == 0).to(dtype).view(1, 1, -1)
+
+
+@lru_cache(maxsize=64)
+def _strictly_lower(C: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(C, C, device=device, dtype=dtype).tril(-1)
 
 
 def products(x: Tensor) -> Tensor:
     """P[t, s] = prod_{s<j<=t} x_j for 0 <= s <= t <= C, zero above the diagonal: [G, C] -> [G, C+1, C+1]."""
-    C = x.shape[-1]
-    t = torch.arange(1, C + 1, device=x.device).unsqueeze(1)
-    s = torch.arange(C + 1, device=x.device)
-    body = torch.where(t > s, x.unsqueeze(-1), 1.0).cumprod(-2) * (t >= s)
-    first = torch.zeros_like(body[:, :1])
-    first[..., 0] = 1
-    return torch.cat([first, body], 1)
+    after, kept, first = _triangles(x.shape[1], x.device, x.dtype)
+    body = torch.where(after, x.unsqueeze(-1), 1.0).cumprod(-2) * kept
+    return torch.cat([first.expand(x.shape[0], -1, -1), body], 1)
 
 
 class Clock(NamedTuple):
     """What one clock's chunk has in common for all its memories; [G, C] or [G, C, D] unless said otherwise."""
 
     keys: Tensor
-    gram2: Tensor | None  # (k_t.k_s)^2 [G, C, C], for the step clip
     eta: Tensor
-    gamma_end: Tensor  # gamma_C [G]
-    gamma_prev: Tensor  # gamma_{t-1}
+    gram2: Tensor | None  # (k_t.k_s)^2 [G, C, C], for the step clip
+    gamma_end: Tensor  # gamma_C [G, 1, 1]
     step_end: Tensor  # D[C, t]
     Kt: Tensor | None  # None without DGD
+    Ks: Tensor | None  # None without DGD or momentum
     Kg: Tensor
-    c_end: Tensor | None  # c_C [G]; this and the rest only with momentum
-    c_prev: Tensor | None  # c_{t-1}
-    beta_end: Tensor | None  # B_C [G]
+    c_end: Tensor | None  # c_C [G, 1, 1]; this and the rest only with momentum
+    beta_end: Tensor | None  # B_C [G, 1, 1]
     beta_tail: Tensor | None  # B_C / B_t
-    gain_one: bool  # the step size is already in D (momentum with the step outside)
+    unit_gain: bool  # the step size is already in D (momentum with the step outside)
 
 
 def clock_terms(config: TitansConfig, k: Tensor, eta: Tensor, alpha: Tensor | None, beta: Tensor | None, eta_outside=False) -> Clock:
@@ -116,149 +159,183 @@ def clock_terms(config: TitansConfig, k: Tensor, eta: Tensor, alpha: Tensor | No
 
     ``eta_outside``: momentum s = beta s + g, w = ... - eta s (the nested-learning package), not s = beta s + eta g (Titans eq 9-10).
     """
+    C = k.shape[1]
     R = products(torch.ones_like(eta) if alpha is None else alpha)
-    tail = R[:, -1, 1:]
-    D, c_end, c_prev, beta_end, beta_tail = R, None, None, None, None
+    D, c_end, beta_end, beta_tail = R, None, None, None
     if beta is not None:
         B = products(beta)
-        beta_end, beta_tail = B[:, -1, 0], B[:, -1, 1:]
-        on = torch.ones_like(R[:, :, :1]) if not eta_outside else torch.cat([torch.ones_like(eta[:, :1]), eta], 1).unsqueeze(-1)
-        start = torch.zeros_like(B)
-        start[:, 0, 0] = 1
-        D = R @ (on * (B - start))
-        c_end, c_prev = D[:, -1, 0], D[:, :-1, 0]
-    step_end = D[:, -1, 1:]
+        beta_end, beta_tail = B[:, C:, :1], B[:, C, 1:]
+        # c_t sums over i >= 1 only: the entry (0, 0) of B does not take part
+        B = torch.cat([torch.zeros_like(B[:, :1]), B[:, 1:] * eta.unsqueeze(-1) if eta_outside else B[:, 1:]], 1)
+        D = R @ B
+        c_end = D[:, C:, :1]
+    step_end = D[:, C, 1:]
     gram = k @ k.mT
-    Kt, Kg = None, step_end.unsqueeze(-1) * k
+    Kt = Ks = None
+    Kg = step_end.unsqueeze(-1) * k
     if config.dgd:
-        lower = gram.tril(-1)
-        L = R[:, :-1, 1:] * eta.unsqueeze(1) * lower
-        Kt = torch.linalg.solve_triangular(L.mT, (eta * tail).unsqueeze(-1) * k, upper=True, unitriangular=True)
-        Kg = Kg - (D[:, :-1, 1:] * lower).mT @ Kt
+        lower = gram * _strictly_lower(C, k.device, k.dtype)
+        L = R[:, :C, 1:] * lower * eta.unsqueeze(1)
+        X = torch.linalg.solve_triangular(L.mT, (eta * R[:, C, 1:]).unsqueeze(-1) * k, upper=True, unitriangular=True)
+        Kg = torch.baddbmm(Kg, (D[:, :C, 1:] * lower).mT, X, alpha=-1)
+        Kt = R[:, :C, :1] * X
+        Ks = None if beta is None else -D[:, :C, :1] * X
     gram2 = gram * gram if config.step_clip else None
-    return Clock(k, gram2, eta, R[:, -1, 0], R[:, :-1, 0], step_end, Kt, Kg, c_end, c_prev, beta_end, beta_tail, eta_outside)
+    return Clock(k, eta, gram2, R[:, C:, :1], step_end, Kt, Ks, Kg, c_end, beta_end, beta_tail, eta_outside)
 
 
 class Errors(NamedTuple):
-    """full [G, Mf, C, D], scalar [G, C, Ms]: e; hidden [G, C, M, N]: d; squared norms of e, a, d [G, C, M]."""
+    """At the chunk-start weights, without the factor c: full [G, Mf, C, D], scalar [G, C, Ms]: e; hidden [G, C, M*N]: d; a [G, C, M*N]
+    and rows [G, C, R]: activations and K w2^T at the keys."""
 
     full: Tensor | None
     scalar: Tensor | None
     hidden: Tensor | None
     a: Tensor | None
+    rows: Tensor
 
 
 def errors(config: TitansConfig, layout: Layout, w: FastWeights, k: Tensor, v: Tensor, dtype: torch.dtype) -> Errors:
-    """The inner gradient's factors at the chunk-start weights w, for all tokens: e_t at the outputs, d_t at the hidden layer."""
-    C = k.shape[1]
+    """The inner gradient's factors for all tokens: e_t at the outputs, d_t at the hidden layer."""
+    G, C, _ = k.shape
+    Mf, Ms, N = len(layout.full), len(layout.scalars), layout.N
     # without own values only the scalar memories read v
-    read_v = config.own_values or bool(layout.scalars)
+    read_v = config.own_values or Ms > 0
     both = read(torch.cat([k, v], 1) if read_v else k, w, layout, config.activation, dtype)
+    l2 = config.objective == "l2"
     full = scalar = None
-    if layout.full:
+    if Mf:
         target = both.full[:, :, C:] if config.own_values else v.unsqueeze(1)
         target = l2norm(target) if config.target_norm else target
-        full = both.full[:, :, :C] - target if config.objective == "l2" else -target.expand_as(both.full[:, :, :C])
-    if layout.scalars:
+        full = both.full[:, :, :C] - target if l2 else (-target).expand(G, Mf, C, -1)
+    if Ms:
         target = both.scalar[:, C:]
         target = target.clamp(-1, 1) if config.target_norm else target
-        scalar = both.scalar[:, :C] - target if config.objective == "l2" else -target
-    if config.objective == "l2" and config.grad_scale != 1:
-        full = None if full is None else config.grad_scale * full
-        scalar = None if scalar is None else config.grad_scale * scalar
+        scalar = both.scalar[:, :C] - target if l2 else -target
+    rows = both.rows[:, :C]
     if not layout.mlp:
-        return Errors(full, scalar, None, None)
+        return Errors(full, scalar, None, None, rows)
     parts = []
-    if layout.full:
-        parts.append(gemm(full, w.w1, dtype).transpose(1, 2))
-    if layout.scalars:
-        parts.append(scalar.unsqueeze(-1) * w.w1s.unsqueeze(1))
-    back = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-    z = both.z[:, :C].unflatten(-1, (len(layout.names), layout.N))
-    return Errors(full, scalar, activate_backward(back, z, config.activation), both.a[:, :C])
+    if Mf:
+        back = gemm(full.reshape(G * Mf, C, -1), w.w1.flatten(0, 1), dtype)
+        parts.append(back.view(G, Mf, C, N).transpose(1, 2).reshape(G, C, Mf * N))
+    if Ms:
+        parts.append((scalar.unsqueeze(-1) * w.w1s.unsqueeze(1)).flatten(2))
+    back = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+    a, gate = both.a[:, :C], None if both.gate is None else both.gate[:, :C]
+    return Errors(full, scalar, activate_backward(back, rows[..., : layout.hidden_rows], config.activation, a, gate), a, rows)
 
 
-def step_sizes(config: TitansConfig, layout: Layout, clock: Clock, err: Errors) -> tuple[Tensor, Tensor | None]:
-    """eta~ [G, C, M] and S [G, C, M] (None without step_clip): the step that a chunk repeating its keys can bear."""
-    M = len(layout.names)
-    if not config.step_clip:
-        return clock.eta.unsqueeze(-1).expand(-1, -1, M), None
+def step_sizes(config: TitansConfig, layout: Layout, clock: Clock, err: Errors) -> tuple[Tensor, Tensor]:
+    """eta~ and S, both [G, C, M]: the step that a chunk repeating its keys can bear."""
+    M, N = len(layout.names), layout.N
+    c = config.grad_scale if config.objective == "l2" else 1.0
     if layout.mlp:
         e2 = [] if err.full is None else [err.full.square().sum(-1).transpose(1, 2)]
         e2 += [] if err.scalar is None else [err.scalar.square()]
-        m2 = err.a.square().sum(-1) + err.hidden.square().sum(-1) / (torch.cat(e2, -1) + 1e-9) + 1e-12
+        # |c d|^2 / (|c e|^2 + 1e-9), with c divided out
+        ratio = err.hidden.square().unflatten(-1, (M, N)).sum(-1) / (torch.cat(e2, -1) + 1e-9 / c**2)
+        m2 = err.a.square().unflatten(-1, (M, N)).sum(-1) + ratio + 1e-12
     else:
         m2 = (clock.keys.square().sum(-1, keepdim=True) + 1e-12).expand(-1, -1, M)
     m = m2.sqrt()
-    c = config.grad_scale if config.objective == "l2" else 1.0
-    S = c * m * (clock.gram2 @ (clock.eta.unsqueeze(-1) * m))
-    return clock.eta.unsqueeze(-1) / S.clamp_min(1.0), S
+    eta = clock.eta.unsqueeze(-1)
+    S = m * (clock.gram2 @ (eta * m))
+    S = S if c == 1 else c * S
+    return eta / S.clamp_min(1.0), S
 
 
 def write(
     config: TitansConfig, layout: Layout, w: FastWeights, delta: FastWeights, s: FastWeights | None,
-    clock: Clock, v: Tensor, dtype: torch.dtype, clip: list | None = None,
+    clock: Clock, v: Tensor, dtype: torch.dtype, clip: list | None = None, in_place: bool = False,
 ) -> tuple[FastWeights, FastWeights | None]:
     """Commits one full chunk: new deviations and momentum of the memories of ``layout``. w: the chunk-start weights, [G, ...].
 
-    ``clip`` collects S [G, C, M] of the step clip.
+    ``clip`` collects S [G, C, M] of the step clip. ``in_place`` writes the result over ``delta`` and ``s`` (never under a graph).
     """
-    k, Mf = clock.keys, len(layout.full)
-    err = errors(config, layout, w, k, v, dtype)
-    gain, S = step_sizes(config, layout, clock, err)
-    if clock.gain_one:
-        gain = torch.ones_like(gain)
-    if clip is not None and S is not None:
-        clip.append(S)
-    if layout.mlp:
-        pieces = [(gain.unsqueeze(-1) * err.hidden).flatten(2)]
-        if layout.skip and layout.scalars:
-            pieces.append(gain[..., Mf:] * err.scalar)
-    else:
-        pieces = []
-        if layout.full:
-            pieces.append((gain[..., :Mf].transpose(1, 2).unsqueeze(-1) * err.full).transpose(1, 2).flatten(2))
-        if layout.scalars:
-            pieces.append(gain[..., Mf:] * err.scalar)
-    grad2 = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
-
-    left, right = [grad2], [clock.Kg]
+    scale = torch.Tensor.mul_ if in_place else torch.mul
+    err = errors(config, layout, w, clock.keys, v, dtype)
+    c = config.grad_scale if config.objective == "l2" else 1.0
+    keys, gain = clock.Kg, None  # gain [G, C, M], or None: one step for all memories, put on the keys
+    shared = None if clock.unit_gain else clock.eta if c == 1 else c * clock.eta
+    if config.step_clip:
+        gain, S = step_sizes(config, layout, clock, err)
+        gain = c * gain if c != 1 else gain
+        if clip is not None:
+            clip.append(S)
+    elif shared is not None:
+        keys = shared.unsqueeze(-1) * keys
+    elif c != 1:
+        keys = c * keys
+    grad2 = _row_gradients(layout, err, gain)
+    left, right = [grad2], [keys]
     if config.dgd:
-        memory = clock.gamma_prev.unsqueeze(-1) * gemm(k, delta.w2.mT, dtype)
-        if s is not None:
-            memory = memory - clock.c_prev.unsqueeze(-1) * gemm(k, s.w2.mT, dtype)
-        left.append(memory)
+        # K delta2^T is the pre-activation already at hand when the weights are the deviations
+        left.append(err.rows if config.retain_to == "zero" else gemm(clock.keys, delta.w2.mT, dtype))
         right.append(clock.Kt)
-    change2 = gemm(torch.cat(left, 1).mT, torch.cat(right, 1), dtype)
-    step1 = gain * clock.step_end.unsqueeze(-1)
-    change1, change1s = _outer_changes(layout, step1, err, dtype)
-    changes = FastWeights(change2, change1, change1s)
+        if s is not None:
+            left.append(gemm(clock.keys, s.w2.mT, dtype))
+            right.append(clock.Ks)
+    w2 = scale(delta.w2, clock.gamma_end)
+    for a, b in zip(left, right):
+        w2 = add_gemm(w2, a.mT, b, dtype, -1)
+    if s is not None:
+        w2 = w2.sub_(clock.c_end * s.w2)
 
-    def decayed(old: Tensor, change: Tensor, *momentum: Tensor) -> Tensor:
-        new = _row(clock.gamma_end, old) * old - change
-        return new - _row(clock.c_end, old) * momentum[0] if momentum else new
+    def outer(old: FastWeights, decay: Tensor, step: Tensor, sign: int) -> tuple[Tensor | None, Tensor | None]:
+        return _outer_updates(layout, old, decay, _steps(step, gain, shared, c), err, dtype, sign, scale)
 
+    w1, w1s = outer(delta, clock.gamma_end, clock.step_end, -1)
     if s is None:
-        return delta.map(decayed, changes), None
-    tail = clock.beta_tail.unsqueeze(-1)
-    push1, push1s = _outer_changes(layout, gain * tail, err, dtype)
-    pushes = FastWeights(gemm((tail * grad2).mT, k, dtype), push1, push1s)
-    return delta.map(decayed, changes, s), s.map(lambda old, push: _row(clock.beta_end, old) * old + push, pushes)
+        return FastWeights(w2, w1, w1s), None
+    w1 = None if w1 is None else w1.sub_(clock.c_end.unsqueeze(-1) * s.w1)
+    w1s = None if w1s is None else w1s.sub_(clock.c_end * s.w1s)
+    tail = clock.beta_tail.unsqueeze(-1) * clock.keys
+    tail = tail if gain is not None else tail * (c if shared is None else shared.unsqueeze(-1))
+    s2 = add_gemm(scale(s.w2, clock.beta_end), grad2.mT, tail, dtype)
+    return FastWeights(w2, w1, w1s), FastWeights(s2, *outer(s, clock.beta_end, clock.beta_tail, 1))
 
 
-def _row(value: Tensor, like: Tensor) -> Tensor:
-    return value.view(-1, *[1] * (like.dim() - 1))
+def _steps(step: Tensor, gain: Tensor | None, shared: Tensor | None, c: float) -> Tensor:
+    """Step of each token for the output side: [G, C, M], or [G, C, 1] when it is the same for all memories."""
+    if gain is not None:
+        return gain * step.unsqueeze(-1)
+    step = c * step if shared is None else step * shared
+    return step.unsqueeze(-1)
 
 
-def _outer_changes(layout: Layout, step: Tensor, err: Errors, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """sum_t step_t e_t a_t^T for w1 [G, Mf, D, N] and w1s [G, Ms, N]; step [G, C, M]."""
+def _row_gradients(layout: Layout, err: Errors, gain: Tensor | None) -> Tensor:
+    """The gradient at every row of w2, [G, C, R], times the memory's own gain if there is one."""
+    Mf = len(layout.full)
+    scalar = err.scalar if gain is None or err.scalar is None else gain[..., Mf:] * err.scalar
+    if layout.mlp:
+        hidden = err.hidden
+        if gain is not None:
+            M = len(layout.names)
+            hidden = (hidden.unflatten(-1, (M, layout.N)) * gain.unsqueeze(-1)).flatten(2)
+        return torch.cat([hidden, scalar], -1) if layout.skip and layout.scalars else hidden
+    full = err.full if gain is None or err.full is None else gain[..., :Mf].transpose(1, 2).unsqueeze(-1) * err.full
+    parts = ([] if full is None else [full.transpose(1, 2).flatten(2)]) + ([] if scalar is None else [scalar])
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def _outer_updates(
+    layout: Layout, old: FastWeights, decay: Tensor, step: Tensor, err: Errors, dtype: torch.dtype, sign: int, scale
+) -> tuple[Tensor | None, Tensor | None]:
+    """decay * old + sign * sum_t step_t e_t a_t^T for w1 [G, Mf, D, N] and w1s [G, Ms, N]; step [G, C, M or 1], decay [G, 1, 1]; ``scale`` is mul, or mul_ to write over ``old``."""
     if not layout.mlp:
         return None, None
-    Mf = len(layout.full)
+    G, C, _ = err.a.shape
+    Mf, Ms, N = len(layout.full), len(layout.scalars), layout.N
+    each = step.shape[-1] > 1
     full = scalar = None
-    if layout.full:
-        scaled = step[..., :Mf].transpose(1, 2).unsqueeze(-1) * err.full
-        full = gemm(scaled.mT, err.a[:, :, :Mf].transpose(1, 2), dtype)
-    if layout.scalars:
-        scalar = torch.einsum("gcm,gcmn->gmn", step[..., Mf:] * err.scalar, err.a[:, :, Mf:])
+    if Mf:
+        scaled = (step[..., :Mf] if each else step).transpose(1, 2).unsqueeze(-1) * err.full
+        base = scale(old.w1, decay.unsqueeze(-1)).flatten(0, 1)
+        a = _by_memory(err.a[..., : Mf * N], Mf)
+        full = add_gemm(base, scaled.flatten(0, 1).mT, a, dtype, sign).view_as(old.w1)
+    if Ms:
+        scaled = (step[..., Mf:] if each else step) * err.scalar
+        change = (scaled.unsqueeze(-1) * err.a[..., Mf * N :].unflatten(-1, (Ms, N))).sum(1)
+        scalar = scale(old.w1s, decay).add_(change, alpha=sign)
     return full, scalar
