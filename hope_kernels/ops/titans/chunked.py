@@ -42,7 +42,7 @@ class TokenInputs(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What a call may report of its commits: S [G, C, M] of the step clip and alpha [G, C]."""
+    """What a call may report of its commits: S [G, M, C] of the step clip and alpha [G, C]."""
 
     S: list[Tensor]
     alpha: list[Tensor]
@@ -229,24 +229,24 @@ class _Scan:
         if x is None:
             return given._replace(beta=beta), None
         c = self.config
-        out = read(x.to(self.master), self.other_w, self.other_layout, c.activation, self.dtype)
-        k, v = out.full[:, 0], out.full[:, 1]
-        q = out.full[:, 2] if c.adaptive_q else None
+        out = read(x.to(self.master).mT, self.other_w, self.other_layout, c.activation, self.dtype)
+        k, v = out.full[:, 0].mT, out.full[:, 1].mT
+        q = out.full[:, 2].mT if c.adaptive_q else None
         if c.qk_l2norm:
             k, q = l2norm(k), None if q is None else l2norm(q)
-        eta = eta_gate(out.scalar[..., 0], self.biases[0], c)
-        alpha = torch.sigmoid(out.scalar[..., 1] + self.biases[1]) if c.retention else None
+        eta = eta_gate(out.scalar[:, 0], self.biases[0], c)
+        alpha = torch.sigmoid(out.scalar[:, 1] + self.biases[1]) if c.retention else None
         return Tokens(self._rounded(k), self._rounded(v), eta, alpha, beta), q
 
     def _rounded(self, t: Tensor) -> Tensor:
         return t.to(self.dtype).to(self.master)
 
     def _read_memory(self, q: Tensor) -> Tensor:
-        return read(self._rounded(q), self.memory_w, self.memory_layout, self.config.activation, self.dtype).full[:, 0]
+        return read(self._rounded(q).mT, self.memory_w, self.memory_layout, self.config.activation, self.dtype).full[:, 0].mT
 
     def _adaptive_q(self, x: Tensor) -> Tensor:
         """q = norm(M_q(x)) under grad while every other production is a constant."""
-        q = read(x.to(self.master), self.other_w, self.other_layout, self.config.activation, self.dtype).full[:, 2]
+        q = read(x.to(self.master).mT, self.other_w, self.other_layout, self.config.activation, self.dtype).full[:, 2].mT
         return l2norm(q) if self.config.qk_l2norm else q
 
     # -- the loop ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""One layer on the CPU beside the token loop of the PyPI package nested-learning 0.2.0, and beside the machine's own GEMM.
+
+    python -m benchmarks.bench_cpu [--rounds 5] [--out benchmarks/results/cpu.json]
+
+B = 1, T = 512, fp32. "same" is the preset ``nested_learning`` with the package's weights: the same function, outputs compared. "default" is the
+default configuration, which does more (output projection, gate, target norm, step clip). Each round times a GEMM of 1024^3, ours, and the
+package, in turn; figures are medians over the rounds, with minimum and maximum. FLOPs by the count H (c D N + 10 C N + 2 C D + 2 C^2) + 8 d^2
+per token, c = 80, or 70 for "same" (no deviation from a base, no target norm; projections 2 d^2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+
+import torch
+
+from hope_kernels import SelfModifyingTitans, TitansConfig
+
+from .machine import machine, write_json
+
+RESULT = os.path.join(os.path.dirname(__file__), "results", "cpu.json")
+CASES = ((64, 16), (256, 16), (256, 64))
+T = 512
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def timed(f) -> float:
+    began = time.perf_counter()
+    f()
+    return time.perf_counter() - began
+
+
+def gemm_rate(n: int = 1024, repeats: int = 4) -> float:
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    return repeats * 2 * n**3 / timed(lambda: [a @ b for _ in range(repeats)])
+
+
+def flops(d: int, chunk: int, same: bool) -> float:
+    """Per token, one head of width d with d hidden units."""
+    memories = (70 if same else 80) * d * d + 10 * chunk * d + 2 * chunk * d + 2 * chunk**2
+    return memories + (2 if same else 8) * d * d
+
+
+def copy_weights(layer: SelfModifyingTitans, wheel) -> None:
+    """The package's weights in our layer (one head)."""
+    with torch.no_grad():
+        layer.conv.copy_(wheel.local_conv.weight[:, 0])
+        layer.q_proj.weight.copy_(wheel.w_q.weight)
+        for name in layer.layout.names:
+            theirs = getattr(wheel, f"m_{name}")
+            for part, ours in layer.memory_init(name).items():
+                ours[0].copy_(getattr(theirs, part).weight)
+
+
+def case(d: int, chunk: int, rounds: int) -> dict:
+    from nested_learning.titan.self_modifying import SelfModifyingTitans as Package
+    from nested_learning.titan.self_modifying import SelfModifyingTitansConfig as PackageConfig
+
+    torch.manual_seed(0)
+    x = torch.randn(1, T, d)
+    package = Package(PackageConfig(d, chunk_size_other=chunk, chunk_size_memory=chunk))
+    same = SelfModifyingTitans(TitansConfig.preset("nested_learning", d_model=d, chunk_memory=chunk, chunk_other=chunk))
+    copy_weights(same, package)
+    default = SelfModifyingTitans(TitansConfig(d, chunk_memory=chunk, chunk_other=chunk))
+
+    def theirs():
+        return package.forward_with_updates(x, package.init_fast_state())[0]
+
+    with torch.no_grad():
+        ours_out, their_out = same(x)[0], theirs()
+        error = float((ours_out - their_out).norm() / their_out.norm())
+        if error > 1e-4:
+            raise RuntimeError(f"d={d} chunk={chunk}: outputs differ by {error:.1e}; no speed is reported for a wrong result")
+        default(x)
+        seen: dict[str, list[float]] = {k: [] for k in ("gemm", "same", "default", "package", "ratio", "ratio_default", "fraction", "fraction_default")}
+        for _ in range(rounds):
+            rate = gemm_rate()
+            ours = min(timed(lambda: same(x)) for _ in range(3))
+            full = min(timed(lambda: default(x)) for _ in range(3))
+            loop = timed(theirs)
+            for key, value in (
+                ("gemm", rate / 1e9), ("same", T / ours), ("default", T / full), ("package", T / loop), ("ratio", loop / ours),
+                ("ratio_default", loop / full), ("fraction", T * flops(d, chunk, True) / ours / rate),
+                ("fraction_default", T * flops(d, chunk, False) / full / rate),
+            ):
+                seen[key].append(value)
+    return {"dim": d, "chunk": chunk, "T": T, "relative_error": error, **{k: spread(v) for k, v in seen.items()}}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--out", default=RESULT)
+    args = p.parse_args()
+    result = {"what": __doc__.split("\n")[0], "machine": machine(), "peer": "nested-learning 0.2.0", "cases": []}
+    print(f"{'dim':>5}{'chunk':>6}{'ours tok/s':>12}{'default':>10}{'package':>9}{'ratio':>8}{'of GEMM':>9}{'default':>9}{'GEMM GF/s':>11}{'error':>9}")
+    for d, chunk in CASES:
+        c = case(d, chunk, args.rounds)
+        result["cases"].append(c)
+        result["geometric_mean_ratio"] = math.exp(statistics.fmean(math.log(c["ratio"]["median"]) for c in result["cases"]))
+        write_json(args.out, result)
+        m = {k: v["median"] for k, v in c.items() if isinstance(v, dict)}
+        print(f"{d:5}{chunk:6}{m['same']:12.0f}{m['default']:10.0f}{m['package']:9.0f}{m['ratio']:8.1f}{m['fraction']:9.0%}"
+              f"{m['fraction_default']:9.0%}{m['gemm']:11.1f}{c['relative_error']:9.1e}")
+    print(f"geometric mean of the ratios: {result['geometric_mean_ratio']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
