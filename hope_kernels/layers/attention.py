@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,63 @@ class AttentionState(State):
     """Keys and values of B sequences: k, v [B, capacity, Hkv, D], input dtype, keys already rotated.
 
     Row b holds the tokens base[b] .. pos[b]-1 in its slots 0 .. pos[b]-base[b]-1; slots behind them hold no meaning. The buffers are
-    append-only: a slot that counts is never written again, a fuller or shorter cache is new storage. So ``snapshot`` copies nothing.
+    append-only: a slot that any state counts is never written again, a fuller or shorter cache is new storage. So ``snapshot`` and
+    ``detach`` copy nothing, and both sides may be read on, in any mode: ``filled[b]``, the slots of row b ever written, is one list
+    for all states on a storage, and a state that does not end there appends to new storage. ``clone`` and ``select`` copy.
     """
 
     k: Tensor
     v: Tensor
     base: Counters
+    filled: list[int] | None = field(default=None, repr=False, kw_only=True)
 
     ACTIVATIONS = frozenset({"k", "v"})
 
+    def __post_init__(self) -> None:
+        if self.filled is None:
+            self.filled = self.used()
+
+    def _fields(self):
+        # filled says nothing about the sequences: no file, cast or row selection knows it
+        return [(n, v) for n, v in super()._fields() if n != "filled"]
+
+    def _mapped(self, tensor, counters):
+        return super()._mapped(tensor, counters)._on_storage_of(self)
+
+    def to(self, device=None, dtype: torch.dtype | None = None):
+        return super().to(device, dtype)._on_storage_of(self)
+
+    def _on_storage_of(self, source: AttentionState):
+        """Made from ``source``: shares its ``filled`` exactly where it shares the storage."""
+        if self.k.numel() == 0 or self.k.data_ptr() != source.k.data_ptr():
+            self.filled = self.used()
+        return self
+
     def used(self) -> list[int]:
+        """Slots that count, per row."""
         return [p - b for p, b in zip(self.pos, self.base)]
 
+    def diverged(self, lengths: list[int]) -> bool:
+        """Whether another state has written a slot that ``lengths`` more tokens would take."""
+        return any(n and u != f for n, u, f in zip(lengths, self.used(), self.filled))
+
     def snapshot(self):
-        """Shares the storage. It may be read on from (in grad mode, which appends elsewhere), not advanced beside the original."""
+        """The state as it is now, in O(B): it shares the storage; either side may be read on."""
         return replace(self, pos=Counters(self.pos), base=Counters(self.base))
+
+    def compact(self):
+        """The same sequences in storage of exactly the slots that count (zero behind a shorter row): what a file needs."""
+        used = self.used()
+        width = max([0, *used])
+        counted = _before(used, width, self.k.device)
+
+        def cut(t: Tensor) -> Tensor:
+            return torch.where(counted, t[:, :width], 0.0)
+
+        return replace(self.snapshot(), k=cut(self.k), v=cut(self.v), filled=None)
+
+    def save(self, path) -> None:
+        State.save(self.compact(), path)
 
     def merge(self, other, rows: list[bool]):
         """Of two states of one history: the storage of ``other``, the later one, which holds the tokens of both."""
@@ -43,7 +85,7 @@ class AttentionState(State):
 
     def assign(self, new):
         """By reference: a snapshot may share the old storage."""
-        self.pos[:], self.base[:], self.k, self.v = new.pos, new.base, new.k, new.v
+        self.pos[:], self.base[:], self.k, self.v, self.filled = new.pos, new.base, new.k, new.v, new.filled
         return self
 
 
@@ -81,9 +123,15 @@ class CausalAttention(nn.Module):
         self, x: Tensor, state: AttentionState | None = None, lengths=None, update: bool = True, backend: str | None = None,
         *, check_finite: bool = False,
     ) -> tuple[Tensor, AttentionState]:
-        """Reads T tokens per row: x [B, T, d_model] -> y [B, T, d_model]; arguments and errors as in ``SelfModifyingTitans.forward``.
+        """Reads T tokens per row and caches their keys and values.
 
-        ``backend`` is accepted for that layer's sake; attention is PyTorch's scaled_dot_product_attention.
+        x: [B, T, d_model], the layer's dtype. state: from ``init_state``, an earlier call or a file; None starts new sequences.
+        lengths: [B] ints or tensor, tokens of each row that count (right padding); padded outputs are zero. update=False: a pure
+        read, the state stays as it is. check_finite: refuse an x with NaN or infinities (one sync on a device). ``backend`` is
+        accepted for the other mixers' sake; attention is PyTorch's scaled_dot_product_attention.
+        Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself, advanced in place; in
+        grad mode a new one that carries the graph. An error leaves the given state as it was.
+        Raises ValueError for wrong shapes, dtypes, lengths, values or a state of another configuration, TypeError for non-tensors.
         """
         name = "CausalAttention"
         weight = self.k_proj.weight
@@ -108,34 +156,40 @@ class CausalAttention(nn.Module):
     ) -> tuple[Tensor, AttentionState]:
         """``forward`` without its checks. Without a graph, new keys are appended to the given storage, behind all that counts.
 
-        constant_memory: the graph runs through this call's keys and values; the returned state is detached.
+        constant_memory: the graph runs through this call's keys and values; those from before are constants if ``state`` is
+        detached, and the returned state is detached.
         """
         T = x.shape[1]
         if not any(lengths):
-            return torch.zeros_like(x), state
+            return torch.zeros_like(x), state.snapshot() if update else state
+        valid = _before(lengths, T, x.device).squeeze(-1) if min(lengths) < T else None
+        if valid is not None:
+            # a NaN in the padding would reach the weights' gradients, as 0 * NaN
+            x = torch.where(valid, x, 0.0)
         q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
         cos, sin = self._rotation(state.pos, T, x)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        used = state.used()
-        graph = torch.is_grad_enabled()
+        used, graph = state.used(), torch.is_grad_enabled()
         new = state
-        if graph or not update:
-            keys, values = _appended(state.k, k, used, lengths), _appended(state.v, v, used, lengths)
-            if update and not constant_memory:
-                new = replace(state, k=keys, v=values)
-        if update and (not graph or constant_memory):
+        # a replay (constant_memory from a snapshot) stores nothing: its state is what the graph holds anyway
+        stores = update and (not graph or constant_memory) and not (constant_memory and state.diverged(lengths))
+        if stores:
             with torch.no_grad():
-                new = self._stored(state, k.detach(), v.detach(), used, lengths)
-            if not graph:
-                # new storage may start at a later token
-                keys, values, used = new.k, new.v, new.used()
-        y = self._attend(q, keys, values, used, lengths)
-        y = self.o_proj(y.flatten(2))
-        if min(lengths, default=T) < T:
-            y = torch.where((torch.arange(T, device=x.device) < torch.tensor(lengths, device=x.device).unsqueeze(1)).unsqueeze(-1), y, 0.0)
-        if not update:
-            return y, state
-        return y, replace(new, pos=Counters(p + n for p, n in zip(state.pos, lengths)), base=Counters(new.base))
+                new = self._stored(state, k.detach(), v.detach(), lengths)
+        if stores and not graph and new.base == state.base:
+            keys, values = new.k, new.v
+        else:
+            keys, values = _appended(state.k, k, used, lengths), _appended(state.v, v, used, lengths)
+        pos = Counters(p + n for p, n in zip(state.pos, lengths))
+        if update and not stores:
+            kept = (keys.detach(), values.detach()) if constant_memory else (keys, values)
+            # full: backward needs keys and values as they are, behind a shorter row too
+            full = [keys.shape[1]] * len(pos)
+            new = self._trimmed(replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full))
+        y = self.o_proj(self._attend(q, keys, values, used, lengths).flatten(2))
+        if valid is not None:
+            y = torch.where(valid, y, 0.0)
+        return y, replace(new, pos=pos, base=Counters(new.base)) if update else state
 
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (-1, self.head_dim))
@@ -151,61 +205,94 @@ class CausalAttention(nn.Module):
         angle = (at.unsqueeze(-1) * rate).unsqueeze(2)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def _stored(self, state: AttentionState, k: Tensor, v: Tensor, used: list[int], lengths: list[int]) -> AttentionState:
-        """The cache with k, v appended, in the given storage where it has room."""
-        need = max((u + n for u, n in zip(used, lengths)), default=0)
-        if state.k.is_inference() and not torch.is_inference_mode_enabled():
-            state = replace(state, k=state.k.clone(), v=state.v.clone())
-        if need > state.k.shape[1]:
-            state = self._fitted(state, used, lengths)
-            used = state.used()
-        rows, slots, tokens = _places(used, lengths, k.device)
-        state.k[rows, slots] = k[rows, tokens]
-        state.v[rows, slots] = v[rows, tokens]
+    @property
+    def _keep(self) -> int | None:
+        """Tokens a row may still need: the window, and one segment, by which a learning model may go back. None: all."""
+        return None if self.config.window is None else self.config.window + self.config.segment
+
+    def _stored(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
+        """The cache with k, v appended: in the given storage where nobody else has written on and it has room, else in new storage."""
+        used, frozen = state.used(), state.k.is_inference() and not torch.is_inference_mode_enabled()
+        room = max(u + n for u, n in zip(used, lengths) if n) <= state.k.shape[1]
+        if not room or frozen or state.k.requires_grad or state.diverged(lengths):
+            return self._renewed(state, k, v, lengths)
+        state.filled[:] = [u + n if n else f for u, n, f in zip(used, lengths, state.filled)]
+        if _uniform(used, lengths):
+            u, n = used[0], lengths[0]
+            state.k[:, u : u + n], state.v[:, u : u + n] = k[:, :n], v[:, :n]
+        else:
+            rows, slots, tokens = _places(used, lengths, k.device)
+            state.k[rows, slots], state.v[rows, slots] = k[rows, tokens], v[rows, tokens]
         return state
 
-    def _fitted(self, state: AttentionState, used: list[int], lengths: list[int]) -> AttentionState:
-        """New storage with room for this call and as much again; with a window, without the tokens that nothing can reach any more."""
-        drop = [0] * len(used)
-        if self.config.window is not None:
-            # a learning model may go back by one segment
-            keep = self.config.window + self.config.segment
-            drop = [max(u - keep, 0) for u in used]
-        need = max(u - d + n for u, d, n in zip(used, drop, lengths))
-        capacity = max(64, need + (need if self.config.window is None else max(self.config.window, max(lengths))))
+    def _renewed(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
+        """New storage with room for as much again; with a window, without the tokens that nothing can reach any more.
 
-        def moved(t: Tensor) -> Tensor:
-            fresh = t.new_zeros(t.shape[0], capacity, *t.shape[2:])
-            for b, (u, d) in enumerate(zip(used, drop)):
-                fresh[b, : u - d] = t[b, d:u]
+        The result's ``pos`` is not yet advanced.
+        """
+        used = state.used()
+        total = [u + n for u, n in zip(used, lengths)]
+        first = [0 if self._keep is None else max(t - self._keep, 0) for t in total]
+        capacity = max(64, 2 * max(t - f for t, f in zip(total, first)))
+        spans = list(zip(range(len(used)), used, lengths, first))
+        if _uniform(used, lengths):
+            spans = [(slice(None), *spans[0][1:])]
+
+        def moved(old: Tensor, new: Tensor) -> Tensor:
+            fresh = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
+            for b, u, n, f in spans:
+                kept = max(u - f, 0)
+                fresh[b, :kept] = old[b, u - kept : u]
+                fresh[b, kept : u + n - f] = new[b, max(f - u, 0) : n]
             return fresh
 
-        return replace(state, k=moved(state.k), v=moved(state.v), base=Counters(b + d for b, d in zip(state.base, drop)))
+        base, filled = Counters(b + f for b, f in zip(state.base, first)), [t - f for t, f in zip(total, first)]
+        return replace(state, k=moved(state.k, k), v=moved(state.v, v), base=base, filled=filled)
+
+    def _trimmed(self, state: AttentionState) -> AttentionState:
+        """Differentiable: with a window, a cache of more than twice what may be needed becomes new storage without the rest."""
+        if self._keep is None or state.k.shape[1] <= max(64, 2 * self._keep):
+            return state
+        return self._renewed(state, state.k[:, :0], state.v[:, :0], [0] * state.batch)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, used: list[int], lengths: list[int]) -> Tensor:
         """q [B, T, H, D] against slots of k, v [B, S, Hkv, D]; query t of row b stands at slot used[b] + t."""
         T, window = q.shape[1], self.config.window
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         grouped = self.config.num_kv_heads != self.config.num_heads
-        level = len(set(used)) == 1
-        if level and used[0] == 0 and T <= k.shape[2] and (window is None or T <= window):
+        if not any(used) and T <= k.shape[2] and (window is None or T <= window):
             return F.scaled_dot_product_attention(q, k[:, :, :T], v[:, :, :T], is_causal=True, enable_gqa=grouped).transpose(1, 2)
-        start = torch.tensor(used, device=q.device).view(-1, 1, 1)
         # padding looks where the row's last token does: a query that sees nothing would be NaN
-        last = torch.tensor([max(u + n - 1, 0) for u, n in zip(used, lengths)], device=q.device).view(-1, 1, 1)
+        ends = [max(u + n, 1) for u, n in zip(used, lengths)]
+        same = _uniform(used, lengths) and lengths[0] == T
+        if same:
+            used, ends = used[:1], ends[:1]
+        start, last = (torch.tensor(i, device=q.device).view(-1, 1, 1) for i in (used, [e - 1 for e in ends]))
         parts = []
         for a in range(0, T, BLOCK):
             b = min(a + BLOCK, T)
-            low = max(0, min(u + min(a, n - 1 if n else 0) for u, n in zip(used, lengths)) - window + 1) if window is not None else 0
-            high = min(max(used) + b, k.shape[2])
-            place = (start + torch.arange(a, b, device=q.device).view(1, -1, 1)).minimum(last)
-            slot = torch.arange(low, high, device=q.device)
-            seen = slot <= place
-            if window is not None:
-                seen = seen & (slot > place - window)
+            low = 0 if window is None else max(0, min(min(u + a, e - 1) for u, e in zip(used, ends)) - window + 1)
+            high = max(min(u + b, e) for u, e in zip(used, ends))
+            seen = None
+            if not (same and b - a == 1):
+                place = (start + torch.arange(a, b, device=q.device).view(1, -1, 1)).minimum(last)
+                slot = torch.arange(low, high, device=q.device)
+                seen = slot <= place
+                if window is not None:
+                    seen = seen & (slot > place - window)
+                seen = seen.unsqueeze(1)
             parts.append(F.scaled_dot_product_attention(
-                q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], attn_mask=seen.unsqueeze(1), enable_gqa=grouped))
+                q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], attn_mask=seen, enable_gqa=grouped))
         return torch.cat(parts, 2).transpose(1, 2)
+
+
+def _uniform(used: list[int], lengths: list[int]) -> bool:
+    return len(set(used)) == 1 and len(set(lengths)) == 1
+
+
+def _before(counts: list[int], width: int, device) -> Tensor:
+    """[B, width, 1, 1], true at the first counts[b] places of row b."""
+    return (torch.arange(width, device=device) < torch.tensor(counts, device=device).unsqueeze(1))[..., None, None]
 
 
 def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -224,9 +311,11 @@ def _places(used: list[int], lengths: list[int], device) -> tuple[Tensor, Tensor
 
 def _appended(old: Tensor, new: Tensor, used: list[int], lengths: list[int]) -> Tensor:
     """Out of place: old's counted slots followed by new's counted tokens, per row; differentiable in both."""
-    if len(set(used)) == 1 and len(set(lengths)) == 1:
+    if _uniform(used, lengths):
         return torch.cat([old[:, : used[0]], new[:, : lengths[0]]], 1)
     width = max((u + n for u, n in zip(used, lengths)), default=0)
     padded = F.pad(old[:, :width], (0, 0, 0, 0, 0, max(width - old.shape[1], 0)))
+    # what an abandoned call left behind may be NaN, and 0 * NaN is
+    padded = torch.where(_before(used, width, old.device), padded, 0.0)
     rows, slots, tokens = _places(used, lengths, old.device)
     return padded.index_put((rows, slots), new[rows, tokens])

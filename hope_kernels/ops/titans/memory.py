@@ -176,7 +176,7 @@ def clock_terms(config: TitansConfig, k: Tensor, eta: Tensor, alpha: Tensor | No
         Kt = R[:, :C, :1] * X
         Ks = None if beta is None else -D[:, :C, :1] * X
     gram2 = gram * gram if config.step_clip else None
-    return Clock(k, eta, gram2, R[:, C:, :1], step_end, Kt, Ks, Kg, c_end, beta_end, beta_tail, eta_outside)
+    return Clock(k, eta, gram2, R[:, C:, :1], step_end, Kt, Ks, Kg, c_end, beta_end, beta_tail, eta_outside and beta is not None)
 
 
 class Errors(NamedTuple):

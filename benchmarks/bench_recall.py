@@ -1,0 +1,164 @@
+"""In-context recall: can the memory bring back, after its chunk has closed, what a sequence told it once, twice, or corrected?
+
+    python -m benchmarks.bench_recall [--only NAME ...] [--resume] [--out benchmarks/results/recall.json]
+
+A sequence is 28 pairs (key, value), 8 fillers, then one query per key. Of its 20 distinct keys 12 are told once, 4 twice with one value, 4
+twice with two values (the newer counts); the order is random. Pairs and fillers are 64 tokens, so every chunk of 16 or 64 has closed when the
+queries begin. At a query the model sees the key and must name the value (then it sees the value). Keys and values are drawn anew for every
+sequence from 64 keys and 64 values, so nothing about a pair can be stored in the weights: chance is 1/64.
+
+The model is one block: a self-modifying layer and an MLP, trained from scratch by AdamW on fresh sequences for a fixed number of steps. The
+table runs chunk 16/64, step_clip on/off, dgd on/off; the default has three seeds. JSON after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+
+from .machine import machine, write_json
+
+RESULT = os.path.join(os.path.dirname(__file__), "results", "recall.json")
+KEYS = VALUES = 64
+ONCE, REPEATED, UPDATED = 12, 4, 4
+DISTINCT = ONCE + REPEATED + UPDATED
+TOLD = 64  # tokens before the first query
+FILLER, VOCAB = KEYS + VALUES, KEYS + VALUES + 1
+KINDS = ("once", "repeated", "updated")
+
+
+def batch(size: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids [B, 104]; positions [20] at which a query's key stands; kind [B, 20] of each query (0 once, 1 repeated, 2 updated)."""
+    keys = torch.rand(size, KEYS, generator=g).argsort(1)[:, :DISTINCT]
+    values = KEYS + torch.randint(0, VALUES, (size, 2, DISTINCT), generator=g)
+    first, second = torch.arange(DISTINCT), torch.arange(ONCE, DISTINCT)
+    index = torch.cat([first, second]).expand(size, -1)
+    late = torch.cat([torch.zeros(DISTINCT), torch.ones(REPEATED + UPDATED)]).long().expand(size, -1)
+    order = torch.rand(size, index.shape[1], generator=g)
+    # of two tellings of one key the second comes later
+    low, high = torch.minimum(order[:, ONCE:DISTINCT], order[:, DISTINCT:]), torch.maximum(order[:, ONCE:DISTINCT], order[:, DISTINCT:])
+    order = torch.cat([order[:, :ONCE], low, high], 1).argsort(1)
+    index, late = index.gather(1, order), late.gather(1, order)
+    newer = torch.where(torch.arange(DISTINCT) >= ONCE + REPEATED, values[:, 1], values[:, 0])
+    told = torch.where(late == 1, newer.gather(1, index), values[:, 0].gather(1, index))
+    pairs = torch.stack([keys.gather(1, index), told], -1).flatten(1)
+    filler = torch.full((size, TOLD - pairs.shape[1]), FILLER)
+    asked = torch.rand(size, DISTINCT, generator=g).argsort(1)
+    queries = torch.stack([keys.gather(1, asked), newer.gather(1, asked)], -1).flatten(1)
+    kind = (asked >= ONCE).long() + (asked >= ONCE + REPEATED).long()
+    return torch.cat([pairs, filler, queries], 1), TOLD + 2 * torch.arange(DISTINCT), kind
+
+
+def build(args, chunk: int, step_clip: bool, dgd: bool) -> HopeForCausalLM:
+    d = args.d_model
+    titans = TitansConfig(d, args.heads, hidden_mult=args.hidden_mult, chunk_memory=chunk, chunk_other=chunk, step_clip=step_clip, dgd=dgd,
+                          alpha_bias=args.alpha_bias, eta_bias=args.eta_bias, eta_scale=args.eta_scale, in_proj=True)
+    cms = CMSConfig(d, (1024,), expansion=2.0, lr=0.0)
+    return HopeForCausalLM(HopeConfig(VOCAB, d, args.layers, titans=titans, cms=cms))
+
+
+def accuracy(model, g: torch.Generator, sequences: int = 640) -> dict:
+    """Share of right answers by kind; 640 sequences are 7680 queries of keys told once, 2560 of each other kind."""
+    right, total = torch.zeros(3), torch.zeros(3)
+    with torch.no_grad():
+        for _ in range(sequences // 64):
+            ids, at, kind = batch(64, g)
+            hit = (model(ids)[0][:, at].argmax(-1) == ids[:, at + 1]).float()
+            for i in range(3):
+                right[i] += hit[kind == i].sum()
+                total[i] += (kind == i).sum()
+    return {name: float(r / t) for name, r, t in zip(KINDS, right, total)}
+
+
+def train(args, chunk: int, step_clip: bool, dgd: bool, seed: int) -> dict:
+    torch.manual_seed(seed)
+    model = build(args, chunk, step_clip, dgd)
+    fast = [p for n, p in model.named_parameters() if "bias" in n]
+    rest = [p for n, p in model.named_parameters() if "bias" not in n]
+    optimizer = torch.optim.AdamW([{"params": rest}, {"params": fast}], lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [args.lr, 3 * args.lr], total_steps=args.steps, pct_start=0.1)
+    g = torch.Generator().manual_seed(seed)
+    curve, began = [], time.perf_counter()
+    with tqdm(range(args.steps), desc=f"chunk {chunk} clip {step_clip} dgd {dgd} seed {seed}") as bar:
+        for step in bar:
+            ids, at, _ = batch(args.batch, g)
+            logits, _ = model(ids[:, :-1])
+            loss = F.cross_entropy(logits[:, at].flatten(0, 1), ids[:, at + 1].flatten())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 50 == 0 or step == args.steps - 1:
+                curve.append([step, round(loss.item(), 4)])
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    seconds = time.perf_counter() - began
+    return {"chunk": chunk, "step_clip": step_clip, "dgd": dgd, "seed": seed, "steps": args.steps, "seconds": seconds, "loss_curve": curve,
+            "accuracy": accuracy(model.eval(), torch.Generator().manual_seed(10_000 + seed))}
+
+
+def runs():
+    """(name, chunk, step_clip, dgd, seed) of the table."""
+    for seed in (0, 1, 2):
+        yield "default", 16, True, True, seed
+    for chunk in (16, 64):
+        for clip in (True, False):
+            for dgd in (True, False):
+                if (chunk, clip, dgd) != (16, True, True):
+                    yield f"chunk{chunk}{'' if clip else '-noclip'}{'' if dgd else '-nodgd'}", chunk, clip, dgd, 0
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--steps", type=int, default=600)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--d-model", type=int, default=64)
+    p.add_argument("--heads", type=int, default=1)
+    p.add_argument("--layers", type=int, default=1)
+    p.add_argument("--hidden-mult", type=int, default=1)
+    p.add_argument("--lr", type=float, default=4e-3)
+    p.add_argument("--weight-decay", type=float, default=0.01)
+    p.add_argument("--alpha-bias", type=float, default=8.0)
+    p.add_argument("--eta-bias", type=float, default=0.0)
+    p.add_argument("--eta-scale", type=float, default=0.5)
+    p.add_argument("--only", nargs="+", help="names of the table's rows")
+    p.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
+    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--resume", action="store_true", help="keep the runs that the JSON already has")
+    p.add_argument("--out", default=RESULT)
+    args = p.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = {k: v for k, v in vars(args).items() if k not in ("only", "seeds", "resume", "out", "threads")}
+    result = {"what": __doc__.split("\n")[0], "chance": 1 / VALUES, "recipe": recipe, "machine": machine(), "runs": []}
+    if args.resume and os.path.exists(args.out):
+        with open(args.out) as f:
+            kept = json.load(f)
+        if kept["recipe"] == recipe:
+            result["runs"] = kept["runs"]
+    done = {(r["name"], r["seed"]) for r in result["runs"]}
+    for name, chunk, clip, dgd, seed in runs():
+        if (name, seed) in done or (args.only and name not in args.only) or (args.seeds and seed not in args.seeds):
+            continue
+        result["runs"].append({"name": name, **train(args, chunk, clip, dgd, seed)})
+        write_json(args.out, result)
+    print(f"{'':24}{'once':>8}{'repeated':>10}{'updated':>9}")
+    for r in result["runs"]:
+        a = r["accuracy"]
+        print(f"{r['name'] + ' seed ' + str(r['seed']):24}{a['once']:8.3f}{a['repeated']:10.3f}{a['updated']:9.3f}   {r['seconds']:.0f} s")
+    default = [r["accuracy"] for r in result["runs"] if r["name"] == "default"]
+    if len(default) > 1:
+        print(f"{'default, mean':24}" + "".join(f"{statistics.fmean(a[k] for a in default):{w}.3f}" for k, w in zip(KINDS, (8, 10, 9))))
+
+
+if __name__ == "__main__":
+    main()

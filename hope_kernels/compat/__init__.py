@@ -1,0 +1,1 @@
+"""Drop-in replacements for other packages' classes: their names, checkpoints and per-call semantics on this engine."""

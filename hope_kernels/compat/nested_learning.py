@@ -1,0 +1,305 @@
+"""The class ``SelfModifyingTitans`` of the PyPI package nested-learning 0.2.0, on the closed-form chunk updates of this package.
+
+    from hope_kernels.compat.nested_learning import SelfModifyingTitans, SelfModifyingTitansConfig
+
+Same configuration, methods, state fields and state_dict keys; code and checkpoints of that package run by changing the import. Its per-call
+semantics are kept too: every call pads the convolution with zeros, counts chunks from its own first token and flushes the open chunk at its
+end, so here one call and two calls differ. ``hope_kernels.SelfModifyingTitans`` is the layer whose calls may be split anywhere.
+
+Writes: w <- w (alpha I - eta k k^T) - eta g for w2 and w_skip, w1 <- alpha w1 - eta g, g the gradient of |M(k) - M(v)|^2 (or -M(k).M(v)) at
+the chunk's start, or its momentum m <- momentum m + g. Source: Nested Learning eq 83-93.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import TitansConfig
+from ..ops.check import check_tensor
+from ..ops.titans.fast_weights import FastWeights, Layout
+from ..ops.titans.memory import clock_terms, read, write
+
+NAMES = ("k", "v", "q", "eta", "alpha", "memory")
+
+
+@dataclass(frozen=True)
+class SelfModifyingTitansConfig:
+    """Fields and defaults of the package's class. ``stopgrad_vhat=False`` and dim 1 are not served: ValueError."""
+
+    dim: int
+    eta_scale: float = 1e-3
+    chunk_size_other: int = 1
+    chunk_size_memory: int | None = None
+    objective: str = "l2"
+    stopgrad_vhat: bool = True
+    use_rank1_precond: bool = True
+    use_alpha: bool = True
+    momentum: float = 0.0
+    qk_l2_norm: bool = True
+    adaptive_q: bool = False
+    use_skip: bool = True
+    local_conv_window: int | None = 4
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.chunk_size_memory is None:
+            object.__setattr__(self, "chunk_size_memory", self.chunk_size_other)
+        for name in ("eta_scale", "chunk_size_other", "chunk_size_memory", "local_conv_window"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"SelfModifyingTitansConfig: {name} is {value!r}, expected a positive number")
+        if self.dim <= 1:
+            raise ValueError(f"SelfModifyingTitansConfig: dim is {self.dim!r}, expected an integer >= 2")
+        if self.objective not in ("l2", "dot"):
+            raise ValueError(f"SelfModifyingTitansConfig: objective is {self.objective!r}, expected 'l2' or 'dot'")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"SelfModifyingTitansConfig: momentum is {self.momentum!r}, expected a float in [0, 1)")
+        if not self.stopgrad_vhat:
+            raise ValueError("SelfModifyingTitansConfig: stopgrad_vhat is False; only targets held constant are supported")
+
+    def engine(self) -> TitansConfig:
+        """The same rule in this package's terms; chunks are counted by the class here."""
+        return TitansConfig.preset(
+            "nested_learning", d_model=self.dim, objective=self.objective, dgd=self.use_rank1_precond, retention=self.use_alpha,
+            momentum=self.momentum or None, qk_l2norm=self.qk_l2_norm, adaptive_q=self.adaptive_q, scalar_skip=self.use_skip,
+            eta_scale=self.eta_scale, conv_window=None,
+        )
+
+
+@dataclass
+class ResidualMLPMemoryState:
+    """One memory: w1 [out, N], w2 [N, dim], w_skip [1, dim] or None, and their momentum (None before its first use); with a leading
+    batch dimension once a batch has been read."""
+
+    w1: Tensor
+    w2: Tensor
+    w_skip: Tensor | None = None
+    m_w1: Tensor | None = None
+    m_w2: Tensor | None = None
+    m_w_skip: Tensor | None = None
+
+    def map(self, fn) -> ResidualMLPMemoryState:
+        return ResidualMLPMemoryState(**{f.name: None if (t := getattr(self, f.name)) is None else fn(t) for f in fields(self)})
+
+    def clone(self) -> ResidualMLPMemoryState:
+        return self.map(lambda t: t.detach().clone())
+
+
+@dataclass
+class SelfModifyingTitansState:
+    """Fast weights of all memories of a context."""
+
+    k: ResidualMLPMemoryState
+    v: ResidualMLPMemoryState
+    q: ResidualMLPMemoryState
+    eta: ResidualMLPMemoryState
+    alpha: ResidualMLPMemoryState
+    memory: ResidualMLPMemoryState
+
+    def clone(self) -> SelfModifyingTitansState:
+        return SelfModifyingTitansState(**{name: getattr(self, name).clone() for name in NAMES})
+
+
+class ResidualMLPMemory(nn.Module):
+    """Initial weights of one memory: M(z) = skip(z) + w1 gelu(w2 z)."""
+
+    def __init__(self, dim: int, out: int, use_skip: bool):
+        super().__init__()
+        self.w2 = nn.Linear(dim, dim, bias=False)
+        self.w1 = nn.Linear(dim, out, bias=False)
+        self.w_skip = nn.Linear(dim, out, bias=False) if use_skip and out != dim else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _evaluate(x, self.w1.weight, self.w2.weight, None if self.w_skip is None else self.w_skip.weight)
+
+
+def _evaluate(x: Tensor, w1: Tensor, w2: Tensor, w_skip: Tensor | None) -> Tensor:
+    """x [B, T, dim]; weights with or without a batch dimension."""
+    out = F.gelu(x @ w2.mT) @ w1.mT
+    if w_skip is not None:
+        return out + x @ w_skip.mT
+    return out + x if out.shape[-1] == x.shape[-1] else out
+
+
+class SelfModifyingTitans(nn.Module):
+    """The package's layer; see the module's docstring for what is kept of it."""
+
+    def __init__(self, config: SelfModifyingTitansConfig):
+        super().__init__()
+        self.config = config
+        d, window = config.dim, config.local_conv_window
+        self.local_conv = None if window is None else nn.Conv1d(d, d, window, groups=d, bias=False)
+        self.w_q = nn.Linear(d, d, bias=False)
+        for name in NAMES:
+            setattr(self, f"m_{name}", ResidualMLPMemory(d, 1 if name in ("eta", "alpha") else d, config.use_skip))
+
+    def init_fast_state(self) -> SelfModifyingTitansState:
+        """A new context: the initial weights, unbatched."""
+        def start(m: ResidualMLPMemory) -> ResidualMLPMemoryState:
+            skip = None if m.w_skip is None else m.w_skip.weight.detach().clone()
+            return ResidualMLPMemoryState(m.w1.weight.detach().clone(), m.w2.weight.detach().clone(), skip)
+
+        return SelfModifyingTitansState(**{name: start(getattr(self, f"m_{name}")) for name in NAMES})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reads x [B, T, dim] with the initial weights; differentiable, nothing is written."""
+        x = self._convolved(x)
+        return self.m_memory(self._unit(self.m_q(x) if self.config.adaptive_q else self.w_q(x)))
+
+    def forward_with_state(self, x: Tensor, state: SelfModifyingTitansState) -> Tensor:
+        """Reads x [B, T, dim] with the state's weights. Gradients reach x and, straight through the state, the initial weights."""
+        self._check(x)
+        state = self._batched(state, x.shape[0])
+        x = self._convolved(x)
+
+        def through(name: str, z: Tensor) -> Tensor:
+            fast, meta = getattr(state, name), getattr(self, f"m_{name}")
+
+            def joined(part: str) -> Tensor | None:
+                if getattr(fast, part) is None:
+                    return None
+                weight = getattr(meta, part).weight
+                return getattr(fast, part) + (weight - weight.detach())
+
+            return _evaluate(z, joined("w1"), joined("w2"), joined("w_skip"))
+
+        return through("memory", self._unit(through("q", x) if self.config.adaptive_q else self.w_q(x)))
+
+    @torch.no_grad()
+    def forward_with_updates(
+        self, x: Tensor, state: SelfModifyingTitansState, *, chunk_size_other: int | None = None, chunk_size_memory: int | None = None,
+    ) -> tuple[Tensor, SelfModifyingTitansState]:
+        """Reads and writes x [B, T, dim]: (outputs, state). A batched state is advanced in place; an unbatched one is expanded first.
+
+        Chunk sizes override the configuration's and need not divide each other. Raises ValueError for shapes and sizes.
+        """
+        self._check(x)
+        other = self.config.chunk_size_other if chunk_size_other is None else chunk_size_other
+        memory = self.config.chunk_size_memory if chunk_size_memory is None else chunk_size_memory
+        if other <= 0 or memory <= 0:
+            raise ValueError(f"forward_with_updates: chunk sizes are {other} and {memory}, expected positive integers")
+        state = self._batched(state, x.shape[0])
+        return _Call(self, self._convolved(x), state, other, memory).run(), state
+
+    @torch.no_grad()
+    def apply_updates_inplace(self, x: Tensor, *, chunk_size_other: int | None = None, chunk_size_memory: int | None = None) -> None:
+        """Reads x from the initial weights and makes what was learned, averaged over the batch, the new initial weights."""
+        _, state = self.forward_with_updates(
+            x, self.init_fast_state(), chunk_size_other=chunk_size_other, chunk_size_memory=chunk_size_memory
+        )
+        for name in NAMES:
+            if name == "q" and not self.config.adaptive_q or name == "alpha" and not self.config.use_alpha:
+                continue
+            meta, fast = getattr(self, f"m_{name}"), getattr(state, name)
+            for part in ("w1", "w2", "w_skip"):
+                if getattr(fast, part) is not None:
+                    getattr(meta, part).weight.copy_(getattr(fast, part).mean(0))
+
+    def _check(self, x: Tensor) -> None:
+        check_tensor("SelfModifyingTitans", "x", x, ("B", "T", self.config.dim))
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        if self.local_conv is None:
+            return x
+        return self.local_conv(F.pad(x.mT, (self.config.local_conv_window - 1, 0))).mT
+
+    def _unit(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=-1, eps=self.config.eps) if self.config.qk_l2_norm else z
+
+    def _batched(self, state: SelfModifyingTitansState, batch: int) -> SelfModifyingTitansState:
+        if state.k.w1.dim() == 2:
+            return SelfModifyingTitansState(**{
+                name: getattr(state, name).map(lambda t: t.detach().expand(batch, *t.shape).clone()) for name in NAMES
+            })
+        if state.k.w1.shape[0] != batch:
+            raise ValueError(f"SelfModifyingTitans: argument state has {state.k.w1.shape[0]} rows, expected {batch}")
+        return state
+
+
+class _Group:
+    """Memories that share a clock, stacked for the length of a call."""
+
+    def __init__(self, config: TitansConfig, names: tuple[str, ...], state: SelfModifyingTitansState, chunk: int):
+        self.config, self.layout, self.state, self.chunk = config, Layout.of(config, names), state, chunk
+        self.w = self._stack("")
+        self.s = None if config.momentum is None else self._stack("m_")
+        self.waiting: list[tuple] = []
+        self.own = False
+
+    def _stack(self, prefix: str) -> FastWeights:
+        def part(name: str, weight: str) -> Tensor:
+            memory = getattr(self.state, name)
+            found = getattr(memory, prefix + weight)
+            return torch.zeros_like(getattr(memory, weight)) if found is None else found
+
+        skips = [part(n, "w_skip") for n in self.layout.scalars] if self.layout.skip else []
+        w2 = torch.cat([part(n, "w2") for n in self.layout.names] + skips, 1)
+        w1 = torch.stack([part(n, "w1") for n in self.layout.full], 1)
+        w1s = torch.cat([part(n, "w1") for n in self.layout.scalars], 1) if self.layout.scalars else None
+        return FastWeights(w2, w1, w1s)
+
+    def unstack(self) -> None:
+        """The stacked weights back into the state's fields."""
+        for prefix, stacked in (("", self.w), ("m_", self.s)):
+            if stacked is None:
+                continue
+            for name in self.layout.names:
+                for part, value in self.layout.views(stacked, name).items():
+                    setattr(getattr(self.state, name), prefix + part, value.clone())
+
+    def commit(self) -> None:
+        if not self.waiting:
+            return
+        k, v, eta, alpha = (torch.cat(parts, 1) if parts[0] is not None else None for parts in zip(*self.waiting))
+        self.waiting = []
+        beta = None if self.s is None else torch.full_like(eta, self.config.momentum)
+        clock = clock_terms(self.config, k, eta, alpha, beta, eta_outside=True)
+        self.w, self.s = write(self.config, self.layout, self.w, self.w, self.s, clock, v, k.dtype, in_place=self.own)
+        self.own = True
+
+
+class _Call:
+    """One forward_with_updates over x [B, T, dim]."""
+
+    def __init__(self, layer: SelfModifyingTitans, x: Tensor, state: SelfModifyingTitansState, other: int, memory: int):
+        self.layer, self.x, self.config = layer, x, layer.config.engine()
+        names = self.config.memories
+        if other == memory:
+            self.groups = [_Group(self.config, names, state, other)]
+        else:
+            self.groups = [_Group(self.config, names[:1], state, memory), _Group(self.config, names[1:], state, other)]
+        self.layouts = Layout.of(self.config, names[:1]), Layout.of(self.config, names[1:])
+
+    def _weights(self) -> tuple[FastWeights, FastWeights]:
+        first = self.groups[0]
+        return (first.w, self.groups[1].w) if len(self.groups) > 1 else first.layout.split(first.w)
+
+    def _read(self, a: int, b: int) -> Tensor:
+        """Reads tokens a..b-1 with the weights in force and queues what they will write; returns o [B, b-a, dim]."""
+        c, layer, x = self.config, self.layer, self.x[:, a:b]
+        memory_w, other_w = self._weights()
+        out = read(x.mT, other_w, self.layouts[1], c.activation, x.dtype)
+        k, v = layer._unit(out.full[:, 0].mT), out.full[:, 1].mT
+        q = layer._unit(out.full[:, 2].mT if c.adaptive_q else layer.w_q(x))
+        eta = F.softplus(out.scalar[:, 0]) * c.eta_scale
+        alpha = torch.sigmoid(out.scalar[:, 1]) if c.retention else None
+        for group in self.groups:
+            group.waiting.append((k, v, eta, alpha))
+        return read(q.mT, memory_w, self.layouts[0], c.activation, x.dtype).full[:, 0].mT
+
+    def run(self) -> Tensor:
+        T, at, outputs = self.x.shape[1], 0, []
+        while at < T:
+            end = min([T] + [(at // g.chunk + 1) * g.chunk for g in self.groups])
+            outputs.append(self._read(at, end))
+            for group in self.groups:
+                if end % group.chunk == 0 or end == T:
+                    group.commit()
+            at = end
+        for group in self.groups:
+            group.unstack()
+        return torch.cat(outputs, 1)
