@@ -4,7 +4,7 @@
 
 A sequence is 28 pairs (key, value), 8 fillers, then one query per key. Of its 20 distinct keys 12 are told once, 4 twice with one value, 4
 twice with two values (the newer counts); the order is random. Pairs and fillers are 64 tokens, so every chunk of 16 or 64 has closed when the
-queries begin. At a query the model sees the key and must name the value (then it sees the value). Keys and values are drawn anew for every
+queries begin. Training starts on 6 and goes through 12 distinct keys to these 20. At a query the model sees the key and must name the value (then it sees the value). Keys and values are drawn anew for every
 sequence from 64 keys and 64 values, so nothing about a pair can be stored in the weights: chance is 1/64.
 
 The model is one block: a self-modifying layer and an MLP, trained from scratch by AdamW on fresh sequences for a fixed number of steps. The
@@ -29,33 +29,42 @@ from .machine import machine, write_json
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "recall.json")
 KEYS = VALUES = 64
-ONCE, REPEATED, UPDATED = 12, 4, 4
-DISTINCT = ONCE + REPEATED + UPDATED
-TOLD = 64  # tokens before the first query
 FILLER, VOCAB = KEYS + VALUES, KEYS + VALUES + 1
 KINDS = ("once", "repeated", "updated")
+STAGES = ((0.4, (4, 1, 1)), (0.2, (8, 2, 2)), (0.4, (12, 4, 4)))  # share of the steps; keys told once, repeated, updated
 
 
-def batch(size: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids [B, 104]; positions [20] at which a query's key stands; kind [B, 20] of each query (0 once, 1 repeated, 2 updated)."""
-    keys = torch.rand(size, KEYS, generator=g).argsort(1)[:, :DISTINCT]
-    values = KEYS + torch.randint(0, VALUES, (size, 2, DISTINCT), generator=g)
-    first, second = torch.arange(DISTINCT), torch.arange(ONCE, DISTINCT)
-    index = torch.cat([first, second]).expand(size, -1)
-    late = torch.cat([torch.zeros(DISTINCT), torch.ones(REPEATED + UPDATED)]).long().expand(size, -1)
+def batch(size: int, g: torch.Generator, chunk: int, counts: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids [B, T]; positions [n] at which a query's key stands; kind [B, n] of each query (0 once, 1 repeated, 2 updated)."""
+    once, repeated, updated = counts
+    distinct = sum(counts)
+    keys = torch.rand(size, KEYS, generator=g).argsort(1)[:, :distinct]
+    values = KEYS + torch.randint(0, VALUES, (size, 2, distinct), generator=g)
+    index = torch.cat([torch.arange(distinct), torch.arange(once, distinct)]).expand(size, -1)
+    late = torch.cat([torch.zeros(distinct), torch.ones(repeated + updated)]).long().expand(size, -1)
     order = torch.rand(size, index.shape[1], generator=g)
     # of two tellings of one key the second comes later
-    low, high = torch.minimum(order[:, ONCE:DISTINCT], order[:, DISTINCT:]), torch.maximum(order[:, ONCE:DISTINCT], order[:, DISTINCT:])
-    order = torch.cat([order[:, :ONCE], low, high], 1).argsort(1)
+    low, high = torch.minimum(order[:, once:distinct], order[:, distinct:]), torch.maximum(order[:, once:distinct], order[:, distinct:])
+    order = torch.cat([order[:, :once], low, high], 1).argsort(1)
     index, late = index.gather(1, order), late.gather(1, order)
-    newer = torch.where(torch.arange(DISTINCT) >= ONCE + REPEATED, values[:, 1], values[:, 0])
+    newer = torch.where(torch.arange(distinct) >= once + repeated, values[:, 1], values[:, 0])
     told = torch.where(late == 1, newer.gather(1, index), values[:, 0].gather(1, index))
     pairs = torch.stack([keys.gather(1, index), told], -1).flatten(1)
-    filler = torch.full((size, TOLD - pairs.shape[1]), FILLER)
-    asked = torch.rand(size, DISTINCT, generator=g).argsort(1)
+    start = -(-pairs.shape[1] // chunk) * chunk
+    filler = torch.full((size, start - pairs.shape[1]), FILLER)
+    asked = torch.rand(size, distinct, generator=g).argsort(1)
     queries = torch.stack([keys.gather(1, asked), newer.gather(1, asked)], -1).flatten(1)
-    kind = (asked >= ONCE).long() + (asked >= ONCE + REPEATED).long()
-    return torch.cat([pairs, filler, queries], 1), TOLD + 2 * torch.arange(DISTINCT), kind
+    kind = (asked >= once).long() + (asked >= once + repeated).long()
+    return torch.cat([pairs, filler, queries], 1), start + 2 * torch.arange(distinct), kind
+
+
+def stage(progress: float) -> tuple[int, int, int]:
+    """Counts of keys to train on at this share of the steps."""
+    for share, counts in STAGES:
+        if progress < share:
+            return counts
+        progress -= share
+    return STAGES[-1][1]
 
 
 def build(args, chunk: int, step_clip: bool, dgd: bool) -> HopeForCausalLM:
@@ -66,12 +75,12 @@ def build(args, chunk: int, step_clip: bool, dgd: bool) -> HopeForCausalLM:
     return HopeForCausalLM(HopeConfig(VOCAB, d, args.layers, titans=titans, cms=cms))
 
 
-def accuracy(model, g: torch.Generator, sequences: int = 640) -> dict:
+def accuracy(model, g: torch.Generator, chunk: int, sequences: int = 640) -> dict:
     """Share of right answers by kind; 640 sequences are 7680 queries of keys told once, 2560 of each other kind."""
     right, total = torch.zeros(3), torch.zeros(3)
     with torch.no_grad():
         for _ in range(sequences // 64):
-            ids, at, kind = batch(64, g)
+            ids, at, kind = batch(64, g, chunk, STAGES[-1][1])
             hit = (model(ids)[0][:, at].argmax(-1) == ids[:, at + 1]).float()
             for i in range(3):
                 right[i] += hit[kind == i].sum()
@@ -90,7 +99,7 @@ def train(args, chunk: int, step_clip: bool, dgd: bool, seed: int) -> dict:
     curve, began = [], time.perf_counter()
     with tqdm(range(args.steps), desc=f"chunk {chunk} clip {step_clip} dgd {dgd} seed {seed}") as bar:
         for step in bar:
-            ids, at, _ = batch(args.batch, g)
+            ids, at, _ = batch(args.batch, g, chunk, stage(step / args.steps))
             logits, _ = model(ids[:, :-1])
             loss = F.cross_entropy(logits[:, at].flatten(0, 1), ids[:, at + 1].flatten())
             optimizer.zero_grad(set_to_none=True)
@@ -103,7 +112,7 @@ def train(args, chunk: int, step_clip: bool, dgd: bool, seed: int) -> dict:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     seconds = time.perf_counter() - began
     return {"chunk": chunk, "step_clip": step_clip, "dgd": dgd, "seed": seed, "steps": args.steps, "seconds": seconds, "loss_curve": curve,
-            "accuracy": accuracy(model.eval(), torch.Generator().manual_seed(10_000 + seed))}
+            "accuracy": accuracy(model.eval(), torch.Generator().manual_seed(10_000 + seed), chunk)}
 
 
 def runs():
