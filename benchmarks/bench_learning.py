@@ -3,8 +3,8 @@
     python -m benchmarks.bench_learning --text FILE [--title NAME] [--bytes N] [--lr-scale 1.0 ...] [--out JSON]
 
 Reads the text once with the CMS frozen, once per --lr-scale (a factor on the model's own inner learning rates) learning from next-token
-loss, and once with the CMS frozen and the memories' writes switched off (eta_scale = 0): the same weights, three rules. Bits per byte over the
-whole text and over its last quarter. Results are appended to the JSON by title.
+loss, and once with the CMS frozen and the memories' writes switched off (eta_scale = 0): the same weights, three rules. Bits per byte
+over the whole text and over its last quarter. Results are added to the JSON by title.
 """
 
 from __future__ import annotations

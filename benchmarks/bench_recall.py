@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_recall [--only NAME ...] [--resume] [--out benchmarks/results/recall.json]
 
-A sequence is 28 pairs (key, value), 8 fillers, then one query per key. Of its 20 distinct keys 12 are told once, 4 twice with one value, 4
-twice with two values (the newer counts); the order is random. Pairs and fillers are 64 tokens, so every chunk of 16 or 64 has closed when the
-queries begin. Training starts on 6 and goes through 12 distinct keys to these 20. At a query the model sees the key and must name the value (then it sees the value). Keys and values are drawn anew for every
-sequence from 64 keys and 64 values, so nothing about a pair can be stored in the weights: chance is 1/64.
+A sequence is 28 pairs (key, value), 8 fillers, then one query per key. Of its 20 distinct keys 12 are told once, 4 twice with one
+value, 4 twice with two values (the newer counts); the order is random. Pairs and fillers are 64 tokens, so every chunk of 16 or 64 has
+closed when the queries begin. At a query the model sees the key and must name the value (then it sees the value). Keys and values are
+drawn anew for every sequence from 64 keys and 64 values, so nothing about a pair can be stored in the weights: chance is 1/64. Training
+starts on 6 and goes through 12 distinct keys to these 20.
 
 The model is one block: a self-modifying layer and an MLP, trained from scratch by AdamW on fresh sequences for a fixed number of steps. The
 table runs chunk 16/64, step_clip on/off, dgd on/off; the default has three seeds. JSON after every run.

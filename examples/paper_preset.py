@@ -33,7 +33,7 @@ def main() -> None:
         for chunk in (1, 16, 64):
             config = hk.TitansConfig.preset(name, d_model=64, num_heads=2, chunk_memory=chunk, chunk_other=chunk)
             bad = first_bad_token(config, text)
-            print(f"{name:8} chunk {chunk:3}: {'finite over ' + str(len(text)) + ' bytes' if bad is None else f'not finite from byte {bad}'}")
+            print(f"{name:8} chunk {chunk:3}: " + (f"finite over {len(text)} bytes" if bad is None else f"not finite from byte {bad}"))
 
 
 if __name__ == "__main__":

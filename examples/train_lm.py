@@ -166,7 +166,8 @@ def main() -> None:
     if args.heldout:
         text = open(args.heldout, "rb").read(100_000)
         reading = read(model, torch.tensor([list(text)], device=device))
-        print(f"held-out bits per byte ({len(text)} bytes, learning off): {float(reading.nats[0]) / math.log(2) / reading.predicted[0]:.4f}")
+        bits = float(reading.nats[0]) / math.log(2) / reading.predicted[0]
+        print(f"held-out bits per byte ({len(text)} bytes, learning off): {bits:.4f}")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,8 @@ class HopeConfig(_Config):
         _positive_int(w, "num_kv_heads", self.num_kv_heads)
         _require(self.num_heads % self.num_kv_heads == 0, w, "num_heads", self.num_heads, f"a multiple of num_kv_heads={self.num_kv_heads}")
         if self.mixer == "attention":
-            _require((self.d_model // self.num_heads) % 2 == 0, w, "d_model / num_heads", self.d_model // self.num_heads, "an even width (RoPE)")
+            width = self.d_model // self.num_heads
+            _require(width % 2 == 0, w, "d_model / num_heads", width, "an even width (RoPE)")
         if self.window is not None:
             _positive_int(w, "window", self.window)
         for field in ("rope_theta", "norm_eps"):

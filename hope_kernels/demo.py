@@ -56,7 +56,8 @@ def demo(count: int | None = None) -> int:
     text = held_out_text()[:count]
     ids = torch.tensor([list(text)], dtype=torch.long, device=device)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"model {name}: {parameters / 1e6:.2f} M parameters on {device}; text: John and Acts, {len(text)} bytes, held out of its training\n")
+    print(f"model {name}: {parameters / 1e6:.2f} M parameters on {device}")
+    print(f"text: John and Acts, {len(text)} bytes, held out of its training\n")
     results = {}
     with torch.no_grad():
         for learn in ("off", "next_token"):
@@ -83,5 +84,6 @@ def demo(count: int | None = None) -> int:
     words = bytes(text[-160:] + bytes(first[0].tolist()) + bytes(straight.tokens[0].tolist())).decode(errors="replace")
     print(f"\nthe end of the text and the continuation:\n{'-' * 60}\n{words}\n{'-' * 60}")
     same = torch.equal(straight.tokens, restored.tokens)
-    print(f"session saved ({size / 2**20:.1f} MB), restored from the file and continued: {'identical, token for token' if same else 'DIFFERENT'}")
+    verdict = "identical, token for token" if same else "DIFFERENT"
+    print(f"session saved ({size / 2**20:.1f} MB), restored from the file and continued: {verdict}")
     return 0 if same else 1

@@ -95,6 +95,7 @@ def generate(
     with torch.no_grad():
         reading = read(model, ids, state, lengths, learn, backend, piece, on_piece, check_finite)
         logits, state = reading.logits, reading.state
+        token = None
         rows: list[list[int]] = [[] for _ in range(B)]
         ended = [False] * B
         for n in range(max_new_tokens):
@@ -141,7 +142,7 @@ def _stop_ids(model, stop) -> list[int]:
     if isinstance(stop, str):
         stop = stop.encode()
     if isinstance(stop, bytes) and model.config.vocab_size != 256:
-        raise ValueError(f"generate: stop strings need a byte model (vocab_size 256), this one has {model.config.vocab_size}; pass token ids")
+        raise ValueError(f"generate: stop strings need a byte model (vocab_size 256, not {model.config.vocab_size}); pass token ids")
     if len(stop) == 0:
         raise ValueError("generate: argument stop has an empty entry")
     return [int(t) for t in stop]

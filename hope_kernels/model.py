@@ -90,8 +90,8 @@ class HopeForCausalLM(nn.Module):
         each row that count. learn: "off" reads with the CMS weights as they are; "next_token" refreshes every level from the
         model's own next-token loss at its period. Returns logits [B, T, vocab_size] (zero where padded) and the state: under
         no_grad the given one, advanced in place; in grad mode a new one.
-        Raises ValueError for ids out of range (on a device only with check_finite: looking costs a sync), shapes, lengths, an unknown ``learn``, a state of another model, and with
-        check_finite for non-finite logits; the given state is then as it was.
+        Raises ValueError for ids out of range (on a device only with check_finite: looking costs a sync), shapes, lengths, an unknown
+        ``learn``, a state of another model, and with check_finite for non-finite logits; the given state is then as it was.
         """
         name = "HopeForCausalLM"
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
@@ -152,7 +152,7 @@ class HopeForCausalLM(nn.Module):
         write_atomically(os.path.join(folder, "config.json"), (json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> "HopeForCausalLM":
+    def from_pretrained(cls, name: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> HopeForCausalLM:
         """Loads a folder written by ``save_pretrained``, or a bundled model by name (``bundled_models()``).
 
         Raises FileNotFoundError for an unknown name or folder, ValueError for files that do not fit together or are damaged.
@@ -161,7 +161,8 @@ class HopeForCausalLM(nn.Module):
         if not os.path.isdir(folder):
             bundled = os.path.join(ASSETS, folder)
             if not os.path.isdir(bundled):
-                raise FileNotFoundError(f"from_pretrained: {folder!r} is neither a folder nor a bundled model ({', '.join(bundled_models())})")
+                names = ", ".join(bundled_models())
+                raise FileNotFoundError(f"from_pretrained: {folder!r} is neither a folder nor a bundled model ({names})")
             folder = bundled
         weights = os.path.join(folder, "model.safetensors")
         try:

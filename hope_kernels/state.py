@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,7 @@ from .config import CMSConfig, HopeConfig, TitansConfig
 FORMAT = "hope_kernels.state"
 VERSION = 1
 _CONFIGS = {c.__name__: c for c in (TitansConfig, CMSConfig, HopeConfig)}
-_STATES: dict[str, type["State"]] = {}
+_STATES: dict[str, type[State]] = {}
 
 
 class Counters(list):
@@ -163,7 +164,7 @@ class State:
                 moved[name] = cast(name, value)
         return dataclasses.replace(self, **moved)
 
-    def assign(self, new: "State"):
+    def assign(self, new: State):
         """Becomes ``new``, keeping its own tensors (and their addresses) where shapes agree. Returns self."""
         for name, value in new._fields():
             setattr(self, name, _assign(getattr(self, name), value))
@@ -213,6 +214,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path) + ".", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as f:
+            os.chmod(temporary, 0o666 & ~_umask())
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -225,6 +227,12 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

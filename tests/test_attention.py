@@ -296,18 +296,55 @@ def test_a_replay_from_a_snapshot_writes_nothing():
 
 
 def test_merge_takes_rows_of_one_history():
-    """What a learning model keeps: row b of the later state, the other rows as the snapshot had them, up to a segment back."""
+    """What a learning model keeps: row b of the later state, the other rows as the snapshot had them, up to a segment back, wherever
+    the cache was renewed in between."""
     attn = LAYERS["window-segment"]
+    x, renewed = tokens(2, 3, 9), 0
     with torch.no_grad():
-        _, early = attn(tokens(2, 100))
-        snapshot = early.snapshot()
-        for t in range(4):
-            _, late = attn(tokens(2, 1, t), early)
-        merged = snapshot.merge(late, [True, False])
-        assert merged.pos == [104, 100]
-        x = tokens(2, 3, 9)
-        y = goes_on(attn, merged, x)
-        assert close(y[0], goes_on(attn, late, x)[0]) and close(y[1], goes_on(attn, snapshot, x)[1])
+        _, state = attn(tokens(2, 50), None, [50, 47])
+        for segment in range(20):
+            snapshot, history, storage = state.snapshot(), state.clone(), state.k.data_ptr()
+            for t in range(4):
+                attn(tokens(2, 1, 4 * segment + t), state)
+                renewed += t < 3 and state.k.data_ptr() != storage
+            merged = snapshot.merge(state, [True, False])
+            assert merged.pos == [state.pos[0], snapshot.pos[1]]
+            y = goes_on(attn, merged, x)
+            assert close(y[0], goes_on(attn, state, x)[0]) and close(y[1], goes_on(attn, history, x)[1])
+    assert renewed
+
+
+def test_copies_count_their_own_slots():
+    """A clone or a selection, and what it was made from, append in place in their own storage."""
+    attn = LAYERS["full"]
+    with torch.no_grad():
+        _, state = attn(tokens(2, 5))
+        sides = [state, state.clone(), state.select([1, 0]), state.select([0, 0, 1]), state.snapshot().clone()]
+        storage = [s.k.data_ptr() for s in sides]
+        for t in range(20):
+            for s in sides:
+                attn(tokens(s.batch, 1, t), s)
+        assert [s.k.data_ptr() for s in sides] == storage and len(set(storage)) == len(sides)
+        assert all(s.filled == s.used() == [25] * s.batch for s in sides)
+
+
+def test_every_query_sees_something(monkeypatch):
+    """Padding included: where softmax over nothing is NaN, it would reach gradients."""
+    seen = []
+    inner = attention.F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, **options):
+        seen.append(attn_mask is None or bool(attn_mask.any(-1).all()))
+        return inner(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    for attn in LAYERS.values():
+        _, state = attn(tokens(3, 9), None, [9, 0, 4])
+        for lengths in ([6, 2, 0], [0, 0, 6], [1, 0, 6]):
+            attn(tokens(3, 6), state, lengths)
+            with torch.no_grad():
+                attn(tokens(3, 6), state.clone(), lengths)
+    assert len(seen) == 7 * len(LAYERS) and all(seen)
 
 
 @named

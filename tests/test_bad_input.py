@@ -158,8 +158,9 @@ def test_model_input():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ({"ids": torch.zeros(1, 0, dtype=torch.long)}, "empty prompt"), ({"ids": None}, "needs a state"), ({"max_new_tokens": 0}, "max_new_tokens"),
-    ({"temperature": -1.0}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 0.0}, "top_p"), ({"stop": [""]}, "empty entry"),
+    ({"ids": torch.zeros(1, 0, dtype=torch.long)}, "empty prompt"), ({"ids": None}, "needs a state"),
+    ({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1.0}, "temperature"), ({"top_k": 0}, "top_k"),
+    ({"top_p": 0.0}, "top_p"), ({"stop": [""]}, "empty entry"),
     ({"lengths": [0]}, "empty prompt"),
 ])
 def test_generate_arguments(arguments, words):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from numerics import relative
 
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, load_state
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
 V = 32
 
@@ -65,7 +65,7 @@ def plain_learning(model: HopeForCausalLM, sequence: torch.Tensor) -> torch.Tens
         leaves = {n: params[n].clone().requires_grad_() for n in learned}
         constants = [m.detach() for m in state.mixers]
 
-        def forward(weights):
+        def forward(weights, segment=segment, constants=constants):
             h, mixers = F.embedding(segment, weights["embed.weight"]), []
             for b, block in enumerate(model.blocks):
                 own = {n.removeprefix(f"blocks.{b}."): w for n, w in weights.items() if n.startswith(f"blocks.{b}.")}

@@ -104,7 +104,8 @@ def test_ragged_rows_equal_reference():
 
 @pytest.mark.parametrize("overrides", [
     {}, {"chunk_other": 4, "momentum": "learned"}, {"memory": "linear"}, {"self_modifying": False, "own_values": False},
-    {"retain_to": "zero", "step_clip": False, "scalar_skip": True, "activation": "gelu", "eta_scale": 0.05}, {"adaptive_q": True, "objective": "dot"},
+    {"retain_to": "zero", "step_clip": False, "scalar_skip": True, "activation": "gelu", "eta_scale": 0.05},
+    {"adaptive_q": True, "objective": "dot"},
 ])
 def test_gradcheck(overrides):
     """Outer gradients through the writes: to x, to all initial fast weights, gates, biases and projections."""
@@ -136,7 +137,8 @@ def test_gradient_flows_across_calls():
 STREAMED = [
     TitansConfig(6, 2), TitansConfig(6, 2, chunk_memory=4, chunk_other=8, momentum=0.9),
     TitansConfig(6, 1, chunk_memory=8, chunk_other=2, momentum="learned", adaptive_q=True, scalar_skip=True),
-    TitansConfig.preset("titans", d_model=6, num_heads=2, chunk_memory=4), TitansConfig(6, 1, memory="linear", retain_to="zero", eta_scale=0.1),
+    TitansConfig.preset("titans", d_model=6, num_heads=2, chunk_memory=4),
+    TitansConfig(6, 1, memory="linear", retain_to="zero", eta_scale=0.1),
 ]
 
 

@@ -57,7 +57,7 @@ class Tokens(NamedTuple):
     alpha: Tensor | None
     beta: Tensor | None
 
-    def slots(self, a: int, b: int) -> "Tokens":
+    def slots(self, a: int, b: int) -> Tokens:
         return Tokens(*(None if t is None else t[:, a:b] for t in self))
 
 

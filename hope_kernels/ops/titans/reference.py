@@ -2,7 +2,8 @@
 
 Per row and head, with everything marked 0 taken at the start of the current chunk (Nested Learning eq 86-93):
 
-    k_t = norm(M_k(x_t)),  v_t = M_v(x_t),  eta_t = eta_scale act(M_eta(x_t) + b),  alpha_t = sigmoid(M_alpha(x_t) + b),  o_t = M_memory(q_t)
+    k_t = norm(M_k(x_t)),  v_t = M_v(x_t),  o_t = M_memory(q_t)
+    eta_t = eta_scale act(M_eta(x_t) + b),  alpha_t = sigmoid(M_alpha(x_t) + b)
     M(z) = z + w1 sigma(w2 z)        (eta, alpha: w_skip z + w1 sigma(w2 z), or no skip)
 
 and when the chunk's last token has been read, for every memory and every token of the chunk in order:
