@@ -116,7 +116,7 @@ def test_blocks_of_queries_equal_one_product(monkeypatch):
 
 @named
 @pytest.mark.parametrize("grad", [False, True])
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(cuts=st.lists(st.integers(0, TOKENS), max_size=6), seed=st.integers(0, 99))
 def test_any_split_equals_one_call(attn, grad, cuts, seed):
     x = tokens(2, TOKENS, seed)
@@ -130,15 +130,15 @@ def test_any_split_equals_one_call(attn, grad, cuts, seed):
 @named
 @pytest.mark.parametrize("grad", [False, True])
 def test_token_by_token_equals_one_call(attn, grad):
-    # past several renewals of the cache
-    x = tokens(2, 150)
+    # past a renewal of the cache
+    x = tokens(2, 100)
     y, _ = pieces(attn, x, [], grad=grad)
-    z, _ = pieces(attn, x, range(1, 150), grad=grad)
+    z, _ = pieces(attn, x, range(1, 100), grad=grad)
     assert close(y, z)
 
 
 @named
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     calls=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=5),
     grad=st.booleans(), seed=st.integers(0, 99),
@@ -254,7 +254,7 @@ def test_both_sides_of_a_fork_go_on(attn, fork, first):
         if fork != "clone":
             assert copy.k.data_ptr() == state.k.data_ptr()
         sides = [(state, state.clone(), 10), (copy, state.clone(), 20)]
-        for turn in range(60):
+        for turn in range(45):
             for side, alone, seed in sides if first == "original" else sides[::-1]:
                 n = [1, 3, 1, 0][turn % 4]
                 more = tokens(2, n, seed + 100 * turn)
@@ -421,7 +421,7 @@ def test_gradcheck_through_two_calls(name):
         return y, z, s.k[:, 3:6]
 
     inputs = [tokens(2, 2, s).requires_grad_() for s in (2, 3)]
-    assert torch.autograd.gradcheck(two, inputs, fast_mode=name != "grouped")
+    assert torch.autograd.gradcheck(two, inputs, fast_mode=True)
 
 
 @named

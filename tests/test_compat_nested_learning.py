@@ -48,8 +48,8 @@ CHUNKS = [(1, 1), (4, 8), (8, 64), (4, 6)]
 SWITCHES = list(itertools.product((True, False), (True, False), (True, False), (True, False), (4, None)))
 # every pair of two switches' values occurs in some of these
 PAIRWISE = [(True, True, True, True, 4), (True, True, False, False, None), (True, False, True, False, None),
-            (True, False, False, True, 4), (False, True, True, False, 4), (False, True, False, True, None), (False, False, True, True, None),
-            (False, False, False, False, 4)]
+            (True, False, False, True, 4), (False, True, True, False, 4), (False, True, False, True, None),
+            (False, False, True, True, None), (False, False, False, False, 4)]
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)

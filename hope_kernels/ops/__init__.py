@@ -1,0 +1,69 @@
+"""Functional operators behind the layers: plain tensors and states in, tensors and new states out; no modules, nothing modified.
+
+B rows, T tokens, H heads of width D, N hidden units, M memories (Mf with D outputs, Ms scalar ones), R stacked rows of w2, C tokens
+a chunk, K CMS levels. ``titans/README.md`` and ``cms/README.md`` derive what they compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import resolve
+from ..config import TitansConfig
+from .check import check_lengths, check_placement, check_state, check_tensor
+from .cms.chunked import cms_forward, cms_gradients
+from .cms.chunked import commit as cms_refresh
+from .titans.chunked import TokenInputs
+from .titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
+
+__all__ = [
+    "FastWeights", "Layout", "TitansState", "TokenInputs", "cms_forward", "cms_gradients", "cms_refresh", "init_titans_state",
+    "titans_chunk", "titans_step",
+]
+
+
+def titans_chunk(
+    config: TitansConfig, w_init: FastWeights, inputs: TokenInputs, state: TitansState | None = None, lengths=None,
+    *, update: bool = True, backend: str | None = None,
+) -> tuple[Tensor, TitansState]:
+    """Reads and writes T tokens with all memories of a layer: (o [B, T, H, D], new state); arguments are not modified.
+
+    w_init: w2 [H, R, D], w1 [H, Mf, D, N], w1s [H, Ms, N] (``Layout.of(config)`` says what is where). inputs: see ``TokenInputs``; q and x
+    (or k, v) in one floating dtype, eta, alpha, beta in the same. state: None starts new sequences. lengths: [B], tokens of each
+    row that count; o is zero behind them. update=False reads with the memories as they are.
+    Raises ValueError for shapes, dtypes, lengths, a state of another configuration, and a backend that cannot serve.
+    Source: Nested Learning eq 83-93.
+    """
+    name = "titans_chunk"
+    given = inputs.x if config.self_modifying else inputs.k
+    shape = ("B", "T", config.num_heads, config.head_dim)
+    sizes = check_tensor(name, "x" if config.self_modifying else "k", given, shape)
+    B, T = sizes["B"], sizes["T"]
+    for field, t in zip(inputs._fields, inputs):
+        if t is not None and field in ("q", "v"):
+            check_tensor(name, field, t, (B, T, *shape[2:]), dtype=given.dtype, device=given.device)
+        elif t is not None and field in ("eta", "alpha", "beta"):
+            check_tensor(name, field, t, (B, T, config.num_heads), device=given.device)
+    for field, t, want in zip(w_init._fields, w_init, Layout.of(config).shapes(config.num_heads)):
+        if want is not None:
+            check_tensor(name, f"w_init.{field}", t, want, device=given.device)
+    lengths = check_lengths(name, lengths, B, T)
+    if state is None:
+        state = init_titans_state(config, w_init, B, given.device, given.dtype)
+    check_state(name, state, TitansState, config, B)
+    check_placement(name, state, given.dtype, given.device)
+    o, new = resolve("titans", config, given.dtype, given.device, backend)(config, w_init, inputs, state, lengths, update=update)
+    if any(n < T for n in lengths):
+        real = torch.arange(T, device=o.device) < torch.tensor(lengths, device=o.device).unsqueeze(1)
+        o = torch.where(real[:, :, None, None], o, 0.0)
+    return o, new
+
+
+def titans_step(
+    config: TitansConfig, w_init: FastWeights, inputs: TokenInputs, state: TitansState, *, backend: str | None = None
+) -> tuple[Tensor, TitansState]:
+    """One token per row, T = 1: ``titans_chunk`` under the name decoding knows it by. Raises ValueError for T other than 1."""
+    given = inputs.x if config.self_modifying else inputs.k
+    check_tensor("titans_step", "x" if config.self_modifying else "k", given, ("B", 1, config.num_heads, config.head_dim))
+    return titans_chunk(config, w_init, inputs, state, backend=backend)
