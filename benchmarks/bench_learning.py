@@ -4,7 +4,8 @@
 
 Reads the text once with the CMS frozen, once per --lr-scale (a factor on the model's own inner learning rates) learning from next-token
 loss, and once with the CMS frozen and the memories' writes switched off (eta_scale = 0): the same weights, three rules. Bits per byte
-over the whole text and over its last quarter. Results are added to the JSON by title.
+over the whole text and over its last quarter, and the peak of resident memory in every stretch of 10,000 bytes. Results are added to
+the JSON by title.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from hope_kernels import HopeForCausalLM, bundled_models
 from hope_kernels.config import HopeConfig
 from hope_kernels.generation import read
+from hope_kernels.meter import PeakMemory
 
 from .machine import machine, write_json
 
@@ -41,10 +43,12 @@ def variant(model: HopeForCausalLM, lr_scale: float = 1.0, eta_scale: float | No
 def bits(model: HopeForCausalLM, ids: torch.Tensor, learn: str, label: str) -> dict:
     """Bits per byte of ids [1, T], of all of it and of its last quarter, and bytes/s."""
     T = ids.shape[1]
-    marks = [(1, 0.0)]
-    with tqdm(total=T, unit="B", unit_scale=True, desc=label) as bar:
+    marks, memory = [(1, 0.0)], []
+    with PeakMemory(ids.device) as peak, tqdm(total=T, unit="B", unit_scale=True, desc=label) as bar:
         def on_piece(at: int, nats: float) -> None:
             marks.append((at, nats))
+            if at >= 10_000 * (len(memory) + 1):
+                memory.append([at, round(peak.take() / 2**20, 1)])
             bar.n = at
             bar.set_postfix(bits=f"{nats / math.log(2) / max(at - 1, 1):.3f}")
 
@@ -54,7 +58,8 @@ def bits(model: HopeForCausalLM, ids: torch.Tensor, learn: str, label: str) -> d
     end, total = marks[-1]
     at, nats = min(marks, key=lambda m: abs(m[0] - 0.75 * T))
     scale = 1 / math.log(2)
-    return {"bits_per_byte": total * scale / (end - 1), "last_quarter": (total - nats) * scale / (end - at), "bytes_per_s": T / seconds}
+    return {"bits_per_byte": total * scale / (end - 1), "last_quarter": (total - nats) * scale / (end - at), "bytes_per_s": T / seconds,
+            "peak_memory_mib_per_10k_bytes": memory}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 A sequence is 28 pairs (key, value), 8 fillers, then one query per key. Of its 20 distinct keys 12 are told once, 4 twice with one
 value, 4 twice with two values (the newer counts); the order is random. Pairs and fillers are 64 tokens, so every chunk of 16 or 64 has
 closed when the queries begin. At a query the model sees the key and must name the value (then it sees the value). Keys and values are
-drawn anew for every sequence from 64 keys and 64 values, so nothing about a pair can be stored in the weights: chance is 1/64. Training
+drawn anew for every sequence from 32 keys and 32 values, so nothing about a pair can be stored in the weights: chance is 1/32. Training
 starts on 6 and goes through 12 distinct keys to these 20.
 
 The model is one block: a self-modifying layer and an MLP, trained from scratch by AdamW on fresh sequences for a fixed number of steps. The
@@ -29,7 +29,7 @@ from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 from .machine import machine, write_json
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "recall.json")
-KEYS = VALUES = 64
+KEYS = VALUES = 32
 FILLER, VOCAB = KEYS + VALUES, KEYS + VALUES + 1
 KINDS = ("once", "repeated", "updated")
 STAGES = ((0.4, (4, 1, 1)), (0.2, (8, 2, 2)), (0.4, (12, 4, 4)))  # share of the steps; keys told once, repeated, updated
@@ -71,7 +71,7 @@ def stage(progress: float) -> tuple[int, int, int]:
 def build(args, chunk: int, step_clip: bool, dgd: bool) -> HopeForCausalLM:
     d = args.d_model
     titans = TitansConfig(d, args.heads, hidden_mult=args.hidden_mult, chunk_memory=chunk, chunk_other=chunk, step_clip=step_clip, dgd=dgd,
-                          alpha_bias=args.alpha_bias, eta_bias=args.eta_bias, eta_scale=args.eta_scale, in_proj=True)
+                          alpha_bias=args.alpha_bias, eta_bias=args.eta_bias, eta_scale=args.eta_scale, conv_window=args.conv_window, in_proj=not args.no_in_proj)
     cms = CMSConfig(d, (1024,), expansion=2.0, lr=0.0)
     return HopeForCausalLM(HopeConfig(VOCAB, d, args.layers, titans=titans, cms=cms))
 
@@ -140,6 +140,8 @@ def main() -> None:
     p.add_argument("--alpha-bias", type=float, default=8.0)
     p.add_argument("--eta-bias", type=float, default=0.0)
     p.add_argument("--eta-scale", type=float, default=0.5)
+    p.add_argument("--conv-window", type=int, default=2, help="2: a token and the one before, which is what a pair is")
+    p.add_argument("--no-in-proj", action="store_true")
     p.add_argument("--only", nargs="+", help="names of the table's rows")
     p.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
     p.add_argument("--threads", type=int, default=0)

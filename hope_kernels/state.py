@@ -107,6 +107,10 @@ class State:
         """A state that stays as it is while this one advances, in place or not."""
         return self.clone()
 
+    def compact(self):
+        """The same state without storage that means nothing: what a file holds."""
+        return self
+
     def detach(self):
         """The same values cut from the autograd graph."""
         return self._mapped(lambda t: t.detach(), lambda c: Counters(c))
@@ -246,7 +250,7 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, tuple(_CONFIGS.values())):
         return {"config": type(value).__name__, "fields": value.to_dict()}
     if isinstance(value, State):
-        items = [("config", value.config), *value._fields()]
+        items = [("config", value.config), *value.compact()._fields()]
         return {"state": type(value).__name__, "fields": {n: _describe(v, f"{name}.{n}", tensors) for n, v in items}}
     if isinstance(value, list):
         return {"list": [_describe(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
