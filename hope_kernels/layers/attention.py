@@ -75,9 +75,6 @@ class AttentionState(State):
 
         return replace(self.snapshot(), k=cut(self.k), v=cut(self.v), filled=None)
 
-    def save(self, path) -> None:
-        State.save(self.compact(), path)
-
     def merge(self, other, rows: list[bool]):
         """Of two states of one history: the storage of ``other``, the later one, which holds the tokens of both."""
         pos = Counters(o if r else p for p, o, r in zip(self.pos, other.pos, rows))
