@@ -139,7 +139,7 @@ def main() -> None:
     p.add_argument("--weight-decay", type=float, default=0.01)
     p.add_argument("--alpha-bias", type=float, default=8.0)
     p.add_argument("--eta-bias", type=float, default=0.0)
-    p.add_argument("--eta-scale", type=float, default=0.5)
+    p.add_argument("--eta-scale", type=float, default=1.0)
     p.add_argument("--conv-window", type=int, default=2, help="2: a token and the one before, which is what a pair is")
     p.add_argument("--no-in-proj", action="store_true")
     p.add_argument("--only", nargs="+", help="names of the table's rows")

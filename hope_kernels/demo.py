@@ -18,6 +18,7 @@ from .state import load_state
 
 TEXT = "kjv-john-acts.txt.gz"
 PIECE = 1024
+BYTES = 105_000  # of the text, unless told otherwise: a few minutes on two cores
 
 
 def held_out_text() -> bytes:
@@ -53,11 +54,11 @@ def demo(count: int | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = bundled_models()[0]
     model = HopeForCausalLM.from_pretrained(name, device=device)
-    text = held_out_text()[:count]
+    text = held_out_text()[: BYTES if count is None else count]
     ids = torch.tensor([list(text)], dtype=torch.long, device=device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"model {name}: {parameters / 1e6:.2f} M parameters on {device}")
-    print(f"text: John and Acts, {len(text)} bytes, held out of its training\n")
+    print(f"text: the first {len(text)} bytes of John and Acts, held out of its training\n")
     results = {}
     with torch.no_grad():
         for learn in ("off", "next_token"):

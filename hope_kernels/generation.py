@@ -33,6 +33,7 @@ class Reading:
     state: object
 
 
+@torch.no_grad()
 def read(
     model, ids: Tensor, state=None, lengths: Sequence[int] | None = None, learn: str = "off", backend: str | None = None,
     piece: int = PIECE, on_piece: Callable[[int, float], None] | None = None, check_finite: bool = True, last: Tensor | None = None,
@@ -73,6 +74,7 @@ def read(
     return Reading(last, nats, predicted, state)
 
 
+@torch.no_grad()
 def generate(
     model, ids: Tensor | None, max_new_tokens: int, state=None, *, lengths: Sequence[int] | None = None, learn: str = "next_token",
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
@@ -92,29 +94,28 @@ def generate(
     if ids is None:
         ids = state.unread
     B = ids.shape[0]
-    with torch.no_grad():
-        reading = read(model, ids, state, lengths, learn, backend, piece, on_piece, check_finite)
-        logits, state = reading.logits, reading.state
-        token = None
-        rows: list[list[int]] = [[] for _ in range(B)]
-        ended = [False] * B
-        for n in range(max_new_tokens):
-            if n:
-                step = [0 if e else 1 for e in ended]
-                out, state = model(token.unsqueeze(1), state, step, learn=learn, backend=backend, check_finite=check_finite)
-                keep = torch.tensor(ended, device=ids.device).unsqueeze(1)
-                logits = torch.where(keep, logits, out[:, 0])
-            token = _draw(logits, temperature, top_k, top_p, seed, state.pos)
-            values = token.tolist()
-            fresh = [None if e else v for e, v in zip(ended, values)]
-            for b, v in enumerate(fresh):
-                if v is not None:
-                    rows[b].append(v)
-                    ended[b] = any(rows[b][-len(s) :] == s for s in stops)
-            if on_token is not None:
-                on_token(fresh)
-            if all(ended):
-                break
+    reading = read(model, ids, state, lengths, learn, backend, piece, on_piece, check_finite)
+    logits, state = reading.logits, reading.state
+    token = None
+    rows: list[list[int]] = [[] for _ in range(B)]
+    ended = [False] * B
+    for n in range(max_new_tokens):
+        if n:
+            step = [0 if e else 1 for e in ended]
+            out, state = model(token.unsqueeze(1), state, step, learn=learn, backend=backend, check_finite=check_finite)
+            keep = torch.tensor(ended, device=ids.device).unsqueeze(1)
+            logits = torch.where(keep, logits, out[:, 0])
+        token = _draw(logits, temperature, top_k, top_p, seed, state.pos)
+        values = token.tolist()
+        fresh = [None if e else v for e, v in zip(ended, values)]
+        for b, v in enumerate(fresh):
+            if v is not None:
+                rows[b].append(v)
+                ended[b] = any(rows[b][-len(s) :] == s for s in stops)
+        if on_token is not None:
+            on_token(fresh)
+        if all(ended):
+            break
     lengths_new = [len(r) for r in rows]
     width = max(lengths_new)
     tokens = torch.tensor([r + [r[-1]] * (width - len(r)) for r in rows], dtype=torch.long, device=ids.device)
