@@ -71,7 +71,8 @@ def stage(progress: float) -> tuple[int, int, int]:
 def build(args, chunk: int, step_clip: bool, dgd: bool) -> HopeForCausalLM:
     d = args.d_model
     titans = TitansConfig(d, args.heads, hidden_mult=args.hidden_mult, chunk_memory=chunk, chunk_other=chunk, step_clip=step_clip, dgd=dgd,
-                          alpha_bias=args.alpha_bias, eta_bias=args.eta_bias, eta_scale=args.eta_scale, conv_window=args.conv_window, in_proj=not args.no_in_proj)
+                          alpha_bias=args.alpha_bias, eta_bias=args.eta_bias, eta_scale=args.eta_scale,
+                          conv_window=args.conv_window, in_proj=not args.no_in_proj)
     cms = CMSConfig(d, (1024,), expansion=2.0, lr=0.0)
     return HopeForCausalLM(HopeConfig(VOCAB, d, args.layers, titans=titans, cms=cms))
 
