@@ -234,7 +234,9 @@ def test_grad_mode_leaves_the_state_alone_and_trains():
         same, advanced = model(tokens[:, 10:], given, learn="next_token")
     assert advanced is given and relative(logits, same) < 1e-12
     logits.square().sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for n, p in model.named_parameters() if "blocks.0" in n or "embed" in n)
+    # the levels that this sequence has refreshed are its own constants
+    trained = [p for n, p in model.named_parameters() if "mixer" in n or "embed" in n or "levels.2" in n]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
     assert after.pos == [30, 30]
 
 

@@ -8,6 +8,9 @@ end, so here one call and two calls differ. ``hope_kernels.SelfModifyingTitans``
 
 Writes: w <- w (alpha I - eta k k^T) - eta g for w2 and w_skip, w1 <- alpha w1 - eta g, g the gradient of |M(k) - M(v)|^2 (or -M(k).M(v)) at
 the chunk's start, or its momentum m <- momentum m + g. Source: Nested Learning eq 83-93.
+
+In bf16 and fp16, and under autocast, a call computes in fp32 and rounds its outputs and the state once, at its end; the package rounds
+every token's step.
 """
 
 from __future__ import annotations
@@ -20,15 +23,15 @@ from torch import Tensor, nn
 
 from ..config import TitansConfig
 from ..ops.check import check_tensor
-from ..ops.titans.fast_weights import FastWeights, Layout
-from ..ops.titans.memory import clock_terms, read, write
+from ..ops.titans.fast_weights import FastWeights, Layout, master_dtype
+from ..ops.titans.memory import clock_terms, products, read, write
 
 NAMES = ("k", "v", "q", "eta", "alpha", "memory")
 
 
 @dataclass(frozen=True)
 class SelfModifyingTitansConfig:
-    """Fields and defaults of the package's class. ``stopgrad_vhat=False`` and dim 1 are not served: ValueError."""
+    """Fields, defaults and ranges of the package's class; ValueError outside them. Sizes may be floats and are truncated."""
 
     dim: int
     eta_scale: float = 1e-3
@@ -47,26 +50,22 @@ class SelfModifyingTitansConfig:
 
     def __post_init__(self) -> None:
         if self.chunk_size_memory is None:
-            object.__setattr__(self, "chunk_size_memory", self.chunk_size_other)
-        for name in ("eta_scale", "chunk_size_other", "chunk_size_memory", "local_conv_window"):
+            object.__setattr__(self, "chunk_size_memory", int(self.chunk_size_other))
+        for name in ("dim", "eta_scale", "chunk_size_other", "chunk_size_memory", "local_conv_window"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and (int(value) if name == "local_conv_window" else value) <= 0:
                 raise ValueError(f"SelfModifyingTitansConfig: {name} is {value!r}, expected a positive number")
-        if self.dim <= 1:
-            raise ValueError(f"SelfModifyingTitansConfig: dim is {self.dim!r}, expected an integer >= 2")
         if self.objective not in ("l2", "dot"):
             raise ValueError(f"SelfModifyingTitansConfig: objective is {self.objective!r}, expected 'l2' or 'dot'")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"SelfModifyingTitansConfig: momentum is {self.momentum!r}, expected a float in [0, 1)")
-        if not self.stopgrad_vhat:
-            raise ValueError("SelfModifyingTitansConfig: stopgrad_vhat is False; only targets held constant are supported")
 
     def engine(self) -> TitansConfig:
         """The same rule in this package's terms; chunks are counted by the class here."""
         return TitansConfig.preset(
-            "nested_learning", d_model=self.dim, objective=self.objective, dgd=self.use_rank1_precond, retention=self.use_alpha,
-            momentum=self.momentum or None, qk_l2norm=self.qk_l2_norm, adaptive_q=self.adaptive_q, scalar_skip=self.use_skip,
-            eta_scale=self.eta_scale, conv_window=None,
+            "nested_learning", d_model=self.dim, objective=self.objective, dgd=bool(self.use_rank1_precond), retention=bool(self.use_alpha),
+            momentum=float(self.momentum) or None, qk_l2norm=bool(self.qk_l2_norm), adaptive_q=bool(self.adaptive_q),
+            scalar_skip=bool(self.use_skip) and self.dim > 1, eta_scale=float(self.eta_scale), conv_window=None,
         )
 
 
@@ -132,7 +131,7 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         self.config = config
         d, window = config.dim, config.local_conv_window
-        self.local_conv = None if window is None else nn.Conv1d(d, d, window, groups=d, bias=False)
+        self.local_conv = None if window is None else nn.Conv1d(d, d, int(window), groups=d, bias=False)
         self.w_q = nn.Linear(d, d, bias=False)
         for name in NAMES:
             setattr(self, f"m_{name}", ResidualMLPMemory(d, 1 if name in ("eta", "alpha") else d, config.use_skip))
@@ -146,7 +145,9 @@ class SelfModifyingTitans(nn.Module):
         return SelfModifyingTitansState(**{name: start(getattr(self, f"m_{name}")) for name in NAMES})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reads x [B, T, dim] with the initial weights; differentiable, nothing is written."""
+        """Reads x [B, T, dim] with the initial weights; differentiable, nothing is written. Without a convolution x is [..., dim]."""
+        if self.local_conv is not None:
+            self._check(x)
         x = self._convolved(x)
         return self.m_memory(self._unit(self.m_q(x) if self.config.adaptive_q else self.w_q(x)))
 
@@ -175,15 +176,18 @@ class SelfModifyingTitans(nn.Module):
     ) -> tuple[Tensor, SelfModifyingTitansState]:
         """Reads and writes x [B, T, dim]: (outputs, state). A batched state is advanced in place; an unbatched one is expanded first.
 
-        Chunk sizes override the configuration's and need not divide each other. Raises ValueError for shapes and sizes.
+        Chunk sizes override the configuration's and need not divide each other. Raises ValueError for shapes, dtypes and sizes.
         """
-        self._check(x)
-        other = self.config.chunk_size_other if chunk_size_other is None else chunk_size_other
-        memory = self.config.chunk_size_memory if chunk_size_memory is None else chunk_size_memory
+        self._check(x, None if torch.is_autocast_enabled(x.device.type) else self.w_q.weight.dtype)
+        other = int(self.config.chunk_size_other if chunk_size_other is None else chunk_size_other)
+        memory = int(self.config.chunk_size_memory if chunk_size_memory is None else chunk_size_memory)
         if other <= 0 or memory <= 0:
             raise ValueError(f"forward_with_updates: chunk sizes are {other} and {memory}, expected positive integers")
         state = self._batched(state, x.shape[0])
-        return _Call(self, self._convolved(x), state, other, memory).run(), state
+        x = self._convolved(x)
+        q = None if self.config.adaptive_q else self._unit(self.w_q(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return _Call(self, x, q, state, other, memory).run(), state
 
     @torch.no_grad()
     def apply_updates_inplace(self, x: Tensor, *, chunk_size_other: int | None = None, chunk_size_memory: int | None = None) -> None:
@@ -199,42 +203,61 @@ class SelfModifyingTitans(nn.Module):
                 if getattr(fast, part) is not None:
                     getattr(meta, part).weight.copy_(getattr(fast, part).mean(0))
 
-    def _check(self, x: Tensor) -> None:
-        check_tensor("SelfModifyingTitans", "x", x, ("B", "T", self.config.dim))
+    def _check(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
+        check_tensor("SelfModifyingTitans", "x", x, ("B", "T", self.config.dim), dtype)
 
     def _convolved(self, x: Tensor) -> Tensor:
         if self.local_conv is None:
             return x
-        return self.local_conv(F.pad(x.mT, (self.config.local_conv_window - 1, 0))).mT
+        return self.local_conv(F.pad(x.mT, (self.local_conv.kernel_size[0] - 1, 0))).mT
 
     def _unit(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1, eps=self.config.eps) if self.config.qk_l2_norm else z
 
     def _batched(self, state: SelfModifyingTitansState, batch: int) -> SelfModifyingTitansState:
+        for name in NAMES:
+            given, own = getattr(state, name).w_skip is not None, getattr(self, f"m_{name}").w_skip is not None
+            if given != own:
+                raise ValueError(f"SelfModifyingTitans: state.{name}.w_skip is {'given' if given else 'None'}, "
+                                 f"but the layer's m_{name} has {'one' if own else 'none'}")
         if state.k.w1.dim() == 2:
             return SelfModifyingTitansState(**{
                 name: getattr(state, name).map(lambda t: t.detach().expand(batch, *t.shape).clone()) for name in NAMES
             })
+        if state.k.w1.dim() != 3:
+            raise ValueError(f"SelfModifyingTitans: argument state has weights of {state.k.w1.dim()} dimensions, expected 2 or 3")
         if state.k.w1.shape[0] != batch:
             raise ValueError(f"SelfModifyingTitans: argument state has {state.k.w1.shape[0]} rows, expected {batch}")
         return state
 
 
-class _Group:
-    """Memories that share a clock, stacked for the length of a call."""
+class _SquareLayout(Layout):
+    """dim 1: eta and alpha have as many outputs as inputs, so like all other memories they skip by the identity."""
 
-    def __init__(self, config: TitansConfig, names: tuple[str, ...], state: SelfModifyingTitansState, chunk: int):
-        self.config, self.layout, self.state, self.chunk = config, Layout.of(config, names), state, chunk
+    @property
+    def full(self) -> tuple[str, ...]:
+        return self.names
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        return ()
+
+
+class _Group:
+    """Memories that share a clock, stacked in the master dtype for the length of a call."""
+
+    def __init__(self, config: TitansConfig, layout: Layout, state: SelfModifyingTitansState, chunk: int, dtype: torch.dtype):
+        self.config, self.layout, self.state, self.chunk, self.dtype = config, layout, state, chunk, dtype
         self.w = self._stack("")
         self.s = None if config.momentum is None else self._stack("m_")
         self.waiting: list[tuple] = []
-        self.own = False
 
     def _stack(self, prefix: str) -> FastWeights:
+        """A copy: the stack may be written over, the state's tensors may not."""
         def part(name: str, weight: str) -> Tensor:
             memory = getattr(self.state, name)
             found = getattr(memory, prefix + weight)
-            return torch.zeros_like(getattr(memory, weight)) if found is None else found
+            return (torch.zeros_like(getattr(memory, weight)) if found is None else found).to(self.dtype)
 
         skips = [part(n, "w_skip") for n in self.layout.scalars] if self.layout.skip else []
         w2 = torch.cat([part(n, "w2") for n in self.layout.names] + skips, 1)
@@ -243,36 +266,81 @@ class _Group:
         return FastWeights(w2, w1, w1s)
 
     def unstack(self) -> None:
-        """The stacked weights back into the state's fields."""
+        """The stacked weights back into the state's fields, in the state's dtype."""
         for prefix, stacked in (("", self.w), ("m_", self.s)):
             if stacked is None:
                 continue
             for name in self.layout.names:
+                memory = getattr(self.state, name)
                 for part, value in self.layout.views(stacked, name).items():
-                    setattr(getattr(self.state, name), prefix + part, value.clone())
+                    setattr(memory, prefix + part, value.to(getattr(memory, part).dtype, copy=True))
 
-    def commit(self) -> None:
-        if not self.waiting:
-            return
-        k, v, eta, alpha = (torch.cat(parts, 1) if parts[0] is not None else None for parts in zip(*self.waiting))
+    def commit(self, constant_targets: bool) -> None:
+        k, v, eta, alpha = (p[0] if len(p) == 1 or p[0] is None else torch.cat(p, 1) for p in zip(*self.waiting))
         self.waiting = []
         beta = None if self.s is None else torch.full_like(eta, self.config.momentum)
+        if not constant_targets:
+            return self._commit_both_sides(k, v, eta, alpha, beta)
         clock = clock_terms(self.config, k, eta, alpha, beta, eta_outside=True)
-        self.w, self.s = write(self.config, self.layout, self.w, self.w, self.s, clock, v, k.dtype, in_place=self.own)
-        self.own = True
+        self.w, self.s = write(self.config, self.layout, self.w, self.w, self.s, clock, v, self.dtype, in_place=True)
+
+    def _commit_both_sides(self, k: Tensor, v: Tensor, eta: Tensor, alpha: Tensor | None, beta: Tensor | None) -> None:
+        """The write whose gradient passes through the target M(v) too. k, v [B, C, dim]; eta, alpha, beta [B, C].
+
+        A token's gradient is e a(k)^T + f a(v)^T at w1 and d k^T + h v^T at w2 and w_skip: 2C outer products under C decays. With the
+        letters of ``memory`` and the step inside D, the keys k and v of those products meet the later tokens' erasure as
+
+            Yg = diag(D[C,.]) Y - W^T X        W[t,s] = D[t-1,s] k_t.y_s   for s < t,   y = k or v
+        """
+        C, l2 = k.shape[1], self.config.objective == "l2"
+        R = products(torch.ones_like(eta) if alpha is None else alpha)
+        D, gamma, y, momentum = R[:, :, 1:] * eta.unsqueeze(1), R[:, C:, :1], torch.cat([k, v], 1), self.s is not None
+        if momentum:
+            B = products(beta)
+            B_end, tail = B[:, C:, :1], B[:, C, 1:].repeat(1, 2).unsqueeze(1)
+            D = R[:, :, 1:] @ (B[:, 1:] * eta.unsqueeze(-1))
+            D, c = D[:, :, 1:], D[:, :, :1]
+        step = D[:, C:].repeat(1, 1, 2)
+        y_g = step.mT * y
+        if self.config.dgd:
+            gram = (k @ y.mT).unflatten(-1, (2, C)) * torch.ones(C, C, dtype=k.dtype, device=k.device).tril(-1).unsqueeze(1)
+            L = R[:, :C, 1:] * gram[:, :, 0] * eta.unsqueeze(1)
+            X = torch.linalg.solve_triangular(L.mT, (eta * R[:, C, 1:]).unsqueeze(-1) * k, upper=True, unitriangular=True)
+            y_g = y_g - (gram * D[:, :C].unsqueeze(2)).flatten(2).mT @ X
+        for name in self.layout.names:
+            w = self.layout.views(self.w, name)
+            s = self.layout.views(self.s, name) if momentum else None
+            z = w["w2"] @ y.mT
+            a = F.gelu(z)
+            at_k, at_v = _evaluate(y, w["w1"], w["w2"], w.get("w_skip")).mT.chunk(2, -1)
+            e = 2 * torch.cat([at_k - at_v, at_v - at_k], -1) if l2 else -torch.cat([at_v, at_k], -1)
+            h = torch.ops.aten.gelu_backward(w["w1"].mT @ e, z)
+            for part, grad, inputs in (("w2", h, y), ("w_skip", e, y), ("w1", e, a.mT)):
+                if part not in w:
+                    continue
+                erased = self.config.dgd and part != "w1"
+                new = gamma * w[part] - grad @ (step.mT * inputs if part == "w1" else y_g)
+                if erased:
+                    new -= w[part] @ k.mT @ (R[:, :C, :1] * X)
+                if momentum:
+                    new -= c[:, C:] * s[part]
+                    if erased:
+                        new += s[part] @ k.mT @ (c[:, :C] * X)
+                    s[part].copy_(B_end * s[part] + (grad * tail) @ inputs)
+                w[part].copy_(new)
 
 
 class _Call:
-    """One forward_with_updates over x [B, T, dim]."""
+    """One forward_with_updates over the convolved x [B, T, dim] and the static q [B, T, dim], or None with adaptive_q."""
 
-    def __init__(self, layer: SelfModifyingTitans, x: Tensor, state: SelfModifyingTitansState, other: int, memory: int):
-        self.layer, self.x, self.config = layer, x, layer.config.engine()
-        names = self.config.memories
-        if other == memory:
-            self.groups = [_Group(self.config, names, state, other)]
-        else:
-            self.groups = [_Group(self.config, names[:1], state, memory), _Group(self.config, names[1:], state, other)]
-        self.layouts = Layout.of(self.config, names[:1]), Layout.of(self.config, names[1:])
+    def __init__(self, layer: SelfModifyingTitans, x: Tensor, q: Tensor | None, state: SelfModifyingTitansState, other: int, memory: int):
+        self.layer, self.config, self.out_dtype = layer, layer.config.engine(), x.dtype if q is None else q.dtype
+        dtype = master_dtype(state.memory.w1.dtype)
+        self.x, self.q = x.to(dtype), None if q is None else q.to(dtype)
+        names, cls = self.config.memories, Layout if layer.config.dim > 1 else _SquareLayout
+        self.layouts = cls.of(self.config, names[:1]), cls.of(self.config, names[1:])
+        spans = [(cls.of(self.config, names), other)] if other == memory else [(self.layouts[0], memory), (self.layouts[1], other)]
+        self.groups = [_Group(self.config, layout, state, chunk, dtype) for layout, chunk in spans]
 
     def _weights(self) -> tuple[FastWeights, FastWeights]:
         first = self.groups[0]
@@ -284,9 +352,11 @@ class _Call:
         memory_w, other_w = self._weights()
         out = read(x.mT, other_w, self.layouts[1], c.activation, x.dtype)
         k, v = layer._unit(out.full[:, 0].mT), out.full[:, 1].mT
-        q = layer._unit(out.full[:, 2].mT if c.adaptive_q else layer.w_q(x))
-        eta = F.softplus(out.scalar[:, 0]) * c.eta_scale
-        alpha = torch.sigmoid(out.scalar[:, 1]) if c.retention else None
+        q = layer._unit(out.full[:, 2].mT) if self.q is None else self.q[:, a:b]
+        # with dim 1, eta and alpha are the last of the memories with D outputs
+        scalar = out.full[:, 3 if self.q is None else 2 :, 0] if out.scalar is None else out.scalar
+        eta = F.softplus(scalar[:, 0]) * c.eta_scale
+        alpha = torch.sigmoid(scalar[:, 1]) if c.retention else None
         for group in self.groups:
             group.waiting.append((k, v, eta, alpha))
         return read(q.mT, memory_w, self.layouts[0], c.activation, x.dtype).full[:, 0].mT
@@ -298,8 +368,8 @@ class _Call:
             outputs.append(self._read(at, end))
             for group in self.groups:
                 if end % group.chunk == 0 or end == T:
-                    group.commit()
+                    group.commit(self.layer.config.stopgrad_vhat)
             at = end
         for group in self.groups:
             group.unstack()
-        return torch.cat(outputs, 1)
+        return torch.cat(outputs, 1).to(self.out_dtype)
