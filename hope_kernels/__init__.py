@@ -5,7 +5,7 @@
     y, state = layer(x)
 """
 
-from . import ops
+from . import compat, ops
 from .backend import available_backends
 from .config import CMSConfig, HopeConfig, TitansConfig
 from .layers.cms import ContinuumMemory
@@ -16,5 +16,5 @@ from .state import load_state
 __version__ = "0.1.0"
 __all__ = [
     "CMSConfig", "ContinuumMemory", "HopeConfig", "HopeForCausalLM", "SelfModifyingTitans", "TitansConfig", "available_backends",
-    "bundled_models", "load_state", "ops",
+    "bundled_models", "compat", "load_state", "ops",
 ]
