@@ -148,13 +148,17 @@ class SelfModifyingTitans(nn.Module):
         """
         c, T = self.config, x.shape[1]
         compute = resolve("titans", c, x.dtype, x.device, backend)
+        real = None
+        if min(lengths, default=T) < T:
+            real = (torch.arange(T, device=x.device) < torch.tensor(lengths, device=x.device).unsqueeze(1)).unsqueeze(-1)
+            x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward
         u, tail = self._convolved(x, state, lengths)
         if self.in_proj is not None:
             u = self.in_proj(u)
         o, new = compute(c, self.w_init, self._inputs(u), state, lengths, update=update, constant_memory=constant_memory, stats=stats)
         y = self._output(o, x)
-        if min(lengths, default=T) < T:
-            y = y * (torch.arange(T, device=x.device) < torch.tensor(lengths, device=x.device).unsqueeze(1)).unsqueeze(-1).to(y.dtype)
+        if real is not None:
+            y = torch.where(real, y, 0.0)
         if not update:
             return y, state
         new = replace(new, conv_tail=tail)

@@ -162,7 +162,7 @@ class _Scan:
             t = t[:, : self.rows.last - self.rows.first]
         else:
             shape = (self.B, -1, *[1] * (t.dim() - 2))
-            t = t.gather(1, self.index.view(shape).expand(-1, -1, *t.shape[2:])) * self.valid.view(shape).to(t.dtype)
+            t = torch.where(self.valid.view(shape), t.gather(1, self.index.view(shape).expand(-1, -1, *t.shape[2:])), 0.0)
         t = t.transpose(1, 2).flatten(0, 1)
         return t.to(self.master) if master else t
 
