@@ -215,9 +215,9 @@ def test_nan_in_padding_reaches_nothing():
     clean = x.clone()
     x[1, 5:], clean[1, 5:] = float("nan"), 0.0
     grads = []
-    for given in (x, clean):
+    for padded in (x, clean):
         layer.zero_grad()
-        y, state = layer(given, lengths=[9, 5])
+        y, state = layer(padded, lengths=[9, 5])
         (y.square().sum() + state.delta2.sum()).backward()
         grads.append([p.grad.clone() for p in layer.parameters()])
     assert all(torch.isfinite(a).all() and torch.equal(a, b) for a, b in zip(*grads))
