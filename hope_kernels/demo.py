@@ -51,6 +51,7 @@ def measured_read(model, ids: torch.Tensor, learn: str) -> dict:
 
 
 def demo(count: int | None = None) -> int:
+    torch.set_num_threads(1)  # products this small gain nothing from a second thread, and lose much on a busy machine
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = bundled_models()[0]
     model = HopeForCausalLM.from_pretrained(name, device=device)

@@ -204,14 +204,16 @@ def head_weights(config: TitansConfig, params: dict, h: int) -> dict:
 
 
 def layer_token(config: TitansConfig, params: dict, row: Row, x, write: bool = True):
-    """One token x [d] through the whole layer: y [d]. params: matrices [out, in] by name, see ``layers.titans``."""
+    """One token x [d] through the whole layer: y [d]. params: matrices [out, in] by name, see ``layers.titans``.
+
+    write=False leaves memories, open chunks and position as they are; the convolution's window moves on all the same.
+    """
     H, D = config.num_heads, config.head_dim
     u = x
     if config.conv_window is not None:
         window = np.concatenate([row.tail, x[None]])
         u = (window * params["conv"].T).sum(0)
-        if write:
-            row.tail = window[1:]
+        row.tail = window[1:]
     if config.uses_in_proj:
         u = params["in_proj"] @ u
     unit = norm if config.qk_l2norm else lambda z: z
@@ -244,11 +246,15 @@ def layer_token(config: TitansConfig, params: dict, row: Row, x, write: bool = T
 
 
 def layer(config: TitansConfig, params: dict, x, rows: list | None = None, lengths=None, update: bool = True):
-    """A batch x [B, T, d]: y [B, T, d] (zero where padded) and new rows; the given rows are not modified."""
+    """A batch x [B, T, d]: y [B, T, d] (zero where padded) and new rows; the given rows are not modified.
+
+    update=False: a pure read with the memories as they are in ``rows``, which come back unchanged.
+    """
     B, T, _ = x.shape
-    rows = [new_row(config, params) for _ in range(B)] if rows is None else copy.deepcopy(rows)
+    given = [new_row(config, params) for _ in range(B)] if rows is None else rows
+    rows = copy.deepcopy(given)
     y = np.zeros_like(x)
     for b, row in enumerate(rows):
         for t in range(T if lengths is None else lengths[b]):
             y[b, t] = layer_token(config, params, row, x[b, t], update)
-    return y, rows
+    return y, rows if update else given
