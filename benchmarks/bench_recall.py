@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -111,7 +112,7 @@ def train(args, chunk: int, step_clip: bool, dgd: bool, seed: int) -> dict:
             schedule.step()
             smooth = loss.item() if smooth is None else 0.9 * smooth + 0.1 * loss.item()
             if step % 50 == 0 or step == args.steps - 1:
-                curve.append([step, stage, round(smooth, 4)])
+                curve.append([step, stage, round(smooth, 4) if math.isfinite(smooth) else None])
                 bar.set_postfix(loss=f"{smooth:.3f}", keys=sum(STAGES[stage][1]))
     seconds = time.perf_counter() - began
     return {"chunk": chunk, "step_clip": step_clip, "dgd": dgd, "seed": seed, "steps": args.steps, "seconds": seconds, "loss_curve": curve,
