@@ -4,7 +4,8 @@
 
 B = 1, T = 512, fp32. "same" is the preset ``nested_learning`` with the package's weights: the same function, outputs compared.
 "default" is the default configuration, which does more (output projection, gate, target norm, step clip). Each round times a GEMM of
-1024^3, ours, and the package, in turn; figures are medians over the rounds, with minimum and maximum. FLOPs per token by the count
+1024^3, ours (the default backend, median of five calls) and the package, in turn; figures are medians over the rounds, with minimum and
+maximum. FLOPs per token by the count
 H (c D N + 10 C N + 2 C D + 2 C^2) + 8 d^2, c = 80, or 70 for "same" (no deviation from a base, no target norm; projections 2 d^2).
 """
 
@@ -18,7 +19,7 @@ import time
 
 import torch
 
-from hope_kernels import SelfModifyingTitans, TitansConfig
+from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
 
 from .machine import machine, write_json
 
@@ -82,8 +83,8 @@ def case(d: int, chunk: int, rounds: int) -> dict:
         seen: dict[str, list[float]] = {}
         for _ in range(rounds):
             rate = gemm_rate()
-            ours = min(timed(lambda: same(x)) for _ in range(3))
-            full = min(timed(lambda: default(x)) for _ in range(3))
+            ours = statistics.median(timed(lambda: same(x)) for _ in range(5))
+            full = statistics.median(timed(lambda: default(x)) for _ in range(5))
             loop = timed(theirs)
             for key, value in (
                 ("gemm", rate / 1e9), ("same", T / ours), ("default", T / full), ("package", T / loop), ("ratio", loop / ours),
@@ -99,7 +100,8 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", default=RESULT)
     args = p.parse_args()
-    result = {"what": __doc__.split("\n")[0], "machine": machine(), "peer": "nested-learning 0.2.0", "cases": []}
+    backend = "cpp" if available_backends()["cpp"] is None else "chunked"
+    result = {"what": __doc__.split("\n")[0], "machine": machine(), "peer": "nested-learning 0.2.0", "backend": backend, "cases": []}
     print(f"{'dim':>5}{'chunk':>6}{'ours tok/s':>12}{'default':>10}{'package':>9}{'ratio':>8}{'of GEMM':>9}{'default':>9}"
           f"{'GEMM GF/s':>11}{'error':>9}")
     for d, chunk in CASES:

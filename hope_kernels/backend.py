@@ -6,32 +6,36 @@ from collections.abc import Callable
 
 import torch
 
-BACKENDS = ("reference", "chunked", "triton", "cuda")
-_REASONS = {
-    "triton": "this version has no Triton kernels yet",
-    "cuda": "this version has no CUDA C++ kernels yet",
-}
+from .ops.titans import cpp
+
+BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name: None if it can be used here, else the reason why not."""
-    return {name: _REASONS.get(name) for name in BACKENDS}
+    return {
+        "reference": None, "chunked": None, "cpp": cpp.unavailable(),
+        "triton": "this version has no Triton kernels yet", "cuda": "this version has no CUDA C++ kernels yet",
+    }
 
 
 def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None) -> Callable:
     """The implementation of ``op`` ("titans") for this configuration. ``backend=None`` picks the best one verified on the device.
 
+    Which one that is follows from configuration, dtype, device and whether gradients are on, never from the shape of a call.
     Raises ValueError, with the reason, for a backend that cannot serve the request.
     """
-    name = "chunked" if backend is None else backend
-    if name not in BACKENDS:
-        raise ValueError(f"{op}: unknown backend {name!r}, expected one of {BACKENDS}")
-    if name in _REASONS:
-        raise ValueError(f"{op}: backend {name!r} cannot be used: {_REASONS[name]}")
-    if name == "reference":
+    from .ops.titans.chunked import titans_chunk
+
+    if backend is None:
+        return titans_chunk if cpp.unserved(config, dtype, device) else cpp.titans_cpp
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: unknown backend {backend!r}, expected one of {BACKENDS}")
+    reason = available_backends()[backend] or (cpp.unserved(config, dtype, device) if backend == "cpp" else None)
+    if reason is not None:
+        raise ValueError(f"{op}: backend {backend!r} cannot be used: {reason}; the chunked backend serves every configuration")
+    if backend == "reference":
         from .ops.titans.reference_backend import titans_reference
 
         return titans_reference
-    from .ops.titans.chunked import titans_chunk
-
-    return titans_chunk
+    return titans_chunk if backend == "chunked" else cpp.titans_cpp

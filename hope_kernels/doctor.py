@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import platform
 
@@ -12,8 +13,7 @@ from .backend import available_backends
 from .config import TitansConfig
 from .layers.titans import SelfModifyingTitans
 from .model import bundled_models
-
-TOLERANCE = 1e-12
+from .ops.titans import cpp
 
 
 def versions() -> dict[str, str]:
@@ -34,15 +34,22 @@ def devices() -> list[str]:
     return found
 
 
-def self_check() -> float:
-    """Largest difference, in fp64, between the chunked backend and the token-by-token reference on a small layer."""
+def self_checks() -> list[tuple[str, float, float]]:
+    """(what, largest difference of the outputs of a small layer, tolerance) for the chunked backend and every kernel usable here."""
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(TitansConfig(16, 2, chunk_memory=4, chunk_other=8), dtype=torch.float64)
-    x = torch.randn(2, 37, 16, dtype=torch.float64)
+    layer = SelfModifyingTitans(TitansConfig(32, 2, chunk_memory=4, chunk_other=8), dtype=torch.float64)
+    x = torch.randn(2, 37, 32, dtype=torch.float64)
+
+    def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float(np.abs(a.double().numpy() - b.double().numpy()).max())
+
     with torch.no_grad():
-        ours, _ = layer(x)
-        theirs, _ = layer(x, backend="reference")
-    return float(np.abs(ours.numpy() - theirs.numpy()).max())
+        exact, _ = layer(x, backend="reference")
+        found = [("chunked against reference, fp64", difference(layer(x, backend="chunked")[0], exact), 1e-12)]
+        if cpp.unavailable() is None:
+            single = copy.deepcopy(layer).float()
+            found.append(("cpp against reference, fp32", difference(single(x.float(), backend="cpp")[0], exact), 1e-4))
+    return found
 
 
 def doctor() -> int:
@@ -54,7 +61,9 @@ def doctor() -> int:
     for name, reason in available_backends().items():
         print(f"{'backend':14} {name}: {'usable' if reason is None else reason}")
     print(f"{'models':14} {', '.join(bundled_models()) or 'none bundled'}")
-    error = self_check()
-    good = error < TOLERANCE
-    print(f"{'self-check':14} chunked against reference, fp64: {error:.1e} ({'ok' if good else f'FAILED, expected below {TOLERANCE}'})")
+    good = True
+    for what, error, tolerance in self_checks():
+        holds = error < tolerance
+        good &= holds
+        print(f"{'self-check':14} {what}: {error:.1e} ({'ok' if holds else f'FAILED, expected below {tolerance}'})")
     return 0 if good else 1

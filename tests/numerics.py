@@ -58,3 +58,17 @@ def relative(ours, theirs) -> float:
 def correlated(x: torch.Tensor, share: float) -> torch.Tensor:
     """Tokens x [B, T, d] mixed with one common direction, so that keys correlate."""
     return (1 - share) ** 0.5 * x + share**0.5 * x[:, :1].roll(1, 1)
+
+
+def rms(t: torch.Tensor) -> float:
+    return float(t.double().square().mean().sqrt())
+
+
+def within_yardstick(ours: torch.Tensor, peer: torch.Tensor, exact: torch.Tensor, name: str, noisy: torch.Tensor | None = None) -> None:
+    """rms(ours - exact) is at most twice that of ``peer`` (chunked PyTorch in the same dtype), or 8 eps of the dtype, whichever is more;
+    with ``noisy``, the exact result on inputs with noise, also ten times its difference from ``exact`` is allowed."""
+    allowed = max(2 * rms(peer - exact), 8 * torch.finfo(ours.dtype).eps * rms(exact))
+    if noisy is not None:
+        allowed = max(allowed, 10 * rms(noisy - exact))
+    error = rms(ours - exact)
+    assert error <= allowed, f"{name}: rms error {error:.2e}, allowed {allowed:.2e}"

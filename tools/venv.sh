@@ -12,7 +12,7 @@ TORCH="torch==2.13.0"
 ORACLE="nested-learning==0.2.0"  # tests compare with it; its dependencies (datasets, an old huggingface-hub) are not needed
 PYTHON=${1:-python3}
 
-key=$({ pwd -P; cat tools/venv.sh requirements-dev.txt pyproject.toml setup.py; } | cksum)
+key=$({ pwd -P; cat tools/venv.sh requirements-dev.txt pyproject.toml setup.py csrc/cpu/*; } | cksum)
 if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$key" ]; then exit 0; fi
 
 has_torch() {  # $1: an interpreter. Prints the folder its torch >= 2.11 lies in, or fails.

@@ -170,7 +170,10 @@ class SelfModifyingTitans(nn.Module):
             return x, None
         W, T = self.config.conv_window, x.shape[1]
         joined = torch.cat([state.conv_tail.to(x.dtype), x], 1)
-        out = sum(joined[:, j : j + T] * self.conv[:, j] for j in range(W))
+        taps = self.conv.t().contiguous()
+        out = joined[:, :T] * taps[0]
+        for j in range(1, W):
+            out = torch.addcmul(out, joined[:, j : j + T], taps[j])
         if all(n == T for n in lengths):
             return out, joined[:, T:]
         index = torch.tensor(lengths, device=x.device).unsqueeze(1) + torch.arange(W - 1, device=x.device)
@@ -215,7 +218,7 @@ class SelfModifyingTitans(nn.Module):
         """
         state = self.init_state(x.shape[0]) if state is None else state
         stats = Stats([], [])
-        y, state = self.scan(x, state, [x.shape[1]] * x.shape[0], stats=stats)
+        y, state = self.scan(x, state, [x.shape[1]] * x.shape[0], stats=stats, backend="chunked")
         S = torch.cat([s.flatten() for s in stats.S]) if stats.S else torch.zeros(1)
         deviation = {}
         for name in self.layout.names:

@@ -10,7 +10,12 @@ the hidden layer. With R[t,s] = prod_{s<j<=t} alpha_j, B likewise for beta, and 
     Kg = diag(D[C,.]) K - W^T X               W[t,s] = D[t-1,s] k_t.k_s              for s < t
 
 The triangular solve is applied to the C keys, not to the R = 5N columns of d: since U = T rhs enters only as U^T K = rhs^T (T^T K),
-one [C, D] solve per head and clock serves every memory. README.md derives it.
+one [C, D] solve per head and clock serves every memory. Without momentum Kt = diag(eta R[t-1,0]) Kg, and the update has rank C:
+
+    delta2_C = R[C,0] delta2 - (gain d + delta2 K^T diag(eta R[t-1,0]))^T Kg
+    Kg = (I + L')^-T diag(R[C,.]) K      L'[t,s] = eta_t R[t-1,s] k_t.k_s
+
+README.md derives it.
 
 Tokens are columns: activations are [features, C], so that every product has the weights on its left (on a CPU 1.2 to 1.5 times the
 rate of the transposed product at C = 16..64), every memory is a block of rows, and every weight update is (rows, C) times (C, columns).
@@ -140,7 +145,8 @@ class Clock(NamedTuple):
     gram2: Tensor | None  # (k_t.k_s)^2 [G, C, C], for the step clip
     gamma_end: Tensor  # gamma_C [G, 1, 1]
     step_end: Tensor  # D[C, t]
-    Kt: Tensor | None  # None without DGD
+    carry: Tensor | None  # R[t-1, 0], with DGD and without momentum: delta2 k joins d, at the keys Kg
+    Kt: Tensor | None  # with DGD and momentum, where it has keys of its own
     Ks: Tensor | None  # None without DGD or momentum
     Kg: Tensor
     c_end: Tensor | None  # c_C [G, 1, 1]; this and the rest only with momentum
@@ -166,17 +172,21 @@ def clock_terms(config: TitansConfig, k: Tensor, eta: Tensor, alpha: Tensor | No
         c_end = D[:, C:, :1]
     step_end = D[:, C, 1:]
     gram = k @ k.mT
-    Kt = Ks = None
+    carry = Kt = Ks = None
     Kg = step_end.unsqueeze(-1) * k
-    if config.dgd:
-        lower = gram * _strictly_lower(C, k.device, k.dtype)
+    lower = gram * _strictly_lower(C, k.device, k.dtype) if config.dgd else None
+    if config.dgd and beta is None:
+        carry = R[:, :C, 0]
+        L = R[:, :C, 1:] * lower * eta.unsqueeze(-1)
+        Kg = torch.linalg.solve_triangular(L.mT, Kg, upper=True, unitriangular=True)
+    elif config.dgd:
         L = R[:, :C, 1:] * lower * eta.unsqueeze(1)
         X = torch.linalg.solve_triangular(L.mT, (eta * R[:, C, 1:]).unsqueeze(-1) * k, upper=True, unitriangular=True)
         Kg = torch.baddbmm(Kg, (D[:, :C, 1:] * lower).mT, X, alpha=-1)
         Kt = R[:, :C, :1] * X
-        Ks = None if beta is None else -D[:, :C, :1] * X
+        Ks = -D[:, :C, :1] * X
     gram2 = gram * gram if config.step_clip else None
-    return Clock(k, eta, gram2, R[:, C:, :1], step_end, Kt, Ks, Kg, c_end, beta_end, beta_tail, eta_outside and beta is not None)
+    return Clock(k, eta, gram2, R[:, C:, :1], step_end, carry, Kt, Ks, Kg, c_end, beta_end, beta_tail, eta_outside and beta is not None)
 
 
 class Errors(NamedTuple):
@@ -264,15 +274,17 @@ def write(
     elif c != 1:
         keys = c * keys
     gradient = _row_gradients(layout, err, gain)
-    left, right = [gradient], [keys]
+    left, right = gradient, keys
     if config.dgd:
         # w2 k is the pre-activation already at hand when the weights are the deviations
-        left.append(err.rows if config.retain_to == "zero" else gemm(delta.w2, columns, dtype))
-        right.append(clock.Kt)
-        if s is not None:
-            left.append(gemm(s.w2, columns, dtype))
-            right.append(clock.Ks)
-    w2 = add_gemm(scale(delta.w2, clock.gamma_end), torch.cat(left, -1), torch.cat(right, 1), dtype, -1)
+        erased = err.rows if config.retain_to == "zero" else gemm(delta.w2, columns, dtype)
+        if s is None:
+            # the keys hold the step size where no gain does
+            carry = clock.carry * clock.eta if gain is not None else clock.carry / c
+            left = torch.addcmul(gradient, erased, carry.unsqueeze(1))
+        else:
+            left, right = torch.cat([gradient, erased, gemm(s.w2, columns, dtype)], -1), torch.cat([keys, clock.Kt, clock.Ks], 1)
+    w2 = add_gemm(scale(delta.w2, clock.gamma_end), left, right, dtype, -1)
     if s is not None:
         w2 = w2.sub_(clock.c_end * s.w2)
 

@@ -1,0 +1,30 @@
+// What the Python side (hope_kernels/ops/titans/cpp.py) hands over: plain pointers and sizes, row-major and contiguous, fp32.
+//
+// B rows, T tokens, H heads of width D, N hidden units per memory. Memories come in the order memory, k, v, eta, alpha ("full" ones with
+// D outputs first, then the scalar ones): M in total, Mf full, Ms scalar. R = M N hidden rows (+ Ms skip rows) of w2.
+#pragma once
+#include <cstdint>
+
+struct TitansCall {
+  int64_t B, T, H, D, N, Mf, Ms, chunk_memory, chunk_other, threads;
+  int32_t activation;       // 0 gelu_tanh, 1 gelu (erf), 2 silu
+  int32_t self_modifying;   // 0: k, v, eta, alpha are given, there is one memory
+  int32_t objective_dot, dgd, retention, own_values, target_norm, step_clip, scalar_skip, qk_l2norm;
+  int32_t softplus;         // eta gate: softplus instead of sigmoid
+  int32_t update;           // 0: a pure read of M_memory
+  float grad_scale, eta_scale;
+  const float *base2, *base1, *base1s;               // w_base [H, R, D], [H, Mf, D, N], [H, Ms, N]; null: zero (retain_to="zero")
+  float *delta2, *delta1, *delta1s;                  // deviations [B, H, ...], advanced in place
+  const float *q, *x, *k, *v, *eta, *alpha;          // [B, T, H, D] and [B, T, H]
+  const float *eta_bias, *alpha_bias;                // [H]
+  float *pending_k, *pending_v;                      // [B, C, H, D], C = max(chunk_memory, chunk_other); advanced in place
+  float *pending_eta, *pending_alpha;                // [B, C, H]; alpha null without retention
+  const int64_t *pos, *len;                          // [B] tokens read before this call, and in it
+  float* o;                                          // [B, T, H, D]; tokens past len are not written
+};
+
+extern "C" {
+int hope_titans_abi();                               // changes whenever TitansCall does
+int hope_titans_supported();                         // 1 if this CPU can run the library
+int hope_titans_scan(const TitansCall*);             // 0, or 1 when memory runs out (before anything is written)
+}

@@ -1,0 +1,51 @@
+// Threads that work on one (row, head) together: who owns which rows, and where they wait for each other.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#include <immintrin.h>
+
+// A sense-reversing barrier. It spins, because stages last microseconds, and yields when a neighbour has lost its core.
+class Barrier {
+ public:
+  void wait(int threads) {
+    const int now = phase_.load(std::memory_order_relaxed);
+    if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      waiting_.store(0, std::memory_order_relaxed);
+      phase_.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == now; spins++) {
+      if (spins < 4096) _mm_pause();
+      else std::this_thread::yield();
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int> waiting_{0};
+  alignas(64) std::atomic<int> phase_{0};
+};
+
+struct Range {
+  int64_t begin, end;
+  Range within(int64_t a, int64_t b) const {  // the part of this range inside [a, b)
+    int64_t lo = begin > a ? begin : a, hi = end < b ? end : b;
+    return {lo, hi > lo ? hi : lo};
+  }
+};
+
+struct Team {
+  int id, size;
+  Barrier* barrier;
+  void sync() const {
+    if (size > 1) barrier->wait(size);
+  }
+  // This thread's share of [a, b), cut at multiples of `unit` from a.
+  Range share(int64_t a, int64_t b, int64_t unit) const {
+    int64_t units = (b - a + unit - 1) / unit;
+    auto cut = [&](int64_t i) { return a + units * i / size * unit; };
+    int64_t lo = cut(id), hi = id + 1 == size ? b : cut(id + 1);
+    return {lo < b ? lo : b, hi < b ? hi : b};
+  }
+};

@@ -1,0 +1,116 @@
+"""backend="cpp": csrc/cpu/titans.cpp, one call into a C++ library for all chunks of all rows and heads. x86-64 CPUs, fp32, no gradient.
+
+The library is plain C behind ctypes (pointers and sizes), so that one file serves every Python and every torch. setup.py builds it
+where a C++ compiler is found; without it this backend says so and the chunked one does the work.
+Results are bit-identical for any split of a sequence, any company in the batch and any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ...config import TitansConfig
+from ...state import Counters
+from .fast_weights import FastWeights, TitansState
+
+LIBRARY = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), "_titans_cpu.so")
+ABI = 1
+_ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
+_WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
+_POINTERS = (
+    "base2", "base1", "base1s", "delta2", "delta1", "delta1s", "q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias",
+    "pending_k", "pending_v", "pending_eta", "pending_alpha", "pos", "len", "o",
+)
+
+
+class _Call(ctypes.Structure):
+    """``TitansCall`` of csrc/cpu/call.h."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("B", "T", "H", "D", "N", "Mf", "Ms", "chunk_memory", "chunk_other", "threads")]
+        + [(n, ctypes.c_int32) for n in ("activation", "self_modifying", "objective_dot", "dgd", "retention", "own_values", "target_norm",
+                                         "step_clip", "scalar_skip", "qk_l2norm", "softplus", "update")]
+        + [("grad_scale", ctypes.c_float), ("eta_scale", ctypes.c_float)]
+        + [(n, ctypes.c_void_p) for n in _POINTERS]
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or the reason why there is none."""
+    if not os.path.exists(LIBRARY):
+        return "its library was not built (a C++ compiler is needed when hope_kernels is installed)"
+    try:
+        lib = ctypes.CDLL(LIBRARY)
+        if lib.hope_titans_abi() != ABI:
+            return f"{os.path.basename(LIBRARY)} was built from another version; install hope_kernels again"
+    except (OSError, AttributeError) as e:
+        return f"{os.path.basename(LIBRARY)} cannot be loaded: {e}"
+    return lib if lib.hope_titans_supported() else "needs a CPU with AVX2 and FMA"
+
+
+def unavailable() -> str | None:
+    """Why this machine cannot use the backend, or None."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the backend cannot serve a layer, or None."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"serves float32 on the CPU, not {dtype} on {device.type}"
+    if torch.is_grad_enabled():
+        return "has no gradient, which training and learning while reading need (torch.no_grad() serves the rest)"
+    if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
+        return 'serves memory="mlp" without momentum and adaptive_q'
+    if config.head_dim % 8 or config.hidden % 8:
+        return f"serves head widths and hidden widths that are multiples of 8, not {config.head_dim} and {config.hidden}"
+    return unavailable()
+
+
+def titans_cpp(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int],
+    *, update: bool = True, constant_memory: bool = False, stats=None,
+) -> tuple[Tensor, TitansState]:
+    """As ``chunked.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises ValueError for ``stats``."""
+    if stats is not None:
+        raise ValueError("titans: backend 'cpp' collects no statistics; the chunked backend does")
+    first = inputs.x if inputs.x is not None else inputs.k
+    B, T, H, D = first.shape
+    new = _advanced(config, state, lengths) if update else state
+    o = (first.new_empty if min(lengths) == T else first.new_zeros)(B, T, H, D)
+    base = w_init if config.retain_to == "init" else FastWeights(None, None, None)
+    tensors = {"base2": base.w2, "base1": base.w1, "base1s": base.w1s}
+    tensors |= {n: getattr(inputs, n) for n in ("q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias")}
+    tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
+    tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o}
+    pointers = {n: None if t is None else t.data_ptr() for n, t in tensors.items()}
+    rows = ctypes.c_int64 * B
+    pos, counts = rows(*state.pos), rows(*lengths)
+    call = _Call(
+        B=B, T=T, H=H, D=D, N=config.hidden, Mf=new.delta1.shape[2], Ms=0 if new.delta1s is None else new.delta1s.shape[2],
+        chunk_memory=config.chunk_memory, chunk_other=config.chunk_other, threads=torch.get_num_threads(),
+        activation=_ACTIVATIONS[config.activation], self_modifying=config.self_modifying, objective_dot=config.objective == "dot",
+        softplus=config.eta_activation == "softplus", update=update, grad_scale=config.grad_scale, eta_scale=config.eta_scale,
+        **{n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip", "scalar_skip", "qk_l2norm")},
+        **pointers, pos=ctypes.addressof(pos), len=ctypes.addressof(counts),
+    )
+    if _library().hope_titans_scan(ctypes.byref(call)):
+        raise MemoryError("titans: backend 'cpp' could not allocate its work space; nothing was read")
+    return o, new
+
+
+def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> TitansState:
+    """A state for the library to write into: copies of what this call will change, the rest shared with ``state``."""
+    small = min(config.chunk_memory, config.chunk_other)
+    commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
+    parts = {n: getattr(state, n) for n in _WRITTEN}
+    parts = {n: t.clone(memory_format=torch.contiguous_format) if commits or n.startswith("pending") else t.contiguous()
+             for n, t in parts.items() if t is not None}
+    return replace(state, pos=Counters(p + n for p, n in zip(state.pos, lengths)), **parts)

@@ -1,0 +1,276 @@
+"""The C++ CPU backend: against the fp64 reference by the yardstick, and bit for bit against itself however a call is cut."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from numerics import correlated, rms, within_yardstick
+
+from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends, load_state
+from hope_kernels.ops import TokenInputs, titans_chunk
+from hope_kernels.ops.titans import cpp
+from hope_kernels.ops.titans.fast_weights import FastWeights, Layout, init_titans_state
+
+pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"cpp: {cpp.unavailable()}")
+
+FLAGS = ("own_values", "target_norm", "step_clip", "dgd", "retention", "qk_l2norm", "scalar_skip")
+WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
+
+
+@st.composite
+def configs(draw):
+    small = draw(st.sampled_from([1, 4, 8, 16, 24]))
+    memory, other = draw(st.permutations([small, small * draw(st.sampled_from([1, 1, 2]))]))
+    return TitansConfig(
+        d_model=draw(st.sampled_from([16, 48])), num_heads=draw(st.sampled_from([1, 2])), hidden_mult=draw(st.sampled_from([1, 2])),
+        activation=draw(st.sampled_from(["gelu_tanh", "gelu", "silu"])), chunk_memory=memory, chunk_other=other,
+        self_modifying=draw(st.booleans()), objective=draw(st.sampled_from(["l2", "dot"])), grad_scale=draw(st.sampled_from([1.0, 2.0])),
+        retain_to=draw(st.sampled_from(["init", "zero"])), eta_activation=draw(st.sampled_from(["sigmoid", "softplus"])),
+        eta_scale=draw(st.sampled_from([0.01, 0.1])),
+        **{flag: draw(st.booleans()) for flag in FLAGS},
+    )
+
+
+def problem(config: TitansConfig, rows: int, tokens: int, correlation: float = 0.0, seed: int = 0, alpha: torch.Tensor | None = None):
+    """Initial fast weights and inputs in fp64; ``alpha`` [T] for layers that are given theirs."""
+    torch.manual_seed(seed)
+    H, D = config.num_heads, config.head_dim
+    shapes = Layout.of(config).shapes(H)
+    w_init = FastWeights(*(None if s is None else torch.randn(s, dtype=torch.float64) / s[-1] ** 0.5 for s in shapes))
+    tokens_of = lambda: correlated(torch.randn(rows, tokens, H * D, dtype=torch.float64), correlation).unflatten(-1, (H, D))
+    unit = lambda t: t / t.norm(dim=-1, keepdim=True)
+    q = unit(tokens_of())
+    if config.self_modifying:
+        bias = torch.linspace(-1, 3, H, dtype=torch.float64)
+        return w_init, TokenInputs(q, x=tokens_of(), eta_bias=bias, alpha_bias=bias + 2)
+    eta = 0.5 * torch.rand(rows, tokens, H, dtype=torch.float64)
+    if alpha is None:
+        alpha = torch.rand(rows, tokens, H, dtype=torch.float64)
+    alpha = alpha.view(1, -1, 1).expand(rows, tokens, H) if alpha.dim() == 1 else alpha
+    return w_init, TokenInputs(q, k=unit(tokens_of()), v=tokens_of(), eta=eta, alpha=alpha if config.retention else None)
+
+
+def single(found):
+    return type(found)(*(None if t is None else t.float() for t in found))
+
+
+def noisy(found):
+    """With noise of 4.5 eps, which is to fp32 what 1e-15 is to fp64."""
+    generator = torch.Generator().manual_seed(1)
+    sign = lambda t: torch.randint(0, 2, t.shape, generator=generator) * 2 - 1
+    return type(found)(*(None if t is None else t * (1 + 4.5 * torch.finfo(torch.float32).eps * sign(t)) for t in found))
+
+
+def run(config, w_init, inputs, backend, lengths=None, state=None):
+    with torch.no_grad():
+        o, state = titans_chunk(config, w_init, inputs, state, lengths, backend=backend)
+    return o, state
+
+
+def results(o, state) -> dict[str, torch.Tensor]:
+    return {"o": o} | {n: getattr(state, n) for n in WRITTEN if getattr(state, n) is not None}
+
+
+def part(inputs: TokenInputs, a: int, b: int) -> TokenInputs:
+    return TokenInputs(*(t if t is None or t.dim() == 1 else t[:, a:b] for t in inputs))
+
+
+def rows_of(inputs: TokenInputs, index: list[int]) -> TokenInputs:
+    return TokenInputs(*(t if t is None or t.dim() == 1 else t[index] for t in inputs))
+
+
+def same(a, b) -> bool:
+    return all(getattr(a, n) is None or torch.equal(getattr(a, n), getattr(b, n)) for n in WRITTEN) and list(a.pos) == list(b.pos)
+
+
+def meets_yardstick(config, w_init, inputs, lengths=None) -> None:
+    """Outputs and states. Without the three rules that keep a memory alive a configuration may be chaotic: there ten times the exact
+    result's own response to noise in the inputs is allowed as well."""
+    w, i = single(w_init), single(inputs)
+    runs = [(w, i, "cpp"), (w, i, "chunked"), (w_init, inputs, "chunked")]
+    if not (config.target_norm and config.step_clip and config.retain_to == "init"):
+        runs.append((noisy(w_init), noisy(inputs), "chunked"))
+    found = [results(*run(config, *args, lengths)) for args in runs]
+    for _, peer, exact, *_ in zip(*(f.values() for f in found)):  # what PyTorch cannot follow in fp32 explodes on the way
+        assume(torch.isfinite(exact).all() and rms(peer - exact) <= 1e-3 * rms(exact))
+    for name in found[0]:
+        within_yardstick(*(f[name] for f in found[:3]), name, *(f[name] for f in found[3:]))
+
+
+@settings(max_examples=60)
+@given(configs(), st.sampled_from([1, 7, 33, 70]), st.sampled_from([0.0, 0.5, 0.9]), st.integers(0, 10**6), st.booleans())
+def test_meets_the_yardstick(config, tokens, correlation, seed, ragged):
+    meets_yardstick(config, *problem(config, 2, tokens, correlation, seed), [tokens // 2, tokens] if ragged else None)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500)
+@given(configs(), st.integers(1, 100), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.integers(0, 10**6), st.booleans())
+def test_meets_the_yardstick_full_sweep(config, tokens, correlation, seed, ragged):
+    meets_yardstick(config, *problem(config, 2, tokens, correlation, seed), [tokens // 2, tokens] if ragged else None)
+
+
+@pytest.mark.parametrize("alpha", [[0.0] * 50, [1.0] * 50, [1e-30, 0.999] * 25, [1.0] * 20 + [0.0] + [0.999] * 29])
+def test_extreme_retention(alpha):
+    config = TitansConfig.preset("titans", d_model=32, num_heads=2, dgd=True, momentum=None)
+    meets_yardstick(config, *problem(config, 2, 50, 0.5, alpha=torch.tensor(alpha, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 256])
+def test_larger_shapes(chunk):
+    config = TitansConfig(64, 1, hidden_mult=2, chunk_memory=chunk, chunk_other=chunk)
+    meets_yardstick(config, *problem(config, 1, 300, 0.5))
+
+
+@pytest.mark.slow
+def test_ten_thousand_chunks():
+    config = TitansConfig(16, 1, chunk_memory=2, chunk_other=2)
+    meets_yardstick(config, *problem(config, 1, 20_000))
+
+
+CONFIGS = [
+    TitansConfig(32, 2, chunk_memory=16, chunk_other=16), TitansConfig(32, 1, chunk_memory=4, chunk_other=8),
+    TitansConfig.preset("nested_learning", d_model=24, chunk_memory=8, chunk_other=8),
+    TitansConfig.preset("paper", d_model=16, num_heads=2),
+    TitansConfig.preset("titans", d_model=32, num_heads=2, momentum=None), TitansConfig(32, 2, chunk_memory=24, chunk_other=24, dgd=False),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_bit_identical_however_the_call_is_cut(config, tmp_path):
+    w_init, inputs = map(single, problem(config, 3, 53))
+    whole, end = run(config, w_init, inputs, "cpp")
+    assert torch.isfinite(whole).all()
+    for cuts in ([0, 1, 2, 53], [0, 16, 40, 53], list(range(54))):
+        state, outputs = None, []
+        for a, b in zip(cuts, cuts[1:]):
+            o, state = run(config, w_init, part(inputs, a, b), "cpp", state=state)
+            outputs.append(o)
+        assert torch.equal(torch.cat(outputs, 1), whole) and same(state, end)
+    lengths = [53, 20, 0]
+    o, ragged = run(config, w_init, inputs, "cpp", lengths)
+    for row, n in enumerate(lengths):
+        alone, state = run(config, w_init, part(rows_of(inputs, [row]), 0, n), "cpp")
+        assert torch.equal(o[row : row + 1, :n], alone) and same(ragged.select([row]), state)
+        assert not o[row, n:].any()
+    first, state = run(config, w_init, part(inputs, 0, 21), "cpp")
+    state.select([2, 0]).save(tmp_path / "s")
+    swapped, _ = run(config, w_init, part(rows_of(inputs, [2, 0]), 21, 53), "cpp", state=load_state(tmp_path / "s"))
+    assert torch.equal(swapped, whole[[2, 0], 21:])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_bit_identical_for_any_number_of_threads(config, rows):
+    w_init, inputs = map(single, problem(config, rows, 53))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(run(config, w_init, inputs, "cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for o, state in found[1:]:
+        assert torch.equal(o, found[0][0]) and same(state, found[0][1])
+
+
+def test_arguments_and_pure_reads_leave_the_state_alone():
+    config = TitansConfig(32, 2)
+    w_init, inputs = map(single, problem(config, 2, 40))
+    _, state = run(config, w_init, part(inputs, 0, 19), "cpp")
+    before = state.clone()
+    o, _ = run(config, w_init, part(inputs, 19, 40), "cpp", state=state)
+    assert same(state, before)
+    with torch.no_grad():
+        read, after = titans_chunk(config, w_init, part(inputs, 19, 40), state, update=False, backend="cpp")
+        expected, _ = titans_chunk(config, w_init, part(inputs, 19, 40), state, update=False, backend="chunked")
+    assert same(after, before)
+    torch.testing.assert_close(read, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(read[:, :13], o[:, :13])  # up to the first commit, reading and learning see the same weights
+
+
+def test_padding_may_hold_anything():
+    config = TitansConfig(32, 2)
+    w_init, inputs = map(single, problem(config, 2, 40))
+    clean, end = run(config, w_init, inputs, "cpp", [40, 25])
+    poisoned = inputs._replace(q=inputs.q.clone(), x=inputs.x.clone())
+    poisoned.q[1, 25:] = poisoned.x[1, 25:] = float("nan")
+    o, state = run(config, w_init, poisoned, "cpp", [40, 25])
+    assert torch.equal(o, clean) and same(state, end)
+
+
+def test_a_nan_stays_in_its_row():
+    config = TitansConfig(32, 2)
+    w_init, inputs = map(single, problem(config, 2, 40))
+    inputs.x[0, 3] = float("nan")
+    o, state = run(config, w_init, inputs, "cpp")
+    assert o[0].isnan().any() and torch.isfinite(o[1]).all() and torch.isfinite(state.delta2[1]).all()
+
+
+def test_default_on_a_cpu_without_gradients():
+    torch.manual_seed(0)
+    layer, x = SelfModifyingTitans(TitansConfig(32, 2)), torch.randn(1, 40, 32)
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], layer(x, backend="cpp")[0])
+        assert not torch.equal(layer(x)[0], layer(x, backend="chunked")[0])
+    assert layer(x)[0].requires_grad
+    assert available_backends()["cpp"] is None
+
+
+@pytest.mark.parametrize("change, dtype, reason", [
+    ({"momentum": 0.9}, torch.float32, "without momentum"), ({"memory": "linear"}, torch.float32, "without momentum"),
+    ({"adaptive_q": True}, torch.float32, "adaptive_q"), ({"d_model": 24}, torch.float32, "multiples of 8"),
+    ({}, torch.float64, "float32 on the CPU"),
+])
+def test_refuses_by_name_what_it_does_not_serve(change, dtype, reason):
+    layer = SelfModifyingTitans(TitansConfig(**{"d_model": 32, "num_heads": 2, **change}), dtype=dtype)
+    x = torch.randn(1, 20, layer.config.d_model, dtype=dtype)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=reason):
+            layer(x, backend="cpp")
+        assert torch.isfinite(layer(x)[0]).all()  # by default the chunked backend steps in
+
+
+def test_refuses_gradients():
+    layer = SelfModifyingTitans(TitansConfig(32, 2))
+    with pytest.raises(ValueError, match="no gradient"):
+        layer(torch.randn(1, 20, 32), backend="cpp")
+
+
+def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpp, "LIBRARY", str(tmp_path / "none.so"))
+    cpp._library.cache_clear()
+    try:
+        assert "was not built" in available_backends()["cpp"]
+        layer = SelfModifyingTitans(TitansConfig(32, 2))
+        with torch.no_grad():
+            assert torch.isfinite(layer(torch.randn(1, 20, 32))[0]).all()
+            with pytest.raises(ValueError, match="was not built"):
+                layer(torch.randn(1, 20, 32), backend="cpp")
+        (tmp_path / "none.so").write_bytes(b"not a library")
+        cpp._library.cache_clear()
+        assert "cannot be loaded" in available_backends()["cpp"]
+    finally:
+        monkeypatch.undo()
+        cpp._library.cache_clear()
+
+
+def test_state_given_to_the_layer_is_advanced_in_place():
+    torch.manual_seed(0)
+    layer, x = SelfModifyingTitans(TitansConfig(32, 2)), torch.randn(2, 40, 32)
+    state = layer.init_state(2)
+    with torch.no_grad():
+        _, after = layer(x, state)
+        _, fresh = layer(x)
+    assert after is state and same(state, fresh)
+
+
+def test_unused_start_values_are_not_shared():
+    """A state that learned nothing yet can be continued twice."""
+    config = TitansConfig(32, 2)
+    w_init, inputs = map(single, problem(config, 1, 40))
+    start = init_titans_state(config, w_init, 1)
+    a, _ = run(config, w_init, inputs, "cpp", state=start)
+    b, _ = run(config, w_init, inputs, "cpp", state=start)
+    assert torch.equal(a, b)
