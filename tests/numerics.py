@@ -58,3 +58,15 @@ def relative(ours, theirs) -> float:
 def correlated(x: torch.Tensor, share: float) -> torch.Tensor:
     """Tokens x [B, T, d] mixed with one common direction, so that keys correlate."""
     return (1 - share) ** 0.5 * x + share**0.5 * x[:, :1].roll(1, 1)
+
+
+def assert_accurate(out: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """The yardstick of every backend: rms(out - exact) <= max(2 rms(plain - exact), 8 eps rms(exact)).
+
+    plain: what PyTorch computes in out's dtype. exact: the fp64 result.
+    """
+    assert out.dtype == plain.dtype and out.shape == exact.shape
+    if out.numel():
+        rms = lambda t: t.double().square().mean().sqrt().item()
+        allowed = max(2 * rms(plain - exact), 8 * torch.finfo(out.dtype).eps * rms(exact))
+        assert rms(out - exact) <= allowed, f"error {rms(out - exact):.3g}, allowed {allowed:.3g}"  # a NaN fails
