@@ -32,8 +32,9 @@ BLOCK_T, BLOCK_D, NUM_WARPS = 16, 128, 4  # compiled for sm_80 to sm_120 without
 def causal_conv_kernel(
     x_p, tail_p, weight_p, lengths_p, y_p, new_tail_p, T: tl.int64, d: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
 ):
-    """x, y [B, T, d]; tail, new_tail [B, W-1, d]; weight [d, W]; lengths [B] int32. Grid (tokens / BT, channels / BD, rows)."""
-    i_t, i_d, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """x, y [B, T, d]; tail, new_tail [B, W-1, d]; weight [d, W]; lengths [B] int32. Grid (rows * tiles of tokens, tiles of channels)."""
+    tiles = tl.maximum(tl.cdiv(T, BT), 1)
+    i_b, i_t, i_d = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
     n = tl.minimum(tl.maximum(tl.load(lengths_p + i_b).to(tl.int64), 0), T)  # a length from the device is nobody's promise
     t = i_t * BT + tl.arange(0, BT)
     c = i_d * BD + tl.arange(0, BD)
@@ -66,12 +67,14 @@ _library.define("causal_conv(Tensor x, Tensor tail, Tensor weight, Tensor length
 
 def _launch(x: Tensor, tail: Tensor, weight: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     (B, T, d), W = x.shape, weight.shape[1]
-    x, tail, weight = aligned(x), aligned(tail), aligned(weight)
+    x, tail, weight, lengths = aligned(x), aligned(tail), aligned(weight), aligned(lengths)
     y, new_tail = torch.empty_like(x), torch.empty_like(tail)
     if B:
-        grid = (max(1, triton.cdiv(T, BLOCK_T)), triton.cdiv(d, BLOCK_D), B)
+        grid = (B * max(1, triton.cdiv(T, BLOCK_T)), triton.cdiv(d, BLOCK_D))
         with torch.cuda.device_of(x):
-            causal_conv_kernel[grid](x, tail, weight, lengths, y, new_tail, T, d=d, W=W, BT=BLOCK_T, BD=BLOCK_D, num_warps=NUM_WARPS)
+            causal_conv_kernel[grid](
+                x, tail, weight, lengths, y, new_tail, T, d=d, W=W, BT=BLOCK_T, BD=BLOCK_D, num_warps=NUM_WARPS, num_stages=1
+            )
     return y, new_tail
 
 

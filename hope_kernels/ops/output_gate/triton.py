@@ -58,7 +58,9 @@ def _launch(o: Tensor, gain: Tensor, gate: Tensor) -> Tensor:
     tile, rows = _tile(D), o.numel() // D
     if rows:
         with torch.cuda.device_of(o):
-            output_gate_kernel[(triton.cdiv(rows, tile["BR"]),)](o, gain, gate, y, rows, H=H, D=D, EPS=EPS, **tile, num_warps=NUM_WARPS)
+            output_gate_kernel[(triton.cdiv(rows, tile["BR"]),)](
+                o, gain, gate, y, rows, H=H, D=D, EPS=EPS, **tile, num_warps=NUM_WARPS, num_stages=1
+            )
     return y
 
 
