@@ -7,6 +7,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
 settings.register_profile("repository", deadline=None, print_blob=True)
 settings.load_profile("repository")
 

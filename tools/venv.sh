@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 TORCH="torch==2.13.0"
+TRITON="triton==3.6.0"  # a CUDA build of torch brings its own
 ORACLE="nested-learning==0.2.0"  # tests compare with it; its dependencies (datasets, an old huggingface-hub) are not needed
 PYTHON=${1:-python3}
 
@@ -56,5 +57,8 @@ if grep -q 'include-system-site-packages = false' .venv/pyvenv.cfg; then
 fi
 pip install --quiet --no-warn-conflicts -r requirements-dev.txt  # no word on what the oracle lacks
 pip install --quiet --no-deps "$ORACLE"
+if [ "$(uname)" = Linux ] && ! .venv/bin/python -c 'import triton' 2>/dev/null; then
+    pip install --quiet --no-deps "$TRITON"
+fi
 pip install --quiet --no-deps --no-build-isolation -e .
 echo "$key" >.venv/stamp

@@ -6,12 +6,13 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backend import resolve
 from ..config import TitansConfig
 from ..ops.check import check_lengths, check_placement, check_state, check_tensor, check_values
+from ..ops.conv.chunked import causal_conv_chunked
+from ..ops.output_gate.chunked import output_gate_chunked
 from ..ops.titans.chunked import Stats, TokenInputs, eta_gate
 from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.titans.memory import l2norm
@@ -152,7 +153,7 @@ class SelfModifyingTitans(nn.Module):
         if min(lengths, default=T) < T:
             real = (torch.arange(T, device=x.device) < torch.tensor(lengths, device=x.device).unsqueeze(1)).unsqueeze(-1)
             x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward
-        u, tail = self._convolved(x, state, lengths)
+        u, tail = (x, None) if self.conv is None else causal_conv_chunked(x, state.conv_tail, self.conv, lengths)
         if self.in_proj is not None:
             u = self.in_proj(u)
         o, new = compute(c, self.w_init, self._inputs(u), state, lengths, update=update, constant_memory=constant_memory, stats=stats)
@@ -163,21 +164,6 @@ class SelfModifyingTitans(nn.Module):
             return y, state
         new = replace(new, conv_tail=tail)
         return y, new.detach() if constant_memory else new
-
-    def _convolved(self, x: Tensor, state: TitansState, lengths: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Causal depthwise convolution over the carried tail and x; the new tail is each row's last W-1 inputs."""
-        if self.conv is None:
-            return x, None
-        W, T = self.config.conv_window, x.shape[1]
-        joined = torch.cat([state.conv_tail.to(x.dtype), x], 1)
-        taps = self.conv.t().contiguous()
-        out = joined[:, :T] * taps[0]
-        for j in range(1, W):
-            out = torch.addcmul(out, joined[:, j : j + T], taps[j])
-        if all(n == T for n in lengths):
-            return out, joined[:, T:]
-        index = torch.tensor(lengths, device=x.device).unsqueeze(1) + torch.arange(W - 1, device=x.device)
-        return out, joined.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
     def _inputs(self, u: Tensor) -> TokenInputs:
         c = self.config
@@ -201,12 +187,8 @@ class SelfModifyingTitans(nn.Module):
         return TokenInputs(q, k=unit(heads(self.k_proj(u))), v=heads(self.v_proj(u)), eta=eta, alpha=alpha, beta=beta)
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        if self.norm_gain is not None:
-            o = F.rms_norm(o, (o.shape[-1],), eps=1e-6) * self.norm_gain
-        o = o.flatten(2)
-        if self.gate_proj is not None:
-            o = o * F.silu(self.gate_proj(x))
-        return o if self.out_proj is None else self.out_proj(o)
+        y = output_gate_chunked(o, self.norm_gain, None if self.gate_proj is None else self.gate_proj(x))
+        return y if self.out_proj is None else self.out_proj(y)
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, state: TitansState | None = None) -> dict:
