@@ -11,7 +11,7 @@
 // are bit-identical for any number of threads, any split of the sequence, any company in the batch.
 // Where a (row, head) is enough work for one thread and there are as many as threads, each team is one thread.
 //
-// Per token and head 58 D N + 10 D N + 2 C D + 2 C^2 FLOPs (68 D N; 74 with target norm, 84 with deviations kept beside a base).
+// Per token and head 64 D N + 3 C D FLOPs and less; 70 D N with target norms, 80 with deviations kept beside a base as well.
 // The weights stream from L2 or L3 once per product; a tile reuses each for 16 tokens, so that the FMA units are the limit.
 
 #include <cmath>
