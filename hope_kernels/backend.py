@@ -15,12 +15,21 @@ def available_backends() -> dict[str, str | None]:
     """Every backend by name: None if it can be used here, else the reason why not."""
     return {
         "reference": None, "chunked": None, "cpp": cpp.unavailable(),
-        "triton": "this version has no Triton kernels yet", "cuda": "this version has no CUDA C++ kernels yet",
+        "triton": _unavailable_triton(), "cuda": "this version has no CUDA C++ kernels yet",
     }
 
 
+def _unavailable_triton() -> str | None:
+    try:
+        from .ops.titans import triton
+    except ImportError as e:
+        return f"Triton cannot be imported: {e}"
+    return triton.unavailable()
+
+
 def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None) -> Callable:
-    """The implementation of ``op`` ("titans") for this configuration. ``backend=None`` picks the best one verified on the device.
+    """The implementation of ``op`` ("titans") for this configuration. ``backend=None`` picks the best one verified on the device: the
+    Triton kernels, which no GPU has run yet, only on request.
 
     Which one that is follows from configuration, dtype, device and whether gradients are on, never from the shape of a call.
     Raises ValueError, with the reason, for a backend that cannot serve the request.
@@ -31,11 +40,15 @@ def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: 
         return titans_chunk if cpp.unserved(config, dtype, device) else cpp.titans_cpp
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}, expected one of {BACKENDS}")
-    reason = available_backends()[backend] or (cpp.unserved(config, dtype, device) if backend == "cpp" else None)
+    reason, chosen = available_backends()[backend], titans_chunk
+    if reason is None and backend == "cpp":
+        reason, chosen = cpp.unserved(config, dtype, device), cpp.titans_cpp
+    elif reason is None and backend == "triton":
+        from .ops.titans import triton
+
+        reason, chosen = triton.unserved(config, dtype, device), triton.titans_triton
+    elif backend == "reference":
+        from .ops.titans.reference_backend import titans_reference as chosen
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} cannot be used: {reason}; the chunked backend serves every configuration")
-    if backend == "reference":
-        from .ops.titans.reference_backend import titans_reference
-
-        return titans_reference
-    return titans_chunk if backend == "chunked" else cpp.titans_cpp
+    return chosen

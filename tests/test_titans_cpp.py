@@ -4,17 +4,17 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from numerics import correlated, rms, within_yardstick
+from numerics import rms, within_yardstick
+from problems import noisy, part, problem, results, rows_of, run, same, single
 
 from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends, load_state
-from hope_kernels.ops import TokenInputs, titans_chunk
+from hope_kernels.ops import titans_chunk
 from hope_kernels.ops.titans import cpp
-from hope_kernels.ops.titans.fast_weights import FastWeights, Layout, init_titans_state
+from hope_kernels.ops.titans.fast_weights import init_titans_state
 
 pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"cpp: {cpp.unavailable()}")
 
 FLAGS = ("own_values", "target_norm", "step_clip", "dgd", "retention", "qk_l2norm", "scalar_skip")
-WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 
 
 @st.composite
@@ -29,58 +29,6 @@ def configs(draw):
         eta_scale=draw(st.sampled_from([0.01, 0.1])),
         **{flag: draw(st.booleans()) for flag in FLAGS},
     )
-
-
-def problem(config: TitansConfig, rows: int, tokens: int, correlation: float = 0.0, seed: int = 0, alpha: torch.Tensor | None = None):
-    """Initial fast weights and inputs in fp64; ``alpha`` [T] for layers that are given theirs."""
-    torch.manual_seed(seed)
-    H, D = config.num_heads, config.head_dim
-    shapes = Layout.of(config).shapes(H)
-    w_init = FastWeights(*(None if s is None else torch.randn(s, dtype=torch.float64) / s[-1] ** 0.5 for s in shapes))
-    tokens_of = lambda: correlated(torch.randn(rows, tokens, H * D, dtype=torch.float64), correlation).unflatten(-1, (H, D))
-    unit = lambda t: t / t.norm(dim=-1, keepdim=True)
-    q = unit(tokens_of())
-    if config.self_modifying:
-        bias = torch.linspace(-1, 3, H, dtype=torch.float64)
-        return w_init, TokenInputs(q, x=tokens_of(), eta_bias=bias, alpha_bias=bias + 2)
-    eta = 0.5 * torch.rand(rows, tokens, H, dtype=torch.float64)
-    if alpha is None:
-        alpha = torch.rand(rows, tokens, H, dtype=torch.float64)
-    alpha = alpha.view(1, -1, 1).expand(rows, tokens, H) if alpha.dim() == 1 else alpha
-    return w_init, TokenInputs(q, k=unit(tokens_of()), v=tokens_of(), eta=eta, alpha=alpha if config.retention else None)
-
-
-def single(found):
-    return type(found)(*(None if t is None else t.float() for t in found))
-
-
-def noisy(found):
-    """With noise of 4.5 eps, which is to fp32 what 1e-15 is to fp64."""
-    generator = torch.Generator().manual_seed(1)
-    sign = lambda t: torch.randint(0, 2, t.shape, generator=generator) * 2 - 1
-    return type(found)(*(None if t is None else t * (1 + 4.5 * torch.finfo(torch.float32).eps * sign(t)) for t in found))
-
-
-def run(config, w_init, inputs, backend, lengths=None, state=None):
-    with torch.no_grad():
-        o, state = titans_chunk(config, w_init, inputs, state, lengths, backend=backend)
-    return o, state
-
-
-def results(o, state) -> dict[str, torch.Tensor]:
-    return {"o": o} | {n: getattr(state, n) for n in WRITTEN if getattr(state, n) is not None}
-
-
-def part(inputs: TokenInputs, a: int, b: int) -> TokenInputs:
-    return TokenInputs(*(t if t is None or t.dim() == 1 else t[:, a:b] for t in inputs))
-
-
-def rows_of(inputs: TokenInputs, index: list[int]) -> TokenInputs:
-    return TokenInputs(*(t if t is None or t.dim() == 1 else t[index] for t in inputs))
-
-
-def same(a, b) -> bool:
-    return all(getattr(a, n) is None or torch.equal(getattr(a, n), getattr(b, n)) for n in WRITTEN) and list(a.pos) == list(b.pos)
 
 
 def meets_yardstick(config, w_init, inputs, lengths=None) -> None:
