@@ -10,7 +10,7 @@ being the start of each row's open chunk of the longer clock, so that one loop o
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import TitansConfig
-from ...state import Counters
 from .fast_weights import FastWeights, Layout, TitansState, master_dtype
 from .memory import clock_terms, l2norm, read, write
 
@@ -368,9 +367,8 @@ class _Scan:
             return None if t is None else t.unflatten(0, (self.B, self.H)).transpose(1, 2)
 
         old = self.state
-        pos = Counters(p + n for p, n in zip(old.pos, self.rows.lengths))
-        new = replace(
-            old, pos=pos,
+        new = old.advanced(
+            self.rows.lengths,
             pending_k=batched(pending.k).to(self.dtype), pending_v=batched(pending.v).to(self.dtype), pending_eta=batched(pending.eta),
             pending_alpha=batched(pending.alpha), pending_beta=batched(pending.beta),
         )

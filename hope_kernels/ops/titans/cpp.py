@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from ...config import TitansConfig
-from ...state import Counters
 from .fast_weights import FastWeights, TitansState
 
 LIBRARY = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), "_titans_cpu.so")
@@ -113,4 +111,4 @@ def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> T
     parts = {n: getattr(state, n) for n in _WRITTEN}
     parts = {n: t.clone(memory_format=torch.contiguous_format) if commits or n.startswith("pending") else t.contiguous()
              for n, t in parts.items() if t is not None}
-    return replace(state, pos=Counters(p + n for p, n in zip(state.pos, lengths)), **parts)
+    return state.advanced(lengths, **parts)

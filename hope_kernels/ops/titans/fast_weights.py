@@ -12,7 +12,7 @@ M_memory comes first, so the layer's two clocks own two contiguous row ranges.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -99,6 +99,13 @@ class Layout:
         return found
 
 
+def on_device(lengths: list[int], device) -> Tensor:
+    """lengths as an int64 tensor [B]; equal ones are not copied from the host."""
+    if len(set(lengths)) == 1:
+        return torch.full((len(lengths),), lengths[0], dtype=torch.int64, device=device)
+    return torch.tensor(lengths, dtype=torch.int64, device=device)
+
+
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -112,6 +119,7 @@ class TitansState(State):
     pending_k, pending_v [B, C, H, D]              the open chunk's tokens, input dtype; slots past pos % C are zero
     pending_eta, pending_alpha, pending_beta [B, C, H]   fp32 (fp64); None where the layer has none
     conv_tail [B, W-1, d]                          the last inputs of the causal convolution, or None
+    count [B] int64                                ``pos``, where kernels can see it
     """
 
     delta2: Tensor
@@ -126,8 +134,20 @@ class TitansState(State):
     pending_alpha: Tensor | None
     pending_beta: Tensor | None
     conv_tail: Tensor | None
+    count: Tensor | None = None
 
     ACTIVATIONS = frozenset({"pending_k", "pending_v", "conv_tail"})
+
+    def __post_init__(self):
+        if self.count is None:  # a new state, or one from a file written before there was a counter on the device
+            self.count = torch.tensor(list(self.pos), dtype=torch.int64, device=self.delta2.device)
+
+    def advanced(self, lengths: list[int], **changes) -> TitansState:
+        """The state with ``changes`` after row b has read ``lengths[b]`` more tokens."""
+        pos = Counters(p + n for p, n in zip(self.pos, lengths))
+        if "count" not in changes:
+            changes["count"] = self.count + on_device(lengths, self.count.device)
+        return replace(self, pos=pos, **changes)
 
     @property
     def deviation(self) -> FastWeights:

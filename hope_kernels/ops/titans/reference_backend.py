@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
-from ...state import Counters
 from . import reference
 from .fast_weights import FastWeights, Layout, TitansState
 
@@ -64,7 +61,7 @@ def _head(config, layout: Layout, state: TitansState, b: int, h: int) -> referen
 
 
 def _state(config, layout: Layout, old: TitansState, rows: list, lengths: list[int]) -> TitansState:
-    new = replace(old.clone(), pos=Counters(p + n for p, n in zip(old.pos, lengths)))
+    new = old.clone().advanced(lengths)
 
     def fill(stacked: FastWeights, kind: str) -> None:
         for m in layout.names:

@@ -1,26 +1,31 @@
-"""backend="triton": the memory's kernels over a whole call. Per chunk one launch of reads and three of writes, nothing waits for the host.
+"""backend="triton": the dispatcher operator around the memory's kernel, and the calls that go through it.
 
-The host knows where every row stands (state.pos), so it launches only what some row needs; on the device each program looks at its own row.
-Forward only; states and outputs are bit-identical for any split of a sequence and any company in the batch.
+``hope_kernels::titans_scan`` advances a state in place; ``titans_triton`` gives it copies of what it will write. Outputs and states are
+bit-identical for any split of a sequence and any company in the batch. Forward only.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import lru_cache
+from math import prod
 
 import torch
 import triton
 from torch import Tensor
 
 from ...config import TitansConfig
-from ...state import Counters
 from ..triton_build import DTYPES, aligned
-from .fast_weights import FastWeights, Layout, TitansState
-from .triton_read import append_kernel, close_kernel, read_kernel
-from .triton_tiles import CHUNKS, MULTIPLES, WIDTHS, chunks_of, constants, group_constants, groups
-from .triton_write import errors_kernel, hidden_kernel, update_kernel
+from .fast_weights import FastWeights, TitansState, on_device
+from .triton_scan import scan_kernel
+from .triton_tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, scratch_shapes, warps
 
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
+# What of a configuration the operator is told; widths follow from the tensors.
+_SETTINGS = {
+    "chunk_memory": "int", "chunk_other": "int", "activation": "str", "self_modifying": "bool", "own_values": "bool", "target_norm": "bool",
+    "step_clip": "bool", "objective": "str", "grad_scale": "float", "dgd": "bool", "retention": "bool", "retain_to": "str",
+    "qk_l2norm": "bool", "eta_activation": "str", "eta_scale": "float", "scalar_skip": "bool",
+}
 
 
 def interpreted() -> bool:
@@ -57,109 +62,105 @@ def titans_triton(
     """As ``chunked.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises ValueError for ``stats``."""
     if stats is not None:
         raise ValueError("titans: backend 'triton' collects no statistics; the chunked backend does")
-    return _Call(config, w_init, inputs, state, lengths, update).run()
+    new = state
+    if update:
+        small = clocks(config)[0].C
+        commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
+        parts = {n: getattr(state, n) for n in _WRITTEN if commits or n.startswith("pending")}
+        new = state.advanced(lengths, **{n: None if t is None else t.detach().clone() for n, t in parts.items()})
+    o = _scan(config, w_init, inputs, new, state.count, on_device(lengths, state.count.device), update)
+    return o, new
 
 
-def _copy(t: Tensor) -> Tensor:
-    return t.detach().clone(memory_format=torch.contiguous_format)
+def titans_advance_(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True
+) -> Tensor:
+    """As ``titans_triton``, in place and without a look from the host: o. ``state.pos`` is the caller's to move."""
+    o = _scan(config, w_init, inputs, state, state.count, lengths, update)
+    if update:
+        state.count.add_(lengths)
+    return o
 
 
-class _Call:
-    def __init__(self, config, w_init, inputs, state, lengths, update):
-        first = inputs.x if inputs.x is not None else inputs.k
-        self.config, self.state, self.lengths, self.update = config, state, lengths, update
-        self.B, self.T, self.H, self.D = first.shape
-        self.device, self.dtype, self.itemsize = first.device, first.dtype, first.element_size()
-        self.layout = Layout.of(config)
-        self.small, self.big = chunks_of(config)
-        self.phase = [p % self.big for p in state.pos]
-        self.inputs = type(inputs)(*(None if t is None else aligned(t.detach()) for t in inputs))
-        changed = [n for n in _WRITTEN if update and (n.startswith("pending") or self._commits_anything())]
-        self.new = {n: None if (t := getattr(state, n)) is None else _copy(t) if n in changed else aligned(t.detach()) for n in _WRITTEN}
-        base = w_init if config.retain_to == "init" else (None, None, None)
-        self.base = [None if t is None else aligned(t.detach()) for t in base]
-        self.o = torch.zeros(self.B, self.T, self.H, self.D, device=self.device, dtype=self.dtype)
-        place = {"device": self.device, "dtype": torch.int64}
-        self.pos, self.len = torch.tensor(list(state.pos), **place), torch.tensor(lengths, **place)
+def _scan(config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor, update: bool) -> Tensor:
+    base = w_init if config.retain_to == "init" else (None, None, None)
+    written = (getattr(state, n) for n in _WRITTEN)
+    settings = (getattr(config, n) for n in _SETTINGS)
+    i = inputs
+    return torch.ops.hope_kernels.titans_scan(
+        i.q, i.x, i.k, i.v, i.eta, i.alpha, i.eta_bias, i.alpha_bias, *base, *written, pos, lengths, update, *settings
+    )
 
-    def _commits_anything(self) -> bool:
-        return any(p // self.small != (p + n) // self.small for p, n in zip(self.state.pos, self.lengths))
 
-    def _some_row(self, slot: int, end: int) -> bool:
-        return any(n and p < end and p + n > slot for p, n in zip(self.phase, self.lengths))
+_library = torch.library.Library("hope_kernels", "FRAGMENT")
+_library.define(
+    "titans_scan(Tensor q, Tensor? x, Tensor? k, Tensor? v, Tensor? eta, Tensor? alpha, Tensor? eta_bias, Tensor? alpha_bias, "
+    "Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, Tensor(b!) delta1, Tensor(c!)? delta1s, "
+    "Tensor(d!) pending_k, Tensor(e!) pending_v, Tensor(f!) pending_eta, Tensor(g!)? pending_alpha, Tensor pos, Tensor lengths, "
+    "bool update, "
+    + ", ".join(f"{kind} {name}" for name, kind in _SETTINGS.items()) + ") -> Tensor"
+)
 
-    def _some_commit(self, end: int) -> bool:
-        return any(p < end <= p + n for p, n in zip(self.phase, self.lengths))
 
-    def run(self) -> tuple[Tensor, TitansState]:
-        last = max((p + n for p, n in zip(self.phase, self.lengths) if n), default=0)
-        made = constants(self.config, self.itemsize)
-        for step in range(min(self.phase, default=0) // self.small, triton.cdiv(last, self.small)):
-            slot, end = step * self.small, (step + 1) * self.small
-            if not self._some_row(slot, end):
-                continue
-            self._read(made, step)
-            if not self.update or not self._some_commit(end):
-                continue
-            for M0, M1, C in groups(self.config):
-                if end % C == 0:
-                    self._commit(M0, M1, C, end)
-        if not self.update:
-            return self.o, self.state
-        if last:
-            self._close(made["close"])
-        pos = Counters(p + n for p, n in zip(self.state.pos, self.lengths))
-        return self.o, replace(self.state, pos=pos, **{n: t for n, t in self.new.items() if t is not None})
+class _Plan:
+    """What a launch needs to know beyond its tensors; one per model, dtype and mode."""
 
-    def _weights(self) -> list[Tensor | None]:
-        return [*(b if b is not None else d for b, d in zip(self.base, self._deltas())), *self._deltas()]
+    def __init__(self, H: int, D: int, N: int, dtype: torch.dtype, update: bool, settings: tuple):
+        config = TitansConfig(H * D, H, hidden_mult=N // D, **dict(zip(_SETTINGS, settings)))
+        itemsize = dtype.itemsize
+        self.constants, self.num_warps = constants(config, itemsize, update), warps(D)
+        self.scales = config.eta_scale, 1.0 if config.objective == "dot" else config.grad_scale
+        of_clocks = scratch_shapes(config, itemsize)
+        # a clock that the layer does not have is never touched: the first one's scratch stands in
+        shapes = [item for clock in (of_clocks[0], of_clocks[-1]) for item in clock.items()] if update else []
+        self.scratch = [(prod(shape), dtype if name == "a" else torch.float32) for name, shape in shapes]
 
-    def _deltas(self) -> list[Tensor | None]:
-        found = [self.new[n] for n in ("delta2", "delta1", "delta1s")]
-        return [t if t is not None else found[1] for t in found]  # a layer without scalar memories never looks at the last one
+    def scratch_of(self, groups: int, device: torch.device) -> list[Tensor]:
+        """The kernel's scratch, both clocks'."""
+        sizes = [-(-groups * count * dtype.itemsize // 16) * 16 for count, dtype in self.scratch]
+        whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        return [part.view(dtype) for part, (_, dtype) in zip(whole.split(sizes), self.scratch)]
 
-    def _slots(self) -> list[Tensor]:
-        k, v, eta, alpha = (self.new[n] for n in ("pending_k", "pending_v", "pending_eta", "pending_alpha"))
-        return [k, v, eta, eta if alpha is None else alpha]
 
-    def _read(self, made: dict, step: int) -> None:
-        i, c = self.inputs, made["read"]
-        produce = self.update and self.config.self_modifying
-        grid = (self.B * self.H, len(self.config.memories) if produce else 1, triton.cdiv(self.small, c["CT"]))
-        x = i.q if i.x is None else i.x
-        biases = [i.q if t is None else t for t in (i.eta_bias, i.alpha_bias)]
-        place = (self.pos, self.len)
-        read_kernel[grid](
-            x, i.q, self.o, *self._weights(), *self._slots(), *biases, *place, self.T, step, self.config.eta_scale, **c)
-        if self.update and not self.config.self_modifying:
-            c = made["append"]
-            grid = (self.B * self.H, triton.cdiv(self.small, c["CT"]))
-            alpha = i.eta if i.alpha is None else i.alpha
-            append_kernel[grid](i.k, i.v, i.eta, alpha, *self._slots(), self.pos, self.len, self.T, step, **c)
+_plan = lru_cache(maxsize=None)(_Plan)
 
-    def _commit(self, M0: int, M1: int, C: int, end: int) -> None:
-        made = group_constants(self.config, self.itemsize, M0, M1, C)
-        e, h = made["errors"], made["hidden"]
-        G, N, M, D = self.B * self.H, self.config.hidden, len(self.config.memories), self.D
-        MF, MS = len(self.layout.full), max(1, len(self.layout.scalars))
 
-        def scratch(*shape, dtype=torch.float32):
-            return torch.empty(G, *shape, device=self.device, dtype=dtype)
+def _launch(
+    q, x, k, v, eta, alpha, eta_bias, alpha_bias, base2, base1, base1s, delta2, delta1, delta1s, pending_k, pending_v, pending_eta,
+    pending_alpha, pos, lengths, update, *settings,
+) -> Tensor:
+    B, T, H, D = q.shape
+    o = torch.zeros(B, T, H, D, dtype=q.dtype, device=q.device)
+    if not B * T:
+        return o
+    plan = _plan(H, D, delta1.shape[-1], q.dtype, update, settings)
+    # an argument the layer does not have is never looked at: one of its type stands in
+    x, q, *given = (aligned(q if t is None else t) for t in (x, q, k, v, eta, alpha, base2, base1, base1s))
+    biases = (aligned(q if t is None else t) for t in (eta_bias, alpha_bias))
+    states = [delta2, delta1, delta1s, pending_k, pending_v, pending_eta, pending_alpha]
+    mine = [aligned(delta1 if t is None else t) for t in states]
+    scratch = plan.scratch_of(B * H, q.device)
+    sync = torch.zeros(counters(B * H), dtype=torch.int64, device=q.device)
+    with torch.cuda.device_of(q):
+        scan_kernel[(_programs(q.device),)](
+            x, q, o, *given, *mine, *biases, aligned(pos), aligned(lengths), sync, *scratch, B, T, *plan.scales,
+            **plan.constants, num_warps=plan.num_warps,
+        )
+    for state, own in zip(states, mine):
+        if state is not None and own is not state:
+            state.copy_(own)
+    return o
 
-        errors, scalar_errors, e2 = scratch(MF, D, C), scratch(MS, C), scratch(M, C)
-        keys, vectors, gram = scratch(C, D), scratch(3, C), scratch(C, C if self.config.step_clip else 1)
-        a, d = scratch(M, N, C, dtype=self.dtype), scratch(M, N, C)
-        norms = scratch(M, N // h["NT"], 2, C)
-        k, v, eta, alpha = self._slots()
-        weights, place = self._weights(), (self.pos, self.len)
-        scale = 1.0 if self.config.objective == "dot" else self.config.grad_scale
-        errors_kernel[(G, M1 - M0 + 1, C // e["CT"])](
-            *weights, k, v, eta, alpha, *place, errors, scalar_errors, e2, keys, vectors, gram, end, scale, **e)
-        tiles = (G, M1 - M0, N // h["NT"])
-        hidden_kernel[tiles](*weights, k, *place, errors, scalar_errors, a, d, norms, end, **h)
-        update_kernel[tiles](
-            weights[0], *weights[3:], k, eta, *place, errors, scalar_errors, e2, a, d, norms, keys, vectors, gram, end, scale,
-            **made["update"])
 
-    def _close(self, c: dict) -> None:
-        close_kernel[(self.B * self.H, triton.cdiv(self.big, c["CT"]))](*self._slots(), self.pos, self.len, **c)
+def _programs(device: torch.device) -> int:
+    """A few for every multiprocessor; more than fit cost nothing, they start when others have left and find no ticket."""
+    return 1 if device.type == "cpu" else 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_library.impl("titans_scan", _launch, "CPU")  # Triton's interpreter
+_library.impl("titans_scan", _launch, "CUDA")
+
+
+@torch.library.register_fake("hope_kernels::titans_scan", lib=_library)
+def _(q, *others):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -64,10 +64,3 @@ def weight(delta_p, base_p, at, base_at, HAS_BASE: tl.constexpr):
 def unit_columns(x):
     """Columns of x [D, C] divided by max(|x|, 1e-6)."""
     return x / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-6)[None, :]
-
-
-@triton.jit
-def commits(pos_p, len_p, b, end, BIG: tl.constexpr):
-    """Whether row b reads slot ``end - 1`` in this call."""
-    phase = tl.load(pos_p + b) % BIG
-    return (phase < end) & (end <= phase + tl.load(len_p + b))

@@ -1,8 +1,8 @@
 """Reads of one chunk of the faster clock: o from M_memory, and k, v, eta, alpha from the others, appended to the open chunk.
 
-Grid (B H, memories, C / CT): a program evaluates one memory on CT tokens, M(x) = x + w1 sigma(w2 x), N in tiles of NT. It writes where the
-next stage looks for it: k (normalised), v, eta and alpha into the state's pending slots, o into the output. Weights come from L2.
-FLOPs a program: 4 D N CT; bytes: 8 D N (16 with a base) for the weights.
+A task evaluates one memory on CT tokens, M(x) = x + w1 sigma(w2 x), N in tiles of NT. It writes where the next stage looks for it: k
+(normalised), v, eta and alpha into the state's pending slots, o into the output. Weights come from L2.
+FLOPs a task: 4 D N CT; bytes: 8 D N (16 with a base) for the weights.
 """
 
 import triton
@@ -11,22 +11,17 @@ import triton.language as tl
 from .triton_common import log1p_exp, sigma, sigmoid, unit_columns, weight
 
 
-@triton.jit(do_not_specialize=["T", "step"])
-def read_kernel(
+@triton.jit
+def read_task(
     x_p, q_p, o_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, eta_bias_p, alpha_bias_p,
-    pos_p, len_p, T: tl.int64, step: tl.int64, eta_scale: tl.float32,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, SMALL: tl.constexpr,
+    g, m, first, phase, stop, T, eta_scale,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
     BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr,
     UNIT_K: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):
-    """x, q, o [B, T, H, D]; weights as in fast_weights.py; k, v [B, BIG, H, D]; eta, alpha [B, BIG, H]; pos, len [B].
-    Slots from step * SMALL on."""
-    g = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1)
+    """Memory m of (row, head) g on slots first .. first + CT, of which the row reads phase .. stop in this call.
+    x, q, o [B, T, H, D]; weights as in fast_weights.py; k, v [B, BIG, H, D]; eta, alpha [B, BIG, H]."""
     b, h = g // H, g % H
-    phase = tl.load(pos_p + b) % BIG
-    stop = phase + tl.load(len_p + b)
-    first = step * SMALL + tl.program_id(2) * CT
     if (first < stop) & (first + CT > phase):
         slot = first + tl.arange(0, CT)
         live = (slot >= phase) & (slot < stop)
@@ -91,17 +86,15 @@ def scalar_memory(
     return y
 
 
-@triton.jit(do_not_specialize=["T", "step"])
-def append_kernel(
-    given_k_p, given_v_p, given_eta_p, given_alpha_p, k_p, v_p, eta_p, alpha_p, pos_p, len_p, T: tl.int64, step: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, HAS_ALPHA: tl.constexpr,
+@triton.jit
+def append_task(
+    given_k_p, given_v_p, given_eta_p, given_alpha_p, k_p, v_p, eta_p, alpha_p, g, first, phase, stop, T,
+    H: tl.constexpr, D: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, HAS_ALPHA: tl.constexpr,
 ):
-    """Tokens whose k, v, eta, alpha are given ([B, T, H, ...]) into the pending slots. Grid (B H, C / CT)."""
-    g = tl.program_id(0).to(tl.int64)
+    """Tokens whose k, v, eta, alpha are given ([B, T, H, ...]) into the pending slots."""
     b, h = g // H, g % H
-    phase = tl.load(pos_p + b) % BIG
-    slot = step * SMALL + tl.program_id(1) * CT + tl.arange(0, CT)
-    live = (slot >= phase) & (slot < phase + tl.load(len_p + b))
+    slot = first + tl.arange(0, CT)
+    live = (slot >= phase) & (slot < stop)
     d = tl.arange(0, D)[None, :]
     token, kept = (b * T + slot - phase) * H + h, (b * BIG + slot % BIG) * H + h
     wide = live[:, None]
@@ -113,20 +106,18 @@ def append_kernel(
 
 
 @triton.jit
-def close_kernel(
-    k_p, v_p, eta_p, alpha_p, pos_p, len_p, H: tl.constexpr, D: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, HAS_ALPHA: tl.constexpr
-):
-    """Zeros in the slots behind the open chunk's tokens, for rows that read something. Grid (B H, C / CT)."""
-    g = tl.program_id(0).to(tl.int64)
+def close_task(k_p, v_p, eta_p, alpha_p, g, stop, H: tl.constexpr, D: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr,
+               HAS_ALPHA: tl.constexpr):
+    """Zeros in the slots behind the open chunk's tokens, where a chunk has been committed."""
     b, h = g // H, g % H
-    n = tl.load(len_p + b)
-    slot = tl.program_id(1) * CT + tl.arange(0, CT)
-    free = (slot >= (tl.load(pos_p + b) + n) % BIG) & (n > 0)
-    d = tl.arange(0, D)[None, :]
-    kept = (b * BIG + slot) * H + h
-    zeros = tl.zeros([CT, D], k_p.dtype.element_ty)
-    tl.store(k_p + kept[:, None] * D + d, zeros, mask=free[:, None])
-    tl.store(v_p + kept[:, None] * D + d, zeros, mask=free[:, None])
-    tl.store(eta_p + kept, tl.zeros([CT], tl.float32), mask=free)
-    if HAS_ALPHA:
-        tl.store(alpha_p + kept, tl.zeros([CT], tl.float32), mask=free)
+    d = tl.arange(0, D)
+    for first in range(0, BIG, CT):
+        slot = first + tl.arange(0, CT)
+        free = slot >= stop % BIG
+        kept = (b * BIG + slot) * H + h
+        zeros = tl.zeros([CT, D], k_p.dtype.element_ty)
+        tl.store(k_p + kept[:, None] * D + d[None, :], zeros, mask=free[:, None])
+        tl.store(v_p + kept[:, None] * D + d[None, :], zeros, mask=free[:, None])
+        tl.store(eta_p + kept, tl.zeros([CT], tl.float32), mask=free)
+        if HAS_ALPHA:
+            tl.store(alpha_p + kept, tl.zeros([CT], tl.float32), mask=free)

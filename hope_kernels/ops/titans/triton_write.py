@@ -1,19 +1,17 @@
-"""The write of a full chunk of C tokens, in three launches; rows that do not commit at this boundary leave at once.
+"""The write of a full chunk of C tokens, in three kinds of tasks, each of which needs all tasks of the kind before it (same row and head).
 
-    errors   grid (B H, memories + 1, C / CT)  e at the outputs, |e|^2; the program behind the last memory does what the
-                                               clock has in common (triton_clock.py)
-    hidden   grid (B H, memories, N / NT)      a = sigma(w2 k), d = sigma'(w2 k) (w1^T e), and this tile's part of |a|^2 and |d|^2
-    update   grid (B H, memories, N / NT)      step sizes, then delta2 -= U^T Kg and delta1 -= (gain e)^T a on its rows
+    errors   memories, C / CT   e at the outputs, |e|^2
+    hidden   memories, N / NT   a = sigma(w2 k), d = sigma'(w2 k) (w1^T e), and this tile's part of |a|^2 and |d|^2
+    update   memories, N / NT   step sizes, then delta2 -= U^T Kg and delta1 -= (gain e)^T a on its rows; needs the clock too
 
-The launches are the barriers: e needs all of N, step sizes need all of N. a and d travel through scratch (L2). Partial norms are stored
-per tile and added in one order by everybody who needs them: no atomics.
+e needs all of N, step sizes need all of N. a and d travel through scratch (L2). Partial norms are stored per tile and added in one order
+by everybody who needs them: no atomics.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_clock import clock_body
-from .triton_common import commits, sigma, sigma_and_slope, unit_columns, weight
+from .triton_common import sigma, sigma_and_slope, unit_columns, weight
 from .triton_read import scalar_memory
 
 
@@ -24,110 +22,97 @@ def _columns(p, b_slot, h, first, c0, H: tl.constexpr, D: tl.constexpr, CT: tl.c
     return tl.load(p + at[None, :] * D + tl.arange(0, D)[:, None])
 
 
-@triton.jit(do_not_specialize=["end"])
-def errors_kernel(
-    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, pos_p, len_p, e_p, es_p, e2_p, keys_p, vectors_p,
-    gram_p, end: tl.int64, grad_scale: tl.float32,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
-    M1: tl.constexpr, C: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr,
-    SKIP: tl.constexpr, HAS_ALPHA: tl.constexpr, OWN: tl.constexpr, TARGET_NORM: tl.constexpr, DOT: tl.constexpr, DGD: tl.constexpr,
-    CLIP: tl.constexpr,
+@triton.jit
+def errors_task(
+    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, e_p, es_p, e2_p, g, m, c0, first, grad_scale,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr,
+    OWN: tl.constexpr, TARGET_NORM: tl.constexpr, DOT: tl.constexpr,
 ):
-    """Memories M0 .. M1. e [B H, MF, D, C], es [B H, MS, C], e2 [B H, M, C]; keys, vectors, gram: see ``clock_body``."""
-    g = tl.program_id(0).to(tl.int64)
-    m = M0 + tl.program_id(1)
-    c0 = tl.program_id(2) * CT
+    """e [B H, MF, D, C], es [B H, MS, C], e2 [B H, M, C]."""
     b, h = g // H, g % H
-    if commits(pos_p, len_p, b, end, BIG):
-        first, b_slot = (end - C) % BIG, b * BIG
-        c = c0 + tl.arange(0, CT)
-        d = tl.arange(0, D)
-        w2_at, w2_base = (g * R + m * N) * D, (h * R + m * N) * D
-        if m == M1:
-            if c0 == 0:
-                clock_body(k_p, eta_p, alpha_p, keys_p, vectors_p, gram_p, g, b_slot, h, first, H, D, C, HAS_ALPHA, DGD, CLIP)
-        elif m < MF:
-            k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
-            v = _columns(v_p, b_slot, h, first, c0, H, D, CT)
-            w1_at, w1_base = (g * MF + m) * D * N, (h * MF + m) * D * N
-            at_k, target = k.to(tl.float32), v.to(tl.float32)
-            for n0 in range(0, N, NT):
-                n = n0 + tl.arange(0, NT)
-                w2_off, w1_off = n[:, None] * D + d[None, :], d[:, None] * N + n[None, :]
-                w2 = weight(delta2_p, base2_p, w2_at + w2_off, w2_base + w2_off, HAS_BASE).to(k.dtype)
-                w1 = weight(delta1_p, base1_p, w1_at + w1_off, w1_base + w1_off, HAS_BASE).to(k.dtype)
-                if not DOT:
-                    at_k = tl.dot(w1, sigma(tl.dot(w2, k, input_precision="ieee"), ACT).to(k.dtype), at_k, input_precision="ieee")
-                if OWN:
-                    target = tl.dot(w1, sigma(tl.dot(w2, v, input_precision="ieee"), ACT).to(k.dtype), target, input_precision="ieee")
-            if TARGET_NORM:
-                target = unit_columns(target)
-            if DOT:
-                e = -target
-            else:
-                e = grad_scale * (at_k - target)
-            tl.store(e_p + (g * MF + m) * D * C + d[:, None] * C + c[None, :], e)
-            tl.store(e2_p + (g * (MF + MS) + m) * C + c, tl.sum(e * e, 0))
-        elif MS > 0:
-            s = m - MF
-            w1_at, w1_base = (g * MS + s) * N, (h * MS + s) * N
-            skip_at, skip_base = (g * R + (MF + MS) * N + s) * D, (h * R + (MF + MS) * N + s) * D
-            k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
-            v = _columns(v_p, b_slot, h, first, c0, H, D, CT)
-            own_target = scalar_memory(
-                v, delta2_p, base2_p, delta1s_p, base1s_p, w2_at, w2_base, w1_at, w1_base, skip_at, skip_base, D, N, NT, ACT, HAS_BASE, SKIP
-            )
-            if TARGET_NORM:
-                own_target = tl.minimum(tl.maximum(own_target, -1.0), 1.0)
-            es = -own_target
+    b_slot = b * BIG
+    c = c0 + tl.arange(0, CT)
+    d = tl.arange(0, D)
+    w2_at, w2_base = (g * R + m * N) * D, (h * R + m * N) * D
+    if m < MF:
+        k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
+        v = _columns(v_p, b_slot, h, first, c0, H, D, CT)
+        w1_at, w1_base = (g * MF + m) * D * N, (h * MF + m) * D * N
+        at_k, target = k.to(tl.float32), v.to(tl.float32)
+        for n0 in range(0, N, NT):
+            n = n0 + tl.arange(0, NT)
+            w2_off, w1_off = n[:, None] * D + d[None, :], d[:, None] * N + n[None, :]
+            w2 = weight(delta2_p, base2_p, w2_at + w2_off, w2_base + w2_off, HAS_BASE).to(k.dtype)
+            w1 = weight(delta1_p, base1_p, w1_at + w1_off, w1_base + w1_off, HAS_BASE).to(k.dtype)
             if not DOT:
-                es += scalar_memory(
-                    k, delta2_p, base2_p, delta1s_p, base1s_p, w2_at, w2_base, w1_at, w1_base, skip_at, skip_base, D, N, NT, ACT, HAS_BASE,
-                    SKIP,
-                )
-                es *= grad_scale
-            tl.store(es_p + (g * MS + s) * C + c, es)
-            tl.store(e2_p + (g * (MF + MS) + m) * C + c, es * es)
+                at_k = tl.dot(w1, sigma(tl.dot(w2, k, input_precision="ieee"), ACT).to(k.dtype), at_k, input_precision="ieee")
+            if OWN:
+                target = tl.dot(w1, sigma(tl.dot(w2, v, input_precision="ieee"), ACT).to(k.dtype), target, input_precision="ieee")
+        if TARGET_NORM:
+            target = unit_columns(target)
+        if DOT:
+            e = -target
+        else:
+            e = grad_scale * (at_k - target)
+        tl.store(e_p + (g * MF + m) * D * C + d[:, None] * C + c[None, :], e)
+        tl.store(e2_p + (g * (MF + MS) + m) * C + c, tl.sum(e * e, 0))
+    elif MS > 0:
+        s = m - MF
+        w1_at, w1_base = (g * MS + s) * N, (h * MS + s) * N
+        skip_at, skip_base = (g * R + (MF + MS) * N + s) * D, (h * R + (MF + MS) * N + s) * D
+        k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
+        v = _columns(v_p, b_slot, h, first, c0, H, D, CT)
+        own_target = scalar_memory(
+            v, delta2_p, base2_p, delta1s_p, base1s_p, w2_at, w2_base, w1_at, w1_base, skip_at, skip_base, D, N, NT, ACT, HAS_BASE, SKIP
+        )
+        if TARGET_NORM:
+            own_target = tl.minimum(tl.maximum(own_target, -1.0), 1.0)
+        es = -own_target
+        if not DOT:
+            es += scalar_memory(
+                k, delta2_p, base2_p, delta1s_p, base1s_p, w2_at, w2_base, w1_at, w1_base, skip_at, skip_base, D, N, NT, ACT, HAS_BASE,
+                SKIP,
+            )
+            es *= grad_scale
+        tl.store(es_p + (g * MS + s) * C + c, es)
+        tl.store(e2_p + (g * (MF + MS) + m) * C + c, es * es)
 
 
-@triton.jit(do_not_specialize=["end"])
-def hidden_kernel(
-    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, pos_p, len_p, e_p, es_p, a_p, d_p, norms_p, end: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
+@triton.jit
+def hidden_task(
+    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, e_p, es_p, a_p, d_p, norms_p, g, m, tile, first,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, CLIP: tl.constexpr,
 ):
     """a, d [B H, M, N, C] in the dtype of k and in fp32; norms [B H, M, N / NT, 2, C]."""
-    g = tl.program_id(0).to(tl.int64)
-    m = M0 + tl.program_id(1)
-    tile = tl.program_id(2)
     b, h = g // H, g % H
-    if commits(pos_p, len_p, b, end, BIG):
-        first, b_slot = (end - C) % BIG, b * BIG
-        d = tl.arange(0, D)
-        n = tile * NT + tl.arange(0, NT)
-        off = n[:, None] * D + d[None, :]
-        w2 = weight(delta2_p, base2_p, (g * R + m * N) * D + off, (h * R + m * N) * D + off, HAS_BASE).to(k_p.dtype.element_ty)
-        own = g * (MF + MS) + m
-        for c0 in range(0, C, CT):
-            c = c0 + tl.arange(0, CT)
-            k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
-            a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), ACT)
-            if m < MF:
-                off1 = d[None, :] * N + n[:, None]
-                w1 = weight(delta1_p, base1_p, (g * MF + m) * D * N + off1, (h * MF + m) * D * N + off1, HAS_BASE).to(k.dtype)
-                e = tl.load(e_p + (g * MF + m) * D * C + d[:, None] * C + c[None, :]).to(k.dtype)
-                grad = slope * tl.dot(w1, e, input_precision="ieee")
-            else:
-                s = m - MF
-                w1s = weight(delta1s_p, base1s_p, (g * MS + s) * N + n, (h * MS + s) * N + n, HAS_BASE)
-                grad = slope * (w1s[:, None] * tl.load(es_p + (g * MS + s) * C + c)[None, :])
-            to = (own * N + n[:, None]) * C + c[None, :]
-            tl.store(a_p + to, a.to(a_p.dtype.element_ty))
-            tl.store(d_p + to, grad)
-            if CLIP:
-                part = norms_p + (own * (N // NT) + tile) * 2 * C + c
-                tl.store(part, tl.sum(a * a, 0))
-                tl.store(part + C, tl.sum(grad * grad, 0))
+    b_slot = b * BIG
+    d = tl.arange(0, D)
+    n = tile * NT + tl.arange(0, NT)
+    off = n[:, None] * D + d[None, :]
+    w2 = weight(delta2_p, base2_p, (g * R + m * N) * D + off, (h * R + m * N) * D + off, HAS_BASE).to(k_p.dtype.element_ty)
+    own = g * (MF + MS) + m
+    for c0 in range(0, C, CT):
+        c = c0 + tl.arange(0, CT)
+        k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
+        a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), ACT)
+        if m < MF:
+            off1 = d[None, :] * N + n[:, None]
+            w1 = weight(delta1_p, base1_p, (g * MF + m) * D * N + off1, (h * MF + m) * D * N + off1, HAS_BASE).to(k.dtype)
+            e = tl.load(e_p + (g * MF + m) * D * C + d[:, None] * C + c[None, :]).to(k.dtype)
+            grad = slope * tl.dot(w1, e, input_precision="ieee")
+        else:
+            s = m - MF
+            w1s = weight(delta1s_p, base1s_p, (g * MS + s) * N + n, (h * MS + s) * N + n, HAS_BASE)
+            grad = slope * (w1s[:, None] * tl.load(es_p + (g * MS + s) * C + c)[None, :])
+        to = (own * N + n[:, None]) * C + c[None, :]
+        tl.store(a_p + to, a.to(a_p.dtype.element_ty))
+        tl.store(d_p + to, grad)
+        if CLIP:
+            part = norms_p + (own * (N // NT) + tile) * 2 * C + c
+            tl.store(part, tl.sum(a * a, 0))
+            tl.store(part + C, tl.sum(grad * grad, 0))
 
 
 @triton.jit
@@ -159,76 +144,72 @@ def _step_sizes(
     return eta
 
 
-@triton.jit(do_not_specialize=["end"])
-def update_kernel(
-    base2_p, delta2_p, delta1_p, delta1s_p, k_p, eta_p, pos_p, len_p, e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p,
-    end: tl.int64, factor: tl.float32,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
+@triton.jit
+def update_task(
+    base2_p, delta2_p, delta1_p, delta1s_p, k_p, eta_p, e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p,
+    g, m, tile, first, factor,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, SKIP: tl.constexpr, DGD: tl.constexpr, CLIP: tl.constexpr,
 ):
     """delta2, delta1, delta1s in place, each program its NT hidden units; ``factor`` scales the clip's sum."""
-    g = tl.program_id(0).to(tl.int64)
-    m = M0 + tl.program_id(1)
-    tile = tl.program_id(2)
     b, h = g // H, g % H
-    if commits(pos_p, len_p, b, end, BIG):
-        first, b_slot = (end - C) % BIG, b * BIG
-        eta_at = (b_slot + first) * H + h
-        own = g * (MF + MS) + m
-        d = tl.arange(0, D)
-        n = tile * NT + tl.arange(0, NT)
-        dtype = k_p.dtype.element_ty
-        keep = tl.load(vectors_p + (g * 3 + 2) * C)
+    b_slot = b * BIG
+    eta_at = (b_slot + first) * H + h
+    own = g * (MF + MS) + m
+    d = tl.arange(0, D)
+    n = tile * NT + tl.arange(0, NT)
+    dtype = k_p.dtype.element_ty
+    keep = tl.load(vectors_p + (g * 3 + 2) * C)
 
-        w2_at = delta2_p + (g * R + m * N) * D + n[:, None] * D + d[None, :]
-        delta2 = tl.load(w2_at)
-        old = delta2.to(dtype)
-        moved = tl.zeros([NT, D], tl.float32)
+    w2_at = delta2_p + (g * R + m * N) * D + n[:, None] * D + d[None, :]
+    delta2 = tl.load(w2_at)
+    old = delta2.to(dtype)
+    moved = tl.zeros([NT, D], tl.float32)
+    for c0 in range(0, C, CT):
+        c = c0 + tl.arange(0, CT)
+        gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
+        u = gain[None, :] * tl.load(d_p + (own * N + n[:, None]) * C + c[None, :])
+        if DGD:
+            carry = tl.load(vectors_p + g * 3 * C + c)
+            u += carry[None, :] * tl.dot(old, _columns(k_p, b_slot, h, first, c0, H, D, CT), input_precision="ieee")
+        keys = tl.load(keys_p + (g * C + c)[:, None] * D + d[None, :])
+        moved = tl.dot(u.to(dtype), keys.to(dtype), moved, input_precision="ieee")
+    tl.store(w2_at, keep * delta2 - moved)
+
+    if m < MF:
+        w1_at = delta1_p + (g * MF + m) * D * N + d[:, None] * N + n[None, :]
+        delta1 = keep * tl.load(w1_at)
+        for c0 in range(0, C, CT):
+            c = c0 + tl.arange(0, CT)
+            step = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
+            step *= tl.load(vectors_p + (g * 3 + 1) * C + c)
+            e = step[None, :] * tl.load(e_p + (g * MF + m) * D * C + d[:, None] * C + c[None, :])
+            a = tl.load(a_p + (own * N + n[None, :]) * C + c[:, None])
+            delta1 = tl.dot((-e).to(dtype), a, delta1, input_precision="ieee")
+        tl.store(w1_at, delta1)
+    elif MS > 0:
+        s = m - MF
+        w1s_at = delta1s_p + (g * MS + s) * N + n
+        delta1s = keep * tl.load(w1s_at)
+        skip_at = delta2_p + (g * R + (MF + MS) * N + s) * D + d
+        skip = tl.zeros([D], tl.float32)
+        if SKIP:
+            skip = tl.load(skip_at, mask=tile == 0, other=0.0)
+        kept = keep * skip
         for c0 in range(0, C, CT):
             c = c0 + tl.arange(0, CT)
             gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
-            u = gain[None, :] * tl.load(d_p + (own * N + n[:, None]) * C + c[None, :])
-            if DGD:
-                carry = tl.load(vectors_p + g * 3 * C + c)
-                u += carry[None, :] * tl.dot(old, _columns(k_p, b_slot, h, first, c0, H, D, CT), input_precision="ieee")
-            keys = tl.load(keys_p + (g * C + c)[:, None] * D + d[None, :])
-            moved = tl.dot(u.to(dtype), keys.to(dtype), moved, input_precision="ieee")
-        tl.store(w2_at, keep * delta2 - moved)
-
-        if m < MF:
-            w1_at = delta1_p + (g * MF + m) * D * N + d[:, None] * N + n[None, :]
-            delta1 = keep * tl.load(w1_at)
-            for c0 in range(0, C, CT):
-                c = c0 + tl.arange(0, CT)
-                step = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
-                step *= tl.load(vectors_p + (g * 3 + 1) * C + c)
-                e = step[None, :] * tl.load(e_p + (g * MF + m) * D * C + d[:, None] * C + c[None, :])
-                a = tl.load(a_p + (own * N + n[None, :]) * C + c[:, None])
-                delta1 = tl.dot((-e).to(dtype), a, delta1, input_precision="ieee")
-            tl.store(w1_at, delta1)
-        elif MS > 0:
-            s = m - MF
-            w1s_at = delta1s_p + (g * MS + s) * N + n
-            delta1s = keep * tl.load(w1s_at)
-            skip_at = delta2_p + (g * R + (MF + MS) * N + s) * D + d
-            skip = tl.zeros([D], tl.float32)
+            es = tl.load(es_p + (g * MS + s) * C + c)
+            step = gain * tl.load(vectors_p + (g * 3 + 1) * C + c) * es
+            rows = tl.load(a_p + (own * N + n[:, None]) * C + c[None, :]).to(tl.float32)
+            delta1s -= tl.sum(rows * step[None, :], 1)
             if SKIP:
-                skip = tl.load(skip_at, mask=tile == 0, other=0.0)
-            kept = keep * skip
-            for c0 in range(0, C, CT):
-                c = c0 + tl.arange(0, CT)
-                gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
-                es = tl.load(es_p + (g * MS + s) * C + c)
-                step = gain * tl.load(vectors_p + (g * 3 + 1) * C + c) * es
-                rows = tl.load(a_p + (own * N + n[:, None]) * C + c[None, :]).to(tl.float32)
-                delta1s -= tl.sum(rows * step[None, :], 1)
-                if SKIP:
-                    skip_u = gain * es
-                    if DGD:
-                        columns = _columns(k_p, b_slot, h, first, c0, H, D, CT).to(tl.float32)
-                        skip_u += tl.load(vectors_p + g * 3 * C + c) * tl.sum(skip.to(dtype).to(tl.float32)[:, None] * columns, 0)
-                    key_rows = tl.load(keys_p + (g * C + c)[:, None] * D + d[None, :]).to(dtype).to(tl.float32)
-                    kept -= tl.sum(skip_u.to(dtype).to(tl.float32)[:, None] * key_rows, 0)
-            tl.store(w1s_at, delta1s)
-            if SKIP:
-                tl.store(skip_at, kept, mask=tile == 0)
+                skip_u = gain * es
+                if DGD:
+                    columns = _columns(k_p, b_slot, h, first, c0, H, D, CT).to(tl.float32)
+                    skip_u += tl.load(vectors_p + g * 3 * C + c) * tl.sum(skip.to(dtype).to(tl.float32)[:, None] * columns, 0)
+                key_rows = tl.load(keys_p + (g * C + c)[:, None] * D + d[None, :]).to(dtype).to(tl.float32)
+                kept -= tl.sum(skip_u.to(dtype).to(tl.float32)[:, None] * key_rows, 0)
+        tl.store(w1s_at, delta1s)
+        if SKIP:
+            tl.store(skip_at, kept, mask=tile == 0)
