@@ -13,18 +13,19 @@ BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name: None if it can be used here, else the reason why not."""
-    return {
-        "reference": None, "chunked": None, "cpp": cpp.unavailable(),
-        "triton": _unavailable_triton(), "cuda": "this version has no CUDA C++ kernels yet",
-    }
+    return {backend: _unavailable(backend) for backend in BACKENDS}
 
 
-def _unavailable_triton() -> str | None:
-    try:
-        from .ops.titans import triton
-    except ImportError as e:
-        return f"Triton cannot be imported: {e}"
-    return triton.unavailable()
+def _unavailable(backend: str) -> str | None:
+    if backend == "cpp":
+        return cpp.unavailable()
+    if backend == "triton":
+        try:
+            from .ops.titans import triton
+        except ImportError as e:
+            return f"Triton cannot be imported: {e}"
+        return triton.unavailable()
+    return "this version has no CUDA C++ kernels yet" if backend == "cuda" else None
 
 
 def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None) -> Callable:
@@ -40,7 +41,7 @@ def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: 
         return titans_chunk if cpp.unserved(config, dtype, device) else cpp.titans_cpp
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}, expected one of {BACKENDS}")
-    reason, chosen = available_backends()[backend], titans_chunk
+    reason, chosen = _unavailable(backend), titans_chunk
     if reason is None and backend == "cpp":
         reason, chosen = cpp.unserved(config, dtype, device), cpp.titans_cpp
     elif reason is None and backend == "triton":

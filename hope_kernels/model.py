@@ -90,15 +90,15 @@ class HopeForCausalLM(nn.Module):
         each row that count. learn: "off" reads with the CMS weights as they are; "next_token" refreshes every level from the
         model's own next-token loss at its period. Returns logits [B, T, vocab_size] (zero where padded) and the state: under
         no_grad the given one, advanced in place; in grad mode a new one.
-        Raises ValueError for ids out of range (on a device only with check_finite: looking costs a sync), shapes, lengths, an unknown
-        ``learn``, a state of another model, and with check_finite for non-finite logits; the given state is then as it was.
+        Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs a sync), shapes, lengths,
+        an unknown ``learn``, a state of another model, and with check_finite for non-finite logits; the given state is then as it was.
         """
         name = "HopeForCausalLM"
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
-        if ids.numel() and (check_finite or ids.device.type == "cpu"):
+        if ids.numel() and (check_finite or ids.device.type == "cpu" and not torch.compiler.is_compiling()):
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"{name}: argument ids has token {low if low < 0 else high}, expected 0 to {self.config.vocab_size - 1}")

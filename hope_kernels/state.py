@@ -55,7 +55,8 @@ def _assign(old: Any, new: Any) -> Any:
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         if old is new:
             return old
-        frozen = old.is_inference() and not torch.is_inference_mode_enabled()
+        # a compiler cannot ask, and does not mix the two modes
+        frozen = not torch.compiler.is_compiling() and old.is_inference() and not torch.is_inference_mode_enabled()
         if frozen or old.requires_grad or old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
             return new
         return old.copy_(new)

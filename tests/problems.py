@@ -59,4 +59,5 @@ def rows_of(inputs: TokenInputs, index: list[int]) -> TokenInputs:
 
 
 def same(a, b) -> bool:
-    return all(getattr(a, n) is None or torch.equal(getattr(a, n), getattr(b, n)) for n in WRITTEN) and list(a.pos) == list(b.pos)
+    equal = all(getattr(a, n) is None or torch.equal(getattr(a, n), getattr(b, n)) for n in (*WRITTEN, "count"))
+    return equal and list(a.pos) == list(b.pos)

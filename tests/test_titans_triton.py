@@ -5,9 +5,12 @@ import torch
 from numerics import within_yardstick
 from problems import part, problem, results, rows_of, run, same
 
-from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig, available_backends
+from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_
 
 pytest.importorskip("triton")
+from hope_kernels.ops.titans.triton import settings_of  # noqa: E402
+
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=f"triton: {available_backends()['triton']}")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,6 +21,13 @@ NARROW = [
     TitansConfig(32, 1, objective="dot", step_clip=False, qk_l2norm=False, scalar_skip=True, eta_scale=0.1),
     TitansConfig.preset("titans", d_model=64, num_heads=2, momentum=None, dgd=True, chunk_memory=32),
 ]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Scratch starts as NaN: bytes of ones are one in every floating type."""
+    fresh = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: t.fill_(255) if (t := fresh(*a, **k)).dtype == torch.uint8 else t)
 
 
 def cast(found, dtype):
@@ -55,6 +65,13 @@ def test_extreme_retention(alpha):
 def test_full_sizes(width, mult, chunk, dtype):
     config = TitansConfig(8 * width, 8, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk)
     meets_yardstick(config, *problem(config, 2, 1100, 0.5), dtype)
+
+
+@pytest.mark.parametrize("chunks", [
+    pytest.param(300, marks=pytest.mark.slow), pytest.param(10_000, marks=pytest.mark.gpu)
+])
+def test_long_sequences(chunks):
+    meets_yardstick(NARROW[0], *problem(NARROW[0], 1, 16 * chunks, 0.5), torch.float32)
 
 
 @pytest.mark.parametrize("config", [NARROW[0], NARROW[3], NARROW[5]], ids=range(3))
@@ -106,3 +123,110 @@ def test_never_the_default():
     layer, x = SelfModifyingTitans(TitansConfig(32)).to(DEVICE), torch.randn(1, 20, 32, device=DEVICE)
     with torch.no_grad():
         assert torch.equal(layer(x)[0], layer(x, backend="cpp" if DEVICE == "cpu" and not available_backends()["cpp"] else "chunked")[0])
+
+
+def test_opcheck():
+    layer = SelfModifyingTitans(NARROW[0]).to(DEVICE)
+    state = layer.init_state(2)
+    inputs = (torch.randn(2, 5, 1, 32, device=DEVICE) for _ in "qx")
+    with torch.no_grad():
+        weights = [t.detach() for t in (layer.eta_bias, layer.alpha_bias, *layer.w_init)]
+        torch.library.opcheck(torch.ops.hope_kernels.titans_scan.default, (
+            *inputs, None, None, None, None, *weights, state.delta2, state.delta1, state.delta1s, state.pending_k, state.pending_v,
+            state.pending_eta, state.pending_alpha, state.count, torch.tensor([5, 3], device=DEVICE), True, *settings_of(NARROW[0]),
+        ))
+
+
+@pytest.mark.parametrize("lengths", [[21, 21], [21, 6]])
+def test_in_place_without_the_host(lengths):
+    """The device alone knows where the rows stand: positions on the host are wrong here, and nobody looks at them."""
+    w_init, inputs = (cast(t, torch.float32) for t in problem(NARROW[3], 2, 21))
+    whole, end = run(NARROW[3], w_init, inputs, "triton", lengths)
+    with torch.no_grad():
+        state = init_titans_state(NARROW[3], w_init, 2, DEVICE)
+        state.pos[:] = [-7, 1000]
+        outputs = [titans_advance_(NARROW[3], w_init, part(inputs, t, t + 1), state, (torch.tensor(lengths, device=DEVICE) > t).long())
+                   for t in range(21)]
+    assert torch.equal(torch.cat(outputs, 1) * real(lengths, 21), whole)
+    state.pos[:] = lengths
+    assert same(state, end) and state.count.tolist() == lengths
+
+
+def real(lengths, tokens):
+    return (torch.arange(tokens, device=DEVICE) < torch.tensor(lengths, device=DEVICE).unsqueeze(1))[..., None, None]
+
+
+def test_compiled_layer_is_one_graph_with_the_same_bits():
+    torch.manual_seed(0)
+    layer, x = SelfModifyingTitans(NARROW[0]).to(DEVICE), torch.randn(1, 18, 32, device=DEVICE)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        plain, ours = (layer(x[:, :12], backend="triton")[1] for _ in range(2))
+        for t in range(12, 18):
+            y, plain = layer(x[:, t : t + 1], plain, backend="triton")
+            z, ours = compiled(x[:, t : t + 1], ours, backend="triton")
+            assert torch.equal(y, z)
+    # the first position as a constant, then any position without a commit, then with one
+    assert same(plain, ours) and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def test_compiled_decode_step_of_a_model():
+    torch.manual_seed(0)
+    cms = CMSConfig(32, chunks=(16, 32))
+    model = HopeForCausalLM(HopeConfig(50, 32, 2, titans=NARROW[0], cms=cms)).to(DEVICE).eval()
+    ids = torch.randint(0, 50, (1, 18), device=DEVICE)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        plain, ours = model.init_state(1), model.init_state(1)
+        for state, step in ((plain, model), (ours, model)):
+            step(ids[:, :14], state, backend="triton")
+        for t in range(14, 18):
+            want, plain = model(ids[:, t : t + 1], plain, backend="triton")
+            got, ours = compiled(ids[:, t : t + 1], ours, backend="triton")
+            assert torch.equal(want, got)
+    assert list(ours.pos) == [18]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [NARROW[0], NARROW[3]], ids=range(2))
+def test_one_cuda_graph_replayed_for_every_token(config):
+    """Boundaries included: the captured launch decides on the device whether a chunk is full."""
+    w_init, inputs = (cast(t, torch.float32) for t in problem(config, 2, 70))
+    whole, end = run(config, w_init, inputs, "triton")
+    with torch.no_grad():
+        token = TokenInputs(*(t if t is None or t.dim() == 1 else t[:, :1].clone() for t in inputs))
+        one, warm = torch.ones(2, dtype=torch.int64, device=DEVICE), init_titans_state(config, w_init, 2, DEVICE)
+        titans_advance_(config, w_init, token, warm, one)
+        state, graph = init_titans_state(config, w_init, 2, DEVICE), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o = titans_advance_(config, w_init, token, state, one)
+        outputs = []
+        for t in range(70):
+            for mine, theirs in zip(token, part(inputs, t, t + 1)):
+                if mine is not None and mine.dim() > 1:
+                    mine.copy_(theirs)
+            graph.replay()
+            outputs.append(o.clone())
+    state.pos[:] = [70, 70]
+    assert torch.equal(torch.cat(outputs, 1), whole) and same(state, end)
+
+
+@pytest.mark.gpu
+def test_bit_identical_run_to_run():
+    config = TitansConfig(512, 8, hidden_mult=2)
+    w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 4, 500, 0.5))
+    o, state = run(config, w_init, inputs, "triton")
+    for _ in range(20):
+        again, end = run(config, w_init, inputs, "triton")
+        assert torch.equal(again, o) and same(end, state)
+
+
+def test_lengths_out_of_range_stay_inside_the_row():
+    w_init, inputs = (cast(t, torch.float32) for t in problem(NARROW[0], 2, 5))
+    _, end = run(NARROW[0], w_init, inputs, "triton", [5, 0])
+    state = init_titans_state(NARROW[0], w_init, 2, DEVICE)
+    with torch.no_grad():
+        titans_advance_(NARROW[0], w_init, inputs, state, torch.tensor([9, -3], device=DEVICE))
+    assert torch.equal(state.pending_k, end.pending_k) and not state.pending_k[1].any()

@@ -1,4 +1,5 @@
-"""Functional operators behind the layers: plain tensors and states in, tensors and new states out; no modules, nothing modified.
+"""Functional operators behind the layers: plain tensors and states in, tensors and new states out; no modules. Nothing is modified but by
+``titans_advance_``, for CUDA graphs.
 
 B rows, T tokens, H heads of width D, N hidden units, M memories (Mf with D outputs, Ms scalar ones), R stacked rows of w2, C tokens
 a chunk, K CMS levels. ``titans/README.md`` and ``cms/README.md`` derive what they compute.
@@ -19,7 +20,7 @@ from .titans.fast_weights import FastWeights, Layout, TitansState, init_titans_s
 
 __all__ = [
     "FastWeights", "Layout", "TitansState", "TokenInputs", "cms_forward", "cms_gradients", "cms_refresh", "init_titans_state",
-    "titans_chunk", "titans_step",
+    "titans_advance_", "titans_chunk", "titans_step",
 ]
 
 
@@ -36,6 +37,21 @@ def titans_chunk(
     Source: Nested Learning eq 83-93.
     """
     name = "titans_chunk"
+    given, B, T = _check_inputs(name, config, w_init, inputs)
+    lengths = check_lengths(name, lengths, B, T)
+    if state is None:
+        state = init_titans_state(config, w_init, B, given.device, given.dtype)
+    check_state(name, state, TitansState, config, B)
+    check_placement(name, state, given.dtype, given.device)
+    o, new = resolve("titans", config, given.dtype, given.device, backend)(config, w_init, inputs, state, lengths, update=update)
+    if any(n < T for n in lengths):
+        real = torch.arange(T, device=o.device) < torch.tensor(lengths, device=o.device).unsqueeze(1)
+        o = torch.where(real[:, :, None, None], o, 0.0)
+    return o, new
+
+
+def _check_inputs(name: str, config: TitansConfig, w_init: FastWeights, inputs: TokenInputs) -> tuple[Tensor, int, int]:
+    """What the memories read (x, or k), B and T. Raises ValueError for anything of another shape or place."""
     given = inputs.x if config.self_modifying else inputs.k
     shape = ("B", "T", config.num_heads, config.head_dim)
     sizes = check_tensor(name, "x" if config.self_modifying else "k", given, shape)
@@ -48,16 +64,28 @@ def titans_chunk(
     for field, t, want in zip(w_init._fields, w_init, Layout.of(config).shapes(config.num_heads)):
         if want is not None:
             check_tensor(name, f"w_init.{field}", t, want, device=given.device)
-    lengths = check_lengths(name, lengths, B, T)
-    if state is None:
-        state = init_titans_state(config, w_init, B, given.device, given.dtype)
+    return given, B, T
+
+
+def titans_advance_(
+    config: TitansConfig, w_init: FastWeights, inputs: TokenInputs, state: TitansState, lengths: Tensor, *, update: bool = True
+) -> Tensor:
+    """``titans_chunk`` on the Triton backend, in place and decided on the device alone: o [B, T, H, D], zero behind a row's length.
+
+    lengths: [B] int64 on the inputs' device, in 0..T. Reads state.count where the rows stand and advances it with every other tensor of
+    ``state``; ``state.pos`` is not touched: move it when you leave the loop. So a captured CUDA graph of this call, at T = 1 say, may be
+    replayed for every token, chunk boundaries included.
+    Raises ValueError for shapes, dtypes, a state of another configuration, and where the Triton backend cannot serve.
+    """
+    name = "titans_advance_"
+    given, B, _ = _check_inputs(name, config, w_init, inputs)
     check_state(name, state, TitansState, config, B)
     check_placement(name, state, given.dtype, given.device)
-    o, new = resolve("titans", config, given.dtype, given.device, backend)(config, w_init, inputs, state, lengths, update=update)
-    if any(n < T for n in lengths):
-        real = torch.arange(T, device=o.device) < torch.tensor(lengths, device=o.device).unsqueeze(1)
-        o = torch.where(real[:, :, None, None], o, 0.0)
-    return o, new
+    check_tensor(name, "lengths", lengths, (B,), dtype=torch.int64, device=given.device)
+    resolve("titans", config, given.dtype, given.device, "triton")  # raises where it cannot serve
+    from .titans.triton import titans_advance_
+
+    return titans_advance_(config, w_init, inputs, state, lengths, update=update)
 
 
 def titans_step(

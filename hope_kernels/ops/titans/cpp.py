@@ -53,6 +53,7 @@ def _library() -> ctypes.CDLL | str:
     return lib if lib.hope_titans_supported() else "needs a CPU with AVX2 and FMA"
 
 
+@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use the backend, or None."""
     found = _library()

@@ -28,11 +28,13 @@ _SETTINGS = {
 }
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python on the CPU (TRITON_INTERPRET=1 when it was imported)."""
     return triton.knobs.runtime.interpret
 
 
+@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use the backend, or None."""
     return None if torch.cuda.is_available() or interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1, to debug)"
@@ -82,13 +84,17 @@ def titans_advance_(
     return o
 
 
+def settings_of(config: TitansConfig) -> tuple:
+    """The operator's last arguments: what it is told of a configuration."""
+    return tuple(getattr(config, n) for n in _SETTINGS)
+
+
 def _scan(config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor, update: bool) -> Tensor:
     base = w_init if config.retain_to == "init" else (None, None, None)
     written = (getattr(state, n) for n in _WRITTEN)
-    settings = (getattr(config, n) for n in _SETTINGS)
     i = inputs
     return torch.ops.hope_kernels.titans_scan(
-        i.q, i.x, i.k, i.v, i.eta, i.alpha, i.eta_bias, i.alpha_bias, *base, *written, pos, lengths, update, *settings
+        i.q, i.x, i.k, i.v, i.eta, i.alpha, i.eta_bias, i.alpha_bias, *base, *written, pos, lengths, update, *settings_of(config)
     )
 
 

@@ -48,29 +48,29 @@ def _done(counter_p):
 
 
 @triton.jit
-def _row(pos_p, len_p, b, BIG: tl.constexpr):
-    """(phase, stop) of a row: the slots it reads, counted from the start of its open chunk of the slower clock."""
-    phase = (tl.load(pos_p + b) % BIG).to(tl.int32)
-    return phase, phase + tl.load(len_p + b).to(tl.int32)
+def _rows(pos_p, len_p, b, inside, T, BIG: tl.constexpr):
+    """(phase, stop) of rows b: the slots they read, counted from the start of their open chunk of the slower clock."""
+    phase = tl.load(pos_p + b, mask=inside, other=0) % BIG
+    n = tl.minimum(tl.maximum(tl.load(len_p + b, mask=inside, other=0), 0), T)  # a length from the device is nobody's promise
+    return phase.to(tl.int32), (phase + n).to(tl.int32)
 
 
 @triton.jit
-def _extent(pos_p, len_p, B, BIG: tl.constexpr):
+def _extent(pos_p, len_p, B, T, BIG: tl.constexpr):
     """(first, stop): the slots that some row reads in this call."""
     first, stop = tl.full([], BIG, tl.int32), tl.full([], 0, tl.int32)
     for b0 in range(0, B, 32):
         b = b0 + tl.arange(0, 32)
-        n = tl.load(len_p + b, mask=b < B, other=0).to(tl.int32)
-        phase = (tl.load(pos_p + b, mask=b < B, other=0) % BIG).to(tl.int32)
-        first = tl.minimum(first, tl.min(tl.where(n > 0, phase, BIG), 0))
-        stop = tl.maximum(stop, tl.max(tl.where(n > 0, phase + n, 0), 0))
+        phase, end = _rows(pos_p, len_p, b, b < B, T, BIG)
+        first = tl.minimum(first, tl.min(tl.where(end > phase, phase, BIG), 0))
+        stop = tl.maximum(stop, tl.max(tl.where(end > phase, end, 0), 0))
     return first, stop
 
 
 @triton.jit
 def _commit(
     base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, e_p, es_p, e2_p, a_p, d_p, norms_p,
-    keys_p, vectors_p, gram_p, sync_p, pos_p, len_p, task, G, end, grad_scale,
+    keys_p, vectors_p, gram_p, sync_p, pos_p, len_p, task, G, T, end, grad_scale,
     M0: tl.constexpr, M1: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, OWN_CT: tl.constexpr, OWN_NT: tl.constexpr,
     KIND: tl.constexpr, READ_UNITS: tl.constexpr, SMALL: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, BIG: tl.constexpr,
@@ -84,7 +84,7 @@ def _commit(
     stage = tl.where(local < 0, 0, 1 + local // (G * TILES))
     i_g = tl.where(local < 0, task // (1 + PARTS), local // TILES % G)
     unit = tl.where(local < 0, task % (1 + PARTS), local % TILES)
-    phase, stop = _row(pos_p, len_p, i_g // H, BIG)
+    phase, stop = _rows(pos_p, len_p, i_g // H, True, T, BIG)
     if (phase < end) & (end <= stop):
         counters = sync_p + (i_g + 1) * LINE
         chunks = end // C - phase // C  # commits of this clock, this one included
@@ -152,7 +152,7 @@ def scan_kernel(
     G = B * H
     per_step = G * (READ_UNITS + FAST_UNITS)
     per_round = STEPS * per_step + G * SLOW_UNITS
-    first, stop = _extent(pos_p, len_p, B, BIG)
+    first, stop = _extent(pos_p, len_p, B, T, BIG)
     # tickets count the tasks of all steps since the slower clock's chunk began; those before the first slot are not given out
     skipped = first // SMALL * per_step
     total = (stop // BIG).to(tl.int64) * per_round + stop % BIG // SMALL * per_step + (stop % SMALL > 0) * G * READ_UNITS
@@ -163,7 +163,7 @@ def scan_kernel(
     while tl.condition(ticket < closing, disable_licm=True):
         if ticket >= total:
             g = (ticket - total).to(tl.int32)
-            phase, end = _row(pos_p, len_p, g // H, BIG)
+            phase, end = _rows(pos_p, len_p, g // H, True, T, BIG)
             if (end > phase) & (end >= BIG):
                 counters = sync_p + (g + 1) * LINE
                 _wait(counters + UPDATES, (end // SMALL - phase // SMALL) * FAST_UPDATES)
@@ -178,7 +178,7 @@ def scan_kernel(
             step = turn * STEPS + within
             if task < G * READ_UNITS:
                 g, unit = task // READ_UNITS, task % READ_UNITS
-                phase, end = _row(pos_p, len_p, g // H, BIG)
+                phase, end = _rows(pos_p, len_p, g // H, True, T, BIG)
                 if (end > phase) & (step >= phase // SMALL) & (step * SMALL < end):
                     counters = sync_p + (g + 1) * LINE
                     if UPDATE:
@@ -203,7 +203,7 @@ def scan_kernel(
                 if task < G * FAST_UNITS:
                     _commit(
                         base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, e_p, es_p, e2_p, a_p, d_p,
-                        norms_p, keys_p, vectors_p, gram_p, sync_p, pos_p, len_p, task, G, (step + 1) * SMALL, grad_scale,
+                        norms_p, keys_p, vectors_p, gram_p, sync_p, pos_p, len_p, task, G, T, (step + 1) * SMALL, grad_scale,
                         FM0, FM1, SMALL, FAST_CT, FAST_NT, FAST_OWN_CT, FAST_OWN_NT, 0, READ_UNITS, SMALL,
                         H, D, N, MF, MS, R, BIG, ACT, HAS_BASE, SKIP, HAS_ALPHA, OWN, TARGET_NORM, DOT, DGD, CLIP,
                     )
@@ -211,7 +211,7 @@ def scan_kernel(
                     _commit(
                         base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, slow_e_p, slow_es_p, slow_e2_p,
                         slow_a_p, slow_d_p, slow_norms_p, slow_keys_p, slow_vectors_p, slow_gram_p, sync_p, pos_p, len_p,
-                        task - G * FAST_UNITS, G, (turn + 1) * BIG, grad_scale,
+                        task - G * FAST_UNITS, G, T, (turn + 1) * BIG, grad_scale,
                         SM0, SM1, BIG, SLOW_CT, SLOW_NT, SLOW_OWN_CT, SLOW_OWN_NT, SLOW, READ_UNITS, SMALL,
                         H, D, N, MF, MS, R, BIG, ACT, HAS_BASE, SKIP, HAS_ALPHA, OWN, TARGET_NORM, DOT, DGD, CLIP,
                     )

@@ -1,0 +1,69 @@
+"""The persistent kernel under many programs at once: threads of the interpreter that take tickets and wait for each other."""
+
+import functools
+import inspect
+import sys
+import threading
+
+import pytest
+import torch
+from problems import problem, results, run, single
+
+from hope_kernels import TitansConfig, available_backends
+
+pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402, F401  (the interpreter looks for it among the globals of what it runs)
+from triton.runtime.interpreter import GridExecutor  # noqa: E402
+
+from hope_kernels.ops.titans.triton import interpreted  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    available_backends()["triton"] is not None or not interpreted(), reason="needs Triton's interpreter (TRITON_INTERPRET=1)"
+)
+
+
+@pytest.fixture
+def many_programs(monkeypatch):
+    """Every launch runs as six threads that hand over to each other all the time. Returns how many programs found work."""
+    plain = GridExecutor.__init__
+
+    def init(self, fn, *args, **kwargs):
+        @functools.wraps(fn)
+        def together(**arguments):
+            failures = []
+
+            def program():
+                try:
+                    fn(**arguments)
+                except BaseException as error:
+                    failures.append(error)
+
+            threads = [threading.Thread(target=program) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            if failures:
+                raise failures[0]
+
+        together.__signature__ = inspect.signature(fn)
+        plain(self, together, *args, **kwargs)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    monkeypatch.setattr(GridExecutor, "__init__", init)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("config", [
+    TitansConfig(64, 2), TitansConfig(32, 1, chunk_memory=32, chunk_other=16, activation="silu"),
+    TitansConfig(32, 1, chunk_memory=16, chunk_other=32), TitansConfig.preset("titans", d_model=32, momentum=None, dgd=True),
+], ids=range(4))
+def test_programs_that_run_at_once_compute_the_same_bits(config, many_programs, request):
+    w_init, inputs = (single(t) for t in problem(config, 2, 37))
+    together = results(*run(config, w_init, inputs, "triton", [37, 20]))
+    request.getfixturevalue("monkeypatch").undo()
+    alone = results(*run(config, w_init, inputs, "triton", [37, 20]))
+    for name, t in together.items():
+        assert torch.equal(t, alone[name]), name
