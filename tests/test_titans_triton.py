@@ -229,4 +229,4 @@ def test_lengths_out_of_range_stay_inside_the_row():
     state = init_titans_state(NARROW[0], w_init, 2, DEVICE)
     with torch.no_grad():
         titans_advance_(NARROW[0], w_init, inputs, state, torch.tensor([9, -3], device=DEVICE))
-    assert torch.equal(state.pending_k, end.pending_k) and not state.pending_k[1].any()
+    assert torch.equal(state.pending_k, end.pending_k) and not state.pending_k[1].any() and state.count.tolist() == [5, 0]
