@@ -10,6 +10,7 @@ from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_
 
 pytest.importorskip("triton")
 from hope_kernels.ops.titans.triton import settings_of  # noqa: E402
+from hope_kernels.ops.titans.triton_tiles import CHUNKS, MULTIPLES, WIDTHS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=f"triton: {available_backends()['triton']}")
 
@@ -48,6 +49,11 @@ def test_meets_the_yardstick(config, dtype):
     meets_yardstick(config, *problem(config, 2, 39, 0.5), dtype, [39, 18])
 
 
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
+def test_any_number_of_tokens(tokens):
+    meets_yardstick(NARROW[0], *problem(NARROW[0], 2, tokens, 0.5), torch.float32, [tokens, tokens // 2])
+
+
 @pytest.mark.parametrize("correlation", [0.0, 0.9, 1.0])
 def test_correlated_and_repeated_keys(correlation):
     meets_yardstick(NARROW[0], *problem(NARROW[0], 1, 37, correlation), torch.float32)
@@ -61,10 +67,21 @@ def test_extreme_retention(alpha):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("width, mult, chunk", [(64, 1, 16), (64, 4, 64), (64, 4, 256), (128, 4, 64)])
-def test_full_sizes(width, mult, chunk, dtype):
-    config = TitansConfig(8 * width, 8, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk)
-    meets_yardstick(config, *problem(config, 2, 1100, 0.5), dtype)
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("mult", MULTIPLES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_shape(width, mult, chunk, dtype):
+    config = TitansConfig(2 * width, 2, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk)
+    meets_yardstick(config, *problem(config, 3, 4 * chunk + 5, 0.5), dtype, [4 * chunk + 5, chunk, 3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+@pytest.mark.parametrize("chunk, other", [(16, 16), (64, 64), (16, 64), (64, 16)])
+def test_long_and_wide(chunk, other, correlation, dtype):
+    config = TitansConfig(512, 8, hidden_mult=4, chunk_memory=chunk, chunk_other=other)
+    meets_yardstick(config, *problem(config, 2, 1100, correlation), dtype, [1100, 777])
 
 
 @pytest.mark.parametrize("chunks", [
