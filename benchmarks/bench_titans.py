@@ -261,6 +261,8 @@ def elementwise(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -
         return refused(check | {"ok": False, "reason": "differs from fp64" if not check["ok"] else "two equal calls gave different bits"})
     calls = [partial(ours, *p, *extra) for p in problems]
     record = m.rates(m.time_calls(calls, device, seconds) | {"check": check, "sets": len(problems)}, ceilings, case.dtype, flops, nbytes)
+    if device != "cuda":
+        return record
     try:
         record["graph"] = m.rates(m.time_graph(calls, seconds), ceilings, case.dtype, flops, nbytes)
     except RuntimeError as e:

@@ -50,7 +50,7 @@ class Results:
             return
         found = json.loads(path.read_text())
         if all(found["stamp"].get(k) == stamp[k] for k in ("commit", "source", "quick")):
-            self.data["cases"] = {n: r for n, r in found["cases"].items() if keep(n)}
+            self.data = {"stamp": found["stamp"], "cases": {n: r for n, r in found["cases"].items() if keep(n)}}
             if len(self.cases) < len(found["cases"]):
                 write_json(str(path), self.data)
 
@@ -65,7 +65,7 @@ class Results:
 
     def reload(self) -> None:
         """What another process has written meanwhile."""
-        self.__init__(self.path, self.data["stamp"])
+        self.data = Results(self.path, self.data["stamp"]).data
 
     def drop(self, name: str) -> None:
         self.data["cases"].pop(name)
@@ -145,6 +145,8 @@ def measure(device: str, results: dict[str, Results], args, until: float) -> int
             restart = record.pop("restart", False)
         except (ValueError, ImportError) as e:  # a configuration nobody serves, a peer that is not installed
             record = {"status": "skipped", "reason": str(e)}
+        except m.WrongResult as e:
+            record = {"status": "refused", "reason": str(e)}
         except torch.OutOfMemoryError as e:
             record = {"status": "skipped", "reason": f"out of memory: {e}".splitlines()[0]}
         except Exception as e:  # whatever else: recorded, and the CUDA context may be broken
@@ -197,11 +199,12 @@ def bury(section: str, store: Results, status: int, log: str, late: bool) -> Non
 
 
 def ratios(ops: dict, peers: dict) -> Iterator[str]:
-    """Ours beside a peer of equal shape."""
+    """Ours (any backend) beside a peer of equal shape."""
     for name, peer in peers.items():
-        ours = ops.get("prefill " + name.partition(" ")[2], {})
-        if ours.get("status") == peer["status"] == "ok":
-            yield f"ours / {name}: {ours['ms']['median'] / peer['ms']['median']:.2f} of its time"
+        kind, _, shape = name.partition(" ")
+        for ours, record in ops.items():
+            if ours.startswith(f"prefill {shape} ") and record["status"] == peer["status"] == "ok":
+                yield f"{ours}: {record['ms']['median'] / peer['ms']['median']:.3f} of the time of {kind}"
 
 
 # -- correctness --------------------------------------------------------------------------------------------------------------
@@ -295,7 +298,8 @@ def main(argv: list[str] | None = None) -> int:
                 store.drop(name)  # a killed run; the watchdog ends what hangs
         children(results, ["env"], args.quick, until, folder)
         if not args.quick and wanted(args.only, "correctness", ""):
-            correctness(results["correctness"], time.time() + 0.4 * (until - time.time()))
+            share = 1.0 if args.only else 0.4
+            correctness(results["correctness"], time.time() + share * (until - time.time()))
         children(results, args.only, args.quick, until, folder)
     else:
         reason = "needs a CUDA device"

@@ -129,7 +129,7 @@ def time_calls(calls: list[Callable[[], object]], device: str, seconds: float = 
 
 
 def captured(calls: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, list]:
-    """A CUDA graph of all ``calls`` in turn, and what they return, in buffers that every replay rewrites. Raises what the capture raises."""
+    """A CUDA graph of all ``calls`` in turn, and what they return, which every replay rewrites. Raises what the capture raises."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -142,12 +142,22 @@ def captured(calls: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, l
     return graph, kept
 
 
+class WrongResult(Exception):
+    """What was to be timed computes something else."""
+
+
 def time_graph(calls: list[Callable[[], object]], seconds: float = 1.0) -> dict:
-    """{"ms": ...} of one call inside a CUDA graph of all ``calls``. Raises what the capture raises."""
+    """{"ms": ...} of one call inside a CUDA graph of all ``calls``; raises what the capture raises, and WrongResult if a replay does not
+    write the (first) tensors that the calls return outside the graph, bit for bit."""
     graph, kept = captured(calls)
-    found = time_calls([graph.replay], "cuda", seconds)["ms"]
-    del kept
-    return {"ms": {k: v if k == "n" else v / len(calls) for k, v in found.items()}}
+    output = lambda found: found if isinstance(found, Tensor) else found[0]
+    for found in kept:
+        output(found).fill_(math.nan)
+    graph.replay()
+    if not all(torch.equal(output(found), output(call())) for found, call in zip(kept, calls)):
+        raise WrongResult("a replay of the CUDA graph and the call itself differ")
+    ms = time_calls([graph.replay], "cuda", seconds)["ms"]
+    return {"ms": {k: v if k == "n" else v / len(calls) for k, v in ms.items()}}
 
 
 # -- ceilings -----------------------------------------------------------------------------------------------------------------
@@ -155,21 +165,22 @@ def time_graph(calls: list[Callable[[], object]], seconds: float = 1.0) -> dict:
 
 def ceiling(name: str, device: str, quick: bool) -> dict:
     """The record of one ceiling: "copy" in GB/s, "matmul bf16", "matmul fp16", "matmul fp32" (tf32 off) in TFLOP/s."""
+    seconds = 0.05 if quick else 0.5
     if name == "copy":
         n = 2**24 if quick else 2**30 if device != "cuda" else min(2**31, torch.cuda.mem_get_info()[0] // 8)
         a = torch.randint(0, 255, (n,), dtype=torch.uint8, device=device)
         b = torch.empty_like(a)
-        found = time_calls([lambda: b.copy_(a)], device, 0.5)
+        found = time_calls([lambda: b.copy_(a)], device, seconds)
         return found | {"bytes": 2 * n, "GB/s": 2 * n / found["ms"]["median"] / 1e6}
     torch.backends.cuda.matmul.allow_tf32 = False
     n, dtype = 512 if quick else 8192 if device == "cuda" else 1024, DTYPES[name.split()[1]]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    found = time_calls([lambda: a @ b, lambda: b @ a], device, 0.5)
+    found = time_calls([lambda: a @ b, lambda: b @ a], device, seconds)
     return found | {"shape": [n, n, n], "TFLOP/s": 2 * n**3 / found["ms"]["median"] / 1e9}
 
 
 def rates(record: dict, ceilings: dict, dtype: str, flops: float | None, nbytes: float) -> dict:
-    """A timed record with its FLOPs (None: bytes are what counts), bytes and rates, and what fractions of the measured ceilings they are."""
+    """A timed record with its FLOPs (None: bytes are what counts), bytes, rates and what fractions of the measured ceilings these are."""
     ms = record["ms"]["median"]
     found = {"bytes": nbytes, "GB/s": nbytes / ms / 1e6}
     if flops is not None:
@@ -213,15 +224,14 @@ def complete(o: Tensor) -> bool:
 
 @contextmanager
 def poisoned():
-    """Uninitialised memory holds NaN."""
-    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Uninitialised memory holds NaN: a part of PyTorch's deterministic mode, here without its errors and warnings."""
+    before, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill

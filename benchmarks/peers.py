@@ -20,7 +20,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
 from hope_kernels.ops import init_titans_state, titans_chunk
@@ -106,6 +105,8 @@ def compiled(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> d
 
     Dynamo fails on the state object (2.13: InternalTorchDynamoError), so make_fx records the tensor operations and those are compiled.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     c = case.config
     w, inputs = problem(case, device, 0)
     first = head(inputs, case.B, case.C)
@@ -150,6 +151,7 @@ def compiled(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> d
 def package(d: int, chunk: int, T: int, long: int, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     """Ours and the package on the same fp32 weights and T tokens, one head; ours also on ``long`` tokens, where the loop's rate stays."""
     found = installed("nested-learning")
+    torch.backends.cudnn.allow_tf32 = False  # the package's convolution
     module = importlib.import_module("nested_learning.titan.self_modifying")
     torch.manual_seed(0)
     loop = module.SelfModifyingTitans(module.SelfModifyingTitansConfig(d, chunk_size_other=chunk, chunk_size_memory=chunk))
@@ -177,7 +179,8 @@ def items(device: str, quick: bool) -> Iterator[tuple[str, dict, Callable]]:
     T, long = (64, 256) if quick else (128, 32768 if device == "cuda" else 2048)
 
     def named(kind: str, run: Callable, cases) -> list[tuple[str, dict, Callable]]:
-        return [(kind + c.name.removeprefix("prefill"), asdict(c), partial(run, c, device, seconds=seconds)) for c in cases]
+        name = lambda c: kind + c.name.removeprefix(c.kind).removesuffix(" " + c.backend)
+        return [(name(c), asdict(c) | {"kind": kind, "backend": None}, partial(run, c, device, seconds=seconds)) for c in cases]
 
     loops = []
     for d, chunk in PACKAGE_SHAPES:
