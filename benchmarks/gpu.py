@@ -1,0 +1,321 @@
+"""One command for any CUDA machine: correctness first, then speed, most important first, inside a time budget.
+
+    python -m benchmarks.gpu [--minutes 8] [--only NAME ...] [--quick] [--resume] [--out DIR]
+
+Writes DIR/<device>/{env,correctness,ops,peers}.json (DIR: benchmarks/results). Each file holds "stamp" (commit, source hash, date) and
+"cases", one record a name with a "status": ok, refused (wrong result, hence no time), skipped (with the reason), failed, died, started.
+A file is rewritten after every case, so a kill loses nothing; --resume keeps what is there for the same code and goes on.
+
+Measurements run in a child process under a watchdog: a kernel that hangs or breaks the CUDA context costs its own case, and the next child
+goes on behind it. Without a CUDA device a few tiny CPU cases run, and are written only where --out says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from . import measure as m
+from .machine import machine, write_json
+
+RESULTS = m.ROOT / "benchmarks" / "results"
+SECTIONS = ("env", "correctness", "ops", "peers")
+CEILINGS = {"copy": "GB/s", "matmul bf16": "TFLOP/s", "matmul fp16": "TFLOP/s", "matmul fp32": "TFLOP/s"}
+TESTS = ("tests/test_titans_triton*.py", "tests/test_conv.py", "tests/test_output_gate.py")
+CASE_SECONDS = 150  # compilation included; what takes longer hangs
+RESTART = 3  # exit status of a child that wants a fresh one to go on
+
+
+class Results:
+    """One JSON file: {"stamp", "cases": {name: record}}, rewritten whole after every record; ``path`` None keeps it in memory.
+
+    Records of the same code that ``keep(name)`` wants are taken over from the file; a file of other code is replaced by the first record.
+    """
+
+    def __init__(self, path: Path | None, stamp: dict, keep: Callable[[str], bool] = lambda name: True):
+        self.path, self.data = path, {"stamp": stamp, "cases": {}}
+        if path is None or not path.exists():
+            return
+        found = json.loads(path.read_text())
+        if all(found["stamp"].get(k) == stamp[k] for k in ("commit", "source", "quick")):
+            self.data = {"stamp": found["stamp"], "cases": {n: r for n, r in found["cases"].items() if keep(n)}}
+            if len(self.cases) < len(found["cases"]):
+                write_json(str(path), self.data)
+
+    @property
+    def cases(self) -> dict[str, dict]:
+        return self.data["cases"]
+
+    def put(self, name: str, record: dict) -> None:
+        self.cases[name] = record
+        if self.path is not None:
+            write_json(str(self.path), self.data)
+
+    def reload(self) -> None:
+        """What another process has written meanwhile."""
+        self.data = Results(self.path, self.data["stamp"]).data
+
+    def drop(self, name: str) -> None:
+        self.data["cases"].pop(name)
+        write_json(str(self.path), self.data)
+
+
+def stamp(quick: bool) -> dict:
+    found = machine()
+    return {"commit": found["commit"], "dirty": found["dirty"], "source": m.source_hash(), "quick": quick, "date": found["date"]}
+
+
+def slug(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu " + machine()["cpu"]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def nvidia_smi() -> str:
+    """Name, driver, clocks, power and temperature as the driver reports them now; only reads."""
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
+    try:
+        done = subprocess.run(("nvidia-smi", f"--query-gpu={query}", "--format=csv"), capture_output=True, text=True, timeout=20)
+        return (done.stdout or done.stderr).strip()
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"nvidia-smi: {e}"
+
+
+def describe(device: str) -> dict:
+    found: dict = {"machine": machine(), "device": device}
+    for package in ("torch", "triton", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    if device == "cuda":
+        p = torch.cuda.get_device_properties(0)
+        found |= {"name": p.name, "capability": [p.major, p.minor], "multiprocessors": p.multi_processor_count, "L2": p.L2_cache_size,
+                  "memory": p.total_memory, "cuda": torch.version.cuda, "nvidia_smi": nvidia_smi()}
+    return found
+
+
+def plan(device: str, quick: bool) -> Iterator[tuple[str, str, dict, Callable]]:
+    """(section, name, case as data, call with (ceilings) -> record): the order of a run, correctness aside; the rows people ask for first,
+    ours and the peers', then the sweeps."""
+    from . import bench_titans, peers
+
+    yield "env", "machine", {}, lambda _: describe(device)
+    for name in CEILINGS if device == "cuda" else ("copy", "matmul fp32"):
+        yield "env", name, {}, lambda _, name=name: m.ceiling(name, device, quick)
+    if device == "cuda":
+        yield "env", "after the matrix products", {}, lambda _: {"nvidia_smi": nvidia_smi()}
+    ops = [("ops", *item) for item in bench_titans.items(device, quick)]
+    others = [("peers", *item) for item in peers.items(device, quick)]
+    yield from (*ops[:5], *others[:6], *ops[5:], *others[6:])
+
+
+def wanted(only: list[str], section: str, name: str) -> bool:
+    return not only or section == "env" or any(o == section or o in name for o in only)
+
+
+def measure(device: str, results: dict[str, Results], args, until: float) -> int:
+    """Every case of the plan that is not there yet; returns RESTART when this process should not go on."""
+    for section, name, case, call in plan(device, args.quick):
+        store = results[section]
+        if name in store.cases or not wanted(args.only, section, name):
+            continue
+        if time.time() > until:
+            print(f"  the time is up before {section}: {name}")
+            return 0
+        store.put(name, {"status": "started", "case": case})
+        if device == "cuda":
+            faulthandler.dump_traceback_later(min(CASE_SECONDS, until - time.time() + 20), exit=True)
+        ceilings = {n: results["env"].cases.get(n, {}).get(unit) for n, unit in CEILINGS.items()}
+        began, restart = time.time(), False
+        try:
+            record = {"status": "ok"} | call(ceilings)
+            restart = record.pop("restart", False)
+            if not restart:  # an asynchronous error belongs to this case
+                m.sync(device)
+        except (ValueError, ImportError) as e:  # a configuration nobody serves, a peer that is not installed
+            record = {"status": "skipped", "reason": str(e)}
+        except m.WrongResult as e:
+            record = {"status": "refused", "reason": str(e)}
+        except torch.OutOfMemoryError as e:
+            record = {"status": "skipped", "reason": f"out of memory: {e}".splitlines()[0]}
+        except Exception as e:  # whatever else: recorded, and the CUDA context may be broken
+            record, restart = {"status": "failed", "reason": f"{type(e).__name__}: {e}"[:2000]}, device == "cuda"
+        faulthandler.cancel_dump_traceback_later()
+        store.put(name, {"case": case} | record | {"seconds": round(time.time() - began, 2)})
+        print(line(section, name, store.cases[name]), flush=True)
+        if restart:
+            return RESTART
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return 0
+
+
+def line(section: str, name: str, r: dict) -> str:
+    ms = r.get("ms", {}).get("median")
+    parts = [f"{section:11} {name:52} {r['status']:8}", f"{ms:10.4f} ms" if ms is not None else ""]
+    parts += [f"{r[k]:8.1f} {k}" for k in ("TFLOP/s", "GB/s") if r.get(k)]
+    parts += [f"{r[k]:7.1%} {k}" for k in ("of_matmul", "of_copy") if r.get(k)]
+    return " ".join([p for p in parts if p] + [str(r.get("reason") or "")[:200]]).rstrip()
+
+
+def children(results: dict[str, Results], only: list[str], quick: bool, until: float, folder: Path) -> None:
+    """Runs the plan in child processes until one finishes it, each going on where the last one ended."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--child", "--until", str(until), "--out", str(folder), *["--quick"] * quick]
+    command += ["--only", *only] if only else []
+    while time.time() < until:
+        before = sum(len(store.cases) for store in results.values())
+        done = subprocess.run(command, cwd=m.ROOT, stderr=subprocess.PIPE, text=True, errors="replace")
+        sys.stderr.write(done.stderr[-4000:])
+        for section, store in results.items():
+            store.reload()
+            bury(section, store, done.returncode, done.stderr[-2000:], time.time() > until)
+        if done.returncode == 0:
+            return
+        if before == sum(len(store.cases) for store in results.values()):
+            print(f"the measuring process ends with status {done.returncode} before any case: given up")
+            return
+
+
+def bury(section: str, store: Results, status: int, log: str, late: bool) -> None:
+    """The case a child ended in: died, unless only the time was up (``late``); then it counts as not begun."""
+    for name in [n for n, r in store.cases.items() if r["status"] == "started"]:
+        if late:
+            store.drop(name)
+            continue
+        reason = f"the process ended inside this case with status {status} (hangs are ended after {CASE_SECONDS} s)"
+        store.put(name, store.cases[name] | {"status": "died", "reason": reason, "log": log})
+        print(line(section, name, store.cases[name]))
+
+
+def ratios(ops: dict, peers: dict) -> Iterator[str]:
+    """Ours (any backend) beside a peer of equal shape."""
+    for name, peer in peers.items():
+        kind, _, shape = name.partition(" ")
+        for ours, record in ops.items():
+            if ours.rpartition(" ")[0] == f"prefill {shape}" and record["status"] == peer["status"] == "ok":
+                yield f"{ours}: {record['ms']['median'] / peer['ms']['median']:.3f} of the time of {kind}"
+
+
+# -- correctness --------------------------------------------------------------------------------------------------------------
+
+
+def outcomes(junit: Path, log: str) -> dict[str, dict]:
+    """Every test's outcome: from the junit file, or, where pytest did not live to write it, from the lines of its -v output."""
+    if junit.exists():
+        found = {}
+        for case in ElementTree.parse(junit).iter("testcase"):
+            bad = next((c for c in case if c.tag in ("failure", "error", "skipped")), None)
+            status = "passed" if bad is None else {"failure": "failed", "error": "failed", "skipped": "skipped"}[bad.tag]
+            found[f"{case.get('classname')}::{case.get('name')}"] = {"status": status, "seconds": float(case.get("time", 0))} | (
+                {} if bad is None else {"reason": ((bad.get("message") or "") + "\n" + (bad.text or "")[-1500:]).strip()})
+        return found
+    found: dict[str, dict] = {}
+    for name, word in re.findall(r"^(\S+::.+?) ?(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|$)", log, re.M):
+        key = name.removesuffix(" ").replace(".py::", "::").replace("/", ".")
+        found[key] = {"status": {"PASSED": "passed", "": "died"}.get(word, "skipped" if word in ("SKIPPED", "XFAIL") else "failed")}
+    return found
+
+
+def correctness(store: Results, until: float) -> None:
+    """The kernels' tests on the GPU, a process a file, and every other test marked gpu. Stops each at the time limit."""
+    files = sorted(p.relative_to(m.ROOT).as_posix() for pattern in TESTS for p in m.ROOT.glob(pattern))
+    runs = {name: ["-m", "not slow or gpu", name] for name in files}
+    runs["every other gpu test"] = ["-m", "gpu", "tests", *(f"--ignore={name}" for name in files)]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(m.ROOT), "PYTHONUNBUFFERED": "1"}
+    for name, extra in runs.items():
+        key = f"pytest {name}"
+        if key in store.cases:
+            continue
+        if time.time() > until:
+            store.put(key, {"status": "skipped", "reason": "the time was up"})
+            continue
+        store.put(key, {"status": "started"})
+        junit = store.path.with_name("junit.xml")
+        junit.unlink(missing_ok=True)
+        command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junit-xml={junit}", *extra)
+        with open(store.path.with_name("pytest.log"), "w+", errors="replace") as log:
+            try:
+                limit = max(20.0, 0.6 * (until - time.time()))  # a file that hangs leaves time for the others
+                code = subprocess.run(command, cwd=m.ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+            except subprocess.TimeoutExpired:
+                code = None
+            log.seek(0)
+            text = log.read()
+        found = outcomes(junit, text)
+        junit.unlink(missing_ok=True)
+        os.unlink(log.name)
+        for test, record in found.items():
+            store.cases[test] = record
+        counts = {s: sum(r["status"] == s for r in found.values()) for s in ("passed", "failed", "skipped", "died")}
+        good = code in (0, 5) and not counts["failed"]  # 5: no test of that kind
+        store.put(key, {"status": "ok" if good else "died" if code is None else "failed", "exit": code, **counts}
+                  | ({} if good else {"reason": "time limit" if code is None else f"pytest exit status {code}", "log": text[-4000:]}))
+        print(line("correctness", name, store.cases[key]), {k: v for k, v in counts.items() if v}, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--minutes", type=float, default=8)
+    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="a section (ops, peers, correctness) or a part of a case's name")
+    p.add_argument("--quick", action="store_true", help="small sizes, no tests: does the command itself work")
+    p.add_argument("--resume", action="store_true", help="keep what is there for the same commit and source")
+    p.add_argument("--out", metavar="DIR", help="folder of the result folders")
+    p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    sys.stdout.reconfigure(line_buffering=True)  # in step with what the children print
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)
+    until = args.until or time.time() + 60 * args.minutes
+    folder = Path(args.out or RESULTS) if device == "cuda" or args.out else None
+    if folder is not None and not args.child:
+        folder = folder.resolve() / (slug(device) + "-quick" * args.quick)
+    mark = stamp(args.quick)
+
+    def opened(section: str) -> Results:
+        old = (lambda n: True) if args.child or args.resume else (lambda n: not wanted(args.only, section, n))
+        return Results(folder and folder / f"{section}.json", mark, old)
+
+    results = {section: opened(section) for section in SECTIONS}
+    if args.child:
+        return measure(device, results, args, until)
+    print(f"{slug(device)}, commit {mark['commit'] or 'unknown'}, source {mark['source']}{', changed files' * mark['dirty']}")
+    if device == "cuda":
+        for store in results.values():
+            for name in [n for n, r in store.cases.items() if r["status"] == "started"]:
+                store.drop(name)  # a killed run; the watchdog ends what hangs
+        children(results, ["env"], args.quick, until, folder)
+        if not args.quick and wanted(args.only, "correctness", ""):
+            share = 1.0 if args.only else 0.4
+            correctness(results["correctness"], time.time() + share * (until - time.time()))
+        children(results, args.only, args.quick, until, folder)
+    else:
+        reason = "needs a CUDA device"
+        results["correctness"].put("pytest", {"status": "skipped", "reason": reason})
+        print(f"no CUDA device: kernel tests, Triton cases, copy and tensor-core ceilings and GPU peers are not measured ({reason})")
+        measure(device, results, args, until)
+    for text in ratios(results["ops"].cases, results["peers"].cases):
+        print(text)
+    for section, store in results.items():
+        counts: dict[str, int] = {}
+        for record in store.cases.values():
+            counts[record["status"]] = counts.get(record["status"], 0) + 1
+        print(f"{section}: {counts or 'nothing'}{f' in {store.path}' if store.path else ', not written (no --out)'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

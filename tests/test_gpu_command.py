@@ -1,0 +1,212 @@
+"""benchmarks.gpu on a machine without a GPU: what it writes, what it counts, what it refuses to time."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import bench_cpu, bench_titans, gpu, peers
+from benchmarks import measure as m
+from hope_kernels import TitansConfig
+from hope_kernels.ops import FastWeights, Layout, init_titans_state, titans_chunk
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what the command does without a CUDA device")
+CASE = bench_titans.Case("prefill", C=16, D=32, N=32, H=2, B=3, T=90, dtype="fp32", backend="chunked")
+STATUSES = {"ok", "refused", "skipped", "failed", "died"}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    assert gpu.main(["--quick", "--out", str(out)]) == 0
+    (folder,) = out.iterdir()
+    return folder
+
+
+def read(folder, section: str) -> dict:
+    return json.loads((folder / f"{section}.json").read_text())
+
+
+def test_what_it_writes(written):
+    assert written.name.startswith("cpu-")
+    assert sorted(p.name for p in written.iterdir()) == ["correctness.json", "env.json", "ops.json", "peers.json"]
+    files = {s: read(written, s) for s in gpu.SECTIONS}
+    for found in files.values():
+        assert set(found) == {"stamp", "cases"} and found["stamp"]["source"] == m.source_hash() and found["cases"]
+        for record in found["cases"].values():
+            assert record["status"] in STATUSES
+            assert record["status"] in ("ok", "died") or record["reason"]
+    assert files["correctness"]["cases"]["pytest"] == {"status": "skipped", "reason": "needs a CUDA device"}
+    env = files["env"]["cases"]
+    assert env["machine"]["machine"]["torch"] == torch.__version__ and env["copy"]["GB/s"] > 0
+    for case in bench_titans.CPU_CASES:
+        record = files["ops"]["cases"][case.name]
+        if case.backend == "cpp" and record["status"] == "skipped":
+            continue  # no compiler here
+        assert record["status"] == "ok" and record["check"]["ok"]
+        assert 0 < record["ms"]["min"] <= record["ms"]["median"] <= record["ms"]["p90"]
+        if case.kind == "prefill":
+            assert record["flops"] == 256 * m.flops_per_token(case.config)
+            assert math.isclose(record["TFLOP/s"] * record["ms"]["median"] * 1e9, record["flops"])
+            assert math.isclose(record["of_matmul"] * env["matmul fp32"]["TFLOP/s"], record["TFLOP/s"])
+            assert math.isclose(record["of_copy"] * env["copy"]["GB/s"], record["GB/s"])
+        if case.kind == "step":
+            assert record["commit"]["ms"]["n"] == 2 * record["layers"] and record["plain"]["ms"]["n"] == 30 * record["layers"]
+            assert all(record[k]["p50"] <= record[k]["p99"] for k in ("plain", "commit"))
+    package = files["peers"]["cases"]["package C16 D64"]
+    assert package["error"] < 1e-4 and math.isclose(package["ratio"], package["ms"]["median"] / package["ours_ms"]["median"])
+
+
+def test_resume_keeps_what_is_there_and_measures_the_rest(written):
+    before = read(written, "ops")
+    kept, lost = CASE_NAMES[3], CASE_NAMES[-1]
+    before["cases"][kept]["mark"] = 1
+    again = before["cases"].pop(lost)
+    (written / "ops.json").write_text(json.dumps(before))
+    env = (written / "env.json").read_bytes()
+    assert gpu.main(["--quick", "--resume", "--out", str(written.parent)]) == 0
+    after = read(written, "ops")
+    assert after["cases"].pop(lost)["case"] == again["case"]
+    assert after == before and (written / "env.json").read_bytes() == env
+
+
+CASE_NAMES = [c.name for c in bench_titans.CPU_CASES]
+
+
+def test_results_of_other_code_are_not_continued(tmp_path):
+    path, mark = tmp_path / "ops.json", {"commit": "a", "source": "s", "quick": False}
+    store = gpu.Results(path, mark)
+    store.put("one", {"status": "ok"})
+    store.put("two", {"status": "started"})
+    assert set(gpu.Results(path, {**mark, "source": "t"}).cases) == set()
+    assert set(gpu.Results(path, mark, lambda name: name == "one").cases) == {"one"}
+    assert set(gpu.Results(path, mark).cases) == {"one"}
+
+
+def test_a_case_the_process_died_in_is_not_run_again(tmp_path):
+    store = gpu.Results(tmp_path / "ops.json", {"commit": "a", "source": "s", "quick": False})
+    store.put("one", {"status": "started"})
+    gpu.bury("ops", store, -11, "the log", late=False)
+    store.put("two", {"status": "started"})
+    gpu.bury("ops", store, 1, "", late=True)  # only the time was up
+    store.reload()
+    assert set(store.cases) == {"one"} and store.cases["one"]["status"] == "died" and store.cases["one"]["log"] == "the log"
+
+
+def test_counts_are_the_hand_counted_ones():
+    c = TitansConfig(8, 2, hidden_mult=2, chunk_memory=3, chunk_other=3)  # H 2, D 4, N 8, C 3
+    assert m.flops_per_token(c) == 2 * (2560 + 240 + 24 + 18)
+    assert m.flops_per_token(replace(c, target_norm=False, retain_to="zero")) == 2 * (2240 + 240 + 24 + 18)
+    assert m.flops_per_token(TitansConfig(64)) == bench_cpu.flops(64, 16, False) - 8 * 64 * 64
+    shapes = Layout.of(c).shapes(2)
+    state = init_titans_state(c, FastWeights(*(None if s is None else torch.zeros(s) for s in shapes)), 1)
+    assert 2 * m.weights_per_head(c) == sum(t.numel() for t in state.deviation) == 544
+    assert m.prefill_bytes(c, 1, 5, 2) == 3 * 5 * 8 * 2 + 544 * 2 + 2 * 544 * 4
+    assert m.prefill_bytes(c, 3, 5, 2) == 3 * 3 * 5 * 8 * 2 + 544 * 2 + 3 * 2 * 544 * 4
+    assert m.step_bytes(c, 1, 2, commit=False) == 544 * 2 + 544 * 4 + 5 * 8 * 2
+    assert m.step_bytes(c, 1, 2, commit=True) - m.step_bytes(c, 1, 2, commit=False) == 2 * 544 * 4 + 2 * 3 * 8 * 2
+    assert m.state_bytes_per_chunk(c, 2) == 2 * 8 * 2 * 8 * 4 * 10
+    assert m.stats([3.0, 1.0, 2.0, 10.0]) == {"median": 2.5, "min": 1.0, "p90": 10.0, "n": 4}
+    assert [m.quantile(list(range(1, 101)), q) for q in (0.5, 0.9, 0.99)] == [50, 90, 99]
+
+
+def scaled(o, state):
+    return o * 1.001, state
+
+
+def wrong_state(o, state):
+    return o, replace(state, delta1=state.delta1 * 1.001)
+
+
+def unwritten(o, state):
+    out = torch.empty_like(o)
+    out[:, :-1] = o[:, :-1]
+    return out, state
+
+
+def zero_at_the_end(o, state):
+    return torch.cat([o[:, :-1], torch.zeros_like(o[:, -1:])], 1) if o.shape[1] == CASE.T else o, state
+
+
+def unsteady(o, state):
+    return o * (1 + 1e-7 * torch.rand_like(o)), state
+
+
+def wrong_when_large(o, state):
+    return o * (1.001 if o.shape[1] == CASE.T else 1), state
+
+
+@pytest.mark.parametrize("harm, reason", [
+    (scaled, "o differs"), (wrong_state, "delta1 differs"), (unwritten, "o differs"), (zero_at_the_end, "unwritten, zero"),
+    (unsteady, "different bits"), (wrong_when_large, "the start of the whole call"),
+])
+def test_a_wrong_result_gets_no_time(harm, reason):
+    record = bench_titans.prefill(CASE, "cpu", {}, 0.01, op=lambda *args, **kw: harm(*titans_chunk(*args, **kw)))
+    assert record["status"] == "refused" and reason in record["reason"] and "ms" not in record and not record["check"]["ok"]
+
+
+def test_a_right_result_gets_one():
+    record = bench_titans.prefill(CASE, "cpu", {}, 0.01)
+    assert record["check"]["ok"] and record["ms"]["median"] > 0 and record["of_matmul"] is None
+
+
+def test_the_small_operators_are_checked_and_timed():
+    pytest.importorskip("triton")
+    for kind in ("conv", "gate"):  # interpreted
+        record = bench_titans.elementwise(replace(CASE, kind=kind, T=5), "cpu", {"copy": 1.0}, 0.01)
+        assert record["check"]["ok"] and record["bytes"] == (2 if kind == "conv" else 3) * 3 * 5 * 64 * 4 and record["of_copy"] > 0
+
+
+def test_poison_is_nan_and_ends():
+    before = torch.get_deterministic_debug_mode()
+    with m.poisoned():
+        assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
+    assert torch.get_deterministic_debug_mode() == before
+
+
+def test_nan_and_other_dtypes_never_pass():
+    t = {"o": torch.ones(3)}
+    for bad in (torch.tensor([1.0, float("nan"), 1.0]), torch.ones(3).bfloat16(), torch.ones(4)):
+        assert not m.compare({"o": bad}, t, {"o": torch.ones(3).double()})["ok"]
+    far = {"o": 2 * torch.ones(3)}  # a peer that is wrong itself allows nothing
+    assert m.compare(t, t, {"o": torch.ones(3).double()})["ok"] and not m.compare(far, far, {"o": torch.ones(3).double()})["ok"]
+
+
+def test_outcomes_with_and_without_a_junit_file(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_good(x): pass\ndef test_bad(): assert 0\n"
+        "@pytest.mark.skip(reason='why')\ndef test_out(): pass\ndef test_last(): pass\n")
+    junit, nothing = tmp_path / "junit.xml", tmp_path / "none.xml"
+    command = (sys.executable, "-m", "pytest", "-v", "-c", "/dev/null", "--rootdir", ".", f"--junit-xml={junit}", "test_it.py")
+    log = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    want = {"test_good[a b]": "passed", "test_good[c]": "passed", "test_bad": "failed", "test_out": "skipped", "test_last": "passed"}
+    want = {f"test_it::{k}": v for k, v in want.items()}
+    found = gpu.outcomes(junit, "")
+    assert {k: r["status"] for k, r in found.items()} == want and "assert 0" in found["test_it::test_bad"]["reason"]
+    assert {k: r["status"] for k, r in gpu.outcomes(nothing, log).items()} == want
+    cut = log[: log.index("test_last") + len("test_last ")]  # pytest names a test before it runs
+    assert {k: r["status"] for k, r in gpu.outcomes(nothing, cut).items()} == want | {"test_it::test_last": "died"}
+
+
+def test_plans_for_a_gpu_name_every_case_once_and_pair_peers_with_ours():
+    ops, others = list(bench_titans.items("cuda", False)), list(peers.items("cuda", False))
+    names = [name for name, _, _ in ops]
+    assert len(set(names)) == len(names) and len({name for name, _, _ in others}) == len(others)
+    timed = {"status": "ok", "ms": {"median": 3.0}}
+    lines = list(gpu.ratios(dict.fromkeys(names, timed), {name: timed for name, _, _ in others}))
+    assert len(lines) == len(peers.FLA_CASES) + len(peers.COMPILED_CASES) and all(": 1.000 of" in line for line in lines)
+    grid = {axis: {getattr(c, axis) for c in bench_titans.GPU_CASES if c.kind == "prefill"} for axis in "CDNHBT"}
+    assert grid["C"] == {16, 32, 64, 128, 256} and grid["D"] == {64, 128} and grid["N"] == {64, 128, 256, 512}
+    assert {8, 64} <= grid["H"] and grid["B"] == {1, 4, 32} and {2048, 131072} <= grid["T"]
+
+
+def test_the_peer_s_token_loop_recalls_what_it_was_told():
+    k = torch.eye(4).view(1, 4, 1, 4)
+    v, zero, one = torch.randn(1, 4, 1, 3), torch.zeros(1, 4, 1), torch.ones(1, 4, 1)
+    assert torch.allclose(peers.delta_rule(k, k, v, zero, one, 1.0), v.double())
+    decayed = peers.delta_rule(k[:, :1].expand(1, 4, 1, 4), k[:, :1].expand(1, 4, 1, 4), v, zero - 1, one * 0, 0.5)
+    assert not decayed.any()
