@@ -32,8 +32,8 @@ def sum_kernel(parts_p, out_p, P: tl.int64, M: tl.constexpr, BP: tl.constexpr, B
 
 
 def sum_parts(parts: Tensor, like: Tensor) -> Tensor:
-    """parts [P, M] fp32, contiguous, summed over P: the shape and dtype of ``like``, which has M elements. P = 0 gives zeros."""
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    """parts [P, M] fp32 summed over P: the shape and dtype of ``like``, which has M elements; both contiguous. P = 0 gives zeros."""
+    out = torch.empty_like(like)
     P, M = parts.shape
     if M:
         with torch.cuda.device_of(parts):

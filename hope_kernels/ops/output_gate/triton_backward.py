@@ -82,10 +82,10 @@ _library.define("output_gate_backward(Tensor dy, Tensor o, Tensor? gain, Tensor?
 
 def _launch(dy: Tensor, o: Tensor, gain: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """do, dgain, dgate; empty for an argument that is None."""
-    (B, T, H, D), nothing = o.shape, o.new_empty(0)
+    B, T, H, D = o.shape
     dy, o = aligned(dy), aligned(o)
     gain, gate = (None if t is None else aligned(t) for t in (gain, gate))
-    do, dgate = torch.empty_like(o), nothing if gate is None else torch.empty_like(gate)
+    do, dgate = torch.empty_like(o), o.new_empty(0) if gate is None else torch.empty_like(gate)
     tile = _tile(D)
     tiles = triton.cdiv(B * T, tile["SPAN"])
     parts = torch.empty(0 if gain is None else tiles, H * D, device=o.device, dtype=torch.float32)
@@ -95,7 +95,7 @@ def _launch(dy: Tensor, o: Tensor, gain: Tensor | None, gate: Tensor | None) -> 
                 dy, o, o if gain is None else gain, o if gate is None else gate, do, dgate, parts, B * T, H=H, D=D, EPS=EPS,
                 HAS_NORM=gain is not None, HAS_GATE=gate is not None, **tile, num_warps=_warps(D), num_stages=1,
             )
-    return do, nothing if gain is None else sum_parts(parts, gain), dgate
+    return do, o.new_empty(0) if gain is None else sum_parts(parts, gain), dgate
 
 
 _library.impl("output_gate_backward", _launch, "CPU")  # Triton's interpreter
