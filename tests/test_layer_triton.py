@@ -57,3 +57,25 @@ def test_padding_stays_out():
         y, after = layer(x, lengths=[17, 0], backend="triton")
     assert torch.equal(y, want) and not y[0, 17:].any() and not y[1].any()
     assert all(torch.equal(getattr(after, n), getattr(state, n)) for n in ("conv_tail", "delta2", "delta1", "pending_k"))
+
+
+def test_gradients_reach_every_parameter_and_padding_none(monkeypatch):
+    layer, x = made()
+    state = layer.init_state(2)
+    state.conv_tail = torch.randn_like(state.conv_tail).requires_grad_()
+    into = torch.randn_like(x)
+    parameters = {n: p for n, p in layer.named_parameters()}
+
+    def gradients(pair, x):
+        monkeypatch.setattr("hope_kernels.layers.titans.resolve_conv_and_gate", lambda config, backend: pair)
+        x = x.clone().requires_grad_()
+        y, new = layer.scan(x, state, [18, 5], backend="chunked")
+        found = torch.autograd.grad((y * into).sum() + new.conv_tail.square().sum(), [x, state.conv_tail, *parameters.values()])
+        return dict(zip(("x", "conv_tail", *parameters), found))
+
+    want = gradients((causal_conv_chunked, output_gate_chunked), x)
+    x[1, 5:] = float("nan")
+    ours = gradients((causal_conv_triton, output_gate_triton), x)
+    for name, t in ours.items():
+        torch.testing.assert_close(t, want[name], rtol=1e-4, atol=1e-5 * float(want[name].abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+    assert not ours["x"][1, 5:].any()
