@@ -53,3 +53,17 @@ def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: 
     if reason is not None:
         raise ValueError(f"{op}: backend {backend!r} cannot be used: {reason}; the chunked backend serves every configuration")
     return chosen
+
+
+def resolve_conv_and_gate(config, backend: str | None = None) -> tuple[Callable, Callable]:
+    """The convolution before the memories and the output gate behind them, for a ``backend`` that ``resolve`` accepted: Triton kernels
+    with "triton" (windows above 8 keep the PyTorch convolution), else PyTorch."""
+    from .ops.conv.chunked import causal_conv_chunked as conv
+    from .ops.output_gate.chunked import output_gate_chunked as gate
+
+    if backend == "triton":
+        from .ops.conv.triton import MAX_WINDOW, causal_conv_triton
+        from .ops.output_gate.triton import output_gate_triton as gate
+
+        conv = causal_conv_triton if config.conv_window is None or config.conv_window <= MAX_WINDOW else conv
+    return conv, gate

@@ -8,11 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..backend import resolve
+from ..backend import resolve, resolve_conv_and_gate
 from ..config import TitansConfig
 from ..ops.check import check_lengths, check_placement, check_state, check_tensor, check_values
-from ..ops.conv.chunked import causal_conv_chunked
-from ..ops.output_gate.chunked import output_gate_chunked
 from ..ops.titans.chunked import Stats, TokenInputs, eta_gate
 from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.titans.memory import l2norm
@@ -149,15 +147,19 @@ class SelfModifyingTitans(nn.Module):
         """
         c, T = self.config, x.shape[1]
         compute = resolve("titans", c, x.dtype, x.device, backend)
-        real = None
+        causal_conv, output_gate = resolve_conv_and_gate(c, backend)
+        n = real = None
         if min(lengths, default=T) < T:
-            real = (torch.arange(T, device=x.device) < torch.tensor(lengths, device=x.device).unsqueeze(1)).unsqueeze(-1)
+            n = torch.tensor(lengths, dtype=torch.int32, device=x.device)
+            real = (torch.arange(T, device=x.device) < n.unsqueeze(1)).unsqueeze(-1)
             x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward
-        u, tail = (x, None) if self.conv is None else causal_conv_chunked(x, state.conv_tail, self.conv, lengths)
+        u, tail = (x, None) if self.conv is None else causal_conv(x, state.conv_tail, self.conv, n)
         if self.in_proj is not None:
             u = self.in_proj(u)
         o, new = compute(c, self.w_init, self._inputs(u), state, lengths, update=update, constant_memory=constant_memory, stats=stats)
-        y = self._output(o, x)
+        y = output_gate(o, self.norm_gain, None if self.gate_proj is None else self.gate_proj(x))
+        if self.out_proj is not None:
+            y = self.out_proj(y)
         if real is not None:
             y = torch.where(real, y, 0.0)
         if not update:
@@ -185,10 +187,6 @@ class SelfModifyingTitans(nn.Module):
         eta = eta_gate(self.eta_proj(u), self.eta_bias, c)
         alpha = torch.sigmoid(self.alpha_proj(u) + self.alpha_bias) if c.retention else None
         return TokenInputs(q, k=unit(heads(self.k_proj(u))), v=heads(self.v_proj(u)), eta=eta, alpha=alpha, beta=beta)
-
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        y = output_gate_chunked(o, self.norm_gain, None if self.gate_proj is None else self.gate_proj(x))
-        return y if self.out_proj is None else self.out_proj(y)
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, state: TitansState | None = None) -> dict:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..check import check_tensor
 from ..triton_build import DTYPES, SHARED_KIB, Specialization, aligned
+from . import triton_backward
 
 MAX_WINDOW = 8
 BLOCK_T, BLOCK_D, NUM_WARPS = 16, 128, 4  # compiled for sm_80 to sm_120 without spills, never timed
@@ -87,11 +88,17 @@ def _(x: Tensor, tail: Tensor, weight: Tensor, lengths: Tensor) -> tuple[Tensor,
     return x.new_empty(x.shape), tail.new_empty(tail.shape)
 
 
-def causal_conv_triton(x: Tensor, tail: Tensor, weight: Tensor, lengths: list[int] | Tensor) -> tuple[Tensor, Tensor]:
-    """``causal_conv_chunked`` in one launch, forward only: (y [B, T, d], new tail [B, W-1, d]), bit-identical for any split.
+torch.library.register_autograd(
+    "hope_kernels::causal_conv", triton_backward.backward, setup_context=triton_backward.setup_context, lib=_library
+)
 
-    x: [B, T, d]. tail: [B, W-1, d] and weight: [d, W] in its dtype, W <= 8. lengths: [B] in 0..T; a tensor on the device costs no sync.
-    y is zero behind a row's length, whatever x holds there; a row of length 0 keeps its tail bit for bit.
+
+def causal_conv_triton(x: Tensor, tail: Tensor, weight: Tensor, lengths: list[int] | Tensor | None) -> tuple[Tensor, Tensor]:
+    """``causal_conv_chunked`` in one launch: (y [B, T, d], new tail [B, W-1, d]), bit-identical for any split; differentiable once.
+
+    x: [B, T, d]. tail: [B, W-1, d] and weight: [d, W] in its dtype, W <= 8. lengths: [B] in 0..T; a tensor on the device costs no sync;
+    None is T for every row. y is zero behind a row's length, whatever x holds there, and so is the gradient of x; a row of length 0
+    keeps its tail bit for bit.
     Raises ValueError for other shapes, dtypes or devices, TypeError for non-tensors.
     """
     name = "causal_conv"
@@ -103,16 +110,19 @@ def causal_conv_triton(x: Tensor, tail: Tensor, weight: Tensor, lengths: list[in
     if not 1 <= W <= MAX_WINDOW:
         raise ValueError(f"{name}: argument weight has a window of {W}, expected 1 to {MAX_WINDOW}")
     check_tensor(name, "tail", tail, (B, W - 1, d), dtype=x.dtype, device=x.device)
+    if lengths is None:
+        lengths = torch.full((B,), sizes["T"], dtype=torch.int32, device=x.device)
     lengths = torch.as_tensor(lengths, dtype=torch.int32, device=x.device)
     check_tensor(name, "lengths", lengths, (B,))
     return torch.ops.hope_kernels.causal_conv(x, tail, weight, lengths)
 
 
 def specializations() -> Iterator[Specialization]:
-    """The kernel per dtype, at even and odd widths, small and large windows."""
+    """The kernels per dtype, at even and odd widths, small and large windows."""
     for dtype, d, W in (("bf16", 2048, 4), ("bf16", 2048, MAX_WINDOW), ("fp16", 1000, 4), ("fp32", 77, 2)):
         data = dict.fromkeys(("x_p", "tail_p", "weight_p", "y_p", "new_tail_p"), f"*{dtype}")
         yield Specialization(
             "causal_conv", causal_conv_kernel, {**data, "lengths_p": "*i32", "T": "i64"}, {"d": d, "W": W, "BT": BLOCK_T, "BD": BLOCK_D},
             NUM_WARPS, num_stages=1, row=f"{dtype} d={d} W={W}", archs=tuple(SHARED_KIB),
         )
+    yield from triton_backward.specializations()

@@ -1,0 +1,81 @@
+"""A whole layer on the Triton kernels, interpreted: convolution, memories and output gate together against their PyTorch forms."""
+
+import pytest
+import torch
+
+from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
+from hope_kernels.backend import resolve_conv_and_gate
+from hope_kernels.ops.conv.chunked import causal_conv_chunked
+from hope_kernels.ops.output_gate.chunked import output_gate_chunked
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=f"triton: {available_backends()['triton']}")
+from hope_kernels.ops.conv.triton import causal_conv_triton  # noqa: E402
+from hope_kernels.ops.output_gate.triton import output_gate_triton  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def made(**options):
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(TitansConfig(**{"d_model": 32, **options})).to(DEVICE)
+    return layer, torch.randn(2, 18, 32, device=DEVICE)
+
+
+def test_one_choice_picks_all_three():
+    config = TitansConfig(64)
+    assert resolve_conv_and_gate(config, "triton") == (causal_conv_triton, output_gate_triton)
+    for backend in (None, "chunked", "cpp", "reference"):
+        assert resolve_conv_and_gate(config, backend) == (causal_conv_chunked, output_gate_chunked)
+    assert resolve_conv_and_gate(TitansConfig(64, conv_window=9), "triton") == (causal_conv_chunked, output_gate_triton)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"out_norm": False, "conv_window": 1}, {"gate": False}, {"out_norm": False, "gate": False, "out_proj": False, "conv_window": None},
+])
+def test_the_layer_equals_itself_with_the_pytorch_forms(options, monkeypatch):
+    layer, x = made(**options)
+    with torch.no_grad():
+        y, state = layer(x, lengths=[18, 0], backend="triton")
+        second, state = layer(x[:, :3], state, backend="triton")
+        pytorch = (causal_conv_chunked, output_gate_chunked)
+        monkeypatch.setattr("hope_kernels.layers.titans.resolve_conv_and_gate", lambda config, backend: pytorch)
+        want, want_state = layer(x, lengths=[18, 0], backend="triton")
+        want_second, want_state = layer(x[:, :3], want_state, backend="triton")
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(second, want_second, rtol=1e-5, atol=1e-6)
+    if layer.conv is not None:
+        assert torch.equal(state.conv_tail, want_state.conv_tail)
+    assert list(state.pos) == list(want_state.pos) == [21, 3]
+
+
+def test_padding_stays_out():
+    layer, x = made()
+    with torch.no_grad():
+        want, state = layer(x, lengths=[17, 0], backend="triton")
+        x[0, 17:], x[1] = float("nan"), float("inf")
+        y, after = layer(x, lengths=[17, 0], backend="triton")
+    assert torch.equal(y, want) and not y[0, 17:].any() and not y[1].any()
+    assert all(torch.equal(getattr(after, n), getattr(state, n)) for n in ("conv_tail", "delta2", "delta1", "pending_k"))
+
+
+def test_gradients_reach_every_parameter_and_padding_none(monkeypatch):
+    layer, x = made()
+    state = layer.init_state(2)
+    state.conv_tail = torch.randn_like(state.conv_tail).requires_grad_()
+    into = torch.randn_like(x)
+    parameters = {n: p for n, p in layer.named_parameters()}
+
+    def gradients(pair, x):
+        monkeypatch.setattr("hope_kernels.layers.titans.resolve_conv_and_gate", lambda config, backend: pair)
+        x = x.clone().requires_grad_()
+        y, new = layer.scan(x, state, [18, 5], backend="chunked")
+        found = torch.autograd.grad((y * into).sum() + new.conv_tail.square().sum(), [x, state.conv_tail, *parameters.values()])
+        return dict(zip(("x", "conv_tail", *parameters), found))
+
+    want = gradients((causal_conv_chunked, output_gate_chunked), x)
+    x[1, 5:] = float("nan")
+    ours = gradients((causal_conv_triton, output_gate_triton), x)
+    for name, t in ours.items():
+        torch.testing.assert_close(t, want[name], rtol=1e-4, atol=1e-5 * float(want[name].abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+    assert not ours["x"][1, 5:].any()
