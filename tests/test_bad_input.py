@@ -1,12 +1,14 @@
 """Bad input gets an error that says what was expected and what came, and costs nothing that was learned or saved."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hope_kernels as hk
@@ -282,3 +284,19 @@ def test_command_errors_are_one_line(tmp_path, capsys):
         assert main(base + arguments) == 2
         printed = capsys.readouterr().err
         assert words in printed and printed.startswith("hope_kernels: ") and printed.count("\n") == 1
+
+
+def test_a_file_from_before_there_was_a_counter_on_the_device(tmp_path):
+    torch.manual_seed(0)
+    layer, x = hk.SelfModifyingTitans(hk.TitansConfig(16)), torch.randn(2, 30, 16)
+    with torch.no_grad():
+        _, state = layer(x[:, :21], lengths=[21, 9])
+        state.save(tmp_path / "new")
+        with safe_open(tmp_path / "new", "pt") as f:
+            tensors, meta = {n: f.get_tensor(n) for n in f.keys() if not n.endswith(".count")}, f.metadata()
+        tree = json.loads(meta["tree"])
+        del tree["fields"]["count"]
+        save_file(tensors, tmp_path / "old", meta | {"tree": json.dumps(tree)})
+        old = hk.load_state(tmp_path / "old")
+        assert old.count.tolist() == [21, 9]
+        assert torch.equal(layer(x[:, 21:], old)[0], layer(x[:, 21:], state)[0])

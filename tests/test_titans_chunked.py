@@ -289,7 +289,8 @@ def test_default_layer_stays_bounded_on_stress_input(scale, chunk):
             p.mul_(scale)
         y, state = layer(embed[inputs])
     assert torch.isfinite(y).all() and float(y.abs().max()) < 1e3
-    assert all(torch.isfinite(t).all() and float(t.abs().max()) < 1e3 for t in state.tensors())
+    learned = [t for t in state.tensors() if t.is_floating_point()]
+    assert all(torch.isfinite(t).all() and float(t.abs().max()) < 1e3 for t in learned)
 
 
 def test_diagnostics():
