@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from hope_kernels import TitansConfig
-from hope_kernels.ops import FastWeights, Layout, TokenInputs, init_titans_state, titans_chunk, titans_step
+from hope_kernels.ops import FastWeights, Layout, TokenInputs, init_titans_state, titans_advance_, titans_chunk, titans_step
 
 from . import measure as m
 
@@ -187,20 +187,43 @@ def step(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
 
 @torch.no_grad()
 def step_graph(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
-    """One step of every layer in one CUDA graph, at a slot that commits nothing and at one that does; or why it cannot be captured."""
-    c = case.config
+    """One step of every layer in one CUDA graph, replayed for token after token: the device decides which of them fill a chunk."""
+    c, dtype = case.config, m.DTYPES[case.dtype]
     problems, check = _steps(case, device)
     if not check["ok"]:
         return refused(check)
+    states = [init_titans_state(c, w, case.B, device, dtype) for w, _ in problems]
+    tokens = [TokenInputs(*(t if t is None or t.dim() == 1 else t.clone() for t in token(i, 0))) for _, i in problems]
+    one = torch.ones(case.B, dtype=torch.int64, device=device)
+    calls = [partial(titans_advance_, c, w, i, s, one) for (w, _), i, s in zip(problems, tokens, states)]
+    try:
+        graph, kept = m.captured(calls)
+    except RuntimeError as e:
+        return {"check": check, "status": "skipped", "reason": f"capture: {e}".splitlines()[0], "restart": True}
+    for state, (w, _) in zip(states, problems):
+        state.assign(init_titans_state(c, w, case.B, device, dtype))
+
+    def replayed(t: int) -> tuple:
+        for mine, (_, i) in zip(tokens, problems):
+            mine.q.copy_(i.q[:, t : t + 1])
+            mine.x.copy_(i.x[:, t : t + 1])
+        return m.recorded(graph.replay)
+
+    outputs = []
+    for t in range(case.C + 3):
+        replayed(t)
+        outputs.append(kept[0].clone())
+    eager = titans_chunk(c, problems[0][0], head(problems[0][1], case.B, case.C + 3), backend=case.backend)[0]
+    if not torch.equal(torch.cat(outputs, 1), eager):
+        return refused({**check, "ok": False, "reason": "replays of the CUDA graph and one call over the same tokens differ"})
+    spans: dict[bool, list] = {False: [], True: []}
+    for t in range(case.C + 3, case.C * max(4, int(200 * seconds) // case.C)):
+        spans[(t + 1) % case.C == 0].append(replayed(t % (2 * case.C)))
+    m.sync(device)
     record: dict = {"check": check, "layers": len(problems)}
     for commit, key in ((False, "plain"), (True, "commit")):
-        slot = case.C - 1 if commit else case.C // 2
-        states = [titans_chunk(c, w, head(i, case.B, slot), backend=case.backend)[1] for w, i in problems]
-        calls = [partial(titans_step, c, w, token(i, slot), s, backend=case.backend) for (w, i), s in zip(problems, states)]
-        try:
-            timed = m.time_graph(calls, seconds)
-        except RuntimeError as e:
-            return record | {"status": "skipped", "reason": f"capture: {e}".splitlines()[0], "restart": True}
+        ms = [start.elapsed_time(end) / len(problems) for start, end in spans[commit]]
+        timed = {"ms": m.stats(ms), "p50": m.quantile(ms, 0.5), "p99": m.quantile(ms, 0.99)}
         record[key] = m.rates(timed, ceilings, case.dtype, None, m.step_bytes(c, case.B, case.itemsize, commit))
     return record | {"ms": record["plain"]["ms"]}
 
