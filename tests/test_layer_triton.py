@@ -79,3 +79,23 @@ def test_gradients_reach_every_parameter_and_padding_none(monkeypatch):
     for name, t in ours.items():
         torch.testing.assert_close(t, want[name], rtol=1e-4, atol=1e-5 * float(want[name].abs().max()), msg=lambda m, n=name: f"{n}: {m}")
     assert not ours["x"][1, 5:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first", [15, 16])  # captured at a token that fills a chunk, and at one that does not
+def test_a_captured_decode_step_of_a_layer_goes_on_over_boundaries(first):
+    layer, _ = made()
+    x = torch.randn(2, 70, 32, device=DEVICE)
+    with torch.no_grad():
+        _, eager = layer(x[:, :first], backend="triton")
+        state, warm, token = eager.clone(), eager.clone(), x[:, :1].clone()
+        layer(token, warm, backend="triton")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, _ = layer(token, state, backend="triton")
+        for t in range(first, 70):
+            want, eager = layer(x[:, t : t + 1], eager, backend="triton")
+            token.copy_(x[:, t : t + 1])
+            graph.replay()
+            assert torch.equal(y, want), t
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), eager.tensors()))
