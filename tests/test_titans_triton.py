@@ -92,7 +92,7 @@ def test_padding_may_hold_anything_and_reads_change_nothing():
 
 
 @pytest.mark.parametrize("change, reason", [
-    ({"momentum": 0.9}, "without momentum"), ({"memory": "linear"}, "without momentum"), ({"d_model": 48}, "head widths"),
+    ({"memory": "linear"}, 'serves memory="mlp", not memory="linear"'), ({"d_model": 48}, "head widths"),
     ({"chunk_memory": 8}, "chunks of"),
 ])
 def test_refuses_by_name_what_it_does_not_serve(change, reason):

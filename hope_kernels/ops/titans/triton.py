@@ -113,9 +113,9 @@ class _Plan:
         self.constants, self.num_warps = constants(config, itemsize, update), warps(D)
         self.scales = config.eta_scale, 1.0 if config.objective == "dot" else config.grad_scale
         of_clocks = scratch_shapes(config, itemsize)
-        # a clock that the layer does not have is never touched: the first one's scratch stands in
-        shapes = [item for clock in (of_clocks[0], of_clocks[-1]) for item in clock.items()] if update else []
-        self.scratch = [(prod(shape), dtype if name == "a" else torch.float32) for name, shape in shapes]
+        # a clock that the layer does not have is never touched: the first one's scratch stands in; nor is any by a pure read
+        shapes = [item for clock in (of_clocks[0], of_clocks[-1]) for item in clock.items()]
+        self.scratch = [(prod(shape) if update else 1, dtype if name == "a" else torch.float32) for name, shape in shapes]
 
     def scratch_of(self, groups: int, device: torch.device) -> list[Tensor]:
         """The kernel's scratch, both clocks'."""

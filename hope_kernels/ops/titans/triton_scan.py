@@ -1,7 +1,7 @@
 """A whole call in one launch: every chunk of every row, read and written, in tasks that the programs of a persistent kernel take in turn.
 
     for every chunk of the faster clock:   read     memories x C / CT       o, and k, v, eta, alpha into the open chunk
-    and for each clock that ends there:    clock    1                       decays and transformed keys   (triton_clock.py)
+    and for each clock that ends there:    clock    1                       decays and transformed keys   (triton_clock.py, _momentum)
                                            errors   memories x C / CT       e                             (triton_write.py)
                                            hidden   memories x N / NT       a, d
                                            update   memories x N / NT       the new weights
@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .triton_clock import clock_body
+from .triton_momentum import momentum_body
 from .triton_read import append_task, close_task, read_task
 from .triton_write import errors_task, hidden_task, update_task
 
@@ -98,8 +99,11 @@ def _commit(
             if unit == 0:
                 b_slot = (g // H) * BIG
                 clock_body(
-                    k_p, eta_p, alpha_p, beta_p, keys_p, vectors_p, gram_p, g, b_slot, g % H, first, H, D, C, HAS_ALPHA, DGD, CLIP, MOMENTUM
+                    k_p, eta_p, alpha_p, keys_p, vectors_p, gram_p, g, b_slot, g % H, first, H, D, C, HAS_ALPHA, DGD, CLIP,
+                    2 if MOMENTUM else 1, 7 if MOMENTUM else 3,
                 )
+                if MOMENTUM:
+                    momentum_body(k_p, eta_p, alpha_p, beta_p, keys_p, vectors_p, g, b_slot, g % H, first, H, D, C, HAS_ALPHA, DGD)
                 _done(counters + KIND + HIDDEN)
             else:
                 m, c0 = M0 + (unit - 1) // (C // CT), (unit - 1) % (C // CT) * CT

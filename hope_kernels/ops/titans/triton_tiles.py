@@ -27,11 +27,13 @@ class Tiles(NamedTuple):
     OWN_CT: int
 
 
-def tiles(D: int, N: int, C: int, itemsize: int) -> Tiles:
+def tiles(D: int, N: int, C: int, itemsize: int, momentum: bool = False) -> Tiles:
     """For head width D, N hidden units, C tokens a chunk and operands of ``itemsize`` bytes (fp32 products run on FMA units)."""
     wide = D == 128 or itemsize == 4
     CT, NT = min(C, 32 if wide else 64), min(N, 32 if wide else 64)
     walk = 32 if N == 64 else NT  # a loop of one tile spills a word on some architectures
+    if momentum:  # s beside the deviations takes as many registers again
+        return Tiles(walk, min(C, 32), min(N, 32), min(C, 32))
     return Tiles(walk, CT, NT, min(C, 32))
 
 
@@ -63,7 +65,7 @@ def constants(config: TitansConfig, itemsize: int, update: bool) -> dict[str, An
     named = {
         f"{prefix}_{name}": size
         for prefix, clock in (("FAST", fast), ("SLOW", slow))
-        for name, size in tiles(config.head_dim, config.hidden, clock.C, itemsize)._asdict().items()
+        for name, size in tiles(config.head_dim, config.hidden, clock.C, itemsize, config.momentum is not None)._asdict().items()
     }
     return named | {
         "UPDATE": update, "PRODUCE": update and config.self_modifying, "FM0": fast.M0, "FM1": fast.M1, "SM0": slow.M0, "SM1": slow.M1,
@@ -79,12 +81,12 @@ def scratch_shapes(config: TitansConfig, itemsize: int) -> list[dict[str, tuple[
     """Per clock, what one chunk of one (row, head) leaves in scratch; ``a`` in the dtype of the operands, the rest in fp32."""
     layout = Layout.of(config)
     D, N, M, MF, MS = config.head_dim, config.hidden, len(layout.names), len(layout.full), max(1, len(layout.scalars))
-    KEYS, VECTORS = (1, 3) if config.momentum is None else (2, 5)
+    KEYS, VECTORS = (1, 3) if config.momentum is None else (2, 7)
     return [
         {
             "e": (MF, D, C), "es": (MS, C), "e2": (M, C), "a": (M, N, C), "d": (M, N, C),
-            "norms": (M, N // tiles(D, N, C, itemsize).OWN_NT, 2, C), "keys": (KEYS, C, D), "vectors": (VECTORS, C),
-            "gram": (C, C if config.step_clip else 1),
+            "norms": (M, N // tiles(D, N, C, itemsize, config.momentum is not None).OWN_NT, 2, C),
+            "keys": (KEYS, C, D), "vectors": (VECTORS, C), "gram": (C, C if config.step_clip else 1),
         }
         for _, _, C in clocks(config)
     ]

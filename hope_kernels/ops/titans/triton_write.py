@@ -3,7 +3,7 @@
     errors   memories, C / CT   e at the outputs, |e|^2
     hidden   memories, N / NT   a = sigma(w2 k), d = sigma'(w2 k) (w1^T e), and this tile's part of |a|^2 and |d|^2
     update   memories, N / NT   step sizes, then delta2 -= U^T Kg and delta1 -= (gain e)^T a on its rows; needs the clock too.
-                                With momentum s2 += (gain d)^T k and s1 += (gain e)^T a as well, and delta -= c_C s  (triton_clock.py)
+                                With momentum s2 += (gain d)^T k and s1 += (gain e)^T a as well, and delta -= c_C s  (triton_momentum.py)
 
 e needs all of N, step sizes need all of N. a and d travel through scratch (L2). Partial norms are stored per tile and added in one order
 by everybody who needs them: no atomics.
@@ -155,9 +155,10 @@ def update_task(
 ):
     """delta2, delta1, delta1s (and s2, s1, s1s) in place, each program its NT hidden units; ``factor`` scales the clip's sum.
 
-    keys and vectors are ``clock_body``'s. Where momentum is, gradients move by keys[1] and what is erased, of delta2 and s2, by keys[0].
+    keys and vectors: ``clock_body``'s, or ``momentum_body``'s, and then gradients move by keys[1] and what is erased, of delta2 and s2,
+    by keys[0].
     """
-    VECTORS: tl.constexpr = 5 if MOMENTUM else 3
+    VECTORS: tl.constexpr = 7 if MOMENTUM else 3
     KEYS: tl.constexpr = 2 if MOMENTUM else 1
     b, h = g // H, g % H
     b_slot = b * BIG
@@ -177,21 +178,22 @@ def update_task(
     delta2 = tl.load(w2_at)
     old = delta2.to(dtype)
     moved = tl.zeros([NT, D], tl.float32)
+    if MOMENTUM and DGD:
+        old_s = tl.load(s2_p + w2_off).to(dtype)
+        for c0 in range(0, C, CT):
+            c = c0 + tl.arange(0, CT)
+            k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
+            erased = tl.load(vectors_p + c)[None, :] * tl.dot(old, k, input_precision="ieee")
+            erased -= tl.load(vectors_p + 3 * C + c)[None, :] * tl.dot(old_s, k, input_precision="ieee")
+            keys = tl.load(keys_p + (g * KEYS * C + c)[:, None] * D + d[None, :])
+            moved = tl.dot(erased.to(dtype), keys.to(dtype), moved, input_precision="ieee")
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
         gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
         u = gain[None, :] * tl.load(d_p + (own * N + n[:, None]) * C + c[None, :])
-        if DGD:
+        if DGD and not MOMENTUM:
             carry = tl.load(vectors_p + c)
-            erased = carry[None, :] * tl.dot(old, _columns(k_p, b_slot, h, first, c0, H, D, CT), input_precision="ieee")
-            if MOMENTUM:
-                erased -= tl.load(vectors_p + 3 * C + c)[None, :] * tl.dot(
-                    tl.load(s2_p + w2_off).to(dtype), _columns(k_p, b_slot, h, first, c0, H, D, CT), input_precision="ieee"
-                )
-                erasing = tl.load(keys_p + (g * KEYS * C + c)[:, None] * D + d[None, :])
-                moved = tl.dot(erased.to(dtype), erasing.to(dtype), moved, input_precision="ieee")
-            else:
-                u += erased
+            u += carry[None, :] * tl.dot(old, _columns(k_p, b_slot, h, first, c0, H, D, CT), input_precision="ieee")
         keys = tl.load(moving_p + c[:, None] * D + d[None, :])
         moved = tl.dot(u.to(dtype), keys.to(dtype), moved, input_precision="ieee")
     if MOMENTUM:
