@@ -7,26 +7,37 @@ from hope_kernels import TitansConfig
 from hope_kernels.ops import TokenInputs, titans_chunk
 from hope_kernels.ops.titans.fast_weights import FastWeights, Layout
 
-WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
+WRITTEN = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s", "pending_k", "pending_v", "pending_eta", "pending_alpha", "pending_beta")
 
 
-def problem(config: TitansConfig, rows: int, tokens: int, correlation: float = 0.0, seed: int = 0, alpha: torch.Tensor | None = None):
-    """Initial fast weights and inputs in fp64; ``alpha`` [T] for layers that are given theirs."""
+def problem(
+    config: TitansConfig, rows: int, tokens: int, correlation: float = 0.0, seed: int = 0,
+    alpha: torch.Tensor | None = None, beta: torch.Tensor | None = None,
+):
+    """Initial fast weights and inputs in fp64; ``alpha`` [T] for layers that are given theirs, ``beta`` [T] for those with momentum."""
     torch.manual_seed(seed)
     H, D = config.num_heads, config.head_dim
     shapes = Layout.of(config).shapes(H)
     w_init = FastWeights(*(None if s is None else torch.randn(s, dtype=torch.float64) / s[-1] ** 0.5 for s in shapes))
     tokens_of = lambda: correlated(torch.randn(rows, tokens, H * D, dtype=torch.float64), correlation).unflatten(-1, (H, D))
     unit = lambda t: t / t.norm(dim=-1, keepdim=True)
-    q = unit(tokens_of())
+    q = None if config.adaptive_q else unit(tokens_of())
+    if config.momentum is None:
+        beta = None
+    elif config.momentum != "learned":
+        beta = torch.full((rows, tokens, H), config.momentum, dtype=torch.float64)
+    elif beta is None:
+        beta = torch.rand(rows, tokens, H, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    else:
+        beta = beta.view(1, -1, 1).expand(rows, tokens, H)
     if config.self_modifying:
         bias = torch.linspace(-1, 3, H, dtype=torch.float64)
-        return w_init, TokenInputs(q, x=tokens_of(), eta_bias=bias, alpha_bias=bias + 2)
+        return w_init, TokenInputs(q, x=tokens_of(), beta=beta, eta_bias=bias, alpha_bias=bias + 2)
     eta = 0.5 * torch.rand(rows, tokens, H, dtype=torch.float64)
     if alpha is None:
         alpha = torch.rand(rows, tokens, H, dtype=torch.float64)
     alpha = alpha.view(1, -1, 1).expand(rows, tokens, H) if alpha.dim() == 1 else alpha
-    return w_init, TokenInputs(q, k=unit(tokens_of()), v=tokens_of(), eta=eta, alpha=alpha if config.retention else None)
+    return w_init, TokenInputs(q, k=unit(tokens_of()), v=tokens_of(), eta=eta, alpha=alpha if config.retention else None, beta=beta)
 
 
 def single(found):

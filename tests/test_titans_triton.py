@@ -9,7 +9,7 @@ from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTi
 from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_
 
 pytest.importorskip("triton")
-from hope_kernels.ops.titans.triton import settings_of  # noqa: E402
+from hope_kernels.ops.titans.triton import arguments  # noqa: E402
 from hope_kernels.ops.titans.triton_tiles import CHUNKS, MULTIPLES, WIDTHS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=f"triton: {available_backends()['triton']}")
@@ -126,7 +126,7 @@ def test_padding_may_hold_anything_and_reads_change_nothing():
 
 
 @pytest.mark.parametrize("change, reason", [
-    ({"momentum": 0.9}, "without momentum"), ({"memory": "linear"}, "without momentum"), ({"d_model": 48}, "head widths"),
+    ({"memory": "linear"}, 'serves memory="mlp", not memory="linear"'), ({"d_model": 48}, "head widths"),
     ({"chunk_memory": 8}, "chunks of"),
 ])
 def test_refuses_by_name_what_it_does_not_serve(change, reason):
@@ -142,16 +142,15 @@ def test_never_the_default():
         assert torch.equal(layer(x)[0], layer(x, backend="cpp" if DEVICE == "cpu" and not available_backends()["cpp"] else "chunked")[0])
 
 
-def test_opcheck():
-    layer = SelfModifyingTitans(NARROW[0]).to(DEVICE)
-    state = layer.init_state(2)
-    inputs = (torch.randn(2, 5, 1, 32, device=DEVICE) for _ in "qx")
-    with torch.no_grad():
-        weights = [t.detach() for t in (layer.eta_bias, layer.alpha_bias, *layer.w_init)]
-        torch.library.opcheck(torch.ops.hope_kernels.titans_scan.default, (
-            *inputs, None, None, None, None, *weights, state.delta2, state.delta1, state.delta1s, state.pending_k, state.pending_v,
-            state.pending_eta, state.pending_alpha, state.count, torch.tensor([5, 3], device=DEVICE), True, *settings_of(NARROW[0]),
-        ))
+@pytest.mark.parametrize("config", [
+    NARROW[0], TitansConfig.preset("titans", d_model=32), TitansConfig(32, adaptive_q=True, retain_to="zero"),
+], ids=range(3))
+@pytest.mark.parametrize("update", [True, False])
+def test_opcheck(config, update):
+    w_init, inputs = (cast(t, torch.float32) for t in problem(config, 2, 5))
+    state = init_titans_state(config, w_init, 2, DEVICE)
+    given = arguments(config, w_init, inputs, state, state.count, torch.tensor([5, 3], device=DEVICE), update)
+    torch.library.opcheck(torch.ops.hope_kernels.titans_scan.default, given)
 
 
 @pytest.mark.parametrize("lengths", [[21, 21], [21, 6]])

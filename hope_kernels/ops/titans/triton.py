@@ -19,8 +19,8 @@ from .fast_weights import FastWeights, TitansState, on_device
 from .triton_scan import scan_kernel
 from .triton_tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, scratch_shapes, warps
 
-_WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
-# What of a configuration the operator is told; widths follow from the tensors.
+_WRITTEN = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s", "pending_k", "pending_v", "pending_eta", "pending_alpha", "pending_beta")
+# What of a configuration the operator is told; widths, momentum (s2) and adaptive_q (no q) follow from the tensors.
 _SETTINGS = {
     "chunk_memory": "int", "chunk_other": "int", "activation": "str", "self_modifying": "bool", "own_values": "bool", "target_norm": "bool",
     "step_clip": "bool", "objective": "str", "grad_scale": "float", "dgd": "bool", "retention": "bool", "retain_to": "str",
@@ -46,8 +46,8 @@ def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> 
         return "has no gradient yet, which training and learning while reading need (torch.no_grad() serves the rest)"
     if dtype not in DTYPES:
         return f"serves {', '.join(str(d) for d in DTYPES)}, not {dtype}"
-    if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
-        return 'serves memory="mlp" without momentum and adaptive_q'
+    if config.memory != "mlp":
+        return f'serves memory="mlp", not memory="{config.memory}"'
     if config.head_dim not in WIDTHS or config.hidden_mult not in MULTIPLES:
         return f"serves head widths {WIDTHS} and hidden_mult {MULTIPLES}, not {config.head_dim} and {config.hidden_mult}"
     if not {config.chunk_memory, config.chunk_other} <= set(CHUNKS):
@@ -78,33 +78,33 @@ def titans_advance_(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True
 ) -> Tensor:
     """As ``titans_triton``, in place and without a look from the host: o. ``state.pos`` is the caller's to move."""
-    lengths = lengths.clamp(0, inputs.q.shape[1])
+    lengths = lengths.clamp(0, (inputs.x if inputs.q is None else inputs.q).shape[1])
     o = _scan(config, w_init, inputs, state, state.count, lengths, update)
     if update:
         state.count.add_(lengths)
     return o
 
 
-def settings_of(config: TitansConfig) -> tuple:
-    """The operator's last arguments: what it is told of a configuration."""
-    return tuple(getattr(config, n) for n in _SETTINGS)
-
-
 def _scan(config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor, update: bool) -> Tensor:
+    return torch.ops.hope_kernels.titans_scan(*arguments(config, w_init, inputs, state, pos, lengths, update))
+
+
+def arguments(config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor, update: bool) -> tuple:
+    """What ``hope_kernels::titans_scan`` takes, in order."""
     base = w_init if config.retain_to == "init" else (None, None, None)
-    written = (getattr(state, n) for n in _WRITTEN)
-    i = inputs
-    return torch.ops.hope_kernels.titans_scan(
-        i.q, i.x, i.k, i.v, i.eta, i.alpha, i.eta_bias, i.alpha_bias, *base, *written, pos, lengths, update, *settings_of(config)
+    i, q = inputs, None if config.adaptive_q else inputs.q
+    return (
+        q, i.x, i.k, i.v, i.eta, i.alpha, i.beta, i.eta_bias, i.alpha_bias, *base, *(getattr(state, n) for n in _WRITTEN), pos, lengths,
+        update, *(getattr(config, n) for n in _SETTINGS),
     )
 
 
 _library = torch.library.Library("hope_kernels", "FRAGMENT")
 _library.define(
-    "titans_scan(Tensor q, Tensor? x, Tensor? k, Tensor? v, Tensor? eta, Tensor? alpha, Tensor? eta_bias, Tensor? alpha_bias, "
-    "Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, Tensor(b!) delta1, Tensor(c!)? delta1s, "
-    "Tensor(d!) pending_k, Tensor(e!) pending_v, Tensor(f!) pending_eta, Tensor(g!)? pending_alpha, Tensor pos, Tensor lengths, "
-    "bool update, "
+    "titans_scan(Tensor? q, Tensor? x, Tensor? k, Tensor? v, Tensor? eta, Tensor? alpha, Tensor? beta, Tensor? eta_bias, "
+    "Tensor? alpha_bias, Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, Tensor(b!) delta1, Tensor(c!)? delta1s, "
+    "Tensor(d!)? s2, Tensor(e!)? s1, Tensor(f!)? s1s, Tensor(g!) pending_k, Tensor(h!) pending_v, Tensor(i!) pending_eta, "
+    "Tensor(j!)? pending_alpha, Tensor(k!)? pending_beta, Tensor pos, Tensor lengths, bool update, "
     + ", ".join(f"{kind} {name}" for name, kind in _SETTINGS.items()) + ") -> Tensor"
 )
 
@@ -112,15 +112,16 @@ _library.define(
 class _Plan:
     """What a launch needs to know beyond its tensors; one per model, dtype and mode."""
 
-    def __init__(self, H: int, D: int, N: int, dtype: torch.dtype, update: bool, settings: tuple):
-        config = TitansConfig(H * D, H, hidden_mult=N // D, **dict(zip(_SETTINGS, settings)))
+    def __init__(self, H: int, D: int, N: int, dtype: torch.dtype, update: bool, momentum: bool, adaptive_q: bool, settings: tuple):
+        more = {"momentum": "learned" if momentum else None, "adaptive_q": adaptive_q}
+        config = TitansConfig(H * D, H, hidden_mult=N // D, **more, **dict(zip(_SETTINGS, settings)))
         itemsize = dtype.itemsize
         self.constants, self.num_warps = constants(config, itemsize, update), warps(D)
         self.scales = config.eta_scale, 1.0 if config.objective == "dot" else config.grad_scale
         of_clocks = scratch_shapes(config, itemsize)
-        # a clock that the layer does not have is never touched: the first one's scratch stands in
-        shapes = [item for clock in (of_clocks[0], of_clocks[-1]) for item in clock.items()] if update else []
-        self.scratch = [(prod(shape), dtype if name == "a" else torch.float32) for name, shape in shapes]
+        # a clock that the layer does not have is never touched: the first one's scratch stands in; nor is any by a pure read
+        shapes = [item for clock in (of_clocks[0], of_clocks[-1]) for item in clock.items()]
+        self.scratch = [(prod(shape) if update else 1, dtype if name == "a" else torch.float32) for name, shape in shapes]
 
     def scratch_of(self, groups: int, device: torch.device) -> list[Tensor]:
         """The kernel's scratch, both clocks'."""
@@ -133,18 +134,20 @@ _plan = lru_cache(maxsize=None)(_Plan)
 
 
 def _launch(
-    q, x, k, v, eta, alpha, eta_bias, alpha_bias, base2, base1, base1s, delta2, delta1, delta1s, pending_k, pending_v, pending_eta,
-    pending_alpha, pos, lengths, update, *settings,
+    q, x, k, v, eta, alpha, beta, eta_bias, alpha_bias, base2, base1, base1s, delta2, delta1, delta1s, s2, s1, s1s,
+    pending_k, pending_v, pending_eta, pending_alpha, pending_beta, pos, lengths, update, *settings,
 ) -> Tensor:
-    B, T, H, D = q.shape
-    o = torch.zeros(B, T, H, D, dtype=q.dtype, device=q.device)
+    first = x if q is None else q
+    B, T, H, D = first.shape
+    o = torch.zeros(B, T, H, D, dtype=first.dtype, device=first.device)
     if not B * T:
         return o
-    plan = _plan(H, D, delta1.shape[-1], q.dtype, update, settings)
-    # an argument the layer does not have is never looked at: one of its type stands in
-    x, q, *given = (aligned(q if t is None else t) for t in (x, q, k, v, eta, alpha, base2, base1, base1s))
+    plan = _plan(H, D, delta1.shape[-1], first.dtype, update, s2 is not None, q is None, settings)
+    # an argument the layer does not have is never looked at: one of its type stands in; an adaptive q passes through o
+    q = o if q is None else q
+    x, q, *given = (aligned(q if t is None else t) for t in (x, q, k, v, eta, alpha, beta, base2, base1, base1s))
     biases = (aligned(q if t is None else t) for t in (eta_bias, alpha_bias))
-    states = [delta2, delta1, delta1s, pending_k, pending_v, pending_eta, pending_alpha]
+    states = [delta2, delta1, delta1s, s2, s1, s1s, pending_k, pending_v, pending_eta, pending_alpha, pending_beta]
     mine = [aligned(delta1 if t is None else t) for t in states]
     scratch = plan.scratch_of(B * H, q.device)
     sync = torch.zeros(counters(B * H), dtype=torch.int64, device=q.device)
@@ -169,5 +172,5 @@ _library.impl("titans_scan", _launch, "CUDA")
 
 
 @torch.library.register_fake("hope_kernels::titans_scan", lib=_library)
-def _(q, *others):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(q, x, *others):
+    return torch.empty_like(x if q is None else q, memory_format=torch.contiguous_format)

@@ -37,16 +37,17 @@ def _block(k_p, eta_p, alpha_p, b, h, first, block, H: tl.constexpr, D: tl.const
 def clock_body(
     k_p, eta_p, alpha_p, keys_p, vectors_p, gram_p, g, b_slot, h, first,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HAS_ALPHA: tl.constexpr, DGD: tl.constexpr, CLIP: tl.constexpr,
+    KEYS: tl.constexpr, VECTORS: tl.constexpr,
 ):
     """Of (row, head) g: keys [C, D] (Kg), vectors [3, C] (eta_t R[t-1,0]; R[C,t]; R[C,0] in its first place), gram [C, C] ((k_t.k_s)^2).
 
-    b_slot: b * BIG; first: the chunk's first pending slot.
+    b_slot: b * BIG; first: the chunk's first pending slot. KEYS, VECTORS: how many lie in scratch (momentum adds some).
     """
     i = tl.arange(0, BK)
     d = tl.arange(0, D)
     BLOCKS: tl.constexpr = C // BK
-    vectors_p += g * 3 * C
-    keys_p += g * C * D
+    vectors_p += g * VECTORS * C
+    keys_p += g * KEYS * C * D
     gram_p += g * C * C
     so_far = 1.0
     for block in range(BLOCKS):

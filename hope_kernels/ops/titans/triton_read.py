@@ -1,7 +1,8 @@
 """Reads of one chunk of the faster clock: o from M_memory, and k, v, eta, alpha from the others, appended to the open chunk.
 
 A task evaluates one memory on CT tokens, M(x) = x + w1 sigma(w2 x), N in tiles of NT. It writes where the next stage looks for it: k
-(normalised), v, eta and alpha into the state's pending slots, o into the output. Weights come from L2.
+(normalised), v, eta and alpha into the state's pending slots, o into the output. M_q (adaptive_q, the last with D outputs) leaves q in the
+output too, where M_memory takes it up before it writes o there. A given beta joins eta. Weights come from L2.
 FLOPs a task: 4 D N CT; bytes: 8 D N (16 with a base) for the weights.
 """
 
@@ -13,14 +14,14 @@ from .triton_common import log1p_exp, sigma, sigmoid, unit_columns, weight
 
 @triton.jit
 def read_task(
-    x_p, q_p, o_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, eta_bias_p, alpha_bias_p,
-    g, m, first, phase, stop, T, eta_scale,
+    x_p, q_p, o_p, given_beta_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, beta_p,
+    eta_bias_p, alpha_bias_p, g, m, first, phase, stop, T, eta_scale,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
     BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr,
-    UNIT_K: tl.constexpr, SOFTPLUS: tl.constexpr,
+    UNIT_K: tl.constexpr, SOFTPLUS: tl.constexpr, MOMENTUM: tl.constexpr, ADAPTIVE_Q: tl.constexpr,
 ):
     """Memory m of (row, head) g on slots first .. first + CT, of which the row reads phase .. stop in this call.
-    x, q, o [B, T, H, D]; weights as in fast_weights.py; k, v [B, BIG, H, D]; eta, alpha [B, BIG, H]."""
+    x, q, o [B, T, H, D] (q is o with ADAPTIVE_Q); weights as in fast_weights.py; k, v [B, BIG, H, D]; eta, alpha, beta [B, BIG, H]."""
     b, h = g // H, g % H
     if (first < stop) & (first + CT > phase):
         slot = first + tl.arange(0, CT)
@@ -49,6 +50,10 @@ def read_task(
                 if UNIT_K:
                     out = unit_columns(out)
                 tl.store(k_p + kept[None, :] * D + d[:, None], out.to(k_p.dtype.element_ty), mask=live[None, :])
+            elif ADAPTIVE_Q and m == MF - 1:
+                if UNIT_K:
+                    out = unit_columns(out)
+                tl.store(q_p + token[None, :] + d[:, None], out.to(q_p.dtype.element_ty), mask=live[None, :])
             else:
                 tl.store(v_p + kept[None, :] * D + d[:, None], out.to(v_p.dtype.element_ty), mask=live[None, :])
         elif MS > 0:
@@ -61,6 +66,9 @@ def read_task(
                 y += tl.load(eta_bias_p + h).to(tl.float32)
                 gate = log1p_exp(y) if SOFTPLUS else sigmoid(y)
                 tl.store(eta_p + kept, eta_scale * gate, mask=live)
+                if MOMENTUM:
+                    beta = tl.load(given_beta_p + (b * T + slot - phase) * H + h, mask=live, other=0.0)
+                    tl.store(beta_p + kept, beta.to(tl.float32), mask=live)
             else:
                 tl.store(alpha_p + kept, sigmoid(y + tl.load(alpha_bias_p + h).to(tl.float32)), mask=live)
 
@@ -88,10 +96,10 @@ def scalar_memory(
 
 @triton.jit
 def append_task(
-    given_k_p, given_v_p, given_eta_p, given_alpha_p, k_p, v_p, eta_p, alpha_p, g, first, phase, stop, T,
-    H: tl.constexpr, D: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, HAS_ALPHA: tl.constexpr,
+    given_k_p, given_v_p, given_eta_p, given_alpha_p, given_beta_p, k_p, v_p, eta_p, alpha_p, beta_p, g, first, phase, stop, T,
+    H: tl.constexpr, D: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, HAS_ALPHA: tl.constexpr, MOMENTUM: tl.constexpr,
 ):
-    """Tokens whose k, v, eta, alpha are given ([B, T, H, ...]) into the pending slots."""
+    """Tokens whose k, v, eta, alpha, beta are given ([B, T, H, ...]) into the pending slots."""
     b, h = g // H, g % H
     slot = first + tl.arange(0, CT)
     live = (slot >= phase) & (slot < stop)
@@ -103,11 +111,13 @@ def append_task(
     tl.store(eta_p + kept, tl.load(given_eta_p + token, mask=live, other=0.0).to(tl.float32), mask=live)
     if HAS_ALPHA:
         tl.store(alpha_p + kept, tl.load(given_alpha_p + token, mask=live, other=0.0).to(tl.float32), mask=live)
+    if MOMENTUM:
+        tl.store(beta_p + kept, tl.load(given_beta_p + token, mask=live, other=0.0).to(tl.float32), mask=live)
 
 
 @triton.jit
-def close_task(k_p, v_p, eta_p, alpha_p, g, stop, H: tl.constexpr, D: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr,
-               HAS_ALPHA: tl.constexpr):
+def close_task(k_p, v_p, eta_p, alpha_p, beta_p, g, stop, H: tl.constexpr, D: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr,
+               HAS_ALPHA: tl.constexpr, MOMENTUM: tl.constexpr):
     """Zeros in the slots behind the open chunk's tokens, where a chunk has been committed."""
     b, h = g // H, g % H
     d = tl.arange(0, D)
@@ -121,3 +131,5 @@ def close_task(k_p, v_p, eta_p, alpha_p, g, stop, H: tl.constexpr, D: tl.constex
         tl.store(eta_p + kept, tl.zeros([CT], tl.float32), mask=free)
         if HAS_ALPHA:
             tl.store(alpha_p + kept, tl.zeros([CT], tl.float32), mask=free)
+        if MOMENTUM:
+            tl.store(beta_p + kept, tl.zeros([CT], tl.float32), mask=free)

@@ -1,13 +1,15 @@
 """A whole call in one launch: every chunk of every row, read and written, in tasks that the programs of a persistent kernel take in turn.
 
     for every chunk of the faster clock:   read     memories x C / CT       o, and k, v, eta, alpha into the open chunk
-    and for each clock that ends there:    clock    1                       decays and transformed keys   (triton_clock.py)
+    and for each clock that ends there:    clock    1                       decays and transformed keys   (triton_clock.py, _momentum)
                                            errors   memories x C / CT       e                             (triton_write.py)
                                            hidden   memories x N / NT       a, d
                                            update   memories x N / NT       the new weights
 
 Every task is for one (row, head) g. A task may start when the tasks before it *of its own g* are done: a counter per g and kind, released
 after a task's stores and acquired before a task's loads. So rows and heads drift apart freely, and the kernel has no other barrier.
+
+With adaptive_q the read tasks of a g run through its memories backwards, and M_memory's wait for M_q's, a counter of their own.
 
 Tasks are taken in the order above (chunk, kind, g) by an atomic ticket. A task waits only for tasks with smaller tickets, and those have
 been taken by programs that are running: no order of scheduling and no number of programs can deadlock, and the grid is a matter of speed
@@ -22,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .triton_clock import clock_body
+from .triton_momentum import momentum_body
 from .triton_read import append_task, close_task, read_task
 from .triton_write import errors_task, hidden_task, update_task
 
@@ -31,6 +34,7 @@ if triton.knobs.runtime.interpret:
 # Counters of a (row, head): tasks done, since the call began. A cache line of their own keeps rows apart.
 READS, ERRORS, HIDDEN, UPDATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 SLOW = tl.constexpr(4)  # the slower clock's errors, hidden and updates follow at this distance
+QUERIES = tl.constexpr(4)  # reads of M_q; the slower clock has no reads of its own
 LINE = tl.constexpr(8)
 
 
@@ -69,13 +73,13 @@ def _extent(pos_p, len_p, B, T, BIG: tl.constexpr):
 
 @triton.jit
 def _commit(
-    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, e_p, es_p, e2_p, a_p, d_p, norms_p,
-    keys_p, vectors_p, gram_p, sync_p, pos_p, len_p, task, G, T, end, grad_scale,
+    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, v_p, eta_p, alpha_p, beta_p,
+    e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p, sync_p, pos_p, len_p, task, G, T, end, grad_scale,
     M0: tl.constexpr, M1: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, OWN_CT: tl.constexpr, OWN_NT: tl.constexpr,
     KIND: tl.constexpr, READ_UNITS: tl.constexpr, SMALL: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, BIG: tl.constexpr,
     ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, HAS_ALPHA: tl.constexpr, OWN: tl.constexpr, TARGET_NORM: tl.constexpr,
-    DOT: tl.constexpr, DGD: tl.constexpr, CLIP: tl.constexpr,
+    DOT: tl.constexpr, DGD: tl.constexpr, CLIP: tl.constexpr, MOMENTUM: tl.constexpr,
 ):
     """Task number ``task`` of the commit of memories M0 .. M1 at slot ``end``; KIND: 0 or SLOW, where this clock's counters are."""
     PARTS: tl.constexpr = (M1 - M0) * (C // CT)
@@ -94,7 +98,12 @@ def _commit(
             _wait(counters + READS, (end // SMALL - phase // SMALL) * READ_UNITS)
             if unit == 0:
                 b_slot = (g // H) * BIG
-                clock_body(k_p, eta_p, alpha_p, keys_p, vectors_p, gram_p, g, b_slot, g % H, first, H, D, C, HAS_ALPHA, DGD, CLIP)
+                clock_body(
+                    k_p, eta_p, alpha_p, keys_p, vectors_p, gram_p, g, b_slot, g % H, first, H, D, C, HAS_ALPHA, DGD, CLIP,
+                    2 if MOMENTUM else 1, 7 if MOMENTUM else 3,
+                )
+                if MOMENTUM:
+                    momentum_body(k_p, eta_p, alpha_p, beta_p, keys_p, vectors_p, g, b_slot, g % H, first, H, D, C, HAS_ALPHA, DGD)
                 _done(counters + KIND + HIDDEN)
             else:
                 m, c0 = M0 + (unit - 1) // (C // CT), (unit - 1) % (C // CT) * CT
@@ -115,16 +124,16 @@ def _commit(
             else:
                 _wait(counters + KIND + HIDDEN, chunks * (TILES + 1))
                 update_task(
-                    base2_p, delta2_p, delta1_p, delta1s_p, k_p, eta_p, e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p,
-                    g, m, tile, first, grad_scale, H, D, N, MF, MS, R, C, BIG, OWN_CT, OWN_NT, SKIP, DGD, CLIP,
+                    base2_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, eta_p, e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p,
+                    vectors_p, gram_p, g, m, tile, first, grad_scale, H, D, N, MF, MS, R, C, BIG, OWN_CT, OWN_NT, SKIP, DGD, CLIP, MOMENTUM,
                 )
                 _done(counters + KIND + UPDATES)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
 def scan_kernel(
-    x_p, q_p, o_p, given_k_p, given_v_p, given_eta_p, given_alpha_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p,
-    k_p, v_p, eta_p, alpha_p, eta_bias_p, alpha_bias_p, pos_p, len_p, sync_p,
+    x_p, q_p, o_p, given_k_p, given_v_p, given_eta_p, given_alpha_p, given_beta_p, base2_p, base1_p, base1s_p,
+    delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, v_p, eta_p, alpha_p, beta_p, eta_bias_p, alpha_bias_p, pos_p, len_p, sync_p,
     e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p,
     slow_e_p, slow_es_p, slow_e2_p, slow_a_p, slow_d_p, slow_norms_p, slow_keys_p, slow_vectors_p, slow_gram_p,
     B: tl.int32, T: tl.int64, eta_scale: tl.float32, grad_scale: tl.float32,
@@ -135,15 +144,18 @@ def scan_kernel(
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
     ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, HAS_ALPHA: tl.constexpr, UNIT_K: tl.constexpr, SOFTPLUS: tl.constexpr,
     OWN: tl.constexpr, TARGET_NORM: tl.constexpr, DOT: tl.constexpr, DGD: tl.constexpr, CLIP: tl.constexpr,
+    MOMENTUM: tl.constexpr, ADAPTIVE_Q: tl.constexpr,
 ):
     """Memories FM0 .. FM1 commit every SMALL tokens, SM0 .. SM1 (if any) every BIG; all of them are read every SMALL tokens.
 
-    x, q, o and given k, v [B, T, H, D], given eta, alpha [B, T, H]; weights as in fast_weights.py; pending k, v [B, BIG, H, D], eta, alpha
-    [B, BIG, H]; pos, len [B] int64; sync [(1 + B H) * LINE] int64, zeros. Scratch, for each clock of C tokens: see ``_commit``'s tasks.
+    x, q, o and given k, v [B, T, H, D] (q is o with ADAPTIVE_Q), given eta, alpha, beta [B, T, H]; weights and s as in fast_weights.py;
+    pending k, v [B, BIG, H, D], eta, alpha, beta [B, BIG, H]; pos, len [B] int64; sync [(1 + B H) * LINE] int64,
+    zeros. Scratch, for each clock of C tokens: see ``_commit``'s tasks.
     """
     STEPS: tl.constexpr = BIG // SMALL
     MEMORIES: tl.constexpr = MF + MS
-    READ_PARTS: tl.constexpr = (MEMORIES if PRODUCE else 1) * (SMALL // FAST_CT)
+    READ_MEMORIES: tl.constexpr = MEMORIES if PRODUCE else 2 if ADAPTIVE_Q else 1
+    READ_PARTS: tl.constexpr = READ_MEMORIES * (SMALL // FAST_CT)
     READ_UNITS: tl.constexpr = READ_PARTS + (SMALL // 16 if UPDATE and not PRODUCE else 0)
     FAST_UPDATES: tl.constexpr = (FM1 - FM0) * (N // FAST_OWN_NT)
     FAST_UNITS: tl.constexpr = 1 + (FM1 - FM0) * (SMALL // FAST_CT) + 2 * FAST_UPDATES if UPDATE else 0
@@ -169,7 +181,7 @@ def scan_kernel(
                 _wait(counters + UPDATES, (end // SMALL - phase // SMALL) * FAST_UPDATES)
                 if SLOW_UNITS > 0:
                     _wait(counters + SLOW + UPDATES, end // BIG * SLOW_UPDATES)
-                close_task(k_p, v_p, eta_p, alpha_p, g.to(tl.int64), end, H, D, BIG, 16, HAS_ALPHA)
+                close_task(k_p, v_p, eta_p, alpha_p, beta_p, g.to(tl.int64), end, H, D, BIG, 16, HAS_ALPHA, MOMENTUM)
         else:
             turn = (ticket // per_round).to(tl.int32)
             task = (ticket - turn.to(tl.int64) * per_round).to(tl.int32)
@@ -186,15 +198,24 @@ def scan_kernel(
                         if SLOW_UNITS > 0:
                             _wait(counters + SLOW + UPDATES, turn * SLOW_UPDATES)
                     if unit < READ_PARTS:
+                        m = unit // (SMALL // FAST_CT)
+                        if ADAPTIVE_Q:
+                            m = READ_MEMORIES - 1 - m if PRODUCE else (1 - m) * (MF - 1)
+                            if m == 0:
+                                _wait(counters + QUERIES, (step + 1 - phase // SMALL) * (SMALL // FAST_CT))
                         read_task(
-                            x_p, q_p, o_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, eta_bias_p,
-                            alpha_bias_p, g.to(tl.int64), unit // (SMALL // FAST_CT), step * SMALL + unit % (SMALL // FAST_CT) * FAST_CT,
-                            phase, end, T, eta_scale, H, D, N, MF, MS, R, BIG, FAST_CT, FAST_NT, ACT, HAS_BASE, SKIP, UNIT_K, SOFTPLUS,
+                            x_p, q_p, o_p, given_beta_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p,
+                            alpha_p, beta_p, eta_bias_p, alpha_bias_p, g.to(tl.int64), m,
+                            step * SMALL + unit % (SMALL // FAST_CT) * FAST_CT, phase, end, T, eta_scale,
+                            H, D, N, MF, MS, R, BIG, FAST_CT, FAST_NT, ACT, HAS_BASE, SKIP, UNIT_K, SOFTPLUS, MOMENTUM, ADAPTIVE_Q,
                         )
+                        if ADAPTIVE_Q:
+                            if m == MF - 1:
+                                _done(counters + QUERIES)
                     elif UPDATE and not PRODUCE:
                         append_task(
-                            given_k_p, given_v_p, given_eta_p, given_alpha_p, k_p, v_p, eta_p, alpha_p, g.to(tl.int64),
-                            step * SMALL + (unit - READ_PARTS) * 16, phase, end, T, H, D, BIG, 16, HAS_ALPHA,
+                            given_k_p, given_v_p, given_eta_p, given_alpha_p, given_beta_p, k_p, v_p, eta_p, alpha_p, beta_p,
+                            g.to(tl.int64), step * SMALL + (unit - READ_PARTS) * 16, phase, end, T, H, D, BIG, 16, HAS_ALPHA, MOMENTUM,
                         )
                     if UPDATE:
                         _done(counters + READS)
@@ -202,17 +223,19 @@ def scan_kernel(
                 task -= G * READ_UNITS
                 if task < G * FAST_UNITS:
                     _commit(
-                        base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, e_p, es_p, e2_p, a_p, d_p,
-                        norms_p, keys_p, vectors_p, gram_p, sync_p, pos_p, len_p, task, G, T, (step + 1) * SMALL, grad_scale,
+                        base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, v_p, eta_p, alpha_p, beta_p,
+                        e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p, sync_p, pos_p, len_p,
+                        task, G, T, (step + 1) * SMALL, grad_scale,
                         FM0, FM1, SMALL, FAST_CT, FAST_NT, FAST_OWN_CT, FAST_OWN_NT, 0, READ_UNITS, SMALL,
-                        H, D, N, MF, MS, R, BIG, ACT, HAS_BASE, SKIP, HAS_ALPHA, OWN, TARGET_NORM, DOT, DGD, CLIP,
+                        H, D, N, MF, MS, R, BIG, ACT, HAS_BASE, SKIP, HAS_ALPHA, OWN, TARGET_NORM, DOT, DGD, CLIP, MOMENTUM,
                     )
                 elif SM1 > SM0:
                     _commit(
-                        base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, slow_e_p, slow_es_p, slow_e2_p,
-                        slow_a_p, slow_d_p, slow_norms_p, slow_keys_p, slow_vectors_p, slow_gram_p, sync_p, pos_p, len_p,
+                        base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, v_p, eta_p, alpha_p, beta_p,
+                        slow_e_p, slow_es_p, slow_e2_p, slow_a_p, slow_d_p, slow_norms_p, slow_keys_p, slow_vectors_p, slow_gram_p,
+                        sync_p, pos_p, len_p,
                         task - G * FAST_UNITS, G, T, (turn + 1) * BIG, grad_scale,
                         SM0, SM1, BIG, SLOW_CT, SLOW_NT, SLOW_OWN_CT, SLOW_OWN_NT, SLOW, READ_UNITS, SMALL,
-                        H, D, N, MF, MS, R, BIG, ACT, HAS_BASE, SKIP, HAS_ALPHA, OWN, TARGET_NORM, DOT, DGD, CLIP,
+                        H, D, N, MF, MS, R, BIG, ACT, HAS_BASE, SKIP, HAS_ALPHA, OWN, TARGET_NORM, DOT, DGD, CLIP, MOMENTUM,
                     )
         ticket = skipped + tl.atomic_add(sync_p, 1, sem="relaxed")

@@ -27,11 +27,13 @@ class Tiles(NamedTuple):
     OWN_CT: int
 
 
-def tiles(D: int, N: int, C: int, itemsize: int) -> Tiles:
+def tiles(D: int, N: int, C: int, itemsize: int, momentum: bool = False) -> Tiles:
     """For head width D, N hidden units, C tokens a chunk and operands of ``itemsize`` bytes (fp32 products run on FMA units)."""
     wide = D == 128 or itemsize == 4
     CT, NT = min(C, 32 if wide else 64), min(N, 32 if wide else 64)
     walk = 32 if N == 64 else NT  # a loop of one tile spills a word on some architectures
+    if momentum:  # s beside the deviations takes as many registers again
+        return Tiles(walk, min(C, 32), min(N, 32), min(C, 32))
     return Tiles(walk, CT, NT, min(C, 32))
 
 
@@ -63,7 +65,7 @@ def constants(config: TitansConfig, itemsize: int, update: bool) -> dict[str, An
     named = {
         f"{prefix}_{name}": size
         for prefix, clock in (("FAST", fast), ("SLOW", slow))
-        for name, size in tiles(config.head_dim, config.hidden, clock.C, itemsize)._asdict().items()
+        for name, size in tiles(config.head_dim, config.hidden, clock.C, itemsize, config.momentum is not None)._asdict().items()
     }
     return named | {
         "UPDATE": update, "PRODUCE": update and config.self_modifying, "FM0": fast.M0, "FM1": fast.M1, "SM0": slow.M0, "SM1": slow.M1,
@@ -71,7 +73,7 @@ def constants(config: TitansConfig, itemsize: int, update: bool) -> dict[str, An
         "MS": len(layout.scalars), "R": layout.rows, "ACT": ACTIVATIONS[config.activation], "HAS_BASE": config.retain_to == "init",
         "SKIP": layout.skip, "HAS_ALPHA": config.retention, "UNIT_K": config.qk_l2norm, "SOFTPLUS": config.eta_activation == "softplus",
         "OWN": config.own_values, "TARGET_NORM": config.target_norm, "DOT": config.objective == "dot", "DGD": config.dgd,
-        "CLIP": config.step_clip,
+        "CLIP": config.step_clip, "MOMENTUM": update and config.momentum is not None, "ADAPTIVE_Q": config.adaptive_q,
     }
 
 
@@ -79,11 +81,12 @@ def scratch_shapes(config: TitansConfig, itemsize: int) -> list[dict[str, tuple[
     """Per clock, what one chunk of one (row, head) leaves in scratch; ``a`` in the dtype of the operands, the rest in fp32."""
     layout = Layout.of(config)
     D, N, M, MF, MS = config.head_dim, config.hidden, len(layout.names), len(layout.full), max(1, len(layout.scalars))
+    KEYS, VECTORS = (1, 3) if config.momentum is None else (2, 7)
     return [
         {
             "e": (MF, D, C), "es": (MS, C), "e2": (M, C), "a": (M, N, C), "d": (M, N, C),
-            "norms": (M, N // tiles(D, N, C, itemsize).OWN_NT, 2, C), "keys": (C, D), "vectors": (3, C),
-            "gram": (C, C if config.step_clip else 1),
+            "norms": (M, N // tiles(D, N, C, itemsize, config.momentum is not None).OWN_NT, 2, C),
+            "keys": (KEYS, C, D), "vectors": (VECTORS, C), "gram": (C, C if config.step_clip else 1),
         }
         for _, _, C in clocks(config)
     ]
@@ -109,11 +112,15 @@ def _rows() -> Iterator[tuple[TitansConfig, str, str]]:
     yield config(64, 4, 16, chunk_other=64), "bf16", "two clocks"
     yield TitansConfig.preset("nested_learning", d_model=64, chunk_memory=64, chunk_other=64), "bf16", "nested_learning"
     yield TitansConfig.preset("titans", d_model=128, num_heads=2, momentum=None, chunk_memory=64), "bf16", "titans"
+    for C in (16, 64):
+        yield TitansConfig.preset("titans", d_model=128, num_heads=2, chunk_memory=C), "bf16", f"titans momentum C={C}"
+    yield config(64, 4, 64, momentum="learned"), "bf16", "momentum"
+    yield config(64, 1, 16, adaptive_q=True), "bf16", "adaptive_q"
 
 
 # in the input dtype
 _INPUTS = ("x_p", "q_p", "o_p", "k_p", "v_p", "a_p", "slow_a_p", "given_k_p", "given_v_p", "given_eta_p", "given_alpha_p",
-           "base2_p", "base1_p", "base1s_p", "eta_bias_p", "alpha_bias_p")
+           "given_beta_p", "base2_p", "base1_p", "base1s_p", "eta_bias_p", "alpha_bias_p")
 _WHOLE = {"pos_p": "*i64", "len_p": "*i64", "sync_p": "*i64", "B": "i32", "T": "i64"}
 
 

@@ -2,7 +2,8 @@
 
     errors   memories, C / CT   e at the outputs, |e|^2
     hidden   memories, N / NT   a = sigma(w2 k), d = sigma'(w2 k) (w1^T e), and this tile's part of |a|^2 and |d|^2
-    update   memories, N / NT   step sizes, then delta2 -= U^T Kg and delta1 -= (gain e)^T a on its rows; needs the clock too
+    update   memories, N / NT   step sizes, then delta2 -= U^T Kg and delta1 -= (gain e)^T a on its rows; needs the clock too.
+                                With momentum s2 += (gain d)^T k and s1 += (gain e)^T a as well, and delta -= c_C s  (triton_momentum.py)
 
 e needs all of N, step sizes need all of N. a and d travel through scratch (L2). Partial norms are stored per tile and added in one order
 by everybody who needs them: no atomics.
@@ -146,12 +147,19 @@ def _step_sizes(
 
 @triton.jit
 def update_task(
-    base2_p, delta2_p, delta1_p, delta1s_p, k_p, eta_p, e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p,
+    base2_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, eta_p, e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p,
     g, m, tile, first, factor,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, SKIP: tl.constexpr, DGD: tl.constexpr, CLIP: tl.constexpr,
+    MOMENTUM: tl.constexpr,
 ):
-    """delta2, delta1, delta1s in place, each program its NT hidden units; ``factor`` scales the clip's sum."""
+    """delta2, delta1, delta1s (and s2, s1, s1s) in place, each program its NT hidden units; ``factor`` scales the clip's sum.
+
+    keys and vectors: ``clock_body``'s, or ``momentum_body``'s, and then gradients move by keys[1] and what is erased, of delta2 and s2,
+    by keys[0].
+    """
+    VECTORS: tl.constexpr = 7 if MOMENTUM else 3
+    KEYS: tl.constexpr = 2 if MOMENTUM else 1
     b, h = g // H, g % H
     b_slot = b * BIG
     eta_at = (b_slot + first) * H + h
@@ -159,57 +167,122 @@ def update_task(
     d = tl.arange(0, D)
     n = tile * NT + tl.arange(0, NT)
     dtype = k_p.dtype.element_ty
-    keep = tl.load(vectors_p + (g * 3 + 2) * C)
+    vectors_p += g * VECTORS * C
+    moving_p = keys_p + (g * KEYS + KEYS - 1) * C * D
+    keep = tl.load(vectors_p + 2 * C)
+    if MOMENTUM:
+        arrive, carry_s = tl.load(vectors_p + 2 * C + 1), tl.load(vectors_p + 2 * C + 2)
 
-    w2_at = delta2_p + (g * R + m * N) * D + n[:, None] * D + d[None, :]
+    w2_off = (g * R + m * N) * D + n[:, None] * D + d[None, :]
+    w2_at = delta2_p + w2_off
     delta2 = tl.load(w2_at)
     old = delta2.to(dtype)
     moved = tl.zeros([NT, D], tl.float32)
+    if MOMENTUM and DGD:
+        old_s = tl.load(s2_p + w2_off).to(dtype)
+        for c0 in range(0, C, CT):
+            c = c0 + tl.arange(0, CT)
+            k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
+            erased = tl.load(vectors_p + c)[None, :] * tl.dot(old, k, input_precision="ieee")
+            erased -= tl.load(vectors_p + 3 * C + c)[None, :] * tl.dot(old_s, k, input_precision="ieee")
+            keys = tl.load(keys_p + (g * KEYS * C + c)[:, None] * D + d[None, :])
+            moved = tl.dot(erased.to(dtype), keys.to(dtype), moved, input_precision="ieee")
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
         gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
         u = gain[None, :] * tl.load(d_p + (own * N + n[:, None]) * C + c[None, :])
-        if DGD:
-            carry = tl.load(vectors_p + g * 3 * C + c)
+        if DGD and not MOMENTUM:
+            carry = tl.load(vectors_p + c)
             u += carry[None, :] * tl.dot(old, _columns(k_p, b_slot, h, first, c0, H, D, CT), input_precision="ieee")
-        keys = tl.load(keys_p + (g * C + c)[:, None] * D + d[None, :])
+        keys = tl.load(moving_p + c[:, None] * D + d[None, :])
         moved = tl.dot(u.to(dtype), keys.to(dtype), moved, input_precision="ieee")
-    tl.store(w2_at, keep * delta2 - moved)
+    if MOMENTUM:
+        s2 = tl.load(s2_p + w2_off)
+        tl.store(w2_at, keep * delta2 - arrive * s2 - moved)
+        s2 = carry_s * s2
+        for c0 in range(0, C, CT):
+            c = c0 + tl.arange(0, CT)
+            gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
+            gain *= tl.load(vectors_p + 4 * C + c)
+            u = gain[None, :] * tl.load(d_p + (own * N + n[:, None]) * C + c[None, :])
+            k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
+            s2 = tl.dot(u.to(dtype), tl.trans(k), s2, input_precision="ieee")
+        tl.store(s2_p + w2_off, s2)
+    else:
+        tl.store(w2_at, keep * delta2 - moved)
 
     if m < MF:
-        w1_at = delta1_p + (g * MF + m) * D * N + d[:, None] * N + n[None, :]
+        w1_off = (g * MF + m) * D * N + d[:, None] * N + n[None, :]
+        w1_at = delta1_p + w1_off
         delta1 = keep * tl.load(w1_at)
+        if MOMENTUM:
+            s1 = tl.load(s1_p + w1_off)
+            delta1 -= arrive * s1
+            s1 = carry_s * s1
         for c0 in range(0, C, CT):
             c = c0 + tl.arange(0, CT)
             step = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
-            step *= tl.load(vectors_p + (g * 3 + 1) * C + c)
+            if MOMENTUM:
+                tail = step * tl.load(vectors_p + 4 * C + c)
+            step *= tl.load(vectors_p + C + c)
             e = step[None, :] * tl.load(e_p + (g * MF + m) * D * C + d[:, None] * C + c[None, :])
             a = tl.load(a_p + (own * N + n[None, :]) * C + c[:, None])
             delta1 = tl.dot((-e).to(dtype), a, delta1, input_precision="ieee")
+            if MOMENTUM:
+                e = tail[None, :] * tl.load(e_p + (g * MF + m) * D * C + d[:, None] * C + c[None, :])
+                s1 = tl.dot(e.to(dtype), a, s1, input_precision="ieee")
         tl.store(w1_at, delta1)
+        if MOMENTUM:
+            tl.store(s1_p + w1_off, s1)
     elif MS > 0:
         s = m - MF
         w1s_at = delta1s_p + (g * MS + s) * N + n
         delta1s = keep * tl.load(w1s_at)
-        skip_at = delta2_p + (g * R + (MF + MS) * N + s) * D + d
+        skip_off = (g * R + (MF + MS) * N + s) * D + d
+        skip_at = delta2_p + skip_off
         skip = tl.zeros([D], tl.float32)
         if SKIP:
             skip = tl.load(skip_at, mask=tile == 0, other=0.0)
         kept = keep * skip
+        if MOMENTUM:
+            s1s = tl.load(s1s_p + (g * MS + s) * N + n)
+            delta1s -= arrive * s1s
+            s1s *= carry_s
+            skip_s = tl.zeros([D], tl.float32)
+            if SKIP:
+                skip_s = tl.load(s2_p + skip_off, mask=tile == 0, other=0.0)
+            kept -= arrive * skip_s
+            kept_s = carry_s * skip_s
         for c0 in range(0, C, CT):
             c = c0 + tl.arange(0, CT)
             gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
             es = tl.load(es_p + (g * MS + s) * C + c)
-            step = gain * tl.load(vectors_p + (g * 3 + 1) * C + c) * es
+            step = gain * tl.load(vectors_p + C + c) * es
             rows = tl.load(a_p + (own * N + n[:, None]) * C + c[None, :]).to(tl.float32)
             delta1s -= tl.sum(rows * step[None, :], 1)
+            if MOMENTUM:
+                tail = gain * tl.load(vectors_p + 4 * C + c) * es
+                s1s += tl.sum(rows * tail[None, :], 1)
             if SKIP:
                 skip_u = gain * es
-                if DGD:
+                if DGD or MOMENTUM:
                     columns = _columns(k_p, b_slot, h, first, c0, H, D, CT).to(tl.float32)
-                    skip_u += tl.load(vectors_p + g * 3 * C + c) * tl.sum(skip.to(dtype).to(tl.float32)[:, None] * columns, 0)
-                key_rows = tl.load(keys_p + (g * C + c)[:, None] * D + d[None, :]).to(dtype).to(tl.float32)
+                if DGD:
+                    erased = tl.load(vectors_p + c) * tl.sum(skip.to(dtype).to(tl.float32)[:, None] * columns, 0)
+                    if MOMENTUM:
+                        erased -= tl.load(vectors_p + 3 * C + c) * tl.sum(skip_s.to(dtype).to(tl.float32)[:, None] * columns, 0)
+                        erasing = tl.load(keys_p + (g * KEYS * C + c)[:, None] * D + d[None, :]).to(dtype).to(tl.float32)
+                        kept -= tl.sum(erased.to(dtype).to(tl.float32)[:, None] * erasing, 0)
+                    else:
+                        skip_u += erased
+                key_rows = tl.load(moving_p + c[:, None] * D + d[None, :]).to(dtype).to(tl.float32)
                 kept -= tl.sum(skip_u.to(dtype).to(tl.float32)[:, None] * key_rows, 0)
+                if MOMENTUM:
+                    kept_s += tl.sum(tail.to(dtype).to(tl.float32)[None, :] * columns, 1)
         tl.store(w1s_at, delta1s)
         if SKIP:
             tl.store(skip_at, kept, mask=tile == 0)
+        if MOMENTUM:
+            tl.store(s1s_p + (g * MS + s) * N + n, s1s)
+            if SKIP:
+                tl.store(s2_p + skip_off, kept_s, mask=tile == 0)
