@@ -33,7 +33,7 @@ def tiles(D: int, N: int, C: int, itemsize: int, momentum: bool = False) -> Tile
     CT, NT = min(C, 32 if wide else 64), min(N, 32 if wide else 64)
     walk = 32 if N == 64 else NT  # a loop of one tile spills a word on some architectures
     if momentum:  # s beside the deviations takes as many registers again
-        return Tiles(walk, min(C, 32), min(N, 32), min(C, 32))
+        return Tiles(walk, CT if N == 64 else min(C, 32), min(N, 32), min(C, 32))
     return Tiles(walk, CT, NT, min(C, 32))
 
 
