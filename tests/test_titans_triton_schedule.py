@@ -58,8 +58,9 @@ def many_programs(monkeypatch):
 
 @pytest.mark.parametrize("config", [
     TitansConfig(64, 2), TitansConfig(32, 1, chunk_memory=32, chunk_other=16, activation="silu"),
-    TitansConfig(32, 1, chunk_memory=16, chunk_other=32), TitansConfig.preset("titans", d_model=32, momentum=None, dgd=True),
-], ids=range(4))
+    TitansConfig(32, 1, chunk_memory=16, chunk_other=32), TitansConfig.preset("titans", d_model=32, dgd=True),
+    TitansConfig(32, 1, adaptive_q=True, hidden_mult=2),
+], ids=range(5))
 def test_programs_that_run_at_once_compute_the_same_bits(config, many_programs, request):
     w_init, inputs = (single(t) for t in problem(config, 2, 37))
     together = results(*run(config, w_init, inputs, "triton", [37, 20]))

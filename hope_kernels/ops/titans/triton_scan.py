@@ -3,7 +3,7 @@
     for every chunk of the faster clock:   read     memories x C / CT       o, and k, v, eta, alpha into the open chunk
     and for each clock that ends there:    clock    1                       decays and transformed keys   (triton_clock.py, _momentum)
                                            errors   memories x C / CT       e                             (triton_write.py)
-                                           hidden   memories x N / NT       a, d
+                                           hidden   memories x N / NT       a, d; a memory's last one its step sizes  (triton_steps.py)
                                            update   memories x N / NT       the new weights
 
 Every task is for one (row, head) g. A task may start when the tasks before it *of its own g* are done: a counter per g and kind, released
@@ -26,16 +26,18 @@ import triton.language as tl
 from .triton_clock import clock_body
 from .triton_momentum import momentum_body
 from .triton_read import append_task, close_task, read_task
+from .triton_steps import steps_task
 from .triton_write import errors_task, hidden_task, update_task
 
 if triton.knobs.runtime.interpret:
     tl.condition.__bool__ = lambda self: bool(self.condition)  # the interpreter of Triton 3.6 takes any condition for true
 
-# Counters of a (row, head): tasks done, since the call began. A cache line of their own keeps rows apart.
-READS, ERRORS, HIDDEN, UPDATES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-SLOW = tl.constexpr(4)  # the slower clock's errors, hidden and updates follow at this distance
-QUERIES = tl.constexpr(4)  # reads of M_q; the slower clock has no reads of its own
-LINE = tl.constexpr(8)
+# Counters of a (row, head), of tasks done since the call began. Lines of their own keep rows apart.
+READS, QUERIES = tl.constexpr(0), tl.constexpr(1)  # reads of all memories; of M_q among them
+CLOCK, ERRORS, HIDDEN, UPDATES = tl.constexpr(2), tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+SLOW = tl.constexpr(4)  # the slower clock's clock, errors, hidden and updates follow at this distance
+TILES_DONE = tl.constexpr(10)  # and hidden tasks of each memory, at most 6
+LINE = tl.constexpr(16)
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def _extent(pos_p, len_p, B, T, BIG: tl.constexpr):
 @triton.jit
 def _commit(
     base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, v_p, eta_p, alpha_p, beta_p,
-    e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p, sync_p, pos_p, len_p, task, G, T, end, grad_scale,
+    e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p, steps_p, sync_p, pos_p, len_p, task, G, T, end, grad_scale,
     M0: tl.constexpr, M1: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, OWN_CT: tl.constexpr, OWN_NT: tl.constexpr,
     KIND: tl.constexpr, READ_UNITS: tl.constexpr, SMALL: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, BIG: tl.constexpr,
@@ -104,7 +106,7 @@ def _commit(
                 )
                 if MOMENTUM:
                     momentum_body(k_p, eta_p, alpha_p, beta_p, keys_p, vectors_p, g, b_slot, g % H, first, H, D, C, HAS_ALPHA, DGD)
-                _done(counters + KIND + HIDDEN)
+                _done(counters + KIND + CLOCK)
             else:
                 m, c0 = M0 + (unit - 1) // (C // CT), (unit - 1) % (C // CT) * CT
                 errors_task(
@@ -120,12 +122,18 @@ def _commit(
                     base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, e_p, es_p, a_p, d_p, norms_p, g, m, tile, first,
                     H, D, N, MF, MS, R, C, BIG, OWN_CT, OWN_NT, ACT, HAS_BASE, CLIP,
                 )
+                tl.debug_barrier()
+                if tl.atomic_add(counters + TILES_DONE + m, 1, sem="acq_rel") == chunks * (N // OWN_NT) - 1:
+                    _wait(counters + KIND + CLOCK, chunks)
+                    steps_task(
+                        eta_p, norms_p, e2_p, gram_p, steps_p, g, m, first, grad_scale, H, MF + MS, C, BIG, OWN_CT, N // OWN_NT, CLIP
+                    )
                 _done(counters + KIND + HIDDEN)
             else:
-                _wait(counters + KIND + HIDDEN, chunks * (TILES + 1))
+                _wait(counters + KIND + HIDDEN, chunks * TILES)
                 update_task(
-                    base2_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, eta_p, e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p,
-                    vectors_p, gram_p, g, m, tile, first, grad_scale, H, D, N, MF, MS, R, C, BIG, OWN_CT, OWN_NT, SKIP, DGD, CLIP, MOMENTUM,
+                    base2_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, steps_p, e_p, es_p, a_p, d_p, keys_p, vectors_p,
+                    g, m, tile, first, H, D, N, MF, MS, R, C, BIG, OWN_CT, OWN_NT, SKIP, DGD, MOMENTUM,
                 )
                 _done(counters + KIND + UPDATES)
 
@@ -134,8 +142,8 @@ def _commit(
 def scan_kernel(
     x_p, q_p, o_p, given_k_p, given_v_p, given_eta_p, given_alpha_p, given_beta_p, base2_p, base1_p, base1s_p,
     delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, v_p, eta_p, alpha_p, beta_p, eta_bias_p, alpha_bias_p, pos_p, len_p, sync_p,
-    e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p,
-    slow_e_p, slow_es_p, slow_e2_p, slow_a_p, slow_d_p, slow_norms_p, slow_keys_p, slow_vectors_p, slow_gram_p,
+    e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p, steps_p,
+    slow_e_p, slow_es_p, slow_e2_p, slow_a_p, slow_d_p, slow_norms_p, slow_keys_p, slow_vectors_p, slow_gram_p, slow_steps_p,
     B: tl.int32, T: tl.int64, eta_scale: tl.float32, grad_scale: tl.float32,
     UPDATE: tl.constexpr, PRODUCE: tl.constexpr, FM0: tl.constexpr, FM1: tl.constexpr, SM0: tl.constexpr, SM1: tl.constexpr,
     SMALL: tl.constexpr, BIG: tl.constexpr,
@@ -224,7 +232,7 @@ def scan_kernel(
                 if task < G * FAST_UNITS:
                     _commit(
                         base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, v_p, eta_p, alpha_p, beta_p,
-                        e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p, sync_p, pos_p, len_p,
+                        e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p, steps_p, sync_p, pos_p, len_p,
                         task, G, T, (step + 1) * SMALL, grad_scale,
                         FM0, FM1, SMALL, FAST_CT, FAST_NT, FAST_OWN_CT, FAST_OWN_NT, 0, READ_UNITS, SMALL,
                         H, D, N, MF, MS, R, BIG, ACT, HAS_BASE, SKIP, HAS_ALPHA, OWN, TARGET_NORM, DOT, DGD, CLIP, MOMENTUM,
@@ -233,7 +241,7 @@ def scan_kernel(
                     _commit(
                         base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, v_p, eta_p, alpha_p, beta_p,
                         slow_e_p, slow_es_p, slow_e2_p, slow_a_p, slow_d_p, slow_norms_p, slow_keys_p, slow_vectors_p, slow_gram_p,
-                        sync_p, pos_p, len_p,
+                        slow_steps_p, sync_p, pos_p, len_p,
                         task - G * FAST_UNITS, G, T, (turn + 1) * BIG, grad_scale,
                         SM0, SM1, BIG, SLOW_CT, SLOW_NT, SLOW_OWN_CT, SLOW_OWN_NT, SLOW, READ_UNITS, SMALL,
                         H, D, N, MF, MS, R, BIG, ACT, HAS_BASE, SKIP, HAS_ALPHA, OWN, TARGET_NORM, DOT, DGD, CLIP, MOMENTUM,

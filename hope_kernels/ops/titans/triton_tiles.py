@@ -86,7 +86,7 @@ def scratch_shapes(config: TitansConfig, itemsize: int) -> list[dict[str, tuple[
         {
             "e": (MF, D, C), "es": (MS, C), "e2": (M, C), "a": (M, N, C), "d": (M, N, C),
             "norms": (M, N // tiles(D, N, C, itemsize, config.momentum is not None).OWN_NT, 2, C),
-            "keys": (KEYS, C, D), "vectors": (VECTORS, C), "gram": (C, C if config.step_clip else 1),
+            "keys": (KEYS, C, D), "vectors": (VECTORS, C), "gram": (C, C if config.step_clip else 1), "steps": (M, C),
         }
         for _, _, C in clocks(config)
     ]

@@ -117,43 +117,14 @@ def hidden_task(
 
 
 @triton.jit
-def _gradient_size(norms_p, e2_p, own, c, TILES: tl.constexpr, C: tl.constexpr):
-    """m_t of one memory for tokens c."""
-    a2 = tl.zeros(c.shape, tl.float32)
-    d2 = tl.zeros(c.shape, tl.float32)
-    for tile in range(TILES):
-        a2 += tl.load(norms_p + (own * TILES + tile) * 2 * C + c)
-        d2 += tl.load(norms_p + (own * TILES + tile) * 2 * C + C + c)
-    return tl.sqrt(a2 + d2 / (tl.load(e2_p + own * C + c) + 1e-9) + 1e-12)
-
-
-@triton.jit
-def _step_sizes(
-    eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, TILES: tl.constexpr,
-    CLIP: tl.constexpr,
-):
-    """eta~ of tokens c0 .. c0 + CT: eta / max(1, factor m_t sum_s eta_s m_s (k_t.k_s)^2)."""
-    c = c0 + tl.arange(0, CT)
-    eta = tl.load(eta_p + eta_at + c * H)
-    if CLIP:
-        total = tl.zeros([CT], tl.float32)
-        for s0 in range(0, C, CT):
-            s = s0 + tl.arange(0, CT)
-            w = tl.load(eta_p + eta_at + s * H) * _gradient_size(norms_p, e2_p, own, s, TILES, C)
-            total += tl.sum(w[:, None] * tl.load(gram_p + (g * C + s)[:, None] * C + c[None, :]), 0)
-        eta /= tl.maximum(1.0, factor * _gradient_size(norms_p, e2_p, own, c, TILES, C) * total)
-    return eta
-
-
-@triton.jit
 def update_task(
-    base2_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, eta_p, e_p, es_p, e2_p, a_p, d_p, norms_p, keys_p, vectors_p, gram_p,
-    g, m, tile, first, factor,
+    base2_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, steps_p, e_p, es_p, a_p, d_p, keys_p,
+    vectors_p, g, m, tile, first,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, SKIP: tl.constexpr, DGD: tl.constexpr, CLIP: tl.constexpr,
+    C: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, SKIP: tl.constexpr, DGD: tl.constexpr,
     MOMENTUM: tl.constexpr,
 ):
-    """delta2, delta1, delta1s (and s2, s1, s1s) in place, each program its NT hidden units; ``factor`` scales the clip's sum.
+    """delta2, delta1, delta1s (and s2, s1, s1s) in place, NT hidden units; steps [B H, M, C]: the tokens' step sizes.
 
     keys and vectors: ``clock_body``'s, or ``momentum_body``'s, and then gradients move by keys[1] and what is erased, of delta2 and s2,
     by keys[0].
@@ -162,7 +133,6 @@ def update_task(
     KEYS: tl.constexpr = 2 if MOMENTUM else 1
     b, h = g // H, g % H
     b_slot = b * BIG
-    eta_at = (b_slot + first) * H + h
     own = g * (MF + MS) + m
     d = tl.arange(0, D)
     n = tile * NT + tl.arange(0, NT)
@@ -189,7 +159,7 @@ def update_task(
             moved = tl.dot(erased.to(dtype), keys.to(dtype), moved, input_precision="ieee")
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
-        gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
+        gain = tl.load(steps_p + own * C + c)
         u = gain[None, :] * tl.load(d_p + (own * N + n[:, None]) * C + c[None, :])
         if DGD and not MOMENTUM:
             carry = tl.load(vectors_p + c)
@@ -202,7 +172,7 @@ def update_task(
         s2 = carry_s * s2
         for c0 in range(0, C, CT):
             c = c0 + tl.arange(0, CT)
-            gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
+            gain = tl.load(steps_p + own * C + c)
             gain *= tl.load(vectors_p + 4 * C + c)
             u = gain[None, :] * tl.load(d_p + (own * N + n[:, None]) * C + c[None, :])
             k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
@@ -221,7 +191,7 @@ def update_task(
             s1 = carry_s * s1
         for c0 in range(0, C, CT):
             c = c0 + tl.arange(0, CT)
-            step = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
+            step = tl.load(steps_p + own * C + c)
             if MOMENTUM:
                 tail = step * tl.load(vectors_p + 4 * C + c)
             step *= tl.load(vectors_p + C + c)
@@ -255,7 +225,7 @@ def update_task(
             kept_s = carry_s * skip_s
         for c0 in range(0, C, CT):
             c = c0 + tl.arange(0, CT)
-            gain = _step_sizes(eta_p, norms_p, e2_p, gram_p, own, g, eta_at, c0, factor, H, C, CT, N // NT, CLIP)
+            gain = tl.load(steps_p + own * C + c)
             es = tl.load(es_p + (g * MS + s) * C + c)
             step = gain * tl.load(vectors_p + C + c) * es
             rows = tl.load(a_p + (own * N + n[:, None]) * C + c[None, :]).to(tl.float32)
