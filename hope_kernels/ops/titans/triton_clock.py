@@ -35,12 +35,13 @@ def _block(k_p, eta_p, alpha_p, b, h, first, block, H: tl.constexpr, D: tl.const
 
 @triton.jit
 def _dots(k_p, k, k_t, s_at, t_at, H: tl.constexpr, D: tl.constexpr):
-    """k_s.k_t [16, 16] of blocks k, k_t, which start at rows s_at, t_at of k_p. fp32, which has no tensor cores, takes its features
-    16 at a time, in the same order: a thread would hold its rows of both blocks whole."""
-    if k.dtype == tl.float32:
-        i, d = tl.arange(0, BK)[:, None] * H * D, tl.arange(0, BK)[None, :]
+    """k_s.k_t [16, 16] of blocks k, k_t, which start at rows s_at, t_at of k_p. PART features at a time, in the same order as at once: a
+    thread would hold its rows of both blocks whole (192 registers in fp32 at D = 64)."""
+    PART: tl.constexpr = 16 if k.dtype == tl.float32 else 32
+    if D > PART:
+        i, d = tl.arange(0, BK)[:, None] * H * D, tl.arange(0, PART)[None, :]
         dots = tl.zeros([BK, BK], tl.float32)
-        for d0 in range(0, D, BK):
+        for d0 in range(0, D, PART):
             part, part_t = tl.load(k_p + s_at * D + (i + d + d0)), tl.load(k_p + t_at * D + (i + d + d0))
             dots = tl.dot(part, tl.trans(part_t), dots, input_precision="ieee")
     else:
