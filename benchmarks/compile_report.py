@@ -1,12 +1,12 @@
 """Every Triton kernel of every tile row, compiled ahead of time: registers, spills, shared memory and tensor-core instructions, no GPU.
 
-    python -m benchmarks.compile_report [--check] [--arch 80 90 100] [--only NAME] [--jobs 2] [--fresh] [--out FILE]
+    python -m benchmarks.compile_report [--check] [--full] [--arch 80 90 100] [--only NAME] [--jobs 2] [--fresh] [--out FILE]
 
-One line per kernel, row and architecture it is offered on. --check exits with 1 when a kernel spills, uses local memory, asks for more
-shared memory than the architecture has, or has no tensor-core instruction where its row wants one. Columns st/ld are STL and LDL
-instructions, barr the barriers in the SASS, s the seconds the compilation took when it was last done: results are kept in
-build/compile_report under a hash of the kernel's source (with all it calls), the row, the architecture and Triton's version. CUDA C++
-kernels follow where nvcc is on PATH (``compile_cuda.py``).
+One line per kernel, row and architecture it is offered on. --full: every shape of providers that offer a choice otherwise (an hour).
+--check exits with 1 when a kernel spills, uses local memory, asks for more shared memory than the architecture has, or has no tensor-core
+instruction where its row wants one. Columns st/ld are STL and LDL instructions, barr the barriers in the SASS, s the seconds the
+compilation took when it was last done: results are kept in build/compile_report under a hash of the kernel's source (with all it calls),
+the row, the architecture and Triton's version. CUDA C++ kernels follow where nvcc is on PATH (``compile_cuda.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import os
@@ -48,11 +49,12 @@ COLUMNS = (
 )
 
 
-def provided(module: str) -> Iterator[Specialization]:
-    """The rows of one provider; raises ModuleNotFoundError where there is no such module."""
+def provided(module: str, full: bool = False) -> Iterator[Specialization]:
+    """The rows of one provider, all of them if ``full``; raises ModuleNotFoundError where there is no such module."""
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(module)
-    return map(Specialization.of, importlib.import_module(module).specializations())
+    offered = importlib.import_module(module).specializations
+    return map(Specialization.of, offered(full=True) if full and "full" in inspect.signature(offered).parameters else offered())
 
 
 def compile_row(spec: Specialization, arch: int) -> dict:
@@ -60,7 +62,7 @@ def compile_row(spec: Specialization, arch: int) -> dict:
     signature, constexprs, attrs = spec.source()
     source = ASTSource(fn=spec.fn, signature=signature, constexprs=constexprs, attrs=attrs)
     start = time.perf_counter()
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.maxnreg}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - start
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -78,8 +80,9 @@ def cached_row(spec: Specialization, arch: int, fresh: bool) -> dict:
     signature, constexprs, attrs = spec.source()
     source = ASTSource(fn=spec.fn, signature=signature, constexprs=constexprs, attrs=attrs)
     readers = b"".join(Path(path).read_bytes() for path in (__file__, cubin.__file__))
-    identity = (source.hash(), list(signature.items()), spec.name, spec.row, spec.num_warps, spec.num_stages, spec.wants_mma, arch,
-                triton.__version__, hashlib.sha256(readers).hexdigest())
+    options = (spec.num_warps, spec.num_stages, spec.maxnreg, spec.wants_mma)
+    identity = (source.hash(), list(signature.items()), spec.name, spec.row, *options, arch, triton.__version__,
+                hashlib.sha256(readers).hexdigest())
     path = CACHE / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.json"
     if path.exists() and not fresh:
         return json.loads(path.read_text())
@@ -108,6 +111,7 @@ def _work(index: int) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="exit with 1 on a violation")
+    parser.add_argument("--full", action="store_true", help="every shape, not a representative set")
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_KIB), help="default: all a row is offered on")
     parser.add_argument("--only", metavar="NAME", help="kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
@@ -119,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     _jobs.clear()
     for module in args.provider:
         try:
-            specs = list(provided(module))
+            specs = list(provided(module, args.full))
         except ModuleNotFoundError as missing:
             if missing.name not in (None, module):
                 raise

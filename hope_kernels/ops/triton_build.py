@@ -25,7 +25,7 @@ class Specialization:
     name: of the kernel. fn: its ``@triton.jit`` function. signature: argument -> Triton type ("*bf16", "i64", "fp32"); "constexpr" may
     be left out. constexprs: argument -> value. wants_mma: the tensor cores must do its products. row: the table row, for people.
     archs: compute capabilities it is offered on (90 is sm_90). attrs: as ``ASTSource`` takes them, {(argument index,): [[name, value]]};
-    None: every pointer is a multiple of 16 bytes (``aligned``), and nothing is known about integers.
+    None: every pointer is a multiple of 16 bytes (``aligned``), and nothing is known about integers. maxnreg: registers a thread may have.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Specialization:
     row: str = ""
     archs: tuple[int, ...] = (80, 90, 100)
     attrs: dict | None = None
+    maxnreg: int | None = None
 
     @classmethod
     def of(cls, other: Any) -> Specialization:

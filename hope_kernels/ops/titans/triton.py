@@ -17,7 +17,7 @@ from ...config import TitansConfig
 from ..triton_build import DTYPES, aligned
 from .fast_weights import FastWeights, TitansState, on_device
 from .triton_scan import scan_kernel
-from .triton_tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, scratch_shapes, warps
+from .triton_tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, options, scratch_shapes
 
 _WRITTEN = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s", "pending_k", "pending_v", "pending_eta", "pending_alpha", "pending_beta")
 # What of a configuration the operator is told; widths, momentum (s2) and adaptive_q (no q) follow from the tensors.
@@ -116,7 +116,7 @@ class _Plan:
         more = {"momentum": "learned" if momentum else None, "adaptive_q": adaptive_q}
         config = TitansConfig(H * D, H, hidden_mult=N // D, **more, **dict(zip(_SETTINGS, settings)))
         itemsize = dtype.itemsize
-        self.constants, self.num_warps = constants(config, itemsize, update), warps(D)
+        self.arguments = constants(config, itemsize, update) | options(config, itemsize)
         self.scales = config.eta_scale, 1.0 if config.objective == "dot" else config.grad_scale
         of_clocks = scratch_shapes(config, itemsize)
         # a clock that the layer does not have is never touched: the first one's scratch stands in; nor is any by a pure read
@@ -153,8 +153,7 @@ def _launch(
     sync = torch.zeros(counters(B * H), dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
         scan_kernel[(_programs(q.device),)](
-            x, q, o, *given, *mine, *biases, aligned(pos), aligned(lengths), sync, *scratch, B, T, *plan.scales,
-            **plan.constants, num_warps=plan.num_warps,
+            x, q, o, *given, *mine, *biases, aligned(pos), aligned(lengths), sync, *scratch, B, T, *plan.scales, **plan.arguments
         )
     for state, own in zip(states, mine):
         if state is not None and own is not state:

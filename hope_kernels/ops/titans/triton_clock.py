@@ -34,6 +34,22 @@ def _block(k_p, eta_p, alpha_p, b, h, first, block, H: tl.constexpr, D: tl.const
 
 
 @triton.jit
+def _dots(k_p, k, k_t, s_at, t_at, H: tl.constexpr, D: tl.constexpr):
+    """k_s.k_t [16, 16] of blocks k, k_t, which start at rows s_at, t_at of k_p. PART features at a time, in the same order as at once: a
+    thread would hold its rows of both blocks whole (192 registers in fp32 at D = 64)."""
+    PART: tl.constexpr = 16 if k.dtype == tl.float32 else 32
+    if D > PART:
+        i, d = tl.arange(0, BK)[:, None] * H * D, tl.arange(0, PART)[None, :]
+        dots = tl.zeros([BK, BK], tl.float32)
+        for d0 in range(0, D, PART):
+            part, part_t = tl.load(k_p + s_at * D + (i + d + d0)), tl.load(k_p + t_at * D + (i + d + d0))
+            dots = tl.dot(part, tl.trans(part_t), dots, input_precision="ieee")
+    else:
+        dots = tl.dot(k, tl.trans(k_t), input_precision="ieee")
+    return dots
+
+
+@triton.jit
 def clock_body(
     k_p, eta_p, alpha_p, keys_p, vectors_p, gram_p, g, b_slot, h, first,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HAS_ALPHA: tl.constexpr, DGD: tl.constexpr, CLIP: tl.constexpr,
@@ -57,17 +73,19 @@ def clock_body(
     tl.store(vectors_p + 2 * C, so_far)
 
     behind = 1.0  # product of alpha over the blocks behind this one
-    for back in range(BLOCKS):
+    # hoisting what does not change from block to block out of the loops would take 80 registers
+    for back in tl.range(BLOCKS, disable_licm=True):
         block = BLOCKS - 1 - back
         k, eta, _, after, whole = _block(k_p, eta_p, alpha_p, b_slot, h, first, block, H, D, HAS_ALPHA)
         end = after * behind
         tl.store(vectors_p + C + (i + block * BK), end)
         x = end[:, None] * k.to(tl.float32)
         between = 1.0
+        at = (b_slot + first + block * BK) * H + h
         if DGD or CLIP:
-            for other in range(block + 1, BLOCKS):
+            for other in tl.range(block + 1, BLOCKS, disable_licm=True):
                 k_t, eta_t, before_t, _, whole_t = _block(k_p, eta_p, alpha_p, b_slot, h, first, other, H, D, HAS_ALPHA)
-                dots = tl.dot(k, tl.trans(k_t), input_precision="ieee")
+                dots = _dots(k_p, k, k_t, at, (b_slot + first + other * BK) * H + h, H, D)
                 if CLIP:
                     tl.store(gram_p + (i + block * BK)[:, None] * C + (i + other * BK)[None, :], dots * dots)
                     tl.store(gram_p + (i + block * BK)[:, None] + (i + other * BK)[None, :] * C, dots * dots)
@@ -76,12 +94,11 @@ def clock_body(
                     later = tl.load(keys_p + (i + other * BK)[:, None] * D + d[None, :])
                     x -= tl.dot(factor, later, input_precision="ieee")
                     between *= whole_t
-            dots = tl.dot(k, tl.trans(k), input_precision="ieee")
+            dots = _dots(k_p, k, k, at, at, H, D)
             if CLIP:
                 tl.store(gram_p + (i + block * BK)[:, None] * C + (i + block * BK)[None, :], dots * dots)
             if DGD:
-                alpha_at = alpha_p + (b_slot + first + block * BK) * H + h
-                x = tl.dot(_inverse(dots * eta[None, :], alpha_at, H, HAS_ALPHA), x, input_precision="ieee")
+                x = tl.dot(_inverse(dots * eta[None, :], alpha_p + at, H, HAS_ALPHA), x, input_precision="ieee")
         tl.store(keys_p + (i + block * BK)[:, None] * D + d[None, :], x)
         tl.debug_barrier()  # the next block reads what other threads have just written
         behind *= whole

@@ -40,16 +40,25 @@ def errors_task(
         k = _columns(k_p, b_slot, h, first, c0, H, D, CT)
         v = _columns(v_p, b_slot, h, first, c0, H, D, CT)
         w1_at, w1_base = (g * MF + m) * D * N, (h * MF + m) * D * N
-        at_k, target = k.to(tl.float32), v.to(tl.float32)
-        for n0 in range(0, N, NT):
-            n = n0 + tl.arange(0, NT)
-            w2_off, w1_off = n[:, None] * D + d[None, :], d[:, None] * N + n[None, :]
-            w2 = weight(delta2_p, base2_p, w2_at + w2_off, w2_base + w2_off, HAS_BASE).to(k.dtype)
-            w1 = weight(delta1_p, base1_p, w1_at + w1_off, w1_base + w1_off, HAS_BASE).to(k.dtype)
-            if not DOT:
-                at_k = tl.dot(w1, sigma(tl.dot(w2, k, input_precision="ieee"), ACT).to(k.dtype), at_k, input_precision="ieee")
-            if OWN:
-                target = tl.dot(w1, sigma(tl.dot(w2, v, input_precision="ieee"), ACT).to(k.dtype), target, input_precision="ieee")
+        # M is needed at v only for own values, at k only for the l2 objective; if at both, as columns k0 v0 k1 v1 ... of one product
+        if OWN and not DOT:
+            x = tl.reshape(tl.join(k, v), [D, 2 * CT])
+        else:
+            x = v if OWN else k
+        out = x.to(tl.float32)
+        if OWN or not DOT:
+            for n0 in range(0, N, NT):
+                n = n0 + tl.arange(0, NT)
+                w2_off, w1_off = n[:, None] * D + d[None, :], d[:, None] * N + n[None, :]
+                w2 = weight(delta2_p, base2_p, w2_at + w2_off, w2_base + w2_off, HAS_BASE).to(k.dtype)
+                w1 = weight(delta1_p, base1_p, w1_at + w1_off, w1_base + w1_off, HAS_BASE).to(k.dtype)
+                out = tl.dot(w1, sigma(tl.dot(w2, x, input_precision="ieee"), ACT).to(k.dtype), out, input_precision="ieee")
+        if OWN and not DOT:
+            at_k, target = tl.split(tl.reshape(out, [D, CT, 2]))
+        elif OWN:
+            at_k, target = k.to(tl.float32), out
+        else:
+            at_k, target = out, v.to(tl.float32)
         if TARGET_NORM:
             target = unit_columns(target)
         if DOT:
