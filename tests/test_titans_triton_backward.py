@@ -73,6 +73,12 @@ def meets_yardstick(config, w_init, inputs, dtype=torch.float32, **call):
     _, exact = gradients(chunked.titans_chunk, config, w_init, inputs, torch.float64, **call)
     _, peer = gradients(chunked.titans_chunk, config, w_init, inputs, dtype, **call)
     _, ours = gradients(titans_triton_training, config, w_init, inputs, dtype, **call)
-    assert ours.keys() == exact.keys()
+    assert exact.keys() <= ours.keys()
+    bad = []
     for name, g in ours.items():
-        within_yardstick(g.cpu(), peer[name].cpu(), exact[name].cpu(), name)
+        if name not in exact:
+            assert not g.any(), name
+            continue
+        try: within_yardstick(g.cpu(), peer[name].cpu(), exact[name].cpu(), name)
+        except AssertionError as e: bad.append(str(e) + f" rms {exact[name].square().mean().sqrt():.2e}")
+    assert not bad, "\n".join(bad)

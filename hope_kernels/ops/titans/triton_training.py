@@ -8,27 +8,24 @@ hands the adjoint of the state on to the span before:
     memory   tokens / span x state, beside inputs and outputs (plain autograd: every activation and state of every chunk)
     work     the forward twice, and the backward
 
-``recompute_span`` differentiates the span as the chunked backend computes it. ``triton_backward.span`` does it in kernels, for the
-configurations they serve.
+``recompute_span`` differentiates the span as the chunked backend computes it. ``triton_backward.span_adjoint`` does it in kernels, for
+the configurations they serve.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...config import TitansConfig
 from ...state import Counters
+from . import triton_backward
 from .chunked import TokenInputs, titans_chunk
 from .fast_weights import FastWeights, TitansState, master_dtype
 from .triton import titans_triton
-
-CHUNKS_A_SPAN = 8
-CARRIED = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s", "pending_k", "pending_v", "pending_eta", "pending_alpha", "pending_beta")
-_TOKENS = TokenInputs._fields[:-2]  # [B, T, ...]; the last two are biases [H]
+from .triton_spans import CARRIED, TOKENS, Call, Span
 
 
 def titans_triton_training(
@@ -51,7 +48,7 @@ def titans_triton_training(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         with torch.no_grad():
             return titans_triton(config, w_init, inputs, state, lengths, update=update)
-    call = _Call(config, replace(state, **dict.fromkeys(CARRIED)), list(lengths), update, constant_memory)
+    call = Call(config, replace(state, **dict.fromkeys(CARRIED)), list(lengths), update, constant_memory)
     o, *new = _Training.apply(call, *tensors)
     if not update:
         return o, state
@@ -59,72 +56,9 @@ def titans_triton_training(
     return o, replace(state, pos=pos, **dict(zip(CARRIED, new)))
 
 
-@dataclass
-class Span:
-    """Row b reads its tokens starts[b] .. starts[b] + counts[b]; pos: where the rows stand before."""
-
-    pos: list[int]
-    starts: list[int]
-    counts: list[int]
-
-    @property
-    def even(self) -> bool:
-        return len(set(self.starts)) == 1 and len(set(self.counts)) == 1
-
-    def take(self, t: Tensor) -> Tensor:
-        """[B, T, ...] -> [B, max(counts), ...], zeros behind a row's tokens (whatever the padding holds)."""
-        if self.even:
-            return t[:, self.starts[0] : self.starts[0] + self.counts[0]]
-        found = t.new_zeros(t.shape[0], max(self.counts), *t.shape[2:])
-        for b, (at, n) in enumerate(zip(self.starts, self.counts)):
-            found[b, :n] = t[b, at : at + n]
-        return found
-
-    def put(self, into: Tensor, t: Tensor) -> None:
-        """The reverse of ``take``."""
-        if self.even:
-            into[:, self.starts[0] : self.starts[0] + self.counts[0]] = t
-            return
-        for b, (at, n) in enumerate(zip(self.starts, self.counts)):
-            into[b, at : at + n] = t[b, :n]
-
-
-def spans(pos: list[int], lengths: list[int], small: int, big: int) -> list[Span]:
-    """The spans of a call, on the slots that count from the start of each row's open chunk of the slower clock."""
-    size = big * max(1, CHUNKS_A_SPAN * small // big)
-    phase = [p % big for p in pos]
-    found = []
-    for first in range(0, max((p + n for p, n in zip(phase, lengths) if n), default=0), size):
-        starts = [min(max(first - p, 0), n) for p, n in zip(phase, lengths)]
-        ends = [min(max(first + size - p, 0), n) for p, n in zip(phase, lengths)]
-        found.append(Span([p + s for p, s in zip(pos, starts)], starts, [e - s for s, e in zip(starts, ends)]))
-    return found
-
-
-@dataclass
-class _Call:
-    """What a call is, beside its tensors. state: without any of ``CARRIED``."""
-
-    config: TitansConfig
-    state: TitansState
-    lengths: list[int]
-    update: bool
-    constant_memory: bool
-
-    def spans(self) -> list[Span]:
-        small, big = sorted((self.config.chunk_memory, self.config.chunk_other))
-        return spans(self.state.pos, self.lengths, small, big)
-
-    def at(self, span: Span, carried: Any) -> TitansState:
-        return replace(self.state, pos=Counters(span.pos), **dict(zip(CARRIED, carried)))
-
-    def inputs(self, span: Span, inputs: TokenInputs) -> TokenInputs:
-        return TokenInputs(*(t if t is None or n not in _TOKENS else span.take(t) for n, t in zip(inputs._fields, inputs)))
-
-
 class _Training(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, *tensors: Tensor | None):
+    def forward(ctx, call: Call, *tensors: Tensor | None):
         w_init, inputs, carried = FastWeights(*tensors[:3]), TokenInputs(*tensors[3:12]), tensors[12:]
         first = inputs.x if inputs.x is not None else inputs.k
         o = torch.zeros_like(first)
@@ -132,7 +66,7 @@ class _Training(torch.autograd.Function):
         for span in call.spans():
             kept.append(carried)
             part, state = titans_triton(
-                call.config, w_init, call.inputs(span, inputs), call.at(span, carried), span.counts, update=call.update)
+                call.config, w_init, span.take_inputs(inputs), call.at(span, carried), span.counts, update=call.update)
             span.put(o, part)
             carried = tuple(getattr(state, n) for n in CARRIED)
         ctx.call = call
@@ -156,19 +90,20 @@ class _Training(torch.autograd.Function):
         for index, span in reversed(list(enumerate(call.spans()))):
             state = call.at(span, saved[12 + index * size : 12 + (index + 1) * size])
             error = None if do is None else span.take(do)
-            found, adjoint = recompute_span(call, w_init, call.inputs(span, inputs), state, span, error, adjoint, needed[:12])
+            back = triton_backward.span_adjoint if triton_backward.serves(call.config) else recompute_span
+            found, adjoint = back(call, w_init, span.take_inputs(inputs), state, span, error, adjoint, needed[:12])
             for j, part in enumerate(found):
                 if part is None or not needed[j]:
                     continue
                 if totals[j] is None:
-                    totals[j] = torch.zeros_like(given[j], dtype=given[j].dtype if names[j] in _TOKENS else master)
-                span.put(totals[j], part) if names[j] in _TOKENS else totals[j].add_(part)
+                    totals[j] = torch.zeros_like(given[j], dtype=given[j].dtype if names[j] in TOKENS else master)
+                span.put(totals[j], part) if names[j] in TOKENS else totals[j].add_(part)
         carried = [adjoint[n] if want else None for n, want in zip(CARRIED, needed[12:])]
         return None, *(None if g is None else g.to(t.dtype) for g, t in zip([*totals, *carried], saved))
 
 
 def recompute_span(
-    call: _Call, w_init: FastWeights, inputs: TokenInputs, state: TitansState, span: Span, do: Tensor | None,
+    call: Call, w_init: FastWeights, inputs: TokenInputs, state: TitansState, span: Span, do: Tensor | None,
     adjoint: dict[str, Tensor | None], needed: tuple[bool, ...],
 ) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
     """Gradients of one span by autograd through the chunked backend.
