@@ -37,7 +37,8 @@ from hope_kernels.state import write_atomically  # noqa: E402
 from . import compile_cuda, cubin  # noqa: E402
 from .machine import machine, write_json  # noqa: E402
 
-PROVIDERS = ("hope_kernels.ops.conv.triton", "hope_kernels.ops.output_gate.triton", "hope_kernels.ops.titans.triton_tiles")
+PROVIDERS = ("hope_kernels.ops.conv.triton", "hope_kernels.ops.output_gate.triton", "hope_kernels.ops.titans.triton_tiles",
+             "hope_kernels.ops.titans.triton_backward_tiles")
 CACHE = Path(__file__).parents[1] / "build" / "compile_report"
 COLUMNS = (
     ("shared", "smem"), ("registers", "regs"), ("spill_stores", "st"), ("spill_loads", "ld"), ("stack", "stack"), ("wgmma", "wgmma"),

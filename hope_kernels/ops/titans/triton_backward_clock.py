@@ -10,7 +10,8 @@ Adjoint, of Kg: Y = (I + L)^-1 adj Kg by forward substitution, adj L[t,s] = -Kg_
 An entry of P is a product of the alphas between its ends, so the adjoint of alpha_t sums, over every product that contains it, the product
 without it: P[l,s] without alpha_t is P[t,s] P[l,t]. All of it is two products of triangular matrices, and nothing is divided by alpha:
 
-    adj alpha_t = sum_{s<t} P[t,s] (sum_{l>t} P[l,t] Pbar[l,s] + end_t adj end_s) + before_t (sum_{l>t} P[l,t] adj before_l + end_t adj keep)
+    adj alpha_t = sum_{s<t} P[t,s] (sum_{l>t} P[l,t] Pbar[l,s] + end_t adj end_s)
+                  + before_t (sum_{l>t} P[l,t] adj before_l + end_t adj keep)
 """
 
 import triton

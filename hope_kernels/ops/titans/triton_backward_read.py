@@ -162,8 +162,8 @@ def read_adjoint_kernel(
                 tl.store(grad1_p + g * MF * D * N + off1, tl.load(grad1_p + g * MF * D * N + off1) + acc1)
         elif MS > 0:
             s = m - MF
-            off1 = (g * MS + s) * N + n
-            w1s = weight(delta1s_p, base1s_p, off1, (h * MS + s) * N + n, HAS_BASE)
+            off1s = (g * MS + s) * N + n
+            w1s = weight(delta1s_p, base1s_p, off1s, (h * MS + s) * N + n, HAS_BASE)
             acc1s = tl.zeros([NT], tl.float32)
             skip_off = ((MF + MS) * N + s) * D + d
             skip = tl.zeros([D], tl.float32)
@@ -188,9 +188,9 @@ def read_adjoint_kernel(
                     x_bar += tl.where(tile == 0, skip[:, None] * y_bar[None, :], 0.0)
                     skip_bar += tl.sum(x.to(tl.float32) * y_bar[None, :], 1)
                 tl.store(parts_p + d[:, None] * C + (c0 + tl.arange(0, CT))[None, :], x_bar)
-            tl.store(adj1s_p + off1, tl.load(adj1s_p + off1) + acc1s)
+            tl.store(adj1s_p + off1s, tl.load(adj1s_p + off1s) + acc1s)
             if HAS_BASE:
-                tl.store(grad1s_p + off1, tl.load(grad1s_p + off1) + acc1s)
+                tl.store(grad1s_p + off1s, tl.load(grad1s_p + off1s) + acc1s)
             if SKIP:
                 skip_at = g * R * D + skip_off
                 tl.store(adj2_p + skip_at, tl.load(adj2_p + skip_at, mask=tile == 0, other=0.0) + skip_bar, mask=tile == 0)

@@ -120,4 +120,5 @@ def _specialization(name: str, fn: Any, consts: dict, row: str) -> Specializatio
         elif arg not in consts:
             signature[arg] = "i64" if arg in _WHOLE else "fp32"
     constexprs = {k: v for k, v in consts.items() if k != "num_warps"}
-    return Specialization(f"titans_backward_{name}", fn, signature, constexprs, consts["num_warps"], 2, wants_mma=name in _PRODUCTS, row=row)
+    label, products = f"titans_backward_{name}", name in _PRODUCTS
+    return Specialization(label, fn, signature, constexprs, consts["num_warps"], 2, wants_mma=products, row=row)

@@ -7,9 +7,10 @@
 With the sums a2 = |a|^2, d2 = |d|^2, gain' (adjoint of the gain through d), step' (through gain end_t e a^T) of a token, S = f m q and
 q_t = sum_s eta_s m_s (k_s.k_t)^2:
 
-    gain_bar = gain' + end step'       end_bar = gain step'        S > 1: S_bar = -gain_bar gain / S, else 0     eta_bar = gain_bar / max(1, S)
-    m_bar = f S_bar q      q_bar = f m S_bar      r_s = sum_t (k_s.k_t)^2 q_bar_t      m_bar += eta r      eta_bar += m r
-    m^2 = a2 + d2 / (e2 + 1e-9) + 1e-12:   a_bar += (m_bar / m) a    d_bar += (m_bar / m) / (e2 + 1e-9) d    e_bar -= (m_bar / m) d2 / (e2 + 1e-9)^2 e
+    gain_bar = gain' + end step'      end_bar = gain step'      eta_bar = gain_bar / max(1, S)      S_bar = -gain_bar gain / S where S > 1
+    m_bar = f S_bar q    q_bar = f m S_bar    r_s = sum_t (k_s.k_t)^2 q_bar_t    m_bar += eta r    eta_bar += m r
+    m^2 = a2 + d2 / (e2 + 1e-9) + 1e-12, so with ratio = m_bar / m
+    a_bar += ratio a    d_bar += ratio / (e2 + 1e-9) d    e_bar -= ratio d2 / (e2 + 1e-9)^2 e
 """
 
 import triton
@@ -54,14 +55,14 @@ def errors_kernel(
             tl.store(e_p + (own * D + d[:, None]) * C + c[None, :], e)
             tl.store(sizes_p + own * 2 * C + c, tl.sum(e * e, 0))
         elif MS > 0:
-            target = evaluate_scalar(v, delta2_p, base2_p, delta1s_p, base1s_p, g, h, m, D, N, NT, MF, MS, R, ACT, HAS_BASE, SKIP)
+            own_target = evaluate_scalar(v, delta2_p, base2_p, delta1s_p, base1s_p, g, h, m, D, N, NT, MF, MS, R, ACT, HAS_BASE, SKIP)
             if TARGET_NORM:
-                tl.store(sizes_p + (own * 2 + 1) * C + c, tl.where(tl.abs(target) <= 1.0, 1.0, 0.0))
-                target = tl.minimum(tl.maximum(target, -1.0), 1.0)
-            es = -target
+                tl.store(sizes_p + (own * 2 + 1) * C + c, tl.where(tl.abs(own_target) <= 1.0, 1.0, 0.0))
+                own_target = tl.minimum(tl.maximum(own_target, -1.0), 1.0)
+            es = -own_target
             if not DOT:
                 at_key = evaluate_scalar(k, delta2_p, base2_p, delta1s_p, base1s_p, g, h, m, D, N, NT, MF, MS, R, ACT, HAS_BASE, SKIP)
-                es = grad_scale * (at_key - target)
+                es = grad_scale * (at_key - own_target)
             tl.store(e_p + own * D * C + c, es)
             tl.store(sizes_p + own * 2 * C + c, es * es)
 
