@@ -3,7 +3,7 @@
 The span is read again, chunk by chunk of the faster clock, with the forward's kernels, and the deviations at the start of every chunk are
 kept; k, v, eta and alpha of its tokens are read again from them. Then the chunks in reverse: the commits that close one, and its reads.
 
-    per commit   clock, errors, sums, steps, hidden, targets, weights, clock_adjoint, collect (twice)
+    per commit   clock, errors, sums, steps, hidden, targets, weights, values, clock_adjoint, collect (twice)
     per chunk    read_adjoint, collect (twice)
 
 Adjoints of deviations and of the shared base are fp32 buffers laid out like the state, advanced in place; every sum has one order, that of
@@ -24,7 +24,7 @@ from .chunked import TokenInputs
 from .fast_weights import FastWeights, Layout, TitansState
 from .triton import titans_triton
 from .triton_backward_clock import clock_adjoint_kernel, clock_kernel
-from .triton_backward_read import collect_kernel, read_adjoint_kernel, reread_kernel
+from .triton_backward_read import collect_kernel, read_adjoint_kernel, reread_kernel, values_kernel
 from .triton_backward_tiles import constants, group_constants
 from .triton_backward_tokens import errors_kernel, steps_kernel, targets_kernel
 from .triton_backward_write import hidden_kernel, sums_kernel, weights_kernel
@@ -191,18 +191,19 @@ class _Span:
         dot = self.config.objective == "dot"
         scale = 1.0 if dot else self.config.grad_scale
         at, weights, adjoints = (end, self.S), self._weights(deltas), self._adjoints()
-        tokens, place, own = (s["k"], s["v"]), self.place, (*per_token, tiles)
+        place, own = self.place, (*per_token, tiles)
 
         clock_kernel[(self.G,)](s["k"], s["eta"], s["alpha"], *place, products, gram, keys, vectors, *at, **made["clock"])
         c = made["errors"]
-        errors_kernel[(*per_token, C // c["CT"])](*weights, *tokens, *place, e, target, sizes, *at, scale, **c)
+        errors_kernel[(*per_token, C // c["CT"])](*weights, s["k"], s["v"], *place, e, target, sizes, *at, scale, **c)
         sums_kernel[own](*weights, *adjoints[:3], s["k"], *place, e, keys, sums, *at, **made["sums"])
         steps_kernel[per_token](s["eta"], *place, sums, sizes, gram, vectors, steps, *at, scale, **made["steps"])
         hidden_kernel[own](*weights, *adjoints[:3], s["k"], *place, e, keys, vectors, steps, parts, *at, **made["hidden"])
         c = made["targets"]
         targets_kernel[(*per_token, C // c["CT"])](*place, e, target, sizes, steps, parts, outputs_bar, end, scale, **c)
         weights_kernel[own](
-            *weights, *adjoints, *tokens, s["eta"], *place, e, keys, vectors, steps, outputs_bar, parts, keys_bar, *at, **made["weights"])
+            *weights, *adjoints, s["k"], s["eta"], *place, e, keys, vectors, steps, outputs_bar, parts, keys_bar, *at, **made["weights"])
+        values_kernel[own](*weights, *adjoints, s["v"], *place, outputs_bar, parts, *at, **made["values"])
         clock_adjoint_kernel[(self.G,)](
             s["k"], s["eta"], *place, products, gram, keys, vectors, steps, sums, keys_bar, solved, products_bar, gram_bar, vectors_bar,
             back["k"], back["eta"], back["alpha"], *at, **made["clock_adjoint"])

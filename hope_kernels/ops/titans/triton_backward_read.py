@@ -2,58 +2,20 @@
 
     reread_kernel    grid (B H, memories but M_memory, SMALL / CT)   k, v, eta, alpha of one chunk of the faster clock, into the span's
                                                                      slots; sizes: |k| before it is normalised, and the slopes of the gates
-    read_adjoint     grid (B H, memories, N / NT)                    y = x + w1 sigma(w2 x) of one chunk, backwards, on its hidden units
+    read_adjoint     grid (B H, memories, N / NT)                    y = M(x) of one chunk backwards, on its hidden units
+    values_kernel    grid (B H, memories, N / NT)                    M(v) of a commit backwards, likewise
     collect_kernel   grid (B H, C / 16)                              sums over memories and tiles, in one order, into the tokens
 
-With y_bar the adjoint of y: z_bar = sigma'(z) w1^T y_bar, w1 += y_bar a^T, w2 += z_bar x^T, x += y_bar + w2^T z_bar. FLOPs: 10 D N a token
-and memory; bytes: 4 D N x (2 + 8) a memory and chunk, for the weights, their adjoint and the shared gradient.
+FLOPs backwards: 10 D N a token and memory; bytes: 2 D N x 4 (1 + 1 + 2 + 2) a memory and chunk, for deviation, base, the adjoint and the
+shared gradient.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_backward_common import columns
-from .triton_common import log1p_exp, sigma, sigma_and_slope, sigmoid, weight
-
-
-@triton.jit
-def evaluate_scalar(
-    x, delta2_p, base2_p, delta1s_p, base1s_p, g, h, m,
-    D: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
-    HAS_BASE: tl.constexpr, SKIP: tl.constexpr,
-):
-    """M(x) [CT] of scalar memory m for columns x [D, CT]."""
-    d = tl.arange(0, D)
-    s = m - MF
-    y = tl.zeros([x.shape[1]], tl.float32)
-    for n0 in range(0, N, NT):
-        n = n0 + tl.arange(0, NT)
-        off = (m * N + n[:, None]) * D + d[None, :]
-        w2 = weight(delta2_p, base2_p, g * R * D + off, h * R * D + off, HAS_BASE).to(x.dtype)
-        a = sigma(tl.dot(w2, x, input_precision="ieee"), ACT)
-        y += tl.sum(weight(delta1s_p, base1s_p, (g * MS + s) * N + n, (h * MS + s) * N + n, HAS_BASE)[:, None] * a, 0)
-    if SKIP:
-        off = ((MF + MS) * N + s) * D + d
-        skip = weight(delta2_p, base2_p, g * R * D + off, h * R * D + off, HAS_BASE).to(x.dtype)
-        y += tl.sum(skip[:, None].to(tl.float32) * x.to(tl.float32), 0)
-    return y
-
-
-@triton.jit
-def evaluate(
-    x, delta2_p, base2_p, delta1_p, base1_p, g, h, m,
-    D: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, MF: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr,
-):
-    """M(x) [D, CT] of memory m < MF for columns x [D, CT]."""
-    d = tl.arange(0, D)
-    out = x.to(tl.float32)
-    for n0 in range(0, N, NT):
-        n = n0 + tl.arange(0, NT)
-        off2, off1 = (m * N + n[:, None]) * D + d[None, :], m * D * N + d[:, None] * N + n[None, :]
-        w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(x.dtype)
-        w1 = weight(delta1_p, base1_p, g * MF * D * N + off1, h * MF * D * N + off1, HAS_BASE).to(x.dtype)
-        out = tl.dot(w1, sigma(tl.dot(w2, x, input_precision="ieee"), ACT).to(x.dtype), out, input_precision="ieee")
-    return out
+from .triton_backward_common import columns, commits_here
+from .triton_backward_evaluate import add, add_where, evaluate, evaluate_adjoint, evaluate_scalar, evaluate_scalar_adjoint
+from .triton_common import log1p_exp, sigmoid, weight
 
 
 @triton.jit(do_not_specialize=["slot", "S"])
@@ -149,17 +111,11 @@ def read_adjoint_kernel(
                             y_bar = (y_bar - along[None, :] * unit) / tl.maximum(size, 1e-6)[None, :]
                     else:
                         y_bar = tl.load(dv_p + wide, mask=live[None, :], other=0.0)
-                a, slope = sigma_and_slope(tl.dot(w2, x, input_precision="ieee"), ACT)
-                error = y_bar.to(dtype)
-                z_bar = (slope * tl.dot(tl.trans(w1), error, input_precision="ieee")).to(dtype)
-                acc1 = tl.dot(error, tl.trans(a.to(dtype)), acc1, input_precision="ieee")
-                acc2 = tl.dot(z_bar, tl.trans(x), acc2, input_precision="ieee")
-                x_bar = tl.dot(tl.trans(w2), z_bar, input_precision="ieee")
-                x_bar += tl.where(tile == 0, y_bar, 0.0)
+                x_bar, acc2, acc1 = evaluate_adjoint(x, y_bar, w2, w1, acc2, acc1, tile, ACT)
                 tl.store(parts_p + d[:, None] * C + (c0 + tl.arange(0, CT))[None, :], x_bar)
-            tl.store(adj1_p + g * MF * D * N + off1, tl.load(adj1_p + g * MF * D * N + off1) + acc1)
+            add(adj1_p, g * MF * D * N + off1, acc1)
             if HAS_BASE:
-                tl.store(grad1_p + g * MF * D * N + off1, tl.load(grad1_p + g * MF * D * N + off1) + acc1)
+                add(grad1_p, g * MF * D * N + off1, acc1)
         elif MS > 0:
             s = m - MF
             off1s = (g * MS + s) * N + n
@@ -179,26 +135,86 @@ def read_adjoint_kernel(
                     y_bar = tl.load(deta_p + at, mask=live, other=0.0) * tl.load(sizes_p + plane + at)
                 else:
                     y_bar = tl.load(dalpha_p + at, mask=live, other=0.0) * tl.load(sizes_p + 2 * plane + at)
-                a, slope = sigma_and_slope(tl.dot(w2, x, input_precision="ieee"), ACT)
-                z_bar = (slope * w1s[:, None] * y_bar[None, :]).to(dtype)
-                acc1s += tl.sum(a * y_bar[None, :], 1)
-                acc2 = tl.dot(z_bar, tl.trans(x), acc2, input_precision="ieee")
-                x_bar = tl.dot(tl.trans(w2), z_bar, input_precision="ieee")
-                if SKIP:
-                    x_bar += tl.where(tile == 0, skip[:, None] * y_bar[None, :], 0.0)
-                    skip_bar += tl.sum(x.to(tl.float32) * y_bar[None, :], 1)
+                x_bar, acc2, acc1s, skip_bar = evaluate_scalar_adjoint(x, y_bar, w2, w1s, skip, acc2, acc1s, skip_bar, tile, ACT, SKIP)
                 tl.store(parts_p + d[:, None] * C + (c0 + tl.arange(0, CT))[None, :], x_bar)
-            tl.store(adj1s_p + off1s, tl.load(adj1s_p + off1s) + acc1s)
+            add(adj1s_p, off1s, acc1s)
             if HAS_BASE:
-                tl.store(grad1s_p + off1s, tl.load(grad1s_p + off1s) + acc1s)
+                add(grad1s_p, off1s, acc1s)
             if SKIP:
-                skip_at = g * R * D + skip_off
-                tl.store(adj2_p + skip_at, tl.load(adj2_p + skip_at, mask=tile == 0, other=0.0) + skip_bar, mask=tile == 0)
+                add_where(adj2_p, g * R * D + skip_off, skip_bar, tile == 0)
                 if HAS_BASE:
-                    tl.store(grad2_p + skip_at, tl.load(grad2_p + skip_at, mask=tile == 0, other=0.0) + skip_bar, mask=tile == 0)
-        tl.store(adj2_p + g * R * D + off2, tl.load(adj2_p + g * R * D + off2) + acc2)
+                    add_where(grad2_p, g * R * D + skip_off, skip_bar, tile == 0)
+        add(adj2_p, g * R * D + off2, acc2)
         if HAS_BASE:
-            tl.store(grad2_p + g * R * D + off2, tl.load(grad2_p + g * R * D + off2) + acc2)
+            add(grad2_p, g * R * D + off2, acc2)
+
+
+@triton.jit(do_not_specialize=["end", "S"])
+def values_kernel(
+    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p, grad1_p, grad1s_p, v_p, lo_p, hi_p,
+    outputs_bar_p, parts_p, end: tl.int64, S: tl.int64,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
+    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, OWN: tl.constexpr,
+):
+    """outputs_bar [B H, M, 2, D, C], second half: adjoint of M(v). Adds to adj and grad; parts [B H, M, N / NT, 2, D, C], second half: of v.
+    Without own values it is v that receives outputs_bar, from all but the scalar memories."""
+    g = tl.program_id(0).to(tl.int64)
+    m = M0 + tl.program_id(1)
+    tile = tl.program_id(2)
+    b, h = g // H, g % H
+    if commits_here(lo_p, hi_p, b, end):
+        d = tl.arange(0, D)
+        n = tile * NT + tl.arange(0, NT)
+        off2 = (m * N + n[:, None]) * D + d[None, :]
+        own = g * (MF + MS) + m
+        outputs_bar_p += (own * 2 + 1) * D * C
+        parts_p += ((own * (N // NT) + tile) * 2 + 1) * D * C
+        w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(v_p.dtype.element_ty)
+        acc2 = tl.zeros([NT, D], tl.float32)
+        if m < MF:
+            off1 = m * D * N + d[:, None] * N + n[None, :]
+            w1 = weight(delta1_p, base1_p, g * MF * D * N + off1, h * MF * D * N + off1, HAS_BASE).to(w2.dtype)
+            acc1 = tl.zeros([D, NT], tl.float32)
+            for c0 in range(0, C, CT):
+                c = c0 + tl.arange(0, CT)
+                v_bar = tl.load(outputs_bar_p + d[:, None] * C + c[None, :])
+                if OWN:
+                    v = columns(v_p, b, h, end - C + c, S, H, D)
+                    v_bar, acc2, acc1 = evaluate_adjoint(v, v_bar, w2, w1, acc2, acc1, tile, ACT)
+                else:
+                    v_bar = tl.where(tile == 0, v_bar, 0.0)
+                tl.store(parts_p + d[:, None] * C + c[None, :], v_bar)
+            if OWN:
+                add(adj1_p, g * MF * D * N + off1, acc1)
+                if HAS_BASE:
+                    add(grad1_p, g * MF * D * N + off1, acc1)
+        elif MS > 0:
+            s = m - MF
+            off1s = (g * MS + s) * N + n
+            w1s = weight(delta1s_p, base1s_p, off1s, (h * MS + s) * N + n, HAS_BASE)
+            acc1s = tl.zeros([NT], tl.float32)
+            skip_off = ((MF + MS) * N + s) * D + d
+            skip = tl.zeros([D], tl.float32)
+            skip_bar = tl.zeros([D], tl.float32)
+            if SKIP:
+                skip = weight(delta2_p, base2_p, g * R * D + skip_off, h * R * D + skip_off, HAS_BASE).to(w2.dtype).to(tl.float32)
+            for c0 in range(0, C, CT):
+                c = c0 + tl.arange(0, CT)
+                v = columns(v_p, b, h, end - C + c, S, H, D)
+                y_bar = tl.load(outputs_bar_p + c)
+                x_bar, acc2, acc1s, skip_bar = evaluate_scalar_adjoint(v, y_bar, w2, w1s, skip, acc2, acc1s, skip_bar, tile, ACT, SKIP)
+                tl.store(parts_p + d[:, None] * C + c[None, :], x_bar)
+            add(adj1s_p, off1s, acc1s)
+            if HAS_BASE:
+                add(grad1s_p, off1s, acc1s)
+            if SKIP:
+                add_where(adj2_p, g * R * D + skip_off, skip_bar, tile == 0)
+                if HAS_BASE:
+                    add_where(grad2_p, g * R * D + skip_off, skip_bar, tile == 0)
+        if OWN or m >= MF:
+            add(adj2_p, g * R * D + off2, acc2)
+            if HAS_BASE:
+                add(grad2_p, g * R * D + off2, acc2)
 
 
 @triton.jit(do_not_specialize=["slot", "S", "half"])

@@ -66,7 +66,8 @@ def group_constants(config: TitansConfig, itemsize: int, M0: int, M1: int, C: in
         "steps": {"H": config.num_heads, "C": C, "M": M, "M0": M0, "TILES": tiles_of_N, "num_warps": 4} | clip,
         "hidden": shape | acts | own,
         "targets": token | target | {"MF": shape["MF"], "MS": shape["MS"], "M0": M0, "CT": min(C, 16), "TILES": tiles_of_N, "num_warps": 4},
-        "weights": shape | acts | own | {"OWN": config.own_values, "DGD": config.dgd},
+        "weights": shape | acts | own | {"DGD": config.dgd},
+        "values": shape | acts | own | {"OWN": config.own_values},
         "clock_adjoint": token | decay | clip | {"M": M, "M0": M0, "M1": M1, "TILES": tiles_of_N},
         "collect": token | {"M": M, "M0": M0, "M1": M1, "TILES": tiles_of_N, "FULL": True, "num_warps": 4},
     }
@@ -109,7 +110,7 @@ def _rows() -> Iterator[tuple[TitansConfig, str]]:
 
 _INPUTS = ("x_p", "q_p", "k_p", "v_p", "do_p")  # in the input dtype
 _WHOLE = ("slot", "S", "end", "half")
-_PRODUCTS = ("reread", "read_adjoint", "errors", "sums", "hidden", "weights")
+_PRODUCTS = ("reread", "read_adjoint", "errors", "sums", "hidden", "weights", "values")
 
 
 def _specialization(name: str, fn: Any, consts: dict, row: str) -> Specialization:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .triton_backward_common import columns, commits_here
-from .triton_backward_read import evaluate, evaluate_scalar
+from .triton_backward_evaluate import evaluate, evaluate_scalar
 
 
 @triton.jit(do_not_specialize=["end", "S"])

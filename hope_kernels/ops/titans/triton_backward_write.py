@@ -2,7 +2,8 @@
 
     sums_kernel      what the step sizes need of all hidden units, by tiles
     hidden_kernel    this tile's part of the adjoint of e
-    weights_kernel   adjoints of the weights, and this tile's parts of those of k, v and Kg
+    weights_kernel   adjoints of the weights, and this tile's parts of those of k and Kg
+    values_kernel    the same for M(v), which is a read backwards (triton_backward_read.py)
 
 Forwards (memory.py), with z = w2 k, a = sigma(z), back = w1^T e, d = sigma'(z) back, carry = eta before, step = gain end:
 
@@ -27,6 +28,7 @@ import triton
 import triton.language as tl
 
 from .triton_backward_common import columns, commits_here, sigma_two
+from .triton_backward_evaluate import add, add_where
 from .triton_common import sigma_and_slope, weight
 
 
@@ -173,14 +175,13 @@ def hidden_kernel(
 
 @triton.jit(do_not_specialize=["end", "S"])
 def weights_kernel(
-    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p, grad1_p, grad1s_p, k_p, v_p, eta_p,
-    lo_p, hi_p, e_p, keys_p, vectors_p, steps_p, outputs_bar_p, parts_p, keys_bar_p, end: tl.int64, S: tl.int64,
+    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p, grad1_p, grad1s_p, k_p, eta_p, lo_p,
+    hi_p, e_p, keys_p, vectors_p, steps_p, outputs_bar_p, parts_p, keys_bar_p, end: tl.int64, S: tl.int64,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
-    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, OWN: tl.constexpr,
-    DGD: tl.constexpr,
+    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, DGD: tl.constexpr,
 ):
-    """adj: of the new deviations on entry, of the old on return; grad: the shared base's, added to. parts [B H, M, N / NT, 2, D, C]: of k
-    and v; keys_bar [B H, M, N / NT, C, D]."""
+    """adj: of the new deviations on entry, of the old on return, but for what reaches M(v); grad: the shared base's, added to. parts [B H, M,
+    N / NT, 2, D, C], first half: of k; keys_bar [B H, M, N / NT, C, D]."""
     g = tl.program_id(0).to(tl.int64)
     m = M0 + tl.program_id(1)
     tile = tl.program_id(2)
@@ -239,19 +240,9 @@ def weights_kernel(
                     k_bar += tl.dot(tl.trans(delta2), erased, input_precision="ieee")
                 tl.store(parts_p + wide, k_bar)
                 tl.store(keys_bar_p + c[:, None] * D + d[None, :], -tl.dot(tl.trans(u.to(dtype)), adj2, input_precision="ieee"))
-                t_bar = tl.load(outputs_bar_p + D * C + wide)
-                v_bar = tl.where(tile == 0, t_bar, 0.0)
-                if OWN:
-                    v = columns(v_p, b, h, end - C + c, S, H, D)
-                    at_v, slope_v = sigma_and_slope(tl.dot(w2, v, input_precision="ieee"), ACT)
-                    zv_bar = (slope_v * tl.dot(tl.trans(w1), t_bar.to(dtype), input_precision="ieee")).to(dtype)
-                    acc1 = tl.dot(t_bar.to(dtype), tl.trans(at_v.to(dtype)), acc1, input_precision="ieee")
-                    acc2 = tl.dot(zv_bar, tl.trans(v), acc2, input_precision="ieee")
-                    v_bar += tl.dot(tl.trans(w2), zv_bar, input_precision="ieee")
-                tl.store(parts_p + D * C + wide, v_bar)
             tl.store(adj1_p + at1, keep * tl.load(adj1_p + at1) + acc1)
             if HAS_BASE:
-                tl.store(grad1_p + at1, tl.load(grad1_p + at1) + acc1)
+                add(grad1_p, at1, acc1)
         elif MS > 0:
             s = m - MF
             at1s = (g * MS + s) * N + n
@@ -274,26 +265,20 @@ def weights_kernel(
                 gain = tl.load(steps_p + c)
                 step = gain * tl.load(vectors_p + (g * 3 + 1) * C + c)
                 k = columns(k_p, b, h, end - C + c, S, H, D)
-                v = columns(v_p, b, h, end - C + c, S, H, D)
                 keys = _keys(keys_p, g, c, C, D)
                 es = tl.load(e_p + own * D * C + c)
                 y_bar = tl.load(outputs_bar_p + c)
-                t_bar = tl.load(outputs_bar_p + D * C + c)
                 a, slope, curve = sigma_two(tl.dot(w2, k, input_precision="ieee"), ACT)
-                at_v, slope_v = sigma_and_slope(tl.dot(w2, v, input_precision="ieee"), ACT)
                 back = w1s[:, None] * es[None, :]
                 u_bar = -tl.dot(adj2, keys.to(dtype), input_precision="ieee")
                 d_bar = gain[None, :] * u_bar + tl.load(steps_p + 2 * C + c)[None, :] * slope * back
                 a_bar = tl.load(steps_p + C + c)[None, :] * a
                 a_bar += w1s[:, None] * y_bar[None, :] - adj1s[:, None] * (step * es)[None, :]
                 z_bar = (slope * a_bar + curve * back * d_bar).to(dtype)
-                zv_bar = (slope_v * w1s[:, None] * t_bar[None, :]).to(dtype)
-                acc1s += tl.sum(slope * d_bar * es[None, :] + a * y_bar[None, :] + at_v * t_bar[None, :], 1)
+                acc1s += tl.sum(slope * d_bar * es[None, :] + a * y_bar[None, :], 1)
                 acc2 = tl.dot(z_bar, tl.trans(k), acc2, input_precision="ieee")
-                acc2 = tl.dot(zv_bar, tl.trans(v), acc2, input_precision="ieee")
                 u = gain[None, :] * slope * back
                 k_bar = tl.dot(tl.trans(w2), z_bar, input_precision="ieee")
-                v_bar = tl.dot(tl.trans(w2), zv_bar, input_precision="ieee")
                 carry = tl.zeros([CT], tl.float32)
                 if DGD:
                     carry = tl.load(vectors_p + g * 3 * C + c) * tl.load(eta_p + (b * S + end - C + c) * H + h)
@@ -308,22 +293,19 @@ def weights_kernel(
                     skip_erased = -carry * tl.sum(skip_adj[:, None] * keys, 0)
                     k_bar += skip_delta[:, None] * skip_erased[None, :]
                     k_bar += tl.where(tile == 0, skip_w[:, None] * y_bar[None, :], 0.0)
-                    v_bar += tl.where(tile == 0, skip_w[:, None] * t_bar[None, :], 0.0)
-                    skip_acc += tl.sum(k32 * y_bar[None, :] + v.to(tl.float32) * t_bar[None, :], 1)
+                    skip_acc += tl.sum(k32 * y_bar[None, :], 1)
                     skip_erase += tl.sum(k32 * skip_erased[None, :], 1)
                     skip_u = gain * es + carry * tl.sum(skip_delta[:, None] * k32, 0)
                     keys_bar -= skip_u[:, None] * skip_adj[None, :]
                 tl.store(parts_p + wide, k_bar)
-                tl.store(parts_p + D * C + wide, v_bar)
                 tl.store(keys_bar_p + c[:, None] * D + d[None, :], keys_bar)
             tl.store(adj1s_p + at1s, keep * adj1s + acc1s)
             if HAS_BASE:
-                tl.store(grad1s_p + at1s, tl.load(grad1s_p + at1s) + acc1s)
+                add(grad1s_p, at1s, acc1s)
             if SKIP:
                 tl.store(adj2_p + g * R * D + skip_off, keep * skip_adj + skip_erase + skip_acc, mask=tile == 0)
                 if HAS_BASE:
-                    grad_at = grad2_p + g * R * D + skip_off
-                    tl.store(grad_at, tl.load(grad_at, mask=tile == 0, other=0.0) + skip_acc, mask=tile == 0)
+                    add_where(grad2_p, g * R * D + skip_off, skip_acc, tile == 0)
         tl.store(adj2_p + at2, keep * tl.load(adj2_p + at2) + erase2 + acc2)
         if HAS_BASE:
-            tl.store(grad2_p + at2, tl.load(grad2_p + at2) + acc2)
+            add(grad2_p, at2, acc2)
