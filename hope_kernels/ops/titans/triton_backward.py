@@ -3,7 +3,7 @@
 The span is read again, chunk by chunk of the faster clock, with the forward's kernels, and the deviations at the start of every chunk are
 kept; k, v, eta and alpha of its tokens are read again from them. Then the chunks in reverse: the commits that close one, and its reads.
 
-    per commit   clock, errors, sums, steps, hidden, targets, weights, values, clock_adjoint, collect (twice)
+    per commit   clock, errors, sums, steps, hidden, targets, inputs, outputs, values, clock_adjoint, collect (twice)
     per chunk    read_adjoint, collect (twice)
 
 Adjoints of deviations and of the shared base are fp32 buffers laid out like the state, advanced in place; every sum has one order, that of
@@ -24,10 +24,11 @@ from .chunked import TokenInputs
 from .fast_weights import FastWeights, Layout, TitansState
 from .triton import titans_triton
 from .triton_backward_clock import clock_adjoint_kernel, clock_kernel
+from .triton_backward_hidden import hidden_kernel, sums_kernel
 from .triton_backward_read import collect_kernel, read_adjoint_kernel, reread_kernel, values_kernel
 from .triton_backward_tiles import constants, group_constants
 from .triton_backward_tokens import errors_kernel, steps_kernel, targets_kernel
-from .triton_backward_write import hidden_kernel, sums_kernel, weights_kernel
+from .triton_backward_write import inputs_kernel, outputs_kernel
 from .triton_spans import CARRIED, Call, Span
 from .triton_tiles import chunks_of, groups
 
@@ -181,13 +182,13 @@ class _Span:
     def _commit(self, deltas: list[Tensor | None], M0: int, M1: int, C: int, end: int) -> None:
         made = group_constants(self.config, self.dtype.itemsize, M0, M1, C)
         s, back, D, M = self.slots, self.back, self.D, len(self.config.memories)
-        NT = made["weights"]["NT"]
+        NT = made["inputs"]["NT"]
         tiles, per_token = self.config.hidden // NT, (self.G, M1 - M0)
         products, gram, products_bar, gram_bar = (self._scratch(C, C) for _ in range(4))
         keys, solved, vectors, vectors_bar = self._scratch(C, D), self._scratch(C, D), self._scratch(3, C), self._scratch(2, C)
         e, target, sizes, steps = self._scratch(M, D, C), self._scratch(M, D, C), self._scratch(M, 2, C), self._scratch(M, 9, C)
         sums, parts, outputs_bar = self._scratch(M, tiles, 6, C), self._scratch(M, tiles, 2, D, C), self._scratch(M, 2, D, C)
-        keys_bar = self._scratch(M, tiles, C, D)
+        keys_bar, u_bar = self._scratch(M, tiles, C, D), self._scratch(M, self.config.hidden, C)
         dot = self.config.objective == "dot"
         scale = 1.0 if dot else self.config.grad_scale
         at, weights, adjoints = (end, self.S), self._weights(deltas), self._adjoints()
@@ -196,13 +197,19 @@ class _Span:
         clock_kernel[(self.G,)](s["k"], s["eta"], s["alpha"], *place, products, gram, keys, vectors, *at, **made["clock"])
         c = made["errors"]
         errors_kernel[(*per_token, C // c["CT"])](*weights, s["k"], s["v"], *place, e, target, sizes, *at, scale, **c)
-        sums_kernel[own](*weights, *adjoints[:3], s["k"], *place, e, keys, sums, *at, **made["sums"])
+        sums_kernel[own](*weights, *adjoints[:3], s["k"], *place, e, keys, u_bar, sums, *at, **made["sums"])
         steps_kernel[per_token](s["eta"], *place, sums, sizes, gram, vectors, steps, *at, scale, **made["steps"])
-        hidden_kernel[own](*weights, *adjoints[:3], s["k"], *place, e, keys, vectors, steps, parts, *at, **made["hidden"])
+        hidden_kernel[own](
+            *weights, *adjoints[:3], s["k"], s["eta"], *place, e, keys, vectors, steps, u_bar, parts, keys_bar, *at, **made["hidden"])
         c = made["targets"]
         targets_kernel[(*per_token, C // c["CT"])](*place, e, target, sizes, steps, parts, outputs_bar, end, scale, **c)
-        weights_kernel[own](
-            *weights, *adjoints, s["k"], s["eta"], *place, e, keys, vectors, steps, outputs_bar, parts, keys_bar, *at, **made["weights"])
+        inputs_kernel[own](
+            *weights, *adjoints, s["k"], s["eta"], *place, e, keys, vectors, steps, u_bar, outputs_bar, parts, *at, **made["inputs"])
+        if full := min(M1, len(self.layout.full)) - M0:
+            base2, base1, _, delta2, delta1, _ = weights
+            outputs_kernel[(self.G, full, tiles)](
+                base2, base1, delta2, delta1, adjoints[1], adjoints[4], s["k"], *place, e, vectors, steps, u_bar, outputs_bar, *at,
+                **made["outputs"])
         values_kernel[own](*weights, *adjoints, s["v"], *place, outputs_bar, parts, *at, **made["values"])
         clock_adjoint_kernel[(self.G,)](
             s["k"], s["eta"], *place, products, gram, keys, vectors, steps, sums, keys_bar, solved, products_bar, gram_bar, vectors_bar,

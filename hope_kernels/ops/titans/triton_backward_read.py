@@ -156,8 +156,8 @@ def values_kernel(
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
     C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, OWN: tl.constexpr,
 ):
-    """outputs_bar [B H, M, 2, D, C], second half: adjoint of M(v). Adds to adj and grad; parts [B H, M, N / NT, 2, D, C], second half: of v.
-    Without own values it is v that receives outputs_bar, from all but the scalar memories."""
+    """outputs_bar [B H, M, 2, D, C], second half: adjoint of M(v). Adds to adj and grad; parts [B H, M, N / NT, 2, D, C], second half: of
+    v. Without own values it is v that receives outputs_bar, from all but the scalar memories."""
     g = tl.program_id(0).to(tl.int64)
     m = M0 + tl.program_id(1)
     tile = tl.program_id(2)

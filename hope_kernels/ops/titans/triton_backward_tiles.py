@@ -64,9 +64,10 @@ def group_constants(config: TitansConfig, itemsize: int, M0: int, M1: int, C: in
         "errors": shape | acts | target | {"OWN": config.own_values, "CT": t.CT, "NT": t.NT, "num_warps": t.warps},
         "sums": shape | acts | own,
         "steps": {"H": config.num_heads, "C": C, "M": M, "M0": M0, "TILES": tiles_of_N, "num_warps": 4} | clip,
-        "hidden": shape | acts | own,
+        "hidden": shape | acts | own | {"DGD": config.dgd},
         "targets": token | target | {"MF": shape["MF"], "MS": shape["MS"], "M0": M0, "CT": min(C, 16), "TILES": tiles_of_N, "num_warps": 4},
-        "weights": shape | acts | own | {"DGD": config.dgd},
+        "inputs": shape | acts | own | {"DGD": config.dgd},
+        "outputs": {k: v for k, v in (shape | acts | own).items() if k != "SKIP"},
         "values": shape | acts | own | {"OWN": config.own_values},
         "clock_adjoint": token | decay | clip | {"M": M, "M0": M0, "M1": M1, "TILES": tiles_of_N},
         "collect": token | {"M": M, "M0": M0, "M1": M1, "TILES": tiles_of_N, "FULL": True, "num_warps": 4},
@@ -81,9 +82,9 @@ def _shape(config: TitansConfig) -> dict[str, int]:
 
 def specializations() -> Iterator[Specialization]:
     """Every kernel on the rows people use and at the corners, in bf16; two clocks and the presets on one row each."""
-    from . import triton_backward_clock, triton_backward_read, triton_backward_tokens, triton_backward_write
+    from . import triton_backward_clock, triton_backward_hidden, triton_backward_read, triton_backward_tokens, triton_backward_write
 
-    modules = (triton_backward_clock, triton_backward_read, triton_backward_tokens, triton_backward_write)
+    modules = (triton_backward_clock, triton_backward_hidden, triton_backward_read, triton_backward_tokens, triton_backward_write)
     for config, row in _rows():
         made = constants(config, 2)
         made = {n: consts | ({"M0": 1, "M1": len(config.memories)} if n == "collect" else {}) for n, consts in made.items()}
@@ -110,7 +111,7 @@ def _rows() -> Iterator[tuple[TitansConfig, str]]:
 
 _INPUTS = ("x_p", "q_p", "k_p", "v_p", "do_p")  # in the input dtype
 _WHOLE = ("slot", "S", "end", "half")
-_PRODUCTS = ("reread", "read_adjoint", "errors", "sums", "hidden", "weights", "values")
+_PRODUCTS = ("reread", "read_adjoint", "errors", "sums", "hidden", "inputs", "outputs", "values")
 
 
 def _specialization(name: str, fn: Any, consts: dict, row: str) -> Specialization:

@@ -1,9 +1,9 @@
 """The commit backwards, what is done per hidden unit: grid (B H, memories, N / NT), C tokens in tiles of CT.
 
-    sums_kernel      what the step sizes need of all hidden units, by tiles
-    hidden_kernel    this tile's part of the adjoint of e
-    weights_kernel   adjoints of the weights, and this tile's parts of those of k and Kg
-    values_kernel    the same for M(v), which is a read backwards (triton_backward_read.py)
+    sums_kernel, hidden_kernel    triton_backward_hidden.py
+    inputs_kernel                 adjoint of w2 (and of a scalar memory's w1s), and this tile's part of that of k
+    outputs_kernel                adjoint of w1
+    values_kernel                 M(v), which is a read backwards: triton_backward_read.py
 
 Forwards (memory.py), with z = w2 k, a = sigma(z), back = w1^T e, d = sigma'(z) back, carry = eta before, step = gain end:
 
@@ -21,7 +21,8 @@ Backwards, with adj2, adj1 the adjoints of delta2', delta1':
     adj delta2 = keep adj2 + (carry u_bar) k^T + w2_bar                    adj delta1 = keep adj1 + w1_bar
 
 y_bar, t_bar: adjoints of M(k) and M(v). w_bar goes to the shared base as well. A skip row is a row of w2 whose d is e itself.
-FLOPs a token and memory: 14 D N and 2 D N (delta2 k) + 2 D N (Kg) each time they are needed again; bytes: the weights and adjoints, fp32.
+FLOPs a token and memory: 16 D N and 8 D N; bytes: the weights, their adjoints and the shared gradient, fp32. One kernel for all of it needs
+more than 255 registers on sm_80: it would hold five weight tiles in two orientations.
 """
 
 import triton
@@ -29,159 +30,19 @@ import triton.language as tl
 
 from .triton_backward_common import columns, commits_here, sigma_two
 from .triton_backward_evaluate import add, add_where
+from .triton_backward_hidden import kg_columns
 from .triton_common import sigma_and_slope, weight
 
 
-@triton.jit
-def _keys(keys_p, g, c, C: tl.constexpr, D: tl.constexpr):
-    """Kg as columns [D, CT]."""
-    return tl.load(keys_p + (g * C + c)[None, :] * D + tl.arange(0, D)[:, None])
-
-
 @triton.jit(do_not_specialize=["end", "S"])
-def sums_kernel(
-    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, k_p, lo_p, hi_p, e_p, keys_p, sums_p,
-    end: tl.int64, S: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
-    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr,
-):
-    """sums [B H, M, N / NT, 6, C]: |a|^2, |d|^2, gain', carry', step', and keep' in the first place of the last row."""
-    g = tl.program_id(0).to(tl.int64)
-    m = M0 + tl.program_id(1)
-    tile = tl.program_id(2)
-    b, h = g // H, g % H
-    if commits_here(lo_p, hi_p, b, end):
-        d = tl.arange(0, D)
-        n = tile * NT + tl.arange(0, NT)
-        own = g * (MF + MS) + m
-        dtype = k_p.dtype.element_ty
-        off2 = (m * N + n[:, None]) * D + d[None, :]
-        delta2 = tl.load(delta2_p + g * R * D + off2)
-        adj2 = tl.load(adj2_p + g * R * D + off2)
-        keep_bar = tl.sum(tl.sum(delta2 * adj2, 1), 0)
-        w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(dtype)
-        delta2, adj2 = delta2.to(dtype), adj2.to(dtype)
-        sums_p += (own * (N // NT) + tile) * 6 * C
-        if m < MF:
-            off1 = m * D * N + d[None, :] * N + n[:, None]
-            w1 = weight(delta1_p, base1_p, g * MF * D * N + off1, h * MF * D * N + off1, HAS_BASE).to(dtype)
-            adj1 = tl.load(adj1_p + g * MF * D * N + off1)
-            keep_bar += tl.sum(tl.sum(tl.load(delta1_p + g * MF * D * N + off1) * adj1, 1), 0)
-            for c0 in range(0, C, CT):
-                c = c0 + tl.arange(0, CT)
-                k = columns(k_p, b, h, end - C + c, S, H, D)
-                a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), ACT)
-                e = tl.load(e_p + (own * D + d[:, None]) * C + c[None, :]).to(dtype)
-                grad = slope * tl.dot(w1, e, input_precision="ieee")
-                u_bar = -tl.dot(adj2, _keys(keys_p, g, c, C, D).to(dtype), input_precision="ieee")
-                tl.store(sums_p + c, tl.sum(a * a, 0))
-                tl.store(sums_p + C + c, tl.sum(grad * grad, 0))
-                tl.store(sums_p + 2 * C + c, tl.sum(u_bar * grad, 0))
-                tl.store(sums_p + 3 * C + c, tl.sum(u_bar * tl.dot(delta2, k, input_precision="ieee"), 0))
-                tl.store(sums_p + 4 * C + c, -tl.sum(a * tl.dot(adj1.to(dtype), e, input_precision="ieee"), 0))
-        elif MS > 0:
-            s = m - MF
-            w1s = weight(delta1s_p, base1s_p, (g * MS + s) * N + n, (h * MS + s) * N + n, HAS_BASE)
-            adj1s = tl.load(adj1s_p + (g * MS + s) * N + n)
-            keep_bar += tl.sum(adj1s * tl.load(delta1s_p + (g * MS + s) * N + n), 0)
-            skip = tl.zeros([D], tl.float32)
-            skip_adj = tl.zeros([D], tl.float32)
-            if SKIP:
-                skip_at = (g * R + (MF + MS) * N + s) * D + d
-                skip = tl.load(delta2_p + skip_at, mask=tile == 0, other=0.0)
-                skip_adj = tl.load(adj2_p + skip_at, mask=tile == 0, other=0.0)
-                keep_bar += tl.sum(skip * skip_adj, 0)
-            for c0 in range(0, C, CT):
-                c = c0 + tl.arange(0, CT)
-                k = columns(k_p, b, h, end - C + c, S, H, D)
-                keys = _keys(keys_p, g, c, C, D)
-                a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), ACT)
-                es = tl.load(e_p + own * D * C + c)
-                grad = slope * w1s[:, None] * es[None, :]
-                u_bar = -tl.dot(adj2, keys.to(dtype), input_precision="ieee")
-                gain_bar = tl.sum(u_bar * grad, 0)
-                carry_bar = tl.sum(u_bar * tl.dot(delta2, k, input_precision="ieee"), 0)
-                if SKIP:
-                    skip_u = -tl.sum(skip_adj[:, None] * keys, 0)
-                    gain_bar += skip_u * es
-                    carry_bar += skip_u * tl.sum(skip[:, None] * k.to(tl.float32), 0)
-                tl.store(sums_p + c, tl.sum(a * a, 0))
-                tl.store(sums_p + C + c, tl.sum(grad * grad, 0))
-                tl.store(sums_p + 2 * C + c, gain_bar)
-                tl.store(sums_p + 3 * C + c, carry_bar)
-                tl.store(sums_p + 4 * C + c, -es * tl.sum(a * adj1s[:, None], 0))
-        tl.store(sums_p + 5 * C, keep_bar)
-
-
-@triton.jit(do_not_specialize=["end", "S"])
-def hidden_kernel(
-    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, k_p, lo_p, hi_p, e_p, keys_p, vectors_p, steps_p,
-    parts_p, end: tl.int64, S: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
-    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr,
-):
-    """parts [B H, M, N / NT, 2, D, C], first half: the adjoint of e (first row: of a scalar memory's)."""
-    g = tl.program_id(0).to(tl.int64)
-    m = M0 + tl.program_id(1)
-    tile = tl.program_id(2)
-    b, h = g // H, g % H
-    if commits_here(lo_p, hi_p, b, end):
-        d = tl.arange(0, D)
-        n = tile * NT + tl.arange(0, NT)
-        own = g * (MF + MS) + m
-        dtype = k_p.dtype.element_ty
-        off2 = (m * N + n[:, None]) * D + d[None, :]
-        w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(dtype)
-        adj2 = tl.load(adj2_p + g * R * D + off2).to(dtype)
-        parts_p += (own * (N // NT) + tile) * 2 * D * C
-        steps_p += own * 9 * C
-        if m < MF:
-            off1 = m * D * N + d[:, None] * N + n[None, :]
-            w1 = weight(delta1_p, base1_p, g * MF * D * N + off1, h * MF * D * N + off1, HAS_BASE).to(dtype)
-            adj1 = tl.load(adj1_p + g * MF * D * N + off1).to(dtype)
-            for c0 in range(0, C, CT):
-                c = c0 + tl.arange(0, CT)
-                gain = tl.load(steps_p + c)
-                step = gain * tl.load(vectors_p + (g * 3 + 1) * C + c)
-                a, slope = sigma_and_slope(tl.dot(w2, columns(k_p, b, h, end - C + c, S, H, D), input_precision="ieee"), ACT)
-                e = tl.load(e_p + (own * D + d[:, None]) * C + c[None, :]).to(dtype)
-                grad = slope * tl.dot(tl.trans(w1), e, input_precision="ieee")
-                u_bar = -tl.dot(adj2, _keys(keys_p, g, c, C, D).to(dtype), input_precision="ieee")
-                back_bar = slope * (gain[None, :] * u_bar + tl.load(steps_p + 2 * C + c)[None, :] * grad)
-                e_bar = tl.dot(w1, back_bar.to(dtype), input_precision="ieee")
-                e_bar -= tl.dot(adj1, a.to(dtype), input_precision="ieee") * step[None, :]
-                tl.store(parts_p + d[:, None] * C + c[None, :], e_bar)
-        elif MS > 0:
-            s = m - MF
-            w1s = weight(delta1s_p, base1s_p, (g * MS + s) * N + n, (h * MS + s) * N + n, HAS_BASE)
-            adj1s = tl.load(adj1s_p + (g * MS + s) * N + n)
-            skip_adj = tl.zeros([D], tl.float32)
-            if SKIP:
-                skip_adj = tl.load(adj2_p + (g * R + (MF + MS) * N + s) * D + d, mask=tile == 0, other=0.0)
-            for c0 in range(0, C, CT):
-                c = c0 + tl.arange(0, CT)
-                gain = tl.load(steps_p + c)
-                step = gain * tl.load(vectors_p + (g * 3 + 1) * C + c)
-                keys = _keys(keys_p, g, c, C, D)
-                a, slope = sigma_and_slope(tl.dot(w2, columns(k_p, b, h, end - C + c, S, H, D), input_precision="ieee"), ACT)
-                grad = slope * w1s[:, None] * tl.load(e_p + own * D * C + c)[None, :]
-                u_bar = -tl.dot(adj2, keys.to(dtype), input_precision="ieee")
-                back_bar = slope * (gain[None, :] * u_bar + tl.load(steps_p + 2 * C + c)[None, :] * grad)
-                es_bar = tl.sum(w1s[:, None] * back_bar, 0) - step * tl.sum(adj1s[:, None] * a, 0)
-                if SKIP:
-                    es_bar -= gain * tl.sum(skip_adj[:, None] * keys, 0)
-                tl.store(parts_p + c, es_bar)
-
-
-@triton.jit(do_not_specialize=["end", "S"])
-def weights_kernel(
+def inputs_kernel(
     base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p, grad1_p, grad1s_p, k_p, eta_p, lo_p,
-    hi_p, e_p, keys_p, vectors_p, steps_p, outputs_bar_p, parts_p, keys_bar_p, end: tl.int64, S: tl.int64,
+    hi_p, e_p, keys_p, vectors_p, steps_p, u_bar_p, outputs_bar_p, parts_p, end: tl.int64, S: tl.int64,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
     C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, DGD: tl.constexpr,
 ):
-    """adj: of the new deviations on entry, of the old on return, but for what reaches M(v); grad: the shared base's, added to. parts [B H, M,
-    N / NT, 2, D, C], first half: of k; keys_bar [B H, M, N / NT, C, D]."""
+    """adj2 (and adj1s): of the new deviations on entry, of the old on return; grad: the shared base's, added to. parts [B H, M, N / NT, 2,
+    D, C], first half: of k."""
     g = tl.program_id(0).to(tl.int64)
     m = M0 + tl.program_id(1)
     tile = tl.program_id(2)
@@ -196,11 +57,9 @@ def weights_kernel(
         at2 = g * R * D + off2
         w2 = weight(delta2_p, base2_p, at2, h * R * D + off2, HAS_BASE).to(dtype)
         delta2 = tl.load(delta2_p + at2).to(dtype)
-        adj2 = tl.load(adj2_p + at2).to(dtype)
         acc2 = tl.zeros([NT, D], tl.float32)
         erase2 = tl.zeros([NT, D], tl.float32)
         parts_p += (own * (N // NT) + tile) * 2 * D * C
-        keys_bar_p += (own * (N // NT) + tile) * C * D
         outputs_bar_p += own * 2 * D * C
         steps_p += own * 9 * C
         if m < MF:
@@ -208,7 +67,6 @@ def weights_kernel(
             at1 = g * MF * D * N + off1
             w1 = weight(delta1_p, base1_p, at1, h * MF * D * N + off1, HAS_BASE).to(dtype)
             adj1 = tl.load(adj1_p + at1).to(dtype)
-            acc1 = tl.zeros([D, NT], tl.float32)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)
                 wide = d[:, None] * C + c[None, :]
@@ -217,32 +75,24 @@ def weights_kernel(
                 a, slope, curve = sigma_two(tl.dot(w2, k, input_precision="ieee"), ACT)
                 e = tl.load(e_p + own * D * C + wide).to(dtype)
                 back = tl.dot(tl.trans(w1), e, input_precision="ieee")
-                u_bar = -tl.dot(adj2, _keys(keys_p, g, c, C, D).to(dtype), input_precision="ieee")
+                u_bar = tl.load(u_bar_p + (own * N + n[:, None]) * C + c[None, :])
                 d_bar = gain[None, :] * u_bar + tl.load(steps_p + 2 * C + c)[None, :] * slope * back
-                acc1 = tl.dot(e, tl.trans((slope * d_bar).to(dtype)), acc1, input_precision="ieee")
                 z_bar = curve * back * d_bar
-                u = gain[None, :] * slope * back
                 step = gain * tl.load(vectors_p + (g * 3 + 1) * C + c)
                 y_bar = tl.load(outputs_bar_p + wide)
                 a_bar = tl.load(steps_p + C + c)[None, :] * a
                 a_bar -= step[None, :] * tl.dot(tl.trans(adj1), e, input_precision="ieee")
                 a_bar += tl.dot(tl.trans(w1), y_bar.to(dtype), input_precision="ieee")
                 z_bar = (z_bar + slope * a_bar).to(dtype)
-                acc1 = tl.dot(y_bar.to(dtype), tl.trans(a.to(dtype)), acc1, input_precision="ieee")
                 acc2 = tl.dot(z_bar, tl.trans(k), acc2, input_precision="ieee")
                 k_bar = tl.where(tile == 0, y_bar, 0.0)
                 k_bar += tl.dot(tl.trans(w2), z_bar, input_precision="ieee")
                 if DGD:
                     carry = tl.load(vectors_p + g * 3 * C + c) * tl.load(eta_p + (b * S + end - C + c) * H + h)
-                    u += carry[None, :] * tl.dot(delta2, k, input_precision="ieee")
                     erased = (carry[None, :] * u_bar).to(dtype)
                     erase2 = tl.dot(erased, tl.trans(k), erase2, input_precision="ieee")
                     k_bar += tl.dot(tl.trans(delta2), erased, input_precision="ieee")
                 tl.store(parts_p + wide, k_bar)
-                tl.store(keys_bar_p + c[:, None] * D + d[None, :], -tl.dot(tl.trans(u.to(dtype)), adj2, input_precision="ieee"))
-            tl.store(adj1_p + at1, keep * tl.load(adj1_p + at1) + acc1)
-            if HAS_BASE:
-                add(grad1_p, at1, acc1)
         elif MS > 0:
             s = m - MF
             at1s = (g * MS + s) * N + n
@@ -265,40 +115,33 @@ def weights_kernel(
                 gain = tl.load(steps_p + c)
                 step = gain * tl.load(vectors_p + (g * 3 + 1) * C + c)
                 k = columns(k_p, b, h, end - C + c, S, H, D)
-                keys = _keys(keys_p, g, c, C, D)
                 es = tl.load(e_p + own * D * C + c)
                 y_bar = tl.load(outputs_bar_p + c)
                 a, slope, curve = sigma_two(tl.dot(w2, k, input_precision="ieee"), ACT)
                 back = w1s[:, None] * es[None, :]
-                u_bar = -tl.dot(adj2, keys.to(dtype), input_precision="ieee")
+                u_bar = tl.load(u_bar_p + (own * N + n[:, None]) * C + c[None, :])
                 d_bar = gain[None, :] * u_bar + tl.load(steps_p + 2 * C + c)[None, :] * slope * back
                 a_bar = tl.load(steps_p + C + c)[None, :] * a
                 a_bar += w1s[:, None] * y_bar[None, :] - adj1s[:, None] * (step * es)[None, :]
                 z_bar = (slope * a_bar + curve * back * d_bar).to(dtype)
                 acc1s += tl.sum(slope * d_bar * es[None, :] + a * y_bar[None, :], 1)
                 acc2 = tl.dot(z_bar, tl.trans(k), acc2, input_precision="ieee")
-                u = gain[None, :] * slope * back
                 k_bar = tl.dot(tl.trans(w2), z_bar, input_precision="ieee")
                 carry = tl.zeros([CT], tl.float32)
                 if DGD:
                     carry = tl.load(vectors_p + g * 3 * C + c) * tl.load(eta_p + (b * S + end - C + c) * H + h)
-                    u += carry[None, :] * tl.dot(delta2, k, input_precision="ieee")
                     erased = (carry[None, :] * u_bar).to(dtype)
                     erase2 = tl.dot(erased, tl.trans(k), erase2, input_precision="ieee")
                     k_bar += tl.dot(tl.trans(delta2), erased, input_precision="ieee")
-                keys_bar = -tl.dot(tl.trans(u.to(dtype)), adj2, input_precision="ieee")
                 if SKIP:
                     # skip_adj is zero behind the first tile, and with it all but skip_w's part
                     k32 = k.to(tl.float32)
-                    skip_erased = -carry * tl.sum(skip_adj[:, None] * keys, 0)
+                    skip_erased = -carry * tl.sum(skip_adj[:, None] * kg_columns(keys_p, g, c, C, D), 0)
                     k_bar += skip_delta[:, None] * skip_erased[None, :]
                     k_bar += tl.where(tile == 0, skip_w[:, None] * y_bar[None, :], 0.0)
                     skip_acc += tl.sum(k32 * y_bar[None, :], 1)
                     skip_erase += tl.sum(k32 * skip_erased[None, :], 1)
-                    skip_u = gain * es + carry * tl.sum(skip_delta[:, None] * k32, 0)
-                    keys_bar -= skip_u[:, None] * skip_adj[None, :]
                 tl.store(parts_p + wide, k_bar)
-                tl.store(keys_bar_p + c[:, None] * D + d[None, :], keys_bar)
             tl.store(adj1s_p + at1s, keep * adj1s + acc1s)
             if HAS_BASE:
                 add(grad1s_p, at1s, acc1s)
@@ -309,3 +152,42 @@ def weights_kernel(
         tl.store(adj2_p + at2, keep * tl.load(adj2_p + at2) + erase2 + acc2)
         if HAS_BASE:
             add(grad2_p, at2, acc2)
+
+
+@triton.jit(do_not_specialize=["end", "S"])
+def outputs_kernel(
+    base2_p, base1_p, delta2_p, delta1_p, adj1_p, grad1_p, k_p, lo_p, hi_p, e_p, vectors_p, steps_p, u_bar_p, outputs_bar_p,
+    end: tl.int64, S: tl.int64,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
+    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr,
+):
+    """adj1 and grad1 of the memories with D outputs, after ``inputs_kernel``, which needs adj1 as it was."""
+    g = tl.program_id(0).to(tl.int64)
+    m = M0 + tl.program_id(1)
+    b, h = g // H, g % H
+    if commits_here(lo_p, hi_p, b, end):
+        d = tl.arange(0, D)
+        n = tl.program_id(2) * NT + tl.arange(0, NT)
+        own = g * (MF + MS) + m
+        dtype = k_p.dtype.element_ty
+        off2, off1 = (m * N + n[:, None]) * D + d[None, :], m * D * N + d[:, None] * N + n[None, :]
+        at1 = g * MF * D * N + off1
+        w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(dtype)
+        w1 = weight(delta1_p, base1_p, at1, h * MF * D * N + off1, HAS_BASE).to(dtype)
+        acc1 = tl.zeros([D, NT], tl.float32)
+        steps_p += own * 9 * C
+        for c0 in range(0, C, CT):
+            c = c0 + tl.arange(0, CT)
+            wide = own * D * C + d[:, None] * C + c[None, :]
+            k = columns(k_p, b, h, end - C + c, S, H, D)
+            a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), ACT)
+            e = tl.load(e_p + wide).to(dtype)
+            grad = slope * tl.dot(tl.trans(w1), e, input_precision="ieee")
+            u_bar = tl.load(u_bar_p + (own * N + n[:, None]) * C + c[None, :])
+            back_bar = slope * (tl.load(steps_p + c)[None, :] * u_bar + tl.load(steps_p + 2 * C + c)[None, :] * grad)
+            acc1 = tl.dot(e, tl.trans(back_bar.to(dtype)), acc1, input_precision="ieee")
+            y_bar = tl.load(outputs_bar_p + own * D * C + wide).to(dtype)
+            acc1 = tl.dot(y_bar, tl.trans(a.to(dtype)), acc1, input_precision="ieee")
+        tl.store(adj1_p + at1, tl.load(vectors_p + (g * 3 + 2) * C) * tl.load(adj1_p + at1) + acc1)
+        if HAS_BASE:
+            add(grad1_p, at1, acc1)
