@@ -4,7 +4,7 @@ The span is read again, chunk by chunk of the faster clock, with the forward's k
 kept; k, v, eta and alpha of its tokens are read again from them. Then the chunks in reverse: the commits that close one, and its reads.
 
     per commit   clock, errors, sums, steps, hidden, targets, inputs, outputs, values, clock_adjoint, collect (twice)
-    per chunk    read_adjoint, collect (twice)
+    per chunk    unit_adjoint, read_adjoint, collect (twice)
 
 Adjoints of deviations and of the shared base are fp32 buffers laid out like the state, advanced in place; every sum has one order, that of
 slots, memories and tiles. BACKWARD.md has the equations and what is where.
@@ -25,7 +25,7 @@ from .fast_weights import FastWeights, Layout, TitansState
 from .triton import titans_triton
 from .triton_backward_clock import clock_adjoint_kernel, clock_kernel
 from .triton_backward_hidden import hidden_kernel, sums_kernel
-from .triton_backward_read import collect_kernel, read_adjoint_kernel, reread_kernel, values_kernel
+from .triton_backward_read import collect_kernel, read_adjoint_kernel, reread_kernel, unit_adjoint_kernel, values_kernel
 from .triton_backward_tiles import constants, group_constants
 from .triton_backward_tokens import errors_kernel, steps_kernel, targets_kernel
 from .triton_backward_write import inputs_kernel, outputs_kernel
@@ -77,11 +77,9 @@ class _Span:
     def _zeros(self, *shape, dtype=torch.float32) -> Tensor:
         return torch.zeros(self.B, self.S, *shape, device=self.device, dtype=dtype)
 
-    def _to_slots(self, t: Tensor, dtype=None) -> Tensor:
-        found = self._zeros(*t.shape[2:], dtype=dtype or t.dtype)
+    def _to_slots(self, t: Tensor, into: Tensor) -> None:
         for b, lo, hi in self.rows:
-            found[b, lo:hi] = t[b, : hi - lo]
-        return found
+            into[b, lo:hi] = t[b, : hi - lo]
 
     def _to_tokens(self, t: Tensor, like: Tensor) -> Tensor:
         found = torch.zeros_like(like, dtype=t.dtype)
@@ -92,9 +90,13 @@ class _Span:
     def _lay_out(self, do: Tensor | None) -> None:
         """Tokens and their adjoints in slots; deviations' and bases' adjoints. Scalars are absent from some layers: then None."""
         i, wide, self.slots, self.back = self.inputs, (self.H, self.D), {}, {}
-        self.slots["q"] = self._to_slots(i.q)
-        self.slots["x"] = self._to_slots(i.x) if self.produces else self.slots["q"]
-        self.slots["do"] = self._zeros(*wide, dtype=self.dtype) if do is None else self._to_slots(do)
+        self.read = torch.zeros(2, self.B, self.S, *wide, device=self.device, dtype=self.dtype)
+        self.errors = torch.zeros(3, self.B, self.S, *wide, device=self.device)
+        self._to_slots(i.q, self.read[0])
+        if self.produces:
+            self._to_slots(i.x, self.read[1])
+        if do is not None:
+            self._to_slots(do, self.errors[0])
         self.back |= {n: self._zeros(*wide) for n in ("q", *(("x",) if self.produces else ()))}
         like = {n: getattr(self.state, n) for n in _DELTAS}
         self.adj = [None if t is None else self._adjoint_of(n, t) for n, t in like.items()]
@@ -106,8 +108,10 @@ class _Span:
             if pending is None:
                 continue
             given = getattr(i, short)
-            found = self._zeros(*pending.shape[2:], dtype=pending.dtype) if given is None else self._to_slots(given, pending.dtype)
-            back = self._zeros(*pending.shape[2:])
+            found = self._zeros(*pending.shape[2:], dtype=pending.dtype)
+            back = self.errors[("k", "v").index(short) + 1] if short in ("k", "v") else self._zeros(self.H)
+            if given is not None:
+                self._to_slots(given, found)
             for b, lo, hi in self.rows:
                 found[b, :lo] = pending[b, :lo]
                 if (error := self.adjoint[name]) is not None:
@@ -164,17 +168,19 @@ class _Span:
         c, i, s = constants(self.config, self.dtype.itemsize)["reread"], self.inputs, self.slots
         biases = [s["eta"] if t is None else aligned(t.detach()) for t in (i.eta_bias, i.alpha_bias)]
         reread_kernel[(self.G, len(self.config.memories) - 1, triton.cdiv(self.small, c["CT"]))](
-            s["x"], *self._weights(deltas), s["k"], s["v"], s["eta"], s["alpha"], self.sizes, *biases, *self.place, slot, self.S,
+            self.read[1], *self._weights(deltas), s["k"], s["v"], s["eta"], s["alpha"], self.sizes, *biases, *self.place, slot, self.S,
             self.config.eta_scale, **c)
 
     def _read(self, deltas: list[Tensor | None], slot: int) -> None:
         made, s, back = constants(self.config, self.dtype.itemsize), self.slots, self.back
         c, total, M = made["read_adjoint"], made["collect"], len(self.config.memories) if self.produces else 1
         parts = self._scratch(len(self.config.memories), self.config.hidden // c["NT"], 2, self.D, self.small)
-        errors = [back[n] for n in ("k", "v", "eta", "alpha")] if self.produces else [parts] * 4
+        if self.produces and self.config.qk_l2norm:
+            unit_adjoint_kernel[(self.G, self.small // 16)](
+                s["k"], back["k"], self.sizes, *self.place, slot, self.S, **made["unit_adjoint"])
+        gates = [back["eta"], back["alpha"], self.sizes] if self.produces else [parts] * 3
         read_adjoint_kernel[(self.G, M, self.config.hidden // c["NT"])](
-            s["x"], s["q"], *self._weights(deltas), *self._adjoints(), s["k"] if self.produces else s["q"], s["do"], *errors,
-            self.sizes if self.produces else parts, parts, *self.place, slot, self.S, **c)
+            self.read, *self._weights(deltas), *self._adjoints(), self.errors, *gates, parts, *self.place, slot, self.S, **c)
         for name, M0, M1 in (("q", 0, 1), ("x", 1, M)):
             if M1 > M0:
                 collect_kernel[(self.G, self.small // 16)](parts, back[name], *self.place, slot, self.S, 0, M0=M0, M1=M1, **total)
@@ -204,7 +210,7 @@ class _Span:
         c = made["targets"]
         targets_kernel[(*per_token, C // c["CT"])](*place, e, target, sizes, steps, parts, outputs_bar, end, scale, **c)
         inputs_kernel[own](
-            *weights, *adjoints, s["k"], s["eta"], *place, e, keys, vectors, steps, u_bar, outputs_bar, parts, *at, **made["inputs"])
+            *weights, *adjoints, s["k"], *place, e, vectors, steps, u_bar, outputs_bar, parts, *at, **made["inputs"])
         if full := min(M1, len(self.layout.full)) - M0:
             base2, base1, _, delta2, delta1, _ = weights
             outputs_kernel[(self.G, full, tiles)](

@@ -1,9 +1,9 @@
 """The commit backwards up to the hidden units: grid (B H, memories, N / NT), C tokens in tiles of CT. Equations: triton_backward_write.py.
 
     sums_kernel      u_bar, and what the step sizes need of all hidden units, by tiles
-    hidden_kernel    this tile's parts of the adjoints of e and of Kg
+    hidden_kernel    this tile's parts of the adjoints of e and of Kg, and what goes past the gradient: keep delta2 and delta2 k
 
-FLOPs a token and memory: 10 D N and 12 D N; bytes: the weights and their adjoints, fp32, and u_bar through scratch (L2).
+FLOPs a token and memory: 10 D N and 16 D N; bytes: the weights and their adjoints, fp32, and u_bar through scratch (L2).
 """
 
 import triton
@@ -103,7 +103,8 @@ def hidden_kernel(
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
     C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, DGD: tl.constexpr,
 ):
-    """parts [B H, M, N / NT, 2, D, C], first half: the adjoint of e (first row: of a scalar memory's); keys_bar [B H, M, N / NT, C, D]."""
+    """parts [B H, M, N / NT, 2, D, C]: the adjoints of e (first row: of a scalar memory's) and of k through delta2 k; keys_bar [B H, M,
+    N / NT, C, D]. adj2, of the new deviation on entry, returns as the old one's but for what comes through w2."""
     g = tl.program_id(0).to(tl.int64)
     m = M0 + tl.program_id(1)
     tile = tl.program_id(2)
@@ -117,6 +118,8 @@ def hidden_kernel(
         w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(dtype)
         delta2 = tl.load(delta2_p + g * R * D + off2).to(dtype)
         adj2 = tl.load(adj2_p + g * R * D + off2).to(dtype)
+        keep = tl.load(vectors_p + (g * 3 + 2) * C)
+        erase2 = tl.zeros([NT, D], tl.float32)
         parts_p += (own * (N // NT) + tile) * 2 * D * C
         keys_bar_p += (own * (N // NT) + tile) * C * D
         steps_p += own * 9 * C
@@ -141,6 +144,10 @@ def hidden_kernel(
                 if DGD:
                     carry = tl.load(vectors_p + g * 3 * C + c) * tl.load(eta_p + (b * S + end - C + c) * H + h)
                     u += carry[None, :] * tl.dot(delta2, k, input_precision="ieee")
+                    erased = (carry[None, :] * u_bar).to(dtype)
+                    erase2 = tl.dot(erased, tl.trans(k), erase2, input_precision="ieee")
+                    k_bar = tl.dot(tl.trans(delta2), erased, input_precision="ieee")
+                    tl.store(parts_p + D * C + d[:, None] * C + c[None, :], k_bar)
                 tl.store(keys_bar_p + c[:, None] * D + d[None, :], -tl.dot(tl.trans(u.to(dtype)), adj2, input_precision="ieee"))
         elif MS > 0:
             s = m - MF
@@ -149,6 +156,7 @@ def hidden_kernel(
             skip_at = (g * R + (MF + MS) * N + s) * D + d
             skip = tl.zeros([D], tl.float32)
             skip_adj = tl.zeros([D], tl.float32)
+            skip_erase = tl.zeros([D], tl.float32)
             if SKIP:
                 skip = tl.load(delta2_p + skip_at, mask=tile == 0, other=0.0)
                 skip_adj = tl.load(adj2_p + skip_at, mask=tile == 0, other=0.0)
@@ -165,13 +173,26 @@ def hidden_kernel(
                 es_bar = tl.sum(w1s[:, None] * back_bar, 0) - step * tl.sum(adj1s[:, None] * a, 0)
                 u = gain[None, :] * grad
                 carry = tl.zeros([CT], tl.float32)
+                k_bar = tl.zeros([D, CT], tl.float32)
                 if DGD:
                     carry = tl.load(vectors_p + g * 3 * C + c) * tl.load(eta_p + (b * S + end - C + c) * H + h)
                     u += carry[None, :] * tl.dot(delta2, k, input_precision="ieee")
+                    erased = (carry[None, :] * u_bar).to(dtype)
+                    erase2 = tl.dot(erased, tl.trans(k), erase2, input_precision="ieee")
+                    k_bar = tl.dot(tl.trans(delta2), erased, input_precision="ieee")
                 keys_bar = -tl.dot(tl.trans(u.to(dtype)), adj2, input_precision="ieee")
                 if SKIP:
-                    es_bar -= gain * tl.sum(skip_adj[:, None] * kg_columns(keys_p, g, c, C, D), 0)
-                    skip_u = gain * es + carry * tl.sum(skip[:, None] * k.to(tl.float32), 0)
+                    k32 = k.to(tl.float32)
+                    skip_u_bar = -tl.sum(skip_adj[:, None] * kg_columns(keys_p, g, c, C, D), 0)
+                    es_bar += gain * skip_u_bar
+                    k_bar += skip[:, None] * (carry * skip_u_bar)[None, :]
+                    skip_erase += tl.sum(k32 * (carry * skip_u_bar)[None, :], 1)
+                    skip_u = gain * es + carry * tl.sum(skip[:, None] * k32, 0)
                     keys_bar -= skip_u[:, None] * skip_adj[None, :]
                 tl.store(parts_p + c, es_bar)
+                if DGD:
+                    tl.store(parts_p + D * C + d[:, None] * C + c[None, :], k_bar)
                 tl.store(keys_bar_p + c[:, None] * D + d[None, :], keys_bar)
+            if SKIP:
+                tl.store(adj2_p + skip_at, keep * skip_adj + skip_erase, mask=tile == 0)
+        tl.store(adj2_p + g * R * D + off2, keep * tl.load(adj2_p + g * R * D + off2) + erase2)

@@ -2,6 +2,7 @@
 
     reread_kernel    grid (B H, memories but M_memory, SMALL / CT)   k, v, eta, alpha of one chunk of the faster clock, into the span's
                                                                      slots; sizes: |k| before it is normalised, and the slopes of the gates
+    unit_adjoint     grid (B H, SMALL / CT)                          the normalisation of k backwards
     read_adjoint     grid (B H, memories, N / NT)                    y = M(x) of one chunk backwards, on its hidden units
     values_kernel    grid (B H, memories, N / NT)                    M(v) of a commit backwards, likewise
     collect_kernel   grid (B H, C / 16)                              sums over memories and tiles, in one order, into the tokens
@@ -66,14 +67,33 @@ def reread_kernel(
 
 
 @triton.jit(do_not_specialize=["slot", "S"])
-def read_adjoint_kernel(
-    x_p, q_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p, grad1_p, grad1s_p,
-    k_p, do_p, dk_p, dv_p, deta_p, dalpha_p, sizes_p, parts_p, lo_p, hi_p, slot: tl.int64, S: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, UNIT_K: tl.constexpr,
+def unit_adjoint_kernel(
+    k_p, dk_p, sizes_p, lo_p, hi_p, slot: tl.int64, S: tl.int64, H: tl.constexpr, D: tl.constexpr, CT: tl.constexpr
 ):
-    """do, dk, dv [B, S, H, D] and deta, dalpha [B, S, H]: what came back to the outputs. Adds to adj (deviations) and grad (shared base),
-    laid out like the state; parts [B H, M, N / NT, 2, D, C], its first half: the adjoint of x (of q, from M_memory)."""
+    """dk of the slots read in this chunk: from the adjoint of k = y / max(|y|, 1e-6) to that of y. Grid (B H, SMALL / CT)."""
+    g = tl.program_id(0).to(tl.int64)
+    b, h = g // H, g % H
+    t = slot + tl.program_id(1) * CT + tl.arange(0, CT)
+    live = (t >= tl.load(lo_p + b)) & (t < tl.load(hi_p + b))
+    at = (b * S + t) * H + h
+    wide = at[None, :] * D + tl.arange(0, D)[:, None]
+    error = tl.load(dk_p + wide, mask=live[None, :], other=0.0)
+    unit = tl.load(k_p + wide, mask=live[None, :], other=0.0).to(tl.float32)
+    size = tl.load(sizes_p + at, mask=live, other=1.0)
+    along = tl.where(size > 1e-6, tl.sum(unit * error, 0), 0.0)
+    tl.store(dk_p + wide, (error - along[None, :] * unit) / tl.maximum(size, 1e-6)[None, :], mask=live[None, :])
+
+
+@triton.jit(do_not_specialize=["slot", "S"])
+def read_adjoint_kernel(
+    read_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p, grad1_p, grad1s_p,
+    errors_p, deta_p, dalpha_p, sizes_p, parts_p, lo_p, hi_p, slot: tl.int64, S: tl.int64,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr,
+):
+    """read [2, B, S, H, D]: q, x; errors [3, B, S, H, D] and deta, dalpha [B, S, H]: what came back to o, k, v, eta, alpha. Adds to adj
+    (deviations) and grad (shared base), laid out like the state; parts [B H, M, N / NT, 2, D, C], first half: the adjoint of x (of q,
+    from M_memory)."""
     g = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1)
     tile = tl.program_id(2)
@@ -83,10 +103,12 @@ def read_adjoint_kernel(
         d = tl.arange(0, D)
         n = tile * NT + tl.arange(0, NT)
         off2 = (m * N + n[:, None]) * D + d[None, :]
-        dtype = x_p.dtype.element_ty
+        dtype = read_p.dtype.element_ty
         w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(dtype)
         acc2 = tl.zeros([NT, D], tl.float32)
         plane = tl.num_programs(0) * S
+        read_p += tl.minimum(m, 1) * plane * D
+        errors_p += tl.minimum(m, 2) * plane * D
         parts_p += ((g * (MF + MS) + m) * (N // NT) + tile) * 2 * D * C
         if m < MF:
             off1 = m * D * N + d[:, None] * N + n[None, :]
@@ -97,20 +119,8 @@ def read_adjoint_kernel(
                 live = (t >= lo) & (t < hi)
                 at = (b * S + t) * H + h
                 wide = at[None, :] * D + d[:, None]
-                if m == 0:
-                    x = tl.load(q_p + wide)
-                    y_bar = tl.load(do_p + wide, mask=live[None, :], other=0.0).to(tl.float32)
-                else:
-                    x = tl.load(x_p + wide)
-                    if m == 1:
-                        y_bar = tl.load(dk_p + wide, mask=live[None, :], other=0.0)
-                        if UNIT_K:
-                            unit = tl.load(k_p + wide).to(tl.float32)
-                            size = tl.load(sizes_p + at)
-                            along = tl.where(size > 1e-6, tl.sum(unit * y_bar, 0), 0.0)
-                            y_bar = (y_bar - along[None, :] * unit) / tl.maximum(size, 1e-6)[None, :]
-                    else:
-                        y_bar = tl.load(dv_p + wide, mask=live[None, :], other=0.0)
+                x = tl.load(read_p + wide)
+                y_bar = tl.load(errors_p + wide, mask=live[None, :], other=0.0)
                 x_bar, acc2, acc1 = evaluate_adjoint(x, y_bar, w2, w1, acc2, acc1, tile, ACT)
                 tl.store(parts_p + d[:, None] * C + (c0 + tl.arange(0, CT))[None, :], x_bar)
             add(adj1_p, g * MF * D * N + off1, acc1)
@@ -130,7 +140,7 @@ def read_adjoint_kernel(
                 t = slot + c0 + tl.arange(0, CT)
                 live = (t >= lo) & (t < hi)
                 at = (b * S + t) * H + h
-                x = tl.load(x_p + at[None, :] * D + d[:, None])
+                x = tl.load(read_p + at[None, :] * D + d[:, None])
                 if s == 0:
                     y_bar = tl.load(deta_p + at, mask=live, other=0.0) * tl.load(sizes_p + plane + at)
                 else:

@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
 def tiles(D: int, N: int, C: int, itemsize: int) -> Tiles:
     """For head width D, N hidden units, C tokens a chunk and operands of ``itemsize`` bytes."""
     warps = 8 if D == 128 else 4
-    return Tiles(32, min(C, 32), warps, 32, 16, warps, 4)
+    return Tiles(32, min(C, 32), warps, 16 if C == 16 or D == 128 else 32, 16, warps, 4)
 
 
 def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
@@ -42,7 +42,8 @@ def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
     return {
         "reread": shape | {"CT": t.CT, "NT": t.NT, "UNIT_K": config.qk_l2norm, "SOFTPLUS": config.eta_activation == "softplus",
                            "num_warps": t.warps},
-        "read_adjoint": shape | {"C": small, "CT": t.own_CT, "NT": t.own_NT, "UNIT_K": config.qk_l2norm, "num_warps": t.own_warps},
+        "read_adjoint": shape | {"C": small, "CT": t.own_CT, "NT": t.own_NT, "num_warps": t.own_warps},
+        "unit_adjoint": {"H": config.num_heads, "D": D, "CT": 16, "num_warps": 4},
         "collect": {"H": config.num_heads, "D": D, "C": small, "M": M, "TILES": config.hidden // t.own_NT, "FULL": False, "num_warps": 4},
     }
 
@@ -109,7 +110,7 @@ def _rows() -> Iterator[tuple[TitansConfig, str]]:
     yield TitansConfig.preset("titans", d_model=128, num_heads=2, momentum=None, chunk_memory=64), "titans"
 
 
-_INPUTS = ("x_p", "q_p", "k_p", "v_p", "do_p")  # in the input dtype
+_INPUTS = ("x_p", "read_p", "k_p", "v_p")  # in the input dtype
 _WHOLE = ("slot", "S", "end", "half")
 _PRODUCTS = ("reread", "read_adjoint", "errors", "sums", "hidden", "inputs", "outputs", "values")
 
@@ -122,5 +123,5 @@ def _specialization(name: str, fn: Any, consts: dict, row: str) -> Specializatio
         elif arg not in consts:
             signature[arg] = "i64" if arg in _WHOLE else "fp32"
     constexprs = {k: v for k, v in consts.items() if k != "num_warps"}
-    label, products = f"titans_backward_{name}", name in _PRODUCTS
+    label, products = f"titans_backward_{name}", name in _PRODUCTS and (name != "values" or consts["OWN"] or consts["MS"] > 0)
     return Specialization(label, fn, signature, constexprs, consts["num_warps"], 2, wants_mma=products, row=row)

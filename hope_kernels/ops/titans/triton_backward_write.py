@@ -21,7 +21,7 @@ Backwards, with adj2, adj1 the adjoints of delta2', delta1':
     adj delta2 = keep adj2 + (carry u_bar) k^T + w2_bar                    adj delta1 = keep adj1 + w1_bar
 
 y_bar, t_bar: adjoints of M(k) and M(v). w_bar goes to the shared base as well. A skip row is a row of w2 whose d is e itself.
-FLOPs a token and memory: 16 D N and 8 D N; bytes: the weights, their adjoints and the shared gradient, fp32. One kernel for all of it needs
+FLOPs a token and memory: 12 D N and 8 D N; bytes: the weights, their adjoints and the shared gradient, fp32. One kernel for all of it needs
 more than 255 registers on sm_80: it would hold five weight tiles in two orientations.
 """
 
@@ -30,19 +30,18 @@ import triton.language as tl
 
 from .triton_backward_common import columns, commits_here, sigma_two
 from .triton_backward_evaluate import add, add_where
-from .triton_backward_hidden import kg_columns
 from .triton_common import sigma_and_slope, weight
 
 
 @triton.jit(do_not_specialize=["end", "S"])
 def inputs_kernel(
-    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p, grad1_p, grad1s_p, k_p, eta_p, lo_p,
-    hi_p, e_p, keys_p, vectors_p, steps_p, u_bar_p, outputs_bar_p, parts_p, end: tl.int64, S: tl.int64,
+    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p, grad1_p, grad1s_p, k_p, lo_p, hi_p,
+    e_p, vectors_p, steps_p, u_bar_p, outputs_bar_p, parts_p, end: tl.int64, S: tl.int64,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr, M0: tl.constexpr,
     C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, DGD: tl.constexpr,
 ):
-    """adj2 (and adj1s): of the new deviations on entry, of the old on return; grad: the shared base's, added to. parts [B H, M, N / NT, 2,
-    D, C], first half: of k."""
+    """Adds to adj2 (which ``hidden_kernel`` has turned), to grad, and makes adj1s the old deviation's. parts [B H, M, N / NT, 2, D, C]: the
+    second half on entry (with DGD), and with it the first half on return, of k."""
     g = tl.program_id(0).to(tl.int64)
     m = M0 + tl.program_id(1)
     tile = tl.program_id(2)
@@ -56,9 +55,7 @@ def inputs_kernel(
         off2 = (m * N + n[:, None]) * D + d[None, :]
         at2 = g * R * D + off2
         w2 = weight(delta2_p, base2_p, at2, h * R * D + off2, HAS_BASE).to(dtype)
-        delta2 = tl.load(delta2_p + at2).to(dtype)
         acc2 = tl.zeros([NT, D], tl.float32)
-        erase2 = tl.zeros([NT, D], tl.float32)
         parts_p += (own * (N // NT) + tile) * 2 * D * C
         outputs_bar_p += own * 2 * D * C
         steps_p += own * 9 * C
@@ -88,10 +85,7 @@ def inputs_kernel(
                 k_bar = tl.where(tile == 0, y_bar, 0.0)
                 k_bar += tl.dot(tl.trans(w2), z_bar, input_precision="ieee")
                 if DGD:
-                    carry = tl.load(vectors_p + g * 3 * C + c) * tl.load(eta_p + (b * S + end - C + c) * H + h)
-                    erased = (carry[None, :] * u_bar).to(dtype)
-                    erase2 = tl.dot(erased, tl.trans(k), erase2, input_precision="ieee")
-                    k_bar += tl.dot(tl.trans(delta2), erased, input_precision="ieee")
+                    k_bar += tl.load(parts_p + D * C + wide)
                 tl.store(parts_p + wide, k_bar)
         elif MS > 0:
             s = m - MF
@@ -101,14 +95,9 @@ def inputs_kernel(
             acc1s = tl.zeros([NT], tl.float32)
             skip_off = ((MF + MS) * N + s) * D + d
             skip_w = tl.zeros([D], tl.float32)
-            skip_delta = tl.zeros([D], tl.float32)
-            skip_adj = tl.zeros([D], tl.float32)
             skip_acc = tl.zeros([D], tl.float32)
-            skip_erase = tl.zeros([D], tl.float32)
             if SKIP:
                 skip_w = weight(delta2_p, base2_p, g * R * D + skip_off, h * R * D + skip_off, HAS_BASE)
-                skip_delta = tl.load(delta2_p + g * R * D + skip_off)
-                skip_adj = tl.load(adj2_p + g * R * D + skip_off, mask=tile == 0, other=0.0)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)
                 wide = d[:, None] * C + c[None, :]
@@ -127,29 +116,20 @@ def inputs_kernel(
                 acc1s += tl.sum(slope * d_bar * es[None, :] + a * y_bar[None, :], 1)
                 acc2 = tl.dot(z_bar, tl.trans(k), acc2, input_precision="ieee")
                 k_bar = tl.dot(tl.trans(w2), z_bar, input_precision="ieee")
-                carry = tl.zeros([CT], tl.float32)
                 if DGD:
-                    carry = tl.load(vectors_p + g * 3 * C + c) * tl.load(eta_p + (b * S + end - C + c) * H + h)
-                    erased = (carry[None, :] * u_bar).to(dtype)
-                    erase2 = tl.dot(erased, tl.trans(k), erase2, input_precision="ieee")
-                    k_bar += tl.dot(tl.trans(delta2), erased, input_precision="ieee")
+                    k_bar += tl.load(parts_p + D * C + wide)
                 if SKIP:
-                    # skip_adj is zero behind the first tile, and with it all but skip_w's part
-                    k32 = k.to(tl.float32)
-                    skip_erased = -carry * tl.sum(skip_adj[:, None] * kg_columns(keys_p, g, c, C, D), 0)
-                    k_bar += skip_delta[:, None] * skip_erased[None, :]
                     k_bar += tl.where(tile == 0, skip_w[:, None] * y_bar[None, :], 0.0)
-                    skip_acc += tl.sum(k32 * y_bar[None, :], 1)
-                    skip_erase += tl.sum(k32 * skip_erased[None, :], 1)
+                    skip_acc += tl.sum(k.to(tl.float32) * y_bar[None, :], 1)
                 tl.store(parts_p + wide, k_bar)
             tl.store(adj1s_p + at1s, keep * adj1s + acc1s)
             if HAS_BASE:
                 add(grad1s_p, at1s, acc1s)
             if SKIP:
-                tl.store(adj2_p + g * R * D + skip_off, keep * skip_adj + skip_erase + skip_acc, mask=tile == 0)
+                add_where(adj2_p, g * R * D + skip_off, skip_acc, tile == 0)
                 if HAS_BASE:
                     add_where(grad2_p, g * R * D + skip_off, skip_acc, tile == 0)
-        tl.store(adj2_p + at2, keep * tl.load(adj2_p + at2) + erase2 + acc2)
+        add(adj2_p, at2, acc2)
         if HAS_BASE:
             add(grad2_p, at2, acc2)
 
