@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from ...config import TitansConfig
+from ...state import Counters
 from ..triton_build import aligned
 from .chunked import TokenInputs
 from .fast_weights import FastWeights, Layout, TitansState
@@ -149,7 +150,7 @@ class _Span:
             if self.call.update and step + 1 < steps.stop:
                 part = self.span.part(self.lo, step * self.small, self.small)
                 _, state = titans_triton(
-                    self.config, self.w_init, part.take_inputs(self.inputs), replace(state, pos=type(state.pos)(part.pos)), part.counts)
+                    self.config, self.w_init, part.take_inputs(self.inputs), replace(state, pos=Counters(part.pos)), part.counts)
         return starts
 
     def _weights(self, deltas: list[Tensor | None]) -> list[Tensor]:
