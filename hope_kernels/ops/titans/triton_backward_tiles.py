@@ -15,28 +15,30 @@ from .triton_tiles import ACTIVATIONS, chunks_of, groups
 
 
 class Tiles(NamedTuple):
-    """NT hidden units and CT tokens a tile, warps: of the kernels that walk N, and of those that own a tile of N."""
+    """NT hidden units and CT tokens a tile, warps: of the kernels that walk N, and of those that own a tile of N (sums_CT: of ``sums``)."""
 
     NT: int
     CT: int
     warps: int
     own_NT: int
     own_CT: int
+    sums_CT: int
     own_warps: int
-    clock_warps: int
 
 
-def tiles(D: int, N: int, C: int, itemsize: int) -> Tiles:
-    """For head width D, N hidden units, C tokens a chunk and operands of ``itemsize`` bytes."""
+def tiles(D: int, C: int, itemsize: int, skip: bool) -> Tiles:
+    """For head width D, C tokens a chunk, operands of ``itemsize`` bytes, with or without skip rows."""
     warps = 8 if D == 128 else 4
-    return Tiles(32, min(C, 32), warps, 16 if C == 16 or D == 128 else 32, 16, warps, 4)
+    # less work a tile where the chunk is one tile, and all of it is in flight at once, or where more weights are held
+    small = C == 16 or D == 128 or itemsize == 4 or skip
+    return Tiles(32, min(C, 32), warps, 16 if small else 32, 16, min(C, 32) if not small else 16, warps)
 
 
 def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
     """Compile-time arguments of the reads' kernels."""
     layout = Layout.of(config)
     small, _ = chunks_of(config)
-    t = tiles(config.head_dim, config.hidden, small, itemsize)
+    t = tiles(config.head_dim, small, itemsize, layout.skip)
     shape = _shape(config) | {"ACT": ACTIVATIONS[config.activation], "HAS_BASE": config.retain_to == "init", "SKIP": layout.skip}
     M, D = len(config.memories), config.head_dim
     return {
@@ -51,7 +53,7 @@ def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
 def group_constants(config: TitansConfig, itemsize: int, M0: int, M1: int, C: int) -> dict[str, dict[str, Any]]:
     """Compile-time arguments of the adjoint of a commit of memories M0 .. M1, C tokens a chunk."""
     layout = Layout.of(config)
-    t = tiles(config.head_dim, config.hidden, C, itemsize)
+    t = tiles(config.head_dim, C, itemsize, layout.skip)
     tiles_of_N, M = config.hidden // t.own_NT, len(config.memories)
     token = {"H": config.num_heads, "D": config.head_dim, "C": C}
     shape = _shape(config) | {"C": C, "M0": M0}
@@ -59,11 +61,11 @@ def group_constants(config: TitansConfig, itemsize: int, M0: int, M1: int, C: in
     own = {"CT": t.own_CT, "NT": t.own_NT, "num_warps": t.own_warps}
     target = {"TARGET_NORM": config.target_norm, "DOT": config.objective == "dot"}
     clip = {"CLIP": config.step_clip}
-    decay = {"HAS_ALPHA": config.retention, "DGD": config.dgd, "num_warps": t.clock_warps}
+    decay = {"HAS_ALPHA": config.retention, "DGD": config.dgd, "num_warps": 4}
     return {
         "clock": token | decay,
         "errors": shape | acts | target | {"OWN": config.own_values, "CT": t.CT, "NT": t.NT, "num_warps": t.warps},
-        "sums": shape | acts | own,
+        "sums": shape | acts | own | {"CT": t.sums_CT},
         "steps": {"H": config.num_heads, "C": C, "M": M, "M0": M0, "TILES": tiles_of_N, "num_warps": 4} | clip,
         "hidden": shape | acts | own | {"DGD": config.dgd},
         "targets": token | target | {"MF": shape["MF"], "MS": shape["MS"], "M0": M0, "CT": min(C, 16), "TILES": tiles_of_N, "num_warps": 4},
