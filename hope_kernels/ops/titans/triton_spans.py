@@ -58,7 +58,7 @@ class Span:
 
 @dataclass
 class Call:
-    """What a call is, beside its tensors. state: without any of ``CARRIED``."""
+    """What a call is, beside its tensors. state: counters only."""
 
     config: TitansConfig
     state: TitansState

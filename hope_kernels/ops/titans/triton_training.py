@@ -48,7 +48,8 @@ def titans_triton_training(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         with torch.no_grad():
             return titans_triton(config, w_init, inputs, state, lengths, update=update)
-    call = Call(config, replace(state, **dict.fromkeys(CARRIED)), list(lengths), update, constant_memory)
+    bare = replace(state, conv_tail=None, **dict.fromkeys(CARRIED))
+    call = Call(config, bare, list(lengths), update, constant_memory)
     o, *new = _Training.apply(call, *tensors)
     if not update:
         return o, state
