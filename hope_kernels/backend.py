@@ -45,9 +45,10 @@ def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: 
     if reason is None and backend == "cpp":
         reason, chosen = cpp.unserved(config, dtype, device), cpp.titans_cpp
     elif reason is None and backend == "triton":
-        from .ops.titans import triton
+        from .ops.titans import triton, triton_training
 
-        reason, chosen = triton.unserved(config, dtype, device), triton.titans_triton
+        chosen = triton_training.titans_triton_training if torch.is_grad_enabled() else triton.titans_triton
+        reason = triton.unserved(config, dtype, device)
     elif backend == "reference":
         from .ops.titans.reference_backend import titans_reference as chosen
     if reason is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig, available_backends
 from hope_kernels.backend import resolve_conv_and_gate
 from hope_kernels.ops.conv.chunked import causal_conv_chunked
 from hope_kernels.ops.output_gate.chunked import output_gate_chunked
@@ -99,3 +99,37 @@ def test_a_captured_decode_step_of_a_layer_goes_on_over_boundaries(first):
             graph.replay()
             assert torch.equal(y, want), t
     assert all(torch.equal(a, b) for a, b in zip(state.tensors(), eager.tensors()))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"d_model": 64, "num_heads": 2, "chunk_other": 32, "activation": "silu"}, {"momentum": "learned", "adaptive_q": True},
+    {"self_modifying": False, "own_values": False, "target_norm": False, "gate": False},
+])
+def test_trains_with_the_gradients_of_the_chunked_backend(options):
+    layer, _ = made(**options)
+    x = torch.randn(2, 37, layer.config.d_model, device=DEVICE)
+    grads = {}
+    for backend in ("triton", "chunked"):
+        given = x.clone().requires_grad_()
+        y, state = layer(given, lengths=[37, 20], backend=backend)
+        z, state = layer(given[:, :5], state, backend=backend)
+        loss = (y * torch.sin(torch.arange(y.numel(), device=DEVICE)).view_as(y)).sum() + z.square().sum() + state.delta2.square().sum()
+        grads[backend] = dict(zip(("x", *(n for n, _ in layer.named_parameters())),
+                                  torch.autograd.grad(loss, [given, *layer.parameters()])))
+    for name, g in grads["chunked"].items():
+        tolerance = {"rtol": 2e-4, "atol": 2e-5 * float(g.abs().max() + 1)}
+        torch.testing.assert_close(grads["triton"][name], g, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_model_learns_while_it_reads():
+    torch.manual_seed(0)
+    config = HopeConfig(50, 32, 2, titans=TitansConfig(32), cms=CMSConfig(32, chunks=(16, 32), lr=0.02))
+    model = HopeForCausalLM(config).to(DEVICE).eval()
+    ids = torch.randint(0, 50, (2, 40), device=DEVICE)
+    with torch.no_grad():
+        (ours, state), (want, other) = (model(ids, lengths=[40, 21], learn="next_token", backend=b) for b in ("triton", "chunked"))
+        off, _ = model(ids, lengths=[40, 21], backend="triton")
+    torch.testing.assert_close(ours, want, rtol=1e-3, atol=1e-4)
+    assert (ours - off).abs().max() > 10 * (ours - want).abs().max()  # it did learn
+    for mine, theirs in zip(state.cms[1].tensors(), other.cms[1].tensors()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)

@@ -114,7 +114,7 @@ def test_ragged_rows_equal_reference():
 @pytest.mark.parametrize("overrides", [
     {}, {"chunk_other": 4, "momentum": "learned"}, {"memory": "linear"}, {"self_modifying": False, "own_values": False},
     {"retain_to": "zero", "step_clip": False, "scalar_skip": True, "activation": "gelu", "eta_scale": 0.05},
-    {"adaptive_q": True, "objective": "dot"},
+    {"adaptive_q": True, "objective": "dot"}, {"activation": "silu"},
 ])
 def test_gradcheck(overrides):
     """Outer gradients through the writes: to x, to all initial fast weights, gates, biases and projections."""

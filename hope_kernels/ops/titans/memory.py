@@ -61,7 +61,10 @@ def activate(z: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
 def activate_backward(grad: Tensor, z: Tensor, name: str, a: Tensor, gate: Tensor | None) -> Tensor:
     """grad * sigma'(z), differentiable in grad and z."""
     if name == "silu":
-        return torch.ops.aten.silu_backward(grad, z)
+        if not torch.is_grad_enabled():
+            return torch.ops.aten.silu_backward(grad, z)
+        gate = torch.sigmoid(z)  # silu_backward itself cannot be differentiated
+        return grad * gate * (1 + z * (1 - gate))
     if gate is None:
         return torch.ops.aten.gelu_backward(grad, z, approximate="none" if name == "gelu" else "tanh")
     # gate + a (1 - gate) d/dz(_GELU_1 z + _GELU_3 z^3)

@@ -1,7 +1,7 @@
 """backend="triton": the dispatcher operator around the memory's kernel, and the calls that go through it.
 
 ``hope_kernels::titans_scan`` advances a state in place; ``titans_triton`` gives it copies of what it will write. Outputs and states are
-bit-identical for any split of a sequence and any company in the batch. Forward only.
+bit-identical for any split of a sequence and any company in the batch. Gradients: ``triton_training.py``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ def unavailable() -> str | None:
 
 def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the backend cannot serve a layer, or None."""
-    if torch.is_grad_enabled():
-        return "has no gradient yet, which training and learning while reading need (torch.no_grad() serves the rest)"
     if dtype not in DTYPES:
         return f"serves {', '.join(str(d) for d in DTYPES)}, not {dtype}"
     if config.memory != "mlp":
