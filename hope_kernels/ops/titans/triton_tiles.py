@@ -66,9 +66,10 @@ def row(D: int, C: int, itemsize: int) -> Row:
 
 
 def options(config: TitansConfig, itemsize: int) -> dict[str, int]:
-    """What Triton is told about the kernel: with two clocks the wider row's registers."""
-    registers = max(row(config.head_dim, clock.C, itemsize).registers for clock in clocks(config))
-    return {"num_warps": WARPS[config.head_dim, itemsize], "num_stages": STAGES, "maxnreg": registers}
+    """What Triton is told about the kernel: with two clocks the wider row's registers, and 8 warps, or some would spill."""
+    both = clocks(config)
+    registers = max(row(config.head_dim, clock.C, itemsize).registers for clock in both)
+    return {"num_warps": 8 if len(both) > 1 else WARPS[config.head_dim, itemsize], "num_stages": STAGES, "maxnreg": registers}
 
 
 class Clock(NamedTuple):
