@@ -115,6 +115,21 @@ def test_extreme_retention(alpha):
     meets_yardstick(config, *problem(config, 1, 35, 0.5, alpha=torch.tensor(alpha, dtype=torch.float64)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width, mult, chunk, tokens", [(128, 1, 16, 33), (64, 2, 64, 130), (32, 4, 128, 140)])
+def test_wider_heads_and_longer_chunks(width, mult, chunk, tokens):
+    config = TitansConfig(width, 1, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk)
+    meets_yardstick(config, *problem(config, 1, tokens, 0.5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width, mult, chunk", [(64, 1, 16), (64, 4, 64), (64, 1, 256), (128, 4, 16), (128, 4, 64)])
+def test_full_sizes(width, mult, chunk, dtype):
+    config = TitansConfig(2 * width, 2, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk)
+    meets_yardstick(config, *problem(config, 2, 600, 0.5), dtype)
+
+
 def test_cut_calls_and_short_spans_have_the_same_gradient(monkeypatch):
     what, call = opened(CONFIGS["two clocks, silu"])
     meets_yardstick(*what, cuts=[0, 5, 14], **call)

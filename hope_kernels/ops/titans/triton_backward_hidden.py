@@ -19,6 +19,16 @@ def kg_columns(keys_p, g, c, C: tl.constexpr, D: tl.constexpr):
     return tl.load(keys_p + (g * C + c)[None, :] * D + tl.arange(0, D)[:, None])
 
 
+@triton.jit
+def _late(p, at, early, AGAIN: tl.constexpr):
+    """``early``, or with AGAIN its numbers loaded behind a barrier: where the chunk is one tile nothing else keeps the compiler from
+    holding every weight tile at once, and at D = 128 five of them take 160 registers."""
+    if AGAIN:
+        tl.debug_barrier()
+        early = tl.load(p + at).to(early.dtype)
+    return early
+
+
 @triton.jit(do_not_specialize=["end", "S"])
 def sums_kernel(
     base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, k_p, lo_p, hi_p, e_p, keys_p, u_bar_p,
@@ -48,19 +58,23 @@ def sums_kernel(
             w1 = weight(delta1_p, base1_p, g * MF * D * N + off1, h * MF * D * N + off1, HAS_BASE).to(dtype)
             adj1 = tl.load(adj1_p + g * MF * D * N + off1)
             keep_bar += tl.sum(tl.sum(tl.load(delta1_p + g * MF * D * N + off1) * adj1, 1), 0)
+            adj1 = adj1.to(dtype)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)
                 k = columns(k_p, b, h, end - C + c, S, H, D)
                 a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), ACT)
                 e = tl.load(e_p + (own * D + d[:, None]) * C + c[None, :]).to(dtype)
                 grad = slope * tl.dot(w1, e, input_precision="ieee")
+                adj2 = _late(adj2_p, g * R * D + off2, adj2, D == 128 and C == CT)
                 u_bar = -tl.dot(adj2, kg_columns(keys_p, g, c, C, D).to(dtype), input_precision="ieee")
                 tl.store(u_bar_p + (own * N + n[:, None]) * C + c[None, :], u_bar)
                 tl.store(sums_p + c, tl.sum(a * a, 0))
                 tl.store(sums_p + C + c, tl.sum(grad * grad, 0))
                 tl.store(sums_p + 2 * C + c, tl.sum(u_bar * grad, 0))
+                delta2 = _late(delta2_p, g * R * D + off2, delta2, D == 128 and C == CT)
                 tl.store(sums_p + 3 * C + c, tl.sum(u_bar * tl.dot(delta2, k, input_precision="ieee"), 0))
-                tl.store(sums_p + 4 * C + c, -tl.sum(a * tl.dot(adj1.to(dtype), e, input_precision="ieee"), 0))
+                adj1 = _late(adj1_p, g * MF * D * N + off1, adj1, D == 128 and C == CT)
+                tl.store(sums_p + 4 * C + c, -tl.sum(a * tl.dot(adj1, e, input_precision="ieee"), 0))
         elif MS > 0:
             s = m - MF
             w1s = weight(delta1s_p, base1s_p, (g * MS + s) * N + n, (h * MS + s) * N + n, HAS_BASE)
@@ -138,16 +152,19 @@ def hidden_kernel(
                 u_bar = tl.load(u_bar_p + (own * N + n[:, None]) * C + c[None, :])
                 back_bar = slope * (gain[None, :] * u_bar + tl.load(steps_p + 2 * C + c)[None, :] * grad)
                 e_bar = tl.dot(w1, back_bar.to(dtype), input_precision="ieee")
+                adj1 = _late(adj1_p, g * MF * D * N + off1, adj1, D == 128 and C == CT)
                 e_bar -= tl.dot(adj1, a.to(dtype), input_precision="ieee") * step[None, :]
                 tl.store(parts_p + d[:, None] * C + c[None, :], e_bar)
                 u = gain[None, :] * grad
                 if DGD:
                     carry = tl.load(vectors_p + g * 3 * C + c) * tl.load(eta_p + (b * S + end - C + c) * H + h)
+                    delta2 = _late(delta2_p, g * R * D + off2, delta2, D == 128 and C == CT)
                     u += carry[None, :] * tl.dot(delta2, k, input_precision="ieee")
                     erased = (carry[None, :] * u_bar).to(dtype)
                     erase2 = tl.dot(erased, tl.trans(k), erase2, input_precision="ieee")
                     k_bar = tl.dot(tl.trans(delta2), erased, input_precision="ieee")
                     tl.store(parts_p + D * C + d[:, None] * C + c[None, :], k_bar)
+                adj2 = _late(adj2_p, g * R * D + off2, adj2, D == 128 and C == CT)
                 tl.store(keys_bar_p + c[:, None] * D + d[None, :], -tl.dot(tl.trans(u.to(dtype)), adj2, input_precision="ieee"))
         elif MS > 0:
             s = m - MF

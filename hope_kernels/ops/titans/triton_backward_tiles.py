@@ -31,7 +31,7 @@ def tiles(D: int, C: int, itemsize: int, skip: bool) -> Tiles:
     warps = 8 if D == 128 else 4
     # less work a tile where the chunk is one tile, and all of it is in flight at once, or where more weights are held
     small = C == 16 or D == 128 or itemsize == 4 or skip
-    return Tiles(32, min(C, 32), warps, 16 if small else 32, 16, min(C, 32) if not small else 16, warps)
+    return Tiles(32, min(C, 32), warps, 16 if small else 32, 16, 16 if small or C == 32 else 32, warps)
 
 
 def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
@@ -41,13 +41,14 @@ def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
     t = tiles(config.head_dim, small, itemsize, layout.skip)
     shape = _shape(config) | {"ACT": ACTIVATIONS[config.activation], "HAS_BASE": config.retain_to == "init", "SKIP": layout.skip}
     M, D = len(config.memories), config.head_dim
-    return {
+    made = {
         "reread": shape | {"CT": t.CT, "NT": t.NT, "UNIT_K": config.qk_l2norm, "SOFTPLUS": config.eta_activation == "softplus",
                            "num_warps": t.warps},
         "read_adjoint": shape | {"C": small, "CT": t.own_CT, "NT": t.own_NT, "num_warps": t.own_warps},
         "unit_adjoint": {"H": config.num_heads, "D": D, "CT": 16, "num_warps": 4},
         "collect": {"H": config.num_heads, "D": D, "C": small, "M": M, "TILES": config.hidden // t.own_NT, "FULL": False, "num_warps": 4},
     }
+    return _staged(made)
 
 
 def group_constants(config: TitansConfig, itemsize: int, M0: int, M1: int, C: int) -> dict[str, dict[str, Any]]:
@@ -61,8 +62,8 @@ def group_constants(config: TitansConfig, itemsize: int, M0: int, M1: int, C: in
     own = {"CT": t.own_CT, "NT": t.own_NT, "num_warps": t.own_warps}
     target = {"TARGET_NORM": config.target_norm, "DOT": config.objective == "dot"}
     clip = {"CLIP": config.step_clip}
-    decay = {"HAS_ALPHA": config.retention, "DGD": config.dgd, "num_warps": 4}
-    return {
+    decay = {"HAS_ALPHA": config.retention, "DGD": config.dgd, "num_warps": 4, "num_stages": 1}
+    made = {
         "clock": token | decay,
         "errors": shape | acts | target | {"OWN": config.own_values, "CT": t.CT, "NT": t.NT, "num_warps": t.warps},
         "sums": shape | acts | own | {"CT": t.sums_CT},
@@ -75,6 +76,12 @@ def group_constants(config: TitansConfig, itemsize: int, M0: int, M1: int, C: in
         "clock_adjoint": token | decay | clip | {"M": M, "M0": M0, "M1": M1, "TILES": tiles_of_N},
         "collect": token | {"M": M, "M0": M0, "M1": M1, "TILES": tiles_of_N, "FULL": True, "num_warps": 4},
     }
+    return _staged(made)
+
+
+def _staged(made: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Two stages where nothing else is said: Triton's own default, three, is another kernel than the one the table was made with."""
+    return {name: {"num_stages": 2} | consts for name, consts in made.items()}
 
 
 def _shape(config: TitansConfig) -> dict[str, int]:
@@ -124,6 +131,7 @@ def _specialization(name: str, fn: Any, consts: dict, row: str) -> Specializatio
             signature[arg] = "*i64" if arg in ("lo_p", "hi_p") else "*bf16" if arg in _INPUTS else "*fp32"
         elif arg not in consts:
             signature[arg] = "i64" if arg in _WHOLE else "fp32"
-    constexprs = {k: v for k, v in consts.items() if k != "num_warps"}
+    constexprs = {k: v for k, v in consts.items() if k not in ("num_warps", "num_stages")}
     label, products = f"titans_backward_{name}", name in _PRODUCTS and (name != "values" or consts["OWN"] or consts["MS"] > 0)
-    return Specialization(label, fn, signature, constexprs, consts["num_warps"], 2, wants_mma=products, row=row)
+    return Specialization(
+        label, fn, signature, constexprs, consts["num_warps"], consts["num_stages"], wants_mma=products, row=row)
