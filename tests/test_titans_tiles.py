@@ -28,7 +28,7 @@ def test_two_clocks_share_a_kernel(D, itemsize):
         found, fast, slow = table.constants(config, itemsize, True), min(C_memory, C_other), max(C_memory, C_other)
         for prefix, C in ("FAST", fast), ("SLOW", slow if C_memory != C_other else fast):
             NT, CT, OWN_NT, OWN_CT = row(D, C, itemsize).tiles
-            CT = CT if fast == slow else 16
+            CT, OWN_CT = (CT, OWN_CT) if fast == slow else (16, 16)
             assert tuple(found[f"{prefix}_{n}"] for n in ("NT", "CT", "OWN_NT", "OWN_CT")) == (NT, CT, OWN_NT, OWN_CT)
         chosen = table.options(config, itemsize)
         assert chosen["maxnreg"] == row(D, slow, itemsize).registers >= row(D, fast, itemsize).registers

@@ -89,9 +89,9 @@ def clocks(config: TitansConfig) -> list[Clock]:
 
 
 def tiles(config: TitansConfig, clock: Clock, itemsize: int) -> Tiles:
-    """The row's; with two clocks the tasks that walk N take 16 tokens, or the kernel that holds both would spill."""
+    """The row's; with two clocks 16 tokens, or the kernel that holds both would spill (D = 128, N = 512 above 16 still does, on sm_80)."""
     found = row(config.head_dim, clock.C, itemsize).tiles
-    return found if len(clocks(config)) == 1 else found._replace(CT=16)
+    return found if len(clocks(config)) == 1 else found._replace(CT=16, OWN_CT=16)
 
 
 def constants(config: TitansConfig, itemsize: int, update: bool) -> dict[str, Any]:
