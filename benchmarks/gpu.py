@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
@@ -33,7 +34,8 @@ from .machine import machine, write_json
 RESULTS = m.ROOT / "benchmarks" / "results"
 SECTIONS = ("env", "correctness", "ops", "peers")
 CEILINGS = {"copy": "GB/s", "matmul bf16": "TFLOP/s", "matmul fp16": "TFLOP/s", "matmul fp32": "TFLOP/s"}
-TESTS = ("tests/test_titans_triton*.py", "tests/test_conv.py", "tests/test_output_gate.py")
+TESTS = ("tests/test_titans_triton*.py", "tests/test_layer_triton.py", "tests/test_conv.py", "tests/test_output_gate.py")
+TEST_PROCESSES = 8
 CASE_SECONDS = 150  # compilation included; what takes longer hangs
 RESTART = 3  # exit status of a child that wants a fresh one to go on
 
@@ -228,41 +230,52 @@ def outcomes(junit: Path, log: str) -> dict[str, dict]:
     return found
 
 
+def collected(extra: list[str], env: dict) -> list[str]:
+    """Ids of the tests that pytest finds."""
+    command = (sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *extra)
+    found = subprocess.run(command, cwd=m.ROOT, env=env, capture_output=True, text=True).stdout.splitlines()
+    return [name for name in found if ".py::" in name]
+
+
+def recorded_as(test: str) -> str:
+    """A test's id as junit files write it."""
+    file, _, name = test.partition(".py::")
+    return f"{file.replace('/', '.')}::{name.replace('::', '.')}"
+
+
 def correctness(store: Results, until: float) -> None:
-    """The kernels' tests on the GPU, a process a file, and every other test marked gpu. Stops each at the time limit."""
-    files = sorted(p.relative_to(m.ROOT).as_posix() for pattern in TESTS for p in m.ROOT.glob(pattern))
-    runs = {name: ["-m", "not slow or gpu", name] for name in files}
-    runs["every other gpu test"] = ["-m", "gpu", "tests", *(f"--ignore={name}" for name in files)]
+    """The kernels' tests on the GPU and every other test marked gpu, in several processes, since most of their time is compilation. Tests
+    that the time did not suffice for are run by the next --resume."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(m.ROOT), "PYTHONUNBUFFERED": "1"}
-    for name, extra in runs.items():
-        key = f"pytest {name}"
-        if key in store.cases:
-            continue
-        if time.time() > until:
-            store.put(key, {"status": "skipped", "reason": "the time was up"})
-            continue
-        store.put(key, {"status": "started"})
-        junit = store.path.with_name("junit.xml")
-        junit.unlink(missing_ok=True)
-        command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junit-xml={junit}", *extra)
-        with open(store.path.with_name("pytest.log"), "w+", errors="replace") as log:
+    files = sorted(p.relative_to(m.ROOT).as_posix() for pattern in TESTS for p in m.ROOT.glob(pattern))
+    tests = collected(["-m", "not slow", *files], env)
+    tests += collected(["-m", "gpu and not slow", "tests", *(f"--ignore={name}" for name in files)], env)
+    tests = [t for t in tests if recorded_as(t) not in store.cases]
+    jobs = min(TEST_PROCESSES, len(tests), os.cpu_count() or 1)  # none, where no test is left: pytest without a name would run all
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for job in range(jobs):
+            junit, log = Path(folder, f"{job}.xml"), Path(folder, f"{job}.log")
+            command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junit-xml={junit}", *tests[job::jobs])
+            with open(log, "w") as out:
+                running.append((subprocess.Popen(command, cwd=m.ROOT, env=env, stdout=out, stderr=subprocess.STDOUT), junit, log))
+        for job, (process, junit, log) in enumerate(running):
             try:
-                limit = max(20.0, 0.6 * (until - time.time()))  # a file that hangs leaves time for the others
-                code = subprocess.run(command, cwd=m.ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+                code = process.wait(timeout=max(1.0, until - time.time()))
             except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
                 code = None
-            log.seek(0)
-            text = log.read()
-        found = outcomes(junit, text)
-        junit.unlink(missing_ok=True)
-        os.unlink(log.name)
-        for test, record in found.items():
-            store.cases[test] = record
-        counts = {s: sum(r["status"] == s for r in found.values()) for s in ("passed", "failed", "skipped", "died")}
-        good = code in (0, 5) and not counts["failed"]  # 5: no test of that kind
-        store.put(key, {"status": "ok" if good else "died" if code is None else "failed", "exit": code, **counts}
-                  | ({} if good else {"reason": "time limit" if code is None else f"pytest exit status {code}", "log": text[-4000:]}))
-        print(line("correctness", name, store.cases[key]), {k: v for k, v in counts.items() if v}, flush=True)
+            text = log.read_text(errors="replace")
+            found = outcomes(junit, text)
+            store.cases.update(found)
+            counts = {s: sum(r["status"] == s for r in found.values()) for s in ("passed", "failed", "skipped", "died")}
+            record = {"status": "ok", "exit": code, **counts}
+            if code != 0 or counts["failed"]:
+                reason = "time limit" if code is None else f"pytest exit status {code}"
+                record |= {"status": "died" if code is None else "failed", "reason": reason, "log": text[-4000:]}
+            store.put(f"pytest {job + 1} of {jobs}", record)
+            print(line("correctness", f"{job + 1} of {jobs}", record), {k: v for k, v in counts.items() if v}, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -210,3 +211,13 @@ def test_the_peer_s_token_loop_recalls_what_it_was_told():
     assert torch.allclose(peers.delta_rule(k, k, v, zero, one, 1.0), v.double())
     decayed = peers.delta_rule(k[:, :1].expand(1, 4, 1, 4), k[:, :1].expand(1, 4, 1, 4), v, zero - 1, one * 0, 0.5)
     assert not decayed.any()
+
+
+def test_tests_are_named_as_junit_files_name_them(tmp_path):
+    (tmp_path / "test_it.py").write_text("import pytest\n@pytest.mark.parametrize('x', ['a b', '1-2'])\ndef test_x(x):\n    pass\n")
+    env = dict(os.environ)
+    ids = gpu.collected([str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path), "-c", os.devnull], env)
+    junit = tmp_path / "junit.xml"
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={tmp_path}", f"--junit-xml={junit}", "test_it.py"],
+                   cwd=tmp_path, check=True, capture_output=True)
+    assert {gpu.recorded_as(name) for name in ids} == set(gpu.outcomes(junit, "")) and len(ids) == 2

@@ -1,5 +1,7 @@
 """The memory's Triton kernels, interpreted: against the fp64 closed form by the yardstick, and bit for bit against themselves."""
 
+from itertools import product
+
 import pytest
 import torch
 from numerics import within_yardstick
@@ -65,23 +67,23 @@ def test_extreme_retention(alpha):
     meets_yardstick(config, *problem(config, 1, 50, 0.5, alpha=torch.tensor(alpha, dtype=torch.float64)), torch.float32)
 
 
+SHAPES = list(product(WIDTHS, MULTIPLES, CHUNKS, (torch.bfloat16, torch.float16, torch.float32)))
+USUAL = list(product((32, 64, 128), (1, 4), (16, 64), (torch.bfloat16,)))  # each shape is a kernel to compile: the others are slow
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("mult", MULTIPLES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width, mult, chunk, dtype", USUAL + [pytest.param(*s, marks=pytest.mark.slow) for s in SHAPES if s not in USUAL])
 def test_every_shape(width, mult, chunk, dtype):
     config = TitansConfig(2 * width, 2, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk)
     meets_yardstick(config, *problem(config, 3, 4 * chunk + 5, 0.5), dtype, [4 * chunk + 5, chunk, 3])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
 @pytest.mark.parametrize("chunk, other", [(16, 16), (64, 64), (16, 64), (64, 16)])
-def test_long_and_wide(chunk, other, correlation, dtype):
+def test_long_and_wide(chunk, other, correlation):
     config = TitansConfig(512, 8, hidden_mult=4, chunk_memory=chunk, chunk_other=other)
-    meets_yardstick(config, *problem(config, 2, 1100, correlation), dtype, [1100, 777])
+    meets_yardstick(config, *problem(config, 2, 1100, correlation), torch.bfloat16, [1100, 777])
 
 
 @pytest.mark.parametrize("chunks", [
