@@ -3,6 +3,7 @@
 import pytest
 import torch
 from numerics import random_layer, relative
+from problems import problem
 
 import hope_kernels as hk
 from hope_kernels import ops
@@ -57,3 +58,11 @@ def test_errors_name_operator_and_argument():
         ops.titans_chunk(layer.config, layer.w_init._replace(w2=layer.w2[:, :3]), inputs)
     with pytest.raises(ValueError, match="titans_step: argument x"):
         ops.titans_step(layer.config, layer.w_init, inputs, layer.init_state(2))
+
+
+@pytest.mark.parametrize("missing", ["q", "eta_bias", "alpha_bias"])
+def test_inputs_that_a_configuration_needs_are_asked_for(missing):
+    config = hk.TitansConfig(32)
+    w_init, inputs = problem(config, 1, 5)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"inputs.{missing} is None"):
+        ops.titans_chunk(config, w_init, inputs._replace(**{missing: None}))

@@ -4,17 +4,20 @@ import functools
 import inspect
 import sys
 import threading
+import time
 
 import pytest
 import torch
 from problems import problem, results, run, single
 
 from hope_kernels import TitansConfig, available_backends
+from hope_kernels.ops import titans_chunk
 
 pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402, F401  (the interpreter looks for it among the globals of what it runs)
 from triton.runtime.interpreter import GridExecutor  # noqa: E402
 
+from hope_kernels.ops.titans import triton_scan as scan  # noqa: E402
 from hope_kernels.ops.titans.triton import interpreted  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -68,3 +71,25 @@ def test_programs_that_run_at_once_compute_the_same_bits(config, many_programs, 
     alone = results(*run(config, w_init, inputs, "triton", [37, 20]))
     for name, t in together.items():
         assert torch.equal(t, alone[name]), name
+
+
+def test_pure_reads_of_a_query_memory_wait_chunk_by_chunk(many_programs, request, monkeypatch):
+    """The first task is slow: later chunks' queries may not pass for its own."""
+    config = TitansConfig(32, 1, adaptive_q=True)
+    w_init, inputs = (single(t) for t in problem(config, 1, 64))
+    read_task, first = scan.read_task, []
+
+    def late(*args):
+        if not first:
+            first.append(1)
+            time.sleep(1.5)
+        read_task(*args)
+
+    monkeypatch.setattr(scan, "read_task", late)
+    with torch.no_grad():
+        together, _ = titans_chunk(config, w_init, inputs, update=False, backend="triton")
+    assert first
+    monkeypatch.undo()
+    with torch.no_grad():
+        alone, _ = titans_chunk(config, w_init, inputs, update=False, backend="triton")
+    assert torch.equal(together, alone)

@@ -56,8 +56,15 @@ def _check_inputs(name: str, config: TitansConfig, w_init: FastWeights, inputs: 
     shape = ("B", "T", config.num_heads, config.head_dim)
     sizes = check_tensor(name, "x" if config.self_modifying else "k", given, shape)
     B, T = sizes["B"], sizes["T"]
+    static = not config.self_modifying
+    needed = {"q": not config.adaptive_q, "eta_bias": not static, "alpha_bias": not static and config.retention, "v": static, "eta": static,
+              "alpha": static and config.retention, "beta": config.momentum is not None}
     for field, t in zip(inputs._fields, inputs):
-        if t is not None and field in ("q", "v"):
+        if t is None and needed.get(field):
+            raise ValueError(f"{name}: argument inputs.{field} is None, and this configuration needs it")
+        if t is not None and field.endswith("_bias"):
+            check_tensor(name, field, t, (config.num_heads,), device=given.device)
+        elif t is not None and field in ("q", "v"):
             check_tensor(name, field, t, (B, T, *shape[2:]), dtype=given.dtype, device=given.device)
         elif t is not None and field in ("eta", "alpha", "beta"):
             check_tensor(name, field, t, (B, T, config.num_heads), device=given.device)
@@ -67,6 +74,7 @@ def _check_inputs(name: str, config: TitansConfig, w_init: FastWeights, inputs: 
     return given, B, T
 
 
+@torch.no_grad()
 def titans_advance_(
     config: TitansConfig, w_init: FastWeights, inputs: TokenInputs, state: TitansState, lengths: Tensor, *, update: bool = True
 ) -> Tensor:
@@ -82,6 +90,8 @@ def titans_advance_(
     check_state(name, state, TitansState, config, B)
     check_placement(name, state, given.dtype, given.device)
     check_tensor(name, "lengths", lengths, (B,), dtype=torch.int64, device=given.device)
+    if any(t.requires_grad for t in state.tensors()):
+        raise ValueError(f"{name}: argument state requires a gradient, which a change in place would lose; pass state.detach()")
     resolve("titans", config, given.dtype, given.device, "triton")  # raises where it cannot serve
     from .titans.triton import titans_advance_
 

@@ -37,7 +37,11 @@ def interpreted() -> bool:
 @torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use the backend, or None."""
-    return None if torch.cuda.is_available() or interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1, to debug)"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "needs a CUDA device (or TRITON_INTERPRET=1, to debug)"
+    return None if torch.cuda.get_device_capability() >= (8, 0) else "needs a CUDA device of compute capability 8.0 or more"
 
 
 def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -117,15 +121,15 @@ class _Plan:
         self.arguments = constants(config, itemsize, update) | options(config, itemsize)
         self.scales = config.eta_scale, 1.0 if config.objective == "dot" else config.grad_scale
         of_clocks = scratch_shapes(config, itemsize)
-        # a clock that the layer does not have is never touched: the first one's scratch stands in; nor is any by a pure read
-        shapes = [item for clock in (of_clocks[0], of_clocks[-1]) for item in clock.items()]
+        self.clocks = len(of_clocks)
+        shapes = [item for clock in of_clocks for item in clock.items()]  # none of it is touched by a pure read
         self.scratch = [(prod(shape) if update else 1, dtype if name == "a" else torch.float32) for name, shape in shapes]
 
     def scratch_of(self, groups: int, device: torch.device) -> list[Tensor]:
-        """The kernel's scratch, both clocks'."""
+        """The kernel's scratch for both clocks; a second one that the layer does not have is never touched, and shares the first one's."""
         sizes = [-(-groups * count * dtype.itemsize // 16) * 16 for count, dtype in self.scratch]
         whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        return [part.view(dtype) for part, (_, dtype) in zip(whole.split(sizes), self.scratch)]
+        return [part.view(dtype) for part, (_, dtype) in zip(whole.split(sizes), self.scratch)] * (3 - self.clocks)
 
 
 _plan = lru_cache(maxsize=None)(_Plan)

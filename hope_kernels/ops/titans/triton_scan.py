@@ -209,6 +209,8 @@ def scan_kernel(
                         m = unit // (SMALL // FAST_CT)
                         if ADAPTIVE_Q:
                             m = READ_MEMORIES - 1 - m if PRODUCE else (1 - m) * (MF - 1)
+                            if m == MF - 1 and not UPDATE:  # nothing else keeps the chunks of a pure read apart
+                                _wait(counters + QUERIES, (step - phase // SMALL) * (SMALL // FAST_CT))
                             if m == 0:
                                 _wait(counters + QUERIES, (step + 1 - phase // SMALL) * (SMALL // FAST_CT))
                         read_task(

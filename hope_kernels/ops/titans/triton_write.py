@@ -2,7 +2,7 @@
 
     errors   memories, C / CT   e at the outputs, |e|^2
     hidden   memories, N / NT   a = sigma(w2 k), d = sigma'(w2 k) (w1^T e), and this tile's part of |a|^2 and |d|^2
-    update   memories, N / NT   step sizes, then delta2 -= U^T Kg and delta1 -= (gain e)^T a on its rows; needs the clock too.
+    update   memories, N / NT   delta2 -= U^T Kg and delta1 -= (gain e)^T a on its rows, with the step sizes of triton_steps.py.
                                 With momentum s2 += (gain d)^T k and s1 += (gain e)^T a as well, and delta -= c_C s  (triton_momentum.py)
 
 e needs all of N, step sizes need all of N. a and d travel through scratch (L2). Partial norms are stored per tile and added in one order
