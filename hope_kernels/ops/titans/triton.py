@@ -17,9 +17,9 @@ from ...config import TitansConfig
 from ..triton_build import DTYPES, aligned
 from .fast_weights import FastWeights, TitansState, on_device
 from .triton_scan import scan_kernel
+from .triton_spans import CARRIED
 from .triton_tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, options, scratch_shapes
 
-_WRITTEN = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s", "pending_k", "pending_v", "pending_eta", "pending_alpha", "pending_beta")
 # What of a configuration the operator is told; widths, momentum (s2) and adaptive_q (no q) follow from the tensors.
 _SETTINGS = {
     "chunk_memory": "int", "chunk_other": "int", "activation": "str", "self_modifying": "bool", "own_values": "bool", "target_norm": "bool",
@@ -70,7 +70,7 @@ def titans_triton(
     if update:
         small = clocks(config)[0].C
         commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
-        parts = {n: getattr(state, n) for n in _WRITTEN if commits or n.startswith("pending")}
+        parts = {n: getattr(state, n) for n in CARRIED if commits or n.startswith("pending")}
         new = state.advanced(lengths, **{n: None if t is None else t.detach().clone() for n, t in parts.items()})
     o = _scan(config, w_init, inputs, new, state.count, on_device(lengths, state.count.device), update)
     return o, new
@@ -96,7 +96,7 @@ def arguments(config: TitansConfig, w_init: FastWeights, inputs, state: TitansSt
     base = w_init if config.retain_to == "init" else (None, None, None)
     i, q = inputs, None if config.adaptive_q else inputs.q
     return (
-        q, i.x, i.k, i.v, i.eta, i.alpha, i.beta, i.eta_bias, i.alpha_bias, *base, *(getattr(state, n) for n in _WRITTEN), pos, lengths,
+        q, i.x, i.k, i.v, i.eta, i.alpha, i.beta, i.eta_bias, i.alpha_bias, *base, *(getattr(state, n) for n in CARRIED), pos, lengths,
         update, *(getattr(config, n) for n in _SETTINGS),
     )
 
