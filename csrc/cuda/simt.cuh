@@ -1,0 +1,160 @@
+// Everything the kernels ask of the machine, in one place: threads, barriers, tensor cores, asynchronous copies, clusters.
+//
+// nvcc compiles the PTX below. A host compiler takes the same names from csrc/emulator/, which runs the threads of a grid as fibers, so
+// that the kernels' index maps, barriers and arithmetic are tested where there is no GPU. Kernels therefore contain no CUDA of their own:
+// no threadIdx, no __syncthreads, no intrinsic.
+#pragma once
+#include <cstdint>
+
+#include "params.h"
+
+namespace hope {
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+struct alignas(8) Float2 { float x, y; };
+struct alignas(16) Float4 { float x, y, z, w; };
+struct alignas(8) Word2 { uint32_t x, y; };
+struct alignas(16) Word4 { uint32_t x, y, z, w; };
+
+}  // namespace hope
+
+#ifndef __CUDACC__
+#include "../emulator/simt.h"
+#else
+#define HOPE_DEVICE __device__ __forceinline__
+#define HOPE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+
+namespace hope {
+
+// --- who am I -------------------------------------------------------------------------------------------------------------------------
+HOPE_DEVICE int thread_index() { return threadIdx.x; }
+HOPE_DEVICE int lane_index() { return threadIdx.x & 31; }
+HOPE_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }  // the compiler learns that a warp agrees on it
+HOPE_DEVICE int block_index() { return blockIdx.x; }
+HOPE_DEVICE unsigned char* shared_memory() {  // the block's dynamic shared memory, aligned to 128 bytes
+  extern __shared__ __align__(128) unsigned char hope_shared[];
+  return hope_shared;
+}
+
+// --- barriers -------------------------------------------------------------------------------------------------------------------------
+HOPE_DEVICE void sync_block() { __syncthreads(); }
+HOPE_DEVICE void sync_warp() { __syncwarp(); }
+// Named barrier of `threads` threads, whole warps; id 1..15 (0 is sync_block's).
+HOPE_DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// --- exchange within a warp; all 32 lanes call ----------------------------------------------------------------------------------------
+HOPE_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+HOPE_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+// 8 x 8 numbers of 16 bits, lane l holding (row l / 4, columns 2 (l % 4) and + 1): the transposed matrix, held likewise.
+HOPE_DEVICE uint32_t transpose8x8(uint32_t v) {
+  uint32_t r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
+// --- memory ---------------------------------------------------------------------------------------------------------------------------
+// Shared memory that other threads see is read and written through these two (V of 2, 4, 8 or 16 bytes, aligned to its size).
+template <class V> HOPE_DEVICE V load_shared(const V* p) { return *p; }
+template <class V> HOPE_DEVICE void store_shared(V* p, V v) { *p = v; }
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l gives the address of row l % 8 (16 bytes) of matrix l / 8, and r[i] is
+// matrix i as mma wants it (lane l: row l / 4, columns 2 (l % 4) and + 1); transposed: that of the transposed matrix.
+HOPE_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+}
+HOPE_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+}
+// 4 bytes from global to shared memory behind the thread's back; zeros if not `valid` (then src is not read). They are there, for this
+// thread, after wait_copies(), and for others after a barrier behind that.
+HOPE_DEVICE void copy_async4(void* shared, const void* src, bool valid) {
+  uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(a), "l"(src), "r"(bytes) : "memory");
+}
+HOPE_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// --- between blocks, through global memory --------------------------------------------------------------------------------------------
+HOPE_DEVICE unsigned int fetch_add_release(unsigned int* p, unsigned int v) {  // also acquires
+  unsigned int old;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
+HOPE_DEVICE unsigned int load_acquire(const unsigned int* p) {
+  unsigned int v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+HOPE_DEVICE void pause() { __nanosleep(20); }  // in a loop that waits for another block
+template <class V> HOPE_DEVICE V load_fresh(const V* p) { return __ldcg(reinterpret_cast<const decltype(p)>(p)); }
+
+// --- clusters (compute capability 9.0 and up) -----------------------------------------------------------------------------------------
+#if __CUDA_ARCH__ >= 900
+HOPE_DEVICE int cluster_rank() {
+  int r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+// v to the place that `p` has in this block's shared memory, in block `rank` of the cluster.
+HOPE_DEVICE void store_remote(uint32_t* p, int rank, uint32_t v) {
+  uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(p)), there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(a), "r"(rank));
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(v) : "memory");
+}
+// A barrier of all threads of a cluster in two halves: what was written before arriving is seen behind waiting.
+HOPE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+HOPE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+#endif
+
+// --- numbers --------------------------------------------------------------------------------------------------------------------------
+// Two floats rounded to T (to nearest, ties to even), lo in the lower half of the word; and back.
+template <class T> HOPE_DEVICE uint32_t pack2(float lo, float hi);
+template <> HOPE_DEVICE uint32_t pack2<bf16>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+template <> HOPE_DEVICE uint32_t pack2<fp16>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+template <class T> HOPE_DEVICE Float2 unpack2(uint32_t w);
+template <> HOPE_DEVICE Float2 unpack2<bf16>(uint32_t w) { return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u)}; }
+template <> HOPE_DEVICE Float2 unpack2<fp16>(uint32_t w) {
+  Float2 r;
+  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}" : "=f"(r.x), "=f"(r.y) : "r"(w));
+  return r;
+}
+HOPE_DEVICE float tanh_fast(float x) {  // relative error 2^-11
+  float r;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+HOPE_DEVICE float exp_(float x) { return __expf(x); }
+HOPE_DEVICE float log1p_(float x) { return log1pf(x); }
+HOPE_DEVICE float erf_(float x) { return erff(x); }
+HOPE_DEVICE float sqrt_(float x) { return sqrtf(x); }
+HOPE_DEVICE float divide(float a, float b) { return __fdividef(a, b); }
+HOPE_DEVICE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
+
+// --- tensor cores ---------------------------------------------------------------------------------------------------------------------
+// c[16 x 8] += a[16 x 16] b[16 x 8], operands of T, sums in fp32. With g = lane / 4, t = lane % 4:
+//   a[0]: (row g, columns 2t, 2t+1)   a[1]: row g + 8   a[2]: row g, columns + 8   a[3]: row g + 8, columns + 8
+//   b0: (rows 2t, 2t+1; column g)     b1: rows + 8      c: (row g, columns 2t, 2t+1), then row g + 8
+template <class T> HOPE_DEVICE void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> HOPE_DEVICE void mma<bf16>(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <> HOPE_DEVICE void mma<fp16>(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace hope
+#endif  // __CUDACC__
