@@ -20,6 +20,7 @@ enum Flag : int {
   kClip = 64,        // step_clip
   kRetention = 128,  // alpha is a memory of its own (retention)
   kUpdate = 256,     // tokens are appended and chunks committed; without it a pure read
+  kFloatBias = 512,  // eta_bias and alpha_bias are fp32
 };
 
 struct TitansParams {
@@ -36,8 +37,8 @@ struct TitansParams {
   void* pending_v;            // [B, C, H, D] T
   float* pending_eta;         // [B, C, H]
   float* pending_alpha;       // [B, C, H], or null
-  const float* eta_bias;      // [H]
-  const float* alpha_bias;    // [H], or null
+  const void* eta_bias;       // [H] T, or fp32 with kFloatBias
+  const void* alpha_bias;     // [H] likewise, or null
   const int64_t* pos;         // [B] tokens read before this call
   const int64_t* lengths;     // [B] tokens of this call, clamped to 0 .. T
   unsigned char* scratch;     // what does not fit shared memory, `scratch_bytes` a block

@@ -90,7 +90,8 @@ HOPE_DEVICE unsigned int load_acquire(const unsigned int* p) {
   return v;
 }
 HOPE_DEVICE void pause() { __nanosleep(20); }  // in a loop that waits for another block
-template <class V> HOPE_DEVICE V load_fresh(const V* p) { return __ldcg(reinterpret_cast<const decltype(p)>(p)); }
+// What another block has written since this one began: never from a cache of this multiprocessor.
+HOPE_DEVICE uint32_t load_fresh(const uint32_t* p) { return __ldcg(p); }
 
 // --- clusters (compute capability 9.0 and up) -----------------------------------------------------------------------------------------
 #if __CUDA_ARCH__ >= 900

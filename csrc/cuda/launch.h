@@ -1,0 +1,32 @@
+// The host side of the memory's kernels: what they serve, what they need, and how they start. No torch in it.
+#pragma once
+#include <cstdint>
+
+#include "params.h"
+
+namespace hope {
+
+enum class Element { kBf16, kFp16 };
+
+struct Device {
+  int capability;        // 80, 86, 90, 100, ..
+  int shared_bytes;      // the most dynamic shared memory a block may have
+  int multiprocessors;
+};
+
+// What a call needs beyond its tensors.
+struct Workspace {
+  int64_t scratch_bytes;  // TitansParams::scratch
+  int64_t arrivals;       // TitansParams::arrivals, unsigned ints; cleared by titans_scan
+};
+
+// Why heads of width D, hidden width N and chunks of C tokens are not served on the device, or null.
+const char* titans_unserved(int D, int N, int C, const Device& device);
+
+Workspace titans_workspace(const TitansParams& params, int D, const Device& device);
+
+// One call: T tokens of every row are read and written. One token a row goes through the decode kernel, which has the same bits.
+// Fills in params.scratch_bytes. Null, or what CUDA complained of.
+const char* titans_scan(TitansParams params, int D, Element element, const Device& device, void* stream);
+
+}  // namespace hope
