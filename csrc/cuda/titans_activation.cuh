@@ -7,8 +7,8 @@ namespace hope {
 HOPE_DEVICE float sigmoid(float x) { return divide(1.f, 1.f + exp_(-x)); }
 
 // z becomes sigma(z); slope, if wanted, sigma'(z). About 10 instructions a number with gelu_tanh: one tanh gives both.
-template <bool SLOPE> HOPE_DEVICE void activate(float (&z)[8], float (&slope)[8], int activation) {
-  if (activation == kGeluTanh) {
+template <int ACT, bool SLOPE> HOPE_DEVICE void activate(float (&z)[8], float (&slope)[8]) {
+  if constexpr (ACT == kGeluTanh) {
     constexpr float c = 0.7978845608028654f, b = 0.044715f;  // sqrt(2 / pi)
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -17,7 +17,7 @@ template <bool SLOPE> HOPE_DEVICE void activate(float (&z)[8], float (&slope)[8]
       if (SLOPE) slope[i] = fma_(0.5f * x * fma_(-t, t, 1.f), fma_(3.f * c * b, x2, c), cdf);
       z[i] = x * cdf;
     }
-  } else if (activation == kGelu) {
+  } else if constexpr (ACT == kGelu) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float x = z[i], cdf = fma_(0.5f, erf_(x * 0.7071067811865476f), 0.5f);

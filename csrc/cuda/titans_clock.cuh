@@ -15,7 +15,9 @@ namespace hope {
 template <int D, class T> HOPE_DEVICE void key_products(const Shared<D, T>& shared, int C, int warp, int lane) {
   const int panels = C / kPanel;
   int turn = 0;
+#pragma unroll 1
   for (int p = 0; p < panels; ++p)
+#pragma unroll 1
     for (int q = p; q < panels; ++q) {
       if (turn++ % kWarps != warp) continue;
       float c[8] = {};
@@ -40,6 +42,7 @@ template <int D, class T> HOPE_DEVICE void key_products(const Shared<D, T>& shar
 template <int D, class T> HOPE_DEVICE void decays(const Shared<D, T>& shared, int C, bool retention, bool dgd, int thread) {
   if (thread < C) {
     float r = 1.f;
+#pragma unroll 1
     for (int t = thread + 1; t < C; ++t) {
       if (dgd) store_shared(shared.dots(t, thread, C), load_shared(shared.dots(thread, t, C)) * (r * load_shared(shared.eta() + t)));
       if (retention) r *= load_shared(shared.alpha() + t);
@@ -47,6 +50,7 @@ template <int D, class T> HOPE_DEVICE void decays(const Shared<D, T>& shared, in
     store_shared(shared.tail() + thread, r);
   } else if (thread == kThreads - 1) {
     float r = 1.f;
+#pragma unroll 1
     for (int t = 0; t < C; ++t) {
       store_shared(shared.carry() + t, dgd ? load_shared(shared.eta() + t) * r : 0.f);
       if (retention) r *= load_shared(shared.alpha() + t);
@@ -58,7 +62,9 @@ template <int D, class T> HOPE_DEVICE void decays(const Shared<D, T>& shared, in
 // Kg, rounded to T. solved: [C][8] fp32 of this warp alone, in shared memory.
 template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& shared, float* solved, int C, bool dgd, int warp, int lane) {
   const int column = lane & 7, rows = 4 * (lane >> 3);
+#pragma unroll 1
   for (int p0 = 8 * warp; p0 < D; p0 += 8 * kWarps) {
+#pragma unroll 1
     for (int s0 = C - kPanel; s0 >= 0; s0 -= kPanel) {
       float x[4];
 #pragma unroll
@@ -67,6 +73,7 @@ template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& 
         x[i] = load_shared(shared.tail() + s0 + rows + i) * unpack2<T>(bits).x;
       }
       if (dgd) {
+#pragma unroll 4
         for (int t = s0 + kPanel; t < C; ++t) {
           const float later = load_shared(solved + 8 * t + column);
 #pragma unroll

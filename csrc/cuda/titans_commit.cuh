@@ -14,7 +14,7 @@
 
 namespace hope {
 
-template <int D, class T> struct Commit {
+template <int D, class T, int ACT> struct Commit {
   using W = Width<D>;
   const TitansParams& p;
   const Shared<D, T>& shared;
@@ -27,6 +27,7 @@ template <int D, class T> struct Commit {
 
   HOPE_DEVICE void run(float (&state)[16][8]) const {
     const int panels = p.C / kPanel;
+#pragma unroll 1
     for (int panel = 0; panel < panels; ++panel) {
       float slope[W::kScalarGroups][8];
       Float4 at_k[4][D / 64];
@@ -89,7 +90,7 @@ template <int D, class T> struct Commit {
       uint32_t h[W::kGroups][4];
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) {
-        hidden_group<D, T, true>(z, slope[g], k, weights, g, p.activation, lane);
+        hidden_group<D, T, ACT, true>(z, slope[g], k, weights, g, lane);
         add_squares(norm, z);
         as_operand<T>(h[g], z);
         a_block(g, panel) = {h[g][0], h[g][1], h[g][2], h[g][3]};
@@ -99,7 +100,7 @@ template <int D, class T> struct Commit {
       float y[2] = {};
 #pragma unroll
       for (int g = 0; g < W::kScalarGroups; ++g) {
-        hidden_group<D, T, true>(z, slope[g], k, weights, g, p.activation, lane);
+        hidden_group<D, T, ACT, true>(z, slope[g], k, weights, g, lane);
         add_squares(norm, z);
         add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
         uint32_t h[4];
@@ -119,16 +120,16 @@ template <int D, class T> struct Commit {
         uint32_t h[W::kGroups][4];
 #pragma unroll
         for (int g = 0; g < W::kGroups; ++g) {
-          hidden_group<D, T, false>(z, unused, v, weights, g, p.activation, lane);
+          hidden_group<D, T, ACT, false>(z, unused, v, weights, g, lane);
           as_operand<T>(h[g], z);
         }
         output_part<D, T>(shared.part(warp, 1, full_here), h, weights, lane);
       }
     } else {
       float y[2] = {};
-#pragma unroll
+#pragma unroll 1
       for (int g = 0; g < W::kScalarGroups; ++g) {
-        hidden_group<D, T, false>(z, unused, v, weights, g, p.activation, lane);
+        hidden_group<D, T, ACT, false>(z, unused, v, weights, g, lane);
         add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
       }
       store_sums(shared.sums(warp, 1), y, lane);
@@ -239,6 +240,7 @@ template <int D, class T> struct Commit {
       const int t = lane + 32 * n;
       if (t >= C) break;
       float a2 = 0.f, d2 = 0.f;
+#pragma unroll 1
       for (int w = 0; w < role.warps; ++w) {
         a2 += load_shared(shared.norms(role.first + w, 0, C) + t);
         d2 += load_shared(shared.norms(role.first + w, 1, C) + t);
@@ -248,6 +250,7 @@ template <int D, class T> struct Commit {
     }
     sync_warp();
     float sums[2] = {};
+#pragma unroll 4
     for (int s = 0; s < C; ++s) {
       const float w = load_shared(steps + s);
 #pragma unroll
@@ -281,6 +284,7 @@ template <int D, class T> struct Commit {
 #pragma unroll
         for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= keep;
       }
+#pragma unroll 1
       for (int panel = 0; panel < p.C / kPanel; ++panel) {
         const int slot = panel * kPanel, row = slot + (lane >> 2);
         float u[8] = {};
@@ -324,6 +328,7 @@ template <int D, class T> struct Commit {
     for (int b = 8; b < 16; ++b)
 #pragma unroll
       for (int i = 0; i < 8; ++i) state[b][i] *= keep;
+#pragma unroll 1
     for (int panel = 0; panel < p.C / kPanel; ++panel) {
       const int slot = panel * kPanel, row = slot + (lane >> 2);
       const float by[2] = {-load_shared(steps + row) * load_shared(shared.tail() + row),
@@ -357,9 +362,10 @@ template <int D, class T> struct Commit {
   HOPE_DEVICE void update_scalar_outputs() const {
     const float keep = load_shared(shared.tail() + p.C);
     const float* steps = shared.steps(warp, p.C);
-#pragma unroll
+#pragma unroll 1
     for (int g = 0; g < W::kScalarGroups; ++g) {
       Float4 sum{0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
       for (int panel = 0; panel < p.C / kPanel; ++panel) {
         const int row = panel * kPanel + (lane >> 2);
         float by[2];

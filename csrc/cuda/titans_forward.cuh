@@ -11,8 +11,8 @@
 namespace hope {
 
 // sigma of one group's 16 units: z[0..3] units 0..7, z[4..7] units 8..15 (as mma's c); slope likewise.
-template <int D, class T, bool SLOPE, class Weights>
-HOPE_DEVICE void hidden_group(float (&z)[8], float (&slope)[8], const T* tile, const Weights& weights, int g, int activation, int lane) {
+template <int D, class T, int ACT, bool SLOPE, class Weights>
+HOPE_DEVICE void hidden_group(float (&z)[8], float (&slope)[8], const T* tile, const Weights& weights, int g, int lane) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) z[i] = 0.f;
 #pragma unroll
@@ -23,7 +23,7 @@ HOPE_DEVICE void hidden_group(float (&z)[8], float (&slope)[8], const T* tile, c
     mma<T>(z, x, w.x, w.z);
     mma<T>(z + 4, x, w.y, w.w);
   }
-  activate<SLOPE>(z, slope, activation);
+  activate<ACT, SLOPE>(z, slope);
 }
 
 // Sums of squares of rows g and g + 8 over a lane's columns, added to `sums`.
@@ -70,6 +70,7 @@ HOPE_DEVICE void output_part(Float4* part, const uint32_t (&h)[Width<D>::kGroups
 HOPE_DEVICE Float4 gather(const Float4* parts, int warps, int stride, int r, int j, int lane) {
   const Float4* p = parts + part_offset(j, 4 * r + (lane & 3));
   Float4 sum = load_shared(p);
+#pragma unroll 1
   for (int w = 1; w < warps; ++w) {
     const Float4 more = load_shared(p + w * stride);
     sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};

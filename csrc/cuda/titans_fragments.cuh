@@ -18,12 +18,12 @@
 namespace hope {
 
 // Index of the first of a lane's four numbers in row `half` (0: row g, 1: row g + 8) of a block of a matrix with `stride` numbers a row.
-HOPE_DEVICE int64_t block_offset(int lane, int half, int64_t stride) {
+HOPE_DEVICE int block_offset(int lane, int half, int stride) {
   const int g = lane >> 2, t = lane & 3;
   return (4 * (g >> 1) + (g & 1) + 2 * half) * stride + 4 * t;
 }
 
-HOPE_DEVICE void load_block(float (&f)[8], const float* p, int64_t stride, int lane) {
+HOPE_DEVICE void load_block(float (&f)[8], const float* p, int stride, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const Float4 r = *reinterpret_cast<const Float4*>(p + block_offset(lane, half, stride));
@@ -31,13 +31,13 @@ HOPE_DEVICE void load_block(float (&f)[8], const float* p, int64_t stride, int l
   }
 }
 
-HOPE_DEVICE void store_block(const float (&f)[8], float* p, int64_t stride, int lane) {
+HOPE_DEVICE void store_block(const float (&f)[8], float* p, int stride, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     *reinterpret_cast<Float4*>(p + block_offset(lane, half, stride)) = {f[2 * half], f[2 * half + 1], f[2 * half + 4], f[2 * half + 5]};
 }
 
-template <class T> HOPE_DEVICE Word4 load_block16(const T* p, int64_t stride, int lane) {
+template <class T> HOPE_DEVICE Word4 load_block16(const T* p, int stride, int lane) {
   const Word2 r0 = *reinterpret_cast<const Word2*>(p + block_offset(lane, 0, stride));
   const Word2 r1 = *reinterpret_cast<const Word2*>(p + block_offset(lane, 1, stride));
   return {r0.x, r1.x, r0.y, r1.y};

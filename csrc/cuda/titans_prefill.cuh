@@ -87,7 +87,7 @@ template <int D, class T> HOPE_DEVICE void clear_pending(const TitansParams& p, 
   }
 }
 
-template <int D, class T, int MODE> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
+template <int D, class T, int ACT, int MODE> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   using W = Width<D>;
   const int lane = lane_index(), warp = warp_index();
   const bool update = p.flags & kUpdate;
@@ -105,8 +105,8 @@ template <int D, class T, int MODE> HOPE_DEVICE void prefill(const TitansParams&
   }
   const int64_t b = group / p.H;
   const int h = group % p.H;
-  int64_t n = p.lengths[b];
-  n = n < 0 ? 0 : n > p.T ? p.T : n;
+  const int64_t asked = p.lengths[b];
+  const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked);
   if (n == 0) return;  // the same for all blocks of the group
   int slot = static_cast<int>(p.pos[b] % p.C);
   const bool commit_only = p.flags & kCommitOnly;
@@ -123,15 +123,13 @@ template <int D, class T, int MODE> HOPE_DEVICE void prefill(const TitansParams&
   // --- inputs of the first panel ---
   const int64_t stride = static_cast<int64_t>(p.H) * D;
   const int64_t token0 = (b * p.T * p.H + h) * static_cast<int64_t>(D);
-  const T* x = static_cast<const T*>(p.x) + token0;
-  const T* q = static_cast<const T*>(p.q) + token0;
   const bool reads_q = rank == 0, reads_x = update && (plan.blocks == 1 || rank > 0 || plan.full_warps < kWarps);
-  const auto fetch = [&](int64_t token, int at, int buffer) {  // tokens from `token` on, the first of them into slot `at`
+  const auto fetch = [&](int token, int at, int buffer) {  // tokens from `token` on, the first of them into slot `at`
     if (token >= n) return;
     const int first = at % kPanel;
-    const int stop = n - token < kPanel - first ? static_cast<int>(first + n - token) : kPanel;
-    if (reads_q) fetch_panel<D>(shared.input(true, buffer), q + (token - first) * stride, stride, first, stop);
-    if (reads_x) fetch_panel<D>(shared.input(false, buffer), x + (token - first) * stride, stride, first, stop);
+    const int stop = n - token < kPanel - first ? first + n - token : kPanel;
+    if (reads_q) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + token0 + (token - first) * stride, stride, first, stop);
+    if (reads_x) fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + token0 + (token - first) * stride, stride, first, stop);
   };
   if (!commit_only) fetch(0, slot, 0);
 
@@ -145,25 +143,13 @@ template <int D, class T, int MODE> HOPE_DEVICE void prefill(const TitansParams&
   float state[16][8];
   load_deviations<D>(state, deviations, place, role, plan.memories, p.N, lane);
   load_scalar_weights<D, T>(shared, deviations, bases, place, role, plan.memories, warp, lane);
-  const auto round_weights = [&](bool first) {
-    for_blocks<D>(place, role.full, p.N, [&](int i, int64_t at, int64_t row, bool w1) {
-      if (bases.w2 == nullptr || !mine) {
-        weights.block(i) = round_block<T>(state[i]);
-        return;
-      }
-      const int where = plan.base[i / 8];
-      Word4* kept = where < 0 ? nullptr : own(plan, scratch, where, lane) + 256 * warp + 32 * (i % 8);
-      Word4 base;
-      if (first || kept == nullptr) {
-        base = load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
-        if (kept != nullptr) *kept = base;
-      } else {
-        base = *kept;
-      }
-      weights.block(i) = round_block<T>(state[i], base);
+  const bool based = bases.w2 != nullptr && mine;
+  const auto kept_base = [&](int i) { return own(plan, scratch, plan.base[i / 8], lane) + 256 * warp + 32 * (i % 8); };
+  if (based) {
+    for_blocks<D>(place, role.full, p.N, [&](int i, int at, int row, bool w1) {
+      if (plan.base[i / 8] >= 0) *kept_base(i) = load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
     });
-  };
-  round_weights(true);
+  }
   if (update) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : slot);
   wait_copies();
   sync_block();
@@ -171,44 +157,51 @@ template <int D, class T, int MODE> HOPE_DEVICE void prefill(const TitansParams&
   const int full_warps_here = 3 * plan.full_warps - rank * kWarps;
   const int full_count = full_warps_here < 0 ? 0 : full_warps_here > kWarps ? kWarps : full_warps_here;
   const int own_blocks = (warp < full_count ? warp : 2 * warp - full_count) * W::kGroups * (p.C / kPanel) * 32;
-  const Commit<D, T> commit{p, shared, role, weights, own(plan, scratch, plan.a, lane) + own_blocks,
+  const Commit<D, T, ACT> commit{p, shared, role, weights, own(plan, scratch, plan.a, lane) + own_blocks,
                             own(plan, scratch, plan.d, lane) + own_blocks, full_here, warp, lane};
   const int opened = slot;
-  bool committed = false;
+  bool committed = false, stale = true;  // stale: the rounded weights are not the state's
 
   // --- panel after panel ---
-  for (int64_t token = commit_only ? n : 0, turn = 0; token < n; ++turn) {
-    const int first = slot % kPanel, panel = update ? slot - first : 0;
-    const int stop = n - token < kPanel - first ? static_cast<int>(first + n - token) : kPanel;
-    const int buffer = turn & 1, count = stop - first;
-    fetch(token + count, slot + count, 1 - buffer);
-    const T* tile = shared.input(role.memory == kMemory, buffer);
-    if (update || role.memory == kMemory) read_shares<D, T>(shared, role, tile, weights, p.activation, full_here, warp, lane);
-    sync_block();
-    if (update) exchange.acquire();
-    T* o = static_cast<T*>(p.o) + token0 + (token - first) * stride;
-    PrefillSink<D, T, MODE> sink{exchange, o, stride, panel, update};
-    if (update || role.memory == kMemory)
-      read_results<D, T>(p, shared, role, tile, full_here, h, first, stop, lane, sink);
-    wait_copies();
-    if (update)
-      exchange.finish(plan, panel);
-    else
+  if (commit_only) slot = p.C;
+  for (int token = commit_only ? n : 0, turn = 0;; ++turn) {
+    if (stale) {
+      stale = false;
+      for_blocks<D>(place, role.full, p.N, [&](int i, int at, int row, bool w1) {
+        Word4 base{0, 0, 0, 0};
+        if (based) base = plan.base[i / 8] >= 0 ? *kept_base(i) : load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
+        weights.block(i) = round_block<T>(state[i], base);
+      });
+    }
+    if (token < n) {
+      const int first = slot % kPanel, panel = update ? slot - first : 0;
+      const int stop = n - token < kPanel - first ? first + n - token : kPanel;
+      const int buffer = turn & 1, count = stop - first;
+      fetch(token + count, slot + count, 1 - buffer);
+      const T* tile = shared.input(role.memory == kMemory, buffer);
+      const bool reads = update || role.memory == kMemory;
+      if (reads) read_shares<D, T, ACT>(shared, role, tile, weights, full_here, warp, lane);
       sync_block();
-    slot += count, token += count;
+      if (update) exchange.acquire();
+      T* o = static_cast<T*>(p.o) + token0 + (token - first) * stride;
+      PrefillSink<D, T, MODE> sink{exchange, o, stride, panel, update};
+      if (reads) read_results<D, T>(p, shared, role, tile, full_here, h, first, stop, lane, sink);
+      wait_copies();
+      if (update)
+        exchange.finish(plan, panel);
+      else
+        sync_block();
+      slot += count, token += count;
+    }
     if (slot == p.C) {
+      slot = 0;
       if (update) {
         commit.run(state);
         exchange.release();
-        round_weights(false);
-        committed = true;
+        committed = stale = true;
       }
-      slot = 0;
     }
-  }
-  if (commit_only) {
-    commit.run(state);
-    slot = 0, committed = true;
+    if (token >= n) break;
   }
   if (!update) return;
   exchange.end();
@@ -219,7 +212,7 @@ template <int D, class T, int MODE> HOPE_DEVICE void prefill(const TitansParams&
     if (committed) clear_pending<D, T>(p, b, h, slot);
   }
   if (committed && mine) {
-    for_blocks<D>(place, role.full, p.N, [&](int i, int64_t at, int64_t row, bool w1) {
+    for_blocks<D>(place, role.full, p.N, [&](int i, int at, int row, bool w1) {
       store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
     });
     if (!role.full)
@@ -228,11 +221,11 @@ template <int D, class T, int MODE> HOPE_DEVICE void prefill(const TitansParams&
 }
 
 // T: bf16, fp16.
-template <int D, class T, int MODE> HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
+template <int D, class T, int ACT, int MODE> HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #if !defined(__CUDACC__)
-  prefill<D, T, MODE>(p, plan);
+  prefill<D, T, ACT, MODE>(p, plan);
 #elif defined(__CUDA_ARCH__)
-  if constexpr ((MODE == kCluster) == (__CUDA_ARCH__ >= 900)) prefill<D, T, MODE>(p, plan);
+  if constexpr ((MODE == kCluster) == (__CUDA_ARCH__ >= 900)) prefill<D, T, ACT, MODE>(p, plan);
 #endif
 }
 

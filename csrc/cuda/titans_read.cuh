@@ -8,23 +8,23 @@
 namespace hope {
 
 // Stage 1: partial outputs to shared memory.
-template <int D, class T, class Weights>
-HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const T* tile, const Weights& weights, int activation, int full_here,
-                             int warp, int lane) {
+template <int D, class T, int ACT, class Weights>
+HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const T* tile, const Weights& weights, int full_here, int warp,
+                             int lane) {
   float z[8], unused[8];
   if (role.full) {
     uint32_t h[Width<D>::kGroups][4];
 #pragma unroll
     for (int g = 0; g < Width<D>::kGroups; ++g) {
-      hidden_group<D, T, false>(z, unused, tile, weights, g, activation, lane);
+      hidden_group<D, T, ACT, false>(z, unused, tile, weights, g, lane);
       as_operand<T>(h[g], z);
     }
     output_part<D, T>(shared.part(warp, 0, full_here), h, weights, lane);
   } else {
     float y[2] = {};
-#pragma unroll
+#pragma unroll Weights::kUnroll
     for (int g = 0; g < Width<D>::kScalarGroups; ++g) {
-      hidden_group<D, T, false>(z, unused, tile, weights, g, activation, lane);
+      hidden_group<D, T, ACT, false>(z, unused, tile, weights, g, lane);
       add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
     }
     store_sums(shared.sums(warp, 0), y, lane);
@@ -64,6 +64,7 @@ HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T>& shared,
                               int first, int stop, int lane, Sink& sink) {
   if (role.full) {
     const Float4* parts = shared.part(role.first, 0, full_here);
+#pragma unroll 1
     for (int r = role.within; r < 8; r += role.warps) {
       Float4 y[D / 64];
 #pragma unroll

@@ -45,6 +45,7 @@ struct StoredWeights {
   Word4* low;
   Word4* high;
   int groups, steps;  // of w2; w1 follows
+  static constexpr int kUnroll = 1;  // groups of scalar memories: a loop, weights are in memory
   HOPE_DEVICE Word4& block(int b) const { return (b < 8 ? low : high)[32 * (b & 7)]; }
   HOPE_DEVICE Word4 w2(int g, int s) const { return block(g * steps + s); }
   HOPE_DEVICE Word4 w1(int i, int g) const { return block(8 + i * groups + g); }

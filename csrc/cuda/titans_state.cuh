@@ -7,11 +7,10 @@ namespace hope {
 
 // Where the blocks of a warp's weights lie in tensors [.., M N, D] and [.., Mf, D, N] of one (row, head), or head.
 template <int D> struct Place {
-  int64_t w2, w1, w1s;  // first number of the warp's units
+  int w2, w1, w1s;  // first number of the warp's units
   HOPE_DEVICE static Place of(const TitansParams& p, const Role& role) {
-    const int64_t unit = static_cast<int64_t>(role.within) * (role.full ? Width<D>::kUnits : Width<D>::kScalarUnits);
-    return {(role.memory * static_cast<int64_t>(p.N) + unit) * D, static_cast<int64_t>(role.memory) * D * p.N + unit,
-            (role.memory - kEta) * static_cast<int64_t>(p.N) + unit};
+    const int unit = role.within * (role.full ? Width<D>::kUnits : Width<D>::kScalarUnits);
+    return {(role.memory * p.N + unit) * D, role.memory * D * p.N + unit, (role.memory - kEta) * p.N + unit};
   }
 };
 
@@ -22,7 +21,7 @@ template <int D, class F> HOPE_DEVICE void for_blocks(const Place<D>& place, boo
 #pragma unroll
     for (int b = 0; b < 8; ++b) f(b, place.w2 + (b / W::kSteps) * 16 * D + (b % W::kSteps) * 16, D, false);
 #pragma unroll
-    for (int b = 0; b < 8; ++b) f(8 + b, place.w1 + (b / W::kGroups) * 16 * static_cast<int64_t>(N) + (b % W::kGroups) * 16, N, true);
+    for (int b = 0; b < 8; ++b) f(8 + b, place.w1 + (b / W::kGroups) * 16 * N + (b % W::kGroups) * 16, N, true);
   } else {
 #pragma unroll
     for (int b = 0; b < 16; ++b) f(b, place.w2 + (b / W::kSteps) * 16 * D + (b % W::kSteps) * 16, D, false);
@@ -51,7 +50,7 @@ template <int D>
 HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place, const Role& role, int memories, int N,
                                  int lane) {
   if (role.memory < memories) {
-    for_blocks<D>(place, role.full, N, [&](int b, int64_t first, int64_t stride, bool w1) {
+    for_blocks<D>(place, role.full, N, [&](int b, int first, int stride, bool w1) {
       load_block(state[b], (w1 ? from.w1 : from.w2) + first, stride, lane);
     });
   } else {
