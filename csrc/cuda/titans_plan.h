@@ -102,4 +102,19 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   return p;
 }
 
+// Decode: a block a memory with D outputs, or for eta and alpha together; full_warps warps each.
+inline Plan make_decode_plan(int D, int N, bool retention) {
+  Plan p{};
+  p.full_warps = N * D / 2048, p.scalar_warps = p.full_warps / 2;
+  p.blocks = 4, p.memories = retention ? 5 : 4, p.one_buffer = 1;
+  int at = 0;
+  auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };
+  p.x = p.q = take(kPanel * (D + 8) * 2);
+  p.sums = take(4 * kWarps * 2 * kPanel);
+  p.delta1s = take(4 * kWarps * 4096 / D), p.base1s = take(4 * kWarps * 4096 / D);
+  p.parts = take(p.full_warps * kPanel * D * 4);
+  p.shared_bytes = at;
+  return p;
+}
+
 }  // namespace hope

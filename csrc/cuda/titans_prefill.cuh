@@ -38,15 +38,6 @@ template <int D, class T, int MODE> struct PrefillSink {
   }
 };
 
-// Copies rows first <= r < stop of a panel, two numbers at a time; row 0 would lie at `from`. Other rows become zero.
-template <int D, class T> HOPE_DEVICE void fetch_panel(T* tile, const T* from, int64_t stride, int first, int stop) {
-  for (int i = thread_index(); i < kPanel * D / 2; i += kThreads) {
-    const int r = i / (D / 2), index = 2 * (i % (D / 2));
-    const bool valid = first <= r && r < stop;
-    copy_async4(tile + r * Width<D>::kRow + position_of(index), valid ? from + r * stride + index : from, valid);
-  }
-}
-
 // The open chunk's slots first <= s < stop, from the pending tensors to shared memory, or back (this block's row of them).
 template <int D, class T, bool LOAD>
 HOPE_DEVICE void move_pending(const TitansParams& p, const Shared<D, T>& shared, int64_t b, int h, int first, int stop) {
@@ -128,8 +119,8 @@ template <int D, class T, int ACT, int MODE> HOPE_DEVICE void prefill(const Tita
     if (token >= n) return;
     const int first = at % kPanel;
     const int stop = n - token < kPanel - first ? first + n - token : kPanel;
-    if (reads_q) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + token0 + (token - first) * stride, stride, first, stop);
-    if (reads_x) fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + token0 + (token - first) * stride, stride, first, stop);
+    if (reads_q) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + token0 + (token - first) * stride, stride, first, stop, kThreads);
+    if (reads_x) fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + token0 + (token - first) * stride, stride, first, stop, kThreads);
   };
   if (!commit_only) fetch(0, slot, 0);
 

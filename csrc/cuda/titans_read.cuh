@@ -7,6 +7,16 @@
 
 namespace hope {
 
+// Copies rows first <= r < stop of a panel, two numbers at a time; row 0 would lie at `from`. Other rows become zero.
+// threads: of the block, all of which call.
+template <int D, class T> HOPE_DEVICE void fetch_panel(T* tile, const T* from, int64_t stride, int first, int stop, int threads) {
+  for (int i = thread_index(); i < kPanel * D / 2; i += threads) {
+    const int r = i / (D / 2), index = 2 * (i % (D / 2));
+    const bool valid = first <= r && r < stop;
+    copy_async4(tile + r * Width<D>::kRow + position_of(index), valid ? from + r * stride + index : from, valid);
+  }
+}
+
 // Stage 1: partial outputs to shared memory.
 template <int D, class T, int ACT, class Weights>
 HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const T* tile, const Weights& weights, int full_here, int warp,

@@ -14,8 +14,9 @@ struct Role {
   int first;   // the first of them, as a warp of this block
   bool full;   // D outputs, else one
 
-  static HOPE_DEVICE Role of(const Plan& plan, int rank, int warp) {
-    const int i = rank * kWarps + warp, scalars = 3 * plan.full_warps;
+  // Warp `warp` of block `rank`, in blocks of `warps`.
+  static HOPE_DEVICE Role of(const Plan& plan, int rank, int warp, int warps = kWarps) {
+    const int i = rank * warps + warp, scalars = 3 * plan.full_warps;
     Role r;
     r.full = i < scalars;
     r.warps = r.full ? plan.full_warps : plan.scalar_warps;
