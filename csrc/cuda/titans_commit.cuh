@@ -1,9 +1,9 @@
 // Committing a chunk: everything between "the last of its C tokens has been read" and the new weights. All a block needs is in it.
 //
 //   for every panel of 16 tokens
-//     1  a, sigma', shares of M(k); shares of M(v)          first panel: also products of keys            | barrier
-//     2  e = M(k) - target, two tokens a warp               first panel: also decays and L                | barrier
-//     3  d = sigma' (w1^T e), |a|^2, |d|^2                  first panel: also the transformed keys        | barrier
+//     1  a, sigma', shares of M(k); shares of M(v)          last panel: also products of keys            | barrier
+//     2  e = M(k) - target, two tokens a warp               last panel: also decays and L                | barrier
+//     3  d = sigma' (w1^T e), |a|^2, |d|^2                  last panel: also the transformed keys        | barrier
 //   4  step sizes; delta2 = R[C,0] delta2 - (eta~ d + eta R[t-1,0] delta2_0 k)^T Kg; delta1 = R[C,0] delta1 - (eta~ R[C,t] e)^T a
 //
 // Stage 4 needs no barrier: units are a warp's own. FLOPs a warp and panel (32 or 64 units, D = 64): 160 mma instructions of 4096.
@@ -14,13 +14,13 @@
 
 namespace hope {
 
-template <int D, class T, int ACT> struct Commit {
+template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   using W = Width<D>;
   const TitansParams& p;
   const Shared<D, T>& shared;
   const Role& role;
-  const StoredWeights& weights;
-  Word4 *a_own, *d_own;  // [groups][C / 16] blocks of this warp
+  const StoredWeights<D, ON_CHIP>& weights;
+  int blocks;  // where the warp's blocks of a and d begin: [groups][C / 16]
   int full_here, warp, lane;
 
   HOPE_DEVICE bool has(int flag) const { return p.flags & flag; }
@@ -32,23 +32,23 @@ template <int D, class T, int ACT> struct Commit {
       float slope[W::kScalarGroups][8];
       Float4 at_k[4][D / 64];
       evaluate(slope, at_k, panel);
-      if (panel == 0) key_products<D, T>(shared, p.C, warp, lane);
+      const bool last = panel == panels - 1;
+      if (last) key_products<D, T>(shared, p.C, warp, lane);
       sync_block();
       errors(at_k, panel);
-      if (panel == 0) decays<D, T>(shared, p.C, has(kRetention), has(kDgd), 32 * warp + lane);
+      if (last) decays<D, T>(shared, p.C, has(kRetention), has(kDgd), 32 * warp + lane);
       sync_block();
       gradients(slope, panel);
-      if (panel == 0) {
-        // partial outputs have been read and the next ones are behind a barrier
+      if (last) {  // v and all partial outputs have been read, the next ones are behind a barrier
         float* solved = shared.template at<float>(shared.plan.parts) + 8 * p.C * warp;
         transformed_keys<D, T>(shared, solved, p.C, has(kDgd), warp, lane);
       }
       sync_block();
     }
-    if (role.memory < shared.plan.memories) {
+    if (!role.idle()) {
       step_sizes();
       sync_warp();
-      if (role.full) {
+      if (role.full()) {
         update_inputs<W::kGroups>(state);
         update_outputs(state);
       } else {
@@ -59,8 +59,8 @@ template <int D, class T, int ACT> struct Commit {
   }
 
  private:
-  HOPE_DEVICE Word4& a_block(int g, int panel) const { return a_own[32 * (g * (p.C / kPanel) + panel)]; }
-  HOPE_DEVICE Word4& d_block(int g, int panel) const { return d_own[32 * (g * (p.C / kPanel) + panel)]; }
+  HOPE_DEVICE Word4& a_block(int g, int panel) const { return weights.own.at(shared.plan.a)[32 * ((blocks + g) * (p.C / kPanel) + panel)]; }
+  HOPE_DEVICE Word4& d_block(int g, int panel) const { return weights.own.at(shared.plan.d)[32 * ((blocks + g) * (p.C / kPanel) + panel)]; }
 
   HOPE_DEVICE void store_norms(int kind, int panel, float (&sums)[2]) const {
     const float n0 = row_sum4(sums[0]), n1 = row_sum4(sums[1]);
@@ -74,10 +74,10 @@ template <int D, class T, int ACT> struct Commit {
   HOPE_DEVICE void gather_at_k(Float4 (&at_k)[4][D / 64]) const {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const int r = role.within + n * role.warps;
+      const int r = role.within + n * role.warps();
 #pragma unroll
       for (int i = 0; i < D / 64; ++i)
-        if (r < 8) at_k[n][i] = gather(shared.part(role.first, 0, full_here), role.warps, Shared<D, T>::kPart, r, (lane >> 2) + 8 * i, lane);
+        if (r < 8) at_k[n][i] = gather(shared.part(role.first(), 0, full_here), role.warps(), Shared<D, T>::kPart, r, (lane >> 2) + 8 * i, lane);
     }
   }
 
@@ -86,7 +86,7 @@ template <int D, class T, int ACT> struct Commit {
     const T* k = shared.k(panel * kPanel);
     const T* v = shared.v(panel * kPanel);
     float norm[2] = {}, z[8], unused[8];
-    if (role.full) {
+    if (role.full()) {
       uint32_t h[W::kGroups][4];
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) {
@@ -112,10 +112,10 @@ template <int D, class T, int ACT> struct Commit {
     store_norms(0, panel, norm);
     if (shared.plan.one_buffer) {  // M(v) will take its place
       sync_block();
-      if (role.full && !has(kDot)) gather_at_k(at_k);
+      if (role.full() && !has(kDot)) gather_at_k(at_k);
       sync_block();
     }
-    if (role.full) {
+    if (role.full()) {
       if (has(kOwnValues)) {
         uint32_t h[W::kGroups][4];
 #pragma unroll
@@ -139,12 +139,12 @@ template <int D, class T, int ACT> struct Commit {
   // Stage 2.
   HOPE_DEVICE void errors(Float4 (&at_k)[4][D / 64], int panel) const {
     const int slot = panel * kPanel;
-    if (role.full) {
+    if (role.full()) {
       if (!shared.plan.one_buffer && !has(kDot)) gather_at_k(at_k);
-      T* e = shared.e(role.first / role.warps, slot, p.C);
+      T* e = shared.e(role.first() / role.warps(), slot, p.C);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const int r = role.within + n * role.warps;
+        const int r = role.within + n * role.warps();
         if (r >= 8) break;
         Float4 target[D / 64];
 #pragma unroll
@@ -152,7 +152,7 @@ template <int D, class T, int ACT> struct Commit {
           const int j = (lane >> 2) + 8 * i;
           target[i] = two_rows<D, T>(shared.v(slot), r, 8 * j + 2 * (lane & 3));
           if (has(kOwnValues))
-            target[i] = target[i] + gather(shared.part(role.first, 1, full_here), role.warps, Shared<D, T>::kPart, r, j, lane);
+            target[i] = target[i] + gather(shared.part(role.first(), 1, full_here), role.warps(), Shared<D, T>::kPart, r, j, lane);
         }
         const Float2 by = has(kTargetNorm) ? inverse_norms(target) : Float2{1.f, 1.f};
         float e2[2] = {};
@@ -170,18 +170,18 @@ template <int D, class T, int ACT> struct Commit {
           store_shared(reinterpret_cast<uint32_t*>(e + (r + 8) * W::kRow + position), pack2<T>(error.z, error.w));
         }
         e2[0] = warp_sum(e2[0]), e2[1] = warp_sum(e2[1]);
-        if (lane < 2) store_shared(shared.e2(role.first, p.C) + slot + r + 8 * lane, lane == 0 ? e2[0] : e2[1]);
+        if (lane < 2) store_shared(shared.e2(role.first(), p.C) + slot + r + 8 * lane, lane == 0 ? e2[0] : e2[1]);
       }
     } else if (role.within == 0 && lane < kPanel) {
       float y = 0.f, target = 0.f;
-      for (int w = 0; w < role.warps; ++w) {
-        y += load_shared(shared.sums(role.first + w, 0) + lane);
-        target += load_shared(shared.sums(role.first + w, 1) + lane);
+      for (int w = 0; w < role.warps(); ++w) {
+        y += load_shared(shared.sums(role.first() + w, 0) + lane);
+        target += load_shared(shared.sums(role.first() + w, 1) + lane);
       }
       if (has(kTargetNorm)) target = target > 1.f ? 1.f : target < -1.f ? -1.f : target;
       const float error = has(kDot) ? -target : p.grad_scale * (y - target);
-      store_shared(shared.es(role.first, p.C) + slot + lane, error);
-      store_shared(shared.e2(role.first, p.C) + slot + lane, error * error);
+      store_shared(shared.es(role.first(), p.C) + slot + lane, error);
+      store_shared(shared.e2(role.first(), p.C) + slot + lane, error * error);
     }
   }
 
@@ -189,8 +189,8 @@ template <int D, class T, int ACT> struct Commit {
   HOPE_DEVICE void gradients(const float (&slope)[W::kScalarGroups][8], int panel) const {
     const int slot = panel * kPanel;
     float norm[2] = {};
-    if (role.full) {
-      const T* e = shared.e(role.first / role.warps, slot, p.C);
+    if (role.full()) {
+      const T* e = shared.e(role.first() / role.warps(), slot, p.C);
       float d[W::kGroups][8] = {};
 #pragma unroll
       for (int i = 0; i < W::kSteps; ++i) {
@@ -206,8 +206,8 @@ template <int D, class T, int ACT> struct Commit {
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) finish_gradient(d[g], slope[g], norm, g, panel);
     } else {
-      const float e0 = load_shared(shared.es(role.first, p.C) + slot + (lane >> 2));
-      const float e1 = load_shared(shared.es(role.first, p.C) + slot + (lane >> 2) + 8);
+      const float e0 = load_shared(shared.es(role.first(), p.C) + slot + (lane >> 2));
+      const float e1 = load_shared(shared.es(role.first(), p.C) + slot + (lane >> 2) + 8);
 #pragma unroll
       for (int g = 0; g < W::kScalarGroups; ++g) {
         const Float4 w = scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane);
@@ -241,11 +241,11 @@ template <int D, class T, int ACT> struct Commit {
       if (t >= C) break;
       float a2 = 0.f, d2 = 0.f;
 #pragma unroll 1
-      for (int w = 0; w < role.warps; ++w) {
-        a2 += load_shared(shared.norms(role.first + w, 0, C) + t);
-        d2 += load_shared(shared.norms(role.first + w, 1, C) + t);
+      for (int w = 0; w < role.warps(); ++w) {
+        a2 += load_shared(shared.norms(role.first() + w, 0, C) + t);
+        d2 += load_shared(shared.norms(role.first() + w, 1, C) + t);
       }
-      size[n] = sqrt_(a2 + divide(d2, load_shared(shared.e2(role.first, C) + t) + 1e-9f) + 1e-12f);
+      size[n] = sqrt_(a2 + divide(d2, load_shared(shared.e2(role.first(), C) + t) + 1e-9f) + 1e-12f);
       store_shared(steps + t, load_shared(shared.eta() + t) * size[n]);
     }
     sync_warp();
@@ -344,7 +344,7 @@ template <int D, class T, int ACT> struct Commit {
           h[g][i] = transpose8x8(pack2<T>(by[i & 1] * pair.x, by[i & 1] * pair.y));
         }
       }
-      const T* e = shared.e(role.first / role.warps, slot, p.C);
+      const T* e = shared.e(role.first() / role.warps(), slot, p.C);
 #pragma unroll
       for (int i = 0; i < W::kSteps; ++i) {
         uint32_t rows[4];
@@ -372,7 +372,7 @@ template <int D, class T, int ACT> struct Commit {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           by[half] = load_shared(steps + row + 8 * half) * load_shared(shared.tail() + row + 8 * half) *
-                     load_shared(shared.es(role.first, p.C) + row + 8 * half);
+                     load_shared(shared.es(role.first(), p.C) + row + 8 * half);
         const Word4 a = a_block(g, panel);
         const Float2 a0 = unpack2<T>(a.x), a1 = unpack2<T>(a.y), a2 = unpack2<T>(a.z), a3 = unpack2<T>(a.w);
         sum = {fma_(a1.x, by[1], fma_(a0.x, by[0], sum.x)), fma_(a1.y, by[1], fma_(a0.y, by[0], sum.y)),

@@ -50,8 +50,8 @@ template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p
   const T* from = static_cast<const T*>(rank == 0 ? p.q : p.x) + (b * p.H + h) * D;
   fetch_panel<D>(tile, from - row * D, D, row, row + 1, 32 * plan.full_warps);
   Word4 blocks[16] = {};
-  if (role.memory < plan.memories) {
-    for_blocks<D>(place, role.full, p.N, [&](int i, int first, int stride, bool w1) {
+  if (!role.idle()) {
+    for_blocks<D>(place, role.full(), p.N, [&](int i, int first, int stride, bool w1) {
       float f[8];
       load_block(f, (w1 ? deviations.w1 : deviations.w2) + first, stride, lane);
       Word4 base{0, 0, 0, 0};
@@ -59,7 +59,7 @@ template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p
       blocks[i] = round_block<T>(f, base);
     });
   }
-  load_scalar_weights<D, T>(shared, deviations, bases, place, role, plan.memories, warp, lane);
+  load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
   wait_copies();
   sync_block();
   read_shares<D, T, ACT>(shared, role, tile, HeldWeights{blocks, W::kGroups, W::kSteps}, plan.full_warps, warp, lane);

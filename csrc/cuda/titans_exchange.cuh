@@ -17,18 +17,21 @@ enum Mode : int { kCluster, kGlobal };
 
 template <int D, class T, int MODE> struct Exchange {
   const Shared<D, T> shared;
-  int blocks, rank;
-  uint32_t* mail;          // [2][16 D + 32]
-  unsigned int* arrivals;
+  const TitansParams& p;
+  const Plan& plan;
+  int group, rank;
   unsigned int round = 0;
   bool held = false;       // a barrier of the cluster has been arrived at and not been waited for
 
   static constexpr int kMail = kPanel * D + 2 * kPanel;
+  HOPE_DEVICE uint32_t* mail() const {  // of this round
+    return reinterpret_cast<uint32_t*>(p.scratch + group * plan.blocks * plan.scratch_bytes) + (round & 1) * kMail;
+  }
 
   // Blocks of a cluster may be written to once they have started.
   HOPE_DEVICE void begin() {
     if constexpr (MODE == kCluster) {
-      if (blocks > 1) cluster_arrive(), held = true;
+      if (plan.blocks > 1) cluster_arrive(), held = true;
     }
   }
   // In front of the first put of a panel.
@@ -39,12 +42,12 @@ template <int D, class T, int MODE> struct Exchange {
   }
   HOPE_DEVICE void put(uint32_t* place, int word, uint32_t value) const {
     if constexpr (MODE == kCluster) {
-      if (blocks > 1) {
-        for (int r = 0; r < blocks; ++r) store_remote(place, r, value);
+      if (plan.blocks > 1) {
+        for (int r = 0; r < plan.blocks; ++r) store_remote(place, r, value);
         return;
       }
-    } else if (blocks > 1) {
-      mail[(round & 1) * kMail + word] = value;
+    } else if (plan.blocks > 1) {
+      mail()[word] = value;
     }
     store_shared(place, value);
   }
@@ -59,9 +62,9 @@ template <int D, class T, int MODE> struct Exchange {
     put(reinterpret_cast<uint32_t*>(place), kPanel * D + kind * kPanel + r, bits);
   }
   // What all blocks have put is in this block's shared memory; a barrier of the block as well.
-  HOPE_DEVICE void finish(const Plan& plan, int slot) {
+  HOPE_DEVICE void finish(int slot) {
     if constexpr (MODE == kCluster) {
-      if (blocks > 1) {
+      if (plan.blocks > 1) {
         cluster_arrive();
         cluster_wait();
         return;
@@ -69,13 +72,14 @@ template <int D, class T, int MODE> struct Exchange {
       sync_block();
     } else {
       sync_block();
-      if (blocks == 1) return;
+      if (plan.blocks == 1) return;
       if (thread_index() == 0) {
+        unsigned int* arrivals = p.arrivals + 1 + group;
         fetch_add_release(arrivals, 1);
-        while (load_acquire(arrivals) < blocks * (round + 1)) pause();
+        while (load_acquire(arrivals) < plan.blocks * (round + 1)) pause();
       }
       sync_block();
-      const uint32_t* letter = mail + (round & 1) * kMail;
+      const uint32_t* letter = mail();
       // full memories fill blocks of their own, or two a block, so a word is this block's or another's as a whole
       for (int i = thread_index(); i < kMail; i += kThreads) {
         const bool scalar = i >= kPanel * D;
@@ -98,7 +102,7 @@ template <int D, class T, int MODE> struct Exchange {
   // nobody writes the round after that before all have arrived.
   HOPE_DEVICE void release() {
     if constexpr (MODE == kCluster) {
-      if (blocks > 1) cluster_arrive(), held = true;
+      if (plan.blocks > 1) cluster_arrive(), held = true;
     }
   }
   HOPE_DEVICE void end() { acquire(); }

@@ -50,10 +50,12 @@ const char* launch(Kernel kernel, const TitansParams& p, const Plan& plan, int64
   [&](auto... arguments) { return launch([](const TitansParams& p_, const Plan& plan_) { kernel(p_, plan_); }, p, plan, arguments...); }(__VA_ARGS__)
 #endif
 
-template <int D, class T, int ACT> const char* launch_prefill(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
+template <int D, class T, int ACT, int MODE>
+const char* launch_prefill(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
-  if (device.capability >= 90) return HOPE_LAUNCH((titans_prefill<D, T, ACT, kCluster>), blocks, kThreads, plan.blocks, device, stream);
-  return HOPE_LAUNCH((titans_prefill<D, T, ACT, kGlobal>), blocks, kThreads, 1, device, stream);
+  const int cluster = MODE == kCluster ? plan.blocks : 1;
+  if (plan.weights >= 0) return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true>), blocks, kThreads, cluster, device, stream);
+  return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false>), blocks, kThreads, cluster, device, stream);
 }
 
 template <int D, class T, int ACT> const char* launch_call(TitansParams p, const Device& device, void* stream) {
@@ -66,7 +68,8 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
     if (error != nullptr || !update) return error;
     p.flags |= kCommitOnly;
   }
-  return launch_prefill<D, T, ACT>(p, prefill_plan, device, stream);
+  if (device.capability >= 90) return launch_prefill<D, T, ACT, kCluster>(p, prefill_plan, device, stream);
+  return launch_prefill<D, T, ACT, kGlobal>(p, prefill_plan, device, stream);
 }
 
 template <int D, class T> const char* launch_activation(const TitansParams& p, const Device& device, void* stream) {

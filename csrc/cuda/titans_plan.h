@@ -36,8 +36,8 @@ struct Plan {
   int one_buffer;    // partial outputs of M(k) and M(v) take turns in one buffer
   int shared_bytes;  // a block's shared memory
   // Bytes from the start of shared memory:
-  int x, q;                 // [2][16][kRow] T   what the panel reads; the other one is being fetched
-  int k, v, kg;             // [C][kRow] T       the open chunk; kg: the transformed keys of its update
+  int x, q;                 // [2][16][kRow] T   what the panel reads; the other one is being fetched. One place if no block needs both
+  int k, v;                 // [C][kRow] T       the open chunk; when v has served its turn, the transformed keys Kg take its place
   int e;                    // [memories here][C][kRow] T
   int eta, alpha;           // [C] fp32
   int dots;                 // [C][C + 1] fp32   k_s.k_t for s <= t; below the diagonal L[t][s]
@@ -50,13 +50,13 @@ struct Plan {
   int parts;                // [1 or 2][full warps here][16 x D] fp32
   // A lane's own data, in the order of its fragments, 512 bytes a warp's 16 x 16 block. In shared memory, or (negative: -1 - offset) in the
   // block's part of the scratch, where L2 holds it:
-  int weights[2];           // [8][8] blocks     base + deviation rounded to T; blocks 0..7 and 8..15 of a warp
+  int weights;              // [8][16] blocks    base + deviation, rounded to T
   int a, d;                 // [units / 16][C / 16] blocks
-  // Or in shared memory, else (negative) read from the tensors every time:
-  int base[2];              // as weights
+  // In shared memory, or (negative) read from the tensors every time:
+  int base;                 // as weights
   // The block's part of the scratch:
   int mail;                 // [2][16 D + 32] words: what blocks without a cluster send one another; rank 0's is the group's
-  int scratch_bytes;
+  int64_t scratch_bytes;
 };
 
 // Fragment blocks of `a` (and of `d`) that the 8 warps of one block own in a panel: the most that any block needs.
@@ -76,14 +76,14 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };
   const int row = (D + 8) * 2, slots = update ? C : kPanel;
   const int full_here = p.full_warps == 2 ? 6 : kWarps, tiles_here = full_here / (p.full_warps < kWarps ? p.full_warps : kWarps);
-  p.x = take(2 * kPanel * row), p.q = take(2 * kPanel * row);
-  p.k = take(slots * row), p.v = take(slots * row), p.kg = take(slots * row), p.e = take(tiles_here * slots * row);
+  p.x = take(2 * kPanel * row), p.q = p.full_warps == kWarps ? p.x : take(2 * kPanel * row);
+  p.k = take(slots * row), p.v = take(slots * row), p.e = take(tiles_here * slots * row);
   p.eta = take(4 * slots), p.alpha = take(4 * slots), p.carry = take(4 * slots), p.tail = take(4 * slots + 4);
   p.dots = take(4 * slots * (slots + 1)), p.e2 = take(32 * slots), p.es = take(32 * slots);
   p.norms = take(64 * slots), p.steps = take(32 * slots), p.sums = take(4 * kWarps * 2 * kPanel);
   p.delta1s = take(4 * kWarps * 4096 / D), p.base1s = take(4 * kWarps * 4096 / D);
   const int buffer = full_here * kPanel * D * 4, private_blocks = panel_blocks(D, p.full_warps) * (slots / kPanel);
-  const int weights = 2 * kWarps * 8 * 512;
+  const int weights = kWarps * 16 * 512;
   // two buffers save barriers; weights in shared memory save more
   p.one_buffer = at + 2 * buffer + weights + 2 * 512 * private_blocks > device.shared_bytes;
   p.parts = take(p.one_buffer ? buffer : 2 * buffer);
@@ -94,9 +94,8 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
     scratch += bytes;
     return -1 - here;
   };
-  for (int& w : p.weights) w = place(kWarps * 8 * 512);
-  p.a = place(512 * private_blocks), p.d = place(512 * private_blocks);
-  for (int& b : p.base) b = at + kWarps * 8 * 512 <= device.shared_bytes ? take(kWarps * 8 * 512) : -1;
+  p.weights = place(weights), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks);
+  p.base = at + weights <= device.shared_bytes ? take(weights) : -1;
   p.shared_bytes = at;
   p.scratch_bytes = scratch;
   return p;

@@ -78,7 +78,7 @@ template <int D, class T> HOPE_DEVICE void clear_pending(const TitansParams& p, 
   }
 }
 
-template <int D, class T, int ACT, int MODE> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
+template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   using W = Width<D>;
   const int lane = lane_index(), warp = warp_index();
   const bool update = p.flags & kUpdate;
@@ -105,9 +105,8 @@ template <int D, class T, int ACT, int MODE> HOPE_DEVICE void prefill(const Tita
 
   const Shared<D, T> shared{plan};
   const Role role = Role::of(plan, rank, warp);
-  unsigned char* scratch = p.scratch + (static_cast<int64_t>(group) * plan.blocks + rank) * plan.scratch_bytes;
-  uint32_t* mail = reinterpret_cast<uint32_t*>(p.scratch + static_cast<int64_t>(group) * plan.blocks * plan.scratch_bytes);
-  Exchange<D, T, MODE> exchange{shared, plan.blocks, rank, mail, p.arrivals + 1 + group};
+  const Own own{p, plan, group * plan.blocks + rank, warp, lane};
+  Exchange<D, T, MODE> exchange{shared, p, plan, group, rank};
   if (update) exchange.begin();
   const int full_here = plan.full_warps == 2 ? 6 : kWarps;
 
@@ -125,21 +124,18 @@ template <int D, class T, int ACT, int MODE> HOPE_DEVICE void prefill(const Tita
   if (!commit_only) fetch(0, slot, 0);
 
   // --- the state ---
-  const Place<D> place = Place<D>::of(p, role);
-  const Deviations deviations = Deviations::of(p, group, D, plan.memories);
-  const Bases<T> bases = Bases<T>::of(p, h, D, plan.memories);
-  const StoredWeights weights{own(plan, scratch, plan.weights[0], lane) + 256 * warp, own(plan, scratch, plan.weights[1], lane) + 256 * warp,
-                              W::kGroups, W::kSteps};
-  const bool mine = role.memory < plan.memories;
+  const StoredWeights<D, ON_CHIP> weights{own};
   float state[16][8];
-  load_deviations<D>(state, deviations, place, role, plan.memories, p.N, lane);
-  load_scalar_weights<D, T>(shared, deviations, bases, place, role, plan.memories, warp, lane);
-  const bool based = bases.w2 != nullptr && mine;
-  const auto kept_base = [&](int i) { return own(plan, scratch, plan.base[i / 8], lane) + 256 * warp + 32 * (i % 8); };
-  if (based) {
-    for_blocks<D>(place, role.full, p.N, [&](int i, int at, int row, bool w1) {
-      if (plan.base[i / 8] >= 0) *kept_base(i) = load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
-    });
+  {
+    const Place<D> place = Place<D>::of(p, role);
+    const Deviations deviations = Deviations::of(p, group, D, plan.memories);
+    const Bases<T> bases = Bases<T>::of(p, h, D, plan.memories);
+    load_deviations<D>(state, deviations, place, role, p.N, lane);
+    load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
+    if (bases.w2 != nullptr && !role.idle())
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+        if (plan.base >= 0) own.at(plan.base)[512 * warp + 32 * i] = load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
+      });
   }
   if (update) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : slot);
   wait_copies();
@@ -147,9 +143,8 @@ template <int D, class T, int ACT, int MODE> HOPE_DEVICE void prefill(const Tita
 
   const int full_warps_here = 3 * plan.full_warps - rank * kWarps;
   const int full_count = full_warps_here < 0 ? 0 : full_warps_here > kWarps ? kWarps : full_warps_here;
-  const int own_blocks = (warp < full_count ? warp : 2 * warp - full_count) * W::kGroups * (p.C / kPanel) * 32;
-  const Commit<D, T, ACT> commit{p, shared, role, weights, own(plan, scratch, plan.a, lane) + own_blocks,
-                            own(plan, scratch, plan.d, lane) + own_blocks, full_here, warp, lane};
+  const int own_blocks = (warp < full_count ? warp : 2 * warp - full_count) * W::kGroups;
+  const Commit<D, T, ACT, ON_CHIP> commit{p, shared, role, weights, own_blocks, full_here, warp, lane};
   const int opened = slot;
   bool committed = false, stale = true;  // stale: the rounded weights are not the state's
 
@@ -158,9 +153,12 @@ template <int D, class T, int ACT, int MODE> HOPE_DEVICE void prefill(const Tita
   for (int token = commit_only ? n : 0, turn = 0;; ++turn) {
     if (stale) {
       stale = false;
-      for_blocks<D>(place, role.full, p.N, [&](int i, int at, int row, bool w1) {
+      const Place<D> place = Place<D>::of(p, role);
+      const Bases<T> bases = Bases<T>::of(p, opaque(group) % p.H, D, plan.memories);
+      const bool based = bases.w2 != nullptr && !role.idle();
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
         Word4 base{0, 0, 0, 0};
-        if (based) base = plan.base[i / 8] >= 0 ? *kept_base(i) : load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
+        if (based) base = plan.base >= 0 ? own.at(plan.base)[512 * warp + 32 * i] : load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
         weights.block(i) = round_block<T>(state[i], base);
       });
     }
@@ -179,7 +177,7 @@ template <int D, class T, int ACT, int MODE> HOPE_DEVICE void prefill(const Tita
       if (reads) read_results<D, T>(p, shared, role, tile, full_here, h, first, stop, lane, sink);
       wait_copies();
       if (update)
-        exchange.finish(plan, panel);
+        exchange.finish(panel);
       else
         sync_block();
       slot += count, token += count;
@@ -198,25 +196,29 @@ template <int D, class T, int ACT, int MODE> HOPE_DEVICE void prefill(const Tita
   exchange.end();
 
   // --- the state again ---
+  const int g = opaque(group);
   if (rank == 0) {
-    if (!commit_only) move_pending<D, T, false>(p, shared, b, h, committed ? 0 : opened, slot);
-    if (committed) clear_pending<D, T>(p, b, h, slot);
+    if (!commit_only) move_pending<D, T, false>(p, shared, g / p.H, g % p.H, committed ? 0 : opened, slot);
+    if (committed) clear_pending<D, T>(p, g / p.H, g % p.H, slot);
   }
-  if (committed && mine) {
-    for_blocks<D>(place, role.full, p.N, [&](int i, int at, int row, bool w1) {
+  if (committed && !role.idle()) {
+    const Place<D> place = Place<D>::of(p, role);
+    const Deviations deviations = Deviations::of(p, g, D, plan.memories);
+    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
       store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
     });
-    if (!role.full)
+    if (!role.full())
       for (int u = lane; u < W::kScalarUnits; u += 32) deviations.w1s[place.w1s + u] = load_shared(shared.delta1s(warp) + u);
   }
 }
 
-// T: bf16, fp16.
-template <int D, class T, int ACT, int MODE> HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
-#if !defined(__CUDACC__)
-  prefill<D, T, ACT, MODE>(p, plan);
-#elif defined(__CUDA_ARCH__)
-  if constexpr ((MODE == kCluster) == (__CUDA_ARCH__ >= 900)) prefill<D, T, ACT, MODE>(p, plan);
+// T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory.
+template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
+#ifdef __CUDACC__
+  // of the four kinds, those that this architecture can be asked for
+  if constexpr ((MODE == kCluster) == HOPE_HAS_CLUSTERS && (ON_CHIP ? HOPE_ROOMY : HOPE_NARROW)) prefill<D, T, ACT, MODE, ON_CHIP>(p, plan);
+#else
+  prefill<D, T, ACT, MODE, ON_CHIP>(p, plan);
 #endif
 }
 

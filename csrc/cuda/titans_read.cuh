@@ -22,7 +22,7 @@ template <int D, class T, int ACT, class Weights>
 HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const T* tile, const Weights& weights, int full_here, int warp,
                              int lane) {
   float z[8], unused[8];
-  if (role.full) {
+  if (role.full()) {
     uint32_t h[Width<D>::kGroups][4];
 #pragma unroll
     for (int g = 0; g < Width<D>::kGroups; ++g) {
@@ -72,15 +72,15 @@ template <class T> HOPE_DEVICE float bias_of(const void* p, int h, bool fp32) {
 template <int D, class T, class Sink>
 HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T>& shared, const Role& role, const T* tile, int full_here, int h,
                               int first, int stop, int lane, Sink& sink) {
-  if (role.full) {
-    const Float4* parts = shared.part(role.first, 0, full_here);
+  if (role.full()) {
+    const Float4* parts = shared.part(role.first(), 0, full_here);
 #pragma unroll 1
-    for (int r = role.within; r < 8; r += role.warps) {
+    for (int r = role.within; r < 8; r += role.warps()) {
       Float4 y[D / 64];
 #pragma unroll
       for (int i = 0; i < D / 64; ++i) {
         const int j = (lane >> 2) + 8 * i;
-        y[i] = two_rows<D, T>(tile, r, 8 * j + 2 * (lane & 3)) + gather(parts, role.warps, Shared<D, T>::kPart, r, j, lane);
+        y[i] = two_rows<D, T>(tile, r, 8 * j + 2 * (lane & 3)) + gather(parts, role.warps(), Shared<D, T>::kPart, r, j, lane);
       }
       Float2 by{1.f, 1.f};
       if (role.memory == kKeys && (p.flags & kUnitK)) by = inverse_norms(y);
@@ -92,9 +92,9 @@ HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T>& shared,
         if (first <= r + 8 && r + 8 < stop) sink.pair(role.memory, r + 8, position, pack2<T>(out.z, out.w));
       }
     }
-  } else if (role.memory < shared.plan.memories && role.within == 0 && first <= lane && lane < stop) {
+  } else if (!role.idle() && role.within == 0 && first <= lane && lane < stop) {
     float y = bias_of<T>(role.memory == kEta ? p.eta_bias : p.alpha_bias, h, p.flags & kFloatBias);
-    for (int w = 0; w < role.warps; ++w) y += load_shared(shared.sums(role.first + w, 0) + lane);
+    for (int w = 0; w < role.warps(); ++w) y += load_shared(shared.sums(role.first() + w, 0) + lane);
     float gate = sigmoid(y);
     if (role.memory == kEta) {
       if (p.flags & kSoftplus) gate = (y > 0.f ? y : 0.f) + log1p_(exp_(y > 0.f ? -y : y));

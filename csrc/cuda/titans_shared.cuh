@@ -13,7 +13,7 @@ template <int D, class T> struct Shared {
   HOPE_DEVICE T* input(bool query, int buffer) const { return at<T>(query ? plan.q : plan.x) + buffer * kPanel * kRow; }
   HOPE_DEVICE T* k(int slot) const { return at<T>(plan.k) + slot * kRow; }
   HOPE_DEVICE T* v(int slot) const { return at<T>(plan.v) + slot * kRow; }
-  HOPE_DEVICE T* kg(int slot) const { return at<T>(plan.kg) + slot * kRow; }
+  HOPE_DEVICE T* kg(int slot) const { return v(slot); }
   HOPE_DEVICE T* e(int tile, int slot, int C) const { return at<T>(plan.e) + (tile * C + slot) * kRow; }
   HOPE_DEVICE float* eta() const { return at<float>(plan.eta); }
   HOPE_DEVICE float* alpha() const { return at<float>(plan.alpha); }
@@ -34,21 +34,31 @@ template <int D, class T> struct Shared {
   }
 };
 
-// Data that no other lane ever sees: plain loads and stores, in shared memory or, where that is full, in the scratch.
-HOPE_DEVICE Word4* own(const Plan& plan, unsigned char* scratch, int offset, int lane) {
-  unsigned char* p = offset >= 0 ? shared_memory() + offset : scratch + (-1 - offset);
-  return reinterpret_cast<Word4*>(p) + lane;
-}
+// Data that no other lane ever sees: plain loads and stores, in shared memory or, where that is full, in the block's part of the scratch.
+struct Own {
+  const TitansParams& p;
+  const Plan& plan;
+  int block;  // of the grid's rows and heads
+  int warp, lane;
+  HOPE_DEVICE Word4* at(int offset) const {
+    unsigned char* base = shared_memory() + offset;
+    if (offset < 0) base = p.scratch + block * plan.scratch_bytes + (-1 - offset);
+    return reinterpret_cast<Word4*>(base) + lane;
+  }
+};
 
-// A warp's rounded weights, 16 blocks: 0..7 are the first half of the plan's.
-struct StoredWeights {
-  Word4* low;
-  Word4* high;
-  int groups, steps;  // of w2; w1 follows
+// A warp's rounded weights. ON_CHIP: in shared memory, known to the compiler.
+template <int D, bool ON_CHIP> struct StoredWeights {
+  Own own;
   static constexpr int kUnroll = 1;  // groups of scalar memories: a loop, weights are in memory
-  HOPE_DEVICE Word4& block(int b) const { return (b < 8 ? low : high)[32 * (b & 7)]; }
-  HOPE_DEVICE Word4 w2(int g, int s) const { return block(g * steps + s); }
-  HOPE_DEVICE Word4 w1(int i, int g) const { return block(8 + i * groups + g); }
+  HOPE_DEVICE Word4& block(int i) const {
+    if constexpr (ON_CHIP)
+      return reinterpret_cast<Word4*>(shared_memory() + own.plan.weights)[512 * own.warp + 32 * i + own.lane];
+    else
+      return own.at(own.plan.weights)[512 * own.warp + 32 * i];
+  }
+  HOPE_DEVICE Word4 w2(int g, int s) const { return block(g * Width<D>::kSteps + s); }
+  HOPE_DEVICE Word4 w1(int i, int g) const { return block(8 + i * Width<D>::kGroups + g); }
 };
 
 }  // namespace hope

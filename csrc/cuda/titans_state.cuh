@@ -9,7 +9,7 @@ namespace hope {
 template <int D> struct Place {
   int w2, w1, w1s;  // first number of the warp's units
   HOPE_DEVICE static Place of(const TitansParams& p, const Role& role) {
-    const int unit = role.within * (role.full ? Width<D>::kUnits : Width<D>::kScalarUnits);
+    const int unit = role.within * (role.full() ? Width<D>::kUnits : Width<D>::kScalarUnits);
     return {(role.memory * p.N + unit) * D, role.memory * D * p.N + unit, (role.memory - kEta) * p.N + unit};
   }
 };
@@ -47,10 +47,9 @@ template <class T> struct Bases {
 
 // The deviations of a warp; zeros for one without a memory.
 template <int D>
-HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place, const Role& role, int memories, int N,
-                                 int lane) {
-  if (role.memory < memories) {
-    for_blocks<D>(place, role.full, N, [&](int b, int first, int stride, bool w1) {
+HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place, const Role& role, int N, int lane) {
+  if (!role.idle()) {
+    for_blocks<D>(place, role.full(), N, [&](int b, int first, int stride, bool w1) {
       load_block(state[b], (w1 ? from.w1 : from.w2) + first, stride, lane);
     });
   } else {
@@ -64,10 +63,10 @@ HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, 
 // One number of a scalar memory's w1 a unit, to shared memory.
 template <int D, class T>
 HOPE_DEVICE void load_scalar_weights(const Shared<D, T>& shared, const Deviations& from, const Bases<T>& base, const Place<D>& place,
-                                     const Role& role, int memories, int warp, int lane) {
-  if (role.full) return;
+                                     const Role& role, int warp, int lane) {
+  if (role.full()) return;
   for (int u = lane; u < Width<D>::kScalarUnits; u += 32) {
-    const bool there = role.memory < memories;
+    const bool there = !role.idle();
     store_shared(shared.delta1s(warp) + u, there ? from.w1s[place.w1s + u] : 0.f);
     const uint16_t bits = there && base.w1s ? reinterpret_cast<const uint16_t*>(base.w1s)[place.w1s + u] : uint16_t{0};
     store_shared(shared.base1s(warp) + u, unpack2<T>(bits).x);
