@@ -40,6 +40,10 @@ def nvcc() -> str | None:
     return next((found for home in homes if home and (found := shutil.which("nvcc", path=os.path.join(home, "bin")))), shutil.which("nvcc"))
 
 
+def host_compiler() -> str | None:
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+
+
 def kernels() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
@@ -96,7 +100,7 @@ def build(archs: tuple[int, ...] | None = None) -> Path:
 
 def build_emulated() -> Path:
     """Compiles the same sources for CPU tensors and returns where the library is kept. Raises BuildError likewise."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    compiler = host_compiler()
     if compiler is None:
         raise BuildError("needs a C++ compiler")
     flags = ["-std=c++20", "-O2", "-DHOPE_EMULATED", "-fPIC", "-fvisibility=hidden", "-pthread", "-shared", "-Wl,-z,defs,--no-as-needed"]

@@ -133,7 +133,9 @@ Tensor titans_scan(
   const int index = 0;
 #endif
   const hope::Device device = device_of(index);
-  if (const char* reason = hope::titans_unserved(D, N, C, device)) fail(reason);
+  if (const char* reason = hope::titans_unserved(D, N, C, device)) {
+    fail("heads of width ", D, " with ", N, " hidden units and chunks of ", C, " tokens (as x, delta1 and pending_k have them): ", reason);
+  }
 
   const Expected expect{index, emulated};
   const ScalarType bias = flags & hope::kFloatBias ? ScalarType::Float : type;
