@@ -92,9 +92,9 @@ def test_correlated_and_repeated_keys(correlation):
 
 SWITCHES = [
     {"own_values": False}, {"target_norm": False, "eta_scale": 0.05}, {"target_norm": False, "own_values": False},
-    {"step_clip": False}, {"objective": "dot"},
-    {"grad_scale": 2.0}, {"dgd": False}, {"retention": False}, {"retain_to": "zero"}, {"qk_l2norm": False, "eta_scale": 0.05}, {"activation": "gelu"},
-    {"activation": "silu"}, {"eta_activation": "softplus", "eta_scale": 0.1},
+    {"step_clip": False}, {"objective": "dot"}, {"grad_scale": 2.0}, {"dgd": False}, {"retention": False}, {"retain_to": "zero"},
+    {"qk_l2norm": False, "eta_scale": 0.05}, {"activation": "gelu"}, {"activation": "silu"},
+    {"eta_activation": "softplus", "eta_scale": 0.1},
 ]
 
 
