@@ -12,6 +12,8 @@ namespace hope {
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
+template <class T> constexpr bool kWideExponent = false;  // as wide as that of fp32
+template <> constexpr bool kWideExponent<bf16> = true;
 struct alignas(8) Float2 { float x, y; };
 struct alignas(16) Float4 { float x, y, z, w; };
 struct alignas(8) Word2 { uint32_t x, y; };
@@ -46,11 +48,12 @@ HOPE_DEVICE unsigned char* shared_memory() {  // the block's dynamic shared memo
   return hope_shared;
 }
 
-// The same number, as something the compiler has not seen before: what follows from it is computed again where it is needed instead of
-// being kept in registers meanwhile.
-HOPE_DEVICE int opaque(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
+// thread_index() as something the compiler has not seen before: what follows from it is computed again where it is needed instead of being
+// kept in registers meanwhile.
+HOPE_DEVICE int thread_index_again() {
+  int t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
 }
 
 // --- barriers -------------------------------------------------------------------------------------------------------------------------

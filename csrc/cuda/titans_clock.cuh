@@ -12,7 +12,8 @@
 namespace hope {
 
 // Pairs of panels p <= q, dealt out to the warps: dots[s][t] for s of p, t of q.
-template <int D, class T> HOPE_DEVICE void key_products(const Shared<D, T>& shared, int C, int warp, int lane) {
+template <int D, class T> HOPE_DEVICE void key_products(const Shared<D, T>& shared, int C) {
+  const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
   const int panels = C / kPanel;
   int turn = 0;
 #pragma unroll 1
@@ -39,7 +40,8 @@ template <int D, class T> HOPE_DEVICE void key_products(const Shared<D, T>& shar
 }
 
 // L below the diagonal of dots, tail[s] = R[C,s], carry[t] = eta_t R[t-1,0], tail[C] = R[C,0]. One thread a token, one for the last two.
-template <int D, class T> HOPE_DEVICE void decays(const Shared<D, T>& shared, int C, bool retention, bool dgd, int thread) {
+template <int D, class T> HOPE_DEVICE void decays(const Shared<D, T>& shared, int C, bool retention, bool dgd) {
+  const int thread = thread_index_again();
   if (thread < C) {
     float r = 1.f;
 #pragma unroll 1
@@ -59,8 +61,10 @@ template <int D, class T> HOPE_DEVICE void decays(const Shared<D, T>& shared, in
   }
 }
 
-// Kg, rounded to T. solved: [C][8] fp32 of this warp alone, in shared memory.
-template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& shared, float* solved, int C, bool dgd, int warp, int lane) {
+// Kg, rounded to T, in the place of v. Needs the place of the partial outputs.
+template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& shared, int C, bool dgd) {
+  const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
+  float* solved = shared.template at<float>(shared.plan.parts) + 8 * C * warp;  // [C][8], this warp's
   const int column = lane & 7, rows = 4 * (lane >> 3);
 #pragma unroll 1
   for (int p0 = 8 * warp; p0 < D; p0 += 8 * kWarps) {

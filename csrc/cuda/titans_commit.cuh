@@ -7,6 +7,8 @@
 //   4  step sizes; delta2 = R[C,0] delta2 - (eta~ d + eta R[t-1,0] delta2_0 k)^T Kg; delta1 = R[C,0] delta1 - (eta~ R[C,t] e)^T a
 //
 // Stage 4 needs no barrier: units are a warp's own. FLOPs a warp and panel (32 or 64 units, D = 64): 160 mma instructions of 4096.
+// fp16 ends at 6e-5 with all its digits, and a step size times a decay may be less: U and eta~ R a are multiplied by a power of two that
+// makes the largest step size about one, and so are the deviations while they are added to, which is exact.
 // Rounded to T are the operands of products only: weights, k, v, a, e, d, U = eta~ d + .., Kg, eta~ R a.
 #pragma once
 #include "titans_clock.cuh"
@@ -18,10 +20,18 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   using W = Width<D>;
   const TitansParams& p;
   const Shared<D, T>& shared;
-  const Role& role;
-  const StoredWeights<D, ON_CHIP>& weights;
-  int blocks;  // where the warp's blocks of a and d begin: [groups][C / 16]
-  int full_here, warp, lane;
+  int full_here;
+
+  // Who a thread is, found anew in every stage: registers are for the state.
+  struct Me {
+    int warp, lane;
+    Role role;
+    StoredWeights<D, ON_CHIP> weights;
+  };
+  HOPE_DEVICE Me me() const {
+    const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
+    return {warp, lane, shared.call().role(shared.plan, warp), {{p, shared.plan, shared.call(), warp, lane}}};
+  }
 
   HOPE_DEVICE bool has(int flag) const { return p.flags & flag; }
 
@@ -31,38 +41,57 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     for (int panel = 0; panel < panels; ++panel) {
       float slope[W::kScalarGroups][8];
       Float4 at_k[4][D / 64];
-      evaluate(slope, at_k, panel);
       const bool last = panel == panels - 1;
-      if (last) key_products<D, T>(shared, p.C, warp, lane);
+      evaluate(slope, at_k, panel);
+      if (last) key_products<D, T>(shared, p.C);
       sync_block();
       errors(at_k, panel);
-      if (last) decays<D, T>(shared, p.C, has(kRetention), has(kDgd), 32 * warp + lane);
+      if (last) decays<D, T>(shared, p.C, has(kRetention), has(kDgd));
       sync_block();
       gradients(slope, panel);
-      if (last) {  // v and all partial outputs have been read, the next ones are behind a barrier
-        float* solved = shared.template at<float>(shared.plan.parts) + 8 * p.C * warp;
-        transformed_keys<D, T>(shared, solved, p.C, has(kDgd), warp, lane);
-      }
+      if (last) transformed_keys<D, T>(shared, p.C, has(kDgd));  // v and all partial outputs have been read, the next are behind a barrier
       sync_block();
     }
-    if (!role.idle()) {
-      step_sizes();
-      sync_warp();
-      if (role.full()) {
-        update_inputs<W::kGroups>(state);
-        update_outputs(state);
-      } else {
-        update_inputs<W::kScalarGroups>(state);
-        update_scalar_outputs();
-      }
+    const Role role = me().role;
+    if (role.idle()) return;
+    step_sizes();
+    sync_warp();
+    if (role.full()) {
+      update_inputs<W::kGroups>(state);
+      update_outputs(state);
+    } else {
+      update_inputs<W::kScalarGroups>(state);
+      update_scalar_outputs();
     }
   }
 
  private:
-  HOPE_DEVICE Word4& a_block(int g, int panel) const { return weights.own.at(shared.plan.a)[32 * ((blocks + g) * (p.C / kPanel) + panel)]; }
-  HOPE_DEVICE Word4& d_block(int g, int panel) const { return weights.own.at(shared.plan.d)[32 * ((blocks + g) * (p.C / kPanel) + panel)]; }
+  // A power of two p with v / p in [1, 2), and 1 / p; for bf16, which has the exponents of fp32, 1.
+  struct Range {
+    float down, up;
+  };
+  HOPE_DEVICE static Range range_of(float v) {
+    if constexpr (kWideExponent<T>) return {1.f, 1.f};
+    union { float f; uint32_t bits; } p{v > 1e-12f ? v : 1e-12f};
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) {
+      const float other = shuffle_xor(p.f, mask);
+      p.f = other > p.f ? other : p.f;
+    }
+    p.bits &= 0x7f800000u;
+    return {p.f, divide(1.f, p.f)};
+  }
 
-  HOPE_DEVICE void store_norms(int kind, int panel, float (&sums)[2]) const {
+  // The warp's fragments of a and d: [groups][C / 16] blocks behind those of the warps in front, of which scalar memories have twice as many.
+  HOPE_DEVICE Word4& fragment(const Own& own, int offset, int g, int panel) const {
+    const int full = 3 * shared.plan.full_warps - load_shared(&shared.call().rank) * kWarps;  // warps in front of the scalar memories
+    const int before = own.warp < full ? own.warp : 2 * own.warp - (full < 0 ? 0 : full);
+    return own.at(offset)[32 * ((before * W::kGroups + g) * (p.C / kPanel) + panel)];
+  }
+  HOPE_DEVICE Word4& a_block(const Own& own, int g, int panel) const { return fragment(own, shared.plan.a, g, panel); }
+  HOPE_DEVICE Word4& d_block(const Own& own, int g, int panel) const { return fragment(own, shared.plan.d, g, panel); }
+
+  HOPE_DEVICE void store_norms(int kind, int panel, float (&sums)[2], int warp, int lane) const {
     const float n0 = row_sum4(sums[0]), n1 = row_sum4(sums[1]);
     if ((lane & 3) == 0) {
       float* to = shared.norms(warp, kind, p.C) + panel * kPanel + (lane >> 2);
@@ -72,6 +101,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   }
 
   HOPE_DEVICE void gather_at_k(Float4 (&at_k)[4][D / 64]) const {
+    const auto [warp, lane, role, weights] = me();
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int r = role.within + n * role.warps();
@@ -83,6 +113,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
 
   // Stage 1.
   HOPE_DEVICE void evaluate(float (&slope)[W::kScalarGroups][8], Float4 (&at_k)[4][D / 64], int panel) const {
+    const auto [warp, lane, role, weights] = me();
     const T* k = shared.k(panel * kPanel);
     const T* v = shared.v(panel * kPanel);
     float norm[2] = {}, z[8], unused[8];
@@ -93,7 +124,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
         hidden_group<D, T, ACT, true>(z, slope[g], k, weights, g, lane);
         add_squares(norm, z);
         as_operand<T>(h[g], z);
-        a_block(g, panel) = {h[g][0], h[g][1], h[g][2], h[g][3]};
+        a_block(weights.own, g, panel) = {h[g][0], h[g][1], h[g][2], h[g][3]};
       }
       if (!has(kDot)) output_part<D, T>(shared.part(warp, 0, full_here), h, weights, lane);
     } else {
@@ -105,11 +136,11 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
         add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
         uint32_t h[4];
         as_operand<T>(h, z);
-        a_block(g, panel) = {h[0], h[1], h[2], h[3]};
+        a_block(weights.own, g, panel) = {h[0], h[1], h[2], h[3]};
       }
       store_sums(shared.sums(warp, 0), y, lane);
     }
-    store_norms(0, panel, norm);
+    store_norms(0, panel, norm, warp, lane);
     if (shared.plan.one_buffer) {  // M(v) will take its place
       sync_block();
       if (role.full() && !has(kDot)) gather_at_k(at_k);
@@ -138,6 +169,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
 
   // Stage 2.
   HOPE_DEVICE void errors(Float4 (&at_k)[4][D / 64], int panel) const {
+    const auto [warp, lane, role, weights] = me();
     const int slot = panel * kPanel;
     if (role.full()) {
       if (!shared.plan.one_buffer && !has(kDot)) gather_at_k(at_k);
@@ -187,6 +219,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
 
   // Stage 3.
   HOPE_DEVICE void gradients(const float (&slope)[W::kScalarGroups][8], int panel) const {
+    const auto [warp, lane, role, weights] = me();
     const int slot = panel * kPanel;
     float norm[2] = {};
     if (role.full()) {
@@ -204,7 +237,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
         }
       }
 #pragma unroll
-      for (int g = 0; g < W::kGroups; ++g) finish_gradient(d[g], slope[g], norm, g, panel);
+      for (int g = 0; g < W::kGroups; ++g) finish_gradient(d[g], slope[g], norm, weights.own, g, panel);
     } else {
       const float e0 = load_shared(shared.es(role.first(), p.C) + slot + (lane >> 2));
       const float e1 = load_shared(shared.es(role.first(), p.C) + slot + (lane >> 2) + 8);
@@ -212,21 +245,22 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
       for (int g = 0; g < W::kScalarGroups; ++g) {
         const Float4 w = scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane);
         float d[8] = {w.x * e0, w.y * e0, w.x * e1, w.y * e1, w.z * e0, w.w * e0, w.z * e1, w.w * e1};
-        finish_gradient(d, slope[g], norm, g, panel);
+        finish_gradient(d, slope[g], norm, weights.own, g, panel);
       }
     }
-    store_norms(1, panel, norm);
+    store_norms(1, panel, norm, warp, lane);
   }
 
-  HOPE_DEVICE void finish_gradient(float (&d)[8], const float (&slope)[8], float (&norm)[2], int g, int panel) const {
+  HOPE_DEVICE void finish_gradient(float (&d)[8], const float (&slope)[8], float (&norm)[2], const Own& own, int g, int panel) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) d[i] *= slope[i];
     add_squares(norm, d);
-    d_block(g, panel) = round_block<T>(d);
+    d_block(own, g, panel) = round_block<T>(d);
   }
 
   // eta~_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2, for all tokens, in the warp's own copy.
   HOPE_DEVICE void step_sizes() const {
+    const auto [warp, lane, role, weights] = me();
     const int C = p.C;
     float* steps = shared.steps(warp, C);
     if (!has(kClip)) {
@@ -273,8 +307,18 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
 
   // delta2 of the warp's units: blocks g * kSteps + s.
   template <int GROUPS> HOPE_DEVICE void update_inputs(float (&state)[16][8]) const {
+    const auto [warp, lane, role, weights] = me();
     const float keep = load_shared(shared.tail() + p.C);
     const float* steps = shared.steps(warp, p.C);
+    float largest = 0.f;
+    if constexpr (!kWideExponent<T>) {
+      for (int t = lane; t < p.C; t += 32) {
+        const float gain = load_shared(steps + t), carry = load_shared(shared.carry() + t);
+        largest = gain > largest ? gain : largest;
+        largest = carry > largest ? carry : largest;
+      }
+    }
+    const Range range = range_of(largest);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       Word4 old[W::kSteps];
@@ -282,7 +326,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
       for (int s = 0; s < W::kSteps; ++s) {
         old[s] = round_block<T>(state[g * W::kSteps + s]);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= keep;
+        for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= keep * range.up;
       }
 #pragma unroll 1
       for (int panel = 0; panel < p.C / kPanel; ++panel) {
@@ -297,9 +341,9 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
             mma<T>(u + 4, k, old[s].y, old[s].w);
           }
         }
-        const Word4 d = d_block(g, panel);
-        const float gain[2] = {load_shared(steps + row), load_shared(steps + row + 8)};
-        const float carry[2] = {load_shared(shared.carry() + row), load_shared(shared.carry() + row + 8)};
+        const Word4 d = d_block(weights.own, g, panel);
+        const float gain[2] = {range.up * load_shared(steps + row), range.up * load_shared(steps + row + 8)};
+        const float carry[2] = {range.up * load_shared(shared.carry() + row), range.up * load_shared(shared.carry() + row + 8)};
         const uint32_t words[4] = {d.x, d.y, d.z, d.w};
         uint32_t moved[4];
 #pragma unroll
@@ -317,26 +361,41 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
           mma<T>(state[g * W::kSteps + s] + 4, rows, keys[2], keys[3]);
         }
       }
+      if constexpr (!kWideExponent<T>) {
+#pragma unroll
+        for (int s = 0; s < W::kSteps; ++s)
+#pragma unroll
+          for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= range.down;
+      }
     }
   }
 
   // delta1 of the warp's units: blocks 8 + i * kGroups + g.
   HOPE_DEVICE void update_outputs(float (&state)[16][8]) const {
+    const auto [warp, lane, role, weights] = me();
     const float keep = load_shared(shared.tail() + p.C);
     const float* steps = shared.steps(warp, p.C);
+    float largest = 0.f;
+    if constexpr (!kWideExponent<T>) {
+      for (int t = lane; t < p.C; t += 32) {
+        const float step = load_shared(steps + t) * load_shared(shared.tail() + t);
+        largest = step > largest ? step : largest;
+      }
+    }
+    const Range range = range_of(largest);
 #pragma unroll
     for (int b = 8; b < 16; ++b)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) state[b][i] *= keep;
+      for (int i = 0; i < 8; ++i) state[b][i] *= keep * range.up;
 #pragma unroll 1
     for (int panel = 0; panel < p.C / kPanel; ++panel) {
       const int slot = panel * kPanel, row = slot + (lane >> 2);
-      const float by[2] = {-load_shared(steps + row) * load_shared(shared.tail() + row),
-                           -load_shared(steps + row + 8) * load_shared(shared.tail() + row + 8)};
+      const float by[2] = {-range.up * (load_shared(steps + row) * load_shared(shared.tail() + row)),
+                           -range.up * (load_shared(steps + row + 8) * load_shared(shared.tail() + row + 8))};
       uint32_t h[W::kGroups][4];
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) {
-        const Word4 a = a_block(g, panel);
+        const Word4 a = a_block(weights.own, g, panel);
         const uint32_t words[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -356,10 +415,17 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
         }
       }
     }
+    if constexpr (!kWideExponent<T>) {
+#pragma unroll
+      for (int b = 8; b < 16; ++b)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) state[b][i] *= range.down;
+    }
   }
 
   // delta1 of a scalar memory's units, in shared memory.
   HOPE_DEVICE void update_scalar_outputs() const {
+    const auto [warp, lane, role, weights] = me();
     const float keep = load_shared(shared.tail() + p.C);
     const float* steps = shared.steps(warp, p.C);
 #pragma unroll 1
@@ -373,7 +439,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
         for (int half = 0; half < 2; ++half)
           by[half] = load_shared(steps + row + 8 * half) * load_shared(shared.tail() + row + 8 * half) *
                      load_shared(shared.es(role.first(), p.C) + row + 8 * half);
-        const Word4 a = a_block(g, panel);
+        const Word4 a = a_block(weights.own, g, panel);
         const Float2 a0 = unpack2<T>(a.x), a1 = unpack2<T>(a.y), a2 = unpack2<T>(a.z), a3 = unpack2<T>(a.w);
         sum = {fma_(a1.x, by[1], fma_(a0.x, by[0], sum.x)), fma_(a1.y, by[1], fma_(a0.y, by[0], sum.y)),
                fma_(a3.x, by[1], fma_(a2.x, by[0], sum.z)), fma_(a3.y, by[1], fma_(a2.y, by[0], sum.w))};

@@ -19,50 +19,44 @@ template <int D, class T, int MODE> struct Exchange {
   const Shared<D, T> shared;
   const TitansParams& p;
   const Plan& plan;
-  int group, rank;
-  unsigned int round = 0;
-  bool held = false;       // a barrier of the cluster has been arrived at and not been waited for
 
   static constexpr int kMail = kPanel * D + 2 * kPanel;
-  HOPE_DEVICE uint32_t* mail() const {  // of this round
+  HOPE_DEVICE uint32_t* mail(int round) const {
+    const int group = load_shared(&shared.call().group);
     return reinterpret_cast<uint32_t*>(p.scratch + group * plan.blocks * plan.scratch_bytes) + (round & 1) * kMail;
   }
 
   // Blocks of a cluster may be written to once they have started.
-  HOPE_DEVICE void begin() {
+  HOPE_DEVICE void begin() const { release(); }
+  // In front of the first panel's puts behind begin() or release().
+  HOPE_DEVICE void acquire() const {
     if constexpr (MODE == kCluster) {
-      if (plan.blocks > 1) cluster_arrive(), held = true;
+      if (plan.blocks > 1) cluster_wait();
     }
   }
-  // In front of the first put of a panel.
-  HOPE_DEVICE void acquire() {
-    if constexpr (MODE == kCluster) {
-      if (held) cluster_wait(), held = false;
-    }
-  }
-  HOPE_DEVICE void put(uint32_t* place, int word, uint32_t value) const {
+  HOPE_DEVICE void put(int round, uint32_t* place, int word, uint32_t value) const {
     if constexpr (MODE == kCluster) {
       if (plan.blocks > 1) {
         for (int r = 0; r < plan.blocks; ++r) store_remote(place, r, value);
         return;
       }
     } else if (plan.blocks > 1) {
-      mail()[word] = value;
+      mail(round)[word] = value;
     }
     store_shared(place, value);
   }
   // Two numbers of k (kind 0) or v (1) at row r of the panel that starts at `slot`.
-  HOPE_DEVICE void put_pair(int kind, int slot, int r, int position, uint32_t pair) const {
+  HOPE_DEVICE void put_pair(int round, int kind, int slot, int r, int position, uint32_t pair) const {
     T* tile = kind == 0 ? shared.k(slot + r) : shared.v(slot + r);
-    put(reinterpret_cast<uint32_t*>(tile + position), (kind * kPanel + r) * (D / 2) + position / 2, pair);
+    put(round, reinterpret_cast<uint32_t*>(tile + position), (kind * kPanel + r) * (D / 2) + position / 2, pair);
   }
   // eta (kind 0) or alpha (1).
-  HOPE_DEVICE void put_scalar(int kind, int slot, int r, uint32_t bits) const {
+  HOPE_DEVICE void put_scalar(int round, int kind, int slot, int r, uint32_t bits) const {
     float* place = (kind == 0 ? shared.eta() : shared.alpha()) + slot + r;
-    put(reinterpret_cast<uint32_t*>(place), kPanel * D + kind * kPanel + r, bits);
+    put(round, reinterpret_cast<uint32_t*>(place), kPanel * D + kind * kPanel + r, bits);
   }
   // What all blocks have put into rows first <= r < stop of the panel is in this block's shared memory; a barrier of the block as well.
-  HOPE_DEVICE void finish(int slot, int first, int stop) {
+  HOPE_DEVICE void finish(int round, int slot, int first, int stop) const {
     if constexpr (MODE == kCluster) {
       if (plan.blocks > 1) {
         cluster_arrive();
@@ -74,12 +68,13 @@ template <int D, class T, int MODE> struct Exchange {
       sync_block();
       if (plan.blocks == 1) return;
       if (thread_index() == 0) {
-        unsigned int* arrivals = p.arrivals + 1 + group;
+        unsigned int* arrivals = p.arrivals + 1 + load_shared(&shared.call().group);
         fetch_add_release(arrivals, 1);
         while (load_acquire(arrivals) < plan.blocks * (round + 1)) pause();
       }
       sync_block();
-      const uint32_t* letter = mail();
+      const uint32_t* letter = mail(round);
+      const int rank = load_shared(&shared.call().rank);
       // full memories fill blocks of their own, or two a block, so a word is this block's or another's as a whole
       for (int i = thread_index(); i < kMail; i += kThreads) {
         const bool scalar = i >= kPanel * D;
@@ -95,18 +90,16 @@ template <int D, class T, int MODE> struct Exchange {
           store_shared(reinterpret_cast<uint32_t*>((kind == 0 ? shared.k(slot + r) : shared.v(slot + r)) + position), word);
         }
       }
-      ++round;
       sync_block();
     }
   }
   // This block reads the chunk's tokens no longer. `mail` needs no such word: a block reads it before it arrives at the next round, and
   // nobody writes the round after that before all have arrived.
-  HOPE_DEVICE void release() {
+  HOPE_DEVICE void release() const {
     if constexpr (MODE == kCluster) {
-      if (plan.blocks > 1) cluster_arrive(), held = true;
+      if (plan.blocks > 1) cluster_arrive();
     }
   }
-  HOPE_DEVICE void end() { acquire(); }
 };
 
 }  // namespace hope

@@ -36,6 +36,7 @@ struct Plan {
   int one_buffer;    // partial outputs of M(k) and M(v) take turns in one buffer
   int shared_bytes;  // a block's shared memory
   // Bytes from the start of shared memory:
+  int call;                 // struct Call (titans_role.cuh): 64 bytes
   int x, q;                 // [2][16][kRow] T   what the panel reads; the other one is being fetched. One place if no block needs both
   int k, v;                 // [C][kRow] T       the open chunk; when v has served its turn, the transformed keys Kg take its place
   int e;                    // [memories here][C][kRow] T
@@ -76,7 +77,7 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };
   const int row = (D + 8) * 2, slots = update ? C : kPanel;
   const int full_here = p.full_warps == 2 ? 6 : kWarps, tiles_here = full_here / (p.full_warps < kWarps ? p.full_warps : kWarps);
-  p.x = take(2 * kPanel * row), p.q = p.full_warps == kWarps ? p.x : take(2 * kPanel * row);
+  p.call = take(64), p.x = take(2 * kPanel * row), p.q = p.full_warps == kWarps ? p.x : take(2 * kPanel * row);
   p.k = take(slots * row), p.v = take(slots * row), p.e = take(tiles_here * slots * row);
   p.eta = take(4 * slots), p.alpha = take(4 * slots), p.carry = take(4 * slots), p.tail = take(4 * slots + 4);
   p.dots = take(4 * slots * (slots + 1)), p.e2 = take(32 * slots), p.es = take(32 * slots);

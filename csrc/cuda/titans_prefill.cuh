@@ -24,17 +24,17 @@ template <int D, class T, int MODE> struct PrefillSink {
   const Exchange<D, T, MODE>& exchange;
   T* o;  // row 0 of the panel, this head
   int64_t stride;
-  int slot;
+  int round, slot;
   bool update;
   HOPE_DEVICE void pair(int memory, int r, int position, uint32_t value) {
     if (memory == kMemory)
       *reinterpret_cast<uint32_t*>(o + r * stride + index_of(position)) = value;
     else if (update)
-      exchange.put_pair(memory - kKeys, slot, r, position, value);
+      exchange.put_pair(round, memory - kKeys, slot, r, position, value);
   }
   HOPE_DEVICE void scalar(int memory, int r, float value) {
     union { float f; uint32_t bits; } both{value};
-    if (update) exchange.put_scalar(memory - kEta, slot, r, both.bits);
+    if (update) exchange.put_scalar(round, memory - kEta, slot, r, both.bits);
   }
 };
 
@@ -80,7 +80,6 @@ template <int D, class T> HOPE_DEVICE void clear_pending(const TitansParams& p, 
 
 template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   using W = Width<D>;
-  const int lane = lane_index(), warp = warp_index();
   const bool update = p.flags & kUpdate;
 
   // --- which (row, head), and which of its blocks ---
@@ -94,67 +93,74 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
       sync_block();
     }
   }
-  const int64_t b = group / p.H;
-  const int h = group % p.H;
-  const int64_t asked = p.lengths[b];
-  const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked);
-  if (n == 0) return;  // the same for all blocks of the group
-  int slot = static_cast<int>(p.pos[b] % p.C);
-  const bool commit_only = p.flags & kCommitOnly;
-  if (commit_only && slot + n < p.C) return;
-
   const Shared<D, T> shared{plan};
-  const Role role = Role::of(plan, rank, warp);
-  const Own own{p, plan, group * plan.blocks + rank, warp, lane};
-  Exchange<D, T, MODE> exchange{shared, p, plan, group, rank};
+  Call& call = shared.call();
+  int start;  // tokens that are behind us when the loop begins
+  const bool commit_only = p.flags & kCommitOnly;
+  {
+    const int lane = lane_index(), warp = warp_index();
+    const int64_t b = group / p.H, asked = p.lengths[b];
+    const int h = group % p.H;
+    const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked), opened = static_cast<int>(p.pos[b] % p.C);
+    if (n == 0 || (commit_only && opened + n < p.C)) return;  // the same for all blocks of the group
+    if (thread_index() == 0) {
+      store_shared(&call.group, group), store_shared(&call.rank, rank), store_shared(&call.n, n), store_shared(&call.opened, opened);
+      store_shared(&call.first_token, (b * p.T * p.H + h) * static_cast<int64_t>(D));
+    }
+    if (lane == 0) store_shared(call.roles + warp, Role::of(plan, rank, warp).packed());
+    if (update) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : opened);
+    start = commit_only ? n : 0;
+  }
+  sync_block();
+  const Exchange<D, T, MODE> exchange{shared, p, plan};
   if (update && !commit_only) exchange.begin();
   const int full_here = plan.full_warps == 2 ? 6 : kWarps;
 
-  // --- inputs of the first panel ---
-  const int64_t stride = static_cast<int64_t>(p.H) * D;
-  const int64_t token0 = (b * p.T * p.H + h) * static_cast<int64_t>(D);
-  const bool reads_q = rank == 0, reads_x = update && (plan.blocks == 1 || rank > 0 || plan.full_warps < kWarps);
-  const auto fetch = [&](int token, int at, int buffer) {  // tokens from `token` on, the first of them into slot `at`
+  // Tokens from `token` on, up to the end of the panel, to the buffer of their round.
+  const auto fetch = [&](int token) {
+    const int n = load_shared(&call.n), opened = load_shared(&call.opened), rank_ = load_shared(&call.rank);
     if (token >= n) return;
-    const int first = at % kPanel;
+    const int first = (opened + token) % kPanel, buffer = ((opened + token) / kPanel - opened / kPanel) & 1;
     const int stop = n - token < kPanel - first ? first + n - token : kPanel;
-    if (reads_q) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + token0 + (token - first) * stride, stride, first, stop, kThreads);
-    if (reads_x) fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + token0 + (token - first) * stride, stride, first, stop, kThreads);
+    const int64_t stride = static_cast<int64_t>(p.H) * D, from = load_shared(&call.first_token) + (token - first) * stride;
+    if (rank_ == 0) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + from, stride, first, stop, kThreads);
+    if (update && (plan.blocks == 1 || rank_ > 0 || plan.full_warps < kWarps))
+      fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + from, stride, first, stop, kThreads);
   };
-  if (!commit_only) fetch(0, slot, 0);
+  if (!commit_only) fetch(0);
 
   // --- the state ---
-  const StoredWeights<D, ON_CHIP> weights{own};
   float state[16][8];
   {
+    const int lane = lane_index(), warp = warp_index();
+    const Role role = call.role(plan, warp);
     const Place<D> place = Place<D>::of(p, role);
     const Deviations deviations = Deviations::of(p, group, D, plan.memories);
-    const Bases<T> bases = Bases<T>::of(p, h, D, plan.memories);
+    const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
     load_deviations<D>(state, deviations, place, role, p.N, lane);
     load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
+    const Own own{p, plan, call, warp, lane};
     if (bases.w2 != nullptr && !role.idle())
       for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
         if (plan.base >= 0) own.at(plan.base)[512 * warp + 32 * i] = load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
       });
   }
-  if (update) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : slot);
   wait_copies();
   sync_block();
 
-  const int full_warps_here = 3 * plan.full_warps - rank * kWarps;
-  const int full_count = full_warps_here < 0 ? 0 : full_warps_here > kWarps ? kWarps : full_warps_here;
-  const int own_blocks = (warp < full_count ? warp : 2 * warp - full_count) * W::kGroups;
-  const Commit<D, T, ACT, ON_CHIP> commit{p, shared, role, weights, own_blocks, full_here, warp, lane};
-  const int opened = slot;
-  bool committed = false, stale = true;  // stale: the rounded weights are not the state's
-
   // --- panel after panel ---
-  if (commit_only) slot = p.C;
-  for (int token = commit_only ? n : 0, turn = 0;; ++turn) {
-    if (stale) {
-      stale = false;
+  for (int token = start;;) {
+    const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
+    const Own own{p, plan, call, warp, lane};
+    const StoredWeights<D, ON_CHIP> weights{own};
+    const int opened = load_shared(&call.opened), n = load_shared(&call.n);
+    int slot = (opened + token) & (p.C - 1);
+    const int round = (opened + token) / kPanel - opened / kPanel;
+    const bool fresh = token == start || (update && slot == 0);  // rounded weights, and the exchange, are those of the chunk before
+    if (fresh) {
+      const Role role = call.role(plan, warp);
       const Place<D> place = Place<D>::of(p, role);
-      const Bases<T> bases = Bases<T>::of(p, opaque(group) % p.H, D, plan.memories);
+      const Bases<T> bases = Bases<T>::of(p, load_shared(&call.group) % p.H, D, plan.memories);
       const bool based = bases.w2 != nullptr && !role.idle();
       for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
         Word4 base{0, 0, 0, 0};
@@ -165,42 +171,49 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     if (token < n) {
       const int first = slot % kPanel, panel = update ? slot - first : 0;
       const int stop = n - token < kPanel - first ? first + n - token : kPanel;
-      const int buffer = turn & 1, count = stop - first;
-      fetch(token + count, slot + count, 1 - buffer);
-      const T* tile = shared.input(role.memory == kMemory, buffer);
-      const bool reads = update || role.memory == kMemory;
-      if (reads) read_shares<D, T, ACT>(shared, role, tile, weights, full_here, warp, lane);
+      fetch(token + stop - first);
+      {
+        const Role role = call.role(plan, warp);
+        const T* tile = shared.input(role.memory == kMemory, round & 1);
+        if (update || role.memory == kMemory) read_shares<D, T, ACT>(shared, role, tile, weights, full_here, warp, lane);
+      }
       sync_block();
-      if (update) exchange.acquire();
-      T* o = static_cast<T*>(p.o) + token0 + (token - first) * stride;
-      PrefillSink<D, T, MODE> sink{exchange, o, stride, panel, update};
-      if (reads) read_results<D, T>(p, shared, role, tile, full_here, h, first, stop, lane, sink);
+      if (update && fresh) exchange.acquire();
+      {
+        const Role role = call.role(plan, warp);
+        const T* tile = shared.input(role.memory == kMemory, round & 1);
+        const int64_t stride = static_cast<int64_t>(p.H) * D;
+        T* o = static_cast<T*>(p.o) + load_shared(&call.first_token) + (token - first) * stride;
+        PrefillSink<D, T, MODE> sink{exchange, o, stride, round, panel, update};
+        if (update || role.memory == kMemory)
+          read_results<D, T>(p, shared, role, tile, full_here, load_shared(&call.group) % p.H, first, stop, lane, sink);
+      }
       wait_copies();
       if (update)
-        exchange.finish(panel, first, stop);
+        exchange.finish(round, panel, first, stop);
       else
         sync_block();
-      slot += count, token += count;
+      slot += stop - first, token += stop - first;
+    } else {
+      slot = p.C;  // only a commit was asked for
     }
-    if (slot == p.C) {
-      slot = 0;
-      if (update) {
-        commit.run(state);
-        if (token < n) exchange.release();
-        committed = stale = true;
-      }
+    if (update && slot == p.C) {
+      Commit<D, T, ACT, ON_CHIP>{p, shared, full_here}.run(state);
+      if (token < load_shared(&call.n)) exchange.release();
     }
-    if (token >= n) break;
+    if (token >= load_shared(&call.n)) break;
   }
-  if (!update) return;
-  exchange.end();
 
   // --- the state again ---
-  const int g = opaque(group);
-  if (rank == 0) {
-    if (!commit_only) move_pending<D, T, false>(p, shared, g / p.H, g % p.H, committed ? 0 : opened, slot);
-    if (committed) clear_pending<D, T>(p, g / p.H, g % p.H, slot);
+  const int g = load_shared(&call.group), opened = load_shared(&call.opened), end = opened + load_shared(&call.n);
+  if (!update) return;
+  const bool committed = end >= p.C;
+  if (load_shared(&call.rank) == 0) {
+    if (!commit_only) move_pending<D, T, false>(p, shared, g / p.H, g % p.H, committed ? 0 : opened, end & (p.C - 1));
+    if (committed) clear_pending<D, T>(p, g / p.H, g % p.H, end & (p.C - 1));
   }
+  const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
+  const Role role = call.role(plan, warp);
   if (committed && !role.idle()) {
     const Place<D> place = Place<D>::of(p, role);
     const Deviations deviations = Deviations::of(p, g, D, plan.memories);

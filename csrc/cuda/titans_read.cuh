@@ -10,7 +10,7 @@ namespace hope {
 // Copies rows first <= r < stop of a panel, two numbers at a time; row 0 would lie at `from`. Other rows become zero.
 // threads: of the block, all of which call.
 template <int D, class T> HOPE_DEVICE void fetch_panel(T* tile, const T* from, int64_t stride, int first, int stop, int threads) {
-  for (int i = thread_index(); i < kPanel * D / 2; i += threads) {
+  for (int i = thread_index_again(); i < kPanel * D / 2; i += threads) {
     const int r = i / (D / 2), index = 2 * (i % (D / 2));
     const bool valid = first <= r && r < stop;
     copy_async4(tile + r * Width<D>::kRow + position_of(index), valid ? from + r * stride + index : from, valid);

@@ -1,4 +1,4 @@
-// What one warp is to its (row, head).
+// What one warp is to its (row, head), and what a block was called for.
 #pragma once
 #include "simt.cuh"
 #include "titans_plan.h"
@@ -19,10 +19,25 @@ struct Role {
     if (i < scalars) return {plan, i / plan.full_warps, i % plan.full_warps, warp};
     return {plan, kEta + (i - scalars) / plan.scalar_warps, (i - scalars) % plan.scalar_warps, warp};
   }
+  HOPE_DEVICE int packed() const { return memory << 8 | within; }
   HOPE_DEVICE bool full() const { return memory < kEta; }                // D outputs, else one
   HOPE_DEVICE bool idle() const { return memory >= plan.memories; }
   HOPE_DEVICE int warps() const { return full() ? plan.full_warps : plan.scalar_warps; }  // of the memory, all of them in this block
   HOPE_DEVICE int first() const { return warp - within; }                // of them, as a warp of this block
+};
+
+// What prefill knows of its block between stages, in shared memory: registers are for the state.
+struct Call {
+  int group, rank;        // which (row, head), which of its blocks
+  int n;                  // tokens to read
+  int opened;             // slot of the first of them
+  int64_t first_token;    // where it lies in x, q and o: numbers
+  int roles[kWarps];
+
+  HOPE_DEVICE Role role(const Plan& plan, int warp) const {
+    const int word = load_shared(roles + warp);
+    return {plan, word >> 8, word & 255, warp};
+  }
 };
 
 }  // namespace hope

@@ -1,6 +1,7 @@
 // A block's shared memory by name (titans_plan.h says what lies where), and a lane's own data wherever the plan has put it.
 #pragma once
 #include "titans_fragments.cuh"
+#include "titans_role.cuh"
 
 namespace hope {
 
@@ -10,6 +11,7 @@ template <int D, class T> struct Shared {
 
   template <class V> HOPE_DEVICE V* at(int offset) const { return reinterpret_cast<V*>(shared_memory() + offset); }
 
+  HOPE_DEVICE Call& call() const { return *at<Call>(plan.call); }
   HOPE_DEVICE T* input(bool query, int buffer) const { return at<T>(query ? plan.q : plan.x) + buffer * kPanel * kRow; }
   HOPE_DEVICE T* k(int slot) const { return at<T>(plan.k) + slot * kRow; }
   HOPE_DEVICE T* v(int slot) const { return at<T>(plan.v) + slot * kRow; }
@@ -38,11 +40,11 @@ template <int D, class T> struct Shared {
 struct Own {
   const TitansParams& p;
   const Plan& plan;
-  int block;  // of the grid's rows and heads
+  const Call& call;
   int warp, lane;
   HOPE_DEVICE Word4* at(int offset) const {
     unsigned char* base = shared_memory() + offset;
-    if (offset < 0) base = p.scratch + block * plan.scratch_bytes + (-1 - offset);
+    if (offset < 0) base = p.scratch + (load_shared(&call.group) * plan.blocks + load_shared(&call.rank)) * plan.scratch_bytes + (-1 - offset);
     return reinterpret_cast<Word4*>(base) + lane;
   }
 };

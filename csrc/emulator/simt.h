@@ -27,7 +27,7 @@ inline int warp_index() { return emulator::grid.warp().index; }
 inline int block_index() { return emulator::grid.block().index; }
 inline unsigned char* shared_memory() { return emulator::grid.block().shared.get(); }
 
-inline int opaque(int v) { return v; }
+inline int thread_index_again() { return thread_index(); }
 
 // --- barriers -------------------------------------------------------------------------------------------------------------------------
 inline void sync_block(HOPE_FROM) { emulator::grid.sync(0, 0, "sync_block", {file, line}); }
