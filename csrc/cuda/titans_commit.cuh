@@ -128,7 +128,14 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
       }
       if (!has(kDot)) output_part<D, T>(shared.part(warp, 0, full_here), h, weights, lane);
     } else {
-      float y[2] = {};
+      float y[2] = {};  // M(v) first: there are no slopes to hold yet
+#pragma unroll 1
+      for (int g = 0; g < W::kScalarGroups; ++g) {
+        hidden_group<D, T, ACT, false>(z, unused, v, weights, g, lane);
+        add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
+      }
+      store_sums(shared.sums(warp, 1), y, lane);
+      y[0] = y[1] = 0.f;
 #pragma unroll
       for (int g = 0; g < W::kScalarGroups; ++g) {
         hidden_group<D, T, ACT, true>(z, slope[g], k, weights, g, lane);
@@ -156,14 +163,6 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
         }
         output_part<D, T>(shared.part(warp, 1, full_here), h, weights, lane);
       }
-    } else {
-      float y[2] = {};
-#pragma unroll 1
-      for (int g = 0; g < W::kScalarGroups; ++g) {
-        hidden_group<D, T, ACT, false>(z, unused, v, weights, g, lane);
-        add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
-      }
-      store_sums(shared.sums(warp, 1), y, lane);
     }
   }
 

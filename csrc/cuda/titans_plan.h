@@ -36,7 +36,7 @@ struct Plan {
   int one_buffer;    // partial outputs of M(k) and M(v) take turns in one buffer
   int shared_bytes;  // a block's shared memory
   // Bytes from the start of shared memory:
-  int call;                 // struct Call (titans_role.cuh): 64 bytes
+  int call;                 // struct Call (titans_role.cuh)
   int x, q;                 // [2][16][kRow] T   what the panel reads; the other one is being fetched. One place if no block needs both
   int k, v;                 // [C][kRow] T       the open chunk; when v has served its turn, the transformed keys Kg take its place
   int e;                    // [memories here][C][kRow] T
@@ -53,8 +53,7 @@ struct Plan {
   // block's part of the scratch, where L2 holds it:
   int weights;              // [8][16] blocks    base + deviation, rounded to T
   int a, d;                 // [units / 16][C / 16] blocks
-  // In shared memory, or (negative) read from the tensors every time:
-  int base;                 // as weights
+  int base;                 // as weights: what the deviations are from, zeros if from nothing
   // The block's part of the scratch:
   int mail;                 // [2][16 D + 32] words: what blocks without a cluster send one another; rank 0's is the group's
   int64_t scratch_bytes;
@@ -77,7 +76,7 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };
   const int row = (D + 8) * 2, slots = update ? C : kPanel;
   const int full_here = p.full_warps == 2 ? 6 : kWarps, tiles_here = full_here / (p.full_warps < kWarps ? p.full_warps : kWarps);
-  p.call = take(64), p.x = take(2 * kPanel * row), p.q = p.full_warps == kWarps ? p.x : take(2 * kPanel * row);
+  p.call = take(128), p.x = take(2 * kPanel * row), p.q = p.full_warps == kWarps ? p.x : take(2 * kPanel * row);
   p.k = take(slots * row), p.v = take(slots * row), p.e = take(tiles_here * slots * row);
   p.eta = take(4 * slots), p.alpha = take(4 * slots), p.carry = take(4 * slots), p.tail = take(4 * slots + 4);
   p.dots = take(4 * slots * (slots + 1)), p.e2 = take(32 * slots), p.es = take(32 * slots);
@@ -95,8 +94,7 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
     scratch += bytes;
     return -1 - here;
   };
-  p.weights = place(weights), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks);
-  p.base = at + weights <= device.shared_bytes ? take(weights) : -1;
+  p.weights = place(weights), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks), p.base = place(weights);
   p.shared_bytes = at;
   p.scratch_bytes = scratch;
   return p;

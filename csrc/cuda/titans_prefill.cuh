@@ -78,6 +78,44 @@ template <int D, class T> HOPE_DEVICE void clear_pending(const TitansParams& p, 
   }
 }
 
+// Where a warp stands: the next panel's tokens are rows first <= r < stop.
+struct Panel {
+  int token, slot, first, stop, round;
+  static HOPE_DEVICE Panel of(const Call& call, int warp, int C) {
+    Panel p;
+    const int opened = load_shared(&call.opened), n = load_shared(&call.n);
+    p.token = load_shared(call.tokens + warp);
+    p.slot = (opened + p.token) & (C - 1), p.first = p.slot % kPanel;
+    p.stop = n - p.token < kPanel - p.first ? p.first + n - p.token : kPanel;
+    p.round = (opened + p.token) / kPanel - opened / kPanel;
+    return p;
+  }
+};
+
+// Behind the barrier after read_shares: results to where they belong, and the warp moves on.
+template <int D, class T, int MODE>
+HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared, const Exchange<D, T, MODE>& exchange, int full_here) {
+  const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
+  const bool update = p.flags & kUpdate;
+  Call& call = shared.call();
+  const Panel now = Panel::of(call, warp, p.C);
+  const int slot = update ? now.slot - now.first : 0;
+  const Role role = call.role(shared.plan, warp);
+  const T* tile = shared.input(role.memory == kMemory, now.round & 1);
+  const int64_t stride = static_cast<int64_t>(p.H) * D;
+  T* o = static_cast<T*>(p.o) + load_shared(&call.first_token) + (now.token - now.first) * stride;
+  PrefillSink<D, T, MODE> sink{exchange, o, stride, now.round, slot, update};
+  if (update || role.memory == kMemory)
+    read_results<D, T>(p, shared, role, tile, full_here, load_shared(&call.group) % p.H, now.first, now.stop, lane, sink);
+  wait_copies();
+  if (update)
+    exchange.finish(now.round, slot, now.first, now.stop);
+  else
+    sync_block();
+  if (lane == 0) store_shared(call.tokens + warp, now.token + now.stop - now.first);
+  sync_warp();
+}
+
 template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   using W = Width<D>;
   const bool update = p.flags & kUpdate;
@@ -95,7 +133,6 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
   }
   const Shared<D, T> shared{plan};
   Call& call = shared.call();
-  int start;  // tokens that are behind us when the loop begins
   const bool commit_only = p.flags & kCommitOnly;
   {
     const int lane = lane_index(), warp = warp_index();
@@ -107,9 +144,8 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
       store_shared(&call.group, group), store_shared(&call.rank, rank), store_shared(&call.n, n), store_shared(&call.opened, opened);
       store_shared(&call.first_token, (b * p.T * p.H + h) * static_cast<int64_t>(D));
     }
-    if (lane == 0) store_shared(call.roles + warp, Role::of(plan, rank, warp).packed());
+    if (lane == 0) store_shared(call.roles + warp, Role::of(plan, rank, warp).packed()), store_shared(call.tokens + warp, commit_only ? n : 0);
     if (update) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : opened);
-    start = commit_only ? n : 0;
   }
   sync_block();
   const Exchange<D, T, MODE> exchange{shared, p, plan};
@@ -140,68 +176,44 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     load_deviations<D>(state, deviations, place, role, p.N, lane);
     load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
     const Own own{p, plan, call, warp, lane};
-    if (bases.w2 != nullptr && !role.idle())
-      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
-        if (plan.base >= 0) own.at(plan.base)[512 * warp + 32 * i] = load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
-      });
+    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+      Word4 base{0, 0, 0, 0};
+      if (bases.w2 != nullptr && !role.idle()) base = load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
+      own.at(plan.base)[512 * warp + 32 * i] = base;
+    });
   }
   wait_copies();
   sync_block();
 
   // --- panel after panel ---
-  for (int token = start;;) {
+  bool first_round = true;
+  for (;;) {
     const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
     const Own own{p, plan, call, warp, lane};
     const StoredWeights<D, ON_CHIP> weights{own};
-    const int opened = load_shared(&call.opened), n = load_shared(&call.n);
-    int slot = (opened + token) & (p.C - 1);
-    const int round = (opened + token) / kPanel - opened / kPanel;
-    const bool fresh = token == start || (update && slot == 0);  // rounded weights, and the exchange, are those of the chunk before
+    const Panel now = Panel::of(call, warp, p.C);
+    const bool fresh = first_round || (update && now.slot == 0);  // rounded weights, and the exchange, are those of the chunk before
+    first_round = false;
     if (fresh) {
-      const Role role = call.role(plan, warp);
-      const Place<D> place = Place<D>::of(p, role);
-      const Bases<T> bases = Bases<T>::of(p, load_shared(&call.group) % p.H, D, plan.memories);
-      const bool based = bases.w2 != nullptr && !role.idle();
-      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
-        Word4 base{0, 0, 0, 0};
-        if (based) base = plan.base >= 0 ? own.at(plan.base)[512 * warp + 32 * i] : load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
-        weights.block(i) = round_block<T>(state[i], base);
-      });
+#pragma unroll
+      for (int i = 0; i < 16; ++i) weights.block(i) = round_block<T>(state[i], own.at(plan.base)[512 * warp + 32 * i]);
     }
-    if (token < n) {
-      const int first = slot % kPanel, panel = update ? slot - first : 0;
-      const int stop = n - token < kPanel - first ? first + n - token : kPanel;
-      fetch(token + stop - first);
+    if (!commit_only) {
+      fetch(now.token + now.stop - now.first);
       {
         const Role role = call.role(plan, warp);
-        const T* tile = shared.input(role.memory == kMemory, round & 1);
+        const T* tile = shared.input(role.memory == kMemory, now.round & 1);
         if (update || role.memory == kMemory) read_shares<D, T, ACT>(shared, role, tile, weights, full_here, warp, lane);
       }
       sync_block();
       if (update && fresh) exchange.acquire();
-      {
-        const Role role = call.role(plan, warp);
-        const T* tile = shared.input(role.memory == kMemory, round & 1);
-        const int64_t stride = static_cast<int64_t>(p.H) * D;
-        T* o = static_cast<T*>(p.o) + load_shared(&call.first_token) + (token - first) * stride;
-        PrefillSink<D, T, MODE> sink{exchange, o, stride, round, panel, update};
-        if (update || role.memory == kMemory)
-          read_results<D, T>(p, shared, role, tile, full_here, load_shared(&call.group) % p.H, first, stop, lane, sink);
-      }
-      wait_copies();
-      if (update)
-        exchange.finish(round, panel, first, stop);
-      else
-        sync_block();
-      slot += stop - first, token += stop - first;
-    } else {
-      slot = p.C;  // only a commit was asked for
+      finish_panel<D, T>(p, shared, exchange, full_here);
     }
-    if (update && slot == p.C) {
+    if (update && (commit_only || Panel::of(call, thread_index_again() >> 5, p.C).slot == 0)) {
       Commit<D, T, ACT, ON_CHIP>{p, shared, full_here}.run(state);
-      if (token < load_shared(&call.n)) exchange.release();
+      if (load_shared(call.tokens + (thread_index_again() >> 5)) < load_shared(&call.n)) exchange.release();
     }
-    if (token >= load_shared(&call.n)) break;
+    if (load_shared(call.tokens + (thread_index_again() >> 5)) >= load_shared(&call.n)) break;
   }
 
   // --- the state again ---

@@ -33,6 +33,7 @@ struct Call {
   int opened;             // slot of the first of them
   int64_t first_token;    // where it lies in x, q and o: numbers
   int roles[kWarps];
+  int tokens[kWarps];     // each warp's count of tokens that are behind it
 
   HOPE_DEVICE Role role(const Plan& plan, int warp) const {
     const int word = load_shared(roles + warp);
