@@ -7,6 +7,10 @@
 
 #include <sys/mman.h>
 
+#ifdef __SANITIZE_ADDRESS__  // finds what plain accesses to global memory miss
+#include <sanitizer/asan_interface.h>
+#endif
+
 #if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
 #define HOPE_FIBERS_IN_ASSEMBLY 1
 #else
@@ -28,6 +32,9 @@ class Stacks {
     if (!free_.empty()) {
       unsigned char* p = free_.back();
       free_.pop_back();
+#ifdef __SANITIZE_ADDRESS__
+      __asan_unpoison_memory_region(p + kGuardBytes, kStackBytes - kGuardBytes);  // frames of a thread that never left them
+#endif
       return p;
     }
     void* p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -88,7 +88,7 @@ template <class T> void unpack_case() {
   output(out);
 }
 
-// Everything at once, without races: copies, matrices, named and cluster barriers, stores to the neighbour. 2 blocks a cluster of 64 threads.
+// Everything at once, without races: copies, matrices, barriers of all kinds, stores to the neighbour. Clusters of 2 blocks, 64 threads.
 HOPE_KERNEL(64) exchange(const uint32_t* in, uint32_t* out) {
   uint32_t* shared = words();  // [64][4] copied, [64] partial sums, [64] from the neighbour
   const int i = thread_index();
