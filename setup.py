@@ -1,15 +1,25 @@
 """Builds what needs a compiler. Everything here is optional: an installation without one works, on the PyTorch backend.
 
 HOPE_KERNELS_CPU: 1 makes a failed build of the CPU library an error, 0 skips it.
+HOPE_KERNELS_CUDA: 1 makes a failed build of the CUDA library, or a missing nvcc, an error; 0 skips it. Otherwise it is built where nvcc and
+a PyTorch for CUDA are found. HOPE_KERNELS_CUDA_ARCHS: the compute capabilities it is for, "90" say; those of tools/build_cuda.py otherwise.
+PyTorch has to be visible to the build: pip install --no-build-isolation.
 """
 
 import os
 import platform
+import shutil
+import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
-WANTED = os.environ.get("HOPE_KERNELS_CPU", "")
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from tools import build_cuda  # noqa: E402
+
+WANTED, CUDA_WANTED = os.environ.get("HOPE_KERNELS_CPU", ""), os.environ.get("HOPE_KERNELS_CUDA", "")
+CUDA = "hope_kernels._hope_cuda"
 
 
 class BuildLibrary(build_ext):
@@ -20,6 +30,16 @@ class BuildLibrary(build_ext):
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return ext.export_symbols
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != CUDA:
+            return super().build_extension(ext)
+        path = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            shutil.copy(build_cuda.build(), path)
+        except build_cuda.BuildError as reason:
+            raise CompileError(f"the CUDA library: {reason}") from None
 
 
 def cpu_library() -> list[Extension]:
@@ -34,4 +54,13 @@ def cpu_library() -> list[Extension]:
     )]
 
 
-setup(ext_modules=cpu_library(), cmdclass={"build_ext": BuildLibrary})
+def cuda_library() -> list[Extension]:
+    if CUDA_WANTED != "1":
+        torch = None if CUDA_WANTED == "0" or build_cuda.nvcc() is None else build_cuda.pytorch()
+        if torch is None or torch[2] is None:
+            return []
+    files = [os.path.relpath(path, build_cuda.ROOT) for path in build_cuda.files()]
+    return [Extension(CUDA, [f for f in files if f.endswith((".cu", ".cpp"))], depends=files, optional=CUDA_WANTED != "1")]
+
+
+setup(ext_modules=cpu_library() + cuda_library(), cmdclass={"build_ext": BuildLibrary})

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from hope_kernels import TitansConfig
+from hope_kernels.backend import resolve
 from hope_kernels.ops import FastWeights, Layout, TokenInputs, init_titans_state, titans_advance_, titans_chunk, titans_step
 
 from . import measure as m
@@ -50,18 +51,20 @@ class Case:
 
 
 P, S = partial(Case, "prefill"), partial(Case, "step", T=1)
-# Most important first: the run may end anywhere.
+X, XS = partial(P, backend="cuda"), partial(S, backend="cuda")
+# Most important first: the run may end anywhere. FIRST of them go before any peer.
+FIRST = 9
 GPU_CASES = (
-    P(), P(N=64, B=4, T=8192), P(C=16, N=64, B=4, T=8192),
-    S(), Case("step graph", T=1), P(C=16), P(C=256, B=4, T=8192), P(N=64),
+    P(), X(), P(N=64, B=4, T=8192), X(N=64, B=4, T=8192), P(C=16, N=64, B=4, T=8192), X(C=16, N=64, B=4, T=8192),
+    S(), XS(), X(C=16), Case("step graph", T=1), Case("step graph", T=1, backend="cuda"), P(C=16), P(C=256, B=4, T=8192), P(N=64), X(N=64),
     Case("conv"), Case("gate"), Case("grad", T=8192),
-    P(D=128, N=512, H=16), P(D=128, N=128, H=16), P(C=256), P(N=64, B=32, T=2048),
+    P(D=128, N=512, H=16), P(D=128, N=128, H=16), X(D=128, N=128, H=16), X(C=32), X(N=64, B=32, T=2048), X(B=32, T=2048), P(C=256), P(N=64, B=32, T=2048),
     P(C=128), P(C=32), P(B=4, T=8192), P(B=32, T=2048), P(C=256, B=32, T=2048),
-    S(B=32), S(N=64, C=16), S(D=128, N=512, H=16), Case("step graph", B=32, T=1),
+    S(B=32), XS(B=32), S(N=64, C=16), XS(N=64, C=16), X(T=2048), X(H=8), X(N=128), X(dtype="fp16"), S(D=128, N=512, H=16), Case("step graph", B=32, T=1),
     P(T=2048), P(T=131072), P(H=8), P(H=64, T=16384), P(C=16, N=64, B=32, T=2048), P(C=256, N=64), P(N=128), P(N=512),
     P(dtype="fp16"), P(dtype="fp32", T=4096), Case("conv", B=32, T=1), Case("gate", B=32, T=1),
 )
-QUICK_GPU = (P(H=8, T=1024), P(C=16, N=64, H=8, T=1024), S(H=8), Case("step graph", H=8, T=1), Case("conv", T=256), Case("gate", T=256))
+QUICK_GPU = (P(H=8, T=1024), X(H=8, T=1024), XS(H=8), P(C=16, N=64, H=8, T=1024), S(H=8), Case("step graph", H=8, T=1), Case("conv", T=256), Case("gate", T=256))
 CPU_CASES = tuple(
     Case(kind, C, 64, 64, 2, 1, T, "fp32", backend)
     for backend in ("cpp", "chunked") for kind, C, T in (("prefill", 16, 256), ("prefill", 64, 256), ("step", 16, 1))
@@ -195,7 +198,7 @@ def step_graph(case: Case, device: str, ceilings: dict, seconds: float = 1.0) ->
     states = [init_titans_state(c, w, case.B, device, dtype) for w, _ in problems]
     tokens = [TokenInputs(*(t if t is None or t.dim() == 1 else t.clone() for t in token(i, 0))) for _, i in problems]
     one = torch.ones(case.B, dtype=torch.int64, device=device)
-    calls = [partial(titans_advance_, c, w, i, s, one) for (w, _), i, s in zip(problems, tokens, states)]
+    calls = [partial(titans_advance_, c, w, i, s, one, backend=case.backend) for (w, _), i, s in zip(problems, tokens, states)]
     try:
         graph, kept = m.captured(calls)
     except RuntimeError as e:
@@ -229,7 +232,7 @@ def step_graph(case: Case, device: str, ceilings: dict, seconds: float = 1.0) ->
 
 
 def grad(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
-    """Backward / forward, once gradients (of x, q and the initial memory w2) pass the yardstick; or why the backend has none."""
+    """Backward / forward, once gradients (of x, q and the initial memory w2) pass the yardstick."""
     c = case.config
     w, inputs = problem(case, device, 0)
 
@@ -240,7 +243,7 @@ def grad(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
             return dict(zip(leaves, torch.autograd.grad(o, list(leaves.values()), inputs.q.detach())))
 
     piece = head(inputs, 2, 2 * case.C + case.C // 2 + 1)
-    ours = run(w, piece, case.backend)  # a ValueError names why there is no gradient
+    ours = run(w, piece, case.backend)
     exact = run(to(w, torch.float64), to(piece, torch.float64), "chunked")
     check = m.compare(ours, run(w, piece, "chunked"), exact)
     if not check["ok"]:
@@ -297,7 +300,17 @@ def elementwise(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -
 KINDS = {"prefill": prefill, "step": step, "step graph": step_graph, "grad": grad, "conv": elementwise, "gate": elementwise}
 
 
+def measured(case: Case, device: str, ceilings: dict, seconds: float) -> dict:
+    """The case's record. Raises Unserved, with the reason, where its backend does not serve it here."""
+    try:
+        with torch.set_grad_enabled(case.kind == "grad"):
+            resolve("titans", case.config, m.DTYPES[case.dtype], torch.device(device), case.backend)
+    except ValueError as e:
+        raise m.Unserved(str(e)) from None
+    return KINDS[case.kind](case, device, ceilings, seconds=seconds)
+
+
 def items(device: str, quick: bool) -> Iterator[tuple[str, dict, Callable]]:
     """(name, the case as data, call with (ceilings)), most important first."""
     for case in (QUICK_GPU if quick else GPU_CASES) if device == "cuda" else CPU_CASES:
-        yield case.name, asdict(case), partial(KINDS[case.kind], case, device, seconds=0.05 if quick else 1.0)
+        yield case.name, asdict(case), partial(measured, case, device, seconds=0.05 if quick else 1.0)

@@ -2,43 +2,86 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from hope_kernels.state import write_atomically
+from tools import build_cuda
+
 from . import cubin
 
-ROOT = Path(__file__).parents[1]
-SOURCES: tuple[tuple[str, tuple[str, ...], bool], ...] = ()  # (file, architectures such as "90a", its kernels want tensor cores)
-FLAGS = ("-std=c++20", "-O3", "-Xptxas", "-v,-warn-spills")
+# (file, architectures such as "90a", its kernels want tensor cores)
+SOURCES = tuple((path, tuple(map(str, build_cuda.ARCHITECTURES)), True) for path in build_cuda.kernels())
+FLAGS = (*build_cuda.DEVICE_FLAGS, "-Xptxas", "-v,-warn-spills")
 COMPLAINT = re.compile(r"warning|\(C7\d+\)|setmaxnreg", re.IGNORECASE)  # C75xx: wgmma serialized; "setmaxnreg ignored" is only an info
+EMPTY = 4  # instructions of a kernel whose body is for other architectures: what sets up the stack, EXIT, and a branch to itself
+CACHE = build_cuda.ROOT / "build" / "compile_report"
 
 
-def report(archs: list[int] | None, only: str | None, sources=SOURCES) -> list[dict]:
+class Refused(Exception):
+    """What nvcc says of a file it does not compile."""
+
+
+def report(archs: list[int] | None, only: str | None, sources=SOURCES, jobs: int = 2, fresh: bool = False) -> Iterator[dict]:
     """One record per kernel, file and architecture, as ``compile_report`` prints them. shared: what is static; a kernel's dynamic shared
     memory is known at its launch only."""
-    if shutil.which("nvcc") is None:
-        return []
-    wanted = [(f, arch, mma) for f, offered, mma in sources for arch in offered
-              if (not only or only in f) and (not archs or int(arch.rstrip("af")) in archs)]
-    return [record for f, arch, mma in wanted for record in compile_file(ROOT / f, arch, mma)]
+    compiler = build_cuda.nvcc()
+    if compiler is None:
+        return
+    wanted = [(compiler, Path(f), arch, mma, fresh) for f, offered, mma in sources for arch in offered
+              if (not only or only in str(f)) and (not archs or int(arch.rstrip("af")) in archs)]
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        for records in pool.map(lambda job: cached_file(*job), wanted):
+            yield from records
 
 
-def compile_file(path: Path, arch: str, wants_mma: bool) -> list[dict]:
-    sm = int(arch.rstrip("af"))
-    start = time.perf_counter()
+def cached_file(compiler: str, path: Path, arch: str, wants_mma: bool, fresh: bool = False) -> list[dict]:
+    """``compile_file``, or what it found the last time nothing was different. A file that nvcc refuses is a record with that violation."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    beside = sorted(p for p in path.parent.glob("*") if p.suffix in (".h", ".cuh"))
+    readers = [Path(__file__), Path(cubin.__file__)]
+    kept = CACHE / f"{build_cuda.hash_of([path, *beside, *readers], arch, wants_mma, FLAGS, version)}.json"
+    if kept.exists() and not fresh:
+        return json.loads(kept.read_text())
+    try:
+        records = compile_file(compiler, path, arch, wants_mma)
+    except Refused as error:
+        return [{"kernel": path.stem, "row": path.name, "arch": int(arch.rstrip("af")), "violations": [f"does not compile: {error}"]}]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(str(kept), json.dumps(records).encode())
+    return records
+
+
+def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[dict]:
+    """One record a kernel of the file, none for a file with host code only. Raises Refused."""
+    sm, start = int(arch.rstrip("af")), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out.cubin"
-        done = subprocess.run(["nvcc", "-cubin", f"-arch=sm_{arch}", *FLAGS, "-o", out, str(path)], capture_output=True, text=True)
-        common = {"row": path.name, "arch": sm, "seconds": round(time.perf_counter() - start, 2)}
+        done = subprocess.run([compiler, "-cubin", f"-arch=sm_{arch}", *FLAGS, "-o", out, str(path)], capture_output=True, text=True)
         if done.returncode:
-            return [{"kernel": path.stem, **common, "violations": [f"does not compile: {done.stderr.strip()}"]}]
+            raise Refused(done.stderr.strip())
+        common = {"row": path.name, "arch": sm, "seconds": round(time.perf_counter() - start, 2)}
         complaints = [line.strip() for line in done.stderr.splitlines() if COMPLAINT.search(line)]
+        found = {name: u for name, u in cubin.usage(out).items() if u.instructions > EMPTY}
+        of_all = [c for c in complaints if not any(f"'{name}'" in c for name in found)]
         return [
-            {"kernel": name, **common, **asdict(u), "violations": complaints + cubin.violations(u, sm, u.shared, wants_mma)}
-            for name, u in cubin.usage(out).items()
+            {"kernel": readable(name), **common, **asdict(u),
+             "violations": [*of_all, *(c for c in complaints if f"'{name}'" in c), *cubin.violations(u, sm, u.shared, wants_mma)]}
+            for name, u in found.items()
         ]
+
+
+def readable(mangled: str) -> str:
+    """A kernel's name with its template arguments, without its parameters; as it is where no c++filt is."""
+    if shutil.which("c++filt") is None:
+        return mangled
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout.strip()
+    return re.sub(r"^void |\(hope::TitansParams.*", "", name)

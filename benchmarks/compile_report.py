@@ -6,7 +6,7 @@ One line per kernel, row and architecture it is offered on. --full: every shape 
 --check exits with 1 when a kernel spills, uses local memory, asks for more shared memory than the architecture has, or has no tensor-core
 instruction where its row wants one. Columns st/ld are STL and LDL instructions, barr the barriers in the SASS, s the seconds the
 compilation took when it was last done: results are kept in build/compile_report under a hash of the kernel's source (with all it calls),
-the row, the architecture and Triton's version. CUDA C++ kernels follow where nvcc is on PATH (``compile_cuda.py``).
+the row, the architecture and Triton's version. CUDA C++ kernels follow where nvcc is found (``compile_cuda.py``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PROVIDERS = (
     "hope_kernels.ops.conv.triton", "hope_kernels.ops.output_gate.triton", "hope_kernels.ops.triton_sum",
     "hope_kernels.ops.titans.triton_tiles", "hope_kernels.ops.titans.triton_backward_tiles",
 )
-CACHE = Path(__file__).parents[1] / "build" / "compile_report"
+CACHE = compile_cuda.CACHE
 COLUMNS = (
     ("shared", "smem"), ("registers", "regs"), ("spill_stores", "st"), ("spill_loads", "ld"), ("stack", "stack"), ("wgmma", "wgmma"),
     ("tcgen05", "tcgen05"), ("mma", "mma"), ("barriers", "barr"),
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             for record in pool.map(_work, range(len(_jobs))):
                 records.append(record)
                 print(line(record, widths), flush=True)
-    for record in compile_cuda.report(args.arch, args.only):
+    for record in compile_cuda.report(args.arch, args.only, jobs=args.jobs, fresh=args.fresh):
         records.append(record)
         print(line(record, widths), flush=True)
     bad = [(r, v) for r in records for v in r["violations"]]

@@ -27,7 +27,8 @@ _UNITS = {
 @dataclass(frozen=True)
 class Usage:
     """One kernel of a cubin. shared: static bytes a block. stack, local: bytes a thread. spill_stores, spill_loads: STL and LDL
-    instructions; a kernel that fits its registers has none. wgmma, tcgen05, mma, barriers: instructions in the SASS, not executions."""
+    instructions; a kernel that fits its registers has none. wgmma, tcgen05, mma, barriers, instructions (all but NOP): how many are in
+    the SASS, not how many are executed."""
 
     registers: int
     stack: int
@@ -39,10 +40,11 @@ class Usage:
     tcgen05: int
     mma: int
     barriers: int
+    instructions: int = 0
 
 
 def usage(cubin: str) -> dict[str, Usage]:
-    """Kernel name -> Usage, of the cubin file at this path, by the cuobjdump and nvdisasm that come with Triton."""
+    """Kernel name -> Usage, of all kernels in the cubin file at this path, by the cuobjdump and nvdisasm that come with Triton."""
     sass: dict[str, Counter] = {}
     section = ""
     for line in _run(triton.knobs.nvidia.nvdisasm.path, "-ndf", "-c", cubin).splitlines():
@@ -53,9 +55,7 @@ def usage(cubin: str) -> dict[str, Usage]:
     found = {}
     for name, *resources in _FUNCTION.findall(_run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)):
         units = {unit: sum(n for op, n in sass[name].items() if wanted.match(op)) for unit, wanted in _UNITS.items()}
-        found[name] = Usage(*map(int, resources), **units)
-    if not found:
-        raise ValueError(f"{cubin}: no kernel in it")
+        found[name] = Usage(*map(int, resources), **units, instructions=sass[name].total() - sass[name]["NOP"])
     return found
 
 

@@ -146,6 +146,10 @@ class WrongResult(Exception):
     """What was to be timed computes something else."""
 
 
+class Unserved(Exception):
+    """A configuration that a backend does not serve on this machine."""
+
+
 def time_graph(calls: list[Callable[[], object]], seconds: float = 1.0) -> dict:
     """{"ms": ...} of one call inside a CUDA graph of all ``calls``; raises what the capture raises, and WrongResult if a replay does not
     write the (first) tensors that the calls return outside the graph, bit for bit."""

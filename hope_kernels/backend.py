@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from .ops import cuda
 from .ops.titans import cpp
 
 BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
@@ -25,12 +26,12 @@ def _unavailable(backend: str) -> str | None:
         except ImportError as e:
             return f"Triton cannot be imported: {e}"
         return triton.unavailable()
-    return "this version has no CUDA C++ kernels yet" if backend == "cuda" else None
+    return cuda.unavailable() if backend == "cuda" else None
 
 
 def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None) -> Callable:
     """The implementation of ``op`` ("titans") for this configuration. ``backend=None`` picks the best one verified on the device: the
-    Triton kernels, which no GPU has run yet, only on request.
+    Triton and CUDA kernels, which no GPU has run yet, only on request.
 
     Which one that is follows from configuration, dtype, device and whether gradients are on, never from the shape of a call.
     Raises ValueError, with the reason, for a backend that cannot serve the request.
@@ -49,6 +50,10 @@ def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: 
 
         chosen = triton_training.titans_triton_training if torch.is_grad_enabled() else triton.titans_triton
         reason = triton.unserved(config, dtype, device)
+    elif reason is None and backend == "cuda":
+        from .ops.titans import cuda as titans
+
+        reason, chosen = titans.unserved(config, dtype, device), titans.titans_cuda
     elif backend == "reference":
         from .ops.titans.reference_backend import titans_reference as chosen
     if reason is not None:
@@ -58,11 +63,11 @@ def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: 
 
 def resolve_conv_and_gate(config, backend: str | None = None) -> tuple[Callable, Callable]:
     """The convolution before the memories and the output gate behind them, for a ``backend`` that ``resolve`` accepted: Triton kernels
-    with "triton" (windows above 8 keep the PyTorch convolution), else PyTorch."""
+    with "triton", and with "cuda" where Triton can be used (windows above 8 keep the PyTorch convolution), else PyTorch."""
     from .ops.conv.chunked import causal_conv_chunked as conv
     from .ops.output_gate.chunked import output_gate_chunked as gate
 
-    if backend == "triton":
+    if backend == "triton" or (backend == "cuda" and _unavailable("triton") is None):
         from .ops.conv.triton import MAX_WINDOW, causal_conv_triton
         from .ops.output_gate.triton import output_gate_triton as gate
 

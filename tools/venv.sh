@@ -13,8 +13,14 @@ TRITON="triton==3.6.0"  # a CUDA build of torch brings its own
 ORACLE="nested-learning==0.2.0"  # tests compare with it; its dependencies (datasets, an old huggingface-hub) are not needed
 PYTHON=${1:-python3}
 
-key=$({ pwd -P; cat tools/venv.sh requirements-dev.txt pyproject.toml setup.py csrc/cpu/*; } | cksum)
-if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$key" ]; then exit 0; fi
+key() {  # of everything an installation depends on; of the CUDA sources where their library is asked for, or was built
+    {
+        pwd -P
+        cat tools/venv.sh requirements-dev.txt pyproject.toml setup.py csrc/cpu/*
+        if [ "${HOPE_KERNELS_CUDA:-}" = 1 ] || [ -e hope_kernels/_hope_cuda.so ]; then cat tools/build_cuda.py csrc/cuda/*; fi
+    } | cksum
+}
+if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$(key)" ]; then exit 0; fi
 
 has_torch() {  # $1: an interpreter. Prints the folder its torch >= 2.11 lies in, or fails.
     "$1" - 2>/dev/null <<'PY'
@@ -61,4 +67,4 @@ if [ "$(uname)" = Linux ] && ! .venv/bin/python -c 'import triton' 2>/dev/null; 
     pip install --quiet --no-deps "$TRITON"
 fi
 pip install --quiet --no-deps --no-build-isolation -e .
-echo "$key" >.venv/stamp
+key >.venv/stamp

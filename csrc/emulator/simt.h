@@ -27,6 +27,8 @@ inline int warp_index() { return emulator::grid.warp().index; }
 inline int block_index() { return emulator::grid.block().index; }
 inline unsigned char* shared_memory() { return emulator::grid.block().shared.get(); }
 
+inline int opaque(int v) { return v; }
+
 // --- barriers -------------------------------------------------------------------------------------------------------------------------
 inline void sync_block(HOPE_FROM) { emulator::grid.sync(0, 0, "sync_block", {file, line}); }
 inline void sync_warp(HOPE_FROM) { emulator::grid.sync_warp({file, line}); }

@@ -76,14 +76,16 @@ def _check_inputs(name: str, config: TitansConfig, w_init: FastWeights, inputs: 
 
 @torch.no_grad()
 def titans_advance_(
-    config: TitansConfig, w_init: FastWeights, inputs: TokenInputs, state: TitansState, lengths: Tensor, *, update: bool = True
+    config: TitansConfig, w_init: FastWeights, inputs: TokenInputs, state: TitansState, lengths: Tensor,
+    *, update: bool = True, backend: str = "triton",
 ) -> Tensor:
-    """``titans_chunk`` on the Triton backend, in place and decided on the device alone: o [B, T, H, D], zero behind a row's length.
+    """``titans_chunk`` on the Triton or the CUDA backend, in place and decided on the device alone: o [B, T, H, D], zero behind a row's
+    length.
 
     lengths: [B] int64 on the inputs' device, in 0..T. Reads state.count where the rows stand and advances it with every other tensor of
     ``state``; ``state.pos`` is not touched: move it when you leave the loop. So a captured CUDA graph of this call, at T = 1 say, may be
     replayed for every token, chunk boundaries included.
-    Raises ValueError for shapes, dtypes, a state of another configuration, and where the Triton backend cannot serve.
+    Raises ValueError for shapes, dtypes, a state of another configuration, and a backend that cannot serve.
     """
     name = "titans_advance_"
     given, B, _ = _check_inputs(name, config, w_init, inputs)
@@ -92,10 +94,14 @@ def titans_advance_(
     check_tensor(name, "lengths", lengths, (B,), dtype=torch.int64, device=given.device)
     if any(t.requires_grad for t in state.tensors()):
         raise ValueError(f"{name}: argument state requires a gradient, which a change in place would lose; pass state.detach()")
-    resolve("titans", config, given.dtype, given.device, "triton")  # raises where it cannot serve
-    from .titans.triton import titans_advance_
-
-    return titans_advance_(config, w_init, inputs, state, lengths, update=update)
+    if backend not in ("triton", "cuda"):
+        raise ValueError(f"{name}: argument backend is {backend!r}, expected 'triton' or 'cuda'")
+    resolve("titans", config, given.dtype, given.device, backend)  # raises where it cannot serve
+    if backend == "cuda":
+        from .titans.cuda import titans_advance_ as advance_
+    else:
+        from .titans.triton import titans_advance_ as advance_
+    return advance_(config, w_init, inputs, state, lengths, update=update)
 
 
 def titans_step(

@@ -1,0 +1,149 @@
+"""How the CUDA C++ kernels become a library: for setup.py, the compile report, benchmarks.gpu and the tests. Imports nothing but Python.
+
+    hope_kernels/_hope_cuda.so   nvcc, for the architectures below, against LibTorch's stable ABI: one library serves PyTorch >= 2.11
+    build/cuda/emulated-*.so     the same sources through a host compiler, for CPU tensors, where kernels are tested without a GPU
+
+    python -m tools.build_cuda [ARCHITECTURE ...]      builds the first and says where it lies
+
+What was built is kept in build/cuda under a hash of the sources, the command and the versions that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "csrc" / "emulator"
+REGISTRATION = SOURCES / "registration.cpp"
+LIBRARY = ROOT / "hope_kernels" / "_hope_cuda.so"
+KEPT = ROOT / "build" / "cuda"
+ARCHITECTURES = (80, 86, 90, 100, 120)  # 86 serves 8.9 too; the newest one also as PTX, for GPUs to come
+DEVICE_FLAGS = ("-std=c++20", "-O3", "-fmad=false")  # a fused multiply-add is one where the source says so: all kernels round alike
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of 2.11
+
+
+class BuildError(Exception):
+    """Why there is no library, in one sentence or in the compiler's words."""
+
+
+def nvcc() -> str | None:
+    """The compiler: on PATH, or of CUDA_HOME or CUDA_PATH."""
+    homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
+    return next((found for home in homes if home and (found := shutil.which("nvcc", path=os.path.join(home, "bin")))), shutil.which("nvcc"))
+
+
+def host_compiler() -> str | None:
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+
+
+def kernels() -> list[Path]:
+    return sorted(SOURCES.glob("*.cu"))
+
+
+def files(emulated: bool = False) -> list[Path]:
+    """Everything the library is made of."""
+    folders = (SOURCES, EMULATOR) if emulated else (SOURCES,)
+    return sorted(p for folder in folders for p in folder.glob("*") if p.is_file()) + [Path(__file__)]
+
+
+def architectures(compiler: str) -> tuple[int, ...]:
+    """Those of HOPE_KERNELS_CUDA_ARCHS ("80 90"), else the ARCHITECTURES that this nvcc knows."""
+    wanted = os.environ.get("HOPE_KERNELS_CUDA_ARCHS", "").replace(",", " ").split()
+    if not wanted:
+        known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        return tuple(arch for arch in ARCHITECTURES if f"compute_{arch}" in known) or ARCHITECTURES
+    try:
+        return tuple(sorted({int(arch) for arch in wanted}))
+    except ValueError:
+        raise BuildError(f"HOPE_KERNELS_CUDA_ARCHS is {' '.join(wanted)!r}, expected numbers such as 80 90") from None
+
+
+def pytorch() -> tuple[Path, str, str | None] | None:
+    """(folder, version, version of its CUDA) of the PyTorch this interpreter would import, which is not imported; None without one."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    version = runpy.run_path(str(folder / "version.py"))
+    return folder, version["__version__"], version["cuda"]
+
+
+def hash_of(paths: list[Path], *more: object) -> str:
+    """20 hex digits over the contents of files and whatever else decides a result."""
+    digest = hashlib.sha256(repr(more).encode())
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def build(archs: tuple[int, ...] | None = None) -> Path:
+    """Compiles the library and returns where it is kept. Raises BuildError without nvcc or PyTorch, and with what nvcc complains of."""
+    compiler = nvcc()
+    if compiler is None:
+        raise BuildError("nvcc was not found, neither on PATH nor in CUDA_HOME")
+    archs = architectures(compiler) if archs is None else archs
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    flags = [
+        *DEVICE_FLAGS, *code, "-DUSE_CUDA", "-DNDEBUG", f"--threads={os.cpu_count() or 1}", "--cudart=static", "--shared",
+        "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=--exclude-libs=ALL,-z,defs,--no-as-needed",
+    ]
+    return _compiled("hope_cuda", compiler, flags, [*kernels(), REGISTRATION], files(), "sm_" + " sm_".join(map(str, archs)))
+
+
+def build_emulated() -> Path:
+    """Compiles the same sources for CPU tensors and returns where the library is kept. Raises BuildError likewise."""
+    compiler = host_compiler()
+    if compiler is None:
+        raise BuildError("needs a C++ compiler")
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-DHOPE_EMULATED", "-fPIC", "-fvisibility=hidden", "-pthread", "-shared", "-Wl,-z,defs,--no-as-needed"]
+    own = sorted(EMULATOR.glob("*.cpp"))
+    return _compiled("emulated", compiler, flags, ["-x", "c++", *kernels(), REGISTRATION, *own, "-x", "none"],
+                     files(emulated=True), "emulated")
+
+
+def _compiled(name: str, compiler: str, flags: list, inputs: list, contents: list[Path], what: str) -> Path:
+    """What the compiler makes of ``inputs`` and PyTorch's headers: kept, if nothing was different the last time."""
+    found = pytorch()
+    if found is None:
+        raise BuildError("PyTorch is not installed where the library is built (pip install --no-build-isolation)")
+    folder, version, _ = found
+    about = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
+    key = hash_of(contents, flags, about, version)
+    path = KEPT / f"{name}-{key}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_suffix(f".{os.getpid()}")
+    described = f'-DHOPE_BUILD="{what}, sources {hash_of(contents)}, torch {version}"'
+    named = [p.relative_to(ROOT) if isinstance(p, Path) else p for p in inputs]  # error messages quote these names
+    command = [*shlex.split(compiler), *flags, STABLE_ABI, described, f"-I{folder / 'include'}", "-o", made, *named,
+               f"-L{folder / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        made.unlink(missing_ok=True)
+        raise BuildError(f"{os.path.basename(compiler)} failed: {(done.stderr or done.stdout).strip()[-4000:]}")
+    made.replace(path)
+    return path
+
+
+def install(archs: tuple[int, ...] | None = None) -> Path:
+    """``build``, and the library is where hope_kernels looks for it in this checkout."""
+    fresh = LIBRARY.with_suffix(f".{os.getpid()}")  # never rewritten in place: a process may have it loaded
+    shutil.copy(build(archs), fresh)
+    fresh.replace(LIBRARY)
+    return LIBRARY
+
+
+if __name__ == "__main__":
+    try:
+        print(install(tuple(sorted(map(int, sys.argv[1:]))) or None))
+    except BuildError as reason:
+        sys.exit(str(reason))
