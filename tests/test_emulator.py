@@ -155,6 +155,49 @@ def test_what_is_wrong_is_reported(program, name):
         assert re.search(ERRORS[name], run.stderr.decode()), run.stderr.decode()
 
 
+def random_program(rng, warps=3, steps=40):
+    """Steps [warps, steps] of (kind, lane, byte, bytes) as cases.cpp reads them, and whether two accesses of one byte, one of them a store,
+    are ordered by nothing: by a vector clock for each of the threads, kept in full."""
+    program = np.zeros((warps, steps, 4), np.uint32)
+    used = [0] * warps
+    clocks = np.eye(32 * warps, dtype=np.int64)  # what each thread knows of each
+    accesses, race = [], False
+    weights = rng.dirichlet([1, 1, 2, 0.5, 0.5])
+    while max(used) < steps:
+        kind, warp = rng.choice(5, p=weights), rng.integers(warps)
+        if kind < 2:
+            lane, size = rng.integers(3), 2 ** rng.integers(1, 4)
+            start = size * rng.integers(16 // size)
+            thread, among, step = 32 * warp + lane, [warp], (kind, lane, start, size)
+            for other, stamp, store, first, last in accesses:
+                overlap = first < start + size and start < last
+                race |= overlap and (kind == 1 or store) and other != thread and clocks[thread, other] < stamp
+            accesses.append((thread, clocks[thread, thread], kind == 1, start, start + size))
+        else:
+            absent = rng.integers(3)
+            among = {2: [warp], 3: range(warps), 4: [w for w in range(warps) if w != absent]}[kind]
+            step = (kind + (1 + absent if kind == 4 else 0), 0, 0, 0)
+            threads = np.concatenate([np.arange(32 * w, 32 * w + 32) for w in among])
+            clocks[threads] = clocks[threads].max(0)
+            clocks[threads, threads] += 1
+        for w in among:
+            program[w, used[w]] = step
+            used[w] += 1
+    return program, race
+
+
+def test_races_are_those_of_full_vector_clocks(program):
+    rng = np.random.default_rng(5)
+    programs, races = zip(*(random_program(rng) for _ in range(400)))
+    assert 0.1 < np.mean(races) < 0.9
+    for seed in SEEDS:
+        assert np.array_equal(result(program, "programs", np.stack(programs).tobytes(), seed=seed), races)
+
+
+def test_a_cluster_must_fit(program):
+    assert b"fewer resident blocks than a cluster has" in execute(program, "cluster", resident=1).stderr
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_blocks_take_tickets(program, seed):
     assert np.array_equal(result(program, "tickets", seed=seed, resident=2), np.arange(20))
