@@ -284,7 +284,7 @@ template <class V> void access(const Step& s) {
 }
 
 void programs() {
-  constexpr int kWarps = 3, kSteps = 40;
+  constexpr int kWarps = 3, kSteps = 16;
   const auto in = input<Step>();
   std::vector<uint32_t> out(in.size() / (kWarps * kSteps));
   for (size_t i = 0; i < out.size(); ++i) {
