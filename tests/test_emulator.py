@@ -162,12 +162,12 @@ def random_program(rng, warps=3, steps=16):
     used = [0] * warps
     clocks = np.eye(32 * warps, dtype=np.int64)  # what each thread knows of each
     accesses, race = [], False
-    weights = rng.dirichlet([2, 0.5, 2, 0.5, 0.5])
+    weights = rng.dirichlet([2, 0.7, 2, 0.5, 0.5])
     while max(used) < steps:
         kind, warp = rng.choice(5, p=weights), rng.integers(warps)
         if kind < 2:
             lane, size = rng.integers(3), 2 ** rng.integers(1, 4)
-            start = size * rng.integers(16 // size)
+            start = size * rng.integers(8 // size)
             thread, among, step = 32 * warp + lane, [warp], (kind, lane, start, size)
             for other, stamp, store, first, last in accesses:
                 overlap = first < start + size and start < last
