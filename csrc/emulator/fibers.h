@@ -6,7 +6,10 @@
 #include <vector>
 
 #include <sys/mman.h>
-#include <unistd.h>
+
+#ifdef __SANITIZE_ADDRESS__  // finds what plain accesses to global memory miss
+#include <sanitizer/asan_interface.h>
+#endif
 
 #if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
 #define HOPE_FIBERS_IN_ASSEMBLY 1
@@ -17,8 +20,9 @@
 namespace hope::emulator {
 
 constexpr size_t kStackBytes = 256 << 10;  // reserved; only touched pages are backed by memory
+constexpr size_t kGuardBytes = 64 << 10;   // the largest page there is
 
-// Stacks with an unmapped page below each, so that an overflow stops the program instead of changing a neighbour. Kept for reuse.
+// Stacks with a guard below each, so that an overflow stops the program instead of changing a neighbour. Kept for reuse.
 class Stacks {
  public:
   ~Stacks() {
@@ -28,11 +32,14 @@ class Stacks {
     if (!free_.empty()) {
       unsigned char* p = free_.back();
       free_.pop_back();
+#ifdef __SANITIZE_ADDRESS__
+      __asan_unpoison_memory_region(p + kGuardBytes, kStackBytes - kGuardBytes);  // frames of a thread that never left them
+#endif
       return p;
     }
     void* p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
-    mprotect(p, sysconf(_SC_PAGESIZE), PROT_NONE);
+    mprotect(p, kGuardBytes, PROT_NONE);
     return static_cast<unsigned char*>(p);
   }
   void give(unsigned char* p) { free_.push_back(p); }
