@@ -40,12 +40,11 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
 #pragma unroll 1
     for (int panel = 0; panel < panels; ++panel) {
       float slope[W::kScalarGroups][8];
-      Float4 at_k[4][D / 64];
       const bool last = panel == panels - 1;
-      evaluate(slope, at_k, panel);
+      evaluate(slope, panel);
       if (last) key_products<D, T>(shared, p.C);
       sync_block();
-      errors(at_k, panel);
+      errors(panel);
       if (last) decays<D, T>(shared, p.C, has(kRetention), has(kDgd));
       sync_block();
       gradients(slope, panel);
@@ -100,19 +99,16 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     }
   }
 
-  HOPE_DEVICE void gather_at_k(Float4 (&at_k)[4][D / 64]) const {
-    const auto [warp, lane, role, weights] = me();
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int r = role.within + n * role.warps();
-#pragma unroll
-      for (int i = 0; i < D / 64; ++i)
-        if (r < 8) at_k[n][i] = gather(shared.part(role.first(), 0, full_here), role.warps(), Shared<D, T>::kPart, r, (lane >> 2) + 8 * i, lane);
-    }
+  // Where M(k) of a warp's n-th pair of tokens waits for M(v) if there is one buffer.
+  HOPE_DEVICE Float4& kept_at_k(const Me& me, int n, int i) const {
+    return reinterpret_cast<Float4&>(me.weights.own.at(shared.plan.at_k)[32 * ((me.warp * (8 / me.role.warps()) + n) * (D / 64) + i)]);
+  }
+  HOPE_DEVICE Float4 gathered(const Me& me, int buffer, int r, int i) const {
+    return gather(shared.part(me.role.first(), buffer, full_here), me.role.warps(), Shared<D, T>::kPart, r, (me.lane >> 2) + 8 * i, me.lane);
   }
 
   // Stage 1.
-  HOPE_DEVICE void evaluate(float (&slope)[W::kScalarGroups][8], Float4 (&at_k)[4][D / 64], int panel) const {
+  HOPE_DEVICE void evaluate(float (&slope)[W::kScalarGroups][8], int panel) const {
     const auto [warp, lane, role, weights] = me();
     const T* k = shared.k(panel * kPanel);
     const T* v = shared.v(panel * kPanel);
@@ -150,7 +146,11 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     store_norms(0, panel, norm, warp, lane);
     if (shared.plan.one_buffer) {  // M(v) will take its place
       sync_block();
-      if (role.full() && !has(kDot)) gather_at_k(at_k);
+      if (role.full() && !has(kDot)) {
+        const Me now = me();
+        for (int r = now.role.within, n = 0; r < 8; r += now.role.warps(), ++n)
+          for (int i = 0; i < D / 64; ++i) kept_at_k(now, n, i) = gathered(now, 0, r, i);
+      }
       sync_block();
     }
     if (role.full()) {
@@ -167,23 +167,21 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   }
 
   // Stage 2.
-  HOPE_DEVICE void errors(Float4 (&at_k)[4][D / 64], int panel) const {
-    const auto [warp, lane, role, weights] = me();
+  HOPE_DEVICE void errors(int panel) const {
+    const Me now = me();
+    const auto [warp, lane, role, weights] = now;
     const int slot = panel * kPanel;
     if (role.full()) {
-      if (!shared.plan.one_buffer && !has(kDot)) gather_at_k(at_k);
       T* e = shared.e(role.first() / role.warps(), slot, p.C);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int r = role.within + n * role.warps();
-        if (r >= 8) break;
+#pragma unroll 1
+      for (int r = role.within, n = 0; r < 8; r += role.warps(), ++n) {
         Float4 target[D / 64];
 #pragma unroll
         for (int i = 0; i < D / 64; ++i) {
           const int j = (lane >> 2) + 8 * i;
           target[i] = two_rows<D, T>(shared.v(slot), r, 8 * j + 2 * (lane & 3));
           if (has(kOwnValues))
-            target[i] = target[i] + gather(shared.part(role.first(), 1, full_here), role.warps(), Shared<D, T>::kPart, r, j, lane);
+            target[i] = target[i] + gathered(now, 1, r, i);
         }
         const Float2 by = has(kTargetNorm) ? inverse_norms(target) : Float2{1.f, 1.f};
         float e2[2] = {};
@@ -192,7 +190,8 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
           const int position = 8 * (lane >> 2) + 64 * i + 2 * (lane & 3);
           Float4 error = scaled(target[i], {-by.x, -by.y});
           if (!has(kDot)) {
-            const Float4 sum = two_rows<D, T>(shared.k(slot), r, position) + at_k[n][i] + error;
+            const Float4 at_k = shared.plan.one_buffer ? kept_at_k(now, n, i) : gathered(now, 0, r, i);
+            const Float4 sum = two_rows<D, T>(shared.k(slot), r, position) + at_k + error;
             error = scaled(sum, {p.grad_scale, p.grad_scale});
           }
           e2[0] = fma_(error.x, error.x, fma_(error.y, error.y, e2[0]));

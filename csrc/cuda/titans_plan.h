@@ -53,6 +53,7 @@ struct Plan {
   // block's part of the scratch, where L2 holds it:
   int weights;              // [8][16] blocks    base + deviation, rounded to T
   int a, d;                 // [units / 16][C / 16] blocks
+  int at_k;                 // [8][8 / full_warps][D / 64]  M(k), while M(v) has the one buffer
   int base;                 // as weights: what the deviations are from, zeros if from nothing
   // The block's part of the scratch:
   int mail;                 // [2][16 D + 32] words: what blocks without a cluster send one another; rank 0's is the group's
@@ -94,7 +95,8 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
     scratch += bytes;
     return -1 - here;
   };
-  p.weights = place(weights), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks), p.base = place(weights);
+  p.weights = place(weights), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks), 
+  p.at_k = p.one_buffer ? place(kWarps * 8 / p.full_warps * D / 64 * 512) : 0, p.base = place(weights);
   p.shared_bytes = at;
   p.scratch_bytes = scratch;
   return p;
