@@ -18,7 +18,7 @@
 #include "launch.h"
 
 #ifdef HOPE_EMULATED
-#include "../emulator/emulator.h"
+#include "simt.cuh"
 #else
 #include <cuda_runtime.h>
 #pragma weak aoti_torch_get_current_cuda_stream  // so that a PyTorch without CUDA can load the library, and say what it lacks
@@ -195,7 +195,7 @@ std::string build() { return HOPE_BUILD; }
 #ifdef HOPE_EMULATED
 void emulate(int64_t capability, int64_t shared_bytes, int64_t multiprocessors, int64_t seed, int64_t resident, bool races) {
   emulated_gpu = {static_cast<int>(capability), static_cast<int>(shared_bytes), static_cast<int>(multiprocessors)};
-  hope::emulator::configure(seed, resident, races);
+  hope::emulator::options() = {static_cast<unsigned>(seed), static_cast<int>(resident), races};
 }
 #endif
 

@@ -24,6 +24,15 @@ struct alignas(16) Word4 { uint32_t x, y, z, w; };
 #else
 #define HOPE_DEVICE __device__ __forceinline__
 #define HOPE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#ifdef __CUDA_ARCH__
+#define HOPE_HAS_CLUSTERS (__CUDA_ARCH__ >= 900)
+#define HOPE_ROOMY (__CUDA_ARCH__ < 1200)                            // 163 KB of shared memory a block, or more
+#define HOPE_NARROW (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)   // some devices that run this code have 99 KB
+#else
+#define HOPE_HAS_CLUSTERS false
+#define HOPE_ROOMY false
+#define HOPE_NARROW false
+#endif
 
 namespace hope {
 
@@ -35,6 +44,13 @@ HOPE_DEVICE int block_index() { return blockIdx.x; }
 HOPE_DEVICE unsigned char* shared_memory() {  // the block's dynamic shared memory, aligned to 128 bytes
   extern __shared__ __align__(128) unsigned char hope_shared[];
   return hope_shared;
+}
+
+// The same number, as something the compiler has not seen before: what follows from it is computed again where it is needed instead of
+// being kept in registers meanwhile.
+HOPE_DEVICE int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
 }
 
 // --- barriers -------------------------------------------------------------------------------------------------------------------------
@@ -94,12 +110,7 @@ HOPE_DEVICE void pause() { __nanosleep(20); }  // in a loop that waits for anoth
 HOPE_DEVICE uint32_t load_fresh(const uint32_t* p) { return __ldcg(p); }
 
 // --- clusters (compute capability 9.0 and up) -----------------------------------------------------------------------------------------
-#if __CUDA_ARCH__ >= 900
-HOPE_DEVICE int cluster_rank() {
-  int r;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}
+// Only where HOPE_HAS_CLUSTERS: a kernel that may not be there asks with `if constexpr`.
 // v to the place that `p` has in this block's shared memory, in block `rank` of the cluster.
 HOPE_DEVICE void store_remote(uint32_t* p, int rank, uint32_t v) {
   uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(p)), there;
@@ -109,7 +120,6 @@ HOPE_DEVICE void store_remote(uint32_t* p, int rank, uint32_t v) {
 // A barrier of all threads of a cluster in two halves: what was written before arriving is seen behind waiting.
 HOPE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 HOPE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-#endif
 
 // --- numbers --------------------------------------------------------------------------------------------------------------------------
 // Two floats rounded to T (to nearest, ties to even), lo in the lower half of the word; and back.
@@ -139,7 +149,11 @@ HOPE_DEVICE float tanh_fast(float x) {  // relative error 2^-11
 HOPE_DEVICE float exp_(float x) { return __expf(x); }
 HOPE_DEVICE float log1p_(float x) { return log1pf(x); }
 HOPE_DEVICE float erf_(float x) { return erff(x); }
-HOPE_DEVICE float sqrt_(float x) { return sqrtf(x); }
+HOPE_DEVICE float sqrt_(float x) {
+  float r;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 HOPE_DEVICE float divide(float a, float b) { return __fdividef(a, b); }
 HOPE_DEVICE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 

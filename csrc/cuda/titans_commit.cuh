@@ -1,0 +1,394 @@
+// Committing a chunk: everything between "the last of its C tokens has been read" and the new weights. All a block needs is in it.
+//
+//   for every panel of 16 tokens
+//     1  a, sigma', shares of M(k); shares of M(v)          last panel: also products of keys            | barrier
+//     2  e = M(k) - target, two tokens a warp               last panel: also decays and L                | barrier
+//     3  d = sigma' (w1^T e), |a|^2, |d|^2                  last panel: also the transformed keys        | barrier
+//   4  step sizes; delta2 = R[C,0] delta2 - (eta~ d + eta R[t-1,0] delta2_0 k)^T Kg; delta1 = R[C,0] delta1 - (eta~ R[C,t] e)^T a
+//
+// Stage 4 needs no barrier: units are a warp's own. FLOPs a warp and panel (32 or 64 units, D = 64): 160 mma instructions of 4096.
+// Rounded to T are the operands of products only: weights, k, v, a, e, d, U = eta~ d + .., Kg, eta~ R a.
+#pragma once
+#include "titans_clock.cuh"
+#include "titans_read.cuh"
+
+namespace hope {
+
+template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
+  using W = Width<D>;
+  const TitansParams& p;
+  const Shared<D, T>& shared;
+  const Role& role;
+  const StoredWeights<D, ON_CHIP>& weights;
+  int blocks;  // where the warp's blocks of a and d begin: [groups][C / 16]
+  int full_here, warp, lane;
+
+  HOPE_DEVICE bool has(int flag) const { return p.flags & flag; }
+
+  HOPE_DEVICE void run(float (&state)[16][8]) const {
+    const int panels = p.C / kPanel;
+#pragma unroll 1
+    for (int panel = 0; panel < panels; ++panel) {
+      float slope[W::kScalarGroups][8];
+      Float4 at_k[4][D / 64];
+      evaluate(slope, at_k, panel);
+      const bool last = panel == panels - 1;
+      if (last) key_products<D, T>(shared, p.C, warp, lane);
+      sync_block();
+      errors(at_k, panel);
+      if (last) decays<D, T>(shared, p.C, has(kRetention), has(kDgd), 32 * warp + lane);
+      sync_block();
+      gradients(slope, panel);
+      if (last) {  // v and all partial outputs have been read, the next ones are behind a barrier
+        float* solved = shared.template at<float>(shared.plan.parts) + 8 * p.C * warp;
+        transformed_keys<D, T>(shared, solved, p.C, has(kDgd), warp, lane);
+      }
+      sync_block();
+    }
+    if (!role.idle()) {
+      step_sizes();
+      sync_warp();
+      if (role.full()) {
+        update_inputs<W::kGroups>(state);
+        update_outputs(state);
+      } else {
+        update_inputs<W::kScalarGroups>(state);
+        update_scalar_outputs();
+      }
+    }
+  }
+
+ private:
+  HOPE_DEVICE Word4& a_block(int g, int panel) const { return weights.own.at(shared.plan.a)[32 * ((blocks + g) * (p.C / kPanel) + panel)]; }
+  HOPE_DEVICE Word4& d_block(int g, int panel) const { return weights.own.at(shared.plan.d)[32 * ((blocks + g) * (p.C / kPanel) + panel)]; }
+
+  HOPE_DEVICE void store_norms(int kind, int panel, float (&sums)[2]) const {
+    const float n0 = row_sum4(sums[0]), n1 = row_sum4(sums[1]);
+    if ((lane & 3) == 0) {
+      float* to = shared.norms(warp, kind, p.C) + panel * kPanel + (lane >> 2);
+      store_shared(to, n0);
+      store_shared(to + 8, n1);
+    }
+  }
+
+  HOPE_DEVICE void gather_at_k(Float4 (&at_k)[4][D / 64]) const {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int r = role.within + n * role.warps();
+#pragma unroll
+      for (int i = 0; i < D / 64; ++i)
+        if (r < 8) at_k[n][i] = gather(shared.part(role.first(), 0, full_here), role.warps(), Shared<D, T>::kPart, r, (lane >> 2) + 8 * i, lane);
+    }
+  }
+
+  // Stage 1.
+  HOPE_DEVICE void evaluate(float (&slope)[W::kScalarGroups][8], Float4 (&at_k)[4][D / 64], int panel) const {
+    const T* k = shared.k(panel * kPanel);
+    const T* v = shared.v(panel * kPanel);
+    float norm[2] = {}, z[8], unused[8];
+    if (role.full()) {
+      uint32_t h[W::kGroups][4];
+#pragma unroll
+      for (int g = 0; g < W::kGroups; ++g) {
+        hidden_group<D, T, ACT, true>(z, slope[g], k, weights, g, lane);
+        add_squares(norm, z);
+        as_operand<T>(h[g], z);
+        a_block(g, panel) = {h[g][0], h[g][1], h[g][2], h[g][3]};
+      }
+      if (!has(kDot)) output_part<D, T>(shared.part(warp, 0, full_here), h, weights, lane);
+    } else {
+      float y[2] = {};
+#pragma unroll
+      for (int g = 0; g < W::kScalarGroups; ++g) {
+        hidden_group<D, T, ACT, true>(z, slope[g], k, weights, g, lane);
+        add_squares(norm, z);
+        add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
+        uint32_t h[4];
+        as_operand<T>(h, z);
+        a_block(g, panel) = {h[0], h[1], h[2], h[3]};
+      }
+      store_sums(shared.sums(warp, 0), y, lane);
+    }
+    store_norms(0, panel, norm);
+    if (shared.plan.one_buffer) {  // M(v) will take its place
+      sync_block();
+      if (role.full() && !has(kDot)) gather_at_k(at_k);
+      sync_block();
+    }
+    if (role.full()) {
+      if (has(kOwnValues)) {
+        uint32_t h[W::kGroups][4];
+#pragma unroll
+        for (int g = 0; g < W::kGroups; ++g) {
+          hidden_group<D, T, ACT, false>(z, unused, v, weights, g, lane);
+          as_operand<T>(h[g], z);
+        }
+        output_part<D, T>(shared.part(warp, 1, full_here), h, weights, lane);
+      }
+    } else {
+      float y[2] = {};
+#pragma unroll 1
+      for (int g = 0; g < W::kScalarGroups; ++g) {
+        hidden_group<D, T, ACT, false>(z, unused, v, weights, g, lane);
+        add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
+      }
+      store_sums(shared.sums(warp, 1), y, lane);
+    }
+  }
+
+  // Stage 2.
+  HOPE_DEVICE void errors(Float4 (&at_k)[4][D / 64], int panel) const {
+    const int slot = panel * kPanel;
+    if (role.full()) {
+      if (!shared.plan.one_buffer && !has(kDot)) gather_at_k(at_k);
+      T* e = shared.e(role.first() / role.warps(), slot, p.C);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int r = role.within + n * role.warps();
+        if (r >= 8) break;
+        Float4 target[D / 64];
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i) {
+          const int j = (lane >> 2) + 8 * i;
+          target[i] = two_rows<D, T>(shared.v(slot), r, 8 * j + 2 * (lane & 3));
+          if (has(kOwnValues))
+            target[i] = target[i] + gather(shared.part(role.first(), 1, full_here), role.warps(), Shared<D, T>::kPart, r, j, lane);
+        }
+        const Float2 by = has(kTargetNorm) ? inverse_norms(target) : Float2{1.f, 1.f};
+        float e2[2] = {};
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i) {
+          const int position = 8 * (lane >> 2) + 64 * i + 2 * (lane & 3);
+          Float4 error = scaled(target[i], {-by.x, -by.y});
+          if (!has(kDot)) {
+            const Float4 sum = two_rows<D, T>(shared.k(slot), r, position) + at_k[n][i] + error;
+            error = scaled(sum, {p.grad_scale, p.grad_scale});
+          }
+          e2[0] = fma_(error.x, error.x, fma_(error.y, error.y, e2[0]));
+          e2[1] = fma_(error.z, error.z, fma_(error.w, error.w, e2[1]));
+          store_shared(reinterpret_cast<uint32_t*>(e + r * W::kRow + position), pack2<T>(error.x, error.y));
+          store_shared(reinterpret_cast<uint32_t*>(e + (r + 8) * W::kRow + position), pack2<T>(error.z, error.w));
+        }
+        e2[0] = warp_sum(e2[0]), e2[1] = warp_sum(e2[1]);
+        if (lane < 2) store_shared(shared.e2(role.first(), p.C) + slot + r + 8 * lane, lane == 0 ? e2[0] : e2[1]);
+      }
+    } else if (role.within == 0 && lane < kPanel) {
+      float y = 0.f, target = 0.f;
+      for (int w = 0; w < role.warps(); ++w) {
+        y += load_shared(shared.sums(role.first() + w, 0) + lane);
+        target += load_shared(shared.sums(role.first() + w, 1) + lane);
+      }
+      if (has(kTargetNorm)) target = target > 1.f ? 1.f : target < -1.f ? -1.f : target;
+      const float error = has(kDot) ? -target : p.grad_scale * (y - target);
+      store_shared(shared.es(role.first(), p.C) + slot + lane, error);
+      store_shared(shared.e2(role.first(), p.C) + slot + lane, error * error);
+    }
+  }
+
+  // Stage 3.
+  HOPE_DEVICE void gradients(const float (&slope)[W::kScalarGroups][8], int panel) const {
+    const int slot = panel * kPanel;
+    float norm[2] = {};
+    if (role.full()) {
+      const T* e = shared.e(role.first() / role.warps(), slot, p.C);
+      float d[W::kGroups][8] = {};
+#pragma unroll
+      for (int i = 0; i < W::kSteps; ++i) {
+        uint32_t rows[4];
+        load_matrices(rows, corner<D>(e, 16 * i, lane));
+#pragma unroll
+        for (int g = 0; g < W::kGroups; ++g) {
+          const Word4 w = weights.w1(i, g);
+          mma<T>(d[g], rows, transpose8x8(w.x), transpose8x8(w.y));
+          mma<T>(d[g] + 4, rows, transpose8x8(w.z), transpose8x8(w.w));
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < W::kGroups; ++g) finish_gradient(d[g], slope[g], norm, g, panel);
+    } else {
+      const float e0 = load_shared(shared.es(role.first(), p.C) + slot + (lane >> 2));
+      const float e1 = load_shared(shared.es(role.first(), p.C) + slot + (lane >> 2) + 8);
+#pragma unroll
+      for (int g = 0; g < W::kScalarGroups; ++g) {
+        const Float4 w = scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane);
+        float d[8] = {w.x * e0, w.y * e0, w.x * e1, w.y * e1, w.z * e0, w.w * e0, w.z * e1, w.w * e1};
+        finish_gradient(d, slope[g], norm, g, panel);
+      }
+    }
+    store_norms(1, panel, norm);
+  }
+
+  HOPE_DEVICE void finish_gradient(float (&d)[8], const float (&slope)[8], float (&norm)[2], int g, int panel) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d[i] *= slope[i];
+    add_squares(norm, d);
+    d_block(g, panel) = round_block<T>(d);
+  }
+
+  // eta~_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2, for all tokens, in the warp's own copy.
+  HOPE_DEVICE void step_sizes() const {
+    const int C = p.C;
+    float* steps = shared.steps(warp, C);
+    if (!has(kClip)) {
+      for (int t = lane; t < C; t += 32) store_shared(steps + t, load_shared(shared.eta() + t));
+      return;
+    }
+    const float factor = has(kDot) ? 1.f : p.grad_scale;
+    float size[2];  // C <= 64
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int t = lane + 32 * n;
+      if (t >= C) break;
+      float a2 = 0.f, d2 = 0.f;
+#pragma unroll 1
+      for (int w = 0; w < role.warps(); ++w) {
+        a2 += load_shared(shared.norms(role.first() + w, 0, C) + t);
+        d2 += load_shared(shared.norms(role.first() + w, 1, C) + t);
+      }
+      size[n] = sqrt_(a2 + divide(d2, load_shared(shared.e2(role.first(), C) + t) + 1e-9f) + 1e-12f);
+      store_shared(steps + t, load_shared(shared.eta() + t) * size[n]);
+    }
+    sync_warp();
+    float sums[2] = {};
+#pragma unroll 4
+    for (int s = 0; s < C; ++s) {
+      const float w = load_shared(steps + s);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int t = lane + 32 * n;
+        if (t >= C) break;
+        const float dot = load_shared(shared.dots(s < t ? s : t, s < t ? t : s, C));
+        sums[n] = fma_(w, dot * dot, sums[n]);
+      }
+    }
+    sync_warp();
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int t = lane + 32 * n;
+      if (t >= C) break;
+      const float s = factor * size[n] * sums[n];
+      store_shared(steps + t, divide(load_shared(shared.eta() + t), s > 1.f ? s : 1.f));
+    }
+  }
+
+  // delta2 of the warp's units: blocks g * kSteps + s.
+  template <int GROUPS> HOPE_DEVICE void update_inputs(float (&state)[16][8]) const {
+    const float keep = load_shared(shared.tail() + p.C);
+    const float* steps = shared.steps(warp, p.C);
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      Word4 old[W::kSteps];
+#pragma unroll
+      for (int s = 0; s < W::kSteps; ++s) {
+        old[s] = round_block<T>(state[g * W::kSteps + s]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= keep;
+      }
+#pragma unroll 1
+      for (int panel = 0; panel < p.C / kPanel; ++panel) {
+        const int slot = panel * kPanel, row = slot + (lane >> 2);
+        float u[8] = {};
+        if (has(kDgd)) {
+#pragma unroll
+          for (int s = 0; s < W::kSteps; ++s) {
+            uint32_t k[4];
+            load_matrices(k, corner<D>(shared.k(slot), 16 * s, lane));
+            mma<T>(u, k, old[s].x, old[s].z);
+            mma<T>(u + 4, k, old[s].y, old[s].w);
+          }
+        }
+        const Word4 d = d_block(g, panel);
+        const float gain[2] = {load_shared(steps + row), load_shared(steps + row + 8)};
+        const float carry[2] = {load_shared(shared.carry() + row), load_shared(shared.carry() + row + 8)};
+        const uint32_t words[4] = {d.x, d.y, d.z, d.w};
+        uint32_t moved[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // rows g, g + 8 take turns
+          const Float2 pair = unpack2<T>(words[i]);
+          const float x = fma_(gain[i & 1], pair.x, carry[i & 1] * u[2 * i]), y = fma_(gain[i & 1], pair.y, carry[i & 1] * u[2 * i + 1]);
+          moved[i] = transpose8x8(pack2<T>(-x, -y));
+        }
+        const uint32_t rows[4] = {moved[0], moved[2], moved[1], moved[3]};  // units x tokens
+#pragma unroll
+        for (int s = 0; s < W::kSteps; ++s) {
+          uint32_t keys[4];
+          load_matrices_transposed(keys, corner<D>(shared.kg(slot), 16 * s, lane));
+          mma<T>(state[g * W::kSteps + s], rows, keys[0], keys[1]);
+          mma<T>(state[g * W::kSteps + s] + 4, rows, keys[2], keys[3]);
+        }
+      }
+    }
+  }
+
+  // delta1 of the warp's units: blocks 8 + i * kGroups + g.
+  HOPE_DEVICE void update_outputs(float (&state)[16][8]) const {
+    const float keep = load_shared(shared.tail() + p.C);
+    const float* steps = shared.steps(warp, p.C);
+#pragma unroll
+    for (int b = 8; b < 16; ++b)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) state[b][i] *= keep;
+#pragma unroll 1
+    for (int panel = 0; panel < p.C / kPanel; ++panel) {
+      const int slot = panel * kPanel, row = slot + (lane >> 2);
+      const float by[2] = {-load_shared(steps + row) * load_shared(shared.tail() + row),
+                           -load_shared(steps + row + 8) * load_shared(shared.tail() + row + 8)};
+      uint32_t h[W::kGroups][4];
+#pragma unroll
+      for (int g = 0; g < W::kGroups; ++g) {
+        const Word4 a = a_block(g, panel);
+        const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Float2 pair = unpack2<T>(words[i]);
+          h[g][i] = transpose8x8(pack2<T>(by[i & 1] * pair.x, by[i & 1] * pair.y));
+        }
+      }
+      const T* e = shared.e(role.first() / role.warps(), slot, p.C);
+#pragma unroll
+      for (int i = 0; i < W::kSteps; ++i) {
+        uint32_t rows[4];
+        load_matrices_transposed(rows, corner_b<D>(e, 16 * i, lane));
+#pragma unroll
+        for (int g = 0; g < W::kGroups; ++g) {
+          mma<T>(state[8 + i * W::kGroups + g], rows, h[g][0], h[g][1]);
+          mma<T>(state[8 + i * W::kGroups + g] + 4, rows, h[g][2], h[g][3]);
+        }
+      }
+    }
+  }
+
+  // delta1 of a scalar memory's units, in shared memory.
+  HOPE_DEVICE void update_scalar_outputs() const {
+    const float keep = load_shared(shared.tail() + p.C);
+    const float* steps = shared.steps(warp, p.C);
+#pragma unroll 1
+    for (int g = 0; g < W::kScalarGroups; ++g) {
+      Float4 sum{0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+      for (int panel = 0; panel < p.C / kPanel; ++panel) {
+        const int row = panel * kPanel + (lane >> 2);
+        float by[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          by[half] = load_shared(steps + row + 8 * half) * load_shared(shared.tail() + row + 8 * half) *
+                     load_shared(shared.es(role.first(), p.C) + row + 8 * half);
+        const Word4 a = a_block(g, panel);
+        const Float2 a0 = unpack2<T>(a.x), a1 = unpack2<T>(a.y), a2 = unpack2<T>(a.z), a3 = unpack2<T>(a.w);
+        sum = {fma_(a1.x, by[1], fma_(a0.x, by[0], sum.x)), fma_(a1.y, by[1], fma_(a0.y, by[0], sum.y)),
+               fma_(a3.x, by[1], fma_(a2.x, by[0], sum.z)), fma_(a3.y, by[1], fma_(a2.y, by[0], sum.w))};
+      }
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2)
+        sum = sum + Float4{shuffle_xor(sum.x, mask), shuffle_xor(sum.y, mask), shuffle_xor(sum.z, mask), shuffle_xor(sum.w, mask)};
+      if (lane < 4) {
+        Float4* to = reinterpret_cast<Float4*>(shared.delta1s(warp) + 16 * g) + lane;
+        const Float4 old = load_shared(to);
+        store_shared(to, Float4{fma_(keep, old.x, -sum.x), fma_(keep, old.y, -sum.y), fma_(keep, old.z, -sum.z), fma_(keep, old.w, -sum.w)});
+      }
+    }
+    sync_warp();
+  }
+};
+
+}  // namespace hope

@@ -1,0 +1,111 @@
+// How the blocks of a (row, head) hand one another the tokens they have read: k, v [16, D], eta, alpha [16] of one panel.
+//
+// kCluster: the blocks are a cluster; a number is stored into the shared memory of each of them, and one barrier of the cluster makes it
+//   seen. A block that has committed reads its chunk no longer; only then may others write the next chunk's tokens over it, which a second
+//   barrier says, arrived at behind the commit and waited for in front of the next writes, a whole read later.
+// kGlobal: the blocks are programs of one grid that exchange through mail in global memory, double-buffered, and a counter of arrivals. They
+//   have taken their places in order of an atomic ticket, so the blocks a block waits for have started or will: no order of scheduling
+//   deadlocks as long as the device holds one (row, head) at a time.
+// With one block to a (row, head) both are a barrier of the block.
+#pragma once
+#include "titans_role.cuh"
+#include "titans_shared.cuh"
+
+namespace hope {
+
+enum Mode : int { kCluster, kGlobal };
+
+template <int D, class T, int MODE> struct Exchange {
+  const Shared<D, T> shared;
+  const TitansParams& p;
+  const Plan& plan;
+  int group, rank;
+  unsigned int round = 0;
+  bool held = false;       // a barrier of the cluster has been arrived at and not been waited for
+
+  static constexpr int kMail = kPanel * D + 2 * kPanel;
+  HOPE_DEVICE uint32_t* mail() const {  // of this round
+    return reinterpret_cast<uint32_t*>(p.scratch + group * plan.blocks * plan.scratch_bytes) + (round & 1) * kMail;
+  }
+
+  // Blocks of a cluster may be written to once they have started.
+  HOPE_DEVICE void begin() {
+    if constexpr (MODE == kCluster) {
+      if (plan.blocks > 1) cluster_arrive(), held = true;
+    }
+  }
+  // In front of the first put of a panel.
+  HOPE_DEVICE void acquire() {
+    if constexpr (MODE == kCluster) {
+      if (held) cluster_wait(), held = false;
+    }
+  }
+  HOPE_DEVICE void put(uint32_t* place, int word, uint32_t value) const {
+    if constexpr (MODE == kCluster) {
+      if (plan.blocks > 1) {
+        for (int r = 0; r < plan.blocks; ++r) store_remote(place, r, value);
+        return;
+      }
+    } else if (plan.blocks > 1) {
+      mail()[word] = value;
+    }
+    store_shared(place, value);
+  }
+  // Two numbers of k (kind 0) or v (1) at row r of the panel that starts at `slot`.
+  HOPE_DEVICE void put_pair(int kind, int slot, int r, int position, uint32_t pair) const {
+    T* tile = kind == 0 ? shared.k(slot + r) : shared.v(slot + r);
+    put(reinterpret_cast<uint32_t*>(tile + position), (kind * kPanel + r) * (D / 2) + position / 2, pair);
+  }
+  // eta (kind 0) or alpha (1).
+  HOPE_DEVICE void put_scalar(int kind, int slot, int r, uint32_t bits) const {
+    float* place = (kind == 0 ? shared.eta() : shared.alpha()) + slot + r;
+    put(reinterpret_cast<uint32_t*>(place), kPanel * D + kind * kPanel + r, bits);
+  }
+  // What all blocks have put is in this block's shared memory; a barrier of the block as well.
+  HOPE_DEVICE void finish(int slot) {
+    if constexpr (MODE == kCluster) {
+      if (plan.blocks > 1) {
+        cluster_arrive();
+        cluster_wait();
+        return;
+      }
+      sync_block();
+    } else {
+      sync_block();
+      if (plan.blocks == 1) return;
+      if (thread_index() == 0) {
+        unsigned int* arrivals = p.arrivals + 1 + group;
+        fetch_add_release(arrivals, 1);
+        while (load_acquire(arrivals) < plan.blocks * (round + 1)) pause();
+      }
+      sync_block();
+      const uint32_t* letter = mail();
+      // full memories fill blocks of their own, or two a block, so a word is this block's or another's as a whole
+      for (int i = thread_index(); i < kMail; i += kThreads) {
+        const bool scalar = i >= kPanel * D;
+        const int kind = scalar ? (i - kPanel * D) / kPanel : i / (kPanel * D / 2);
+        const int first_warp = scalar ? 3 * plan.full_warps + kind * plan.scalar_warps : (1 + kind) * plan.full_warps;
+        if (first_warp / kWarps == rank || (scalar && kEta + kind >= plan.memories)) continue;
+        const uint32_t word = load_fresh(letter + i);
+        if (scalar) {
+          store_shared(reinterpret_cast<uint32_t*>((kind == 0 ? shared.eta() : shared.alpha()) + slot + i % kPanel), word);
+        } else {
+          const int r = i / (D / 2) % kPanel, position = 2 * (i % (D / 2));
+          store_shared(reinterpret_cast<uint32_t*>((kind == 0 ? shared.k(slot + r) : shared.v(slot + r)) + position), word);
+        }
+      }
+      ++round;
+      sync_block();
+    }
+  }
+  // This block reads the chunk's tokens no longer. `mail` needs no such word: a block reads it before it arrives at the next round, and
+  // nobody writes the round after that before all have arrived.
+  HOPE_DEVICE void release() {
+    if constexpr (MODE == kCluster) {
+      if (plan.blocks > 1) cluster_arrive(), held = true;
+    }
+  }
+  HOPE_DEVICE void end() { acquire(); }
+};
+
+}  // namespace hope

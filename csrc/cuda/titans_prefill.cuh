@@ -1,0 +1,225 @@
+// titans_prefill: a whole call in one launch, the state in registers from its first token to its last.
+//
+// EQUATIONS   SPEC sections 3-5 for one (row, head): every panel of up to 16 tokens is read with the weights of the chunk's start; a full chunk
+//             is committed (titans_commit.cuh).
+// OWNERSHIP   Warps own hidden units (titans_plan.h). Registers: 128 fp32 deviations a thread, which are the accumulators of their own
+//             update. Shared memory: tokens, their keys and errors, partial outputs, and each lane's rounded weights, refreshed once a
+//             chunk, as 16-byte fragments. With several blocks a (row, head): k, v, eta, alpha of 16 tokens cross between them.
+// SCHEDULE    per panel   read shares | barrier | results to all blocks | barrier (of the cluster)
+//             per chunk   + three barriers a panel (titans_commit.cuh)
+//             The next panel's x and q are fetched while this one is computed.
+// BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan for what overflows).
+// FLOPS       80 D N + 6 C D a token and head, of which a warp issues 160 mma a panel (D = 64). At 4 cycles an mma and 2 warps a scheduler that
+//             is 1300 cycles of tensor cores a panel, beside some 1000 (full) to 1500 (scalar) other instructions a warp: the kernel is bound
+//             by issue slots, not by tensor cores, and eta and alpha, with twice the activations, are its critical warps.
+#pragma once
+#include "titans_commit.cuh"
+#include "titans_exchange.cuh"
+#include "titans_state.cuh"
+
+namespace hope {
+
+// Where a panel's results go: o to memory, the rest to every block's shared memory.
+template <int D, class T, int MODE> struct PrefillSink {
+  const Exchange<D, T, MODE>& exchange;
+  T* o;  // row 0 of the panel, this head
+  int64_t stride;
+  int slot;
+  bool update;
+  HOPE_DEVICE void pair(int memory, int r, int position, uint32_t value) {
+    if (memory == kMemory)
+      *reinterpret_cast<uint32_t*>(o + r * stride + index_of(position)) = value;
+    else if (update)
+      exchange.put_pair(memory - kKeys, slot, r, position, value);
+  }
+  HOPE_DEVICE void scalar(int memory, int r, float value) {
+    union { float f; uint32_t bits; } both{value};
+    if (update) exchange.put_scalar(memory - kEta, slot, r, both.bits);
+  }
+};
+
+// The open chunk's slots first <= s < stop, from the pending tensors to shared memory, or back (this block's row of them).
+template <int D, class T, bool LOAD>
+HOPE_DEVICE void move_pending(const TitansParams& p, const Shared<D, T>& shared, int64_t b, int h, int first, int stop) {
+  for (int i = thread_index() + first * (D / 2); i < stop * (D / 2); i += kThreads) {
+    const int slot = i / (D / 2), index = 2 * (i % (D / 2));
+    const int64_t at = ((b * p.C + slot) * p.H + h) * D + index;
+    uint32_t* k = reinterpret_cast<uint32_t*>(shared.k(slot) + position_of(index));
+    uint32_t* v = reinterpret_cast<uint32_t*>(shared.v(slot) + position_of(index));
+    uint32_t& k_there = *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_k) + at);
+    uint32_t& v_there = *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_v) + at);
+    if (LOAD) {
+      store_shared(k, k_there), store_shared(v, v_there);
+    } else {
+      k_there = load_shared(k), v_there = load_shared(v);
+    }
+  }
+  for (int slot = thread_index() + first; slot < stop; slot += kThreads) {
+    const int64_t at = (b * p.C + slot) * p.H + h;
+    if (LOAD) {
+      store_shared(shared.eta() + slot, p.pending_eta[at]);
+      if (p.pending_alpha) store_shared(shared.alpha() + slot, p.pending_alpha[at]);
+    } else {
+      p.pending_eta[at] = load_shared(shared.eta() + slot);
+      if (p.pending_alpha) p.pending_alpha[at] = load_shared(shared.alpha() + slot);
+    }
+  }
+}
+
+template <int D, class T> HOPE_DEVICE void clear_pending(const TitansParams& p, int64_t b, int h, int first) {
+  for (int i = thread_index() + first * (D / 2); i < p.C * (D / 2); i += kThreads) {
+    const int64_t at = ((b * p.C + i / (D / 2)) * p.H + h) * D + 2 * (i % (D / 2));
+    *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_k) + at) = 0;
+    *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_v) + at) = 0;
+  }
+  for (int slot = thread_index() + first; slot < p.C; slot += kThreads) {
+    p.pending_eta[(b * p.C + slot) * p.H + h] = 0.f;
+    if (p.pending_alpha) p.pending_alpha[(b * p.C + slot) * p.H + h] = 0.f;
+  }
+}
+
+template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
+  using W = Width<D>;
+  const int lane = lane_index(), warp = warp_index();
+  const bool update = p.flags & kUpdate;
+
+  // --- which (row, head), and which of its blocks ---
+  int group = block_index() / plan.blocks, rank = block_index() % plan.blocks;
+  if constexpr (MODE == kGlobal) {
+    if (plan.blocks > 1) {
+      uint32_t* ticket = reinterpret_cast<uint32_t*>(shared_memory());
+      if (thread_index() == 0) store_shared(ticket, static_cast<uint32_t>(fetch_add_release(p.arrivals, 1)));
+      sync_block();
+      group = load_shared(ticket) / plan.blocks, rank = load_shared(ticket) % plan.blocks;
+      sync_block();
+    }
+  }
+  const int64_t b = group / p.H;
+  const int h = group % p.H;
+  const int64_t asked = p.lengths[b];
+  const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked);
+  if (n == 0) return;  // the same for all blocks of the group
+  int slot = static_cast<int>(p.pos[b] % p.C);
+  const bool commit_only = p.flags & kCommitOnly;
+  if (commit_only && slot + n < p.C) return;
+
+  const Shared<D, T> shared{plan};
+  const Role role = Role::of(plan, rank, warp);
+  const Own own{p, plan, group * plan.blocks + rank, warp, lane};
+  Exchange<D, T, MODE> exchange{shared, p, plan, group, rank};
+  if (update) exchange.begin();
+  const int full_here = plan.full_warps == 2 ? 6 : kWarps;
+
+  // --- inputs of the first panel ---
+  const int64_t stride = static_cast<int64_t>(p.H) * D;
+  const int64_t token0 = (b * p.T * p.H + h) * static_cast<int64_t>(D);
+  const bool reads_q = rank == 0, reads_x = update && (plan.blocks == 1 || rank > 0 || plan.full_warps < kWarps);
+  const auto fetch = [&](int token, int at, int buffer) {  // tokens from `token` on, the first of them into slot `at`
+    if (token >= n) return;
+    const int first = at % kPanel;
+    const int stop = n - token < kPanel - first ? first + n - token : kPanel;
+    if (reads_q) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + token0 + (token - first) * stride, stride, first, stop, kThreads);
+    if (reads_x) fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + token0 + (token - first) * stride, stride, first, stop, kThreads);
+  };
+  if (!commit_only) fetch(0, slot, 0);
+
+  // --- the state ---
+  const StoredWeights<D, ON_CHIP> weights{own};
+  float state[16][8];
+  {
+    const Place<D> place = Place<D>::of(p, role);
+    const Deviations deviations = Deviations::of(p, group, D, plan.memories);
+    const Bases<T> bases = Bases<T>::of(p, h, D, plan.memories);
+    load_deviations<D>(state, deviations, place, role, p.N, lane);
+    load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
+    if (bases.w2 != nullptr && !role.idle())
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+        if (plan.base >= 0) own.at(plan.base)[512 * warp + 32 * i] = load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
+      });
+  }
+  if (update) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : slot);
+  wait_copies();
+  sync_block();
+
+  const int full_warps_here = 3 * plan.full_warps - rank * kWarps;
+  const int full_count = full_warps_here < 0 ? 0 : full_warps_here > kWarps ? kWarps : full_warps_here;
+  const int own_blocks = (warp < full_count ? warp : 2 * warp - full_count) * W::kGroups;
+  const Commit<D, T, ACT, ON_CHIP> commit{p, shared, role, weights, own_blocks, full_here, warp, lane};
+  const int opened = slot;
+  bool committed = false, stale = true;  // stale: the rounded weights are not the state's
+
+  // --- panel after panel ---
+  if (commit_only) slot = p.C;
+  for (int token = commit_only ? n : 0, turn = 0;; ++turn) {
+    if (stale) {
+      stale = false;
+      const Place<D> place = Place<D>::of(p, role);
+      const Bases<T> bases = Bases<T>::of(p, opaque(group) % p.H, D, plan.memories);
+      const bool based = bases.w2 != nullptr && !role.idle();
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+        Word4 base{0, 0, 0, 0};
+        if (based) base = plan.base >= 0 ? own.at(plan.base)[512 * warp + 32 * i] : load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
+        weights.block(i) = round_block<T>(state[i], base);
+      });
+    }
+    if (token < n) {
+      const int first = slot % kPanel, panel = update ? slot - first : 0;
+      const int stop = n - token < kPanel - first ? first + n - token : kPanel;
+      const int buffer = turn & 1, count = stop - first;
+      fetch(token + count, slot + count, 1 - buffer);
+      const T* tile = shared.input(role.memory == kMemory, buffer);
+      const bool reads = update || role.memory == kMemory;
+      if (reads) read_shares<D, T, ACT>(shared, role, tile, weights, full_here, warp, lane);
+      sync_block();
+      if (update) exchange.acquire();
+      T* o = static_cast<T*>(p.o) + token0 + (token - first) * stride;
+      PrefillSink<D, T, MODE> sink{exchange, o, stride, panel, update};
+      if (reads) read_results<D, T>(p, shared, role, tile, full_here, h, first, stop, lane, sink);
+      wait_copies();
+      if (update)
+        exchange.finish(panel);
+      else
+        sync_block();
+      slot += count, token += count;
+    }
+    if (slot == p.C) {
+      slot = 0;
+      if (update) {
+        commit.run(state);
+        exchange.release();
+        committed = stale = true;
+      }
+    }
+    if (token >= n) break;
+  }
+  if (!update) return;
+  exchange.end();
+
+  // --- the state again ---
+  const int g = opaque(group);
+  if (rank == 0) {
+    if (!commit_only) move_pending<D, T, false>(p, shared, g / p.H, g % p.H, committed ? 0 : opened, slot);
+    if (committed) clear_pending<D, T>(p, g / p.H, g % p.H, slot);
+  }
+  if (committed && !role.idle()) {
+    const Place<D> place = Place<D>::of(p, role);
+    const Deviations deviations = Deviations::of(p, g, D, plan.memories);
+    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+      store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
+    });
+    if (!role.full())
+      for (int u = lane; u < W::kScalarUnits; u += 32) deviations.w1s[place.w1s + u] = load_shared(shared.delta1s(warp) + u);
+  }
+}
+
+// T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory.
+template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
+#ifdef __CUDACC__
+  // of the four kinds, those that this architecture can be asked for
+  if constexpr ((MODE == kCluster) == HOPE_HAS_CLUSTERS && (ON_CHIP ? HOPE_ROOMY : HOPE_NARROW)) prefill<D, T, ACT, MODE, ON_CHIP>(p, plan);
+#else
+  prefill<D, T, ACT, MODE, ON_CHIP>(p, plan);
+#endif
+}
+
+}  // namespace hope

@@ -1,0 +1,35 @@
+// The entry points of launch.h.
+#include "titans_launch.cuh"
+
+namespace hope {
+
+const char* titans_unserved(int D, int N, int C, const Device& device) {
+  if (device.capability < 80) return "needs compute capability 8.0 or more";
+  const bool width = (D == 64 && (N == 64 || N == 128 || N == 256)) || (D == 128 && N == 128);
+  if (!width) return "serves heads of width 64 with 64, 128 or 256 hidden units and of width 128 with 128";
+  if (C != 16 && C != 32 && C != 64) return "serves chunks of 16, 32 and 64 tokens";
+  return nullptr;
+}
+
+Workspace titans_workspace(const TitansParams& p, int D, const Device& device) {
+  const Plan plan = make_plan(D, p.N, p.C, p.flags & kRetention, p.flags & kUpdate, device);
+  const int64_t groups = static_cast<int64_t>(p.B) * p.H;
+  return {groups * plan.blocks * plan.scratch_bytes, 1 + groups};
+}
+
+const char* titans_scan(TitansParams p, int D, Element element, const Device& device, void* stream) {
+  if (const char* reason = titans_unserved(D, p.N, p.C, device)) return reason;
+  if (p.T > INT32_MAX) return "serves up to 2^31 - 1 tokens a call";
+  const int64_t groups = static_cast<int64_t>(p.B) * p.H;
+  if (groups == 0 || p.T == 0) return nullptr;
+#ifdef __CUDACC__
+  const cudaError_t error = cudaMemsetAsync(p.arrivals, 0, (1 + groups) * sizeof(unsigned int), static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+#else
+  for (int64_t i = 0; i < 1 + groups; ++i) p.arrivals[i] = 0;
+#endif
+  if (element == Element::kBf16) return D == 64 ? launch_64_bf16(p, device, stream) : launch_128_bf16(p, device, stream);
+  return D == 64 ? launch_64_fp16(p, device, stream) : launch_128_fp16(p, device, stream);
+}
+
+}  // namespace hope
