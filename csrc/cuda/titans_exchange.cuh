@@ -61,8 +61,8 @@ template <int D, class T, int MODE> struct Exchange {
     float* place = (kind == 0 ? shared.eta() : shared.alpha()) + slot + r;
     put(reinterpret_cast<uint32_t*>(place), kPanel * D + kind * kPanel + r, bits);
   }
-  // What all blocks have put is in this block's shared memory; a barrier of the block as well.
-  HOPE_DEVICE void finish(int slot) {
+  // What all blocks have put into rows first <= r < stop of the panel is in this block's shared memory; a barrier of the block as well.
+  HOPE_DEVICE void finish(int slot, int first, int stop) {
     if constexpr (MODE == kCluster) {
       if (plan.blocks > 1) {
         cluster_arrive();
@@ -85,12 +85,13 @@ template <int D, class T, int MODE> struct Exchange {
         const bool scalar = i >= kPanel * D;
         const int kind = scalar ? (i - kPanel * D) / kPanel : i / (kPanel * D / 2);
         const int first_warp = scalar ? 3 * plan.full_warps + kind * plan.scalar_warps : (1 + kind) * plan.full_warps;
-        if (first_warp / kWarps == rank || (scalar && kEta + kind >= plan.memories)) continue;
+        const int r = scalar ? i % kPanel : i / (D / 2) % kPanel;
+        if (first_warp / kWarps == rank || (scalar && kEta + kind >= plan.memories) || r < first || r >= stop) continue;
         const uint32_t word = load_fresh(letter + i);
         if (scalar) {
-          store_shared(reinterpret_cast<uint32_t*>((kind == 0 ? shared.eta() : shared.alpha()) + slot + i % kPanel), word);
+          store_shared(reinterpret_cast<uint32_t*>((kind == 0 ? shared.eta() : shared.alpha()) + slot + r), word);
         } else {
-          const int r = i / (D / 2) % kPanel, position = 2 * (i % (D / 2));
+          const int position = 2 * (i % (D / 2));
           store_shared(reinterpret_cast<uint32_t*>((kind == 0 ? shared.k(slot + r) : shared.v(slot + r)) + position), word);
         }
       }

@@ -107,7 +107,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
   const Role role = Role::of(plan, rank, warp);
   const Own own{p, plan, group * plan.blocks + rank, warp, lane};
   Exchange<D, T, MODE> exchange{shared, p, plan, group, rank};
-  if (update) exchange.begin();
+  if (update && !commit_only) exchange.begin();
   const int full_here = plan.full_warps == 2 ? 6 : kWarps;
 
   // --- inputs of the first panel ---
@@ -177,7 +177,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
       if (reads) read_results<D, T>(p, shared, role, tile, full_here, h, first, stop, lane, sink);
       wait_copies();
       if (update)
-        exchange.finish(panel);
+        exchange.finish(panel, first, stop);
       else
         sync_block();
       slot += count, token += count;
@@ -186,7 +186,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
       slot = 0;
       if (update) {
         commit.run(state);
-        exchange.release();
+        if (token < n) exchange.release();
         committed = stale = true;
       }
     }
