@@ -2,6 +2,7 @@
 for bit against themselves."""
 
 import re
+import subprocess
 from itertools import product
 
 import pytest
@@ -442,6 +443,15 @@ def test_says_why_it_is_absent(monkeypatch, tmp_path):
     (tmp_path / "none.so").write_bytes(b"not a library")
     reason = available_backends()["cuda"]
     assert reason == "needs a CUDA device" if not torch.cuda.is_available() else "already loaded" in reason
+
+
+@pytest.mark.skipif(build_cuda.nvcc() is None, reason="needs nvcc")
+def test_what_pytorch_sees_compiles_for_a_gpu_too(tmp_path):
+    """The kernels are the compile report's; here the half of registration.cpp that an emulated library lacks."""
+    flags = [*build_cuda.DEVICE_FLAGS, "-DUSE_CUDA", build_cuda.STABLE_ABI, '-DHOPE_BUILD=""', f"-I{build_cuda.pytorch()[0] / 'include'}"]
+    done = subprocess.run([build_cuda.nvcc(), *flags, "-c", build_cuda.REGISTRATION, "-o", tmp_path / "registration.o"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_small_enough_for_a_sanitizer():
