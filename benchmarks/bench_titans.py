@@ -56,15 +56,19 @@ X, XS = partial(P, backend="cuda"), partial(S, backend="cuda")
 FIRST = 9
 GPU_CASES = (
     P(), X(), P(N=64, B=4, T=8192), X(N=64, B=4, T=8192), P(C=16, N=64, B=4, T=8192), X(C=16, N=64, B=4, T=8192),
-    S(), XS(), X(C=16), Case("step graph", T=1), Case("step graph", T=1, backend="cuda"), P(C=16), P(C=256, B=4, T=8192), P(N=64), X(N=64),
+    S(), XS(), X(C=16), Case("step graph", T=1), Case("step graph", T=1, backend="cuda"),
+    P(C=16), P(C=256, B=4, T=8192), P(N=64), X(N=64),
     Case("conv"), Case("gate"), Case("grad", T=8192),
-    P(D=128, N=512, H=16), P(D=128, N=128, H=16), X(D=128, N=128, H=16), X(C=32), X(N=64, B=32, T=2048), X(B=32, T=2048), P(C=256), P(N=64, B=32, T=2048),
-    P(C=128), P(C=32), P(B=4, T=8192), P(B=32, T=2048), P(C=256, B=32, T=2048),
-    S(B=32), XS(B=32), S(N=64, C=16), XS(N=64, C=16), X(T=2048), X(H=8), X(N=128), X(dtype="fp16"), S(D=128, N=512, H=16), Case("step graph", B=32, T=1),
-    P(T=2048), P(T=131072), P(H=8), P(H=64, T=16384), P(C=16, N=64, B=32, T=2048), P(C=256, N=64), P(N=128), P(N=512),
-    P(dtype="fp16"), P(dtype="fp32", T=4096), Case("conv", B=32, T=1), Case("gate", B=32, T=1),
+    P(D=128, N=512, H=16), P(D=128, N=128, H=16), X(D=128, N=128, H=16), X(N=64, B=32, T=2048), P(C=256), P(N=64, B=32, T=2048),
+    P(C=128), P(C=32), X(C=32), P(B=4, T=8192), X(B=4, T=8192), P(B=32, T=2048), X(B=32, T=2048), P(C=256, B=32, T=2048),
+    S(B=32), XS(B=32), S(N=64, C=16), XS(N=64, C=16), S(D=128, N=512, H=16), Case("step graph", B=32, T=1),
+    P(T=2048), X(T=2048), P(T=131072), P(H=8), X(H=8), P(H=64, T=16384), P(C=16, N=64, B=32, T=2048), P(C=256, N=64), P(N=128), X(N=128),
+    P(N=512), P(dtype="fp16"), X(dtype="fp16"), P(dtype="fp32", T=4096), Case("conv", B=32, T=1), Case("gate", B=32, T=1),
 )
-QUICK_GPU = (P(H=8, T=1024), X(H=8, T=1024), XS(H=8), P(C=16, N=64, H=8, T=1024), S(H=8), Case("step graph", H=8, T=1), Case("conv", T=256), Case("gate", T=256))
+QUICK_GPU = (
+    P(H=8, T=1024), X(H=8, T=1024), P(C=16, N=64, H=8, T=1024), S(H=8), XS(H=8), Case("step graph", H=8, T=1),
+    Case("step graph", H=8, T=1, backend="cuda"), Case("conv", T=256), Case("gate", T=256),
+)
 CPU_CASES = tuple(
     Case(kind, C, 64, 64, 2, 1, T, "fp32", backend)
     for backend in ("cpp", "chunked") for kind, C, T in (("prefill", 16, 256), ("prefill", 64, 256), ("step", 16, 1))

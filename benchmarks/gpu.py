@@ -28,14 +28,19 @@ from pathlib import Path
 
 import torch
 
+from . import gpu_library
 from . import measure as m
 from .machine import machine, write_json
 
 RESULTS = m.ROOT / "benchmarks" / "results"
 SECTIONS = ("env", "correctness", "ops", "peers")
 CEILINGS = {"copy": "GB/s", "matmul bf16": "TFLOP/s", "matmul fp16": "TFLOP/s", "matmul fp32": "TFLOP/s"}
-TESTS = ("tests/test_titans_triton*.py", "tests/test_layer_triton.py", "tests/test_conv.py", "tests/test_output_gate.py")
+TESTS = (
+    "tests/test_titans_triton*.py", "tests/test_titans_cuda.py", "tests/test_layer_triton.py", "tests/test_conv.py",
+    "tests/test_output_gate.py",
+)
 TEST_PROCESSES = 8
+SANITIZER_SECONDS = 60  # beyond the time of the tests
 CASE_SECONDS = 150  # compilation included; what takes longer hangs
 RESTART = 3  # exit status of a child that wants a fresh one to go on
 
@@ -120,7 +125,8 @@ def plan(device: str, quick: bool) -> Iterator[tuple[str, str, dict, Callable]]:
         yield "env", "after the matrix products", {}, lambda _: {"nvidia_smi": nvidia_smi()}
     ops = [("ops", *item) for item in bench_titans.items(device, quick)]
     others = [("peers", *item) for item in peers.items(device, quick)]
-    yield from (*ops[:5], *others[:6], *ops[5:], *others[6:])
+    first = bench_titans.FIRST
+    yield from (*ops[:first], *others[:6], *ops[first:], *others[6:])
 
 
 def wanted(only: list[str], section: str, name: str) -> bool:
@@ -146,7 +152,7 @@ def measure(device: str, results: dict[str, Results], args, until: float) -> int
             restart = record.pop("restart", False)
             if not restart:  # an asynchronous error belongs to this case
                 m.sync(device)
-        except (ValueError, ImportError) as e:  # a configuration nobody serves, a peer that is not installed
+        except (m.Unserved, ImportError) as e:  # a configuration that the backend does not serve, a peer that is not installed
             record = {"status": "skipped", "reason": str(e)}
         except m.WrongResult as e:
             record = {"status": "refused", "reason": str(e)}
@@ -243,10 +249,16 @@ def recorded_as(test: str) -> str:
     return f"{file.replace('/', '.')}::{name.replace('::', '.')}"
 
 
+def record_all(store: Results, found: Iterator[tuple[str, dict]]) -> None:
+    for name, record in found:
+        store.put(name, record)
+        print(line("correctness", name, record), flush=True)
+
+
 def correctness(store: Results, until: float) -> None:
     """The kernels' tests on the GPU and every other test marked gpu, in several processes, since most of their time is compilation. Tests
     that the time did not suffice for are run by the next --resume."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(m.ROOT), "PYTHONUNBUFFERED": "1"}
+    env = gpu_library.environment()
     files = sorted(p.relative_to(m.ROOT).as_posix() for pattern in TESTS for p in m.ROOT.glob(pattern))
     tests = collected(["-m", "not slow", *files], env)
     tests += collected(["-m", "gpu and not slow", "tests", *(f"--ignore={name}" for name in files)], env)
@@ -313,7 +325,11 @@ def main(argv: list[str] | None = None) -> int:
         children(results, ["env"], args.quick, until, folder)
         if not args.quick and wanted(args.only, "correctness", ""):
             share = 1.0 if args.only else 0.4
-            correctness(results["correctness"], time.time() + share * (until - time.time()))
+            limit = time.time() + share * (until - time.time())
+            major, minor = torch.cuda.get_device_capability()
+            record_all(results["correctness"], gpu_library.built(10 * major + minor, limit))
+            correctness(results["correctness"], limit)
+            record_all(results["correctness"], gpu_library.sanitized(results["correctness"].cases, limit + SANITIZER_SECONDS))
         children(results, args.only, args.quick, until, folder)
     else:
         reason = "needs a CUDA device"

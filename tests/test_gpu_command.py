@@ -5,12 +5,14 @@ import math
 import os
 import subprocess
 import sys
+import time
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import bench_cpu, bench_titans, gpu, peers
+from benchmarks import bench_cpu, bench_titans, gpu, gpu_library, peers
 from benchmarks import measure as m
 from hope_kernels import TitansConfig
 from hope_kernels.ops import FastWeights, Layout, init_titans_state, titans_chunk
@@ -199,7 +201,9 @@ def test_plans_for_a_gpu_name_every_case_once_and_pair_peers_with_ours():
     assert len(set(names)) == len(names) and len({name for name, _, _ in others}) == len(others)
     timed = {"status": "ok", "ms": {"median": 3.0}}
     lines = list(gpu.ratios(dict.fromkeys(names, timed), {name: timed for name, _, _ in others}))
-    assert len(lines) == len(peers.FLA_CASES) + len(peers.COMPILED_CASES) and all(": 1.000 of" in line for line in lines)
+    shapes = [replace(c, kind="prefill", backend=b).name for c in (*peers.FLA_CASES, *peers.COMPILED_CASES) for b in ("triton", "cuda")]
+    assert len(lines) == sum(name in names for name in shapes) and all(": 1.000 of" in line for line in lines)
+    assert len(lines) > len(peers.FLA_CASES) + len(peers.COMPILED_CASES)
     grid = {axis: {getattr(c, axis) for c in bench_titans.GPU_CASES if c.kind == "prefill"} for axis in "CDNHBT"}
     assert grid["C"] == {16, 32, 64, 128, 256} and grid["D"] == {64, 128} and grid["N"] == {64, 128, 256, 512}
     assert {8, 64} <= grid["H"] and grid["B"] == {1, 4, 32} and {2048, 131072} <= grid["T"]
@@ -211,6 +215,34 @@ def test_the_peer_s_token_loop_recalls_what_it_was_told():
     assert torch.allclose(peers.delta_rule(k, k, v, zero, one, 1.0), v.double())
     decayed = peers.delta_rule(k[:, :1].expand(1, 4, 1, 4), k[:, :1].expand(1, 4, 1, 4), v, zero - 1, one * 0, 0.5)
     assert not decayed.any()
+
+
+def test_who_is_not_served_is_skipped_and_who_fails_has_failed(tmp_path, monkeypatch):
+    unserved, broken = replace(CASE, backend="cuda"), replace(CASE, T=0)
+    calls = {c: lambda ceilings, c=c: bench_titans.measured(c, "cpu", ceilings, 0.01) for c in (CASE, unserved, broken)}
+    monkeypatch.setattr(gpu, "plan", lambda *_: [("ops", c.name, {}, call) for c, call in calls.items()])
+    monkeypatch.setitem(bench_titans.KINDS, "prefill", lambda case, *_, **__: {} if case.T else int("a ValueError of its own"))
+    results = {section: gpu.Results(None, {}) for section in gpu.SECTIONS}
+    gpu.measure("cpu", results, types.SimpleNamespace(quick=True, only=[]), time.time() + 60)
+    found = [results["ops"].cases[c.name] for c in calls]
+    assert [r["status"] for r in found] == ["ok", "skipped", "failed"]
+    assert "backend 'cuda' cannot be used" in found[1]["reason"] and "ValueError: invalid literal" in found[2]["reason"]
+
+
+def test_checks_of_the_cuda_library_say_what_kept_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(gpu_library.build_cuda, "LIBRARY", tmp_path / "none.so")
+    soon = time.time() + 60
+    found = dict(gpu_library.built(90, soon)) | dict(gpu_library.sanitized({}, soon))
+    assert len(found) == 6 and {r["status"] for r in found.values()} == {"skipped"}
+    assert found["CUDA library, build"]["reason"] == "nvcc was not found"
+    assert found["compute-sanitizer racecheck"]["reason"] == "compute-sanitizer is not on PATH"
+    assert gpu_library.process(sys.executable, "-c", "print(1)", seconds=30)["status"] == "ok"
+    failed = gpu_library.process(sys.executable, "-c", "import sys; sys.exit('the reason')", seconds=30)
+    assert failed["status"] == "failed" and failed["log"] == "the reason"
+    assert gpu_library.process(sys.executable, "-c", "import time; time.sleep(30)", seconds=1)["status"] == "died"
 
 
 def test_tests_are_named_as_junit_files_name_them(tmp_path):

@@ -18,6 +18,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,11 +93,9 @@ def build(archs: tuple[int, ...] | None = None) -> Path:
         raise BuildError("nvcc was not found, neither on PATH nor in CUDA_HOME")
     archs = architectures(compiler) if archs is None else archs
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-    flags = [
-        *DEVICE_FLAGS, *code, "-DUSE_CUDA", "-DNDEBUG", f"--threads={os.cpu_count() or 1}", "--cudart=static", "--shared",
-        "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=--exclude-libs=ALL,-z,defs,--no-as-needed",
-    ]
-    return _compiled("hope_cuda", compiler, flags, [*kernels(), REGISTRATION], files(), "sm_" + " sm_".join(map(str, archs)))
+    flags = [*DEVICE_FLAGS, *code, "-DUSE_CUDA", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    link = ["--shared", "--cudart=static", "-Xlinker=--exclude-libs=ALL,-z,defs,--no-as-needed"]
+    return _compiled("hope_cuda", compiler, flags, link, files(), "sm_" + " sm_".join(map(str, archs)))
 
 
 def build_emulated() -> Path:
@@ -103,34 +103,39 @@ def build_emulated() -> Path:
     compiler = host_compiler()
     if compiler is None:
         raise BuildError("needs a C++ compiler")
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-DHOPE_EMULATED", "-fPIC", "-fvisibility=hidden", "-pthread", "-shared", "-Wl,-z,defs,--no-as-needed"]
-    own = sorted(EMULATOR.glob("*.cpp"))
-    return _compiled("emulated", compiler, flags, ["-x", "c++", *kernels(), REGISTRATION, *own, "-x", "none"],
-                     files(emulated=True), "emulated")
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-DHOPE_EMULATED", "-fPIC", "-fvisibility=hidden", "-pthread", "-x", "c++"]
+    return _compiled("emulated", compiler, flags, ["-shared", "-pthread", "-Wl,-z,defs,--no-as-needed"], files(emulated=True), "emulated")
 
 
-def _compiled(name: str, compiler: str, flags: list, inputs: list, contents: list[Path], what: str) -> Path:
-    """What the compiler makes of ``inputs`` and PyTorch's headers: kept, if nothing was different the last time."""
+def _compiled(name: str, compiler: str, flags: list[str], link: list[str], contents: list[Path], what: str) -> Path:
+    """The library that the compiler makes of the sources and PyTorch's headers, several files at a time; kept, if nothing was different
+    the last time."""
     found = pytorch()
     if found is None:
         raise BuildError("PyTorch is not installed where the library is built (pip install --no-build-isolation)")
     folder, version, _ = found
-    about = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
-    key = hash_of(contents, flags, about, version)
-    path = KEPT / f"{name}-{key}.so"
+    command = shlex.split(compiler)
+    about = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    path = KEPT / f"{name}-{hash_of(contents, flags, link, about, version)}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_suffix(f".{os.getpid()}")
     described = f'-DHOPE_BUILD="{what}, sources {hash_of(contents)}, torch {version}"'
-    named = [p.relative_to(ROOT) if isinstance(p, Path) else p for p in inputs]  # error messages quote these names
-    command = [*shlex.split(compiler), *flags, STABLE_ABI, described, f"-I{folder / 'include'}", "-o", made, *named,
-               f"-L{folder / 'lib'}", "-ltorch", "-ltorch_cpu"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        made.unlink(missing_ok=True)
-        raise BuildError(f"{os.path.basename(compiler)} failed: {(done.stderr or done.stdout).strip()[-4000:]}")
-    made.replace(path)
+
+    def run(*arguments: object) -> None:
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise BuildError(f"{os.path.basename(command[0])} failed: {(done.stderr or done.stdout).strip()[-4000:]}")
+
+    def compiled(source: Path) -> Path:  # named as seen from ROOT, since error messages quote that
+        run(*flags, STABLE_ABI, described, f"-I{folder / 'include'}", "-c", source.relative_to(ROOT), "-o", made / f"{source.stem}.o")
+        return made / f"{source.stem}.o"
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        made = Path(scratch)
+        objects = list(pool.map(compiled, [*kernels(), REGISTRATION]))
+        run(*link, "-o", made / path.name, *objects, f"-L{folder / 'lib'}", "-ltorch", "-ltorch_cpu")
+        (made / path.name).replace(path)
     return path
 
 
