@@ -119,7 +119,7 @@ class TitansState(State):
     pending_k, pending_v [B, C, H, D]              the open chunk's tokens, input dtype; slots past pos % C are zero
     pending_eta, pending_alpha, pending_beta [B, C, H]   fp32 (fp64); None where the layer has none
     conv_tail [B, W-1, d]                          the last inputs of the causal convolution, or None
-    count [B] int64                                ``pos``, where kernels can see it
+    count [B] int64                                ``pos``, where kernels can see and advance it (``synchronize``)
     """
 
     delta2: Tensor

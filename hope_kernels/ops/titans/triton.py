@@ -79,7 +79,7 @@ def titans_triton(
 def titans_advance_(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True
 ) -> Tensor:
-    """As ``titans_triton``, in place and without a look from the host: o. ``state.pos`` is the caller's to move."""
+    """As ``titans_triton``, in place and without a look from the host: o. ``state.synchronize()`` brings ``state.pos`` after it."""
     lengths = lengths.clamp(0, (inputs.x if inputs.q is None else inputs.q).shape[1])
     o = _scan(config, w_init, inputs, state, state.count, lengths, update)
     if update:
