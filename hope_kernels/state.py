@@ -168,9 +168,10 @@ class State:
         return list(zip(states, torch.stack([s.count.to(states[0].count.device) for s in states]).tolist()))
 
     def synchronize(self):
-        """``pos`` as the device has it, where a kernel or a replayed CUDA graph has moved ``count`` without the host. In place; returns self.
+        """``pos`` as the device has it, where a kernel or a replayed CUDA graph has moved ``count`` without the host. In place.
 
         Costs one read of the device. Whatever goes by ``pos`` needs it first: any call but ``ops.titans_advance_``. ``save`` does it.
+        Returns self.
         """
         for state, count in self._counted():
             state.pos[:] = count
@@ -326,6 +327,7 @@ def load_state(path: str | os.PathLike, device="cpu") -> State:
         raise ValueError(f"load_state: {path} is not a complete state file ({error})") from None
     for inner, count in state._counted():
         if list(inner.pos) != count:
-            raise ValueError(f"load_state: {path} holds a {type(inner).__name__} with pos {list(inner.pos)} and count {count}, which must agree")
+            kind = type(inner).__name__
+            raise ValueError(f"load_state: {path} holds a {kind} with pos {list(inner.pos)} and count {count}, which must agree")
     state.fingerprint = meta["fingerprint"] or None
     return state
