@@ -35,11 +35,7 @@ def read_off(model, ids: Tensor, state, lengths: list[int], backend):
         if any(complete):
             state = _replay(model, state, complete, ids, [0] * len(lengths), backend)
     h, mixers = model.run(model.embed(ids), state.mixers, model.levels(state), lengths, backend)
-    new = advance(state, mixers, lengths)
-    if model.learns:
-        seen = [s if n == 0 else TAINTED if p % model.segment else 0 for s, n, p in zip(state.seen, lengths, new.pos)]
-        new = replace(new, seen=Counters(seen))
-    return model.logits(h, lengths), new
+    return model.logits(h, lengths), advance_off(state, mixers, lengths)
 
 
 def read_learning(model, ids: Tensor, state, lengths: list[int], backend):
@@ -185,6 +181,15 @@ def advance(state, mixers: list, lengths: list[int]):
 
     cms = [None if c is None else replace(c, pos=moved(c.pos)) for c in state.cms]
     return replace(state, mixers=mixers, cms=cms, pos=moved(state.pos))
+
+
+def advance_off(state, mixers: list, lengths: list[int]):
+    """``advance`` for tokens read with frozen CMS weights: the open segment, if it holds any, contributes nothing."""
+    new, segment = advance(state, mixers, lengths), state.ids.shape[1]
+    if not segment:  # the model cannot learn
+        return new
+    seen = [s if n == 0 else TAINTED if p % segment else 0 for s, n, p in zip(state.seen, lengths, new.pos)]
+    return replace(new, seen=Counters(seen))
 
 
 def _slice(ids: Tensor, start: list[int], n: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import HopeConfig
 from .generation import Generation, generate
 from .layers.block import HopeAttentionBlock, HopeBlock
-from .learning import read_learning, read_off
+from .learning import advance_off, read_learning, read_off
 from .ops.check import check_lengths, check_state, check_tensor, check_values
 from .ops.cms.chunked import cms_forward
 from .state import Counters, State, write_atomically
@@ -39,6 +39,21 @@ class ModelState(State):
     ids: Tensor
     snapshot: list
     unread: Tensor | None = None
+
+    def synchronize(self):
+        """As for any state. Where a replayed graph of the model has moved the mixers, the model's counters follow as with learn="off".
+
+        Raises ValueError where the mixers do not stand at one place (attention keeps its position on the host and cannot be replayed).
+        """
+        super().synchronize()
+        places = {tuple(m.pos) for m in self.mixers} or {tuple(self.pos)}
+        if len(places) > 1:
+            raise ValueError(f"ModelState: the blocks stand at different positions, {', '.join(str(list(p)) for p in sorted(places))}")
+        lengths = [now - before for now, before in zip(*places, self.pos)]
+        if any(lengths):
+            new = advance_off(self, self.mixers, lengths)
+            self.pos, self.cms, self.seen = new.pos, new.cms, new.seen
+        return self
 
 
 class HopeForCausalLM(nn.Module):

@@ -145,6 +145,38 @@ class State:
         _map(self, lambda t: t, lambda c: found.append(c) or c)
         return found
 
+    def states(self) -> list[State]:
+        """This state and all those inside it, in a fixed order."""
+        found = [self]
+
+        def look(value: Any) -> None:
+            if isinstance(value, State):
+                found.extend(value.states())
+            elif isinstance(value, (list, dict)):
+                for v in value.values() if isinstance(value, dict) else value:
+                    look(v)
+
+        for _, value in self._fields():
+            look(value)
+        return found
+
+    def _counted(self) -> list[tuple[State, list[int]]]:
+        """The states inside that kernels advance, each with its ``count``, from one read of the device."""
+        states = [s for s in self.states() if isinstance(getattr(s, "count", None), Tensor)]
+        if not states:
+            return []
+        return list(zip(states, torch.stack([s.count.to(states[0].count.device) for s in states]).tolist()))
+
+    def synchronize(self):
+        """``pos`` as the device has it, where a kernel or a replayed CUDA graph has moved ``count`` without the host. In place.
+
+        Costs one read of the device. Whatever goes by ``pos`` needs it first: any call but ``ops.titans_advance_``. ``save`` does it.
+        Returns self.
+        """
+        for state, count in self._counted():
+            state.pos[:] = count
+        return self
+
     def usable(self):
         """The state without inference tensors, which autograd refuses: call it outside inference mode."""
         return self._mapped(lambda t: t.clone() if t.is_inference() else t, lambda c: c)
@@ -195,7 +227,9 @@ class State:
         self.owner, self.fingerprint = module, None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the state to ``path`` (safetensors), atomically. Raises OSError, and then leaves an existing file as it was."""
+        """Synchronizes the state and writes it to ``path`` (safetensors), atomically. Raises OSError, and then leaves an existing file as
+        it was."""
+        self.synchronize()
         tensors: dict[str, Tensor] = {}
         tree = _describe(self, "s", tensors)
         mark = fingerprint(self.owner) if self.owner is not None else self.fingerprint
@@ -277,7 +311,7 @@ def _rebuild(node: dict, tensors: Callable[[str], Tensor]) -> Any:
 
 
 def load_state(path: str | os.PathLike, device="cpu") -> State:
-    """The state saved at ``path``. Raises FileNotFoundError, or ValueError for a truncated, foreign or newer file."""
+    """The state saved at ``path``. Raises FileNotFoundError, or ValueError for a truncated, foreign, newer or inconsistent file."""
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"load_state: no file {path}")
@@ -291,5 +325,9 @@ def load_state(path: str | os.PathLike, device="cpu") -> State:
             state = _rebuild(json.loads(meta["tree"]), f.get_tensor)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"load_state: {path} is not a complete state file ({error})") from None
+    for inner, count in state._counted():
+        if list(inner.pos) != count:
+            kind = type(inner).__name__
+            raise ValueError(f"load_state: {path} holds a {kind} with pos {list(inner.pos)} and count {count}, which must agree")
     state.fingerprint = meta["fingerprint"] or None
     return state

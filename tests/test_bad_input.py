@@ -300,3 +300,14 @@ def test_a_file_from_before_there_was_a_counter_on_the_device(tmp_path):
         old = hk.load_state(tmp_path / "old")
         assert old.count.tolist() == [21, 9]
         assert torch.equal(layer(x[:, 21:], old)[0], layer(x[:, 21:], state)[0])
+
+
+def test_a_file_whose_two_counters_disagree(tmp_path):
+    state = hk.SelfModifyingTitans(hk.TitansConfig(16)).init_state(2)
+    state.save(tmp_path / "good")
+    with safe_open(tmp_path / "good", "pt") as f:
+        tensors, meta = {n: f.get_tensor(n) for n in f.keys()}, f.metadata()
+    name = next(n for n in tensors if n.endswith(".count"))
+    save_file(tensors | {name: torch.tensor([0, 5])}, tmp_path / "bad", meta)
+    with pytest.raises(ValueError, match=r"TitansState with pos \[0, 0\] and count \[0, 5\]"):
+        hk.load_state(tmp_path / "bad")

@@ -99,6 +99,7 @@ def test_a_captured_decode_step_of_a_layer_goes_on_over_boundaries(first):
             graph.replay()
             assert torch.equal(y, want), t
     assert all(torch.equal(a, b) for a, b in zip(state.tensors(), eager.tensors()))
+    assert list(state.synchronize().pos) == [70, 70]
 
 
 @pytest.mark.parametrize("options", [

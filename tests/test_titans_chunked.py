@@ -304,3 +304,23 @@ def test_diagnostics():
     assert report["finite"] and 0 <= report["clipped_share"] <= 1 and len(report["half_life"]) == 2
     repeated = layer.diagnostics(x[:, :1].expand(-1, 41, -1))
     assert repeated["max_S"] > report["max_S"] and repeated["clipped_share"] > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": "learned", "adaptive_q": True, "chunk_other": 32}])
+def test_compiles_without_a_break(options):
+    """One graph for a call, with and without gradients, from nothing and from a state inside an open chunk; ragged too."""
+    torch.manual_seed(0)
+    layer, x = SelfModifyingTitans(TitansConfig(32, **options)), torch.randn(2, 30, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    outputs = {}
+    for form in (layer, compiled):
+        with torch.no_grad():
+            y, state = form(x[:, :9], lengths=[9, 4], backend="chunked")
+            z, state = form(x[:, 9:], state, backend="chunked")
+        given = x.clone().requires_grad_()
+        grads = torch.autograd.grad(form(given, backend="chunked")[0].square().sum(), [given, *layer.parameters()], allow_unused=True)
+        outputs[form] = [y, z, *state.tensors(), *(g for g in grads if g is not None)]
+    assert list(state.pos) == [30, 25] and len(outputs[layer]) == len(outputs[compiled])
+    for ours, want in zip(outputs[compiled], outputs[layer]):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-6)

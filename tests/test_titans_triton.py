@@ -7,7 +7,7 @@ import torch
 from numerics import within_yardstick
 from problems import part, problem, results, rows_of, run, same
 
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig, available_backends
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig, available_backends, load_state
 from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_
 
 pytest.importorskip("triton")
@@ -166,8 +166,43 @@ def test_in_place_without_the_host(lengths):
         outputs = [titans_advance_(NARROW[3], w_init, part(inputs, t, t + 1), state, (torch.tensor(lengths, device=DEVICE) > t).long())
                    for t in range(21)]
     assert torch.equal(torch.cat(outputs, 1) * real(lengths, 21), whole)
-    state.pos[:] = lengths
+    assert state.synchronize() is state
     assert same(state, end) and state.count.tolist() == lengths
+
+
+def test_a_state_advanced_on_the_device_is_read_on_saved_and_loaded_where_it_stands(tmp_path):
+    """Chunk boundaries, spans of the backward and files go by the host's positions."""
+    w_init, inputs = (cast(t, torch.float32) for t in problem(NARROW[0], 2, 36))
+    whole, end = run(NARROW[0], w_init, inputs, "triton", [36, 31])
+    state = init_titans_state(NARROW[0], w_init, 2, DEVICE)
+    with torch.no_grad():
+        titans_advance_(NARROW[0], w_init, part(inputs, 0, 30), state, torch.tensor([30, 25], device=DEVICE))
+    assert list(state.pos) == [0, 0]
+    state.save(tmp_path / "s")
+    loaded = load_state(tmp_path / "s", DEVICE)
+    assert list(loaded.pos) == list(state.pos) == [30, 25]
+    later = TokenInputs(*(t if t is None or t.dim() == 1 else torch.stack([t[0, 30:36], t[1, 25:31]]) for t in inputs))
+    o, ours = run(NARROW[0], w_init, later, "triton", state=loaded)  # both rows fill a chunk
+    assert torch.equal(o, torch.stack([whole[0, 30:], whole[1, 25:31]])) and same(ours, end)
+
+
+def test_a_model_follows_memories_that_a_replayed_graph_has_moved():
+    torch.manual_seed(0)
+    model = HopeForCausalLM(HopeConfig(50, 32, 2, titans=NARROW[0], cms=CMSConfig(32, chunks=(16, 32), lr=0.1))).to(DEVICE).eval()
+    ids = torch.randint(0, 50, (2, 40), device=DEVICE)
+    with torch.no_grad():
+        _, state = model(ids[:, :10], learn="next_token", backend="chunked")
+        _, want = model(ids[:, 10:20], state.clone(), lengths=[10, 3], backend="chunked")
+        for mixer, moved in zip(state.mixers, want.mixers):  # as a replay leaves them: all tensors, nothing on the host
+            stood = list(mixer.pos)
+            mixer.assign(moved).pos[:] = stood
+        state.synchronize()
+        assert [list(s.pos) for s in state.states()] == [list(s.pos) for s in want.states()]
+        assert list(state.pos) == [20, 13] and list(state.seen) == list(want.seen)
+        assert torch.equal(*(model(ids[:, 20:], s, learn="next_token", backend="chunked")[0] for s in (state, want)))
+    state.mixers[1].count += 1
+    with pytest.raises(ValueError, match=r"different positions, \[40, 33\], \[41, 34\]"):
+        state.synchronize()
 
 
 def real(lengths, tokens):
@@ -227,8 +262,7 @@ def test_one_cuda_graph_replayed_for_every_token(config):
                     mine.copy_(theirs)
             graph.replay()
             outputs.append(o.clone())
-    state.pos[:] = [70, 70]
-    assert torch.equal(torch.cat(outputs, 1), whole) and same(state, end)
+    assert torch.equal(torch.cat(outputs, 1), whole) and same(state.synchronize(), end)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Training through the memory's Triton kernels, interpreted: gradients against fp64 autograd of the chunked backend, by the yardstick."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from hope_kernels.ops.titans.memory import clock_terms
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=f"triton: {available_backends()['triton']}")
 
-from hope_kernels.ops.titans import triton_backward, triton_spans  # noqa: E402
+from hope_kernels.ops.titans import triton, triton_backward, triton_spans  # noqa: E402
 from hope_kernels.ops.titans.triton import titans_triton  # noqa: E402
 from hope_kernels.ops.titans.triton_backward_clock import clock_adjoint_kernel, clock_kernel  # noqa: E402
 from hope_kernels.ops.titans.triton_spans import CARRIED  # noqa: E402
@@ -190,6 +191,105 @@ def test_one_state_is_kept_a_span(monkeypatch):
 
     assert kept(20) == kept(31) == (1, 3 * 32 + 1)  # one state; q, k, v, eta
     assert kept(33)[0] == 2 and kept(65)[0] == 3
+
+
+def trained(config, tokens, lengths, dtype=torch.float32):
+    """A call with gradients and its backward: w_init, inputs and the state that it began with."""
+    w, i = (leaves(t, dtype) for t in problem(config, len(lengths), tokens))
+    state = init_titans_state(config, w, len(lengths), DEVICE, dtype)
+    o, new = titans_triton_training(config, w, i, state, lengths)
+    (o.float().sum() + new.delta2.sum()).backward()
+    return w, i, state
+
+
+def test_half_precision_is_replayed_by_the_forwards_kernel(monkeypatch):
+    """In the forward's own build, so with its bits: all launches of the scan have one signature, and the states are the forward's."""
+    config, builds, states = CONFIGS["default"], set(), []
+    arguments, replay = triton.arguments, triton_backward.titans_triton
+
+    def noting(*given):
+        found = arguments(*given)
+        builds.add(tuple(t.dtype if isinstance(t, torch.Tensor) else t for t in found))
+        return found
+
+    monkeypatch.setattr(triton, "arguments", noting)
+    monkeypatch.setattr(triton_backward, "titans_triton", lambda *a, **k: states.append((found := replay(*a, **k))[1]) or found)
+    C = config.chunk_memory
+    w, i, start = trained(config, 3 * C, [3 * C], torch.float16)
+    assert len(builds) == 1 and len(states) == 2
+    for n, state in enumerate(states):
+        with torch.no_grad():
+            want = titans_triton(config, w, part(i, 0, (n + 1) * C), start, [(n + 1) * C])[1]
+        assert all(torch.equal(a, b) for a, b in zip(state.deviation, want.deviation) if a is not None) and want.delta2.any()
+
+
+@pytest.mark.parametrize("lengths, copies", [([35, 35], 0), ([35, 13], 1)])
+def test_positions_are_made_on_the_device(lengths, copies, monkeypatch):
+    """Ragged lengths are copied to it once a call, and nothing else: a backward, or a call of equal lengths, fits a CUDA graph."""
+    monkeypatch.setattr(triton_spans, "CHUNKS_A_SPAN", 1)
+    fresh, made, grads = torch.tensor, [], []
+    for moves in (False, True):
+        w, i = (leaves(t, torch.float32) for t in problem(CONFIGS["default"], 2, 35))
+        state = init_titans_state(CONFIGS["default"], w, 2, DEVICE)
+        made.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", lambda *a, **k: made.append(a) or fresh(*a, **k))
+            o, _ = titans_triton_training(CONFIGS["default"], w, i, state, lengths)
+            if moves:  # the caller's state is the caller's to advance before the backward
+                state.count += 5
+                state.pos[:] = [5, 5]
+            o.square().sum().backward()
+        assert len(made) == copies
+        grads.append([t.grad for t in (*w, *i) if t is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.gpu
+def test_a_captured_training_step_has_the_same_gradients():
+    config = CONFIGS["two clocks, silu"]
+    w, i = (leaves(t, torch.float32) for t in problem(config, 2, 70))
+    state = init_titans_state(config, w, 2, DEVICE)
+    alive = [t for t in (*w, *i) if t is not None]
+
+    def step():
+        o, new = titans_triton_training(config, w, i, state, [70, 70])
+        return torch.autograd.grad(o.square().sum() + new.delta2.sum(), alive)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        want = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, want))
+
+
+def test_a_span_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """Also when called directly, where no autograd engine has chosen the device."""
+    guarded, launched = [], []
+
+    @contextmanager
+    def device_of(t):
+        guarded.append(t.device)
+        yield
+        guarded.pop()
+
+    class Noted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            launched.append(list(guarded))
+            return self.kernel[grid]
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in [n for n in vars(triton_backward) if n.endswith("_kernel")]:
+        monkeypatch.setattr(triton_backward, name, Noted(getattr(triton_backward, name)))
+    w, _, _ = trained(CONFIGS["default"], 20, [20])
+    assert len(launched) > 10 and all(devices == [w.w2.device] for devices in launched)
 
 
 def test_statistics_are_refused():

@@ -15,7 +15,7 @@ every token's step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -231,16 +231,10 @@ class SelfModifyingTitans(nn.Module):
         return state
 
 
-class _SquareLayout(Layout):
+def _layout(config: TitansConfig, names: tuple[str, ...], dim: int) -> Layout:
     """dim 1: eta and alpha have as many outputs as inputs, so like all other memories they skip by the identity."""
-
-    @property
-    def full(self) -> tuple[str, ...]:
-        return self.names
-
-    @property
-    def scalars(self) -> tuple[str, ...]:
-        return ()
+    layout = Layout.of(config, names)
+    return layout if dim > 1 else replace(layout, full=names, scalars=())
 
 
 class _Group:
@@ -337,9 +331,9 @@ class _Call:
         self.layer, self.config, self.out_dtype = layer, layer.config.engine(), x.dtype if q is None else q.dtype
         dtype = master_dtype(state.memory.w1.dtype)
         self.x, self.q = x.to(dtype), None if q is None else q.to(dtype)
-        names, cls = self.config.memories, Layout if layer.config.dim > 1 else _SquareLayout
-        self.layouts = cls.of(self.config, names[:1]), cls.of(self.config, names[1:])
-        spans = [(cls.of(self.config, names), other)] if other == memory else [(self.layouts[0], memory), (self.layouts[1], other)]
+        names = self.config.memories
+        whole, *self.layouts = (_layout(self.config, part, layer.config.dim) for part in (names, names[:1], names[1:]))
+        spans = [(whole, other)] if other == memory else [(self.layouts[0], memory), (self.layouts[1], other)]
         self.groups = [_Group(self.config, layout, state, chunk, dtype) for layout, chunk in spans]
 
     def _weights(self) -> tuple[FastWeights, FastWeights]:

@@ -149,7 +149,7 @@ class SelfModifyingTitans(nn.Module):
         compute = resolve("titans", c, x.dtype, x.device, backend)
         causal_conv, output_gate = resolve_conv_and_gate(c, backend)
         n = real = None
-        if min(lengths, default=T) < T:
+        if any([n < T for n in lengths]):
             n = torch.tensor(lengths, dtype=torch.int32, device=x.device)
             real = (torch.arange(T, device=x.device) < n.unsqueeze(1)).unsqueeze(-1)
             x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward

@@ -83,8 +83,9 @@ def titans_advance_(
     length.
 
     lengths: [B] int64 on the inputs' device, in 0..T. Reads state.count where the rows stand and advances it with every other tensor of
-    ``state``; ``state.pos`` is not touched: move it when you leave the loop. So a captured CUDA graph of this call, at T = 1 say, may be
-    replayed for every token, chunk boundaries included.
+    ``state``. So a captured CUDA graph of this call, at T = 1 say, may be replayed for every token, chunk boundaries included.
+    ``state.pos``, on the host, stays behind. Every other call goes by it: call ``state.synchronize()``, one read of the device, when you
+    leave the loop (and after replaying a captured graph of a whole layer).
     Raises ValueError for shapes, dtypes, a state of another configuration, and a backend that cannot serve.
     """
     name = "titans_advance_"

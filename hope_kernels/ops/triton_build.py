@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +17,11 @@ def aligned(t: torch.Tensor) -> torch.Tensor:
     otherwise: a reduction would change its order, and with it its last bits."""
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def filled(found: Iterable[torch.Tensor | None], stand_in: torch.Tensor) -> list[torch.Tensor]:
+    """``found`` with ``stand_in`` for what a layer does not have: a pointer needs a tensor of its type, which the kernel never looks at."""
+    return [stand_in if t is None else t for t in found]
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ class _Rows:
         self.phase = [p % longest for p in pos]
         self.lengths, self.longest, self.device = lengths, longest, device
         active = [(p, n) for p, n in zip(self.phase, lengths) if n]
-        self.first = min((p for p, _ in active), default=0)
-        self.last = max((p + n for p, n in active), default=0)
+        self.first = min([p for p, _ in active]) if active else 0
+        self.last = max([p + n for p, n in active]) if active else 0
         self.aligned = len({p for p, _ in active}) <= 1 and all(lengths)
 
     def ends(self) -> list[int]:

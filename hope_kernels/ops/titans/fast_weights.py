@@ -13,7 +13,6 @@ M_memory comes first, so the layer's two clocks own two contiguous row ranges.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -38,9 +37,12 @@ class FastWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each memory of ``names`` lives in stacked FastWeights. D: head width; N: hidden width."""
+    """Where each memory of ``names`` lives in stacked FastWeights. D: head width; N: hidden width. full, scalars: names with D outputs and
+    with one."""
 
     names: tuple[str, ...]
+    full: tuple[str, ...]
+    scalars: tuple[str, ...]
     D: int
     N: int
     mlp: bool
@@ -49,21 +51,15 @@ class Layout:
     @classmethod
     def of(cls, config: TitansConfig, names: tuple[str, ...] | None = None) -> Layout:
         mlp = config.memory == "mlp"
-        return cls(config.memories if names is None else names, config.head_dim, config.hidden, mlp, mlp and config.scalar_skip)
+        names = config.memories if names is None else names
+        full, scalars = (tuple(n for n in names if (n in SCALARS) == one) for one in (False, True))
+        return cls(names, full, scalars, config.head_dim, config.hidden, mlp, mlp and config.scalar_skip)
 
-    @cached_property
-    def full(self) -> tuple[str, ...]:
-        return tuple(n for n in self.names if n not in SCALARS)
-
-    @cached_property
-    def scalars(self) -> tuple[str, ...]:
-        return tuple(n for n in self.names if n in SCALARS)
-
-    @cached_property
+    @property
     def hidden_rows(self) -> int:
         return len(self.names) * self.N if self.mlp else 0
 
-    @cached_property
+    @property
     def rows(self) -> int:
         if not self.mlp:
             return len(self.full) * self.D + len(self.scalars)
@@ -119,7 +115,7 @@ class TitansState(State):
     pending_k, pending_v [B, C, H, D]              the open chunk's tokens, input dtype; slots past pos % C are zero
     pending_eta, pending_alpha, pending_beta [B, C, H]   fp32 (fp64); None where the layer has none
     conv_tail [B, W-1, d]                          the last inputs of the causal convolution, or None
-    count [B] int64                                ``pos``, where kernels can see it
+    count [B] int64                                ``pos``, where kernels can see and advance it (``synchronize``)
     """
 
     delta2: Tensor
@@ -144,7 +140,7 @@ class TitansState(State):
 
     def advanced(self, lengths: list[int], **changes) -> TitansState:
         """The state with ``changes`` after row b has read ``lengths[b]`` more tokens."""
-        pos = Counters(p + n for p, n in zip(self.pos, lengths))
+        pos = Counters([p + n for p, n in zip(self.pos, lengths)])
         if "count" not in changes:
             changes["count"] = self.count + on_device(lengths, self.count.device)
         return replace(self, pos=pos, **changes)

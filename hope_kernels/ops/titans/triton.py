@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ...config import TitansConfig
-from ..triton_build import DTYPES, aligned
+from ..triton_build import DTYPES, aligned, filled
 from .fast_weights import FastWeights, TitansState, on_device
 from .triton_scan import scan_kernel
 from .triton_spans import CARRIED
@@ -61,25 +61,30 @@ def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> 
 
 def titans_triton(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int],
-    *, update: bool = True, constant_memory: bool = False, stats=None,
+    *, update: bool = True, constant_memory: bool = False, stats=None, reads: Tensor | None = None,
 ) -> tuple[Tensor, TitansState]:
-    """As ``chunked.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises ValueError for ``stats``."""
+    """As ``chunked.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises ValueError for ``stats``.
+
+    reads [B] int64: ``lengths`` on the device, where they are there already.
+    """
     if stats is not None:
         raise ValueError("titans: backend 'triton' collects no statistics; the chunked backend does")
     new = state
+    reads = on_device(lengths, state.count.device) if reads is None else reads
     if update:
         small = clocks(config)[0].C
         commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
         parts = {n: getattr(state, n) for n in CARRIED if commits or n.startswith("pending")}
-        new = state.advanced(lengths, **{n: None if t is None else t.detach().clone() for n, t in parts.items()})
-    o = _scan(config, w_init, inputs, new, state.count, on_device(lengths, state.count.device), update)
+        parts = {n: None if t is None else t.detach().clone() for n, t in parts.items()}
+        new = state.advanced(lengths, count=state.count + reads, **parts)
+    o = _scan(config, w_init, inputs, new, state.count, reads, update)
     return o, new
 
 
 def titans_advance_(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True
 ) -> Tensor:
-    """As ``titans_triton``, in place and without a look from the host: o. ``state.pos`` is the caller's to move."""
+    """As ``titans_triton``, in place and without a look from the host: o. ``state.synchronize()`` brings ``state.pos`` after it."""
     lengths = lengths.clamp(0, (inputs.x if inputs.q is None else inputs.q).shape[1])
     o = _scan(config, w_init, inputs, state, state.count, lengths, update)
     if update:
@@ -145,17 +150,16 @@ def _launch(
     if not B * T:
         return o
     plan = _plan(H, D, delta1.shape[-1], first.dtype, update, s2 is not None, q is None, settings)
-    # an argument the layer does not have is never looked at: one of its type stands in; an adaptive q passes through o
-    q = o if q is None else q
-    x, q, *given = (aligned(q if t is None else t) for t in (x, q, k, v, eta, alpha, beta, base2, base1, base1s))
-    biases = (aligned(q if t is None else t) for t in (eta_bias, alpha_bias))
+    q = aligned(o if q is None else q)  # an adaptive q passes through o
+    x, *given, eta_bias, alpha_bias = map(aligned, filled((x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias), q))
     states = [delta2, delta1, delta1s, s2, s1, s1s, pending_k, pending_v, pending_eta, pending_alpha, pending_beta]
-    mine = [aligned(delta1 if t is None else t) for t in states]
+    mine = [*map(aligned, filled(states, delta1))]
     scratch = plan.scratch_of(B * H, q.device)
     sync = torch.zeros(counters(B * H), dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
         scan_kernel[(_programs(q.device),)](
-            x, q, o, *given, *mine, *biases, aligned(pos), aligned(lengths), sync, *scratch, B, T, *plan.scales, **plan.arguments
+            x, q, o, *given, *mine, eta_bias, alpha_bias, aligned(pos), aligned(lengths), sync, *scratch, B, T, *plan.scales,
+            **plan.arguments,
         )
     for state, own in zip(states, mine):
         if state is not None and own is not state:

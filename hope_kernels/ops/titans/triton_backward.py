@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...config import TitansConfig
 from ...state import Counters
-from ..triton_build import aligned
+from ..triton_build import aligned, filled
 from .chunked import TokenInputs
 from .fast_weights import FastWeights, Layout, TitansState
 from .triton import titans_triton
@@ -47,12 +47,13 @@ def span_adjoint(
     adjoint: dict[str, Tensor | None], needed: tuple[bool, ...],
 ) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
     """As ``triton_training.recompute_span``; ``needed`` changes nothing."""
-    return _Span(call, w_init, inputs, state, span, do, adjoint).run()
+    with torch.cuda.device_of(state.delta2):
+        return _Span(call, w_init, inputs, state, span, do, adjoint).run()
 
 
 class _Span:
     def __init__(self, call, w_init, inputs, state, span, do, adjoint):
-        self.call, self.config, self.state, self.span, self.w_init = call, call.config, state, span, w_init
+        self.call, self.config, self.state, self.span, self.w_init = call, call.config, state, span, w_init  # w_init as the forward had it
         self.inputs, self.adjoint = inputs, adjoint
         first = inputs.x if inputs.x is not None else inputs.k
         self.B, self.H, self.D = first.shape[0], *first.shape[2:]
@@ -67,10 +68,10 @@ class _Span:
         rows = [(slice(b, b + 1), lo, hi) for b, (lo, hi) in enumerate(zip(self.lo, self.hi)) if hi > lo]
         alike = len({r[1:] for r in rows}) == 1 and len(rows) == self.B
         self.rows = [(slice(None), *rows[0][1:])] if alike else rows
-        place = {"device": self.device, "dtype": torch.int64}
-        self.place = (torch.tensor(self.lo, **place), torch.tensor(self.hi, **place))
+        lo = torch.where(span.reads > 0, span.at % self.big, 0)
+        self.place = (lo, lo + span.reads)
         base = w_init if self.config.retain_to == "init" else FastWeights(None, None, None)
-        self.base = [None if t is None else aligned(t.detach()) for t in base]
+        self.base = [None if t is None else aligned(t.detach().float()) for t in base]
         self._lay_out(do)
 
     # -- slots --------------------------------------------------------------------------------------------------------------
@@ -143,32 +144,30 @@ class _Span:
     def _replay(self, steps: range) -> list[list[Tensor | None]]:
         """The deviations at the start of every chunk; on the way, the tokens that the memories made."""
         state, starts = self.state, []
-        for step in steps:
+        parts = self.span.parts(range(steps.start * self.small, steps.stop * self.small, self.small), self.big)
+        for step, part in zip(steps, parts):
             starts.append([None if (t := getattr(state, n)) is None else aligned(t.detach()) for n in _DELTAS])
             if self.produces:
                 self._reread(starts[-1], step * self.small)
             if self.call.update and step + 1 < steps.stop:
-                part = self.span.part(self.lo, step * self.small, self.small)
                 _, state = titans_triton(
-                    self.config, self.w_init, part.take_inputs(self.inputs), replace(state, pos=Counters(part.pos), count=None),
-                    part.counts)
+                    self.config, self.w_init, part.take_inputs(self.inputs), replace(state, pos=Counters(part.pos), count=part.at),
+                    part.counts, reads=part.reads)
         return starts
 
     def _weights(self, deltas: list[Tensor | None]) -> list[Tensor]:
-        """base2, base1, base1s, delta2, delta1, delta1s; an absent one is never looked at."""
-        deltas = _all(deltas)
-        return [*(d if b is None else b for b, d in zip(self.base, deltas)), *deltas]
+        """base2, base1, base1s, delta2, delta1, delta1s."""
+        return filled([*self.base, *deltas], deltas[1])
 
     def _adjoints(self) -> list[Tensor]:
-        adj = _all(self.adj)
-        return [*adj, *(a if g is None else g for g, a in zip(self.grad, adj))]
+        return filled([*self.adj, *self.grad], self.adj[1])
 
     def _scratch(self, *shape) -> Tensor:
         return torch.empty(self.G, *shape, device=self.device)
 
     def _reread(self, deltas: list[Tensor | None], slot: int) -> None:
         c, i, s = constants(self.config, self.dtype.itemsize)["reread"], self.inputs, self.slots
-        biases = [s["eta"] if t is None else aligned(t.detach()) for t in (i.eta_bias, i.alpha_bias)]
+        biases = [aligned(t.detach()) for t in filled((i.eta_bias, i.alpha_bias), self.read)]
         reread_kernel[(self.G, len(self.config.memories) - 1, triton.cdiv(self.small, c["CT"]))](
             self.read[1], *self._weights(deltas), s["k"], s["v"], s["eta"], s["alpha"], self.sizes, *biases, *self.place, slot, self.S,
             self.config.eta_scale, **c)
@@ -254,7 +253,3 @@ class _Span:
                 found[b, :lo] = back[short][b, :lo]
             before[name] = found
         return [*bases, *given, *biases], before
-
-
-def _all(found: list[Tensor | None]) -> list[Tensor]:
-    return [found[1] if t is None else t for t in found]

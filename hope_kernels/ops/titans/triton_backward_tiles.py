@@ -119,7 +119,7 @@ def _rows() -> Iterator[tuple[TitansConfig, str]]:
     yield TitansConfig.preset("titans", d_model=128, num_heads=2, momentum=None, chunk_memory=64), "titans"
 
 
-_INPUTS = ("x_p", "read_p", "k_p", "v_p")  # in the input dtype
+_INPUTS = ("x_p", "read_p", "k_p", "v_p", "eta_bias_p", "alpha_bias_p")  # in the input dtype
 _WHOLE = ("slot", "S", "end", "half")
 _PRODUCTS = ("reread", "read_adjoint", "errors", "sums", "hidden", "inputs", "outputs", "values")
 

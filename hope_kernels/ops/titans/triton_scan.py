@@ -132,7 +132,7 @@ def _commit(
             else:
                 _wait(counters + KIND + HIDDEN, chunks * TILES)
                 update_task(
-                    base2_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, steps_p, e_p, es_p, a_p, d_p, keys_p, vectors_p,
+                    delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, steps_p, e_p, es_p, a_p, d_p, keys_p, vectors_p,
                     g, m, tile, first, H, D, N, MF, MS, R, C, BIG, OWN_CT, OWN_NT, SKIP, DGD, MOMENTUM,
                 )
                 _done(counters + KIND + UPDATES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...config import TitansConfig
@@ -19,11 +20,16 @@ TOKENS = TokenInputs._fields[:-2]  # [B, T, ...]; the last two are biases [H]
 
 @dataclass
 class Span:
-    """Row b reads its tokens starts[b] .. starts[b] + counts[b]; pos: where the rows stand before."""
+    """Row b reads its tokens starts[b] .. starts[b] + counts[b]; pos: where the rows stand before.
+
+    at, reads [B] int64: pos and counts on the device, made there.
+    """
 
     pos: list[int]
     starts: list[int]
     counts: list[int]
+    at: Tensor
+    reads: Tensor
 
     @property
     def even(self) -> bool:
@@ -49,20 +55,30 @@ class Span:
         for b, (at, n) in enumerate(zip(self.starts, self.counts)):
             into[b, at : at + n] = t[b, :n]
 
-    def part(self, phase: list[int], first: int, size: int) -> Span:
-        """Of these tokens those in slots first .. first + size, when row b's first one lies in slot phase[b]; starts count from ours."""
-        starts = [min(max(first - p, 0), n) for p, n in zip(phase, self.counts)]
-        ends = [min(max(first + size - p, 0), n) for p, n in zip(phase, self.counts)]
-        return Span([p + s for p, s in zip(self.pos, starts)], starts, [e - s for s, e in zip(starts, ends)])
+    def parts(self, slots: range, big: int) -> list[Span]:
+        """Of these tokens those in each slots.step slots from every one of ``slots`` on; starts count from ours.
+
+        Slots count from the start of each row's open chunk of ``big`` tokens.
+        """
+        if not slots:
+            return []
+        edges = torch.arange(slots.start, slots[-1] + 2 * slots.step, slots.step, device=self.at.device).unsqueeze(1)
+        edges = (edges - self.at % big).clamp_(min=0).minimum(self.reads)
+        found = []
+        for first, at, reads in zip(slots, self.at + edges[:-1], edges[1:] - edges[:-1]):
+            starts, ends = ([min(max(edge - p % big, 0), n) for p, n in zip(self.pos, self.counts)] for edge in (first, first + slots.step))
+            found.append(Span([p + s for p, s in zip(self.pos, starts)], starts, [e - s for s, e in zip(starts, ends)], at, reads))
+        return found
 
 
 @dataclass
 class Call:
-    """What a call is, beside its tensors. state: counters only."""
+    """What a call is, beside its tensors. state: counters only, of its own; reads [B] int64: lengths on the device."""
 
     config: TitansConfig
     state: TitansState
     lengths: list[int]
+    reads: Tensor
     update: bool
     constant_memory: bool
 
@@ -70,10 +86,9 @@ class Call:
         """On the slots that count from the start of each row's open chunk of the slower clock."""
         small, big = sorted((self.config.chunk_memory, self.config.chunk_other))
         size = big * max(1, CHUNKS_A_SPAN * small // big)
-        phase = [p % big for p in self.state.pos]
-        whole = Span(list(self.state.pos), [0] * len(phase), self.lengths)
-        last = max((p + n for p, n in zip(phase, self.lengths) if n), default=0)
-        return [whole.part(phase, first, size) for first in range(0, last, size)]
+        whole = Span(list(self.state.pos), [0] * len(self.lengths), self.lengths, self.state.count, self.reads)
+        last = max((p % big + n for p, n in zip(whole.pos, self.lengths) if n), default=0)
+        return whole.parts(range(0, last, size), big)
 
     def at(self, span: Span, carried: Any) -> TitansState:
-        return replace(self.state, pos=Counters(span.pos), count=None, **dict(zip(CARRIED, carried)))
+        return replace(self.state, pos=Counters(span.pos), count=span.at, **dict(zip(CARRIED, carried)))

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ...config import TitansConfig
+from ...state import Counters
 from . import triton_backward
 from .chunked import TokenInputs, titans_chunk
-from .fast_weights import FastWeights, TitansState, master_dtype
+from .fast_weights import FastWeights, TitansState, master_dtype, on_device
 from .triton import titans_triton
 from .triton_spans import CARRIED, TOKENS, Call, Span
 
@@ -47,12 +48,13 @@ def titans_triton_training(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         with torch.no_grad():
             return titans_triton(config, w_init, inputs, state, lengths, update=update)
-    bare = replace(state, conv_tail=None, **dict.fromkeys(CARRIED))
-    call = Call(config, bare, list(lengths), update, constant_memory)
+    # the caller may advance its state in place before the backward
+    bare = replace(state, pos=Counters(state.pos), count=state.count.clone(), conv_tail=None, **dict.fromkeys(CARRIED))
+    call = Call(config, bare, list(lengths), on_device(lengths, state.count.device), update, constant_memory)
     o, *new = _Training.apply(call, *tensors)
     if not update:
         return o, state
-    return o, state.advanced(lengths, **dict(zip(CARRIED, new)))
+    return o, state.advanced(lengths, count=state.count + call.reads, **dict(zip(CARRIED, new)))
 
 
 class _Training(torch.autograd.Function):
@@ -61,14 +63,14 @@ class _Training(torch.autograd.Function):
         w_init, inputs, carried = FastWeights(*tensors[:3]), TokenInputs(*tensors[3:12]), tensors[12:]
         first = inputs.x if inputs.x is not None else inputs.k
         o = torch.zeros_like(first)
-        kept = []
-        for span in call.spans():
+        kept, spans = [], call.spans()
+        for span in spans:
             kept.append(carried)
             part, state = titans_triton(
-                call.config, w_init, span.take_inputs(inputs), call.at(span, carried), span.counts, update=call.update)
+                call.config, w_init, span.take_inputs(inputs), call.at(span, carried), span.counts, update=call.update, reads=span.reads)
             span.put(o, part)
             carried = tuple(getattr(state, n) for n in CARRIED)
-        ctx.call = call
+        ctx.call, ctx.spans = call, spans
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *(t for state in kept[1:] for t in state))
         new = carried if call.update else [None] * len(CARRIED)
@@ -80,13 +82,13 @@ class _Training(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do: Tensor | None, *dnew: Tensor | None):
         call, saved = ctx.call, ctx.saved_tensors
-        master = master_dtype(saved[3].dtype if saved[3] is not None else saved[4].dtype)
-        w_init, inputs = FastWeights(*saved[:3]).map(lambda t: t.to(master)), TokenInputs(*saved[3:12])
+        w_init, inputs = FastWeights(*saved[:3]), TokenInputs(*saved[3:12])
+        master = master_dtype(inputs.q.dtype if inputs.x is None else inputs.x.dtype)
         size, needed = len(CARRIED), ctx.needs_input_grad[1:]
         adjoint = dict(zip(CARRIED, dnew))
         names, given = FastWeights._fields + TokenInputs._fields, (*w_init, *inputs)
         totals: list[Tensor | None] = [None] * len(given)
-        for index, span in reversed(list(enumerate(call.spans()))):
+        for index, span in reversed(list(enumerate(ctx.spans))):
             state = call.at(span, saved[12 + index * size : 12 + (index + 1) * size])
             error = None if do is None else span.take(do)
             back = triton_backward.span_adjoint if triton_backward.serves(call.config) else recompute_span
@@ -108,8 +110,10 @@ def recompute_span(
     """Gradients of one span by autograd through the chunked backend.
 
     do [B, n, H, D] and ``adjoint`` (of the state after the span): None where zero. needed: of w_init's and the inputs' tensors.
-    Returns the gradients of w_init's and the inputs' tensors, and the adjoint of the state before the span.
+    Returns the gradients of w_init's (fp32, or fp64) and the inputs' tensors, and the adjoint of the state before the span.
     """
+    w_init = w_init.map(lambda t: t.to(state.delta2.dtype))
+
     def leaf(t: Tensor | None, wanted: bool) -> Tensor | None:
         return None if t is None else t.detach().requires_grad_(wanted)
 
@@ -120,7 +124,7 @@ def recompute_span(
             call.config, FastWeights(*given[:3]), TokenInputs(*given[3:]), replace(state, **dict(zip(CARRIED, carried))), span.counts,
             update=call.update, constant_memory=call.constant_memory)
         if do is not None and not span.even:
-            read = torch.arange(o.shape[1], device=o.device) < torch.tensor(span.counts, device=o.device).unsqueeze(1)
+            read = torch.arange(o.shape[1], device=o.device) < span.reads.unsqueeze(1)
             o = torch.where(read[..., None, None], o, 0.0)  # what lies behind a row's tokens has no meaning, and no gradient
         ends = [(o, do), *((getattr(new, n), adjoint[n]) for n in CARRIED)]
         ends = [(t, g) for t, g in ends if g is not None and t is not None and t.requires_grad]

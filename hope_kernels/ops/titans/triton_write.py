@@ -127,8 +127,7 @@ def hidden_task(
 
 @triton.jit
 def update_task(
-    base2_p, delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, steps_p, e_p, es_p, a_p, d_p, keys_p,
-    vectors_p, g, m, tile, first,
+    delta2_p, delta1_p, delta1s_p, s2_p, s1_p, s1s_p, k_p, steps_p, e_p, es_p, a_p, d_p, keys_p, vectors_p, g, m, tile, first,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, SKIP: tl.constexpr, DGD: tl.constexpr,
     MOMENTUM: tl.constexpr,
