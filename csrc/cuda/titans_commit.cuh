@@ -33,22 +33,23 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     return {warp, lane, shared.call().role(shared.plan, warp), {{p, shared.plan, shared.call(), warp, lane}}};
   }
 
+  HOPE_DEVICE int chunk() const { return load_shared(&shared.call().chunk); }
   HOPE_DEVICE bool has(int flag) const { return p.flags & flag; }
 
   HOPE_DEVICE void run(float (&state)[16][8]) const {
-    const int panels = p.C / kPanel;
+    const int panels = chunk() / kPanel;
 #pragma unroll 1
     for (int panel = 0; panel < panels; ++panel) {
       float slope[W::kScalarGroups][8];
       const bool last = panel == panels - 1;
       evaluate(slope, panel);
-      if (last) key_products<D, T>(shared, p.C);
+      if (last) key_products<D, T>(shared, chunk());
       sync_block();
       errors(panel);
-      if (last) decays<D, T>(shared, p.C, has(kRetention), has(kDgd));
+      if (last) decays<D, T>(shared, chunk(), has(kRetention), has(kDgd));
       sync_block();
       gradients(slope, panel);
-      if (last) transformed_keys<D, T>(shared, p.C, has(kDgd));  // v and all partial outputs have been read, the next are behind a barrier
+      if (last) transformed_keys<D, T>(shared, chunk(), has(kDgd));  // v and all partial outputs have been read, the next are behind a barrier
       sync_block();
     }
     const Role role = me().role;
@@ -85,7 +86,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   HOPE_DEVICE Word4& fragment(const Own& own, int offset, int g, int panel) const {
     const int full = 3 * shared.plan.full_warps - load_shared(&shared.call().rank) * kWarps;  // warps in front of the scalar memories
     const int before = own.warp < full ? own.warp : 2 * own.warp - (full < 0 ? 0 : full);
-    return own.at(offset)[32 * ((before * W::kGroups + g) * (p.C / kPanel) + panel)];
+    return own.at(offset)[32 * ((before * W::kGroups + g) * (chunk() / kPanel) + panel)];
   }
   HOPE_DEVICE Word4& a_block(const Own& own, int g, int panel) const { return fragment(own, shared.plan.a, g, panel); }
   HOPE_DEVICE Word4& d_block(const Own& own, int g, int panel) const { return fragment(own, shared.plan.d, g, panel); }
@@ -93,7 +94,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   HOPE_DEVICE void store_norms(int kind, int panel, float (&sums)[2], int warp, int lane) const {
     const float n0 = row_sum4(sums[0]), n1 = row_sum4(sums[1]);
     if ((lane & 3) == 0) {
-      float* to = shared.norms(warp, kind, p.C) + panel * kPanel + (lane >> 2);
+      float* to = shared.norms(warp, kind, chunk()) + panel * kPanel + (lane >> 2);
       store_shared(to, n0);
       store_shared(to + 8, n1);
     }
@@ -153,7 +154,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
       }
       sync_block();
     }
-    if (role.full()) {
+    if (me().role.full()) {
       if (has(kOwnValues)) {
         uint32_t h[W::kGroups][4];
 #pragma unroll
@@ -172,7 +173,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     const auto [warp, lane, role, weights] = now;
     const int slot = panel * kPanel;
     if (role.full()) {
-      T* e = shared.e(role.first() / role.warps(), slot, p.C);
+      T* e = shared.e(role.first() / role.warps(), slot, chunk());
 #pragma unroll 1
       for (int r = role.within, n = 0; r < 8; r += role.warps(), ++n) {
         Float4 target[D / 64];
@@ -200,7 +201,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
           store_shared(reinterpret_cast<uint32_t*>(e + (r + 8) * W::kRow + position), pack2<T>(error.z, error.w));
         }
         e2[0] = warp_sum(e2[0]), e2[1] = warp_sum(e2[1]);
-        if (lane < 2) store_shared(shared.e2(role.first(), p.C) + slot + r + 8 * lane, lane == 0 ? e2[0] : e2[1]);
+        if (lane < 2) store_shared(shared.e2(role.first(), chunk()) + slot + r + 8 * lane, lane == 0 ? e2[0] : e2[1]);
       }
     } else if (role.within == 0 && lane < kPanel) {
       float y = 0.f, target = 0.f;
@@ -210,8 +211,8 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
       }
       if (has(kTargetNorm)) target = target > 1.f ? 1.f : target < -1.f ? -1.f : target;
       const float error = has(kDot) ? -target : p.grad_scale * (y - target);
-      store_shared(shared.es(role.first(), p.C) + slot + lane, error);
-      store_shared(shared.e2(role.first(), p.C) + slot + lane, error * error);
+      store_shared(shared.es(role.first(), chunk()) + slot + lane, error);
+      store_shared(shared.e2(role.first(), chunk()) + slot + lane, error * error);
     }
   }
 
@@ -221,7 +222,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     const int slot = panel * kPanel;
     float norm[2] = {};
     if (role.full()) {
-      const T* e = shared.e(role.first() / role.warps(), slot, p.C);
+      const T* e = shared.e(role.first() / role.warps(), slot, chunk());
       float d[W::kGroups][8] = {};
 #pragma unroll
       for (int i = 0; i < W::kSteps; ++i) {
@@ -237,8 +238,8 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) finish_gradient(d[g], slope[g], norm, weights.own, g, panel);
     } else {
-      const float e0 = load_shared(shared.es(role.first(), p.C) + slot + (lane >> 2));
-      const float e1 = load_shared(shared.es(role.first(), p.C) + slot + (lane >> 2) + 8);
+      const float e0 = load_shared(shared.es(role.first(), chunk()) + slot + (lane >> 2));
+      const float e1 = load_shared(shared.es(role.first(), chunk()) + slot + (lane >> 2) + 8);
 #pragma unroll
       for (int g = 0; g < W::kScalarGroups; ++g) {
         const Float4 w = scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane);
@@ -259,7 +260,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   // eta~_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2, for all tokens, in the warp's own copy.
   HOPE_DEVICE void step_sizes() const {
     const auto [warp, lane, role, weights] = me();
-    const int C = p.C;
+    const int C = chunk();
     float* steps = shared.steps(warp, C);
     if (!has(kClip)) {
       for (int t = lane; t < C; t += 32) store_shared(steps + t, load_shared(shared.eta() + t));
@@ -306,11 +307,11 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   // delta2 of the warp's units: blocks g * kSteps + s.
   template <int GROUPS> HOPE_DEVICE void update_inputs(float (&state)[16][8]) const {
     const auto [warp, lane, role, weights] = me();
-    const float keep = load_shared(shared.tail() + p.C);
-    const float* steps = shared.steps(warp, p.C);
+    const float keep = load_shared(shared.tail() + chunk());
+    const float* steps = shared.steps(warp, chunk());
     float largest = 0.f;
     if constexpr (!kWideExponent<T>) {
-      for (int t = lane; t < p.C; t += 32) {
+      for (int t = lane; t < chunk(); t += 32) {
         const float gain = load_shared(steps + t), carry = load_shared(shared.carry() + t);
         largest = gain > largest ? gain : largest;
         largest = carry > largest ? carry : largest;
@@ -319,6 +320,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     const Range range = range_of(largest);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
+      sync_warp();  // as in hidden_group
       Word4 old[W::kSteps];
 #pragma unroll
       for (int s = 0; s < W::kSteps; ++s) {
@@ -327,7 +329,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
         for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= keep * range.up;
       }
 #pragma unroll 1
-      for (int panel = 0; panel < p.C / kPanel; ++panel) {
+      for (int panel = 0; panel < chunk() / kPanel; ++panel) {
         const int slot = panel * kPanel, row = slot + (lane >> 2);
         float u[8] = {};
         if (has(kDgd)) {
@@ -371,11 +373,11 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   // delta1 of the warp's units: blocks 8 + i * kGroups + g.
   HOPE_DEVICE void update_outputs(float (&state)[16][8]) const {
     const auto [warp, lane, role, weights] = me();
-    const float keep = load_shared(shared.tail() + p.C);
-    const float* steps = shared.steps(warp, p.C);
+    const float keep = load_shared(shared.tail() + chunk());
+    const float* steps = shared.steps(warp, chunk());
     float largest = 0.f;
     if constexpr (!kWideExponent<T>) {
-      for (int t = lane; t < p.C; t += 32) {
+      for (int t = lane; t < chunk(); t += 32) {
         const float step = load_shared(steps + t) * load_shared(shared.tail() + t);
         largest = step > largest ? step : largest;
       }
@@ -386,7 +388,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
 #pragma unroll
       for (int i = 0; i < 8; ++i) state[b][i] *= keep * range.up;
 #pragma unroll 1
-    for (int panel = 0; panel < p.C / kPanel; ++panel) {
+    for (int panel = 0; panel < chunk() / kPanel; ++panel) {
       const int slot = panel * kPanel, row = slot + (lane >> 2);
       const float by[2] = {-range.up * (load_shared(steps + row) * load_shared(shared.tail() + row)),
                            -range.up * (load_shared(steps + row + 8) * load_shared(shared.tail() + row + 8))};
@@ -401,7 +403,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
           h[g][i] = transpose8x8(pack2<T>(by[i & 1] * pair.x, by[i & 1] * pair.y));
         }
       }
-      const T* e = shared.e(role.first() / role.warps(), slot, p.C);
+      const T* e = shared.e(role.first() / role.warps(), slot, chunk());
 #pragma unroll
       for (int i = 0; i < W::kSteps; ++i) {
         uint32_t rows[4];
@@ -424,19 +426,19 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   // delta1 of a scalar memory's units, in shared memory.
   HOPE_DEVICE void update_scalar_outputs() const {
     const auto [warp, lane, role, weights] = me();
-    const float keep = load_shared(shared.tail() + p.C);
-    const float* steps = shared.steps(warp, p.C);
+    const float keep = load_shared(shared.tail() + chunk());
+    const float* steps = shared.steps(warp, chunk());
 #pragma unroll 1
     for (int g = 0; g < W::kScalarGroups; ++g) {
       Float4 sum{0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
-      for (int panel = 0; panel < p.C / kPanel; ++panel) {
+      for (int panel = 0; panel < chunk() / kPanel; ++panel) {
         const int row = panel * kPanel + (lane >> 2);
         float by[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           by[half] = load_shared(steps + row + 8 * half) * load_shared(shared.tail() + row + 8 * half) *
-                     load_shared(shared.es(role.first(), p.C) + row + 8 * half);
+                     load_shared(shared.es(role.first(), chunk()) + row + 8 * half);
         const Word4 a = a_block(weights.own, g, panel);
         const Float2 a0 = unpack2<T>(a.x), a1 = unpack2<T>(a.y), a2 = unpack2<T>(a.z), a3 = unpack2<T>(a.w);
         sum = {fma_(a1.x, by[1], fma_(a0.x, by[0], sum.x)), fma_(a1.y, by[1], fma_(a0.y, by[0], sum.y)),

@@ -67,7 +67,7 @@ template <int D, class T, int MODE> struct Exchange {
     } else {
       sync_block();
       if (plan.blocks == 1) return;
-      if (thread_index() == 0) {
+      if (thread_index_again() == 0) {
         unsigned int* arrivals = p.arrivals + 1 + load_shared(&shared.call().group);
         fetch_add_release(arrivals, 1);
         while (load_acquire(arrivals) < plan.blocks * (round + 1)) pause();
@@ -76,7 +76,7 @@ template <int D, class T, int MODE> struct Exchange {
       const uint32_t* letter = mail(round);
       const int rank = load_shared(&shared.call().rank);
       // full memories fill blocks of their own, or two a block, so a word is this block's or another's as a whole
-      for (int i = thread_index(); i < kMail; i += kThreads) {
+      for (int i = thread_index_again(); i < kMail; i += kThreads) {
         const bool scalar = i >= kPanel * D;
         const int kind = scalar ? (i - kPanel * D) / kPanel : i / (kPanel * D / 2);
         const int first_warp = scalar ? 3 * plan.full_warps + kind * plan.scalar_warps : (1 + kind) * plan.full_warps;

@@ -13,6 +13,7 @@ namespace hope {
 // sigma of one group's 16 units: z[0..3] units 0..7, z[4..7] units 8..15 (as mma's c); slope likewise.
 template <int D, class T, int ACT, bool SLOPE, class Weights>
 HOPE_DEVICE void hidden_group(float (&z)[8], float (&slope)[8], const T* tile, const Weights& weights, int g, int lane) {
+  sync_warp();  // keeps loads of one group behind the other's arithmetic: registers are short
 #pragma unroll
   for (int i = 0; i < 8; ++i) z[i] = 0.f;
 #pragma unroll

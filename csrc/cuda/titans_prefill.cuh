@@ -142,6 +142,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     if (n == 0 || (commit_only && opened + n < p.C)) return;  // the same for all blocks of the group
     if (thread_index() == 0) {
       store_shared(&call.group, group), store_shared(&call.rank, rank), store_shared(&call.n, n), store_shared(&call.opened, opened);
+      store_shared(&call.chunk, p.C);
       store_shared(&call.first_token, (b * p.T * p.H + h) * static_cast<int64_t>(D));
     }
     if (lane == 0) store_shared(call.roles + warp, Role::of(plan, rank, warp).packed()), store_shared(call.tokens + warp, commit_only ? n : 0);

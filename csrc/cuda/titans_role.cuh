@@ -31,6 +31,7 @@ struct Call {
   int group, rank;        // which (row, head), which of its blocks
   int n;                  // tokens to read
   int opened;             // slot of the first of them
+  int chunk;              // C
   int64_t first_token;    // where it lies in x, q and o: numbers
   int roles[kWarps];
   int tokens[kWarps];     // each warp's count of tokens that are behind it
