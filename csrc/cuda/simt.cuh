@@ -151,7 +151,6 @@ HOPE_DEVICE float tanh_fast(float x) {  // relative error 2^-11
 }
 HOPE_DEVICE float exp_(float x) { return __expf(x); }
 HOPE_DEVICE float log1p_(float x) { return log1pf(x); }
-HOPE_DEVICE float erf_(float x) { return erff(x); }
 HOPE_DEVICE float sqrt_(float x) {
   float r;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));

@@ -171,7 +171,6 @@ inline float tanh_fast(float x) {
 }
 inline float exp_(float x) { return std::exp(x); }
 inline float log1p_(float x) { return std::log1p(x); }
-inline float erf_(float x) { return std::erf(x); }
 inline float sqrt_(float x) { return std::sqrt(x); }
 inline float divide(float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.f : a / b; }  // 0, as on the device
 inline float fma_(float a, float b, float c) { return std::fma(a, b, c); }
