@@ -61,10 +61,11 @@ template <int D, class T> HOPE_DEVICE void decays(const Shared<D, T>& shared, in
   }
 }
 
-// Kg, rounded to T, in the place of v. Needs the place of the partial outputs.
+// Kg, rounded to T, in the place of v. Uses the warp's place for partial outputs.
 template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& shared, int C, bool dgd) {
   const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
-  float* solved = shared.template at<float>(shared.plan.parts) + 8 * C * warp;  // [C][8], this warp's
+  float* solved = reinterpret_cast<float*>(shared.part(warp, 0));  // [C][8], this warp's
+  sync_warp();
   const int column = lane & 7, rows = 4 * (lane >> 3);
 #pragma unroll 1
   for (int p0 = 8 * warp; p0 < D; p0 += 8 * kWarps) {

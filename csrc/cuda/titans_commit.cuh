@@ -20,7 +20,6 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   using W = Width<D>;
   const TitansParams& p;
   const Shared<D, T>& shared;
-  int full_here;
 
   // Who a thread is, found anew in every stage: registers are for the state.
   struct Me {
@@ -40,7 +39,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     const int panels = chunk() / kPanel;
 #pragma unroll 1
     for (int panel = 0; panel < panels; ++panel) {
-      float slope[W::kScalarGroups][8];
+      float slope[W::kGroups][8];
       const bool last = panel == panels - 1;
       evaluate(slope, panel);
       if (last) key_products<D, T>(shared, chunk());
@@ -105,15 +104,26 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     return reinterpret_cast<Float4&>(me.weights.own.at(shared.plan.at_k)[32 * ((me.warp * (8 / me.role.warps()) + n) * (D / 64) + i)]);
   }
   HOPE_DEVICE Float4 gathered(const Me& me, int buffer, int r, int i) const {
-    return gather(shared.part(me.role.first(), buffer, full_here), me.role.warps(), Shared<D, T>::kPart, r, (me.lane >> 2) + 8 * i, me.lane);
+    return gather(shared.part(me.role.first(), buffer), me.role.warps(), Shared<D, T>::kPart, r, (me.lane >> 2) + 8 * i, me.lane);
+  }
+
+  // sigma' of a scalar memory's group, from stage 1 to 3.
+  HOPE_DEVICE void keep_slope(const float (&slope)[8], int g, int warp, int lane) const {
+    Float4* to = shared.part(warp, 0) + 64 * g + lane;
+    store_shared(to, Float4{slope[0], slope[1], slope[2], slope[3]});
+    store_shared(to + 32, Float4{slope[4], slope[5], slope[6], slope[7]});
+  }
+  HOPE_DEVICE void kept_slope(float (&slope)[8], int g, int warp, int lane) const {
+    const Float4 a = load_shared(shared.part(warp, 0) + 64 * g + lane), b = load_shared(shared.part(warp, 0) + 64 * g + lane + 32);
+    slope[0] = a.x, slope[1] = a.y, slope[2] = a.z, slope[3] = a.w, slope[4] = b.x, slope[5] = b.y, slope[6] = b.z, slope[7] = b.w;
   }
 
   // Stage 1.
-  HOPE_DEVICE void evaluate(float (&slope)[W::kScalarGroups][8], int panel) const {
+  HOPE_DEVICE void evaluate(float (&slope)[W::kGroups][8], int panel) const {
     const auto [warp, lane, role, weights] = me();
     const T* k = shared.k(panel * kPanel);
     const T* v = shared.v(panel * kPanel);
-    float norm[2] = {}, z[8], unused[8];
+    float norm[2] = {}, z[8], other[8];
     if (role.full()) {
       uint32_t h[W::kGroups][4];
 #pragma unroll
@@ -123,19 +133,20 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
         as_operand<T>(h[g], z);
         a_block(weights.own, g, panel) = {h[g][0], h[g][1], h[g][2], h[g][3]};
       }
-      if (!has(kDot)) output_part<D, T>(shared.part(warp, 0, full_here), h, weights, lane);
+      if (!has(kDot)) output_part<D, T>(shared.part(warp, 0), h, weights, lane);
     } else {
-      float y[2] = {};  // M(v) first: there are no slopes to hold yet
+      float y[2] = {};  // M(v)
 #pragma unroll 1
       for (int g = 0; g < W::kScalarGroups; ++g) {
-        hidden_group<D, T, ACT, false>(z, unused, v, weights, g, lane);
+        hidden_group<D, T, ACT, false>(z, other, v, weights, g, lane);
         add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
       }
       store_sums(shared.sums(warp, 1), y, lane);
       y[0] = y[1] = 0.f;
-#pragma unroll
+#pragma unroll 1
       for (int g = 0; g < W::kScalarGroups; ++g) {
-        hidden_group<D, T, ACT, true>(z, slope[g], k, weights, g, lane);
+        hidden_group<D, T, ACT, true>(z, other, k, weights, g, lane);
+        keep_slope(other, g, warp, lane);
         add_squares(norm, z);
         add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
         uint32_t h[4];
@@ -159,10 +170,10 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
         uint32_t h[W::kGroups][4];
 #pragma unroll
         for (int g = 0; g < W::kGroups; ++g) {
-          hidden_group<D, T, ACT, false>(z, unused, v, weights, g, lane);
+          hidden_group<D, T, ACT, false>(z, other, v, weights, g, lane);
           as_operand<T>(h[g], z);
         }
-        output_part<D, T>(shared.part(warp, 1, full_here), h, weights, lane);
+        output_part<D, T>(shared.part(warp, 1), h, weights, lane);
       }
     }
   }
@@ -217,7 +228,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   }
 
   // Stage 3.
-  HOPE_DEVICE void gradients(const float (&slope)[W::kScalarGroups][8], int panel) const {
+  HOPE_DEVICE void gradients(const float (&slope)[W::kGroups][8], int panel) const {
     const auto [warp, lane, role, weights] = me();
     const int slot = panel * kPanel;
     float norm[2] = {};
@@ -240,11 +251,13 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     } else {
       const float e0 = load_shared(shared.es(role.first(), chunk()) + slot + (lane >> 2));
       const float e1 = load_shared(shared.es(role.first(), chunk()) + slot + (lane >> 2) + 8);
-#pragma unroll
+#pragma unroll 1
       for (int g = 0; g < W::kScalarGroups; ++g) {
         const Float4 w = scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane);
         float d[8] = {w.x * e0, w.y * e0, w.x * e1, w.y * e1, w.z * e0, w.w * e0, w.z * e1, w.w * e1};
-        finish_gradient(d, slope[g], norm, weights.own, g, panel);
+        float kept[8];
+        kept_slope(kept, g, warp, lane);
+        finish_gradient(d, kept, norm, weights.own, g, panel);
       }
     }
     store_norms(1, panel, norm, warp, lane);

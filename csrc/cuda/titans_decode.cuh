@@ -62,10 +62,10 @@ template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p
   load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
   wait_copies();
   sync_block();
-  read_shares<D, T, ACT>(shared, role, tile, HeldWeights{blocks, W::kGroups, W::kSteps}, plan.full_warps, warp, lane);
+  read_shares<D, T, ACT>(shared, role, tile, HeldWeights{blocks, W::kGroups, W::kSteps}, warp, lane);
   sync_block();
   DecodeSink<D, T> sink{p, static_cast<T*>(p.o) + (b * p.H + h) * D, (b * p.C + slot) * p.H + h};
-  read_results<D, T>(p, shared, role, tile, plan.full_warps, h, row, row + 1, lane, sink);
+  read_results<D, T>(p, shared, role, tile, h, row, row + 1, lane, sink);
 }
 
 template <int D, class T, int ACT> HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan plan) { decode<D, T, ACT>(p, plan); }

@@ -48,7 +48,7 @@ struct Plan {
   int steps;                // [8][C] fp32       a warp's own copy of eta~
   int sums;                 // [8][2][16] fp32   a scalar warp's partial outputs
   int delta1s, base1s;      // [8][kScalarUnits] fp32
-  int parts;                // [1 or 2][full warps here][16 x D] fp32
+  int parts;                // [8 + 0 or full warps][16 x D] fp32: M(k) of every warp, then M(v); a scalar memory's warps keep sigma' there
   // A lane's own data, in the order of its fragments, 512 bytes a warp's 16 x 16 block. In shared memory, or (negative: -1 - offset) in the
   // block's part of the scratch, where L2 holds it:
   int weights;              // [8][16] blocks    base + deviation, rounded to T
@@ -83,11 +83,11 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   p.dots = take(4 * slots * (slots + 1)), p.e2 = take(32 * slots), p.es = take(32 * slots);
   p.norms = take(64 * slots), p.steps = take(32 * slots), p.sums = take(4 * kWarps * 2 * kPanel);
   p.delta1s = take(4 * kWarps * 4096 / D), p.base1s = take(4 * kWarps * 4096 / D);
-  const int buffer = full_here * kPanel * D * 4, private_blocks = panel_blocks(D, p.full_warps) * (slots / kPanel);
+  const int part = kPanel * D * 4, private_blocks = panel_blocks(D, p.full_warps) * (slots / kPanel);
   const int weights = kWarps * 16 * 512;
   // two buffers save barriers; weights in shared memory save more
-  p.one_buffer = at + 2 * buffer + weights + 2 * 512 * private_blocks > device.shared_bytes;
-  p.parts = take(p.one_buffer ? buffer : 2 * buffer);
+  p.one_buffer = at + (kWarps + full_here) * part + weights + 2 * 512 * private_blocks > device.shared_bytes;
+  p.parts = take((p.one_buffer ? kWarps : kWarps + full_here) * part);
   int scratch = 2 * 4 * (kPanel * D + 2 * kPanel);  // the mail
   auto place = [&](int bytes) {
     if (at + bytes <= device.shared_bytes) return take(bytes);

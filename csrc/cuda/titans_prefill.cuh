@@ -94,7 +94,7 @@ struct Panel {
 
 // Behind the barrier after read_shares: results to where they belong, and the warp moves on.
 template <int D, class T, int MODE>
-HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared, const Exchange<D, T, MODE>& exchange, int full_here) {
+HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared, const Exchange<D, T, MODE>& exchange) {
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
   const bool update = p.flags & kUpdate;
   Call& call = shared.call();
@@ -106,7 +106,7 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared,
   T* o = static_cast<T*>(p.o) + load_shared(&call.first_token) + (now.token - now.first) * stride;
   PrefillSink<D, T, MODE> sink{exchange, o, stride, now.round, slot, update};
   if (update || role.memory == kMemory)
-    read_results<D, T>(p, shared, role, tile, full_here, load_shared(&call.group) % p.H, now.first, now.stop, lane, sink);
+    read_results<D, T>(p, shared, role, tile, load_shared(&call.group) % p.H, now.first, now.stop, lane, sink);
   wait_copies();
   if (update)
     exchange.finish(now.round, slot, now.first, now.stop);
@@ -151,7 +151,6 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
   sync_block();
   const Exchange<D, T, MODE> exchange{shared, p, plan};
   if (update && !commit_only) exchange.begin();
-  const int full_here = plan.full_warps == 2 ? 6 : kWarps;
 
   // Tokens from `token` on, up to the end of the panel, to the buffer of their round.
   const auto fetch = [&](int token) {
@@ -204,14 +203,14 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
       {
         const Role role = call.role(plan, warp);
         const T* tile = shared.input(role.memory == kMemory, now.round & 1);
-        if (update || role.memory == kMemory) read_shares<D, T, ACT>(shared, role, tile, weights, full_here, warp, lane);
+        if (update || role.memory == kMemory) read_shares<D, T, ACT>(shared, role, tile, weights, warp, lane);
       }
       sync_block();
       if (update && fresh) exchange.acquire();
-      finish_panel<D, T>(p, shared, exchange, full_here);
+      finish_panel<D, T>(p, shared, exchange);
     }
     if (update && (commit_only || Panel::of(call, thread_index_again() >> 5, p.C).slot == 0)) {
-      Commit<D, T, ACT, ON_CHIP>{p, shared, full_here}.run(state);
+      Commit<D, T, ACT, ON_CHIP>{p, shared}.run(state);
       if (load_shared(call.tokens + (thread_index_again() >> 5)) < load_shared(&call.n)) exchange.release();
     }
     if (load_shared(call.tokens + (thread_index_again() >> 5)) >= load_shared(&call.n)) break;

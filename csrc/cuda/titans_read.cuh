@@ -19,8 +19,7 @@ template <int D, class T> HOPE_DEVICE void fetch_panel(T* tile, const T* from, i
 
 // Stage 1: partial outputs to shared memory.
 template <int D, class T, int ACT, class Weights>
-HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const T* tile, const Weights& weights, int full_here, int warp,
-                             int lane) {
+HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const T* tile, const Weights& weights, int warp, int lane) {
   float z[8], unused[8];
   if (role.full()) {
     uint32_t h[Width<D>::kGroups][4];
@@ -29,7 +28,7 @@ HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const
       hidden_group<D, T, ACT, false>(z, unused, tile, weights, g, lane);
       as_operand<T>(h[g], z);
     }
-    output_part<D, T>(shared.part(warp, 0, full_here), h, weights, lane);
+    output_part<D, T>(shared.part(warp, 0), h, weights, lane);
   } else {
     float y[2] = {};
 #pragma unroll Weights::kUnroll
@@ -70,10 +69,10 @@ template <class T> HOPE_DEVICE float bias_of(const void* p, int h, bool fp32) {
 
 // Stage 2: sink.pair(memory, r, position, two numbers of T) and sink.scalar(memory, r, number) for the rows first <= r < stop that are read.
 template <int D, class T, class Sink>
-HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T>& shared, const Role& role, const T* tile, int full_here, int h,
+HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T>& shared, const Role& role, const T* tile, int h,
                               int first, int stop, int lane, Sink& sink) {
   if (role.full()) {
-    const Float4* parts = shared.part(role.first(), 0, full_here);
+    const Float4* parts = shared.part(role.first(), 0);
 #pragma unroll 1
     for (int r = role.within; r < 8; r += role.warps()) {
       Float4 y[D / 64];

@@ -31,8 +31,8 @@ template <int D, class T> struct Shared {
   HOPE_DEVICE float* base1s(int warp) const { return at<float>(plan.base1s) + warp * Width<D>::kScalarUnits; }
   // Partial outputs of a warp: 4 D Float4; buffer 1 is 0 where there is one only.
   static constexpr int kPart = 4 * D;
-  HOPE_DEVICE Float4* part(int warp, int buffer, int full_here) const {
-    return at<Float4>(plan.parts) + (warp + (plan.one_buffer ? 0 : buffer) * full_here) * kPart;
+  HOPE_DEVICE Float4* part(int warp, int buffer) const {
+    return at<Float4>(plan.parts) + (warp + (plan.one_buffer ? 0 : buffer) * kWarps) * kPart;
   }
 };
 
