@@ -28,6 +28,10 @@ CONFIGS = [
 ]
 
 
+TOO_MUCH_FOR_99_KB = {(64, 1, 64), (64, 2, 64), (128, 1, 32), (128, 1, 64)}  # (head width, hidden_mult, chunk)
+SERVED = [(config, gpu) for config in CONFIGS for gpu in GPUS if (config is not CONFIGS[3]) or gpu != 86]  # 99 KB are too few for that one
+
+
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     """The library behind backend="cuda"."""
@@ -84,7 +88,12 @@ def test_meets_the_yardstick(width, mult, dtype, capability):
 def test_longer_chunks(width, mult, chunk, capability):
     emulate(capability)
     config = TitansConfig(width, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk)
-    meets_yardstick(config, *problem(config, 2, 2 * chunk - 1, 0.5), torch.bfloat16, [2 * chunk - 1, chunk])
+    w_init, inputs = problem(config, 2, 2 * chunk - 1, 0.5)
+    if capability == 86 and (width, mult, chunk) in TOO_MUCH_FOR_99_KB:
+        with pytest.raises(ValueError, match="needs more shared memory a block than the device has"):
+            run(config, cast(w_init, torch.bfloat16), cast(inputs, torch.bfloat16), "cuda")
+    else:
+        meets_yardstick(config, w_init, inputs, torch.bfloat16, [2 * chunk - 1, chunk])
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9, 1.0])
@@ -130,8 +139,7 @@ def test_biases_in_fp32_keep_their_digits():
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 2, 3))])
-@pytest.mark.parametrize("capability", GPUS)
-@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+@pytest.mark.parametrize("config, capability", SERVED, ids=[f"{CONFIGS.index(c)}-{gpu}" for c, gpu in SERVED])
 def test_bit_identical_however_the_call_is_cut(config, capability, seed, tmp_path):
     emulate(capability, seed)
     C, T = config.chunk_memory, 2 * config.chunk_memory + 5
@@ -163,8 +171,7 @@ def test_outputs_depend_on_no_later_token(capability):
         assert torch.equal(run(WIDE, w_init, part(inputs, 0, tokens), "cuda")[0], whole[:, :tokens]), tokens
 
 
-@pytest.mark.parametrize("capability", GPUS)
-@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+@pytest.mark.parametrize("config, capability", SERVED, ids=[f"{CONFIGS.index(c)}-{gpu}" for c, gpu in SERVED])
 def test_token_by_token(config, capability):
     emulate(capability)
     T = config.chunk_memory + 3
@@ -182,7 +189,7 @@ def test_token_by_token(config, capability):
 def test_order_of_threads_and_kind_of_gpu_are_not_in_the_bits(config):
     w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 2, config.chunk_memory + 7))
     found = []
-    for capability, seed in product(GPUS, (0, 7)):
+    for capability, seed in product([gpu for c, gpu in SERVED if c is config], (0, 7)):
         emulate(capability, seed)
         found.append(run(config, w_init, inputs, "cuda", [config.chunk_memory + 7, 5]))
     for o, state in found[1:]:
@@ -288,7 +295,8 @@ def test_what_is_served_is_what_the_library_says():
             emulate(capability)
             theirs = torch.ops.hope_kernels_cuda.unserved(D, mult * D, C, 0)
             ours = titans.unserved(config, torch.bfloat16, torch.device(DEVICE))
-            assert (ours is None) == (theirs == "") == ((D, mult) in titans.SHAPES and C in titans.CHUNKS), (D, mult, C, theirs)
+            fits = capability != 86 or (D, mult, C) not in TOO_MUCH_FOR_99_KB
+            assert (ours is None) == (theirs == "") == ((D, mult) in titans.SHAPES and C in titans.CHUNKS and fits), (D, mult, C, theirs)
 
 
 @pytest.mark.parametrize("change, reason", [

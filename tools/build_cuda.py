@@ -27,7 +27,7 @@ SOURCES, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "csrc" / "emulator"
 REGISTRATION = SOURCES / "registration.cpp"
 LIBRARY = ROOT / "hope_kernels" / "_hope_cuda.so"
 KEPT = ROOT / "build" / "cuda"
-ARCHITECTURES = (80, 86, 90, 100, 120)  # 86 serves 8.9 too; the newest one also as PTX, for GPUs to come
+ARCHITECTURES = (80, 90, 100, 120)  # code for 8.0 runs on all of 8.x; the newest also as PTX, for GPUs to come
 DEVICE_FLAGS = ("-std=c++20", "-O3", "-fmad=false")  # a fused multiply-add is one where the source says so: all kernels round alike
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of 2.11
 

@@ -44,7 +44,7 @@ template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p
   const Place<D> place = Place<D>::of(p, role);
   const Deviations deviations = Deviations::of(p, group, D, plan.memories);
   const Bases<T> bases = Bases<T>::of(p, h, D, plan.memories);
-  const int slot = static_cast<int>(p.pos[b] % p.C), row = slot % kPanel;
+  const int slot = static_cast<int>(p.pos[b] & (p.C - 1)), row = slot % kPanel;
 
   T* tile = shared.input(false, 0);
   const T* from = static_cast<const T*>(rank == 0 ? p.q : p.x) + (b * p.H + h) * D;

@@ -85,8 +85,11 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   p.delta1s = take(4 * kWarps * 4096 / D), p.base1s = take(4 * kWarps * 4096 / D);
   const int part = kPanel * D * 4, private_blocks = panel_blocks(D, p.full_warps) * (slots / kPanel);
   const int weights = kWarps * 16 * 512;
-  // two buffers save barriers; weights in shared memory save more
-  p.one_buffer = at + (kWarps + full_here) * part + weights + 2 * 512 * private_blocks > device.shared_bytes;
+  // Base weights in shared memory save more than a second buffer, which saves two barriers a panel.
+  const auto fits = [&](int buffers, int kept) {
+    return at + (kWarps + (buffers - 1) * full_here) * part + kept * weights + 2 * 512 * private_blocks <= device.shared_bytes;
+  };
+  p.one_buffer = !fits(2, 2) && (fits(1, 2) || !fits(2, 1));
   p.parts = take((p.one_buffer ? kWarps : kWarps + full_here) * part);
   int scratch = 2 * 4 * (kPanel * D + 2 * kPanel);  // the mail
   auto place = [&](int bytes) {

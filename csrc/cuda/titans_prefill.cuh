@@ -138,7 +138,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     const int lane = lane_index(), warp = warp_index();
     const int64_t b = group / p.H, asked = p.lengths[b];
     const int h = group % p.H;
-    const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked), opened = static_cast<int>(p.pos[b] % p.C);
+    const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked), opened = static_cast<int>(p.pos[b] & (p.C - 1));
     if (n == 0 || (commit_only && opened + n < p.C)) return;  // the same for all blocks of the group
     if (thread_index() == 0) {
       store_shared(&call.group, group), store_shared(&call.rank, rank), store_shared(&call.n, n), store_shared(&call.opened, opened);

@@ -8,6 +8,7 @@ const char* titans_unserved(int D, int N, int C, const Device& device) {
   const bool width = (D == 64 && (N == 64 || N == 128 || N == 256)) || (D == 128 && N == 128);
   if (!width) return "serves heads of width 64 with 64, 128 or 256 hidden units and of width 128 with 128";
   if (C != 16 && C != 32 && C != 64) return "serves chunks of 16, 32 and 64 tokens";
+  if (make_plan(D, N, C, true, true, device).shared_bytes > device.shared_bytes) return "needs more shared memory a block than the device has";
   return nullptr;
 }
 
