@@ -21,6 +21,7 @@ from tools import build_cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPUS = (80, 86, 90)  # blocks exchange through memory, with much shared memory and with little; blocks form clusters
+NARROW = 120  # clusters with little shared memory
 WIDE = TitansConfig(128, 2)  # two heads of 64
 CONFIGS = [
     WIDE, TitansConfig(64, hidden_mult=2, chunk_memory=32, chunk_other=32, activation="silu", retain_to="zero"),
@@ -46,11 +47,11 @@ def kernels():
         yield
 
 
-def emulate(capability: int = 90, seed: int = 0) -> None:
+def emulate(capability: int = 90, seed: int = 0, resident: int = 5) -> None:
     """The GPU that the next calls run on, its threads in an order that follows from ``seed``, unordered accesses being errors; a GPU that
     is there stays what it is. A number of resident blocks that is no multiple of what works together shows who waits for whom."""
     if DEVICE == "cpu":
-        torch.ops.hope_kernels_cuda.emulate(capability, 1024 * SHARED_KIB[capability], 8, seed, 5, True)
+        torch.ops.hope_kernels_cuda.emulate(capability, 1024 * SHARED_KIB[capability], 80 if capability < 90 else capability, seed, resident, True)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def meets_yardstick(config, w_init, inputs, dtype, lengths=None):
         within_yardstick(t, peer[name], exact[name], name)
 
 
-@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("capability", (*GPUS, NARROW))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width, mult", titans.SHAPES)
 def test_meets_the_yardstick(width, mult, dtype, capability):
@@ -182,6 +183,17 @@ def test_token_by_token(config, capability):
         o, state = run(config, w_init, part(inputs, t, t + 1), "cuda", state=state)
         outputs.append(o)
     assert torch.equal(torch.cat(outputs, 1), whole) and same(state, end)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 5])
+def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
+    """Blocks of a head that are behind must still find the tokens that others have committed already."""
+    config = CONFIGS[2]
+    w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 3, 16))
+    _, end = run(config, w_init, inputs, "cuda")
+    _, state = run(config, w_init, part(inputs, 0, 15), "cuda")
+    emulate(80, 1, resident)
+    assert same(run(config, w_init, part(inputs, 15, 16), "cuda", state=state)[1], end)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU that is there is no other one")

@@ -9,10 +9,13 @@ namespace hope {
 enum class Element { kBf16, kFp16 };
 
 struct Device {
-  int capability;        // 80, 86, 90, 100, ..
-  int shared_bytes;      // the most dynamic shared memory a block may have
-  int multiprocessors;
+  int capability;    // 80, 86, 90, 100, ..
+  int shared_bytes;  // the most dynamic shared memory a block may have
+  int image;         // the architecture that the code which runs there was compiled for, as capability (titans_image); 0: there is none
 };
+
+// Of the current device.
+int titans_image();
 
 // What a call needs beyond its tensors.
 struct Workspace {

@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <climits>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -86,20 +88,32 @@ class Arguments {
 };
 
 #ifdef HOPE_EMULATED
-hope::Device emulated_gpu{90, 227 * 1024, 4};
+hope::Device emulated_gpu{90, 227 * 1024, 90};
 
 hope::Device device_of(int) { return emulated_gpu; }
 void* stream_of(int) { return nullptr; }
 #else
-hope::Device device_of(int index) {
+hope::Device look_at(int index) {
   auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
     cudaError_t error = cudaDeviceGetAttribute(&value, which, index);
     if (error != cudaSuccess) fail(cudaGetErrorString(error));
     return value;
   };
+  int before = 0;  // the image is the current device's
+  if (cudaError_t error = cudaGetDevice(&before); error != cudaSuccess) fail(cudaGetErrorString(error));
+  cudaSetDevice(index);
+  const int image = hope::titans_image();
+  cudaSetDevice(before);
   return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrMultiProcessorCount)};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), image};
+}
+hope::Device device_of(int index) {  // looked at once
+  static std::mutex one_at_a_time;
+  static std::map<int, hope::Device> known;
+  std::lock_guard<std::mutex> guard(one_at_a_time);
+  auto found = known.find(index);
+  return (found == known.end() ? known.emplace(index, look_at(index)).first : found)->second;
 }
 void* stream_of(int index) {
   void* stream = nullptr;
@@ -193,8 +207,8 @@ std::string unserved(int64_t D, int64_t N, int64_t C, int64_t device) {
 std::string build() { return HOPE_BUILD; }
 
 #ifdef HOPE_EMULATED
-void emulate(int64_t capability, int64_t shared_bytes, int64_t multiprocessors, int64_t seed, int64_t resident, bool races) {
-  emulated_gpu = {static_cast<int>(capability), static_cast<int>(shared_bytes), static_cast<int>(multiprocessors)};
+void emulate(int64_t capability, int64_t shared_bytes, int64_t image, int64_t seed, int64_t resident, bool races) {
+  emulated_gpu = {static_cast<int>(capability), static_cast<int>(shared_bytes), static_cast<int>(image)};
   hope::emulator::options() = {static_cast<unsigned>(seed), static_cast<int>(resident), races};
 }
 #endif
@@ -209,8 +223,8 @@ STABLE_TORCH_LIBRARY(hope_kernels_cuda, m) {
   m.def("unserved(int D, int N, int C, int device) -> str");
   m.def("build() -> str");
 #ifdef HOPE_EMULATED
-  // What the next calls run on. resident: blocks at a time; seed: the order in which threads run; races: whether unordered accesses fail.
-  m.def("emulate(int capability, int shared_bytes, int multiprocessors, int seed, int resident, bool races) -> ()");
+  // What the next calls run on. image: the architecture of the code; resident: blocks at a time; seed: the order in which threads run; races: whether unordered accesses fail.
+  m.def("emulate(int capability, int shared_bytes, int image, int seed, int resident, bool races) -> ()");
 #endif
 }
 

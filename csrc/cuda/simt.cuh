@@ -26,16 +26,6 @@ struct alignas(16) Word4 { uint32_t x, y, z, w; };
 #else
 #define HOPE_DEVICE __device__ __forceinline__
 #define HOPE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
-#ifdef __CUDA_ARCH__
-#define HOPE_HAS_CLUSTERS (__CUDA_ARCH__ >= 900)
-#define HOPE_ROOMY (__CUDA_ARCH__ < 1200)                            // 163 KB of shared memory a block, or more
-#define HOPE_NARROW (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)   // some devices that run this code have 99 KB
-#else
-#define HOPE_HAS_CLUSTERS false
-#define HOPE_ROOMY false
-#define HOPE_NARROW false
-#endif
-
 namespace hope {
 
 // --- who am I -------------------------------------------------------------------------------------------------------------------------
@@ -108,12 +98,13 @@ HOPE_DEVICE unsigned int load_acquire(const unsigned int* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+HOPE_DEVICE void trap() { asm volatile("trap;"); }  // ends the launch with an error
 HOPE_DEVICE void pause() { __nanosleep(20); }  // in a loop that waits for another block
 // What another block has written since this one began: never from a cache of this multiprocessor.
 HOPE_DEVICE uint32_t load_fresh(const uint32_t* p) { return __ldcg(p); }
 
 // --- clusters (compute capability 9.0 and up) -----------------------------------------------------------------------------------------
-// Only where HOPE_HAS_CLUSTERS: a kernel that may not be there asks with `if constexpr`.
+// Only in code for 9.0 and up: a kernel that may not be there asks with `if constexpr`.
 // v to the place that `p` has in this block's shared memory, in block `rank` of the cluster.
 HOPE_DEVICE void store_remote(uint32_t* p, int rank, uint32_t v) {
   uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(p)), there;

@@ -78,7 +78,8 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
       p.f = other > p.f ? other : p.f;
     }
     p.bits &= 0x7f800000u;
-    return {p.f, divide(1.f, p.f)};
+    union { uint32_t bits; float f; } inverse{0x7f000000u - p.bits};
+    return {p.f, inverse.f};
   }
 
   // The warp's fragments of a and d: [groups][C / 16] blocks behind those of the warps in front, of which scalar memories have twice as many.

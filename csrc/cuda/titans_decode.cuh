@@ -4,7 +4,7 @@
 //             (kCommitOnly); the device alone decides, so both launches are the same for every token and can be replayed from a graph.
 // OWNERSHIP   As in prefill: warps own hidden units, and use the same instructions in the same order on a panel of 16 slots of which one
 //             is live: outputs have the bits of a prefill. Memories do not meet before the commit, so each has a block of its own (eta and
-//             alpha share one): 4 B H blocks of N D / 2048 warps, no cluster, one barrier.
+//             alpha share one): 4 B H blocks of N D / 2048 warps, no cluster, two barriers.
 // BYTES       6 a weight (fp32 deviation, 16-bit base): 24 KB a warp, all of them requested before the first is needed.
 // FLOPS       16 times what one token needs, on tensor cores that would be idle.
 #pragma once
@@ -54,9 +54,7 @@ template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p
     for_blocks<D>(place, role.full(), p.N, [&](int i, int first, int stride, bool w1) {
       float f[8];
       load_block(f, (w1 ? deviations.w1 : deviations.w2) + first, stride, lane);
-      Word4 base{0, 0, 0, 0};
-      if (bases.w2 != nullptr) base = load_block16<T>((w1 ? bases.w1 : bases.w2) + first, stride, lane);
-      blocks[i] = round_block<T>(f, base);
+      blocks[i] = round_block<T>(f, base_block<T>(bases, role, w1, first, stride, lane));
     });
   }
   load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);

@@ -6,7 +6,7 @@
 // kGlobal: the blocks are programs of one grid that exchange through mail in global memory, double-buffered, and a counter of arrivals. They
 //   have taken their places in order of an atomic ticket, so the blocks a block waits for have started or will: no order of scheduling
 //   deadlocks as long as the device holds one (row, head) at a time.
-// With one block to a (row, head) both are a barrier of the block.
+// With one block to a (row, head) both are a barrier of the block. A launch that only commits exchanges nothing.
 #pragma once
 #include "titans_role.cuh"
 #include "titans_shared.cuh"
@@ -37,6 +37,7 @@ template <int D, class T, int MODE> struct Exchange {
   HOPE_DEVICE void put(int round, uint32_t* place, int word, uint32_t value) const {
     if constexpr (MODE == kCluster) {
       if (plan.blocks > 1) {
+#pragma unroll 1
         for (int r = 0; r < plan.blocks; ++r) store_remote(place, r, value);
         return;
       }

@@ -42,7 +42,8 @@ const char* launch(Kernel kernel, std::atomic<uint64_t>& prepared, const TitansP
   }(__VA_ARGS__)
 #else
 template <class Kernel>
-const char* launch(Kernel kernel, const TitansParams& p, const Plan& plan, int64_t blocks, int threads, int cluster, const Device&, void*) {
+const char* launch(Kernel kernel, const TitansParams& p, const Plan& plan, int64_t blocks, int threads, int cluster, const Device& device, void*) {
+  if (plan.shared_bytes > device.shared_bytes) return "more shared memory than the device has";
   emulator::launch(static_cast<int>(blocks), threads, cluster, plan.shared_bytes, [&] { kernel(p, plan); });
   return nullptr;
 }
@@ -68,7 +69,7 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
     if (error != nullptr || !update) return error;
     p.flags |= kCommitOnly;
   }
-  if (device.capability >= 90) return launch_prefill<D, T, ACT, kCluster>(p, prefill_plan, device, stream);
+  if (in_clusters(device.image)) return launch_prefill<D, T, ACT, kCluster>(p, prefill_plan, device, stream);
   return launch_prefill<D, T, ACT, kGlobal>(p, prefill_plan, device, stream);
 }
 

@@ -19,6 +19,10 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kPanel = 16;  // tokens on one side of a tensor-core instruction
 constexpr int kCommitOnly = 1 << 16;  // a flag beside those of params.h: tokens were read and appended before, commit what is full
 
+// Which of prefill's kernels have a body in code for an architecture (10 * major + minor): the others would only take time to compile.
+constexpr bool in_clusters(int arch) { return arch >= 90; }                    // else blocks exchange through global memory
+constexpr bool may_be_off_chip(int arch) { return arch < 90 || arch >= 120; }  // rounded weights may have to lie outside shared memory
+
 template <int D> struct Width {
   static constexpr int kSteps = D / 16;                // 16 x 16 blocks of weights across D
   static constexpr int kUnits = 2048 / D;              // hidden units a warp owns, of a memory with D outputs
@@ -54,7 +58,8 @@ struct Plan {
   int weights;              // [8][16] blocks    base + deviation, rounded to T
   int a, d;                 // [units / 16][C / 16] blocks
   int at_k;                 // [8][8 / full_warps][D / 64]  M(k), while M(v) has the one buffer
-  int base;                 // as weights: what the deviations are from, zeros if from nothing
+  // In shared memory, or (negative) read from the tensors every time:
+  int base;                 // as weights
   // The block's part of the scratch:
   int mail;                 // [2][16 D + 32] words: what blocks without a cluster send one another; rank 0's is the group's
   int64_t scratch_bytes;
@@ -91,7 +96,7 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   };
   p.one_buffer = !fits(2, 2) && (fits(1, 2) || !fits(2, 1));
   p.parts = take((p.one_buffer ? kWarps : kWarps + full_here) * part);
-  int scratch = 2 * 4 * (kPanel * D + 2 * kPanel);  // the mail
+  int scratch = p.blocks > 1 && !in_clusters(device.image) ? 2 * 4 * (kPanel * D + 2 * kPanel) : 0;  // the mail
   auto place = [&](int bytes) {
     if (at + bytes <= device.shared_bytes) return take(bytes);
     int here = scratch;
@@ -99,7 +104,8 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
     return -1 - here;
   };
   p.weights = place(weights), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks), 
-  p.at_k = p.one_buffer ? place(kWarps * 8 / p.full_warps * D / 64 * 512) : 0, p.base = place(weights);
+  p.at_k = p.one_buffer ? place(kWarps * 8 / p.full_warps * D / 64 * 512) : 0;
+  p.base = at + weights <= device.shared_bytes ? take(weights) : -1;
   p.shared_bytes = at;
   p.scratch_bytes = scratch;
   return p;

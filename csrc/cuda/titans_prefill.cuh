@@ -139,7 +139,8 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     const int64_t b = group / p.H, asked = p.lengths[b];
     const int h = group % p.H;
     const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked), opened = static_cast<int>(p.pos[b] & (p.C - 1));
-    if (n == 0 || (commit_only && opened + n < p.C)) return;  // the same for all blocks of the group
+    // the same for all blocks of the group, unless they only read: then M_memory's block does
+    if (n == 0 || (commit_only && opened + n < p.C) || (!update && rank >= (plan.full_warps + kWarps - 1) / kWarps)) return;
     if (thread_index() == 0) {
       store_shared(&call.group, group), store_shared(&call.rank, rank), store_shared(&call.n, n), store_shared(&call.opened, opened);
       store_shared(&call.chunk, p.C);
@@ -176,11 +177,10 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     load_deviations<D>(state, deviations, place, role, p.N, lane);
     load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
     const Own own{p, plan, call, warp, lane};
-    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
-      Word4 base{0, 0, 0, 0};
-      if (bases.w2 != nullptr && !role.idle()) base = load_block16<T>((w1 ? bases.w1 : bases.w2) + at, row, lane);
-      own.at(plan.base)[512 * warp + 32 * i] = base;
-    });
+    if (plan.base >= 0)
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+        own.at(plan.base)[512 * warp + 32 * i] = base_block<T>(bases, role, w1, at, row, lane);
+      });
   }
   wait_copies();
   sync_block();
@@ -194,9 +194,15 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     const Panel now = Panel::of(call, warp, p.C);
     const bool fresh = first_round || (update && now.slot == 0);  // rounded weights, and the exchange, are those of the chunk before
     first_round = false;
-    if (fresh) {
+    if (fresh && plan.base >= 0) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) weights.block(i) = round_block<T>(state[i], own.at(plan.base)[512 * warp + 32 * i]);
+    } else if (fresh) {
+      const Role role = call.role(plan, warp);
+      const Bases<T> bases = Bases<T>::of(p, load_shared(&call.group) % p.H, D, plan.memories);
+      for_blocks<D>(Place<D>::of(p, role), role.full(), p.N, [&](int i, int at, int row, bool w1) {
+        weights.block(i) = round_block<T>(state[i], base_block<T>(bases, role, w1, at, row, lane));
+      });
     }
     if (!commit_only) {
       fetch(now.token + now.stop - now.first);
@@ -220,7 +226,14 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
   const int g = load_shared(&call.group), opened = load_shared(&call.opened), end = opened + load_shared(&call.n);
   if (!update) return;
   const bool committed = end >= p.C;
-  if (load_shared(&call.rank) == 0) {
+  bool keeper = load_shared(&call.rank) == 0;  // of the pending tokens
+  if (commit_only && plan.blocks > 1) {
+    // nothing was exchanged, so other blocks may not have read them yet: the last one clears them
+    if (thread_index_again() == 0) store_shared(&call.arrived, static_cast<int>(fetch_add_release(p.arrivals + 1 + g, 1)));
+    sync_block();
+    keeper = load_shared(&call.arrived) == plan.blocks - 1;
+  }
+  if (keeper) {
     if (!commit_only) move_pending<D, T, false>(p, shared, g / p.H, g % p.H, committed ? 0 : opened, end & (p.C - 1));
     if (committed) clear_pending<D, T>(p, g / p.H, g % p.H, end & (p.C - 1));
   }
@@ -237,12 +250,18 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
   }
 }
 
+#ifdef __CUDA_ARCH__
+constexpr bool kInClusters = in_clusters(__CUDA_ARCH__ / 10), kMayBeOffChip = may_be_off_chip(__CUDA_ARCH__ / 10);
+#endif
+
 // T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory.
 template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
-#ifdef __CUDACC__
-  // of the four kinds, those that this architecture can be asked for
-  if constexpr ((MODE == kCluster) == HOPE_HAS_CLUSTERS && (ON_CHIP ? HOPE_ROOMY : HOPE_NARROW)) prefill<D, T, ACT, MODE, ON_CHIP>(p, plan);
-#else
+#ifdef __CUDA_ARCH__
+  if constexpr ((MODE == kCluster) == kInClusters && (ON_CHIP || kMayBeOffChip))
+    prefill<D, T, ACT, MODE, ON_CHIP>(p, plan);
+  else
+    trap();  // the launch has not asked what is there
+#elif !defined(__CUDACC__)
   prefill<D, T, ACT, MODE, ON_CHIP>(p, plan);
 #endif
 }

@@ -32,6 +32,7 @@ struct Call {
   int n;                  // tokens to read
   int opened;             // slot of the first of them
   int chunk;              // C
+  int arrived;            // blocks of the group that were done before this one (kCommitOnly)
   int64_t first_token;    // where it lies in x, q and o: numbers
   int roles[kWarps];
   int tokens[kWarps];     // each warp's count of tokens that are behind it

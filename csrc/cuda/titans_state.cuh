@@ -45,6 +45,12 @@ template <class T> struct Bases {
   }
 };
 
+// A block of the base weights; zeros if there are none.
+template <class T> HOPE_DEVICE Word4 base_block(const Bases<T>& bases, const Role& role, bool w1, int first, int stride, int lane) {
+  if (bases.w2 == nullptr || role.idle()) return {0, 0, 0, 0};
+  return load_block16<T>((w1 ? bases.w1 : bases.w2) + first, stride, lane);
+}
+
 // The deviations of a warp; zeros for one without a memory.
 template <int D>
 HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place, const Role& role, int N, int lane) {
