@@ -102,6 +102,11 @@ HOPE_DEVICE void trap() { asm volatile("trap;"); }  // ends the launch with an e
 HOPE_DEVICE void pause() { __nanosleep(20); }  // in a loop that waits for another block
 // What another block has written since this one began: never from a cache of this multiprocessor.
 HOPE_DEVICE uint32_t load_fresh(const uint32_t* p) { return __ldcg(p); }
+HOPE_DEVICE float load_fresh(const float* p) { return __ldcg(p); }
+HOPE_DEVICE Float4 load_fresh(const Float4* p) {
+  const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
+  return {v.x, v.y, v.z, v.w};
+}
 
 // --- clusters (compute capability 9.0 and up) -----------------------------------------------------------------------------------------
 // Only in code for 9.0 and up: a kernel that may not be there asks with `if constexpr`.

@@ -16,10 +16,14 @@
 
 namespace hope {
 
-template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
+// With shards: M(k) and M(v) of a block's warps go to the other block before they are added up, behind a barrier of the (row, head) a panel;
+// the norms, behind another one a chunk.
+template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
   using W = Width<D>;
+  static constexpr bool kSharded = Exchange::kSharded;
   const TitansParams& p;
   const Shared<D, T>& shared;
+  const Exchange& exchange;
 
   // Who a thread is, found anew in every stage: registers are for the state.
   struct Me {
@@ -44,12 +48,20 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
       evaluate(slope, panel);
       if (last) key_products<D, T>(shared, chunk());
       sync_block();
+      if constexpr (kSharded) {
+        if (has(kOwnValues)) put_shares(panel, 1);
+        exchange.barrier();
+      }
       errors(panel);
       if (last) decays<D, T>(shared, chunk(), has(kRetention), has(kDgd));
       sync_block();
       gradients(slope, panel);
       if (last) transformed_keys<D, T>(shared, chunk(), has(kDgd));  // v and all partial outputs have been read, the next are behind a barrier
       sync_block();
+    }
+    if constexpr (kSharded) {
+      put_norms();
+      exchange.barrier();
     }
     const Role role = me().role;
     if (role.idle()) return;
@@ -84,7 +96,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
 
   // The warp's fragments of a and d: [groups][C / 16] blocks behind those of the warps in front, of which scalar memories have twice as many.
   HOPE_DEVICE Word4& fragment(const Own& own, int offset, int g, int panel) const {
-    const int full = 3 * shared.plan.full_warps - load_shared(&shared.call().rank) * kWarps;  // warps in front of the scalar memories
+    const int full = 3 * Exchange::kShards * shared.plan.full_warps - load_shared(&shared.call().rank) * kWarps;  // warps in front of the scalar memories
     const int before = own.warp < full ? own.warp : 2 * own.warp - (full < 0 ? 0 : full);
     return own.at(offset)[32 * ((before * W::kGroups + g) * (chunk() / kPanel) + panel)];
   }
@@ -106,6 +118,37 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
   }
   HOPE_DEVICE Float4 gathered(const Me& me, int buffer, int r, int i) const {
     return gather(shared.part(me.role.first(), buffer), me.role.warps(), Shared<D, T>::kPart, r, (me.lane >> 2) + 8 * i, me.lane);
+  }
+
+  // M(k) (kind 0) or M(v) (1), summed over the warps of this block, to both blocks of the memory.
+  HOPE_DEVICE void put_shares(int panel, int kind) const {
+    const Me now = me();
+    if (!now.role.full()) return;
+#pragma unroll 1
+    for (int i = 0; i < D / 64; ++i) exchange.put_share(panel, kind, i, gathered(now, kind, now.role.within, i));
+  }
+  // |a|^2 and |d|^2 likewise.
+  HOPE_DEVICE void put_norms() const {
+    const Role role = me().role;
+    const int C = chunk(), kind = thread_index_again() / C, t = thread_index_again() % C;
+    if (!role.full() || kind > 1) return;
+    float sum = 0.f;
+#pragma unroll 1
+    for (int w = 0; w < kWarps; ++w) sum += load_shared(shared.norms(w, kind, C) + t);
+    *exchange.norm_share(exchange.shard(), kind, t) = sum;
+  }
+  // M(k) and M(v) of a warp's n-th pair of tokens, r and r + 8.
+  HOPE_DEVICE Float4 at_k(const Me& me, int panel, int r, int n, int i) const {
+    if constexpr (kSharded)
+      return exchange.sum_of_shares(panel, 0, i);
+    else
+      return shared.plan.one_buffer ? kept_at_k(me, n, i) : gathered(me, 0, r, i);
+  }
+  HOPE_DEVICE Float4 at_v(const Me& me, int panel, int r, int i) const {
+    if constexpr (kSharded)
+      return exchange.sum_of_shares(panel, 1, i);
+    else
+      return gathered(me, 1, r, i);
   }
 
   // sigma' of a scalar memory's group, from stage 1 to 3.
@@ -159,7 +202,9 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
     store_norms(0, panel, norm, warp, lane);
     if (shared.plan.one_buffer) {  // M(v) will take its place
       sync_block();
-      if (role.full() && !has(kDot)) {
+      if constexpr (kSharded) {
+        if (!has(kDot)) put_shares(panel, 0);
+      } else if (role.full() && !has(kDot)) {
         const Me now = me();
         for (int r = now.role.within, n = 0; r < 8; r += now.role.warps(), ++n)
           for (int i = 0; i < D / 64; ++i) kept_at_k(now, n, i) = gathered(now, 0, r, i);
@@ -194,7 +239,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
           const int j = (lane >> 2) + 8 * i;
           target[i] = two_rows<D, T>(shared.v(slot), r, 8 * j + 2 * (lane & 3));
           if (has(kOwnValues))
-            target[i] = target[i] + gathered(now, 1, r, i);
+            target[i] = target[i] + at_v(now, panel, r, i);
         }
         const Float2 by = has(kTargetNorm) ? inverse_norms(target) : Float2{1.f, 1.f};
         float e2[2] = {};
@@ -203,8 +248,7 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
           const int position = 8 * (lane >> 2) + 64 * i + 2 * (lane & 3);
           Float4 error = scaled(target[i], {-by.x, -by.y});
           if (!has(kDot)) {
-            const Float4 at_k = shared.plan.one_buffer ? kept_at_k(now, n, i) : gathered(now, 0, r, i);
-            const Float4 sum = two_rows<D, T>(shared.k(slot), r, position) + at_k + error;
+            const Float4 sum = two_rows<D, T>(shared.k(slot), r, position) + at_k(now, panel, r, n, i) + error;
             error = scaled(sum, {p.grad_scale, p.grad_scale});
           }
           e2[0] = fma_(error.x, error.x, fma_(error.y, error.y, e2[0]));
@@ -287,8 +331,9 @@ template <int D, class T, int ACT, bool ON_CHIP> struct Commit {
       const int t = lane + 32 * n;
       if (t >= C) break;
       float a2 = 0.f, d2 = 0.f;
+      if (kSharded && role.full()) a2 = exchange.sum_of_norms(0, t), d2 = exchange.sum_of_norms(1, t);
 #pragma unroll 1
-      for (int w = 0; w < role.warps(); ++w) {
+      for (int w = kSharded && role.full() ? kWarps : 0; w < role.warps(); ++w) {
         a2 += load_shared(shared.norms(role.first() + w, 0, C) + t);
         d2 += load_shared(shared.norms(role.first() + w, 1, C) + t);
       }

@@ -4,7 +4,7 @@
 //             (kCommitOnly); the device alone decides, so both launches are the same for every token and can be replayed from a graph.
 // OWNERSHIP   As in prefill: warps own hidden units, and use the same instructions in the same order on a panel of 16 slots of which one
 //             is live: outputs have the bits of a prefill. Memories do not meet before the commit, so each has a block of its own (eta and
-//             alpha share one): 4 B H blocks of N D / 2048 warps, no cluster, two barriers.
+//             alpha share one): 4 B H blocks of N D / 2048 warps, no cluster, two barriers. Memories of two blocks decode through prefill.
 // BYTES       6 a weight (fp32 deviation, 16-bit base): 24 KB a warp, all of them requested before the first is needed.
 // FLOPS       16 times what one token needs, on tensor cores that would be idle.
 #pragma once

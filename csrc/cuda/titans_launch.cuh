@@ -51,26 +51,34 @@ const char* launch(Kernel kernel, const TitansParams& p, const Plan& plan, int64
   [&](auto... arguments) { return launch([](const TitansParams& p_, const Plan& plan_) { kernel(p_, plan_); }, p, plan, arguments...); }(__VA_ARGS__)
 #endif
 
-template <int D, class T, int ACT, int MODE>
+template <int D, class T, int ACT, int MODE, bool SHARDED>
 const char* launch_prefill(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
   const int cluster = MODE == kCluster ? plan.blocks : 1;
-  if (plan.weights >= 0) return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true>), blocks, kThreads, cluster, device, stream);
-  return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false>), blocks, kThreads, cluster, device, stream);
+  if (plan.weights >= 0) return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true, SHARDED>), blocks, kThreads, cluster, device, stream);
+  return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false, SHARDED>), blocks, kThreads, cluster, device, stream);
+}
+
+template <int D, class T, int ACT, bool SHARDED>
+const char* launch_mode(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
+  if (in_clusters(device.image)) return launch_prefill<D, T, ACT, kCluster, SHARDED>(p, plan, device, stream);
+  return launch_prefill<D, T, ACT, kGlobal, SHARDED>(p, plan, device, stream);
 }
 
 template <int D, class T, int ACT> const char* launch_call(TitansParams p, const Device& device, void* stream) {
   const bool retention = p.flags & kRetention, update = p.flags & kUpdate;
   const Plan prefill_plan = make_plan(D, p.N, p.C, retention, update, device);
   p.scratch_bytes = prefill_plan.scratch_bytes;
+  if constexpr (D == 128) {  // a token's outputs need both blocks of a memory, so prefill decodes as well
+    if (prefill_plan.shards > 1) return launch_mode<D, T, ACT, true>(p, prefill_plan, device, stream);
+  }
   if (p.T == 1) {
     const Plan plan = make_decode_plan(D, p.N, retention);
     const char* error = HOPE_LAUNCH((titans_decode<D, T, ACT>), static_cast<int64_t>(p.B) * p.H * 4, 32 * plan.full_warps, 1, device, stream);
     if (error != nullptr || !update) return error;
     p.flags |= kCommitOnly;
   }
-  if (in_clusters(device.image)) return launch_prefill<D, T, ACT, kCluster>(p, prefill_plan, device, stream);
-  return launch_prefill<D, T, ACT, kGlobal>(p, prefill_plan, device, stream);
+  return launch_mode<D, T, ACT, false>(p, prefill_plan, device, stream);
 }
 
 template <int D, class T> const char* launch_activation(const TitansParams& p, const Device& device, void* stream) {

@@ -6,10 +6,11 @@
 // summed over its warps, and the tokens.
 //
 //   D = 64:  N = 64 -> 8 warps, one block     128 -> 16 warps, 2 blocks     256 -> 32 warps, 4 blocks: memory | k | v | eta, alpha
-//   D = 128: N = 128 -> 32 warps, 4 blocks
+//   D = 128: N = 128 -> 32 warps, 4 blocks     256 -> 64 warps, 8 blocks: memory, memory | k, k | v, v | eta | alpha
 //
 // Registers cannot hold more, so a block is 8 warps and a multiprocessor holds one block. Blocks of a (row, head) exchange k, v, eta, alpha
-// of 16 tokens at a time, nothing else.
+// of 16 tokens at a time, nothing else. SHARDED: of a memory with two blocks each has half of the hidden units. These also exchange their
+// shares of its output and of the norms of a and d, and add the lower rank's to the higher one's; what follows from the sums both compute.
 #pragma once
 #include "launch.h"
 
@@ -34,7 +35,8 @@ template <int D> struct Width {
 
 struct Plan {
   int blocks;        // of a (row, head)
-  int full_warps;    // that share a memory with D outputs
+  int shards;        // blocks of a memory with D outputs: 2, or 1 where it fits one
+  int full_warps;    // of a block that share a memory with D outputs
   int scalar_warps;  // that share a scalar one
   int memories;      // M: 5, or 4 without alpha
   int one_buffer;    // partial outputs of M(k) and M(v) take turns in one buffer
@@ -62,6 +64,8 @@ struct Plan {
   int base;                 // as weights
   // The block's part of the scratch:
   int mail;                 // [2][16 D + 32] words: what blocks without a cluster send one another; rank 0's is the group's
+  int shares;               // [2][2][D / 64][8] blocks  shards: M(k), M(v) of even panels, of odd ones, summed over the block's warps
+  int norm_shares;          // [2][C] fp32       shards: |a|^2 and |d|^2, likewise
   int64_t scratch_bytes;
 };
 
@@ -74,9 +78,11 @@ constexpr int panel_blocks(int D, int full_warps) {
 
 inline Plan make_plan(int D, int N, int C, bool retention, bool update, const Device& device) {
   Plan p{};
-  p.full_warps = N * D / 2048;
-  p.scalar_warps = p.full_warps / 2;
-  p.blocks = 4 * p.full_warps / kWarps;
+  const int warps = N * D / 2048;
+  p.shards = warps > kWarps ? warps / kWarps : 1;
+  p.full_warps = warps / p.shards;
+  p.scalar_warps = warps / 2;
+  p.blocks = p.shards > 1 && !update ? p.shards : 4 * warps / kWarps;  // without an update M_memory is all there is to read
   p.memories = retention ? 5 : 4;
   int at = 0;
   auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };
@@ -94,9 +100,13 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   const auto fits = [&](int buffers, int kept) {
     return at + (kWarps + (buffers - 1) * full_here) * part + kept * weights + 2 * 512 * private_blocks <= device.shared_bytes;
   };
-  p.one_buffer = !fits(2, 2) && (fits(1, 2) || !fits(2, 1));
+  p.one_buffer = p.shards > 1 || (!fits(2, 2) && (fits(1, 2) || !fits(2, 1)));
   p.parts = take((p.one_buffer ? kWarps : kWarps + full_here) * part);
   int scratch = p.blocks > 1 && !in_clusters(device.image) ? 2 * 4 * (kPanel * D + 2 * kPanel) : 0;  // the mail
+  if (p.shards > 1) {
+    p.shares = scratch, p.norm_shares = scratch + 2 * 2 * kWarps * D / 64 * 512;
+    scratch = p.norm_shares + 2 * 4 * slots;
+  }
   auto place = [&](int bytes) {
     if (at + bytes <= device.shared_bytes) return take(bytes);
     int here = scratch;
@@ -104,17 +114,17 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
     return -1 - here;
   };
   p.weights = place(weights), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks), 
-  p.at_k = p.one_buffer ? place(kWarps * 8 / p.full_warps * D / 64 * 512) : 0;
+  p.at_k = p.one_buffer && p.shards == 1 ? place(kWarps * 8 / p.full_warps * D / 64 * 512) : 0;
   p.base = at + weights <= device.shared_bytes ? take(weights) : -1;
   p.shared_bytes = at;
   p.scratch_bytes = scratch;
   return p;
 }
 
-// Decode: a block a memory with D outputs, or for eta and alpha together; full_warps warps each.
+// Decode without shards: a block a memory with D outputs, or for eta and alpha together; full_warps warps each.
 inline Plan make_decode_plan(int D, int N, bool retention) {
   Plan p{};
-  p.full_warps = N * D / 2048, p.scalar_warps = p.full_warps / 2;
+  p.shards = 1, p.full_warps = N * D / 2048, p.scalar_warps = p.full_warps / 2;
   p.blocks = 4, p.memories = retention ? 5 : 4, p.one_buffer = 1;
   int at = 0;
   auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };

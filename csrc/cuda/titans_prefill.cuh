@@ -7,6 +7,7 @@
 //             chunk, as 16-byte fragments. With several blocks a (row, head): k, v, eta, alpha of 16 tokens cross between them.
 // SCHEDULE    per panel   read shares | barrier | results to all blocks | barrier (of the cluster)
 //             per chunk   + three barriers a panel (titans_commit.cuh)
+//             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more (titans_exchange.cuh).
 //             The next panel's x and q are fetched while this one is computed.
 // BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan for what overflows).
 // FLOPS       80 D N + 6 C D a token and head, of which a warp issues 160 mma a panel (D = 64). At 4 cycles an mma and 2 warps a scheduler that
@@ -20,8 +21,8 @@
 namespace hope {
 
 // Where a panel's results go: o to memory, the rest to every block's shared memory.
-template <int D, class T, int MODE> struct PrefillSink {
-  const Exchange<D, T, MODE>& exchange;
+template <int D, class T, class Exchange> struct PrefillSink {
+  const Exchange& exchange;
   T* o;  // row 0 of the panel, this head
   int64_t stride;
   int round, slot;
@@ -92,9 +93,18 @@ struct Panel {
   }
 };
 
-// Behind the barrier after read_shares: results to where they belong, and the warp moves on.
-template <int D, class T, int MODE>
-HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared, const Exchange<D, T, MODE>& exchange) {
+// The memory's output, from both blocks.
+template <class Exchange> struct SumOfShares {
+  const Exchange& exchange;
+  int round;
+  template <int D, class T> HOPE_DEVICE Float4 at(const Shared<D, T>&, const Role&, int, int i, int) const {
+    return exchange.sum_of_shares(round, 0, i);
+  }
+};
+
+// Behind the barrier after read_shares: results to where they belong, and the warp moves on. Of shards the first has the results.
+template <int D, class T, class Exchange>
+HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared, const Exchange& exchange) {
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
   const bool update = p.flags & kUpdate;
   Call& call = shared.call();
@@ -104,9 +114,20 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared,
   const T* tile = shared.input(role.memory == kMemory, now.round & 1);
   const int64_t stride = static_cast<int64_t>(p.H) * D;
   T* o = static_cast<T*>(p.o) + load_shared(&call.first_token) + (now.token - now.first) * stride;
-  PrefillSink<D, T, MODE> sink{exchange, o, stride, now.round, slot, update};
-  if (update || role.memory == kMemory)
-    read_results<D, T>(p, shared, role, tile, load_shared(&call.group) % p.H, now.first, now.stop, lane, sink);
+  PrefillSink<D, T, Exchange> sink{exchange, o, stride, now.round, slot, update};
+  const int h = load_shared(&call.group) % p.H;
+  if constexpr (Exchange::kSharded) {
+    if (role.full()) {
+#pragma unroll
+      for (int i = 0; i < D / 64; ++i)
+        exchange.put_share(now.round, 0, i, Gathered{}.template at<D, T>(shared, role, role.within, i, lane));
+    }
+    exchange.barrier();
+    if (!role.full() || exchange.shard() == 0)
+      read_results<D, T>(p, shared, role, tile, h, now.first, now.stop, lane, sink, SumOfShares<Exchange>{exchange, now.round});
+  } else if (update || role.memory == kMemory) {
+    read_results<D, T>(p, shared, role, tile, h, now.first, now.stop, lane, sink);
+  }
   wait_copies();
   if (update)
     exchange.finish(now.round, slot, now.first, now.stop);
@@ -116,7 +137,7 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared,
   sync_warp();
 }
 
-template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
+template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   using W = Width<D>;
   const bool update = p.flags & kUpdate;
 
@@ -139,8 +160,8 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     const int64_t b = group / p.H, asked = p.lengths[b];
     const int h = group % p.H;
     const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked), opened = static_cast<int>(p.pos[b] & (p.C - 1));
-    // the same for all blocks of the group, unless they only read: then M_memory's block does
-    if (n == 0 || (commit_only && opened + n < p.C) || (!update && rank >= (plan.full_warps + kWarps - 1) / kWarps)) return;
+    // the same for all blocks of the group, unless they only read: then M_memory's do
+    if (n == 0 || (commit_only && opened + n < p.C) || (!update && rank >= plan.shards)) return;
     if (thread_index() == 0) {
       store_shared(&call.group, group), store_shared(&call.rank, rank), store_shared(&call.n, n), store_shared(&call.opened, opened);
       store_shared(&call.chunk, p.C);
@@ -150,7 +171,8 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     if (update) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : opened);
   }
   sync_block();
-  const Exchange<D, T, MODE> exchange{shared, p, plan};
+  using Blocks = Exchange<D, T, MODE, SHARDED>;
+  const Blocks exchange{shared, p, plan};
   if (update && !commit_only) exchange.begin();
 
   // Tokens from `token` on, up to the end of the panel, to the buffer of their round.
@@ -160,8 +182,8 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     const int first = (opened + token) % kPanel, buffer = ((opened + token) / kPanel - opened / kPanel) & 1;
     const int stop = n - token < kPanel - first ? first + n - token : kPanel;
     const int64_t stride = static_cast<int64_t>(p.H) * D, from = load_shared(&call.first_token) + (token - first) * stride;
-    if (rank_ == 0) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + from, stride, first, stop, kThreads);
-    if (update && (plan.blocks == 1 || rank_ > 0 || plan.full_warps < kWarps))
+    if (rank_ < Blocks::kShards) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + from, stride, first, stop, kThreads);
+    if (update && (plan.blocks == 1 || rank_ >= Blocks::kShards || plan.full_warps < kWarps))
       fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + from, stride, first, stop, kThreads);
   };
   if (!commit_only) fetch(0);
@@ -171,7 +193,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
   {
     const int lane = lane_index(), warp = warp_index();
     const Role role = call.role(plan, warp);
-    const Place<D> place = Place<D>::of(p, role);
+    const Place<D> place = Place<D>::of(p, role, SHARDED && role.full() ? exchange.shard() * kWarps : 0);
     const Deviations deviations = Deviations::of(p, group, D, plan.memories);
     const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
     load_deviations<D>(state, deviations, place, role, p.N, lane);
@@ -200,7 +222,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
     } else if (fresh) {
       const Role role = call.role(plan, warp);
       const Bases<T> bases = Bases<T>::of(p, load_shared(&call.group) % p.H, D, plan.memories);
-      for_blocks<D>(Place<D>::of(p, role), role.full(), p.N, [&](int i, int at, int row, bool w1) {
+      for_blocks<D>(Place<D>::of(p, role, SHARDED && role.full() ? exchange.shard() * kWarps : 0), role.full(), p.N, [&](int i, int at, int row, bool w1) {
         weights.block(i) = round_block<T>(state[i], base_block<T>(bases, role, w1, at, row, lane));
       });
     }
@@ -216,7 +238,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
       finish_panel<D, T>(p, shared, exchange);
     }
     if (update && (commit_only || Panel::of(call, thread_index_again() >> 5, p.C).slot == 0)) {
-      Commit<D, T, ACT, ON_CHIP>{p, shared}.run(state);
+      Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
       if (load_shared(call.tokens + (thread_index_again() >> 5)) < load_shared(&call.n)) exchange.release();
     }
     if (load_shared(call.tokens + (thread_index_again() >> 5)) >= load_shared(&call.n)) break;
@@ -240,7 +262,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
   const Role role = call.role(plan, warp);
   if (committed && !role.idle()) {
-    const Place<D> place = Place<D>::of(p, role);
+    const Place<D> place = Place<D>::of(p, role, SHARDED && role.full() ? exchange.shard() * kWarps : 0);
     const Deviations deviations = Deviations::of(p, g, D, plan.memories);
     for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
       store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
@@ -254,15 +276,16 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_DEVICE void pref
 constexpr bool kInClusters = in_clusters(__CUDA_ARCH__ / 10), kMayBeOffChip = may_be_off_chip(__CUDA_ARCH__ / 10);
 #endif
 
-// T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory.
-template <int D, class T, int ACT, int MODE, bool ON_CHIP> HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
+// T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory. SHARDED: plan.shards is 2.
+template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
+HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
   if constexpr ((MODE == kCluster) == kInClusters && (ON_CHIP || kMayBeOffChip))
-    prefill<D, T, ACT, MODE, ON_CHIP>(p, plan);
+    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
   else
     trap();  // the launch has not asked what is there
 #elif !defined(__CUDACC__)
-  prefill<D, T, ACT, MODE, ON_CHIP>(p, plan);
+  prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
 #endif
 }
 

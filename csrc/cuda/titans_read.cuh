@@ -67,19 +67,25 @@ template <class T> HOPE_DEVICE float bias_of(const void* p, int h, bool fp32) {
   return fp32 ? static_cast<const float*>(p)[h] : unpack2<T>(static_cast<const uint16_t*>(p)[h]).x;
 }
 
+// The memory's output at tokens r and r + 8, from the partial ones of this block's warps.
+struct Gathered {
+  template <int D, class T> HOPE_DEVICE Float4 at(const Shared<D, T>& shared, const Role& role, int r, int i, int lane) const {
+    return gather(shared.part(role.first(), 0), role.warps(), Shared<D, T>::kPart, r, (lane >> 2) + 8 * i, lane);
+  }
+};
+
 // Stage 2: sink.pair(memory, r, position, two numbers of T) and sink.scalar(memory, r, number) for the rows first <= r < stop that are read.
-template <int D, class T, class Sink>
+template <int D, class T, class Sink, class Outputs = Gathered>
 HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T>& shared, const Role& role, const T* tile, int h,
-                              int first, int stop, int lane, Sink& sink) {
+                              int first, int stop, int lane, Sink& sink, const Outputs& outputs = {}) {
   if (role.full()) {
-    const Float4* parts = shared.part(role.first(), 0);
 #pragma unroll 1
     for (int r = role.within; r < 8; r += role.warps()) {
       Float4 y[D / 64];
 #pragma unroll
       for (int i = 0; i < D / 64; ++i) {
         const int j = (lane >> 2) + 8 * i;
-        y[i] = two_rows<D, T>(tile, r, 8 * j + 2 * (lane & 3)) + gather(parts, role.warps(), Shared<D, T>::kPart, r, j, lane);
+        y[i] = two_rows<D, T>(tile, r, 8 * j + 2 * (lane & 3)) + outputs.template at<D, T>(shared, role, r, i, lane);
       }
       Float2 by{1.f, 1.f};
       if (role.memory == kKeys && (p.flags & kUnitK)) by = inverse_norms(y);

@@ -6,8 +6,8 @@ namespace hope {
 const char* titans_unserved(int D, int N, int C, const Device& device) {
   if (device.capability < 80) return "needs compute capability 8.0 or more";
   if (device.image == 0) return "the library holds no code for this device; build it there";
-  const bool width = (D == 64 && (N == 64 || N == 128 || N == 256)) || (D == 128 && N == 128);
-  if (!width) return "serves heads of width 64 with 64, 128 or 256 hidden units and of width 128 with 128";
+  const bool width = (D == 64 && (N == 64 || N == 128 || N == 256)) || (D == 128 && (N == 128 || N == 256));
+  if (!width) return "serves heads of width 64 with 64, 128 or 256 hidden units and of width 128 with 128 or 256";
   if (C != 16 && C != 32 && C != 64) return "serves chunks of 16, 32 and 64 tokens";
   const Plan plan = make_plan(D, N, C, true, true, device);
   if (plan.shared_bytes > device.shared_bytes) return "needs more shared memory a block than the device has";

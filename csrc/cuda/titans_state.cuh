@@ -8,8 +8,9 @@ namespace hope {
 // Where the blocks of a warp's weights lie in tensors [.., M N, D] and [.., Mf, D, N] of one (row, head), or head.
 template <int D> struct Place {
   int w2, w1, w1s;  // first number of the warp's units
-  HOPE_DEVICE static Place of(const TitansParams& p, const Role& role) {
-    const int unit = role.within * (role.full() ? Width<D>::kUnits : Width<D>::kScalarUnits);
+  // before: the memory's warps in blocks of lower rank.
+  HOPE_DEVICE static Place of(const TitansParams& p, const Role& role, int before = 0) {
+    const int unit = (before + role.within) * (role.full() ? Width<D>::kUnits : Width<D>::kScalarUnits);
     return {(role.memory * p.N + unit) * D, role.memory * D * p.N + unit, (role.memory - kEta) * p.N + unit};
   }
 };

@@ -149,7 +149,10 @@ inline unsigned int load_acquire(const unsigned int* p) {
   return *static_cast<const volatile unsigned int*>(p);
 }
 inline void pause(HOPE_FROM) { emulator::grid.pause({file, line}); }
-inline uint32_t load_fresh(const uint32_t* p) { return *static_cast<const volatile uint32_t*>(p); }
+template <class V> V load_fresh(const V* p) {
+  emulator::grid.interrupt();
+  return *p;
+}
 
 // --- clusters -------------------------------------------------------------------------------------------------------------------------
 inline int cluster_rank() { return emulator::grid.block().rank; }

@@ -14,7 +14,7 @@ from .. import cuda as library
 from .fast_weights import FastWeights, TitansState, on_device
 
 DTYPES = (torch.bfloat16, torch.float16)
-SHAPES = ((64, 1), (64, 2), (64, 4), (128, 1))  # (head width, hidden_mult); csrc/cuda has the other half of this table
+SHAPES = ((64, 1), (64, 2), (64, 4), (128, 1), (128, 2))  # (head width, hidden_mult); csrc/cuda has the other half of this table
 CHUNKS = (16, 32, 64)
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}  # csrc/cuda/params.h, like these bits
