@@ -23,6 +23,9 @@ SOURCES = tuple((path, tuple(map(str, build_cuda.ARCHITECTURES)), True) for path
 FLAGS = (*build_cuda.DEVICE_FLAGS, "-Xptxas", "-v,-warn-spills")
 COMPLAINT = re.compile(r"warning|\(C7\d+\)|setmaxnreg", re.IGNORECASE)  # C75xx: wgmma serialized; "setmaxnreg ignored" is only an info
 EMPTY = 4  # instructions of a kernel whose body is for other architectures: what sets up the stack, EXIT, and a branch to itself
+# mma instructions in a kernel's code, at least: a missing one is a product that was lost. Prefill: those of a warp's panel (160), of a
+# scalar memory's loops over groups and its update, and of the keys' products; decode: those of both kinds of memory.
+PRODUCTS = {"titans_prefill<64": 256, "titans_prefill<128": 288, "titans_decode<": 64}
 CACHE = build_cuda.ROOT / "build" / "compile_report"
 
 
@@ -60,6 +63,11 @@ def cached_file(compiler: str, path: Path, arch: str, wants_mma: bool, fresh: bo
     return records
 
 
+def lost_products(kernel: str, found: int) -> list[str]:
+    wanted = next((n for part, n in PRODUCTS.items() if part in kernel), 0)
+    return [f"{found} mma instructions, expected {wanted} or more"] if found < wanted else []
+
+
 def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[dict]:
     """One record a kernel of the file, none for a file with host code only. Raises Refused."""
     sm, start = int(arch.rstrip("af")), time.perf_counter()
@@ -74,7 +82,8 @@ def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[
         of_all = [c for c in complaints if not any(f"'{name}'" in c for name in found)]
         return [
             {"kernel": readable(name), **common, **asdict(u),
-             "violations": [*of_all, *(c for c in complaints if f"'{name}'" in c), *cubin.violations(u, sm, u.shared, wants_mma)]}
+             "violations": [*of_all, *(c for c in complaints if f"'{name}'" in c), *lost_products(readable(name), u.mma),
+                            *cubin.violations(u, sm, u.shared, wants_mma)]}
             for name, u in found.items()
         ]
 

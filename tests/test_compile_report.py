@@ -65,3 +65,9 @@ def test_cuda_files_are_gated(tmp_path):
     records = {r["kernel"]: r for r in compile_cuda.report(None, None, [(tmp_path / "sums.cu", ("80",), False)])}
     assert set(records) == {"fits", "spills"}
     assert records["spills"]["spill_stores"] and any(v.startswith("spills:") for v in records["spills"]["violations"])
+
+
+def test_a_kernel_that_lost_a_product_is_caught():
+    kernel = "hope::titans_prefill<64, hope::bf16, 0, 0, true, false>"
+    assert compile_cuda.lost_products(kernel, 256) == [] and compile_cuda.lost_products("sums", 0) == []
+    assert compile_cuda.lost_products(kernel, 255) == ["255 mma instructions, expected 256 or more"]

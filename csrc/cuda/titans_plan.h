@@ -22,7 +22,8 @@ constexpr int kCommitOnly = 1 << 16;  // a flag beside those of params.h: tokens
 
 // Which of prefill's kernels have a body in code for an architecture (10 * major + minor): the others would only take time to compile.
 constexpr bool in_clusters(int arch) { return arch >= 90; }                    // else blocks exchange through global memory
-constexpr bool may_be_off_chip(int arch) { return arch < 90 || arch >= 120; }  // rounded weights may have to lie outside shared memory
+constexpr bool may_be_on_chip(int arch) { return arch < 120; }                 // there may be room for rounded weights in shared memory,
+constexpr bool may_be_off_chip(int arch) { return arch < 90 || arch >= 120; }  // or there may be none
 
 template <int D> struct Width {
   static constexpr int kSteps = D / 16;                // 16 x 16 blocks of weights across D
@@ -107,13 +108,13 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
     p.shares = scratch, p.norm_shares = scratch + 2 * 2 * kWarps * D / 64 * 512;
     scratch = p.norm_shares + 2 * 4 * slots;
   }
-  auto place = [&](int bytes) {
-    if (at + bytes <= device.shared_bytes) return take(bytes);
+  auto place = [&](int bytes, bool allowed = true) {
+    if (allowed && at + bytes <= device.shared_bytes) return take(bytes);
     int here = scratch;
     scratch += bytes;
     return -1 - here;
   };
-  p.weights = place(weights), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks), 
+  p.weights = place(weights, may_be_on_chip(device.image)), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks);
   p.at_k = p.one_buffer && p.shards == 1 ? place(kWarps * 8 / p.full_warps * D / 64 * 512) : 0;
   p.base = at + weights <= device.shared_bytes ? take(weights) : -1;
   p.shared_bytes = at;

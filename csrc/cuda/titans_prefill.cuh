@@ -273,14 +273,15 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
 }
 
 #ifdef __CUDA_ARCH__
-constexpr bool kInClusters = in_clusters(__CUDA_ARCH__ / 10), kMayBeOffChip = may_be_off_chip(__CUDA_ARCH__ / 10);
+constexpr bool kInClusters = in_clusters(__CUDA_ARCH__ / 10);
+constexpr bool kMayBeOnChip = may_be_on_chip(__CUDA_ARCH__ / 10), kMayBeOffChip = may_be_off_chip(__CUDA_ARCH__ / 10);
 #endif
 
 // T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory. SHARDED: plan.shards is 2.
 template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
 HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
-  if constexpr ((MODE == kCluster) == kInClusters && (ON_CHIP || kMayBeOffChip))
+  if constexpr ((MODE == kCluster) == kInClusters && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
     prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
   else
     trap();  // the launch has not asked what is there
