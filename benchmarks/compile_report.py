@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--fresh", action="store_true", help="compile again what is known")
     parser.add_argument("--out", metavar="FILE", help="write the records as JSON")
-    parser.add_argument("--provider", nargs="+", default=PROVIDERS, metavar="MODULE", help="modules that offer specializations()")
+    parser.add_argument("--provider", nargs="+", default=PROVIDERS, metavar="MODULE",
+                        help="modules that offer specializations(); no CUDA C++ then")
     args = parser.parse_args(argv)
 
     _jobs.clear()
@@ -142,7 +143,8 @@ def main(argv: list[str] | None = None) -> int:
             for record in pool.map(_work, range(len(_jobs))):
                 records.append(record)
                 print(line(record, widths), flush=True)
-    for record in compile_cuda.report(args.arch, args.only, jobs=args.jobs, fresh=args.fresh):
+    cuda = compile_cuda.report(args.arch, args.only, jobs=args.jobs, fresh=args.fresh) if args.provider == PROVIDERS else ()
+    for record in cuda:
         records.append(record)
         print(line(record, widths), flush=True)
     bad = [(r, v) for r in records for v in r["violations"]]
