@@ -96,7 +96,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 
   // The warp's fragments of a and d: [groups][C / 16] blocks behind those of the warps in front, of which scalar memories have twice as many.
   HOPE_DEVICE Word4& fragment(const Own& own, int offset, int g, int panel) const {
-    const int full = 3 * Exchange::kShards * shared.plan.full_warps - load_shared(&shared.call().rank) * kWarps;  // warps in front of the scalar memories
+    // warps in front of the scalar memories
+    const int full = 3 * Exchange::kShards * shared.plan.full_warps - load_shared(&shared.call().rank) * kWarps;
     const int before = own.warp < full ? own.warp : 2 * own.warp - (full < 0 ? 0 : full);
     return own.at(offset)[32 * ((before * W::kGroups + g) * (chunk() / kPanel) + panel)];
   }

@@ -36,6 +36,8 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
 
   // --- shares ---
   HOPE_DEVICE int shard() const { return SHARDED ? load_shared(&shared.call().rank) & 1 : 0; }
+  // The memory's warps in blocks of lower rank.
+  HOPE_DEVICE int warps_before(const Role& role) const { return SHARDED && role.full() ? shard() * kWarps : 0; }
   // What block `which` of this block's memory has at an offset of its scratch.
   template <class V> HOPE_DEVICE V* of_shard(int which, int offset) const {
     const int first = load_shared(&shared.call().group) * plan.blocks + (load_shared(&shared.call().rank) & ~1);

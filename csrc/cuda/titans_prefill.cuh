@@ -168,7 +168,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
       store_shared(&call.first_token, (b * p.T * p.H + h) * static_cast<int64_t>(D));
     }
     if (lane == 0) store_shared(call.roles + warp, Role::of(plan, rank, warp).packed()), store_shared(call.tokens + warp, commit_only ? n : 0);
-    if (update) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : opened);
+    if (update && opened + n >= p.C) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : opened);  // for a commit
   }
   sync_block();
   using Blocks = Exchange<D, T, MODE, SHARDED>;
@@ -193,7 +193,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
   {
     const int lane = lane_index(), warp = warp_index();
     const Role role = call.role(plan, warp);
-    const Place<D> place = Place<D>::of(p, role, SHARDED && role.full() ? exchange.shard() * kWarps : 0);
+    const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
     const Deviations deviations = Deviations::of(p, group, D, plan.memories);
     const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
     load_deviations<D>(state, deviations, place, role, p.N, lane);
@@ -222,7 +222,8 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
     } else if (fresh) {
       const Role role = call.role(plan, warp);
       const Bases<T> bases = Bases<T>::of(p, load_shared(&call.group) % p.H, D, plan.memories);
-      for_blocks<D>(Place<D>::of(p, role, SHARDED && role.full() ? exchange.shard() * kWarps : 0), role.full(), p.N, [&](int i, int at, int row, bool w1) {
+      const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
         weights.block(i) = round_block<T>(state[i], base_block<T>(bases, role, w1, at, row, lane));
       });
     }
@@ -262,7 +263,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
   const Role role = call.role(plan, warp);
   if (committed && !role.idle()) {
-    const Place<D> place = Place<D>::of(p, role, SHARDED && role.full() ? exchange.shard() * kWarps : 0);
+    const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
     const Deviations deviations = Deviations::of(p, g, D, plan.memories);
     for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
       store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
