@@ -101,8 +101,10 @@ def test_longer_chunks(width, mult, chunk, capability):
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9, 1.0])
-def test_correlated_and_repeated_keys(correlation):
-    meets_yardstick(WIDE, *problem(WIDE, 2, 47, correlation), torch.float16)
+@pytest.mark.parametrize("config", [WIDE, CONFIGS[4]], ids=["one block", "two blocks"])
+def test_correlated_and_repeated_keys(config, correlation):
+    emulate(90, 1)
+    meets_yardstick(config, *problem(config, 2, 47, correlation), torch.float16)
 
 
 SWITCHES = [
