@@ -360,7 +360,7 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       const int t = lane + 32 * n;
       if (t >= C) break;
       const float s = factor * size[n] * sums[n];
-      store_shared(steps + t, divide(load_shared(shared.eta() + t), s > 1.f ? s : 1.f));
+      store_shared(steps + t, divide(load_shared(shared.eta() + t), s <= 1.f ? 1.f : s));
     }
   }
 
