@@ -9,7 +9,7 @@ namespace hope {
 
 enum Activation : int { kGeluTanh = 0, kGelu = 1, kSilu = 2 };
 
-// Bits of TitansParams::flags: the switches of the configuration (SPEC names in parentheses).
+// Bits of TitansParams::flags: the switches of the configuration (TitansConfig's names in parentheses).
 enum Flag : int {
   kUnitK = 1,        // k is normalised (qk_l2norm)
   kSoftplus = 2,     // eta_activation == "softplus", else sigmoid

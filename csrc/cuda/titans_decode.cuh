@@ -1,6 +1,6 @@
 // titans_decode: one token a row. Reads every weight once, at the bandwidth of the memory, and appends the token to its chunk.
 //
-// EQUATIONS   SPEC section 3, one token. A chunk that is full now is committed by titans_prefill, launched behind this kernel for the purpose
+// EQUATIONS   as prefill's reads, one token. A chunk that is full now is committed by titans_prefill, launched behind this kernel for the purpose
 //             (kCommitOnly); the device alone decides, so both launches are the same for every token and can be replayed from a graph.
 // OWNERSHIP   As in prefill: warps own hidden units, and use the same instructions in the same order on a panel of 16 slots of which one
 //             is live: outputs have the bits of a prefill. Memories do not meet before the commit, so each has a block of its own (eta and
