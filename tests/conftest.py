@@ -10,7 +10,8 @@ from hypothesis import settings  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
-settings.register_profile("repository", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))  # CI: the same draws every time
+# CI: the same draws every time
+settings.register_profile("repository", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("repository")
 
 
