@@ -41,10 +41,9 @@ struct TitansParams {
   const void* alpha_bias;     // [H] likewise, or null
   const int64_t* pos;         // [B] tokens read before this call
   const int64_t* lengths;     // [B] tokens of this call, clamped to 0 .. T
-  unsigned char* scratch;     // what does not fit shared memory, `scratch_bytes` a block
+  unsigned char* scratch;     // what does not fit shared memory: Workspace::scratch_bytes
   unsigned int* arrivals;     // [1 + B H] zeros: a ticket, and blocks that have arrived, a (row, head)
   int64_t T;
-  int64_t scratch_bytes;
   int B, H, N, C;
   int activation, flags;
   float eta_scale, grad_scale;

@@ -13,12 +13,11 @@
 namespace hope {
 
 // Rounded weights in registers.
-struct HeldWeights {
+template <int D> struct HeldWeights {
   const Word4 (&blocks)[16];
-  int groups, steps;
   static constexpr int kUnroll = 8;
-  HOPE_DEVICE Word4 w2(int g, int s) const { return blocks[g * steps + s]; }
-  HOPE_DEVICE Word4 w1(int i, int g) const { return blocks[8 + i * groups + g]; }
+  HOPE_DEVICE Word4 w2(int g, int s) const { return blocks[g * Width<D>::kSteps + s]; }
+  HOPE_DEVICE Word4 w1(int i, int g) const { return blocks[8 + i * Width<D>::kGroups + g]; }
 };
 
 template <int D, class T> struct DecodeSink {
@@ -33,7 +32,6 @@ template <int D, class T> struct DecodeSink {
 };
 
 template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan) {
-  using W = Width<D>;
   const int lane = lane_index(), warp = warp_index();
   const int group = block_index() / 4, rank = block_index() % 4;
   const int64_t b = group / p.H;
@@ -60,7 +58,7 @@ template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p
   load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
   wait_copies();
   sync_block();
-  read_shares<D, T, ACT>(shared, role, tile, HeldWeights{blocks, W::kGroups, W::kSteps}, warp, lane);
+  read_shares<D, T, ACT>(shared, role, tile, HeldWeights<D>{blocks}, warp, lane);
   sync_block();
   DecodeSink<D, T> sink{p, static_cast<T*>(p.o) + (b * p.H + h) * D, (b * p.C + slot) * p.H + h};
   read_results<D, T>(p, shared, role, tile, h, row, row + 1, lane, sink);

@@ -68,7 +68,6 @@ const char* launch_mode(const TitansParams& p, const Plan& plan, const Device& d
 template <int D, class T, int ACT> const char* launch_call(TitansParams p, const Device& device, void* stream) {
   const bool retention = p.flags & kRetention, update = p.flags & kUpdate;
   const Plan prefill_plan = make_plan(D, p.N, p.C, retention, update, device);
-  p.scratch_bytes = prefill_plan.scratch_bytes;
   if constexpr (D == 128) {  // a token's outputs need both blocks of a memory, so prefill decodes as well
     if (prefill_plan.shards > 1) return launch_mode<D, T, ACT, true>(p, prefill_plan, device, stream);
   }

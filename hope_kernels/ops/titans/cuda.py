@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...config import TitansConfig
 from .. import cuda as library
-from .fast_weights import FastWeights, TitansState, on_device
+from .fast_weights import FastWeights, TitansState
+from .kernel_call import call, call_in_place
 
 DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = ((64, 1), (64, 2), (64, 4), (128, 1), (128, 2))  # (head width, hidden_mult); csrc/cuda has the other half of this table
@@ -52,24 +53,14 @@ def titans_cuda(
     tensors = (*w_init, *inputs, *(getattr(state, n) for n in _WRITTEN))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError("titans: backend 'cuda' serves inference, under torch.no_grad(); backend='triton' trains")
-    new = state
-    if update:
-        C = config.chunk_memory
-        commits = any(p // C != (p + n) // C for p, n in zip(state.pos, lengths))
-        parts = {n: getattr(state, n) for n in _WRITTEN if commits or n.startswith("pending")}
-        new = state.advanced(lengths, **{n: None if t is None else t.detach().clone() for n, t in parts.items()})
-    return _scan(config, w_init, inputs, new, state.count, on_device(lengths, state.count.device), update), new
+    return call(_scan, _WRITTEN, config.chunk_memory, config, w_init, inputs, state, lengths, update)
 
 
 def titans_advance_(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True
 ) -> Tensor:
-    """As ``titans_cuda``, in place and without a look from the host: o. ``state.pos`` is the caller's to move."""
-    lengths = lengths.clamp(0, inputs.x.shape[1])
-    o = _scan(config, w_init, inputs, state, state.count, lengths, update)
-    if update:
-        state.count.add_(lengths)
-    return o
+    """As ``titans_cuda``, in place and without a look from the host: o. ``state.synchronize()`` brings ``state.pos`` after it."""
+    return call_in_place(_scan, config, w_init, inputs, state, lengths, update)
 
 
 def _scan(config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor, update: bool) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...config import TitansConfig
 from ..triton_build import DTYPES, aligned, filled
-from .fast_weights import FastWeights, TitansState, on_device
+from .fast_weights import FastWeights, TitansState
+from .kernel_call import call, call_in_place
 from .triton_scan import scan_kernel
 from .triton_spans import CARRIED
 from .triton_tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, options, scratch_shapes
@@ -69,27 +70,14 @@ def titans_triton(
     """
     if stats is not None:
         raise ValueError("titans: backend 'triton' collects no statistics; the chunked backend does")
-    new = state
-    reads = on_device(lengths, state.count.device) if reads is None else reads
-    if update:
-        small = clocks(config)[0].C
-        commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
-        parts = {n: getattr(state, n) for n in CARRIED if commits or n.startswith("pending")}
-        parts = {n: None if t is None else t.detach().clone() for n, t in parts.items()}
-        new = state.advanced(lengths, count=state.count + reads, **parts)
-    o = _scan(config, w_init, inputs, new, state.count, reads, update)
-    return o, new
+    return call(_scan, CARRIED, clocks(config)[0].C, config, w_init, inputs, state, lengths, update, reads)
 
 
 def titans_advance_(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True
 ) -> Tensor:
     """As ``titans_triton``, in place and without a look from the host: o. ``state.synchronize()`` brings ``state.pos`` after it."""
-    lengths = lengths.clamp(0, (inputs.x if inputs.q is None else inputs.q).shape[1])
-    o = _scan(config, w_init, inputs, state, state.count, lengths, update)
-    if update:
-        state.count.add_(lengths)
-    return o
+    return call_in_place(_scan, config, w_init, inputs, state, lengths, update)
 
 
 def _scan(config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor, update: bool) -> Tensor:
