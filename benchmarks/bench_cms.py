@@ -5,6 +5,7 @@
     forward  a stack of levels beside a torch module of equal weights, eager and compiled; weights shared by all rows, or one set a row
     refresh  theta <- theta - lr f(left^T right) of both matrices of a level, from the factors of C tokens
     segment  a level through the layer's two calls: C tokens read, their errors delivered, the level refreshed
+    pending  the same when refreshes are kept as factors of up to T tokens, then folded into the weights, beside folding at once
     prefill  tokens/s of a model with learning off and on
     state    bytes a row holds per level, by formula and as they are
     long     a long text read with learning: speed and peak memory of every tenth, a decoded token after 1000 tokens and after all
@@ -23,9 +24,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +36,8 @@ from torch import Tensor, nn
 from hope_kernels import CMSConfig, ContinuumMemory, HopeConfig, HopeForCausalLM, TitansConfig
 from hope_kernels.generation import read
 from hope_kernels.meter import PeakMemory
-from hope_kernels.ops.cms.chunked import cms_forward, optimizer_step
+from hope_kernels.ops import cms_forward, cms_refresh_
+from hope_kernels.ops.cms import pending as policy
 
 from . import measure as m
 from . import studies
@@ -64,7 +68,8 @@ class Case:
         if self.model:
             return f"{self.kind} {self.model} B{self.B} T{self.T} {self.dtype} {self.backend or 'default'}"
         shape = f"{self.kind} d{self.d} C{self.C} B{self.B} {self.dtype}"
-        return f"{shape} K{self.K} {self.rows}" if self.kind == "forward" else f"{shape} {self.optimizer}"
+        ends = {"forward": f"K{self.K} {self.rows}", "pending": f"T{self.T}"}
+        return f"{shape} {ends.get(self.kind, self.optimizer)}"
 
     @property
     def config(self) -> CMSConfig:
@@ -88,7 +93,7 @@ class Case:
 
 PERIODS = (16, 64, 256, 1024, 4096)
 OPTIMIZERS = ("gd", "momentum", "muon")
-F, R, S = (partial(Case, kind) for kind in ("forward", "refresh", "segment"))
+F, R, S, W = (partial(Case, kind) for kind in ("forward", "refresh", "segment", "pending"))
 P, H = partial(Case, "prefill", model="kjv-byte"), partial(Case, "prefill", model="heavy")
 
 
@@ -98,6 +103,10 @@ def _grid(widths: tuple[int, ...], dtype: str) -> tuple[Case, ...]:
     return (*gd, *(R(d, C, optimizer=o, dtype=dtype) for o in OPTIMIZERS[1:] for d in widths for C in (64, 1024)))
 
 
+def _waiting(widths: tuple[int, ...], batches: tuple[int, ...], dtype: str) -> tuple[Case, ...]:
+    return tuple(W(d, C, B=B, T=T, dtype=dtype) for d in widths for B in batches for C in (16, 64) for T in (32, 64, 128, 256) if T >= C)
+
+
 GPU_CASES = tuple(dict.fromkeys((
     R(1024, 64, dtype="bf16"), R(4096, 64, dtype="bf16"), S(1024, 64, dtype="bf16"), P(T=8192), H(T=8192),
     F(1024, 512, K=3, B=8, dtype="bf16"), F(1024, 512, K=3, B=8, rows="own", dtype="bf16"), Case("state", model="heavy"),
@@ -105,22 +114,22 @@ GPU_CASES = tuple(dict.fromkeys((
     *_grid((1024, 2048, 4096), "bf16"),
     *(S(d, C, B=B, dtype="bf16") for d, B in ((1024, 1), (1024, 8), (4096, 1)) for C in (64, 1024)),
     R(1024, 64, B=32, dtype="bf16"), R(1024, 64), R(1024, 1024), P(T=8192, B=8), H(T=8192, B=8), P(T=8192, backend="triton"),
-    F(4096, 512, B=8, dtype="bf16"), F(1024, 512, K=3, B=8),
+    F(4096, 512, B=8, dtype="bf16"), F(1024, 512, K=3, B=8), *_waiting((1024, 4096), (1, 8), "bf16"),
 )))
 QUICK_GPU = (
-    R(256, 64, dtype="bf16"), S(256, 64, dtype="bf16"), F(256, 64, K=2, B=2, rows="own", dtype="bf16"), P(T=256),
-    Case("state", model="kjv-byte"), Case("long", model="kjv-byte", T=2000),
+    R(256, 64, dtype="bf16"), S(256, 64, dtype="bf16"), W(256, 64, T=128, dtype="bf16"),
+    F(256, 64, K=2, B=2, rows="own", dtype="bf16"), P(T=256), Case("state", model="kjv-byte"), Case("long", model="kjv-byte", T=2000),
 )
 CPU_CASES = (
     *(F(d, 512, K=2, B=4, rows=rows) for d in (128, 256, 512) for rows in ("shared", "own")),
     *(R(d, C, optimizer=o) for o in OPTIMIZERS for d in (128, 256, 512) for C in PERIODS),
     *(S(d, C, optimizer=o) for d in (128, 256, 512) for C in (16, 64, 1024) for o in OPTIMIZERS[: 3 if C == 64 else 1]),
-    P(T=4096), H(T=4096), P(T=4096, B=4), Case("state", model="kjv-byte"), Case("state", model="heavy"),
-    Case("long", model="kjv-byte", T=200_000),
+    *_waiting((128, 256, 512), (1, 4), "fp32"), P(T=4096), H(T=4096), P(T=4096, B=4),
+    Case("state", model="kjv-byte"), Case("state", model="heavy"), Case("long", model="kjv-byte", T=200_000),
 )
 QUICK_CPU = (
     F(32, 16, K=2, B=2), F(32, 16, K=2, B=2, rows="own"), R(32, 16), R(32, 16, optimizer="momentum"), R(32, 16, B=2, optimizer="muon"),
-    S(32, 16, B=2), P(T=192), Case("state", model="kjv-byte"), Case("long", model="kjv-byte", T=1280),
+    S(32, 16, B=2), W(32, 16, T=32), P(T=192), Case("state", model="kjv-byte"), Case("long", model="kjv-byte", T=1280),
 )
 
 
@@ -197,13 +206,21 @@ def forward(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
 # -- refresh ------------------------------------------------------------------------------------------------------------------
 
 
-def refresh_matrix_(case: Case, weight: Tensor, left: Tensor, right: Tensor, moment: Tensor | None) -> None:
-    """The call under test, in place: weight, moment [B, r, c] fp32, left [B, C, r], right [B, C, c]."""
-    grad = torch.bmm(left.mT.to(weight.dtype), right.to(weight.dtype))
-    new, m_new = optimizer_step(case.config, 0, weight, grad, moment)
-    weight.copy_(new)
-    if moment is not None:
-        moment.copy_(m_new)
+class Given(NamedTuple):
+    """One matrix, B rows: weight, moment (momentum), total (muon: the gradient of earlier segments, here 0) [B, r, c] fp32; left [B, C, r],
+    right [B, C, c] and copy (the weight, if they are not fp32) in the case's dtype."""
+
+    weight: Tensor
+    left: Tensor
+    right: Tensor
+    moment: Tensor | None
+    total: Tensor | None
+    copy: Tensor | None
+
+
+def refresh_matrix_(case: Case, given: Given) -> None:
+    """The call under test, in place."""
+    cms_refresh_(case.config, 0, *given[:3], moment=given.moment, total=given.total, copy=given.copy)
 
 
 def orthogonal(g: Tensor) -> Tensor:
@@ -216,25 +233,31 @@ def orthogonal(g: Tensor) -> Tensor:
     return x if g.shape[-2] <= g.shape[-1] else x.mT
 
 
-def plain_(case: Case, weight: Tensor, left: Tensor, right: Tensor, moment: Tensor | None) -> None:
-    """The equations in the dtype of ``weight``: the peer in fp32, the truth in fp64."""
-    g = torch.einsum("bcr,bcs->brs", left.to(weight.dtype), right.to(weight.dtype))
+def plain_(case: Case, given: Given) -> None:
+    """The equations in the dtype of the weight: the peer in fp32, the truth in fp64."""
+    weight = given.weight
+    g = torch.einsum("bcr,bcs->brs", given.left.to(weight.dtype), given.right.to(weight.dtype))
     if case.optimizer == "momentum":
-        g = moment.mul_(MU).add_(g)
+        g = given.moment.mul_(MU).add_(g)
     if case.optimizer == "muon":
         g = 0.2 * math.sqrt(max(g.shape[1:])) * orthogonal(g)
     weight.sub_(case.rate * g)
+    if given.copy is not None:
+        given.copy.copy_(weight)
 
 
-def factors(case: Case, device: str, seed: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """(weight, left, right, moment) of the two matrices of a level."""
-    g, d, N = torch.Generator(device).manual_seed(seed), case.d, 4 * case.d
+def factors(case: Case, device: str, seed: int) -> list[Given]:
+    """The two matrices of a level."""
+    g, d, N, dtype = torch.Generator(device).manual_seed(seed), case.d, 4 * case.d, m.DTYPES[case.dtype]
+    random = lambda *shape: torch.randn(case.B, *shape, generator=g, device=device)
     found = []
     for r, c in ((N, d), (d, N)):
-        weight = torch.randn(case.B, r, c, generator=g, device=device) * c**-0.5
-        left, right = (torch.randn(case.B, case.C, n, generator=g, device=device).to(m.DTYPES[case.dtype]) for n in (r, c))
-        moment = torch.randn(case.B, r, c, generator=g, device=device) * case.C**0.5 if case.optimizer == "momentum" else None
-        found.append((weight, left, right, moment))
+        weight = random(r, c) * c**-0.5
+        found.append(Given(
+            weight, random(case.C, r).to(dtype), random(case.C, c).to(dtype),
+            random(r, c) * case.C**0.5 if case.optimizer == "momentum" else None,
+            torch.zeros_like(weight) if case.optimizer == "muon" else None,
+            weight.to(dtype) if dtype != torch.float32 else None))
     return found
 
 
@@ -244,60 +267,107 @@ def refresh_work(case: Case) -> tuple[float, float]:
     flops = 2 * case.weights * case.C
     if case.optimizer == "muon":
         flops += 2 * 5 * (4 * d * d * N + 2 * d**3)
-    per_weight = {"gd": 8, "momentum": 16, "muon": 8}[case.optimizer]
+    per_weight = {"gd": 8, "momentum": 16, "muon": 8}[case.optimizer] + (2 if case.dtype != "fp32" else 0)
     return case.B * flops, case.B * (case.weights * per_weight + 2 * (d + N) * case.C * case.itemsize)
 
 
 @torch.no_grad()
 def refresh(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, op: Callable = refresh_matrix_) -> dict:
-    def after(step: Callable, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def after(step: Callable, wide: bool = False) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, given in zip(("up", "down"), factors(case, device, 0)):
-            if dtype is not None:
-                given = tuple(None if t is None else t.to(dtype) for t in given)
-            step(case, *given)
-            found |= {name: given[0]} | ({} if given[3] is None else {f"{name} momentum": given[3]})
+            if wide:
+                given = Given(*(None if t is None else t.double() for t in given))
+            step(case, given)
+            tensors = {"weight": given.weight, "momentum": given.moment, "copy": given.copy}
+            found |= {f"{name} {part}": t for part, t in tensors.items() if t is not None}
         return found
 
-    check = m.compare(after(op), after(plain_), after(plain_, torch.float64))
+    check = m.compare(after(op), after(plain_), after(plain_, wide=True))
     if not check["ok"]:
         return refused(check, "fp64")
     flops, nbytes = refresh_work(case)
     problems = [factors(case, device, seed) for seed in range(m.sets_for(nbytes, device))]
-    calls = [lambda given=given: [op(case, *matrix) for matrix in given] for given in problems]
+    calls = [lambda given=given: [op(case, matrix) for matrix in given] for given in problems]
     record = m.time_calls(calls, device, seconds) | {"check": check, "sets": len(problems)}
     record["bytes_per_weight"] = nbytes / (case.B * case.weights)
     return m.rates(record, ceilings, case.dtype, flops, nbytes)
 
 
+def one_segment(layer: ContinuumMemory, state, x: Tensor, error: Tensor) -> tuple[Tensor, object]:
+    """The calls under test: y [B, C, d] and the state that has learned from the segment, in place."""
+    y, state = layer(x, state)
+    return y, layer.refresh(state, error)
+
+
+def learner(case: Case, device: str) -> tuple[ContinuumMemory, Tensor, Tensor]:
+    """(layer, x, error): a level of period C at a small rate, one segment of it."""
+    torch.manual_seed(0)
+    kw = {"device": device, "dtype": m.DTYPES[case.dtype]}
+    config = case.config.replace(lr=0.03 if case.optimizer == "muon" else 0.05 / case.C)
+    return ContinuumMemory(config, **kw), torch.randn(case.B, case.C, case.d, **kw), torch.randn(case.B, case.C, case.d, **kw)
+
+
 @torch.no_grad()
 def segment(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """Layer calls. Counted: two products forward, dL/dhidden, two gradients (10 d N a token; dL/dx is nobody's here), and the refresh."""
-    torch.manual_seed(0)
-    dtype = m.DTYPES[case.dtype]
-    config = case.config.replace(lr=0.05 / case.C if case.optimizer != "muon" else 0.03)
-    layer = ContinuumMemory(config, device=device, dtype=dtype)
-    x, error = (torch.randn(case.B, case.C, case.d, device=device, dtype=dtype) for _ in range(2))
+    """Counted: two products forward, dL/dhidden, two gradients (10 d N a token; dL/dx is nobody's here), and the rest of the refresh."""
+    layer, x, error = learner(case, device)
 
-    def step(layer: ContinuumMemory, state, x: Tensor, error: Tensor):
-        y, state = layer(x, state)
-        return y, layer.refresh(state, error)
+    def twice(layer: ContinuumMemory, x: Tensor, error: Tensor) -> dict[str, Tensor]:
+        _, state = one_segment(layer, layer.init_state(case.B), x, error)
+        return {"y": layer(x, state)[0]}
 
-    def twice(layer: ContinuumMemory, dtype: torch.dtype) -> dict[str, Tensor]:
-        state = layer.init_state(case.B)
-        _, state = step(layer, state, x.to(dtype), error.to(dtype))
-        return {"y": layer(x.to(dtype), state)[0]}
-
-    exact = twice(copy.deepcopy(layer).double(), torch.float64)
-    check = m.compare(twice(layer, dtype), by_hand(layer, x, error), exact)
+    exact = twice(copy.deepcopy(layer).double(), x.double(), error.double())
+    check = m.compare(twice(layer, x, error), by_hand(layer, x, error), exact)
     if not check["ok"]:
         return refused(check, "fp64")
     flops, nbytes = refresh_work(case)
-    flops += 6 * case.B * case.C * case.weights / 2
+    flops += 2 * case.B * case.C * case.weights * 3 / 2
     states = [layer.init_state(case.B) for _ in range(m.sets_for(nbytes, device))]
-    record = m.time_calls([partial(step, layer, state, x, error) for state in states], device, seconds)
-    record |= {"check": check, "sets": len(states), "tokens/s": case.B * case.C / record["ms"]["median"] * 1e3}
+    # errors of either sign in turn: else the weights would grow without end
+    calls = [partial(one_segment, layer, state, x, sign * error) for sign in (1, -1) for state in states]
+    record = m.time_calls(calls, device, seconds) | {"check": check, "sets": len(states)}
+    record["tokens/s"] = 1e3 * case.B * case.C / record["ms"]["median"]
     return m.rates(record, ceilings, case.dtype, flops, nbytes)
+
+
+@contextmanager
+def kept(slots: int):
+    """Levels keep the factors of up to ``slots`` tokens; 0: none."""
+    before = policy.TABLE
+    policy.TABLE = tuple((device, slots, slots) for device in ("cpu", "cuda")) if slots else ()
+    try:
+        yield
+    finally:
+        policy.TABLE = before
+
+
+@torch.no_grad()
+def pending(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
+    """Two folds' worth of segments a call, with T slots and with none in turn; ms and tokens/s of the former."""
+    layer, x, error = learner(case, device)
+    segments = 2 * max(1, case.T // case.C)
+
+    def through(layer: ContinuumMemory, state, x: Tensor, error: Tensor, slots: int) -> tuple[Tensor, object]:
+        with kept(slots):
+            for i in range(segments):
+                y, state = one_segment(layer, state, x, (-1) ** i * error)
+            return y, state
+
+    def outputs(layer: ContinuumMemory, x: Tensor, error: Tensor, slots: int) -> dict[str, Tensor]:
+        return {"y": through(layer, layer.init_state(case.B), x, error, slots)[0]}
+
+    exact = outputs(copy.deepcopy(layer).double(), x.double(), error.double(), 0)
+    check = m.compare(outputs(layer, x, error, case.T), outputs(layer, x, error, 0), exact)
+    if not check["ok"]:
+        return refused(check, "fp64")
+    states = {slots: layer.init_state(case.B) for slots in (case.T, 0)}
+    calls = {str(slots): partial(through, layer, state, x, error, slots) for slots, state in states.items()}
+    turns(calls, device, 0)
+    found = turns(calls, device, seconds, most=50)
+    rate = {slots: 1e3 * segments * case.B * case.C / ms["median"] for slots, ms in found.items()}
+    return {"check": check, "segments": segments, "ms": found[str(case.T)], "at_once_ms": found["0"], "tokens/s": rate[str(case.T)],
+            "at_once_tokens/s": rate["0"], "of_at_once": rate[str(case.T)] / rate["0"]}
 
 
 def by_hand(layer: ContinuumMemory, x: Tensor, error: Tensor) -> dict[str, Tensor]:
@@ -343,10 +413,10 @@ def checked(model: HopeForCausalLM, ids: Tensor, backend: str | None) -> dict:
     return m.compare(logits(model, backend), logits(model, "chunked"), logits(wide, "chunked"))
 
 
-def turns(calls: dict[str, Callable], device: str, seconds: float) -> dict[str, dict]:
-    """ms of each call, in turn: three rounds, and up to eight while ``seconds`` last."""
+def turns(calls: dict[str, Callable], device: str, seconds: float, most: int = 8) -> dict[str, dict]:
+    """ms of each call, in turn: three rounds, and up to ``most`` while ``seconds`` last."""
     spent, began = {name: [] for name in calls}, time.perf_counter()
-    while len(spent[next(iter(calls))]) < 3 or (time.perf_counter() - began < seconds and len(spent[next(iter(calls))]) < 8):
+    while len(spent[next(iter(calls))]) < 3 or (time.perf_counter() - began < seconds and len(spent[next(iter(calls))]) < most):
         for name, call in calls.items():
             spent[name].append(m.host_ms(lambda call=call: (call(), m.sync(device))))
     return {name: m.stats(ms) for name, ms in spent.items()}
@@ -375,10 +445,13 @@ def held_bytes(cms, level: int, K: int) -> int:
     return sum(t.numel() * t.element_size() for part in parts for t in part.values())
 
 
-def level_bytes(c: CMSConfig, level: int) -> dict[str, int]:
-    """What one level of one row needs, fp32: its weights, the gradients of earlier segments above the first level, momentum."""
+def level_bytes(c: CMSConfig, level: int, itemsize: int = 4) -> dict[str, int]:
+    """What one level of one row needs: fp32 weights, a copy where the model computes in 16 bits, the gradients of earlier segments above
+    the first level (muon: at all levels, it needs the whole gradient), momentum."""
     n = (3 if c.mlp == "swiglu" else 2) * c.d_model * c.hidden
-    needed = {"weights": 4 * n, "gradients": 4 * n if c.chunks[level] > c.chunks[0] else 0, "momentum": 4 * n * (c.optimizer == "momentum")}
+    waits = c.chunks[level] > c.chunks[0] or c.optimizer == "muon"
+    needed = {"weights": 4 * n, "copy": itemsize * n if itemsize < 4 else 0, "gradients": 4 * n if waits else 0,
+              "momentum": 4 * n if c.optimizer == "momentum" else 0}
     return needed | {"total": sum(needed.values())}
 
 
@@ -394,8 +467,9 @@ def state(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) 
     for l in range(max(c.num_levels for c in configs)):
         blocks = [(c, s) for c, s in zip(configs, found.cms) if l < c.num_levels]
         levels.append({
-            "level": l + 1, "period": blocks[0][0].chunks[l], "formula": sum(level_bytes(c, l)["total"] for c, _ in blocks),
-            "measured": sum(held_bytes(s, l, c.num_levels) for c, s in blocks) / case.B, "formula_parts": level_bytes(blocks[0][0], l)})
+            "level": l + 1, "period": blocks[0][0].chunks[l], "formula": sum(level_bytes(c, l, case.itemsize)["total"] for c, _ in blocks),
+            "measured": sum(held_bytes(s, l, c.num_levels) for c, s in blocks) / case.B, "formula_parts": level_bytes(blocks[0][0], l, case.itemsize),
+            "layer_says": sum(sum(b.cms.state_bytes(1)[l].values()) for b in model.blocks)})
     return {"tokens": tokens, "blocks": len(configs), "levels": levels, "state_bytes_per_row": found.nbytes() / case.B,
             "fresh_bytes_per_row": fresh / case.B, "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
 
@@ -448,7 +522,7 @@ def long(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, l
             "peak_mib_first": whole[0]["peak_mib"], "peak_mib_last": whole[-1]["peak_mib"]}
 
 
-KINDS = {"forward": forward, "refresh": refresh, "segment": segment, "prefill": prefill, "state": state, "long": long}
+KINDS = {"forward": forward, "refresh": refresh, "segment": segment, "pending": pending, "prefill": prefill, "state": state, "long": long}
 FIRST = 5  # of the GPU's cases, before everything else of its kind
 
 
@@ -484,6 +558,9 @@ def table(result: dict) -> str:
         section(title, "optimizer | d | C | rows | ms | GB/s | of the copy rate | TFLOP/s | of the GEMM rate", [
             f"| {c['optimizer']} | {c['d']} | {c['C']} | {c['B']} | {r['ms']['median']:.3f} | {r['GB/s']:.1f} | {share(r['of_copy'])} | "
             f"{r['TFLOP/s']:.3f} | {share(r['of_matmul'])} |" for c, r in of(kind)])
+    section("Refreshes kept as factors, then folded", "d | C | rows | slots | tokens/s | folded at once | ratio", [
+        f"| {c['d']} | {c['C']} | {c['B']} | {c['T']} | {r['tokens/s']:.0f} | {r['at_once_tokens/s']:.0f} | {r['of_at_once']:.2f} |"
+        for c, r in of("pending")])
     section("Models", "model | rows | tokens | learning off, tokens/s | on | on / off", [
         f"| {c['model']} | {c['B']} | {c['T']} | {r['off_tokens/s']:.0f} | {r['tokens/s']:.0f} | {r['on_per_off']:.2f} |"
         for c, r in of("prefill")])

@@ -220,23 +220,31 @@ def test_work_is_the_hand_counted_one():
     assert work("momentum") == (flops, nbytes + 2 * 512 * 8) and work("muon") == (flops + 2 * 2 * 5 * (4 * 64 * 32 + 2 * 512), nbytes)
     c = CMSConfig(8, (16, 64), optimizer="momentum")
     assert [bench_cms.level_bytes(c, l)["total"] for l in (0, 1)] == [512 * 8, 512 * 12]
+    assert [bench_cms.level_bytes(c.replace(optimizer="muon"), l, 2)["total"] for l in (0, 1)] == [512 * 10] * 2
 
 
-def scaled(case, weight, left, right, moment):
-    bench_cms.refresh_matrix_(case, weight, left, right * 1.001, moment)
+def scaled(case, given):
+    bench_cms.refresh_matrix_(case, given._replace(right=given.right * 1.01))
 
 
-def no_momentum(case, weight, left, right, moment):
-    bench_cms.refresh_matrix_(case, weight, left, right, None if moment is None else moment.clone())
+def no_momentum(case, given):
+    bench_cms.refresh_matrix_(case, given._replace(moment=given.moment.clone()))
 
 
-def one_row(case, weight, left, right, moment):
-    bench_cms.refresh_matrix_(case, weight[:1], left[:1], right[:1], None if moment is None else moment[:1])
+def one_row(case, given):
+    bench_cms.refresh_matrix_(case, bench_cms.Given(*(None if t is None else t[:1] for t in given)))
 
 
-@pytest.mark.parametrize("optimizer, harm", [("gd", scaled), ("momentum", no_momentum), ("muon", one_row), ("momentum", scaled)])
-def test_a_wrong_refresh_gets_no_time(optimizer, harm):
-    case = Case("refresh", 16, 32, B=2, optimizer=optimizer)
+def no_copy(case, given):
+    bench_cms.refresh_matrix_(case, given._replace(copy=None))
+
+
+@pytest.mark.parametrize("optimizer, dtype, harm", [
+    ("gd", "fp32", scaled), ("momentum", "fp32", no_momentum), ("muon", "fp32", one_row), ("momentum", "bf16", scaled),
+    ("gd", "bf16", no_copy),
+])
+def test_a_wrong_refresh_gets_no_time(optimizer, dtype, harm):
+    case = Case("refresh", 16, 32, B=2, optimizer=optimizer, dtype=dtype)
     record = run(case, op=harm)
     assert record["status"] == "refused" and "differs from fp64" in record["reason"] and "ms" not in record
     assert run(case)["check"]["ok"]
@@ -250,8 +258,10 @@ def test_a_wrong_reading_gets_no_time():
         assert record["check"]["ok"] and record["of_module"] > 0 and record["flops"] == 2 * 3 * 8 * 2 * 8 * 16 * 16
 
 
-def test_bf16_factors_and_a_segment_pass_their_checks():
-    assert run(Case("refresh", 32, 64, dtype="bf16"))["check"]["ok"]
+def test_a_segment_and_waiting_factors_pass_their_checks():
+    before = bench_cms.policy.TABLE
+    record = run(Case("pending", 16, 8, B=2, T=16))
+    assert record["check"]["ok"] and record["segments"] == 4 and record["of_at_once"] > 0 and bench_cms.policy.TABLE == before
     for optimizer in bench_cms.OPTIMIZERS:
         record = run(Case("segment", 16, 8, B=2, optimizer=optimizer))
         assert record["check"]["ok"] and record["tokens/s"] > 0
@@ -265,7 +275,8 @@ def test_a_segment_that_learns_something_else_is_refused(monkeypatch):
 def test_state_bytes_and_a_long_run(small):
     found = run(Case("state", model=str(small), B=2))
     n = 2 * 16 * 32
-    assert [v["formula"] for v in found["levels"]] == [4 * n, 8 * n] and all(v["measured"] >= 4 * n for v in found["levels"])
+    assert [v["formula"] for v in found["levels"]] == [4 * n, 8 * n]
+    assert [v["measured"] for v in found["levels"]] == [v["layer_says"] for v in found["levels"]] == [4 * n, 8 * n]
     assert found["state_bytes_per_row"] >= found["fresh_bytes_per_row"] + 8 * n
     record = run(Case("long", model=str(small), T=320))
     assert record["complete"] and record["tokens"] == 320 and len(record["parts"]) == 10
