@@ -11,8 +11,9 @@
     long     a long text read with learning: speed and peak memory of every tenth, a decoded token after 1000 tokens and after all
 
 FLOPs and bytes are what nobody can avoid: a refresh reads and writes fp32 weights (8 bytes; 8 more for momentum, 2 for a 16-bit copy) and
-reads the factors; muon's five steps are counted as products of the smaller Gram matrix. Before a case is timed, its values are compared
-with fp64 (at most twice the error of plain PyTorch in the same dtype, or 8 eps); one that fails is refused. Also part of benchmarks.gpu.
+reads the factors; muon's five steps are counted as products of the smaller Gram matrix. On a CPU, whose cores others may share, the
+ceilings are measured again beside every case. Before a case is timed, its values are compared with fp64 (at most twice the error of plain
+PyTorch in the same dtype, or 8 eps); one that fails is refused. Also part of benchmarks.gpu.
 """
 
 from __future__ import annotations
@@ -137,6 +138,30 @@ def refused(check: dict, what: str) -> dict:
     return {"status": "refused", "reason": f"{check.get('tensor', 'it')} differs from {what}", "check": check}
 
 
+def judged(record: dict, ceilings: dict, case: Case, device: str, quick: bool, flops: float, nbytes: float) -> dict:
+    """``measure.rates``, on a CPU against ceilings of this moment, which the record keeps."""
+    if device == "cpu":
+        record["ceilings"] = ceilings = beside(quick)
+    return m.rates(record, ceilings, case.dtype, flops, nbytes)
+
+
+def beside(quick: bool) -> dict[str, float]:
+    """GB/s of a copy (read + written) and TFLOP/s of an fp32 product, medians of five, in turn."""
+    n, size = (256, 2**20) if quick else (1024, 2**26)
+    a, b, c, out = torch.ones(size), torch.ones(size), torch.randn(n, n), torch.empty(n, n)
+    ms = turns({"copy": partial(a.copy_, b), "matmul": partial(torch.mm, c, c, out=out)}, "cpu", 0.0, least=5)
+    return {"copy": 8 * size / ms["copy"]["median"] / 1e6, "matmul fp32": 2 * n**3 / ms["matmul"]["median"] / 1e9}
+
+
+def turns(calls: dict[str, Callable], device: str, seconds: float, least: int = 3, most: int = 8) -> dict[str, dict]:
+    """ms of each call, in turn: ``least`` rounds, and up to ``most`` while ``seconds`` last."""
+    spent, began = {name: [] for name in calls}, time.perf_counter()
+    while (n := len(next(iter(spent.values())))) < least or (n < most and time.perf_counter() - began < seconds):
+        for name, call in calls.items():
+            spent[name].append(m.host_ms(lambda call=call: (call(), m.sync(device))))
+    return {name: m.stats(ms) for name, ms in spent.items()}
+
+
 # -- forward ------------------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +225,7 @@ def forward(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     for key in ("module_ms", "compiled_ms"):
         if record.get(key):
             record[f"of_{key.removesuffix('_ms')}"] = record[key]["median"] / record["ms"]["median"]
-    return m.rates(record, ceilings, case.dtype, flops, moved)
+    return judged(record, ceilings, case, device, quick, flops, moved)
 
 
 # -- refresh ------------------------------------------------------------------------------------------------------------------
@@ -291,7 +316,7 @@ def refresh(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     calls = [lambda given=given: [op(case, matrix) for matrix in given] for given in problems]
     record = m.time_calls(calls, device, seconds) | {"check": check, "sets": len(problems)}
     record["bytes_per_weight"] = nbytes / (case.B * case.weights)
-    return m.rates(record, ceilings, case.dtype, flops, nbytes)
+    return judged(record, ceilings, case, device, quick, flops, nbytes)
 
 
 def one_segment(layer: ContinuumMemory, state, x: Tensor, error: Tensor) -> tuple[Tensor, object]:
@@ -328,7 +353,7 @@ def segment(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     calls = [partial(one_segment, layer, state, x, sign * error) for sign in (1, -1) for state in states]
     record = m.time_calls(calls, device, seconds) | {"check": check, "sets": len(states)}
     record["tokens/s"] = 1e3 * case.B * case.C / record["ms"]["median"]
-    return m.rates(record, ceilings, case.dtype, flops, nbytes)
+    return judged(record, ceilings, case, device, quick, flops, nbytes)
 
 
 @contextmanager
@@ -413,15 +438,6 @@ def checked(model: HopeForCausalLM, ids: Tensor, backend: str | None) -> dict:
     return m.compare(logits(model, backend), logits(model, "chunked"), logits(wide, "chunked"))
 
 
-def turns(calls: dict[str, Callable], device: str, seconds: float, most: int = 8) -> dict[str, dict]:
-    """ms of each call, in turn: three rounds, and up to ``most`` while ``seconds`` last."""
-    spent, began = {name: [] for name in calls}, time.perf_counter()
-    while len(spent[next(iter(calls))]) < 3 or (time.perf_counter() - began < seconds and len(spent[next(iter(calls))]) < most):
-        for name, call in calls.items():
-            spent[name].append(m.host_ms(lambda call=call: (call(), m.sync(device))))
-    return {name: m.stats(ms) for name, ms in spent.items()}
-
-
 @torch.no_grad()
 def prefill(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
     model = model_of(case, device)
@@ -468,7 +484,8 @@ def state(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) 
         blocks = [(c, s) for c, s in zip(configs, found.cms) if l < c.num_levels]
         levels.append({
             "level": l + 1, "period": blocks[0][0].chunks[l], "formula": sum(level_bytes(c, l, case.itemsize)["total"] for c, _ in blocks),
-            "measured": sum(held_bytes(s, l, c.num_levels) for c, s in blocks) / case.B, "formula_parts": level_bytes(blocks[0][0], l, case.itemsize),
+            "formula_parts": level_bytes(blocks[0][0], l, case.itemsize),
+            "measured": sum(held_bytes(s, l, c.num_levels) for c, s in blocks) / case.B,
             "layer_says": sum(sum(b.cms.state_bytes(1)[l].values()) for b in model.blocks)})
     return {"tokens": tokens, "blocks": len(configs), "levels": levels, "state_bytes_per_row": found.nbytes() / case.B,
             "fresh_bytes_per_row": fresh / case.B, "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
@@ -583,7 +600,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--quick", action="store_true", help="small sizes: does the command itself work")
     p.add_argument("--minutes", type=float, default=30)
     p.add_argument("--out", default=str(RESULT))
+    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
     args = p.parse_args(argv)
+    if args.table:
+        print(table(studies.load(args.out)))
+        return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     store = gpu.Results(Path(args.out), gpu.stamp(args.quick))
     until = time.time() + 60 * args.minutes

@@ -101,7 +101,7 @@ def table(result: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--text", nargs="+", required=True, help="files of other domains, read as bytes; .gz is unpacked")
+    p.add_argument("--text", nargs="+", default=[], help="files of other domains, read as bytes; .gz is unpacked")
     p.add_argument("--title", nargs="+", help="how the result names them (default: the files' names)")
     p.add_argument("--model", default="kjv-byte")
     p.add_argument("--bytes", type=int, default=32 * 1024, help="of each document, each of three excerpts")
@@ -109,7 +109,13 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--out", default=RESULT)
+    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
     args = p.parse_args(argv)
+    if args.table:
+        print(table(s.load(args.out)))
+        return
+    if not args.text:
+        p.error("--text: the other domains are missing")
     if args.title and len(args.title) != len(args.text):
         p.error(f"--title names {len(args.title)} texts, --text has {len(args.text)}")
     if args.threads:

@@ -307,7 +307,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     p.add_argument("--minutes", type=float, default=60)
     p.add_argument("--out", default=RESULT)
+    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
     args = p.parse_args(argv)
+    if args.table:
+        print(table(s.load(args.out)))
+        return
     texts = {s.KJV_TITLE: s.KJV} | ({args.title or os.path.basename(args.text): args.text} if args.text else {})
     cells = [Cell(o, C, t) for t in texts for C in args.periods for o in args.optimizers]
     setting = {

@@ -83,6 +83,11 @@ def mean(values: list[float | None]) -> float:
     return math.inf if None in values else sum(values) / len(values)
 
 
+def load(path: str) -> dict:
+    with open(path) as f:
+        return json.load(f)
+
+
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -97,8 +102,7 @@ class Study:
         self.path, self.data = path, {"what": what, "machine": machine(), "setting": setting, "cases": {}}
         if path is None or not os.path.exists(path):
             return
-        with open(path) as f:
-            found = json.load(f)
+        found = load(path)
         theirs, mine = found.get("setting", {}), json.loads(json.dumps(setting))
         wrong = sorted(k for k in {*theirs, *mine} if theirs.get(k) != mine.get(k))
         if wrong:

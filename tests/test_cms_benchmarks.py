@@ -151,6 +151,8 @@ def test_rates_command_runs_resumes_and_ends(small, tmp_path, capsys):
     ran = [line for line in capsys.readouterr().out.splitlines() if "bytes/s" in line]
     assert again["cases"][lost]["bits"] == pytest.approx(gone["bits"]) and ran[0].startswith(lost) and len(ran) == 1
     assert {n: r for n, r in again["cases"].items() if n != lost} == kept
+    bench_rates.main(["--table", "--out", str(out)])
+    assert capsys.readouterr().out == bench_rates.table(again) + "\n"
 
 
 # -- continual ----------------------------------------------------------------------------------------------------------------
@@ -194,9 +196,12 @@ def test_continual_command_runs_and_resumes(small, tmp_path, capsys):
         assert all(same) if record["K"] == 0 else not any(same)
     learned = first["cases"]["words, then John and Acts (KJV), K 2"]
     assert studies.mean(learned["A"]["cms"]["after_A"]) < studies.mean(learned["A"]["cms"]["before"])
-    written, lines = out.read_bytes(), len(bench_continual.table(first).splitlines())
+    written = out.read_bytes()
+    capsys.readouterr()
     bench_continual.main(command)
-    assert out.read_bytes() == written and lines == 6
+    shown = capsys.readouterr().out
+    bench_continual.main(["--table", "--out", str(out)])
+    assert out.read_bytes() == written and shown == capsys.readouterr().out and len(shown.splitlines()) == 6
 
 
 def test_kept_is_a_share_of_the_gain():
@@ -295,7 +300,7 @@ def test_cases_have_names_of_their_own_and_cover_the_grid():
     assert {c.d for c in bench_cms.GPU_CASES if c.kind == "refresh"} == {1024, 2048, 4096}
 
 
-def test_the_command_writes_resumes_and_tabulates(tmp_path, monkeypatch):
+def test_the_command_writes_resumes_and_tabulates(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_cms, "QUICK_CPU", (Case("refresh", 16, 16), Case("forward", 16, 8, K=2)))
     monkeypatch.setattr(gpu, "stamp", lambda quick: {"commit": "a", "source": "s", "quick": quick})  # the tree may change meanwhile
     out = tmp_path / "cms.json"
@@ -304,8 +309,10 @@ def test_the_command_writes_resumes_and_tabulates(tmp_path, monkeypatch):
     assert set(first) == {"stamp", "cases"} and {"machine", "copy", "matmul fp32"} < set(first["cases"])
     record = first["cases"]["refresh d16 C16 B1 fp32 gd"]
     assert record["status"] == "ok" and record["GB/s"] > 0
-    assert record["of_copy"] == pytest.approx(record["GB/s"] / first["cases"]["copy"]["GB/s"])
-    text = bench_cms.table(first)
+    assert record["of_copy"] == pytest.approx(record["GB/s"] / record["ceilings"]["copy"])
+    capsys.readouterr()
+    assert bench_cms.main(["--table", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
     assert "Refresh of one level" in text and "| gd | 16 | 16 | 1 |" in text and "Models" not in text
     assert bench_cms.main(["--quick", "--out", str(out)]) == 0
     assert json.loads(out.read_text()) == first
