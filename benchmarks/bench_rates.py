@@ -194,18 +194,21 @@ def search(
                 name, _ = running.pop(done)
                 study.cases[name] = record = done.result()
                 study.put(name, record, **conclusions(study.cases, cells))
-                print(line(name, study.cases, cells), flush=True)
+                print(line(name, study.cases), flush=True)
 
 
 # -- what follows -------------------------------------------------------------------------------------------------------------
 
 
 def between(found: dict[float, float], octave: float) -> float:
-    """on / off at an octave: as tried, or the straight line between its neighbours in the logarithm; infinite outside what was tried."""
+    """on / off at an octave: as tried, or the straight line between its neighbours in the logarithm, infinite beside a diverged one; NaN
+    outside what was tried."""
     if octave in found:
         return found[octave]
     below, above = (max((k for k in found if k < octave), default=None), min((k for k in found if k > octave), default=None))
-    if below is None or above is None or not (math.isfinite(found[below]) and math.isfinite(found[above])):
+    if below is None or above is None:
+        return math.nan
+    if not (math.isfinite(found[below]) and math.isfinite(found[above])):
         return math.inf
     share = (octave - below) / (above - below)
     return math.exp((1 - share) * math.log(found[below]) + share * math.log(found[above]))
@@ -231,7 +234,7 @@ def summary(cases: dict, cells: list[Cell]) -> list[dict]:
             "runs": len(found), "best_octave": best, "best_lr": cell.rate(best), "best_on_over_off": finite[best],
             "best_per_excerpt": [a / b for a, b in zip(per_row, off)],
             "default_octave": cell.default, "default_lr": cell.rate(cell.default),
-            "default_on_over_off": number(between(found, cell.default)),
+            "default_on_over_off": number(at_default := between(found, cell.default)), "default_tried": not math.isnan(at_default),
             "edge_octave": edge, "edge_lr": None if edge is None else cell.rate(edge),
             "edge_diverged": None if edge is None else not math.isfinite(found[edge]),
             "finished": next_octave(found, COARSE[cell.optimizer]) is None,
@@ -250,20 +253,27 @@ def rules(cases: dict, cells: list[Cell]) -> dict:
         def loss(octave: float | None, found=found) -> list[float]:
             return [between(t, c.default if octave is None else octave) / min(t.values()) - 1 for c, t in found]
 
+        def total(octave: float) -> float:
+            return math.inf if any(map(math.isnan, loss(octave))) else sum(loss(octave))
+
         candidates = [k / 2 for k in range(-2 * FURTHEST, 2 * FURTHEST + 1)]
-        best = min(candidates, key=lambda k: (sum(loss(k)), k))
-        of = lambda values: {"mean_excess": number(sum(values) / len(values)), "max_excess": number(max(values))}
-        served = math.isfinite(sum(loss(best)))
-        result[optimizer] = {"cells": len(found), "default": of(loss(None)), "best_octave": best if served else None,
-                             "best_base": BASE[optimizer] * 2.0**best if served else None, "best": of(loss(best))}
+        best = min(candidates, key=lambda k: (total(k), k))
+        served = math.isfinite(total(best))
+        result[optimizer] = {"cells": len(found), "default": excess(loss(None)), "best_octave": best if served else None,
+                             "best_base": BASE[optimizer] * 2.0**best if served else None, "best": excess(loss(best))}
     return result
+
+
+def excess(losses: list[float]) -> dict:
+    known = all(map(math.isfinite, losses))
+    return {"mean_excess": sum(losses) / len(losses) if known else None, "max_excess": max(losses) if known else None}
 
 
 def conclusions(cases: dict, cells: list[Cell]) -> dict:
     return {"summary": summary(cases, cells), "rules": rules(cases, cells)}
 
 
-def line(name: str, cases: dict, cells: list[Cell]) -> str:
+def line(name: str, cases: dict) -> str:
     record = cases[name]
     if record["cell"] is None:
         return f"{name:64} {s.mean(record['bits']):.4f} bits per byte"
@@ -279,14 +289,19 @@ def table(result: dict) -> str:
     show = lambda x: "diverged" if x is None else f"{x:.3f}"
     for r in result["summary"]:
         edge = "not reached" if r["edge_lr"] is None else f"{r['edge_lr']:.3g}{' (diverges)' if r['edge_diverged'] else ''}"
+        default = show(r["default_on_over_off"]) if r["default_tried"] else "not tried"
         times = 2 ** (r["best_octave"] - r["default_octave"])
-        rows.append(f"| {r['optimizer']} | {r['C']} | {r['text']} | {r['default_lr']:.3g} | {show(r['default_on_over_off'])} "
+        rows.append(f"| {r['optimizer']} | {r['C']} | {r['text']} | {r['default_lr']:.3g} | {default} "
                     f"| {r['best_lr']:.3g} | {times:.3g} x | {show(r['best_on_over_off'])} | {edge} |")
     rows.append("")
-    percent = lambda x: "diverges somewhere" if x is None else f"{x:.1%}"
+
+    def of(e: dict) -> str:
+        if e["mean_excess"] is None:
+            return "not known (diverged or not tried somewhere)"
+        return f"{e['mean_excess']:.1%} on average, {e['max_excess']:.1%} at most"
+
     for optimizer, r in result["rules"].items():
         unit = "" if optimizer == "muon" else " / C"
-        of = lambda excess: f"{percent(excess['mean_excess'])} on average, {percent(excess['max_excess'])} at most"
         line = f"{optimizer}: bits above those of each row's best rate: by default {of(r['default'])}"
         if r["best_octave"] is not None:
             line += f"; with {r['best_base']:.3g}{unit}, the best single rule, {of(r['best'])}"

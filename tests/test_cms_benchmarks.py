@@ -128,7 +128,12 @@ def test_one_rule_for_two_texts_is_between_their_best_rates():
     cases |= made(b, {k: 0.5 + 0.02 * (k - 2) ** 2 for k in (-2.0, 0.0, 2.0, 4.0)})
     rule = bench_rates.rules(cases, [a, b])["gd"]
     assert 0 <= rule["best_octave"] <= 2 and rule["best"]["mean_excess"] <= rule["default"]["mean_excess"]
-    assert bench_rates.between({0.0: 0.5, 2.0: 2.0}, 1.0) == pytest.approx(1) and bench_rates.between({0.0: 0.5}, 1.0) == math.inf
+    assert bench_rates.between({0.0: 0.5, 2.0: 2.0}, 1.0) == pytest.approx(1) and math.isnan(bench_rates.between({0.0: 0.5}, 1.0))
+    assert bench_rates.between({0.0: 0.5, 2.0: math.inf}, 1.0) == math.inf
+    began = made(a, {-2.0: 0.9})
+    assert "| gd | 64 | a | 0.00781 | not tried | 0.00195 | 0.25 x | 0.900 | not reached |" in bench_rates.table(
+        bench_rates.conclusions(began, [a]))
+    assert bench_rates.rules(began, [a])["gd"]["default"] == {"mean_excess": None, "max_excess": None}
 
 
 def test_rates_command_runs_resumes_and_ends(small, tmp_path, capsys):
