@@ -179,7 +179,8 @@ def test_a_detached_level_is_what_was_learned():
         assert torch.equal(taken["up"], learned) and taken["down"].shape == layer.levels[0]["down"].shape
         assert stream.state.own == [[0, 1], [1, 1]] and not stream.state.moments[0]["up"][0].any()
         assert all(torch.equal(a, b) for a, b in zip(stream.state.select([1]).tensors(), other.tensors()))
-        for call, wrong in ((layer.detach_level, (2,)), (layer.detach_level, (0, -1)), (layer.consolidate, (2,)), (layer.consolidate, (0, [2]))):
+        for call, wrong in ((layer.detach_level, (2,)), (layer.detach_level, (0, -1)), (layer.consolidate, (2,)),
+                            (layer.consolidate, (0, [2]))):
             with pytest.raises(ValueError, match="expected 0 to 1"):
                 call(stream.state, *wrong)
 
