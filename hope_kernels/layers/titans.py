@@ -146,7 +146,7 @@ class SelfModifyingTitans(nn.Module):
         gate only, and the returned state is detached (the inner gradient of a learning model).
         """
         c, T = self.config, x.shape[1]
-        compute = resolve("titans", c, x.dtype, x.device, backend)
+        compute = resolve("titans", c, x.dtype, x.device, backend, constant_memory)
         causal_conv, output_gate = resolve_conv_and_gate(c, backend)
         n = real = None
         if any([n < T for n in lengths]):
