@@ -164,8 +164,10 @@ class SelfModifyingTitans(nn.Module):
             y = torch.where(real, y, 0.0)
         if not update:
             return y, state
-        new = replace(new, conv_tail=tail)
-        return y, new.detach() if constant_memory else new
+        if not constant_memory:
+            return y, replace(new, conv_tail=tail)
+        # a tail of its own: the graph may need the tensor that this one is a view of
+        return y, replace(new, conv_tail=None if tail is None else tail.clone()).detach()
 
     def _inputs(self, u: Tensor) -> TokenInputs:
         c = self.config
