@@ -86,7 +86,7 @@ def test_bit_identical_for_any_cut_company_and_number_of_threads(config):
         assert torch.equal(alone[0, :n], whole[row, :n])
     before = torch.get_num_threads()
     try:
-        for threads in (2, 3, 5):
+        for threads in (2, 3):
             torch.set_num_threads(threads)
             assert torch.equal(differentiated(titans_cpp, config, w, i, state, [T] * 4, grad)[2], whole)
             one = [rows_of(i, [2]), state.select([2]), [T], grad[2:3]]  # threads share a head

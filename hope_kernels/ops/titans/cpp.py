@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -65,6 +66,11 @@ def _library() -> ctypes.CDLL | str:
     return lib if lib.hope_titans_supported() else "needs a CPU with AVX2 and FMA"
 
 
+def library() -> ctypes.CDLL:
+    """The library; call it where ``unavailable()`` is None."""
+    return _library()
+
+
 @torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use the backend, or None."""
@@ -92,14 +98,44 @@ def titans_cpp(
     """As ``chunked.titans_chunk``, under no_grad or with ``constant_memory``. Raises ValueError for ``stats``."""
     if stats is not None:
         raise ValueError("titans: backend 'cpp' collects no statistics; the chunked backend does")
-    graph = torch.is_grad_enabled() and inputs.q.requires_grad
-    with torch.no_grad():
-        new = _advanced(config, state, lengths) if update else state
-        # without an update the whole call reads with the same weights
-        at, chunk = (state.pos, config.chunk_memory) if update else ([0] * len(lengths), max([1, *lengths]))
-        kept = _kept(config, new, at, chunk, lengths) if graph else None
-        o = _scan(config, w_init, inputs, new, state.pos, lengths, update, kept)
-    return (_Read.apply(inputs.q, o, *kept, config, at, chunk, lengths) if graph else o), new
+    if not (torch.is_grad_enabled() and inputs.q.requires_grad):
+        with torch.no_grad():
+            new = _advanced(config, state, lengths) if update else state
+            return _scan(config, w_init, inputs, new, state.pos, lengths, update), new
+    o, new, gradient = titans_cpp_gradient(config, w_init, inputs, state, lengths, update=update)
+    return Pullback.apply(inputs.q, o, gradient), new
+
+
+@torch.no_grad()
+def titans_cpp_gradient(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int], *, update: bool = True
+) -> tuple[Tensor, TitansState, Callable[[Tensor], Tensor]]:
+    """o and the new state, without a graph, and what turns dL/do [B, T, H, D] into dL/dq, fast weights and writes being constants:
+
+        dq = do + w2^T (sigma'(w2 q) * (w1^T do))    at the weights of M_memory that each chunk was read with
+    """
+    new = _advanced(config, state, lengths) if update else state
+    # without an update the whole call reads with the same weights
+    pos, chunk = (list(state.pos), config.chunk_memory) if update else ([0] * len(lengths), max([1, *lengths]))
+    kept = _kept(config, new, pos, chunk, lengths)
+    o = _scan(config, w_init, inputs, new, state.pos, lengths, update, kept)
+    q, lengths = inputs.q.detach().contiguous(), list(lengths)
+    return o, new, lambda grad: _read_backward(config, q, grad, kept, pos, chunk, lengths)
+
+
+class Pullback(torch.autograd.Function):
+    """``Pullback.apply(x, y, pullback)``: y, a new tensor, as a function of x whose gradient is pullback(dL/dy). Once differentiable."""
+
+    @staticmethod
+    def forward(ctx, x, y, pullback):
+        ctx.pullback = pullback
+        ctx.mark_dirty(y)  # not changed, but this function's output from here on
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return ctx.pullback(grad), None, None
 
 
 def _kept(config: TitansConfig, state: TitansState, pos: list[int], chunk: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -111,7 +147,7 @@ def _kept(config: TitansConfig, state: TitansState, pos: list[int], chunk: int, 
 
 def _scan(
     config: TitansConfig, w_init: FastWeights, inputs, new: TitansState, pos: list[int], lengths: list[int], update: bool,
-    kept: tuple[Tensor, Tensor] | None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """o [B, T, H, D]; advances the tensors of ``new``, a state whose ``pos`` is that after the call, and fills ``kept``."""
     first = inputs.x if inputs.x is not None else inputs.k
@@ -134,38 +170,26 @@ def _scan(
         **{n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip", "scalar_skip", "qk_l2norm")},
         **pointers, pos=ctypes.addressof(before), len=ctypes.addressof(counts),
     )
-    if _library().hope_titans_scan(ctypes.byref(call)):
+    if library().hope_titans_scan(ctypes.byref(call)):
         raise MemoryError("titans: backend 'cpp' could not allocate its work space; nothing was read")
     return o
 
 
-class _Read(torch.autograd.Function):
-    """o as a function of q alone: dq = do + w2^T (sigma'(w2 q) * (w1^T do)) at the weights each chunk was read with."""
-
-    @staticmethod
-    def forward(ctx, q, o, kept2, kept1, config, pos, chunk, lengths):
-        ctx.save_for_backward(q, kept2, kept1)
-        ctx.call = config, tuple(pos), chunk, tuple(lengths)
-        ctx.mark_dirty(o)  # not changed, but this function's output from here on
-        return o
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        q, kept2, kept1 = ctx.saved_tensors
-        config, pos, chunk, lengths = ctx.call
-        B, T, H, D = q.shape
-        q, grad = q.contiguous(), grad.contiguous()
-        dq = (torch.empty_like if min(lengths) == T else torch.zeros_like)(q)
-        rows = ctypes.c_int64 * B
-        before, counts = rows(*pos), rows(*lengths)
-        call = _ReadBackward(
-            B, T, H, D, config.hidden, chunk, kept2.shape[2], torch.get_num_threads(), _ACTIVATIONS[config.activation], kept2.data_ptr(),
-            kept1.data_ptr(), q.data_ptr(), grad.data_ptr(), ctypes.addressof(before), ctypes.addressof(counts), dq.data_ptr(),
-        )
-        if _library().hope_titans_read_backward(ctypes.byref(call)):
-            raise MemoryError("titans: backend 'cpp' could not allocate its work space for the gradient")
-        return dq, *[None] * 7
+def _read_backward(
+    config: TitansConfig, q: Tensor, grad: Tensor, kept: tuple[Tensor, Tensor], pos: list[int], chunk: int, lengths: list[int]
+) -> Tensor:
+    """dL/dq [B, T, H, D] from dL/do; row b's tokens share weights up to the multiples of ``chunk``, counted from pos[b]."""
+    B, T, H, D = q.shape
+    grad, dq = grad.contiguous(), (torch.empty_like if min(lengths) == T else torch.zeros_like)(q)
+    rows = ctypes.c_int64 * B
+    before, counts = rows(*pos), rows(*lengths)
+    call = _ReadBackward(
+        B, T, H, D, config.hidden, chunk, kept[0].shape[2], torch.get_num_threads(), _ACTIVATIONS[config.activation], kept[0].data_ptr(),
+        kept[1].data_ptr(), q.data_ptr(), grad.data_ptr(), ctypes.addressof(before), ctypes.addressof(counts), dq.data_ptr(),
+    )
+    if library().hope_titans_read_backward(ctypes.byref(call)):
+        raise MemoryError("titans: backend 'cpp' could not allocate its work space for the gradient")
+    return dq
 
 
 def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> TitansState:
@@ -173,6 +197,6 @@ def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> T
     small = min(config.chunk_memory, config.chunk_other)
     commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
     parts = {n: getattr(state, n) for n in _WRITTEN}
-    parts = {n: t.clone(memory_format=torch.contiguous_format) if commits or n.startswith("pending") else t.contiguous()
+    parts = {n: t.clone(memory_format=torch.contiguous_format) if commits or n.startswith("pending") else t.detach().contiguous()
              for n, t in parts.items() if t is not None}
     return state.advanced(lengths, **parts)
