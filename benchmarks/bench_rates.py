@@ -243,10 +243,12 @@ def summary(cases: dict, cells: list[Cell]) -> list[dict]:
 
 
 def rules(cases: dict, cells: list[Cell]) -> dict:
-    """Per optimizer: the one octave for all periods and texts that loses least against each cell's best, beside the default's loss."""
+    """Per optimizer: the one octave for all periods and texts that loses least against each cell's best, beside the default's loss. Of
+    the cells whose coarse rates have been tried."""
     result = {}
     for optimizer in dict.fromkeys(c.optimizer for c in cells):
-        found = [(c, t) for c in cells if c.optimizer == optimizer and any(map(math.isfinite, (t := tried(cases, c)).values()))]
+        found = [(c, tried(cases, c)) for c in cells if c.optimizer == optimizer]
+        found = [(c, t) for c, t in found if set(COARSE[optimizer]) <= set(t) and any(map(math.isfinite, t.values()))]
         if not found:
             continue
 

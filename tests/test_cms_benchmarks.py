@@ -133,7 +133,9 @@ def test_one_rule_for_two_texts_is_between_their_best_rates():
     began = made(a, {-2.0: 0.9})
     assert "| gd | 64 | a | 0.00781 | not tried | 0.00195 | 0.25 x | 0.900 | not reached |" in bench_rates.table(
         bench_rates.conclusions(began, [a]))
-    assert bench_rates.rules(began, [a])["gd"]["default"] == {"mean_excess": None, "max_excess": None}
+    assert bench_rates.rules(began, [a]) == {}
+    diverged = bench_rates.rules(made(a, {-2.0: 0.9, 0.0: math.inf, 2.0: math.inf}), [a])["gd"]
+    assert diverged["default"] == {"mean_excess": None, "max_excess": None} and diverged["best_base"] == 0.125
 
 
 def test_rates_command_runs_resumes_and_ends(small, tmp_path, capsys):
