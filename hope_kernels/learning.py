@@ -68,6 +68,11 @@ def _draft(state):
     return replace(state, cms=[c and c.draft("none" if torch.is_grad_enabled() else "made") for c in state.cms])
 
 
+def _constant(mixer):
+    """A mixer's state as the inner graph may take it."""
+    return mixer.detach().usable() if any(t.requires_grad or t.is_inference() for t in mixer.tensors()) else mixer
+
+
 def _finished(state):
     return replace(state, cms=[c and c.finished() for c in state.cms])
 
@@ -147,7 +152,7 @@ def learn_segment(
     marked = [b for b, r in enumerate(rows) if r]
     learners = marked if among is None else [among[b] for b in marked]
     with torch.inference_mode(False), torch.enable_grad():
-        mixers = [m.detach().usable() for m in mixers]
+        mixers = [_constant(m) for m in mixers]
         ids, targets = (t.clone() if t.is_inference() else t for t in (ids, targets))
         anchor, levels, sinks = torch.zeros((), device=ids.device, requires_grad=True), [], []
         for block, cms, now in zip(model.blocks, state.cms, model.levels(state)):
@@ -162,7 +167,7 @@ def learn_segment(
         if not all(rows):
             loss = loss.unflatten(0, ids.shape)[marked]
         torch.autograd.grad(loss.sum(), anchor)
-    return logits.detach(), [m.detach() for m in mixers]
+    return logits.detach(), mixers
 
 
 class Inner(NamedTuple):
