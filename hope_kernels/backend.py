@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -73,3 +74,16 @@ def resolve_conv_and_gate(config, backend: str | None = None) -> tuple[Callable,
 
         conv = causal_conv_triton if config.conv_window is None or config.conv_window <= MAX_WINDOW else conv
     return conv, gate
+
+
+def resolve_cms(config, dtype: torch.dtype, device: torch.device, backend: str | None = None, inner: bool = False) -> ModuleType:
+    """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend``. ``inner``: for reading and learning, which
+    need no gradient of the parameters; training always runs on the chunked backend.
+
+    Raises ValueError for an unknown backend.
+    """
+    from .ops.cms import chunked
+
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"cms: unknown backend {backend!r}, expected one of {BACKENDS}")
+    return chunked

@@ -3,8 +3,8 @@
 A segment is the span [i - C, i) between multiples of C, the model's shortest CMS period. Its last token has a loss once token i is
 known, so everything due at count i happens when token i arrives, before it is read:
 
-    1. the gradient of the segment's summed loss at the weights it was read with, joins the accumulators of all levels
-    2. the levels with i = 0 mod C^(l) commit
+    1. the segment's summed loss is differentiated at the weights the segment was read with
+    2. as the backward leaves a level, that level takes its step if i = 0 mod C^(l), or else keeps the gradient in its accumulator
     3. token i is read with the new weights
 
 The gradient is taken inside the segment only: memories, cached keys and everything older are constants. A segment that is read in one
@@ -17,12 +17,16 @@ segment that contributes, when a token read with learn="next_token" follows. Unt
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.cms.chunked import gradient_leaves, master_dtype
+from .backend import resolve_cms
+from .ops.cms.chain import Sink
+from .ops.cms.chunked import master_dtype
+from .ops.cms.matrix import Matrix
 from .state import Counters
 
 TAINTED = -1  # ModelState.seen of a row whose open segment holds a token read with learn="off"
@@ -33,7 +37,7 @@ def read_off(model, ids: Tensor, state, lengths: list[int], backend):
     if model.learns:
         complete = [n > 0 and s == model.segment for n, s in zip(lengths, state.seen)]
         if any(complete):
-            state = _replay(model, state, complete, ids, [0] * len(lengths), backend)
+            state = _finished(_replay(model, _draft(state), complete, ids, [0] * len(lengths), None, backend))
     h, mixers = model.run(model.embed(ids), state.mixers, model.levels(state), lengths, backend)
     return model.logits(h, lengths), advance_off(state, mixers, lengths)
 
@@ -43,6 +47,7 @@ def read_learning(model, ids: Tensor, state, lengths: list[int], backend):
     B, C = ids.shape[0], model.segment
     done = [0] * B
     parts, places, width = [], [[] for _ in range(B)], 0
+    state = _draft(state)
     while any(d < n for d, n in zip(done, lengths)):
         step = [min(n - d, C - p % C) for d, n, p in zip(done, lengths, state.pos)]
         state = _boundary(model, state, step, ids, done, backend)
@@ -54,8 +59,17 @@ def read_learning(model, ids: Tensor, state, lengths: list[int], backend):
             done[b] += step[b]
         width += max(step)
     if not parts:
-        return torch.zeros(B, ids.shape[1], model.config.vocab_size, device=ids.device, dtype=model.embed.weight.dtype), state
-    return _in_order(parts, places, ids.shape[1]), state
+        return torch.zeros(B, ids.shape[1], model.config.vocab_size, device=ids.device, dtype=model.embed.weight.dtype), _finished(state)
+    return _in_order(parts, places, ids.shape[1]), _finished(state)
+
+
+def _draft(state):
+    """CMS tensors are copied when they are first written and then written in place: what was given stays as it is if this call fails."""
+    return replace(state, cms=[c and c.draft("none" if torch.is_grad_enabled() else "made") for c in state.cms])
+
+
+def _finished(state):
+    return replace(state, cms=[c and c.finished() for c in state.cms])
 
 
 def _boundary(model, state, step: list[int], ids: Tensor, done: list[int], backend):
@@ -65,8 +79,7 @@ def _boundary(model, state, step: list[int], ids: Tensor, done: list[int], backe
         return state
     complete = [h and s == model.segment for h, s in zip(here, state.seen)]
     if any(complete):
-        state = _replay(model, state, complete, ids, done, backend)
-        state = replace(state, cms=_committed(model, state.cms, complete))
+        state = _replay(model, state, complete, ids, done, state.pos, backend)
     return replace(state, seen=Counters(0 if h else s for h, s in zip(here, state.seen)))
 
 
@@ -77,7 +90,9 @@ def _round(model, ids, tokens, state, done, step, lengths, backend):
     fused = any(whole) and not torch.is_grad_enabled()
     if fused:
         targets = _slice(ids, [d + 1 for d in done], tokens.shape[1])
-        logits, mixers, grads = segment_gradients(model, state, state.mixers, tokens, targets, whole, step, backend)
+        # their next token is in this call: what is due when it arrives is done at once
+        counts = [p + n for p, n in zip(state.pos, step)]
+        logits, mixers = learn_segment(model, state, state.mixers, tokens, targets, whole, step, counts, backend)
     else:
         whole = [False] * len(whole)
     opening = [n > 0 and not w and p % C == 0 for n, w, p in zip(step, whole, state.pos)]
@@ -88,11 +103,7 @@ def _round(model, ids, tokens, state, done, step, lengths, backend):
         h, mixers = model.run(model.embed(tokens), state.mixers, model.levels(state), step, backend)
         logits = model.logits(h, step)
     kept, seen = _recorded(state, tokens, step, whole, C)
-    new = replace(advance(state, mixers, step), snapshot=snapshot, ids=kept, seen=seen)
-    if fused:
-        # their next token is in this call: what is due when it arrives is done at once
-        new = replace(new, cms=_committed(model, _accumulated(model, new.cms, grads, whole), whole))
-    return logits, new
+    return logits, replace(advance(state, mixers, step), snapshot=snapshot, ids=kept, seen=seen)
 
 
 def _recorded(state, tokens: Tensor, step: list[int], whole: list[bool], C: int) -> tuple[Tensor, Counters]:
@@ -111,67 +122,54 @@ def _recorded(state, tokens: Tensor, step: list[int], whole: list[bool], C: int)
     return torch.where(new, tokens.gather(1, source), state.ids), seen
 
 
-def _replay(model, state, rows: list[bool], ids: Tensor, done: list[int], backend):
-    """Adds the gradients of the open, complete segments of ``rows`` to their accumulators; ``ids[b, done[b]]`` is the token arriving."""
+def _replay(model, state, rows: list[bool], ids: Tensor, done: list[int], counts: list[int] | None, backend):
+    """Learns the open, complete segments of ``rows`` (levels commit at ``counts``); ``ids[b, done[b]]`` is the token arriving."""
     arriving = _slice(ids, done, 1)
     idx = [b for b, r in enumerate(rows) if r]
-    part = state if all(rows) else state.select(idx)
-    here = torch.tensor(idx, device=ids.device)
-    targets = torch.cat([part.ids[:, 1:], arriving.index_select(0, here)], 1)
-    C = model.segment
-    _, _, grads = segment_gradients(model, part, part.snapshot, part.ids, targets, [True] * len(idx), [C] * len(idx), backend)
-    if not all(rows):
-        grads = [None if g is None else [_scatter(level, here, len(rows)) for level in g] for g in grads]
-    return replace(state, cms=_accumulated(model, state.cms, grads, rows))
+    part = state if all(rows) else replace(state, mixers=[], cms=[]).select(idx)
+    targets = torch.cat([part.ids[:, 1:], arriving[idx]], 1)
+    C, among = model.segment, None if all(rows) else idx
+    learn_segment(model, state, part.snapshot, part.ids, targets, [True] * len(idx), [C] * len(idx), counts, backend, among)
+    return state
 
 
-def _scatter(level: dict | None, rows: Tensor, batch: int) -> dict | None:
-    """Gradients of some rows as gradients of the batch; the other rows are zero."""
-    if level is None:
-        return None
-    return {n: g.new_zeros(batch, *g.shape[1:]).index_copy(0, rows, g) for n, g in level.items()}
+def learn_segment(
+    model, state, mixers: list, ids: Tensor, targets: Tensor, rows: list[bool], lengths: list[int], counts: list[int] | None, backend,
+    among: list[int] | None = None,
+) -> tuple[Tensor, list]:
+    """Reads one segment from ``mixers`` and descends its loss: the draft ``state.cms`` is changed, level by level, as the backward passes.
 
-
-def segment_gradients(model, state, mixers: list, ids: Tensor, targets: Tensor, rows: list[bool], lengths: list[int], backend):
-    """Reads one segment from ``mixers`` and differentiates it.
-
-    ids, targets [B, n]; a row marked in ``rows`` contributes the summed cross-entropy (nats) of its n tokens. Returns the logits and
-    the mixers after the segment, both detached, and per block and level the gradient (name -> [B, rows, cols]), None where lr = 0.
-    Runs with grad enabled and inference mode off whatever the caller's mode.
+    ids, targets [B, n]; a row marked in ``rows`` contributes the summed cross-entropy (nats) of its n tokens, and its levels commit where
+    they are due at ``counts`` (of the whole batch; None: nothing commits). among: the rows of the batch that ids and mixers are of; None:
+    all. Returns the logits and the mixers after the segment, both detached. Runs with grad enabled and inference mode off whatever the
+    caller's mode.
     """
+    marked = [b for b, r in enumerate(rows) if r]
+    learners = marked if among is None else [among[b] for b in marked]
     with torch.inference_mode(False), torch.enable_grad():
-        state = replace(state, mixers=[]).usable()
         mixers = [m.detach().usable() for m in mixers]
         ids, targets = (t.clone() if t.is_inference() else t for t in (ids, targets))
-        levels, leaves = [], []
-        for block, levels_now in zip(model.blocks, model.levels(state)):
-            if block.cms is None:
-                levels.append(None)
-                continue
-            leaf = gradient_leaves(levels_now, block.cms.config, len(rows))
-            levels.append(leaf)
-            leaves += [t for level in leaf for t in level.values() if t.requires_grad]
-        h, mixers = model.run(model.embed(ids).detach(), mixers, levels, lengths, backend, inner=True)
+        anchor, levels, sinks = torch.zeros((), device=ids.device, requires_grad=True), [], []
+        for block, cms, now in zip(model.blocks, state.cms, model.levels(state)):
+            if cms is not None and among is not None:
+                now = [{n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()} for level in now]
+            levels.append(now)
+            ops = None if cms is None else resolve_cms(cms.config, model.embed.weight.dtype, ids.device, backend, inner=True)
+            sinks.append(None if cms is None else block.cms.sink(cms, learners, counts, ops, among))
+        h, mixers = model.run(model.embed(ids).detach(), mixers, levels, lengths, backend, Inner(anchor, sinks))
         logits = model.logits(h, lengths)
         loss = F.cross_entropy(logits.flatten(0, 1).to(master_dtype(logits.dtype)), targets.flatten(), reduction="none")
         if not all(rows):
-            loss = loss.unflatten(0, ids.shape)[[b for b, r in enumerate(rows) if r]]
-        found = iter(torch.autograd.grad(loss.sum(), leaves))
-    grads = [level and [_taken(one, found) for one in level] for level in levels]
-    return logits.detach(), [m.detach() for m in mixers], grads
+            loss = loss.unflatten(0, ids.shape)[marked]
+        torch.autograd.grad(loss.sum(), anchor)
+    return logits.detach(), [m.detach() for m in mixers]
 
 
-def _taken(level: dict[str, Tensor], found) -> dict[str, Tensor] | None:
-    grads = {n: next(found) for n, t in level.items() if t.requires_grad}
-    return {n: g.to(master_dtype(g.dtype)) for n, g in grads.items()} or None
+class Inner(NamedTuple):
+    """The pass that learns: the scalar its gradient is taken to, and where each block's factors go."""
 
-
-def _accumulated(model, cms: list, grads: list, rows: list[bool]) -> list:
-    return [None if c is None else block.cms.accumulate(c, g, rows) for block, c, g in zip(model.blocks, cms, grads)]
-
-
-def _committed(model, cms: list, rows: list[bool]) -> list:
-    return [None if c is None else block.cms.commit(c, rows) for block, c in zip(model.blocks, cms)]
+    anchor: Tensor
+    sinks: list[Sink | None]
 
 
 def advance(state, mixers: list, lengths: list[int]):

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from .backend import resolve_cms
 from .config import HopeConfig
 from .generation import Generation, generate
 from .layers.block import HopeAttentionBlock, HopeBlock
-from .learning import advance_off, read_learning, read_off
+from .learning import Inner, advance_off, read_learning, read_off
 from .ops.check import check_lengths, check_state, check_tensor, check_values
-from .ops.cms.chunked import cms_forward
+from .ops.cms.chain import cms_forward, cms_learn
 from .state import Counters, State, write_atomically
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
@@ -135,15 +136,22 @@ class HopeForCausalLM(nn.Module):
         """The CMS weights in force, per block: what ``run`` takes."""
         return [None if b.cms is None else b.cms.effective_levels(c) for b, c in zip(self.blocks, state.cms)]
 
-    def run(self, h: Tensor, mixers: list, levels: list, lengths: list[int], backend=None, inner: bool = False) -> tuple[Tensor, list]:
-        """All blocks over h [B, T, d_model], functionally: (h, new mixer states). inner: fast weights are constants of the graph."""
+    def run(
+        self, h: Tensor, mixers: list, levels: list, lengths: list[int], backend: str | None = None, inner: Inner | None = None
+    ) -> tuple[Tensor, list]:
+        """All blocks over h [B, T, d_model], functionally: (h, new mixer states). inner: the pass that learns, in which fast weights are
+        constants of the graph and the CMS levels hand their factors to ``inner.sinks``."""
         new = []
-        for block, mixer, level in zip(self.blocks, mixers, levels):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or not inner)):
-                y, mixer = block.mixer.scan(block.norm(h), mixer, lengths, backend=backend, constant_memory=inner)
-            h = h + y
-            if block.cms is not None:
-                h = cms_forward(h, level, block.cms.config, block.cms.mix, block.cms.norm_eps)
+        for i, (block, mixer, level) in enumerate(zip(self.blocks, mixers, levels)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
+                y, mixer = block.mixer.scan(block.norm(h), mixer, lengths, backend=backend, constant_memory=inner is not None)
+            h, cms = h + y, block.cms
+            if cms is not None:
+                ops = resolve_cms(cms.config, h.dtype, h.device, backend, inner is not None)
+                if inner is None:
+                    h = cms_forward(h, level, cms.config, cms.mix, cms.norm_eps, ops)
+                else:
+                    h = cms_learn(h, level, cms.config, inner.sinks[i], inner.anchor, cms.mix, cms.norm_eps, ops)
             new.append(mixer)
         return h, new
 

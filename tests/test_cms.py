@@ -10,8 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hope_kernels.config import CMSConfig, TitansConfig
-from hope_kernels.layers.cms import CMSState, ContinuumMemory
-from hope_kernels.ops.cms import chunked, reference
+from hope_kernels.layers.cms import ContinuumMemory
+from hope_kernels.layers.cms_state import CMSState
+from hope_kernels.ops import cms_refresh
+from hope_kernels.ops.cms import chain, chunked, reference
+from hope_kernels.ops.cms.matrix import Matrix
 from hope_kernels.state import load_state
 
 D = 5
@@ -93,9 +96,9 @@ class Stream:
             np.testing.assert_allclose(self.y[b].double().numpy(), y, rtol=tol, atol=tol)
             levels = self.layer.effective_levels(self.state)
             for l, name in itertools.product(range(len(levels)), row.names):
-                w = levels[l][name].detach()
+                w = Matrix.of(levels[l][name]).detach().dense(self.x.shape[0])
                 close = dict(rtol=tol, atol=tol)
-                np.testing.assert_allclose((w if w.dim() == 2 else w[b]).double().numpy(), row.levels[l][name], **close)
+                np.testing.assert_allclose(w[b].double().numpy(), row.levels[l][name], **close)
                 assert bool(self.state.own[l][b]) == (l in row.refreshed)
                 if self.layer.config.learning_rates[l] > 0:
                     for held, want in ((self.state.grads[l], row.total[l]), (self.state.moments[l], row.moment[l])):
@@ -146,7 +149,7 @@ def test_hand_written_gradients_equal_autograd(variant, mlp, norm):
     row = reference_row(layer)
     y, pullback = reference.forward(x.detach().numpy()[0, 0], row.levels, layer.config, row.mix)
     dx, grads = pullback(error.numpy()[0, 0])
-    out = chunked.cms_forward(x, list(layer.levels), layer.config, layer.mix)
+    out = chain.cms_forward(x, list(layer.levels), layer.config, layer.mix)
     torch.testing.assert_close(out[0, 0].detach(), torch.from_numpy(y), rtol=1e-12, atol=1e-13)
     wanted = [x] + [layer.levels[l][n] for l in range(3) for n in row.names]
     found = torch.autograd.grad(out, wanted, error)
@@ -160,7 +163,7 @@ def test_cms_gradients_in_every_mode_and_with_weights_per_row(mode):
     with mode():
         x, error = torch.randn(2, 3, D, dtype=torch.float64), torch.randn(2, 3, D, dtype=torch.float64)
         levels = [{n: p * 1.1 if p.dim() == 1 else torch.stack([p, 1.3 * p]) for n, p in level.items()} for level in layer.levels]
-        grads = chunked.cms_gradients(x, error, levels, layer.config)
+        grads = chain.cms_gradients(x, error, levels, layer.config)
     assert grads[1] is None and not any(g.requires_grad for g in grads[0].values())
     x, error = x.clone(), error.clone()
     for b in range(2):
@@ -398,7 +401,7 @@ def test_weights_learned_in_inference_mode_serve_autograd():
         _, state = layer(torch.randn(2, 2, D, dtype=torch.float64))
         state = layer.refresh(state, torch.randn(2, 2, D, dtype=torch.float64))
     x = torch.randn(2, 1, D, dtype=torch.float64, requires_grad=True)
-    chunked.cms_forward(x, layer.effective_levels(state), layer.config).sum().backward()
+    chain.cms_forward(x, layer.effective_levels(state), layer.config).sum().backward()
     assert x.grad.any() and not layer.levels[0]["up"].grad
 
 
@@ -432,7 +435,12 @@ def test_bf16_and_fp32_masters():
             stream.finish(lambda low, high: high)
         s = stream.state
         assert s.inputs.dtype == s.errors.dtype == dtype
-        assert {t.dtype for part in (s.weights, s.grads, s.moments) for level in part for t in level.values()} == {torch.float32}
+        assert s.grads[0] is None  # a level that steps at every segment's end never has a gradient
+        held = [t for part in (s.weights, s.grads, s.moments) for level in part if level is not None for t in level.values()]
+        assert len(held) == 10 and {t.dtype for t in held} == {torch.float32}
+        for l in range(2):
+            for name, w in s.weights[l].items():
+                assert torch.equal(s.copies[l][name], w.to(dtype)) if dtype == torch.bfloat16 else s.copies[l] is None
         stream.check(tol=0.15 if dtype == torch.bfloat16 else 1e-4)
 
 
@@ -452,17 +460,17 @@ def test_newton_schulz(shape):
     assert not chunked.newton_schulz(torch.zeros(1, 3, 4)).any()
 
 
-def test_optimizer_step_equals_torch_optim():
+def test_refresh_equals_torch_optim():
     torch.manual_seed(1)
-    w, grads = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(3, 2, 4, 3, dtype=torch.float64)
+    w, left, right = (torch.randn(*s, dtype=torch.float64) for s in ((2, 4, 3), (3, 2, 5, 4), (3, 2, 5, 3)))
     for optimizer, build in (("gd", lambda p: torch.optim.SGD([p], 0.1)), ("momentum", lambda p: torch.optim.SGD([p], 0.1, momentum=0.8))):
         config = CMSConfig(D, (2,), lr=0.1, optimizer=optimizer, momentum=0.8)
         p = torch.nn.Parameter(w.clone())
-        theirs, mine, moment = build(p), w, None
-        for g in grads:
-            p.grad = g.clone()
+        theirs, mine, moment = build(p), w, torch.zeros_like(w) if optimizer == "momentum" else None
+        for l, r in zip(left, right):
+            p.grad = torch.einsum("bcr,bcs->brs", l, r)
             theirs.step()
-            mine, moment = chunked.optimizer_step(config, 0, mine, g, moment)
+            mine, moment = cms_refresh(config, 0, mine, l, r, moment=moment)
         torch.testing.assert_close(mine, p.detach(), rtol=1e-12, atol=1e-13)
 
 
@@ -500,8 +508,8 @@ def errors():
         "error dtype": (lambda c, s: c.refresh(s, z(2, 1, D, dtype=torch.float32)), "argument error has dtype"),
         "refresh without state": (lambda c, s: c.refresh(None, z(2, 1, D)), "argument state is None"),
         "batch of a state": (lambda c, s: c.init_state(-1), "argument batch is -1"),
-        "levels": (lambda c, s: chunked.cms_forward(z(2, 1, D), [], c.config), "levels has 0 entries, expected 2"),
-        "mix": (lambda c, s: chunked.cms_forward(z(2, 1, D), [{}, {}], c.config.replace(variant="independent")), "mix is None"),
+        "levels": (lambda c, s: chain.cms_forward(z(2, 1, D), [], c.config), "levels has 0 entries, expected 2"),
+        "mix": (lambda c, s: chain.cms_forward(z(2, 1, D), [{}, {}], c.config.replace(variant="independent")), "mix is None"),
     }
 
 

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ..backend import resolve_cms
 from ..config import CMSConfig
 from ..ops.check import check_lengths, check_placement, check_state, check_tensor
-from ..ops.cms import chunked as ops
-from ..state import Counters, State
+from ..ops.cms.chain import NORM_EPS, Sink, cms_forward, pass_back
+from ..ops.cms.chunked import Factors, Level, master_dtype
+from ..ops.cms.matrix import Matrix
+from ..ops.cms.pending import pending_tokens
+from ..ops.cms.schedule import learning_levels, matrices
+from ..state import Counters
+from . import cms_refresh
+from .cms_state import CMSState
 
 NAME = "ContinuumMemory"
-
-
-@dataclass(eq=False)
-class CMSState(State):
-    """What B sequences have learned in a CMS of K levels; None stands for tensors that no sequence has needed yet.
-
-    weights: per level None (all rows share the layer's) or name -> [B, rows, cols], master dtype; in force where ``own`` is 1.
-    grads: per level None (zero) or name -> [B, rows, cols]: gradients since the level's last commit.
-    moments: per level None (zero) or name -> [B, rows, cols]: momentum, optimizer="momentum" only.
-    own: per level one 0/1 per row: 1 from the row's first refresh of that level on, 0 again after a nested reset.
-    inputs, errors: None or [B, C1, d]: the open segment's inputs and delivered dL/dy. Unused by a model that has a loss of its own.
-    seen, delivered: per row, tokens of the open segment read with learn=True, and how many of their errors have arrived.
-    tainted: per row, 1 if the open segment holds a token read with learn=False.
-
-    The open segment of a row at count ``pos`` is the one that holds token pos - 1; a segment whose gradient has been taken is closed.
-    """
-
-    weights: list = field(default_factory=list)
-    grads: list = field(default_factory=list)
-    moments: list = field(default_factory=list)
-    own: list = field(default_factory=list)
-    inputs: Tensor | None = None
-    errors: Tensor | None = None
-    seen: Counters = field(default_factory=Counters)
-    delivered: Counters = field(default_factory=Counters)
-    tainted: Counters = field(default_factory=Counters)
-
-    ACTIVATIONS = frozenset({"inputs", "errors"})
 
 
 class ContinuumMemory(nn.Module):
@@ -57,7 +36,7 @@ class ContinuumMemory(nn.Module):
     (layernorm); ``.up_bias``, ``.gate_bias``, ``.down_bias`` (bias=True); ``mix`` [K] (independent).
     """
 
-    def __init__(self, config: CMSConfig, norm_eps: float = ops.NORM_EPS, device=None, dtype=None):
+    def __init__(self, config: CMSConfig, norm_eps: float = NORM_EPS, device=None, dtype=None):
         super().__init__()
         self.config, self.norm_eps = config, norm_eps
         d, n = config.d_model, config.hidden
@@ -67,7 +46,7 @@ class ContinuumMemory(nn.Module):
         if config.mlp == "swiglu":
             shapes["gate"] = (n, d)
         if config.bias:
-            shapes.update({f"{name}_bias": (shapes[name][0],) for name in ops.matrices(config)})
+            shapes.update({f"{name}_bias": (shapes[name][0],) for name in matrices(config)})
 
         def empty(shape):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -81,7 +60,7 @@ class ContinuumMemory(nn.Module):
         """Matrices ~ N(0, 1/fan_in), gains 1, biases and mix 0."""
         for level in self.levels:
             for name, p in level.items():
-                if name in ops.matrices(self.config):
+                if name in matrices(self.config):
                     nn.init.normal_(p, std=p.shape[1] ** -0.5)
                 else:
                     nn.init.constant_(p, 1.0 if name == "norm_gain" else 0.0)
@@ -94,24 +73,18 @@ class ContinuumMemory(nn.Module):
     @property
     def learns(self) -> bool:
         """Whether any level has lr > 0."""
-        return bool(ops.learning_levels(self.config))
+        return bool(learning_levels(self.config))
 
     def init_state(self, batch: int, device=None, dtype: torch.dtype | None = None) -> CMSState:
         """State of ``batch`` sequences that have read nothing. It holds no tensors yet (they are allocated on first use, where the
         input is and in its dtype), so ``device`` and ``dtype`` change nothing; they are there because every layer takes them."""
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
             raise ValueError(f"{NAME}.init_state: argument batch is {batch!r}, expected an integer >= 0")
-        K = self.config.num_levels
+        return CMSState(pos=Counters([0] * batch), config=self.config, owner=self)
 
-        def zeros():
-            return Counters([0] * batch)
-
-        return CMSState(
-            pos=zeros(), config=self.config, weights=[None] * K, grads=[None] * K, moments=[None] * K, own=[zeros() for _ in range(K)],
-            seen=zeros(), delivered=zeros(), tainted=zeros(), owner=self,
-        )
-
-    def forward(self, x: Tensor, state: CMSState | None = None, lengths=None, learn: bool = True) -> tuple[Tensor, CMSState]:
+    def forward(
+        self, x: Tensor, state: CMSState | None = None, lengths=None, learn: bool = True, backend: str | None = None
+    ) -> tuple[Tensor, CMSState]:
         """Reads T tokens per row.
 
         x: [B, T, d], the layer's dtype.  state: None starts new sequences.  lengths: [B] ints or tensor, tokens of each row that count
@@ -131,26 +104,11 @@ class ContinuumMemory(nn.Module):
         learn = bool(learn) and self.learns
         self._check_reading(state, lengths, learn)
         base = state.clone() if torch.is_grad_enabled() else state
-        y = self._forward(x, self.effective_levels(base), lengths)
+        y = self._forward(x, self.effective_levels(base), lengths, backend)
         new = self._with_tokens(base, x.detach(), lengths, learn)
         return y, new if torch.is_grad_enabled() else state.assign(new)
 
-    @torch.no_grad()
-    def _refreshed(self, state: CMSState, error: Tensor, lengths: list[int]) -> CMSState:
-        C1, B = self.config.chunks[0], state.batch
-        taken = [n if not t else 0 for n, t in zip(lengths, state.tainted)]
-        errors = _written(state.errors, error, state.delivered, taken, [0] * B, C1)
-        delivered = Counters(d + n for d, n in zip(state.delivered, lengths))
-        rows = [n > 0 and not t and d == C1 for n, t, d in zip(lengths, state.tainted, delivered)]
-        new = replace(state, errors=errors, delivered=delivered)
-        if not any(rows):
-            return new
-        new = self.accumulate(new, self._segment_gradients(new, [b for b in range(B) if rows[b]]), rows)
-        new = self.commit(new, rows)
-        closed = {name: Counters(0 if r else c for r, c in zip(rows, getattr(new, name))) for name in ("seen", "delivered")}
-        return replace(new, **closed)
-
-    def refresh(self, state: CMSState, error: Tensor, lengths=None) -> CMSState:
+    def refresh(self, state: CMSState, error: Tensor, lengths=None, backend: str | None = None) -> CMSState:
         """Delivers dL/dy, in the order the tokens were read with learn=True, and learns from it when a segment is complete.
 
         error: [B, T, d], the layer's dtype; lengths: [B], errors of each row that count. A row takes errors of its open segment only,
@@ -165,6 +123,7 @@ class ContinuumMemory(nn.Module):
         if state is None:
             raise ValueError(f"{where}: argument state is None, expected the state that read the tokens of these errors")
         state = self._admitted(where, state, error)
+        ops = resolve_cms(self.config, error.dtype, error.device, backend, inner=True)
         base = state.clone() if torch.is_grad_enabled() else state
         if not self.learns:
             return base
@@ -173,72 +132,122 @@ class ContinuumMemory(nn.Module):
             if n > owed:
                 raise ValueError(f"{where}: argument error has {n} tokens for row {b}, expected at most {owed}: "
                                  "the tokens of its open segment that were read with learn=True and have no error yet")
-        new = self._refreshed(base, error.detach(), lengths)
+        new = self._refreshed(base.draft("all"), error.detach(), lengths, ops).finished()
         return new if torch.is_grad_enabled() else state.assign(new)
 
-    def effective_levels(self, state: CMSState, dtype: torch.dtype | None = None) -> list[dict[str, Tensor]]:
+    def effective_levels(self, state: CMSState, dtype: torch.dtype | None = None) -> list[Level]:
         """The levels as ``cms_forward`` takes them, in ``dtype`` (None: that of the parameters).
 
-        A matrix is the parameter [rows, cols] while no row has refreshed its level, then [B, rows, cols]: the row's own constant
-        where it has one, the parameter (with its graph) elsewhere.
+        A matrix is the parameter [rows, cols] while no row has refreshed its level, then a ``Matrix``: the row's own constants where it
+        has any, the parameter (with its graph) elsewhere.
         """
-        result = []
-        for level, held, own in zip(self.levels, state.weights, state.own):
-            tensors = {name: p if dtype is None else p.to(dtype) for name, p in level.items()}
-            if held is not None and any(own):
-                for name, w in held.items():
-                    w = w.detach().to(tensors[name].dtype)
-                    if w.is_inference() and not torch.is_inference_mode_enabled():
-                        w = w.clone()  # autograd refuses to save an inference tensor
-                    tensors[name] = w if all(own) else torch.where(ops.row_mask(own, w.device), w, tensors[name])
-            result.append(tensors)
-        return result
+        return [self._effective(l, state, dtype) for l in range(self.config.num_levels)]
+
+    def _effective(self, l: int, state: CMSState, dtype: torch.dtype | None) -> Level:
+        tensors = {name: p if dtype is None else p.to(dtype) for name, p in self.levels[l].items()}
+        own, rank = state.own[l], max(state.rank[l], default=0)
+        if not any(own) and not rank:
+            return tensors
+
+        def usable(t: Tensor, dtype: torch.dtype) -> Tensor:
+            t = t.detach().to(dtype)
+            # autograd refuses to save an inference tensor
+            return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
+
+        held = (state.copies[l] or state.weights[l]) if any(own) else None
+        for name in matrices(self.config):
+            shared = tensors[name]
+            mine = None if held is None else usable(held[name], shared.dtype)
+            rows = () if held is None else tuple(map(bool, own))
+            pending = [None if not rank else usable(part[l][name][:, :rank], shared.dtype) for part in (state.left, state.right)]
+            tensors[name] = Matrix(shared, mine, rows, *pending, scale=-self.config.learning_rates[l])
+            if rank and shared.requires_grad and torch.is_grad_enabled():
+                # rows that learned are constants: their base is not the parameter, but its value
+                learned = tuple(bool(o or r) for o, r in zip(own, state.rank[l]))
+                tensors[name] = Matrix(shared, tensors[name].detach().dense(state.batch), learned)
+        return tensors
+
+    def state_bytes(self, batch: int = 1) -> list[dict[str, int]]:
+        """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for: ``weights`` (fp32, or fp64),
+        ``copies`` in the input dtype, ``grads`` of levels slower than the first, ``moments``, ``pending`` factors."""
+        dtype, found = self.levels[0]["up"].dtype, []
+        size, wide = dtype.itemsize, master_dtype(dtype).itemsize
+        for l, period in enumerate(self.config.chunks):
+            numbers = batch * sum(self.levels[l][n].numel() for n in matrices(self.config)) * (self.config.learning_rates[l] > 0)
+            slots = pending_tokens(self.config, l, dtype, self.levels[l]["up"].device)
+            sides = batch * sum(sum(self.levels[l][n].shape) for n in matrices(self.config)) * (self.config.learning_rates[l] > 0)
+            waits = period > self.config.chunks[0] or self.config.optimizer == "muon"
+            found.append({
+                "weights": numbers * wide, "copies": numbers * size if size != wide else 0, "grads": numbers * wide if waits else 0,
+                "moments": numbers * wide if self.config.optimizer == "momentum" else 0, "pending": slots * sides * size,
+            })
+        return found
+
+    def sink(self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None) -> Sink:
+        """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see ``cms_refresh.absorb``.
+
+        among: the rows of the batch that the factors are of; None: all.
+        """
+        def learned(l: int, factors: Factors) -> None:
+            if among is not None:
+                factors = {n: tuple(_spread(t, among, state.batch) for t in pair) for n, pair in factors.items()}
+            slots = pending_tokens(self.config, l, self.levels[l]["up"].dtype, self.levels[l]["up"].device)
+            cms_refresh.absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
+
+        return learned
 
     @torch.no_grad()
     def accumulate(self, state: CMSState, level_grads: list, rows: list[bool]) -> CMSState:
         """A state whose accumulators include ``level_grads`` (as from ``cms_gradients``: per level None or name -> [B, rows, cols]) in
         the marked rows. ``state`` is not modified, and unchanged tensors are shared with it. A level with lr = 0 ignores its gradient."""
-        grads = list(state.grads)
-        for l in ops.learning_levels(self.config) if any(rows) else ():
+        new, marked = state.draft(), _marked(rows)
+        for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
-                given = {name: g.detach().to(ops.master_dtype(g.dtype)) for name, g in level_grads[l].items()}
-                grads[l] = ops.accumulate(grads[l], given, rows)
-        return replace(state, grads=grads)
+                cms_refresh.accumulate(new, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
+        return new.finished()
 
     @torch.no_grad()
     def commit(self, state: CMSState, rows: list[bool], counts: list[int] | None = None) -> CMSState:
-        """A state after the refreshes that are due in the marked rows at ``counts`` (None: ``state.pos``), see ``ops.cms.chunked.commit``.
+        """A state after the refreshes that are due in the marked rows at ``counts`` (None: ``state.pos``), from their accumulators.
         ``state`` is not modified, and unchanged tensors are shared with it."""
-        counts = state.pos if counts is None else counts
         if not any(rows):
             return state
-        names, master = ops.matrices(self.config), ops.master_dtype(self.levels[0]["up"].dtype)
-        initial = [{name: level[name].detach().to(master) for name in names} for level in self.levels]
-        weights, grads, moments, own = ops.commit(
-            self.config, initial, state.weights, state.grads, state.moments, state.own, rows, counts
-        )
-        return replace(state, weights=weights, grads=grads, moments=moments, own=[Counters(o) for o in own])
+        new = state.draft()
+        for l in learning_levels(self.config):
+            cms_refresh.absorb(new, self.config, self._matrices(l), l, None, _marked(rows), state.pos if counts is None else counts)
+        return new.finished()
 
-    def _forward(self, x: Tensor, levels: list[dict[str, Tensor]], lengths: list[int]) -> Tensor:
-        T = x.shape[1]
+    def _matrices(self, l: int) -> dict[str, Tensor]:
+        return {name: self.levels[l][name].detach() for name in matrices(self.config)}
+
+    @torch.no_grad()
+    def _refreshed(self, state: CMSState, error: Tensor, lengths: list[int], ops) -> CMSState:
+        """The draft ``state`` with ``error`` delivered; segments that are complete by it have been learned."""
+        C1, B = self.config.chunks[0], state.batch
+        taken = [n if not t else 0 for n, t in zip(lengths, state.tainted)]
+        errors = _written(state.errors, error, state.delivered, taken, [0] * B, C1)
+        delivered = Counters(d + n for d, n in zip(state.delivered, lengths))
+        rows = [b for b in range(B) if lengths[b] > 0 and not state.tainted[b] and delivered[b] == C1]
+        new = replace(state, errors=errors, delivered=delivered)
+        if not rows:
+            return new
+        levels, x, e = self.effective_levels(new), new.inputs, errors
+        if len(rows) < B:
+            levels = [{n: t.take(rows) if isinstance(t, Matrix) else t for n, t in level.items()} for level in levels]
+            x, e = x[rows], e[rows]
+        sink = self.sink(new, rows, new.pos, ops, rows if len(rows) < B else None)
+        pass_back(x, e, levels, self.config, sink, self.mix, self.norm_eps, ops)
+        closed = {n: Counters(0 if b in rows else c for b, c in enumerate(getattr(new, n))) for n in ("seen", "delivered")}
+        return replace(new, **closed)
+
+    def _forward(self, x: Tensor, levels: list[Level], lengths: list[int], backend: str | None) -> Tensor:
+        T, ops = x.shape[1], resolve_cms(self.config, x.dtype, x.device, backend)
         if all(n == T for n in lengths):
-            return ops.cms_forward(x, levels, self.config, self.mix, self.norm_eps)
+            return cms_forward(x, levels, self.config, self.mix, self.norm_eps, ops)
         real = (torch.arange(T, device=x.device) < torch.tensor(lengths, device=x.device)[:, None])[..., None]
         # Padding is zeroed before as well: a NaN there would reach shared weights through the backward of the outer loss.
-        y = ops.cms_forward(torch.where(real, x, 0), levels, self.config, self.mix, self.norm_eps)
+        y = cms_forward(torch.where(real, x, 0), levels, self.config, self.mix, self.norm_eps, ops)
         return torch.where(real, y, 0)
-
-    def _segment_gradients(self, state: CMSState, rows: list[int]) -> list:
-        """Gradients of the complete segments of ``rows``, as [B, rows, cols] with zeros in all other rows."""
-        levels = self.effective_levels(state)
-        picked = [{n: t if t.dim() < 3 else ops.take_rows(t, rows) for n, t in level.items()} for level in levels]
-        x, error = ops.take_rows(state.inputs, rows), ops.take_rows(state.errors, rows)
-        found = ops.cms_gradients(x, error, picked, self.config, self.mix, self.norm_eps)
-
-        def spread(g: Tensor) -> Tensor:
-            return ops.put_rows(g.new_zeros((state.batch, *g.shape[1:])), rows, g)
-
-        return [None if grads is None else {name: spread(g) for name, g in grads.items()} for grads in found]
 
     def _admitted(self, where: str, state: CMSState | None, x: Tensor) -> CMSState:
         if state is None:
@@ -290,6 +299,15 @@ class ContinuumMemory(nn.Module):
             state, pos=Counters(p + n for p, n in zip(state.pos, lengths)), inputs=_written(state.inputs, x, at, kept, skip, C1),
             seen=Counters(seen), delivered=Counters(delivered), tainted=Counters(tainted),
         )
+
+
+def _marked(rows: list[bool]) -> list[int]:
+    return [b for b, r in enumerate(rows) if r]
+
+
+def _spread(t: Tensor, rows: list[int], batch: int) -> Tensor:
+    """t [len(rows), ...] as the rows of a batch; the others are zero."""
+    return t.new_zeros(batch, *t.shape[1:]).index_copy(0, torch.tensor(rows, device=t.device), t)
 
 
 def _written(buffer: Tensor | None, source: Tensor, at: list[int], count: list[int], skip: list[int], slots: int) -> Tensor | None:

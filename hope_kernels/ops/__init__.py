@@ -13,14 +13,14 @@ from torch import Tensor
 from ..backend import resolve
 from ..config import TitansConfig
 from .check import check_lengths, check_placement, check_state, check_tensor
-from .cms.chunked import cms_forward, cms_gradients
-from .cms.chunked import commit as cms_refresh
+from .cms.chain import cms_forward, cms_gradients
+from .cms.op import cms_refresh, cms_refresh_
 from .titans.chunked import TokenInputs
 from .titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
 
 __all__ = [
-    "FastWeights", "Layout", "TitansState", "TokenInputs", "cms_forward", "cms_gradients", "cms_refresh", "init_titans_state",
-    "titans_advance_", "titans_chunk", "titans_step",
+    "FastWeights", "Layout", "TitansState", "TokenInputs", "cms_forward", "cms_gradients", "cms_refresh", "cms_refresh_",
+    "init_titans_state", "titans_advance_", "titans_chunk", "titans_step",
 ]
 
 

@@ -1,35 +1,95 @@
-"""The Continuum Memory System in PyTorch: forward, gradients, optimizer step and commit, on explicit weights.
+"""One level of the Continuum Memory System in PyTorch: forward, backward, and the update that a segment's factors make.
 
-    branch_l(x) = w_down sigma(w_up norm(x))                     mlp="gelu"    (sigma: tanh form of gelu)
-                  w_down (silu(w_gate norm(x)) * (w_up norm(x)))  mlp="swiglu"
-    MLP_l(x)    = x + branch_l(x)                                (Nested Learning eq 70-74)
+    branch(x) = w_down sigma(w_up norm(x))                      mlp="gelu"    (sigma: tanh form of gelu)
+                w_down (silu(w_gate norm(x)) * (w_up norm(x)))  mlp="swiglu"
 
 A level is a dict: ``norm_gain`` [d], ``norm_bias`` [d] (layernorm), the matrices ``up`` [N, d], ``gate`` [N, d] (swiglu) and ``down``
-[d, N], and with biases ``up_bias`` [N], ``gate_bias`` [N], ``down_bias`` [d]. A matrix may carry a leading row axis, [B, N, d]: then
-every sequence of the batch has its own. Only matrices are refreshed. B rows, T tokens, d width, N hidden units, K levels, and C1, the
-period of level 1, is the length of a segment.
+[d, N], each a ``Matrix``, and with biases ``up_bias`` [N], ``gate_bias`` [N], ``down_bias`` [d]. The gradient of a segment is never
+formed as such: the backward hands over its two factors per matrix, tokens by outputs and tokens by inputs, and ``refresh_`` or
+``outer_add_`` multiply them into what they change. B rows, T tokens, C tokens of a segment, d width, N hidden units.
+
+These functions are what a backend of the CMS consists of; ``triton.py`` offers the same ones.
 """
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import CMSConfig
+from .matrix import Matrix, times, times_transposed
 
-NORM_EPS = 1e-6
 # The quintic of torch.optim.Muon (Jordan et al. 2024): slope 3.4445 at zero, singular values end in about [0.7, 1.2].
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 NS_EPS = 1e-7
 
+Level = dict[str, Tensor | Matrix]
+Factors = dict[str, tuple[Tensor, Tensor]]  # matrix -> [B, T, rows], [B, T, cols]
 
-def matrices(config: CMSConfig) -> tuple[str, ...]:
-    """Names of the matrices of one level: what a refresh may change."""
-    return ("up", "gate", "down") if config.mlp == "swiglu" else ("up", "down")
+
+class Saved(NamedTuple):
+    """What the backward of one level needs. x: its input [B, T, d].  n: normed [B, T, d].  z, g: pre-activations of up and gate
+    [B, T, N] (g None for gelu).  a: hidden units [B, T, N]."""
+
+    x: Tensor
+    n: Tensor
+    z: Tensor
+    g: Tensor | None
+    a: Tensor
+
+
+def level_forward(x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool) -> tuple[Tensor, Saved | None]:
+    """x [B, T, d] -> branch(x), or x + branch(x) with ``residual``; and, with ``keep``, what ``level_backward`` needs. Differentiable."""
+    width = (x.shape[-1],)
+    if config.norm == "rmsnorm":
+        n = F.rms_norm(x, width, level["norm_gain"], eps)
+    else:
+        n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
+    z, g = times_transposed(n, level["up"], level.get("up_bias")), None
+    if config.mlp == "swiglu":
+        g = times_transposed(n, level["gate"], level.get("gate_bias"))
+        a = F.silu(g) * z
+    else:
+        a = F.gelu(z, approximate="tanh")
+    y = times_transposed(a, level["down"], level.get("down_bias"))
+    return x + y if residual else y, Saved(x, n, z, g, a) if keep else None
+
+
+def level_backward(
+    dy: Tensor, saved: Saved, level: Level, config: CMSConfig, eps: float, *, residual: bool, need_dx: bool
+) -> tuple[Tensor | None, Factors]:
+    """dy = dL/d(result of ``level_forward``) [B, T, d] -> (dL/dx or None, the factors of dL/dW per matrix: dW_b = left_b^T right_b).
+
+    h = dy w_down;  gelu: d_up = sigma'(z) h;  swiglu: d_up = silu(g) h, d_gate = silu'(g) z h;
+    dx = norm'(x)^T (d_up w_up + d_gate w_gate).
+    """
+    h = times(dy, level["down"])
+    if config.mlp == "swiglu":
+        d = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
+    else:
+        d = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
+    factors = {name: (left, saved.n) for name, left in d.items()} | {"down": (dy, saved.a)}
+    if not need_dx:
+        return None, factors
+    dn = sum(times(left, level[name]) for name, left in d.items())
+    dx = _norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
+    return dx + dy if residual else dx, factors
+
+
+def _norm_backward(dn: Tensor, x: Tensor, gain: Tensor, norm: str, eps: float) -> Tensor:
+    """The gradient of rms_norm or layer_norm with respect to its input, 16-bit tensors by way of fp32."""
+    dtype, wide = x.dtype, master_dtype(x.dtype)
+    x, g = x.to(wide), dn.to(wide) * gain.to(wide)
+    if norm == "layernorm":
+        x = x - x.mean(-1, keepdim=True)
+        g = g - g.mean(-1, keepdim=True)
+    scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    x = x * scale
+    return ((g - x * (g * x).mean(-1, keepdim=True)) * scale).to(dtype)
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,89 +97,49 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def learning_levels(config: CMSConfig) -> list[int]:
-    """Indices (level 1 is 0) of the levels with lr > 0; the others are never copied nor changed."""
-    return [l for l, lr in enumerate(config.learning_rates) if lr > 0]
+def outer_add_(target: Tensor, left: Tensor, right: Tensor, rows: list[int], alpha: float = 1.0, beta: float = 1.0) -> None:
+    """target_b <- beta target_b + alpha left_b^T right_b for b in ``rows`` (ascending), in place; other rows stay as they are.
 
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [B, T, i], weight [o, i] or [B, o, i] -> [B, T, o]."""
-    if weight.dim() == 2:
-        return F.linear(x, weight, bias)
-    y = torch.bmm(x, weight.transpose(1, 2))
-    return y if bias is None else y + bias
-
-
-def _branch(x: Tensor, level: dict[str, Tensor], config: CMSConfig, eps: float) -> Tensor:
-    width = (x.shape[-1],)
-    if config.norm == "rmsnorm":
-        n = F.rms_norm(x, width, level["norm_gain"], eps)
-    else:
-        n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
-    up = _linear(n, level["up"], level.get("up_bias"))
-    if config.mlp == "swiglu":
-        hidden = F.silu(_linear(n, level["gate"], level.get("gate_bias"))) * up
-    else:
-        hidden = F.gelu(up, approximate="tanh")
-    return _linear(hidden, level["down"], level.get("down_bias"))
-
-
-def cms_forward(x: Tensor, levels: list[dict[str, Tensor]], config: CMSConfig, mix: Tensor | None = None, eps: float = NORM_EPS) -> Tensor:
-    """All levels at fixed weights; differentiable.
-
-    sequential, nested: y = MLP_K(... MLP_1(x)).  independent: y = sum_l softmax(mix)_l MLP_l(x).
-
-    x: [B, T, d].  levels: level 1 first, in the dtype of x.  mix: [K], independent only.  Returns [B, T, d].
-    Raises ValueError for a number of levels other than K, or the independent variant without ``mix``.
-    Source: Nested Learning eq 72-74.
+    target: [B, r, c], master dtype.  left: [B, C, r], right: [B, C, c].  beta = 0 ignores what target holds, also NaN.
     """
-    if len(levels) != config.num_levels:
-        raise ValueError(f"cms_forward: argument levels has {len(levels)} entries, expected {config.num_levels}")
-    if config.variant != "independent":
-        for level in levels:
-            x = x + _branch(x, level, config, eps)
-        return x
-    if mix is None:
-        raise ValueError("cms_forward: argument mix is None, expected [K] for variant='independent'")
-    share = torch.softmax(mix.to(x.dtype), 0)
-    # The shares sum to 1, so the residual of the mixture is x itself.
-    return x + sum(share[l] * _branch(x, level, config, eps) for l, level in enumerate(levels))
+    left, right = left.to(target.dtype), right.to(target.dtype)
+    if len(rows) == target.shape[0] > 1:
+        target.baddbmm_(left.mT, right, beta=beta, alpha=alpha)
+        return
+    for b in rows:
+        target[b].addmm_(left[b].mT, right[b], beta=beta, alpha=alpha)
 
 
-def gradient_leaves(levels: list[dict[str, Tensor]], config: CMSConfig, batch: int) -> list[dict[str, Tensor]]:
-    """The same levels as constants, except that every matrix of a level with lr > 0 is a fresh leaf [B, rows, cols] that
-    requires a gradient. Call with grad enabled and inference_mode off."""
-    learning, names = learning_levels(config), matrices(config)
-    leaves = []
-    for l, level in enumerate(levels):
-        leaf = {name: t.detach().clone() for name, t in level.items() if l not in learning or name not in names}
-        for name in names if l in learning else ():
-            leaf[name] = level[name].detach().expand(batch, -1, -1).clone().requires_grad_()
-        leaves.append(leaf)
-    return leaves
+def refresh_(
+    weight: Tensor, copy: Tensor | None, left: Tensor | None, right: Tensor | None, rows: list[int], lr: float, *,
+    moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None,
+) -> None:
+    """One optimizer step in ``rows`` (ascending), in place: theta <- theta - lr f(g), g = left^T right + total; ``total`` becomes zero.
 
-
-def cms_gradients(
-    x: Tensor, error: Tensor, levels: list[dict[str, Tensor]], config: CMSConfig, mix: Tensor | None = None, eps: float = NORM_EPS
-) -> list[dict[str, Tensor] | None]:
-    """g_b = d sum_t <error_bt, y_bt> / d theta_b for one segment: the gradient that a refresh accumulates, per row.
-
-    x, error: [B, C1, d], the segment's inputs and dL/dy.  levels, mix: as in ``cms_forward``.
-    Returns, per level, None (lr = 0) or a dict name -> [B, rows, cols] in the master dtype. Works under any grad or inference
-    mode of the caller and is detached from every outer graph. Source: Nested Learning eq 71.
+    f(g) = g, or with ``moment``: m <- mu m + g, f = m.  weight, moment, total: [B, r, c], master dtype.  copy: weight in the dtype of the
+    inputs, rewritten.  left: [B, C, r] and right: [B, C, c], or None: g is ``total`` alone.  Source: Nested Learning eq 71.
     """
-    wanted = [(l, name) for l in learning_levels(config) for name in matrices(config)]
-    if not wanted:
-        return [None] * config.num_levels
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves = gradient_leaves(levels, config, x.shape[0])
-        constant_mix = None if mix is None else mix.detach().clone()
-        y = cms_forward(x.detach().clone(), leaves, config, constant_mix, eps)
-        found = torch.autograd.grad(y, [leaves[l][name] for l, name in wanted], error.detach().clone())
-    grads: list[dict[str, Tensor] | None] = [None] * config.num_levels
-    for (l, name), g in zip(wanted, found):
-        grads[l] = {**(grads[l] or {}), name: g.to(master_dtype(x.dtype))}
-    return grads
+    if total is not None:
+        if left is not None:
+            outer_add_(total, left, right, rows)
+        for b in rows:
+            if moment is not None:
+                moment[b].mul_(mu).add_(total[b])
+            else:
+                weight[b].add_(total[b], alpha=-lr)
+            total[b].zero_()
+    elif left is not None and moment is None:
+        outer_add_(weight, left, right, rows, alpha=-lr)
+    elif left is not None:
+        outer_add_(moment, left, right, rows, beta=mu)
+    elif moment is not None:
+        for b in rows:
+            moment[b].mul_(mu)
+    for b in rows:
+        if moment is not None:
+            weight[b].add_(moment[b], alpha=-lr)
+        if copy is not None:
+            copy[b].copy_(weight[b])
 
 
 def newton_schulz(grad: Tensor) -> Tensor:
@@ -135,125 +155,3 @@ def newton_schulz(grad: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
-
-
-def optimizer_step(
-    config: CMSConfig, level: int, weight: Tensor, grad: Tensor, moment: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """theta <- theta - lr_l f(g) for one matrix, batched over a leading row axis.
-
-    f: gd g;  momentum m = mu m + g, f = m;  muon 0.2 sqrt(max(rows, cols)) newton_schulz(g).
-    level: index, level 1 is 0.  weight, grad, moment: [B, rows, cols], master dtype; moment None is zero.
-    Returns (weight, moment), new tensors; moment stays None unless the optimizer is momentum. lr = 0 returns the arguments.
-    Source: Nested Learning eq 71.
-    """
-    lr = config.learning_rates[level]
-    if lr == 0:
-        return weight, moment
-    if config.optimizer == "momentum":
-        # a copy: ``grad`` may be the accumulator, which is zeroed after the step
-        moment = grad.clone() if moment is None else config.momentum * moment + grad
-        return weight - lr * moment, moment
-    if config.optimizer == "muon":
-        scale = 0.2 * math.sqrt(max(grad.shape[-2:]))
-        return weight - (lr * scale) * newton_schulz(grad), None
-    return weight - lr * grad, None
-
-
-def _row_index(rows: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=device)
-
-
-def row_mask(rows: list, device: torch.device) -> Tensor:
-    """[B] truth values -> [B, 1, 1] bool, to choose between matrices of two sources row by row."""
-    return torch.tensor([bool(r) for r in rows], dtype=torch.bool, device=device)[:, None, None]
-
-
-def take_rows(t: Tensor, rows: list[int]) -> Tensor:
-    """t [B, ...] -> [len(rows), ...]; rows in ascending order."""
-    return t if len(rows) == t.shape[0] else t.index_select(0, _row_index(rows, t.device))
-
-
-def put_rows(t: Tensor, rows: list[int], new: Tensor) -> Tensor:
-    """A copy of t [B, ...] in which ``rows`` (ascending) are ``new`` [len(rows), ...]."""
-    return new if len(rows) == t.shape[0] else t.index_copy(0, _row_index(rows, t.device), new)
-
-
-def _zeroed(tensors: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-    return {name: put_rows(t, rows, t.new_zeros((len(rows), *t.shape[1:]))) for name, t in tensors.items()}
-
-
-def accumulate(total: dict[str, Tensor] | None, grads: dict[str, Tensor], rows: list[bool]) -> dict[str, Tensor]:
-    """total + grads in the rows marked in ``rows``; the others stay bit for bit, whatever ``grads`` holds there.
-
-    total: None (zero) or name -> [B, r, c].  grads: name -> [B, r, c].  Returns new tensors in the dtype of ``grads``.
-    """
-    result = {}
-    for name, g in grads.items():
-        old = torch.zeros_like(g) if total is None else total[name]
-        result[name] = old + g if all(rows) else torch.where(row_mask(rows, g.device), old + g, old)
-    return result
-
-
-def commit(
-    config: CMSConfig,
-    initial: list[dict[str, Tensor]],
-    weights: list[dict[str, Tensor] | None],
-    grads: list[dict[str, Tensor] | None],
-    moments: list[dict[str, Tensor] | None],
-    own: list[list[int]],
-    rows: list[bool],
-    counts: list[int],
-) -> tuple[list, list, list, list[list[int]]]:
-    """The refreshes that are due at a boundary: row b, if ``rows[b]``, is at token count ``counts[b]``.
-
-    Level l is due in a row when its count is a multiple of C^(l): the optimizer step is applied to the accumulated gradient, which is
-    then zero. Nested: wherever level l+1 is due, level l (due as well) goes back to its shared initial weights with zero momentum; the
-    refresh that this discards is not computed. A level with lr = 0 keeps its clock (its period elapses) and nothing else.
-
-    initial: per level, name -> [r, c] shared matrices, master dtype.  weights, grads, moments: per level None or name -> [B, r, c].
-    own: per level one int per row, 1 where the row's matrices in ``weights`` are in force and 0 where the shared ones are.
-    Returns new (weights, grads, moments, own); unchanged tensors are passed through, no argument is modified. Weights are allocated at
-    a level's first refresh. Source: Nested Learning eq 71-72.
-    """
-    weights, grads, moments, own = list(weights), list(grads), list(moments), [list(o) for o in own]
-    batch = len(rows)
-
-    def due_rows(l: int) -> list[int]:
-        return [b for b in range(batch) if rows[b] and counts[b] % config.chunks[l] == 0]
-
-    for l in learning_levels(config):
-        due = due_rows(l)
-        reset = due_rows(l + 1) if config.variant == "nested" and l + 1 < config.num_levels else []
-        step = [b for b in due if b not in reset]
-        if step and (grads[l] is not None or moments[l] is not None):
-            _refresh(config, l, initial[l], weights, grads, moments, own, step)
-        if due and grads[l] is not None:
-            grads[l] = _zeroed(grads[l], due)
-        if reset:
-            own[l] = [0 if b in reset else o for b, o in enumerate(own[l])]
-            if moments[l] is not None:
-                moments[l] = _zeroed(moments[l], reset)
-    return weights, grads, moments, own
-
-
-def _refresh(config: CMSConfig, l: int, initial: dict, weights: list, grads: list, moments: list, own: list, rows: list[int]) -> None:
-    """Replaces the entries of level ``l`` in ``weights``, ``moments`` and ``own`` by those after one optimizer step in ``rows``."""
-    batch = len(own[l])
-    new_weights, new_moments = {}, {}
-    for name in matrices(config):
-        shared = initial[name].detach()
-        held = shared.expand(batch, -1, -1) if weights[l] is None else weights[l][name]
-        base = take_rows(held, rows)
-        if weights[l] is not None and not all(own[l][b] for b in rows):
-            base = torch.where(row_mask([own[l][b] for b in rows], base.device), base, shared)
-        moment = None if moments[l] is None else take_rows(moments[l][name], rows)
-        grad = torch.zeros_like(base) if grads[l] is None else take_rows(grads[l][name], rows)
-        weight, moment = optimizer_step(config, l, base, grad, moment)
-        new_weights[name] = put_rows(held, rows, weight)
-        if moment is not None:
-            old = torch.zeros_like(held) if moments[l] is None else moments[l][name]
-            new_moments[name] = put_rows(old, rows, moment)
-    weights[l] = new_weights
-    moments[l] = new_moments or None
-    own[l] = [1 if b in rows else o for b, o in enumerate(own[l])]

@@ -1,0 +1,113 @@
+"""CMSState: what sequences have learned in a Continuum Memory System, and the drafts in which a call changes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..state import Counters, State
+
+_LISTS = ("weights", "copies", "grads", "moments", "left", "right")
+_FLAGS = ("own", "rank", "dirty")
+
+
+class Private:
+    """Which tensors of a draft may be written in place: "made", those the call has made itself; "all"; or "none", where a graph outside
+    may hold any of them."""
+
+    def __init__(self, which: str):
+        self.which, self._made = which, {}
+
+    def made(self, t: Tensor) -> Tensor:
+        self._made[id(t)] = t  # kept alive: an id is good for a living object only
+        return t
+
+    def writable(self, t: Tensor) -> Tensor:
+        """``t`` where that may be written, else a copy."""
+        frozen = t.is_inference() and not torch.is_inference_mode_enabled()
+        mine = self.which == "all" and not frozen or self.which == "made" and id(t) in self._made
+        return t if mine else self.made(t.clone())
+
+
+@dataclass(eq=False)
+class CMSState(State):
+    """What B sequences have learned in a CMS of K levels; None stands for tensors that no sequence has needed yet.
+
+    weights: per level None (all rows share the layer's) or name -> [B, rows, cols], master dtype; in force where ``own`` is 1.
+    copies: per level None or name -> ``weights`` in the input dtype, where that is another one; no file has them.
+    grads: per level None (zero) or name -> [B, rows, cols]: gradients since the level's last commit; zero where ``dirty`` is 0.
+    moments: per level None (zero) or name -> [B, rows, cols]: momentum, optimizer="momentum" only.
+    left, right: per level None or name -> [B, R, rows], [B, R, cols]: factors of refreshes not yet folded into ``weights``, input dtype.
+    own: per level one 0/1 per row: 1 from the row's first (folded) refresh of that level on, 0 again after a nested reset.
+    rank: per level and row, the slots of ``left`` and ``right`` that count; the others are zero.
+    inputs, errors: None or [B, C1, d]: the open segment's inputs and delivered dL/dy. Unused by a model that has a loss of its own.
+    seen, delivered: per row, tokens of the open segment read with learn=True, and how many of their errors have arrived.
+    tainted: per row, 1 if the open segment holds a token read with learn=False.
+
+    The open segment of a row at count ``pos`` is the one that holds token pos - 1; a segment whose gradient has been taken is closed.
+    """
+
+    weights: list = field(default_factory=list)
+    grads: list = field(default_factory=list)
+    moments: list = field(default_factory=list)
+    own: list = field(default_factory=list)
+    inputs: Tensor | None = None
+    errors: Tensor | None = None
+    seen: Counters = field(default_factory=Counters)
+    delivered: Counters = field(default_factory=Counters)
+    tainted: Counters = field(default_factory=Counters)
+    copies: list = field(default_factory=list)
+    left: list = field(default_factory=list)
+    right: list = field(default_factory=list)
+    rank: list = field(default_factory=list)
+    dirty: list = field(default_factory=list)
+    private: Private | None = field(default=None, repr=False, kw_only=True)
+
+    ACTIVATIONS = frozenset({"inputs", "errors", "copies", "left", "right"})
+
+    def __post_init__(self) -> None:
+        for name in _LISTS:
+            if not getattr(self, name):
+                setattr(self, name, [None] * self.config.num_levels)
+        for name in _FLAGS:
+            if not getattr(self, name):
+                held = [name == "dirty" and g is not None for g in self.grads]  # files from before these counters
+                setattr(self, name, [Counters([int(h)] * self.batch) for h in held])
+        for name in ("seen", "delivered", "tainted"):
+            if len(getattr(self, name)) != self.batch:
+                setattr(self, name, Counters([0] * self.batch))
+
+    def _fields(self):
+        return [(n, v) for n, v in super()._fields() if n != "private"]
+
+    def compact(self):
+        return replace(self, copies=[])
+
+    def draft(self, in_place: str = "made") -> CMSState:
+        """A state for one call to change: its lists and counters are its own, its tensors become so when they are first written.
+        in_place: see ``Private``."""
+        lists = {n: list(getattr(self, n)) for n in _LISTS} | {n: [Counters(c) for c in getattr(self, n)] for n in _FLAGS}
+        return replace(self, **lists, private=Private(in_place))
+
+    def finished(self) -> CMSState:
+        """The draft as a state of its own."""
+        return self if self.private is None else replace(self, private=None)
+
+    def writable(self, part: str, level: int) -> dict[str, Tensor]:
+        """``weights``, ``grads``, ... of a level, for this draft to write into."""
+        held = getattr(self, part)[level]
+        held = {n: self.private.writable(t) for n, t in held.items()}
+        getattr(self, part)[level] = held
+        return held
+
+    def put(self, part: str, level: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Freshly made tensors become that part of the level."""
+        getattr(self, part)[level] = {n: self.private.made(t) for n, t in tensors.items()}
+        return getattr(self, part)[level]
+
+    def level_bytes(self, level: int) -> int:
+        """Bytes of all rows' weights, copies, accumulators, momentum and pending factors of one level."""
+        parts = (getattr(self, n)[level] or {} for n in _LISTS)
+        return sum(t.numel() * t.element_size() for part in parts for t in part.values())

@@ -1,0 +1,17 @@
+"""The orthogonalised step: theta <- theta - lr 0.2 sqrt(max(rows, cols)) NS(g), after torch.optim.Muon (no momentum here)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def muon_step_(weight: Tensor, copy: Tensor | None, total: Tensor, rows: list[int], lr: float, ops) -> None:
+    """In place in ``rows`` of weight and total [B, r, c] (master dtype), g = total, which becomes zero. copy: weight in the input dtype."""
+    scale = lr * 0.2 * math.sqrt(max(weight.shape[1:]))
+    for b in rows:
+        weight[b].sub_(ops.newton_schulz(total[b]), alpha=scale)
+        total[b].zero_()
+        if copy is not None:
+            copy[b].copy_(weight[b])
