@@ -8,6 +8,7 @@
 from . import compat, ops
 from .backend import available_backends
 from .config import CMSConfig, HopeConfig, TitansConfig
+from .decode import Decoder
 from .layers.cms import ContinuumMemory
 from .layers.titans import SelfModifyingTitans
 from .model import HopeForCausalLM, bundled_models
@@ -15,6 +16,6 @@ from .state import load_state
 
 __version__ = "0.1.0"
 __all__ = [
-    "CMSConfig", "ContinuumMemory", "HopeConfig", "HopeForCausalLM", "SelfModifyingTitans", "TitansConfig", "available_backends",
+    "CMSConfig", "ContinuumMemory", "Decoder", "HopeConfig", "HopeForCausalLM", "SelfModifyingTitans", "TitansConfig", "available_backends",
     "bundled_models", "compat", "load_state", "ops",
 ]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .decode import decoder_for
+
 PIECE = 4096  # tokens read per forward call: bounds activations and logits, whatever the prompt's length
 
 Source = Callable[[int], Tensor]  # the next n tokens [B, n] of a text, fewer only where it ends
@@ -108,7 +110,7 @@ def generate(
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
     stop: Sequence[str | bytes | Sequence[int]] = (), on_token: Callable[[list[int | None]], None] | None = None,
     on_piece: Callable[[int, float], None] | None = None, backend: str | None = None, check_finite: bool = True, piece: int = PIECE,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] | None = None, graph: bool | None = None,
 ) -> Generation:
     """Reads ids [B, T] (in pieces; or a function that gives them, see ``read``) and writes up to ``max_new_tokens`` tokens per row.
 
@@ -118,6 +120,8 @@ def generate(
     models). on_token gets the new token per row, None for rows that have ended. A state passed in is advanced in place.
     should_stop is asked before every piece and, once the prompt is read and one token written, before every further token; when it says
     True, ``generate`` returns what it has (no token at all, if it was still reading: go on with the rest of the prompt).
+    graph: decode with a ``Decoder``, which replays the step from a CUDA graph while no row has ended: None where that is possible (on CUDA
+    with backend "triton" or "cuda", without attention), True also where its steps run without a graph, False never.
     Raises ValueError for an empty prompt and arguments out of range.
     """
     _check(model, ids, state, max_new_tokens, temperature, top_k, top_p, lengths)
@@ -134,14 +138,21 @@ def generate(
     token = None
     rows: list[list[int]] = [[] for _ in range(B)]
     ended = [False] * B
-    finished = True
+    finished, decoder = True, None
     for n in range(max_new_tokens):
         if n:
             if should_stop is not None and should_stop():
                 finished = False
                 break
-            step = [0 if e else 1 for e in ended]
-            out, state = model(token.unsqueeze(1), state, step, learn=learn, backend=backend, check_finite=check_finite)
+            if n == 1:
+                decoder = decoder_for(model, state, learn, backend, graph)
+            if decoder is None or any(ended):
+                step = [0 if e else 1 for e in ended]
+                out, state = model(token.unsqueeze(1), state, step, learn=learn, backend=backend, check_finite=check_finite)
+            else:
+                out = decoder.step(token.unsqueeze(1))
+                if check_finite and not torch.isfinite(out).all():
+                    raise ValueError("generate: non-finite logits (weights, state or learning rates diverged); the state is past them")
             keep = torch.tensor(ended, device=device).unsqueeze(1)
             logits = torch.where(keep, logits, out[:, 0])
         token = _draw(logits, temperature, top_k, top_p, seed, state.pos)
