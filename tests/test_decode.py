@@ -3,6 +3,7 @@
 import pytest
 import torch
 from numerics import relative
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, available_backends, load_state
 from hope_kernels.decode import Decoder
@@ -200,6 +201,33 @@ def test_the_step_that_is_captured_has_the_bits_of_the_model_on_the_kernels():
     assert all(torch.equal(a, b) for a, b in zip(state.tensors(), plain.tensors(), strict=True))
     assert places == [t.data_ptr() for t in state.mixers[0].tensors()]
     assert list(state.synchronize().pos) == [18, 17]
+
+
+@kernels
+def test_the_step_that_is_captured_exchanges_nothing_with_the_host():
+    """No value is read back and no tensor is made from a list: a graph could not hold either."""
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model, text = for_kernels(), ids(2, 17, device=DEVICE)
+    with torch.no_grad():
+        state = model.init_state(2)
+        model(text, state, learn="next_token")
+        decoder = Decoder(model, state, "next_token", "triton", capture=False)
+        decoder.step(text[:, :1])
+        with Watch():
+            decoder._step()
+            wanted = set(called)
+            called.clear()
+            torch.tensor([1, 2])
+            torch.ones(2).nonzero()[0].item()
+    host = {"aten.lift_fresh.default", "aten._local_scalar_dense.default", "aten.nonzero.default"}
+    assert host <= set(called)  # it would have been seen
+    assert not wanted & host and "hope_kernels.titans_scan.default" in wanted
 
 
 @pytest.mark.gpu
