@@ -5,9 +5,9 @@
     y, state = layer(x)
 """
 
-from . import compat, ops
+from . import compat, convert, ops
 from .backend import available_backends
-from .config import CMSConfig, HopeConfig, TitansConfig
+from .config import CMSConfig, HopeConfig, RopeScaling, TitansConfig
 from .decode import Decoder
 from .layers.cms import ContinuumMemory
 from .layers.titans import SelfModifyingTitans
@@ -16,6 +16,6 @@ from .state import load_state
 
 __version__ = "0.1.0"
 __all__ = [
-    "CMSConfig", "ContinuumMemory", "Decoder", "HopeConfig", "HopeForCausalLM", "SelfModifyingTitans", "TitansConfig", "available_backends",
-    "bundled_models", "compat", "load_state", "ops",
+    "CMSConfig", "ContinuumMemory", "Decoder", "HopeConfig", "HopeForCausalLM", "RopeScaling", "SelfModifyingTitans", "TitansConfig",
+    "available_backends", "bundled_models", "compat", "convert", "load_state", "ops",
 ]

@@ -33,7 +33,7 @@ def _finite(where: str, field: str, value: Any) -> None:
 
 
 class _Config:
-    """What the three configurations share: presets, overrides, and plain-data form for files."""
+    """What the configurations share: presets, overrides, and plain-data form for files."""
 
     PRESETS: dict[str, dict] = {}
 
@@ -227,12 +227,45 @@ class CMSConfig(_Config):
 
 
 @dataclass(frozen=True)
+class RopeScaling(_Config):
+    """A change of RoPE's frequencies for longer contexts, with the field names of Llama's config.json.
+
+    ``rope_type="linear"``: all of them / ``factor``. ``"llama3"``: those that turn fewer than ``low_freq_factor`` times within
+    ``original_max_position_embeddings`` tokens / ``factor``, those that turn more than ``high_freq_factor`` times as they are, a blend
+    of both between. Raises ValueError for another type, numbers out of range, and llama3's numbers missing or given to another type.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        w = "RopeScaling"
+        _one_of(w, "rope_type", self.rope_type, ("linear", "llama3"))
+        fields = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if self.rope_type == "linear":
+            for field in fields:
+                _require(getattr(self, field) is None, w, field, getattr(self, field), "None for rope_type='linear'")
+            fields = ()
+        for field in ("factor", *fields):
+            _finite(w, field, getattr(self, field))
+            _require(getattr(self, field) > 0, w, field, getattr(self, field), "a positive number")
+        if self.rope_type == "llama3":
+            _require(self.high_freq_factor > self.low_freq_factor, w, "high_freq_factor", self.high_freq_factor,
+                     f"more than low_freq_factor={self.low_freq_factor}")
+
+
+@dataclass(frozen=True)
 class HopeConfig(_Config):
     """A HOPE language model: ``num_layers`` blocks, each a mixer and a CMS chain.
 
     ``mixer`` is ``"self_modifying"`` (HOPE), ``"titans"`` (static projections, Titans LMM) or ``"attention"`` (HOPE-Attention).
     ``titans=None`` takes the default (or the ``titans`` preset) at ``d_model``; ``cms`` is None (blocks without a CMS), one
-    CMSConfig for every block, or one per block. ``window``: sliding-window width in tokens, None for full attention.
+    CMSConfig for every block, or one per block. ``window``: sliding-window width in tokens, None for full attention. ``rope_scaling``:
+    None, a RopeScaling or its fields as a dict. ``rope_dtype``: what RoPE's angles are computed in; "float32" gives the bits that other
+    programs compute, at the price of the angle's fraction at far positions.
     """
 
     vocab_size: int
@@ -248,6 +281,8 @@ class HopeConfig(_Config):
     attention_bias: bool = False
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
+    rope_scaling: RopeScaling | None = None
+    rope_dtype: str = "float64"
 
     def __post_init__(self) -> None:
         w = "HopeConfig"
@@ -282,6 +317,11 @@ class HopeConfig(_Config):
         for field in ("rope_theta", "norm_eps"):
             _finite(w, field, getattr(self, field))
             _require(getattr(self, field) > 0, w, field, getattr(self, field), "a positive number")
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        ok = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
+        _require(ok, w, "rope_scaling", self.rope_scaling, "None, a RopeScaling or its fields as a dict")
+        _one_of(w, "rope_dtype", self.rope_dtype, ("float64", "float32"))
         self._normalise_cms(w)
 
     def _normalise_cms(self, w: str) -> None:

@@ -167,6 +167,16 @@ class HopeForCausalLM(nn.Module):
         """Continues ``ids`` [B, T]; see :func:`hope_kernels.generation.generate`."""
         return generate(self, ids, max_new_tokens, state, **options)
 
+    def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:
+        """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own weights, in place: see
+        ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved before belong to the weights as they were."""
+        check_state("HopeForCausalLM.consolidate", state, ModelState, self.config, state.batch)
+        state.bind(self, "HopeForCausalLM.consolidate")
+        for block, cms in zip(self.blocks, state.cms):
+            if cms is not None:
+                wanted = None if levels is None else [l for l in levels if l < cms.config.num_levels]
+                block.cms.consolidate(cms, row, wanted)
+
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically."""
         os.makedirs(folder, exist_ok=True)

@@ -31,6 +31,12 @@ def tiny(mixer="self_modifying", seed=0, cms=None, layers=2, **options) -> HopeF
     return model.eval()
 
 
+def with_pending(model, tokens: int) -> HopeForCausalLM:
+    for block in model.blocks:
+        block.cms.pending = tokens
+    return model
+
+
 def variants():
     yield "hope", tiny()
     yield "titans", tiny("titans")
@@ -38,6 +44,7 @@ def variants():
     yield "window", tiny("attention", window=5)
     yield "nested-momentum", tiny(cms=CMSConfig(8, (4, 8, 16), variant="nested", optimizer="momentum", lr=0.01, expansion=1.0))
     yield "independent-muon", tiny(cms=CMSConfig(8, (2, 6), variant="independent", optimizer="muon", mlp="swiglu", norm="layernorm"))
+    yield "pending", with_pending(tiny(cms=CMSConfig(8, (4, 8), lr=0.02, expansion=2.0)), 8)
     yield "two-periods", tiny(cms=(CMSConfig(8, (4,), lr=0.02, expansion=1.0), CMSConfig(8, (8, 16), lr=0.01, expansion=1.0)))
 
 
@@ -93,7 +100,7 @@ def plain_learning(model: HopeForCausalLM, sequence: torch.Tensor) -> torch.Tens
     return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("name", ["hope", "titans", "attention", "two-periods"])
+@pytest.mark.parametrize("name", ["hope", "titans", "attention", "pending", "two-periods"])
 def test_learning_equals_plain_autograd(name):
     model = MODELS[name]
     sequence = ids(1, 71, 3)

@@ -19,3 +19,7 @@ def test_examples_run(tmp_path, monkeypatch):
         exec(block, names)
     assert (torch.cat([names["a"], names["b"]], 1) - names["whole"]).abs().max() < 1e-5
     assert names["out"].tokens.shape == (1, 60)
+    with torch.no_grad():
+        off, original = names["hope"](names["ids"])[0], names["llama"](names["ids"]).logits
+    assert torch.equal(off, original) and torch.equal(names["logits"][:, :64], off[:, :64])
+    assert (names["logits"][:, 64:] - off[:, 64:]).abs().max() > 1e-3

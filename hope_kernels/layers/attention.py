@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -98,6 +99,8 @@ class CausalAttention(nn.Module):
         self.config = config
         d = config.d_model
         self.head_dim = d // config.num_heads
+        # no buffer: a cast of the module must not round them
+        self.rates = rope_rates(config)
         kv = config.num_kv_heads * self.head_dim
         kw = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(d, d, bias=config.attention_bias, **kw)
@@ -192,14 +195,13 @@ class CausalAttention(nn.Module):
         return t.unflatten(-1, (-1, self.head_dim))
 
     def _rotation(self, pos: list[int], T: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, T, 1, D/2] (or [1, ...] for rows at one position), computed in fp32 (fp64 for fp64)."""
+        """cos and sin [B, T, 1, D/2] (or [1, ...] for rows at one position), in fp32 (fp64 for fp64)."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        D = self.head_dim
-        rate = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float64) / D)
         starts = [pos[0]] if len(set(pos)) == 1 else pos
-        at = torch.tensor(starts, device=x.device, dtype=torch.float64).unsqueeze(1) + torch.arange(T, device=x.device)
-        # angles in fp64: in fp32 they would lose the fraction at positions past a million
-        angle = (at.unsqueeze(-1) * rate).unsqueeze(2)
+        at = torch.tensor(starts, device=x.device).unsqueeze(1) + torch.arange(T, device=x.device)
+        # angles in fp64 unless asked otherwise: in fp32 they would lose the fraction at positions past a million
+        rates = self.rates.to(x.device, non_blocking=True)
+        angle = (at.to(rates.dtype).unsqueeze(-1) * rates).unsqueeze(2)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     @property
@@ -281,6 +283,26 @@ class CausalAttention(nn.Module):
             parts.append(F.scaled_dot_product_attention(
                 q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], attn_mask=seen, enable_gqa=grouped))
         return torch.cat(parts, 2).transpose(1, 2)
+
+
+def rope_rates(config: HopeConfig) -> Tensor:
+    """[D/2], radians per token of every pair, in ``config.rope_dtype`` on the CPU, with ``config.rope_scaling`` applied.
+
+    rate_i = theta^(-2i/D); llama3 blends by s = (turns - low) / (high - low), turns = context / wavelength.
+    """
+    D = config.d_model // config.num_heads
+    rates = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=getattr(torch, config.rope_dtype), device="cpu") / D)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return rates
+    slow = rates / scaling.factor
+    if scaling.rope_type == "linear":
+        return slow
+    context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    length = 2 * math.pi / rates
+    share = (context / length - low) / (high - low)
+    blend = (1 - share) * rates / scaling.factor + share * rates
+    return torch.where(length > context / low, slow, torch.where(length < context / high, rates, blend))
 
 
 def _uniform(used: list[int], lengths: list[int]) -> bool:

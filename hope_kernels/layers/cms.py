@@ -16,7 +16,7 @@ from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
 from ..ops.cms.schedule import learning_levels, matrices
 from ..state import Counters
-from . import cms_refresh
+from . import cms_consolidate, cms_refresh
 from .cms_state import CMSState
 
 NAME = "ContinuumMemory"
@@ -34,11 +34,14 @@ class ContinuumMemory(nn.Module):
 
     Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (swiglu); ``.norm_bias`` [d]
     (layernorm); ``.up_bias``, ``.gate_bias``, ``.down_bias`` (bias=True); ``mix`` [K] (independent).
+
+    ``pending`` (an attribute; None: as the table in ``ops/cms/pending.py`` has it): tokens whose factors a row may hold per level before
+    they become weights of its own. Until then rows share one base, and a row costs ``pending`` (rows + cols) numbers instead of rows cols.
     """
 
     def __init__(self, config: CMSConfig, norm_eps: float = NORM_EPS, device=None, dtype=None):
         super().__init__()
-        self.config, self.norm_eps = config, norm_eps
+        self.config, self.norm_eps, self.pending = config, norm_eps, None
         d, n = config.d_model, config.hidden
         shapes = {"norm_gain": (d,), "up": (n, d), "down": (d, n)}
         if config.norm == "layernorm":
@@ -174,7 +177,7 @@ class ContinuumMemory(nn.Module):
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
         for l, period in enumerate(self.config.chunks):
             numbers = batch * sum(self.levels[l][n].numel() for n in matrices(self.config)) * (self.config.learning_rates[l] > 0)
-            slots = pending_tokens(self.config, l, dtype, self.levels[l]["up"].device)
+            slots = self._slots(l) if period == self.config.chunks[0] else 0
             sides = batch * sum(sum(self.levels[l][n].shape) for n in matrices(self.config)) * (self.config.learning_rates[l] > 0)
             waits = period > self.config.chunks[0] or self.config.optimizer == "muon"
             found.append({
@@ -191,7 +194,7 @@ class ContinuumMemory(nn.Module):
         def learned(l: int, factors: Factors) -> None:
             if among is not None:
                 factors = {n: tuple(_spread(t, among, state.batch) for t in pair) for n, pair in factors.items()}
-            slots = pending_tokens(self.config, l, self.levels[l]["up"].dtype, self.levels[l]["up"].device)
+            slots = self._slots(l)
             cms_refresh.absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
 
         return learned
@@ -216,6 +219,26 @@ class ContinuumMemory(nn.Module):
         for l in learning_levels(self.config):
             cms_refresh.absorb(new, self.config, self._matrices(l), l, None, _marked(rows), state.pos if counts is None else counts)
         return new.finished()
+
+    def detach_level(self, state: CMSState, level: int, row: int = 0) -> dict[str, Tensor]:
+        """Takes out of ``state`` what one row has learned in ``level`` (index, level 1 is 0).
+
+        Returns the row's matrices, name -> [rows, cols] in the master dtype. In place, the row then shares the layer's weights again, with
+        nothing accumulated. Raises ValueError for a level or row that does not exist.
+        """
+        return cms_consolidate.detach_level(self, state, level, row)
+
+    def consolidate(self, state: CMSState, row: int = 0, levels: list[int] | None = None) -> None:
+        """Makes what ``row`` has learned in ``levels`` (None: all) the parameters, from which new sequences start.
+
+        Nothing that any row of ``state`` computes changes (but what a nested level returns to): the row shares the new parameters, rows
+        that shared the old ones keep them as their own. In place, parameters and state; 16-bit parameters round what was learned. Other
+        states belong to the old weights. Raises ValueError for a level or row that does not exist.
+        """
+        cms_consolidate.consolidate(self, state, row, levels)
+
+    def _slots(self, l: int) -> int:
+        return pending_tokens(self.config, l, self.levels[l]["up"].device, self.pending)
 
     def _matrices(self, l: int) -> dict[str, Tensor]:
         return {name: self.levels[l][name].detach() for name in matrices(self.config)}

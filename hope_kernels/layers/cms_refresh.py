@@ -31,13 +31,13 @@ def absorb(
     """
     if config.learning_rates[level] == 0:
         return
-    step, reset, wait = due(config, level, rows, counts)
+    step, back, wait = due(config, level, rows, counts)
     if wait and factors is not None:
         _accumulate(state, shared, level, factors, wait, ops)
     if step:
         _step(state, config, shared, level, factors, step, pending, ops)
-    if reset:
-        _reset(state, level, reset)
+    if back:
+        reset(state, level, back)
 
 
 def accumulate(state: CMSState, level: int, grads: dict[str, Tensor], rows: list[int]) -> None:
@@ -59,8 +59,8 @@ def fold(state: CMSState, config: CMSConfig, shared: Shared, level: int, rows: l
     left, right = state.writable("left", level), state.writable("right", level)
     for name, w in weights.items():
         ops.refresh_(w, copies.get(name), left[name], right[name], held, config.learning_rates[level])
-    _clear(left, held)
-    _clear(right, held)
+    _zero(left, held)
+    _zero(right, held)
     _mark(state.rank[level], held, 0)
 
 
@@ -86,10 +86,28 @@ def own_weights(state: CMSState, shared: Shared, level: int, rows: list[int]) ->
     _mark(state.own[level], new, 1)
 
 
+def share(state: CMSState, level: int, rows: list[int]) -> None:
+    """``rows`` have the layer's weights again; pending factors are forgotten, momentum and gradients are not."""
+    for part in ("left", "right"):
+        if getattr(state, part)[level] is not None:
+            _zero(state.writable(part, level), rows)
+    for counters in (state.own, state.rank):
+        _mark(counters[level], rows, 0)
+
+
+def reset(state: CMSState, level: int, rows: list[int]) -> None:
+    """``rows`` have the layer's weights again, and have learned and accumulated nothing."""
+    share(state, level, rows)
+    for part in ("grads", "moments"):
+        if getattr(state, part)[level] is not None:
+            _zero(state.writable(part, level), rows)
+    _mark(state.dirty[level], rows, 0)
+
+
 def _step(state: CMSState, config: CMSConfig, shared: Shared, level: int, factors, rows: list[int], pending: int, ops) -> None:
     lr, dirty = config.learning_rates[level], [b for b in rows if state.dirty[level][b]]
     clean = [b for b in rows if b not in dirty]
-    if factors is not None and config.optimizer == "gd" and pending >= factors["down"][0].shape[1]:
+    if clean and factors is not None and config.optimizer == "gd" and pending >= factors["down"][0].shape[1]:
         _keep(state, config, shared, level, factors, clean, pending, ops)
         rows, clean = dirty, []
     if not rows or (factors is None and state.grads[level] is None and state.moments[level] is None):
@@ -141,13 +159,6 @@ def _accumulate(state: CMSState, shared: Shared, level: int, factors: Factors, r
     return total
 
 
-def _reset(state: CMSState, level: int, rows: list[int]) -> None:
-    """Back to the layer's weights, without momentum, pending factors or gradients."""
-    for part in ("grads", "moments", "left", "right"):
-        if getattr(state, part)[level] is not None:
-            _clear(state.writable(part, level), rows)
-    for counters in (state.own, state.rank, state.dirty):
-        _mark(counters[level], rows, 0)
 
 
 def _grads(state: CMSState, like: Shared, level: int) -> dict[str, Tensor]:
@@ -171,7 +182,7 @@ def _copies(state: CMSState, level: int) -> dict[str, Tensor]:
     return state.writable("copies", level)
 
 
-def _clear(tensors: dict[str, Tensor], rows: list[int]) -> None:
+def _zero(tensors: dict[str, Tensor], rows: list[int]) -> None:
     for t in tensors.values():
         for b in rows:
             t[b].zero_()

@@ -27,8 +27,9 @@ class Private:
     def writable(self, t: Tensor) -> Tensor:
         """``t`` where that may be written, else a copy."""
         frozen = t.is_inference() and not torch.is_inference_mode_enabled()
-        mine = self.which == "all" and not frozen or self.which == "made" and id(t) in self._made
-        return t if mine else self.made(t.clone())
+        if self.which == "none":
+            return t.clone()
+        return t if id(t) in self._made or self.which == "all" and not frozen else self.made(t.clone())
 
 
 @dataclass(eq=False)
@@ -106,6 +107,13 @@ class CMSState(State):
         """Freshly made tensors become that part of the level."""
         getattr(self, part)[level] = {n: self.private.made(t) for n, t in tensors.items()}
         return getattr(self, part)[level]
+
+    def detach_level(self, level: int, row: int = 0) -> dict[str, Tensor]:
+        """What ``row`` has learned in ``level``, taken out of the state: see ``ContinuumMemory.detach_level``. Raises ValueError for a
+        state from a file that no layer has read yet."""
+        if self.owner is None:
+            raise ValueError("CMSState.detach_level: the state has no layer yet; use layer.detach_level(state, level)")
+        return self.owner.detach_level(self, level, row)
 
     def level_bytes(self, level: int) -> int:
         """Bytes of all rows' weights, copies, accumulators, momentum and pending factors of one level."""

@@ -71,6 +71,8 @@ def times_transposed(x: Tensor, W: Matrix, bias: Tensor | None = None) -> Tensor
         return x if len(rows) == x.shape[0] else x[torch.tensor(rows, device=x.device)]
 
     def with_own(w: Tensor, rows) -> Tensor:
+        if len(w) == 1:
+            return torch.nn.functional.linear(of(rows), w[0], bias)
         y = torch.bmm(of(rows), w.mT)
         return y if bias is None else y + bias
 
@@ -84,5 +86,5 @@ def times(e: Tensor, W: Matrix) -> Tensor:
     def of(rows) -> Tensor:
         return e if len(rows) == e.shape[0] else e[torch.tensor(rows, device=e.device)]
 
-    y = _by_rows(W, e.shape[0], lambda w, rows: of(rows) @ w, lambda w, rows: torch.bmm(of(rows), w))
+    y = _by_rows(W, e.shape[0], lambda w, rows: of(rows) @ w, lambda w, rows: of(rows) @ w[0] if len(w) == 1 else torch.bmm(of(rows), w))
     return y if W.left is None else torch.baddbmm(y, torch.bmm(e, W.left.mT), W.right, alpha=W.scale)

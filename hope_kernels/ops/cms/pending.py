@@ -11,14 +11,16 @@ import torch
 
 from ...config import CMSConfig
 
-# (device type, longest period it holds for, slots): slots 0 folds at once. CPU: benchmarks/results/cms.json, "pending"; CUDA: not measured.
+# (device type, longest period it holds for, slots); periods that no row names fold at once. On two CPU cores keeping factors was slower for
+# every period and width tried ("pending" in benchmarks/results/cms.json); nobody has measured it on a GPU, so there is no row yet.
 TABLE: tuple[tuple[str, int, int], ...] = ()
 
 
-def pending_tokens(config: CMSConfig, level: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Slots for the pending factors of ``level`` (index, level 1 is 0); 0: every refresh is dense. Only plain gradient descent is linear
-    in what it has seen, and nested levels return to their start anyway."""
-    if config.optimizer != "gd":
-        return 0
+def pending_tokens(config: CMSConfig, level: int, device: torch.device, asked: int | None = None) -> int:
+    """Slots for the pending factors of ``level`` (index, level 1 is 0), ``asked`` or the table's; 0: every refresh is dense.
+
+    Only plain gradient descent is linear in what it has seen, and a level whose period does not fit never waits.
+    """
     period = config.chunks[level]
-    return next((slots for kind, longest, slots in TABLE if kind == device.type and period <= longest and period <= slots), 0)
+    slots = next((s for kind, longest, s in TABLE if kind == device.type and period <= longest), 0) if asked is None else asked
+    return slots if config.optimizer == "gd" and slots >= config.chunks[0] else 0

@@ -1,0 +1,56 @@
+"""What a sequence has learned in a level, taken out of its state, or made the weights that all sequences start from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.cms.matrix import Matrix
+from ..ops.cms.schedule import matrices
+from . import cms_refresh
+from .cms_state import CMSState
+
+NAME = "ContinuumMemory"
+
+
+@torch.no_grad()
+def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tensor]:
+    """The matrices of ``level`` as ``row`` has them; in place, the row then shares the layer's, with nothing learned or accumulated."""
+    _check(layer, state, level, row, "detach_level")
+    found = _in_force(layer, state, level, row)
+    draft = state.draft("all")
+    cms_refresh.reset(draft, level, [row])
+    state.assign(draft.finished())
+    return found
+
+
+@torch.no_grad()
+def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> None:
+    """The parameters of ``levels`` become what ``row`` has learned, and the row shares them; in place. Its accumulators and momentum stay,
+    and rows that shared the old parameters keep them as weights of their own."""
+    levels = list(range(layer.config.num_levels)) if levels is None else levels
+    for level in levels:
+        _check(layer, state, level, row, "consolidate")
+    draft = state.draft("all")
+    for level in levels:
+        if not state.own[level][row] and not state.rank[level][row]:
+            continue
+        shared = {n: layer.levels[level][n] for n in matrices(layer.config)}
+        learned = _in_force(layer, state, level, row)
+        cms_refresh.fold(draft, layer.config, shared, level, [b for b in range(state.batch) if b != row])
+        for name, p in shared.items():
+            p.copy_(learned[name])
+        cms_refresh.share(draft, level, [row])
+    state.assign(draft.finished())
+
+
+def _in_force(layer, state: CMSState, level: int, row: int) -> dict[str, Tensor]:
+    """[rows, cols] per matrix, in the master dtype."""
+    now = layer.effective_levels(state.select([row]), cms_refresh.master_dtype(layer.levels[0]["up"].dtype))[level]
+    return {n: Matrix.of(now[n]).dense(1)[0].clone() for n in matrices(layer.config)}
+
+
+def _check(layer, state: CMSState, level: int, row: int, call: str) -> None:
+    for name, value, size in (("level", level, layer.config.num_levels), ("row", row, state.batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
+            raise ValueError(f"{NAME}.{call}: argument {name} is {value!r}, expected 0 to {size - 1}")
