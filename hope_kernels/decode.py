@@ -35,8 +35,9 @@ class Decoder:
     captured so far.
 
     Every row reads in every step; rows may stand at different positions. Between steps the state may be saved, cloned and read on by
-    other calls that advance it in place; one whose tensors were exchanged (``select``, ``to``) needs a new decoder. A step that raises
-    leaves the state half advanced, unlike the model's ``forward``: go back to a clone or a file.
+    other calls that advance it in place. One whose tensors were exchanged (``select``, ``to``), or that was made to forget or learn without
+    reading, needs a new decoder. A step that raises leaves the state half advanced, unlike the model's ``forward``: go back to a clone or
+    a file.
 
     Rows of which some have refreshed a CMS level and some have not are read without a graph. No GPU has run a capture yet.
     Raises ValueError for attention (its cache grows), a state of another model, an unknown ``learn``, and capture=True where it is
@@ -117,7 +118,7 @@ class Decoder:
     def _read(self) -> Tensor:
         state = self.state
         if self._levels is None:
-            self._levels = self.model.levels(state)
+            self._levels = _all_slots(self.model.levels(state), state.cms)
             signature = _signature(self._levels, state.mixers)
             if signature != self._signature:
                 self._graph, self._signature = None, signature
@@ -188,6 +189,19 @@ def decoder_for(model, state, learn: str, backend: str | None, graph: bool | Non
 def unserved(model) -> str | None:
     """Why ``Decoder`` cannot serve a model, or None."""
     return "has attention, whose cache grows with the sequence" if model.config.mixer == "attention" else None
+
+
+def _all_slots(levels: list, states: list) -> list:
+    """The same levels with all slots for pending factors, of which unused ones are zero: their number stays as it is between refreshes."""
+    return [None if c is None else [_with_slots(level, c, l) for l, level in enumerate(of)] for of, c in zip(levels, states)]
+
+
+def _with_slots(level: dict, state, l: int) -> dict:
+    if state.left[l] is None:
+        return level
+    scale = -state.config.learning_rates[l]
+    slots = {n: {"left": t, "right": state.right[l][n], "scale": scale} for n, t in state.left[l].items()}
+    return {n: replace(Matrix.of(t), **slots[n]) if n in slots else t for n, t in level.items()}
 
 
 def _uniform(levels: list) -> bool:

@@ -97,16 +97,20 @@ def test_modes_change_and_others_read_between_steps():
             assert relative(logits, model(token, plain, learn=mode)[0]) < 1e-10 and same(state, plain), t
 
 
-def test_buffers_stay_where_they_are(monkeypatch):
-    """What a graph would hold: the addresses of a step change only with a level's first refresh."""
-    model, text, seen = MODELS["hope"], ids(2, 70), []
+@pytest.mark.parametrize(("pending", "want"), [(None, [4, 8, 16]), (8, [4, 8, 12, 16])])
+def test_buffers_stay_where_they_are(pending, want):
+    """What a graph would hold: the addresses of a step change with the first refresh of a level of 4, 8 or 16 tokens, and with its first
+    fold where refreshes wait (the level of 4 has room for two, that of 8 for one)."""
+    model, text, seen = tiny(), ids(2, 70), []
+    for block in model.blocks:
+        block.cms.pending = pending
     with torch.no_grad():
-        decoder = Decoder(model, model.init_state(2), "next_token")
+        decoder, plain = Decoder(model, model.init_state(2), "next_token"), model.init_state(2)
         for t in range(70):
-            decoder.step(text[:, t : t + 1])
+            logits = decoder.step(text[:, t : t + 1])
             seen.append(repr(decoder._signature))
-    changes = [t for t in range(1, 70) if seen[t] != seen[t - 1]]
-    assert changes == [4, 8, 16]  # levels of 4, 8 and 16 tokens
+            assert relative(logits, model(text[:, t : t + 1], plain, learn="next_token")[0]) < 1e-10
+    assert [t for t in range(1, 70) if seen[t] != seen[t - 1]] == want
     assert isinstance(decoder.state.cms[0], CMSState) and decoder.state.cms[0].private is None
 
 
