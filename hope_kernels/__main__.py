@@ -115,8 +115,8 @@ def generate_command(args) -> int:
             read = at
             prompt.confirm(at)
             progress.read(at)
-            if prompt.more and session.due():
-                session.save(state, "reading")
+            if prompt.more:
+                session.save_if_due(state, "reading")
 
         def on_token(tokens: list) -> None:
             nonlocal written
@@ -124,9 +124,8 @@ def generate_command(args) -> int:
             sys.stdout.buffer.write(bytes(tokens))
             sys.stdout.buffer.flush()
             written += 1
-            if session.due():
-                state.unread = torch.tensor([tokens], device=args.device)
-                session.save(state, "writing", earlier + written)
+            state.unread = torch.tensor([tokens], device=args.device)
+            session.save_if_due(state, "writing", earlier + written)
 
         began = time.perf_counter()
         out = model.generate(

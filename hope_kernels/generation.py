@@ -44,7 +44,7 @@ class Reading:
 def read(
     model, ids: Tensor | Source, state=None, lengths: Sequence[int] | None = None, learn: str = "off", backend: str | None = None,
     piece: int = PIECE, on_piece: Callable[[int, float], None] | None = None, check_finite: bool = True, last: Tensor | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] | None = None, wavefront: int | None = None,
 ) -> Reading:
     """Reads ids [B, T] in pieces; memory does not grow with T (for attention without a window, the cache does).
 
@@ -52,7 +52,8 @@ def read(
     the text need not be in memory either. ``read`` asks for one piece ahead of the one it reads.
     on_piece(tokens read so far, nats so far of row 0) is called after every piece. last [B, vocab]: the logits before ids[:, 0],
     to count that token's loss too. should_stop is asked before every piece; once it says True, ``read`` returns with what has been read.
-    Reading on from there, with ``last``, is the same computation as never having stopped.
+    Reading on from there, with ``last``, is the same computation as never having stopped. wavefront: as in the model's ``forward``, with
+    learn="off": blocks side by side on CUDA streams; measure it before you use it, as nobody has.
     Raises what the model raises; the state then stands after the last whole piece.
     """
     if callable(ids) and lengths is not None:
@@ -73,7 +74,7 @@ def read(
             finished = False
             break
         step = [end - at] * B if lengths is None else [min(max(n - at, 0), end - at) for n in lengths]
-        logits, state = model(now, state, step, learn=learn, backend=backend, check_finite=check_finite)
+        logits, state = model(now, state, step, learn=learn, backend=backend, check_finite=check_finite, wavefront=wavefront)
         before = torch.zeros_like(logits[:, 0]) if last is None else last
         guesses = torch.cat([before.unsqueeze(1), logits[:, :-1]], 1)
         loss = F.cross_entropy(guesses.flatten(0, 1).float(), now.flatten(), reduction="none").unflatten(0, (B, -1)).double()

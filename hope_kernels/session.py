@@ -18,6 +18,7 @@ import io
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -140,8 +141,15 @@ class SessionFile:
         state.save(self.path, note if phase else None)
         self._last = time.monotonic()
 
-    def due(self) -> bool:
-        return bool(self.path and self.every) and time.monotonic() - self._last >= self.every
+    def save_if_due(self, state: State, phase: str, written: int = 0) -> None:
+        """A disk that is full now may not be later: says so, and the run goes on."""
+        if not (self.path and self.every) or time.monotonic() - self._last < self.every:
+            return
+        try:
+            self.save(state, phase, written)
+        except OSError as error:
+            self._last = time.monotonic()
+            print(f"\nhope_kernels: session not saved, going on ({error})", file=sys.stderr)
 
 
 class Interrupt:

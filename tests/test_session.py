@@ -1,6 +1,7 @@
 """Runs of the command that are stopped, killed and taken up again end as if nobody had stopped them."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -33,7 +34,7 @@ def _bytes(capfdbinary):
     """What these models write is no text."""
 
 
-N = 30_000  # bytes of the book: 8 pieces
+N = 20_000  # bytes of the book: 5 pieces
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +59,17 @@ def command(folder: Path, session: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "hope_kernels", *arguments(folder, session, *more)]
 
 
-def stopped_by(number: int, folder: Path, session: Path, *more: str) -> subprocess.CompletedProcess:
-    """A run that gets the signal as soon as it has saved its session once."""
-    run = subprocess.Popen(command(folder, session, "--save-every", "1e-6", *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def stopped_by(number: int, folder: Path, session: Path) -> subprocess.CompletedProcess:
+    """A run that gets the signal while it waits for the end of the third piece, having saved its session after the first."""
+    run = subprocess.Popen(command(folder, session, "--prompt-file", "-", "--save-every", "1e-6"),
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdin.write((folder / "book").read_bytes()[: 2 * PIECE + 100])
+    run.stdin.flush()
     deadline = time.monotonic() + 60
     while not session.exists() and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+        time.sleep(0.01)
     run.send_signal(number)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=60)  # closes the pipe
     return subprocess.CompletedProcess(run.args, run.returncode, out, err)
 
 
@@ -76,15 +80,14 @@ def same_session(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_stopped_while_reading_goes_on_where_it_was(book, tmp_path, number, capfdbinary):
+def test_a_run_stopped_while_reading_goes_on_where_it_was(book, tmp_path, monkeypatch, number, capfdbinary):
     session = tmp_path / "s"
     stopped = stopped_by(number, book, session)
-    note = load_note(session)
-    assert note["phase"] == "reading" and 0 < note["bytes"] < N and hk.load_state(session).pos == [note["bytes"]]
-    assert stopped.stdout == b""
-    if number == signal.SIGINT:
-        assert stopped.returncode == 130 and f"stopped after reading {note['bytes']} bytes".encode() in stopped.stderr
-    assert main(arguments(book, session)) == 0
+    assert load_note(session)["bytes"] == PIECE and hk.load_state(session).pos == [PIECE]
+    assert stopped.stdout == b"" and stopped.returncode == (130 if number == signal.SIGINT else -number)
+    assert (f"stopped after reading {PIECE} bytes".encode() in stopped.stderr) == (number == signal.SIGINT)
+    with standard_input(monkeypatch, book / "book"):
+        assert main(arguments(book, session, "--prompt-file", "-")) == 0
     assert capfdbinary.readouterr().out == (book / "out").read_bytes()
     assert same_session(session, book / "whole")
 
@@ -103,10 +106,10 @@ def signal_in_call(monkeypatch, n: int, number: int = signal.SIGTERM) -> None:
 
 
 @contextlib.contextmanager
-def standard_input(monkeypatch, path: Path):
-    """The file comes through a pipe."""
+def standard_input(monkeypatch, path: Path, count: int = N):
+    """The first bytes of the file come through a pipe."""
     r, w = os.pipe()
-    with subprocess.Popen(["cat", str(path)], stdout=w), open(r) as pipe:
+    with subprocess.Popen(["head", "-c", str(count), str(path)], stdout=w), open(r) as pipe:
         os.close(w)
         monkeypatch.setattr(sys, "stdin", pipe)
         yield
@@ -119,8 +122,8 @@ def test_stopped_while_reading_and_again_while_writing(book, tmp_path, monkeypat
     if source == "pipe":
         given[given.index("--prompt-file") + 1], name = "-", "standard input"
     written = b""
-    # 8 pieces and 29 tokens behind the first: stopped in the 3rd piece, in the last one, in the 10th token, and not
-    for call, phase, count in [(3, "reading", 0), (5, "writing", 1), (10, "writing", 11), (99, None, 30)]:
+    # 5 pieces and 29 tokens behind the first: stopped in the 3rd piece, in the last one, in the 10th token, and not
+    for call, phase, count in [(3, "reading", 0), (2, "writing", 1), (10, "writing", 11), (99, None, 30)]:
         with monkeypatch.context() as patch, standard_input(patch, book / "book") if source == "pipe" else contextlib.nullcontext():
             signal_in_call(patch, call)
             assert main(given) == (143 if phase else 0)
@@ -130,6 +133,38 @@ def test_stopped_while_reading_and_again_while_writing(book, tmp_path, monkeypat
                                    "sha256": hashlib.sha256((book / "book").read_bytes()[: note["bytes"]]).hexdigest()})
     assert written == (book / "out").read_bytes()
     assert same_session(session, book / "whole")
+
+
+def test_a_pipe_that_dies_of_the_same_signal_is_not_the_end_of_the_prompt(book, tmp_path, monkeypatch, capfdbinary):
+    """Ctrl-C in a terminal goes to the whole pipeline, and whoever feeds the pipe is gone first."""
+    given = arguments(book, tmp_path / "s")
+    given[given.index("--prompt-file") + 1] = "-"
+    with monkeypatch.context() as patch, standard_input(patch, book / "book", 2 * PIECE + 100):
+        signal_in_call(patch, 2)
+        assert main(given) == 143
+    assert load_note(tmp_path / "s")["bytes"] == 2 * PIECE
+    with monkeypatch.context() as patch, standard_input(patch, book / "book"):
+        assert main(given) == 0
+    assert capfdbinary.readouterr().out == (book / "out").read_bytes() and same_session(tmp_path / "s", book / "whole")
+
+
+@pytest.mark.parametrize(("every", "failing", "saves"), [("0", False, 1), ("1e-9", False, 4 + 30 + 1), ("1e-9", True, 4 + 30 + 1)])
+def test_saves_meanwhile(book, tmp_path, monkeypatch, capfdbinary, every, failing, saves):
+    """After every piece but the last, and every token; one that fails costs a message."""
+    real, tries = hk.state.write_atomically, []
+
+    def write(path, data) -> None:
+        tries.append(0)
+        if failing and len(tries) < saves:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, data)
+
+    monkeypatch.setattr(hk.state, "write_atomically", write)
+    assert main(arguments(book, tmp_path / "s", "--save-every", every)) == 0
+    printed = capfdbinary.readouterr()
+    assert len(tries) == saves and printed.err.count(b"not saved, going on ([Errno 28]") == (saves - 1 if failing else 0)
+    assert printed.out == (book / "out").read_bytes() and same_session(tmp_path / "s", book / "whole")
+    assert main(arguments(book, tmp_path / "s", "--save-every", "-1")) == main(arguments(book, tmp_path / "s", "--save-every", "nan")) == 2
 
 
 def test_a_second_signal_aborts_and_leaves_the_old_file(book, tmp_path, monkeypatch, capfdbinary):
