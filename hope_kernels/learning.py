@@ -28,17 +28,21 @@ from .ops.cms.chain import Sink
 from .ops.cms.chunked import master_dtype
 from .ops.cms.matrix import Matrix
 from .state import Counters
+from .wavefront import run as run_wavefront
 
 TAINTED = -1  # ModelState.seen of a row whose open segment holds a token read with learn="off"
 
 
-def read_off(model, ids: Tensor, state, lengths: list[int], backend):
-    """The whole call with frozen CMS weights: (logits, new state)."""
+def read_off(model, ids: Tensor, state, lengths: list[int], backend, wavefront: int | None = None):
+    """The whole call with frozen CMS weights: (logits, new state). wavefront: see ``wavefront.run``."""
     if model.learns:
         complete = [n > 0 and s == model.segment for n, s in zip(lengths, state.seen)]
         if any(complete):
             state = _finished(_replay(model, _draft(state), complete, ids, [0] * len(lengths), None, backend))
-    h, mixers = model.run(model.embed(ids), state.mixers, model.levels(state), lengths, backend)
+    if wavefront is None:
+        h, mixers = model.run(model.embed(ids), state.mixers, model.levels(state), lengths, backend)
+    else:
+        h, mixers = run_wavefront(model, model.embed(ids), state.mixers, model.levels(state), lengths, wavefront, backend)
     return model.logits(h, lengths), advance_off(state, mixers, lengths)
 
 
