@@ -139,10 +139,10 @@ def checked(model: HopeForCausalLM, case: Case, ids: Tensor, op: Callable = whol
 
 
 def flops_per_token(model: HopeForCausalLM) -> float:
-    """Of reading without learning: memories, static matrices, CMS levels, head."""
-    c = model.config
-    static = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n != "embed.weight") + (
-        c.vocab_size * c.d_model if c.tie_embeddings else 0)
+    """Of reading without learning: memories, projections, convolutions, CMS levels, head."""
+    c, gains = model.config, ("embed.weight", "norm_gain")
+    static = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.endswith(gains))
+    static += c.vocab_size * c.d_model if c.tie_embeddings else 0
     return 2 * static + (c.num_layers * m.flops_per_token(c.titans) if c.titans else 0)
 
 
