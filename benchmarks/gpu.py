@@ -30,8 +30,6 @@ from pathlib import Path
 
 import torch
 
-from hope_kernels import available_backends
-
 from . import gpu_library
 from . import measure as m
 from .machine import machine, write_json
@@ -112,6 +110,8 @@ def nvidia_smi() -> str:
 
 
 def describe(device: str) -> dict:
+    from hope_kernels import available_backends
+
     found: dict = {"machine": machine(), "device": device, "backends": available_backends()}
     for package in ("torch", "triton", "numpy", "nested-learning", "titans-pytorch", "flash-linear-attention", "flash-qla"):
         try:
@@ -386,15 +386,15 @@ def main(argv: list[str] | None = None) -> int:
         measure(device, results, args, until)
     for text in ratios(results["ops"].cases, results["peers"].cases):
         print(text)
-    absent = missing(device, results, args)
-    for text in told(absent):
-        print(text)
     for section, store in results.items():
-        store.note(absent[section])
         counts: dict[str, int] = {}
         for record in store.cases.values():
             counts[record["status"]] = counts.get(record["status"], 0) + 1
         print(f"{section}: {counts or 'nothing'}{f' in {store.path}' if store.path else ''}")
+    absent = missing(device, results, args)
+    for section, cases in absent.items():
+        results[section].note(cases)
+    print("\n".join(told(absent)))
     return 0
 
 
