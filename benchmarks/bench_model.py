@@ -245,7 +245,7 @@ def state(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) 
 
 
 def latency(model: HopeForCausalLM, given, ids: Tensor, device: str, backend: str | None) -> dict:
-    """ms of a token over two segments of ids [B, n], from a clone of a state, learning on, without a graph."""
+    """ms of a token over ids [B, n], from a clone of a state, learning on, without a graph."""
     ms = decoded(Decoder(model, given.clone(), "next_token", backend, capture=False), ids, device)
     return {"p50": m.quantile(ms, 0.5), "p99": m.quantile(ms, 0.99), "mean": statistics.fmean(ms), "n": len(ms)}
 
@@ -254,7 +254,7 @@ def latency(model: HopeForCausalLM, given, ids: Tensor, device: str, backend: st
 def long(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, limit: float = math.inf) -> dict:
     """``T`` tokens a row in ten parts; it ends early where ``limit`` seconds are over, and says so."""
     model = model_of(case, device)
-    after = 2 * model.segment
+    after = min(2 * model.segment, 256)
     ids = prose(case, case.T + after, device)
     check = checked(model, case, ids)
     if not check["ok"]:
