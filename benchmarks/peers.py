@@ -154,13 +154,12 @@ def sdpa(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     return m.rates(record, ceilings, case.dtype, 2 * case.B * case.T * (case.T + 1) * case.H * case.D, nbytes)
 
 
-def ttt_linear(q, k, v, w, b, eta: float, scale: float, chunk: int):
-    """TTT-Linear (Learning to learn at test time, mini-batch form) in fp64: [B, T, H, D]. One matrix and one bias a head from zero, each
-    token's gradient of |norm(k S + s) w + b - (v - k)|^2 / 2 taken where its mini-batch starts; o + norm(o) w + b is what comes out."""
+def ttt_linear(q, k, v, w, b, S, s, eta: float, scale: float, chunk: int):
+    """TTT-Linear (Learning to learn at test time, mini-batch form) in fp64: [B, T, H, D]. A matrix S [B, H, D, D] and a bias s [B, H, 1, D]
+    a head, each token's gradient of |norm(k S + s) w + b - (v - k)|^2 / 2 taken where its mini-batch starts; o + norm(o) w + b comes out."""
     q, k, v = (t.double().transpose(1, 2) for t in (q * scale, k, v))
-    w, b = w.double()[:, None], b.double()[:, None]
+    w, b, S, s, outputs = w.double()[:, None], b.double()[:, None], S.double(), s.double(), []
     norm = lambda t: F.layer_norm(t, t.shape[-1:], eps=1e-6) * w + b
-    S, s, outputs = k.new_zeros(*k.shape[:2], k.shape[-1], k.shape[-1]), k.new_zeros(*k.shape[:2], 1, k.shape[-1]), []
     for t in range(0, k.shape[2], chunk):
         qc, kc, vc = (x[:, :, t : t + chunk] for x in (q, k, v))
         with torch.enable_grad():
@@ -177,15 +176,16 @@ def ttt_linear(q, k, v, w, b, eta: float, scale: float, chunk: int):
 def ttt(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     found = installed("flash-linear-attention", "fla-core") | {"backend": "triton"}
     rule = importlib.import_module("fla.ops.ttt").chunk_ttt_linear
-    eta, scale, dtype = 0.1, case.D**-0.5, m.DTYPES[case.dtype]
+    B, H, D, scale, dtype = case.B, case.H, case.D, case.D**-0.5, m.DTYPES[case.dtype]
     g = torch.Generator(device).manual_seed(0)
-    w, b = (torch.randn(case.H, case.D, generator=g, device=device, dtype=dtype) / 8 for _ in range(2))
-    w, rates = w + 1, torch.full((case.B, case.T, case.H, 1), eta, device=device, dtype=dtype)
-    eta = float(rates[0, 0, 0, 0])  # as the dtype has it
+    random = lambda *s: torch.randn(*s, generator=g, device=device)
+    w, b, S, s = 1 + random(H, D).to(dtype) / 8, random(H, D).to(dtype) / 8, random(B, H, D, D), random(B, H, 1, D)
+    rates = torch.full((B, case.T, H, 1), 0.005, device=device, dtype=dtype)
     nbytes = 4 * case.B * case.T * case.H * case.D * case.itemsize
     problems = [inputs_of(case, device, seed) for seed in range(m.sets_for(nbytes, device))]
-    call = lambda q, k, v: rule(q, k, v, w=w, b=b, eta=rates, scale=scale, chunk_size=case.C, output_final_state=True)[0]
-    exact = ttt_linear(*(t[:, : 6 * case.C] for t in problems[0]), w, b, eta, scale, case.C)
+    call = lambda q, k, v: rule(q, k, v, w=w, b=b, eta=rates, scale=scale, chunk_size=case.C, initial_state=S, initial_state_bias=s,
+                                output_final_state=True)[0]
+    exact = ttt_linear(*(t[:, : 6 * case.C] for t in problems[0]), w, b, S, s, float(rates[0, 0, 0, 0]), scale, case.C)
     found = judged(found | {"sets": len(problems), "bytes": nbytes}, case, call(*problems[0])[:, : 6 * case.C], exact)
     return found if found.get("status") else found | m.time_calls([partial(call, *p) for p in problems], device, seconds)
 

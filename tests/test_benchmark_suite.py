@@ -167,11 +167,12 @@ def test_the_written_ttt_linear_is_gradient_descent_by_mini_batches():
     q, k, v = torch.randn(3, 2, 12, 2, 4, dtype=torch.float64)
     w, b = torch.randn(2, 2, 4, dtype=torch.float64)
     eta, scale, chunk = 0.05, 0.5, 4
-    o = peers.ttt_linear(q, k, v, w, b, eta, scale, chunk)
+    S, s = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.randn(2, 2, 1, 4, dtype=torch.float64)
+    o = peers.ttt_linear(q, k, v, w, b, S, s, eta, scale, chunk)
     norm = lambda t: torch.nn.functional.layer_norm(t, (4,), eps=1e-6)
     for row in range(2):
         for h in range(2):
-            W, bias = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+            W, bias = S[row, h], s[row, h, 0]
             for start in range(0, 12, chunk):
                 grads = []
                 for t in range(start, start + chunk):  # every token's own gradient, at the weights the mini-batch starts with
