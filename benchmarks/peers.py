@@ -156,7 +156,8 @@ def sdpa(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
 
 def ttt_linear(q, k, v, w, b, S, s, eta: float, scale: float, chunk: int):
     """TTT-Linear (Learning to learn at test time, mini-batch form) in fp64: [B, T, H, D]. A matrix S [B, H, D, D] and a bias s [B, H, 1, D]
-    a head, each token's gradient of |norm(k S + s) w + b - (v - k)|^2 / 2 taken where its mini-batch starts; o + norm(o) w + b comes out."""
+    a head; each token's gradient of |norm(k S + s) w + b - (v - k)|^2 / 2 is taken where its mini-batch starts; o + norm(o) w + b is
+    what comes out."""
     q, k, v = (t.double().transpose(1, 2) for t in (q * scale, k, v))
     w, b, S, s, outputs = w.double()[:, None], b.double()[:, None], S.double(), s.double(), []
     norm = lambda t: F.layer_norm(t, t.shape[-1:], eps=1e-6) * w + b
