@@ -53,7 +53,7 @@ def test_case(call, benchmark, request):
     quick = request.config.getoption("--quick", False)
     if benchmark.disabled or not request.config.getoption("benchmark_only"):
         pytest.skip("measured with --benchmark-only")
-    now = m.beside(quick) if DEVICE == "cpu" else ceilings(quick)
+    now = m.Beside(quick) if DEVICE == "cpu" else ceilings(quick)
     try:
         record = {"status": "ok"} | call(now)
     except (m.Unserved, ImportError, torch.OutOfMemoryError) as e:
@@ -61,7 +61,7 @@ def test_case(call, benchmark, request):
     if record["status"] == "skipped":
         pytest.skip(record["reason"])
     assert record["status"] == "ok", record["reason"]
-    benchmark.extra_info.update(record, device=DEVICE, ceilings=now)
+    benchmark.extra_info.update(record, device=DEVICE, ceilings=dict(now))
     samples = times(record)
     if not samples:
         pytest.skip("nothing is timed here")

@@ -168,11 +168,11 @@ def measure(device: str, results: dict[str, Results], args, until: float, items:
         store.put(name, {"status": "started", "case": case})
         if device == "cuda":
             faulthandler.dump_traceback_later(min(CASE_SECONDS, until - time.time() + 20), exit=True)
-        now = m.beside(args.quick) if device == "cpu" and section != "env" else {}
-        ceilings = {n: results["env"].cases.get(n, {}).get(unit) for n, unit in CEILINGS.items()} | now
+        ceilings = {n: results["env"].cases.get(n, {}).get(unit) for n, unit in CEILINGS.items()}
+        now = m.Beside(args.quick) if device == "cpu" and section != "env" else {}
         began, restart = time.time(), False
         try:
-            record = {"status": "ok"} | call(ceilings) | ({"ceilings": now} if now else {})
+            record = {"status": "ok"} | call(now or ceilings) | ({"ceilings": dict(now)} if now else {})
             restart = record.pop("restart", False)
             if not restart:  # an asynchronous error belongs to this case
                 m.sync(device)

@@ -33,6 +33,14 @@ def small(tmp_path_factory):
     return str(folder)
 
 
+def test_ceilings_beside_a_case_are_looked_for_twice_and_the_better_counts(monkeypatch):
+    rates = iter([1.0, 4.0, 2.0, 2.0])  # ms of copy and product, before and behind
+    monkeypatch.setattr(m, "turns", lambda *_, **__: {name: m.stats([next(rates)]) for name in ("copy", "matmul")})
+    found = m.Beside(quick=True)
+    assert dict(found) == {"copy": 8 * 2**20 / 1e6, "matmul fp32": 2 * 256**3 / 4e9}
+    assert found.get("matmul fp32") == 2 * 256**3 / 2e9 and found.get("copy") == 8 * 2**20 / 1e6 and found.get("matmul bf16") is None
+
+
 # -- layers -------------------------------------------------------------------------------------------------------------------
 
 
