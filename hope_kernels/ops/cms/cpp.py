@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import CMSConfig
-from ..titans.cpp import library, unavailable
+from ..titans.cpp import address, library, unavailable
 from . import chunked
 from .chunked import Factors, Level, newton_schulz, outer_add_, refresh_
 from .matrix import times, times_transposed
@@ -43,6 +43,8 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
     """Why the backend cannot serve a level, or None."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
+    if torch.is_autocast_enabled("cpu"):
+        return "serves float32, which products under autocast are not"
     if config.d_model % 8 or config.hidden % 8:
         return f"serves widths and hidden widths that are multiples of 8, not {config.d_model} and {config.hidden}"
     return unavailable()
@@ -96,4 +98,4 @@ def _function(name: str):
 
 
 def _call(name: str, *arguments: int | float | Tensor | None) -> None:
-    _function(name)(*(t.data_ptr() if isinstance(t, Tensor) else t for t in arguments))
+    _function(name)(*(address(t) if isinstance(t, Tensor) else t for t in arguments))
