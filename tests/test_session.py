@@ -298,6 +298,15 @@ def test_read_stops_after_a_piece_and_goes_on(ragged):
     assert all(torch.equal(a, b) for a, b in zip(second.state.tensors(), whole.state.tensors(), strict=True))
 
 
+def test_read_takes_lengths_as_the_model_does():
+    one, ids = model(), torch.randint(0, 256, (2, 90))
+    a, b = read(one, ids, lengths=torch.tensor([90, 7])), read(one, ids, lengths=[90, 7])
+    assert torch.equal(a.nats, b.nats) and a.state.pos == [90, 7]
+    with pytest.raises(ValueError, match="read: argument lengths has 91 for row 1"):
+        read(one, ids, lengths=[3, 91])
+    assert read(one, ids[:0]).tokens == 90
+
+
 def test_a_source_reads_like_the_tensor_it_gives():
     m, text = model(), torch.randint(0, 256, (1, 1000))
     prompt = Prompt("p", io.BytesIO(bytes(text[0, 1:900].tolist())), bytes(text[0, 900:].tolist()), bytes(text[0, :1].tolist()))
