@@ -53,7 +53,8 @@ class ModelState(State):
         is. Attention's keys are shared, which are only ever appended to."""
         mixers, snapshot = ([m.snapshot() for m in of] for of in (self.mixers, self.snapshot))
         cms = [c and c.clone() for c in self.cms]
-        return replace(self, pos=Counters(self.pos), mixers=mixers, cms=cms, seen=Counters(self.seen), ids=self.ids.clone(), snapshot=snapshot)
+        counters = {n: Counters(getattr(self, n)) for n in ("pos", "seen")}
+        return replace(self, mixers=mixers, cms=cms, ids=self.ids.clone(), snapshot=snapshot, **counters)
 
     def synchronize(self):
         """As for any state. Where a replayed graph of the model has moved the mixers, the model's counters follow as with learn="off".
@@ -182,8 +183,10 @@ class HopeForCausalLM(nn.Module):
         if cms is None:
             return h, mixer
         ops = resolve_cms(cms.config, h.dtype, h.device, backend, inner is not None)
-        if inner is None:
-            return cms_forward(h, level, cms.config, cms.mix, cms.norm_eps, ops), mixer
+        below = inner is not None and not h.requires_grad and not cms.learns  # nothing up to here learns: no graph, no backward
+        if inner is None or below:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not below):
+                return cms_forward(h, level, cms.config, cms.mix, cms.norm_eps, ops), mixer
         return cms_learn(h, level, cms.config, inner.sinks[i], inner.anchor, cms.mix, cms.norm_eps, ops), mixer
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
