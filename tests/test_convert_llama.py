@@ -72,6 +72,14 @@ def test_same_bits_without_learning(options):
             assert torch.equal(logits(ours, sequence, learn=mode), expected), (sequence.shape, mode)
 
 
+def test_the_backend_that_serves_by_default_is_the_original_to_rounding():
+    """Widths that the C++ backend serves, where it was built."""
+    theirs = original(hidden_size=32, intermediate_size=48)
+    ours, sequence = hk.convert.llama(theirs, (4, 8)), ids(2, 37)
+    assert torch.equal(logits(ours, sequence, backend="chunked"), logits(theirs, sequence))
+    torch.testing.assert_close(logits(ours, sequence), logits(theirs, sequence), rtol=1e-5, atol=1e-5)
+
+
 def test_bits_need_the_angles_of_the_original(tmp_path):
     theirs = original()
     ours = hk.convert.llama(theirs, 4)
