@@ -49,10 +49,11 @@ def level_forward(x: Tensor, level: Level, config: CMSConfig, eps: float, *, res
 
     Raises ValueError for other shapes, dtypes or devices, TypeError for non-tensors.
     """
-    B, _, d = _checked("cms level_forward", x, level, config)
+    _checked("cms level_forward", x, level, config)
     vectors = (level["norm_gain"], *(level.get(name) for name in ("norm_bias", "up_bias", "gate_bias", "down_bias")))
-    matrices = _matrices(level, B, d, config.hidden)
-    y, n, z, g, a = torch.ops.hope_kernels.cms_level_forward(x, *vectors, *matrices, eps, config.norm == "layernorm", residual, keep)
+    y, n, z, g, a = torch.ops.hope_kernels.cms_level_forward(
+        x, *vectors, *_matrices(level), eps, config.norm == "layernorm", residual, keep
+    )
     return y, Saved(x, n, z, g if config.mlp == "swiglu" else None, a) if keep else None
 
 
@@ -64,7 +65,7 @@ def level_backward(
     for name, t, width in (("x", saved.x, d), ("n", saved.n, d), ("z", saved.z, config.hidden), ("a", saved.a, config.hidden)):
         check_tensor("cms level_backward", f"saved.{name}", t, (B, T, width), dtype=dy.dtype, device=dy.device)
     dx, d_up, d_gate = torch.ops.hope_kernels.cms_level_backward(
-        dy, saved.x, saved.z, saved.g, level["norm_gain"], *_matrices(level, B, d, config.hidden), eps, config.norm == "layernorm",
+        dy, saved.x, saved.z, saved.g, level["norm_gain"], *_matrices(level), eps, config.norm == "layernorm",
         residual, need_dx,
     )
     factors = {"up": (d_up, saved.n)} | ({"gate": (d_gate, saved.n)} if config.mlp == "swiglu" else {}) | {"down": (dy, saved.a)}
@@ -130,7 +131,7 @@ _MATRICES = ", ".join(_MATRIX.format(name) for name in ("up", "gate", "down"))
 _PER_MATRIX = _MATRIX.count(",") + 1
 
 
-def _matrices(level: Level, B: int, d: int, N: int) -> list:
+def _matrices(level: Level) -> list:
     """The arguments of ``_MATRICES``."""
     flat = []
     for name in ("up", "gate", "down"):
