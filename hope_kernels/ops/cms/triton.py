@@ -26,7 +26,7 @@ from .chunked import NS_COEFFICIENTS, NS_EPS, NS_STEPS, Factors, Level, Saved
 from .triton_backward import back_kernel, error_kernel
 from .triton_forward import down_kernel, inner_kernel, up_kernel
 from .triton_newton_schulz import LANES, NUM_WARPS, PARTS, squares_kernel, start_kernel, step_kernel, symmetric_kernel
-from .triton_norm import MAX_WIDTH, norm_backward_kernel, norm_kernel, norm_tile, norm_warps
+from .triton_norm import MAX_WIDTH, norm_backward_kernel, norm_kernel, norm_options, norm_tile
 from .triton_refresh import refresh_kernel
 from .triton_tiles import GROUP, INNER, RANK, REFRESH, WHOLE, Tile, down_tile, error_tile, up_tile
 
@@ -105,6 +105,8 @@ def _checked(op: str, x: Tensor, level: Level, config: CMSConfig) -> tuple[int, 
     for name, width in (("norm_gain", d), ("norm_bias", d), ("up_bias", N), ("gate_bias", N), ("down_bias", d)):
         if level.get(name) is not None:
             check_tensor(op, f"level.{name}", level[name], (width,), dtype=x.dtype, device=x.device)
+    if config.mlp == "swiglu" and (level.get("up_bias") is None) != (level.get("gate_bias") is None):
+        raise ValueError(f"{op}: argument level has one of up_bias and gate_bias, expected both or none")
     ranks = set()
     for name in ("up", "gate", "down") if config.mlp == "swiglu" else ("up", "down"):
         W, (r, c) = level[name], (d, N) if name == "down" else (N, d)
@@ -175,8 +177,7 @@ class _Operand:
         (B, T, K), tile = x.shape, INNER[x.itemsize]
         u = x.new_empty(B, T, triton.cdiv(self.R, RANK) * RANK)
         inner_kernel[(B * triton.cdiv(T, tile.BM), triton.cdiv(self.R, tile.BN))](
-            x, factor, u, T, self.R, _slots(factor), K=K, BM=tile.BM, BN=tile.BN, BK=tile.BK, BR=RANK, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            x, factor, u, T, self.R, _slots(factor), K=K, BR=RANK, **tile.sizes(), **tile.options(),
         )
         return u
 
@@ -206,8 +207,8 @@ def _product(
     B, T = x.shape[:2]
     groups, S = (B, T) if OWN else (1, B * T)
     kernel[(groups * triton.cdiv(S, tile.BM) * triton.cdiv(width, tile.BN),)](
-        *pointers, S, T, groups, R, _slots(factor) if R else 0, *scales, **switches, PENDING=R > 0, OWN=OWN, BM=tile.BM, BN=tile.BN,
-        BK=tile.BK, BR=RANK, GROUP=GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        *pointers, S, T, groups, R, _slots(factor) if R else 0, *scales, **switches, PENDING=R > 0, OWN=OWN, BR=RANK, GROUP=GROUP,
+        **tile.sizes(), **tile.options(R > 0),
     )
 
 
@@ -244,7 +245,7 @@ def _launch_forward(x, norm_gain, norm_bias, up_bias, gate_bias, down_bias, *res
         with torch.cuda.device_of(x):
             tile = norm_tile(d)
             norm_kernel[(triton.cdiv(B * T, tile["BR"]),)](
-                x, gain, shift, n, B * T, EPS=eps, D=d, LAYERNORM=layernorm, BIAS=norm_bias is not None, **tile, num_warps=norm_warps(d)
+                x, gain, shift, n, B * T, EPS=eps, D=d, LAYERNORM=layernorm, BIAS=norm_bias is not None, **tile, **norm_options(d)
             )
             OWN = up.OWN or gate.OWN
             _product(
@@ -284,7 +285,7 @@ def _launch_backward(dy, x, z, g, norm_gain, *rest) -> tuple[Tensor, Tensor, Ten
                      gate.right, dn), (up.scale, gate.scale), D=d, N=N, GATED=gate.exists,
                 )
                 norm_backward_kernel[(triton.cdiv(B * T, tile["BR"]),)](
-                    dn, x, gain, dy, dx, B * T, EPS=eps, D=d, LAYERNORM=layernorm, RESIDUAL=residual, **tile, num_warps=norm_warps(d)
+                    dn, x, gain, dy, dx, B * T, EPS=eps, D=d, LAYERNORM=layernorm, RESIDUAL=residual, **tile, **norm_options(d)
                 )
     return dx, d_up, d_gate
 
@@ -324,7 +325,7 @@ def _launch_refresh(weight, copy, left, right, rows, lr, beta, moment, mu, total
         refresh_kernel[(triton.cdiv(r, tile.BM) * triton.cdiv(c, tile.BN), len(rows))](
             *filled((weight, copy, moment, total), weight), *factors, _on_device(tuple(rows), weight.device), C, lr, mu, beta,
             ROWS=r, COLS=c, PRODUCT=left is not None, MOMENT=moment is not None, TOTAL=total is not None, COPY=copy is not None,
-            READ=beta != 0, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=GROUP, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            READ=beta != 0, GROUP=GROUP, **tile.sizes(), **tile.options(),
         )
 
 
@@ -340,7 +341,7 @@ def _launch_newton_schulz(grad: Tensor) -> Tensor:
     xs, grams = [grad.new_empty(M, R, L) for _ in range(2)], [grad.new_empty(M, R, R) for _ in range(2)]
     tile = WHOLE
     triangle, whole = triton.cdiv(R, tile.BM), triton.cdiv(R, tile.BM) * triton.cdiv(L, tile.BN)
-    halves, launch = (triangle * (triangle + 1) // 2, M), {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    halves, launch = (triangle * (triangle + 1) // 2, M), tile.options()
     strides = (1, R) if tall else (L, 1)  # of element (i, j) of the wide matrix in grad and out
     with torch.cuda.device_of(grad):
         squares_kernel[(parts.shape[1], M)](grad, parts, SIZE=R * L, BLOCK=PARTS, num_warps=NUM_WARPS)
@@ -354,7 +355,7 @@ def _launch_newton_schulz(grad: Tensor) -> Tensor:
             symmetric_kernel[halves](s, s, p, c, b, R=R, L=R, ADD=True, BM=tile.BM, BK=tile.BK, **launch)
             O_R, O_L = strides if last else (L, 1)
             step_kernel[(whole, M)](
-                p, x, out if last else new, a, R=R, L=L, O_R=O_R, O_L=O_L, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=GROUP, **launch
+                p, x, out if last else new, a, R=R, L=L, O_R=O_R, O_L=O_L, GROUP=GROUP, **tile.sizes(), **launch
             )
     return out
 

@@ -64,5 +64,6 @@ def norm_tile(D: int) -> dict[str, int]:
     return {"BR": max(1, TILE // width), "BD": width}
 
 
-def norm_warps(D: int) -> int:
-    return max(4, triton.next_power_of_2(D) // 512)  # at half as many the way back through a layer norm spills
+def norm_options(D: int) -> dict[str, int]:
+    """Half the warps and the way back through a layer norm spills; so it does if the assembler aims at fewer registers than it may have."""
+    return {"num_warps": max(4, triton.next_power_of_2(D) // 512), "num_stages": 1, "maxnreg": 128}

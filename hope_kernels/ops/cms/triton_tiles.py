@@ -19,7 +19,7 @@ from .triton_backward import back_kernel, error_kernel
 from .triton_forward import down_kernel, inner_kernel, up_kernel
 from .triton_newton_schulz import LANES, PARTS, squares_kernel, start_kernel, step_kernel, symmetric_kernel
 from .triton_newton_schulz import NUM_WARPS as NORM_WARPS
-from .triton_norm import norm_backward_kernel, norm_kernel, norm_tile, norm_warps
+from .triton_norm import norm_backward_kernel, norm_kernel, norm_options, norm_tile
 from .triton_refresh import refresh_kernel
 
 GROUP = 8  # tiles of rows that run beside each other: 8 x 16 programs fill an H100 and read 24 tiles of operands, not 136
@@ -34,6 +34,15 @@ class Tile(NamedTuple):
     BK: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def sizes(self) -> dict[str, int]:
+        return {"BM": self.BM, "BN": self.BN, "BK": self.BK}
+
+    def options(self, pending: bool = False) -> dict[str, int | None]:
+        """What Triton is told about a launch. With pending parts the assembler must be told a thread's limit: left alone it aims at more
+        programs a multiprocessor, and spills for it; without them it would only take more registers."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": 255 if pending else self.maxnreg}
 
 
 
@@ -44,7 +53,7 @@ PRODUCTS = {  # (bytes of an operand, narrow) -> tile. 128 x 128 takes 106 regis
     # FMA units: a thread holds its rows and columns of both operands
     (4, True): Tile(64, 64, 16, 8, 2), (4, False): Tile(64, 64, 16, 8, 2),
 }
-GATED_UP = {2: Tile(128, 64, 32, 8, 4), 4: Tile(64, 32, 16, 4, 2)}  # two accumulators, and their pending parts
+GATED_UP = {2: Tile(128, 64, 32, 8, 4), 4: Tile(64, 32, 16, 8, 2, 255)}  # two accumulators, and their pending parts
 INNER = {2: Tile(64, 64, 64, 4, 3), 4: Tile(64, 32, 16, 4, 2)}
 # 112 registers for gd: the epilogue of one program runs beside the product of the other. 128 x 128 would read less from L2, but spills.
 REFRESH = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
@@ -93,7 +102,7 @@ def _level(D: int, N: int, dtype: str, archs: tuple[int, ...], **switches) -> It
     for fn, tile in kernels:
         yield _specialization(fn, dtype, row, archs, tile, D=D, N=N, K=N, BR=RANK, GROUP=GROUP, **switches)
     for fn in (norm_kernel, norm_backward_kernel) if pending else ():
-        yield _specialization(fn, dtype, row, archs[-1:], Tile(0, 0, 0, norm_warps(D), 1), D=D, **switches, **norm_tile(D))
+        yield _specialization(fn, dtype, row, archs[-1:], Tile(0, 0, 0, **norm_options(D)), D=D, **switches, **norm_tile(D))
 
 
 def _refreshes() -> Iterator[Specialization]:
@@ -126,7 +135,7 @@ _COUNTS = ("S", "T", "groups", "R", "slots", "C", "tokens")
 
 def _specialization(fn, dtype: str, row: str, archs: tuple[int, ...], tile: Tile, **known) -> Specialization:
     """``fn`` at this tile; of ``known``, what the kernel takes."""
-    known |= {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
+    known |= tile.sizes() if tile.BM else {}
     consts = {arg: known[arg] for arg in fn.arg_names if arg in known}
     signature = {}
     for arg in fn.arg_names:
@@ -134,6 +143,5 @@ def _specialization(fn, dtype: str, row: str, archs: tuple[int, ...], tile: Tile
             kind = "*fp32" if arg in _FP32 else "*i32" if arg in _INT32 else f"*{dtype}"
             signature[arg] = kind if arg.endswith("_p") else "i64" if arg in _COUNTS else "fp32"
     products = dtype != "fp32" and "BK" in consts and consts.get("PRODUCT", True)
-    return Specialization(
-        f"cms_{fn.__name__.removesuffix('_kernel')}", fn, signature, consts, tile.num_warps, tile.num_stages, products, row, archs
-    )
+    name, options = f"cms_{fn.__name__.removesuffix('_kernel')}", tile.options(consts.get("PENDING", False))
+    return Specialization(name, fn, signature, consts, wants_mma=products, row=row, archs=archs, **options)
