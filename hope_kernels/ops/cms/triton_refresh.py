@@ -45,7 +45,6 @@ def refresh_kernel(
     at, inside = b * ROWS * COLS + i[:, None] * COLS + j[None, :], (i < ROWS)[:, None] & (j < COLS)[None, :]
     if TOTAL:
         f += tl.load(total_p + at, mask=inside, other=0.0)
-        tl.store(total_p + at, tl.zeros([BM, BN], tl.float32), mask=inside)
     if MOMENT:
         f += mu * tl.load(moment_p + at, mask=inside, other=0.0)
         tl.store(moment_p + at, f, mask=inside)
@@ -55,3 +54,8 @@ def refresh_kernel(
     tl.store(weight_p + at, w, mask=inside)
     if COPY:
         tl.store(copy_p + at, w.to(copy_p.dtype.element_ty), mask=inside)
+    if TOTAL:
+        # Loads and stores are laid out differently: another thread may still have to read what this one would make zero. A new moment or
+        # weight waits for the old one it is computed from; a zero waits for nothing.
+        tl.debug_barrier()
+        tl.store(total_p + at, tl.zeros([BM, BN], tl.float32), mask=inside)
