@@ -30,22 +30,25 @@ def _unavailable(backend: str) -> str | None:
     return cuda.unavailable() if backend == "cuda" else None
 
 
-def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None) -> Callable:
+def resolve(
+    op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None, constant_memory: bool = False
+) -> Callable:
     """The implementation of ``op`` ("titans") for this configuration. ``backend=None`` picks the best one verified on the device: the
     Triton and CUDA kernels, which no GPU has run yet, only on request.
 
     Which one that is follows from configuration, dtype, device and whether gradients are on, never from the shape of a call.
+    constant_memory: the gradients asked for are those of reads by their queries alone.
     Raises ValueError, with the reason, for a backend that cannot serve the request.
     """
     from .ops.titans.chunked import titans_chunk
 
     if backend is None:
-        return titans_chunk if cpp.unserved(config, dtype, device) else cpp.titans_cpp
+        return titans_chunk if cpp.unserved(config, dtype, device, constant_memory) else cpp.titans_cpp
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}, expected one of {BACKENDS}")
     reason, chosen = _unavailable(backend), titans_chunk
     if reason is None and backend == "cpp":
-        reason, chosen = cpp.unserved(config, dtype, device), cpp.titans_cpp
+        reason, chosen = cpp.unserved(config, dtype, device, constant_memory), cpp.titans_cpp
     elif reason is None and backend == "triton":
         from .ops.titans import triton, triton_training
 
@@ -77,13 +80,17 @@ def resolve_conv_and_gate(config, backend: str | None = None) -> tuple[Callable,
 
 
 def resolve_cms(config, dtype: torch.dtype, device: torch.device, backend: str | None = None, inner: bool = False) -> ModuleType:
-    """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend``. ``inner``: for reading and learning, which
-    need no gradient of the parameters; training always runs on the chunked backend.
+    """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend``, those in PyTorch where it has none for this
+    configuration. ``inner``: for the pass that learns, which needs no gradient of the parameters; training always runs in PyTorch.
 
     Raises ValueError for an unknown backend.
     """
     from .ops.cms import chunked
+    from .ops.cms import cpp as compiled
 
     if backend not in (None, *BACKENDS):
         raise ValueError(f"cms: unknown backend {backend!r}, expected one of {BACKENDS}")
+    graph = torch.is_grad_enabled() and not inner
+    if backend in (None, "cpp") and not graph and compiled.unserved(config, dtype, device) is None:
+        return compiled
     return chunked
