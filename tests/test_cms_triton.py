@@ -8,6 +8,7 @@ from numerics import within_yardstick
 
 from hope_kernels import CMSConfig
 from hope_kernels.ops.cms import chunked
+from hope_kernels.ops.cms.chain import cms_forward, pass_back
 from hope_kernels.ops.cms.matrix import Matrix
 
 pytest.importorskip("triton")
@@ -293,6 +294,30 @@ def test_opcheck(mlp, rows, rank, monkeypatch):
     else:
         check(ops.cms_refresh_, (weight, None, None, None, [1], 0.1, 1.0, None, 0.0, weight.clone()))
         check(ops.cms_newton_schulz, (weight,))
+
+
+def test_the_engine_takes_these_functions():
+    """Two levels read and learned from through ``chain.py``: outputs, and the weights the factors make."""
+    config = CMSConfig(24, (5, 10), mlp="swiglu", intermediate_size=30)
+    weights = [{n: draw(*s, seed=10 * l + i) / s[1] ** 0.5 for i, (n, s) in enumerate(
+        (("up", (30, 24)), ("gate", (30, 24)), ("down", (24, 30))))} | {"norm_gain": torch.ones(24, device=DEVICE)} for l in range(2)]
+    x, error = draw(2, 5, 24, seed=30), draw(2, 5, 24, seed=31)
+
+    def run(ops, kind):
+        levels = [{n: t.to(kind) for n, t in level.items()} for level in weights]
+        own = [{n: t.expand(2, -1, -1).clone() for n, t in level.items() if n != "norm_gain"} for level in levels]
+
+        def sink(l, factors):
+            for name, (left, right) in factors.items():
+                ops.refresh_(own[l][name], None, left, right, [0, 1], 0.1)
+
+        pass_back(x.to(kind), error.to(kind), levels, config, sink, ops=ops)
+        with torch.no_grad():
+            y = cms_forward(x.to(kind), [level | w for level, w in zip(levels, own)], config, ops=ops)
+        return [y, *(t for level in own for t in level.values())]
+
+    for i, (a, b, c) in enumerate(zip(run(kernels, torch.float32), run(chunked, torch.float32), run(chunked, torch.float64))):
+        within_yardstick(a, b, c, f"tensor {i}")
 
 
 def test_refuses():

@@ -20,7 +20,7 @@ def tile_of(i, tiles_m, TILES_N: tl.constexpr, GROUP: tl.constexpr):
     """Program i -> (tile of rows, tile of columns), GROUP tiles of rows beside each other first: programs that run at one time then share
     both operands through L2."""
     first = (i // (GROUP * TILES_N)) * GROUP
-    size = tl.minimum(tiles_m - first, GROUP)
+    size = tl.minimum(tiles_m - first, GROUP).to(tl.int32)
     return first + (i % (GROUP * TILES_N)) % size, (i % (GROUP * TILES_N)) // size
 
 
