@@ -5,7 +5,7 @@
 
 Tiles, groups of tokens and pending parts as on the way up; the matrices are read in the other orientation, columns contiguous, and of a
 pending part right takes left's place. h never exists in memory: it is the accumulator of the tile whose z (and g) the epilogue loads.
-Per token: 4 N d FLOPs (swiglu: 6), and d + 2 N elements (swiglu: d + 4 N) for the first product, 2 or 1 N + d for the second. Never timed.
+Per token: 4 N d FLOPs (swiglu: 6 N d); the first product moves d + 2 N elements (swiglu: d + 4 N), the second N + d (2 N + d). Never timed.
 """
 
 import triton

@@ -5,10 +5,10 @@
     y = [x +] a w_down^T + bias
 
 n is the normed input, written once by ``triton_norm``: r_t of the RMS norm commutes with the product, but the gain would have to be
-applied again in every tile of columns, and the gradient wants n anyway; reading and writing it is 2 d of the 5 N + 6 d elements that a
-kept token moves. A program owns BM tokens and BN columns: accumulators in registers (swiglu: two of half the width, so that n is
-loaded once for both), operands through a pipeline of shared memory. The epilogue adds the biases in fp32 and rounds each output once;
-z and g are written only if the gradient will want them.
+applied again in every tile of columns, and the gradient wants n anyway; writing and reading it is 2 d of the 3 N + 5 d elements (swiglu:
+4 N + 5 d) that a kept token moves. A program owns BM tokens and BN columns: accumulators in registers (swiglu: two of half the width, so
+that n is loaded once for both), operands through a pipeline of shared memory. The epilogue adds the biases in fp32 and rounds each output
+once; z and g are written only if the gradient will want them.
 
 Bytes: each operand tile is read once per program, from L2 if the programs that share it run together (``tile_of``). FLOPs: 2 K per output.
 With 128 x 128 tiles a program does 64 FLOPs per byte from L2 (16-bit types): tensor-bound from about 300 tokens a weight, below that the

@@ -10,9 +10,9 @@ right are read as they lie, [C, r] and [C, c]: the tile of left stands transpose
     gd              4 (read) + 4 (write) bytes a weight, + 2 for the 16-bit copy              8 or 10
     with momentum   + 8         with a total   + 8
 
-FLOPs: 2 C a weight. At 10 bytes a weight and the H100's ratio of about 300 FLOPs a byte the update is bandwidth-bound below C = 1500
-tokens, at the half of the tensor cores' rate that such a tile reaches below some 500. left and right are 2 (r + c) C bytes, from L2 but
-for the first reading. The order of a sum is that of the tokens: the same for any rows, and for any number of masked tokens behind C.
+FLOPs: 2 C a weight: with 10 bytes a weight and the H100's 300 FLOPs a byte, memory is the limit below C = 1500 tokens. left and right come
+from L2, C (BM + BN) / (BM BN) numbers a weight (16-bit tile: 3 C / 64 bytes, more than the 10 from C = 213 on), so L2's rate is the
+limit before the tensor cores' is. The order of a sum is that of the tokens: the same for any rows, and for masked tokens behind C.
 Never timed.
 """
 
