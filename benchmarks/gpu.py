@@ -31,6 +31,7 @@ import torch
 from . import gpu_library
 from . import measure as m
 from .machine import machine, write_json
+from .sources import kernel_hash
 
 RESULTS = m.ROOT / "benchmarks" / "results"
 SECTIONS = ("env", "correctness", "ops", "peers")
@@ -161,7 +162,8 @@ def measure(device: str, results: dict[str, Results], args, until: float) -> int
         except Exception as e:  # whatever else: recorded, and the CUDA context may be broken
             record, restart = {"status": "failed", "reason": f"{type(e).__name__}: {e}"[:2000]}, device == "cuda"
         faulthandler.cancel_dump_traceback_later()
-        store.put(name, {"case": case} | record | {"seconds": round(time.time() - began, 2)})
+        kernel = kernel_hash(case)
+        store.put(name, {"case": case} | record | {"seconds": round(time.time() - began, 2)} | ({"kernel": kernel} if kernel else {}))
         print(line(section, name, store.cases[name]), flush=True)
         if restart:
             return RESTART
