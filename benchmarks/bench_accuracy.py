@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_accuracy [--out benchmarks/results/accuracy.json]
 
-One self-modifying layer, H = 2 heads of D = N = 64, chunks of 64, B = 2, T = 640. Tokens are x_t = sqrt(r) c + sqrt(1 - r) e_t with a common
-c, so two of them have the correlation r, and so, about, have the keys that the memories make of them. ``alpha`` is what the
+One self-modifying layer, H = 2 heads of D = N = 64, chunks of 64, B = 2, T = 640. Tokens are x_t = sqrt(r) c + sqrt(1 - r) e_t with a
+common c: two of them have the correlation r, and so, about, have the keys that the memories make of them. ``alpha`` is what the
 retention gate gives without a token's own part: 1 keeps all that was written, small values forget it within a chunk. Errors are
-relative to the rms of the fp64 result; "o" is the output, "state" the largest of the learned deviations.
+relative to the rms of what the chunked backend gives in fp64; "o" is the output, "state" the largest of the learned deviations.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ def main() -> None:
     data = text_bytes(args.text, args.bytes)
     model = HopeForCausalLM.from_pretrained(args.model or bundled_models()[0])
     ids = torch.tensor([list(data)])
-    result = {"bytes": len(data), "machine": machine(), **mark("model", device="cpu"), "inner_lr": [list(m.learning_rates) for m in model.config.block_cms]}
+    result = {"bytes": len(data), "machine": machine(), **mark("model", device="cpu"),
+              "inner_lr": [list(m.learning_rates) for m in model.config.block_cms]}
     if not args.skip_off:
         result["off"] = bits(model, ids, "off", "learning off")
         result["off_no_memory_writes"] = bits(variant(model, eta_scale=0.0), ids, "off", "no memory writes")
