@@ -28,7 +28,7 @@ from .sources import mark
 RESULT = m.ROOT / "benchmarks" / "results" / "context.json"
 TEXT = m.ROOT / "hope_kernels" / "assets" / "kjv-john-acts.txt.gz"
 FIRST = 1024
-WARM = 512  # bytes read before the clock starts
+WARM = 1024  # bytes read before the clock starts
 MODES = ("off", "next_token")
 ROUNDS = 5  # of decoding a segment from every stop
 
