@@ -9,9 +9,10 @@ from html import escape
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 210, 40, 74
 COLOURS = ("#3b82c4", "#d97b29", "#2f9e6e", "#b0529f", "#c4483e", "#8a7d2f", "#5e72d8", "#5a8f9c")
-TEXT = "#808890"  # a grey that both white and black carry, where a page's scheme is unknown
-STYLE = ("text{fill:#57606a;font:12px system-ui,sans-serif}.axis{stroke:#808890;stroke-width:1}.grid{stroke:#808890;stroke-opacity:.25}"
-         "@media(prefers-color-scheme:dark){text{fill:#b5bcc4}}")
+GREY = "#6e7781"  # readable on white and on black, for pages whose scheme the picture is not told
+STYLE = (f"text{{fill:{GREY};font:12px system-ui,sans-serif}}.title{{font-weight:600}}.small{{font-size:11px}}"
+         f".axis{{stroke:{GREY};stroke-width:1}}.grid{{stroke:{GREY};stroke-opacity:.25}}"
+         "@media(prefers-color-scheme:light){text{fill:#57606a}}@media(prefers-color-scheme:dark){text{fill:#b5bcc4}}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def draw(c: Chart) -> str:
     text = lambda x, y, s, anchor="middle", more="": out.append(
         f'<text x="{at(x)}" y="{at(y)}" text-anchor="{anchor}"{more}>{escape(s)}</text>')
     line = lambda x1, y1, x2, y2, kind: out.append(f'<path class="{kind}" d="M{at(x1)} {at(y1)}L{at(x2)} {at(y2)}"/>')
-    text(LEFT, 20, c.title, "start", ' font-weight="bold"')
+    text(LEFT, 20, c.title, "start", ' class="title"')
     for v, name in c.x_ticks or [(v, number(v)) for v in ticks(x_low, x_high, c.log_x)]:
         line(X(v), TOP, X(v), bottom, "grid")
         text(X(v), bottom + 17, name)
@@ -105,9 +106,9 @@ def draw(c: Chart) -> str:
     line(LEFT, TOP, LEFT, bottom, "axis")
     text((LEFT + right) / 2, bottom + 36, c.x)
     text(16, (TOP + bottom) / 2, c.y, "middle", f' transform="rotate(-90 16 {at((TOP + bottom) / 2)})"')
-    text(LEFT, HEIGHT - 12, c.caption, "start", ' font-size="11"')
+    text(LEFT, HEIGHT - 12, c.caption, "start", ' class="small"')
     for i, s in enumerate(c.series):
-        colour = TEXT if s.dashed else COLOURS[i % len(COLOURS)]
+        colour = GREY if s.dashed else COLOURS[i % len(COLOURS)]
         if s.joined:
             path = "M" + "L".join(f"{at(X(x))} {at(Y(y))}" for x, y in s.points)
             dash = ' stroke-dasharray="5 4"' * s.dashed
@@ -115,7 +116,7 @@ def draw(c: Chart) -> str:
         if not s.dashed:
             out += [f'<circle cx="{at(X(x))}" cy="{at(Y(y))}" r="3" fill="{colour}"/>' for x, y in s.points]
         for (x, y), label in zip(s.points, s.labels):
-            text(X(x) + 6, Y(y) - 5, label, "start", ' font-size="10"')
+            text(X(x) + 6, Y(y) - 5, label, "start", ' class="small"')
         key = TOP + 8 + 17 * i
         dash = ' stroke-dasharray="5 4"' * s.dashed
         out.append(f'<path d="M{right + 14} {key}h16" stroke="{colour}" stroke-width="2.5"{dash}/>')
