@@ -135,14 +135,11 @@ def roofline(run: dict, device: str) -> Chart | None:
     copy = ceilings.get("copy", {}).get("GB/s")
     if not found or not copy:
         return None
+    rates = {n: r for n in ("matmul bf16", "matmul fp32") if (r := ceilings.get(n, {}).get("TFLOP/s"))}
+    ridges = {n: 1e3 * r / copy for n, r in rates.items()}  # left of it the copy rate bounds, right of it the product
     xs = [x for points in found.values() for x, _ in points]
-    low, high = min(xs) / 2, max(xs) * 2
-    lines = []
-    for name in ("matmul bf16", "matmul fp32"):
-        if rate := ceilings.get(name, {}).get("TFLOP/s"):
-            ridge = 1e3 * rate / copy
-            corner = [(ridge, rate)] if low < ridge < high else []
-            lines.append(Series(name, ((low, min(rate, low * copy / 1e3)), *corner, (high, min(rate, high * copy / 1e3))), dashed=True))
+    low, high = min([*xs, *ridges.values()]) / 2, max([*xs, *ridges.values()]) * 2
+    lines = [Series(n, ((low, low * copy / 1e3), (ridges[n], rate), (high, rate)), dashed=True) for n, rate in rates.items()]
     reached = tuple(Series(n, tuple(p), joined=False) for n, p in found.items())
     return Chart("Roofline", "FLOP per unavoidable byte", "TFLOP/s", (*reached, *lines), stamp(run, device))
 
