@@ -45,9 +45,9 @@ class BuildLibrary(build_ext):
 def cpu_library() -> list[Extension]:
     if WANTED == "0" or platform.machine().lower() not in ("x86_64", "amd64") or platform.system() != "Linux":
         return []
-    folder = "csrc/cpu"
+    files = [f"csrc/cpu/{f}" for f in sorted(os.listdir("csrc/cpu"))]
     return [Extension(
-        "hope_kernels._titans_cpu", [f"{folder}/titans.cpp"], depends=[f"{folder}/{f}" for f in os.listdir(folder)], language="c++",
+        "hope_kernels._titans_cpu", [f for f in files if f.endswith(".cpp")], depends=files, language="c++",
         # no contraction: every fused multiply-add is written as one, so that all tiles round alike
         extra_compile_args=["-std=c++17", "-O3", "-mavx2", "-mfma", "-ffp-contract=off", "-fopenmp", "-g0", "-Wno-ignored-attributes"],
         extra_link_args=["-fopenmp"], optional=WANTED != "1",

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--minutes 8] [--only NAME ...] [--quick] [--resume] [--out DIR] [--against DIR]
 
-Writes DIR/<device>/{env,correctness,ops,peers}.json (DIR: benchmarks/results). Each file holds "stamp" (commit, source hash, date) and
+Writes DIR/<device>/{env,correctness,ops,cms,peers}.json (DIR: benchmarks/results). Each file holds "stamp" (commit, source hash, date) and
 "cases", one record a name with a "status": ok, refused (wrong result, hence no time), skipped (with the reason), failed, died, started.
 A file is rewritten after every case, so a kill loses nothing; --resume keeps what is there for the same code and goes on.
 
@@ -35,7 +35,7 @@ from .machine import machine, write_json
 from .sources import kernel_hash
 
 RESULTS = m.ROOT / "benchmarks" / "results"
-SECTIONS = ("env", "correctness", "ops", "peers")
+SECTIONS = ("env", "correctness", "ops", "cms", "peers")
 CEILINGS = {"copy": "GB/s", "matmul bf16": "TFLOP/s", "matmul fp16": "TFLOP/s", "matmul fp32": "TFLOP/s"}
 TESTS = (
     "tests/test_titans_triton*.py", "tests/test_titans_cuda.py", "tests/test_layer_triton.py", "tests/test_conv.py",
@@ -44,6 +44,7 @@ TESTS = (
 TEST_PROCESSES = 8
 SANITIZER_SECONDS = 60  # beyond the time of the tests
 CASE_SECONDS = 150  # compilation included; what takes longer hangs
+LONG_SECONDS = 90  # then a long run stops by itself
 RESTART = 3  # exit status of a child that wants a fresh one to go on
 
 
@@ -115,32 +116,38 @@ def describe(device: str) -> dict:
     return found
 
 
+def ceilings_of(device: str) -> tuple[str, ...]:
+    return tuple(CEILINGS) if device == "cuda" else ("copy", "matmul fp32")
+
+
 def plan(device: str, quick: bool) -> Iterator[tuple[str, str, dict, Callable]]:
     """(section, name, case as data, call with (ceilings) -> record): the order of a run, correctness aside; the rows people ask for first,
     ours and the peers', then the sweeps."""
-    from . import bench_titans, peers
+    from . import bench_cms, bench_titans, peers
 
     yield "env", "machine", {}, lambda _: describe(device)
-    for name in CEILINGS if device == "cuda" else ("copy", "matmul fp32"):
+    for name in ceilings_of(device):
         yield "env", name, {}, lambda _, name=name: m.ceiling(name, device, quick)
     if device == "cuda":
         yield "env", "after the matrix products", {}, lambda _: {"nvidia_smi": nvidia_smi()}
     ops = [("ops", *item) for item in bench_titans.items(device, quick)]
     others = [("peers", *item) for item in peers.items(device, quick)]
-    first = bench_titans.FIRST
-    yield from (*ops[:first], *others[:6], *ops[first:], *others[6:])
+    cms = [("cms", *item) for item in bench_cms.items(device, quick or device != "cuda", LONG_SECONDS)]
+    first, early = bench_titans.FIRST, bench_cms.FIRST
+    yield from (*ops[:first], *others[:6], *cms[:early], *ops[first:], *cms[early:], *others[6:])
 
 
 def wanted(only: list[str], section: str, name: str) -> bool:
     return not only or section == "env" or any(o == section or o in name for o in only)
 
 
-def measure(device: str, results: dict[str, Results], args, until: float) -> int:
-    """Every case of the plan that is not there yet; returns RESTART when this process should not go on."""
-    for section, name, case, call in plan(device, args.quick):
+def measure(device: str, results: dict[str, Results], args, until: float, items: list | None = None) -> int:
+    """Every case of the plan (or of ``items``) that is not there yet; returns RESTART when this process should not go on."""
+    for section, name, case, call in plan(device, args.quick) if items is None else items:
         store = results[section]
         if name in store.cases or not wanted(args.only, section, name):
             continue
+        case = case and case | {"device": device}
         if time.time() > until:
             print(f"  the time is up before {section}: {name}")
             return 0
@@ -176,7 +183,7 @@ def measure(device: str, results: dict[str, Results], args, until: float) -> int
 def line(section: str, name: str, r: dict) -> str:
     ms = r.get("ms", {}).get("median")
     parts = [f"{section:11} {name:52} {r['status']:8}", f"{ms:10.4f} ms" if ms is not None else ""]
-    parts += [f"{r[k]:8.1f} {k}" for k in ("TFLOP/s", "GB/s") if r.get(k)]
+    parts += [f"{r[k]:8.1f} {k}" for k in ("TFLOP/s", "GB/s", "tokens/s") if r.get(k)]
     parts += [f"{r[k]:7.1%} {k}" for k in ("of_matmul", "of_copy") if r.get(k)]
     return " ".join([p for p in parts if p] + [str(r.get("reason") or "")[:200]]).rstrip()
 
@@ -296,7 +303,7 @@ def correctness(store: Results, until: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--minutes", type=float, default=8)
-    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="a section (ops, peers, correctness) or a part of a case's name")
+    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="a section (ops, cms, peers, correctness), or a part of a name")
     p.add_argument("--quick", action="store_true", help="small sizes, no tests: does the command itself work")
     p.add_argument("--resume", action="store_true", help="keep what is there for the same commit and source")
     p.add_argument("--out", metavar="DIR", help="folder of the result folders")

@@ -22,14 +22,14 @@ from torch import Tensor
 from hope_kernels import TitansConfig
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ("hope_kernels/ops/**/*.py", "csrc/**/*.*")
+SOURCES = ("hope_kernels/**/*.py", "csrc/**/*.*")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def source_hash() -> str:
-    """16 hex digits over the files that hold the operators: a figure belongs to this code."""
+    """16 hex digits over the package and the kernels: a figure belongs to this code."""
     digest = hashlib.sha256()
-    for path in sorted(p for pattern in KERNELS for p in ROOT.glob(pattern) if p.is_file()):
+    for path in sorted(p for pattern in SOURCES for p in ROOT.glob(pattern) if p.is_file()):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

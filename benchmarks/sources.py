@@ -19,18 +19,18 @@ TRITON = (*STATE, f"{OPS}/triton_build.py", f"{OPS}/titans/kernel_call.py", f"{O
 FORWARD_ONLY = (f"!{OPS}/titans/triton_backward*.py", f"!{OPS}/titans/triton_training.py")
 TITANS = {
     "chunked": (*STATE, f"{OPS}/titans/chunked.py", f"{OPS}/titans/memory.py"),
-    "cpp": (*STATE, f"{OPS}/titans/cpp.py", "csrc/cpu/**/*.*", "setup.py"),
+    "cpp": (*STATE, f"{OPS}/titans/cpp.py", "csrc/cpu/*.*", "setup.py", "!csrc/cpu/cms*", "!csrc/cpu/layer*"),
     "cuda": (*STATE, f"{OPS}/titans/kernel_call.py", f"{OPS}/titans/cuda.py", f"{OPS}/cuda.py", "csrc/cuda/**/*.*", "tools/build_cuda.py",
              "!csrc/**/*.md"),
     "triton": (*TRITON, *FORWARD_ONLY),
     "reference": (*STATE, f"{OPS}/titans/reference*.py"),
 }
-CMS = (f"{OPS}/cms/*.py", f"!{OPS}/cms/reference.py")
-LAYER = ("hope_kernels/layers/titans*.py", f"{OPS}/conv/*.py", f"{OPS}/output_gate/*.py")
+CMS = (f"{OPS}/cms/*.py", f"!{OPS}/cms/reference.py", f"{OPS}/triton_build.py", "csrc/cpu/cms*", "csrc/cpu/product.h", "csrc/cpu/vec.h")
+LAYER = ("hope_kernels/layers/titans*.py", "csrc/cpu/layer*", f"{OPS}/conv/*.py", f"{OPS}/output_gate/*.py")
 MODEL = (*PACKAGE, "!hope_kernels/compat/*.py", "!hope_kernels/__main__.py", "!hope_kernels/demo.py", "!hope_kernels/doctor.py",
          "!hope_kernels/convert.py", "!hope_kernels/session.py", "!csrc/emulator/*", "!csrc/**/*.md", f"!{OPS}/*/reference*.py")
 ON_CPU = ("!csrc/cuda/*", f"!{OPS}/cuda.py", f"!{OPS}/**/triton*.py", f"!{OPS}/titans/cuda.py", "!setup.py")
-PEER = (*LAYER, *TITANS["chunked"], *TITANS["cpp"], *TITANS["triton"])  # what runs beside another package's layer
+PEER = (*TITANS["chunked"], *TITANS["cpp"], *TITANS["triton"], *LAYER)  # what runs beside another package's layer
 OPERATORS = ("prefill", "step", "step graph", "grad", "accuracy")
 SMALL = {"conv": "conv", "gate": "output_gate"}
 CMS_KINDS = ("forward", "refresh", "segment", "pending")
@@ -53,7 +53,7 @@ def globs(case: dict) -> tuple[str, ...]:
     if kind in OPERATORS and backend in TITANS:
         return (*TRITON, *TITANS["chunked"]) if kind == "grad" and backend == "triton" else TITANS[backend]
     if kind == "layer" and backend in TITANS:
-        return (*LAYER, *TITANS[backend])
+        return (*TITANS[backend], *LAYER)
     return PACKAGE
 
 

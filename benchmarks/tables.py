@@ -80,6 +80,24 @@ def recall(run: dict) -> str:
             f"{recipe['batch']} sequences, {WORDS.get(data['machine']['threads'], 'several threads')}. {source('bench_recall', 'recall')}")
 
 
+def cms(run: dict) -> str:
+    from .bench_cms import table
+
+    return f"{table(run['cms'])}\n\n{source('bench_cms', 'cms')}"
+
+
+def rates(run: dict) -> str:
+    from .bench_rates import table
+
+    return f"{table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
+
+
+def continual(run: dict) -> str:
+    from .bench_continual import table
+
+    return f"{table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
+
+
 def context(run: dict) -> str:
     data = run["context"]
     off, on, layer = data["off"]["points"], data["next_token"]["points"], data["layer at once"]["points"]
@@ -147,10 +165,14 @@ def plots(results: Path, folder: str) -> str:
 
 
 def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
+    """{block: what makes its text}; a block whose file is not there says so."""
     run = report.load(results)
     folder = "" if document.startswith("docs/") else "docs/"
-    of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall, "context": context, "accuracy": accuracy}
-    return {name: lambda make=make: make(run) for name, make in of_files.items()} | {
+    of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall, "context": context, "accuracy": accuracy,
+                "cms": cms, "rates": rates, "continual": continual}
+    absent = lambda name: f"Not measured yet: `python -m benchmarks.bench_{name}` writes `benchmarks/results/{name}.json`."
+    made = lambda name, make: make(run) if name in run or name == "figures" else absent(name)
+    return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
         "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}
 
 

@@ -8,6 +8,7 @@
 from . import compat, convert, ops
 from .backend import available_backends
 from .config import CMSConfig, HopeConfig, RopeScaling, TitansConfig
+from .decode import Decoder
 from .layers.cms import ContinuumMemory
 from .layers.titans import SelfModifyingTitans
 from .model import HopeForCausalLM, bundled_models
@@ -15,6 +16,6 @@ from .state import load_state
 
 __version__ = "0.1.0"
 __all__ = [
-    "CMSConfig", "ContinuumMemory", "HopeConfig", "HopeForCausalLM", "RopeScaling", "SelfModifyingTitans", "TitansConfig",
+    "CMSConfig", "ContinuumMemory", "Decoder", "HopeConfig", "HopeForCausalLM", "RopeScaling", "SelfModifyingTitans", "TitansConfig",
     "available_backends", "bundled_models", "compat", "convert", "load_state", "ops",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import stat
 import sys
 import time
 
@@ -11,6 +13,8 @@ import torch
 from tqdm import tqdm
 
 from .meter import megabytes, resident_bytes
+from .session import Interrupt, Prompt, SessionFile, resume
+from .state import load_note, load_state
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +25,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--prompt", help="text, read after the file")
     g.add_argument("--max-new-tokens", type=int, default=200)
     g.add_argument("--model", default=None, help="folder of a saved model, or a bundled name (default: the bundled one)")
-    g.add_argument("--session", help="file with what the model has learned: continued if it exists, written at the end")
+    g.add_argument("--session", help="file with what the model has learned: continued if it exists, written at the end; "
+                   "stopped by Ctrl-C or SIGTERM, the run is kept in it, and the same command goes on")
+    g.add_argument("--save-every", type=float, default=300.0, metavar="SECONDS", help="write the session that often meanwhile; 0: never")
+    g.add_argument("--no-resume", action="store_true", help="read the prompt from its start, whatever the session was doing")
     g.add_argument("--learn", choices=("next_token", "off"), default="next_token")
     g.add_argument("--backend", default=None)
     g.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
@@ -48,24 +55,34 @@ def load_model(name: str | None, device):
     return HopeForCausalLM.from_pretrained(name, device=device)
 
 
-def prompt_bytes(args) -> bytes:
-    data = b""
+def opened_prompt(args):
+    """The prompt file, standard input or nothing, as a context."""
     if args.prompt_file == "-":
-        data = sys.stdin.buffer.read()
-    elif args.prompt_file is not None:
-        with open(args.prompt_file, "rb") as f:
-            data = f.read()
-    return data + (args.prompt or "").encode()
+        return contextlib.nullcontext(sys.stdin.buffer)
+    return contextlib.nullcontext() if args.prompt_file is None else open(args.prompt_file, "rb")
+
+
+def prompt_name(args) -> str:
+    file = {None: [], "-": ["standard input"]}.get(args.prompt_file, [args.prompt_file])
+    return " and ".join([*file, *(["--prompt"] if args.prompt else [])]) or "no prompt"
+
+
+def prompt_size(args, file) -> int | None:
+    """Bytes of the prompt, None where that is not known beforehand."""
+    if file is None:
+        return len((args.prompt or "").encode())
+    status = os.fstat(file.fileno()) if args.prompt_file != "-" else None
+    return status.st_size + len((args.prompt or "").encode()) if status is not None and stat.S_ISREG(status.st_mode) else None
 
 
 class Progress:
     """A bar over the prompt, then over the new tokens, with speed and memory."""
 
-    def __init__(self, total: int, quiet: bool):
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=quiet)
+    def __init__(self, total: int | None, initial: int, quiet: bool):
+        self.initial, self.bar = initial, tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc="reading", disable=quiet)
 
-    def read(self, at: int, _nats: float) -> None:
-        self.bar.n = at
+    def read(self, at: int) -> None:
+        self.bar.n = self.initial + at
         self.bar.set_postfix(memory=megabytes(resident_bytes()))
 
     def close(self) -> None:
@@ -73,37 +90,61 @@ class Progress:
 
 
 def generate_command(args) -> int:
-    from .state import load_state
-
+    if not args.save_every >= 0:
+        raise ValueError(f"--save-every is {args.save_every}, expected a number of seconds, or 0 for never")
     model = load_model(args.model, args.device)
     if model.config.vocab_size != 256:
         raise ValueError(f"this command reads bytes; the model has {model.config.vocab_size} token ids")
-    data = prompt_bytes(args)
-    state = None
+    state, note = model.init_state(1), None
     if args.session and os.path.exists(args.session):
-        state = load_state(args.session, args.device)
-    unread = None if state is None else state.unread
-    ids = torch.tensor([list(data)], dtype=torch.long, device=args.device)
-    if unread is not None:
-        ids = torch.cat([unread, ids], 1)
-    progress = Progress(ids.shape[1], args.quiet)
+        state, note = load_state(args.session, args.device), load_note(args.session)
+    unread = b"" if state.unread is None else bytes(state.unread.flatten().tolist())
+    with opened_prompt(args) as file, Interrupt() if args.session else contextlib.nullcontext() as interrupt:
+        prompt = Prompt(prompt_name(args), file, (args.prompt or "").encode(), unread, args.device)
+        going = None if args.no_resume else resume(note, prompt, args.session)
+        if going and going["written"] >= args.max_new_tokens:
+            raise ValueError(f"session {args.session} stopped after writing {going['written']} tokens, of --max-new-tokens "
+                             f"{args.max_new_tokens}; ask for more to go on, or pass --no-resume to read the prompt once more")
+        session = SessionFile(args.session, prompt, args.save_every)
+        progress = Progress(prompt_size(args, file), prompt.bytes, args.quiet)
+        earlier = going["written"] if going else 0
+        read = written = 0
 
-    def show(tokens: list) -> None:
+        def on_piece(at: int, _nats: float) -> None:
+            nonlocal read
+            read = at
+            prompt.confirm(at)
+            progress.read(at)
+            if prompt.more:
+                session.save_if_due(state, "reading")
+
+        def on_token(tokens: list) -> None:
+            nonlocal written
+            progress.close()
+            sys.stdout.buffer.write(bytes(tokens))
+            sys.stdout.buffer.flush()
+            written += 1
+            state.unread = torch.tensor([tokens], device=args.device)
+            session.save_if_due(state, "writing", earlier + written)
+
+        began = time.perf_counter()
+        out = model.generate(
+            None if going and going["phase"] == "writing" else prompt, args.max_new_tokens - earlier, state, learn=args.learn,
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop, on_token=on_token,
+            on_piece=on_piece, backend=args.backend, should_stop=interrupt,
+        )
+        seconds = time.perf_counter() - began
         progress.close()
-        sys.stdout.buffer.write(bytes(t for t in tokens if t is not None))
-        sys.stdout.buffer.flush()
-
-    began = time.perf_counter()
-    out = model.generate(
-        ids, args.max_new_tokens, state, learn=args.learn, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        seed=args.seed, stop=args.stop, on_token=show, on_piece=progress.read, backend=args.backend,
-    )
-    seconds = time.perf_counter() - began
-    sys.stdout.write("\n")
-    if args.session:
-        out.state.save(args.session)
+        if not out.finished:
+            if read:
+                session.save(out.state, "writing" if written else "reading", earlier + written)
+            print(f"hope_kernels: stopped after reading {prompt.bytes} bytes of {prompt.name} and writing {earlier + written}; "
+                  f"session in {args.session}{'' if read else ' as it was'}, the same command goes on from there", file=sys.stderr)
+            return 128 + interrupt.signal
+        sys.stdout.write("\n")
+        if args.session:
+            session.save(out.state, None)
     if not args.quiet:
-        read, written = ids.shape[1], out.lengths[0]
         print(f"read {read} and wrote {written} bytes in {seconds:.1f} s ({(read + written) / seconds:.0f}/s), learn={args.learn}, "
               f"memory {megabytes(resident_bytes())}" + (f", session in {args.session}" if args.session else ""), file=sys.stderr)
     return 0

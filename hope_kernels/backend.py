@@ -30,22 +30,25 @@ def _unavailable(backend: str) -> str | None:
     return cuda.unavailable() if backend == "cuda" else None
 
 
-def resolve(op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None) -> Callable:
+def resolve(
+    op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None, constant_memory: bool = False
+) -> Callable:
     """The implementation of ``op`` ("titans") for this configuration. ``backend=None`` picks the best one verified on the device: the
     Triton and CUDA kernels, which no GPU has run yet, only on request.
 
     Which one that is follows from configuration, dtype, device and whether gradients are on, never from the shape of a call.
+    constant_memory: the gradients asked for are those of reads by their queries alone.
     Raises ValueError, with the reason, for a backend that cannot serve the request.
     """
     from .ops.titans.chunked import titans_chunk
 
     if backend is None:
-        return titans_chunk if cpp.unserved(config, dtype, device) else cpp.titans_cpp
+        return titans_chunk if cpp.unserved(config, dtype, device, constant_memory) else cpp.titans_cpp
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}, expected one of {BACKENDS}")
     reason, chosen = _unavailable(backend), titans_chunk
     if reason is None and backend == "cpp":
-        reason, chosen = cpp.unserved(config, dtype, device), cpp.titans_cpp
+        reason, chosen = cpp.unserved(config, dtype, device, constant_memory), cpp.titans_cpp
     elif reason is None and backend == "triton":
         from .ops.titans import triton, triton_training
 

@@ -28,17 +28,21 @@ from .ops.cms.chain import Sink
 from .ops.cms.chunked import master_dtype
 from .ops.cms.matrix import Matrix
 from .state import Counters
+from .wavefront import run as run_wavefront
 
 TAINTED = -1  # ModelState.seen of a row whose open segment holds a token read with learn="off"
 
 
-def read_off(model, ids: Tensor, state, lengths: list[int], backend):
-    """The whole call with frozen CMS weights: (logits, new state)."""
+def read_off(model, ids: Tensor, state, lengths: list[int], backend, wavefront: int | None = None):
+    """The whole call with frozen CMS weights: (logits, new state). wavefront: see ``wavefront.run``."""
     if model.learns:
         complete = [n > 0 and s == model.segment for n, s in zip(lengths, state.seen)]
         if any(complete):
             state = _finished(_replay(model, _draft(state), complete, ids, [0] * len(lengths), None, backend))
-    h, mixers = model.run(model.embed(ids), state.mixers, model.levels(state), lengths, backend)
+    if wavefront is None:
+        h, mixers = model.run(model.embed(ids), state.mixers, model.levels(state), lengths, backend)
+    else:
+        h, mixers = run_wavefront(model, model.embed(ids), state.mixers, model.levels(state), lengths, wavefront, backend)
     return model.logits(h, lengths), advance_off(state, mixers, lengths)
 
 
@@ -66,6 +70,11 @@ def read_learning(model, ids: Tensor, state, lengths: list[int], backend):
 def _draft(state):
     """CMS tensors are copied when they are first written and then written in place: what was given stays as it is if this call fails."""
     return replace(state, cms=[c and c.draft("none" if torch.is_grad_enabled() else "made") for c in state.cms])
+
+
+def _constant(mixer):
+    """A mixer's state as the inner graph may take it."""
+    return mixer.detach().usable() if any(t.requires_grad or t.is_inference() for t in mixer.tensors()) else mixer
 
 
 def _finished(state):
@@ -147,7 +156,7 @@ def learn_segment(
     marked = [b for b, r in enumerate(rows) if r]
     learners = marked if among is None else [among[b] for b in marked]
     with torch.inference_mode(False), torch.enable_grad():
-        mixers = [m.detach().usable() for m in mixers]
+        mixers = [_constant(m) for m in mixers]
         ids, targets = (t.clone() if t.is_inference() else t for t in (ids, targets))
         anchor, levels, sinks = torch.zeros((), device=ids.device, requires_grad=True), [], []
         for block, cms, now in zip(model.blocks, state.cms, model.levels(state)):
@@ -162,7 +171,7 @@ def learn_segment(
         if not all(rows):
             loss = loss.unflatten(0, ids.shape)[marked]
         torch.autograd.grad(loss.sum(), anchor)
-    return logits.detach(), [m.detach() for m in mixers]
+    return logits.detach(), mixers
 
 
 class Inner(NamedTuple):

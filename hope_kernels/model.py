@@ -98,16 +98,18 @@ class HopeForCausalLM(nn.Module):
 
     def forward(
         self, ids: Tensor, state: ModelState | None = None, lengths=None, learn: str = "off", backend: str | None = None,
-        *, check_finite: bool = False,
+        *, check_finite: bool = False, wavefront: int | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Reads T tokens per row.
 
         ids: [B, T] int64. state: from ``init_state``, an earlier call or a file; None starts new sequences. lengths: [B], tokens of
         each row that count. learn: "off" reads with the CMS weights as they are; "next_token" refreshes every level from the
-        model's own next-token loss at its period. Returns logits [B, T, vocab_size] (zero where padded) and the state: under
+        model's own next-token loss at its period. wavefront: where nothing learns, read with the blocks side by side over pieces of so many
+        tokens (``wavefront.py``). Returns logits [B, T, vocab_size] (zero where padded) and the state: under
         no_grad the given one, advanced in place; in grad mode a new one.
         Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs a sync), shapes, lengths,
-        an unknown ``learn``, a state of another model, and with check_finite for non-finite logits; the given state is then as it was.
+        an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, and with check_finite for
+        non-finite logits; the given state is then as it was.
         """
         name = "HopeForCausalLM"
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
@@ -123,8 +125,14 @@ class HopeForCausalLM(nn.Module):
             state = self.init_state(ids.shape[0])
         check_state(name, state, ModelState, self.config, ids.shape[0])
         state.bind(self, name)
-        step = read_learning if learn == "next_token" and self.learns else read_off
-        logits, new = step(self, ids, state, lengths, backend)
+        learning = learn == "next_token" and self.learns
+        if wavefront is not None and learning:
+            raise ValueError(f"{name}: argument wavefront is {wavefront}, expected None with learn='next_token': a segment's loss is known "
+                             "behind the last block, before the first one may read on")
+        if learning:
+            logits, new = read_learning(self, ids, state, lengths, backend)
+        else:
+            logits, new = read_off(self, ids, state, lengths, backend, wavefront)
         if check_finite:
             check_values(name, "logits (weights, state or learning rates diverged)", logits, lengths)
         new = replace(new, unread=None)
@@ -142,18 +150,25 @@ class HopeForCausalLM(nn.Module):
         """All blocks over h [B, T, d_model], functionally: (h, new mixer states). inner: the pass that learns, in which fast weights are
         constants of the graph and the CMS levels hand their factors to ``inner.sinks``."""
         new = []
-        for i, (block, mixer, level) in enumerate(zip(self.blocks, mixers, levels)):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
-                y, mixer = block.mixer.scan(block.norm(h), mixer, lengths, backend=backend, constant_memory=inner is not None)
-            h, cms = h + y, block.cms
-            if cms is not None:
-                ops = resolve_cms(cms.config, h.dtype, h.device, backend, inner is not None)
-                if inner is None:
-                    h = cms_forward(h, level, cms.config, cms.mix, cms.norm_eps, ops)
-                else:
-                    h = cms_learn(h, level, cms.config, inner.sinks[i], inner.anchor, cms.mix, cms.norm_eps, ops)
+        for i, (mixer, level) in enumerate(zip(mixers, levels)):
+            h, mixer = self.read_block(i, h, mixer, level, lengths, backend, inner)
             new.append(mixer)
         return h, new
+
+    def read_block(
+        self, i: int, h: Tensor, mixer, level: list | None, lengths: list[int], backend: str | None = None, inner: Inner | None = None
+    ) -> tuple[Tensor, object]:
+        """Block i of ``run``: (h, new mixer state)."""
+        block, cms = self.blocks[i], self.blocks[i].cms
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
+            y, mixer = block.mixer.scan(block.norm(h), mixer, lengths, backend=backend, constant_memory=inner is not None)
+        h = h + y
+        if cms is None:
+            return h, mixer
+        ops = resolve_cms(cms.config, h.dtype, h.device, backend, inner is not None)
+        if inner is None:
+            return cms_forward(h, level, cms.config, cms.mix, cms.norm_eps, ops), mixer
+        return cms_learn(h, level, cms.config, inner.sinks[i], inner.anchor, cms.mix, cms.norm_eps, ops), mixer
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
         logits = F.linear(self.norm(h), self.embed.weight if self.head is None else self.head.weight)

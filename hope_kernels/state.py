@@ -3,19 +3,20 @@
 A state is a dataclass whose fields are batch-first tensors, host counters (one int per row), other states, or lists and dicts of
 these. Cloning, row selection, moving and saving are written once, here, over that tree.
 
-A file is one safetensors file: the tensors, and in its metadata the format version, the tree (with configurations and counters)
-and a fingerprint of the weights the state was read with. Nothing is ever unpickled. Saving writes a temporary file beside the
-target, syncs it and renames it, so an interrupted save leaves the old file as it was.
+A file is one safetensors file: the tensors, and in its metadata the format version, the tree (with configurations and counters),
+a fingerprint of the weights the state was read with and, where the writer has one, a note of its own. Nothing is ever unpickled. Saving
+writes a temporary file beside the target, syncs it and renames it, so an interrupted save leaves the old file as it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,14 +227,16 @@ class State:
             raise ValueError(f"{where}: the state belongs to weights {self.fingerprint}, these are weights {mine}")
         self.owner, self.fingerprint = module, None
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Synchronizes the state and writes it to ``path`` (safetensors), atomically. Raises OSError, and then leaves an existing file as
-        it was."""
+    def save(self, path: str | os.PathLike, note: dict | None = None) -> None:
+        """Synchronizes the state and writes it to ``path`` (safetensors), atomically. note: anything JSON can hold, for ``load_note``.
+        Raises OSError, and then leaves an existing file as it was."""
         self.synchronize()
         tensors: dict[str, Tensor] = {}
         tree = _describe(self, "s", tensors)
         mark = fingerprint(self.owner) if self.owner is not None else self.fingerprint
         meta = {"format": FORMAT, "version": str(VERSION), "fingerprint": mark or "", "tree": json.dumps(tree)}
+        if note is not None:
+            meta["note"] = json.dumps(note)
         write_atomically(path, _safetensors_bytes(tensors, metadata=meta))
 
 
@@ -259,7 +262,8 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # an interrupt right after the rename
+            os.unlink(temporary)
         raise
     directory = os.open(folder, os.O_RDONLY)
     try:
@@ -310,24 +314,37 @@ def _rebuild(node: dict, tensors: Callable[[str], Tensor]) -> Any:
     return node["value"]
 
 
-def load_state(path: str | os.PathLike, device="cpu") -> State:
-    """The state saved at ``path``. Raises FileNotFoundError, or ValueError for a truncated, foreign, newer or inconsistent file."""
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike, device: str, where: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """The file and its metadata. Raises FileNotFoundError, or ValueError for a file, or a use of it, that is no saved state."""
     path = os.fspath(path)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"load_state: no file {path}")
+        raise FileNotFoundError(f"{where}: no file {path}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as f:
+        with safe_open(path, framework="pt", device=device) as f:
             meta = f.metadata() or {}
             if meta.get("format") != FORMAT:
-                raise ValueError(f"load_state: {path} is a safetensors file but not a saved state (format {meta.get('format')!r})")
+                raise ValueError(f"{where}: {path} is a safetensors file but not a saved state (format {meta.get('format')!r})")
             if meta.get("version") != str(VERSION):
-                raise ValueError(f"load_state: {path} has format version {meta.get('version')}, this program reads version {VERSION}")
-            state = _rebuild(json.loads(meta["tree"]), f.get_tensor)
+                raise ValueError(f"{where}: {path} has format version {meta.get('version')}, this program reads version {VERSION}")
+            yield f, meta
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"load_state: {path} is not a complete state file ({error})") from None
+        raise ValueError(f"{where}: {path} is not a complete state file ({error})") from None
+
+
+def load_state(path: str | os.PathLike, device="cpu") -> State:
+    """The state saved at ``path``. Raises FileNotFoundError, or ValueError for a truncated, foreign, newer or inconsistent file."""
+    with _opened(path, str(device), "load_state") as (f, meta):
+        state = _rebuild(json.loads(meta["tree"]), f.get_tensor)
+        state.fingerprint = meta["fingerprint"] or None
     for inner, count in state._counted():
         if list(inner.pos) != count:
             kind = type(inner).__name__
             raise ValueError(f"load_state: {path} holds a {kind} with pos {list(inner.pos)} and count {count}, which must agree")
-    state.fingerprint = meta["fingerprint"] or None
     return state
+
+
+def load_note(path: str | os.PathLike) -> dict | None:
+    """The note saved along with the state at ``path``; None where there is none. Raises as ``load_state`` does."""
+    with _opened(path, "cpu", "load_note") as (_, meta):
+        return json.loads(meta.get("note", "null"))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_cpu, bench_titans, gpu, gpu_library, peers
+from benchmarks import bench_cms, bench_cpu, bench_titans, gpu, gpu_library, peers
 from benchmarks import measure as m
 from hope_kernels import TitansConfig
 from hope_kernels.ops import FastWeights, Layout, init_titans_state, titans_chunk
@@ -36,7 +36,7 @@ def read(folder, section: str) -> dict:
 
 def test_what_it_writes(written):
     assert written.name.startswith("cpu-")
-    assert sorted(p.name for p in written.iterdir()) == ["correctness.json", "env.json", "ops.json", "peers.json"]
+    assert sorted(p.name for p in written.iterdir()) == ["cms.json", "correctness.json", "env.json", "ops.json", "peers.json"]
     files = {s: read(written, s) for s in gpu.SECTIONS}
     for found in files.values():
         assert set(found) == {"stamp", "cases"} and found["stamp"]["source"] == m.source_hash() and found["cases"]
@@ -60,6 +60,8 @@ def test_what_it_writes(written):
         if case.kind == "step":
             assert record["commit"]["ms"]["n"] == 2 * record["layers"] and record["plain"]["ms"]["n"] == 30 * record["layers"]
             assert all(record[k]["p50"] <= record[k]["p99"] for k in ("plain", "commit"))
+    for case in bench_cms.QUICK_CPU:
+        assert files["cms"]["cases"][case.name]["status"] == "ok"
     package = files["peers"]["cases"]["package C16 D64"]
     assert package["error"] < 1e-4 and math.isclose(package["ratio"], package["ms"]["median"] / package["ours_ms"]["median"])
 

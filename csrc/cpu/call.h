@@ -6,7 +6,7 @@
 #include <cstdint>
 
 struct TitansCall {
-  int64_t B, T, H, D, N, Mf, Ms, chunk_memory, chunk_other, threads;
+  int64_t B, T, H, D, N, Mf, Ms, chunk_memory, chunk_other, kept, threads;
   int32_t activation;       // 0 gelu_tanh, 1 gelu (erf), 2 silu
   int32_t self_modifying;   // 0: k, v, eta, alpha are given, there is one memory
   int32_t objective_dot, dgd, retention, own_values, target_norm, step_clip, scalar_skip, qk_l2norm;
@@ -21,10 +21,22 @@ struct TitansCall {
   float *pending_eta, *pending_alpha;                // [B, C, H]; alpha null without retention
   const int64_t *pos, *len;                          // [B] tokens read before this call, and in it
   float* o;                                          // [B, T, H, D]; tokens past len are not written
+  float *kept2, *kept1;                              // [B, H, kept, N, D], [.., D, N]: M_memory's weights in each chunk read, in order; or null
+};
+
+// The gradient of the reads o = q + w1 sigma(w2 q) by q, at the weights that hope_titans_scan kept.
+struct TitansReadBackward {
+  int64_t B, T, H, D, N, chunk, kept, threads;         // chunk: tokens that share weights, counted from pos
+  int32_t activation;
+  const float *kept2, *kept1;
+  const float *q, *grad;                             // [B, T, H, D]; grad: by o
+  const int64_t *pos, *len;                          // as in the scan
+  float* dq;                                         // [B, T, H, D]; tokens past len are not written
 };
 
 extern "C" {
-int hope_titans_abi();                               // changes whenever TitansCall does
+int hope_titans_abi();                               // changes whenever one of these structs does
 int hope_titans_supported();                         // 1 if this CPU can run the library
 int hope_titans_scan(const TitansCall*);             // 0, or 1 when memory runs out (before anything is written)
+int hope_titans_read_backward(const TitansReadBackward*);  // likewise
 }

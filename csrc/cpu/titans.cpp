@@ -25,7 +25,7 @@
 #endif
 
 #include "call.h"
-#include "product.h"
+#include "panel.h"
 #include "team.h"
 #include "workspace.h"
 
@@ -45,32 +45,6 @@ struct Head {  // one (row, head): pointers into the call's tensors
 struct Group {  // memories [m0, m1) that commit together; full ones [f0, f1), scalar ones [s0, s1)
   int64_t m0, m1, f0, f1, s0, s1;
 };
-
-// Lanes [a, b) of a panel from token rows: lane j is row j - a of `rows`.
-void load_lanes(float* panel, const float* rows, int64_t ld, int64_t D, int64_t a, int64_t b) {
-  for (int64_t j = a; j < b;) {
-    if (j + 8 <= b && j % 8 == 0) {
-      for (int64_t d = 0; d < D; d += 8) transpose8(rows + (j - a) * ld + d, ld, panel + d * PANEL + j, PANEL);
-      j += 8;
-    } else {
-      for (int64_t d = 0; d < D; d++) panel[d * PANEL + j] = rows[(j - a) * ld + d];
-      j++;
-    }
-  }
-}
-
-// Token rows from lanes [a, b) of a panel.
-void store_lanes(const float* panel, float* rows, int64_t ld, int64_t D, int64_t a, int64_t b) {
-  for (int64_t j = a; j < b;) {
-    if (j + 8 <= b && j % 8 == 0) {
-      for (int64_t d = 0; d < D; d += 8) transpose8(panel + d * PANEL + j, PANEL, rows + (j - a) * ld + d, ld);
-      j += 8;
-    } else {
-      for (int64_t d = 0; d < D; d++) rows[(j - a) * ld + d] = panel[d * PANEL + j];
-      j++;
-    }
-  }
-}
 
 // Sums over n rows (a multiple of 4) in four interleaved chains: a single one would wait for the latency of every addition.
 HK_INLINE f8 four_chains(const float* A, const float* B, int64_t n) {
@@ -95,15 +69,6 @@ void normalize_lanes(float* x, int64_t D) {
   for (int64_t d = 0; d < D; d++) store(x + d * PANEL, load(x + d * PANEL) * n);
 }
 
-// x of two vectors, or of one where only half a panel is in use
-template <int MR, int NV>
-HK_INLINE void store_rows(float* p, int64_t r, const f8 (&acc)[MR][NV]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) store(p + (r + i) * PANEL + 8 * v, acc[i][v]);
-}
-
 class Scan {
  public:
   Scan(const TitansCall& call, const Workspace& work, const Team& team, std::vector<float>& mine)
@@ -125,6 +90,8 @@ class Scan {
     if (n == 0) return;
     at(b, h);
     open(phase);
+    int64_t chunk = 0;
+    keep(b, h, chunk);
     for (int64_t slot = phase; slot < phase + n;) {
       const int64_t end = std::min((slot / small + 1) * small, phase + n);
       read<ACT>(slot, end, phase);
@@ -136,6 +103,7 @@ class Scan {
           if (memory) commit<ACT>({0, 1, 0, 1, 0, 0}, c.chunk_memory, end);
           if (other) commit<ACT>({1, M, 1, c.Mf, 0, c.Ms}, c.chunk_other, end);
         }
+        if (memory && end < phase + n) keep(b, h, ++chunk);
       }
       slot = end;
     }
@@ -211,6 +179,16 @@ class Scan {
   void sum(float* to, const float* a, const float* b, int64_t n) {
     Range r = team.share(0, n, 8);
     for (int64_t i = r.begin; i < r.end; i += 8) store(to + i, load(a + i) + load(b + i));
+  }
+
+  // M_memory's weights as the reads of the call's chunk number `chunk` see them
+  void keep(int64_t b, int64_t h, int64_t chunk) {
+    if (!c.kept2) return;
+    const int64_t n = N * D, at = ((b * c.H + h) * c.kept + chunk) * n;
+    // with by_memory they are thread 0's: nobody else may look at them between two barriers
+    const Range own = !by_memory ? team.share(0, n, 8) : Range{0, team.id == 0 ? n : 0};
+    std::memcpy(c.kept2 + at + own.begin, w2 + own.begin, (own.end - own.begin) * sizeof(float));
+    std::memcpy(c.kept1 + at + own.begin, w1 + own.begin, (own.end - own.begin) * sizeof(float));
   }
 
   void close(int64_t fill) {
@@ -315,14 +293,6 @@ class Scan {
       if (c.scalar_skip) y = y + four_chains(w2 + (hid + s) * D, in + v, D);
       store(out + v, y);
     }
-  }
-
-  template <int MR, int NV>
-  static HK_INLINE void add_rows(f8 (&acc)[MR][NV], const float* panel, int64_t r) {
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] + load(panel + (r + i) * PANEL + 8 * v);
   }
 
   // -- the write: C tokens up to slot `end` into the memories of a group ---------------------------------------------------------
@@ -456,14 +426,6 @@ class Scan {
     update_inputs(m, rows, C);
     update_outputs(m, outs, C);
     sync_rows();
-  }
-
-  template <int MR, int NV>
-  static HK_INLINE void multiply_rows(f8 (&acc)[MR][NV], const float* panel, int64_t r) {
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] * load(panel + (r + i) * PANEL + 8 * v);
   }
 
   // scale * (acc - v)
@@ -730,7 +692,7 @@ void all_heads(const TitansCall& c) {
 
 }  // namespace
 
-extern "C" int hope_titans_abi() { return 1; }
+extern "C" int hope_titans_abi() { return 2; }
 
 extern "C" int hope_titans_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 

@@ -147,7 +147,7 @@ class ContinuumMemory(nn.Module):
         return [self._effective(l, state, dtype) for l in range(self.config.num_levels)]
 
     def _effective(self, l: int, state: CMSState, dtype: torch.dtype | None) -> Level:
-        tensors = {name: p if dtype is None else p.to(dtype) for name, p in self.levels[l].items()}
+        tensors = {name: p if dtype is None else p.to(dtype) for name, p in self._parameters_of(l).items()}
         own, rank = state.own[l], max(state.rank[l], default=0)
         if not any(own) and not rank:
             return tensors
@@ -238,10 +238,15 @@ class ContinuumMemory(nn.Module):
         cms_consolidate.consolidate(self, state, row, levels)
 
     def _slots(self, l: int) -> int:
-        return pending_tokens(self.config, l, self.levels[l]["up"].device, self.pending)
+        return pending_tokens(self.config, l, self._parameters_of(l)["up"].device, self.pending)
 
     def _matrices(self, l: int) -> dict[str, Tensor]:
-        return {name: self.levels[l][name].detach() for name in matrices(self.config)}
+        held = self._parameters_of(l)
+        return {name: held[name].detach() for name in matrices(self.config)}
+
+    def _parameters_of(self, l: int) -> dict[str, Tensor]:
+        """``levels[l]`` as a plain dict: a module's own access to its parameters costs microseconds each."""
+        return self.levels._modules[str(l)]._parameters
 
     @torch.no_grad()
     def _refreshed(self, state: CMSState, error: Tensor, lengths: list[int], ops) -> CMSState:

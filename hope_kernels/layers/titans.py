@@ -12,8 +12,10 @@ from ..backend import resolve, resolve_conv_and_gate
 from ..config import TitansConfig
 from ..ops.check import check_lengths, check_placement, check_state, check_tensor, check_values
 from ..ops.titans.chunked import Stats, TokenInputs, eta_gate
+from ..ops.titans.cpp import titans_cpp
 from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.titans.memory import l2norm
+from .titans_cpp import scan_cpp
 
 
 class SelfModifyingTitans(nn.Module):
@@ -143,15 +145,15 @@ class SelfModifyingTitans(nn.Module):
         """``forward`` without its checks and without touching ``state``: returns y and the new state.
 
         constant_memory: fast weights and writes are constants of the graph, which then runs from y to x through q, convolution and
-        gate only, and the returned state is detached (the inner gradient of a learning model).
+        gate only, and the returned state is detached (the inner gradient of a learning model). Gradients by parameters are not promised.
         """
-        c, T = self.config, x.shape[1]
-        compute = resolve("titans", c, x.dtype, x.device, backend)
+        c = self.config
+        compute = resolve("titans", c, x.dtype, x.device, backend, constant_memory)
+        if compute is titans_cpp and stats is None:
+            return scan_cpp(self, x, state, lengths, update)
         causal_conv, output_gate = resolve_conv_and_gate(c, backend)
-        n = real = None
-        if any([n < T for n in lengths]):
-            n = torch.tensor(lengths, dtype=torch.int32, device=x.device)
-            real = (torch.arange(T, device=x.device) < n.unsqueeze(1)).unsqueeze(-1)
+        n, real = self._real(lengths, x)
+        if real is not None:
             x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward
         u, tail = (x, None) if self.conv is None else causal_conv(x, state.conv_tail, self.conv, n)
         if self.in_proj is not None:
@@ -164,19 +166,32 @@ class SelfModifyingTitans(nn.Module):
             y = torch.where(real, y, 0.0)
         if not update:
             return y, state
-        new = replace(new, conv_tail=tail)
-        return y, new.detach() if constant_memory else new
+        if not constant_memory:
+            return y, replace(new, conv_tail=tail)
+        # a tail of its own: the graph may need the tensor that this one is a view of
+        return y, replace(new, conv_tail=None if tail is None else tail.clone()).detach()
 
-    def _inputs(self, u: Tensor) -> TokenInputs:
-        c = self.config
+    def _real(self, lengths: list[int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """lengths on the device, and which tokens of x [B, T, d] they count, [B, T, 1]; None, None if all."""
+        T = x.shape[1]
+        if not any([n < T for n in lengths]):
+            return None, None
+        n = torch.tensor(lengths, dtype=torch.int32, device=x.device)
+        return n, (torch.arange(T, device=x.device) < n.unsqueeze(1)).unsqueeze(-1)
 
-        def heads(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (c.num_heads, c.head_dim))
+    def _heads(self, t: Tensor) -> Tensor:
+        """[B, T, d] as [B, T, H, D]."""
+        return t.unflatten(-1, (self.config.num_heads, self.config.head_dim))
+
+    def _inputs(self, u: Tensor, q: Tensor | None = None) -> TokenInputs:
+        """What the memories get of u [B, T, d]; q [B, T, H, D]: the queries, where they are known already."""
+        c, heads = self.config, self._heads
 
         def unit(t: Tensor) -> Tensor:
             return l2norm(t) if c.qk_l2norm else t
 
-        q = None if c.adaptive_q else unit(heads(self.q_proj(u)))
+        if q is None and not c.adaptive_q:
+            q = unit(heads(self.q_proj(u)))
         beta = None
         if c.momentum == "learned":
             beta = torch.sigmoid(self.beta_proj(u) + self.beta_bias)

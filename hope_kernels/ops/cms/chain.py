@@ -10,13 +10,15 @@ activations of a segment are kept, and its gradients never are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...config import CMSConfig
 from . import chunked
-from .chunked import Factors, Level, master_dtype
+from .chunked import Factors, Level, Saved, master_dtype
 from .matrix import Matrix
 from .schedule import learning_levels, matrices
 
@@ -49,13 +51,9 @@ def cms_learn(
 
     anchor: a scalar that requires a gradient; differentiate with respect to it (x itself may be a constant). Its gradient is zero.
     """
-    learning = learning_levels(config)
-
-    def level(l: int, x: Tensor, residual: bool) -> Tensor:
-        return _LearningLevel.apply(x, anchor if l in learning else None, levels[l], config, eps, residual, lambda f: sink(l, f), ops)
-
     levels = [{n: t.detach() for n, t in level.items()} for level in _checked(levels, config, mix)]
-    return _chain(x, config, None if mix is None else mix.detach(), level)
+    share = None if config.variant != "independent" else torch.softmax(mix.detach().to(x.dtype), 0)
+    return _Learning.apply(x, anchor, _Pass(levels, config, sink, share, eps, ops))
 
 
 def cms_gradients(
@@ -91,25 +89,55 @@ def pass_back(
         torch.autograd.grad(y, anchor, error)
 
 
-class _LearningLevel(torch.autograd.Function):
+class _Pass(NamedTuple):
+    """Everything constant about one pass of ``cms_learn``."""
+
+    levels: list[Level]
+    config: CMSConfig
+    sink: Sink
+    share: Tensor | None  # [K] of the independent variant
+    eps: float
+    ops: ModuleType
+
+    def forward(self, l: int, x: Tensor) -> tuple[Tensor, Saved]:
+        return self.ops.level_forward(x, self.levels[l], self.config, self.eps, residual=self.share is None, keep=True)
+
+    def backward(self, l: int, dy: Tensor, saved: Saved, need_dx: bool) -> Tensor | None:
+        dx, factors = self.ops.level_backward(
+            dy, saved, self.levels[l], self.config, self.eps, residual=self.share is None, need_dx=need_dx
+        )
+        if self.config.learning_rates[l] > 0:
+            self.sink(l, factors)  # dx is known: from here on nobody needs the weights the segment was read with
+        return dx
+
+
+class _Learning(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, anchor, level, config, eps, residual, sink, ops):
-        keep = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        y, ctx.saved = ops.level_forward(x, level, config, eps, residual=residual, keep=keep)
-        ctx.level, ctx.config, ctx.eps, ctx.residual, ctx.sink, ctx.ops = level, config, eps, residual, sink, ops
+    def forward(ctx, x, anchor, work):
+        ctx.work, ctx.saved, y = work, [], x
+        for l in range(len(work.levels)):
+            if work.share is None:
+                y, saved = work.forward(l, y)
+            else:
+                branch, saved = work.forward(l, x)
+                y = y + work.share[l] * branch
+            ctx.saved.append(saved)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        saved, ctx.saved = ctx.saved, None
-        dx, factors = ctx.ops.level_backward(
-            dy, saved, ctx.level, ctx.config, ctx.eps, residual=ctx.residual, need_dx=ctx.needs_input_grad[0]
-        )
-        if not ctx.needs_input_grad[1]:
-            return dx, *[None] * 7
-        ctx.sink(factors)  # dx is known: from here on nobody needs the weights the segment was read with
-        return dx, dy.new_zeros(()), *[None] * 6
+        work, dx = ctx.work, dy
+        lowest = min(learning_levels(work.config), default=0)  # below it nothing learns
+        for l in reversed(range(len(work.levels))):
+            saved, wanted = ctx.saved.pop(), ctx.needs_input_grad[0]
+            if work.share is None:
+                if l >= lowest or wanted:
+                    dx = work.backward(l, dx, saved, wanted or l > lowest)
+            elif wanted or work.config.learning_rates[l] > 0:
+                part = work.backward(l, work.share[l] * dy, saved, wanted)
+                dx = dx + part if wanted else None
+        return dx if ctx.needs_input_grad[0] else None, dy.new_zeros(()), None
 
 
 def _chain(x: Tensor, config: CMSConfig, mix: Tensor | None, level: Callable[[int, Tensor, bool], Tensor]) -> Tensor:

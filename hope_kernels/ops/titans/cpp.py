@@ -1,5 +1,7 @@
-"""backend="cpp": csrc/cpu/titans.cpp, one call into a C++ library for all chunks of all rows and heads. x86-64 CPUs, fp32, no gradient.
+"""backend="cpp": csrc/cpu/titans.cpp, one call into a C++ library for all chunks of all rows and heads. x86-64 CPUs, fp32.
 
+Gradients are those of reads alone, by their queries, with fast weights and writes constants of the graph (``constant_memory``: what a
+learning model takes of its memories). There is none through the writes.
 The library is plain C behind ctypes (pointers and sizes), so that one file serves every Python and every torch. setup.py builds it
 where a C++ compiler is found; without it this backend says so and the chunked one does the work.
 Results are bit-identical for any split of a sequence, any company in the batch and any number of threads.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -18,12 +21,13 @@ from ...config import TitansConfig
 from .fast_weights import FastWeights, TitansState
 
 LIBRARY = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), "_titans_cpu.so")
-ABI = 1
+ABI = 2
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _POINTERS = (
     "base2", "base1", "base1s", "delta2", "delta1", "delta1s", "q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias",
     "pending_k", "pending_v", "pending_eta", "pending_alpha", "pos", "len", "o",
+    "kept2", "kept1",
 )
 
 
@@ -31,11 +35,20 @@ class _Call(ctypes.Structure):
     """``TitansCall`` of csrc/cpu/call.h."""
 
     _fields_ = (
-        [(n, ctypes.c_int64) for n in ("B", "T", "H", "D", "N", "Mf", "Ms", "chunk_memory", "chunk_other", "threads")]
+        [(n, ctypes.c_int64) for n in ("B", "T", "H", "D", "N", "Mf", "Ms", "chunk_memory", "chunk_other", "kept", "threads")]
         + [(n, ctypes.c_int32) for n in ("activation", "self_modifying", "objective_dot", "dgd", "retention", "own_values", "target_norm",
                                          "step_clip", "scalar_skip", "qk_l2norm", "softplus", "update")]
         + [("grad_scale", ctypes.c_float), ("eta_scale", ctypes.c_float)]
         + [(n, ctypes.c_void_p) for n in _POINTERS]
+    )
+
+
+class _ReadBackward(ctypes.Structure):
+    """``TitansReadBackward`` of csrc/cpu/call.h."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("B", "T", "H", "D", "N", "chunk", "kept", "threads")] + [("activation", ctypes.c_int32)]
+        + [(n, ctypes.c_void_p) for n in ("kept2", "kept1", "q", "grad", "pos", "len", "dq")]
     )
 
 
@@ -53,6 +66,11 @@ def _library() -> ctypes.CDLL | str:
     return lib if lib.hope_titans_supported() else "needs a CPU with AVX2 and FMA"
 
 
+def library() -> ctypes.CDLL:
+    """The library; call it where ``unavailable()`` is None."""
+    return _library()
+
+
 @torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use the backend, or None."""
@@ -60,12 +78,12 @@ def unavailable() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device, constant_memory: bool = False) -> str | None:
     """Why the backend cannot serve a layer, or None."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
-    if torch.is_grad_enabled():
-        return "has no gradient, which training and learning while reading need (torch.no_grad() serves the rest)"
+    if torch.is_grad_enabled() and not constant_memory:
+        return "has no gradient through the writes, which training needs (torch.no_grad() serves the rest)"
     if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
         return 'serves memory="mlp" without momentum and adaptive_q'
     if config.head_dim % 8 or config.hidden % 8:
@@ -77,32 +95,101 @@ def titans_cpp(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int],
     *, update: bool = True, constant_memory: bool = False, stats=None,
 ) -> tuple[Tensor, TitansState]:
-    """As ``chunked.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises ValueError for ``stats``."""
+    """As ``chunked.titans_chunk``, under no_grad or with ``constant_memory``. Raises ValueError for ``stats``."""
     if stats is not None:
         raise ValueError("titans: backend 'cpp' collects no statistics; the chunked backend does")
+    if not (torch.is_grad_enabled() and inputs.q.requires_grad):
+        with torch.no_grad():
+            new = _advanced(config, state, lengths) if update else state
+            return _scan(config, w_init, inputs, new, state.pos, lengths, update), new
+    o, new, gradient = titans_cpp_gradient(config, w_init, inputs, state, lengths, update=update)
+    return Pullback.apply(inputs.q, o, gradient), new
+
+
+@torch.no_grad()
+def titans_cpp_gradient(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int], *, update: bool = True
+) -> tuple[Tensor, TitansState, Callable[[Tensor], Tensor]]:
+    """o and the new state, without a graph, and what turns dL/do [B, T, H, D] into dL/dq, fast weights and writes being constants:
+
+        dq = do + w2^T (sigma'(w2 q) * (w1^T do))    at the weights of M_memory that each chunk was read with
+    """
+    new = _advanced(config, state, lengths) if update else state
+    # without an update the whole call reads with the same weights
+    pos, chunk = (list(state.pos), config.chunk_memory) if update else ([0] * len(lengths), max([1, *lengths]))
+    kept = _kept(config, new, pos, chunk, lengths)
+    o = _scan(config, w_init, inputs, new, state.pos, lengths, update, kept)
+    q, lengths = inputs.q.detach().contiguous(), list(lengths)
+    return o, new, lambda grad: _read_backward(config, q, grad, kept, pos, chunk, lengths)
+
+
+class Pullback(torch.autograd.Function):
+    """``Pullback.apply(x, y, pullback)``: y, a new tensor, as a function of x whose gradient is pullback(dL/dy). Once differentiable."""
+
+    @staticmethod
+    def forward(ctx, x, y, pullback):
+        ctx.pullback = pullback
+        ctx.mark_dirty(y)  # not changed, but this function's output from here on
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return ctx.pullback(grad), None, None
+
+
+def _kept(config: TitansConfig, state: TitansState, pos: list[int], chunk: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Room for M_memory's weights in every chunk a call reads: w2 [B, H, chunks, N, D] and w1 [B, H, chunks, D, N]."""
+    count = max((p % chunk + n - 1) // chunk + 1 for p, n in zip(pos, lengths))
+    lead, D, N = (*state.delta2.shape[:2], count), config.head_dim, config.hidden
+    return state.delta2.new_empty(*lead, N, D), state.delta2.new_empty(*lead, D, N)
+
+
+def _scan(
+    config: TitansConfig, w_init: FastWeights, inputs, new: TitansState, pos: list[int], lengths: list[int], update: bool,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """o [B, T, H, D]; advances the tensors of ``new``, a state whose ``pos`` is that after the call, and fills ``kept``."""
     first = inputs.x if inputs.x is not None else inputs.k
     B, T, H, D = first.shape
-    new = _advanced(config, state, lengths) if update else state
     o = (first.new_empty if min(lengths) == T else first.new_zeros)(B, T, H, D)
     base = w_init if config.retain_to == "init" else FastWeights(None, None, None)
     tensors = {"base2": base.w2, "base1": base.w1, "base1s": base.w1s}
     tensors |= {n: getattr(inputs, n) for n in ("q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias")}
     tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
-    tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o}
+    tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | ({} if kept is None else {"kept2": kept[0], "kept1": kept[1]})
     pointers = {n: None if t is None else t.data_ptr() for n, t in tensors.items()}
     rows = ctypes.c_int64 * B
-    pos, counts = rows(*state.pos), rows(*lengths)
+    before, counts = rows(*pos), rows(*lengths)
     call = _Call(
         B=B, T=T, H=H, D=D, N=config.hidden, Mf=new.delta1.shape[2], Ms=0 if new.delta1s is None else new.delta1s.shape[2],
-        chunk_memory=config.chunk_memory, chunk_other=config.chunk_other, threads=torch.get_num_threads(),
+        chunk_memory=config.chunk_memory, chunk_other=config.chunk_other, kept=0 if kept is None else kept[0].shape[2],
+        threads=torch.get_num_threads(),
         activation=_ACTIVATIONS[config.activation], self_modifying=config.self_modifying, objective_dot=config.objective == "dot",
         softplus=config.eta_activation == "softplus", update=update, grad_scale=config.grad_scale, eta_scale=config.eta_scale,
         **{n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip", "scalar_skip", "qk_l2norm")},
-        **pointers, pos=ctypes.addressof(pos), len=ctypes.addressof(counts),
+        **pointers, pos=ctypes.addressof(before), len=ctypes.addressof(counts),
     )
-    if _library().hope_titans_scan(ctypes.byref(call)):
+    if library().hope_titans_scan(ctypes.byref(call)):
         raise MemoryError("titans: backend 'cpp' could not allocate its work space; nothing was read")
-    return o, new
+    return o
+
+
+def _read_backward(
+    config: TitansConfig, q: Tensor, grad: Tensor, kept: tuple[Tensor, Tensor], pos: list[int], chunk: int, lengths: list[int]
+) -> Tensor:
+    """dL/dq [B, T, H, D] from dL/do; row b's tokens share weights up to the multiples of ``chunk``, counted from pos[b]."""
+    B, T, H, D = q.shape
+    grad, dq = grad.contiguous(), (torch.empty_like if min(lengths) == T else torch.zeros_like)(q)
+    rows = ctypes.c_int64 * B
+    before, counts = rows(*pos), rows(*lengths)
+    call = _ReadBackward(
+        B, T, H, D, config.hidden, chunk, kept[0].shape[2], torch.get_num_threads(), _ACTIVATIONS[config.activation], kept[0].data_ptr(),
+        kept[1].data_ptr(), q.data_ptr(), grad.data_ptr(), ctypes.addressof(before), ctypes.addressof(counts), dq.data_ptr(),
+    )
+    if library().hope_titans_read_backward(ctypes.byref(call)):
+        raise MemoryError("titans: backend 'cpp' could not allocate its work space for the gradient")
+    return dq
 
 
 def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> TitansState:
@@ -110,6 +197,6 @@ def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> T
     small = min(config.chunk_memory, config.chunk_other)
     commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
     parts = {n: getattr(state, n) for n in _WRITTEN}
-    parts = {n: t.clone(memory_format=torch.contiguous_format) if commits or n.startswith("pending") else t.contiguous()
+    parts = {n: t.clone(memory_format=torch.contiguous_format) if commits or n.startswith("pending") else t.detach().contiguous()
              for n, t in parts.items() if t is not None}
     return state.advanced(lengths, **parts)

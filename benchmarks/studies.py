@@ -1,0 +1,122 @@
+"""What the studies of the CMS share: texts as rows of a batch, a model under another CMS, bits per byte, results that outlive a kill."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from hope_kernels import CMSConfig, HopeForCausalLM
+from hope_kernels.config import HopeConfig
+from hope_kernels.generation import Reading, read
+from hope_kernels.model import ASSETS
+
+from .machine import machine, write_json
+from .sources import mark
+
+KJV = os.path.join(ASSETS, "kjv-john-acts.txt.gz")  # what the bundled model's training held out
+KJV_TITLE = "John and Acts (KJV)"
+ROWS = 3
+
+
+def text(path: str) -> bytes:
+    """A file's bytes; .gz is unpacked."""
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
+        return f.read()
+
+
+def excerpts(data: bytes, length: int, longest: int, seed: int, rows: int = ROWS) -> Tensor:
+    """[rows, length] int64: disjoint excerpts, one from each of ``rows`` equal parts of the text, at offsets drawn from ``seed``.
+
+    Room is left for ``longest`` bytes, so a shorter excerpt is the start of the longer one of the same seed. Raises ValueError if the
+    text is too short.
+    """
+    part = len(data) // rows
+    if part < longest:
+        raise ValueError(f"excerpts: argument data has {len(data)} bytes, expected at least {rows} x {longest}")
+    g = torch.Generator().manual_seed(seed)
+    starts = [row * part + int(torch.randint(0, part - longest + 1, (), generator=g)) for row in range(rows)]
+    return torch.tensor([list(data[s : s + length]) for s in starts])
+
+
+def with_cms(model: HopeForCausalLM, cms: CMSConfig, seed: int = 0) -> HopeForCausalLM:
+    """The same weights with another CMS in every block. Levels that the model does not have are the identity: w_down = 0, and w_up
+    ~ N(0, 1/d) drawn from ``seed``, so that the first refresh can move w_down."""
+    other = HopeForCausalLM(HopeConfig.from_dict({**model.config.to_dict(), "cms": cms.to_dict()}))
+    kept = {n: p for n, p in model.state_dict().items() if n in other.state_dict()}
+    other.load_state_dict(kept, strict=False)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if name not in kept and name.endswith(".down"):
+                p.zero_()
+            elif name not in kept and p.dim() == 2:
+                p.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5)
+    return other.to(model.embed.weight.device).eval()
+
+
+def bits(model: HopeForCausalLM, ids: Tensor, learn: str, state=None, last: Tensor | None = None, piece: int = 4096):
+    """(bits per byte of each row of ids [B, T], the reading). A piece holds 8 segments at least: one that ends with its
+    call is read twice, since its last token has no loss before the next call."""
+    reading = read(model, ids, state, learn=learn, last=last, piece=max(piece, 8 * model.segment), check_finite=False)
+    return [float(n) / math.log(2) / p for n, p in zip(reading.nats, reading.predicted)], reading
+
+
+def last_half(model: HopeForCausalLM, ids: Tensor, learn: str) -> tuple[list[float], Reading]:
+    """Bits per byte of the last half of every row, the first half having been read by the same rule."""
+    middle = ids.shape[1] // 2
+    _, first = bits(model, ids[:, :middle], learn)
+    return bits(model, ids[:, middle:], learn, first.state, first.logits)
+
+
+def finite(values: list[float]) -> list[float | None]:
+    """For JSON, which has no NaN: None where a row diverged."""
+    return [v if math.isfinite(v) else None for v in values]
+
+
+def mean(values: list[float | None]) -> float:
+    """The mean; infinite when any row diverged."""
+    return math.inf if None in values else sum(values) / len(values)
+
+
+def load(path: str) -> dict:
+    with open(path) as f:
+        return json.load(f)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+class Study:
+    """One JSON file {"what", "machine", "setting", "cases": {name: record}, ...}, rewritten whole after every case.
+
+    What the file has is kept: a case that is there is not run again. Raises ValueError for a file of another setting.
+    """
+
+    def __init__(self, path: str | None, what: str, setting: dict):
+        self.path, self.data = path, {"what": what, "machine": machine(), "setting": setting, "cases": {}}
+        if path is None or not os.path.exists(path):
+            return
+        found = load(path)
+        theirs, mine = found.get("setting", {}), json.loads(json.dumps(setting))
+        wrong = sorted(k for k in {*theirs, *mine} if theirs.get(k) != mine.get(k))
+        if wrong:
+            raise ValueError(f"{path} holds results of another setting ({', '.join(wrong)}); move it away or name another --out")
+        self.data["cases"] = found["cases"]
+
+    @property
+    def cases(self) -> dict[str, dict]:
+        return self.data["cases"]
+
+    def put(self, name: str, record: dict, **more) -> None:
+        """Adds a case, with a hash of the code it measured, and ``more`` (what follows from all cases) at the top level."""
+        self.cases[name] = record | mark("model", device="cuda" if torch.cuda.is_available() else "cpu")
+        self.data |= more
+        if self.path is not None:
+            write_json(self.path, self.data)

@@ -1,0 +1,137 @@
+// What a layer does around its memories, one pass over the tokens each: the causal convolution, unit vectors, the output gate, and their
+// gradients by what flows through them. fp32, contiguous; d = H D, a multiple of 8. Bandwidth-bound, and small: a call of PyTorch for every
+// sum and product took more time than all of them here. A token's value depends on its own inputs alone, whatever lies beside it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "layer.h"
+#include "vec.h"
+
+namespace {
+
+constexpr float NORM_EPS = 1e-6f;
+constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
+
+HK_INLINE float total(f8 x) {
+  const __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)), b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+HK_INLINE float dot(const float* a, const float* b, int64_t n) {
+  f8 s = all(0);
+  for (int64_t i = 0; i < n; i += 8) s = fma(load(a + i), load(b + i), s);
+  return total(s);
+}
+
+template <class Row>
+void for_rows(int64_t rows, int64_t width, int64_t threads, Row row) {
+  const int n = rows * width <= ALONE ? 1 : static_cast<int>(std::max<int64_t>(threads, 1));
+#pragma omp parallel for num_threads(n) schedule(static)
+  for (int64_t r = 0; r < rows; r++) row(r);
+}
+
+// weight [d, W] as W rows of d
+std::vector<float> taps(const float* weight, int64_t d, int64_t W) {
+  std::vector<float> found(W * d);
+  for (int64_t i = 0; i < d; i++)
+    for (int64_t j = 0; j < W; j++) found[j * d + i] = weight[i * W + j];
+  return found;
+}
+
+// o / sqrt(mean(o^2) + eps): the factor
+HK_INLINE float rms_factor(const float* o, int64_t D) { return 1 / std::sqrt(dot(o, o, D) / D + NORM_EPS); }
+
+}  // namespace
+
+extern "C" void hope_conv(
+    int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads, const float* x, const float* tail, const float* weight, const int64_t* len, float* y,
+    float* new_tail) {
+  const std::vector<float> w = taps(weight, d, W);
+  auto input = [&](int64_t b, int64_t i) {  // the i-th of a row's inputs, its tail's W - 1 first
+    return i < W - 1 ? tail + (b * (W - 1) + i) * d : x + (b * T + i - W + 1) * d;
+  };
+  for_rows(B * T, W * d, threads, [&](int64_t r) {
+    const int64_t b = r / T, t = r % T;
+    if (t >= len[b]) {
+      std::memset(y + r * d, 0, d * sizeof(float));
+      return;
+    }
+    for (int64_t i = 0; i < d; i += 8) {
+      f8 s = load(w.data() + i) * load(input(b, t) + i);
+      for (int64_t j = 1; j < W; j++) s = fma(load(w.data() + j * d + i), load(input(b, t + j) + i), s);
+      store(y + r * d + i, s);
+    }
+  });
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t i = 0; i < W - 1; i++) std::memcpy(new_tail + (b * (W - 1) + i) * d, input(b, len[b] + i), d * sizeof(float));
+}
+
+extern "C" void hope_conv_backward(int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads, const float* weight, const float* dy, float* dx) {
+  const std::vector<float> w = taps(weight, d, W);
+  for_rows(B * T, W * d, threads, [&](int64_t r) {
+    const int64_t ahead = std::min(W, T - r % T);  // outputs that saw this input
+    for (int64_t i = 0; i < d; i += 8) {
+      f8 s = all(0);
+      for (int64_t a = 0; a < ahead; a++) s = fma(load(w.data() + (W - 1 - a) * d + i), load(dy + (r + a) * d + i), s);
+      store(dx + r * d + i, s);
+    }
+  });
+}
+
+extern "C" void hope_unit(int64_t rows, int64_t D, int64_t threads, const float* x, float* y) {
+  for_rows(rows, D, threads, [&](int64_t r) {
+    const f8 n = all(1 / std::max(NORM_EPS, std::sqrt(dot(x + r * D, x + r * D, D))));
+    for (int64_t i = 0; i < D; i += 8) store(y + r * D + i, load(x + r * D + i) * n);
+  });
+}
+
+// (dy - y (y . dy)) / |x|; below the lower limit the norm is a constant
+extern "C" void hope_unit_backward(int64_t rows, int64_t D, int64_t threads, const float* x, const float* dy, float* dx) {
+  for_rows(rows, D, threads, [&](int64_t r) {
+    const float *xr = x + r * D, *g = dy + r * D, norm = std::sqrt(dot(xr, xr, D)), n = 1 / std::max(NORM_EPS, norm);
+    const f8 along = all(norm <= NORM_EPS ? 0 : n * n * dot(xr, g, D));
+    for (int64_t i = 0; i < D; i += 8) store(dx + r * D + i, fnma(along, load(xr + i), load(g + i)) * all(n));
+  });
+}
+
+extern "C" void hope_output_gate(
+    int64_t tokens, int64_t H, int64_t D, int64_t threads, const float* o, const float* gain, const float* gate, float* y) {
+  for_rows(tokens * H, D, threads, [&](int64_t r) {
+    const f8 factor = all(gain ? rms_factor(o + r * D, D) : 1);
+    for (int64_t i = 0; i < D; i += 8) {
+      f8 x = load(o + r * D + i) * factor;
+      if (gain) x = x * load(gain + r % H * D + i);
+      if (gate) x = x * sigma<SILU>(load(gate + r * D + i));
+      store(y + r * D + i, x);
+    }
+  });
+}
+
+extern "C" void hope_output_gate_backward(
+    int64_t tokens, int64_t H, int64_t D, int64_t threads, const float* o, const float* gain, const float* gate, const float* dy, float* d_o,
+    float* dgate) {
+  for_rows(tokens * H, D, threads, [&](int64_t r) {
+    const float *x = o + r * D, *weight = gain ? gain + r % H * D : nullptr, factor = gain ? rms_factor(x, D) : 1;
+    float* to = d_o + r * D;
+    f8 sum = all(0);
+    for (int64_t i = 0; i < D; i += 8) {
+      f8 g = load(dy + r * D + i), normed = load(x + i) * all(factor);
+      const f8 unscaled = normed;
+      if (gain) normed = normed * load(weight + i);
+      if (gate) {
+        f8 slope, open = sigma<SILU>(load(gate + r * D + i), slope);
+        store(dgate + r * D + i, g * normed * slope);
+        g = g * open;
+      }
+      if (gain) g = g * load(weight + i);
+      sum = fma(g, unscaled, sum);
+      store(to + i, g);
+    }
+    if (!gain) return;
+    const f8 along = all(total(sum) / D * factor);  // mean(g n), times n = factor x
+    for (int64_t i = 0; i < D; i += 8) store(to + i, fnma(along, load(x + i), load(to + i)) * all(factor));
+  });
+}

@@ -1,0 +1,54 @@
+// Panels and what is around them: token rows in and out, and what a product's rows meet on their way into one.
+#pragma once
+#include "product.h"
+
+// Lanes [a, b) of a panel from token rows: lane j is row j - a of `rows`.
+inline void load_lanes(float* panel, const float* rows, int64_t ld, int64_t D, int64_t a, int64_t b) {
+  for (int64_t j = a; j < b;) {
+    if (j + 8 <= b && j % 8 == 0) {
+      for (int64_t d = 0; d < D; d += 8) transpose8(rows + (j - a) * ld + d, ld, panel + d * PANEL + j, PANEL);
+      j += 8;
+    } else {
+      for (int64_t d = 0; d < D; d++) panel[d * PANEL + j] = rows[(j - a) * ld + d];
+      j++;
+    }
+  }
+}
+
+// Token rows from lanes [a, b) of a panel.
+inline void store_lanes(const float* panel, float* rows, int64_t ld, int64_t D, int64_t a, int64_t b) {
+  for (int64_t j = a; j < b;) {
+    if (j + 8 <= b && j % 8 == 0) {
+      for (int64_t d = 0; d < D; d += 8) transpose8(panel + d * PANEL + j, PANEL, rows + (j - a) * ld + d, ld);
+      j += 8;
+    } else {
+      for (int64_t d = 0; d < D; d++) rows[(j - a) * ld + d] = panel[d * PANEL + j];
+      j++;
+    }
+  }
+}
+
+// x of two vectors, or of one where only half a panel is in use
+template <int MR, int NV>
+HK_INLINE void store_rows(float* p, int64_t r, const f8 (&acc)[MR][NV]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) store(p + (r + i) * PANEL + 8 * v, acc[i][v]);
+}
+
+template <int MR, int NV>
+HK_INLINE void add_rows(f8 (&acc)[MR][NV], const float* panel, int64_t r) {
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] + load(panel + (r + i) * PANEL + 8 * v);
+}
+
+template <int MR, int NV>
+HK_INLINE void multiply_rows(f8 (&acc)[MR][NV], const float* panel, int64_t r) {
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] * load(panel + (r + i) * PANEL + 8 * v);
+}

@@ -1,0 +1,91 @@
+// The gradient of M_memory's reads by their queries, with the fast weights constants:
+//
+//     o = q + w1 sigma(w2 q)        dq = do + w2^T (sigma'(w2 q) * (w1^T do))
+//
+// at the weights that hope_titans_scan kept for each chunk. One task a (row, head, chunk); z = w2 q is computed again, which is a third of
+// the 6 D N FLOPs a token and saves keeping N numbers for it. A value is one chain of operations, as in product.h, and
+// depends on nothing but its own token.
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "call.h"
+#include "panel.h"
+
+namespace {
+
+struct Task {
+  const float *w2, *w1, *q, *grad;  // the head's weights of this chunk; token rows
+  float *dq, *work;                 // token rows; panels [D], [D], [N]
+  int64_t tokens, step, D, N;       // step: floats between token rows
+};
+
+template <int ACT>
+void backward(const Task& t) {
+  const int64_t D = t.D, N = t.N;
+  float *q = t.work, *grad = q + D * PANEL, *z = grad + D * PANEL;
+  for (int64_t first = 0; first < t.tokens; first += PANEL) {
+    const int64_t n = std::min<int64_t>(PANEL, t.tokens - first);
+    const bool half = n <= 8;
+    load_lanes(q, t.q + first * t.step, t.step, D, 0, n);
+    load_lanes(grad, t.grad + first * t.step, t.step, D, 0, n);
+    panel_product(0, N, D, t.w2, D, 1, q, half, [&](int64_t i, auto& acc) { store_rows(z, i, acc); });
+    for (int64_t i = 0; i < N * PANEL; i += half ? PANEL : 8) {
+      f8 slope;
+      sigma<ACT>(load(z + i), slope);
+      store(z + i, slope);
+    }
+    panel_product(0, N, D, t.w1, 1, N, grad, half, [&](int64_t i, auto& acc) {
+      multiply_rows(acc, z, i);
+      store_rows(z, i, acc);
+    });
+    panel_product(0, D, N, t.w2, 1, D, z, half, [&](int64_t i, auto& acc) {
+      add_rows(acc, grad, i);
+      store_rows(q, i, acc);
+    });
+    store_lanes(q, t.dq + first * t.step, t.step, D, 0, n);
+  }
+}
+
+void run(const TitansReadBackward& c, int64_t task, float* work) {
+  const int64_t chunk = task % c.kept, h = task / c.kept % c.H, b = task / c.kept / c.H, phase = c.pos[b] % c.chunk;
+  const int64_t begin = std::max<int64_t>(chunk * c.chunk - phase, 0), end = std::min((chunk + 1) * c.chunk - phase, c.len[b]);
+  const int64_t token = ((b * c.T + begin) * c.H + h) * c.D, weights = task * c.N * c.D;  // tasks are in the order of the weights
+  const Task t{c.kept2 + weights, c.kept1 + weights, c.q + token, c.grad + token, c.dq + token, work, end - begin, c.H * c.D, c.D, c.N};
+  switch (c.activation) {
+    case GELU: return backward<GELU>(t);
+    case SILU: return backward<SILU>(t);
+    default: return backward<GELU_TANH>(t);
+  }
+}
+
+}  // namespace
+
+extern "C" int hope_titans_read_backward(const TitansReadBackward* call) {
+  const TitansReadBackward& c = *call;
+  const int64_t tasks = c.B * c.H * c.kept, floats = (2 * c.D + c.N) * PANEL;
+  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c.threads, tasks)));
+  try {
+    std::vector<float> work(floats * threads);
+#pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+      float* mine = work.data() + omp_get_thread_num() * floats;
+#else
+      float* mine = work.data();
+#endif
+      const FlushDenormals guard;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < tasks; i++) run(c, i, mine);
+    }
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
