@@ -320,7 +320,10 @@ def main(argv: list[str] | None = None) -> int:
     if folder is not None and not args.child:
         folder = folder.resolve() / (slug(device) + "-quick" * args.quick)
     mark = stamp(args.quick)
-    earlier = {} if args.child else report.load(Path(args.against)) if args.against else report.committed(RESULTS / slug(device))
+    try:
+        earlier = {} if args.child else report.read(Path(args.against)) if args.against else report.committed(RESULTS / slug(device))
+    except ValueError as e:
+        p.error(str(e))
 
     def opened(section: str) -> Results:
         old = (lambda n: True) if args.child or args.resume else (lambda n: not wanted(args.only, section, n))

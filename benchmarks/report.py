@@ -204,6 +204,9 @@ def changes(before: dict[str, dict], after: dict[str, dict]) -> Iterator[tuple[s
 
 
 def read(path: Path) -> dict[str, dict]:
+    """A result file or a folder of them. Raises ValueError where there is none."""
+    if not (path.suffix == ".json" and path.is_file() or any(path.glob("*.json"))):
+        raise ValueError(f"report: {path} is no result file and holds none")
     return load(path) if path.is_dir() else {path.stem: json.loads(path.read_text())}
 
 
@@ -233,7 +236,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--against", type=Path, nargs=2, metavar=("OLD", "NEW"), help="two result files, or folders of one device each")
     args = p.parse_args(argv)
     if args.against:
-        found = list(changes(*(read(path) for path in args.against)))
+        try:
+            found = list(changes(*(read(path) for path in args.against)))
+        except ValueError as e:
+            p.error(str(e))
         print("\n".join(f"{name}: {text}" for name, text in found) or "nothing is slower or faster beyond its spread")
         return int(args.check and any(not text.startswith("faster") for _, text in found))
     print(goals(args.results))

@@ -258,6 +258,13 @@ def test_changes_beyond_the_spread_are_told():
     assert list(report.changes({}, run(case(old)))) == [] and list(report.changes(run(wrong), run(case(old)))) == []
 
 
+def test_nothing_to_compare_with_is_an_error(tmp_path, capsys):
+    for run in (lambda: report.main(["--against", str(tmp_path), str(tmp_path)]), lambda: gpu.main(["--against", str(tmp_path / "none")])):
+        with pytest.raises(SystemExit):
+            run()
+        assert "is no result file and holds none" in capsys.readouterr().err
+
+
 CASE = bench_titans.Case("prefill", 64, 64, 64, 2, 1, 256, "fp32", "cpp")
 needs_cpp = pytest.mark.skipif(available_backends()["cpp"] is not None or torch.cuda.is_available(), reason="runs the C++ kernel")
 
