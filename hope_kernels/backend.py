@@ -80,13 +80,17 @@ def resolve_conv_and_gate(config, backend: str | None = None) -> tuple[Callable,
 
 
 def resolve_cms(config, dtype: torch.dtype, device: torch.device, backend: str | None = None, inner: bool = False) -> ModuleType:
-    """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend``. ``inner``: for reading and learning, which
-    need no gradient of the parameters; training always runs on the chunked backend.
+    """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend``, those in PyTorch where it has none for this
+    configuration. ``inner``: for the pass that learns, which needs no gradient of the parameters; training always runs in PyTorch.
 
     Raises ValueError for an unknown backend.
     """
     from .ops.cms import chunked
+    from .ops.cms import cpp as compiled
 
     if backend not in (None, *BACKENDS):
         raise ValueError(f"cms: unknown backend {backend!r}, expected one of {BACKENDS}")
+    graph = torch.is_grad_enabled() and not inner
+    if backend in (None, "cpp") and not graph and compiled.unserved(config, dtype, device) is None:
+        return compiled
     return chunked

@@ -179,13 +179,6 @@ class Decoder:
         state.assign(replace(new, unread=None))
 
 
-def decoder_for(model, state, learn: str, backend: str | None, graph: bool | None) -> Decoder | None:
-    """The decoder ``generate`` uses. graph: None takes one where its steps would be captured, True anyway, False never."""
-    if graph is None:
-        graph = model.embed.weight.device.type == "cuda" and backend in DEVICE_DECIDES and unserved(model) is None
-    return Decoder(model, state, learn, backend) if graph else None
-
-
 def unserved(model) -> str | None:
     """Why ``Decoder`` cannot serve a model, or None."""
     return "has attention, whose cache grows with the sequence" if model.config.mixer == "attention" else None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decode import decoder_for
+from .decode import Decoder
 
 PIECE = 4096  # tokens read per forward call: bounds activations and logits, whatever the prompt's length
 
@@ -111,7 +111,7 @@ def generate(
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
     stop: Sequence[str | bytes | Sequence[int]] = (), on_token: Callable[[list[int | None]], None] | None = None,
     on_piece: Callable[[int, float], None] | None = None, backend: str | None = None, check_finite: bool = True, piece: int = PIECE,
-    should_stop: Callable[[], bool] | None = None, graph: bool | None = None,
+    should_stop: Callable[[], bool] | None = None, graph: bool = False,
 ) -> Generation:
     """Reads ids [B, T] (in pieces; or a function that gives them, see ``read``) and writes up to ``max_new_tokens`` tokens per row.
 
@@ -121,8 +121,8 @@ def generate(
     models). on_token gets the new token per row, None for rows that have ended. A state passed in is advanced in place.
     should_stop is asked before every piece and, once the prompt is read and one token written, before every further token; when it says
     True, ``generate`` returns what it has (no token at all, if it was still reading: go on with the rest of the prompt).
-    graph: decode with a ``Decoder``, which replays the step from a CUDA graph while no row has ended: None where that is possible (on CUDA
-    with backend "triton" or "cuda", without attention), True also where its steps run without a graph, False never.
+    graph: decode with a ``Decoder`` while no row has ended, which replays the step from a CUDA graph where that is possible (on CUDA with
+    backend "triton" or "cuda"; never run on a GPU yet, hence on request). ValueError for a model with attention.
     Raises ValueError for an empty prompt and arguments out of range.
     """
     _check(model, ids, state, max_new_tokens, temperature, top_k, top_p, lengths)
@@ -146,7 +146,7 @@ def generate(
                 finished = False
                 break
             if n == 1:
-                decoder = decoder_for(model, state, learn, backend, graph)
+                decoder = Decoder(model, state, learn, backend) if graph else None
             if decoder is None or any(ended):
                 step = [0 if e else 1 for e in ended]
                 out, state = model(token.unsqueeze(1), state, step, learn=learn, backend=backend, check_finite=check_finite)

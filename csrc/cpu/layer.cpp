@@ -15,11 +15,6 @@ namespace {
 constexpr float NORM_EPS = 1e-6f;
 constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
 
-HK_INLINE float total(f8 x) {
-  const __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)), b = _mm_add_ps(a, _mm_movehl_ps(a, a));
-  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-
 HK_INLINE float dot(const float* a, const float* b, int64_t n) {
   f8 s = all(0);
   for (int64_t i = 0; i < n; i += 8) s = fma(load(a + i), load(b + i), s);

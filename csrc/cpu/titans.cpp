@@ -692,7 +692,7 @@ void all_heads(const TitansCall& c) {
 
 }  // namespace
 
-extern "C" int hope_titans_abi() { return 2; }
+extern "C" int hope_titans_abi() { return 3; }
 
 extern "C" int hope_titans_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 

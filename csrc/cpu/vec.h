@@ -13,6 +13,12 @@ HK_INLINE f8 fma(f8 a, f8 b, f8 c) { return _mm256_fmadd_ps(a, b, c); }    // a 
 HK_INLINE f8 fnma(f8 a, f8 b, f8 c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
 HK_INLINE f8 abs(f8 x) { return _mm256_andnot_ps(all(-0.0f), x); }
 
+// The sum of the eight.
+HK_INLINE float total(f8 x) {
+  const __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)), b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
 // Denormal numbers count as zero while one of these lives: they would cost a hundred times as much, and exp2 relies on it.
 class FlushDenormals {
  public:

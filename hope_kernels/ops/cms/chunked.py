@@ -76,11 +76,11 @@ def level_backward(
     if not need_dx:
         return None, factors
     dn = sum(times(left, level[name]) for name, left in d.items())
-    dx = _norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
+    dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
     return dx + dy if residual else dx, factors
 
 
-def _norm_backward(dn: Tensor, x: Tensor, gain: Tensor, norm: str, eps: float) -> Tensor:
+def norm_backward(dn: Tensor, x: Tensor, gain: Tensor, norm: str, eps: float) -> Tensor:
     """The gradient of rms_norm or layer_norm with respect to its input, 16-bit tensors by way of fp32."""
     dtype, wide = x.dtype, master_dtype(x.dtype)
     x, g = x.to(wide), dn.to(wide) * gain.to(wide)

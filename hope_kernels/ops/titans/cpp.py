@@ -21,7 +21,7 @@ from ...config import TitansConfig
 from .fast_weights import FastWeights, TitansState
 
 LIBRARY = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), "_titans_cpu.so")
-ABI = 2
+ABI = 3
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _POINTERS = (

@@ -1,0 +1,49 @@
+// A CMS level between its products: the activation with its derivative from one exponential, and the norm's backward in two passes over a
+// row. fp32. A number's value depends on its own inputs, or its row's, alone.
+
+#include <algorithm>
+#include <cmath>
+
+#include "cms.h"
+#include "vec.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 1 << 12;  // numbers a thread takes at a time
+
+}  // namespace
+
+extern "C" void hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope) {
+  const int64_t count = (n + BLOCK - 1) / BLOCK;
+  const int team = count < 8 ? 1 : static_cast<int>(std::max<int64_t>(threads, 1));
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t block = 0; block < count; block++) {
+    const FlushDenormals flush;
+    for (int64_t i = block * BLOCK; i < std::min(n, (block + 1) * BLOCK); i += 8) {
+      f8 s;
+      store(a + i, sigma<GELU_TANH>(load(z + i), s));
+      if (slope) store(slope + i, s);
+    }
+  }
+}
+
+extern "C" void hope_cms_norm_backward(
+    int64_t rows, int64_t d, int64_t threads, float eps, const float* x, const float* gain, const float* dn, const float* dy, float* dx) {
+  const int team = rows * d < 8 * BLOCK ? 1 : static_cast<int>(std::max<int64_t>(threads, 1));
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *xr = x + r * d, *g = dn + r * d;
+    f8 square[2] = {}, along[2] = {};  // two chains each: one would wait for every addition
+    for (int64_t i = 0, j = 0; i < d; i += 8, j ^= 1) {
+      const f8 v = load(xr + i);
+      square[j] = fma(v, v, square[j]);
+      along[j] = fma(v, load(g + i) * load(gain + i), along[j]);
+    }
+    const float factor = 1 / std::sqrt(total(square[0] + square[1]) / d + eps), mean = total(along[0] + along[1]) / d;
+    const f8 f = all(factor), m = all(factor * factor * mean);
+    for (int64_t i = 0; i < d; i += 8) {
+      const f8 back = fnma(m, load(xr + i), load(g + i) * load(gain + i)) * f;
+      store(dx + r * d + i, dy ? back + load(dy + r * d + i) : back);
+    }
+  }
+}

@@ -1,0 +1,92 @@
+"""A CMS level on the C++ backend: PyTorch's matrix products, and one pass over the tokens for everything between them (csrc/cpu/cms.cpp).
+
+The functions are those of ``chunked.py``, for gelu levels in fp32 on the CPU and without a graph: call under no_grad. The activation and
+its derivative come from one exponential, so the backward multiplies by what the forward kept. SwiGLU levels stay PyTorch's: they come
+from models whose every bit is promised.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...config import CMSConfig
+from ..titans.cpp import library, unavailable
+from . import chunked
+from .chunked import Factors, Level, newton_schulz, outer_add_, refresh_
+from .matrix import times, times_transposed
+
+__all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "unserved"]
+
+_SIZE, _POINTER, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_ARGUMENTS = {
+    "gelu": [_SIZE] * 2 + [_POINTER] * 3, "norm_backward": [_SIZE] * 3 + [_REAL] + [_POINTER] * 5,
+}
+
+
+class Saved(NamedTuple):
+    """x, n, a: as in ``chunked.Saved``.  slope: sigma' at the pre-activations, [B, T, N]."""
+
+    x: Tensor
+    n: Tensor
+    slope: Tensor
+    a: Tensor
+
+
+def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the backend cannot serve a level, or None."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"serves float32 on the CPU, not {dtype} on {device.type}"
+    if config.mlp != "gelu":
+        return f'serves mlp="gelu", not "{config.mlp}"'
+    if config.d_model % 8 or config.hidden % 8:
+        return f"serves widths and hidden widths that are multiples of 8, not {config.d_model} and {config.hidden}"
+    return unavailable()
+
+
+def level_forward(x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool) -> tuple[Tensor, Saved | None]:
+    """``chunked.level_forward``."""
+    width = (x.shape[-1],)
+    if config.norm == "rmsnorm":
+        n = F.rms_norm(x, width, level["norm_gain"], eps)
+    else:
+        n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
+    z = times_transposed(n, level["up"], level.get("up_bias")).contiguous()
+    a, slope = torch.empty_like(z), torch.empty_like(z) if keep else None
+    _call("gelu", z.numel(), torch.get_num_threads(), z, a, slope)
+    y = times_transposed(a, level["down"], level.get("down_bias"))
+    return x + y if residual else y, Saved(x, n, slope, a) if keep else None
+
+
+def level_backward(
+    dy: Tensor, saved: Saved, level: Level, config: CMSConfig, eps: float, *, residual: bool, need_dx: bool
+) -> tuple[Tensor | None, Factors]:
+    """``chunked.level_backward``."""
+    d = times(dy, level["down"]) * saved.slope
+    factors = {"up": (d, saved.n), "down": (dy, saved.a)}
+    if not need_dx:
+        return None, factors
+    dn = times(d, level["up"])
+    if config.norm != "rmsnorm":
+        dx = chunked.norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
+        return dx + dy if residual else dx, factors
+    x, dn, given, gain = saved.x.contiguous(), dn.contiguous(), dy.contiguous() if residual else None, level["norm_gain"].contiguous()
+    dx = torch.empty_like(x)
+    _call("norm_backward", x.shape[:-1].numel(), x.shape[-1], torch.get_num_threads(), eps, x, gain, dn, given, dx)
+    return dx, factors
+
+
+@cache
+def _function(name: str):
+    function = getattr(library(), f"hope_cms_{name}")
+    function.argtypes, function.restype = _ARGUMENTS[name], None
+    return function
+
+
+def _call(name: str, *arguments: int | float | Tensor | None) -> None:
+    _function(name)(*(t.data_ptr() if isinstance(t, Tensor) else t for t in arguments))
