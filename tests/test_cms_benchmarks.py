@@ -10,6 +10,7 @@ import torch
 from benchmarks import bench_cms, bench_continual, bench_rates, gpu, studies
 from benchmarks.bench_cms import Case
 from benchmarks.bench_rates import Cell
+from benchmarks.sources import kernel_hash
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
 WORDS = bytes(range(97, 123)) * 40
@@ -64,7 +65,9 @@ def test_a_study_keeps_its_cases_and_refuses_those_of_another_setting(tmp_path):
     path = str(tmp_path / "study.json")
     studies.Study(path, "what", {"seed": 1, "texts": {"a": "b"}}).put("one", {"x": 1}, total=3)
     again = studies.Study(path, "what", {"seed": 1, "texts": {"a": "b"}})
-    assert again.cases == {"one": {"x": 1}} and json.loads((tmp_path / "study.json").read_text())["total"] == 3
+    one = again.cases["one"]
+    assert list(again.cases) == ["one"] and one["x"] == 1 and one["kernel"] == kernel_hash(one["kernel_of"])
+    assert json.loads((tmp_path / "study.json").read_text())["total"] == 3
     with pytest.raises(ValueError, match=r"another setting \(seed\)"):
         studies.Study(path, "what", {"seed": 2, "texts": {"a": "b"}})
 
