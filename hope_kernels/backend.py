@@ -81,7 +81,8 @@ def resolve_conv_and_gate(config, backend: str | None = None) -> tuple[Callable,
 
 def resolve_cms(config, dtype: torch.dtype, device: torch.device, backend: str | None = None, inner: bool = False) -> ModuleType:
     """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend`` (Triton's with "cuda" too), those in PyTorch
-    where it has none for this configuration. ``inner``: for the pass that learns, which needs no gradient of the parameters; training always runs in PyTorch.
+    where it has none for this configuration. ``inner``: for the pass that learns, which needs no gradient of the parameters; training
+    always runs in PyTorch.
 
     Raises ValueError for an unknown backend.
     """
