@@ -110,7 +110,8 @@ def test_a_captured_decode_step_of_a_layer_goes_on_over_boundaries(first):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"d_model": 64, "num_heads": 2, "chunk_other": 32, "activation": "silu"}, {"momentum": "learned", "adaptive_q": True},
+    {}, pytest.param({"d_model": 64, "num_heads": 2, "chunk_other": 32, "activation": "silu"}, marks=pytest.mark.slow),
+    {"momentum": "learned", "adaptive_q": True},
     {"self_modifying": False, "own_values": False, "target_norm": False, "gate": False},
 ])
 def test_trains_with_the_gradients_of_the_chunked_backend(options):
