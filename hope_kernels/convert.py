@@ -38,10 +38,10 @@ def llama(
     chunks[b * K // L], so the first blocks get the first period. lr: None (the default of CMSConfig at that period), one for all, or one
     per period; 0 freezes its blocks. optimizer: as in CMSConfig.
 
-    Without learning, or with every lr 0, the logits are the original's: bit for bit in fp32 on the CPU with backend="chunked" where
-    both read all tokens in one call without a window (attn_implementation="sdpa"), else to rounding: other backends (the C++ one serves
-    no_grad by default), splits and devices round otherwise, and outside fp32 the original's norms (in fp32) and, in bf16 and fp16, its
-    rotations round more coarsely. RoPE's frequencies are computed from the configuration, and the angles, as in the original, in fp32.
+    Without learning, or with every lr 0, the logits are the original's: bit for bit in fp32 on the CPU where both read all tokens in one
+    call without a window (attn_implementation="sdpa"), else to rounding: other splits and devices round otherwise, and outside fp32 the
+    original's norms (in fp32) and, in bf16 and fp16, its rotations round more coarsely. RoPE's frequencies are computed from the
+    configuration, and the angles, as in the original, in fp32.
 
     Returns a new model in eval mode, of the dtype and on the device of ``hf_model``, and with copies of its weights (so the memory of two
     models while both are held; the original is never changed). While it learns, each sequence has its own MLPs in all blocks with

@@ -150,7 +150,7 @@ class ContinuumMemory(nn.Module):
 
     def _effective(self, l: int, state: CMSState, dtype: torch.dtype | None) -> Level:
         tensors = {name: p if dtype is None else p.to(dtype) for name, p in self._parameters_of(l).items()}
-        own, rank = state.own[l], max(state.rank[l], default=0)
+        own, rank = state.own[l], max([0, *state.rank[l]])
         if not any(own) and not rank:
             return tensors
 
