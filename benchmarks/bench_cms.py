@@ -100,7 +100,11 @@ def _waiting(widths: tuple[int, ...], batches: tuple[int, ...], dtype: str) -> t
     return tuple(W(d, C, B=B, T=T, dtype=dtype) for d in widths for B in batches for C in (16, 64) for T in (32, 64, 128, 256) if T >= C)
 
 
+X = {"dtype": "bf16", "backend": "triton"}
 GPU_CASES = tuple(dict.fromkeys((
+    R(4096, 64, **X), S(1024, 64, **X), R(4096, 4096, **X), F(1024, 512, K=3, B=8, **X),
+    F(1024, 512, K=3, B=8, rows="own", **X), *(R(4096, 64, optimizer=o, **X) for o in OPTIMIZERS[1:]), W(1024, 16, T=128, **X),
+    R(1024, 64, **X), S(4096, 64, **X), NS(4096, backend="triton"), R(1024, 64, B=32, **X),
     R(1024, 64, dtype="bf16"), R(4096, 64, dtype="bf16"), S(1024, 64, dtype="bf16"),
     F(1024, 512, K=3, B=8, dtype="bf16"), F(1024, 512, K=3, B=8, rows="own", dtype="bf16"), NS(1024), NS(4096),
     *_grid((1024, 2048, 4096), "bf16"),
@@ -109,6 +113,7 @@ GPU_CASES = tuple(dict.fromkeys((
     F(4096, 512, B=8, dtype="bf16"), F(1024, 512, K=3, B=8), *_waiting((1024, 4096), (1, 8), "bf16"),
 )))
 QUICK_GPU = (
+    R(256, 64, **X), S(256, 64, **X), F(256, 64, K=2, B=2, rows="own", **X),
     R(256, 64, dtype="bf16"), S(256, 64, dtype="bf16"), W(256, 64, T=128, dtype="bf16"),
     F(256, 64, K=2, B=2, rows="own", dtype="bf16"), NS(256),
 )
@@ -319,10 +324,10 @@ def newton(case: Case, device: str, ceilings: dict, seconds: float, quick: bool,
     return m.rates(record | {"check": check, "sets": len(problems)}, ceilings, case.dtype, case.B * newton_flops(case), nbytes)
 
 
-def one_segment(layer: ContinuumMemory, state, x: Tensor, error: Tensor) -> tuple[Tensor, object]:
+def one_segment(layer: ContinuumMemory, state, x: Tensor, error: Tensor, backend: str | None = None) -> tuple[Tensor, object]:
     """The calls under test: y [B, C, d] and the state that has learned from the segment, in place."""
-    y, state = layer(x, state)
-    return y, layer.refresh(state, error)
+    y, state = layer(x, state, backend=backend)
+    return y, layer.refresh(state, error, backend=backend)
 
 
 def learner(case: Case, device: str) -> tuple[ContinuumMemory, Tensor, Tensor]:
@@ -338,19 +343,19 @@ def segment(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     """Counted: two products forward, dL/dhidden, two gradients (10 d N a token; dL/dx is nobody's here), and the rest of the refresh."""
     layer, x, error = learner(case, device)
 
-    def twice(layer: ContinuumMemory, x: Tensor, error: Tensor) -> dict[str, Tensor]:
-        _, state = one_segment(layer, layer.init_state(case.B), x, error)
-        return {"y": layer(x, state)[0]}
+    def twice(layer: ContinuumMemory, x: Tensor, error: Tensor, backend: str | None) -> dict[str, Tensor]:
+        _, state = one_segment(layer, layer.init_state(case.B), x, error, backend)
+        return {"y": layer(x, state, backend=backend)[0]}
 
-    exact = twice(copy.deepcopy(layer).double(), x.double(), error.double())
-    check = m.compare(twice(layer, x, error), by_hand(layer, x, error), exact)
+    exact = twice(copy.deepcopy(layer).double(), x.double(), error.double(), "chunked")
+    check = m.compare(twice(layer, x, error, case.backend), by_hand(layer, x, error), exact)
     if not check["ok"]:
         return refused(check, "fp64")
     flops, nbytes = refresh_work(case)
     flops += 2 * case.B * case.C * case.weights * 3 / 2
     states = [layer.init_state(case.B) for _ in range(m.sets_for(nbytes, device))]
     # errors of either sign in turn: else the weights would grow without end
-    calls = [partial(one_segment, layer, state, x, sign * error) for sign in (1, -1) for state in states]
+    calls = [partial(one_segment, layer, state, x, sign * error, case.backend) for sign in (1, -1) for state in states]
     record = m.time_calls(calls, device, seconds) | {"check": check, "sets": len(states)}
     record["tokens/s"] = 1e3 * case.B * case.C / record["ms"]["median"]
     return m.rates(record, ceilings, case.dtype, flops, nbytes)
@@ -376,7 +381,7 @@ def pending(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     def through(layer: ContinuumMemory, state, x: Tensor, error: Tensor, slots: int) -> tuple[Tensor, object]:
         with kept(slots):
             for i in range(segments):
-                y, state = one_segment(layer, state, x, (-1) ** i * error)
+                y, state = one_segment(layer, state, x, (-1) ** i * error, case.backend)
             return y, state
 
     def outputs(layer: ContinuumMemory, x: Tensor, error: Tensor, slots: int) -> dict[str, Tensor]:
@@ -412,7 +417,16 @@ def by_hand(layer: ContinuumMemory, x: Tensor, error: Tensor) -> dict[str, Tenso
 
 
 KINDS = {"forward": forward, "refresh": refresh, "segment": segment, "pending": pending, "newton": newton}
-FIRST = 3  # of the GPU's cases, before everything else of its kind
+FIRST = 4  # of the GPU's cases, before everything else of its kind
+
+
+def measured(case: Case, device: str, ceilings: dict, **options) -> dict:
+    """The case's record. Raises Unserved where its backend has no kernels for the levels here, which PyTorch would then serve."""
+    dtype = torch.float32 if case.kind == "newton" else m.DTYPES[case.dtype]
+    ops = resolve_cms(case.config, dtype, torch.device(device), case.backend, inner=True)
+    if case.backend not in (None, "chunked", ops.__name__.rpartition(".")[2]):
+        raise m.Unserved(f"cms: backend {case.backend!r} does not serve d {case.d}, {case.dtype} on {device}")
+    return KINDS[case.kind](case, device, ceilings, **options)
 
 
 def cases(device: str, quick: bool, full: bool = False) -> tuple[Case, ...]:
@@ -424,7 +438,7 @@ def cases(device: str, quick: bool, full: bool = False) -> tuple[Case, ...]:
 def items(device: str, quick: bool, full: bool = False) -> Iterator[tuple[str, dict, Callable]]:
     """(name, the case as data, call with (ceilings)), most important first. full: the whole grid, on a CPU too."""
     for case in cases(device, quick, full):
-        yield case.name, asdict(case), partial(KINDS[case.kind], case, device, seconds=m.seconds(device, quick), quick=quick)
+        yield case.name, asdict(case), partial(measured, case, device, seconds=m.seconds(device, quick), quick=quick)
 
 
 # -- alone --------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import torch
 from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
 
 from .machine import machine, write_json
+from .sources import mark
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "cpu.json")
 CASES = ((64, 16), (256, 16), (256, 64))
@@ -101,7 +102,8 @@ def main() -> None:
     p.add_argument("--out", default=RESULT)
     args = p.parse_args()
     backend = "cpp" if available_backends()["cpp"] is None else "chunked"
-    result = {"what": __doc__.split("\n")[0], "machine": machine(), "peer": "nested-learning 0.2.0", "backend": backend, "cases": []}
+    result = {"what": __doc__.split("\n")[0], "machine": machine(), "peer": "nested-learning 0.2.0", "backend": backend,
+              **mark("layer", backend), "rounds": args.rounds, "cases": []}
     print(f"{'dim':>5}{'chunk':>6}{'ours tok/s':>12}{'default':>10}{'package':>9}{'ratio':>8}{'of GEMM':>9}{'default':>9}"
           f"{'GEMM GF/s':>11}{'error':>9}")
     for d, chunk in CASES:

@@ -11,6 +11,7 @@ the JSON by title.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import os
@@ -25,8 +26,15 @@ from hope_kernels.generation import read
 from hope_kernels.meter import PeakMemory
 
 from .machine import machine, write_json
+from .sources import mark
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "learning.json")
+
+
+def text_bytes(path: str, n: int | None = None) -> bytes:
+    """The first ``n`` bytes of a text file; .gz is unpacked."""
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
+        return f.read()[:n]
 
 
 def variant(model: HopeForCausalLM, lr_scale: float = 1.0, eta_scale: float | None = None) -> HopeForCausalLM:
@@ -72,15 +80,11 @@ def main() -> None:
     p.add_argument("--skip-off", action="store_true", help="only the learning runs")
     p.add_argument("--out", default=RESULT)
     args = p.parse_args()
-    if args.text.endswith(".gz"):
-        import gzip
-
-        data = gzip.open(args.text).read()[: args.bytes]
-    else:
-        data = open(args.text, "rb").read()[: args.bytes]
+    data = text_bytes(args.text, args.bytes)
     model = HopeForCausalLM.from_pretrained(args.model or bundled_models()[0])
     ids = torch.tensor([list(data)])
-    result = {"bytes": len(data), "machine": machine(), "inner_lr": [list(m.learning_rates) for m in model.config.block_cms]}
+    result = {"bytes": len(data), "machine": machine(), **mark("model", device="cpu"),
+              "inner_lr": [list(m.learning_rates) for m in model.config.block_cms]}
     if not args.skip_off:
         result["off"] = bits(model, ids, "off", "learning off")
         result["off_no_memory_writes"] = bits(variant(model, eta_scale=0.0), ids, "off", "no memory writes")

@@ -1,4 +1,4 @@
-"""Which inner learning rate a CMS level of period C needs: the default (0.5 / C; 0.03 for muon) against a search, on two kinds of text.
+"""Which inner learning rate a CMS level of period C needs: the default (``config.default_rate``) against a search, on two kinds of text.
 
     python -m benchmarks.bench_rates [--text FILE --title NAME] [--jobs 2] [--minutes 60] [--out benchmarks/results/rates.json]
 
@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -35,6 +36,12 @@ RESULT = os.path.join(os.path.dirname(__file__), "results", "rates.json")
 PERIODS = (16, 64, 256, 1024, 8192)
 BASE = {"gd": 0.5, "momentum": 0.5, "muon": 0.03}  # octave 0; gd and momentum: over C
 COARSE = {"gd": (-2.0, 0.0, 2.0), "momentum": (-4.0, -2.0, 0.0), "muon": (-2.0, 0.0, 2.0)}
+# one rate for every period: what was the default before this study, and what it made of it
+RULES = {
+    "gd": {"0.5 / C": lambda C: 0.5 / C, "0.25 / C^(3/4)": lambda C: 0.25 * C**-0.75, "1 / (16 sqrt C)": lambda C: 1 / (16 * C**0.5)},
+    "momentum": {"0.5 / C": lambda C: 0.5 / C, "0.05 / C": lambda C: 0.05 / C, "1 / (64 sqrt C)": lambda C: 1 / (64 * C**0.5)},
+    "muon": {"0.03": lambda C: 0.03, "0.03 min(2, sqrt(C / 256))": lambda C: 0.03 * min(2, (C / 256) ** 0.5)},
+}
 FINEST = 0.5
 FURTHEST = 12
 EDGE = 6  # octaves above the best within which the edge is looked for
@@ -56,11 +63,13 @@ class Cell:
     def rate(self, octave: float) -> float:
         return BASE[self.optimizer] * 2.0**octave / (1 if self.optimizer == "muon" else self.C)
 
+    def octave(self, rate: float) -> float:
+        return round(math.log2(rate / self.rate(0)), 6) + 0.0
+
     @property
     def default(self) -> float:
         """The octave of the rate a configuration without ``lr`` has."""
-        lr = CMSConfig(1, (self.C,), optimizer=self.optimizer).learning_rates[0]
-        return round(math.log2(lr / self.rate(0)), 6) + 0.0
+        return self.octave(CMSConfig(1, (self.C,), optimizer=self.optimizer).learning_rates[0])
 
 
 def length(C: int, least: int = LEAST, most: int = MOST) -> int:
@@ -243,8 +252,8 @@ def summary(cases: dict, cells: list[Cell]) -> list[dict]:
 
 
 def rules(cases: dict, cells: list[Cell]) -> dict:
-    """Per optimizer: the one octave for all periods and texts that loses least against each cell's best, beside the default's loss. Of
-    the cells whose coarse rates have been tried."""
+    """Per optimizer what a rule for all periods and texts loses against each cell's best: the default, the best common octave, and
+    ``RULES``. Of the cells whose coarse rates have been tried."""
     result = {}
     for optimizer in dict.fromkeys(c.optimizer for c in cells):
         found = [(c, tried(cases, c)) for c in cells if c.optimizer == optimizer]
@@ -252,17 +261,21 @@ def rules(cases: dict, cells: list[Cell]) -> dict:
         if not found:
             continue
 
-        def loss(octave: float | None, found=found) -> list[float]:
-            return [between(t, c.default if octave is None else octave) / min(t.values()) - 1 for c, t in found]
+        def loss(octave: Callable[[Cell], float], found=found) -> list[float]:
+            return [between(t, octave(c)) / min(t.values()) - 1 for c, t in found]
 
         def total(octave: float) -> float:
-            return math.inf if any(map(math.isnan, loss(octave))) else sum(loss(octave))
+            losses = loss(lambda c: octave)
+            return math.inf if any(map(math.isnan, losses)) else sum(losses)
 
         candidates = [k / 2 for k in range(-2 * FURTHEST, 2 * FURTHEST + 1)]
         best = min(candidates, key=lambda k: (total(k), k))
         served = math.isfinite(total(best))
-        result[optimizer] = {"cells": len(found), "default": excess(loss(None)), "best_octave": best if served else None,
-                             "best_base": BASE[optimizer] * 2.0**best if served else None, "best": excess(loss(best))}
+        result[optimizer] = {
+            "cells": len(found), "default": excess(loss(lambda c: c.default)), "best_octave": best if served else None,
+            "best_base": BASE[optimizer] * 2.0**best if served else None, "best": excess(loss(lambda c, best=best: best)),
+            "tried": {name: excess(loss(lambda c, rule=rule: c.octave(rule(c.C)))) for name, rule in RULES[optimizer].items()},
+        }
     return result
 
 
@@ -304,10 +317,10 @@ def table(result: dict) -> str:
 
     for optimizer, r in result["rules"].items():
         unit = "" if optimizer == "muon" else " / C"
-        line = f"{optimizer}: bits above those of each row's best rate: by default {of(r['default'])}"
+        said = [f"by default {of(r['default'])}", *(f"with {name} {of(e)}" for name, e in r["tried"].items())]
         if r["best_octave"] is not None:
-            line += f"; with {r['best_base']:.3g}{unit}, the best single rule, {of(r['best'])}"
-        rows.append(f"- {line}.")
+            said.append(f"with {r['best_base']:.3g}{unit}, the best of this form, {of(r['best'])}")
+        rows.append(f"- {optimizer}: bits above those of each row's best rate: {'; '.join(said)}.")
     return "\n".join(rows)
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
 from .machine import machine, write_json
+from .sources import mark
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "recall.json")
 KEYS = VALUES = 32
@@ -165,7 +166,7 @@ def main() -> None:
     for name, chunk, clip, dgd, seed in runs():
         if (name, seed) in done or (args.only and name not in args.only) or (args.seeds and seed not in args.seeds):
             continue
-        result["runs"].append({"name": name, **train(args, chunk, clip, dgd, seed)})
+        result["runs"].append({"name": name, **mark("model", device="cpu"), **train(args, chunk, clip, dgd, seed)})
         write_json(args.out, result)
     print(f"{'':24}{'once':>8}{'repeated':>10}{'updated':>9}")
     for r in result["runs"]:

@@ -40,7 +40,7 @@ from .machine import machine, write_json  # noqa: E402
 
 PROVIDERS = (
     "hope_kernels.ops.conv.triton", "hope_kernels.ops.output_gate.triton", "hope_kernels.ops.triton_sum",
-    "hope_kernels.ops.titans.triton_tiles", "hope_kernels.ops.titans.triton_backward_tiles",
+    "hope_kernels.ops.titans.triton_tiles", "hope_kernels.ops.titans.triton_backward_tiles", "hope_kernels.ops.cms.triton_tiles",
 )
 CACHE = compile_cuda.CACHE
 COLUMNS = (

@@ -1,6 +1,6 @@
 """One command for any CUDA machine: correctness first, then speed, most important first, inside a time budget.
 
-    python -m benchmarks.gpu [--minutes 8] [--only NAME ...] [--quick] [--resume] [--out DIR]
+    python -m benchmarks.gpu [--minutes 8] [--only NAME ...] [--quick] [--resume] [--out DIR] [--against DIR]
 
 Writes DIR/<device>/{env,correctness,ops,layers,model,cms,peers}.json (DIR: benchmarks/results). Each file holds "stamp" (commit, source
 hash, date), "cases", one record a name with a "status": ok, refused (wrong result, hence no time), skipped (with the reason), failed,
@@ -8,8 +8,9 @@ died, started; and, once a run has ended, "missing": what it did not measure, an
 loses nothing; --resume keeps what is there for the same code and goes on.
 
 Measurements run in a child process under a watchdog: a kernel that hangs or breaks the CUDA context costs its own case, and the next child
-goes on behind it. Without a CUDA device the backends of the CPU are measured (3 minutes suffice on two cores), every case beside a copy
-and a matrix product of the same moment, whose rates are the ceilings in its record.
+goes on behind it. At the end it says what is slower, faster or no longer right against the committed results of this device (or --against)
+by more than the spread of the times. Without a CUDA device the backends of the CPU are measured (3 minutes suffice on two cores), every
+case between copies and matrix products of the same moment, whose rates are the ceilings in its record.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from pathlib import Path
 
 import torch
 
-from . import gpu_library
+from . import gpu_library, report
 from . import measure as m
 from .machine import machine, write_json
+from .sources import kernel_hash
 
 RESULTS = m.ROOT / "benchmarks" / "results"
 SECTIONS = ("env", "correctness", "ops", "layers", "model", "cms", "peers")
@@ -162,6 +164,7 @@ def measure(device: str, results: dict[str, Results], args, until: float, items:
         store = results[section]
         if name in store.cases or not wanted(args.only, section, name):
             continue
+        case = case and case | {"device": device}
         if time.time() > until:
             print(f"  the time is up before {section}: {name}")
             return 0
@@ -185,7 +188,8 @@ def measure(device: str, results: dict[str, Results], args, until: float, items:
         except Exception as e:  # whatever else: recorded, and the CUDA context may be broken
             record, restart = {"status": "failed", "reason": f"{type(e).__name__}: {e}"[:2000]}, device == "cuda"
         faulthandler.cancel_dump_traceback_later()
-        store.put(name, {"case": case} | record | {"seconds": round(time.time() - began, 2)})
+        kernel = kernel_hash(case)
+        store.put(name, {"case": case} | record | {"seconds": round(time.time() - began, 2)} | ({"kernel": kernel} if kernel else {}))
         print(line(section, name, store.cases[name]), flush=True)
         if restart:
             return RESTART
@@ -347,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--quick", action="store_true", help="small sizes, no tests: does the command itself work")
     p.add_argument("--resume", action="store_true", help="keep what is there for the same commit and source")
     p.add_argument("--out", metavar="DIR", help="folder of the result folders")
+    p.add_argument("--against", metavar="DIR", help="a device's folder to compare with (default: what is committed for this device)")
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
@@ -359,6 +364,10 @@ def main(argv: list[str] | None = None) -> int:
     if not args.child:
         folder = folder.resolve() / (slug(device) + "-quick" * args.quick)
     mark = stamp(args.quick)
+    try:
+        earlier = {} if args.child else report.read(Path(args.against)) if args.against else report.committed(RESULTS / slug(device))
+    except ValueError as e:
+        p.error(str(e))
 
     def opened(section: str) -> Results:
         old = (lambda n: True) if args.child or args.resume else (lambda n: not wanted(args.only, section, n))
@@ -386,6 +395,8 @@ def main(argv: list[str] | None = None) -> int:
         measure(device, results, args, until)
     for text in ratios(results["ops"].cases, results["peers"].cases):
         print(text)
+    for name, text in report.changes(earlier, {section: store.data for section, store in results.items()}):
+        print(f"{name}: {text}")
     for section, store in results.items():
         counts: dict[str, int] = {}
         for record in store.cases.values():

@@ -12,6 +12,9 @@ import torch
 
 from hope_kernels.state import write_atomically
 
+# of the working tree; results and what is made of them may have changed
+CODE = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)*.md")
+
 
 def machine() -> dict:
     """Processor, cores, versions, commit and date of this run."""
@@ -32,7 +35,7 @@ def machine() -> dict:
         "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain")),
+        "commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *CODE)),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

@@ -293,7 +293,7 @@ def items(device: str, quick: bool) -> Iterator[tuple[str, dict, Callable]]:
 
     loops = []
     for d, chunk in PACKAGE_SHAPES:
-        shape = {"D": d, "N": d, "C": chunk, "H": 1, "B": 1, "T": T, "long": long, "dtype": "fp32"}
+        shape = {"kind": "package", "D": d, "N": d, "C": chunk, "H": 1, "B": 1, "T": T, "long": long, "dtype": "fp32"}
         loops.append((f"package C{chunk} D{d}", shape, partial(package, d, chunk, T, long, device, seconds=seconds)))
     if device != "cuda":
         sizes = [QUICK_CPU()] if quick else [ON_CPU(), ON_CPU(C=16)]

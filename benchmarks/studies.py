@@ -17,6 +17,7 @@ from hope_kernels.generation import Reading, read
 from hope_kernels.model import ASSETS
 
 from .machine import machine, write_json
+from .sources import mark
 
 KJV = os.path.join(ASSETS, "kjv-john-acts.txt.gz")  # what the bundled model's training held out
 KJV_TITLE = "John and Acts (KJV)"
@@ -114,8 +115,8 @@ class Study:
         return self.data["cases"]
 
     def put(self, name: str, record: dict, **more) -> None:
-        """Adds a case, and ``more`` (what follows from all cases) at the top level."""
-        self.cases[name] = record
+        """Adds a case, with a hash of the code it measured, and ``more`` (what follows from all cases) at the top level."""
+        self.cases[name] = record | mark("model", device="cuda" if torch.cuda.is_available() else "cpu")
         self.data |= more
         if self.path is not None:
             write_json(self.path, self.data)

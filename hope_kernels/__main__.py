@@ -92,12 +92,18 @@ class Progress:
 def generate_command(args) -> int:
     if not args.save_every >= 0:
         raise ValueError(f"--save-every is {args.save_every}, expected a number of seconds, or 0 for never")
+    from .model import ModelState
+
     model = load_model(args.model, args.device)
     if model.config.vocab_size != 256:
         raise ValueError(f"this command reads bytes; the model has {model.config.vocab_size} token ids")
     state, note = model.init_state(1), None
     if args.session and os.path.exists(args.session):
         state, note = load_state(args.session, args.device), load_note(args.session)
+        if not isinstance(state, ModelState):
+            raise ValueError(f"session {args.session} holds a {type(state).__name__}, expected the state of a whole model")
+    elif args.session and not os.path.isdir(os.path.dirname(os.path.abspath(args.session))):
+        raise FileNotFoundError(f"session {args.session}: its folder does not exist")  # rather now than after hours of reading
     unread = b"" if state.unread is None else bytes(state.unread.flatten().tolist())
     with opened_prompt(args) as file, Interrupt() if args.session else contextlib.nullcontext() as interrupt:
         prompt = Prompt(prompt_name(args), file, (args.prompt or "").encode(), unread, args.device)

@@ -80,8 +80,9 @@ def resolve_conv_and_gate(config, backend: str | None = None) -> tuple[Callable,
 
 
 def resolve_cms(config, dtype: torch.dtype, device: torch.device, backend: str | None = None, inner: bool = False) -> ModuleType:
-    """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend``, those in PyTorch where it has none for this
-    configuration. ``inner``: for the pass that learns, which needs no gradient of the parameters; training always runs in PyTorch.
+    """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend`` (Triton's with "cuda" too), those in PyTorch
+    where it has none for this configuration. ``inner``: for the pass that learns, which needs no gradient of the parameters; training
+    always runs in PyTorch.
 
     Raises ValueError for an unknown backend.
     """
@@ -90,7 +91,13 @@ def resolve_cms(config, dtype: torch.dtype, device: torch.device, backend: str |
 
     if backend not in (None, *BACKENDS):
         raise ValueError(f"cms: unknown backend {backend!r}, expected one of {BACKENDS}")
-    graph = torch.is_grad_enabled() and not inner
-    if backend in (None, "cpp") and not graph and compiled.unserved(config, dtype, device) is None:
+    if torch.is_grad_enabled() and not inner:
+        return chunked
+    if backend in (None, "cpp") and compiled.unserved(config, dtype, device) is None:
         return compiled
+    if backend in ("triton", "cuda") and _unavailable("triton") is None:
+        from .ops.cms import triton
+
+        if triton.unserved(config, dtype, device) is None:
+            return triton
     return chunked

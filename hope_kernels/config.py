@@ -160,11 +160,22 @@ class TitansConfig(_Config):
         return full + ("eta",) + (("alpha",) if self.retention else ())
 
 
+def default_rate(optimizer: str, C: int) -> float:
+    """Inner learning rate of a level with period C.
+
+    0.25 / C^(3/4) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon. The gradient is a sum over C tokens, which
+    muon normalises. Chosen by ``benchmarks.bench_rates``, from periods of 16 to 8192 tokens.
+    """
+    if optimizer == "muon":
+        return 0.03 * min(2.0, math.sqrt(C / 256))
+    return 1 / (64 * math.sqrt(C)) if optimizer == "momentum" else 0.25 * C**-0.75
+
+
 @dataclass(frozen=True)
 class CMSConfig(_Config):
     """A Continuum Memory System (Nested Learning eq 70-74): one MLP per level, level l refreshed every ``chunks[l-1]`` tokens.
 
-    ``lr`` is None (0.5 / C^(l) for gd and momentum, 0.03 for muon), one float, or one per level; 0 freezes a level.
+    ``lr`` is None (``default_rate`` of each level's period), one float, or one per level; 0 freezes a level.
     """
 
     d_model: int
@@ -220,7 +231,7 @@ class CMSConfig(_Config):
     def learning_rates(self) -> tuple[float, ...]:
         """lr_l per level, level 1 first."""
         if self.lr is None:
-            return tuple(0.03 if self.optimizer == "muon" else 0.5 / c for c in self.chunks)
+            return tuple(default_rate(self.optimizer, c) for c in self.chunks)
         if isinstance(self.lr, tuple):
             return self.lr
         return (self.lr,) * len(self.chunks)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .decode import Decoder
+from .ops.check import check_lengths
 
 PIECE = 4096  # tokens read per forward call: bounds activations and logits, whatever the prompt's length
 
@@ -58,16 +59,16 @@ def read(
     """
     if callable(ids) and lengths is not None:
         raise ValueError(f"read: argument lengths is {lengths}, expected None where ids is a function")
-    take, lengths = (ids, None) if callable(ids) else (_slices(ids), [ids.shape[1]] * ids.shape[0] if lengths is None else list(lengths))
+    take, lengths = (ids, None) if callable(ids) else (_slices(ids), check_lengths("read", lengths, *ids.shape))
     # pieces end on segment boundaries, so that whole segments are read in one call
     align = model.segment or 1
     piece = max(piece // align, 1) * align
-    now = take(piece - (0 if state is None else state.pos[0] % align))
+    now = take(piece - (0 if state is None or not state.batch else state.pos[0] % align))
     B = now.shape[0]
     state = model.init_state(B) if state is None else state
     nats = torch.zeros(B, dtype=torch.float64, device=now.device)
     predicted, at, finished = [0] * B, 0, True
-    while now.shape[1] and (lengths is None or at < max(lengths)):
+    while now.shape[1] and (lengths is None or at < max(lengths, default=0)):
         end = at + now.shape[1] if lengths is None else min(at + now.shape[1], max(lengths))
         now, ahead = now[:, : end - at], take(piece)
         if should_stop is not None and should_stop():

@@ -41,6 +41,21 @@ class ModelState(State):
     snapshot: list
     unread: Tensor | None = None
 
+    def bind(self, module: nn.Module, where: str) -> None:
+        super().bind(module, where)
+        for block, mixer, cms in zip(module.blocks, self.mixers, self.cms):
+            mixer.owner = block.mixer
+            if cms is not None:
+                cms.owner = block.cms
+
+    def apart(self):
+        """The same state for a call in grad mode: whatever later advances what that call returns, in place or not, leaves this one as it
+        is. Attention's keys are shared, which are only ever appended to."""
+        mixers, snapshot = ([m.snapshot() for m in of] for of in (self.mixers, self.snapshot))
+        cms = [c and c.clone() for c in self.cms]
+        counters = {n: Counters(getattr(self, n)) for n in ("pos", "seen")}
+        return replace(self, mixers=mixers, cms=cms, ids=self.ids.clone(), snapshot=snapshot, **counters)
+
     def synchronize(self):
         """As for any state. Where a replayed graph of the model has moved the mixers, the model's counters follow as with learn="off".
 
@@ -125,6 +140,8 @@ class HopeForCausalLM(nn.Module):
             state = self.init_state(ids.shape[0])
         check_state(name, state, ModelState, self.config, ids.shape[0])
         state.bind(self, name)
+        if given is not None and torch.is_grad_enabled():
+            state = given.apart()
         learning = learn == "next_token" and self.learns
         if wavefront is not None and learning:
             raise ValueError(f"{name}: argument wavefront is {wavefront}, expected None with learn='next_token': a segment's loss is known "
@@ -166,8 +183,10 @@ class HopeForCausalLM(nn.Module):
         if cms is None:
             return h, mixer
         ops = resolve_cms(cms.config, h.dtype, h.device, backend, inner is not None)
-        if inner is None:
-            return cms_forward(h, level, cms.config, cms.mix, cms.norm_eps, ops), mixer
+        below = inner is not None and not h.requires_grad and not cms.learns  # nothing up to here learns: no graph, no backward
+        if inner is None or below:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not below):
+                return cms_forward(h, level, cms.config, cms.mix, cms.norm_eps, ops), mixer
         return cms_learn(h, level, cms.config, inner.sinks[i], inner.anchor, cms.mix, cms.norm_eps, ops), mixer
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:

@@ -111,8 +111,8 @@ def resume(note: dict | None, prompt: Prompt, path: str) -> dict | None:
     A run that was reading goes on with its own prompt: raises ValueError, naming both, for one that does not begin with what was read
     (it may have grown since). One that was writing goes on if its whole prompt is given; any other is a new text, to read after it.
     """
-    if note is None:
-        return None
+    if not isinstance(note, dict) or not note.keys() >= {"phase", "prompt", "bytes", "sha256", "written"}:
+        return None  # none, or another program's
     if note["phase"] == "writing":
         prompt.rewindable()
         if prompt.skip(note["bytes"], note["sha256"]) and prompt.ended():

@@ -114,7 +114,7 @@ class State:
         return self
 
     def detach(self):
-        """The same values cut from the autograd graph."""
+        """The same values cut from the autograd graph. Tensors are shared: who advances one of the two in place uses ``clone`` as well."""
         return self._mapped(lambda t: t.detach(), lambda c: Counters(c))
 
     def select(self, idx):
@@ -320,6 +320,8 @@ def _opened(path: str | os.PathLike, device: str, where: str) -> Iterator[tuple[
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{where}: no file {path}")
+    if os.path.isdir(path):
+        raise ValueError(f"{where}: {path} is a folder, expected a file")
     try:
         with safe_open(path, framework="pt", device=device) as f:
             meta = f.metadata() or {}

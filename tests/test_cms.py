@@ -467,3 +467,10 @@ def test_wrong_types():
     with pytest.raises(TypeError, match="expected a CMSState"):
         layer(z(1, 1, D), TitansConfig(D))
     assert isinstance(layer.init_state(2), CMSState)
+
+
+def test_default_rates():
+    rates = {"gd": (1 / 32, 0.25 / 64**0.75, 1 / 256), "momentum": (1 / 256, 1 / 512, 1 / 1024), "muon": (0.0075, 0.015, 0.03)}
+    for optimizer, want in rates.items():
+        np.testing.assert_allclose(CMSConfig(8, (16, 64, 256), optimizer=optimizer).learning_rates, want, rtol=1e-12)
+    assert CMSConfig(8, (1024, 65536), optimizer="muon").learning_rates == (0.06, 0.06)

@@ -10,6 +10,7 @@ import torch
 from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, gpu, studies
 from benchmarks.bench_cms import Case
 from benchmarks.bench_rates import Cell
+from benchmarks.sources import kernel_hash
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
 WORDS = bytes(range(97, 123)) * 40
@@ -64,7 +65,9 @@ def test_a_study_keeps_its_cases_and_refuses_those_of_another_setting(tmp_path):
     path = str(tmp_path / "study.json")
     studies.Study(path, "what", {"seed": 1, "texts": {"a": "b"}}).put("one", {"x": 1}, total=3)
     again = studies.Study(path, "what", {"seed": 1, "texts": {"a": "b"}})
-    assert again.cases == {"one": {"x": 1}} and json.loads((tmp_path / "study.json").read_text())["total"] == 3
+    one = again.cases["one"]
+    assert list(again.cases) == ["one"] and one["x"] == 1 and one["kernel"] == kernel_hash(one["kernel_of"])
+    assert json.loads((tmp_path / "study.json").read_text())["total"] == 3
     with pytest.raises(ValueError, match=r"another setting \(seed\)"):
         studies.Study(path, "what", {"seed": 2, "texts": {"a": "b"}})
 
@@ -106,24 +109,26 @@ def made(cell: Cell, curve: dict[float, float], off: float = 2.0) -> dict:
 
 
 def test_what_is_concluded_from_the_cases():
-    gd, muon = Cell("gd", 64, "a"), Cell("muon", 64, "b")
+    gd, muon = Cell("gd", 16, "a"), Cell("muon", 256, "b")  # where the defaults are 0.5 / C and 0.03
     cases = made(gd, {-2.0: 0.95, 0.0: 0.9, 1.0: 0.88, 2.0: 0.92, 4.0: 1.1, 6.0: math.inf})
     cases |= made(muon, {-2.0: 0.9, 0.0: 0.8, 2.0: math.inf})
-    first, second = bench_rates.summary(cases, [gd, muon, Cell("gd", 16, "a")])
-    assert first["best_octave"] == 1 and first["best_lr"] == 2 * first["default_lr"] == 1 / 64 and not first["finished"]
+    first, second = bench_rates.summary(cases, [gd, muon, Cell("gd", 64, "a")])
+    assert first["best_octave"] == 1 and first["best_lr"] == 2 * first["default_lr"] == 1 / 16 and not first["finished"]
     assert first["default_on_over_off"] == pytest.approx(0.9) and first["best_on_over_off"] == pytest.approx(0.88)
-    assert first["edge_octave"] == 4 and first["edge_lr"] == 8 / 64 and not first["edge_diverged"]
+    assert first["edge_octave"] == 4 and first["edge_lr"] == 8 / 16 and not first["edge_diverged"]
     assert second["best_lr"] == 0.03 and second["edge_lr"] == 0.12 and second["edge_diverged"]
     rules = bench_rates.rules(cases, [gd, muon])
     assert rules["gd"]["best_base"] == 1 and rules["gd"]["default"]["max_excess"] == pytest.approx(0.9 / 0.88 - 1)
     assert rules["muon"]["best"]["mean_excess"] == 0
+    tried = rules["gd"]["tried"]
+    assert tried["0.25 / C^(3/4)"] == rules["gd"]["default"] != tried["1 / (16 sqrt C)"]
     lines = bench_rates.table(bench_rates.conclusions(cases, [gd, muon])).splitlines()
-    assert "| gd | 64 | a | 0.00781 | 0.900 | 0.0156 | 2 x | 0.880 | 0.125 |" in lines
-    assert "| muon | 64 | b | 0.03 | 0.800 | 0.03 | 1 x | 0.800 | 0.12 (diverges) |" in lines
+    assert "| gd | 16 | a | 0.0312 | 0.900 | 0.0625 | 2 x | 0.880 | 0.5 |" in lines
+    assert "| muon | 256 | b | 0.03 | 0.800 | 0.03 | 1 x | 0.800 | 0.12 (diverges) |" in lines
 
 
 def test_one_rule_for_two_texts_is_between_their_best_rates():
-    a, b = Cell("gd", 64, "a"), Cell("gd", 64, "b")
+    a, b = Cell("gd", 16, "a"), Cell("gd", 16, "b")
     cases = made(a, {k: 0.9 + 0.02 * k**2 for k in (-2.0, 0.0, 2.0)})
     cases |= made(b, {k: 0.5 + 0.02 * (k - 2) ** 2 for k in (-2.0, 0.0, 2.0, 4.0)})
     rule = bench_rates.rules(cases, [a, b])["gd"]
@@ -131,7 +136,7 @@ def test_one_rule_for_two_texts_is_between_their_best_rates():
     assert bench_rates.between({0.0: 0.5, 2.0: 2.0}, 1.0) == pytest.approx(1) and math.isnan(bench_rates.between({0.0: 0.5}, 1.0))
     assert bench_rates.between({0.0: 0.5, 2.0: math.inf}, 1.0) == math.inf
     began = made(a, {-2.0: 0.9})
-    assert "| gd | 64 | a | 0.00781 | not tried | 0.00195 | 0.25 x | 0.900 | not reached |" in bench_rates.table(
+    assert "| gd | 16 | a | 0.0312 | not tried | 0.00781 | 0.25 x | 0.900 | not reached |" in bench_rates.table(
         bench_rates.conclusions(began, [a]))
     assert bench_rates.rules(began, [a]) == {}
     diverged = bench_rates.rules(made(a, {-2.0: 0.9, 0.0: math.inf, 2.0: math.inf}), [a])["gd"]
@@ -286,6 +291,13 @@ def test_a_segment_and_waiting_factors_pass_their_checks():
     for optimizer in bench_cms.OPTIMIZERS:
         record = run(Case("segment", 16, 8, B=2, optimizer=optimizer))
         assert record["check"]["ok"] and record["tokens/s"] > 0
+
+
+def test_a_backend_without_kernels_for_a_case_is_not_measured_under_its_name():
+    for case in (Case("segment", 16, 8, dtype="bf16", backend="cpp"), Case("refresh", 16, 8, dtype="bf16", backend="cpp")):
+        with pytest.raises(bench_cms.m.Unserved, match="'cpp' does not serve d 16, bf16"):
+            bench_cms.measured(case, "cpu", {}, seconds=0.01, quick=True)
+    assert bench_cms.measured(Case("segment", 16, 8, backend="chunked"), "cpu", {}, seconds=0.01, quick=True)["check"]["ok"]
 
 
 def test_a_segment_that_learns_something_else_is_refused(monkeypatch):

@@ -72,6 +72,12 @@ def test_same_bits_without_learning(options):
             assert torch.equal(logits(ours, sequence, learn=mode), expected), (sequence.shape, mode)
 
 
+def test_same_bits_at_widths_that_compiled_backends_serve():
+    theirs = original(hidden_size=32, intermediate_size=48)
+    ours, sequence = hk.convert.llama(theirs, (4, 8)), ids(2, 37)
+    assert torch.equal(logits(ours, sequence), logits(theirs, sequence))
+
+
 def test_bits_need_the_angles_of_the_original(tmp_path):
     theirs = original()
     ours = hk.convert.llama(theirs, 4)
@@ -139,7 +145,7 @@ def test_periods_and_rates_by_block():
     assert periods(hk.convert.llama(theirs, [8, 4, 12])) == [(8,), (8,), (4,), (4,), (12,)]
     assert periods(hk.convert.llama(theirs, 16)) == [(16,)] * 5
     rates = lambda **options: [c.learning_rates for c in hk.convert.llama(theirs, (4, 8), **options).config.cms]
-    assert rates() == [(0.125,)] * 3 + [(0.0625,)] * 2
+    assert rates() == [(0.25 * 4**-0.75,)] * 3 + [(0.25 * 8**-0.75,)] * 2
     assert rates(lr=[0.5, 0]) == [(0.5,)] * 3 + [(0,)] * 2
     assert rates(lr=0.25, optimizer="momentum") == [(0.25,)] * 5
     assert {c.optimizer for c in hk.convert.llama(theirs, 4, optimizer="muon").config.cms} == {"muon"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from numerics import random_layer, within_yardstick
 
-from hope_kernels import TitansConfig
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 from hope_kernels.ops import cpu
 from hope_kernels.ops.conv.chunked import causal_conv_chunked
 from hope_kernels.ops.output_gate.chunked import output_gate_chunked
@@ -131,3 +131,29 @@ def test_the_gradient_of_a_layer_by_hand(config, lengths, update):
     for name, a, b, c in zip(("y", "dx"), ours, peer, exact):
         within_yardstick(a, b, c, name)
     assert not ours[1][1, lengths[1] :].any()
+
+
+def small_model() -> HopeForCausalLM:
+    return HopeForCausalLM(HopeConfig(32, 16, 2, num_heads=2, cms=CMSConfig(16, (4, 8), expansion=2.0))).eval()
+
+
+def test_the_library_is_never_handed_another_dtype():
+    one, config, ids = small_model(), TitansConfig(16, num_heads=2), torch.randint(0, 32, (2, 60))
+    with torch.no_grad():
+        _, state = one(ids)
+        for dtype in (torch.bfloat16, torch.float64):
+            with pytest.raises(ValueError, match="has dtype"):
+                one(ids, state.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "autocast" in cpp.unserved(config, torch.float32, torch.device("cpu"))
+            with pytest.raises(ValueError, match="autocast"):
+                one(ids, backend="cpp")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("learn", ["off", "next_token"])
+def test_nothing_to_read(shape, learn):
+    one = small_model()
+    with torch.no_grad():
+        logits, state = one(torch.zeros(shape, dtype=torch.long), learn=learn)
+    assert logits.shape == (*shape, 32) and state.pos == [0] * shape[0]

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig, available_backends
-from hope_kernels.backend import resolve_conv_and_gate
+from hope_kernels.backend import resolve_cms, resolve_conv_and_gate
+from hope_kernels.ops.cms import chunked as cms_chunked
 from hope_kernels.ops.conv.chunked import causal_conv_chunked
 from hope_kernels.ops.output_gate.chunked import output_gate_chunked
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(available_backends()["triton"] is not None, reason=f"triton: {available_backends()['triton']}")
+from hope_kernels.ops.cms import triton as cms_triton  # noqa: E402
 from hope_kernels.ops.conv.triton import causal_conv_triton  # noqa: E402
 from hope_kernels.ops.output_gate.triton import output_gate_triton  # noqa: E402
 
@@ -22,8 +24,13 @@ def made(**options):
     return layer, torch.randn(2, 18, 32, device=DEVICE)
 
 
-def test_one_choice_picks_all_three():
-    config = TitansConfig(64)
+def test_one_choice_picks_all():
+    config, cms, at = TitansConfig(64), CMSConfig(64, (4,)), (torch.float32, torch.device(DEVICE))
+    with torch.no_grad():
+        assert resolve_cms(cms, *at, "triton") is resolve_cms(cms, *at, "cuda") is cms_triton
+        assert resolve_cms(cms, torch.float64, at[1], "triton") is cms_chunked
+        assert cms_triton not in (resolve_cms(cms, *at, b) for b in (None, "chunked", "cpp", "reference"))
+    assert resolve_cms(cms, *at, "triton") is cms_chunked and resolve_cms(cms, *at, "triton", inner=True) is cms_triton
     assert resolve_conv_and_gate(config, "triton") == (causal_conv_triton, output_gate_triton)
     for backend in (None, "chunked", "cpp", "reference"):
         assert resolve_conv_and_gate(config, backend) == (causal_conv_chunked, output_gate_chunked)
@@ -103,7 +110,8 @@ def test_a_captured_decode_step_of_a_layer_goes_on_over_boundaries(first):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"d_model": 64, "num_heads": 2, "chunk_other": 32, "activation": "silu"}, {"momentum": "learned", "adaptive_q": True},
+    {}, pytest.param({"d_model": 64, "num_heads": 2, "chunk_other": 32, "activation": "silu"}, marks=pytest.mark.slow),
+    {"momentum": "learned", "adaptive_q": True},
     {"self_modifying": False, "own_values": False, "target_norm": False, "gate": False},
 ])
 def test_trains_with_the_gradients_of_the_chunked_backend(options):
@@ -134,3 +142,26 @@ def test_a_model_learns_while_it_reads():
     assert (ours - off).abs().max() > 10 * (ours - want).abs().max()  # it did learn
     for mine, theirs in zip(state.cms[1].tensors(), other.cms[1].tensors()):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer, mlp", [("gd", "gelu"), ("momentum", "swiglu")])
+def test_a_model_learns_as_on_the_chunked_backend(optimizer, mlp):
+    """In one call, and in two that meet inside a segment, ragged."""
+    torch.manual_seed(0)
+    cms = CMSConfig(32, (4, 8), optimizer=optimizer, mlp=mlp, expansion=2.0, lr=0.02)
+    titans = TitansConfig(32, chunk_memory=16, chunk_other=16)
+    model = HopeForCausalLM(HopeConfig(16, 32, 1, titans=titans, cms=cms)).to(DEVICE)
+    ids, lengths = torch.randint(0, 16, (2, 10), device=DEVICE), [10, 5]
+    with torch.no_grad():
+        want, _ = model(ids, lengths=lengths, learn="next_token", backend="chunked")
+        whole, state = model(ids, lengths=lengths, learn="next_token", backend="triton")
+        frozen, _ = model(ids, lengths=lengths, backend="triton")
+        parts, other = [], model.init_state(2)
+        for piece, n in ((ids[:, :6], [6, 3]), (torch.stack([ids[0, 6:], ids[1, 3:7]]), [4, 2])):
+            logits, other = model(piece, other, lengths=n, learn="next_token", backend="triton")
+            parts.append(logits)
+    torch.testing.assert_close(whole, want, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(torch.cat(parts, 1)[0], whole[0], rtol=2e-4, atol=2e-5)
+    assert (whole - frozen).abs().max() > 1e-3
+    for a, b in zip(state.cms[0].tensors(), other.cms[0].tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)

@@ -266,3 +266,18 @@ def test_pretrained_round_trip(tmp_path):
         again = HopeForCausalLM.from_pretrained(tmp_path / name)
         assert again.config == model.config
         assert torch.equal(again(ids(1, 9))[0], model(ids(1, 9))[0])
+
+
+@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
+@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 2)])
+def test_frozen_blocks_are_as_blocks_that_learn_next_to_nothing(mixer, frozen):
+    """Blocks below the first that learns take no part in the backward; what the others learn does not know."""
+    ids, logits = torch.randint(0, V, (2, 30), generator=torch.Generator().manual_seed(0)), []
+    for least in (0.0, 1e-300):
+        rates = [least if b in frozen else 0.05 for b in range(3)]
+        model = tiny(mixer, layers=3, cms=tuple(CMSConfig(8, (4, 8), expansion=2.0, lr=r) for r in rates))
+        with torch.no_grad():
+            logits.append(model(ids, lengths=[30, 17], learn="next_token")[0])
+    assert relative(*logits) < 1e-12
+    with torch.no_grad():
+        assert not torch.equal(logits[0], model(ids, lengths=[30, 17])[0])

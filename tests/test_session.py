@@ -261,6 +261,27 @@ def test_a_note_is_for_whoever_writes_it(tmp_path):
         load_note(tmp_path / "absent")
 
 
+def run(book, session, tmp_path) -> int:
+    (tmp_path / "short").write_bytes(b"abc")
+    return main(arguments(book, session, "--prompt-file", str(tmp_path / "short"), "--max-new-tokens", "2"))
+
+
+@pytest.mark.parametrize("note", [{"a": 1}, {"phase": "reading"}, [1], "x"])
+def test_a_note_of_another_program_is_not_resumed(book, tmp_path, note):
+    state = model().init_state(1)
+    state.save(tmp_path / "session", note)
+    assert run(book, tmp_path / "session", tmp_path) == 0
+    assert load_note(tmp_path / "session") is None and hk.load_state(tmp_path / "session").pos == [4]
+
+
+def test_sessions_that_cannot_be_are_refused_before_reading(book, tmp_path, capfdbinary):
+    model().init_state(1).mixers[0].save(tmp_path / "layer")
+    for session, what in (("layer", b"holds a TitansState"), (".", b"is a folder"), ("absent/session", b"its folder does not exist")):
+        assert run(book, tmp_path / session, tmp_path) == 2
+        out, err = capfdbinary.readouterr()
+        assert what in err and not out
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_read_stops_after_a_piece_and_goes_on(ragged):
     m, text = model(), torch.randint(0, 256, (2, 2000))
@@ -275,6 +296,15 @@ def test_read_stops_after_a_piece_and_goes_on(ragged):
     assert torch.equal(first.nats + second.nats, whole.nats) or torch.allclose(first.nats + second.nats, whole.nats, rtol=1e-14)
     assert [a + b for a, b in zip(first.predicted, second.predicted)] == whole.predicted
     assert all(torch.equal(a, b) for a, b in zip(second.state.tensors(), whole.state.tensors(), strict=True))
+
+
+def test_read_takes_lengths_as_the_model_does():
+    one, ids = model(), torch.randint(0, 256, (2, 90))
+    a, b = read(one, ids, lengths=torch.tensor([90, 7])), read(one, ids, lengths=[90, 7])
+    assert torch.equal(a.nats, b.nats) and a.state.pos == [90, 7]
+    with pytest.raises(ValueError, match="read: argument lengths has 91 for row 1"):
+        read(one, ids, lengths=[3, 91])
+    assert read(one, ids[:0]).tokens == 90
 
 
 def test_a_source_reads_like_the_tensor_it_gives():

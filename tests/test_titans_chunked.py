@@ -306,7 +306,9 @@ def test_diagnostics():
     assert repeated["max_S"] > report["max_S"] and repeated["clipped_share"] > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": "learned", "adaptive_q": True, "chunk_other": 32}])
+@pytest.mark.parametrize("options", [
+    {}, pytest.param({"momentum": "learned", "adaptive_q": True, "chunk_other": 32}, marks=pytest.mark.slow),
+])
 def test_compiles_without_a_break(options):
     """One graph for a call, with and without gradients, from nothing and from a state inside an open chunk; ragged too."""
     torch.manual_seed(0)

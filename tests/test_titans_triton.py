@@ -93,7 +93,7 @@ def test_long_sequences(chunks):
     meets_yardstick(NARROW[0], *problem(NARROW[0], 1, 16 * chunks, 0.5), torch.float32)
 
 
-@pytest.mark.parametrize("config", [NARROW[0], NARROW[3], NARROW[5]], ids=range(3))
+@pytest.mark.parametrize("config", [pytest.param(NARROW[0], marks=pytest.mark.slow), NARROW[3], NARROW[5]], ids=range(3))
 def test_bit_identical_however_the_call_is_cut(config):
     w_init, inputs = (cast(t, torch.float32) for t in problem(config, 2, 37))
     whole, end = run(config, w_init, inputs, "triton")

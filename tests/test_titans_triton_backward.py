@@ -223,7 +223,7 @@ def test_half_precision_is_replayed_by_the_forwards_kernel(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(state.deviation, want.deviation) if a is not None) and want.delta2.any()
 
 
-@pytest.mark.parametrize("lengths, copies", [([35, 35], 0), ([35, 13], 1)])
+@pytest.mark.parametrize("lengths, copies", [pytest.param([35, 35], 0, marks=pytest.mark.slow), ([35, 13], 1)])
 def test_positions_are_made_on_the_device(lengths, copies, monkeypatch):
     """Ragged lengths are copied to it once a call, and nothing else: a backward, or a call of equal lengths, fits a CUDA graph."""
     monkeypatch.setattr(triton_spans, "CHUNKS_A_SPAN", 1)

@@ -11,38 +11,20 @@ namespace {
 
 constexpr int64_t BLOCK = 1 << 12;  // numbers a thread takes at a time
 
-template <class Block>
-void for_blocks(int64_t n, int64_t threads, Block block) {
-  const int64_t count = (n + BLOCK - 1) / BLOCK;
-  const int team = count < 8 ? 1 : static_cast<int>(std::max<int64_t>(threads, 1));
-#pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t i = 0; i < count; i++) {
-    const FlushDenormals flush;
-    block(i * BLOCK, std::min(n, (i + 1) * BLOCK));
-  }
-}
-
 }  // namespace
 
 extern "C" void hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope) {
-  for_blocks(n, threads, [=](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i += 8) {
+  const int64_t count = (n + BLOCK - 1) / BLOCK;
+  const int team = count < 8 ? 1 : static_cast<int>(std::max<int64_t>(threads, 1));
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t block = 0; block < count; block++) {
+    const FlushDenormals flush;
+    for (int64_t i = block * BLOCK; i < std::min(n, (block + 1) * BLOCK); i += 8) {
       f8 s;
       store(a + i, sigma<GELU_TANH>(load(z + i), s));
       if (slope) store(slope + i, s);
     }
-  });
-}
-
-extern "C" void hope_cms_swiglu(int64_t n, int64_t threads, const float* z, const float* g, float* a, float* by_z, float* by_g) {
-  for_blocks(n, threads, [=](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i += 8) {
-      f8 s, gate = sigma<SILU>(load(g + i), s), up = load(z + i);
-      store(a + i, gate * up);
-      if (by_z) store(by_z + i, gate);
-      if (by_g) store(by_g + i, s * up);
-    }
-  });
+  }
 }
 
 extern "C" void hope_cms_norm_backward(

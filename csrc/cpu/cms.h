@@ -5,8 +5,6 @@
 extern "C" {
 // a = gelu_tanh(z); slope = its derivative, null: not wanted
 void hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope);
-// a = silu(g) z, and its derivatives by z and by g; null: not wanted
-void hope_cms_swiglu(int64_t n, int64_t threads, const float* z, const float* g, float* a, float* by_z, float* by_g);
 // dx [rows, d] = dy + the gradient of rms_norm(x) gain by x, for dn at its output; dy null: 0
 void hope_cms_norm_backward(
     int64_t rows, int64_t d, int64_t threads, float eps, const float* x, const float* gain, const float* dn, const float* dy, float* dx);

@@ -118,7 +118,9 @@ class ContinuumMemory(nn.Module):
         so at most one segment is completed by a call. Errors for a segment with learn=False tokens are ignored; if every lr is 0, all.
         With the last error of a segment of C1 tokens its gradient joins the accumulators of all levels, and every level whose period
         divides the row's count commits. Returns the state, detached: in place under no_grad, a new one in grad mode, as in ``forward``.
-        Raises ValueError for more errors than tokens read, and as ``forward`` does. Source: Nested Learning eq 71.
+        Raises ValueError for more errors than tokens read, and as ``forward`` does; the state is then as it was. What stops it later (an
+        interrupt, memory running out) may under no_grad leave some levels a step ahead of others: go back to a clone or a file.
+        Source: Nested Learning eq 71.
         """
         where = f"{NAME}.refresh"
         check_tensor(where, "error", error, ("B", "T", self.config.d_model), self.levels[0]["up"].dtype, self.levels[0]["up"].device)
@@ -148,7 +150,7 @@ class ContinuumMemory(nn.Module):
 
     def _effective(self, l: int, state: CMSState, dtype: torch.dtype | None) -> Level:
         tensors = {name: p if dtype is None else p.to(dtype) for name, p in self._parameters_of(l).items()}
-        own, rank = state.own[l], max(state.rank[l], default=0)
+        own, rank = state.own[l], max([0, *state.rank[l]])
         if not any(own) and not rank:
             return tensors
 
@@ -172,7 +174,9 @@ class ContinuumMemory(nn.Module):
 
     def state_bytes(self, batch: int = 1) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for: ``weights`` (fp32, or fp64),
-        ``copies`` in the input dtype, ``grads`` of levels slower than the first, ``moments``, ``pending`` factors."""
+        ``copies`` in the input dtype, ``grads`` of levels slower than the first, ``moments``, ``pending`` factors. For a layer, or a
+        model whose segment is this layer's chunks[0]: one with a shorter segment accumulates in the first level too, and keeps no
+        pending factors."""
         dtype, found = self.levels[0]["up"].dtype, []
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
         for l, period in enumerate(self.config.chunks):

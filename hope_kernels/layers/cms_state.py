@@ -86,6 +86,11 @@ class CMSState(State):
     def compact(self):
         return replace(self, copies=[])
 
+    def to(self, device=None, dtype: torch.dtype | None = None):
+        casts = dtype is not None or isinstance(device, torch.dtype)
+        # copies round the masters once: not those of another dtype a second time
+        return State.to(self.compact() if casts else self, device, dtype)
+
     def draft(self, in_place: str = "made") -> CMSState:
         """A state for one call to change: its lists and counters are its own, its tensors become so when they are first written.
         in_place: see ``Private``."""

@@ -133,6 +133,8 @@ class SelfModifyingTitans(nn.Module):
         check_state(name, state, TitansState, self.config, x.shape[0])
         check_placement(name, state, x.dtype, x.device)
         state.bind(self, name)
+        if given is not None and update and torch.is_grad_enabled():
+            state = given.clone()  # what is returned shares no tensor with what was given
         y, new = self.scan(x, state, lengths, update=update, backend=backend)
         if given is None or torch.is_grad_enabled():
             return y, new

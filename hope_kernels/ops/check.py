@@ -63,7 +63,7 @@ def check_state(op: str, state: Any, cls: type, config: Any, batch: int) -> None
     """A state of this kind, of this configuration, with this many rows. Raises TypeError for another kind, else ValueError."""
     if not isinstance(state, cls):
         raise TypeError(f"{op}: argument state is a {type(state).__name__}, expected a {cls.__name__}")
-    if state.config != config:
+    if state.config is not config and state.config != config:  # compilers follow an object more easily than its fields
         raise ValueError(f"{op}: argument state belongs to {state.config}, expected {config}")
     if state.batch != batch:
         raise ValueError(f"{op}: argument state has {state.batch} rows, expected {batch}")

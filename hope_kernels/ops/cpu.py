@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .titans.cpp import library
+from .titans.cpp import address, library
 
 _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS = {
@@ -30,7 +30,7 @@ def _function(name: str):
 
 
 def _call(name: str, *arguments: int | Tensor | None) -> None:
-    _function(name)(*(t.data_ptr() if isinstance(t, Tensor) else t for t in arguments))
+    _function(name)(*(address(t) if isinstance(t, Tensor) else t for t in arguments))
 
 
 def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:

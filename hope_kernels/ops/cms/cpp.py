@@ -1,7 +1,8 @@
 """A CMS level on the C++ backend: PyTorch's matrix products, and one pass over the tokens for everything between them (csrc/cpu/cms.cpp).
 
-The functions are those of ``chunked.py``, for fp32 on the CPU and without a graph: call under no_grad. The activation and its derivative
-come from one exponential, so the backward multiplies by what the forward kept.
+The functions are those of ``chunked.py``, for gelu levels in fp32 on the CPU and without a graph: call under no_grad. The activation and
+its derivative come from one exponential, so the backward multiplies by what the forward kept. SwiGLU levels stay PyTorch's: they come
+from models whose every bit is promised.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import CMSConfig
-from ..titans.cpp import library, unavailable
+from ..titans.cpp import address, library, unavailable
 from . import chunked
 from .chunked import Factors, Level, newton_schulz, outer_add_, refresh_
 from .matrix import times, times_transposed
@@ -24,18 +25,16 @@ __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "re
 
 _SIZE, _POINTER, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _ARGUMENTS = {
-    "gelu": [_SIZE] * 2 + [_POINTER] * 3, "swiglu": [_SIZE] * 2 + [_POINTER] * 5,
-    "norm_backward": [_SIZE] * 3 + [_REAL] + [_POINTER] * 5,
+    "gelu": [_SIZE] * 2 + [_POINTER] * 3, "norm_backward": [_SIZE] * 3 + [_REAL] + [_POINTER] * 5,
 }
 
 
 class Saved(NamedTuple):
-    """x, n, a: as in ``chunked.Saved``.  by_z, by_g: derivatives of a by the pre-activations of up and gate, [B, T, N]."""
+    """x, n, a: as in ``chunked.Saved``.  slope: sigma' at the pre-activations, [B, T, N]."""
 
     x: Tensor
     n: Tensor
-    by_z: Tensor
-    by_g: Tensor | None
+    slope: Tensor
     a: Tensor
 
 
@@ -43,6 +42,10 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
     """Why the backend cannot serve a level, or None."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
+    if torch.is_autocast_enabled("cpu"):
+        return "serves float32, which products under autocast are not"
+    if config.mlp != "gelu":
+        return f'serves mlp="gelu", not "{config.mlp}"'
     if config.d_model % 8 or config.hidden % 8:
         return f"serves widths and hidden widths that are multiples of 8, not {config.d_model} and {config.hidden}"
     return unavailable()
@@ -56,29 +59,21 @@ def level_forward(x: Tensor, level: Level, config: CMSConfig, eps: float, *, res
     else:
         n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
     z = times_transposed(n, level["up"], level.get("up_bias")).contiguous()
-    a, by_z, by_g = torch.empty_like(z), torch.empty_like(z) if keep else None, None
-    if config.mlp == "swiglu":
-        g = times_transposed(n, level["gate"], level.get("gate_bias")).contiguous()
-        by_g = torch.empty_like(g) if keep else None
-        _call("swiglu", z.numel(), torch.get_num_threads(), z, g, a, by_z, by_g)
-    else:
-        _call("gelu", z.numel(), torch.get_num_threads(), z, a, by_z)
+    a, slope = torch.empty_like(z), torch.empty_like(z) if keep else None
+    _call("gelu", z.numel(), torch.get_num_threads(), z, a, slope)
     y = times_transposed(a, level["down"], level.get("down_bias"))
-    return x + y if residual else y, Saved(x, n, by_z, by_g, a) if keep else None
+    return x + y if residual else y, Saved(x, n, slope, a) if keep else None
 
 
 def level_backward(
     dy: Tensor, saved: Saved, level: Level, config: CMSConfig, eps: float, *, residual: bool, need_dx: bool
 ) -> tuple[Tensor | None, Factors]:
     """``chunked.level_backward``."""
-    h = times(dy, level["down"])
-    d = {"up": h * saved.by_z} | ({"gate": h * saved.by_g} if config.mlp == "swiglu" else {})
-    factors = {name: (left, saved.n) for name, left in d.items()} | {"down": (dy, saved.a)}
+    d = times(dy, level["down"]) * saved.slope
+    factors = {"up": (d, saved.n), "down": (dy, saved.a)}
     if not need_dx:
         return None, factors
-    dn = times(d["up"], level["up"])
-    if "gate" in d:
-        dn += times(d["gate"], level["gate"])
+    dn = times(d, level["up"])
     if config.norm != "rmsnorm":
         dx = chunked.norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
         return dx + dy if residual else dx, factors
@@ -96,4 +91,4 @@ def _function(name: str):
 
 
 def _call(name: str, *arguments: int | float | Tensor | None) -> None:
-    _function(name)(*(t.data_ptr() if isinstance(t, Tensor) else t for t in arguments))
+    _function(name)(*(address(t) if isinstance(t, Tensor) else t for t in arguments))

@@ -10,8 +10,9 @@ from torch import Tensor
 def muon_step_(weight: Tensor, copy: Tensor | None, total: Tensor, rows: list[int], lr: float, ops) -> None:
     """In place in ``rows`` of weight and total [B, r, c] (master dtype), g = total, which becomes zero. copy: weight in the input dtype."""
     scale = lr * 0.2 * math.sqrt(max(weight.shape[1:]))
-    for b in rows:
-        weight[b].sub_(ops.newton_schulz(total[b]), alpha=scale)
+    step = ops.newton_schulz(total if len(rows) == len(total) else total[rows])
+    for b, found in zip(rows, step):
+        weight[b].sub_(found, alpha=scale)
         total[b].zero_()
         if copy is not None:
             copy[b].copy_(weight[b])

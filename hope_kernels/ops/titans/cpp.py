@@ -71,6 +71,16 @@ def library() -> ctypes.CDLL:
     return _library()
 
 
+def address(t: Tensor | None) -> int | None:
+    """What the library is handed for ``t``. Raises ValueError for another dtype than fp32: it would read, and write, past the end."""
+    if t is None:
+        return None
+    if t.dtype != torch.float32:
+        raise ValueError(f"backend 'cpp': a tensor {list(t.shape)} of the layer, its input or its state has dtype {t.dtype}, expected "
+                         "torch.float32 (state.to(...) casts a state)")
+    return t.data_ptr()
+
+
 @torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use the backend, or None."""
@@ -82,6 +92,8 @@ def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device, con
     """Why the backend cannot serve a layer, or None."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
+    if torch.is_autocast_enabled("cpu"):
+        return "serves float32, which projections under autocast are not"
     if torch.is_grad_enabled() and not constant_memory:
         return "has no gradient through the writes, which training needs (torch.no_grad() serves the rest)"
     if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
@@ -140,7 +152,7 @@ class Pullback(torch.autograd.Function):
 
 def _kept(config: TitansConfig, state: TitansState, pos: list[int], chunk: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Room for M_memory's weights in every chunk a call reads: w2 [B, H, chunks, N, D] and w1 [B, H, chunks, D, N]."""
-    count = max((p % chunk + n - 1) // chunk + 1 for p, n in zip(pos, lengths))
+    count = max(((p % chunk + n - 1) // chunk + 1 for p, n in zip(pos, lengths)), default=0)
     lead, D, N = (*state.delta2.shape[:2], count), config.head_dim, config.hidden
     return state.delta2.new_empty(*lead, N, D), state.delta2.new_empty(*lead, D, N)
 
@@ -152,13 +164,13 @@ def _scan(
     """o [B, T, H, D]; advances the tensors of ``new``, a state whose ``pos`` is that after the call, and fills ``kept``."""
     first = inputs.x if inputs.x is not None else inputs.k
     B, T, H, D = first.shape
-    o = (first.new_empty if min(lengths) == T else first.new_zeros)(B, T, H, D)
+    o = (first.new_empty if min(lengths, default=T) == T else first.new_zeros)(B, T, H, D)
     base = w_init if config.retain_to == "init" else FastWeights(None, None, None)
     tensors = {"base2": base.w2, "base1": base.w1, "base1s": base.w1s}
     tensors |= {n: getattr(inputs, n) for n in ("q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias")}
     tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
     tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | ({} if kept is None else {"kept2": kept[0], "kept1": kept[1]})
-    pointers = {n: None if t is None else t.data_ptr() for n, t in tensors.items()}
+    pointers = {n: address(t) for n, t in tensors.items()}
     rows = ctypes.c_int64 * B
     before, counts = rows(*pos), rows(*lengths)
     call = _Call(
@@ -180,12 +192,12 @@ def _read_backward(
 ) -> Tensor:
     """dL/dq [B, T, H, D] from dL/do; row b's tokens share weights up to the multiples of ``chunk``, counted from pos[b]."""
     B, T, H, D = q.shape
-    grad, dq = grad.contiguous(), (torch.empty_like if min(lengths) == T else torch.zeros_like)(q)
+    grad, dq = grad.contiguous(), (torch.empty_like if min(lengths, default=T) == T else torch.zeros_like)(q)
     rows = ctypes.c_int64 * B
     before, counts = rows(*pos), rows(*lengths)
     call = _ReadBackward(
-        B, T, H, D, config.hidden, chunk, kept[0].shape[2], torch.get_num_threads(), _ACTIVATIONS[config.activation], kept[0].data_ptr(),
-        kept[1].data_ptr(), q.data_ptr(), grad.data_ptr(), ctypes.addressof(before), ctypes.addressof(counts), dq.data_ptr(),
+        B, T, H, D, config.hidden, chunk, kept[0].shape[2], torch.get_num_threads(), _ACTIVATIONS[config.activation], address(kept[0]),
+        address(kept[1]), address(q), address(grad), ctypes.addressof(before), ctypes.addressof(counts), address(dq),
     )
     if library().hope_titans_read_backward(ctypes.byref(call)):
         raise MemoryError("titans: backend 'cpp' could not allocate its work space for the gradient")

@@ -1,0 +1,219 @@
+"""The tables of README and docs, made from the result files.
+
+    python -m benchmarks.tables [--check]
+
+Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in README.md and docs/benchmarks.md, for every NAME in BLOCKS.
+--check changes nothing and fails where a block is not what the results give. A number in such a block is never typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from . import plot, report
+from .sources import ROOT
+
+DOCUMENTS = ("README.md", "docs/benchmarks.md")
+WORDS = {1: "one thread", 2: "two threads"}
+
+
+def markdown(head: str, rows: Iterable[Iterable[object]]) -> str:
+    """A table; ``head`` is "a | b | c"."""
+    lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def source(command: str, file: str) -> str:
+    return f"`python -m benchmarks.{command}`, `benchmarks/results/{file}.json`."
+
+
+def cpu(run: dict) -> str:
+    data = run["cpu"]
+    rows = []
+    for c in data["cases"]:
+        m = {k: v["median"] for k, v in c.items() if isinstance(v, dict)}
+        rows.append((c["dim"], c["chunk"], f"{m['same']:.0f}", f"{m['package']:.0f}", f"{m['ratio']:.1f}", f"{m['fraction']:.0%}",
+                     f"{m['default']:.0f}", f"{m['fraction_default']:.0%}"))
+    head = "width | chunk | ours, tok/s | package, tok/s | ratio | of the GEMM rate | default layer: tok/s | of the GEMM rate"
+    error, T = max(c["relative_error"] for c in data["cases"]), data["cases"][0]["T"]
+    return (f"{markdown(head, rows)}\n\nGeometric mean of the ratios: **{data['geometric_mean_ratio']:.1f}**. Medians over "
+            f"{data.get('rounds', 5)} rounds of one run, B = 1, T = {T}, fp32, {data['machine']['cores']} cores; outputs equal to the "
+            f"package's to {error:.0e}. {source('bench_cpu', 'cpu')}")
+
+
+def learning(run: dict) -> str:
+    rows = [(title, r["bytes"], *(f"{x:.3f}" for x in (
+        r["off"]["last_quarter"], r["on_lr_x1"]["last_quarter"], r["on_lr_x1"]["last_quarter_on_over_off"],
+        r["off_no_memory_writes"]["last_quarter"]))) for title, r in run["learning"].items()]
+    head = "text | bytes | learning off | learning on | on / off | memories' writes off too"
+    return (f"{markdown(head, rows)}\n\nBits per byte of the last quarter, bundled model. "
+            f"{source('bench_learning --text FILE', 'learning')}")
+
+
+def learning_memory(run: dict) -> str:
+    """The table, and memory and speed of the first text."""
+    first = next(iter(run["learning"].values()))
+    peaks = [mib for _, mib in first["on_lr_x1"]["peak_memory_mib_per_10k_bytes"]]
+    late, threads = min(20, len(peaks)), WORDS.get(first["machine"]["threads"], "several threads")
+    return (f"{learning(run)}\n\nPeak memory of the same process while reading with learning: {peaks[0]:.0f} MiB in the first 10,000 "
+            f"bytes, {peaks[late - 1]:.0f} MiB between {10 * (late - 1)},000 and {10 * late},000. Reading speed: "
+            f"{first['off']['bytes_per_s']:.0f} bytes/s off, {first['on_lr_x1']['bytes_per_s']:.0f} on, {threads}, other work on the "
+            "machine.\n\nThe memories' own writes are worth little in this model (compare the columns learning off and writes off): it was "
+            "trained on 256-token gradients for 75 minutes, and almost all of the gain is the CMS.")
+
+
+def recall(run: dict) -> str:
+    data, kinds, word = run["recall"], ("once", "repeated", "updated"), {True: "on", False: "off"}
+    row = lambda r, seed, accuracy: (r["chunk"], word[r["step_clip"]], word[r["dgd"]], seed, *(f"{accuracy[k]:.3f}" for k in kinds))
+    rows = [row(r, r["seed"], r["accuracy"]) for r in data["runs"]]
+    default = [r for r in data["runs"] if r["name"] == "default"]
+    mean = {k: statistics.fmean(r["accuracy"][k] for r in default) for k in kinds}
+    rows.append(row(default[0], f"mean of {len(default)}", mean))
+    recipe = data["recipe"]
+    head = "chunk | step_clip | dgd | seeds | told once | told twice | updated"
+    return (f"{markdown(head, rows)}\n\n20 distinct keys in 28 pairs, chance {data['chance']:.3f}, {recipe['steps']} steps of "
+            f"{recipe['batch']} sequences, {WORDS.get(data['machine']['threads'], 'several threads')}. {source('bench_recall', 'recall')}")
+
+
+def cms(run: dict) -> str:
+    from .bench_cms import table
+
+    return f"{table(run['cms'])}\n\n{source('bench_cms', 'cms')}"
+
+
+def rates(run: dict) -> str:
+    from .bench_rates import table
+
+    return f"{table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
+
+
+def continual(run: dict) -> str:
+    from .bench_continual import table
+
+    return f"{table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
+
+
+def context(run: dict) -> str:
+    data = run["context"]
+    off, on, layer = data["off"]["points"], data["next_token"]["points"], data["layer at once"]["points"]
+    rows = [(a["tokens"], *(f"{p['tokens/s']:.0f}" for p in (c, a, b)), *(f"{p['decode_ms']['median']:.2f}" for p in (a, b)))
+            for a, b, c in zip(off, on, layer)]
+    head = "context | layer (d = 256), tok/s | model reads, tok/s | and learns | decoded token, ms | and learns"
+    return (f"{markdown(head, rows)}\n\nReading without learning is {data['learning']['reading_per_learning']:.1f} times as fast as with "
+            f"it. Bundled model, {WORDS[data['machine']['threads']]}, seconds of its CPU clock. {source('bench_context', 'context')}")
+
+
+def accuracy(run: dict) -> str:
+    data = run["accuracy"]
+    grouped: dict[tuple, dict[float, dict]] = {}
+    for c in data["cases"]:
+        grouped.setdefault((c["backend"], c["dtype"], c["device"], c["alpha"]), {})[c["correlation"]] = c["error"]
+    at = sorted({c["correlation"] for c in data["cases"]})
+    rows = [(b, t, d, f"{a:g}", *(f"{e[r]['o']:.1e}, {e[r]['state']:.1e}" for r in at)) for (b, t, d, a), e in grouped.items()]
+    s = data["shape"]
+    return (f"{markdown('backend | dtype | on | alpha | ' + ' | '.join(f'correlation {r:g}' for r in at), rows)}\n\nOutput and learned "
+            f"deviation, rms of the difference relative to fp64, the worst of {s['seeds']} seeds; D = N = {s['D']}, C = {s['C']}, T = "
+            f"{s['T']}. {source('bench_accuracy', 'accuracy')}")
+
+
+def goals(results: Path) -> str:
+    """Ages and changed files are left to the command: they change without the results."""
+    rows = [(*line[:3], line[3], line[4]) for line in report.table(report.rows(results))]
+    return markdown("what | goal | measured | verdict | on", rows) + "\n\n`python -m benchmarks.report`"
+
+
+def gpu(results: Path) -> str:
+    devices = {name: run for name, run in report.runs(results).items() if name and not name.startswith("cpu-")}
+    return "\n\n".join(device(name, run) for name, run in devices.items()) or "**No GPU figure exists.**"
+
+
+def device(name: str, run: dict) -> str:
+    """One card: every case with a time, and what has none."""
+    share = lambda x: "" if x is None else f"{x:.0%}"
+    rows, others = [], {}
+    for section, data in run.items():
+        for case, r in data["cases"].items():
+            if section in ("env", "correctness") or r["status"] != "ok" or "ms" not in r:
+                key = f"{section}: {r['status']}"
+                others[key] = others.get(key, 0) + 1
+            else:
+                rows.append((case, f"{r['ms']['median']:.4f}", *(f"{r[k]:.1f}" if r.get(k) else "" for k in ("TFLOP/s", "GB/s")),
+                             *(share(r.get(k)) for k in ("of_matmul", "of_copy"))))
+    mark = next(data["stamp"] for data in run.values())
+    return (f"**{name}**, commit {mark['commit']}{', changed files' * mark['dirty']}, {mark['date']}\n\n"
+            + markdown("case | ms | TFLOP/s | GB/s | of the GEMM rate | of the copy rate", rows)
+            + "\n\nOther records: " + ", ".join(f"{n} {key}" for key, n in sorted(others.items())) + ".")
+
+
+def figures(run: dict) -> str:
+    """What the README shows."""
+    return "\n\n".join((
+        "**One layer on the CPU**, beside the token loop of nested-learning 0.2.0 (same function, same weights):", cpu(run),
+        "**Learning while reading:**", learning(run),
+        "**In-context recall** after the chunk has closed, trained from scratch for a few minutes:", recall(run)))
+
+
+def plots(results: Path, folder: str) -> str:
+    """The plots that there is data for, as images relative to a document; ``folder`` is "docs/" or ""."""
+    found = [f"![{p.title}]({folder}{name})" for name, p in plot.drawn(results).items()]
+    return "\n\n".join([*found, "`python -m benchmarks.plot` draws them from `benchmarks/results`."])
+
+
+def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
+    """{block: what makes its text}; a block whose file is not there says so."""
+    run = report.load(results)
+    folder = "" if document.startswith("docs/") else "docs/"
+    of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall, "context": context, "accuracy": accuracy,
+                "cms": cms, "rates": rates, "continual": continual}
+    absent = lambda name: f"Not measured yet: `python -m benchmarks.bench_{name}` writes `benchmarks/results/{name}.json`."
+    made = lambda name, make: make(run) if name in run or name == "figures" else absent(name)
+    return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
+        "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}
+
+
+def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> tuple[str, list[str]]:
+    """A document with its blocks made anew, and the names of those that changed. Raises ValueError for a block without an end."""
+    changed = []
+    for name in re.findall(r"^<!-- (\w+) -->$", text, re.M):
+        if name not in makers:
+            continue
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
+        at = text.index(begin) + len(begin)
+        if (stop := text.find(end, at)) < 0:
+            raise ValueError(f"tables: block {name!r} has no line <!-- end {name} -->")
+        made = makers[name]()
+        if text[at:stop] != made:
+            changed.append(name)
+        text = text[:at] + made + text[stop:]
+    return text, changed
+
+
+def stale(results: Path, documents: Path = ROOT) -> list[tuple[str, str]]:
+    """(document, block) of what differs from the results."""
+    return [(name, block) for name in DOCUMENTS
+            for block in rewritten((documents / name).read_text(encoding="utf-8"), blocks(results, name))[1]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--check", action="store_true")
+    p.add_argument("--results", type=Path, default=report.RESULTS, metavar="DIR")
+    p.add_argument("--documents", type=Path, default=ROOT, metavar="DIR")
+    args = p.parse_args(argv)
+    found = stale(args.results, args.documents)
+    for name, block in found:
+        print(f"{name}: {block} {'differs' if args.check else 'rewritten'}")
+    if not args.check:
+        for name in dict.fromkeys(name for name, _ in found):
+            path = args.documents / name
+            path.write_text(rewritten(path.read_text(encoding="utf-8"), blocks(args.results, name))[0], encoding="utf-8")
+    return int(args.check and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
