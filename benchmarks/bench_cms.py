@@ -1,4 +1,4 @@
-"""The Continuum Memory System on one device: reading, refreshing, whole models, bytes, and a long run.
+"""The Continuum Memory System on one device: reading, refreshing, orthogonalising.
 
     python -m benchmarks.bench_cms [--only NAME ...] [--quick] [--minutes 30] [--out benchmarks/results/cms.json]
 
@@ -6,14 +6,12 @@
     refresh  theta <- theta - lr f(left^T right) of both matrices of a level, from the factors of C tokens
     segment  a level through the layer's two calls: C tokens read, their errors delivered, the level refreshed
     pending  the same when refreshes are kept as factors of up to T tokens, then folded into the weights, beside folding at once
-    prefill  tokens/s of a model with learning off and on
-    state    bytes a row holds per level, by formula and as they are
-    long     a long text read with learning: speed and peak memory of every tenth, a decoded token after 1000 tokens and after all
+    newton   muon's five Newton-Schulz steps on the gradients of both matrices
 
 FLOPs and bytes are what nobody can avoid: a refresh reads and writes fp32 weights (8 bytes; 8 more for momentum, 2 for a 16-bit copy) and
-reads the factors; muon's five steps are counted as products of the smaller Gram matrix. On a CPU, whose cores others may share, the
-ceilings are measured again beside every case. Before a case is timed, its values are compared with fp64 (at most twice the error of plain
-PyTorch in the same dtype, or 8 eps); one that fails is refused. Also part of benchmarks.gpu.
+reads the factors; muon's five steps are counted as products of the smaller Gram matrix. Before a case is timed, its values are compared
+with fp64 (at most twice the error of plain PyTorch in the same dtype, or 8 eps); one that fails is refused. Also part of benchmarks.gpu;
+alone, the command measures a wider grid, and the models of bench_model beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,9 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hope_kernels import CMSConfig, ContinuumMemory, HopeConfig, HopeForCausalLM, TitansConfig
-from hope_kernels.generation import read
-from hope_kernels.meter import PeakMemory
+from hope_kernels import CMSConfig, ContinuumMemory
+from hope_kernels.backend import resolve_cms
 from hope_kernels.ops import cms_forward, cms_refresh_
 from hope_kernels.ops.cms import pending as policy
 
@@ -45,12 +41,11 @@ from . import studies
 
 RESULT = m.ROOT / "benchmarks" / "results" / "cms.json"
 MU = 0.9
-SPAN = 16384  # tokens between two looks at the clock
 
 
 @dataclass(frozen=True)
 class Case:
-    """B rows of C tokens (T of a model's text) through K levels of width d with 4 d hidden units."""
+    """B rows of C tokens (T slots for pending factors) through K levels of width d with 4 d hidden units. backend None: the default."""
 
     kind: str
     d: int = 256
@@ -60,17 +55,14 @@ class Case:
     T: int = 0
     optimizer: str = "gd"
     rows: str = "shared"
-    model: str = ""
     dtype: str = "fp32"
     backend: str | None = None
 
     @property
     def name(self) -> str:
-        if self.model:
-            return f"{self.kind} {self.model} B{self.B} T{self.T} {self.dtype} {self.backend or 'default'}"
         shape = f"{self.kind} d{self.d} C{self.C} B{self.B} {self.dtype}"
         ends = {"forward": f"K{self.K} {self.rows}", "pending": f"T{self.T}"}
-        return f"{shape} {ends.get(self.kind, self.optimizer)}"
+        return f"{shape} {ends.get(self.kind, self.optimizer)}{f' {self.backend}' if self.backend else ''}"
 
     @property
     def config(self) -> CMSConfig:
@@ -95,7 +87,7 @@ class Case:
 PERIODS = (16, 64, 256, 1024, 4096)
 OPTIMIZERS = ("gd", "momentum", "muon")
 F, R, S, W = (partial(Case, kind) for kind in ("forward", "refresh", "segment", "pending"))
-P, H = partial(Case, "prefill", model="kjv-byte"), partial(Case, "prefill", model="heavy")
+NS = partial(Case, "newton", optimizer="muon")
 
 
 def _grid(widths: tuple[int, ...], dtype: str) -> tuple[Case, ...]:
@@ -109,57 +101,37 @@ def _waiting(widths: tuple[int, ...], batches: tuple[int, ...], dtype: str) -> t
 
 
 GPU_CASES = tuple(dict.fromkeys((
-    R(1024, 64, dtype="bf16"), R(4096, 64, dtype="bf16"), S(1024, 64, dtype="bf16"), P(T=8192), H(T=8192),
-    F(1024, 512, K=3, B=8, dtype="bf16"), F(1024, 512, K=3, B=8, rows="own", dtype="bf16"), Case("state", model="heavy"),
-    Case("long", model="kjv-byte", T=1_000_000),
+    R(1024, 64, dtype="bf16"), R(4096, 64, dtype="bf16"), S(1024, 64, dtype="bf16"),
+    F(1024, 512, K=3, B=8, dtype="bf16"), F(1024, 512, K=3, B=8, rows="own", dtype="bf16"), NS(1024), NS(4096),
     *_grid((1024, 2048, 4096), "bf16"),
     *(S(d, C, B=B, dtype="bf16") for d, B in ((1024, 1), (1024, 8), (4096, 1)) for C in (64, 1024)),
-    R(1024, 64, B=32, dtype="bf16"), R(1024, 64), R(1024, 1024), P(T=8192, B=8), H(T=8192, B=8), P(T=8192, backend="triton"),
+    R(1024, 64, B=32, dtype="bf16"), R(1024, 64), R(1024, 1024),
     F(4096, 512, B=8, dtype="bf16"), F(1024, 512, K=3, B=8), *_waiting((1024, 4096), (1, 8), "bf16"),
 )))
 QUICK_GPU = (
     R(256, 64, dtype="bf16"), S(256, 64, dtype="bf16"), W(256, 64, T=128, dtype="bf16"),
-    F(256, 64, K=2, B=2, rows="own", dtype="bf16"), P(T=256), Case("state", model="kjv-byte"), Case("long", model="kjv-byte", T=2000),
+    F(256, 64, K=2, B=2, rows="own", dtype="bf16"), NS(256),
+)
+BOTH = ("cpp", "chunked")
+SUITE_CPU = (  # what benchmarks.gpu has time for
+    *(F(256, 256, K=2, B=2, rows=rows, backend=b) for rows in ("shared", "own") for b in BOTH),
+    *(R(256, 64, optimizer=o, backend=b) for o in OPTIMIZERS for b in BOTH), *(S(256, 64, backend=b) for b in BOTH), NS(256),
+    W(256, 16, T=64),
 )
 CPU_CASES = (
     *(F(d, 512, K=2, B=4, rows=rows) for d in (128, 256, 512) for rows in ("shared", "own")),
     *(R(d, C, optimizer=o) for o in OPTIMIZERS for d in (128, 256, 512) for C in PERIODS),
     *(S(d, C, optimizer=o) for d in (128, 256, 512) for C in (16, 64, 1024) for o in OPTIMIZERS[: 3 if C == 64 else 1]),
-    *_waiting((128, 256, 512), (1, 4), "fp32"), P(T=4096), H(T=4096), P(T=4096, B=4),
-    Case("state", model="kjv-byte"), Case("state", model="heavy"), Case("long", model="kjv-byte", T=200_000),
+    *(NS(d) for d in (128, 256, 512)), *_waiting((128, 256, 512), (1, 4), "fp32"),
 )
 QUICK_CPU = (
-    F(32, 16, K=2, B=2), F(32, 16, K=2, B=2, rows="own"), R(32, 16), R(32, 16, optimizer="momentum"), R(32, 16, B=2, optimizer="muon"),
-    S(32, 16, B=2), W(32, 16, T=32), P(T=192), Case("state", model="kjv-byte"), Case("long", model="kjv-byte", T=1280),
+    *(F(32, 16, K=2, B=2, backend=b) for b in BOTH), F(32, 16, K=2, B=2, rows="own"), *(R(32, 16, backend=b) for b in BOTH), NS(32, B=2),
+    R(32, 16, optimizer="momentum"), R(32, 16, B=2, optimizer="muon"), S(32, 16, B=2), W(32, 16, T=32),
 )
 
 
 def refused(check: dict, what: str) -> dict:
     return {"status": "refused", "reason": f"{check.get('tensor', 'it')} differs from {what}", "check": check}
-
-
-def judged(record: dict, ceilings: dict, case: Case, device: str, quick: bool, flops: float, nbytes: float) -> dict:
-    """``measure.rates``, on a CPU against ceilings of this moment, which the record keeps."""
-    if device == "cpu":
-        record["ceilings"] = ceilings = beside(quick)
-    return m.rates(record, ceilings, case.dtype, flops, nbytes)
-
-
-def beside(quick: bool) -> dict[str, float]:
-    """GB/s of a copy (read + written) and TFLOP/s of an fp32 product, medians of five, in turn."""
-    n, size = (256, 2**20) if quick else (1024, 2**26)
-    a, b, c, out = torch.ones(size), torch.ones(size), torch.randn(n, n), torch.empty(n, n)
-    ms = turns({"copy": partial(a.copy_, b), "matmul": partial(torch.mm, c, c, out=out)}, "cpu", 0.0, least=5)
-    return {"copy": 8 * size / ms["copy"]["median"] / 1e6, "matmul fp32": 2 * n**3 / ms["matmul"]["median"] / 1e9}
-
-
-def turns(calls: dict[str, Callable], device: str, seconds: float, least: int = 3, most: int = 8) -> dict[str, dict]:
-    """ms of each call, in turn: ``least`` rounds, and up to ``most`` while ``seconds`` last."""
-    spent, began = {name: [] for name in calls}, time.perf_counter()
-    while (n := len(next(iter(spent.values())))) < least or (n < most and time.perf_counter() - began < seconds):
-        for name, call in calls.items():
-            spent[name].append(m.host_ms(lambda call=call: (call(), m.sync(device))))
-    return {name: m.stats(ms) for name, ms in spent.items()}
 
 
 # -- forward ------------------------------------------------------------------------------------------------------------------
@@ -196,7 +168,7 @@ def stacked(levels: list[dict[str, Tensor]], x: Tensor) -> Tensor:
 
 def read_levels(case: Case, x: Tensor, levels: list[dict[str, Tensor]]) -> Tensor:
     """The call under test."""
-    return cms_forward(x, levels, case.config)
+    return cms_forward(x, levels, case.config, ops=resolve_cms(case.config, x.dtype, x.device, case.backend))
 
 
 @torch.no_grad()
@@ -225,7 +197,7 @@ def forward(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     for key in ("module_ms", "compiled_ms"):
         if record.get(key):
             record[f"of_{key.removesuffix('_ms')}"] = record[key]["median"] / record["ms"]["median"]
-    return judged(record, ceilings, case, device, quick, flops, moved)
+    return m.rates(record, ceilings, case.dtype, flops, moved)
 
 
 # -- refresh ------------------------------------------------------------------------------------------------------------------
@@ -245,7 +217,7 @@ class Given(NamedTuple):
 
 def refresh_matrix_(case: Case, given: Given) -> None:
     """The call under test, in place."""
-    cms_refresh_(case.config, 0, *given[:3], moment=given.moment, total=given.total, copy=given.copy)
+    cms_refresh_(case.config, 0, *given[:3], moment=given.moment, total=given.total, copy=given.copy, backend=case.backend)
 
 
 def orthogonal(g: Tensor) -> Tensor:
@@ -286,12 +258,18 @@ def factors(case: Case, device: str, seed: int) -> list[Given]:
     return found
 
 
+def newton_flops(case: Case) -> float:
+    """Of both matrices of one row: five steps, each three products of the smaller Gram matrix."""
+    d, N = case.d, 4 * case.d
+    return 2 * 5 * (4 * d * d * N + 2 * d**3)
+
+
 def refresh_work(case: Case) -> tuple[float, float]:
     """(FLOPs, bytes) of the refresh of one level, all rows."""
     d, N = case.d, 4 * case.d
     flops = 2 * case.weights * case.C
     if case.optimizer == "muon":
-        flops += 2 * 5 * (4 * d * d * N + 2 * d**3)
+        flops += newton_flops(case)
     per_weight = {"gd": 8, "momentum": 16, "muon": 8}[case.optimizer] + (2 if case.dtype != "fp32" else 0)
     return case.B * flops, case.B * (case.weights * per_weight + 2 * (d + N) * case.C * case.itemsize)
 
@@ -316,7 +294,29 @@ def refresh(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     calls = [lambda given=given: [op(case, matrix) for matrix in given] for given in problems]
     record = m.time_calls(calls, device, seconds) | {"check": check, "sets": len(problems)}
     record["bytes_per_weight"] = nbytes / (case.B * case.weights)
-    return judged(record, ceilings, case, device, quick, flops, nbytes)
+    return m.rates(record, ceilings, case.dtype, flops, nbytes)
+
+
+def newton_schulz(case: Case, grad: Tensor) -> Tensor:
+    """The call under test: five steps for every matrix of [B, r, c] fp32."""
+    return resolve_cms(case.config, grad.dtype, grad.device, case.backend, inner=True).newton_schulz(grad)
+
+
+@torch.no_grad()
+def newton(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, op: Callable = newton_schulz) -> dict:
+    """Gradients of rank ``C`` at most, as a segment gives them; in and out are read and written once."""
+    def gradients(seed: int) -> list[Tensor]:
+        return [torch.einsum("bcr,bcs->brs", given.left.float(), given.right.float()) for given in factors(case, device, seed)]
+
+    named = lambda found: dict(zip(("up", "down"), found))
+    first = gradients(0)
+    check = m.compare(*(named([f(g) for g in first]) for f in (partial(op, case), orthogonal, lambda g: orthogonal(g.double()))))
+    if not check["ok"]:
+        return refused(check, "fp64")
+    nbytes = 8 * case.B * case.weights
+    problems = [gradients(seed) for seed in range(m.sets_for(nbytes, device))]
+    record = m.time_calls([lambda p=p: [op(case, g) for g in p] for p in problems], device, seconds)
+    return m.rates(record | {"check": check, "sets": len(problems)}, ceilings, case.dtype, case.B * newton_flops(case), nbytes)
 
 
 def one_segment(layer: ContinuumMemory, state, x: Tensor, error: Tensor) -> tuple[Tensor, object]:
@@ -353,7 +353,7 @@ def segment(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     calls = [partial(one_segment, layer, state, x, sign * error) for sign in (1, -1) for state in states]
     record = m.time_calls(calls, device, seconds) | {"check": check, "sets": len(states)}
     record["tokens/s"] = 1e3 * case.B * case.C / record["ms"]["median"]
-    return judged(record, ceilings, case, device, quick, flops, nbytes)
+    return m.rates(record, ceilings, case.dtype, flops, nbytes)
 
 
 @contextmanager
@@ -388,8 +388,8 @@ def pending(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
         return refused(check, "fp64")
     states = {slots: layer.init_state(case.B) for slots in (case.T, 0)}
     calls = {str(slots): partial(through, layer, state, x, error, slots) for slots, state in states.items()}
-    turns(calls, device, 0)
-    found = turns(calls, device, seconds, most=50)
+    m.turns(calls, device, 0)
+    found = m.turns(calls, device, seconds, most=50)
     rate = {slots: 1e3 * segments * case.B * case.C / ms["median"] for slots, ms in found.items()}
     return {"check": check, "segments": segments, "ms": found[str(case.T)], "at_once_ms": found["0"], "tokens/s": rate[str(case.T)],
             "at_once_tokens/s": rate["0"], "of_at_once": rate[str(case.T)] / rate["0"]}
@@ -411,147 +411,20 @@ def by_hand(layer: ContinuumMemory, x: Tensor, error: Tensor) -> dict[str, Tenso
     return {"y": torch.stack(outputs)}
 
 
-# -- models -------------------------------------------------------------------------------------------------------------------
+KINDS = {"forward": forward, "refresh": refresh, "segment": segment, "pending": pending, "newton": newton}
+FIRST = 3  # of the GPU's cases, before everything else of its kind
 
 
-def model_of(case: Case, device: str) -> HopeForCausalLM:
-    """"kjv-byte", or "heavy": two blocks of width 256 with three levels each and random weights."""
-    if case.model != "heavy":
-        return HopeForCausalLM.from_pretrained(case.model, device=device, dtype=m.DTYPES[case.dtype])
-    torch.manual_seed(0)
-    config = HopeConfig(256, 256, 2, titans=TitansConfig(256, 4), cms=CMSConfig(256, (64, 256, 1024)))
-    return HopeForCausalLM(config, device=device, dtype=m.DTYPES[case.dtype]).eval()
+def cases(device: str, quick: bool, full: bool = False) -> tuple[Case, ...]:
+    if device == "cuda":
+        return QUICK_GPU if quick else GPU_CASES
+    return QUICK_CPU if quick else CPU_CASES if full else SUITE_CPU
 
 
-def prose(case: Case, T: int, device: str) -> Tensor:
-    """[B, T] bytes of the bundled text, from a different place in every row, repeated where it ends."""
-    data = torch.tensor(list(studies.text(studies.KJV)), device=device)
-    at = torch.arange(T, device=device) + len(data) // case.B * torch.arange(case.B, device=device)[:, None]
-    return data[at % len(data)]
-
-
-def checked(model: HopeForCausalLM, ids: Tensor, backend: str | None) -> dict:
-    """Logits of two segments and a bit, read with learning, against the fp64 model; the peer is the chunked backend in the same dtype."""
-    piece = ids[:2, : 2 * model.segment + 5]
-    wide = copy.deepcopy(model).double()
-    logits = lambda net, backend: {"logits": net(piece, learn="next_token", backend=backend)[0]}
-    return m.compare(logits(model, backend), logits(model, "chunked"), logits(wide, "chunked"))
-
-
-@torch.no_grad()
-def prefill(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    model = model_of(case, device)
-    ids = prose(case, case.T, device)
-    check = checked(model, ids, case.backend)
-    if not check["ok"]:
-        return refused(check, "the fp64 model")
-    calls = {learn: partial(read, model, ids, learn=learn, backend=case.backend, check_finite=False) for learn in ("off", "next_token")}
-    for learn in calls:
-        read(model, ids[:, : 4 * model.segment], learn=learn, backend=case.backend)
-    found = turns(calls, device, 10 * seconds)
-    rate = {learn: 1e3 * case.B * case.T / ms["median"] for learn, ms in found.items()}
-    return {"check": check, "ms": found["next_token"], "off_ms": found["off"], "tokens/s": rate["next_token"],
-            "off_tokens/s": rate["off"], "on_per_off": rate["next_token"] / rate["off"],
-            "parameters": sum(p.numel() for p in model.parameters())}
-
-
-def held_bytes(cms, level: int, K: int) -> int:
-    """Bytes that a CMSState holds for one level, whatever its fields are called."""
-    parts = [value[level] for _, value in cms._fields() if isinstance(value, list) and len(value) == K and isinstance(value[level], dict)]
-    return sum(t.numel() * t.element_size() for part in parts for t in part.values())
-
-
-def level_bytes(c: CMSConfig, level: int, itemsize: int = 4) -> dict[str, int]:
-    """What one level of one row needs: fp32 weights, a copy where the model computes in 16 bits, the gradients of earlier segments above
-    the first level (muon: at all levels, it needs the whole gradient), momentum."""
-    n = (3 if c.mlp == "swiglu" else 2) * c.d_model * c.hidden
-    waits = c.chunks[level] > c.chunks[0] or c.optimizer == "muon"
-    needed = {"weights": 4 * n, "copy": itemsize * n if itemsize < 4 else 0, "gradients": 4 * n if waits else 0,
-              "momentum": 4 * n if c.optimizer == "momentum" else 0}
-    return needed | {"total": sum(needed.values())}
-
-
-@torch.no_grad()
-def state(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """Read until every level has been refreshed and each one above the first has gradients waiting. Nothing is timed."""
-    model = model_of(case, device)
-    configs = model.config.block_cms
-    tokens = max(c.chunks[-1] for c in configs) + model.segment + 1
-    fresh = model.init_state(case.B).nbytes()
-    found = read(model, prose(case, tokens, device), learn="next_token", check_finite=False).state
-    levels = []
-    for l in range(max(c.num_levels for c in configs)):
-        blocks = [(c, s) for c, s in zip(configs, found.cms) if l < c.num_levels]
-        levels.append({
-            "level": l + 1, "period": blocks[0][0].chunks[l], "formula": sum(level_bytes(c, l, case.itemsize)["total"] for c, _ in blocks),
-            "formula_parts": level_bytes(blocks[0][0], l, case.itemsize),
-            "measured": sum(held_bytes(s, l, c.num_levels) for c, s in blocks) / case.B,
-            "layer_says": sum(sum(b.cms.state_bytes(1)[l].values()) for b in model.blocks)})
-    return {"tokens": tokens, "blocks": len(configs), "levels": levels, "state_bytes_per_row": found.nbytes() / case.B,
-            "fresh_bytes_per_row": fresh / case.B, "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
-
-
-def decode(model: HopeForCausalLM, given, ids: Tensor, device: str, backend: str | None) -> dict:
-    """ms of a token over two segments of ids [B, n], from a clone of a state, learning on."""
-    state, ms = given.clone(), []
-
-    def one(t: int) -> None:
-        nonlocal state
-        state = model(ids[:, t : t + 1], state, learn="next_token", backend=backend)[1]
-        m.sync(device)
-
-    for t in range(ids.shape[1]):
-        ms.append(m.host_ms(partial(one, t)))
-    return {"p50": m.quantile(ms, 0.5), "p99": m.quantile(ms, 0.99), "mean": statistics.fmean(ms), "n": len(ms)}
-
-
-@torch.no_grad()
-def long(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, limit: float = math.inf) -> dict:
-    """``T`` tokens a row in ten parts; it ends early where ``limit`` seconds are over, and says so."""
-    model = model_of(case, device)
-    after = 2 * model.segment
-    ids = prose(case, case.T + after, device)
-    check = checked(model, ids, case.backend)
-    if not check["ok"]:
-        return refused(check, "the fp64 model")
-    state, last, parts, early, at = model.init_state(case.B), None, [], None, 0
-    began = time.perf_counter()
-    over = lambda: at > 0 and time.perf_counter() - began > limit
-    with PeakMemory(device) as peak:
-        for mark in (min(1000, case.T // 10), *(case.T * i // 10 for i in range(1, 11))):
-            start, first, nats = time.perf_counter(), at, 0.0
-            while at < mark and not over():
-                span = ids[:, at : min(mark, at + SPAN)]
-                got = read(model, span, state, learn="next_token", last=last, backend=case.backend, check_finite=False)
-                state, last, at, nats = got.state, got.logits, at + span.shape[1], nats + float(got.nats.mean())
-            m.sync(device)
-            if at > first:
-                parts.append({"tokens": at, "tokens/s": case.B * (at - first) / (time.perf_counter() - start),
-                              "peak_mib": round(peak.take() / 2**20, 1), "state_mib": round(state.nbytes() / 2**20, 3),
-                              "bits_per_byte": nats / math.log(2) / (at - max(first, 1))})
-            if early is None:
-                early = {"after": at} | decode(model, state, ids[:, at : at + after], device, case.backend)
-                peak.take()
-    late = {"after": at} | decode(model, state, ids[:, at : at + after], device, case.backend)
-    whole = parts[1:] or parts  # the first one warms up
-    return {"check": check, "tokens": at, "complete": at == case.T, "parts": parts, "decode_ms": [early, late],
-            "decode_late_per_early": late["p50"] / early["p50"], "tokens/s": statistics.median(part["tokens/s"] for part in whole),
-            "peak_mib_first": whole[0]["peak_mib"], "peak_mib_last": whole[-1]["peak_mib"]}
-
-
-KINDS = {"forward": forward, "refresh": refresh, "segment": segment, "pending": pending, "prefill": prefill, "state": state, "long": long}
-FIRST = 5  # of the GPU's cases, before everything else of its kind
-
-
-def cases(device: str, quick: bool) -> tuple[Case, ...]:
-    return (QUICK_GPU if quick else GPU_CASES) if device == "cuda" else QUICK_CPU if quick else CPU_CASES
-
-
-def items(device: str, quick: bool, limit: float = math.inf) -> Iterator[tuple[str, dict, Callable]]:
-    """(name, the case as data, call with (ceilings)), most important first. limit: seconds after which the long run stops."""
-    for case in cases(device, quick):
-        more = {"limit": limit} if case.kind == "long" else {}
-        yield case.name, asdict(case), partial(KINDS[case.kind], case, device, seconds=0.05 if quick else 1.0, quick=quick, **more)
+def items(device: str, quick: bool, full: bool = False) -> Iterator[tuple[str, dict, Callable]]:
+    """(name, the case as data, call with (ceilings)), most important first. full: the whole grid, on a CPU too."""
+    for case in cases(device, quick, full):
+        yield case.name, asdict(case), partial(KINDS[case.kind], case, device, seconds=m.seconds(device, quick), quick=quick)
 
 
 # -- alone --------------------------------------------------------------------------------------------------------------------
@@ -593,7 +466,7 @@ def table(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from . import gpu
+    from . import bench_model, gpu
 
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of cases' names")
@@ -611,7 +484,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = [("env", "machine", {}, lambda _: gpu.describe(device))]
     for name in gpu.ceilings_of(device):
         plan.append(("env", name, {}, lambda _, name=name: m.ceiling(name, device, args.quick)))
-    plan += [("cms", *item) for item in items(device, args.quick)]
+    plan += [("cms", *item) for item in (*items(device, args.quick, full=True), *bench_model.items(device, args.quick, full=True))]
     status = gpu.measure(device, {"env": store, "cms": store}, args, until, plan)
     print(table(store.data))
     return status

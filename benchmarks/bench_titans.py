@@ -63,16 +63,24 @@ GPU_CASES = (
     P(C=128), P(C=32), X(C=32), P(B=4, T=8192), X(B=4, T=8192), P(B=32, T=2048), X(B=32, T=2048), P(C=256, B=32, T=2048),
     S(B=32), XS(B=32), S(N=64, C=16), XS(N=64, C=16), S(D=128, N=512, H=16), Case("step graph", B=32, T=1),
     P(T=2048), X(T=2048), P(T=131072), P(H=8), X(H=8), P(H=64, T=16384), P(C=16, N=64, B=32, T=2048), P(C=256, N=64), P(N=128), X(N=128),
-    P(N=512), P(dtype="fp16"), X(dtype="fp16"), P(dtype="fp32", T=4096), Case("conv", B=32, T=1), Case("gate", B=32, T=1),
+    P(C=1024), X(C=1024), P(N=512), P(dtype="fp16"), X(dtype="fp16"), P(dtype="fp32", T=4096),
+    Case("conv", B=32, T=1), Case("gate", B=32, T=1),
 )
 QUICK_GPU = (
     P(H=8, T=1024), X(H=8, T=1024), P(C=16, N=64, H=8, T=1024), S(H=8), XS(H=8), Case("step graph", H=8, T=1),
     Case("step graph", H=8, T=1, backend="cuda"), Case("conv", T=256), Case("gate", T=256),
 )
-CPU_CASES = tuple(
-    Case(kind, C, 64, 64, 2, 1, T, "fp32", backend)
-    for backend in ("cpp", "chunked") for kind, C, T in (("prefill", 16, 256), ("prefill", 64, 256), ("step", 16, 1))
-) + (Case("grad", 16, 32, 32, 1, 1, 64, "fp32", "chunked"),)
+ON_CPU = (("prefill", 16, 64, 256), ("prefill", 64, 64, 256), ("prefill", 64, 256, 256), ("step", 16, 64, 1), ("conv", 64, 64, 512),
+          ("gate", 64, 64, 512))
+CPU_CASES = (
+    *(Case(kind, C, 64, N, 2, 1, T, "fp32", backend) for kind, C, N, T in ON_CPU for backend in ("cpp", "chunked")),
+    *(Case("grad", 16, 32, 32, 1, 1, 64, "fp32", backend) for backend in ("cpp", "chunked")),
+)
+QUICK_CPU = (  # the first one also has a size that means something
+    Case("prefill", 64, 64, 64, 2, 1, 256, "fp32", "cpp"),
+    *(Case(kind, 16, 32, 32, 2, 1, T, "fp32", backend) for backend in ("cpp", "chunked")
+      for kind, T in (("prefill", 64), ("step", 1), ("conv", 16), ("gate", 16), ("grad", 40))),
+)
 
 
 def problem(case: Case, device: str, seed: int) -> tuple[FastWeights, TokenInputs]:
@@ -105,18 +113,9 @@ def verified(case: Case, w: FastWeights, inputs: TokenInputs, op: Callable) -> d
     """The checks of the module's first paragraph: {"ok": ..., "reason": ...} and the largest error."""
     c, piece = case.config, head(inputs, 2, 2 * case.C + case.C // 2 + 1)
     exact = results(*titans_chunk(c, to(w, torch.float64), to(piece, torch.float64), backend="chunked"))
-    peer = results(*titans_chunk(c, w, piece, backend="chunked"))
-    with m.poisoned():
-        small = m.compare(results(*op(c, w, piece, backend=case.backend)), peer, exact)
-        first, again = (results(*op(c, w, inputs, backend=case.backend)) for _ in range(2))
-    if not small["ok"]:
-        return small | {"reason": f"{small['tensor']} differs from the fp64 chunked backend"}
-    if not m.complete(first["o"]):
-        return small | {"ok": False, "reason": "the whole call left outputs unwritten, zero or not finite"}
-    if not all(torch.equal(first[n], again[n]) for n in first):
-        return small | {"ok": False, "reason": "two equal calls gave different bits"}
-    start = m.compare({"o": first["o"][: len(piece.x), : piece.x.shape[1]]}, peer, exact)
-    return small if start["ok"] else start | {"reason": "the start of the whole call differs from the fp64 chunked backend"}
+    run = lambda given: results(*op(c, w, given, backend=case.backend))
+    return m.verified(lambda: run(piece), lambda: run(inputs), lambda o: o[: len(piece.x), : piece.x.shape[1]],
+                      results(*titans_chunk(c, w, piece, backend="chunked")), exact)
 
 
 def refused(check: dict) -> dict:
@@ -257,17 +256,26 @@ def grad(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     return {"check": check, "ms": both, "forward_ms": forward, "backward_per_forward": both["median"] / forward["median"] - 1}
 
 
+def small_operator(kind: str, backend: str) -> Callable:
+    """The convolution ("conv") or the output gate ("gate") of a backend; the CUDA one has those of Triton."""
+    if backend == "cpp":
+        from hope_kernels.ops.cpu import causal_conv as conv
+        from hope_kernels.ops.cpu import output_gate as gate
+    elif backend == "chunked":
+        from hope_kernels.ops.conv.chunked import causal_conv_chunked as conv
+        from hope_kernels.ops.output_gate.chunked import output_gate_chunked as gate
+    else:
+        from hope_kernels.ops.conv.triton import causal_conv_triton as conv
+        from hope_kernels.ops.output_gate.triton import output_gate_triton as gate
+    return conv if kind == "conv" else gate
+
+
 @torch.no_grad()
 def elementwise(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     """The convolution (window 4) or the output gate: 2 or 3 numbers of d a token move."""
-    from hope_kernels.ops.conv.chunked import causal_conv_chunked
-    from hope_kernels.ops.conv.triton import causal_conv_triton
-    from hope_kernels.ops.output_gate.chunked import output_gate_chunked
-    from hope_kernels.ops.output_gate.triton import output_gate_triton
-
     B, T, H, D, W = case.B, case.T, case.H, case.D, 4
     conv = case.kind == "conv"
-    ours, chunked = (causal_conv_triton, causal_conv_chunked) if conv else (output_gate_triton, output_gate_chunked)
+    ours, chunked = (small_operator(case.kind, backend) for backend in (case.backend, "chunked"))
     nbytes, flops = (2 if conv else 3) * B * T * H * D * case.itemsize, (2 * W if conv else 8) * B * T * H * D
 
     def made(seed: int):
@@ -276,7 +284,7 @@ def elementwise(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -
         return tuple(torch.randn(s, generator=g, device=device, dtype=m.DTYPES[case.dtype]) for s in shapes)
 
     problems = [made(seed) for seed in range(m.sets_for(nbytes, device))]
-    lengths = torch.full((B,), T, dtype=torch.int32, device=device)
+    lengths = [T] * B if case.backend == "cpp" else torch.full((B,), T, dtype=torch.int32, device=device)
 
     def named(found) -> dict:
         return dict(zip(("y", "tail"), found if conv else (found,)))
@@ -314,7 +322,11 @@ def measured(case: Case, device: str, ceilings: dict, seconds: float) -> dict:
     return KINDS[case.kind](case, device, ceilings, seconds=seconds)
 
 
+def cases(device: str, quick: bool) -> tuple[Case, ...]:
+    return (QUICK_GPU if quick else GPU_CASES) if device == "cuda" else QUICK_CPU if quick else CPU_CASES
+
+
 def items(device: str, quick: bool) -> Iterator[tuple[str, dict, Callable]]:
     """(name, the case as data, call with (ceilings)), most important first."""
-    for case in (QUICK_GPU if quick else GPU_CASES) if device == "cuda" else CPU_CASES:
-        yield case.name, asdict(case), partial(measured, case, device, seconds=0.05 if quick else 1.0)
+    for case in cases(device, quick):
+        yield case.name, asdict(case), partial(measured, case, device, seconds=m.seconds(device, quick))

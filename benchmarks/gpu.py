@@ -2,13 +2,15 @@
 
     python -m benchmarks.gpu [--minutes 8] [--only NAME ...] [--quick] [--resume] [--out DIR] [--against DIR]
 
-Writes DIR/<device>/{env,correctness,ops,cms,peers}.json (DIR: benchmarks/results). Each file holds "stamp" (commit, source hash, date) and
-"cases", one record a name with a "status": ok, refused (wrong result, hence no time), skipped (with the reason), failed, died, started.
-A file is rewritten after every case, so a kill loses nothing; --resume keeps what is there for the same code and goes on.
+Writes DIR/<device>/{env,correctness,ops,layers,model,cms,peers}.json (DIR: benchmarks/results). Each file holds "stamp" (commit, source
+hash, date), "cases", one record a name with a "status": ok, refused (wrong result, hence no time), skipped (with the reason), failed,
+died, started; and, once a run has ended, "missing": what it did not measure, and why. A file is rewritten after every case, so a kill
+loses nothing; --resume keeps what is there for the same code and goes on.
 
 Measurements run in a child process under a watchdog: a kernel that hangs or breaks the CUDA context costs its own case, and the next child
 goes on behind it. At the end it says what is slower, faster or no longer right against the committed results of this device (or --against)
-by more than the spread of the times. Without a CUDA device a few tiny CPU cases run, and are written only where --out says.
+by more than the spread of the times. Without a CUDA device the backends of the CPU are measured (3 minutes suffice on two cores), every
+case beside a copy and a matrix product of the same moment, whose rates are the ceilings in its record.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from .machine import machine, write_json
 from .sources import kernel_hash
 
 RESULTS = m.ROOT / "benchmarks" / "results"
-SECTIONS = ("env", "correctness", "ops", "cms", "peers")
+SECTIONS = ("env", "correctness", "ops", "layers", "model", "cms", "peers")
 CEILINGS = {"copy": "GB/s", "matmul bf16": "TFLOP/s", "matmul fp16": "TFLOP/s", "matmul fp32": "TFLOP/s"}
 TESTS = (
     "tests/test_titans_triton*.py", "tests/test_titans_cuda.py", "tests/test_layer_triton.py", "tests/test_conv.py",
@@ -44,7 +46,8 @@ TESTS = (
 TEST_PROCESSES = 8
 SANITIZER_SECONDS = 60  # beyond the time of the tests
 CASE_SECONDS = 150  # compilation included; what takes longer hangs
-LONG_SECONDS = 90  # then a long run stops by itself
+LONG_SECONDS = {"cuda": 90, "cpu": 15}  # then a long run stops by itself
+NEEDS_CUDA = "needs a CUDA device"
 RESTART = 3  # exit status of a child that wants a fresh one to go on
 
 
@@ -77,6 +80,12 @@ class Results:
         """What another process has written meanwhile."""
         self.data = Results(self.path, self.data["stamp"]).data
 
+    def note(self, missing: dict[str, str]) -> None:
+        """The end of a run: what was not measured, and why."""
+        self.data["missing"] = missing
+        if self.path is not None:
+            write_json(str(self.path), self.data)
+
     def drop(self, name: str) -> None:
         self.data["cases"].pop(name)
         write_json(str(self.path), self.data)
@@ -103,8 +112,10 @@ def nvidia_smi() -> str:
 
 
 def describe(device: str) -> dict:
-    found: dict = {"machine": machine(), "device": device}
-    for package in ("torch", "triton", "numpy"):
+    from hope_kernels import available_backends
+
+    found: dict = {"machine": machine(), "device": device, "backends": available_backends()}
+    for package in ("torch", "triton", "numpy", "nested-learning", "titans-pytorch", "flash-linear-attention", "flash-qla"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -123,7 +134,7 @@ def ceilings_of(device: str) -> tuple[str, ...]:
 def plan(device: str, quick: bool) -> Iterator[tuple[str, str, dict, Callable]]:
     """(section, name, case as data, call with (ceilings) -> record): the order of a run, correctness aside; the rows people ask for first,
     ours and the peers', then the sweeps."""
-    from . import bench_cms, bench_titans, peers
+    from . import bench_cms, bench_layers, bench_model, bench_titans, peers
 
     yield "env", "machine", {}, lambda _: describe(device)
     for name in ceilings_of(device):
@@ -132,9 +143,15 @@ def plan(device: str, quick: bool) -> Iterator[tuple[str, str, dict, Callable]]:
         yield "env", "after the matrix products", {}, lambda _: {"nvidia_smi": nvidia_smi()}
     ops = [("ops", *item) for item in bench_titans.items(device, quick)]
     others = [("peers", *item) for item in peers.items(device, quick)]
-    cms = [("cms", *item) for item in bench_cms.items(device, quick or device != "cuda", LONG_SECONDS)]
-    first, early = bench_titans.FIRST, bench_cms.FIRST
-    yield from (*ops[:first], *others[:6], *cms[:early], *ops[first:], *cms[early:], *others[6:])
+    layers = [("layers", *item) for item in bench_layers.items(device, quick)]
+    models = [("model", *item) for item in bench_model.items(device, quick, limit=LONG_SECONDS[device])]
+    cms = [("cms", *item) for item in bench_cms.items(device, quick)]
+    parts = ((ops, bench_titans.FIRST), (others, 6 if device == "cuda" else 3), (layers, bench_layers.FIRST), (models, bench_model.FIRST),
+             (cms, bench_cms.FIRST))
+    for items, early in parts:
+        yield from items[:early]
+    for items, early in (parts[0], *parts[2:], parts[1]):
+        yield from items[early:]
 
 
 def wanted(only: list[str], section: str, name: str) -> bool:
@@ -155,9 +172,10 @@ def measure(device: str, results: dict[str, Results], args, until: float, items:
         if device == "cuda":
             faulthandler.dump_traceback_later(min(CASE_SECONDS, until - time.time() + 20), exit=True)
         ceilings = {n: results["env"].cases.get(n, {}).get(unit) for n, unit in CEILINGS.items()}
+        now = m.Beside(args.quick) if device == "cpu" and section != "env" else {}
         began, restart = time.time(), False
         try:
-            record = {"status": "ok"} | call(ceilings)
+            record = {"status": "ok"} | call(now or ceilings) | ({"ceilings": dict(now)} if now else {})
             restart = record.pop("restart", False)
             if not restart:  # an asynchronous error belongs to this case
                 m.sync(device)
@@ -186,6 +204,32 @@ def line(section: str, name: str, r: dict) -> str:
     parts += [f"{r[k]:8.1f} {k}" for k in ("TFLOP/s", "GB/s", "tokens/s") if r.get(k)]
     parts += [f"{r[k]:7.1%} {k}" for k in ("of_matmul", "of_copy") if r.get(k)]
     return " ".join([p for p in parts if p] + [str(r.get("reason") or "")[:200]]).rstrip()
+
+
+def missing(device: str, results: dict[str, Results], args) -> dict[str, dict[str, str]]:
+    """{section: {name: why}} of every case without a figure: of this device's plan and, where there is no CUDA device, of a GPU's."""
+    found: dict[str, dict[str, str]] = {section: {} for section in results}
+    for section, name, *_ in plan(device, args.quick):
+        record = results[section].cases.get(name)
+        if record is None:
+            found[section][name] = "the time was up" if wanted(args.only, section, name) else "not asked for"
+        elif record["status"] != "ok":
+            found[section][name] = f"{record['status']}: {record.get('reason')}"
+    if device != "cuda":
+        here = {(section, name) for section, name, *_ in plan(device, args.quick)}
+        found["correctness"]["tests of the kernels, CUDA library, compute-sanitizer"] = NEEDS_CUDA
+        for section, name, *_ in plan("cuda", args.quick):
+            if (section, name) not in here:
+                found[section][name] = NEEDS_CUDA
+    return found
+
+
+def told(found: dict[str, dict[str, str]]) -> Iterator[str]:
+    """One line a section and reason."""
+    for section, cases in found.items():
+        for why in dict.fromkeys(cases.values()):
+            names = [name for name, reason in cases.items() if reason == why]
+            yield f"not measured, {section}, {len(names)} ({why}): {'; '.join(names)}"
 
 
 def children(results: dict[str, Results], only: list[str], quick: bool, until: float, folder: Path) -> None:
@@ -303,7 +347,7 @@ def correctness(store: Results, until: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--minutes", type=float, default=8)
-    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="a section (ops, cms, peers, correctness), or a part of a name")
+    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"a section ({', '.join(SECTIONS[1:])}), or a part of a name")
     p.add_argument("--quick", action="store_true", help="small sizes, no tests: does the command itself work")
     p.add_argument("--resume", action="store_true", help="keep what is there for the same commit and source")
     p.add_argument("--out", metavar="DIR", help="folder of the result folders")
@@ -316,8 +360,8 @@ def main(argv: list[str] | None = None) -> int:
     if device == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)
     until = args.until or time.time() + 60 * args.minutes
-    folder = Path(args.out or RESULTS) if device == "cuda" or args.out else None
-    if folder is not None and not args.child:
+    folder = Path(args.out or RESULTS)
+    if not args.child:
         folder = folder.resolve() / (slug(device) + "-quick" * args.quick)
     mark = stamp(args.quick)
     try:
@@ -327,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def opened(section: str) -> Results:
         old = (lambda n: True) if args.child or args.resume else (lambda n: not wanted(args.only, section, n))
-        return Results(folder and folder / f"{section}.json", mark, old)
+        return Results(folder / f"{section}.json", mark, old)
 
     results = {section: opened(section) for section in SECTIONS}
     if args.child:
@@ -347,9 +391,7 @@ def main(argv: list[str] | None = None) -> int:
             record_all(results["correctness"], gpu_library.sanitized(results["correctness"].cases, limit + SANITIZER_SECONDS))
         children(results, args.only, args.quick, until, folder)
     else:
-        reason = "needs a CUDA device"
-        results["correctness"].put("pytest", {"status": "skipped", "reason": reason})
-        print(f"no CUDA device: kernel tests, Triton cases, copy and tensor-core ceilings and GPU peers are not measured ({reason})")
+        results["correctness"].put("pytest", {"status": "skipped", "reason": NEEDS_CUDA})
         measure(device, results, args, until)
     for text in ratios(results["ops"].cases, results["peers"].cases):
         print(text)
@@ -359,7 +401,11 @@ def main(argv: list[str] | None = None) -> int:
         counts: dict[str, int] = {}
         for record in store.cases.values():
             counts[record["status"]] = counts.get(record["status"], 0) + 1
-        print(f"{section}: {counts or 'nothing'}{f' in {store.path}' if store.path else ', not written (no --out)'}")
+        print(f"{section}: {counts or 'nothing'}{f' in {store.path}' if store.path else ''}")
+    absent = missing(device, results, args)
+    for section, cases in absent.items():
+        results[section].note(cases)
+    print("\n".join(told(absent)))
     return 0
 
 

@@ -71,14 +71,27 @@ def step_bytes(c: TitansConfig, B: int, itemsize: int, commit: bool) -> int:
 # -- times --------------------------------------------------------------------------------------------------------------------
 
 
-def stats(values: list[float]) -> dict:
-    s = sorted(values)
-    return {"median": statistics.median(s), "min": s[0], "p90": quantile(s, 0.9), "n": len(s)}
+class Times(dict):
+    """What a record keeps of several times; ``samples`` has them all, in the order they were taken."""
+
+    def __init__(self, samples: list[float]):
+        s = sorted(samples)
+        super().__init__(median=statistics.median(s), min=s[0], p90=quantile(s, 0.9), n=len(s))
+        self.samples = samples
+
+
+def stats(values: list[float]) -> Times:
+    return Times(list(values))
 
 
 def quantile(values: list[float], q: float) -> float:
     """The smallest value that is at least as large as a share q of all."""
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
+
+
+def seconds(device: str, quick: bool) -> float:
+    """About how long a case is timed."""
+    return 0.05 if quick else 1.0 if device == "cuda" else 0.3
 
 
 def sync(device: str) -> None:
@@ -110,19 +123,20 @@ def host_ms(call: Callable[[], object]) -> float:
 
 
 def time_calls(calls: list[Callable[[], object]], device: str, seconds: float = 1.0) -> dict:
-    """{"ms": ..., "host_ms": ...} of one call, over ``calls`` in rotation: 5 to 500 of them, about ``seconds`` in all."""
+    """{"ms": ..., "host_ms": ...} of one call, over ``calls`` in rotation: 5 to 500 of them, about ``seconds`` in all. On a CPU both
+    were the same: there is no "host_ms"."""
     for call in calls * (1 + 2 // len(calls)):
         call()
-    host = []
-    for call in (calls * 5)[:5]:
-        sync(device)
-        host.append(host_ms(call))
     sync(device)
     first = host_ms(lambda: (calls[0](), sync(device)))
     n = max(5, min(500, int(1e3 * seconds / max(first, 1e-3))))
     order = [calls[i % len(calls)] for i in range(n)]
     if device != "cuda":
-        return {"ms": stats([host_ms(call) for call in order]), "host_ms": stats(host)}
+        return {"ms": stats([host_ms(call) for call in order])}
+    host = []
+    for call in (calls * 5)[:5]:
+        sync(device)
+        host.append(host_ms(call))
     pairs = [recorded(call) for call in order]
     torch.cuda.synchronize()
     return {"ms": stats([a.elapsed_time(b) for a, b in pairs]), "host_ms": stats(host)}
@@ -161,7 +175,16 @@ def time_graph(calls: list[Callable[[], object]], seconds: float = 1.0) -> dict:
     if not all(torch.equal(output(found), output(call())) for found, call in zip(kept, calls)):
         raise WrongResult("a replay of the CUDA graph and the call itself differ")
     ms = time_calls([graph.replay], "cuda", seconds)["ms"]
-    return {"ms": {k: v if k == "n" else v / len(calls) for k, v in ms.items()}}
+    return {"ms": stats([v / len(calls) for v in ms.samples])}
+
+
+def turns(calls: dict[str, Callable], device: str, seconds: float, least: int = 3, most: int = 8) -> dict[str, Times]:
+    """ms of each call, in turn: ``least`` rounds, and up to ``most`` while ``seconds`` last."""
+    spent, began = {name: [] for name in calls}, time.perf_counter()
+    while (n := len(next(iter(spent.values())))) < least or (n < most and time.perf_counter() - began < seconds):
+        for name, call in calls.items():
+            spent[name].append(host_ms(lambda call=call: (call(), sync(device))))
+    return {name: stats(ms) for name, ms in spent.items()}
 
 
 # -- ceilings -----------------------------------------------------------------------------------------------------------------
@@ -180,7 +203,30 @@ def ceiling(name: str, device: str, quick: bool) -> dict:
     n, dtype = 512 if quick else 8192 if device == "cuda" else 1024, DTYPES[name.split()[1]]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     found = time_calls([lambda: a @ b, lambda: b @ a], device, seconds)
-    return found | {"shape": [n, n, n], "TFLOP/s": 2 * n**3 / found["ms"]["median"] / 1e9}
+    return found | {"shape": [n, n, n], "flops": 2 * n**3, "TFLOP/s": 2 * n**3 / found["ms"]["median"] / 1e9}
+
+
+class Beside(dict):
+    """The ceilings of a CPU, whose cores others may share, around a case: GB/s of a copy (read + written) and TFLOP/s of an fp32 product,
+    the best of sixteen each: eight when this is made, before the case, and eight when first asked for a value, behind its timing."""
+
+    def __init__(self, quick: bool):
+        n, size = (256, 2**20) if quick else (768, 2**25)
+        self._a, self._b, self._c, self._out = torch.ones(size), torch.ones(size), torch.randn(n, n), torch.empty(n, n)
+        self._asked = False
+        self._look()
+
+    def _look(self) -> None:
+        copy, product = lambda: self._a.copy_(self._b), lambda: torch.mm(self._c, self._c, out=self._out)
+        ms = turns({"copy": copy, "matmul": product}, "cpu", 0.0, least=8)
+        found = {"copy": 8 * self._a.numel() / ms["copy"]["min"] / 1e6, "matmul fp32": 2 * len(self._c)**3 / ms["matmul"]["min"] / 1e9}
+        self.update({name: max(rate, super(Beside, self).get(name, 0.0)) for name, rate in found.items()})
+
+    def get(self, name: str, default=None):
+        if not self._asked:
+            self._asked = True
+            self._look()
+        return super().get(name, default)
 
 
 def rates(record: dict, ceilings: dict, dtype: str, flops: float | None, nbytes: float) -> dict:
@@ -219,6 +265,26 @@ def compare(ours: dict[str, Tensor], peer: dict[str, Tensor], exact: dict[str, T
             unit = size or 1.0
             worst = {"ok": ok, "share": share, "tensor": name, "error": error / unit, "allowed": allowed / unit, "peer": theirs / unit}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in worst.items()}
+
+
+def verified(piece: Callable[[], dict], whole: Callable[[], dict], cut: Callable[[Tensor], Tensor], peer: dict, exact: dict) -> dict:
+    """Whether a call may be timed: {"ok": ..., "reason": ...} and the largest error.
+
+    piece, whole: the call on its first rows and tokens, and all of it, results by name; "o" is the output and ``cut`` its part that belongs
+    to the piece. peer, exact: the piece by the chunked backend in the same dtype and in fp64. The piece must pass ``compare``; the
+    whole call, twice into poisoned memory, must write every vector, repeat bit for bit and agree with the piece.
+    """
+    with poisoned():
+        small = compare(piece(), peer, exact)
+        first, again = whole(), whole()
+    if not small["ok"]:
+        return small | {"reason": f"{small['tensor']} differs from the fp64 chunked backend"}
+    if not complete(first["o"]):
+        return small | {"ok": False, "reason": "the whole call left outputs unwritten, zero or not finite"}
+    if not all(torch.equal(first[n], again[n]) for n in first):
+        return small | {"ok": False, "reason": "two equal calls gave different bits"}
+    start = compare({"o": cut(first["o"])}, peer, exact)
+    return small if start["ok"] else start | {"reason": "the start of the whole call differs from the fp64 chunked backend"}
 
 
 def complete(o: Tensor) -> bool:

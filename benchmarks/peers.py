@@ -2,10 +2,15 @@
 
     fla       chunk_gated_delta_rule at equal width (K = V = D): one matrix a head where ours are five memories, about 1/16 of the FLOPs
               at N = 256; whether FLA handed the call to FlashQLA is seen, not guessed
+    sdpa      torch's causal attention at equal width, without projections; which of its backends served is recorded
+    ttt       FLA's TTT-Linear at equal width, mini-batches of 16
+    titans    NeuralMemory of titans-pytorch at equal width, chunk and hidden units; its own inputs' projections, gates and norms included,
+              another function: speed only
     compiled  our chunked backend as people would speed it up without kernels: torch.compile of one chunk, captured in a CUDA graph
     package   the token loop of nested-learning 0.2.0, same weights, outputs compared; ours beside it
 
-A peer that is not installed is recorded as skipped, one whose result is wrong as refused.
+Where a peer computes a function that is written down here, a piece of its result is compared with that in fp64 ("error"). A peer that is
+not installed is recorded as skipped, one whose result is wrong as refused.
 """
 
 from __future__ import annotations
@@ -29,8 +34,14 @@ from . import measure as m
 from .bench_titans import STATE, Case, P, head, problem, refused, results, to
 
 FLA_CASES = (P(), P(N=64, B=4, T=8192), P(D=128, N=128, H=16), P(N=64, B=32, T=2048))
-COMPILED_CASES = (P(), P(C=16, N=64, B=4, T=8192), P(C=256))
+COMPILED_CASES = (P(), P(C=16, N=64, B=4, T=8192), P(C=256), P(C=1024))
+SDPA_CASES = (P(T=8192), P(), P(N=64, B=4, T=8192))
+TTT_CASES = (P(C=16, N=64, B=4, T=8192), P(C=16))
+TITANS_CASES = (P(N=64, B=4, T=8192), P(T=8192))
 PACKAGE_SHAPES = ((64, 16), (64, 64), (128, 64))
+ON_CPU = partial(P, N=64, H=2, T=256, dtype="fp32")
+QUICK_CPU = partial(P, C=16, D=16, N=16, H=2, T=40, dtype="fp32")
+TOLERANCE = {"bf16": 0.02, "fp16": 0.02, "fp32": 1e-4}  # rms of the error over rms of the result
 
 
 def installed(*packages: str) -> dict:
@@ -97,6 +108,104 @@ def fla(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
         return refused({"reason": f"differs from the token loop in fp64 by {error:.1e}", "error": error if math.isfinite(error) else None})
     found |= {"flashqla": flashqla_calls(calls[0]), "error": error, "sets": len(problems), "bytes": nbytes}
     return found | m.time_calls(calls, device, seconds)
+
+
+def attended(q, k, v):
+    """torch's causal attention: [B, H, T, D]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def sdpa_backend(q, k, v) -> str:
+    """Which of torch's implementations serves a call, as torch tells."""
+    try:
+        return torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name
+    except (AttributeError, ValueError, RuntimeError) as e:
+        return f"unknown: {e}"
+
+
+def inputs_of(case: Case, device: str, seed: int, least: int = 3) -> list[torch.Tensor]:
+    """``least`` tensors [B, T, H, D] in the case's dtype; the first two of unit length."""
+    g = torch.Generator(device).manual_seed(seed)
+    kw = {"generator": g, "device": device, "dtype": m.DTYPES[case.dtype]}
+    found = [torch.randn(case.B, case.T, case.H, case.D, **kw) for _ in range(least)]
+    return [F.normalize(t, dim=-1) for t in found[:2]] + found[2:]
+
+
+def judged(found: dict, case: Case, ours: torch.Tensor, exact: torch.Tensor) -> dict:
+    """``found`` with the error of ``ours`` against the same in fp64, or refused."""
+    error = m.rms(ours - exact) / m.rms(exact)
+    if not error < TOLERANCE[case.dtype]:
+        return refused({"reason": f"differs from fp64 by {error:.1e}", "error": error if math.isfinite(error) else None})
+    return found | {"error": error}
+
+
+@torch.no_grad()
+def sdpa(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
+    nbytes = 4 * case.B * case.T * case.H * case.D * case.itemsize
+    problems = [[t.transpose(1, 2).contiguous() for t in inputs_of(case, device, seed)] for seed in range(m.sets_for(nbytes, device))]
+    piece = [t[:2, :, :256] for t in problems[0]]
+    scores = (piece[0].double() @ piece[1].double().mT * case.D**-0.5).masked_fill(
+        torch.ones(piece[0].shape[2], piece[0].shape[2], dtype=torch.bool, device=device).triu(1), -math.inf)
+    found = judged({"package": "torch", "version": torch.__version__, "backend": sdpa_backend(*problems[0])}, case,
+                   attended(*problems[0])[:2, :, :256], scores.softmax(-1) @ piece[2].double())
+    if found.get("status"):
+        return found
+    record = m.time_calls([partial(attended, *p) for p in problems], device, seconds) | found | {"sets": len(problems)}
+    return m.rates(record, ceilings, case.dtype, 2 * case.B * case.T * (case.T + 1) * case.H * case.D, nbytes)
+
+
+def ttt_linear(q, k, v, w, b, S, s, eta: float, scale: float, chunk: int):
+    """TTT-Linear (Learning to learn at test time, mini-batch form) in fp64: [B, T, H, D]. A matrix S [B, H, D, D] and a bias s [B, H, 1, D]
+    a head; each token's gradient of |norm(k S + s) w + b - (v - k)|^2 / 2 is taken where its mini-batch starts; o + norm(o) w + b is
+    what comes out."""
+    q, k, v = (t.double().transpose(1, 2) for t in (q * scale, k, v))
+    w, b, S, s, outputs = w.double()[:, None], b.double()[:, None], S.double(), s.double(), []
+    norm = lambda t: F.layer_norm(t, t.shape[-1:], eps=1e-6) * w + b
+    for t in range(0, k.shape[2], chunk):
+        qc, kc, vc = (x[:, :, t : t + chunk] for x in (q, k, v))
+        with torch.enable_grad():
+            z = (kc @ S + s).requires_grad_()
+            (g,) = torch.autograd.grad((norm(z) - (vc - kc)).square().sum() / 2, z)
+        seen = torch.ones(kc.shape[2], kc.shape[2], dtype=k.dtype, device=k.device).tril()
+        o = qc @ S + s - eta * ((qc @ kc.mT) * seen + seen) @ g
+        S, s = S - eta * kc.mT @ g, s - eta * g.sum(2, keepdim=True)
+        outputs.append(o + norm(o))
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+@torch.no_grad()
+def ttt(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
+    found = installed("flash-linear-attention", "fla-core") | {"backend": "triton"}
+    rule = importlib.import_module("fla.ops.ttt").chunk_ttt_linear
+    B, H, D, scale, dtype = case.B, case.H, case.D, case.D**-0.5, m.DTYPES[case.dtype]
+    g = torch.Generator(device).manual_seed(0)
+    random = lambda *s: torch.randn(*s, generator=g, device=device)
+    w, b, S, s = 1 + random(H, D).to(dtype) / 8, random(H, D).to(dtype) / 8, random(B, H, D, D), random(B, H, 1, D)
+    rates = torch.full((B, case.T, H, 1), 0.005, device=device, dtype=dtype)
+    nbytes = 4 * case.B * case.T * case.H * case.D * case.itemsize
+    problems = [inputs_of(case, device, seed) for seed in range(m.sets_for(nbytes, device))]
+    call = lambda q, k, v: rule(q, k, v, w=w, b=b, eta=rates, scale=scale, chunk_size=case.C, initial_state=S, initial_state_bias=s,
+                                output_final_state=True)[0]
+    exact = ttt_linear(*(t[:, : 6 * case.C] for t in problems[0]), w, b, S, s, float(rates[0, 0, 0, 0]), scale, case.C)
+    found = judged(found | {"sets": len(problems), "bytes": nbytes}, case, call(*problems[0])[:, : 6 * case.C], exact)
+    return found if found.get("status") else found | m.time_calls([partial(call, *p) for p in problems], device, seconds)
+
+
+@torch.no_grad()
+def titans_pytorch(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
+    found = installed("titans-pytorch") | {"backend": "torch", "compared": "speed only: another function"}
+    width = case.H * case.D
+    torch.manual_seed(0)
+    module = importlib.import_module("titans_pytorch").NeuralMemory(
+        width, chunk_size=case.C, batch_size=case.C, dim_head=case.D, heads=case.H,
+        default_model_kwargs={"depth": 2, "expansion_factor": case.N / case.D}).to(device, m.DTYPES[case.dtype]).eval()
+    nbytes = 2 * case.B * case.T * width * case.itemsize
+    xs = [inputs_of(case, device, seed)[2].flatten(2) for seed in range(m.sets_for(nbytes, device))]
+    o = module(xs[0])[0]
+    if o.shape != xs[0].shape or not o.isfinite().all():
+        return refused({"reason": f"outputs {tuple(o.shape)} not finite, or not of the inputs' shape"})
+    record = found | m.time_calls([partial(module, x) for x in xs], device, seconds)
+    return record | {"tokens/s": 1e3 * case.B * case.T / record["ms"]["median"], "sets": len(xs)}
 
 
 @torch.no_grad()
@@ -175,7 +284,7 @@ def package(d: int, chunk: int, T: int, long: int, device: str, ceilings: dict, 
 
 def items(device: str, quick: bool) -> Iterator[tuple[str, dict, Callable]]:
     """(name, the case as data, call with (ceilings)), most important first: FLA, then one of each other peer, then the rest."""
-    seconds = 0.05 if quick else 1.0
+    seconds = m.seconds(device, quick)
     T, long = (64, 256) if quick else (128, 32768 if device == "cuda" else 2048)
 
     def named(kind: str, run: Callable, cases) -> list[tuple[str, dict, Callable]]:
@@ -187,9 +296,12 @@ def items(device: str, quick: bool) -> Iterator[tuple[str, dict, Callable]]:
         shape = {"kind": "package", "D": d, "N": d, "C": chunk, "H": 1, "B": 1, "T": T, "long": long, "dtype": "fp32"}
         loops.append((f"package C{chunk} D{d}", shape, partial(package, d, chunk, T, long, device, seconds=seconds)))
     if device != "cuda":
-        yield from loops[: 1 if quick else None]
+        sizes = [QUICK_CPU()] if quick else [ON_CPU(), ON_CPU(C=16)]
+        yield from (*named("sdpa", sdpa, sizes[:1]), *loops[:1], *named("titans", titans_pytorch, sizes), *loops[1 : 1 if quick else None])
     elif quick:
-        yield from (*named("fla", fla, [P(H=8, T=1024)]), loops[0])
+        yield from (*named("fla", fla, [P(H=8, T=1024)]), *named("sdpa", sdpa, [P(H=8, T=1024)]), loops[0])
     else:
-        graphs = named("compiled", compiled, COMPILED_CASES)
-        yield from (*named("fla", fla, FLA_CASES), loops[0], graphs[0], *loops[1:], *graphs[1:])
+        graphs, attention = named("compiled", compiled, COMPILED_CASES), named("sdpa", sdpa, SDPA_CASES)
+        ttts, memories = named("ttt", ttt, TTT_CASES), named("titans", titans_pytorch, TITANS_CASES)
+        rest = (*graphs[1:], *attention[1:], *ttts[1:], *memories[1:])
+        yield from (*named("fla", fla, FLA_CASES), loops[0], graphs[0], attention[0], ttts[0], memories[0], *loops[1:], *rest)

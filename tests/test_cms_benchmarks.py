@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_cms, bench_continual, bench_rates, gpu, studies
+from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, gpu, studies
 from benchmarks.bench_cms import Case
 from benchmarks.bench_rates import Cell
 from benchmarks.sources import kernel_hash
@@ -235,9 +235,11 @@ def test_work_is_the_hand_counted_one():
     assert case.weights == 512 and bench_cms.refresh_work(case) == (2 * 2 * 512 * 16, 2 * (512 * 8 + 2 * 40 * 16 * 4))
     (flops, nbytes), work = bench_cms.refresh_work(case), lambda o: bench_cms.refresh_work(replace(case, optimizer=o))
     assert work("momentum") == (flops, nbytes + 2 * 512 * 8) and work("muon") == (flops + 2 * 2 * 5 * (4 * 64 * 32 + 2 * 512), nbytes)
+    newton = run(Case("newton", 8, 16, B=2, optimizer="muon"))
+    assert newton["flops"] == work("muon")[0] - flops and newton["bytes"] == 2 * 512 * 8
     c = CMSConfig(8, (16, 64), optimizer="momentum")
-    assert [bench_cms.level_bytes(c, l)["total"] for l in (0, 1)] == [512 * 8, 512 * 12]
-    assert [bench_cms.level_bytes(c.replace(optimizer="muon"), l, 2)["total"] for l in (0, 1)] == [512 * 10] * 2
+    assert [bench_model.level_bytes(c, l)["total"] for l in (0, 1)] == [512 * 8, 512 * 12]
+    assert [bench_model.level_bytes(c.replace(optimizer="muon"), l, 2)["total"] for l in (0, 1)] == [512 * 10] * 2
 
 
 def scaled(case, given):
@@ -275,6 +277,13 @@ def test_a_wrong_reading_gets_no_time():
         assert record["check"]["ok"] and record["of_module"] > 0 and record["flops"] == 2 * 3 * 8 * 2 * 8 * 16 * 16
 
 
+def test_a_wrong_orthogonalisation_gets_no_time():
+    case = Case("newton", 16, 8, B=2, optimizer="muon")
+    assert run(case)["check"]["ok"]
+    record = run(case, op=lambda case, grad: 1.0001 * bench_cms.newton_schulz(case, grad))
+    assert record["status"] == "refused" and "ms" not in record
+
+
 def test_a_segment_and_waiting_factors_pass_their_checks():
     before = bench_cms.policy.TABLE
     record = run(Case("pending", 16, 8, B=2, T=16))
@@ -289,24 +298,11 @@ def test_a_segment_that_learns_something_else_is_refused(monkeypatch):
     assert run(Case("segment", 16, 8, optimizer="muon"))["status"] == "refused"
 
 
-def test_state_bytes_and_a_long_run(small):
-    found = run(Case("state", model=str(small), B=2))
-    n = 2 * 16 * 32
-    assert [v["formula"] for v in found["levels"]] == [4 * n, 8 * n]
-    assert [v["measured"] for v in found["levels"]] == [v["layer_says"] for v in found["levels"]] == [4 * n, 8 * n]
-    assert found["state_bytes_per_row"] >= found["fresh_bytes_per_row"] + 8 * n
-    record = run(Case("long", model=str(small), T=320))
-    assert record["complete"] and record["tokens"] == 320 and len(record["parts"]) == 10
-    assert [d["after"] for d in record["decode_ms"]] == [32, 320] and record["decode_ms"][0]["n"] == 16
-    cut = run(Case("long", model=str(small), T=320), limit=-1.0)
-    assert not cut["complete"] and cut["tokens"] < 320
-
-
 def test_cases_have_names_of_their_own_and_cover_the_grid():
     for device in ("cpu", "cuda"):
-        for quick in (False, True):
-            names = [name for name, _, _ in bench_cms.items(device, quick)]
-            assert len(set(names)) == len(names) > 5
+        for quick, full in ((False, False), (False, True), (True, True)):
+            names = [name for name, _, _ in bench_cms.items(device, quick, full)]
+            assert len(set(names)) == len(names) >= 5
     refreshes = {(c.d, c.C, c.optimizer) for c in bench_cms.CPU_CASES if c.kind == "refresh"}
     assert refreshes == {(d, C, o) for d in (128, 256, 512) for C in bench_cms.PERIODS for o in bench_cms.OPTIMIZERS}
     assert {c.d for c in bench_cms.GPU_CASES if c.kind == "refresh"} == {1024, 2048, 4096}
@@ -314,6 +310,7 @@ def test_cases_have_names_of_their_own_and_cover_the_grid():
 
 def test_the_command_writes_resumes_and_tabulates(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_cms, "QUICK_CPU", (Case("refresh", 16, 16), Case("forward", 16, 8, K=2)))
+    monkeypatch.setattr(bench_model, "QUICK_CPU", ())
     monkeypatch.setattr(gpu, "stamp", lambda quick: {"commit": "a", "source": "s", "quick": quick})  # the tree may change meanwhile
     out = tmp_path / "cms.json"
     assert bench_cms.main(["--quick", "--out", str(out)]) == 0

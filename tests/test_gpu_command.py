@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_cms, bench_cpu, bench_titans, gpu, gpu_library, peers
+from benchmarks import bench_cms, bench_cpu, bench_layers, bench_model, bench_titans, gpu, gpu_library, peers
 from benchmarks import measure as m
 from hope_kernels import TitansConfig
 from hope_kernels.ops import FastWeights, Layout, init_titans_state, titans_chunk
@@ -34,36 +34,86 @@ def read(folder, section: str) -> dict:
     return json.loads((folder / f"{section}.json").read_text())
 
 
+def check_schema(section: str, found: dict) -> None:
+    """What every result file of the command promises its readers."""
+    assert set(found) == {"stamp", "cases", "missing"}
+    assert {"commit", "dirty", "source", "quick", "date"} <= set(found["stamp"])
+    for name, record in found["cases"].items():
+        assert record["status"] in STATUSES | ({"passed"} if section == "correctness" else set())
+        assert record["status"] in ("ok", "passed", "died") or record["reason"]
+        if section == "correctness" or record["status"] != "ok":
+            continue
+        assert record["seconds"] >= 0
+        if section != "env":
+            assert record["case"] and record.get("check", {"ok": True})["ok"]
+        if "ms" in record:
+            assert 0 < record["ms"]["min"] <= record["ms"]["median"] <= record["ms"]["p90"] and record["ms"]["n"] >= 1, name
+        for unit, counted in (("TFLOP/s", "flops"), ("GB/s", "bytes")):
+            if unit in record:
+                assert math.isclose(record[unit] * record["ms"]["median"] * {"GB/s": 1e6, "TFLOP/s": 1e9}[unit], record[counted])
+        for key, unit, ceiling in (("of_copy", "GB/s", "copy"), ("of_matmul", "TFLOP/s", "matmul fp32")):
+            if record.get(key) and "ceilings" in record:
+                assert math.isclose(record[key] * record["ceilings"][ceiling], record[unit])
+    assert all(isinstance(why, str) and why for why in found["missing"].values())
+
+
 def test_what_it_writes(written):
     assert written.name.startswith("cpu-")
-    assert sorted(p.name for p in written.iterdir()) == ["cms.json", "correctness.json", "env.json", "ops.json", "peers.json"]
+    assert sorted(p.stem for p in written.iterdir()) == sorted(gpu.SECTIONS)
     files = {s: read(written, s) for s in gpu.SECTIONS}
-    for found in files.values():
-        assert set(found) == {"stamp", "cases"} and found["stamp"]["source"] == m.source_hash() and found["cases"]
-        for record in found["cases"].values():
-            assert record["status"] in STATUSES
-            assert record["status"] in ("ok", "died") or record["reason"]
+    for section, found in files.items():
+        check_schema(section, found)
+        assert found["stamp"]["source"] == m.source_hash() and found["cases"]
     assert files["correctness"]["cases"]["pytest"] == {"status": "skipped", "reason": "needs a CUDA device"}
     env = files["env"]["cases"]
     assert env["machine"]["machine"]["torch"] == torch.__version__ and env["copy"]["GB/s"] > 0
-    for case in bench_titans.CPU_CASES:
+    assert set(env["machine"]["backends"]) == {"reference", "chunked", "cpp", "triton", "cuda"}
+    for case in bench_titans.QUICK_CPU:
         record = files["ops"]["cases"][case.name]
         if case.backend == "cpp" and record["status"] == "skipped":
-            continue  # no compiler here
-        assert record["status"] == "ok" and record["check"]["ok"]
-        assert 0 < record["ms"]["min"] <= record["ms"]["median"] <= record["ms"]["p90"]
+            continue  # no compiler here; the gradient
+        assert record["status"] == "ok"
         if case.kind == "prefill":
-            assert record["flops"] == 256 * m.flops_per_token(case.config)
-            assert math.isclose(record["TFLOP/s"] * record["ms"]["median"] * 1e9, record["flops"])
-            assert math.isclose(record["of_matmul"] * env["matmul fp32"]["TFLOP/s"], record["TFLOP/s"])
-            assert math.isclose(record["of_copy"] * env["copy"]["GB/s"], record["GB/s"])
+            assert record["flops"] == case.T * m.flops_per_token(case.config)
         if case.kind == "step":
             assert record["commit"]["ms"]["n"] == 2 * record["layers"] and record["plain"]["ms"]["n"] == 30 * record["layers"]
             assert all(record[k]["p50"] <= record[k]["p99"] for k in ("plain", "commit"))
-    for case in bench_cms.QUICK_CPU:
-        assert files["cms"]["cases"][case.name]["status"] == "ok"
+    for section, module in (("cms", bench_cms), ("layers", bench_layers), ("model", bench_model)):
+        for case in module.QUICK_CPU:
+            record = files[section]["cases"][case.name]
+            assert record["status"] == "ok" or case.backend == "cpp"
+            assert set(record["ceilings"]) == {"copy", "matmul fp32"} if record["status"] == "ok" else "cannot be used" in record["reason"]
     package = files["peers"]["cases"]["package C16 D64"]
     assert package["error"] < 1e-4 and math.isclose(package["ratio"], package["ms"]["median"] / package["ours_ms"]["median"])
+
+
+def test_it_names_what_it_could_not_measure(written):
+    found = {s: read(written, s)["missing"] for s in gpu.SECTIONS}
+    for section, name, *_ in gpu.plan("cuda", True):
+        if name not in read(written, section)["cases"]:
+            assert found[section][name] == "needs a CUDA device"
+    assert found["correctness"] and "matmul bf16" in found["env"]
+    grad = next(c.name for c in bench_titans.QUICK_CPU if (c.kind, c.backend) == ("grad", "cpp"))
+    assert found["ops"][grad].startswith("skipped: ")
+    lines = list(gpu.told(found))
+    assert sum(len(cases) for cases in found.values()) == sum(int(line.split(", ")[2].split(" (")[0]) for line in lines)
+    assert all(any(name in line for line in lines) for cases in found.values() for name in cases)
+
+
+def test_what_there_was_no_time_for_is_missing(tmp_path, capsys):
+    assert gpu.main(["--quick", "--minutes", "0", "--out", str(tmp_path), "--only", "ops"]) == 0
+    (folder,) = tmp_path.iterdir()
+    missing = read(folder, "ops")["missing"]
+    assert {missing[c.name] for c in bench_titans.QUICK_CPU} == {"the time was up"}
+    assert {read(folder, "cms")["missing"][c.name] for c in bench_cms.QUICK_CPU} == {"not asked for"}
+    assert f"not measured, ops, {len(CASE_NAMES)} (the time was up): {CASE_NAMES[0]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", sorted(p for p in gpu.RESULTS.iterdir() if p.is_dir()), ids=lambda p: p.name)
+def test_committed_results_keep_the_schema(folder):
+    assert sorted(p.stem for p in folder.iterdir()) == sorted(gpu.SECTIONS)
+    for section in gpu.SECTIONS:
+        check_schema(section, read(folder, section))
 
 
 def test_resume_keeps_what_is_there_and_measures_the_rest(written):
@@ -76,10 +126,10 @@ def test_resume_keeps_what_is_there_and_measures_the_rest(written):
     assert gpu.main(["--quick", "--resume", "--out", str(written.parent)]) == 0
     after = read(written, "ops")
     assert after["cases"].pop(lost)["case"] == again["case"]
-    assert after == before and (written / "env.json").read_bytes() == env
+    assert after["cases"] == before["cases"] and after["stamp"] == before["stamp"] and (written / "env.json").read_bytes() == env
 
 
-CASE_NAMES = [c.name for c in bench_titans.CPU_CASES]
+CASE_NAMES = [c.name for c in bench_titans.QUICK_CPU]
 
 
 def test_results_of_other_code_are_not_continued(tmp_path):
@@ -197,17 +247,22 @@ def test_outcomes_with_and_without_a_junit_file(tmp_path):
     assert {k: r["status"] for k, r in gpu.outcomes(nothing, cut).items()} == want | {"test_it::test_last": "died"}
 
 
+PAIRED = (*peers.FLA_CASES, *peers.COMPILED_CASES, *peers.SDPA_CASES, *peers.TTT_CASES, *peers.TITANS_CASES)
+
+
 def test_plans_for_a_gpu_name_every_case_once_and_pair_peers_with_ours():
     ops, others = list(bench_titans.items("cuda", False)), list(peers.items("cuda", False))
     names = [name for name, _, _ in ops]
     assert len(set(names)) == len(names) and len({name for name, _, _ in others}) == len(others)
     timed = {"status": "ok", "ms": {"median": 3.0}}
     lines = list(gpu.ratios(dict.fromkeys(names, timed), {name: timed for name, _, _ in others}))
-    shapes = [replace(c, kind="prefill", backend=b).name for c in (*peers.FLA_CASES, *peers.COMPILED_CASES) for b in ("triton", "cuda")]
+    shapes = [replace(c, kind="prefill", backend=b).name for c in PAIRED for b in ("triton", "cuda")]
     assert len(lines) == sum(name in names for name in shapes) and all(": 1.000 of" in line for line in lines)
     assert len(lines) > len(peers.FLA_CASES) + len(peers.COMPILED_CASES)
+    everything = [(section, name) for section, name, *_ in gpu.plan("cuda", False)]
+    assert len(set(everything)) == len(everything)
     grid = {axis: {getattr(c, axis) for c in bench_titans.GPU_CASES if c.kind == "prefill"} for axis in "CDNHBT"}
-    assert grid["C"] == {16, 32, 64, 128, 256} and grid["D"] == {64, 128} and grid["N"] == {64, 128, 256, 512}
+    assert grid["C"] == {16, 32, 64, 128, 256, 1024} and grid["D"] == {64, 128} and grid["N"] == {64, 128, 256, 512}
     assert {8, 64} <= grid["H"] and grid["B"] == {1, 4, 32} and {2048, 131072} <= grid["T"]
 
 
