@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .backend import resolve_cms
 from .config import HopeConfig
 from .generation import Generation, generate
+from .layers.autocast import in_own_dtype
 from .layers.block import HopeAttentionBlock, HopeBlock
 from .learning import Inner, advance_off, read_learning, read_off
 from .ops.check import check_lengths, check_state, check_tensor, check_values
@@ -111,6 +112,7 @@ class HopeForCausalLM(nn.Module):
         snapshot = [m.snapshot() for m in mixers] if self.learns else []
         return ModelState(Counters(zero), self.config, mixers, cms, Counters(zero), ids, snapshot, owner=self)
 
+    @in_own_dtype
     def forward(
         self, ids: Tensor, state: ModelState | None = None, lengths=None, learn: str = "off", backend: str | None = None,
         *, check_finite: bool = False, wavefront: int | None = None,
@@ -206,6 +208,10 @@ class HopeForCausalLM(nn.Module):
         ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved before belong to the weights as they were."""
         check_state("HopeForCausalLM.consolidate", state, ModelState, self.config, state.batch)
         state.bind(self, "HopeForCausalLM.consolidate")
+        most = max((c.num_levels for c in self.config.block_cms if c is not None), default=0)
+        for l in levels or ():
+            if l not in range(most):
+                raise ValueError(f"HopeForCausalLM.consolidate: argument levels has {l!r}, expected 0 to {most - 1}")
         for block, cms in zip(self.blocks, state.cms):
             if cms is not None:
                 wanted = None if levels is None else [l for l in levels if l < cms.config.num_levels]

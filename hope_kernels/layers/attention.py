@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import HopeConfig
 from ..ops.check import check_lengths, check_placement, check_state, check_tensor, check_values
 from ..state import Counters, State
+from .autocast import in_own_dtype
 
 BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 
@@ -119,6 +120,7 @@ class CausalAttention(nn.Module):
         zero = [0] * batch
         return AttentionState(Counters(zero), self.config, empty, empty.clone(), Counters(zero), owner=self)
 
+    @in_own_dtype
     def forward(
         self, x: Tensor, state: AttentionState | None = None, lengths=None, update: bool = True, backend: str | None = None,
         *, check_finite: bool = False,

@@ -17,6 +17,7 @@ from ..ops.cms.pending import pending_tokens
 from ..ops.cms.schedule import learning_levels, matrices
 from ..state import Counters
 from . import cms_consolidate, cms_refresh
+from .autocast import in_own_dtype
 from .cms_state import CMSState
 
 NAME = "ContinuumMemory"
@@ -85,6 +86,7 @@ class ContinuumMemory(nn.Module):
             raise ValueError(f"{NAME}.init_state: argument batch is {batch!r}, expected an integer >= 0")
         return CMSState(pos=Counters([0] * batch), config=self.config, owner=self)
 
+    @in_own_dtype
     def forward(
         self, x: Tensor, state: CMSState | None = None, lengths=None, learn: bool = True, backend: str | None = None
     ) -> tuple[Tensor, CMSState]:
@@ -122,6 +124,9 @@ class ContinuumMemory(nn.Module):
         interrupt, memory running out) may under no_grad leave some levels a step ahead of others: go back to a clone or a file.
         Source: Nested Learning eq 71.
         """
+        if isinstance(error, Tensor) and torch.is_autocast_enabled(error.device.type):  # as ``in_own_dtype``
+            with torch.autocast(error.device.type, enabled=False):
+                return self.refresh(state, error.to(self.levels[0]["up"].dtype), lengths, backend)
         where = f"{NAME}.refresh"
         check_tensor(where, "error", error, ("B", "T", self.config.d_model), self.levels[0]["up"].dtype, self.levels[0]["up"].device)
         lengths = check_lengths(where, lengths, error.shape[0], error.shape[1])
@@ -172,18 +177,18 @@ class ContinuumMemory(nn.Module):
                 tensors[name] = Matrix(shared, tensors[name].detach().dense(state.batch), learned)
         return tensors
 
-    def state_bytes(self, batch: int = 1) -> list[dict[str, int]]:
+    def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for: ``weights`` (fp32, or fp64),
-        ``copies`` in the input dtype, ``grads`` of levels slower than the first, ``moments``, ``pending`` factors. For a layer, or a
-        model whose segment is this layer's chunks[0]: one with a shorter segment accumulates in the first level too, and keeps no
-        pending factors."""
+        ``copies`` in the input dtype, ``grads`` of levels slower than a segment, ``moments``, ``pending`` factors. segment: tokens between
+        two boundaries, ``model.segment`` in a model; None: chunks[0]."""
         dtype, found = self.levels[0]["up"].dtype, []
+        segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
         for l, period in enumerate(self.config.chunks):
             numbers = batch * sum(self.levels[l][n].numel() for n in matrices(self.config)) * (self.config.learning_rates[l] > 0)
-            slots = self._slots(l) if period == self.config.chunks[0] else 0
+            slots = self._slots(l) if period == segment else 0
             sides = batch * sum(sum(self.levels[l][n].shape) for n in matrices(self.config)) * (self.config.learning_rates[l] > 0)
-            waits = period > self.config.chunks[0] or self.config.optimizer == "muon"
+            waits = period > segment or self.config.optimizer == "muon"
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0, "grads": numbers * wide if waits else 0,
                 "moments": numbers * wide if self.config.optimizer == "momentum" else 0, "pending": slots * sides * size,

@@ -18,7 +18,7 @@ def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tens
     """The matrices of ``level`` as ``row`` has them; in place, the row then shares the layer's, with nothing learned or accumulated."""
     _check(layer, state, level, row, "detach_level")
     found = _in_force(layer, state, level, row)
-    draft = state.draft("all")
+    draft = state.draft()
     cms_refresh.reset(draft, level, [row])
     state.assign(draft.finished())
     return found
@@ -28,10 +28,10 @@ def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tens
 def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> None:
     """The parameters of ``levels`` become what ``row`` has learned, and the row shares them; in place. Its accumulators and momentum stay,
     and rows that shared the old parameters keep them as weights of their own."""
-    levels = list(range(layer.config.num_levels)) if levels is None else levels
+    levels = range(layer.config.num_levels) if levels is None else list(levels)
     for level in levels:
         _check(layer, state, level, row, "consolidate")
-    draft = state.draft("all")
+    draft = state.draft()
     for level in levels:
         if not state.own[level][row] and not state.rank[level][row]:
             continue

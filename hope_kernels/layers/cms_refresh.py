@@ -159,8 +159,6 @@ def _accumulate(state: CMSState, shared: Shared, level: int, factors: Factors, r
     return total
 
 
-
-
 def _grads(state: CMSState, like: Shared, level: int) -> dict[str, Tensor]:
     if state.grads[level] is not None:
         return state.writable("grads", level)

@@ -15,6 +15,7 @@ from ..ops.titans.chunked import Stats, TokenInputs, eta_gate
 from ..ops.titans.cpp import titans_cpp
 from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.titans.memory import l2norm
+from .autocast import in_own_dtype
 from .titans_cpp import scan_cpp
 
 
@@ -109,6 +110,7 @@ class SelfModifyingTitans(nn.Module):
         state.owner = self
         return state
 
+    @in_own_dtype
     def forward(
         self, x: Tensor, state: TitansState | None = None, lengths=None, update: bool = True, backend: str | None = None,
         *, check_finite: bool = False,
