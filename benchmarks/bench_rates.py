@@ -38,7 +38,7 @@ BASE = {"gd": 0.5, "momentum": 0.5, "muon": 0.03}  # octave 0; gd and momentum: 
 COARSE = {"gd": (-2.0, 0.0, 2.0), "momentum": (-4.0, -2.0, 0.0), "muon": (-2.0, 0.0, 2.0)}
 # one rate for every period: what was the default before this study, and what it made of it
 RULES = {
-    "gd": {"0.5 / C": lambda C: 0.5 / C, "0.25 / C^(3/4)": lambda C: 0.25 * C**-0.75, "1 / (16 sqrt C)": lambda C: 1 / (16 * C**0.5)},
+    "gd": {"0.5 / C": lambda C: 0.5 / C, "0.25 / C^(3/4)": lambda C: 0.25 * C**-0.75, "1 / (8 sqrt C)": lambda C: 1 / (8 * C**0.5)},
     "momentum": {"0.5 / C": lambda C: 0.5 / C, "0.05 / C": lambda C: 0.05 / C, "1 / (64 sqrt C)": lambda C: 1 / (64 * C**0.5)},
     "muon": {"0.03": lambda C: 0.03, "0.03 min(2, sqrt(C / 256))": lambda C: 0.03 * min(2, (C / 256) ** 0.5)},
 }

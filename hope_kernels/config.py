@@ -163,12 +163,12 @@ class TitansConfig(_Config):
 def default_rate(optimizer: str, C: int) -> float:
     """Inner learning rate of a level with period C.
 
-    0.25 / C^(3/4) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon. The gradient is a sum over C tokens, which
-    muon normalises. Chosen by ``benchmarks.bench_rates``, from periods of 16 to 8192 tokens.
+    1 / (8 sqrt(C)) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon. The gradient is a sum over C tokens, which
+    muon normalises. Chosen by ``benchmarks.bench_rates``, from periods of 16 to 8192 tokens; beyond, gd and momentum fall as 1 / C.
     """
     if optimizer == "muon":
         return 0.03 * min(2.0, math.sqrt(C / 256))
-    return 1 / (64 * math.sqrt(C)) if optimizer == "momentum" else 0.25 * C**-0.75
+    return min(1.0, math.sqrt(8192 / C)) / ((64 if optimizer == "momentum" else 8) * math.sqrt(C))
 
 
 @dataclass(frozen=True)

@@ -470,7 +470,8 @@ def test_wrong_types():
 
 
 def test_default_rates():
-    rates = {"gd": (1 / 32, 0.25 / 64**0.75, 1 / 256), "momentum": (1 / 256, 1 / 512, 1 / 1024), "muon": (0.0075, 0.015, 0.03)}
+    rates = {"gd": (1 / 32, 1 / 64, 1 / 128), "momentum": (1 / 256, 1 / 512, 1 / 1024), "muon": (0.0075, 0.015, 0.03)}
     for optimizer, want in rates.items():
         np.testing.assert_allclose(CMSConfig(8, (16, 64, 256), optimizer=optimizer).learning_rates, want, rtol=1e-12)
+    np.testing.assert_allclose(CMSConfig(8, (8192, 65536)).learning_rates, (8192**-0.5 / 8, 8192**-0.5 / 64), rtol=1e-12)
     assert CMSConfig(8, (1024, 65536), optimizer="muon").learning_rates == (0.06, 0.06)
