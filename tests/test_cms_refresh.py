@@ -203,6 +203,18 @@ def test_a_model_consolidated_goes_on_alike_and_others_start_from_it(tmp_path):
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
+def test_what_is_detached_has_the_masters_precision():
+    layer = make(8, dtype=torch.bfloat16, chunks=(2,), lr=0.1)
+    stream = Stream(layer, 1, 4)
+    with torch.no_grad():
+        stream.read([2])
+        stream.deliver([2])
+        master = stream.state.weights[0]["up"][0].clone()
+        assert not torch.equal(master, master.bfloat16().float())
+        assert torch.equal(layer.effective_levels(stream.state)[0]["up"].own[0], master.bfloat16())
+        assert torch.equal(stream.state.detach_level(0)["up"], master)
+
+
 def test_bytes_of_a_state_by_formula():
     for optimizer, pending, dtype in (("gd", None, torch.float32), ("momentum", None, torch.bfloat16), ("gd", 16, torch.bfloat16)):
         layer = make(7, dtype=dtype, chunks=(8, 16, 32), lr=(0.1, 0.1, 0.0), optimizer=optimizer)
@@ -238,8 +250,11 @@ def test_the_refresh_operator():
         "weight has dtype": lambda: cms_refresh(gd, 0, w.half(), left, right),
         "moment is None": lambda: cms_refresh(momentum, 0, w, left, right),
         "level is 1, expected 0 to 0": lambda: cms_refresh(gd, 1, w, left, right),
+        "level is '0', expected": lambda: cms_refresh(gd, "0", w, left, right),
         "rows of a batch of 3": lambda: cms_refresh(gd, 0, w, left, right, rows=[3]),
         "unknown backend": lambda: cms_refresh(gd, 0, w, left, right, backend="cpu"),
     }.items():
         with pytest.raises(ValueError, match=words):
             call()
+    with pytest.raises(TypeError, match="argument left is a NoneType"):
+        cms_refresh_(gd, 0, w, None, right)

@@ -164,7 +164,9 @@ class ContinuumMemory(nn.Module):
             # autograd refuses to save an inference tensor
             return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
 
-        held = (state.copies[l] or state.weights[l]) if any(own) else None
+        held = None if not any(own) else state.weights[l]
+        if held is not None and state.copies[l] is not None and dtype in (None, next(iter(state.copies[l].values())).dtype):
+            held = state.copies[l]
         for name in matrices(self.config):
             shared = tensors[name]
             mine = None if held is None else usable(held[name], shared.dtype)

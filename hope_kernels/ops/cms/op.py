@@ -36,15 +36,16 @@ def cms_refresh_(
     """
     from ...backend import resolve_cms
 
-    name, wide = "cms_refresh", chunked.master_dtype(left.dtype)
-    sizes = check_tensor(name, "weight", weight, ("B", "r", "c"), wide)
+    name, sizes = "cms_refresh", check_tensor("cms_refresh", "weight", weight, ("B", "r", "c"))
     C = check_tensor(name, "left", left, (sizes["B"], "C", sizes["r"]), device=weight.device)["C"]
+    wide = chunked.master_dtype(left.dtype)
+    check_tensor(name, "weight", weight, tuple(weight.shape), wide)
     check_tensor(name, "right", right, (sizes["B"], C, sizes["c"]), left.dtype, weight.device)
     for field, t, dtype in (("moment", moment, wide), ("total", total, wide), ("copy", copy, left.dtype)):
         if t is not None:
             check_tensor(name, field, t, tuple(weight.shape), dtype, weight.device)
-    if not 0 <= level < config.num_levels:
-        raise ValueError(f"{name}: argument level is {level}, expected 0 to {config.num_levels - 1}")
+    if not isinstance(level, int) or not 0 <= level < config.num_levels:
+        raise ValueError(f"{name}: argument level is {level!r}, expected 0 to {config.num_levels - 1}")
     if (moment is None) == (config.optimizer == "momentum"):
         raise ValueError(f"{name}: argument moment is {'None' if moment is None else 'a tensor'} with optimizer={config.optimizer!r}")
     rows = list(range(sizes["B"])) if rows is None else sorted(set(rows))
