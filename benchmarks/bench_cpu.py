@@ -1,10 +1,11 @@
-"""One layer on the CPU beside the token loop of the PyPI package nested-learning 0.2.0, and beside the machine's own GEMM.
+"""One layer on the CPU beside the token loop of the PyPI package nested-learning 0.2.0, titans-pytorch 0.5.5, and the machine's own GEMM.
 
     python -m benchmarks.bench_cpu [--rounds 5] [--out benchmarks/results/cpu.json]
 
 B = 1, T = 512, fp32. "same" is the preset ``nested_learning`` with the package's weights: the same function, outputs compared.
-"default" is the default configuration, which does more (output projection, gate, target norm, step clip). Each round times a GEMM of
-1024^3, ours (the default backend, median of five calls) and the package, in turn; figures are medians over the rounds, with minimum and
+"default" is the default configuration, which does more (output projection, gate, target norm, step clip). titans-pytorch's memory, where it
+is installed, is a two-layer MLP of the same width and chunk that computes another function: speed only. Each round times a GEMM of
+1024^3, ours (the default backend, median of five calls) and the packages, in turn; figures are medians over the rounds, with minimum and
 maximum. FLOPs per token by the count
 H (c D N + 10 C N + 2 C D + 2 C^2) + 8 d^2, c = 80, or 70 for "same" (no deviation from a base, no target norm; projections 2 d^2).
 """
@@ -61,6 +62,16 @@ def copy_weights(layer: SelfModifyingTitans, wheel) -> None:
                 ours[0].copy_(getattr(theirs, part).weight)
 
 
+def titans_pytorch(d: int, chunk: int):
+    """The package's memory as a module, or None where it is not installed."""
+    try:
+        from titans_pytorch import NeuralMemory
+    except ImportError:
+        return None
+    model = {"depth": 2, "expansion_factor": 1.0}
+    return NeuralMemory(d, chunk_size=chunk, batch_size=chunk, dim_head=d, heads=1, default_model_kwargs=model).eval()
+
+
 def case(d: int, chunk: int, rounds: int) -> dict:
     from nested_learning.titan.self_modifying import SelfModifyingTitans as Package
     from nested_learning.titan.self_modifying import SelfModifyingTitansConfig as PackageConfig
@@ -75,18 +86,26 @@ def case(d: int, chunk: int, rounds: int) -> dict:
     def theirs():
         return package.forward_with_updates(x, package.init_fast_state())[0]
 
+    titans = titans_pytorch(d, chunk)
+
     with torch.no_grad():
         ours_out, their_out = same(x)[0], theirs()
         error = float((ours_out - their_out).norm() / their_out.norm())
         if error > 1e-4:
             raise RuntimeError(f"d={d} chunk={chunk}: outputs differ by {error:.1e}; no speed is reported for a wrong result")
         default(x)
+        if titans is not None:
+            titans(x)
         seen: dict[str, list[float]] = {}
         for _ in range(rounds):
             rate = gemm_rate()
             ours = statistics.median(timed(lambda: same(x)) for _ in range(5))
             full = statistics.median(timed(lambda: default(x)) for _ in range(5))
             loop = timed(theirs)
+            if titans is not None:
+                other = timed(lambda: titans(x))
+                seen.setdefault("titans_pytorch", []).append(T / other)
+                seen.setdefault("ratio_titans_pytorch", []).append(other / full)
             for key, value in (
                 ("gemm", rate / 1e9), ("same", T / ours), ("default", T / full), ("package", T / loop), ("ratio", loop / ours),
                 ("ratio_default", loop / full), ("fraction", T * flops(d, chunk, True) / ours / rate),

@@ -37,13 +37,15 @@ def cpu(run: dict) -> str:
     rows = []
     for c in data["cases"]:
         m = {k: v["median"] for k, v in c.items() if isinstance(v, dict)}
-        rows.append((c["dim"], c["chunk"], f"{m['same']:.0f}", f"{m['package']:.0f}", f"{m['ratio']:.1f}", f"{m['fraction']:.0%}",
-                     f"{m['default']:.0f}", f"{m['fraction_default']:.0%}"))
-    head = "width | chunk | ours, tok/s | package, tok/s | ratio | of the GEMM rate | default layer: tok/s | of the GEMM rate"
+        spread = f"{m['ratio']:.0f} ({c['ratio']['min']:.0f} to {c['ratio']['max']:.0f})"
+        rows.append((c["dim"], c["chunk"], f"{m['same']:.0f}", f"{m['package']:.0f}", spread, f"{m['fraction']:.0%}",
+                     f"{m['default']:.0f}", f"{m['fraction_default']:.0%}", f"{m['titans_pytorch']:.0f}" if "titans_pytorch" in m else "-"))
+    head = ("width | chunk | ours, tok/s | nested-learning, tok/s | ratio | of the GEMM rate | default layer: tok/s | of the GEMM rate "
+            "| titans-pytorch, tok/s")
     error, T = max(c["relative_error"] for c in data["cases"]), data["cases"][0]["T"]
     return (f"{markdown(head, rows)}\n\nGeometric mean of the ratios: **{data['geometric_mean_ratio']:.1f}**. Medians over "
             f"{data.get('rounds', 5)} rounds of one run, B = 1, T = {T}, fp32, {data['machine']['cores']} cores; outputs equal to the "
-            f"package's to {error:.0e}. {source('bench_cpu', 'cpu')}")
+            f"package's to {error:.0e}; titans-pytorch 0.5.5 computes another function. {source('bench_cpu', 'cpu')}")
 
 
 def learning(run: dict) -> str:
@@ -96,6 +98,20 @@ def continual(run: dict) -> str:
     from .bench_continual import table
 
     return f"{table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
+
+
+def forgetting(run: dict) -> str:
+    """The README's part of ``continual``."""
+    mean = lambda values: f"{sum(values) / len(values):.3f}"
+    rows = []
+    for r in run["continual"]["cases"].values():
+        a, b = r["A"]["cms"], r["B"]["cms"]
+        rows.append((f"{r['first']}, then {r['second']}", r["K"] or "off", *(mean(a[k]) for k in ("before", "after_A", "after_B")),
+                     *(mean(b[k]) for k in ("before", "after_B"))))
+    head = "A, then B | levels that learn | A before | after A | after B | B before | after B"
+    return (f"{markdown(head, rows)}\n\nBits per byte of the second halves of A and B, read without learning by the bundled model with "
+            "what its CMS had learned and empty memories; level 3 is a new one, the identity at first. "
+            f"{source('bench_continual --text FILE ...', 'continual')}")
 
 
 def context(run: dict) -> str:
@@ -169,9 +185,10 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     run = report.load(results)
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall, "context": context, "accuracy": accuracy,
-                "cms": cms, "rates": rates, "continual": continual}
+                "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}
     absent = lambda name: f"Not measured yet: `python -m benchmarks.bench_{name}` writes `benchmarks/results/{name}.json`."
-    made = lambda name, make: make(run) if name in run or name == "figures" else absent(name)
+    file = {"figures": "cpu", "forgetting": "continual"}  # what is not called as the block
+    made = lambda name, make: make(run) if (of := file.get(name, name)) in run else absent(of)
     return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
         "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}
 
