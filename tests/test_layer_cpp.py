@@ -140,14 +140,16 @@ def small_model() -> HopeForCausalLM:
 def test_the_library_is_never_handed_another_dtype():
     one, config, ids = small_model(), TitansConfig(16, num_heads=2), torch.randint(0, 32, (2, 60))
     with torch.no_grad():
-        _, state = one(ids)
+        want, state = one(ids)
         for dtype in (torch.bfloat16, torch.float64):
             with pytest.raises(ValueError, match="has dtype"):
                 one(ids, state.to(dtype))
         with torch.autocast("cpu", torch.bfloat16):
             assert "autocast" in cpp.unserved(config, torch.float32, torch.device("cpu"))
+            assert torch.equal(one(ids, backend="cpp")[0], want)  # a model computes in the dtype of its weights
+            x = torch.randn(1, 4, 16)
             with pytest.raises(ValueError, match="autocast"):
-                one(ids, backend="cpp")
+                one.blocks[0].mixer.scan(x, one.blocks[0].mixer.init_state(1), [4], backend="cpp")
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])

@@ -168,7 +168,7 @@ def test_saves_meanwhile(book, tmp_path, monkeypatch, capfdbinary, every, failin
 
 
 def test_a_second_signal_aborts_and_leaves_the_old_file(book, tmp_path, monkeypatch, capfdbinary):
-    session = tmp_path / "s"
+    session, before = tmp_path / "s", signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         signal_in_call(patch, 2, signal.SIGINT)
         assert main(arguments(book, session)) == 130
@@ -178,7 +178,7 @@ def test_a_second_signal_aborts_and_leaves_the_old_file(book, tmp_path, monkeypa
         signal_in_call(patch, 1, signal.SIGINT)
         assert main(arguments(book, session)) == 130
     assert session.read_bytes() == old and b"an existing session file is as it was" in capfdbinary.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_read_takes_lengths_as_the_model_does():
     assert torch.equal(a.nats, b.nats) and a.state.pos == [90, 7]
     with pytest.raises(ValueError, match="read: argument lengths has 91 for row 1"):
         read(one, ids, lengths=[3, 91])
-    assert read(one, ids[:0]).tokens == 90
+    assert read(one, ids[:0]).tokens == 0
 
 
 def test_a_source_reads_like_the_tensor_it_gives():
