@@ -4,12 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import small_model
 import torch
 
 from benchmarks import bench_cms, bench_layers, bench_model, bench_titans, peers
 from benchmarks import measure as m
 from benchmarks.bench_layers import Case
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+from hope_kernels import HopeForCausalLM, TitansConfig
 
 SMALL = Case("layer", C=8, D=8, N=16, H=2, B=2, T=30, dtype="fp32", backend="chunked")
 KINDS = ("layer", "attention", "block titans", "block attention")
@@ -26,11 +27,7 @@ def run(case: Case, measure=bench_layers.prefill, **options) -> dict:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A folder with a model of 16 channels."""
-    torch.manual_seed(0)
-    model = HopeForCausalLM(HopeConfig(256, 16, 1, titans=TitansConfig(16, 1), cms=CMSConfig(16, (8, 32), expansion=2.0, lr=(0.1, 0.05))))
-    folder = tmp_path_factory.mktemp("small")
-    model.save_pretrained(folder)
-    return str(folder)
+    return str(small_model.saved(tmp_path_factory.mktemp("small")))
 
 
 def test_ceilings_beside_a_case_are_looked_for_twice_and_the_better_counts(monkeypatch):

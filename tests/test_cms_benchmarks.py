@@ -5,13 +5,14 @@ import math
 from dataclasses import replace
 
 import pytest
+import small_model
 import torch
 
 from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, gpu, studies
 from benchmarks.bench_cms import Case
 from benchmarks.bench_rates import Cell
 from benchmarks.sources import kernel_hash
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+from hope_kernels import CMSConfig, HopeForCausalLM
 
 WORDS = bytes(range(97, 123)) * 40
 
@@ -19,10 +20,7 @@ WORDS = bytes(range(97, 123)) * 40
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A folder with a model of 16 channels, and a file with two kilobytes."""
-    torch.manual_seed(0)
-    model = HopeForCausalLM(HopeConfig(256, 16, 1, titans=TitansConfig(16, 1), cms=CMSConfig(16, (8, 32), expansion=2.0, lr=(0.1, 0.05))))
-    folder = tmp_path_factory.mktemp("small")
-    model.save_pretrained(folder)
+    folder = small_model.saved(tmp_path_factory.mktemp("small"))
     (folder / "text").write_bytes(WORDS + WORDS[::-1])
     return folder
 
