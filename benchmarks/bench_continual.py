@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from hope_kernels import HopeForCausalLM
-from hope_kernels.state import Counters, fingerprint
+from hope_kernels.identity import fingerprint
+from hope_kernels.state import Counters
 
 from . import studies as s
 

@@ -28,7 +28,7 @@ from functools import cache
 import torch
 
 from hope_kernels import CMSConfig, HopeForCausalLM
-from hope_kernels.state import fingerprint
+from hope_kernels.identity import fingerprint
 
 from . import studies as s
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from hope_kernels.state import write_atomically
+from hope_kernels.files import write_atomically
 from tools import build_cuda
 
 from . import cubin

@@ -32,8 +32,8 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from hope_kernels.files import write_atomically  # noqa: E402
 from hope_kernels.ops.triton_build import SHARED_KIB, Specialization  # noqa: E402
-from hope_kernels.state import write_atomically  # noqa: E402
 
 from . import compile_cuda, cubin  # noqa: E402
 from .machine import machine, write_json  # noqa: E402

@@ -10,7 +10,7 @@ import subprocess
 
 import torch
 
-from hope_kernels.state import write_atomically
+from hope_kernels.files import write_atomically
 
 # of the working tree; results and what is made of them may have changed
 CODE = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)*.md")

@@ -23,8 +23,8 @@ from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+from hope_kernels.files import write_atomically
 from hope_kernels.generation import read
-from hope_kernels.state import write_atomically
 
 
 def arguments() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from .decode import Decoder
 from .layers.cms import ContinuumMemory
 from .layers.titans import SelfModifyingTitans
 from .model import HopeForCausalLM, bundled_models
-from .state import load_state
+from .state_file import load_state
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .meter import megabytes, resident_bytes
 from .session import Interrupt, Prompt, SessionFile, resume
-from .state import load_note, load_state
+from .state_file import load_note, load_state
 
 
 def parser() -> argparse.ArgumentParser:

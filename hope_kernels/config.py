@@ -358,3 +358,8 @@ class HopeConfig(_Config):
         """Tokens in a learning segment: the shortest CMS period of the model (0 without a CMS)."""
         periods = [c.chunks[0] for c in self.block_cms if c is not None]
         return min(periods) if periods else 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether reading with learn="next_token" can change anything: some level has lr > 0."""
+        return any(c is not None and any(c.learning_rates) for c in self.block_cms)

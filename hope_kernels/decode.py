@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import learning
+from .identity import checksum
 from .ops.check import check_state, check_tensor
 from .ops.cms.matrix import Matrix
 from .state import Counters
@@ -47,7 +48,9 @@ class Decoder:
     def __init__(self, model, state, learn: str = "off", backend: str | None = None, capture: bool | None = None):
         name = "Decoder"
         check_state(name, state, type(model.init_state(0)), model.config, state.batch)
-        state.bind(model, name)
+        state.admit(name, model, model.embed.weight.dtype, model.embed.weight.device)
+        state.owned_by(model)
+        state.fingerprint = checksum(model)
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
         reason = unserved(model)
@@ -63,7 +66,7 @@ class Decoder:
         self.capture = possible if capture is None else capture
         self.captures = 0
         with torch.inference_mode(False):
-            if any(t.is_inference() for t in state.tensors()):
+            if any(t.is_inference() or not t.is_contiguous() for t in state.tensors()):
                 state.assign(state.usable())
             self._tokens = torch.zeros(state.batch, 1, dtype=torch.int64, device=self.device)
         self._ones = [1] * state.batch

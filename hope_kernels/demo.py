@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .generation import read
 from .meter import PeakMemory, megabytes
 from .model import ASSETS, HopeForCausalLM, bundled_models
-from .state import load_state
+from .state_file import load_state
 
 TEXT = "kjv-john-acts.txt.gz"
 PIECE = 1024

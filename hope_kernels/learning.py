@@ -74,7 +74,7 @@ def _draft(state):
 
 def _constant(mixer):
     """A mixer's state as the inner graph may take it."""
-    return mixer.detach().usable() if any(t.requires_grad or t.is_inference() for t in mixer.tensors()) else mixer
+    return mixer.constant().usable() if any(t.requires_grad or t.is_inference() for t in mixer.tensors()) else mixer
 
 
 def _finished(state):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,62 +15,18 @@ from torch import Tensor, nn
 
 from .backend import resolve_cms
 from .config import HopeConfig
+from .files import write_atomically
 from .generation import Generation, generate
+from .identity import checksum
 from .layers.autocast import in_own_dtype
 from .layers.block import HopeAttentionBlock, HopeBlock
-from .learning import Inner, advance_off, read_learning, read_off
-from .ops.check import check_lengths, check_state, check_tensor, check_values
+from .learning import Inner, read_learning, read_off
+from .model_state import ModelState
+from .ops.check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
 from .ops.cms.chain import cms_forward, cms_learn
-from .state import Counters, State, write_atomically
+from .state import Counters
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
-
-
-@dataclass(eq=False)
-class ModelState(State):
-    """What a batch of sequences has learned in a whole model.
-
-    mixers, cms: one state per block (None without a CMS). For learn="next_token" only: ``ids`` [B, C] int64, the tokens of the open
-    segment of C tokens, ``seen`` how many of them (or -1: one was read with learn="off"), ``snapshot`` the mixers at its start.
-    ``unread`` [B, 1]: the last token ``generate`` returned, which the state has not read; None if there is none.
-    """
-
-    mixers: list
-    cms: list
-    seen: Counters
-    ids: Tensor
-    snapshot: list
-    unread: Tensor | None = None
-
-    def bind(self, module: nn.Module, where: str) -> None:
-        super().bind(module, where)
-        for block, mixer, cms in zip(module.blocks, self.mixers, self.cms):
-            mixer.owner = block.mixer
-            if cms is not None:
-                cms.owner = block.cms
-
-    def apart(self):
-        """The same state for a call in grad mode: whatever later advances what that call returns, in place or not, leaves this one as it
-        is. Attention's keys are shared, which are only ever appended to."""
-        mixers, snapshot = ([m.snapshot() for m in of] for of in (self.mixers, self.snapshot))
-        cms = [c and c.clone() for c in self.cms]
-        counters = {n: Counters(getattr(self, n)) for n in ("pos", "seen")}
-        return replace(self, mixers=mixers, cms=cms, ids=self.ids.clone(), snapshot=snapshot, **counters)
-
-    def synchronize(self):
-        """As for any state. Where a replayed graph of the model has moved the mixers, the model's counters follow as with learn="off".
-
-        Raises ValueError where the mixers do not stand at one place (attention keeps its position on the host and cannot be replayed).
-        """
-        super().synchronize()
-        places = {tuple(m.pos) for m in self.mixers} or {tuple(self.pos)}
-        if len(places) > 1:
-            raise ValueError(f"ModelState: the blocks stand at different positions, {', '.join(str(list(p)) for p in sorted(places))}")
-        lengths = [now - before for now, before in zip(*places, self.pos)]
-        if any(lengths):
-            new = advance_off(self, self.mixers, lengths)
-            self.pos, self.cms, self.seen = new.pos, new.cms, new.seen
-        return self
 
 
 class HopeForCausalLM(nn.Module):
@@ -100,17 +56,22 @@ class HopeForCausalLM(nn.Module):
     @property
     def learns(self) -> bool:
         """Whether reading with learn="next_token" can change anything: some level has lr > 0."""
-        return any(c is not None and any(c.learning_rates) for c in self.config.block_cms)
+        return self.config.learns
 
     def init_state(self, batch: int, device=None) -> ModelState:
-        """State of ``batch`` sequences that have read nothing, in the dtype of the weights."""
+        """State of ``batch`` sequences that have read nothing, in the dtype of the weights. Raises ValueError."""
+        check_batch("HopeForCausalLM.init_state", batch)
         device = self.embed.weight.device if device is None else torch.device(device)
         mixers = [b.mixer.init_state(batch, device) for b in self.blocks]
         cms = [None if b.cms is None else b.cms.init_state(batch, device) for b in self.blocks]
         ids = torch.zeros(batch, self.segment if self.learns else 0, dtype=torch.long, device=device)
         zero = [0] * batch
         snapshot = [m.snapshot() for m in mixers] if self.learns else []
-        return ModelState(Counters(zero), self.config, mixers, cms, Counters(zero), ids, snapshot, owner=self)
+        state = ModelState(Counters(zero), self.config, mixers, cms, Counters(zero), ids, snapshot)
+        state.owned_by(self)
+        if any(m.fingerprint is not None for m in mixers):  # they hold the model's weights already
+            state.fingerprint = checksum(self)
+        return state
 
     @in_own_dtype
     def forward(
@@ -140,24 +101,25 @@ class HopeForCausalLM(nn.Module):
         given = state
         if state is None:
             state = self.init_state(ids.shape[0])
-        check_state(name, state, ModelState, self.config, ids.shape[0])
-        state.bind(self, name)
-        if given is not None and torch.is_grad_enabled():
-            state = given.apart()
+        else:
+            check_state(name, state, ModelState, self.config, ids.shape[0])
+            state.admit(name, self, self.embed.weight.dtype, ids.device)
         learning = learn == "next_token" and self.learns
         if wavefront is not None and learning:
             raise ValueError(f"{name}: argument wavefront is {wavefront}, expected None with learn='next_token': a segment's loss is known "
                              "behind the last block, before the first one may read on")
-        if learning:
-            logits, new = read_learning(self, ids, state, lengths, backend)
-        else:
-            logits, new = read_off(self, ids, state, lengths, backend, wavefront)
-        if check_finite:
-            check_values(name, "logits (weights, state or learning rates diverged)", logits, lengths)
-        new = replace(new, unread=None)
-        if given is None or torch.is_grad_enabled():
-            return logits, new
-        return logits, given.assign(new)
+        in_place = given is not None and not torch.is_grad_enabled()
+        with state.reading(name, self, in_place or given is None):
+            if given is not None and not in_place:
+                state = given.apart()
+            if learning:
+                logits, new = read_learning(self, ids, state, lengths, backend)
+            else:
+                logits, new = read_off(self, ids, state, lengths, backend, wavefront)
+            if check_finite:
+                check_values(name, "logits (weights, state or learning rates diverged)", logits, lengths)
+            new = replace(new, unread=None)
+            return logits, given.assign(new) if in_place else new
 
     def levels(self, state: ModelState) -> list:
         """The CMS weights in force, per block: what ``run`` takes."""
@@ -207,15 +169,16 @@ class HopeForCausalLM(nn.Module):
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own weights, in place: see
         ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved before belong to the weights as they were."""
         check_state("HopeForCausalLM.consolidate", state, ModelState, self.config, state.batch)
-        state.bind(self, "HopeForCausalLM.consolidate")
+        state.admit("HopeForCausalLM.consolidate", self, self.embed.weight.dtype, self.embed.weight.device)
+        check_index("HopeForCausalLM.consolidate", "row", row, state.batch)
         most = max((c.num_levels for c in self.config.block_cms if c is not None), default=0)
         for l in levels or ():
-            if l not in range(most):
-                raise ValueError(f"HopeForCausalLM.consolidate: argument levels has {l!r}, expected 0 to {most - 1}")
+            check_index("HopeForCausalLM.consolidate", "levels", l, most)
         for block, cms in zip(self.blocks, state.cms):
             if cms is not None:
                 wanted = None if levels is None else [l for l in levels if l < cms.config.num_levels]
                 block.cms.consolidate(cms, row, wanted)
+        state.adopt(self)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically."""

@@ -1,36 +1,33 @@
-"""Everything a sequence has learned: what all states can do, and the files they are kept in.
+"""Everything a sequence has learned, and what all states can do.
 
 A state is a dataclass whose fields are batch-first tensors, host counters (one int per row), other states, or lists and dicts of
-these. Cloning, row selection, moving and saving are written once, here, over that tree.
+these. Cloning, row selection, moving and checking are written once, here, over that tree; files are in ``state_file.py``.
 
-A file is one safetensors file: the tensors, and in its metadata the format version, the tree (with configurations and counters),
-a fingerprint of the weights the state was read with and, where the writer has one, a note of its own. Nothing is ever unpickled. Saving
-writes a temporary file beside the target, syncs it and renames it, so an interrupted save leaves the old file as it was.
+One rule for copies: what ``clone``, ``detach``, ``to``, ``select``, ``replace``, ``copy.copy`` and ``copy.deepcopy`` return, and what a
+pickle holds, is independent. Whatever later advances one of the two, in place or not, leaves the other as it is. (Attention's keys are
+shared where that is the same: they are only ever appended to.) ``dataclasses.replace`` only exchanges fields and shares the rest.
+
+One call at a time may advance a state; a second one, from another thread say, raises ValueError. Any number may read it meanwhile with
+``update=False`` if none advances it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
-import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as _safetensors_bytes
 from torch import Tensor, nn
 
-from .config import CMSConfig, HopeConfig, TitansConfig
+from .identity import Checksum, checksum, matches
+from .ops.check import check_rows, check_state
 
-FORMAT = "hope_kernels.state"
-VERSION = 1
-_CONFIGS = {c.__name__: c for c in (TitansConfig, CMSConfig, HopeConfig)}
-_STATES: dict[str, type[State]] = {}
+_guard = threading.Lock()  # of every state's ``_users``, for the moment in which it changes
 
 
 class Counters(list):
@@ -60,6 +57,8 @@ def _assign(old: Any, new: Any) -> Any:
         frozen = not torch.compiler.is_compiling() and old.is_inference() and not torch.is_inference_mode_enabled()
         if frozen or old.requires_grad or old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
             return new
+        if not old.is_contiguous():  # expanded, say: written element by element it would not hold ``new``
+            return new
         return old.copy_(new)
     if isinstance(old, State) and isinstance(new, State):
         return old.assign(new)
@@ -78,18 +77,23 @@ def _assign(old: Any, new: Any) -> Any:
 
 @dataclass(eq=False)
 class State:
-    """Base of all states. ``pos[b]`` is the number of tokens row b has read since the start of its sequence."""
+    """Base of all states. ``pos[b]`` is the number of tokens row b has read since the start of its sequence.
+
+    owner: the module that read it last. fingerprint: the checksum of that module's weights as they were then; None before the first read.
+    """
 
     pos: Counters
     config: Any
     owner: nn.Module | None = field(default=None, repr=False, kw_only=True)
-    fingerprint: str | None = field(default=None, repr=False, kw_only=True)
+    fingerprint: Checksum | str | None = field(default=None, repr=False, kw_only=True)
 
     # Tensors in the dtype of the layer's input; all others are masters: fp32, or fp64 when the input is fp64.
     ACTIVATIONS = frozenset()
+    kinds = {}  # every kind of state by its name in files
+    _users = 0  # calls that read this state now; -1: one that advances it
 
     def __init_subclass__(cls) -> None:
-        _STATES[cls.__name__] = cls
+        State.kinds[cls.__name__] = cls
 
     @property
     def batch(self) -> int:
@@ -102,8 +106,25 @@ class State:
         return dataclasses.replace(self, **{n: _map(v, tensor, counters) for n, v in self._fields()})
 
     def clone(self):
-        """An independent copy: advancing one leaves the other as it was."""
+        """An independent copy."""
         return self._mapped(lambda t: t.clone(), lambda c: Counters(c))
+
+    def __copy__(self):
+        return self.clone()
+
+    def __deepcopy__(self, memo):
+        return self.clone()
+
+    def __getstate__(self) -> dict:
+        """For pickles: the module that read the state is no part of it, the mark of its weights is."""
+        mark = self.fingerprint or (None if self.owner is None else checksum(self.owner))
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {
+            "owner": None, "fingerprint": None if mark is None else str(mark)
+        }
+
+    def replace(self, **fields):
+        """A copy with other values in ``fields``, independent of this state (but not of what is given)."""
+        return dataclasses.replace(self.clone(), **fields)
 
     def snapshot(self):
         """A state that stays as it is while this one advances, in place or not."""
@@ -114,19 +135,28 @@ class State:
         return self
 
     def detach(self):
-        """The same values cut from the autograd graph. Tensors are shared: who advances one of the two in place uses ``clone`` as well."""
+        """An independent copy, cut from the autograd graph."""
+        return self._mapped(lambda t: t.detach().clone(), lambda c: Counters(c))
+
+    def constant(self):
+        """The same values cut from the graph; tensors are shared, counters are not."""
         return self._mapped(lambda t: t.detach(), lambda c: Counters(c))
 
-    def select(self, idx):
-        """Rows ``idx`` (ints, or a 1-D integer tensor), in that order; a row may be taken more than once. Raises IndexError."""
-        rows = idx.tolist() if isinstance(idx, Tensor) else [int(i) for i in idx]
-        for r in rows:
-            if not -self.batch <= r < self.batch:
-                raise IndexError(f"{type(self).__name__}.select: row {r} does not exist in a batch of {self.batch}")
-        rows = [r % self.batch for r in rows]
-        return self._mapped(
-            lambda t: t.index_select(0, torch.tensor(rows, dtype=torch.long, device=t.device)), lambda c: Counters(c[r] for r in rows)
-        )
+    def select(self, rows):
+        """An independent state of some rows, in the order given.
+
+        rows: integers (a sequence or a 1-D tensor; negative ones count from the end, a row may be taken more than once), or a mask of
+        booleans, one per row. Raises IndexError for a row that does not exist, ValueError for anything else.
+        """
+        rows = check_rows(f"{type(self).__name__}.select", "rows", rows, self.batch)
+        index: dict[torch.device, Tensor] = {}
+
+        def taken(t: Tensor) -> Tensor:
+            if t.device not in index:
+                index[t.device] = torch.tensor(rows, dtype=torch.long, device=t.device)
+            return t.index_select(0, index[t.device])
+
+        return self._mapped(taken, lambda c: Counters([c[r] for r in rows]))
 
     def merge(self, other, rows: list[bool]):
         """Row b from ``other`` where ``rows[b]``, else from self; both of one structure."""
@@ -139,7 +169,7 @@ class State:
             return torch.where(mask, next(theirs), t)
 
         counters = iter(other._counters())
-        return self._mapped(pick, lambda c: Counters(b if r else a for a, b, r in zip(c, next(counters), rows)))
+        return self._mapped(pick, lambda c: Counters([b if r else a for a, b, r in zip(c, next(counters), rows)]))
 
     def _counters(self) -> list[Counters]:
         found: list[Counters] = []
@@ -179,18 +209,25 @@ class State:
         return self
 
     def usable(self):
-        """The state without inference tensors, which autograd refuses: call it outside inference mode."""
-        return self._mapped(lambda t: t.clone() if t.is_inference() else t, lambda c: c)
+        """The state without inference tensors, which autograd refuses, and without expanded ones: call it outside inference mode."""
+        return self._mapped(lambda t: t.clone() if t.is_inference() else t.contiguous(), lambda c: c)
 
     def to(self, device=None, dtype: torch.dtype | None = None):
-        """Moved to ``device``; ``dtype`` is that of the layer's input (deviations stay fp32, or become fp64 with an fp64 input)."""
+        """An independent copy on ``device``; ``dtype`` is that of the layer's input (deviations stay fp32, or become fp64 with an fp64
+        input). Raises ValueError for a dtype that is no floating one."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{type(self).__name__}.to: argument dtype is {dtype!r}, expected a floating dtype")
         master = None if dtype is None else torch.float64 if dtype == torch.float64 else torch.float32
 
         def cast(name: str, value: Any) -> Any:
             want = dtype if name in self.ACTIVATIONS else master
-            return _map(value, lambda t: t.to(device=device, dtype=want if t.is_floating_point() else None), lambda c: Counters(c))
+
+            def moved(t: Tensor) -> Tensor:
+                return t.to(device=device, dtype=want if t.is_floating_point() else None, copy=True)
+
+            return _map(value, moved, lambda c: Counters(c))
 
         moved = {}
         for name, value in self._fields():
@@ -217,136 +254,99 @@ class State:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
-    def bind(self, module: nn.Module, where: str) -> None:
-        """Checks a state that came from a file against the weights it is now read with. Raises ValueError naming both."""
-        if self.owner is module or self.fingerprint is None:
-            self.owner = self.owner or module
-            return
-        mine = fingerprint(module)
-        if mine != self.fingerprint:
-            raise ValueError(f"{where}: the state belongs to weights {self.fingerprint}, these are weights {mine}")
-        self.owner, self.fingerprint = module, None
+    def validate(self, where: str, dtype: torch.dtype | None = None, device: torch.device | None = None, *, values: bool = False) -> None:
+        """Raises ValueError, naming the part, unless this is a state that calls of its configuration produce.
+
+        Checked: every tensor's shape against the configuration and the number of rows, its dtype (for an input of ``dtype``; None: that
+        of the state itself) and device (None: one for all), that no two tensors share memory, all counters against each other and the
+        periods, and all that for the states inside. values: also what only the tensors' values say (costs syncs on a device).
+        """
+        if dtype is None:
+            dtype = self.input_dtype()
+        if device is None:
+            device = next((t.device for t in self.tensors()), torch.device("cpu"))
+        self._check(where, dtype, device, values)
+        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
+            self._check_memory(where)
+
+    def input_dtype(self) -> torch.dtype | None:
+        """Of the layer's input, as far as the tensors say; None: none of them does."""
+        raise NotImplementedError
+
+    def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool) -> None:
+        """``validate`` for what is particular to one kind of state."""
+        raise NotImplementedError
+
+    def _distinct(self) -> list[Tensor]:
+        """The tensors that a call may write in place."""
+        return self.tensors()
+
+    def _check_memory(self, where: str) -> None:
+        found = [t.data_ptr() for t in self._distinct() if t.numel()]
+        if len(set(found)) < len(found):
+            raise ValueError(f"{where}: argument state has two tensors in the same memory, which a call in place would both change")
+
+    def admit(self, where: str, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        """Whether ``module``, whose configuration it has, may read this state: ``validate``, and the weights it was read with before.
+
+        Raises ValueError; the state is as it was.
+        """
+        self.validate(where, dtype, device, values=device.type == "cpu" and not torch.compiler.is_compiling())
+        if self.owner is not module and self.fingerprint is not None:
+            same, mine = matches(module, self.fingerprint)
+            if not same:
+                raise ValueError(f"{where}: the state belongs to weights {self.fingerprint}, these are weights {mine}; "
+                                 "state.adopt(module) says that it may go on with them all the same")
+
+    def adopt(self, module: nn.Module) -> None:
+        """From here on this is a state of ``module``'s weights as they are now, whichever it was read with before: after training on, say,
+        or consolidating. In place. Raises ValueError for another configuration."""
+        where = f"{type(self).__name__}.adopt"
+        check_state(where, self, type(self), module.config, self.batch)
+        self.owned_by(module)
+        self.fingerprint = checksum(module)
+
+    def owned_by(self, module: nn.Module) -> None:
+        """``module`` reads this state: it and the states inside know their modules."""
+        self.owner = module
+
+    def reading(self, where: str, module: nn.Module, advances: bool = True):
+        """A context: the block reads this state with ``module``, for which ``admit`` let it pass, and (``advances``) changes it in place.
+
+        Inside, the state belongs to the module's weights as they are now; with an error, or where nothing was to be read into it, it goes
+        back to those before. Raises ValueError where another call has the state in hand that this one may not meet.
+        """
+        if torch.compiler.is_compiling():  # which follows neither locks nor version counters
+            if self.owner is not module:
+                self.owned_by(module)
+            return contextlib.nullcontext()
+        return self._reading(where, module, advances)
+
+    @contextlib.contextmanager
+    def _reading(self, where: str, module: nn.Module, advances: bool) -> Iterator[None]:
+        before, mark = self.fingerprint, checksum(module)
+        with _guard:
+            if self._users < 0 or advances and self._users:
+                raise ValueError(f"{where}: argument state is in use by another call; one call at a time may advance a state, "
+                                 "state.clone() makes one for each thread")
+            self._users = -1 if advances else self._users + 1
+        try:
+            self.owned_by(module)
+            self.fingerprint = mark
+            yield
+            if not advances:
+                self.fingerprint = before
+        except BaseException:
+            self.fingerprint = before
+            raise
+        finally:
+            with _guard:
+                self._users = 0 if advances else self._users - 1
 
     def save(self, path: str | os.PathLike, note: dict | None = None) -> None:
-        """Synchronizes the state and writes it to ``path`` (safetensors), atomically. note: anything JSON can hold, for ``load_note``.
-        Raises OSError, and then leaves an existing file as it was."""
-        self.synchronize()
-        tensors: dict[str, Tensor] = {}
-        tree = _describe(self, "s", tensors)
-        mark = fingerprint(self.owner) if self.owner is not None else self.fingerprint
-        meta = {"format": FORMAT, "version": str(VERSION), "fingerprint": mark or "", "tree": json.dumps(tree)}
-        if note is not None:
-            meta["note"] = json.dumps(note)
-        write_atomically(path, _safetensors_bytes(tensors, metadata=meta))
+        """Synchronizes the state and writes it to ``path`` (safetensors), atomically: see ``files.write_atomically``; a new file is the
+        user's alone (mode 0600). note: anything JSON can hold, for ``load_note``.
+        Raises ValueError for a path that is no regular file, OSError, and then leaves an existing file as it was."""
+        from .state_file import save_state
 
-
-def fingerprint(module: nn.Module) -> str:
-    """16 hex digits of the SHA-256 over names, dtypes, shapes and values of the module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, t in sorted(module.state_dict().items()):
-        digest.update(f"{name}:{t.dtype}:{tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Temporary file in the same folder, fsync, rename: readers see the old file or the new one, never a part."""
-    path = os.fspath(path)
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path) + ".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            os.chmod(temporary, 0o666 & ~_umask())
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):  # an interrupt right after the rename
-            os.unlink(temporary)
-        raise
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return {"value": value}
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": name}
-    if isinstance(value, Counters):
-        return {"counters": list(value)}
-    if isinstance(value, tuple(_CONFIGS.values())):
-        return {"config": type(value).__name__, "fields": value.to_dict()}
-    if isinstance(value, State):
-        items = [("config", value.config), *value.compact()._fields()]
-        return {"state": type(value).__name__, "fields": {n: _describe(v, f"{name}.{n}", tensors) for n, v in items}}
-    if isinstance(value, list):
-        return {"list": [_describe(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
-    if isinstance(value, dict):
-        return {"dict": {k: _describe(v, f"{name}.{k}", tensors) for k, v in value.items()}}
-    raise TypeError(f"state field {name} holds a {type(value).__name__}, which has no form in a file")
-
-
-def _rebuild(node: dict, tensors: Callable[[str], Tensor]) -> Any:
-    if "tensor" in node:
-        return tensors(node["tensor"])
-    if "counters" in node:
-        return Counters(int(i) for i in node["counters"])
-    if "config" in node:
-        return _CONFIGS[node["config"]].from_dict(node["fields"])
-    if "state" in node:
-        return _STATES[node["state"]](**{k: _rebuild(v, tensors) for k, v in node["fields"].items()})
-    if "list" in node:
-        return [_rebuild(v, tensors) for v in node["list"]]
-    if "dict" in node:
-        return {k: _rebuild(v, tensors) for k, v in node["dict"].items()}
-    return node["value"]
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike, device: str, where: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The file and its metadata. Raises FileNotFoundError, or ValueError for a file, or a use of it, that is no saved state."""
-    path = os.fspath(path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{where}: no file {path}")
-    if os.path.isdir(path):
-        raise ValueError(f"{where}: {path} is a folder, expected a file")
-    try:
-        with safe_open(path, framework="pt", device=device) as f:
-            meta = f.metadata() or {}
-            if meta.get("format") != FORMAT:
-                raise ValueError(f"{where}: {path} is a safetensors file but not a saved state (format {meta.get('format')!r})")
-            if meta.get("version") != str(VERSION):
-                raise ValueError(f"{where}: {path} has format version {meta.get('version')}, this program reads version {VERSION}")
-            yield f, meta
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where}: {path} is not a complete state file ({error})") from None
-
-
-def load_state(path: str | os.PathLike, device="cpu") -> State:
-    """The state saved at ``path``. Raises FileNotFoundError, or ValueError for a truncated, foreign, newer or inconsistent file."""
-    with _opened(path, str(device), "load_state") as (f, meta):
-        state = _rebuild(json.loads(meta["tree"]), f.get_tensor)
-        state.fingerprint = meta["fingerprint"] or None
-    for inner, count in state._counted():
-        if list(inner.pos) != count:
-            kind = type(inner).__name__
-            raise ValueError(f"load_state: {path} holds a {kind} with pos {list(inner.pos)} and count {count}, which must agree")
-    return state
-
-
-def load_note(path: str | os.PathLike) -> dict | None:
-    """The note saved along with the state at ``path``; None where there is none. Raises as ``load_state`` does."""
-    with _opened(path, "cpu", "load_note") as (_, meta):
-        return json.loads(meta.get("note", "null"))
+        save_state(self, path, note)

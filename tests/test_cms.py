@@ -15,7 +15,7 @@ from hope_kernels.layers.cms import ContinuumMemory
 from hope_kernels.layers.cms_state import CMSState
 from hope_kernels.ops import cms_refresh
 from hope_kernels.ops.cms import chain, chunked, reference
-from hope_kernels.state import load_state
+from hope_kernels.state_file import load_state
 
 CHUNKS = [(2,), (2, 4, 8), (3, 6)]
 VARIANTS = ("sequential", "independent", "nested")

@@ -20,7 +20,7 @@ from hope_kernels.__main__ import main
 from hope_kernels.generation import PIECE, read
 from hope_kernels.meter import PeakMemory
 from hope_kernels.session import Prompt
-from hope_kernels.state import load_note
+from hope_kernels.state_file import load_note
 
 
 def model(seed: int = 0) -> hk.HopeForCausalLM:

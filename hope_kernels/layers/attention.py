@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import HopeConfig
-from ..ops.check import check_lengths, check_placement, check_state, check_tensor, check_values
+from ..ops.check import check_batch, check_counters, check_lengths, check_part, check_state, check_tensor, check_values
 from ..state import Counters, State
 from .autocast import in_own_dtype
 
@@ -53,6 +53,28 @@ class AttentionState(State):
         if self.k.numel() == 0 or self.k.data_ptr() != source.k.data_ptr():
             self.filled = self.used()
         return self
+
+    def input_dtype(self) -> torch.dtype | None:
+        return self.k.dtype if isinstance(self.k, Tensor) else None
+
+    def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool, rows: list[int] | None = None) -> None:
+        """rows: those whose counters mean something; None: all."""
+        c, slots = self.config, self.k.shape[1] if isinstance(self.k, Tensor) and self.k.dim() > 1 else 0
+        for name in ("k", "v"):
+            shape = (self.batch, slots, c.num_kv_heads, c.d_model // c.num_heads)
+            check_part(where, name, getattr(self, name), shape, dtype, device)
+        if torch.compiler.is_compiling():
+            return
+        check_counters(where, "pos", self.pos, self.batch, 0)
+        check_counters(where, "base", self.base, self.batch, 0)
+        for b in range(self.batch) if rows is None else rows:
+            pos, used = self.pos[b], self.pos[b] - self.base[b]
+            least = pos if c.window is None else min(pos, c.window)
+            if not least <= used <= slots:
+                raise ValueError(f"{where}: state.base says that row {b}, which has read {pos} tokens, keeps {used} of them in {slots} "
+                                 f"slots; expected at least {least}, and slots for all")
+            if not used <= self.filled[b] <= slots:
+                raise ValueError(f"{where}: state.filled is {self.filled} with {slots} slots, of which row {b} uses {used}")
 
     def used(self) -> list[int]:
         """Slots that count, per row."""
@@ -114,7 +136,8 @@ class CausalAttention(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def init_state(self, batch: int, device=None, dtype: torch.dtype | None = None) -> AttentionState:
-        """State of ``batch`` sequences that have read nothing; its buffers grow as it reads."""
+        """State of ``batch`` sequences that have read nothing; its buffers grow as it reads. Raises ValueError."""
+        check_batch("CausalAttention.init_state", batch)
         w = self.k_proj.weight
         empty = torch.zeros(batch, 0, self.config.num_kv_heads, self.head_dim, device=device or w.device, dtype=dtype or w.dtype)
         zero = [0] * batch
@@ -144,13 +167,13 @@ class CausalAttention(nn.Module):
         given = state
         if state is None:
             state = self.init_state(x.shape[0])
-        check_state(name, state, AttentionState, self.config, x.shape[0])
-        check_placement(name, state, x.dtype, x.device)
-        state.bind(self, name)
-        y, new = self.scan(x, state, lengths, update=update)
-        if given is None or torch.is_grad_enabled():
-            return y, new
-        return y, given.assign(new)
+        else:
+            check_state(name, state, AttentionState, self.config, x.shape[0])
+            state.admit(name, self, x.dtype, x.device)
+        in_place = given is not None and update and not torch.is_grad_enabled()
+        with state.reading(name, self, in_place or given is None):
+            y, new = self.scan(x, state, lengths, update=update)
+            return y, given.assign(new) if in_place else new
 
     def scan(
         self, x: Tensor, state: AttentionState, lengths: list[int], *, update: bool = True, backend: str | None = None,

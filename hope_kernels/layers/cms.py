@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backend import resolve_cms
 from ..config import CMSConfig
-from ..ops.check import check_lengths, check_placement, check_state, check_tensor
+from ..ops.check import check_batch, check_lengths, check_state, check_tensor
 from ..ops.cms.chain import NORM_EPS, Sink, cms_forward, pass_back
 from ..ops.cms.chunked import Factors, Level, master_dtype
 from ..ops.cms.matrix import Matrix
@@ -82,9 +82,7 @@ class ContinuumMemory(nn.Module):
     def init_state(self, batch: int, device=None, dtype: torch.dtype | None = None) -> CMSState:
         """State of ``batch`` sequences that have read nothing. It holds no tensors yet (they are allocated on first use, where the
         input is and in its dtype), so ``device`` and ``dtype`` change nothing; they are there because every layer takes them."""
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
-            raise ValueError(f"{NAME}.init_state: argument batch is {batch!r}, expected an integer >= 0")
-        return CMSState(pos=Counters([0] * batch), config=self.config, owner=self)
+        return CMSState(pos=Counters([0] * check_batch(f"{NAME}.init_state", batch)), config=self.config, owner=self)
 
     @in_own_dtype
     def forward(
@@ -108,10 +106,11 @@ class ContinuumMemory(nn.Module):
         state = self._admitted(NAME, state, x)
         learn = bool(learn) and self.learns
         self._check_reading(state, lengths, learn)
-        base = state.clone() if torch.is_grad_enabled() else state
-        y = self._forward(x, self.effective_levels(base), lengths, backend)
-        new = self._with_tokens(base, x.detach(), lengths, learn)
-        return y, new if torch.is_grad_enabled() else state.assign(new)
+        with state.reading(NAME, self, not torch.is_grad_enabled()):
+            base = state.clone() if torch.is_grad_enabled() else state
+            y = self._forward(x, self.effective_levels(base), lengths, backend)
+            new = self._with_tokens(base, x.detach(), lengths, learn)
+            return y, new if torch.is_grad_enabled() else state.assign(new)
 
     def refresh(self, state: CMSState, error: Tensor, lengths=None, backend: str | None = None) -> CMSState:
         """Delivers dL/dy, in the order the tokens were read with learn=True, and learns from it when a segment is complete.
@@ -134,16 +133,17 @@ class ContinuumMemory(nn.Module):
             raise ValueError(f"{where}: argument state is None, expected the state that read the tokens of these errors")
         state = self._admitted(where, state, error)
         ops = resolve_cms(self.config, error.dtype, error.device, backend, inner=True)
-        base = state.clone() if torch.is_grad_enabled() else state
         if not self.learns:
-            return base
+            return state.clone() if torch.is_grad_enabled() else state
         for b, n in enumerate(lengths):
             owed = state.seen[b] - state.delivered[b]
             if n > owed:
                 raise ValueError(f"{where}: argument error has {n} tokens for row {b}, expected at most {owed}: "
                                  "the tokens of its open segment that were read with learn=True and have no error yet")
-        new = self._refreshed(base.draft("all"), error.detach(), lengths, ops).finished()
-        return new if torch.is_grad_enabled() else state.assign(new)
+        with state.reading(where, self, not torch.is_grad_enabled()):
+            base = state.clone() if torch.is_grad_enabled() else state
+            new = self._refreshed(base.draft("all"), error.detach(), lengths, ops).finished()
+            return new if torch.is_grad_enabled() else state.assign(new)
 
     def effective_levels(self, state: CMSState, dtype: torch.dtype | None = None) -> list[Level]:
         """The levels as ``cms_forward`` takes them, in ``dtype`` (None: that of the parameters).
@@ -265,7 +265,7 @@ class ContinuumMemory(nn.Module):
         C1, B = self.config.chunks[0], state.batch
         taken = [n if not t else 0 for n, t in zip(lengths, state.tainted)]
         errors = _written(state.errors, error, state.delivered, taken, [0] * B, C1)
-        delivered = Counters(d + n for d, n in zip(state.delivered, lengths))
+        delivered = Counters([d + n for d, n in zip(state.delivered, lengths)])
         rows = [b for b in range(B) if lengths[b] > 0 and not state.tainted[b] and delivered[b] == C1]
         new = replace(state, errors=errors, delivered=delivered)
         if not rows:
@@ -292,8 +292,7 @@ class ContinuumMemory(nn.Module):
         if state is None:
             return self.init_state(x.shape[0])
         check_state(where, state, CMSState, self.config, x.shape[0])
-        check_placement(where, state, x.dtype, x.device)
-        state.bind(self, where)
+        state.admit(where, self, x.dtype, x.device)
         return state
 
     def _check_reading(self, state: CMSState, lengths: list[int], learn: bool) -> None:

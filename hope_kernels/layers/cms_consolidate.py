@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.check import check_index, check_state
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.schedule import matrices
 from . import cms_refresh
@@ -51,6 +52,8 @@ def _in_force(layer, state: CMSState, level: int, row: int) -> dict[str, Tensor]
 
 
 def _check(layer, state: CMSState, level: int, row: int, call: str) -> None:
-    for name, value, size in (("level", level, layer.config.num_levels), ("row", row, state.batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-            raise ValueError(f"{NAME}.{call}: argument {name} is {value!r}, expected 0 to {size - 1}")
+    where, weight = f"{NAME}.{call}", layer.levels[0]["up"]
+    check_state(where, state, CMSState, layer.config, state.batch)
+    state.validate(where, weight.dtype, weight.device)
+    check_index(where, "level", level, layer.config.num_levels)
+    check_index(where, "row", row, state.batch)

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..config import CMSConfig
+from ..ops.check import check_counters, check_part
+from ..ops.cms.chunked import master_dtype
+from ..ops.cms.schedule import matrices
 from ..state import Counters, State
 
 _LISTS = ("weights", "copies", "grads", "moments", "left", "right")
@@ -83,6 +87,65 @@ class CMSState(State):
     def _fields(self):
         return [(n, v) for n, v in super()._fields() if n != "private"]
 
+    def input_dtype(self) -> torch.dtype | None:
+        for part in (self.inputs, self.errors, *self.copies, *self.left, *self.right):
+            for t in part.values() if isinstance(part, dict) else (part,):
+                if isinstance(t, Tensor):
+                    return t.dtype
+        masters = [t for part in (*self.weights, *self.grads, *self.moments) if isinstance(part, dict) for t in part.values()]
+        return torch.float64 if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in masters) else None
+
+    def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool) -> None:
+        c, master = self.config, torch.float32 if dtype is None else master_dtype(dtype)
+        for name in (*_LISTS, *_FLAGS):
+            held = getattr(self, name)
+            if not isinstance(held, list) or len(held) != c.num_levels:
+                raise ValueError(f"{where}: state.{name} is no list of {c.num_levels} levels")
+        for l in range(c.num_levels):
+            slots = self._slots(where, l)
+            for name in _LISTS:
+                part = getattr(self, name)[l]
+                if part is None:
+                    continue
+                if not isinstance(part, dict) or part.keys() != set(matrices(c)):
+                    raise ValueError(f"{where}: state.{name}[{l}] does not hold the matrices {matrices(c)}")
+                for matrix, t in part.items():
+                    rows, cols = _shape(c, matrix)
+                    shape = {"left": (slots, rows), "right": (slots, cols)}.get(name, (rows, cols))
+                    wanted = dtype if name in self.ACTIVATIONS else master
+                    check_part(where, f"{name}[{l}].{matrix}", t, (self.batch, *shape), wanted, device)
+        for name in ("inputs", "errors"):
+            if getattr(self, name) is not None:
+                check_part(where, name, getattr(self, name), (self.batch, c.chunks[0], c.d_model), dtype, device)
+        if not torch.compiler.is_compiling():
+            self._check_counters(where)
+
+    def _slots(self, where: str, l: int) -> int:
+        """Tokens that the pending factors of a level have room for."""
+        left, right = self.left[l], self.right[l]
+        if (left is None) != (right is None):
+            raise ValueError(f"{where}: state.left[{l}] and state.right[{l}] must both be there or both be None")
+        t = left["up"] if isinstance(left, dict) and "up" in left else None
+        return t.shape[1] if isinstance(t, Tensor) and t.dim() == 3 else 0
+
+    def _check_counters(self, where: str) -> None:
+        C1, tainted = self.config.chunks[0], self.tainted
+        check_counters(where, "pos", self.pos, self.batch, 0)
+        for name, high in (("seen", C1), ("delivered", C1), ("tainted", 1)):
+            check_counters(where, name, getattr(self, name), self.batch, 0, high)
+        for b, (pos, seen, delivered) in enumerate(zip(self.pos, self.seen, self.delivered)):
+            read = (pos - 1) % C1 + 1 if pos else 0  # of the segment that holds token pos - 1
+            if not delivered <= seen <= read or seen and not tainted[b] and seen != read:
+                raise ValueError(f"{where}: state.seen is {seen} and state.delivered {delivered} for row {b}, {read} tokens into a segment")
+            if not tainted[b] and (seen and self.inputs is None or delivered and self.errors is None):
+                raise ValueError(f"{where}: row {b} of state has seen {seen} tokens and has no inputs, or no errors")
+        for l in range(self.config.num_levels):
+            slots = self._slots(where, l)
+            for name, high, part in (("own", 1, self.weights), ("dirty", 1, self.grads), ("rank", slots, self.left)):
+                check_counters(where, f"{name}[{l}]", getattr(self, name)[l], self.batch, 0, high)
+                if any(getattr(self, name)[l]) and part[l] is None:
+                    raise ValueError(f"{where}: state.{name}[{l}] counts tensors that are not there")
+
     def compact(self):
         return replace(self, copies=[])
 
@@ -124,3 +187,8 @@ class CMSState(State):
         """Bytes of all rows' weights, copies, accumulators, momentum and pending factors of one level."""
         parts = (getattr(self, n)[level] or {} for n in _LISTS)
         return sum(t.numel() * t.element_size() for part in parts for t in part.values())
+
+
+def _shape(config: CMSConfig, matrix: str) -> tuple[int, int]:
+    """[rows, cols] of a matrix of a level."""
+    return (config.d_model, config.hidden) if matrix == "down" else (config.hidden, config.d_model)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..backend import resolve, resolve_conv_and_gate
 from ..config import TitansConfig
-from ..ops.check import check_lengths, check_placement, check_state, check_tensor, check_values
+from ..identity import checksum
+from ..ops.check import check_lengths, check_state, check_tensor, check_values
 from ..ops.titans.chunked import Stats, TokenInputs, eta_gate
 from ..ops.titans.cpp import titans_cpp
 from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
@@ -107,7 +108,7 @@ class SelfModifyingTitans(nn.Module):
             # the learned initial memory is where delta starts: it must reach the graph
             expanded = self.w_init.map(lambda t, d: t.to(d.dtype).expand_as(d), state.deviation)
             state.delta2, state.delta1, state.delta1s = expanded
-        state.owner = self
+        state.owner, state.fingerprint = self, None if self.config.retain_to == "init" else checksum(self)
         return state
 
     @in_own_dtype
@@ -132,15 +133,15 @@ class SelfModifyingTitans(nn.Module):
         given = state
         if state is None:
             state = self.init_state(x.shape[0])
-        check_state(name, state, TitansState, self.config, x.shape[0])
-        check_placement(name, state, x.dtype, x.device)
-        state.bind(self, name)
-        if given is not None and update and torch.is_grad_enabled():
-            state = given.clone()  # what is returned shares no tensor with what was given
-        y, new = self.scan(x, state, lengths, update=update, backend=backend)
-        if given is None or torch.is_grad_enabled():
-            return y, new
-        return y, given.assign(new)
+        else:
+            check_state(name, state, TitansState, self.config, x.shape[0])
+            state.admit(name, self, x.dtype, x.device)
+        in_place = given is not None and update and not torch.is_grad_enabled()
+        with state.reading(name, self, in_place or given is None):
+            if given is not None and update and not in_place:
+                state = given.clone()  # what is returned shares no tensor with what was given
+            y, new = self.scan(x, state, lengths, update=update, backend=backend)
+            return y, given.assign(new) if in_place else new
 
     def scan(
         self, x: Tensor, state: TitansState, lengths: list[int], *, update: bool = True, backend: str | None = None,
@@ -173,7 +174,7 @@ class SelfModifyingTitans(nn.Module):
         if not constant_memory:
             return y, replace(new, conv_tail=tail)
         # a tail of its own: the graph may need the tensor that this one is a view of
-        return y, replace(new, conv_tail=None if tail is None else tail.clone()).detach()
+        return y, replace(new, conv_tail=None if tail is None else tail.clone()).constant()
 
     def _real(self, lengths: list[int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """lengths on the device, and which tokens of x [B, T, d] they count, [B, T, 1]; None, None if all."""

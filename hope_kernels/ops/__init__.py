@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backend import resolve
 from ..config import TitansConfig
-from .check import check_lengths, check_placement, check_state, check_tensor
+from .check import check_lengths, check_state, check_tensor
 from .cms.chain import cms_forward, cms_gradients
 from .cms.op import cms_refresh, cms_refresh_
 from .titans.chunked import TokenInputs
@@ -42,7 +42,7 @@ def titans_chunk(
     if state is None:
         state = init_titans_state(config, w_init, B, given.device, given.dtype)
     check_state(name, state, TitansState, config, B)
-    check_placement(name, state, given.dtype, given.device)
+    state.validate(name, given.dtype, given.device, values=given.device.type == "cpu")
     o, new = resolve("titans", config, given.dtype, given.device, backend)(config, w_init, inputs, state, lengths, update=update)
     if any(n < T for n in lengths):
         real = torch.arange(T, device=o.device) < torch.tensor(lengths, device=o.device).unsqueeze(1)
@@ -91,7 +91,7 @@ def titans_advance_(
     name = "titans_advance_"
     given, B, _ = _check_inputs(name, config, w_init, inputs)
     check_state(name, state, TitansState, config, B)
-    check_placement(name, state, given.dtype, given.device)
+    state.validate(name, given.dtype, given.device)
     check_tensor(name, "lengths", lengths, (B,), dtype=torch.int64, device=given.device)
     if any(t.requires_grad for t in state.tensors()):
         raise ValueError(f"{name}: argument state requires a gradient, which a change in place would lose; pass state.detach()")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what layers compute in
 
 
 def _brackets(shape: Sequence) -> str:
@@ -49,7 +52,7 @@ def check_lengths(op: str, lengths: Any, batch: int, tokens: int) -> list[int]:
             if any(isinstance(n, bool) or n != int(n) for n in values):
                 raise TypeError
             values = [int(n) for n in values]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{op}: argument lengths is {lengths!r}, expected {batch} integers") from None
     if len(values) != batch:
         raise ValueError(f"{op}: argument lengths has {len(values)} entries, expected one per row ({batch})")
@@ -69,26 +72,65 @@ def check_state(op: str, state: Any, cls: type, config: Any, batch: int) -> None
         raise ValueError(f"{op}: argument state has {state.batch} rows, expected {batch}")
 
 
-def check_placement(op: str, state: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Every tensor of ``state`` is on ``device`` and fits an input of ``dtype`` (masters: fp32, or fp64 with fp64). Raises ValueError."""
-    master = torch.float64 if dtype == torch.float64 else torch.float32
+def check_batch(op: str, batch: Any) -> int:
+    """A number of rows. Raises ValueError."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
+        raise ValueError(f"{op}: argument batch is {batch!r}, expected an integer >= 0")
+    return batch
 
-    def check(name: str, value: Any, want: torch.dtype) -> None:
-        if isinstance(value, Tensor):
-            if value.device != device:
-                raise ValueError(f"{op}: state.{name} is on {value.device}, expected {device}; move it with state.to(...)")
-            if value.is_floating_point() and value.dtype != want:
-                raise ValueError(f"{op}: state.{name} has dtype {value.dtype}, expected {want} for an input of {dtype}; "
-                                 "state.to(...) casts it")
-        elif isinstance(value, dict):
-            for key, v in value.items():
-                check(f"{name}.{key}", v, want)
-        elif isinstance(value, list):
-            for i, v in enumerate(value):
-                check(f"{name}[{i}]", v, want)
 
-    for name, value in state._fields():
-        check(name, value, dtype if name in state.ACTIVATIONS else master)
+def check_rows(op: str, name: str, rows: Any, batch: int) -> list[int]:
+    """Row numbers 0 .. batch - 1 from integers (negative ones count from the end) or a mask of booleans, in a sequence or 1-D tensor.
+
+    Raises IndexError for a row that does not exist, ValueError for anything else.
+    """
+    values = rows.tolist() if isinstance(rows, Tensor) else rows
+    try:
+        values = list(values)
+        mask = [isinstance(r, bool) or type(r).__name__ in ("bool_", "bool") for r in values]
+        if any(mask):
+            if not all(mask) or len(values) != batch:
+                raise TypeError
+            return [b for b, r in enumerate(values) if r]
+        values = [operator.index(r) for r in values]
+    except TypeError:
+        raise ValueError(f"{op}: argument {name} is {rows!r}, expected row numbers, or one boolean for each of {batch} rows") from None
+    for r in values:
+        if not -batch <= r < batch:
+            raise IndexError(f"{op}: row {r} does not exist in a batch of {batch}")
+    return [r % batch for r in values]
+
+
+def check_index(op: str, name: str, value: Any, size: int) -> int:
+    """An index 0 .. size - 1. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
+        raise ValueError(f"{op}: argument {name} is {value!r}, expected 0 to {size - 1}")
+    return value
+
+
+def check_counters(where: str, name: str, counters: Any, batch: int, low: int, high: int = 2**62) -> None:
+    """One int per row, from low to high, as a state holds it. Raises ValueError."""
+    if not isinstance(counters, list) or len(counters) != batch:
+        raise ValueError(f"{where}: state.{name} is {counters!r}, expected one integer for each of {batch} rows")
+    for n in counters:
+        if type(n) is not int or not low <= n <= high:
+            raise ValueError(f"{where}: state.{name} is {list(counters)!r}, expected integers from {low} to {high}")
+
+
+def check_part(where: str, name: str, t: Any, shape: tuple[int, ...] | None, dtype: torch.dtype | None, device: torch.device) -> None:
+    """A state's tensor: of this shape (None: there is none), dtype (None: any floating one) and device. Raises ValueError."""
+    if shape is None:
+        if t is not None:
+            raise ValueError(f"{where}: state.{name} is a {type(t).__name__}, expected None for its configuration")
+        return
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{where}: state.{name} is a {type(t).__name__}, expected a tensor {_brackets(shape)}")
+    if t.shape != shape:
+        raise ValueError(f"{where}: state.{name} has shape {_brackets(t.shape)}, expected {_brackets(shape)}")
+    if t.device != device:
+        raise ValueError(f"{where}: state.{name} is on {t.device}, expected {device}; move it with state.to(...)")
+    if t.dtype != dtype and (dtype is not None or t.dtype not in FLOATING):
+        raise ValueError(f"{where}: state.{name} has dtype {t.dtype}, expected {dtype or 'a floating one'}; state.to(...) casts it")
 
 
 def check_values(op: str, name: str, t: Tensor, lengths: list[int]) -> None:

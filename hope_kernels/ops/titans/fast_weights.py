@@ -13,6 +13,7 @@ M_memory comes first, so the layer's two clocks own two contiguous row ranges.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ...config import TitansConfig
 from ...state import Counters, State
+from ..check import check_batch, check_counters, check_part
 
 SCALARS = ("eta", "alpha")
 
@@ -138,6 +140,21 @@ class TitansState(State):
         if self.count is None:  # a new state, or one from a file written before there was a counter on the device
             self.count = torch.tensor(list(self.pos), dtype=torch.int64, device=self.delta2.device)
 
+    def input_dtype(self) -> torch.dtype | None:
+        return self.pending_k.dtype if isinstance(self.pending_k, Tensor) else None
+
+    def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool) -> None:
+        if not torch.compiler.is_compiling():
+            check_counters(where, "pos", self.pos, self.batch, 0)
+        master = torch.float32 if dtype is None else master_dtype(dtype)
+        for name, shape in _shapes(self.config).items():
+            wanted = dtype if name in self.ACTIVATIONS else master
+            check_part(where, name, getattr(self, name), None if shape is None else (self.batch, *shape), wanted, device)
+        check_part(where, "count", self.count, (self.batch,), torch.int64, device)
+        if values and self.count.tolist() != self.pos:
+            raise ValueError(f"{where}: a TitansState with pos {list(self.pos)} and count {self.count.tolist()}, which must agree; after a "
+                             "kernel or a graph has advanced it alone, call state.synchronize()")
+
     def advanced(self, lengths: list[int], **changes) -> TitansState:
         """The state with ``changes`` after row b has read ``lengths[b]`` more tokens."""
         pos = Counters([p + n for p, n in zip(self.pos, lengths)])
@@ -158,8 +175,22 @@ class TitansState(State):
         return Layout.of(self.config).views(self.deviation, name)
 
 
+@cache
+def _shapes(config: TitansConfig) -> dict[str, tuple[int, ...] | None]:
+    """Of a TitansState's tensors behind the batch; None: the configuration has none."""
+    H, D, C, W = config.num_heads, config.head_dim, max(config.chunk_memory, config.chunk_other), config.conv_window
+    fast = Layout.of(config).shapes(H)
+    found = dict(zip(("delta2", "delta1", "delta1s"), fast))
+    found |= dict(zip(("s2", "s1", "s1s"), fast if config.momentum is not None else (None,) * 3))
+    return found | {
+        "pending_k": (C, H, D), "pending_v": (C, H, D), "pending_eta": (C, H), "pending_alpha": (C, H) if config.retention else None,
+        "pending_beta": (C, H) if config.momentum is not None else None, "conv_tail": None if W is None else (W - 1, config.d_model),
+    }
+
+
 def init_titans_state(config: TitansConfig, w_init: FastWeights, batch: int, device=None, dtype=torch.float32) -> TitansState:
-    """The state of ``batch`` sequences that have read nothing; ``dtype`` is that of the layer's input."""
+    """The state of ``batch`` sequences that have read nothing; ``dtype`` is that of the layer's input. Raises ValueError."""
+    check_batch("init_titans_state", batch)
     H, D, C = config.num_heads, config.head_dim, max(config.chunk_memory, config.chunk_other)
     master = master_dtype(dtype)
     shapes = Layout.of(config).shapes(batch, H)

@@ -40,7 +40,7 @@ def titans_triton_training(
     if stats is not None:
         raise ValueError("titans: backend 'triton' collects no statistics; the chunked backend does")
     if constant_memory:
-        w_init, state = w_init.map(Tensor.detach), state.detach()
+        w_init, state = w_init.map(Tensor.detach), state.constant()
         alive = "x" if config.adaptive_q else "q"
         inputs = TokenInputs(*(t if t is None or n == alive else t.detach() for n, t in zip(inputs._fields, inputs)))
     carried = [getattr(state, n) for n in CARRIED]

@@ -1,0 +1,110 @@
+"""Which weights a state was read with: a checksum of a module's parameters, taken when a state is read and kept beside it.
+
+A state must not go on under other weights, and by the time it is saved an optimizer may have changed those it was read with. So every
+read takes the checksum; the work is done once per set of values, found again by the tensors' version counters, on their own device and
+without waiting for it. A copy of a module, or the same file loaded twice, has the same checksum: values count, not objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+_PREFIX = "c1:"  # files from before there were checksums have plain hexadecimal digits of ``fingerprint``
+_WIDTH, _ROWS = 4096, 2048  # of the matrices whose row and column sums are weighted; 64 MB each
+_COLUMN, _ROW = 3523014627193176565, 1189123992306739459  # odd, and without a simple ratio
+
+
+class Checksum:
+    """Checksum of one set of values; ``str()`` waits for the device and is then remembered."""
+
+    def __init__(self, kinds: list[str], sums: list[Tensor]):
+        self._kinds, self._sums, self._text = kinds, sums, None
+
+    def __str__(self) -> str:
+        if self._text is None:
+            values = torch.stack(self._sums).tolist() if self._sums else []
+            data = repr(list(zip(self._kinds, values))).encode()
+            self._text, self._sums = _PREFIX + hashlib.sha256(data).hexdigest()[:16], []
+        return self._text
+
+
+_known: WeakKeyDictionary[nn.Module, tuple[list[tuple], Checksum]] = WeakKeyDictionary()
+
+
+def checksum(module: nn.Module) -> Checksum | None:
+    """Of the values, dtypes and shapes of all parameters and persistent buffers, in order, whatever the names.
+
+    None where nobody can look at them: inside a compiler or a transformation of torch.func, on the meta device, sharded over processes.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return None
+    held: list[Tensor] = []
+    _collect(module, held)
+    now = [(t, -1 if t.is_inference() else t._version, t.data_ptr()) for t in held]
+    before = _known.get(module)
+    if before is not None and len(before[0]) == len(now) and all(
+        a is t and version == v and address == p for (a, version, address), (t, v, p) in zip(before[0], now)
+    ):
+        return before[1]
+    if not all(type(t.data) is Tensor and t.layout == torch.strided and t.device.type != "meta" for t in held):
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        sums = [_weighted_sum(t) for t in held]
+        found = Checksum([f"{t.dtype}{tuple(t.shape)}" for t in held], [s.to(sums[0].device) for s in sums])
+    _known[module] = (now, found)
+    return found
+
+
+def matches(module: nn.Module, mark: Checksum | str) -> tuple[bool, str]:
+    """Whether ``module`` has the weights of ``mark``, and its own mark in the same form."""
+    text, mine = str(mark), checksum(module)
+    if mine is None:
+        return True, text
+    mine = str(mine) if text.startswith(_PREFIX) else fingerprint(module)
+    return mine == text, mine
+
+
+def fingerprint(module: nn.Module) -> str:
+    """16 hex digits of the SHA-256 over names, dtypes, shapes and values of the module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, t in sorted(module.state_dict().items()):
+        digest.update(f"{name}:{t.dtype}:{tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _collect(module: nn.Module, found: list[Tensor]) -> None:
+    """As ``state_dict`` orders them; a walk of a few microseconds, since every token that is read alone pays for it."""
+    for p in module._parameters.values():
+        if p is not None:
+            found.append(p)
+    if module._buffers:
+        found.extend(b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set)
+    for child in module._modules.values():
+        if child is not None:
+            _collect(child, found)
+
+
+def _weighted_sum(t: Tensor) -> Tensor:
+    """The tensor's bytes as 64-bit integers x, each with x >> 32 beside it and weighted by its place, modulo 2^64: an int64 scalar.
+
+    As matrices of _WIDTH columns, sum_ij x_ij (u_j + w_i) comes from row and column sums alone. u is even and w odd: no weight loses a bit,
+    so one changed number always changes the sum. The shifted sum is there for signs: two of them would cancel at the highest bit.
+    """
+    x = t.detach().contiguous().flatten().view(torch.uint8)
+    whole = len(x) // 8 * 8
+    tail = torch.zeros(8, dtype=torch.uint8, device=x.device)
+    tail[: len(x) - whole] = x[whole:]
+    found = tail.view(torch.int64)[0]
+    x = (x[:whole] if x.storage_offset() % 8 == 0 else x[:whole].clone()).view(torch.int64)
+    whole = len(x) // _WIDTH * _WIDTH
+    for part in (*x[:whole].view(-1, _WIDTH).split(_ROWS), x[whole:].unsqueeze(0)):
+        u = torch.arange(part.shape[1], dtype=torch.int64, device=x.device) * (2 * _COLUMN)
+        w = torch.arange(part.shape[0], dtype=torch.int64, device=x.device) * (2 * _ROW) + 1
+        for y in (part, part >> 32):
+            found = found * _ROW + (y.sum(0) * u).sum() + (y.sum(1) * w).sum()
+    return found

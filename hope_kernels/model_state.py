@@ -1,0 +1,111 @@
+"""ModelState: what sequences have learned in a whole model, as the states of its blocks and the open segment of a model that learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .layers.attention import AttentionState
+from .layers.cms_state import CMSState
+from .learning import TAINTED, advance_off
+from .ops.check import check_counters, check_part
+from .ops.titans.fast_weights import TitansState
+from .state import Counters, State
+
+
+@dataclass(eq=False)
+class ModelState(State):
+    """What a batch of sequences has learned in a whole model.
+
+    mixers, cms: one state per block (None without a CMS). For learn="next_token" only: ``ids`` [B, C] int64, the tokens of the open
+    segment of C tokens, ``seen`` how many of them (or -1: one was read with learn="off"), ``snapshot`` the mixers at its start.
+    ``unread`` [B, 1]: the last token ``generate`` returned, which the state has not read; None if there is none.
+    """
+
+    mixers: list
+    cms: list
+    seen: Counters
+    ids: Tensor
+    snapshot: list
+    unread: Tensor | None = None
+
+    def owned_by(self, module: nn.Module) -> None:
+        self.owner = module
+        for block, mixer, cms in zip(module.blocks, self.mixers, self.cms):
+            mixer.owner = block.mixer
+            if cms is not None:
+                cms.owner = block.cms
+
+    def input_dtype(self) -> torch.dtype | None:
+        return self.mixers[0].input_dtype() if isinstance(self.mixers, list) and self.mixers and isinstance(self.mixers[0], State) else None
+
+    def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool) -> None:
+        c, C = self.config, self.config.segment if self.config.learns else 0
+        kind = AttentionState if c.mixer == "attention" else TitansState
+        snapshots = [kind] * c.num_layers if C else []
+        held = {"mixers": [kind] * c.num_layers, "cms": [None if of is None else CMSState for of in c.block_cms], "snapshot": snapshots}
+        for name, kinds in held.items():
+            found = getattr(self, name)
+            if not isinstance(found, list) or [None if s is None else type(s) for s in found] != kinds:
+                raise ValueError(f"{where}: state.{name} does not hold what the {c.num_layers} blocks of its configuration need")
+        check_part(where, "ids", self.ids, (self.batch, C), torch.int64, device)
+        if self.unread is not None:
+            check_part(where, "unread", self.unread, (self.batch, 1), torch.int64, device)
+        for name in held:
+            for i, state in enumerate(getattr(self, name)):
+                if state is not None:
+                    self._check_inner(f"{where}: {name}[{i}]", i, name, state, dtype, device, values)
+        if torch.compiler.is_compiling():
+            return
+        check_counters(where, "pos", self.pos, self.batch, 0)
+        check_counters(where, "seen", self.seen, self.batch, TAINTED if C else 0, C)
+        for b, (pos, seen) in enumerate(zip(self.pos, self.seen)):
+            if seen > 0 and (pos - seen) % C or seen == TAINTED and not pos % C:
+                raise ValueError(f"{where}: state.seen is {seen} for row {b}, which is no count of an open segment of {C} tokens at {pos}")
+            for s in self.snapshot if seen > 0 else ():
+                if s.pos[b] != pos - seen:
+                    raise ValueError(f"{where}: state.snapshot of row {b} stands at {s.pos[b]}, expected {pos - seen}, its segment's start")
+        if values:
+            for name, ids in (("ids", self.ids), ("unread", self.unread)):
+                if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
+                    raise ValueError(f"{where}: state.{name} has a token outside 0 to {c.vocab_size - 1}")
+
+    def _check_inner(self, where: str, i: int, name: str, state: State, dtype, device, values: bool) -> None:
+        c = self.config
+        wanted = c.block_cms[i] if name == "cms" else c if c.mixer == "attention" else c.titans
+        if state.config is not wanted and state.config != wanted:
+            raise ValueError(f"{where} of state belongs to {state.config}, expected {wanted}")
+        if state.batch != self.batch or name != "snapshot" and not torch.compiler.is_compiling() and state.pos != self.pos:
+            raise ValueError(f"{where} of state stands at {list(state.pos)}, and the model's state at {list(self.pos)}")
+        if name == "snapshot" and c.mixer == "attention":  # behind other rows' storage has moved on
+            state._check(where, dtype, device, values, [b for b, seen in enumerate(self.seen) if seen > 0])
+        else:
+            state._check(where, dtype, device, values)
+
+    def _distinct(self) -> list[Tensor]:
+        # attention's snapshots share what is only ever appended to
+        return replace(self, snapshot=[]).tensors() if self.config.mixer == "attention" else self.tensors()
+
+    def apart(self):
+        """The same state for a call in grad mode: independent, like ``clone``, but what attention keeps is not copied."""
+        mixers, snapshot = ([m.snapshot() for m in of] for of in (self.mixers, self.snapshot))
+        cms, unread = [c and c.clone() for c in self.cms], None if self.unread is None else self.unread.clone()
+        counters = {n: Counters(getattr(self, n)) for n in ("pos", "seen")}
+        return replace(self, mixers=mixers, cms=cms, ids=self.ids.clone(), snapshot=snapshot, unread=unread, **counters)
+
+    def synchronize(self):
+        """As for any state. Where a replayed graph of the model has moved the mixers, the model's counters follow as with learn="off".
+
+        Raises ValueError where the mixers do not stand at one place (attention keeps its position on the host and cannot be replayed).
+        """
+        super().synchronize()
+        places = {tuple(m.pos) for m in self.mixers} or {tuple(self.pos)}
+        if len(places) > 1:
+            raise ValueError(f"ModelState: the blocks stand at different positions, {', '.join(str(list(p)) for p in sorted(places))}")
+        lengths = [now - before for now, before in zip(*places, self.pos)]
+        if any(lengths):
+            new = advance_off(self, self.mixers, lengths)
+            self.pos, self.cms, self.seen = new.pos, new.cms, new.seen
+        return self
