@@ -53,14 +53,15 @@ class ModelState(State):
         check_part(where, "ids", self.ids, (self.batch, C), torch.int64, device)
         if self.unread is not None:
             check_part(where, "unread", self.unread, (self.batch, 1), torch.int64, device)
+        if not torch.compiler.is_compiling():
+            check_counters(where, "pos", self.pos, self.batch, 0)
+            check_counters(where, "seen", self.seen, self.batch, TAINTED if C else 0, C)
         for name in held:
             for i, state in enumerate(getattr(self, name)):
                 if state is not None:
                     self._check_inner(f"{where}: {name}[{i}]", i, name, state, dtype, device, values)
         if torch.compiler.is_compiling():
             return
-        check_counters(where, "pos", self.pos, self.batch, 0)
-        check_counters(where, "seen", self.seen, self.batch, TAINTED if C else 0, C)
         for b, (pos, seen) in enumerate(zip(self.pos, self.seen)):
             if seen > 0 and (pos - seen) % C or seen == TAINTED and not pos % C:
                 raise ValueError(f"{where}: state.seen is {seen} for row {b}, which is no count of an open segment of {C} tokens at {pos}")

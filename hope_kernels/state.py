@@ -172,9 +172,21 @@ class State:
         return self._mapped(pick, lambda c: Counters([b if r else a for a, b, r in zip(c, next(counters), rows)]))
 
     def _counters(self) -> list[Counters]:
-        found: list[Counters] = []
-        _map(self, lambda t: t, lambda c: found.append(c) or c)
-        return found
+        return [v for v in self._leaves() if isinstance(v, Counters)]
+
+    def _leaves(self) -> Iterator[Any]:
+        """Everything in the tree that is no list, dict or state, in a fixed order; counters are one leaf."""
+        stack = [v for _, v in reversed(self._fields())]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, State):
+                stack.extend(v for _, v in reversed(value._fields()))
+            elif isinstance(value, list) and not isinstance(value, Counters):
+                stack.extend(reversed(value))
+            elif isinstance(value, dict):
+                stack.extend(reversed(list(value.values())))
+            else:
+                yield value
 
     def states(self) -> list[State]:
         """This state and all those inside it, in a fixed order."""
@@ -247,9 +259,7 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the tree, in a fixed order."""
-        found: list[Tensor] = []
-        _map(self, lambda t: found.append(t) or t, lambda c: c)
-        return found
+        return [v for v in self._leaves() if isinstance(v, Tensor)]
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())
@@ -261,6 +271,8 @@ class State:
         of the state itself) and device (None: one for all), that no two tensors share memory, all counters against each other and the
         periods, and all that for the states inside. values: also what only the tensors' values say (costs syncs on a device).
         """
+        if not isinstance(self.pos, list):
+            raise ValueError(f"{where}: state.pos is {self.pos!r}, expected one integer per row")
         if dtype is None:
             dtype = self.input_dtype()
         if device is None:

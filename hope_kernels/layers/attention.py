@@ -84,6 +84,9 @@ class AttentionState(State):
         """Whether another state has written a slot that ``lengths`` more tokens would take."""
         return any(n and u != f for n, u, f in zip(lengths, self.used(), self.filled))
 
+    def detach(self):
+        return self.constant()  # independent all the same: nobody writes a slot that counts
+
     def snapshot(self):
         """The state as it is now, in O(B): it shares the storage; either side may be read on."""
         return replace(self, pos=Counters(self.pos), base=Counters(self.base))

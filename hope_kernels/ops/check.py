@@ -68,7 +68,7 @@ def check_state(op: str, state: Any, cls: type, config: Any, batch: int) -> None
         raise TypeError(f"{op}: argument state is a {type(state).__name__}, expected a {cls.__name__}")
     if state.config is not config and state.config != config:  # compilers follow an object more easily than its fields
         raise ValueError(f"{op}: argument state belongs to {state.config}, expected {config}")
-    if state.batch != batch:
+    if isinstance(state.pos, list) and state.batch != batch:  # else ``State.validate`` says so
         raise ValueError(f"{op}: argument state has {state.batch} rows, expected {batch}")
 
 
