@@ -74,7 +74,8 @@ BROKEN = [
                                             "pending_alpha", "pending_beta", "conv_tail", "count")
       for change in (meta, double, wider, fewer, gone)],
     *[("fast", name, change) for name, change in [
-        ("s2", lambda _: torch.zeros(2, 2, 40, 8)), ("delta2", one), ("pending_k", one), ("delta2", "text"), ("config", hk.TitansConfig(D, 2)),
+        ("s2", lambda _: torch.zeros(2, 2, 40, 8)), ("delta2", one), ("pending_k", one), ("delta2", "text"),
+        ("config", hk.TitansConfig(D, 2)),
         ("pos", None), *[("pos", counters(*p)) for p in [(-5, 5), (9,), (9, 5.0), (9, 2**63), (9, True), (9, 6), (9,) * 64]],
     ]],
     *[("attention", name, change) for name in ("k", "v") for change in (meta, double, wider, fewer, gone, integers)],

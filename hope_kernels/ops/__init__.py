@@ -95,6 +95,8 @@ def titans_advance_(
     check_tensor(name, "lengths", lengths, (B,), dtype=torch.int64, device=given.device)
     if any(t.requires_grad for t in state.tensors()):
         raise ValueError(f"{name}: argument state requires a gradient, which a change in place would lose; pass state.detach()")
+    if not all(t.is_contiguous() for t in state.tensors()):
+        raise ValueError(f"{name}: argument state has a tensor that is not contiguous, which kernels cannot write; pass state.clone()")
     if backend not in ("triton", "cuda"):
         raise ValueError(f"{name}: argument backend is {backend!r}, expected 'triton' or 'cuda'")
     resolve("titans", config, given.dtype, given.device, backend)  # raises where it cannot serve
