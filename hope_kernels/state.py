@@ -107,7 +107,7 @@ class State:
 
     def clone(self):
         """An independent copy."""
-        return self._mapped(lambda t: t.clone(), lambda c: Counters(c))
+        return self._mapped(lambda t: t.clone(memory_format=torch.contiguous_format), lambda c: Counters(c))
 
     def __copy__(self):
         return self.clone()
@@ -148,7 +148,7 @@ class State:
         rows: integers (a sequence or a 1-D tensor; negative ones count from the end, a row may be taken more than once), or a mask of
         booleans, one per row. Raises IndexError for a row that does not exist, ValueError for anything else.
         """
-        rows = check_rows(f"{type(self).__name__}.select", "rows", rows, self.batch)
+        rows = check_rows(f"{type(self).__name__}.select", "rows", rows, self.batch, absent=IndexError)
         index: dict[torch.device, Tensor] = {}
 
         def taken(t: Tensor) -> Tensor:

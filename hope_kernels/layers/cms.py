@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backend import resolve_cms
 from ..config import CMSConfig
-from ..ops.check import check_batch, check_lengths, check_state, check_tensor
+from ..ops.check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..ops.cms.chain import NORM_EPS, Sink, cms_forward, pass_back
 from ..ops.cms.chunked import Factors, Level, master_dtype
 from ..ops.cms.matrix import Matrix
@@ -214,7 +214,7 @@ class ContinuumMemory(nn.Module):
     def accumulate(self, state: CMSState, level_grads: list, rows: list[bool]) -> CMSState:
         """A state whose accumulators include ``level_grads`` (as from ``cms_gradients``: per level None or name -> [B, rows, cols]) in
         the marked rows. ``state`` is not modified, and unchanged tensors are shared with it. A level with lr = 0 ignores its gradient."""
-        new, marked = state.draft(), _marked(rows)
+        new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
                 cms_refresh.accumulate(new, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
@@ -224,11 +224,12 @@ class ContinuumMemory(nn.Module):
     def commit(self, state: CMSState, rows: list[bool], counts: list[int] | None = None) -> CMSState:
         """A state after the refreshes that are due in the marked rows at ``counts`` (None: ``state.pos``), from their accumulators.
         ``state`` is not modified, and unchanged tensors are shared with it."""
-        if not any(rows):
+        marked = check_mask(f"{NAME}.commit", "rows", rows, state.batch)
+        if not marked:
             return state
         new = state.draft()
         for l in learning_levels(self.config):
-            cms_refresh.absorb(new, self.config, self._matrices(l), l, None, _marked(rows), state.pos if counts is None else counts)
+            cms_refresh.absorb(new, self.config, self._matrices(l), l, None, marked, state.pos if counts is None else counts)
         return new.finished()
 
     def detach_level(self, state: CMSState, level: int, row: int = 0) -> dict[str, Tensor]:
@@ -337,10 +338,6 @@ class ContinuumMemory(nn.Module):
             state, pos=Counters(p + n for p, n in zip(state.pos, lengths)), inputs=_written(state.inputs, x, at, kept, skip, C1),
             seen=Counters(seen), delivered=Counters(delivered), tainted=Counters(tainted),
         )
-
-
-def _marked(rows: list[bool]) -> list[int]:
-    return [b for b, r in enumerate(rows) if r]
 
 
 def _spread(t: Tensor, rows: list[int], batch: int) -> Tensor:

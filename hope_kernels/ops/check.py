@@ -79,10 +79,10 @@ def check_batch(op: str, batch: Any) -> int:
     return batch
 
 
-def check_rows(op: str, name: str, rows: Any, batch: int) -> list[int]:
+def check_rows(op: str, name: str, rows: Any, batch: int, absent: type[Exception] = ValueError) -> list[int]:
     """Row numbers 0 .. batch - 1 from integers (negative ones count from the end) or a mask of booleans, in a sequence or 1-D tensor.
 
-    Raises IndexError for a row that does not exist, ValueError for anything else.
+    Raises ``absent`` for a row that does not exist, ValueError for anything else.
     """
     values = rows.tolist() if isinstance(rows, Tensor) else rows
     try:
@@ -90,15 +90,22 @@ def check_rows(op: str, name: str, rows: Any, batch: int) -> list[int]:
         mask = [isinstance(r, bool) or type(r).__name__ in ("bool_", "bool") for r in values]
         if any(mask):
             if not all(mask) or len(values) != batch:
-                raise TypeError
+                raise TypeError("no mask")
             return [b for b, r in enumerate(values) if r]
         values = [operator.index(r) for r in values]
     except TypeError:
         raise ValueError(f"{op}: argument {name} is {rows!r}, expected row numbers, or one boolean for each of {batch} rows") from None
     for r in values:
         if not -batch <= r < batch:
-            raise IndexError(f"{op}: row {r} does not exist in a batch of {batch}")
+            raise absent(f"{op}: argument {name} has row {r}, which does not exist in a batch of {batch}")
     return [r % batch for r in values]
+
+
+def check_mask(op: str, name: str, mask: Any, batch: int) -> list[int]:
+    """The rows that a mask, one boolean per row, marks. Raises ValueError, for row numbers too."""
+    if not isinstance(mask, (list, tuple)) or len(mask) != batch or not all(isinstance(r, bool) for r in mask):
+        raise ValueError(f"{op}: argument {name} is {mask!r}, expected one boolean for each of {batch} rows")
+    return [b for b, r in enumerate(mask) if r]
 
 
 def check_index(op: str, name: str, value: Any, size: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...config import CMSConfig
-from ..check import check_tensor
+from ..check import check_index, check_rows, check_tensor
 from . import chunked
 from .muon import muon_step_
 
@@ -44,13 +44,10 @@ def cms_refresh_(
     for field, t, dtype in (("moment", moment, wide), ("total", total, wide), ("copy", copy, left.dtype)):
         if t is not None:
             check_tensor(name, field, t, tuple(weight.shape), dtype, weight.device)
-    if not isinstance(level, int) or not 0 <= level < config.num_levels:
-        raise ValueError(f"{name}: argument level is {level!r}, expected 0 to {config.num_levels - 1}")
+    check_index(name, "level", level, config.num_levels)
     if (moment is None) == (config.optimizer == "momentum"):
         raise ValueError(f"{name}: argument moment is {'None' if moment is None else 'a tensor'} with optimizer={config.optimizer!r}")
-    rows = list(range(sizes["B"])) if rows is None else sorted(set(rows))
-    if rows and not 0 <= rows[0] <= rows[-1] < sizes["B"]:
-        raise ValueError(f"{name}: argument rows is {rows}, expected rows of a batch of {sizes['B']}")
+    rows = list(range(sizes["B"])) if rows is None else sorted(set(check_rows(name, "rows", rows, sizes["B"])))
     lr, ops = config.learning_rates[level], resolve_cms(config, left.dtype, left.device, backend, inner=True)
     if lr == 0 or not rows:
         return
