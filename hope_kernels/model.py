@@ -22,6 +22,7 @@ from .learning import Inner, advance_off, read_learning, read_off
 from .ops.check import check_lengths, check_state, check_tensor, check_values
 from .ops.cms.chain import cms_forward, cms_learn
 from .state import Counters, State, write_atomically
+from .unread import check_read_next, left
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
@@ -32,7 +33,8 @@ class ModelState(State):
 
     mixers, cms: one state per block (None without a CMS). For learn="next_token" only: ``ids`` [B, C] int64, the tokens of the open
     segment of C tokens, ``seen`` how many of them (or -1: one was read with learn="off"), ``snapshot`` the mixers at its start.
-    ``unread`` [B, 1]: the last token ``generate`` returned, which the state has not read; None if there is none.
+    ``unread`` [B, 1] int64: the last token ``generate`` returned, which the state has not read; -1 in rows that have read it since, None if
+    no row has one.
     """
 
     mixers: list
@@ -123,10 +125,11 @@ class HopeForCausalLM(nn.Module):
         each row that count. learn: "off" reads with the CMS weights as they are; "next_token" refreshes every level from the
         model's own next-token loss at its period. wavefront: where nothing learns, read with the blocks side by side over pieces of so many
         tokens (``wavefront.py``). Returns logits [B, T, vocab_size] (zero where padded) and the state: under
-        no_grad the given one, advanced in place; in grad mode a new one.
+        no_grad the given one, advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
         Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs a sync), shapes, lengths,
-        an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, and with check_finite for
-        non-finite logits; the given state is then as it was.
+        an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, ids that do not begin with the
+        state's ``unread`` token (not looked at when compiled), and with check_finite for non-finite logits; the given state is then as it
+        was.
         """
         name = "HopeForCausalLM"
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
@@ -142,6 +145,8 @@ class HopeForCausalLM(nn.Module):
             state = self.init_state(ids.shape[0])
         check_state(name, state, ModelState, self.config, ids.shape[0])
         state.bind(self, name)
+        if not torch.compiler.is_compiling():
+            check_read_next(name, state.unread, ids, lengths)
         if given is not None and torch.is_grad_enabled():
             state = given.apart()
         learning = learn == "next_token" and self.learns
@@ -154,7 +159,7 @@ class HopeForCausalLM(nn.Module):
             logits, new = read_off(self, ids, state, lengths, backend, wavefront)
         if check_finite:
             check_values(name, "logits (weights, state or learning rates diverged)", logits, lengths)
-        new = replace(new, unread=None)
+        new = replace(new, unread=left(state.unread, lengths))
         if given is None or torch.is_grad_enabled():
             return logits, new
         return logits, given.assign(new)
