@@ -34,7 +34,7 @@ class ModelState(State):
     mixers, cms: one state per block (None without a CMS). For learn="next_token" only: ``ids`` [B, C] int64, the tokens of the open
     segment of C tokens, ``seen`` how many of them (or -1: one was read with learn="off"), ``snapshot`` the mixers at its start.
     ``unread`` [B, 1] int64: the last token ``generate`` returned, which the state has not read; -1 in rows that have read it since, None if
-    no row has one.
+    all have.
     """
 
     mixers: list
@@ -200,7 +200,7 @@ class HopeForCausalLM(nn.Module):
         logits = F.linear(self.norm(h), self.embed.weight if self.head is None else self.head.weight)
         T = h.shape[1]
         if min(lengths, default=T) < T:
-            valid = torch.arange(T, device=h.device) < torch.tensor(lengths, device=h.device).unsqueeze(1)
+            valid = torch.arange(T, device=h.device) < torch.tensor(lengths, dtype=torch.long, device=h.device).unsqueeze(1)
             logits = logits * valid.unsqueeze(-1).to(logits.dtype)
         return logits
 
@@ -249,7 +249,7 @@ class HopeForCausalLM(nn.Module):
             tensors = load_file(weights)
         except (json.JSONDecodeError, TypeError, SafetensorError) as error:
             raise ValueError(f"from_pretrained: {folder} holds a damaged file ({error})") from None
-        model = cls(config, dtype=next(iter(tensors.values())).dtype)
+        model = cls(config, device=device, dtype=next(iter(tensors.values())).dtype)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

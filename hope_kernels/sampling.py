@@ -34,7 +34,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | N
     # the likeliest are at 0 even where they are infinite or the temperature's reciprocal is; -inf stays where the temperature is infinite
     scaled = torch.where(values == top, 0.0, torch.where(values == -torch.inf, -torch.inf, scaled))
     if top_k is not None or top_p is not None:
-        order = values.argsort(-1, descending=True, stable=True)
+        order = values.argsort(dim=-1, descending=True, stable=True)
         ranked = scaled.gather(-1, order)
         if top_k is not None:
             ranked[:, top_k:] = -torch.inf

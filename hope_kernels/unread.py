@@ -1,6 +1,6 @@
 """The token at the end of a generated text, which its state has not read: who continues reads it once, and never loses it.
 
-``ModelState.unread`` [B, 1] int64 holds it; -1 in rows that have read it since; None where no row has one.
+``ModelState.unread`` [B, 1] int64 holds it; -1 in rows that have read it since. None is as good as -1 everywhere.
 """
 
 from __future__ import annotations
