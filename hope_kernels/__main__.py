@@ -197,8 +197,9 @@ def run(args, path: str | None, output: Output | None) -> int:
             finished = finished and not unsent
         except OSError as error:  # of the prompt: everything else in there sees to its own
             failed = error
+        finally:
+            progress.close()
         seconds = time.perf_counter() - began
-        progress.close()
         if output is not None and not unsent:
             try:
                 output.write(b"\n" if finished else b"", final=True)

@@ -312,7 +312,8 @@ def test_ids_and_states_are_refused_by_kind():
         for call in (lambda i: M.generate(i, 2), lambda i: read(M, i)):
             with pytest.raises(TypeError, match="argument ids is a"):
                 call(ids)
-    for ids, words in ((PROMPT[0], "has shape"), (PROMPT.float(), "has dtype"), (PROMPT.to("meta"), "is on meta"), (PROMPT + 999, "has token")):
+    for ids, words in ((PROMPT[0], "has shape"), (PROMPT.float(), "has dtype"), (PROMPT.to("meta"), "is on meta"),
+                       (PROMPT + 999, "has token")):
         with pytest.raises(ValueError, match=words):
             M.generate(ids, 2)
     for state in (5, "abc", M.init_state(1).mixers[0], {}):
