@@ -17,7 +17,7 @@ from .lock import held
 from .meter import megabytes, resident_bytes
 from .session import Interrupt, Prompt, SessionFile, resume, session_path
 from .state import load_note, load_state
-from .terminal import NOTICES, Output, flushed, hold_descriptors, notice, standard_input
+from .terminal import NOTICES, Output, drop_unwritten, hold_descriptors, notice, standard_input
 
 BROKEN_PIPE = 13  # SIGPIPE, a number that Windows does not name
 
@@ -238,7 +238,10 @@ def command(argv: list[str] | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return command(argv)
+        code = command(argv)
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+        return code
     except BrokenPipeError as error:
         notice(f"hope_kernels: standard output: {error.strerror}")
         return 128 + BROKEN_PIPE
@@ -251,10 +254,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def process() -> int:
-    """``main`` for a process of its own: 2 also where what was printed does not go out."""
+    """``main`` for a process of its own."""
     hold_descriptors()
-    code = main()
-    return code if flushed() else code or 2
+    try:
+        return main()
+    finally:
+        drop_unwritten()
 
 
 if __name__ == "__main__":

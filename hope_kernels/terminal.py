@@ -86,15 +86,13 @@ def hold_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
-def flushed() -> bool:
-    """Whether what was printed to standard output has gone out; if not, it is dropped, and the interpreter's end does not try again."""
+def drop_unwritten() -> None:
+    """What standard output does not take is dropped, so that the interpreter does not try it once more at its end."""
     try:
-        if sys.stdout is not None:
+        if sys.stdout is not None and not sys.stdout.closed:
             sys.stdout.flush()
-        return True
     except OSError:
         with contextlib.suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
-        return False
