@@ -23,6 +23,7 @@ from .identity import checksum
 from .ops.check import check_state, check_tensor
 from .ops.cms.matrix import Matrix
 from .state import Counters
+from .unread import check_read_next
 
 DEVICE_DECIDES = ("triton", "cuda")  # backends whose kernels ask the device, not the host, where a row stands
 
@@ -77,7 +78,8 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Reads tokens [B, 1] int64: logits [B, 1, vocab_size], which with a graph are valid until the next step only.
 
-        Raises ValueError for another shape, dtype or device, and on the CPU for a token id out of range; nothing is read then.
+        Raises ValueError for another shape, dtype or device, tokens other than the state's ``unread`` ones, and on the CPU for a token id
+        out of range; nothing is read then.
         """
         state = self.state
         check_tensor("Decoder.step", "tokens", tokens, (state.batch, 1), torch.int64, self.device)
@@ -85,6 +87,7 @@ class Decoder:
             low, high, size = int(tokens.min()), int(tokens.max()), self.model.config.vocab_size
             if low < 0 or high >= size:
                 raise ValueError(f"Decoder.step: argument tokens has {low if low < 0 else high}, expected 0 to {size - 1}")
+        check_read_next("Decoder.step", state.unread, tokens, self._ones)
         if self._expected != state.pos:
             self._levels = None  # somebody else has advanced the state
         self._arrive(tokens)

@@ -19,6 +19,7 @@ from .state_file import load_state
 TEXT = "kjv-john-acts.txt.gz"
 PIECE = 1024
 BYTES = 105_000  # of the text, unless told otherwise: a few minutes on two cores
+FEWEST = 4 * PIECE  # with fewer, no piece ends in the last quarter but the last one
 
 
 def held_out_text() -> bytes:
@@ -51,6 +52,8 @@ def measured_read(model, ids: torch.Tensor, learn: str) -> dict:
 
 
 def demo(count: int | None = None) -> int:
+    if count is not None and count < FEWEST:
+        raise ValueError(f"argument --bytes is {count}, expected at least {FEWEST}")
     torch.set_num_threads(1)  # products this small gain nothing from a second thread, and lose much on a busy machine
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = bundled_models()[0]

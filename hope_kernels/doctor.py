@@ -37,8 +37,8 @@ def devices() -> list[str]:
 def self_checks() -> list[tuple[str, float, float]]:
     """(what, largest difference of the outputs of a small layer, tolerance) for the chunked backend and every kernel usable here."""
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(TitansConfig(32, 2, chunk_memory=4, chunk_other=8), dtype=torch.float64)
-    x = torch.randn(2, 37, 32, dtype=torch.float64)
+    layer = SelfModifyingTitans(TitansConfig(32, 2, chunk_memory=4, chunk_other=8), device="cpu", dtype=torch.float64)
+    x = torch.randn(2, 37, 32, dtype=torch.float64, device="cpu")
 
     def difference(a: torch.Tensor, b: torch.Tensor) -> float:
         return float(np.abs(a.double().numpy() - b.double().numpy()).max())

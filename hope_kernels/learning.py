@@ -124,8 +124,8 @@ def _recorded(state, tokens: Tensor, step: list[int], whole: list[bool], C: int)
     if not any(keep):
         return state.ids, seen
     slot = torch.arange(C, device=tokens.device)
-    start = torch.tensor(state.seen, device=tokens.device).unsqueeze(1)
-    count = torch.tensor([n if k else 0 for n, k in zip(step, keep)], device=tokens.device).unsqueeze(1)
+    start = torch.tensor(state.seen, dtype=torch.long, device=tokens.device).unsqueeze(1)
+    count = torch.tensor([n if k else 0 for n, k in zip(step, keep)], dtype=torch.long, device=tokens.device).unsqueeze(1)
     new = (slot >= start) & (slot < start + count)
     source = (slot - start).clamp(0, tokens.shape[1] - 1)
     return torch.where(new, tokens.gather(1, source), state.ids), seen
@@ -158,7 +158,7 @@ def learn_segment(
     with torch.inference_mode(False), torch.enable_grad():
         mixers = [_constant(m) for m in mixers]
         ids, targets = (t.clone() if t.is_inference() else t for t in (ids, targets))
-        anchor, levels, sinks = torch.zeros((), device=ids.device, requires_grad=True), [], []
+        anchor, levels, sinks = torch.zeros((), dtype=torch.float32, device=ids.device, requires_grad=True), [], []
         for block, cms, now in zip(model.blocks, state.cms, model.levels(state)):
             if cms is not None and among is not None:
                 now = [{n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()} for level in now]
@@ -203,7 +203,7 @@ def _slice(ids: Tensor, start: list[int], n: int) -> Tensor:
     """ids[b, start[b] : start[b] + n]; past the end of a row, its last token again."""
     if len(set(start)) == 1 and start[0] + n <= ids.shape[1]:
         return ids[:, start[0] : start[0] + n]
-    index = torch.tensor(start, device=ids.device).unsqueeze(1) + torch.arange(n, device=ids.device)
+    index = torch.tensor(start, dtype=torch.long, device=ids.device).unsqueeze(1) + torch.arange(n, device=ids.device)
     return ids.gather(1, index.clamp(max=ids.shape[1] - 1))
 
 
@@ -212,6 +212,6 @@ def _in_order(parts: list[Tensor], places: list[list[int]], T: int) -> Tensor:
     joined = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     if all(len(p) == T and p == places[0] for p in places) and joined.shape[1] == T:
         return joined
-    index = torch.tensor([p + [0] * (T - len(p)) for p in places], device=joined.device)
+    index = torch.tensor([p + [0] * (T - len(p)) for p in places], dtype=torch.long, device=joined.device)
     valid = torch.tensor([[1] * len(p) + [0] * (T - len(p)) for p in places], device=joined.device, dtype=joined.dtype)
     return joined.gather(1, index.unsqueeze(-1).expand(-1, -1, joined.shape[-1])) * valid.unsqueeze(-1)

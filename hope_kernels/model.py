@@ -25,6 +25,7 @@ from .model_state import ModelState
 from .ops.check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
 from .ops.cms.chain import cms_forward, cms_learn
 from .state import Counters
+from .unread import check_read_next, left
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
@@ -84,10 +85,11 @@ class HopeForCausalLM(nn.Module):
         each row that count. learn: "off" reads with the CMS weights as they are; "next_token" refreshes every level from the
         model's own next-token loss at its period. wavefront: where nothing learns, read with the blocks side by side over pieces of so many
         tokens (``wavefront.py``). Returns logits [B, T, vocab_size] (zero where padded) and the state: under
-        no_grad the given one, advanced in place; in grad mode a new one.
+        no_grad the given one, advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
         Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs a sync), shapes, lengths,
-        an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, and with check_finite for
-        non-finite logits; the given state is then as it was.
+        an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, ids that do not begin with the
+        state's ``unread`` token (not looked at when compiled), and with check_finite for non-finite logits; the given state is then as it
+        was.
         """
         name = "HopeForCausalLM"
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
@@ -104,6 +106,8 @@ class HopeForCausalLM(nn.Module):
         else:
             check_state(name, state, ModelState, self.config, ids.shape[0])
             state.admit(name, self, self.embed.weight.dtype, ids.device)
+            if not torch.compiler.is_compiling():
+                check_read_next(name, state.unread, ids, lengths)
         learning = learn == "next_token" and self.learns
         if wavefront is not None and learning:
             raise ValueError(f"{name}: argument wavefront is {wavefront}, expected None with learn='next_token': a segment's loss is known "
@@ -118,7 +122,7 @@ class HopeForCausalLM(nn.Module):
                 logits, new = read_off(self, ids, state, lengths, backend, wavefront)
             if check_finite:
                 check_values(name, "logits (weights, state or learning rates diverged)", logits, lengths)
-            new = replace(new, unread=None)
+            new = replace(new, unread=left(state.unread, lengths))
             return logits, given.assign(new) if in_place else new
 
     def levels(self, state: ModelState) -> list:
@@ -157,7 +161,7 @@ class HopeForCausalLM(nn.Module):
         logits = F.linear(self.norm(h), self.embed.weight if self.head is None else self.head.weight)
         T = h.shape[1]
         if min(lengths, default=T) < T:
-            valid = torch.arange(T, device=h.device) < torch.tensor(lengths, device=h.device).unsqueeze(1)
+            valid = torch.arange(T, device=h.device) < torch.tensor(lengths, dtype=torch.long, device=h.device).unsqueeze(1)
             logits = logits * valid.unsqueeze(-1).to(logits.dtype)
         return logits
 
@@ -207,7 +211,7 @@ class HopeForCausalLM(nn.Module):
             tensors = load_file(weights)
         except (json.JSONDecodeError, TypeError, SafetensorError) as error:
             raise ValueError(f"from_pretrained: {folder} holds a damaged file ({error})") from None
-        model = cls(config, dtype=next(iter(tensors.values())).dtype)
+        model = cls(config, device=device, dtype=next(iter(tensors.values())).dtype)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

@@ -21,7 +21,8 @@ class ModelState(State):
 
     mixers, cms: one state per block (None without a CMS). For learn="next_token" only: ``ids`` [B, C] int64, the tokens of the open
     segment of C tokens, ``seen`` how many of them (or -1: one was read with learn="off"), ``snapshot`` the mixers at its start.
-    ``unread`` [B, 1]: the last token ``generate`` returned, which the state has not read; None if there is none.
+    ``unread`` [B, 1] int64: the last token ``generate`` returned, which the state has not read; -1 in rows that have read it since, None if
+    all have.
     """
 
     mixers: list
@@ -69,9 +70,9 @@ class ModelState(State):
                 if s.pos[b] != pos - seen:
                     raise ValueError(f"{where}: state.snapshot of row {b} stands at {s.pos[b]}, expected {pos - seen}, its segment's start")
         if values:
-            for name, ids in (("ids", self.ids), ("unread", self.unread)):
-                if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
-                    raise ValueError(f"{where}: state.{name} has a token outside 0 to {c.vocab_size - 1}")
+            for name, ids, low in (("ids", self.ids, 0), ("unread", self.unread, -1)):
+                if ids is not None and ids.numel() and not low <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
+                    raise ValueError(f"{where}: state.{name} has a token outside {low} to {c.vocab_size - 1}")
 
     def _check_inner(self, where: str, i: int, name: str, state: State, dtype, device, values: bool) -> None:
         c = self.config

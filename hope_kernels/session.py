@@ -7,18 +7,20 @@ The note in the session file of an unfinished run, for one row:
     bytes      of it, from its start, that the state has read
     sha256     of these bytes
     written    new tokens written
+    unsent     true where one more has been chosen, the state's unread token, which the output did not take
+    tail       hex of the last bytes written, where --stop may have to be found across the interruption
 
 A run that has come to its end leaves no note, so the same command then reads its prompt as a new text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .state import State
+from .terminal import notice
 
 BLOCK = 1 << 20
 
@@ -68,7 +71,7 @@ class Prompt:
         data = self._next(n - len(lead))
         self._handed += data
         values = bytearray(lead + data)
-        ids = torch.frombuffer(values, dtype=torch.uint8) if values else torch.empty(0)
+        ids = torch.frombuffer(values, dtype=torch.uint8) if values else torch.empty(0, dtype=torch.uint8, device="cpu")
         return ids.to(self.device, torch.long).unsqueeze(0)
 
     def confirm(self, tokens: int) -> None:
@@ -105,13 +108,28 @@ class Prompt:
         self._begin()
 
 
+def ours(note) -> bool:
+    """Whether a note is one that ``SessionFile`` wrote."""
+    kinds = {"phase": str, "prompt": str, "bytes": int, "sha256": str, "written": int}
+    if not isinstance(note, dict) or not all(isinstance(note.get(k), t) for k, t in kinds.items()):
+        return False
+    return note["phase"] in ("reading", "writing") and min(note["bytes"], note["written"]) >= 0 and is_hex(note.get("tail", ""))
+
+
+def is_hex(text) -> bool:
+    try:
+        return bytes.fromhex(text) is not None
+    except (TypeError, ValueError):
+        return False
+
+
 def resume(note: dict | None, prompt: Prompt, path: str) -> dict | None:
     """The note, if this run goes on with the one that left it; ``prompt`` is then where that one stopped. None for a new run.
 
     A run that was reading goes on with its own prompt: raises ValueError, naming both, for one that does not begin with what was read
     (it may have grown since). One that was writing goes on if its whole prompt is given; any other is a new text, to read after it.
     """
-    if not isinstance(note, dict) or not note.keys() >= {"phase", "prompt", "bytes", "sha256", "written"}:
+    if not ours(note):
         return None  # none, or another program's
     if note["phase"] == "writing":
         prompt.rewindable()
@@ -129,27 +147,41 @@ def resume(note: dict | None, prompt: Prompt, path: str) -> dict | None:
     )
 
 
+def session_path(name: str) -> str:
+    """Where a session is kept: links are followed. Raises OSError or ValueError now rather than after hours of reading."""
+    path = os.path.realpath(name)
+    if not name:
+        raise ValueError("argument --session is empty, expected the name of a file")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(f"session {name}: its folder does not exist")
+    if os.path.isdir(path):
+        raise ValueError(f"session {name} is a folder, expected a file")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise ValueError(f"session {name} is no regular file (a pipe, a device or a circle of links), expected a file")
+    return path
+
+
 class SessionFile:
     """Where a run keeps its state; ``path`` None: nowhere. ``every``: seconds between periodic saves, 0 for none."""
 
     def __init__(self, path: str | None, prompt: Prompt, every: float = 0.0):
         self.path, self.prompt, self.every, self._last = path, prompt, every, time.monotonic()
 
-    def save(self, state: State, phase: str | None, written: int = 0) -> None:
-        """phase: "reading", "writing", or None at the end of the run."""
+    def save(self, state: State, phase: str | None, written: int = 0, **more) -> None:
+        """phase: "reading", "writing", or None at the end of the run. more: further entries of the note, where they are true."""
         note = {"phase": phase, "prompt": self.prompt.name, "bytes": self.prompt.bytes, "sha256": self.prompt.sha256, "written": written}
-        state.save(self.path, note if phase else None)
+        state.save(self.path, note | {k: v for k, v in more.items() if v} if phase else None)
         self._last = time.monotonic()
 
-    def save_if_due(self, state: State, phase: str, written: int = 0) -> None:
+    def save_if_due(self, state: State, phase: str, written: int = 0, **more) -> None:
         """A disk that is full now may not be later: says so, and the run goes on."""
         if not (self.path and self.every) or time.monotonic() - self._last < self.every:
             return
         try:
-            self.save(state, phase, written)
+            self.save(state, phase, written, **more)
         except OSError as error:
             self._last = time.monotonic()
-            print(f"\nhope_kernels: session not saved, going on ({error})", file=sys.stderr)
+            notice(f"\nhope_kernels: session not saved, going on ({error})")
 
 
 class Interrupt:
@@ -167,7 +199,8 @@ class Interrupt:
             raise KeyboardInterrupt
         self.signal = number
         # not through sys.stderr, which the interrupted code may be writing to
-        os.write(2, b"\nhope_kernels: stopping after this piece; once more to abort at once, without saving\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nhope_kernels: stopping after this piece; once more to abort at once, without saving\n")
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():

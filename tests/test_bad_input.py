@@ -204,7 +204,7 @@ def test_session_of_another_model_names_both(tmp_path):
     with pytest.raises(ValueError) as error:
         other(torch.zeros(1, 1, dtype=torch.long), hk.load_state(path))
     assert str(identity.checksum(m)) in str(error.value) and str(identity.checksum(other)) in str(error.value)
-    m(torch.zeros(1, 1, dtype=torch.long), hk.load_state(path))
+    m(hk.load_state(path).unread, hk.load_state(path))
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace"])

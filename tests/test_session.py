@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import hope_kernels as hk
+from hope_kernels import state_file
 from hope_kernels.__main__ import main
 from hope_kernels.generation import PIECE, read
 from hope_kernels.meter import PeakMemory
@@ -151,15 +152,15 @@ def test_a_pipe_that_dies_of_the_same_signal_is_not_the_end_of_the_prompt(book, 
 @pytest.mark.parametrize(("every", "failing", "saves"), [("0", False, 1), ("1e-9", False, 4 + 30 + 1), ("1e-9", True, 4 + 30 + 1)])
 def test_saves_meanwhile(book, tmp_path, monkeypatch, capfdbinary, every, failing, saves):
     """After every piece but the last, and every token; one that fails costs a message."""
-    real, tries = hk.state.write_atomically, []
+    real, tries = state_file.write_atomically, []
 
-    def write(path, data) -> None:
+    def write(path, data, mode) -> None:
         tries.append(0)
         if failing and len(tries) < saves:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, data)
+        real(path, data, mode)
 
-    monkeypatch.setattr(hk.state, "write_atomically", write)
+    monkeypatch.setattr(state_file, "write_atomically", write)
     assert main(arguments(book, tmp_path / "s", "--save-every", every)) == 0
     printed = capfdbinary.readouterr()
     assert len(tries) == saves and printed.err.count(b"not saved, going on ([Errno 28]") == (saves - 1 if failing else 0)

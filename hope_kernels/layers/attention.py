@@ -226,7 +226,7 @@ class CausalAttention(nn.Module):
         """cos and sin [B, T, 1, D/2] (or [1, ...] for rows at one position), in fp32 (fp64 for fp64)."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         starts = [pos[0]] if len(set(pos)) == 1 else pos
-        at = torch.tensor(starts, device=x.device).unsqueeze(1) + torch.arange(T, device=x.device)
+        at = torch.tensor(starts, dtype=torch.long, device=x.device).unsqueeze(1) + torch.arange(T, device=x.device)
         # angles in fp64 unless asked otherwise: in fp32 they would lose the fraction at positions past a million
         rates = self.rates.to(x.device, non_blocking=True)
         angle = (at.to(rates.dtype).unsqueeze(-1) * rates).unsqueeze(2)
@@ -294,7 +294,7 @@ class CausalAttention(nn.Module):
         same = _uniform(used, lengths) and lengths[0] == T
         if same:
             used, ends = used[:1], ends[:1]
-        start, last = (torch.tensor(i, device=q.device).view(-1, 1, 1) for i in (used, [e - 1 for e in ends]))
+        start, last = (torch.tensor(i, dtype=torch.long, device=q.device).view(-1, 1, 1) for i in (used, [e - 1 for e in ends]))
         parts = []
         for a in range(0, T, BLOCK):
             b = min(a + BLOCK, T)
@@ -339,7 +339,7 @@ def _uniform(used: list[int], lengths: list[int]) -> bool:
 
 def _before(counts: list[int], width: int, device) -> Tensor:
     """[B, width, 1, 1], true at the first counts[b] places of row b."""
-    return (torch.arange(width, device=device) < torch.tensor(counts, device=device).unsqueeze(1))[..., None, None]
+    return (torch.arange(width, device=device) < torch.tensor(counts, dtype=torch.long, device=device).unsqueeze(1))[..., None, None]
 
 
 def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -284,7 +284,7 @@ class ContinuumMemory(nn.Module):
         T, ops = x.shape[1], resolve_cms(self.config, x.dtype, x.device, backend)
         if all(n == T for n in lengths):
             return cms_forward(x, levels, self.config, self.mix, self.norm_eps, ops)
-        real = (torch.arange(T, device=x.device) < torch.tensor(lengths, device=x.device)[:, None])[..., None]
+        real = (torch.arange(T, device=x.device) < torch.tensor(lengths, dtype=torch.long, device=x.device)[:, None])[..., None]
         # Padding is zeroed before as well: a NaN there would reach shared weights through the backward of the outer loss.
         y = cms_forward(torch.where(real, x, 0), levels, self.config, self.mix, self.norm_eps, ops)
         return torch.where(real, y, 0)
@@ -342,7 +342,7 @@ class ContinuumMemory(nn.Module):
 
 def _spread(t: Tensor, rows: list[int], batch: int) -> Tensor:
     """t [len(rows), ...] as the rows of a batch; the others are zero."""
-    return t.new_zeros(batch, *t.shape[1:]).index_copy(0, torch.tensor(rows, device=t.device), t)
+    return t.new_zeros(batch, *t.shape[1:]).index_copy(0, torch.tensor(rows, dtype=torch.long, device=t.device), t)
 
 
 def _written(buffer: Tensor | None, source: Tensor, at: list[int], count: list[int], skip: list[int], slots: int) -> Tensor | None:

@@ -85,7 +85,7 @@ class SelfModifyingTitans(nn.Module):
             self.norm_gain.fill_(1)
         self.eta_bias.fill_(c.eta_bias)
         if self.alpha_bias is not None:
-            self.alpha_bias.copy_(torch.tensor(initial_alpha_bias(c)))
+            self.alpha_bias.copy_(torch.tensor(initial_alpha_bias(c), dtype=torch.float64, device="cpu"))
         if self.beta_bias is not None:
             self.beta_bias.fill_(2.0)
 
@@ -219,7 +219,7 @@ class SelfModifyingTitans(nn.Module):
         state = self.init_state(x.shape[0]) if state is None else state
         stats = Stats([], [])
         y, state = self.scan(x, state, [x.shape[1]] * x.shape[0], stats=stats, backend="chunked")
-        S = torch.cat([s.flatten() for s in stats.S]) if stats.S else torch.zeros(1)
+        S = torch.cat([s.flatten() for s in stats.S]) if stats.S else torch.zeros(1, dtype=torch.float32, device="cpu")
         deviation = {}
         for name in self.layout.names:
             learned, init = state.memory(name), self.memory_init(name)

@@ -45,7 +45,7 @@ def titans_chunk(
     state.validate(name, given.dtype, given.device, values=given.device.type == "cpu")
     o, new = resolve("titans", config, given.dtype, given.device, backend)(config, w_init, inputs, state, lengths, update=update)
     if any(n < T for n in lengths):
-        real = torch.arange(T, device=o.device) < torch.tensor(lengths, device=o.device).unsqueeze(1)
+        real = torch.arange(T, device=o.device) < torch.tensor(lengths, dtype=torch.long, device=o.device).unsqueeze(1)
         o = torch.where(real[:, :, None, None], o, 0.0)
     return o, new
 

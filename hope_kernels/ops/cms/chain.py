@@ -84,7 +84,7 @@ def pass_back(
         return
     with torch.inference_mode(False), torch.enable_grad():
         x, error = (t.clone() if t.is_inference() else t.detach() for t in (x, error))
-        anchor = torch.zeros((), device=x.device, requires_grad=True)
+        anchor = torch.zeros((), dtype=torch.float32, device=x.device, requires_grad=True)
         y = cms_learn(x, levels, config, sink, anchor, mix, eps, ops)
         torch.autograd.grad(y, anchor, error)
 

@@ -38,7 +38,10 @@ class Matrix:
 
     def take(self, rows: list[int]) -> Matrix:
         """The same matrix for the sequences ``rows`` alone."""
-        picked = {n: t if t is None or n == "shared" else t[torch.tensor(rows, device=t.device)] for n, t in self._tensors().items()}
+        picked = {
+            n: t if t is None or n == "shared" else t[torch.tensor(rows, dtype=torch.long, device=t.device)]
+            for n, t in self._tensors().items()
+        }
         return replace(self, **picked, rows=tuple(self.rows[b] for b in rows) if self.own is not None else ())
 
     def dense(self, batch: int) -> Tensor:
@@ -58,9 +61,9 @@ def _by_rows(W: Matrix, batch: int, with_shared, with_own) -> Tensor:
     if len(mine) == batch:
         return with_own(W.own, mine)
     others = [b for b in range(batch) if not W.rows[b]]
-    index = torch.tensor(mine, device=W.own.device)
+    index = torch.tensor(mine, dtype=torch.long, device=W.own.device)
     parts = torch.cat([with_own(W.own[index], mine), with_shared(W.shared, others)])
-    order = torch.tensor([*mine, *others], device=parts.device).argsort()
+    order = torch.tensor([*mine, *others], dtype=torch.long, device=parts.device).argsort()
     return parts[order]
 
 
@@ -68,7 +71,7 @@ def times_transposed(x: Tensor, W: Matrix, bias: Tensor | None = None) -> Tensor
     """x W^T + bias: x [B, T, c], bias [r] -> [B, T, r]."""
 
     def of(rows) -> Tensor:
-        return x if len(rows) == x.shape[0] else x[torch.tensor(rows, device=x.device)]
+        return x if len(rows) == x.shape[0] else x[torch.tensor(rows, dtype=torch.long, device=x.device)]
 
     def with_own(w: Tensor, rows) -> Tensor:
         if len(w) == 1:
@@ -84,7 +87,7 @@ def times(e: Tensor, W: Matrix) -> Tensor:
     """e W: e [B, T, r] -> [B, T, c]."""
 
     def of(rows) -> Tensor:
-        return e if len(rows) == e.shape[0] else e[torch.tensor(rows, device=e.device)]
+        return e if len(rows) == e.shape[0] else e[torch.tensor(rows, dtype=torch.long, device=e.device)]
 
     y = _by_rows(W, e.shape[0], lambda w, rows: of(rows) @ w, lambda w, rows: of(rows) @ w[0] if len(w) == 1 else torch.bmm(of(rows), w))
     return y if W.left is None else torch.baddbmm(y, torch.bmm(e, W.left.mT), W.right, alpha=W.scale)

@@ -22,7 +22,7 @@ def causal_conv_chunked(x: Tensor, tail: Tensor, weight: Tensor, lengths: list[i
         y = torch.addcmul(y, joined[:, j : j + T], taps[j])
     if lengths is None or not isinstance(lengths, Tensor) and all(n == T for n in lengths):
         return y, joined[:, T:]
-    n = torch.as_tensor(lengths, device=x.device).unsqueeze(1)
+    n = torch.as_tensor(lengths, dtype=torch.long, device=x.device).unsqueeze(1)
     y = torch.where((torch.arange(T, device=x.device) < n).unsqueeze(-1), y, 0.0)
     index = n + torch.arange(W - 1, device=x.device)
     return y, joined.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -109,7 +109,7 @@ class _Rows:
         return [p < boundary <= p + n for p, n in zip(self.phase, self.lengths)]
 
     def tensor(self, flags: list[bool], heads: int) -> Tensor:
-        return torch.tensor(flags, device=self.device).repeat_interleave(heads)
+        return torch.tensor(flags, dtype=torch.bool, device=self.device).repeat_interleave(heads)
 
 
 def titans_chunk(
@@ -148,8 +148,8 @@ class _Scan:
         if self.rows.aligned:
             return
         slot = torch.arange(self.rows.first, self.rows.last, device=self.rows.device)
-        phase = torch.tensor(self.rows.phase, device=self.rows.device).unsqueeze(1)
-        count = torch.tensor(self.rows.lengths, device=self.rows.device).unsqueeze(1)
+        phase = torch.tensor(self.rows.phase, dtype=torch.long, device=self.rows.device).unsqueeze(1)
+        count = torch.tensor(self.rows.lengths, dtype=torch.long, device=self.rows.device).unsqueeze(1)
         token = slot - phase
         self.valid = (token >= 0) & (token < count)
         self.index = token.clamp(0, self.T - 1)
@@ -171,7 +171,8 @@ class _Scan:
         o = o.to(self.dtype).unflatten(0, (self.B, self.H)).transpose(1, 2)
         if self.index is None:
             return o if o.shape[1] == self.T else F.pad(o, (0, 0, 0, 0, 0, self.T - o.shape[1]))
-        slot = torch.arange(self.T, device=o.device) + torch.tensor(self.rows.phase, device=o.device).unsqueeze(1) - self.rows.first
+        phase = torch.tensor(self.rows.phase, dtype=torch.long, device=o.device).unsqueeze(1)
+        slot = torch.arange(self.T, device=o.device) + phase - self.rows.first
         slot = slot.clamp(0, o.shape[1] - 1)
         return o.gather(1, slot.view(self.B, self.T, 1, 1).expand(-1, -1, self.H, self.D))
 
@@ -315,7 +316,7 @@ class _Scan:
         """In a ragged first chunk, slots that a row had read before this call keep their stored tokens."""
         if self.rows.aligned or max(self.rows.phase) <= a:
             return new
-        phase = torch.tensor(self.rows.phase, device=self.rows.device).repeat_interleave(self.H).unsqueeze(1)
+        phase = torch.tensor(self.rows.phase, dtype=torch.long, device=self.rows.device).repeat_interleave(self.H).unsqueeze(1)
         stored = torch.arange(a, min(b, self.big), device=self.rows.device) < phase
         picked = []
         for n, o in zip(new, self.old.slots(a, b)):
@@ -348,7 +349,7 @@ class _Scan:
         before = self.old if pending is None else pending
         if not any(here):
             return before
-        fill = torch.tensor([f % self.big if h else 0 for f, h in zip(fill, here)], device=self.rows.device)
+        fill = torch.tensor([f % self.big if h else 0 for f, h in zip(fill, here)], dtype=torch.long, device=self.rows.device)
         kept = (torch.arange(self.big, device=self.rows.device) < fill.unsqueeze(1)).repeat_interleave(self.H, 0)
         content = _join(pieces)
         short = self.big - content.k.shape[1]

@@ -84,5 +84,5 @@ def _state(config, layout: Layout, old: TitansState, rows: list, lengths: list[i
                     continue
                 buffer[b, :, h] = 0
                 for s, token in enumerate(getattr(head, big)):
-                    buffer[b, s, h] = torch.as_tensor(token[i]).to(buffer)
+                    buffer[b, s, h] = torch.as_tensor(token[i], device="cpu").to(buffer)
     return new

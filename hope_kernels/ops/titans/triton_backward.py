@@ -93,7 +93,7 @@ class _Span:
         """Tokens and their adjoints in slots; deviations' and bases' adjoints. Scalars are absent from some layers: then None."""
         i, wide, self.slots, self.back = self.inputs, (self.H, self.D), {}, {}
         self.read = torch.zeros(2, self.B, self.S, *wide, device=self.device, dtype=self.dtype)
-        self.errors = torch.zeros(3, self.B, self.S, *wide, device=self.device)
+        self.errors = torch.zeros(3, self.B, self.S, *wide, dtype=torch.float32, device=self.device)
         self._to_slots(i.q, self.read[0])
         if self.produces:
             self._to_slots(i.x, self.read[1])
@@ -121,7 +121,7 @@ class _Span:
             self.slots[short], self.back[short] = found, back
         self.slots.setdefault("alpha", self.slots["eta"])
         self.back.setdefault("alpha", self.back["eta"])
-        self.sizes = torch.zeros(3, self.B, self.S, self.H, device=self.device)
+        self.sizes = torch.zeros(3, self.B, self.S, self.H, dtype=torch.float32, device=self.device)
 
     def _adjoint_of(self, name: str, like: Tensor) -> Tensor:
         error = self.adjoint[name]
@@ -163,7 +163,7 @@ class _Span:
         return filled([*self.adj, *self.grad], self.adj[1])
 
     def _scratch(self, *shape) -> Tensor:
-        return torch.empty(self.G, *shape, device=self.device)
+        return torch.empty(self.G, *shape, dtype=torch.float32, device=self.device)
 
     def _reread(self, deltas: list[Tensor | None], slot: int) -> None:
         c, i, s = constants(self.config, self.dtype.itemsize)["reread"], self.inputs, self.slots
