@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from .backend import resolve_cms
 from .config import HopeConfig
 from .generation import Generation, generate
 from .layers.autocast import in_own_dtype
 from .layers.block import HopeAttentionBlock, HopeBlock
-from .learning import Inner, advance_off, read_learning, read_off
+from .layers.cms import Inner
+from .layers.recording import check_recorded
+from .learning import advance_off, read_learning, read_off
 from .ops.check import check_lengths, check_state, check_tensor, check_values
-from .ops.cms.chain import cms_forward, cms_learn
 from .state import Counters, State, write_atomically
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
@@ -125,8 +125,9 @@ class HopeForCausalLM(nn.Module):
         tokens (``wavefront.py``). Returns logits [B, T, vocab_size] (zero where padded) and the state: under
         no_grad the given one, advanced in place; in grad mode a new one.
         Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs a sync), shapes, lengths,
-        an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, and with check_finite for
-        non-finite logits; the given state is then as it was.
+        an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, a given state inside an
+        ``autograd.Function`` (reentrant activation checkpointing), and with check_finite for non-finite logits; the given state is then as
+        it was.
         """
         name = "HopeForCausalLM"
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
@@ -138,6 +139,7 @@ class HopeForCausalLM(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"{name}: argument ids has token {low if low < 0 else high}, expected 0 to {self.config.vocab_size - 1}")
         given = state
+        check_recorded(name, given)
         if state is None:
             state = self.init_state(ids.shape[0])
         check_state(name, state, ModelState, self.config, ids.shape[0])
@@ -160,36 +162,19 @@ class HopeForCausalLM(nn.Module):
         return logits, given.assign(new)
 
     def levels(self, state: ModelState) -> list:
-        """The CMS weights in force, per block: what ``run`` takes."""
+        """The CMS weights in force, per block."""
         return [None if b.cms is None else b.cms.effective_levels(c) for b, c in zip(self.blocks, state.cms)]
 
     def run(
-        self, h: Tensor, mixers: list, levels: list, lengths: list[int], backend: str | None = None, inner: Inner | None = None
+        self, h: Tensor, mixers: list, cms: list, lengths: list[int], backend: str | None = None, inner: list[Inner] | None = None
     ) -> tuple[Tensor, list]:
-        """All blocks over h [B, T, d_model], functionally: (h, new mixer states). inner: the pass that learns, in which fast weights are
-        constants of the graph and the CMS levels hand their factors to ``inner.sinks``."""
+        """All blocks over h [B, T, d_model], functionally: (h, new mixer states). mixers: their states; cms: the states of their CMS, or
+        ``levels``; inner: the pass that learns, block by block. Each as a block's ``forward`` takes it."""
         new = []
-        for i, (mixer, level) in enumerate(zip(mixers, levels)):
-            h, mixer = self.read_block(i, h, mixer, level, lengths, backend, inner)
+        for block, mixer, one, part in zip(self.blocks, mixers, cms, inner or [None] * len(self.blocks)):
+            h, mixer = block(h, mixer, one, lengths, backend, part)
             new.append(mixer)
         return h, new
-
-    def read_block(
-        self, i: int, h: Tensor, mixer, level: list | None, lengths: list[int], backend: str | None = None, inner: Inner | None = None
-    ) -> tuple[Tensor, object]:
-        """Block i of ``run``: (h, new mixer state)."""
-        block, cms = self.blocks[i], self.blocks[i].cms
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
-            y, mixer = block.mixer.scan(block.norm(h), mixer, lengths, backend=backend, constant_memory=inner is not None)
-        h = h + y
-        if cms is None:
-            return h, mixer
-        ops = resolve_cms(cms.config, h.dtype, h.device, backend, inner is not None)
-        below = inner is not None and not h.requires_grad and not cms.learns  # nothing up to here learns: no graph, no backward
-        if inner is None or below:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not below):
-                return cms_forward(h, level, cms.config, cms.mix, cms.norm_eps, ops), mixer
-        return cms_learn(h, level, cms.config, inner.sinks[i], inner.anchor, cms.mix, cms.norm_eps, ops), mixer
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
         logits = F.linear(self.norm(h), self.embed.weight if self.head is None else self.head.weight)

@@ -13,6 +13,7 @@ from ..config import HopeConfig
 from ..ops.check import check_lengths, check_placement, check_state, check_tensor, check_values
 from ..state import Counters, State
 from .autocast import in_own_dtype
+from .recording import check_recorded
 
 BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 
@@ -123,7 +124,7 @@ class CausalAttention(nn.Module):
     @in_own_dtype
     def forward(
         self, x: Tensor, state: AttentionState | None = None, lengths=None, update: bool = True, backend: str | None = None,
-        *, check_finite: bool = False,
+        *, check_finite: bool = False, functional: bool = False, constant_memory: bool = False,
     ) -> tuple[Tensor, AttentionState]:
         """Reads T tokens per row and caches their keys and values.
 
@@ -133,8 +134,12 @@ class CausalAttention(nn.Module):
         accepted for the other mixers' sake; attention is PyTorch's scaled_dot_product_attention.
         Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself, advanced in place; in
         grad mode a new one that carries the graph. An error leaves the given state as it was.
-        Raises ValueError for wrong shapes, dtypes, lengths, values or a state of another configuration, TypeError for non-tensors.
+        Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a given one inside an
+        ``autograd.Function`` (reentrant activation checkpointing), TypeError for non-tensors.
+        functional, constant_memory: for a block, which has checked its arguments; this is then ``scan``.
         """
+        if functional:
+            return self.scan(x, state, lengths, update=update, backend=backend, constant_memory=constant_memory)
         name = "CausalAttention"
         weight = self.k_proj.weight
         check_tensor(name, "x", x, ("B", "T", self.config.d_model), dtype=weight.dtype, device=weight.device)
@@ -142,6 +147,7 @@ class CausalAttention(nn.Module):
         if check_finite:
             check_values(name, "x", x, lengths)
         given = state
+        check_recorded(name, given)
         if state is None:
             state = self.init_state(x.shape[0])
         check_state(name, state, AttentionState, self.config, x.shape[0])

@@ -16,6 +16,7 @@ from ..ops.titans.cpp import titans_cpp
 from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.titans.memory import l2norm
 from .autocast import in_own_dtype
+from .recording import check_recorded
 from .titans_cpp import scan_cpp
 
 
@@ -113,7 +114,7 @@ class SelfModifyingTitans(nn.Module):
     @in_own_dtype
     def forward(
         self, x: Tensor, state: TitansState | None = None, lengths=None, update: bool = True, backend: str | None = None,
-        *, check_finite: bool = False,
+        *, check_finite: bool = False, functional: bool = False, constant_memory: bool = False,
     ) -> tuple[Tensor, TitansState]:
         """Reads T tokens per row and learns them.
 
@@ -122,14 +123,19 @@ class SelfModifyingTitans(nn.Module):
         read, the state stays as it is. check_finite: refuse an x with NaN or infinities (one sync on a device).
         Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself, advanced in place; in
         grad mode a new one that carries the graph. An error leaves the given state as it was.
-        Raises ValueError for wrong shapes, dtypes, lengths, values or a state of another configuration, TypeError for non-tensors.
+        Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a given one inside an
+        ``autograd.Function`` (reentrant activation checkpointing), TypeError for non-tensors.
+        functional, constant_memory: for a block, which has checked its arguments; this is then ``scan``.
         """
+        if functional:
+            return self.scan(x, state, lengths, update=update, backend=backend, constant_memory=constant_memory)
         name = "SelfModifyingTitans"
         check_tensor(name, "x", x, ("B", "T", self.config.d_model), dtype=self.w2.dtype, device=self.w2.device)
         lengths = check_lengths(name, lengths, x.shape[0], x.shape[1])
         if check_finite:
             check_values(name, "x", x, lengths)
         given = state
+        check_recorded(name, given)
         if state is None:
             state = self.init_state(x.shape[0])
         check_state(name, state, TitansState, self.config, x.shape[0])
