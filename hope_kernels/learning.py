@@ -87,7 +87,7 @@ def _boundary(model, state, step: list[int], ids: Tensor, done: list[int], backe
     complete = [h and s == model.segment for h, s in zip(here, state.seen)]
     if any(complete):
         state = _replay(model, state, complete, ids, done, state.pos, backend)
-    return replace(state, seen=Counters(0 if h else s for h, s in zip(here, state.seen)))
+    return replace(state, seen=Counters([0 if h else s for h, s in zip(here, state.seen)]))
 
 
 def _round(model, ids, tokens, state, done, step, lengths, backend):
@@ -118,7 +118,7 @@ def _recorded(state, tokens: Tensor, step: list[int], whole: list[bool], C: int)
     keep = [n > 0 and not w and s != TAINTED for n, w, s in zip(step, whole, state.seen)]
     # a tainted segment ends with this round where the row reaches its boundary
     ended = [s == TAINTED and n > 0 and (p + n) % C == 0 for s, n, p in zip(state.seen, step, state.pos)]
-    seen = Counters(0 if w or e else s + n if k else s for s, n, k, w, e in zip(state.seen, step, keep, whole, ended))
+    seen = Counters([0 if w or e else s + n if k else s for s, n, k, w, e in zip(state.seen, step, keep, whole, ended)])
     if not any(keep):
         return state.ids, seen
     slot = torch.arange(C, device=tokens.device)
@@ -173,7 +173,7 @@ def learn_segment(
 def advance(state, mixers: list, lengths: list[int]):
     """The state after ``lengths`` tokens: new mixers and all counters moved."""
     def moved(pos):
-        return Counters(p + n for p, n in zip(pos, lengths))
+        return Counters([p + n for p, n in zip(pos, lengths)])
 
     cms = [None if c is None else replace(c, pos=moved(c.pos)) for c in state.cms]
     return replace(state, mixers=mixers, cms=cms, pos=moved(state.pos))

@@ -18,6 +18,7 @@ from .generation import Generation, generate
 from .layers.autocast import in_own_dtype
 from .layers.block import HopeAttentionBlock, HopeBlock
 from .layers.cms import Inner
+from .layers.cms_state import CMSState
 from .layers.recording import check_recorded
 from .learning import advance_off, read_learning, read_off
 from .ops.check import check_lengths, check_state, check_tensor, check_values
@@ -171,6 +172,9 @@ class HopeForCausalLM(nn.Module):
         """All blocks over h [B, T, d_model], functionally: (h, new mixer states). mixers: their states; cms: the states of their CMS, or
         ``levels``; inner: the pass that learns, block by block. Each as a block's ``forward`` takes it."""
         new = []
+        if torch.is_grad_enabled() and inner is None:
+            # A checkpointed block reads again in the backward: what it is given stays as it is until then, whoever advances the results.
+            mixers, cms = [m.snapshot() for m in mixers], [c.clone() if isinstance(c, CMSState) else c for c in cms]
         for block, mixer, one, part in zip(self.blocks, mixers, cms, inner or [None] * len(self.blocks)):
             h, mixer = block(h, mixer, one, lengths, backend, part)
             new.append(mixer)

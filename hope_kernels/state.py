@@ -125,7 +125,7 @@ class State:
                 raise IndexError(f"{type(self).__name__}.select: row {r} does not exist in a batch of {self.batch}")
         rows = [r % self.batch for r in rows]
         return self._mapped(
-            lambda t: t.index_select(0, torch.tensor(rows, dtype=torch.long, device=t.device)), lambda c: Counters(c[r] for r in rows)
+            lambda t: t.index_select(0, torch.tensor(rows, dtype=torch.long, device=t.device)), lambda c: Counters([c[r] for r in rows])
         )
 
     def merge(self, other, rows: list[bool]):
@@ -139,7 +139,7 @@ class State:
             return torch.where(mask, next(theirs), t)
 
         counters = iter(other._counters())
-        return self._mapped(pick, lambda c: Counters(b if r else a for a, b, r in zip(c, next(counters), rows)))
+        return self._mapped(pick, lambda c: Counters([b if r else a for a, b, r in zip(c, next(counters), rows)]))
 
     def _counters(self) -> list[Counters]:
         found: list[Counters] = []
@@ -302,7 +302,7 @@ def _rebuild(node: dict, tensors: Callable[[str], Tensor]) -> Any:
     if "tensor" in node:
         return tensors(node["tensor"])
     if "counters" in node:
-        return Counters(int(i) for i in node["counters"])
+        return Counters([int(i) for i in node["counters"]])
     if "config" in node:
         return _CONFIGS[node["config"]].from_dict(node["fields"])
     if "state" in node:

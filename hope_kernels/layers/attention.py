@@ -14,6 +14,7 @@ from ..ops.check import check_lengths, check_placement, check_state, check_tenso
 from ..state import Counters, State
 from .autocast import in_own_dtype
 from .recording import check_recorded
+from .zero_gradient import with_zero_gradient
 
 BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 
@@ -80,7 +81,7 @@ class AttentionState(State):
 
     def merge(self, other, rows: list[bool]):
         """Of two states of one history: the storage of ``other``, the later one, which holds the tokens of both."""
-        pos = Counters(o if r else p for p, o, r in zip(self.pos, other.pos, rows))
+        pos = Counters([o if r else p for p, o, r in zip(self.pos, other.pos, rows)])
         return replace(other, pos=pos, base=Counters(other.base))
 
     def assign(self, new):
@@ -169,7 +170,9 @@ class CausalAttention(nn.Module):
         """
         T = x.shape[1]
         if not any(lengths):
-            return torch.zeros_like(x), state.snapshot() if update else state
+            y = torch.zeros_like(x)
+            y = with_zero_gradient(y, self.parameters()) if torch.is_grad_enabled() and not constant_memory else y
+            return y, state.snapshot() if update else state
         valid = _before(lengths, T, x.device).squeeze(-1) if min(lengths) < T else None
         if valid is not None:
             # a NaN in the padding would reach the weights' gradients, as 0 * NaN
@@ -188,7 +191,7 @@ class CausalAttention(nn.Module):
             keys, values = new.k, new.v
         else:
             keys, values = _appended(state.k, k, used, lengths), _appended(state.v, v, used, lengths)
-        pos = Counters(p + n for p, n in zip(state.pos, lengths))
+        pos = Counters([p + n for p, n in zip(state.pos, lengths)])
         if update and not stores:
             kept = (keys.detach(), values.detach()) if constant_memory else (keys, values)
             # full: backward needs keys and values as they are, behind a shorter row too
@@ -253,7 +256,7 @@ class CausalAttention(nn.Module):
                 fresh[b, kept : u + n - f] = new[b, max(f - u, 0) : n]
             return fresh
 
-        base, filled = Counters(b + f for b, f in zip(state.base, first)), [t - f for t, f in zip(total, first)]
+        base, filled = Counters([b + f for b, f in zip(state.base, first)]), [t - f for t, f in zip(total, first)]
         return replace(state, k=moved(state.k, k), v=moved(state.v, v), base=base, filled=filled)
 
     def _trimmed(self, state: AttentionState) -> AttentionState:

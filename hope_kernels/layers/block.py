@@ -36,7 +36,7 @@ class _Block(nn.Module):
         its CMS and the levels of that see one call per reading; a segment that is replayed to be learned, or to be checkpointed, is read
         once more. Raises ValueError under reentrant activation checkpointing.
         """
-        check_block_recorded(type(self).__name__, h.requires_grad or inner is not None)
+        check_block_recorded(type(self).__name__, h, inner is not None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
             y, mixer = self.mixer(self.norm(h), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None)
         h = h + y

@@ -23,6 +23,7 @@ from .autocast import in_own_dtype
 from .cms_level import CMSLevel
 from .cms_state import CMSState
 from .recording import check_recorded
+from .zero_gradient import with_zero_gradient
 
 NAME = "ContinuumMemory"
 
@@ -286,7 +287,7 @@ class ContinuumMemory(nn.Module):
         C1, B = self.config.chunks[0], state.batch
         taken = [n if not t else 0 for n, t in zip(lengths, state.tainted)]
         errors = _written(state.errors, error, state.delivered, taken, [0] * B, C1)
-        delivered = Counters(d + n for d, n in zip(state.delivered, lengths))
+        delivered = Counters([d + n for d, n in zip(state.delivered, lengths)])
         rows = [b for b in range(B) if lengths[b] > 0 and not state.tainted[b] and delivered[b] == C1]
         new = replace(state, errors=errors, delivered=delivered)
         if not rows:
@@ -296,7 +297,7 @@ class ContinuumMemory(nn.Module):
             x, e, among = x[rows], e[rows], rows
         sink = self.sink(new, rows, new.pos, ops, among)
         pull_back(x, e, self.config, lambda x, anchor: self._levels(x, new, ops, Inner(anchor, sink, among), True))
-        closed = {n: Counters(0 if b in rows else c for b, c in enumerate(getattr(new, n))) for n in ("seen", "delivered")}
+        closed = {n: Counters([0 if b in rows else c for b, c in enumerate(getattr(new, n))]) for n in ("seen", "delivered")}
         return replace(new, **closed)
 
     def _read(self, x: Tensor, state: CMSState | list[Level], backend: str | None, inner: Inner | None = None) -> Tensor:
@@ -320,7 +321,10 @@ class ContinuumMemory(nn.Module):
                     level = state[l] if isinstance(state, list) else self._effective(l, state, parameters)
                 if among is not None:
                     level = {n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()}
-                return read_level(l, x, level, work, residual)
+                y = read_level(l, x, level, work, residual)
+                if inner is None and torch.is_grad_enabled():  # no row shares a matrix that all have learned
+                    y = with_zero_gradient(y, [parameters[n] for n, t in level.items() if isinstance(t, Matrix) and t.rows and all(t.rows)])
+                return y
 
             return with_parameters
 
@@ -382,7 +386,7 @@ class ContinuumMemory(nn.Module):
                 at[b], kept[b] = seen[b], n - skip[b]
             seen[b] += n - skip[b]
         return replace(
-            state, pos=Counters(p + n for p, n in zip(state.pos, lengths)), inputs=_written(state.inputs, x, at, kept, skip, C1),
+            state, pos=Counters([p + n for p, n in zip(state.pos, lengths)]), inputs=_written(state.inputs, x, at, kept, skip, C1),
             seen=Counters(seen), delivered=Counters(delivered), tainted=Counters(tainted),
         )
 

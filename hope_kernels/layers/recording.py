@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 _ADVICE = "checkpoint with use_reentrant=False, whose gradients are those without a checkpoint"
 
@@ -18,9 +19,10 @@ def check_recorded(op: str, state) -> None:
                          f"read the same tokens twice and cut the state from the graph; {_ADVICE}")
 
 
-def check_block_recorded(op: str, needed: bool) -> None:
-    """The same for a block of a model, whose state is always given. needed: the caller records a graph. Raises ValueError."""
-    if needed and not torch.is_grad_enabled():
+def check_block_recorded(op: str, h: Tensor, learns: bool) -> None:
+    """The same for a block of a model, whose states are always given; a model that is checkpointed as a whole gives it an h that no graph
+    leads to. learns: in the pass that learns, which always records. Raises ValueError."""
+    if (learns and not torch.is_grad_enabled()) or (h.requires_grad and _inside_function()):
         raise ValueError(f"{op}: called without a graph by one that records it (reentrant activation checkpointing?), which would cut the "
                          f"states of the memories from it; {_ADVICE}")
 

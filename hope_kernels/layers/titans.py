@@ -18,6 +18,7 @@ from ..ops.titans.memory import l2norm
 from .autocast import in_own_dtype
 from .recording import check_recorded
 from .titans_cpp import scan_cpp
+from .zero_gradient import with_zero_gradient
 
 
 class SelfModifyingTitans(nn.Module):
@@ -174,12 +175,19 @@ class SelfModifyingTitans(nn.Module):
             y = self.out_proj(y)
         if real is not None:
             y = torch.where(real, y, 0.0)
+        if torch.is_grad_enabled() and not constant_memory and not (update and self._reads_writes(state.pos, lengths)):
+            y = with_zero_gradient(y, self.parameters())
         if not update:
             return y, state
         if not constant_memory:
             return y, replace(new, conv_tail=tail)
         # a tail of its own: the graph may need the tensor that this one is a view of
         return y, replace(new, conv_tail=None if tail is None else tail.clone()).detach()
+
+    def _reads_writes(self, pos: list[int], lengths: list[int]) -> bool:
+        """Whether any token is read after a chunk of M_memory that this call has closed: only then every parameter has a part in y."""
+        c = self.config.chunk_memory
+        return any([n > 0 and (p + n - 1) // c > p // c for p, n in zip(pos, lengths)])
 
     def _real(self, lengths: list[int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """lengths on the device, and which tokens of x [B, T, d] they count, [B, T, 1]; None, None if all."""
