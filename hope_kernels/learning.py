@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve_cms
+from .compiling import run_traced
 from .layers.cms import Inner
 from .ops.cms.chunked import master_dtype
 from .state import Counters
@@ -37,7 +38,9 @@ def read_off(model, ids: Tensor, state, lengths: list[int], backend, wavefront: 
         complete = [n > 0 and s == model.segment for n, s in zip(lengths, state.seen)]
         if any(complete):
             state = _finished(_replay(model, _draft(state), complete, ids, [0] * len(lengths), None, backend))
-    if wavefront is None:
+    if torch.compiler.is_compiling() and wavefront is None:
+        h, mixers = run_traced(model, model.embed(ids), state, lengths, backend)
+    elif wavefront is None:
         h, mixers = model.run(model.embed(ids), state.mixers, state.cms, lengths, backend)
     else:
         h, mixers = run_wavefront(model, model.embed(ids), state.mixers, state.cms, lengths, wavefront, backend)

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from .compiling import REASON, traced
 from .config import HopeConfig
 from .generation import Generation, generate
 from .layers.autocast import in_own_dtype
 from .layers.block import HopeAttentionBlock, HopeBlock
 from .layers.cms import Inner
 from .layers.cms_state import CMSState
-from .layers.recording import check_recorded
+from .layers.recording import check_recorded, check_whole
 from .learning import advance_off, read_learning, read_off
 from .ops.check import check_lengths, check_state, check_tensor, check_values
 from .state import Counters, State, write_atomically
@@ -128,8 +129,14 @@ class HopeForCausalLM(nn.Module):
         Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs a sync), shapes, lengths,
         an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, a given state inside an
         ``autograd.Function`` (reentrant activation checkpointing), and with check_finite for non-finite logits; the given state is then as
-        it was.
+        it was. Under ``torch.compile``, ``compiling.py`` says which calls are compiled.
         """
+        options = {"learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront}
+        if torch.compiler.is_compiling() and not traced(self, ids, state, learn, backend):
+            return self._untraced(ids, state, lengths, **options)
+        return self._forward(ids, state, lengths, **options)
+
+    def _forward(self, ids: Tensor, state: ModelState | None, lengths, *, learn, backend, check_finite, wavefront):
         name = "HopeForCausalLM"
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
         lengths = check_lengths(name, lengths, *ids.shape)
@@ -152,6 +159,8 @@ class HopeForCausalLM(nn.Module):
             raise ValueError(f"{name}: argument wavefront is {wavefront}, expected None with learn='next_token': a segment's loss is known "
                              "behind the last block, before the first one may read on")
         if learning:
+            for block in self.blocks:
+                check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one unit, or read with learn='off'")
             logits, new = read_learning(self, ids, state, lengths, backend)
         else:
             logits, new = read_off(self, ids, state, lengths, backend, wavefront)
@@ -161,6 +170,8 @@ class HopeForCausalLM(nn.Module):
         if given is None or torch.is_grad_enabled():
             return logits, new
         return logits, given.assign(new)
+
+    _untraced = torch.compiler.disable(_forward, reason=REASON)
 
     def levels(self, state: ModelState) -> list:
         """The CMS weights in force, per block."""

@@ -171,7 +171,7 @@ class CausalAttention(nn.Module):
         T = x.shape[1]
         if not any(lengths):
             y = torch.zeros_like(x)
-            y = with_zero_gradient(y, self.parameters()) if torch.is_grad_enabled() and not constant_memory else y
+            y = with_zero_gradient(y, [x, *self.parameters()]) if torch.is_grad_enabled() and not constant_memory else y
             return y, state.snapshot() if update else state
         valid = _before(lengths, T, x.device).squeeze(-1) if min(lengths) < T else None
         if valid is not None:

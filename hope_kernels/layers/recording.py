@@ -1,9 +1,9 @@
-"""Whether a call may go on where somebody else decides about its graph: inside the forward of an ``autograd.Function``."""
+"""Whether a call may go on where somebody else decides about its graph or its parameters: inside an ``autograd.Function``, or sharded."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ADVICE = "checkpoint with use_reentrant=False, whose gradients are those without a checkpoint"
 
@@ -25,6 +25,12 @@ def check_block_recorded(op: str, h: Tensor, learns: bool) -> None:
     if (learns and not torch.is_grad_enabled()) or (h.requires_grad and _inside_function()):
         raise ValueError(f"{op}: called without a graph by one that records it (reentrant activation checkpointing?), which would cut the "
                          f"states of the memories from it; {_ADVICE}")
+
+
+def check_whole(op: str, module: nn.Module, use: str) -> None:
+    """``module`` has its parameters whole. Outside its own call a sharded one (FSDP) has not. Raises ValueError."""
+    if hasattr(next(module.parameters(), None), "placements"):  # the first stands for all: looking at each costs more than a decode step
+        raise ValueError(f"{op}: the parameters of {type(module).__name__} are sharded outside its call, {use}")
 
 
 def _inside_function() -> bool:

@@ -16,7 +16,7 @@ from ..ops.titans.cpp import titans_cpp
 from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.titans.memory import l2norm
 from .autocast import in_own_dtype
-from .recording import check_recorded
+from .recording import check_recorded, check_whole
 from .titans_cpp import scan_cpp
 from .zero_gradient import with_zero_gradient
 
@@ -105,6 +105,8 @@ class SelfModifyingTitans(nn.Module):
         """State of ``batch`` sequences that have read nothing, by default on the layer's device and in its dtype."""
         device = self.w2.device if device is None else device
         state = init_titans_state(self.config, self.w_init, batch, device, self.w2.dtype if dtype is None else dtype)
+        if self.config.retain_to == "zero":
+            check_whole("SelfModifyingTitans.init_state", self, 'and retain_to="zero" starts a state from its values')
         if self.config.retain_to == "zero" and torch.is_grad_enabled():
             # the learned initial memory is where delta starts: it must reach the graph
             expanded = self.w_init.map(lambda t, d: t.to(d.dtype).expand_as(d), state.deviation)
@@ -175,7 +177,7 @@ class SelfModifyingTitans(nn.Module):
             y = self.out_proj(y)
         if real is not None:
             y = torch.where(real, y, 0.0)
-        if torch.is_grad_enabled() and not constant_memory and not (update and self._reads_writes(state.pos, lengths)):
+        if torch.is_grad_enabled() and not constant_memory and not (update and self._needs_all(state.pos, lengths)):
             y = with_zero_gradient(y, self.parameters())
         if not update:
             return y, state
@@ -184,10 +186,11 @@ class SelfModifyingTitans(nn.Module):
         # a tail of its own: the graph may need the tensor that this one is a view of
         return y, replace(new, conv_tail=None if tail is None else tail.clone()).detach()
 
-    def _reads_writes(self, pos: list[int], lengths: list[int]) -> bool:
-        """Whether any token is read after a chunk of M_memory that this call has closed: only then every parameter has a part in y."""
+    def _needs_all(self, pos: list[int], lengths: list[int]) -> bool:
+        """Whether every parameter has a part in y: if any token is read after a chunk of M_memory that this call has closed, and the
+        initial weights are not just where an earlier call started from."""
         c = self.config.chunk_memory
-        return any([n > 0 and (p + n - 1) // c > p // c for p, n in zip(pos, lengths)])
+        return self.config.retain_to == "init" and any([n > 0 and (p + n - 1) // c > p // c for p, n in zip(pos, lengths)])
 
     def _real(self, lengths: list[int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """lengths on the device, and which tokens of x [B, T, d] they count, [B, T, 1]; None, None if all."""
