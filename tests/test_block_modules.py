@@ -180,7 +180,7 @@ def test_a_given_state_under_reentrant_checkpointing_is_refused(layer):
     y, _ = layer(x)
     wanted = torch.autograd.grad(y.square().sum(), x)[0]
     checkpoint(lambda x: layer(x)[0], x, use_reentrant=True).square().sum().backward()  # from nothing it is a pure function
-    assert torch.equal(x.grad, wanted)
+    assert relative(x.grad, wanted) < 1e-12
     with torch.no_grad():
         _, state = layer(x[:, :5])
         before = state.clone()
