@@ -111,9 +111,8 @@ class Block(nn.Module):
         return self.mixer.init_state(batch)
 
     def forward(self, x: Tensor, state, backend: str | None = None):
-        cms = self.net.blocks[0].cms
-        levels = cms.effective_levels(cms.init_state(x.shape[0]))
-        y, new = self.net.read_block(0, x, state, levels, [x.shape[1]] * x.shape[0], backend)
+        block = self.net.blocks[0]
+        y, new = block(x, state, block.cms.init_state(x.shape[0]), [x.shape[1]] * x.shape[0], backend)
         return y, state.assign(new)
 
 

@@ -11,6 +11,7 @@ from .ops import cuda
 from .ops.titans import cpp
 
 BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
+DEVICE_DECIDES = ("triton", "cuda")  # those whose kernels ask the device, not the host, where a row stands
 
 
 def available_backends() -> dict[str, str | None]:

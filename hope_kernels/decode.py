@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from . import learning
+from .backend import DEVICE_DECIDES
 from .identity import checksum
 from .ops.check import check_state, check_tensor
 from .ops.cms.matrix import Matrix
 from .state import Counters
 from .unread import check_read_next
-
-DEVICE_DECIDES = ("triton", "cuda")  # backends whose kernels ask the device, not the host, where a row stands
 
 
 class Decoder:

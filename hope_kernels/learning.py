@@ -17,16 +17,15 @@ segment that contributes, when a token read with learn="next_token" follows. Unt
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve_cms
-from .ops.cms.chain import Sink
+from .compiling import run_traced
+from .layers.cms import Inner
 from .ops.cms.chunked import master_dtype
-from .ops.cms.matrix import Matrix
 from .state import Counters
 from .wavefront import run as run_wavefront
 
@@ -39,10 +38,12 @@ def read_off(model, ids: Tensor, state, lengths: list[int], backend, wavefront: 
         complete = [n > 0 and s == model.segment for n, s in zip(lengths, state.seen)]
         if any(complete):
             state = _finished(_replay(model, _draft(state), complete, ids, [0] * len(lengths), None, backend))
-    if wavefront is None:
-        h, mixers = model.run(model.embed(ids), state.mixers, model.levels(state), lengths, backend)
+    if torch.compiler.is_compiling() and wavefront is None:
+        h, mixers = run_traced(model, model.embed(ids), state, lengths, backend)
+    elif wavefront is None:
+        h, mixers = model.run(model.embed(ids), state.mixers, state.cms, lengths, backend)
     else:
-        h, mixers = run_wavefront(model, model.embed(ids), state.mixers, model.levels(state), lengths, wavefront, backend)
+        h, mixers = run_wavefront(model, model.embed(ids), state.mixers, state.cms, lengths, wavefront, backend)
     return model.logits(h, lengths), advance_off(state, mixers, lengths)
 
 
@@ -89,7 +90,7 @@ def _boundary(model, state, step: list[int], ids: Tensor, done: list[int], backe
     complete = [h and s == model.segment for h, s in zip(here, state.seen)]
     if any(complete):
         state = _replay(model, state, complete, ids, done, state.pos, backend)
-    return replace(state, seen=Counters(0 if h else s for h, s in zip(here, state.seen)))
+    return replace(state, seen=Counters([0 if h else s for h, s in zip(here, state.seen)]))
 
 
 def _round(model, ids, tokens, state, done, step, lengths, backend):
@@ -109,7 +110,7 @@ def _round(model, ids, tokens, state, done, step, lengths, backend):
     if any(opening):
         snapshot = [m.snapshot() if all(opening) else old.merge(m, opening) for old, m in zip(snapshot, state.mixers)]
     if not fused:
-        h, mixers = model.run(model.embed(tokens), state.mixers, model.levels(state), step, backend)
+        h, mixers = model.run(model.embed(tokens), state.mixers, state.cms, step, backend)
         logits = model.logits(h, step)
     kept, seen = _recorded(state, tokens, step, whole, C)
     return logits, replace(advance(state, mixers, step), snapshot=snapshot, ids=kept, seen=seen)
@@ -120,7 +121,7 @@ def _recorded(state, tokens: Tensor, step: list[int], whole: list[bool], C: int)
     keep = [n > 0 and not w and s != TAINTED for n, w, s in zip(step, whole, state.seen)]
     # a tainted segment ends with this round where the row reaches its boundary
     ended = [s == TAINTED and n > 0 and (p + n) % C == 0 for s, n, p in zip(state.seen, step, state.pos)]
-    seen = Counters(0 if w or e else s + n if k else s for s, n, k, w, e in zip(state.seen, step, keep, whole, ended))
+    seen = Counters([0 if w or e else s + n if k else s for s, n, k, w, e in zip(state.seen, step, keep, whole, ended)])
     if not any(keep):
         return state.ids, seen
     slot = torch.arange(C, device=tokens.device)
@@ -158,14 +159,12 @@ def learn_segment(
     with torch.inference_mode(False), torch.enable_grad():
         mixers = [_constant(m) for m in mixers]
         ids, targets = (t.clone() if t.is_inference() else t for t in (ids, targets))
-        anchor, levels, sinks = torch.zeros((), dtype=torch.float32, device=ids.device, requires_grad=True), [], []
-        for block, cms, now in zip(model.blocks, state.cms, model.levels(state)):
-            if cms is not None and among is not None:
-                now = [{n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()} for level in now]
-            levels.append(now)
+        anchor, inner = torch.zeros((), dtype=torch.float32, device=ids.device, requires_grad=True), []
+        for block, cms in zip(model.blocks, state.cms):
             ops = None if cms is None else resolve_cms(cms.config, model.embed.weight.dtype, ids.device, backend, inner=True)
-            sinks.append(None if cms is None else block.cms.sink(cms, learners, counts, ops, among))
-        h, mixers = model.run(model.embed(ids).detach(), mixers, levels, lengths, backend, Inner(anchor, sinks))
+            sink = None if cms is None else block.cms.sink(cms, learners, counts, ops, among)
+            inner.append(Inner(anchor, sink, among))
+        h, mixers = model.run(model.embed(ids).detach(), mixers, state.cms, lengths, backend, inner)
         logits = model.logits(h, lengths)
         loss = F.cross_entropy(logits.flatten(0, 1).to(master_dtype(logits.dtype)), targets.flatten(), reduction="none")
         if not all(rows):
@@ -174,17 +173,10 @@ def learn_segment(
     return logits.detach(), mixers
 
 
-class Inner(NamedTuple):
-    """The pass that learns: the scalar its gradient is taken to, and where each block's factors go."""
-
-    anchor: Tensor
-    sinks: list[Sink | None]
-
-
 def advance(state, mixers: list, lengths: list[int]):
     """The state after ``lengths`` tokens: new mixers and all counters moved."""
     def moved(pos):
-        return Counters(p + n for p, n in zip(pos, lengths))
+        return Counters([p + n for p, n in zip(pos, lengths)])
 
     cms = [None if c is None else replace(c, pos=moved(c.pos)) for c in state.cms]
     return replace(state, mixers=mixers, cms=cms, pos=moved(state.pos))

@@ -13,17 +13,19 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from .backend import resolve_cms
+from .compiling import REASON, traced
 from .config import HopeConfig
 from .files import write_atomically
 from .generation import Generation, generate
 from .identity import checksum
 from .layers.autocast import in_own_dtype
 from .layers.block import HopeAttentionBlock, HopeBlock
-from .learning import Inner, read_learning, read_off
+from .layers.cms import Inner
+from .layers.cms_state import CMSState
+from .layers.recording import check_recorded, check_whole
+from .learning import read_learning, read_off
 from .model_state import ModelState
 from .ops.check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
-from .ops.cms.chain import cms_forward, cms_learn
 from .state import Counters
 from .unread import check_read_next, left
 
@@ -88,9 +90,16 @@ class HopeForCausalLM(nn.Module):
         no_grad the given one, advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
         Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs a sync), shapes, lengths,
         an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, ids that do not begin with the
-        state's ``unread`` token (not looked at when compiled), and with check_finite for non-finite logits; the given state is then as it
-        was.
+        state's ``unread`` token (not looked at when compiled), a given state inside an ``autograd.Function`` (reentrant activation
+        checkpointing), and with check_finite for non-finite logits; the given state is then as it was. Under ``torch.compile``,
+        ``compiling.py`` says which calls are compiled.
         """
+        options = {"learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront}
+        if torch.compiler.is_compiling() and not traced(self, ids, state, learn, backend):
+            return self._untraced(ids, state, lengths, **options)
+        return self._forward(ids, state, lengths, **options)
+
+    def _forward(self, ids: Tensor, state: ModelState | None, lengths, *, learn, backend, check_finite, wavefront):
         name = "HopeForCausalLM"
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
         lengths = check_lengths(name, lengths, *ids.shape)
@@ -101,6 +110,7 @@ class HopeForCausalLM(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"{name}: argument ids has token {low if low < 0 else high}, expected 0 to {self.config.vocab_size - 1}")
         given = state
+        check_recorded(name, given)
         if state is None:
             state = self.init_state(ids.shape[0])
         else:
@@ -117,6 +127,8 @@ class HopeForCausalLM(nn.Module):
             if given is not None and not in_place:
                 state = given.apart()
             if learning:
+                for block in self.blocks:
+                    check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one unit, or pass learn='off'")
                 logits, new = read_learning(self, ids, state, lengths, backend)
             else:
                 logits, new = read_off(self, ids, state, lengths, backend, wavefront)
@@ -125,37 +137,25 @@ class HopeForCausalLM(nn.Module):
             new = replace(new, unread=left(state.unread, lengths))
             return logits, given.assign(new) if in_place else new
 
+    _untraced = torch.compiler.disable(_forward, reason=REASON)
+
     def levels(self, state: ModelState) -> list:
-        """The CMS weights in force, per block: what ``run`` takes."""
+        """The CMS weights in force, per block."""
         return [None if b.cms is None else b.cms.effective_levels(c) for b, c in zip(self.blocks, state.cms)]
 
     def run(
-        self, h: Tensor, mixers: list, levels: list, lengths: list[int], backend: str | None = None, inner: Inner | None = None
+        self, h: Tensor, mixers: list, cms: list, lengths: list[int], backend: str | None = None, inner: list[Inner] | None = None
     ) -> tuple[Tensor, list]:
-        """All blocks over h [B, T, d_model], functionally: (h, new mixer states). inner: the pass that learns, in which fast weights are
-        constants of the graph and the CMS levels hand their factors to ``inner.sinks``."""
+        """All blocks over h [B, T, d_model], functionally: (h, new mixer states). mixers: their states; cms: the states of their CMS, or
+        ``levels``; inner: the pass that learns, block by block. Each as a block's ``forward`` takes it."""
         new = []
-        for i, (mixer, level) in enumerate(zip(mixers, levels)):
-            h, mixer = self.read_block(i, h, mixer, level, lengths, backend, inner)
+        if torch.is_grad_enabled() and inner is None:
+            # A checkpointed block reads again in the backward: what it is given stays as it is until then, whoever advances the results.
+            mixers, cms = [m.snapshot() for m in mixers], [c.clone() if isinstance(c, CMSState) else c for c in cms]
+        for block, mixer, one, part in zip(self.blocks, mixers, cms, inner or [None] * len(self.blocks)):
+            h, mixer = block(h, mixer, one, lengths, backend, part)
             new.append(mixer)
         return h, new
-
-    def read_block(
-        self, i: int, h: Tensor, mixer, level: list | None, lengths: list[int], backend: str | None = None, inner: Inner | None = None
-    ) -> tuple[Tensor, object]:
-        """Block i of ``run``: (h, new mixer state)."""
-        block, cms = self.blocks[i], self.blocks[i].cms
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
-            y, mixer = block.mixer.scan(block.norm(h), mixer, lengths, backend=backend, constant_memory=inner is not None)
-        h = h + y
-        if cms is None:
-            return h, mixer
-        ops = resolve_cms(cms.config, h.dtype, h.device, backend, inner is not None)
-        below = inner is not None and not h.requires_grad and not cms.learns  # nothing up to here learns: no graph, no backward
-        if inner is None or below:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not below):
-                return cms_forward(h, level, cms.config, cms.mix, cms.norm_eps, ops), mixer
-        return cms_learn(h, level, cms.config, inner.sinks[i], inner.anchor, cms.mix, cms.norm_eps, ops), mixer
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
         logits = F.linear(self.norm(h), self.embed.weight if self.head is None else self.head.weight)

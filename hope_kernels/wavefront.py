@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 
-def run(model, h: Tensor, mixers: list, levels: list, lengths: list[int], piece: int, backend: str | None = None) -> tuple[Tensor, list]:
+def run(model, h: Tensor, mixers: list, cms: list, lengths: list[int], piece: int, backend: str | None = None) -> tuple[Tensor, list]:
     """``model.run`` under no_grad, over pieces of ``piece`` tokens: (h [B, T, d_model], new mixer states), as for any split into calls.
 
     Without CUDA the same cells are read in the same order, one after another. It can only help where a piece of one block does not fill
@@ -42,7 +42,7 @@ def run(model, h: Tensor, mixers: list, levels: list, lengths: list[int], piece:
         for l, c in cells(len(mixers), len(parts)):
             step = [min(max(n - edges[c], 0), parts[c].shape[1]) for n in lengths]
             with lanes.cell(l, c, parts[c]):
-                parts[c], mixers[l] = model.read_block(l, parts[c], mixers[l], levels[l], step, backend)
+                parts[c], mixers[l] = model.blocks[l](parts[c], mixers[l], cms[l], step, backend)
     for t in (*parts, *(t for m in mixers for t in m.tensors())):
         lanes.hand_over(t)
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else h, mixers

@@ -13,6 +13,8 @@ from ..config import HopeConfig
 from ..ops.check import check_batch, check_counters, check_lengths, check_part, check_state, check_tensor, check_values
 from ..state import Counters, State
 from .autocast import in_own_dtype
+from .recording import check_recorded
+from .zero_gradient import with_zero_gradient
 
 BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 
@@ -104,7 +106,7 @@ class AttentionState(State):
 
     def merge(self, other, rows: list[bool]):
         """Of two states of one history: the storage of ``other``, the later one, which holds the tokens of both."""
-        pos = Counters(o if r else p for p, o, r in zip(self.pos, other.pos, rows))
+        pos = Counters([o if r else p for p, o, r in zip(self.pos, other.pos, rows)])
         return replace(other, pos=pos, base=Counters(other.base))
 
     def assign(self, new):
@@ -149,7 +151,7 @@ class CausalAttention(nn.Module):
     @in_own_dtype
     def forward(
         self, x: Tensor, state: AttentionState | None = None, lengths=None, update: bool = True, backend: str | None = None,
-        *, check_finite: bool = False,
+        *, check_finite: bool = False, functional: bool = False, constant_memory: bool = False,
     ) -> tuple[Tensor, AttentionState]:
         """Reads T tokens per row and caches their keys and values.
 
@@ -159,8 +161,12 @@ class CausalAttention(nn.Module):
         accepted for the other mixers' sake; attention is PyTorch's scaled_dot_product_attention.
         Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself, advanced in place; in
         grad mode a new one that carries the graph. An error leaves the given state as it was.
-        Raises ValueError for wrong shapes, dtypes, lengths, values or a state of another configuration, TypeError for non-tensors.
+        Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a given one inside an
+        ``autograd.Function`` (reentrant activation checkpointing), TypeError for non-tensors.
+        functional, constant_memory: for a block, which has checked its arguments; this is then ``scan``.
         """
+        if functional:
+            return self.scan(x, state, lengths, update=update, backend=backend, constant_memory=constant_memory)
         name = "CausalAttention"
         weight = self.k_proj.weight
         check_tensor(name, "x", x, ("B", "T", self.config.d_model), dtype=weight.dtype, device=weight.device)
@@ -168,6 +174,7 @@ class CausalAttention(nn.Module):
         if check_finite:
             check_values(name, "x", x, lengths)
         given = state
+        check_recorded(name, given)
         if state is None:
             state = self.init_state(x.shape[0])
         else:
@@ -189,7 +196,9 @@ class CausalAttention(nn.Module):
         """
         T = x.shape[1]
         if not any(lengths):
-            return torch.zeros_like(x), state.snapshot() if update else state
+            y = torch.zeros_like(x)
+            y = with_zero_gradient(y, [x, *self.parameters()]) if torch.is_grad_enabled() and not constant_memory else y
+            return y, state.snapshot() if update else state
         valid = _before(lengths, T, x.device).squeeze(-1) if min(lengths) < T else None
         if valid is not None:
             # a NaN in the padding would reach the weights' gradients, as 0 * NaN
@@ -208,7 +217,7 @@ class CausalAttention(nn.Module):
             keys, values = new.k, new.v
         else:
             keys, values = _appended(state.k, k, used, lengths), _appended(state.v, v, used, lengths)
-        pos = Counters(p + n for p, n in zip(state.pos, lengths))
+        pos = Counters([p + n for p, n in zip(state.pos, lengths)])
         if update and not stores:
             kept = (keys.detach(), values.detach()) if constant_memory else (keys, values)
             # full: backward needs keys and values as they are, behind a shorter row too
@@ -273,7 +282,7 @@ class CausalAttention(nn.Module):
                 fresh[b, kept : u + n - f] = new[b, max(f - u, 0) : n]
             return fresh
 
-        base, filled = Counters(b + f for b, f in zip(state.base, first)), [t - f for t, f in zip(total, first)]
+        base, filled = Counters([b + f for b, f in zip(state.base, first)]), [t - f for t, f in zip(total, first)]
         return replace(state, k=moved(state.k, k), v=moved(state.v, v), base=base, filled=filled)
 
     def _trimmed(self, state: AttentionState) -> AttentionState:

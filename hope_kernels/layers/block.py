@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import CMSConfig, HopeConfig
+from ..ops.cms.chunked import Level
 from .attention import CausalAttention
-from .cms import ContinuumMemory
+from .cms import ContinuumMemory, Inner
+from .cms_state import CMSState
+from .recording import check_block_recorded
 from .titans import SelfModifyingTitans
 
 
@@ -18,6 +22,27 @@ class _Block(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
         self.mixer = mixer
         self.cms = ContinuumMemory(cms, config.norm_eps, device, dtype) if cms is not None else None
+
+    def forward(
+        self, h: Tensor, mixer, cms: CMSState | list[Level] | None, lengths: list[int], backend: str | None = None,
+        inner: Inner | None = None,
+    ) -> tuple[Tensor, object]:
+        """One reading of h [B, T, d_model], a function of its arguments: (h, the mixer's new state).
+
+        mixer: the mixer's state.  cms: the state of the CMS, whose weights are read and not learned, or its levels as
+        ``ContinuumMemory.effective_levels`` gives them; None without a CMS.  lengths: tokens of each row that count.  inner: the pass that
+        learns, in which fast weights are constants of the graph and the CMS levels hand their factors to ``inner.sink``.
+        Every parameter is taken inside this call and through the submodules' own, so hooks, wrappers and sharding of a block, its mixer,
+        its CMS and the levels of that see one call per reading; a segment that is replayed to be learned, or to be checkpointed, is read
+        once more. Raises ValueError under reentrant activation checkpointing.
+        """
+        check_block_recorded(type(self).__name__, h, inner is not None)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
+            y, mixer = self.mixer(self.norm(h), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None)
+        h = h + y
+        if self.cms is not None:
+            h, _ = self.cms(h, cms, lengths, backend=backend, functional=True, inner=inner)
+        return h, mixer
 
 
 class HopeBlock(_Block):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from ..backend import resolve_cms
 from ..config import CMSConfig
 from ..ops.check import check_batch, check_lengths, check_mask, check_state, check_tensor
-from ..ops.cms.chain import NORM_EPS, Sink, cms_forward, pass_back
+from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
 from ..ops.cms.chunked import Factors, Level, master_dtype
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
@@ -18,9 +20,21 @@ from ..ops.cms.schedule import learning_levels, matrices
 from ..state import Counters
 from . import cms_consolidate, cms_refresh
 from .autocast import in_own_dtype
+from .cms_level import CMSLevel
 from .cms_state import CMSState
+from .recording import check_recorded
+from .zero_gradient import with_zero_gradient
 
 NAME = "ContinuumMemory"
+
+
+class Inner(NamedTuple):
+    """One block's part in the pass that learns. anchor: the scalar its gradient is taken to.  sink: where the levels' factors go (None
+    without a CMS).  among: the rows of the state's batch that the pass reads; None: all."""
+
+    anchor: Tensor
+    sink: Sink | None
+    among: list[int] | None = None
 
 
 class ContinuumMemory(nn.Module):
@@ -55,7 +69,7 @@ class ContinuumMemory(nn.Module):
         def empty(shape):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.levels = nn.ModuleList(nn.ParameterDict({name: empty(s) for name, s in shapes.items()}) for _ in config.chunks)
+        self.levels = nn.ModuleList(CMSLevel({name: empty(s) for name, s in shapes.items()}) for _ in config.chunks)
         self.mix = empty((config.num_levels,)) if config.variant == "independent" else None
         self.reset_parameters()
 
@@ -86,7 +100,8 @@ class ContinuumMemory(nn.Module):
 
     @in_own_dtype
     def forward(
-        self, x: Tensor, state: CMSState | None = None, lengths=None, learn: bool = True, backend: str | None = None
+        self, x: Tensor, state: CMSState | None = None, lengths=None, learn: bool = True, backend: str | None = None, *,
+        functional: bool = False, inner: Inner | None = None,
     ) -> tuple[Tensor, CMSState]:
         """Reads T tokens per row.
 
@@ -99,8 +114,14 @@ class ContinuumMemory(nn.Module):
         Returns y [B, T, d] and the new state: under no_grad or inference_mode the given one, advanced in place; in grad mode one that
         shares no tensor with it, while y carries the graph to x and to the parameters (weights a sequence has refreshed are constants).
         Raises ValueError for wrong shapes, dtypes or lengths, for a state of another configuration or batch, and for reading past
-        outstanding errors; TypeError for a non-tensor. After an error the given state is as it was.
+        outstanding errors, and for a given state inside an ``autograd.Function`` (reentrant activation checkpointing); TypeError for a
+        non-tensor. After an error the given state is as it was.
+        functional: for a block, which has checked its arguments: read at the weights of ``state`` (or at levels, as ``effective_levels``
+        gives them), padding too, and return it as it is. inner: in the pass that learns.
         """
+        if functional:
+            return self._read(x, state, backend, inner), state
+        check_recorded(NAME, state)
         check_tensor(NAME, "x", x, ("B", "T", self.config.d_model), self.levels[0]["up"].dtype, self.levels[0]["up"].device)
         lengths = check_lengths(NAME, lengths, x.shape[0], x.shape[1])
         state = self._admitted(NAME, state, x)
@@ -108,7 +129,7 @@ class ContinuumMemory(nn.Module):
         self._check_reading(state, lengths, learn)
         with state.reading(NAME, self, not torch.is_grad_enabled()):
             base = state.clone() if torch.is_grad_enabled() else state
-            y = self._forward(x, self.effective_levels(base), lengths, backend)
+            y = self._forward(x, base, lengths, backend)
             new = self._with_tokens(base, x.detach(), lengths, learn)
             return y, new if torch.is_grad_enabled() else state.assign(new)
 
@@ -127,6 +148,7 @@ class ContinuumMemory(nn.Module):
             with torch.autocast(error.device.type, enabled=False):
                 return self.refresh(state, error.to(self.levels[0]["up"].dtype), lengths, backend)
         where = f"{NAME}.refresh"
+        check_recorded(where, state)
         check_tensor(where, "error", error, ("B", "T", self.config.d_model), self.levels[0]["up"].dtype, self.levels[0]["up"].device)
         lengths = check_lengths(where, lengths, error.shape[0], error.shape[1])
         if state is None:
@@ -151,10 +173,10 @@ class ContinuumMemory(nn.Module):
         A matrix is the parameter [rows, cols] while no row has refreshed its level, then a ``Matrix``: the row's own constants where it
         has any, the parameter (with its graph) elsewhere.
         """
-        return [self._effective(l, state, dtype) for l in range(self.config.num_levels)]
+        return [self._effective(l, state, self._parameters_of(l), dtype) for l in range(self.config.num_levels)]
 
-    def _effective(self, l: int, state: CMSState, dtype: torch.dtype | None) -> Level:
-        tensors = {name: p if dtype is None else p.to(dtype) for name, p in self._parameters_of(l).items()}
+    def _effective(self, l: int, state: CMSState, parameters: dict[str, Tensor], dtype: torch.dtype | None = None) -> Level:
+        tensors = {name: p if dtype is None else p.to(dtype) for name, p in parameters.items()}
         own, rank = state.own[l], max([0, *state.rank[l]])
         if not any(own) and not rank:
             return tensors
@@ -258,7 +280,7 @@ class ContinuumMemory(nn.Module):
 
     def _parameters_of(self, l: int) -> dict[str, Tensor]:
         """``levels[l]`` as a plain dict: a module's own access to its parameters costs microseconds each."""
-        return self.levels._modules[str(l)]._parameters
+        return self.levels._modules[str(l)].parameters_by_name()
 
     @torch.no_grad()
     def _refreshed(self, state: CMSState, error: Tensor, lengths: list[int], ops) -> CMSState:
@@ -271,23 +293,52 @@ class ContinuumMemory(nn.Module):
         new = replace(state, errors=errors, delivered=delivered)
         if not rows:
             return new
-        levels, x, e = self.effective_levels(new), new.inputs, errors
+        x, e, among = new.inputs, errors, None
         if len(rows) < B:
-            levels = [{n: t.take(rows) if isinstance(t, Matrix) else t for n, t in level.items()} for level in levels]
-            x, e = x[rows], e[rows]
-        sink = self.sink(new, rows, new.pos, ops, rows if len(rows) < B else None)
-        pass_back(x, e, levels, self.config, sink, self.mix, self.norm_eps, ops)
-        closed = {n: Counters(0 if b in rows else c for b, c in enumerate(getattr(new, n))) for n in ("seen", "delivered")}
+            x, e, among = x[rows], e[rows], rows
+        sink = self.sink(new, rows, new.pos, ops, among)
+        pull_back(x, e, self.config, lambda x, anchor: self._levels(x, new, ops, Inner(anchor, sink, among), True))
+        closed = {n: Counters([0 if b in rows else c for b, c in enumerate(getattr(new, n))]) for n in ("seen", "delivered")}
         return replace(new, **closed)
 
-    def _forward(self, x: Tensor, levels: list[Level], lengths: list[int], backend: str | None) -> Tensor:
-        T, ops = x.shape[1], resolve_cms(self.config, x.dtype, x.device, backend)
+    def _read(self, x: Tensor, state: CMSState | list[Level], backend: str | None, inner: Inner | None = None) -> Tensor:
+        """x through all levels, in the pass that learns if there is an ``inner``."""
+        ops = resolve_cms(self.config, x.dtype, x.device, backend, inner is not None)
+        if inner is not None and not x.requires_grad and not self.learns:  # nothing up to here learns: no graph, no backward
+            with torch.no_grad():
+                return self._levels(x, state, ops)
+        return self._levels(x, state, ops, inner)
+
+    def _levels(
+        self, x: Tensor, state: CMSState | list[Level], ops, inner: Inner | None = None, constant: bool = False
+    ) -> Tensor:
+        """Every level through its own call, inside which its weights are taken. constant: without a graph to the parameters."""
+        work = Work(self.config, self.norm_eps, ops, *(() if inner is None else (inner.sink, inner.anchor)))
+        among = None if inner is None else inner.among
+
+        def read(l: int, residual: bool) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
+            def with_parameters(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+                    level = state[l] if isinstance(state, list) else self._effective(l, state, parameters)
+                if among is not None:
+                    level = {n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()}
+                y = read_level(l, x, level, work, residual)
+                if inner is None and torch.is_grad_enabled():  # no row shares a matrix that all have learned
+                    y = with_zero_gradient(y, [parameters[n] for n, t in level.items() if isinstance(t, Matrix) and t.rows and all(t.rows)])
+                return y
+
+            return with_parameters
+
+        modules = self.levels._modules
+        return read_levels(x, self.config, self.mix, lambda l, x, residual: modules[str(l)](x, read(l, residual)), inner is not None)
+
+    def _forward(self, x: Tensor, state: CMSState, lengths: list[int], backend: str | None) -> Tensor:
+        T = x.shape[1]
         if all(n == T for n in lengths):
-            return cms_forward(x, levels, self.config, self.mix, self.norm_eps, ops)
+            return self._read(x, state, backend)
         real = (torch.arange(T, device=x.device) < torch.tensor(lengths, dtype=torch.long, device=x.device)[:, None])[..., None]
         # Padding is zeroed before as well: a NaN there would reach shared weights through the backward of the outer loss.
-        y = cms_forward(torch.where(real, x, 0), levels, self.config, self.mix, self.norm_eps, ops)
-        return torch.where(real, y, 0)
+        return torch.where(real, self._read(torch.where(real, x, 0), state, backend), 0)
 
     def _admitted(self, where: str, state: CMSState | None, x: Tensor) -> CMSState:
         if state is None:
@@ -335,7 +386,7 @@ class ContinuumMemory(nn.Module):
                 at[b], kept[b] = seen[b], n - skip[b]
             seen[b] += n - skip[b]
         return replace(
-            state, pos=Counters(p + n for p, n in zip(state.pos, lengths)), inputs=_written(state.inputs, x, at, kept, skip, C1),
+            state, pos=Counters([p + n for p, n in zip(state.pos, lengths)]), inputs=_written(state.inputs, x, at, kept, skip, C1),
             seen=Counters(seen), delivered=Counters(delivered), tainted=Counters(tainted),
         )
 

@@ -17,6 +17,10 @@ _LISTS = ("weights", "copies", "grads", "moments", "left", "right")
 _FLAGS = ("own", "rank", "dirty")
 
 
+def _no_counters() -> Counters:
+    return Counters([])  # torch.compile cannot trace a bare ``Counters()``
+
+
 class Private:
     """Which tensors of a draft may be written in place: "made", those the call has made itself; "all"; or "none", where a graph outside
     may hold any of them."""
@@ -60,9 +64,9 @@ class CMSState(State):
     own: list = field(default_factory=list)
     inputs: Tensor | None = None
     errors: Tensor | None = None
-    seen: Counters = field(default_factory=Counters)
-    delivered: Counters = field(default_factory=Counters)
-    tainted: Counters = field(default_factory=Counters)
+    seen: Counters = field(default_factory=_no_counters)
+    delivered: Counters = field(default_factory=_no_counters)
+    tainted: Counters = field(default_factory=_no_counters)
     copies: list = field(default_factory=list)
     left: list = field(default_factory=list)
     right: list = field(default_factory=list)

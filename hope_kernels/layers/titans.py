@@ -17,7 +17,9 @@ from ..ops.titans.cpp import titans_cpp
 from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.titans.memory import l2norm
 from .autocast import in_own_dtype
+from .recording import check_recorded, check_whole
 from .titans_cpp import scan_cpp
+from .zero_gradient import with_zero_gradient
 
 
 class SelfModifyingTitans(nn.Module):
@@ -104,6 +106,8 @@ class SelfModifyingTitans(nn.Module):
         """State of ``batch`` sequences that have read nothing, by default on the layer's device and in its dtype."""
         device = self.w2.device if device is None else device
         state = init_titans_state(self.config, self.w_init, batch, device, self.w2.dtype if dtype is None else dtype)
+        if self.config.retain_to == "zero":
+            check_whole("SelfModifyingTitans.init_state", self, 'and retain_to="zero" starts a state from its values')
         if self.config.retain_to == "zero" and torch.is_grad_enabled():
             # the learned initial memory is where delta starts: it must reach the graph
             expanded = self.w_init.map(lambda t, d: t.to(d.dtype).expand_as(d), state.deviation)
@@ -114,7 +118,7 @@ class SelfModifyingTitans(nn.Module):
     @in_own_dtype
     def forward(
         self, x: Tensor, state: TitansState | None = None, lengths=None, update: bool = True, backend: str | None = None,
-        *, check_finite: bool = False,
+        *, check_finite: bool = False, functional: bool = False, constant_memory: bool = False,
     ) -> tuple[Tensor, TitansState]:
         """Reads T tokens per row and learns them.
 
@@ -123,14 +127,19 @@ class SelfModifyingTitans(nn.Module):
         read, the state stays as it is. check_finite: refuse an x with NaN or infinities (one sync on a device).
         Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself, advanced in place; in
         grad mode a new one that carries the graph. An error leaves the given state as it was.
-        Raises ValueError for wrong shapes, dtypes, lengths, values or a state of another configuration, TypeError for non-tensors.
+        Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a given one inside an
+        ``autograd.Function`` (reentrant activation checkpointing), TypeError for non-tensors.
+        functional, constant_memory: for a block, which has checked its arguments; this is then ``scan``.
         """
+        if functional:
+            return self.scan(x, state, lengths, update=update, backend=backend, constant_memory=constant_memory)
         name = "SelfModifyingTitans"
         check_tensor(name, "x", x, ("B", "T", self.config.d_model), dtype=self.w2.dtype, device=self.w2.device)
         lengths = check_lengths(name, lengths, x.shape[0], x.shape[1])
         if check_finite:
             check_values(name, "x", x, lengths)
         given = state
+        check_recorded(name, given)
         if state is None:
             state = self.init_state(x.shape[0])
         else:
@@ -169,12 +178,20 @@ class SelfModifyingTitans(nn.Module):
             y = self.out_proj(y)
         if real is not None:
             y = torch.where(real, y, 0.0)
+        if torch.is_grad_enabled() and not constant_memory and not (update and self._needs_all(state.pos, lengths)):
+            y = with_zero_gradient(y, self.parameters())
         if not update:
             return y, state
         if not constant_memory:
             return y, replace(new, conv_tail=tail)
         # a tail of its own: the graph may need the tensor that this one is a view of
         return y, replace(new, conv_tail=None if tail is None else tail.clone()).constant()
+
+    def _needs_all(self, pos: list[int], lengths: list[int]) -> bool:
+        """Whether every parameter has a part in y: if any token is read after a chunk of M_memory that this call has closed, and the
+        initial weights are not just where an earlier call started from."""
+        c = self.config.chunk_memory
+        return self.config.retain_to == "init" and any([n > 0 and (p + n - 1) // c > p // c for p, n in zip(pos, lengths)])
 
     def _real(self, lengths: list[int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """lengths on the device, and which tokens of x [B, T, d] they count, [B, T, 1]; None, None if all."""

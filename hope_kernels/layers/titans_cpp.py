@@ -17,6 +17,7 @@ from ..ops.titans.cpp import Pullback, titans_cpp, titans_cpp_gradient
 from ..ops.titans.fast_weights import TitansState
 
 
+@torch.compiler.disable(reason="a call through ctypes")
 def scan_cpp(layer, x: Tensor, state: TitansState, lengths: list[int], update: bool) -> tuple[Tensor, TitansState]:
     """``layer.scan(x, state, lengths, update=update)`` for x [B, T, d_model] where ``cpp.unserved`` finds nothing against it: without
     gradients, or with ``constant_memory``."""

@@ -18,12 +18,53 @@ from torch import Tensor
 
 from ...config import CMSConfig
 from . import chunked
-from .chunked import Factors, Level, Saved, master_dtype
+from .chunked import Factors, Level, master_dtype
 from .matrix import Matrix
 from .schedule import learning_levels, matrices
 
 NORM_EPS = 1e-6
 Sink = Callable[[int, Factors], None]  # (index of the level, its factors)
+
+
+class Work(NamedTuple):
+    """How the levels are read. eps: of the norm. ops: the backend's functions. sink, anchor: in the pass that learns; see ``cms_learn``."""
+
+    config: CMSConfig
+    eps: float = NORM_EPS
+    ops: ModuleType = chunked
+    sink: Sink | None = None
+    anchor: Tensor | None = None
+
+
+def read_level(l: int, x: Tensor, level: dict, work: Work, residual: bool) -> Tensor:
+    """Level l alone: branch(x), or x + branch(x) with ``residual``. In the pass that learns its graph runs to x and to the anchor."""
+    names = matrices(work.config)
+    level = {n: Matrix.of(t) if n in names else t for n, t in level.items()}
+    if work.sink is None:
+        return work.ops.level_forward(x, level, work.config, work.eps, residual=residual, keep=False)[0]
+    level = {n: t.detach() for n, t in level.items()}
+    if work.config.learning_rates[l] == 0 and not x.requires_grad:  # nothing up to here learns: no graph, no backward
+        with torch.no_grad():
+            return work.ops.level_forward(x, level, work.config, work.eps, residual=residual, keep=True)[0]
+    return _Learning.apply(x, work.anchor, _Pass(l, level, work, residual))
+
+
+def read_levels(x: Tensor, config: CMSConfig, mix: Tensor | None, level: Callable[[int, Tensor, bool], Tensor], learns: bool) -> Tensor:
+    """All levels of a CMS, by ``level(l, x, residual)``. learns: in the pass that learns, where ``mix`` is a constant."""
+    if config.variant != "independent":
+        for l in range(config.num_levels):
+            x = level(l, x, True)
+        return x
+    if not learns:
+        share = torch.softmax(mix.to(x.dtype), 0)
+        # The shares sum to 1, so the residual of the mixture is x itself.
+        return x + sum(share[l] * level(l, x, False) for l in range(config.num_levels))
+    share = torch.softmax(mix.detach().to(x.dtype), 0)
+    # all branches before the sum: dL/dx is then dL/dy first, and the levels' parts from the last to the first
+    branches, y = [level(l, x, False) for l in range(config.num_levels)], x
+    for l, branch in enumerate(branches):
+        y = y + share[l] * branch
+    return y
 
 
 def cms_forward(
@@ -36,11 +77,7 @@ def cms_forward(
     Raises ValueError for a number of levels other than K, or the independent variant without ``mix``.
     Source: Nested Learning eq 72-74.
     """
-    def level(l: int, x: Tensor, residual: bool) -> Tensor:
-        return ops.level_forward(x, levels[l], config, eps, residual=residual, keep=False)[0]
-
-    levels = _checked(levels, config, mix)
-    return _chain(x, config, mix, level)
+    return _read(x, levels, mix, Work(config, eps, ops))
 
 
 def cms_learn(
@@ -51,9 +88,16 @@ def cms_learn(
 
     anchor: a scalar that requires a gradient; differentiate with respect to it (x itself may be a constant). Its gradient is zero.
     """
-    levels = [{n: t.detach() for n, t in level.items()} for level in _checked(levels, config, mix)]
-    share = None if config.variant != "independent" else torch.softmax(mix.detach().to(x.dtype), 0)
-    return _Learning.apply(x, anchor, _Pass(levels, config, sink, share, eps, ops))
+    return _read(x, levels, mix, Work(config, eps, ops, sink, anchor))
+
+
+def _read(x: Tensor, levels: list[dict], mix: Tensor | None, work: Work) -> Tensor:
+    config = work.config
+    if len(levels) != config.num_levels:
+        raise ValueError(f"cms_forward: argument levels has {len(levels)} entries, expected {config.num_levels}")
+    if config.variant == "independent" and mix is None:
+        raise ValueError("cms_forward: argument mix is None, expected [K] for variant='independent'")
+    return read_levels(x, config, mix, lambda l, x, residual: read_level(l, x, levels[l], work, residual), work.sink is not None)
 
 
 def cms_gradients(
@@ -80,80 +124,42 @@ def pass_back(
     ops=chunked,
 ) -> None:
     """Reads a segment again and takes ``error`` [B, C1, d] = dL/dy back through it, into ``sink``. In any mode of the caller."""
+    pull_back(x, error, config, lambda x, anchor: cms_learn(x, levels, config, sink, anchor, mix, eps, ops))
+
+
+def pull_back(x: Tensor, error: Tensor, config: CMSConfig, read: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """``pass_back`` for any ``read(x, anchor)`` that is ``cms_learn``."""
     if not learning_levels(config):
         return
     with torch.inference_mode(False), torch.enable_grad():
         x, error = (t.clone() if t.is_inference() else t.detach() for t in (x, error))
         anchor = torch.zeros((), dtype=torch.float32, device=x.device, requires_grad=True)
-        y = cms_learn(x, levels, config, sink, anchor, mix, eps, ops)
-        torch.autograd.grad(y, anchor, error)
+        torch.autograd.grad(read(x, anchor), anchor, error)
 
 
 class _Pass(NamedTuple):
-    """Everything constant about one pass of ``cms_learn``."""
+    """Everything constant about one level's part in the pass that learns."""
 
-    levels: list[Level]
-    config: CMSConfig
-    sink: Sink
-    share: Tensor | None  # [K] of the independent variant
-    eps: float
-    ops: ModuleType
-
-    def forward(self, l: int, x: Tensor) -> tuple[Tensor, Saved]:
-        return self.ops.level_forward(x, self.levels[l], self.config, self.eps, residual=self.share is None, keep=True)
-
-    def backward(self, l: int, dy: Tensor, saved: Saved, need_dx: bool) -> Tensor | None:
-        dx, factors = self.ops.level_backward(
-            dy, saved, self.levels[l], self.config, self.eps, residual=self.share is None, need_dx=need_dx
-        )
-        if self.config.learning_rates[l] > 0:
-            self.sink(l, factors)  # dx is known: from here on nobody needs the weights the segment was read with
-        return dx
+    index: int
+    level: Level
+    work: Work
+    residual: bool
 
 
 class _Learning(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, anchor, work):
-        ctx.work, ctx.saved, y = work, [], x
-        for l in range(len(work.levels)):
-            if work.share is None:
-                y, saved = work.forward(l, y)
-            else:
-                branch, saved = work.forward(l, x)
-                y = y + work.share[l] * branch
-            ctx.saved.append(saved)
+    def forward(ctx, x, anchor, part):
+        work = part.work
+        y, saved = work.ops.level_forward(x, part.level, work.config, work.eps, residual=part.residual, keep=True)
+        ctx.part, ctx.saved = part, saved
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        work, dx = ctx.work, dy
-        lowest = min(learning_levels(work.config), default=0)  # below it nothing learns
-        for l in reversed(range(len(work.levels))):
-            saved, wanted = ctx.saved.pop(), ctx.needs_input_grad[0]
-            if work.share is None:
-                if l >= lowest or wanted:
-                    dx = work.backward(l, dx, saved, wanted or l > lowest)
-            elif wanted or work.config.learning_rates[l] > 0:
-                part = work.backward(l, work.share[l] * dy, saved, wanted)
-                dx = dx + part if wanted else None
-        return dx if ctx.needs_input_grad[0] else None, dy.new_zeros(()), None
-
-
-def _chain(x: Tensor, config: CMSConfig, mix: Tensor | None, level: Callable[[int, Tensor, bool], Tensor]) -> Tensor:
-    if config.variant != "independent":
-        for l in range(config.num_levels):
-            x = level(l, x, True)
-        return x
-    share = torch.softmax(mix.to(x.dtype), 0)
-    # The shares sum to 1, so the residual of the mixture is x itself.
-    return x + sum(share[l] * level(l, x, False) for l in range(config.num_levels))
-
-
-def _checked(levels: list[dict], config: CMSConfig, mix: Tensor | None) -> list[Level]:
-    if len(levels) != config.num_levels:
-        raise ValueError(f"cms_forward: argument levels has {len(levels)} entries, expected {config.num_levels}")
-    if config.variant == "independent" and mix is None:
-        raise ValueError("cms_forward: argument mix is None, expected [K] for variant='independent'")
-    names = matrices(config)
-    return [{n: Matrix.of(t) if n in names else t for n, t in level.items()} for level in levels]
+        (l, level, work, residual), saved, ctx.saved = ctx.part, ctx.saved, None
+        need_dx = ctx.needs_input_grad[0]
+        dx, factors = work.ops.level_backward(dy, saved, level, work.config, work.eps, residual=residual, need_dx=need_dx)
+        if work.config.learning_rates[l] > 0:
+            work.sink(l, factors)  # dx is known: from here on nobody needs the weights the segment was read with
+        return dx, dy.new_zeros(()), None
