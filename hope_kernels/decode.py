@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import learning
+from .layers.wrapped import placement
 from .ops.check import check_state, check_tensor
 from .ops.cms.matrix import Matrix
 from .state import Counters
@@ -53,7 +54,7 @@ class Decoder:
         reason = unserved(model)
         if reason is not None:
             raise ValueError(f"{name}: argument model {reason}")
-        self.device = model.embed.weight.device
+        self.device = placement(model.embed).device
         possible = self.device.type == "cuda" and backend in DEVICE_DECIDES
         if capture and not possible:
             raise ValueError(f"{name}: argument capture is True, which needs a CUDA device and backend 'triton' or 'cuda', "

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import resolve_cms
+from .layers.wrapped import placement
 from .ops.cms.chain import Sink
 from .ops.cms.chunked import master_dtype
 from .ops.cms.matrix import Matrix
@@ -63,7 +64,8 @@ def read_learning(model, ids: Tensor, state, lengths: list[int], backend):
             done[b] += step[b]
         width += max(step)
     if not parts:
-        return torch.zeros(B, ids.shape[1], model.config.vocab_size, device=ids.device, dtype=model.embed.weight.dtype), _finished(state)
+        none = torch.zeros(B, ids.shape[1], model.config.vocab_size, device=ids.device, dtype=placement(model.embed).dtype)
+        return none, _finished(state)
     return _in_order(parts, places, ids.shape[1]), _finished(state)
 
 
@@ -163,7 +165,7 @@ def learn_segment(
             if cms is not None and among is not None:
                 now = [{n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()} for level in now]
             levels.append(now)
-            ops = None if cms is None else resolve_cms(cms.config, model.embed.weight.dtype, ids.device, backend, inner=True)
+            ops = None if cms is None else resolve_cms(cms.config, placement(model.embed).dtype, ids.device, backend, inner=True)
             sinks.append(None if cms is None else block.cms.sink(cms, learners, counts, ops, among))
         h, mixers = model.run(model.embed(ids).detach(), mixers, levels, lengths, backend, Inner(anchor, sinks))
         logits = model.logits(h, lengths)

@@ -18,6 +18,8 @@ from .config import HopeConfig
 from .generation import Generation, generate
 from .layers.autocast import in_own_dtype
 from .layers.block import HopeAttentionBlock, HopeBlock
+from .layers.cms_consolidate import check_consolidation, consolidate
+from .layers.wrapped import placement, project, token_vectors
 from .learning import Inner, advance_off, read_learning, read_off
 from .ops.check import check_lengths, check_state, check_tensor, check_values
 from .ops.cms.chain import cms_forward, cms_learn
@@ -104,7 +106,7 @@ class HopeForCausalLM(nn.Module):
 
     def init_state(self, batch: int, device=None) -> ModelState:
         """State of ``batch`` sequences that have read nothing, in the dtype of the weights."""
-        device = self.embed.weight.device if device is None else torch.device(device)
+        device = placement(self.embed).device if device is None else torch.device(device)
         mixers = [b.mixer.init_state(batch, device) for b in self.blocks]
         cms = [None if b.cms is None else b.cms.init_state(batch, device) for b in self.blocks]
         ids = torch.zeros(batch, self.segment if self.learns else 0, dtype=torch.long, device=device)
@@ -129,7 +131,7 @@ class HopeForCausalLM(nn.Module):
         non-finite logits; the given state is then as it was.
         """
         name = "HopeForCausalLM"
-        check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
+        check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
@@ -192,7 +194,8 @@ class HopeForCausalLM(nn.Module):
         return cms_learn(h, level, cms.config, inner.sinks[i], inner.anchor, cms.mix, cms.norm_eps, ops), mixer
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
-        logits = F.linear(self.norm(h), self.embed.weight if self.head is None else self.head.weight)
+        h = self.norm(h)
+        logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size)) if self.head is None else project(self.head, h)
         T = h.shape[1]
         if min(lengths, default=T) < T:
             valid = torch.arange(T, device=h.device) < torch.tensor(lengths, device=h.device).unsqueeze(1)
@@ -212,10 +215,11 @@ class HopeForCausalLM(nn.Module):
         for l in levels or ():
             if l not in range(most):
                 raise ValueError(f"HopeForCausalLM.consolidate: argument levels has {l!r}, expected 0 to {most - 1}")
-        for block, cms in zip(self.blocks, state.cms):
+        # all blocks are asked before the first one is changed
+        for act, block, cms in [(act, *of) for act in (check_consolidation, consolidate) for of in zip(self.blocks, state.cms)]:
             if cms is not None:
                 wanted = None if levels is None else [l for l in levels if l < cms.config.num_levels]
-                block.cms.consolidate(cms, row, wanted)
+                act(block.cms, cms, row, wanted)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically."""
