@@ -222,9 +222,16 @@ class HopeForCausalLM(nn.Module):
                 act(block.cms, cms, row, wanted)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically."""
+        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically. Raises ValueError, and writes nothing, where
+        submodules have been wrapped, quantized or parametrized: the configuration, and so ``from_pretrained``, knows nothing of that."""
+        held = self.state_dict()
+        if type(self) is HopeForCausalLM:
+            other = sorted(held.keys() ^ type(self)(self.config, device="meta").state_dict().keys())
+            if other:
+                raise ValueError(f"save_pretrained: {other[0]} and {len(other) - 1} more are the model's or its configuration's "
+                                 "only, expected the same: merge or remove what wraps its modules, or save its state_dict()")
         os.makedirs(folder, exist_ok=True)
-        tensors = {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}
+        tensors = {n: t.detach().cpu().contiguous() for n, t in held.items()}
         write_atomically(os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors, metadata={"format": "pt"}))
         write_atomically(os.path.join(folder, "config.json"), (json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
 

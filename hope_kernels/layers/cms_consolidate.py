@@ -10,7 +10,7 @@ from ..ops.cms.schedule import matrices
 from . import cms_refresh
 from .cms_level import CMSLevel
 from .cms_state import CMSState
-from .wrapped import write
+from .wrapped import write_weight
 
 NAME = "ContinuumMemory"
 
@@ -37,7 +37,7 @@ def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> N
         learned = _in_force(layer, state, level, row)
         cms_refresh.fold(draft, layer.config, layer._matrices(level), level, [b for b in range(state.batch) if b != row])
         for name, value in learned.items():
-            write(f"{NAME}.consolidate", layer.levels[level], name, value)
+            write_weight(f"{NAME}.consolidate", layer.levels[level], name, value)
         cms_refresh.share(draft, level, [row])
     state.assign(draft.finished())
 
@@ -51,7 +51,7 @@ def check_consolidation(layer, state: CMSState, row: int, levels: list[int] | No
     for level in _learned(state, row, levels):
         if type(layer.levels[level]) is not CMSLevel:
             for name, value in _in_force(layer, state, level, row).items():
-                write(f"{NAME}.consolidate: levels[{level}]", layer.levels[level], name, value, keep=False)
+                write_weight(f"{NAME}.consolidate: levels[{level}]", layer.levels[level], name, value, keep=False)
 
 
 def _learned(state: CMSState, row: int, levels) -> list[int]:

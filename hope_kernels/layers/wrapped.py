@@ -6,6 +6,7 @@ functions here say whether there is one (``is_plain``), or what takes its place.
 
 from __future__ import annotations
 
+from inspect import ismethod
 from itertools import chain
 
 import torch
@@ -20,11 +21,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether ``module`` is x -> x W^T (+ b) with W = ``module.weight`` and nothing else: a ``nn.Linear`` as PyTorch makes it, without
-    hooks, a ``forward`` of its own, a parametrization, or a weight of a tensor subclass. dL/dx is then dL/dy W."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__ or _has_any_global_hook():
+    """Whether ``module`` is x -> x W^T with W = ``module.weight`` and nothing else: a ``nn.Linear`` without a bias as PyTorch makes it,
+    without hooks, a ``forward`` of its own, a parametrization, or a weight of a tensor subclass. dL/dx is then dL/dy W."""
+    if type(module) is not nn.Linear or module.bias is not None or is_hooked(module):
         return False
-    return not any([getattr(module, hooks) for hooks in _HOOKS]) and type(module.weight) in (nn.Parameter, Tensor)
+    return type(module.weight) in (nn.Parameter, Tensor)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` may do more than the ``forward`` of its class."""
+    return "forward" in module.__dict__ or any([getattr(module, hooks) for hooks in _HOOKS]) or bool(_has_any_global_hook())
 
 
 def placement(module: nn.Module) -> Tensor:
@@ -56,7 +62,19 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
 
 def _quantized(module: nn.Module) -> bool:
     """Its weight is a method."""
-    return callable(getattr(module, "weight", None))
+    return ismethod(getattr(module, "weight", None))
+
+
+def effective_weight(module: nn.Module, size: int) -> Tensor:
+    """[out, size], differentiable: the (possibly parametrized) weight of an ``nn.Linear`` without hooks, or what anything else, such as a
+    Linear with adapters, makes of the unit vectors. Raises ValueError where that is no linear map, as with a bias."""
+    if isinstance(module, nn.Linear) and not is_hooked(module):
+        return module.weight
+    like = placement(module)
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    if torch.any(module(torch.zeros_like(eye[:1]))):
+        raise ValueError(f"effective_weight: a {type(module).__name__} maps 0 to something else, expected a linear map without a bias")
+    return module(eye).mT
 
 
 def token_vectors(embed: nn.Module, size: int) -> Tensor:
@@ -76,7 +94,7 @@ def tensors_of(level: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def write(where: str, module: nn.Module, name: str, value: Tensor, keep: bool = True) -> None:
+def write_weight(where: str, module: nn.Module, name: str, value: Tensor, keep: bool = True) -> None:
     """Makes ``value`` what ``module`` has under ``name``: in place, or through ``right_inverse`` where it is parametrized. keep=False only
     tries. Raises ValueError, and then has changed nothing, where ``module`` is a wrapper or its parametrization cannot express ``value``
     to rounding (32 eps of its largest number)."""
