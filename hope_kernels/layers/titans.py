@@ -154,7 +154,7 @@ class SelfModifyingTitans(nn.Module):
         """
         c = self.config
         compute = resolve("titans", c, x.dtype, x.device, backend, constant_memory)
-        if compute is titans_cpp and stats is None and all([is_plain(m) for m in self.children()]):
+        if compute is titans_cpp and stats is None and all([m is None or is_plain(m) for m in self._modules.values()]):
             return scan_cpp(self, x, state, lengths, update)
         causal_conv, output_gate = resolve_conv_and_gate(c, backend)
         n, real = self._real(lengths, x)

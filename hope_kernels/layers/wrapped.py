@@ -17,20 +17,21 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..ops.titans.cpp import Pullback
 from .cms_level import CMSLevel
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_plain(module: nn.Module) -> bool:
     """Whether ``module`` is x -> x W^T with W = ``module.weight`` and nothing else: a ``nn.Linear`` without a bias as PyTorch makes it,
     without hooks, a ``forward`` of its own, a parametrization, or a weight of a tensor subclass. dL/dx is then dL/dy W."""
-    if type(module) is not nn.Linear or module.bias is not None or is_hooked(module):
+    if type(module) is not nn.Linear or is_hooked(module):
         return False
-    return type(module.weight) in (nn.Parameter, Tensor)
+    held = module._parameters  # a module's own access to them costs microseconds, and this is asked at every step
+    return held.get("bias") is None and type(held.get("weight")) in (nn.Parameter, Tensor)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of ``module`` may do more than the ``forward`` of its class."""
-    return "forward" in module.__dict__ or any([getattr(module, hooks) for hooks in _HOOKS]) or bool(_has_any_global_hook())
+    own = module.__dict__
+    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+                or own["_backward_pre_hooks"] or _has_any_global_hook())
 
 
 def placement(module: nn.Module) -> Tensor:
