@@ -300,6 +300,19 @@ def test_backward_hooks_of_projections_fire_while_learning(backend):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("kind", ["lora", "parametrized"])
+def test_wrapped_models_learn_in_inference_mode(kind):
+    wrapped, plain = pair(kind)
+    for block, other in zip(wrapped.blocks, plain.blocks):
+        parametrize.register_parametrization(block.cms.levels[0], "up", LowRank(block.cms.levels[0]["up"].shape))
+        with torch.no_grad():
+            other.cms.levels[0]["up"].copy_(block.cms.levels[0]["up"])
+    with torch.inference_mode():
+        states = [m.init_state(2) for m in (wrapped, plain)]
+        for part in ids().split(6, 1):
+            assert_same(*(m(part, s, learn="next_token") for m, s in zip((wrapped, plain), states)))
+
+
 @pytest.mark.skipif(cpp.unavailable() is not None, reason="cpp not built")
 def test_hooks_for_all_modules_are_seen():
     model, seen = small(), []
@@ -373,7 +386,8 @@ def test_adapters_that_are_there_for_the_time_of_a_call(backend):
     assert wrapped.blocks[0].cms.state_bytes() == plain.blocks[0].cms.state_bytes()
 
 
-def test_a_parametrized_cms_learns_as_a_layer():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_parametrized_cms_learns_as_a_layer(mode):
     config = CMSConfig(D, (4, 8), expansion=2.0, lr=(0.3, 0.2))
     torch.manual_seed(0)
     wrapped, plain = ContinuumMemory(config), ContinuumMemory(config)
@@ -385,7 +399,7 @@ def test_a_parametrized_cms_learns_as_a_layer():
     x, e = torch.randn(2, 8, D), torch.randn(2, 8, D)
 
     def read(layer):
-        with torch.no_grad():
+        with mode():
             state = layer.init_state(2)
             for a in (0, 4):
                 y, state = layer(x[:, a : a + 4], state)
