@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .backend import DEVICE_DECIDES, resolve, resolve_cms
+from .layers.wrapped import placement
 from .ops.cms import cpp as compiled
 from .ops.titans.chunked import titans_chunk
 from .state import Counters
@@ -23,7 +24,7 @@ def traced(model, ids: Tensor, state, learn: str, backend: str | None) -> bool:
     graph serves all positions; any other call, and what ctypes and NumPy compute, runs without the compiler. The kernels of
     ``DEVICE_DECIDES`` go by counters on the device and are followed anywhere.
     """
-    config, dtype, device = model.config, model.embed.weight.dtype, ids.device
+    config, dtype, device = model.config, placement(model.embed).dtype, ids.device
     if learn == "next_token" and model.learns:
         return False
     if backend in DEVICE_DECIDES:

@@ -107,6 +107,7 @@ def _tensors(hf_model: nn.Module) -> dict[str, torch.Tensor]:
             raise ValueError(f"convert.llama: parameter {theirs} of hf_model has no place in HOPE-Attention, expected a causal language "
                              "model of embedding, projections q, k, v, o (without bias), gate, up, down, RMSNorms and head")
         _require(p.dtype in DTYPES, f"dtype of {theirs}", p.dtype, "one of " + ", ".join(map(str, DTYPES)))
+        _require(type(p) is nn.Parameter, f"type of {theirs}", type(p).__name__, "Parameter: dequantize, gather or merge the weights first")
         _require(p.device.type != "meta", f"device of {theirs}", str(p.device), "one that holds data")
         tensors[ours] = p
     _require("embed.weight" in tensors, "hf_model", type(hf_model).__name__, "a causal language model with an embedding")

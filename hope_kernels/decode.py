@@ -21,6 +21,7 @@ from torch import Tensor
 from . import learning
 from .backend import DEVICE_DECIDES
 from .identity import checksum
+from .layers.wrapped import placement
 from .ops.check import check_state, check_tensor
 from .ops.cms.matrix import Matrix
 from .state import Counters
@@ -48,7 +49,8 @@ class Decoder:
     def __init__(self, model, state, learn: str = "off", backend: str | None = None, capture: bool | None = None):
         name = "Decoder"
         check_state(name, state, type(model.init_state(0)), model.config, state.batch)
-        state.admit(name, model, model.embed.weight.dtype, model.embed.weight.device)
+        like = placement(model.embed)
+        state.admit(name, model, like.dtype, like.device)
         state.owned_by(model)
         state.fingerprint = checksum(model)
         if learn not in ("off", "next_token"):
@@ -56,7 +58,7 @@ class Decoder:
         reason = unserved(model)
         if reason is not None:
             raise ValueError(f"{name}: argument model {reason}")
-        self.device = model.embed.weight.device
+        self.device = placement(model.embed).device
         possible = self.device.type == "cuda" and backend in DEVICE_DECIDES
         if capture and not possible:
             raise ValueError(f"{name}: argument capture is True, which needs a CUDA device and backend 'triton' or 'cuda', "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import unread as unread_token
 from .decode import Decoder
+from .layers.wrapped import placement
 from .ops.check import check_lengths, check_state, check_tensor
 from .sampling import draw
 
@@ -82,7 +83,7 @@ def _opened(op: str, model, ids: Tensor | Source, state, lengths, unread: str | 
     function ends); how many tokens are in front of ids (0 or 1)."""
     from .model import ModelState
 
-    device, batch = model.embed.weight.device, None
+    device, batch = placement(model.embed).device, None
     if callable(ids):
         if lengths is not None:
             raise ValueError(f"{op}: argument lengths is {lengths}, expected None where ids is a function")

@@ -25,6 +25,7 @@ from torch import Tensor
 from .backend import resolve_cms
 from .compiling import run_traced
 from .layers.cms import Inner
+from .layers.wrapped import placement
 from .ops.cms.chunked import master_dtype
 from .state import Counters
 from .wavefront import run as run_wavefront
@@ -64,7 +65,8 @@ def read_learning(model, ids: Tensor, state, lengths: list[int], backend):
             done[b] += step[b]
         width += max(step)
     if not parts:
-        return torch.zeros(B, ids.shape[1], model.config.vocab_size, device=ids.device, dtype=model.embed.weight.dtype), _finished(state)
+        none = torch.zeros(B, ids.shape[1], model.config.vocab_size, device=ids.device, dtype=placement(model.embed).dtype)
+        return none, _finished(state)
     return _in_order(parts, places, ids.shape[1]), _finished(state)
 
 
@@ -161,7 +163,7 @@ def learn_segment(
         ids, targets = (t.clone() if t.is_inference() else t for t in (ids, targets))
         anchor, inner = torch.zeros((), dtype=torch.float32, device=ids.device, requires_grad=True), []
         for block, cms in zip(model.blocks, state.cms):
-            ops = None if cms is None else resolve_cms(cms.config, model.embed.weight.dtype, ids.device, backend, inner=True)
+            ops = None if cms is None else resolve_cms(cms.config, placement(model.embed).dtype, ids.device, backend, inner=True)
             sink = None if cms is None else block.cms.sink(cms, learners, counts, ops, among)
             inner.append(Inner(anchor, sink, among))
         h, mixers = model.run(model.embed(ids).detach(), mixers, state.cms, lengths, backend, inner)

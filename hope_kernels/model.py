@@ -21,8 +21,10 @@ from .identity import checksum
 from .layers.autocast import in_own_dtype
 from .layers.block import HopeAttentionBlock, HopeBlock
 from .layers.cms import Inner
+from .layers.cms_consolidate import check_consolidation, consolidate
 from .layers.cms_state import CMSState
 from .layers.recording import check_recorded, check_whole
+from .layers.wrapped import placement, project, token_vectors
 from .learning import read_learning, read_off
 from .model_state import ModelState
 from .ops.check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
@@ -64,7 +66,7 @@ class HopeForCausalLM(nn.Module):
     def init_state(self, batch: int, device=None) -> ModelState:
         """State of ``batch`` sequences that have read nothing, in the dtype of the weights. Raises ValueError."""
         check_batch("HopeForCausalLM.init_state", batch)
-        device = self.embed.weight.device if device is None else torch.device(device)
+        device = placement(self.embed).device if device is None else torch.device(device)
         mixers = [b.mixer.init_state(batch, device) for b in self.blocks]
         cms = [None if b.cms is None else b.cms.init_state(batch, device) for b in self.blocks]
         ids = torch.zeros(batch, self.segment if self.learns else 0, dtype=torch.long, device=device)
@@ -101,7 +103,7 @@ class HopeForCausalLM(nn.Module):
 
     def _forward(self, ids: Tensor, state: ModelState | None, lengths, *, learn, backend, check_finite, wavefront):
         name = "HopeForCausalLM"
-        check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=self.embed.weight.device)
+        check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
@@ -115,7 +117,7 @@ class HopeForCausalLM(nn.Module):
             state = self.init_state(ids.shape[0])
         else:
             check_state(name, state, ModelState, self.config, ids.shape[0])
-            state.admit(name, self, self.embed.weight.dtype, ids.device)
+            state.admit(name, self, placement(self.embed).dtype, ids.device)
             if not torch.compiler.is_compiling():
                 check_read_next(name, state.unread, ids, lengths)
         learning = learn == "next_token" and self.learns
@@ -158,7 +160,8 @@ class HopeForCausalLM(nn.Module):
         return h, new
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
-        logits = F.linear(self.norm(h), self.embed.weight if self.head is None else self.head.weight)
+        h = self.norm(h)
+        logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size)) if self.head is None else project(self.head, h)
         T = h.shape[1]
         if min(lengths, default=T) < T:
             valid = torch.arange(T, device=h.device) < torch.tensor(lengths, dtype=torch.long, device=h.device).unsqueeze(1)
@@ -173,21 +176,30 @@ class HopeForCausalLM(nn.Module):
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own weights, in place: see
         ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved before belong to the weights as they were."""
         check_state("HopeForCausalLM.consolidate", state, ModelState, self.config, state.batch)
-        state.admit("HopeForCausalLM.consolidate", self, self.embed.weight.dtype, self.embed.weight.device)
+        like = placement(self.embed)
+        state.admit("HopeForCausalLM.consolidate", self, like.dtype, like.device)
         check_index("HopeForCausalLM.consolidate", "row", row, state.batch)
         most = max((c.num_levels for c in self.config.block_cms if c is not None), default=0)
         for l in levels or ():
             check_index("HopeForCausalLM.consolidate", "levels", l, most)
-        for block, cms in zip(self.blocks, state.cms):
+        # all blocks are asked before the first one is changed
+        for act, block, cms in [(act, *of) for act in (check_consolidation, consolidate) for of in zip(self.blocks, state.cms)]:
             if cms is not None:
                 wanted = None if levels is None else [l for l in levels if l < cms.config.num_levels]
-                block.cms.consolidate(cms, row, wanted)
+                act(block.cms, cms, row, wanted)
         state.adopt(self)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically."""
+        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically. Raises ValueError, and writes nothing, where
+        submodules have been wrapped, quantized or parametrized: the configuration, and so ``from_pretrained``, knows nothing of that."""
+        held = self.state_dict()
+        if type(self) is HopeForCausalLM:
+            other = sorted(held.keys() ^ type(self)(self.config, device="meta").state_dict().keys())
+            if other:
+                raise ValueError(f"save_pretrained: {other[0]} and {len(other) - 1} more are the model's or its configuration's "
+                                 "only, expected the same: merge or remove what wraps its modules, or save its state_dict()")
         os.makedirs(folder, exist_ok=True)
-        tensors = {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}
+        tensors = {n: t.detach().cpu().contiguous() for n, t in held.items()}
         write_atomically(os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors, metadata={"format": "pt"}))
         write_atomically(os.path.join(folder, "config.json"), (json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
 

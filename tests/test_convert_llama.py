@@ -126,6 +126,19 @@ def test_frequencies(rope):
     assert ((exact / plain).min() > 0.999) == (rope["rope_type"] == "default")
 
 
+def test_weights_of_a_tensor_subclass_are_refused():
+    """Quantized or distributed tensors that hide behind the shape and dtype of a weight."""
+
+    class Packed(torch.Tensor):
+        pass
+
+    theirs = original()
+    up = theirs.model.layers[1].mlp.up_proj
+    up.weight = torch.nn.Parameter(up.weight.detach().as_subclass(Packed))
+    with pytest.raises(ValueError, match="type of model.layers.1.mlp.up_proj.weight is 'Packed'"):
+        hk.convert.llama(theirs, 4)
+
+
 def test_half_precision_stays_and_is_no_worse_than_the_original():
     theirs = original("qwen2", dtype=torch.bfloat16, rope_parameters=LLAMA3)
     ours = hk.convert.llama(theirs, (4, 8), lr=0.0)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TitansConfig
+from ..layers.wrapped import effective_weight, is_hooked, placement, write_weight
 from ..ops.check import check_tensor
 from ..ops.titans.fast_weights import FastWeights, Layout, master_dtype
 from ..ops.titans.memory import clock_terms, products, read, write
@@ -108,12 +109,17 @@ class ResidualMLPMemory(nn.Module):
 
     def __init__(self, dim: int, out: int, use_skip: bool):
         super().__init__()
+        self.dim = dim
         self.w2 = nn.Linear(dim, dim, bias=False)
         self.w1 = nn.Linear(dim, out, bias=False)
         self.w_skip = nn.Linear(dim, out, bias=False) if use_skip and out != dim else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return _evaluate(x, self.w1.weight, self.w2.weight, None if self.w_skip is None else self.w_skip.weight)
+        return _evaluate(x, *self.weights())
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """w1, w2 and w_skip, as adapters and parametrizations of the Linears have them."""
+        return tuple([None if m is None else effective_weight(m, self.dim) for m in (self.w1, self.w2, self.w_skip)])
 
 
 def _evaluate(x: Tensor, w1: Tensor, w2: Tensor, w_skip: Tensor | None) -> Tensor:
@@ -139,8 +145,7 @@ class SelfModifyingTitans(nn.Module):
     def init_fast_state(self) -> SelfModifyingTitansState:
         """A new context: the initial weights, unbatched."""
         def start(m: ResidualMLPMemory) -> ResidualMLPMemoryState:
-            skip = None if m.w_skip is None else m.w_skip.weight.detach().clone()
-            return ResidualMLPMemoryState(m.w1.weight.detach().clone(), m.w2.weight.detach().clone(), skip)
+            return ResidualMLPMemoryState(*[None if w is None else w.detach().clone() for w in m.weights()])
 
         return SelfModifyingTitansState(**{name: start(getattr(self, f"m_{name}")) for name in NAMES})
 
@@ -163,7 +168,7 @@ class SelfModifyingTitans(nn.Module):
             def joined(part: str) -> Tensor | None:
                 if getattr(fast, part) is None:
                     return None
-                weight = getattr(meta, part).weight
+                weight = effective_weight(getattr(meta, part), meta.dim)
                 return getattr(fast, part) + (weight - weight.detach())
 
             return _evaluate(z, joined("w1"), joined("w2"), joined("w_skip"))
@@ -178,7 +183,7 @@ class SelfModifyingTitans(nn.Module):
 
         Chunk sizes override the configuration's and need not divide each other. Raises ValueError for shapes, dtypes and sizes.
         """
-        self._check(x, None if torch.is_autocast_enabled(x.device.type) else self.w_q.weight.dtype)
+        self._check(x, None if torch.is_autocast_enabled(x.device.type) else placement(self.w_q).dtype)
         other = int(self.config.chunk_size_other if chunk_size_other is None else chunk_size_other)
         memory = int(self.config.chunk_size_memory if chunk_size_memory is None else chunk_size_memory)
         if other <= 0 or memory <= 0:
@@ -191,17 +196,24 @@ class SelfModifyingTitans(nn.Module):
 
     @torch.no_grad()
     def apply_updates_inplace(self, x: Tensor, *, chunk_size_other: int | None = None, chunk_size_memory: int | None = None) -> None:
-        """Reads x from the initial weights and makes what was learned, averaged over the batch, the new initial weights."""
+        """Reads x from the initial weights and makes what was learned, averaged over the batch, the new initial weights. Raises ValueError,
+        and changes none, where adapters or a parametrization stand between a Linear's parameters and its weight."""
         _, state = self.forward_with_updates(
             x, self.init_fast_state(), chunk_size_other=chunk_size_other, chunk_size_memory=chunk_size_memory
         )
+        found = []
         for name in NAMES:
             if name == "q" and not self.config.adaptive_q or name == "alpha" and not self.config.use_alpha:
                 continue
             meta, fast = getattr(self, f"m_{name}"), getattr(state, name)
             for part in ("w1", "w2", "w_skip"):
                 if getattr(fast, part) is not None:
-                    getattr(meta, part).weight.copy_(getattr(fast, part).mean(0))
+                    found.append((f"m_{name}.{part}", getattr(meta, part), getattr(fast, part).mean(0)))
+        for keep in (False, True):  # all are asked before the first one is changed
+            for where, linear, value in found:
+                if is_hooked(linear):
+                    raise ValueError(f"apply_updates_inplace: {where} has hooks, expected a Linear that is its weight")
+                write_weight(f"apply_updates_inplace: {where}", linear, "weight", value, keep)
 
     def _check(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
         check_tensor("SelfModifyingTitans", "x", x, ("B", "T", self.config.dim), dtype)

@@ -14,6 +14,7 @@ from ..ops.check import check_batch, check_counters, check_lengths, check_part, 
 from ..state import Counters, State
 from .autocast import in_own_dtype
 from .recording import check_recorded
+from .wrapped import placement, project
 from .zero_gradient import with_zero_gradient
 
 BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
@@ -143,7 +144,7 @@ class CausalAttention(nn.Module):
     def init_state(self, batch: int, device=None, dtype: torch.dtype | None = None) -> AttentionState:
         """State of ``batch`` sequences that have read nothing; its buffers grow as it reads. Raises ValueError."""
         check_batch("CausalAttention.init_state", batch)
-        w = self.k_proj.weight
+        w = placement(self.k_proj)
         empty = torch.zeros(batch, 0, self.config.num_kv_heads, self.head_dim, device=device or w.device, dtype=dtype or w.dtype)
         zero = [0] * batch
         return AttentionState(Counters(zero), self.config, empty, empty.clone(), Counters(zero), owner=self)
@@ -168,7 +169,7 @@ class CausalAttention(nn.Module):
         if functional:
             return self.scan(x, state, lengths, update=update, backend=backend, constant_memory=constant_memory)
         name = "CausalAttention"
-        weight = self.k_proj.weight
+        weight = placement(self.k_proj)
         check_tensor(name, "x", x, ("B", "T", self.config.d_model), dtype=weight.dtype, device=weight.device)
         lengths = check_lengths(name, lengths, x.shape[0], x.shape[1])
         if check_finite:
@@ -203,7 +204,7 @@ class CausalAttention(nn.Module):
         if valid is not None:
             # a NaN in the padding would reach the weights' gradients, as 0 * NaN
             x = torch.where(valid, x, 0.0)
-        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        q, k, v = [self._heads(project(m, x)) for m in (self.q_proj, self.k_proj, self.v_proj)]
         cos, sin = self._rotation(state.pos, T, x)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         used, graph = state.used(), torch.is_grad_enabled()
@@ -223,7 +224,7 @@ class CausalAttention(nn.Module):
             # full: backward needs keys and values as they are, behind a shorter row too
             full = [keys.shape[1]] * len(pos)
             new = self._trimmed(replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full))
-        y = self.o_proj(self._attend(q, keys, values, used, lengths).flatten(2))
+        y = project(self.o_proj, self._attend(q, keys, values, used, lengths).flatten(2))
         if valid is not None:
             y = torch.where(valid, y, 0.0)
         return y, replace(new, pos=pos, base=Counters(new.base)) if update else state

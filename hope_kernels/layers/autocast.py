@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from .wrapped import placement
+
 
 def in_own_dtype(forward):
     """A layer's or model's ``forward`` as it is outside autocast; inside, autocast is off for the call, and a floating input is cast to the
@@ -17,7 +19,7 @@ def in_own_dtype(forward):
         if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
             return forward(self, x, *args, **kwargs)
         if x.is_floating_point():
-            x = x.to(next(self.parameters()).dtype)
+            x = x.to(placement(self).dtype)
         with torch.autocast(x.device.type, enabled=False):
             return forward(self, x, *args, **kwargs)
 

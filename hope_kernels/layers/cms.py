@@ -23,6 +23,7 @@ from .autocast import in_own_dtype
 from .cms_level import CMSLevel
 from .cms_state import CMSState
 from .recording import check_recorded
+from .wrapped import tensors_of
 from .zero_gradient import with_zero_gradient
 
 NAME = "ContinuumMemory"
@@ -122,7 +123,8 @@ class ContinuumMemory(nn.Module):
         if functional:
             return self._read(x, state, backend, inner), state
         check_recorded(NAME, state)
-        check_tensor(NAME, "x", x, ("B", "T", self.config.d_model), self.levels[0]["up"].dtype, self.levels[0]["up"].device)
+        like = self._like
+        check_tensor(NAME, "x", x, ("B", "T", self.config.d_model), like.dtype, like.device)
         lengths = check_lengths(NAME, lengths, x.shape[0], x.shape[1])
         state = self._admitted(NAME, state, x)
         learn = bool(learn) and self.learns
@@ -144,12 +146,13 @@ class ContinuumMemory(nn.Module):
         interrupt, memory running out) may under no_grad leave some levels a step ahead of others: go back to a clone or a file.
         Source: Nested Learning eq 71.
         """
+        like = self._like
         if isinstance(error, Tensor) and torch.is_autocast_enabled(error.device.type):  # as ``in_own_dtype``
             with torch.autocast(error.device.type, enabled=False):
-                return self.refresh(state, error.to(self.levels[0]["up"].dtype), lengths, backend)
+                return self.refresh(state, error.to(like.dtype), lengths, backend)
         where = f"{NAME}.refresh"
         check_recorded(where, state)
-        check_tensor(where, "error", error, ("B", "T", self.config.d_model), self.levels[0]["up"].dtype, self.levels[0]["up"].device)
+        check_tensor(where, "error", error, ("B", "T", self.config.d_model), like.dtype, like.device)
         lengths = check_lengths(where, lengths, error.shape[0], error.shape[1])
         if state is None:
             raise ValueError(f"{where}: argument state is None, expected the state that read the tokens of these errors")
@@ -205,13 +208,14 @@ class ContinuumMemory(nn.Module):
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for: ``weights`` (fp32, or fp64),
         ``copies`` in the input dtype, ``grads`` of levels slower than a segment, ``moments``, ``pending`` factors. segment: tokens between
         two boundaries, ``model.segment`` in a model; None: chunks[0]."""
-        dtype, found = self.levels[0]["up"].dtype, []
+        dtype, found = self._like.dtype, []
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
         for l, period in enumerate(self.config.chunks):
-            numbers = batch * sum(self.levels[l][n].numel() for n in matrices(self.config)) * (self.config.learning_rates[l] > 0)
+            shapes = [t.shape for t in self._matrices(l).values()]
+            numbers = batch * sum(s.numel() for s in shapes) * (self.config.learning_rates[l] > 0)
             slots = self._slots(l) if period == segment else 0
-            sides = batch * sum(sum(self.levels[l][n].shape) for n in matrices(self.config)) * (self.config.learning_rates[l] > 0)
+            sides = batch * sum(sum(s) for s in shapes) * (self.config.learning_rates[l] > 0)
             waits = period > segment or self.config.optimizer == "muon"
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0, "grads": numbers * wide if waits else 0,
@@ -267,20 +271,29 @@ class ContinuumMemory(nn.Module):
 
         Nothing that any row of ``state`` computes changes (but what a nested level returns to): the row shares the new parameters, rows
         that shared the old ones keep them as their own. In place, parameters and state; 16-bit parameters round what was learned. Other
-        states belong to the old weights. Raises ValueError for a level or row that does not exist.
+        states belong to the old weights. A parametrized level is set through its ``right_inverse``. Raises ValueError for a level or row
+        that does not exist, and where adapters or a parametrization stand between the parameters and what was learned; nothing is then
+        changed.
         """
         cms_consolidate.consolidate(self, state, row, levels)
+        state.adopt(self)
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the layer's dtype, on its device."""
+        return self._parameters_of(0)["up"]
 
     def _slots(self, l: int) -> int:
-        return pending_tokens(self.config, l, self._parameters_of(l)["up"].device, self.pending)
+        return pending_tokens(self.config, l, self._like.device, self.pending)
 
     def _matrices(self, l: int) -> dict[str, Tensor]:
         held = self._parameters_of(l)
         return {name: held[name].detach() for name in matrices(self.config)}
 
     def _parameters_of(self, l: int) -> dict[str, Tensor]:
-        """``levels[l]`` as a plain dict: a module's own access to its parameters costs microseconds each."""
-        return self.levels._modules[str(l)].parameters_by_name()
+        """``levels[l]`` as a plain dict, as whatever parametrizes or wraps it has it. A module's own access to its parameters costs
+        microseconds each."""
+        return tensors_of(self.levels._modules[str(l)])
 
     @torch.no_grad()
     def _refreshed(self, state: CMSState, error: Tensor, lengths: list[int], ops) -> CMSState:

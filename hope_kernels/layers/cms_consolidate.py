@@ -9,7 +9,9 @@ from ..ops.check import check_index, check_state
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.schedule import matrices
 from . import cms_refresh
+from .cms_level import CMSLevel
 from .cms_state import CMSState
+from .wrapped import write_weight
 
 NAME = "ContinuumMemory"
 
@@ -30,29 +32,42 @@ def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> N
     """The parameters of ``levels`` become what ``row`` has learned, and the row shares them; in place. Its accumulators and momentum stay,
     and rows that shared the old parameters keep them as weights of their own."""
     levels = range(layer.config.num_levels) if levels is None else list(levels)
-    for level in levels:
-        _check(layer, state, level, row, "consolidate")
+    check_consolidation(layer, state, row, levels)
     draft = state.draft()
-    for level in levels:
-        if not state.own[level][row] and not state.rank[level][row]:
-            continue
-        shared = {n: layer.levels[level][n] for n in matrices(layer.config)}
+    for level in _learned(state, row, levels):
         learned = _in_force(layer, state, level, row)
-        cms_refresh.fold(draft, layer.config, shared, level, [b for b in range(state.batch) if b != row])
-        for name, p in shared.items():
-            p.copy_(learned[name])
+        cms_refresh.fold(draft, layer.config, layer._matrices(level), level, [b for b in range(state.batch) if b != row])
+        for name, value in learned.items():
+            write_weight(f"{NAME}.consolidate", layer.levels[level], name, value)
         cms_refresh.share(draft, level, [row])
     state.assign(draft.finished())
 
 
+@torch.no_grad()
+def check_consolidation(layer, state: CMSState, row: int, levels: list[int] | None) -> None:
+    """Raises what ``consolidate`` would, and changes nothing."""
+    levels = range(layer.config.num_levels) if levels is None else levels
+    for level in levels:
+        _check(layer, state, level, row, "consolidate")
+    for level in _learned(state, row, levels):
+        if type(layer.levels[level]) is not CMSLevel:
+            for name, value in _in_force(layer, state, level, row).items():
+                write_weight(f"{NAME}.consolidate: levels[{level}]", layer.levels[level], name, value, keep=False)
+
+
+def _learned(state: CMSState, row: int, levels) -> list[int]:
+    """Of ``levels``, those in which ``row`` has learned anything."""
+    return [l for l in levels if state.own[l][row] or state.rank[l][row]]
+
+
 def _in_force(layer, state: CMSState, level: int, row: int) -> dict[str, Tensor]:
     """[rows, cols] per matrix, in the master dtype."""
-    now = layer.effective_levels(state.select([row]), cms_refresh.master_dtype(layer.levels[0]["up"].dtype))[level]
+    now = layer.effective_levels(state.select([row]), cms_refresh.master_dtype(layer._like.dtype))[level]
     return {n: Matrix.of(now[n]).dense(1)[0].clone() for n in matrices(layer.config)}
 
 
 def _check(layer, state: CMSState, level: int, row: int, call: str) -> None:
-    where, weight = f"{NAME}.{call}", layer.levels[0]["up"]
+    where, weight = f"{NAME}.{call}", layer._like
     check_state(where, state, CMSState, layer.config, state.batch)
     state.validate(where, weight.dtype, weight.device)
     check_index(where, "level", level, layer.config.num_levels)

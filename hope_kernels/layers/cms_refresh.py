@@ -68,8 +68,8 @@ def own_weights(state: CMSState, shared: Shared, level: int, rows: list[int]) ->
     """Copy on write: ``rows`` get weights of their own, equal to the layer's where they had none."""
     new = [b for b in rows if not state.own[level][b]]
     if state.weights[level] is None:
-        wide = {n: p.detach().to(master_dtype(p.dtype)).expand(state.batch, -1, -1).clone() for n, p in shared.items()}
-        state.put("weights", level, wide)
+        wide = {n: p.detach().to(master_dtype(p.dtype)).expand(state.batch, -1, -1) for n, p in shared.items()}
+        state.put("weights", level, {n: t.clone(memory_format=torch.contiguous_format) for n, t in wide.items()})
     elif new:
         for name, w in state.writable("weights", level).items():
             for b in new:

@@ -19,6 +19,7 @@ from ..ops.titans.memory import l2norm
 from .autocast import in_own_dtype
 from .recording import check_recorded, check_whole
 from .titans_cpp import scan_cpp
+from .wrapped import is_plain, project
 from .zero_gradient import with_zero_gradient
 
 
@@ -163,7 +164,7 @@ class SelfModifyingTitans(nn.Module):
         """
         c = self.config
         compute = resolve("titans", c, x.dtype, x.device, backend, constant_memory)
-        if compute is titans_cpp and stats is None:
+        if compute is titans_cpp and stats is None and all([m is None or is_plain(m) for m in self._modules.values()]):
             return scan_cpp(self, x, state, lengths, update)
         causal_conv, output_gate = resolve_conv_and_gate(c, backend)
         n, real = self._real(lengths, x)
@@ -171,11 +172,11 @@ class SelfModifyingTitans(nn.Module):
             x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward
         u, tail = (x, None) if self.conv is None else causal_conv(x, state.conv_tail, self.conv, n)
         if self.in_proj is not None:
-            u = self.in_proj(u)
+            u = project(self.in_proj, u)
         o, new = compute(c, self.w_init, self._inputs(u), state, lengths, update=update, constant_memory=constant_memory, stats=stats)
-        y = output_gate(o, self.norm_gain, None if self.gate_proj is None else self.gate_proj(x))
+        y = output_gate(o, self.norm_gain, None if self.gate_proj is None else project(self.gate_proj, x))
         if self.out_proj is not None:
-            y = self.out_proj(y)
+            y = project(self.out_proj, y)
         if real is not None:
             y = torch.where(real, y, 0.0)
         if torch.is_grad_enabled() and not constant_memory and not (update and self._needs_all(state.pos, lengths)):
@@ -213,17 +214,18 @@ class SelfModifyingTitans(nn.Module):
             return l2norm(t) if c.qk_l2norm else t
 
         if q is None and not c.adaptive_q:
-            q = unit(heads(self.q_proj(u)))
+            q = unit(heads(project(self.q_proj, u)))
         beta = None
         if c.momentum == "learned":
-            beta = torch.sigmoid(self.beta_proj(u) + self.beta_bias)
+            beta = torch.sigmoid(project(self.beta_proj, u) + self.beta_bias)
         elif c.momentum is not None:
             beta = torch.full((*u.shape[:2], c.num_heads), float(c.momentum), device=u.device, dtype=u.dtype)
         if c.self_modifying:
             return TokenInputs(q, x=heads(u), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
-        eta = eta_gate(self.eta_proj(u), self.eta_bias, c)
-        alpha = torch.sigmoid(self.alpha_proj(u) + self.alpha_bias) if c.retention else None
-        return TokenInputs(q, k=unit(heads(self.k_proj(u))), v=heads(self.v_proj(u)), eta=eta, alpha=alpha, beta=beta)
+        eta = eta_gate(project(self.eta_proj, u), self.eta_bias, c)
+        alpha = torch.sigmoid(project(self.alpha_proj, u) + self.alpha_bias) if c.retention else None
+        k, v = heads(project(self.k_proj, u)), heads(project(self.v_proj, u))
+        return TokenInputs(q, k=unit(k), v=v, eta=eta, alpha=alpha, beta=beta)
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, state: TitansState | None = None) -> dict:
