@@ -44,6 +44,8 @@ def test_what_a_sharded_model_cannot_do_is_refused():
     found = report()
     assert "the parameters of FSDPHopeBlock are sharded outside its call" in found["sharded learning"]
     assert 'retain_to="zero"' in found["sharded retain_to"]
+    # mixed precision casts what a block is given, what a sequence has learned in fp32 too
+    assert "has dtype torch.bfloat16, expected torch.float32" in found["sharded and rounded"]
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -88,13 +90,13 @@ def refusal(call) -> str:
 
 
 def measure(rank: int) -> dict:
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    def sharded(model):
+    def sharded(model, **options):
         for block in model.blocks:
-            fully_shard(block)
-        return fully_shard(model)
+            fully_shard(block, **options)
+        return fully_shard(model, **options)
 
     found, mine = {}, TOKENS[2 * rank : 2 * rank + 2]
     for mixer in MIXERS:
@@ -118,6 +120,8 @@ def measure(rank: int) -> dict:
     model = sharded(tiny())
     with torch.no_grad():
         found["sharded learning"] = refusal(lambda: model(mine, learn="next_token"))
+    half = sharded(tiny().float(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    found["sharded and rounded"] = refusal(lambda: half(mine))
     zero = TitansConfig(8, 2, chunk_memory=4, chunk_other=2, retain_to="zero")
     found["sharded retain_to"] = refusal(lambda: sharded(tiny(titans=zero))(mine))
     return found
