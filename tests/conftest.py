@@ -11,6 +11,11 @@ from hypothesis import is_hypothesis_test, settings  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
+if os.environ.get("HOPE_KERNELS_TEST_LIBRARY"):  # the C++ library to test instead of the installed one: tools/sanitize.sh has one
+    from hope_kernels.ops.titans import cpp
+
+    cpp.LIBRARY = os.environ["HOPE_KERNELS_TEST_LIBRARY"]
+
 # Every @given test runs twice: on draws that are always the same, and on a tenth as many that are new in every run (CI: the same ones).
 FRESH = "HOPE_KERNELS_TEST_SEED", "HOPE_KERNELS_TEST_DRAWS"  # the new ones' seed, and their number
 SEED = int(os.environ.get(FRESH[0]) or (0 if os.environ.get("CI") else random.SystemRandom().randrange(2**31)))

@@ -22,10 +22,6 @@
 #include <new>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "call.h"
 #include "check.h"
 #include "panel.h"
@@ -115,8 +111,8 @@ class Scan {
       }
       slot = end;
     }
+    // no barrier: until the one in open(), the next head touches only what this thread left here itself
     if (c.update) close((phase + n) % big);
-    team.sync();
   }
 
  private:
@@ -676,11 +672,7 @@ void all_heads(const TitansCall& c) {
   const int64_t groups = c.B * c.H;
   Workspace sizes;
   const int64_t floats = sizes.carve(c, nullptr);
-#ifdef _OPENMP
-  const int threads = static_cast<int>(c.threads > 1 ? c.threads : 1);
-#else
-  const int threads = 1;
-#endif
+  const int threads = static_cast<int>(c.threads);
   const bool together = groups < threads;  // all threads on one (row, head), or one on each
   const int works = together ? 1 : threads;
   Memory memory(floats > MOST_FLOATS ? floats : floats * works);
@@ -691,17 +683,13 @@ void all_heads(const TitansCall& c) {
   const std::unique_ptr<float, void (*)(void*)> mine(static_cast<float*>(std::calloc(own * threads, sizeof(float))), std::free);
   if (!mine) throw std::bad_alloc();
   Barrier barrier;
-#pragma omp parallel num_threads(threads)
-  {
-#ifdef _OPENMP
-    const int id = omp_get_thread_num(), n = omp_get_num_threads();
-#else
-    const int id = 0, n = 1;
-#endif
+  in_parallel(threads, [&](int id, int n) {
     const FlushDenormals guard;
     const Team team = together ? Team{id, n, &barrier} : Team{0, 1, nullptr};
-    for (int64_t i = together ? 0 : id; i < groups; i += together ? 1 : n) scan(c, work[together ? 0 : id], team, mine.get() + id * own, i / c.H, i % c.H);
-  }
+    for (int64_t i = together ? 0 : id; i < groups; i += together ? 1 : n) {
+      scan(c, work[together ? 0 : id], team, mine.get() + id * own, i / c.H, i % c.H);
+    }
+  });
 }
 
 bool sizes_fit(const TitansCall& c) {
