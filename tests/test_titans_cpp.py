@@ -59,11 +59,17 @@ OVERFLOWING = TitansConfig(
 )
 # All three rules on, and yet the result answers noise of 4.5 eps with four times the kernel's error, that with twice PyTorch's.
 SENSITIVE = TitansConfig(48, activation="silu", chunk_memory=8, chunk_other=8, objective="dot", qk_l2norm=False, eta_scale=0.1)
+# Forgets to 1e-38 and below, where the kernel flushes.
+FORGETFUL = TitansConfig(
+    16, chunk_memory=1, chunk_other=1, self_modifying=False, own_values=False, step_clip=False, objective="dot", dgd=False,
+    retain_to="zero", qk_l2norm=False, eta_scale=0.01,
+)
 
 
 @settings(max_examples=60)
 @given(configs(), st.sampled_from([1, 7, 33, 70]), st.sampled_from([0.0, 0.5, 0.9]), st.integers(0, 10**6), st.booleans())
 @example(SENSITIVE, 70, 0.9, 339232, True)
+@example(FORGETFUL, 71, 0.0, 71, False)
 def test_meets_the_yardstick(config, tokens, correlation, seed, ragged):
     assume(drawn(config, tokens, correlation, seed, ragged))
 
