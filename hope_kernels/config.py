@@ -157,8 +157,8 @@ class TitansConfig(_Config):
         if self.momentum is not None and self.momentum != "learned":
             ok = isinstance(self.momentum, (int, float)) and not isinstance(self.momentum, bool) and 0 <= self.momentum < 1
             _require(ok, w, "momentum", self.momentum, "None, 'learned' or a float in [0, 1)")
-        _flags(self, w, "self_modifying", "own_values", "target_norm", "step_clip", "dgd", "retention", "adaptive_q", "qk_l2norm", "out_norm",
-               "gate", "out_proj", "scalar_skip", *(() if self.in_proj is None else ("in_proj",)))
+        _flags(self, w, "self_modifying", "own_values", "target_norm", "step_clip", "dgd", "retention", "adaptive_q", "qk_l2norm",
+               "out_norm", "gate", "out_proj", "scalar_skip", *(() if self.in_proj is None else ("in_proj",)))
         _require(self.self_modifying or not self.adaptive_q, w, "adaptive_q", True, "False when self_modifying=False")
 
     @property

@@ -119,7 +119,8 @@ def test_plain_data_and_presets_of_any_kind(cls):
 
 @pytest.mark.parametrize("build", [
     lambda: hk.HopeConfig(10**12, 8, 1), lambda: hk.HopeConfig(16, 8, 10**12), lambda: hk.HopeConfig(16, 8, 1, cms=5),
-    lambda: hk.HopeConfig(16, 8, 1, titans=5), lambda: hk.CMSConfig(8, (4,), expansion=1e300), lambda: hk.TitansConfig(8, hidden_mult=2**31 - 1),
+    lambda: hk.HopeConfig(16, 8, 1, titans=5), lambda: hk.CMSConfig(8, (4,), expansion=1e300),
+    lambda: hk.TitansConfig(8, hidden_mult=2**31 - 1),
     lambda: hk.HopeConfig(16, 8, 2, cms=(5, None)), lambda: hk.HopeConfig(16, 8, 1, rope_scaling={}),
 ])
 def test_configurations_that_used_to_fail_later(build):

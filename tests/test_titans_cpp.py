@@ -32,16 +32,23 @@ def configs(draw):
 
 
 def within_bounds(config, w_init, inputs, lengths=None) -> bool:
-    """Compares outputs and states, with ten times the exact result's own response to noise in the inputs allowed as well. Not where the
-    exact result leaves 1e6, or PyTorch cannot follow it in fp32: there a configuration diverges. True where it compared."""
-    w, i = single(w_init), single(inputs)
-    runs = [(w_init, inputs, "chunked"), (w, i, "chunked"), (w, i, "cpp"), (noisy(w_init), noisy(inputs), "chunked")]
-    exact, peer, ours, response = (results(*run(config, *args, lengths)) for args in runs)
+    """Compares outputs and states, with ten times the exact result's own response to noise in the inputs allowed as well: the largest of
+    four, since one pattern of signs may meet no response. Not where the exact result leaves 1e6, or PyTorch cannot follow it in fp32:
+    there a configuration diverges. True where it compared."""
+    of = lambda w, i, backend: results(*run(config, w, i, backend, lengths))
+    exact, peer = of(w_init, inputs, "chunked"), of(single(w_init), single(inputs), "chunked")
     if not all(largest(t) < 1e6 and rms(peer[n] - t) <= 1e-3 * rms(t) for n, t in exact.items()):
         return False
-    for name in ours:
-        within_yardstick(ours[name], peer[name], exact[name], name, response[name])
-    return True
+    ours, noise = of(single(w_init), single(inputs), "cpp"), []
+    for seed in range(1, 5):
+        noise.append(of(noisy(w_init, seed), noisy(inputs, seed), "chunked"))
+        try:
+            for name in ours:
+                within_yardstick(ours[name], peer[name], exact[name], name, *(found[name] for found in noise))
+            return True
+        except AssertionError:
+            if seed == 4:
+                raise
 
 
 def largest(t: torch.Tensor) -> float:
@@ -64,12 +71,18 @@ FORGETFUL = TitansConfig(
     16, chunk_memory=1, chunk_other=1, self_modifying=False, own_values=False, step_clip=False, objective="dot", dgd=False,
     retain_to="zero", qk_l2norm=False, eta_scale=0.01,
 )
+# Without the clip: noise of one pattern of signs moves pending_eta by 7e-7, of others by 2e-4.
+CHAOTIC = TitansConfig(
+    16, chunk_memory=8, chunk_other=8, step_clip=False, dgd=False, qk_l2norm=False, eta_activation="softplus", eta_scale=0.1,
+    scalar_skip=True,
+)
 
 
 @settings(max_examples=60)
 @given(configs(), st.sampled_from([1, 7, 33, 70]), st.sampled_from([0.0, 0.5, 0.9]), st.integers(0, 10**6), st.booleans())
 @example(SENSITIVE, 70, 0.9, 339232, True)
 @example(FORGETFUL, 71, 0.0, 71, False)
+@example(CHAOTIC, 57, 1.0, 57, True)
 def test_meets_the_yardstick(config, tokens, correlation, seed, ragged):
     assume(drawn(config, tokens, correlation, seed, ragged))
 
