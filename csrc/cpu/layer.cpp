@@ -121,6 +121,7 @@ extern "C" int hope_output_gate(
   if (!extents({tokens, H}) || !rows_of_width(tokens * H, D, threads)) return BAD_ARGUMENT;
   if (tokens * H > 0 && !all_given({o, y})) return BAD_ARGUMENT;
   for_rows(tokens * H, D, threads, [&](int64_t r) {
+    const FlushDenormals flush;  // for sigma
     const f8 factor = all(gain ? rms_factor(o + r * D, D) : 1);
     for (int64_t i = 0; i < D; i += 8) {
       f8 x = load(o + r * D + i) * factor;
@@ -138,6 +139,7 @@ extern "C" int hope_output_gate_backward(
   if (!extents({tokens, H}) || !rows_of_width(tokens * H, D, threads)) return BAD_ARGUMENT;
   if (tokens * H > 0 && (!all_given({o, dy, d_o}) || !gate != !dgate)) return BAD_ARGUMENT;
   for_rows(tokens * H, D, threads, [&](int64_t r) {
+    const FlushDenormals flush;
     const float *x = o + r * D, *weight = gain ? gain + r % H * D : nullptr, factor = gain ? rms_factor(x, D) : 1;
     float* to = d_o + r * D;
     f8 sum = all(0);

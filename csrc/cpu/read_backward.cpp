@@ -69,9 +69,9 @@ void run(const TitansReadBackward& c, int64_t task, float* work) {
 bool fits(const TitansReadBackward& c) {
   const bool sizes = width(c.D) && width(c.N) && c.H > 0 && c.chunk > 0 && c.chunk <= LARGEST && extents({c.B, c.T, c.H, c.D}) &&
                      extents({c.B, c.H, c.kept, c.N, c.D}) && threads_fit(c.threads) && c.activation >= GELU_TANH && c.activation <= SILU;
-  if (!sizes || c.B * c.T == 0 || c.kept == 0) return sizes;
-  return all_given({c.kept2, c.kept1, c.q, c.grad, c.pos, c.len, c.dq}) && rows_fit(c.B, c.T, c.pos, c.len) &&
-         kept_fit(c.B, c.kept, c.chunk, c.pos, c.len);
+  if (!sizes || c.B * c.T == 0) return sizes;
+  return all_given({c.q, c.grad, c.pos, c.len, c.dq}) && (c.kept == 0 || all_given({c.kept2, c.kept1})) &&
+         rows_fit(c.B, c.T, c.pos, c.len) && kept_fit(c.B, c.kept, c.chunk, c.pos, c.len);
 }
 
 }  // namespace
