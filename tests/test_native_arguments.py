@@ -22,8 +22,8 @@ CONFIGS = [TitansConfig(16, 2, chunk_memory=4, chunk_other=8), TitansConfig.pres
 FAR = 2**62
 SIZES = {
     "B": (-1, FAR), "T": (-1, FAR), "H": (0, -1, FAR), "D": (0, -8, 12, FAR), "N": (0, -8, 12, FAR), "Mf": (0, 2, 4), "Ms": (-1, 3, 9),
-    "chunk_memory": (0, -4, 3, FAR), "chunk_other": (0, -8, 3, FAR), "chunk": (0, -1, FAR), "kept": (-1, 0, 1, FAR), "threads": (0, -1, FAR),
-    "activation": (-1, 3),
+    "chunk_memory": (0, -4, 3, FAR), "chunk_other": (0, -8, 3, FAR), "chunk": (0, -1, FAR), "kept": (-1, 0, 1, FAR),
+    "threads": (0, -1, FAR), "activation": (-1, 3),
 }
 
 
@@ -143,14 +143,15 @@ def test_tensors_of_another_size_dtype_or_device_are_value_errors(config):
 
 def test_surroundings_of_another_size_are_value_errors():
     x, weight, small, meta = torch.randn(2, 5, 16), torch.randn(16, 4), torch.zeros(3), torch.zeros(2, 5, 16, device="meta")
-    heads = x.unflatten(-1, (2, 8))
+    heads, tail = x.unflatten(-1, (2, 8)), torch.zeros(2, 3, 16)
     for call in (
-        lambda: cpu.causal_conv(x, small, weight, [5, 5]), lambda: cpu.causal_conv(x, torch.zeros(2, 3, 16), weight, [5]),
-        lambda: cpu.causal_conv(x, torch.zeros(2, 3, 16), weight[:8], [5, 5]), lambda: cpu.causal_conv(x, torch.zeros(2, 3, 16), weight, [5, 6]),
-        lambda: cpu.causal_conv(meta, torch.zeros(2, 3, 16), weight, [5, 5]), lambda: cpu.causal_conv_backward(x, weight[:8]),
+        lambda: cpu.causal_conv(x, small, weight, [5, 5]), lambda: cpu.causal_conv(x, tail, weight, [5]),
+        lambda: cpu.causal_conv(x, tail, weight[:8], [5, 5]), lambda: cpu.causal_conv(x, tail, weight, [5, 6]),
+        lambda: cpu.causal_conv(meta, tail, weight, [5, 5]), lambda: cpu.causal_conv_backward(x, weight[:8]),
         lambda: cpu.unit(meta), lambda: cpu.unit(x[..., :12]), lambda: cpu.unit_backward(small, x),
         lambda: cpu.output_gate(heads, small, None), lambda: cpu.output_gate(heads, None, small),
-        lambda: cpu.output_gate_backward(small, heads, None, None), lambda: cms._gelu(x, small, None), lambda: cms._gelu(x, x.clone(), small),
+        lambda: cpu.output_gate_backward(small, heads, None, None), lambda: cms._gelu(x, small, None),
+        lambda: cms._gelu(x, x.clone(), small),
     ):
         with pytest.raises(ValueError, match="cpp"):
             call()

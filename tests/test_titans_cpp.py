@@ -163,14 +163,14 @@ TEAMS = CONFIGS + [
 @pytest.mark.parametrize("config", TEAMS, ids=range(len(TEAMS)))
 @pytest.mark.parametrize("rows", [1, 3])
 def test_bit_identical_for_any_number_of_threads(config, rows):
-    """A thread that runs ahead reads or writes what another still needs: not every time, so every team tries several times."""
-    tokens = 53 if config in CONFIGS else 200
+    """Where a barrier is missing this fails by chance alone; tests/cpp/races.cpp, under the thread sanitizer, is certain."""
+    tokens = 53 if config in CONFIGS else 100
     w_init, inputs = map(single, problem(config, rows, tokens))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         o, end = run(config, w_init, inputs, "cpp")
-        for threads in (2, 3, 5) * 4:
+        for threads in (2, 3, 5) if config in CONFIGS else (2, 3, 2, 3, 5):
             torch.set_num_threads(threads)
             again, state = run(config, w_init, inputs, "cpp")
             assert torch.equal(again, o) and same(state, end)

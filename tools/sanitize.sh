@@ -22,7 +22,7 @@ memory)
   LD_PRELOAD=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so) \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HOPE_KERNELS_TEST_LIBRARY=$library HOPE_KERNELS_TEST_SEED=0 \
     "${2:-python3}" -m pytest -q -p no:cacheprovider tests/test_titans_cpp.py tests/test_titans_cpp_backward.py tests/test_cms_cpp.py \
-    tests/test_layer_cpp.py
+    tests/test_layer_cpp.py tests/test_native_arguments.py
   ;;
 *)
   echo "usage: tools/sanitize.sh memory [PYTHON] | races" >&2
