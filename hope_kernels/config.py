@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,30 @@ def _one_of(where: str, field: str, value: Any, options: tuple) -> None:
     _require(value in options, where, field, value, "one of " + ", ".join(map(repr, options)))
 
 
-def _positive_int(where: str, field: str, value: Any) -> None:
-    _require(isinstance(value, int) and not isinstance(value, bool) and value > 0, where, field, value, "a positive integer")
+SIZE, PERIOD, LAYERS = 2**31 - 1, 2**62, 2**16  # the most that a width, a number of tokens, a number of blocks may be
+
+
+def _flags(config: _Config, where: str, *fields: str) -> None:
+    """Checks switches; 0, 1 and NumPy's become bools."""
+    for field in fields:
+        _one_of(where, field, getattr(config, field), (True, False))
+        object.__setattr__(config, field, bool(getattr(config, field)))
+
+
+def _positive_int(where: str, field: str, value: Any, most: int = SIZE) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool)
+    _require(ok and value > 0, where, field, value, "a positive integer")
+    _require(value <= most, where, field, value, f"at most {most}")
 
 
 def _finite(where: str, field: str, value: Any) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     _require(ok, where, field, value, "a finite number")
+
+
+def _items(where: str, field: str, value: Any, expected: str) -> tuple:
+    _require(isinstance(value, (list, tuple)), where, field, value, expected)
+    return tuple(value)
 
 
 class _Config:
@@ -40,7 +58,7 @@ class _Config:
     @classmethod
     def preset(cls, name: str, **overrides):
         """The named preset of this configuration, with ``overrides`` on top. Raises ValueError for an unknown name."""
-        if name not in cls.PRESETS:
+        if not isinstance(name, str) or name not in cls.PRESETS:
             raise ValueError(f"{cls.__name__}.preset: unknown preset {name!r}, expected one of {sorted(cls.PRESETS)}")
         return cls(**{**cls.PRESETS[name], **overrides})
 
@@ -53,10 +71,15 @@ class _Config:
 
     @classmethod
     def from_dict(cls, data: dict):
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
+        """The configuration of ``to_dict``. Raises ValueError for anything but a dict of its fields with all that have no default."""
+        _require(isinstance(data, dict), cls.__name__, "its plain data", data, "a dict")
+        fields = dataclasses.fields(cls)
+        unknown = sorted(map(str, set(data) - {f.name for f in fields}))
         if unknown:
             raise ValueError(f"{cls.__name__}: unknown fields {unknown}; this file may come from a newer version")
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in data]
+        if missing:
+            raise ValueError(f"{cls.__name__}: fields {missing} are missing")
         return cls(**data)
 
 
@@ -130,13 +153,12 @@ class TitansConfig(_Config):
             _finite(w, "alpha_bias", self.alpha_bias)
         if self.conv_window is not None:
             _positive_int(w, "conv_window", self.conv_window)
+        _require(self.hidden <= SIZE, w, "hidden_mult", self.hidden_mult, f"at most {SIZE} hidden units a head")
         if self.momentum is not None and self.momentum != "learned":
             ok = isinstance(self.momentum, (int, float)) and not isinstance(self.momentum, bool) and 0 <= self.momentum < 1
             _require(ok, w, "momentum", self.momentum, "None, 'learned' or a float in [0, 1)")
-        for field in ("self_modifying", "own_values", "target_norm", "step_clip", "dgd", "retention", "adaptive_q", "qk_l2norm",
-                      "out_norm", "gate", "out_proj", "scalar_skip"):
-            _one_of(w, field, getattr(self, field), (True, False))
-        _one_of(w, "in_proj", self.in_proj, (None, True, False))
+        _flags(self, w, "self_modifying", "own_values", "target_norm", "step_clip", "dgd", "retention", "adaptive_q", "qk_l2norm",
+               "out_norm", "gate", "out_proj", "scalar_skip", *(() if self.in_proj is None else ("in_proj",)))
         _require(self.self_modifying or not self.adaptive_q, w, "adaptive_q", True, "False when self_modifying=False")
 
     @property
@@ -193,27 +215,28 @@ class CMSConfig(_Config):
     def __post_init__(self) -> None:
         w = "CMSConfig"
         _positive_int(w, "d_model", self.d_model)
-        chunks = (self.chunks,) if isinstance(self.chunks, int) else tuple(self.chunks)
+        chunks = (self.chunks,) if isinstance(self.chunks, int) else _items(w, "chunks", self.chunks, "one period or a tuple of them")
         object.__setattr__(self, "chunks", chunks)
         _require(len(chunks) > 0, w, "chunks", chunks, "at least one period")
         for c in chunks:
-            _positive_int(w, "chunks", c)
+            _positive_int(w, "chunks", c, PERIOD)
         for a, b in zip(chunks, chunks[1:]):
             _require(a < b and b % a == 0, w, "chunks", chunks, "strictly increasing periods, each dividing the next")
         _one_of(w, "variant", self.variant, ("sequential", "independent", "nested"))
         _one_of(w, "mlp", self.mlp, ("gelu", "swiglu"))
         _one_of(w, "norm", self.norm, ("rmsnorm", "layernorm"))
         _one_of(w, "optimizer", self.optimizer, ("gd", "momentum", "muon"))
-        _one_of(w, "bias", self.bias, (True, False))
+        _flags(self, w, "bias")
         _finite(w, "expansion", self.expansion)
         _require(self.expansion > 0, w, "expansion", self.expansion, "a positive number")
         if self.intermediate_size is not None:
             _positive_int(w, "intermediate_size", self.intermediate_size)
-        _require(self.hidden > 0, w, "expansion", self.expansion, "at least one hidden unit")
+        fits = self.intermediate_size is not None or 1 <= self.expansion * self.d_model <= SIZE
+        _require(fits, w, "expansion", self.expansion, f"at least one hidden unit and at most {SIZE}")
         _finite(w, "momentum", self.momentum)
         _require(0 <= self.momentum < 1, w, "momentum", self.momentum, "a float in [0, 1)")
         if self.lr is not None and not isinstance(self.lr, (int, float)):
-            object.__setattr__(self, "lr", tuple(self.lr))
+            object.__setattr__(self, "lr", _items(w, "lr", self.lr, "None, a number or one per level"))
             _require(len(self.lr) == len(chunks), w, "lr", self.lr, f"one value per level ({len(chunks)})")
         for value in self.learning_rates:
             _finite(w, "lr", value)
@@ -297,11 +320,14 @@ class HopeConfig(_Config):
 
     def __post_init__(self) -> None:
         w = "HopeConfig"
-        for field in ("vocab_size", "d_model", "num_layers"):
-            _positive_int(w, field, getattr(self, field))
+        for field, most in (("vocab_size", SIZE), ("d_model", SIZE), ("num_layers", LAYERS)):
+            _positive_int(w, field, getattr(self, field), most)
+        _flags(self, w, "attention_bias", "tie_embeddings")
         _one_of(w, "mixer", self.mixer, ("self_modifying", "titans", "attention"))
         if isinstance(self.titans, dict):
             object.__setattr__(self, "titans", TitansConfig.from_dict(self.titans))
+        ok = self.titans is None or isinstance(self.titans, TitansConfig)
+        _require(ok, w, "titans", self.titans, "None, a TitansConfig or its fields as a dict")
         if self.titans is None and self.mixer != "attention":
             preset = "titans" if self.mixer == "titans" else "default"
             object.__setattr__(self, "titans", TitansConfig.preset(preset, d_model=self.d_model, num_heads=self.num_heads or 1))
@@ -324,7 +350,7 @@ class HopeConfig(_Config):
             width = self.d_model // self.num_heads
             _require(width % 2 == 0, w, "d_model / num_heads", width, "an even width (RoPE)")
         if self.window is not None:
-            _positive_int(w, "window", self.window)
+            _positive_int(w, "window", self.window, PERIOD)
         for field in ("rope_theta", "norm_eps"):
             _finite(w, field, getattr(self, field))
             _require(getattr(self, field) > 0, w, field, getattr(self, field), "a positive number")
@@ -342,6 +368,8 @@ class HopeConfig(_Config):
         elif isinstance(cms, (list, tuple)):
             cms = tuple(CMSConfig.from_dict(c) if isinstance(c, dict) else c for c in cms)
             _require(len(cms) == self.num_layers, w, "cms", f"{len(cms)} configurations", f"one per block ({self.num_layers})")
+        ok = all(c is None or isinstance(c, CMSConfig) for c in (cms if isinstance(cms, tuple) else (cms,)))
+        _require(ok, w, "cms", self.cms, "None, a CMSConfig or its fields as a dict, or one per block")
         object.__setattr__(self, "cms", cms)
         for c in self.block_cms:
             if c is not None:

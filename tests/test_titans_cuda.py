@@ -1,8 +1,10 @@
 """The memory's CUDA C++ kernels, on a GPU if there is one, else on an emulated one: against the fp64 closed form by the yardstick, and bit
 for bit against themselves."""
 
+import os
 import re
 import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -42,11 +44,11 @@ def kernels():
         pytest.skip("the CUDA library was not built (python -m tools.build_cuda)")
     if DEVICE == "cpu" and build_cuda.host_compiler() is None:
         pytest.skip("needs a CUDA device or a C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("HOPE_KERNELS_EMULATED", str(build_cuda.build_emulated()))
-        assert available_backends()["cuda"] is None
-        yield
+    if DEVICE == "cpu":
+        library.emulate(str(build_cuda.build_emulated()))
+    assert available_backends()["cuda"] is None
+    yield
+    library.emulate(None)
 
 
 def emulate(capability: int = 90, seed: int = 0, resident: int = 9) -> None:
@@ -458,8 +460,17 @@ def test_a_layer_is_what_it_is_on_the_chunked_backend():
     assert resolve_conv_and_gate(WIDE, "cuda") == same_ones
 
 
+def test_no_environment_variable_loads_a_library(tmp_path):
+    """A process that never called ``emulate`` looks at the installed library alone."""
+    (tmp_path / "other.so").write_bytes(b"not a library")
+    code = "from hope_kernels.ops import cuda; print(cuda.emulated(), 'other.so' in str(cuda.unavailable()))"
+    environment = os.environ | {"HOPE_KERNELS_EMULATED": str(tmp_path / "other.so")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["None", "False"], done.stderr
+
+
 def test_says_why_it_is_absent(monkeypatch, tmp_path):
-    monkeypatch.delenv("HOPE_KERNELS_EMULATED", raising=False)
+    monkeypatch.setattr(library, "_emulated", None)
     monkeypatch.setattr(library, "LIBRARY", str(tmp_path / "none.so"))
     assert "was not built" in available_backends()["cuda"]
     layer = SelfModifyingTitans(TitansConfig(64)).bfloat16()

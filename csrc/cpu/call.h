@@ -37,6 +37,7 @@ struct TitansReadBackward {
 extern "C" {
 int hope_titans_abi();                               // changes whenever one of these structs does
 int hope_titans_supported();                         // 1 if this CPU can run the library
-int hope_titans_scan(const TitansCall*);             // 0, or 1 when memory runs out (before anything is written)
-int hope_titans_read_backward(const TitansReadBackward*);  // likewise
+// 0; or, before anything is written, 1 when memory runs out and 2 for arguments that do not fit each other (check.h)
+int hope_titans_scan(const TitansCall*);
+int hope_titans_read_backward(const TitansReadBackward*);
 }

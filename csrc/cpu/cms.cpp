@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "check.h"
 #include "cms.h"
 #include "vec.h"
 
@@ -13,9 +14,10 @@ constexpr int64_t BLOCK = 1 << 12;  // numbers a thread takes at a time
 
 }  // namespace
 
-extern "C" void hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope) {
+extern "C" int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope) {
+  if (n < 0 || n > MOST_FLOATS || n % 8 || !threads_fit(threads) || (n && !all_given({z, a}))) return BAD_ARGUMENT;
   const int64_t count = (n + BLOCK - 1) / BLOCK;
-  const int team = count < 8 ? 1 : static_cast<int>(std::max<int64_t>(threads, 1));
+  const int team = count < 8 ? 1 : static_cast<int>(threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t block = 0; block < count; block++) {
     const FlushDenormals flush;
@@ -25,11 +27,13 @@ extern "C" void hope_cms_gelu(int64_t n, int64_t threads, const float* z, float*
       if (slope) store(slope + i, s);
     }
   }
+  return DONE;
 }
 
-extern "C" void hope_cms_norm_backward(
+extern "C" int hope_cms_norm_backward(
     int64_t rows, int64_t d, int64_t threads, float eps, const float* x, const float* gain, const float* dn, const float* dy, float* dx) {
-  const int team = rows * d < 8 * BLOCK ? 1 : static_cast<int>(std::max<int64_t>(threads, 1));
+  if (!width(d) || rows < 0 || rows > MOST_FLOATS / d || !threads_fit(threads) || (rows && !all_given({x, gain, dn, dx}))) return BAD_ARGUMENT;
+  const int team = rows * d < 8 * BLOCK ? 1 : static_cast<int>(threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     const float *xr = x + r * d, *g = dn + r * d;
@@ -46,4 +50,5 @@ extern "C" void hope_cms_norm_backward(
       store(dx + r * d + i, dy ? back + load(dy + r * d + i) : back);
     }
   }
+  return DONE;
 }

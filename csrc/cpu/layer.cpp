@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <vector>
 
+#include "check.h"
 #include "layer.h"
 #include "vec.h"
 
@@ -23,10 +25,12 @@ HK_INLINE float dot(const float* a, const float* b, int64_t n) {
 
 template <class Row>
 void for_rows(int64_t rows, int64_t width, int64_t threads, Row row) {
-  const int n = rows * width <= ALONE ? 1 : static_cast<int>(std::max<int64_t>(threads, 1));
+  const int n = rows * width <= ALONE ? 1 : static_cast<int>(threads);
 #pragma omp parallel for num_threads(n) schedule(static)
   for (int64_t r = 0; r < rows; r++) row(r);
 }
+
+bool rows_of_width(int64_t rows, int64_t D, int64_t threads) { return width(D) && rows <= MOST_FLOATS / D && rows >= 0 && threads_fit(threads); }
 
 // weight [d, W] as W rows of d
 std::vector<float> taps(const float* weight, int64_t d, int64_t W) {
@@ -41,9 +45,14 @@ HK_INLINE float rms_factor(const float* o, int64_t D) { return 1 / std::sqrt(dot
 
 }  // namespace
 
-extern "C" void hope_conv(
+extern "C" int hope_conv(
     int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads, const float* x, const float* tail, const float* weight, const int64_t* len, float* y,
-    float* new_tail) {
+    float* new_tail) try {
+  if (!width(d) || W < 1 || !extents({B, T, d}) || !extents({B, W, d}) || !threads_fit(threads)) return BAD_ARGUMENT;
+  if (B == 0) return DONE;
+  if (!all_given({weight, len}) || (T && !all_given({x, y})) || (W > 1 && !all_given({tail, new_tail})) || !rows_fit(B, T, nullptr, len)) {
+    return BAD_ARGUMENT;
+  }
   const std::vector<float> w = taps(weight, d, W);
   auto input = [&](int64_t b, int64_t i) {  // the i-th of a row's inputs, its tail's W - 1 first
     return i < W - 1 ? tail + (b * (W - 1) + i) * d : x + (b * T + i - W + 1) * d;
@@ -62,9 +71,15 @@ extern "C" void hope_conv(
   });
   for (int64_t b = 0; b < B; b++)
     for (int64_t i = 0; i < W - 1; i++) std::memcpy(new_tail + (b * (W - 1) + i) * d, input(b, len[b] + i), d * sizeof(float));
+  return DONE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
 }
 
-extern "C" void hope_conv_backward(int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads, const float* weight, const float* dy, float* dx) {
+extern "C" int hope_conv_backward(int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads, const float* weight, const float* dy, float* dx) try {
+  if (!width(d) || W < 1 || !extents({B, T, d}) || !extents({W, d}) || !threads_fit(threads)) return BAD_ARGUMENT;
+  if (B * T == 0) return DONE;
+  if (!all_given({weight, dy, dx})) return BAD_ARGUMENT;
   const std::vector<float> w = taps(weight, d, W);
   for_rows(B * T, W * d, threads, [&](int64_t r) {
     const int64_t ahead = std::min(W, T - r % T);  // outputs that saw this input
@@ -74,27 +89,39 @@ extern "C" void hope_conv_backward(int64_t B, int64_t T, int64_t d, int64_t W, i
       store(dx + r * d + i, s);
     }
   });
+  return DONE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
 }
 
-extern "C" void hope_unit(int64_t rows, int64_t D, int64_t threads, const float* x, float* y) {
+extern "C" int hope_unit(int64_t rows, int64_t D, int64_t threads, const float* x, float* y) {
+  if (!rows_of_width(rows, D, threads)) return BAD_ARGUMENT;
+  if (rows && !all_given({x, y})) return BAD_ARGUMENT;
   for_rows(rows, D, threads, [&](int64_t r) {
     const f8 n = all(1 / std::max(NORM_EPS, std::sqrt(dot(x + r * D, x + r * D, D))));
     for (int64_t i = 0; i < D; i += 8) store(y + r * D + i, load(x + r * D + i) * n);
   });
+  return DONE;
 }
 
 // (dy - y (y . dy)) / |x|; below the lower limit the norm is a constant
-extern "C" void hope_unit_backward(int64_t rows, int64_t D, int64_t threads, const float* x, const float* dy, float* dx) {
+extern "C" int hope_unit_backward(int64_t rows, int64_t D, int64_t threads, const float* x, const float* dy, float* dx) {
+  if (!rows_of_width(rows, D, threads)) return BAD_ARGUMENT;
+  if (rows && !all_given({x, dy, dx})) return BAD_ARGUMENT;
   for_rows(rows, D, threads, [&](int64_t r) {
     const float *xr = x + r * D, *g = dy + r * D, norm = std::sqrt(dot(xr, xr, D)), n = 1 / std::max(NORM_EPS, norm);
     const f8 along = all(norm <= NORM_EPS ? 0 : n * n * dot(xr, g, D));
     for (int64_t i = 0; i < D; i += 8) store(dx + r * D + i, fnma(along, load(xr + i), load(g + i)) * all(n));
   });
+  return DONE;
 }
 
-extern "C" void hope_output_gate(
+extern "C" int hope_output_gate(
     int64_t tokens, int64_t H, int64_t D, int64_t threads, const float* o, const float* gain, const float* gate, float* y) {
+  if (!extents({tokens, H}) || !rows_of_width(tokens * H, D, threads)) return BAD_ARGUMENT;
+  if (tokens * H > 0 && !all_given({o, y})) return BAD_ARGUMENT;
   for_rows(tokens * H, D, threads, [&](int64_t r) {
+    const FlushDenormals flush;  // for sigma
     const f8 factor = all(gain ? rms_factor(o + r * D, D) : 1);
     for (int64_t i = 0; i < D; i += 8) {
       f8 x = load(o + r * D + i) * factor;
@@ -103,12 +130,16 @@ extern "C" void hope_output_gate(
       store(y + r * D + i, x);
     }
   });
+  return DONE;
 }
 
-extern "C" void hope_output_gate_backward(
+extern "C" int hope_output_gate_backward(
     int64_t tokens, int64_t H, int64_t D, int64_t threads, const float* o, const float* gain, const float* gate, const float* dy, float* d_o,
     float* dgate) {
+  if (!extents({tokens, H}) || !rows_of_width(tokens * H, D, threads)) return BAD_ARGUMENT;
+  if (tokens * H > 0 && (!all_given({o, dy, d_o}) || !gate != !dgate)) return BAD_ARGUMENT;
   for_rows(tokens * H, D, threads, [&](int64_t r) {
+    const FlushDenormals flush;
     const float *x = o + r * D, *weight = gain ? gain + r % H * D : nullptr, factor = gain ? rms_factor(x, D) : 1;
     float* to = d_o + r * D;
     f8 sum = all(0);
@@ -129,4 +160,5 @@ extern "C" void hope_output_gate_backward(
     const f8 along = all(total(sum) / D * factor);  // mean(g n), times n = factor x
     for (int64_t i = 0; i < D; i += 8) store(to + i, fnma(along, load(x + i), load(to + i)) * all(factor));
   });
+  return DONE;
 }

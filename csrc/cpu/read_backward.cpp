@@ -16,6 +16,7 @@
 #endif
 
 #include "call.h"
+#include "check.h"
 #include "panel.h"
 
 namespace {
@@ -65,10 +66,20 @@ void run(const TitansReadBackward& c, int64_t task, float* work) {
   }
 }
 
+bool fits(const TitansReadBackward& c) {
+  const bool sizes = width(c.D) && width(c.N) && c.H > 0 && c.chunk > 0 && c.chunk <= LARGEST && extents({c.B, c.T, c.H, c.D}) &&
+                     extents({c.B, c.H, c.kept, c.N, c.D}) && threads_fit(c.threads) && c.activation >= GELU_TANH && c.activation <= SILU;
+  if (!sizes || c.B * c.T == 0) return sizes;
+  return all_given({c.q, c.grad, c.pos, c.len, c.dq}) && (c.kept == 0 || all_given({c.kept2, c.kept1})) &&
+         rows_fit(c.B, c.T, c.pos, c.len) && kept_fit(c.B, c.kept, c.chunk, c.pos, c.len);
+}
+
 }  // namespace
 
 extern "C" int hope_titans_read_backward(const TitansReadBackward* call) {
+  if (!call || !fits(*call)) return BAD_ARGUMENT;
   const TitansReadBackward& c = *call;
+  if (c.T == 0) return DONE;
   const int64_t tasks = c.B * c.H * c.kept, floats = (2 * c.D + c.N) * PANEL;
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c.threads, tasks)));
   try {
@@ -84,8 +95,8 @@ extern "C" int hope_titans_read_backward(const TitansReadBackward* call) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < tasks; i++) run(c, i, mine);
     }
-    return 0;
+    return DONE;
   } catch (const std::bad_alloc&) {
-    return 1;
+    return NO_MEMORY;
   }
 }

@@ -3,6 +3,11 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include <immintrin.h>
 
@@ -49,3 +54,21 @@ struct Team {
     return {lo < b ? lo : b, hi < b ? hi : b};
   }
 };
+
+// f(id, n) on `threads` threads, or on as many as there are: n.
+template <class F>
+void in_parallel(int threads, F f) {
+#ifdef HOPE_STD_THREADS  // the thread sanitizer does not see OpenMP's
+  std::vector<std::thread> others;
+  for (int id = 1; id < threads; id++) others.emplace_back(f, id, threads);
+  f(0, threads);
+  for (std::thread& t : others) t.join();
+#else
+#pragma omp parallel num_threads(threads)
+#ifdef _OPENMP
+  f(omp_get_thread_num(), omp_get_num_threads());
+#else
+  f(0, 1);
+#endif
+#endif
+}

@@ -14,17 +14,16 @@
 // Per token and head 64 D N + 3 C D FLOPs and less; 70 D N with target norms, 80 with deviations kept beside a base as well.
 // The weights stream from L2 or L3 once per product; a tile reuses each for 16 tokens, so that the FMA units are the limit.
 
+#include <cfloat>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "call.h"
+#include "check.h"
 #include "panel.h"
 #include "team.h"
 #include "workspace.h"
@@ -71,13 +70,18 @@ void normalize_lanes(float* x, int64_t D) {
 
 class Scan {
  public:
-  Scan(const TitansCall& call, const Workspace& work, const Team& team, std::vector<float>& mine)
+  // Floats that each thread has to itself.
+  static int64_t own_floats(const TitansCall& c) {
+    const int64_t big = std::max(c.chunk_memory, c.chunk_other);
+    return (big + 1 + c.Mf + c.Ms + 4) * panels(big) * PANEL;
+  }
+
+  Scan(const TitansCall& call, const Workspace& work, const Team& team, float* mine)
       : c(call), w(work), team(team), D(c.D), N(c.N), M(c.Mf + c.Ms), hid(M * N), R(hid + (c.scalar_skip ? c.Ms : 0)),
         big(std::max(c.chunk_memory, c.chunk_other)), small(std::min(c.chunk_memory, c.chunk_other)),
         by_memory(team.size == 2 && c.update && c.Mf == 3 && big == small) {
     const int64_t padded = panels(big) * PANEL;
-    mine.resize((big + 1) * padded + (M + 4) * padded);
-    decay = mine.data();
+    decay = mine;
     gain = decay + (big + 1) * padded;
     size = gain + M * padded, weight = size + padded, eta = weight + padded;
     ld = padded;
@@ -107,8 +111,8 @@ class Scan {
       }
       slot = end;
     }
+    // no barrier: until the one in open(), the next head touches only what this thread left here itself
     if (c.update) close((phase + n) % big);
-    team.sync();
   }
 
  private:
@@ -531,9 +535,11 @@ class Scan {
         f8 e = load(w.es + (p * c.Ms + i - c.Mf) * PANEL + lane);
         e2 = e * e;
       }
-      store(size + t, _mm256_sqrt_ps(a2 + d2 / (e2 + all(1e-9f)) + all(1e-12f)));
+      // where a square overflows S does and the step is 0; bounds, since inf / inf and 0 inf would be NaN
+      const f8 m = _mm256_sqrt_ps(a2 + d2 / (_mm256_min_ps(all(FLT_MAX), e2) + all(1e-9f)) + all(1e-12f));
+      store(size + t, _mm256_min_ps(all(1e30f), m));
     }
-    for (int64_t t = 0; t < C; t++) weight[t] = eta[t] * size[t];
+    for (int64_t t = 0; t < C; t++) weight[t] = eta[t] * size[t] > FLT_MAX ? FLT_MAX : eta[t] * size[t];
     for (int64_t t = 0; t < C; t += 8) {
       f8 s = all(0);
       for (int64_t j = 0; j < C; j++) {
@@ -641,7 +647,7 @@ class Scan {
   }
 };
 
-void scan(const TitansCall& c, const Workspace& work, const Team& team, std::vector<float>& mine, int64_t b, int64_t h) {
+void scan(const TitansCall& c, const Workspace& work, const Team& team, float* mine, int64_t b, int64_t h) {
   Scan s(c, work, team, mine);
   switch (c.activation) {
     case GELU: return s.run<GELU>(b, h);
@@ -652,7 +658,8 @@ void scan(const TitansCall& c, const Workspace& work, const Team& team, std::vec
 
 struct Memory {  // zeroed, 64-byte aligned
   float* data;
-  explicit Memory(int64_t floats) : data(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64))) {
+  explicit Memory(int64_t floats)
+      : data(floats > MOST_FLOATS ? nullptr : static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64))) {
     if (!data) throw std::bad_alloc();
     std::memset(data, 0, floats * sizeof(float));
   }
@@ -665,42 +672,58 @@ void all_heads(const TitansCall& c) {
   const int64_t groups = c.B * c.H;
   Workspace sizes;
   const int64_t floats = sizes.carve(c, nullptr);
-#ifdef _OPENMP
-  const int threads = static_cast<int>(c.threads > 1 ? c.threads : 1);
-#else
-  const int threads = 1;
-#endif
+  const int threads = static_cast<int>(c.threads);
   const bool together = groups < threads;  // all threads on one (row, head), or one on each
   const int works = together ? 1 : threads;
-  Memory memory(floats * works);
+  Memory memory(floats > MOST_FLOATS ? floats : floats * works);
   std::vector<Workspace> work(works);
   for (int i = 0; i < works; i++) work[i].carve(c, memory.data + i * floats);
-  std::vector<std::vector<float>> mine(threads);
+  // every thread's own floats are asked for here, since an exception must not leave the parallel region; pages come as they are touched
+  const int64_t own = Scan::own_floats(c);
+  const std::unique_ptr<float, void (*)(void*)> mine(static_cast<float*>(std::calloc(own * threads, sizeof(float))), std::free);
+  if (!mine) throw std::bad_alloc();
   Barrier barrier;
-#pragma omp parallel num_threads(threads)
-  {
-#ifdef _OPENMP
-    const int id = omp_get_thread_num(), n = omp_get_num_threads();
-#else
-    const int id = 0, n = 1;
-#endif
+  in_parallel(threads, [&](int id, int n) {
     const FlushDenormals guard;
     const Team team = together ? Team{id, n, &barrier} : Team{0, 1, nullptr};
-    for (int64_t i = together ? 0 : id; i < groups; i += together ? 1 : n) scan(c, work[together ? 0 : id], team, mine[id], i / c.H, i % c.H);
-  }
+    for (int64_t i = together ? 0 : id; i < groups; i += together ? 1 : n) {
+      scan(c, work[together ? 0 : id], team, mine.get() + id * own, i / c.H, i % c.H);
+    }
+  });
+}
+
+bool sizes_fit(const TitansCall& c) {
+  const int64_t big = std::max(c.chunk_memory, c.chunk_other), small = std::min(c.chunk_memory, c.chunk_other);
+  const int64_t scalars = c.self_modifying ? 1 + (c.retention != 0) : 0;
+  return width(c.D) && width(c.N) && c.H > 0 && c.Mf == (c.self_modifying ? 3 : 1) && c.Ms == scalars && small > 0 && big <= LARGEST &&
+         big % small == 0 && extents({c.B, c.T, c.H, c.D}) && extents({c.B, c.H, c.Mf + c.Ms, c.N + 1, c.D}) && extents({c.B, big, c.H, c.D}) &&
+         extents({c.B, c.H, c.kept, c.N, c.D}) && extents({big, c.Mf + c.Ms, c.N + 1}) && threads_fit(c.threads) &&
+         c.activation >= GELU_TANH && c.activation <= SILU;
+}
+
+// for a call that has tokens
+bool pointers_fit(const TitansCall& c) {
+  if (!all_given({c.delta2, c.delta1, c.q, c.o, c.pos, c.len, c.pending_k, c.pending_v, c.pending_eta})) return false;
+  if ((c.Ms && !c.delta1s) || !c.base2 != !c.base1 || !(c.base2 && c.Ms) != !c.base1s || !c.kept2 != !c.kept1) return false;
+  if (!rows_fit(c.B, c.T, c.pos, c.len)) return false;
+  if (c.kept2 && !(c.update ? kept_fit(c.B, c.kept, c.chunk_memory, c.pos, c.len) : c.kept > 0)) return false;
+  return !c.update || (c.self_modifying ? c.x != nullptr : all_given({c.k, c.v, c.eta}));
 }
 
 }  // namespace
 
-extern "C" int hope_titans_abi() { return 3; }
+extern "C" int hope_titans_abi() { return 4; }
 
 extern "C" int hope_titans_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 extern "C" int hope_titans_scan(const TitansCall* call) {
+  if (!call || !sizes_fit(*call)) return BAD_ARGUMENT;
+  if (call->B * call->T == 0) return DONE;
+  if (!pointers_fit(*call)) return BAD_ARGUMENT;
   try {
     all_heads(*call);
-    return 0;
+    return DONE;
   } catch (const std::bad_alloc&) {
-    return 1;
+    return NO_MEMORY;
   }
 }

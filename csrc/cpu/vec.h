@@ -105,7 +105,8 @@ HK_INLINE f8 sigma(f8 z, f8& slope) {
   }
   const f8 e = decay_of<ACT>(z), gate = reciprocal(all(1.0f) + e), a = z * gate;
   f8 inner = all(1.0f);  // derivative of the sigmoid's argument
-  if constexpr (ACT == GELU_TANH) inner = fma(z * z, all(3 * 0.07135481628f), all(1.595769122f));
+  // where z^2 overflows, e gate is 0 and would meet an infinity
+  if constexpr (ACT == GELU_TANH) inner = fma(_mm256_min_ps(all(1e30f), z * z), all(3 * 0.07135481628f), all(1.595769122f));
   slope = fma(a * (e * gate), inner, gate);  // e gate is 1 - gate without its cancellation
   return a;
 }

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .titans.cpp import address, library
+from .titans.cpp import address, check_outcome, library, row_array
 
 _SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS = {
@@ -25,44 +25,47 @@ _ARGUMENTS = {
 def _function(name: str):
     function = getattr(library(), f"hope_{name}")
     sizes, pointers = _ARGUMENTS[name]
-    function.argtypes, function.restype = [_SIZE] * sizes + [_POINTER] * pointers, None
+    function.argtypes, function.restype = [_SIZE] * sizes + [_POINTER] * pointers, ctypes.c_int
     return function
 
 
-def _call(name: str, *arguments: int | Tensor | None) -> None:
-    _function(name)(*(address(t) if isinstance(t, Tensor) else t for t in arguments))
+def _call(name: str, sizes: tuple[int, ...], *pointers: tuple[Tensor | None, int] | int) -> None:
+    """pointers: addresses, or tensors with the number of elements that the function takes them to have."""
+    threads = torch.get_num_threads()
+    check_outcome(_function(name)(*sizes, threads, *(p if isinstance(p, int) else address(*p) for p in pointers)), name)
 
 
 def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """``causal_conv_chunked``: y [B, T, d], zero behind a row's length, and the new tail [B, W-1, d]. Values behind it are not read."""
     x, tail, weight = x.contiguous(), tail.contiguous(), weight.contiguous()
     y, after = torch.empty_like(x), torch.empty_like(tail)
-    counts = (ctypes.c_int64 * len(lengths))(*lengths)
-    _call("conv", *x.shape, weight.shape[1], torch.get_num_threads(), x, tail, weight, ctypes.addressof(counts), y, after)
+    (B, T, d), W = x.shape, weight.shape[1]
+    every, kept, counts = B * T * d, B * (W - 1) * d, row_array(lengths, B)
+    _call("conv", (B, T, d, W), (x, every), (tail, kept), (weight, d * W), ctypes.addressof(counts), (y, every), (after, kept))
     return y, after
 
 
 def causal_conv_backward(dy: Tensor, weight: Tensor) -> Tensor:
     """dL/dx from dL/dy [B, T, d], zero behind a row's length: dx_t = sum_j weight[:, j] dy_{t+W-1-j}."""
     dy, weight = dy.contiguous(), weight.contiguous()
-    dx = torch.empty_like(dy)
-    _call("conv_backward", *dy.shape, weight.shape[1], torch.get_num_threads(), weight, dy, dx)
+    dx, every = torch.empty_like(dy), dy.numel()
+    _call("conv_backward", (*dy.shape, weight.shape[1]), (weight, dy.shape[2] * weight.shape[1]), (dy, every), (dx, every))
     return dx
 
 
 def unit(x: Tensor) -> Tensor:
     """``l2norm``: x / max(|x|, 1e-6) over the last dimension."""
     x = x.contiguous()
-    y = torch.empty_like(x)
-    _call("unit", x.shape[:-1].numel(), x.shape[-1], torch.get_num_threads(), x, y)
+    y, every = torch.empty_like(x), x.numel()
+    _call("unit", (every // x.shape[-1], x.shape[-1]), (x, every), (y, every))
     return y
 
 
 def unit_backward(dy: Tensor, x: Tensor) -> Tensor:
     """dL/dx of ``unit`` from dL/dy."""
     x, dy = x.contiguous(), dy.contiguous()
-    dx = torch.empty_like(x)
-    _call("unit_backward", x.shape[:-1].numel(), x.shape[-1], torch.get_num_threads(), x, dy, dx)
+    dx, every = torch.empty_like(x), x.numel()
+    _call("unit_backward", (every // x.shape[-1], x.shape[-1]), (x, every), (dy, every), (dx, every))
     return dx
 
 
@@ -71,7 +74,8 @@ def output_gate(o: Tensor, gain: Tensor | None, gate: Tensor | None) -> Tensor:
     o, gain, gate = (None if t is None else t.contiguous() for t in (o, gain, gate))
     B, T, H, D = o.shape
     y = o.new_empty(B, T, H * D)
-    _call("output_gate", B * T, H, D, torch.get_num_threads(), o, gain, gate, y)
+    every = B * T * H * D
+    _call("output_gate", (B * T, H, D), (o, every), (gain, H * D), (gate, every), (y, every))
     return y
 
 
@@ -80,5 +84,6 @@ def output_gate_backward(dy: Tensor, o: Tensor, gain: Tensor | None, gate: Tenso
     dy, o, gain, gate = (None if t is None else t.contiguous() for t in (dy, o, gain, gate))
     B, T, H, D = o.shape
     do, dgate = torch.empty_like(o), None if gate is None else torch.empty_like(gate)
-    _call("output_gate_backward", B * T, H, D, torch.get_num_threads(), o, gain, gate, dy, do, dgate)
+    every = B * T * H * D
+    _call("output_gate_backward", (B * T, H, D), (o, every), (gain, H * D), (gate, every), (dy, every), (do, every), (dgate, every))
     return do, dgate

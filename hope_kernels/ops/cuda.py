@@ -1,7 +1,7 @@
 """The library of CUDA C++ kernels (csrc/cuda/): whether it is there, and loading it. Importing this module does neither.
 
-HOPE_KERNELS_EMULATED, the path of a library that ``tools.build_cuda.build_emulated`` made, puts the same kernels on an emulated GPU in the
-CPU's memory, to test them: what TRITON_INTERPRET=1 is to Triton.
+Tests call ``emulate`` with the path of a library that ``tools.build_cuda.build_emulated`` made: it puts the same kernels on an emulated GPU
+in the CPU's memory, what TRITON_INTERPRET=1 is to Triton.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ import torch
 
 LIBRARY = os.path.join(os.path.dirname(os.path.dirname(__file__)), "_hope_cuda.so")
 _loaded: dict[str, str | None] = {}  # path -> None, or why it cannot be loaded
+_emulated: str | None = None
+
+
+def emulate(path: str | None) -> None:
+    """From now on this process uses the emulated library at ``path``; None: the real one again."""
+    global _emulated
+    _emulated = path
 
 
 @torch.compiler.assume_constant_result
 def emulated() -> str | None:
     """The emulated library's path, if this process is to use it."""
-    return os.environ.get("HOPE_KERNELS_EMULATED") or None
+    return _emulated
 
 
 @torch.compiler.assume_constant_result

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import CMSConfig
-from ..titans.cpp import address, library, unavailable
+from ..titans.cpp import address, check_outcome, library, unavailable
 from . import chunked
 from .chunked import Factors, Level, newton_schulz, outer_add_, refresh_
 from .matrix import times, times_transposed
@@ -60,7 +60,7 @@ def level_forward(x: Tensor, level: Level, config: CMSConfig, eps: float, *, res
         n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
     z = times_transposed(n, level["up"], level.get("up_bias")).contiguous()
     a, slope = torch.empty_like(z), torch.empty_like(z) if keep else None
-    _call("gelu", z.numel(), torch.get_num_threads(), z, a, slope)
+    _gelu(z, a, slope)
     y = times_transposed(a, level["down"], level.get("down_bias"))
     return x + y if residual else y, Saved(x, n, slope, a) if keep else None
 
@@ -78,17 +78,24 @@ def level_backward(
         dx = chunked.norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
         return dx + dy if residual else dx, factors
     x, dn, given, gain = saved.x.contiguous(), dn.contiguous(), dy.contiguous() if residual else None, level["norm_gain"].contiguous()
-    dx = torch.empty_like(x)
-    _call("norm_backward", x.shape[:-1].numel(), x.shape[-1], torch.get_num_threads(), eps, x, gain, dn, given, dx)
+    dx, every, d = torch.empty_like(x), x.numel(), x.shape[-1]
+    tensors = ((x, every), (gain, d), (dn, every), (given, every), (dx, every))
+    _call("norm_backward", every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))
     return dx, factors
+
+
+def _gelu(z: Tensor, a: Tensor, slope: Tensor | None) -> None:
+    """a becomes sigma(z), slope sigma'(z)."""
+    count = z.numel()
+    _call("gelu", count, torch.get_num_threads(), *(address(t, count) for t in (z, a, slope)))
 
 
 @cache
 def _function(name: str):
     function = getattr(library(), f"hope_cms_{name}")
-    function.argtypes, function.restype = _ARGUMENTS[name], None
+    function.argtypes, function.restype = _ARGUMENTS[name], ctypes.c_int
     return function
 
 
-def _call(name: str, *arguments: int | float | Tensor | None) -> None:
-    _function(name)(*(address(t) if isinstance(t, Tensor) else t for t in arguments))
+def _call(name: str, *arguments: int | float | None) -> None:
+    check_outcome(_function(name)(*arguments), f"cms {name}")

@@ -21,7 +21,7 @@ from ...config import TitansConfig
 from .fast_weights import FastWeights, TitansState
 
 LIBRARY = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), "_titans_cpu.so")
-ABI = 3
+ABI = 4
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _POINTERS = (
@@ -71,14 +71,23 @@ def library() -> ctypes.CDLL:
     return _library()
 
 
-def address(t: Tensor | None) -> int | None:
-    """What the library is handed for ``t``. Raises ValueError for another dtype than fp32: it would read, and write, past the end."""
+def address(t: Tensor | None, count: int, name: str = "a tensor of the layer, its input or its state") -> int | None:
+    """What the library is handed for ``t``, ``count`` fp32 numbers one after another. Raises ValueError for anything else: it would read,
+    and write, past the end."""
     if t is None:
         return None
-    if t.dtype != torch.float32:
-        raise ValueError(f"backend 'cpp': a tensor {list(t.shape)} of the layer, its input or its state has dtype {t.dtype}, expected "
-                         "torch.float32 (state.to(...) casts a state)")
+    if t.dtype is not torch.float32 or t.numel() != count or not t.is_cpu or not t.is_contiguous():
+        raise ValueError(f"backend 'cpp': {name} has dtype {t.dtype}, shape {list(t.shape)} and strides {list(t.stride())} on {t.device}, "
+                         f"expected {count} numbers of torch.float32, contiguous, on the CPU (state.to(...) casts and moves a state)")
     return t.data_ptr()
+
+
+def check_outcome(outcome: int, op: str) -> None:
+    """Raises MemoryError or ValueError where the library returned something other than 0."""
+    if outcome == 1:
+        raise MemoryError(f"{op}: backend 'cpp' could not allocate its work space; nothing was read")
+    if outcome:
+        raise ValueError(f"{op}: backend 'cpp' was handed sizes, lengths or tensors that do not fit each other; nothing was read")
 
 
 @torch.compiler.assume_constant_result
@@ -170,20 +179,26 @@ def _scan(
     tensors |= {n: getattr(inputs, n) for n in ("q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias")}
     tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
     tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | ({} if kept is None else {"kept2": kept[0], "kept1": kept[1]})
-    pointers = {n: address(t) for n, t in tensors.items()}
-    rows = ctypes.c_int64 * B
-    before, counts = rows(*pos), rows(*lengths)
+    N, Mf, Ms = config.hidden, 3 if config.self_modifying else 1, 1 + config.retention if config.self_modifying else 0
+    head2, head1, head1s = ((Mf + Ms) * N + (Ms if config.scalar_skip else 0)) * D, Mf * D * N, Ms * N  # one head's numbers
+    tokens, pending, chunks = B * T * H, B * max(config.chunk_memory, config.chunk_other) * H, 0 if kept is None else kept[0].shape[2]
+    counts = {
+        "base2": H * head2, "base1": H * head1, "base1s": H * head1s, "delta2": B * H * head2, "delta1": B * H * head1,
+        "delta1s": B * H * head1s, "eta": tokens, "alpha": tokens, "eta_bias": H, "alpha_bias": H, "pending_k": pending * D,
+        "pending_v": pending * D, "pending_eta": pending, "pending_alpha": pending, "kept2": B * H * chunks * N * D,
+        "kept1": B * H * chunks * N * D,
+    }
+    pointers = {n: address(t, counts.get(n, tokens * D), n) for n, t in tensors.items()}
+    before, reads = row_array(pos, B), row_array(lengths, B)
     call = _Call(
-        B=B, T=T, H=H, D=D, N=config.hidden, Mf=new.delta1.shape[2], Ms=0 if new.delta1s is None else new.delta1s.shape[2],
-        chunk_memory=config.chunk_memory, chunk_other=config.chunk_other, kept=0 if kept is None else kept[0].shape[2],
+        B=B, T=T, H=H, D=D, N=N, Mf=Mf, Ms=Ms, chunk_memory=config.chunk_memory, chunk_other=config.chunk_other, kept=chunks,
         threads=torch.get_num_threads(),
         activation=_ACTIVATIONS[config.activation], self_modifying=config.self_modifying, objective_dot=config.objective == "dot",
         softplus=config.eta_activation == "softplus", update=update, grad_scale=config.grad_scale, eta_scale=config.eta_scale,
         **{n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip", "scalar_skip", "qk_l2norm")},
-        **pointers, pos=ctypes.addressof(before), len=ctypes.addressof(counts),
+        **pointers, pos=ctypes.addressof(before), len=ctypes.addressof(reads),
     )
-    if library().hope_titans_scan(ctypes.byref(call)):
-        raise MemoryError("titans: backend 'cpp' could not allocate its work space; nothing was read")
+    check_outcome(library().hope_titans_scan(ctypes.byref(call)), "titans")
     return o
 
 
@@ -193,15 +208,23 @@ def _read_backward(
     """dL/dq [B, T, H, D] from dL/do; row b's tokens share weights up to the multiples of ``chunk``, counted from pos[b]."""
     B, T, H, D = q.shape
     grad, dq = grad.contiguous(), (torch.empty_like if min(lengths, default=T) == T else torch.zeros_like)(q)
-    rows = ctypes.c_int64 * B
-    before, counts = rows(*pos), rows(*lengths)
+    before, reads = row_array(pos, B), row_array(lengths, B)
+    chunks, N = kept[0].shape[2], config.hidden
+    weights, tokens = B * H * chunks * N * D, B * T * H * D
     call = _ReadBackward(
-        B, T, H, D, config.hidden, chunk, kept[0].shape[2], torch.get_num_threads(), _ACTIVATIONS[config.activation], address(kept[0]),
-        address(kept[1]), address(q), address(grad), ctypes.addressof(before), ctypes.addressof(counts), address(dq),
+        B, T, H, D, N, chunk, chunks, torch.get_num_threads(), _ACTIVATIONS[config.activation], address(kept[0], weights, "kept2"),
+        address(kept[1], weights, "kept1"), address(q, tokens, "q"), address(grad, tokens, "grad"), ctypes.addressof(before),
+        ctypes.addressof(reads), address(dq, tokens, "dq"),
     )
-    if library().hope_titans_read_backward(ctypes.byref(call)):
-        raise MemoryError("titans: backend 'cpp' could not allocate its work space for the gradient")
+    check_outcome(library().hope_titans_read_backward(ctypes.byref(call)), "titans")
     return dq
+
+
+def row_array(values: list[int], B: int):
+    """One int64 a row. Raises ValueError for another number of rows."""
+    if len(values) != B:
+        raise ValueError(f"backend 'cpp': {len(values)} lengths or positions, expected one per row ({B})")
+    return (ctypes.c_int64 * B)(*values)
 
 
 def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> TitansState:

@@ -245,7 +245,7 @@ def step_sizes(config: TitansConfig, layout: Layout, clock: Clock, err: Errors) 
         m2 = err.a.square().unflatten(1, (M, N)).sum(2) + ratio + 1e-12
     else:
         m2 = (clock.keys.square().sum(-1).unsqueeze(1) + 1e-12).expand(-1, M, -1)
-    m = m2.sqrt()
+    m = m2.sqrt().clamp_max(torch.finfo(m2.dtype).max ** 0.75)  # a square may overflow: 0 inf would be NaN where eta is 0
     eta = clock.eta.unsqueeze(1)
     S = m * ((eta * m) @ clock.gram2)
     S = S if c == 1 else c * S

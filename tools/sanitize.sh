@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Builds the C++ of csrc/cpu under GCC's or Clang's sanitizers and runs its tests. Any report is a failure.
+#
+#   tools/sanitize.sh memory [PYTHON]    addresses and undefined behaviour, under the Python tests of the library
+#   tools/sanitize.sh races              data races between the threads of a call, under tests/cpp/races.cpp
+set -euo pipefail
+cd "$(dirname "$0")/.."
+compiler=${CXX:-g++}
+flags=(-std=c++17 -O1 -g -mavx2 -mfma -ffp-contract=off -fno-omit-frame-pointer -Wno-ignored-attributes -Icsrc/cpu)
+mkdir -p build/sanitized
+
+case "$1" in
+races)
+  # OpenMP's own threads are not instrumented: a call starts threads of the standard library instead
+  "$compiler" "${flags[@]}" -DHOPE_STD_THREADS -fsanitize=thread tests/cpp/races.cpp csrc/cpu/titans.cpp -pthread -o build/sanitized/races
+  build/sanitized/races
+  ;;
+memory)
+  library=$PWD/build/sanitized/_titans_cpu.so
+  "$compiler" "${flags[@]}" -fopenmp -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all csrc/cpu/*.cpp -o "$library"
+  # Python and PyTorch leak by design, and are not instrumented themselves
+  LD_PRELOAD=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so) \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HOPE_KERNELS_TEST_LIBRARY=$library HOPE_KERNELS_TEST_SEED=0 \
+    "${2:-python3}" -m pytest -q -p no:cacheprovider tests/test_titans_cpp.py tests/test_titans_cpp_backward.py tests/test_cms_cpp.py \
+    tests/test_layer_cpp.py tests/test_native_arguments.py
+  ;;
+*)
+  echo "usage: tools/sanitize.sh memory [PYTHON] | races" >&2
+  exit 2
+  ;;
+esac
