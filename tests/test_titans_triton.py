@@ -45,8 +45,10 @@ def meets_yardstick(config, w_init, inputs, dtype, lengths=None):
         within_yardstick(t, peer[name], exact[name], name)
 
 
-@pytest.mark.parametrize("config", NARROW, ids=range(len(NARROW)))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype, config", [
+    pytest.param(dtype, c, id=f"{str(dtype)[6:]}-{i}", marks=pytest.mark.slow if dtype == torch.float16 and i not in (1, 5) else ())
+    for dtype in (torch.float32, torch.float16) for i, c in enumerate(NARROW)
+])
 def test_meets_the_yardstick(config, dtype):
     meets_yardstick(config, *problem(config, 2, 39, 0.5), dtype, [39, 18])
 
@@ -56,12 +58,15 @@ def test_any_number_of_tokens(tokens):
     meets_yardstick(NARROW[0], *problem(NARROW[0], 2, tokens, 0.5), torch.float32, [tokens, tokens // 2])
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("correlation", [*(pytest.param(c, marks=pytest.mark.slow) for c in (0.0, 0.9)), 1.0])
 def test_correlated_and_repeated_keys(correlation):
     meets_yardstick(NARROW[0], *problem(NARROW[0], 1, 37, correlation), torch.float32)
 
 
-@pytest.mark.parametrize("alpha", [[0.0] * 50, [1.0] * 50, [1e-30, 0.999] * 25, [1.0] * 20 + [0.0] + [0.999] * 29])
+@pytest.mark.parametrize("alpha", [
+    pytest.param([0.0] * 50, marks=pytest.mark.slow), pytest.param([1.0] * 50, marks=pytest.mark.slow), [1e-30, 0.999] * 25,
+    [1.0] * 20 + [0.0] + [0.999] * 29,
+])
 def test_extreme_retention(alpha):
     config = TitansConfig.preset("titans", d_model=32, dgd=True, momentum=None, chunk_memory=32, chunk_other=32)
     meets_yardstick(config, *problem(config, 1, 50, 0.5, alpha=torch.tensor(alpha, dtype=torch.float64)), torch.float32)
