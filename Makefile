@@ -1,6 +1,6 @@
 # make demo        a small model reads a text it has never seen and gets better while reading
-# make test        tests and docstring examples, except the slow ones
-# make test-full   all of them
+# make test        tests and docstring examples, each contract once: some 6 minutes of one core
+# make test-full   all of them: also sweeps over shapes, seeds and settings, and long runs
 # make lint        ruff
 # make venv        .venv, which the others build when they need it
 PYTHON ?= python3

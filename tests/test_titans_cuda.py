@@ -434,7 +434,7 @@ def test_compiled_layer_is_one_graph_with_the_same_bits():
 
 def test_compiled_decode_step_of_a_model():
     torch.manual_seed(0)
-    model = HopeForCausalLM(HopeConfig(50, 64, 1, titans=TitansConfig(64), cms=CMSConfig(64, chunks=(16, 32)))).to(DEVICE, torch.bfloat16)
+    model = HopeForCausalLM(HopeConfig(50, 64, 2, titans=TitansConfig(64), cms=CMSConfig(64, chunks=(16, 32)))).to(DEVICE, torch.bfloat16)
     ids = torch.randint(0, 50, (1, 18), device=DEVICE)
     compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
