@@ -1,6 +1,6 @@
 # make demo        a small model reads a text it has never seen and gets better while reading
-# make test        tests and docstring examples, except the slow ones; HOPE_KERNELS_TEST_SEED=n repeats a run's new draws
-# make test-full   all of them, and the C++ library under the sanitizers (tools/sanitize.sh)
+# make test        tests and docstring examples, each contract once; HOPE_KERNELS_TEST_SEED=n repeats a run's new draws
+# make test-full   all of them: also sweeps over shapes, seeds and settings, long runs, and the C++ library under sanitizers
 # make lint        ruff
 # make venv        .venv, which the others build when they need it
 PYTHON ?= python3

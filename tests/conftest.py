@@ -1,8 +1,16 @@
+import gc
 import os
 import random
+import sys
+from pathlib import Path
 
 # The tests' tensors are small: one thread is as fast as two, and far faster where other work shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests start processes that import PyTorch. Where Python is told to leave no byte code behind, each would compile all of it, for seconds.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parents[1] / "build" / "byte_code")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -10,6 +18,9 @@ from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 if os.environ.get("HOPE_KERNELS_TEST_LIBRARY"):  # the C++ library to test instead of the installed one: tools/sanitize.sh has one
     from hope_kernels.ops.titans import cpp
@@ -41,6 +52,11 @@ def draws(request):
         count = int(os.environ.get(FRESH[1]) or fixed.max_examples // 10 + 1)
         patch.setattr(test, "_hypothesis_internal_use_settings", settings(fixed, max_examples=count, derandomize=False, database=None))
         patch.setattr(test, "_hypothesis_internal_use_seed", SEED, raising=False)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what importing has made stays: no collection walks through it again
 
 
 def pytest_collection_modifyitems(items):

@@ -321,7 +321,7 @@ def run(*arguments, stdin: bytes = b"") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "hope_kernels", *arguments], input=stdin, capture_output=True)
 
 
-def test_command_reads_any_bytes_and_continues_its_session(tmp_path):
+def test_command_reads_any_bytes_and_continues_its_session(tmp_path, capfdbinary):
     model().save_pretrained(tmp_path / "m")
     (tmp_path / "book").write_bytes(bytes(range(256)) * 2 + b"\xff\xfe invalid \xc3")
     common = ("generate", "--model", str(tmp_path / "m"), "--session", str(tmp_path / "s"))
@@ -329,11 +329,14 @@ def test_command_reads_any_bytes_and_continues_its_session(tmp_path):
     assert first.returncode == 0 and len(first.stdout) >= 20 and b"wrote 20 bytes" in first.stderr
     second = run(*common, "--prompt-file", "-", "--max-new-tokens", "4", stdin=b"more")
     assert second.returncode == 0
-    straight = run("generate", "--model", str(tmp_path / "m"), "--prompt-file", str(tmp_path / "book"), "--max-new-tokens", "24", "--quiet")
-    third = run("generate", "--model", str(tmp_path / "m"), "--session", str(tmp_path / "t"), "--prompt-file", str(tmp_path / "book"),
-                "--max-new-tokens", "20", "--quiet")
-    fourth = run("generate", "--model", str(tmp_path / "m"), "--session", str(tmp_path / "t"), "--max-new-tokens", "4", "--quiet")
-    assert third.stdout[:-1] + fourth.stdout[:-1] == straight.stdout[:-1]
+
+    def written(*more: str) -> bytes:
+        assert main(["generate", "--model", str(tmp_path / "m"), "--quiet", *more]) == 0
+        return capfdbinary.readouterr().out[:-1]
+
+    straight = written("--prompt-file", str(tmp_path / "book"), "--max-new-tokens", "24")
+    begun = written("--session", str(tmp_path / "t"), "--prompt-file", str(tmp_path / "book"), "--max-new-tokens", "20")
+    assert begun + written("--session", str(tmp_path / "t"), "--max-new-tokens", "4") == straight
 
 
 def test_command_errors_are_one_line(tmp_path, capsys):

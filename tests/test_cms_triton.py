@@ -103,8 +103,15 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))
+HALF = [VARIANTS[i] for i in (2, 3, 8)]  # between them each norm, activation, and kind of rows and pending parts
+KINDS = [
+    *((v, torch.float32) for v in VARIANTS),
+    *(pytest.param(v, torch.float16, marks=() if v in HALF else pytest.mark.slow) for v in VARIANTS),
+    *(pytest.param(v, torch.bfloat16, marks=pytest.mark.gpu) for v in VARIANTS),
+]
+
+
+@pytest.mark.parametrize("variant, dtype", KINDS, ids=lambda v: "-".join(str(x) for x in v.values()) if isinstance(v, dict) else None)
 def test_values_and_factors(variant, dtype):
     variant = dict(variant)
     T, residual = variant.pop("T"), variant.pop("residual", True)

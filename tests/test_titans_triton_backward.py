@@ -94,7 +94,7 @@ def opened(config, correlation=0.5):
     return (config, w_init, inputs), {"before": problem(config, 2, 20, correlation, seed=3)[1], **OPEN}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [n if n != "nested_learning" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
 def test_gradients_meet_the_yardstick(name):
     what, call = opened(CONFIGS[name])
     meets_yardstick(*what, **call)
@@ -105,12 +105,15 @@ def test_gradients_in_half_precision():
     meets_yardstick(*what, torch.float16, **call)
 
 
-@pytest.mark.parametrize("correlation", [0.9, 1.0])
+@pytest.mark.parametrize("correlation", [pytest.param(0.9, marks=pytest.mark.slow), 1.0])
 def test_correlated_and_repeated_keys(correlation):
     meets_yardstick(CONFIGS["default"], *problem(CONFIGS["default"], 1, 33, correlation))
 
 
-@pytest.mark.parametrize("alpha", [[0.0] * 35, [1.0] * 35, [1e-30, 0.999] * 17 + [0.5], [1.0] * 20 + [0.0] + [0.999] * 14])
+@pytest.mark.parametrize("alpha", [
+    pytest.param([0.0] * 35, marks=pytest.mark.slow), pytest.param([1.0] * 35, marks=pytest.mark.slow), [1e-30, 0.999] * 17 + [0.5],
+    [1.0] * 20 + [0.0] + [0.999] * 14,
+])
 def test_extreme_retention(alpha):
     config = TitansConfig.preset("titans", d_model=32, dgd=True, momentum=None, chunk_memory=32)
     meets_yardstick(config, *problem(config, 1, 35, 0.5, alpha=torch.tensor(alpha, dtype=torch.float64)))
@@ -223,13 +226,13 @@ def test_half_precision_is_replayed_by_the_forwards_kernel(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(state.deviation, want.deviation) if a is not None) and want.delta2.any()
 
 
-@pytest.mark.parametrize("lengths, copies", [pytest.param([35, 35], 0, marks=pytest.mark.slow), ([35, 13], 1)])
+@pytest.mark.parametrize("lengths, copies", [pytest.param([19, 19], 0, marks=pytest.mark.slow), ([19, 13], 1)])
 def test_positions_are_made_on_the_device(lengths, copies, monkeypatch):
     """Ragged lengths are copied to it once a call, and nothing else: a backward, or a call of equal lengths, fits a CUDA graph."""
     monkeypatch.setattr(triton_spans, "CHUNKS_A_SPAN", 1)
     fresh, made, grads = torch.tensor, [], []
     for moves in (False, True):
-        w, i = (leaves(t, torch.float32) for t in problem(CONFIGS["default"], 2, 35))
+        w, i = (leaves(t, torch.float32) for t in problem(CONFIGS["default"], 2, 19))  # two spans
         state = init_titans_state(CONFIGS["default"], w, 2, DEVICE)
         made.clear()
         with monkeypatch.context() as patch:

@@ -25,18 +25,24 @@ CONFIGS = {
     "adaptive_q": TitansConfig(32, 1, adaptive_q=True, scalar_skip=True, eta_scale=0.1),
     "adaptive_q, momentum, two clocks": TitansConfig(32, 1, adaptive_q=True, momentum="learned", chunk_memory=32, chunk_other=16),
 }
-CUT = ["titans", "titans, erasing", "adaptive_q, momentum, two clocks"]
+USUAL = ["titans", "adaptive_q, momentum, two clocks"]  # between them every path; each of the others is slow in what is not its own
+usually = lambda names: [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in names]
+HALF = [(torch.float16, name) for name in CONFIGS if name in USUAL]
+SLOW_HALF = [pytest.param(torch.float16, name, marks=pytest.mark.slow) for name in CONFIGS if name not in USUAL]
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_meets_the_yardstick(config, dtype):
+@pytest.mark.parametrize("dtype, name", [*((torch.float32, name) for name in CONFIGS), *HALF, *SLOW_HALF])
+def test_meets_the_yardstick(name, dtype):
+    config = CONFIGS[name]
     meets_yardstick(config, *problem(config, 2, 35, 0.5), dtype, [35, 18])
 
 
+EXTREMES = [([0.0], [0.0]), ([0.0], [1.0]), ([1.0], [0.0])]
+
+
 @pytest.mark.parametrize("alpha, beta", [
-    ([0.0], [0.0]), ([0.0], [1.0]), ([1.0], [0.0]), ([1.0], [1.0]), ([1e-30, 0.999], [0.999, 0.999, 1e-30, 0.0, 1.0]),
-    ([0.999] * 20 + [0.0], [1.0] * 17 + [0.0]),
+    *(pytest.param(*e, marks=pytest.mark.slow) for e in EXTREMES), ([1.0], [1.0]),
+    ([1e-30, 0.999], [0.999, 0.999, 1e-30, 0.0, 1.0]), ([0.999] * 20 + [0.0], [1.0] * 17 + [0.0]),
 ])
 def test_extreme_retention_and_momentum(alpha, beta):
     config = titans(dgd=True, chunk_memory=32)
@@ -44,7 +50,7 @@ def test_extreme_retention_and_momentum(alpha, beta):
     meets_yardstick(config, *problem(config, 1, 50, 0.5, alpha=of(alpha), beta=of(beta)), torch.float32)
 
 
-@pytest.mark.parametrize("correlation", [0.9, 1.0])
+@pytest.mark.parametrize("correlation", [pytest.param(0.9, marks=pytest.mark.slow), 1.0])
 def test_correlated_and_repeated_keys(correlation):
     config = titans(dgd=True, chunk_memory=32)
     meets_yardstick(config, *problem(config, 1, 33, correlation), torch.float32)
@@ -60,7 +66,7 @@ def test_full_sizes(config, dtype):
     meets_yardstick(config, *problem(config, 2, 1100, 0.5), dtype)
 
 
-@pytest.mark.parametrize("name", [n if n in CUT else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
+@pytest.mark.parametrize("name", usually(CONFIGS))
 def test_bit_identical_however_the_call_is_cut(name):
     config = CONFIGS[name]
     w_init, inputs = (cast(t, torch.float32) for t in problem(config, 2, 37))

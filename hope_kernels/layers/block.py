@@ -38,7 +38,8 @@ class _Block(nn.Module):
         """
         check_block_recorded(type(self).__name__, h, inner is not None)
         if h.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
-            mixer.validate(type(self).__name__, h.dtype, h.device)  # a wrapper that casts inputs (FSDP's mixed precision) rounds masters too
+            # a wrapper that casts what a block is given (FSDP's mixed precision) rounds masters too
+            mixer.validate(type(self).__name__, h.dtype, h.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
             y, mixer = self.mixer(self.norm(h), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None)
         h = h + y
