@@ -1,4 +1,5 @@
-"""The C++ library under the sanitizers: addresses and undefined behaviour under its Python tests, races under a program of its own."""
+"""The C++ library under the sanitizers: addresses and undefined behaviour under its Python tests and damaged files, races under a program
+of its own."""
 
 import os
 import subprocess
@@ -18,7 +19,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("what", ["races", "memory"])
+@pytest.mark.parametrize("what", ["races", "memory", "files"])
 def test_no_report(what):
     environment = {n: v for n, v in os.environ.items() if n != "HOPE_KERNELS_TEST_DRAWS"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([ROOT / "tools" / "sanitize.sh", what, sys.executable], env=environment, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 # Builds the C++ of csrc/cpu under GCC's or Clang's sanitizers and runs its tests. Any report is a failure.
 #
 #   tools/sanitize.sh memory [PYTHON]    addresses and undefined behaviour, under the Python tests of the library
+#   tools/sanitize.sh files [PYTHON]     the same under 100,000 damaged files of states, of which what loads is read on with
 #   tools/sanitize.sh races              data races between the threads of a call, under tests/cpp/races.cpp
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,17 +16,18 @@ races)
   "$compiler" "${flags[@]}" -DHOPE_STD_THREADS -fsanitize=thread tests/cpp/races.cpp csrc/cpu/titans.cpp -pthread -o build/sanitized/races
   build/sanitized/races
   ;;
-memory)
+memory | files)
   library=$PWD/build/sanitized/_titans_cpu.so
   "$compiler" "${flags[@]}" -fopenmp -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all csrc/cpu/*.cpp -o "$library"
+  tests=(tests/test_{titans_cpp,titans_cpp_backward,cms_cpp,layer_cpp,native_arguments}.py)
+  if [ "$1" = files ]; then tests=(tests/test_state_files.py -m slow); fi
   # Python and PyTorch leak by design, and are not instrumented themselves
   LD_PRELOAD=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so) \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 HOPE_KERNELS_TEST_LIBRARY=$library HOPE_KERNELS_TEST_SEED=0 \
-    "${2:-python3}" -m pytest -q -p no:cacheprovider tests/test_titans_cpp.py tests/test_titans_cpp_backward.py tests/test_cms_cpp.py \
-    tests/test_layer_cpp.py tests/test_native_arguments.py
+    HOPE_KERNELS_TEST_FILES=100000 "${2:-python3}" -m pytest -q -s -p no:cacheprovider "${tests[@]}"
   ;;
 *)
-  echo "usage: tools/sanitize.sh memory [PYTHON] | races" >&2
+  echo "usage: tools/sanitize.sh memory [PYTHON] | files [PYTHON] | races" >&2
   exit 2
   ;;
 esac
