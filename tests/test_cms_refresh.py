@@ -251,7 +251,7 @@ def test_the_refresh_operator():
         "moment is None": lambda: cms_refresh(momentum, 0, w, left, right),
         "level is 1, expected 0 to 0": lambda: cms_refresh(gd, 1, w, left, right),
         "level is '0', expected": lambda: cms_refresh(gd, "0", w, left, right),
-        "row 3, which does not exist in a batch of 3": lambda: cms_refresh(gd, 0, w, left, right, rows=[3]),
+        "row 3 does not exist in a batch of 3": lambda: cms_refresh(gd, 0, w, left, right, rows=[3]),
         "one boolean for each of 3 rows": lambda: cms_refresh(gd, 0, w, left, right, rows=[True, False]),
         "argument level is True": lambda: cms_refresh(gd, True, w, left, right),
         "unknown backend": lambda: cms_refresh(gd, 0, w, left, right, backend="cpu"),

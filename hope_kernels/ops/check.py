@@ -97,7 +97,7 @@ def check_rows(op: str, name: str, rows: Any, batch: int, absent: type[Exception
         raise ValueError(f"{op}: argument {name} is {rows!r}, expected row numbers, or one boolean for each of {batch} rows") from None
     for r in values:
         if not -batch <= r < batch:
-            raise absent(f"{op}: argument {name} has row {r}, which does not exist in a batch of {batch}")
+            raise absent(f"{op}: row {r} does not exist in a batch of {batch}")
     return [r % batch for r in values]
 
 
