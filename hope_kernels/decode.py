@@ -79,8 +79,8 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Reads tokens [B, 1] int64: logits [B, 1, vocab_size], which with a graph are valid until the next step only.
 
-        Raises ValueError for another shape, dtype or device, tokens other than the state's ``unread`` ones, and on the CPU for a token id
-        out of range; nothing is read then.
+        Raises ValueError for another shape, dtype or device, tokens other than the state's ``unread`` ones, a state that another call has
+        in hand, and on the CPU for a token id out of range; nothing is read then.
         """
         state = self.state
         check_tensor("Decoder.step", "tokens", tokens, (state.batch, 1), torch.int64, self.device)
@@ -89,14 +89,15 @@ class Decoder:
             if low < 0 or high >= size:
                 raise ValueError(f"Decoder.step: argument tokens has {low if low < 0 else high}, expected 0 to {size - 1}")
         check_read_next("Decoder.step", state.unread, tokens, self._ones)
-        if self._expected != state.pos:
-            self._levels = None  # somebody else has advanced the state
-        self._arrive(tokens)
-        self._tokens.copy_(tokens)
-        logits = self._read()
-        self._count(tokens)
-        self._expected = list(state.pos)
-        return logits
+        with state.reading("Decoder.step", self.model):
+            if self._expected != state.pos:
+                self._levels = None  # somebody else has advanced the state
+            self._arrive(tokens)
+            self._tokens.copy_(tokens)
+            logits = self._read()
+            self._count(tokens)
+            self._expected = list(state.pos)
+            return logits
 
     def _arrive(self, tokens: Tensor) -> None:
         """What is due when a token arrives and before it is read: ``learning.read_off`` and ``read_learning`` up to there."""

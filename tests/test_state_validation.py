@@ -216,6 +216,15 @@ def test_two_calls_at_once_do_not_advance_one_state():
     assert state.pos == [15, 11]
 
 
+def test_a_decoder_does_not_share_its_state():
+    module, _, state = read("model")
+    decoder = hk.Decoder(module, state)
+    with state.reading("elsewhere", module), pytest.raises(ValueError, match="in use by another call"):
+        decoder.step(torch.zeros(2, 1, dtype=torch.long))
+    decoder.step(torch.zeros(2, 1, dtype=torch.long))
+    assert state.pos == [10, 6]
+
+
 def test_reads_may_share_a_state_and_meet_no_advance():
     module, x, state = read("fast")
     with torch.no_grad():
