@@ -96,8 +96,7 @@ def mark(kind: str, backend: str | None = None, device: str | None = None) -> di
 def age(record: dict) -> str:
     """"current", "older" than the code it measured, "unknown" where a result does not say, "" where nothing of ours was measured."""
     case = record.get("kernel_of") or record.get("case") or {}
-    if case and kernel_hash(case) is None:
-        return ""
     if not record.get("kernel"):
-        return "unknown"
-    return "current" if record["kernel"] == kernel_hash(case) else "older"
+        return "" if case and not files(case) else "unknown"
+    present = kernel_hash(case)
+    return "" if case and present is None else "current" if record["kernel"] == present else "older"

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -174,26 +175,38 @@ def fresh(data):
     if not isinstance(data, dict):
         return data
     case = data.get("kernel_of") or (data.get("case") if "kernel" in data else None)
-    return {k: fresh(v) for k, v in data.items()} | ({"kernel": sources.kernel_hash(case)} if case else {})
+    return {k: fresh(v) for k, v in data.items()} | ({"kernel": todays_hash(json.dumps(case))} if case else {})
 
 
-@pytest.fixture
-def copied(tmp_path):
+@cache
+def todays_hash(case: str) -> str | None:
+    return sources.kernel_hash(json.loads(case))
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
     """Results of today's code and the documents made from them."""
-    results, documents = tmp_path / "results", tmp_path / "documents"
+    folder = tmp_path_factory.mktemp("good")
+    results, documents = folder / "results", folder / "documents"
     shutil.copytree(report.RESULTS, results)
     for path in results.glob("*/*.json"):
         path.write_text(json.dumps(fresh(json.loads(path.read_text()))))
     (documents / "docs").mkdir(parents=True)
     for name in (*tables.DOCUMENTS, *(p.relative_to(sources.ROOT).as_posix() for p in (sources.ROOT / "docs").glob("*.svg"))):
         shutil.copy(sources.ROOT / name, documents / name)
-    where = ["--results", str(results), "--documents", str(documents)]
     cpu = json.loads((results / "cpu.json").read_text())
     (results / "cpu.json").write_text(json.dumps(cpu | sources.mark("layer", cpu["backend"])))
     for path in results.glob("*.json"):
         path.write_text(json.dumps(fresh(json.loads(path.read_text()))))
-    assert report.main(["--check", *where]) == 0
-    return results, documents, where
+    assert report.main(["--check", "--results", str(results), "--documents", str(documents)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(good, tmp_path):
+    """A copy to spoil."""
+    results, documents = (shutil.copytree(good / name, tmp_path / name) for name in ("results", "documents"))
+    return results, documents, ["--results", str(results), "--documents", str(documents)]
 
 
 def test_a_result_older_than_its_kernel_fails_the_check(copied, capsys):

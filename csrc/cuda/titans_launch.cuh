@@ -82,7 +82,7 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
 
 template <int D, class T> const char* launch_activation(const TitansParams& p, const Device& device, void* stream) {
   if (p.activation == kGeluTanh) return launch_call<D, T, kGeluTanh>(p, device, stream);
-#ifdef HOPE_EMULATED  // a third of all that the host compiles, and the activation's code is that of width 64
+#ifdef HOPE_EMULATED  // less to compile: the activation's code is that of width 64
   if constexpr (D == 128) return "the emulator has heads of width 128 with gelu_tanh only";
   else
 #endif
