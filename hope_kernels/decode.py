@@ -24,7 +24,7 @@ from .identity import checksum
 from .layers.wrapped import placement
 from .ops.check import check_state, check_tensor
 from .ops.cms.matrix import Matrix
-from .state import Counters
+from .state import Counters, expanded
 from .unread import check_read_next
 
 
@@ -68,7 +68,7 @@ class Decoder:
         self.capture = possible if capture is None else capture
         self.captures = 0
         with torch.inference_mode(False):
-            if any(t.is_inference() or not t.is_contiguous() for t in state.tensors()):
+            if any(t.is_inference() or expanded(t) for t in state.tensors()):
                 state.assign(state.usable())
             self._tokens = torch.zeros(state.batch, 1, dtype=torch.int64, device=self.device)
         self._ones = [1] * state.batch

@@ -34,6 +34,11 @@ class Counters(list):
     """One int per row, kept on the host: advancing a state never asks the device."""
 
 
+def expanded(t: Tensor) -> bool:
+    """Whether several elements of t lie in one place, so that it cannot be written."""
+    return t.numel() > 1 and 0 in t.stride()
+
+
 def _map(value: Any, tensor: Callable[[Tensor], Tensor], counters: Callable[[Counters], Counters]) -> Any:
     if isinstance(value, Tensor):
         return tensor(value)
@@ -57,7 +62,7 @@ def _assign(old: Any, new: Any) -> Any:
         frozen = not torch.compiler.is_compiling() and old.is_inference() and not torch.is_inference_mode_enabled()
         if frozen or old.requires_grad or old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
             return new
-        if not old.is_contiguous():  # expanded, say: written element by element it would not hold ``new``
+        if expanded(old):
             return new
         return old.copy_(new)
     if isinstance(old, State) and isinstance(new, State):
@@ -107,7 +112,7 @@ class State:
 
     def clone(self):
         """An independent copy."""
-        return self._mapped(lambda t: t.clone(memory_format=torch.contiguous_format), lambda c: Counters(c))
+        return self._mapped(lambda t: t.clone(), lambda c: Counters(c))
 
     def __copy__(self):
         return self.clone()
@@ -222,7 +227,7 @@ class State:
 
     def usable(self):
         """The state without inference tensors, which autograd refuses, and without expanded ones: call it outside inference mode."""
-        return self._mapped(lambda t: t.clone() if t.is_inference() else t.contiguous(), lambda c: c)
+        return self._mapped(lambda t: t.clone() if t.is_inference() or expanded(t) else t, lambda c: c)
 
     def to(self, device=None, dtype: torch.dtype | None = None):
         """An independent copy on ``device``; ``dtype`` is that of the layer's input (deviations stay fp32, or become fp64 with an fp64

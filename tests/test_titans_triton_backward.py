@@ -83,7 +83,8 @@ def meets_yardstick(config, w_init, inputs, dtype=torch.float32, cuts=None, **ca
     assert exact.keys() <= ours.keys()
     for name, g in ours.items():
         if name in exact:
-            within_yardstick(g, peer[name], exact[name], name, shaken[name] if name.endswith("bias") and dtype == torch.float32 else None)
+            noise = [shaken[name]] if name.endswith("bias") and dtype == torch.float32 else []
+            within_yardstick(g, peer[name], exact[name], name, *noise)
         else:
             assert not g.any(), f"{name} reaches nothing"
 

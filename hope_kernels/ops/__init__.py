@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backend import resolve
 from ..config import TitansConfig
+from ..state import expanded
 from .check import check_lengths, check_state, check_tensor
 from .cms.chain import cms_forward, cms_gradients
 from .cms.op import cms_refresh, cms_refresh_
@@ -91,12 +92,12 @@ def titans_advance_(
     name = "titans_advance_"
     given, B, _ = _check_inputs(name, config, w_init, inputs)
     check_state(name, state, TitansState, config, B)
-    state.validate(name, given.dtype, given.device)
+    state.check_tensors(name, given.dtype, given.device)
     check_tensor(name, "lengths", lengths, (B,), dtype=torch.int64, device=given.device)
     if any(t.requires_grad for t in state.tensors()):
         raise ValueError(f"{name}: argument state requires a gradient, which a change in place would lose; pass state.detach()")
-    if not all(t.is_contiguous() for t in state.tensors()):
-        raise ValueError(f"{name}: argument state has a tensor that is not contiguous, which kernels cannot write; pass state.clone()")
+    if any(map(expanded, state.tensors())):
+        raise ValueError(f"{name}: argument state has an expanded tensor, which cannot be written in place; pass state.clone()")
     if backend not in ("triton", "cuda"):
         raise ValueError(f"{name}: argument backend is {backend!r}, expected 'triton' or 'cuda'")
     resolve("titans", config, given.dtype, given.device, backend)  # raises where it cannot serve

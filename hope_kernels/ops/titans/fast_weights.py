@@ -143,14 +143,18 @@ class TitansState(State):
     def input_dtype(self) -> torch.dtype | None:
         return self.pending_k.dtype if isinstance(self.pending_k, Tensor) else None
 
-    def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool) -> None:
-        if not torch.compiler.is_compiling():
-            check_counters(where, "pos", self.pos, self.batch, 0)
+    def check_tensors(self, where: str, dtype: torch.dtype | None, device: torch.device) -> None:
+        """``validate`` without a look at the host's counters."""
         master = torch.float32 if dtype is None else master_dtype(dtype)
         for name, shape in _shapes(self.config).items():
             wanted = dtype if name in self.ACTIVATIONS else master
             check_part(where, name, getattr(self, name), None if shape is None else (self.batch, *shape), wanted, device)
         check_part(where, "count", self.count, (self.batch,), torch.int64, device)
+
+    def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool) -> None:
+        if not torch.compiler.is_compiling():
+            check_counters(where, "pos", self.pos, self.batch, 0)
+        self.check_tensors(where, dtype, device)
         if values and self.count.tolist() != self.pos:
             raise ValueError(f"{where}: a TitansState with pos {list(self.pos)} and count {self.count.tolist()}, which must agree; after a "
                              "kernel or a graph has advanced it alone, call state.synchronize()")
