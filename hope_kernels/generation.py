@@ -87,7 +87,7 @@ def _opened(op: str, model, ids: Tensor | Source, state, lengths, unread: str | 
     if callable(ids):
         if lengths is not None:
             raise ValueError(f"{op}: argument lengths is {lengths}, expected None where ids is a function")
-        source = ids
+        source = _checked(op, ids, device)
     else:
         batch = check_tensor(op, "ids", ids, ("B", "T"), torch.int64, device)["B"]
         lengths = check_lengths(op, lengths, *ids.shape)
@@ -100,11 +100,21 @@ def _opened(op: str, model, ids: Tensor | Source, state, lengths, unread: str | 
     check_tensor(op, "state.unread", state.unread, (state.batch, 1), torch.int64, device)
     first = state.unread[:, :0] if unread is not None else source(2)
     if unread is None:
-        check_tensor(op, "ids(n)", first, (state.batch, "n"), torch.int64, device)
         source = _behind(first, source)
     if unread_token.mode_of(op, unread, state.unread, first, lengths) == "included":
         return source, lengths, 0
     return _behind(state.unread, source), None if lengths is None else [n + 1 for n in lengths], 1
+
+
+def _checked(op: str, ids: Source, device: torch.device) -> Source:
+    def take(n: int) -> Tensor:
+        part = ids(n)
+        check_tensor(op, "ids(n)", part, ("B", "n"), torch.int64, device)
+        if part.shape[1] > n:
+            raise ValueError(f"{op}: ids({n}) has {part.shape[1]} tokens, expected at most {n}: the next ones of the text")
+        return part
+
+    return take
 
 
 def _behind(front: Tensor, rest: Source | None) -> Source:
@@ -293,7 +303,7 @@ def _stops(model, stop: Any) -> list[list[int]]:
     elif stop is None:
         stop = []
     try:
-        stop = stop.tolist() if isinstance(stop, Tensor) else list(stop)
+        stop = list(stop.tolist() if isinstance(stop, Tensor) else stop)
     except TypeError:
         raise ValueError(f"generate: argument stop is {stop!r}, expected text, bytes, token ids or a list of these") from None
     if stop and all(is_id(t) for t in stop):

@@ -297,6 +297,7 @@ def test_stop_is_refused():
         ([256], "has token 256, expected 0 to 255"), ([[1, 10**30]], "expected 0 to 255"), ([-1], "argument stop is -1"),
         ([[1, -2]], "argument stop is -2"), ([True], "argument stop is True"), ([1.0], "argument stop is 1.0"), ([1, "a"], "argument stop"),
         ([["a"]], "argument stop is 'a'"), (5, "argument stop is 5"), ([[[1]]], "argument stop"), ([None], "argument stop"),
+        (torch.tensor(5), "argument stop is tensor\\(5\\)"),
     ]:
         refused(words, stop=stop)
     small = model(vocab=40)
@@ -326,6 +327,11 @@ def test_ids_and_states_are_refused_by_kind():
             call(PROMPT[:1], 2, M.init_state(2))
         with pytest.raises(ValueError, match="has 2 rows, expected 1|2 rows"):
             call(source(PROMPT[:1]), 2, M.init_state(2))
+    for call in (lambda of: M.generate(of, 2), lambda of: read(M, of)):
+        with pytest.raises(TypeError, match=r"argument ids\(n\) is a NoneType"):
+            call(lambda n: None)
+        with pytest.raises(ValueError, match=r"ids\(4096\) has 5000 tokens, expected at most 4096"):
+            call(lambda n: PROMPT[:1, :1].expand(1, 5000))  # the whole text at every call: it would be read for ever
     with pytest.raises(TypeError, match="argument last is a"):
         read(M, PROMPT, last=5)
     with pytest.raises(ValueError, match="argument last has shape"):
