@@ -65,11 +65,16 @@ def _temporary(path: str, mode: int) -> tuple[int, str]:
             continue
         if fcntl is None:
             return handle, temporary
-        with contextlib.suppress(OSError):  # file systems without locks: nobody sweeps there either
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(handle).st_nlink:
+            swept = not os.fstat(handle).st_nlink
+        except BlockingIOError:  # by one that is about to
+            swept = True
+        except OSError:  # a file system without locks: nobody sweeps there either
+            swept = False
+        if not swept:
             return handle, temporary
-        os.close(handle)  # swept between its creation and its lock
+        os.close(handle)
 
 
 def _sweep(path: str) -> None:

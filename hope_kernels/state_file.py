@@ -52,8 +52,12 @@ def save_state(state: State, path: str | os.PathLike, note: dict | None = None) 
 def load_state(path: str | os.PathLike, device="cpu") -> State:
     """The state saved at ``path``, in memory of its own on ``device``.
 
-    Raises FileNotFoundError, or ValueError for a truncated, damaged, foreign, newer or inconsistent file.
+    Raises FileNotFoundError, or ValueError for a truncated, damaged, foreign, newer or inconsistent file and a device that cannot be used.
     """
+    try:
+        torch.empty(0, dtype=torch.uint8, device=device)
+    except (TypeError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"load_state: argument device is {device!r}, which cannot be used ({error})") from None
     data, meta = _opened(path, "load_state")
     try:
         tensors = {name: t.clone() for name, t in _tensors_of(data).items()}

@@ -159,7 +159,7 @@ def test_layer_lengths(lengths):
 
 def test_layer_state_of_another_kind():
     one, x = layer(), torch.zeros(2, 3, 8)
-    with pytest.raises(ValueError, match="belongs to TitansConfig"):
+    with pytest.raises(ValueError, match=r"belongs to TitansConfig\(momentum=0.5, ...\) and not to TitansConfig\(momentum=None, ...\)"):
         one(x, layer(momentum=0.5).init_state(2))
     with pytest.raises(ValueError, match="has 3 rows, expected 2"):
         one(x, one.init_state(3))

@@ -221,6 +221,13 @@ def test_any_flipped_bit_is_refused_or_changes_nothing(tmp_path):
         assert loaded.pos == state.pos and all(torch.equal(a, b) for a, b in zip(loaded.tensors(), state.tensors(), strict=True))
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", 3.5, ""])
+def test_a_device_that_is_none(tmp_path, device):
+    hk.SelfModifyingTitans(hk.TitansConfig(D)).init_state(1).save(tmp_path / "s")
+    with pytest.raises(ValueError, match="load_state: argument device is"):
+        load_state(tmp_path / "s", device)
+
+
 HOSTILE = [None, True, False, -1, 0, 1, 2, 3, 4, 5, 9, 2**31, 2**63, 2**64, -(2**63), 1e308, float("nan"), float("inf"), "", "x", "s.k",
            [], {}, [[]], [0], [1, 1], [9, 5], [-5, 5], [True, 9], [9, 5.0], {"value": 1}, {"list": []}, {"dict": {}}, {"counters": [9, 5]},
            {"tensor": "s.pending_k"}, {"tensor": "absent"}, {"state": "TitansState", "fields": {}}, {"config": "CMSConfig", "fields": {}}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def check_state(op: str, state: Any, cls: type, config: Any, batch: int) -> None
     if not isinstance(state, cls):
         raise TypeError(f"{op}: argument state is a {type(state).__name__}, expected a {cls.__name__}")
     if state.config is not config and state.config != config:  # compilers follow an object more easily than its fields
-        raise ValueError(f"{op}: argument state belongs to {state.config}, expected {config}")
+        raise ValueError(f"{op}: argument state belongs to {' and not to '.join(_differing(state.config, config))}")
     if isinstance(state.pos, list) and state.batch != batch:  # else ``State.validate`` says so
         raise ValueError(f"{op}: argument state has {state.batch} rows, expected {batch}")
 
@@ -77,6 +78,14 @@ def check_batch(op: str, batch: Any) -> int:
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
         raise ValueError(f"{op}: argument batch is {batch!r}, expected an integer >= 0")
     return batch
+
+
+def _differing(given: Any, expected: Any) -> tuple[str, str]:
+    """Two configurations, of one kind by the fields in which they differ."""
+    if type(given) is not type(expected):
+        return str(given), str(expected)
+    names = [f.name for f in fields(given) if getattr(given, f.name) != getattr(expected, f.name)]
+    return tuple(f"{type(c).__name__}({', '.join(f'{n}={getattr(c, n)!r}' for n in names)}, ...)" for c in (given, expected))
 
 
 def check_rows(op: str, name: str, rows: Any, batch: int, absent: type[Exception] = ValueError) -> list[int]:
