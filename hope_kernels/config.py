@@ -30,6 +30,7 @@ SIZE, PERIOD, LAYERS = 2**31 - 1, 2**62, 2**16  # the most that a width, a numbe
 def _flags(config: _Config, where: str, *fields: str) -> None:
     """Checks switches; 0, 1 and NumPy's become bools."""
     for field in fields:
+        _require(getattr(getattr(config, field), "ndim", 0) == 0, where, field, getattr(config, field), "True or False")
         _one_of(where, field, getattr(config, field), (True, False))
         object.__setattr__(config, field, bool(getattr(config, field)))
 

@@ -2,7 +2,9 @@
 
 A state must not go on under other weights, and by the time it is saved an optimizer may have changed those it was read with. So every
 read takes the checksum; the work is done once per set of values, found again by the tensors' version counters, on their own device and
-without waiting for it. A copy of a module, or the same file loaded twice, has the same checksum: values count, not objects.
+without waiting for it. Fused optimizers and those of other packages move no version counter, so every optimizer's step counts as a change.
+An edit behind PyTorch's back (``p.data.mul_(2)``, NumPy) is seen only where a state changes hands: ``matches`` and ``State.adopt`` look at
+the values themselves. A copy of a module, or the same file loaded twice, has the same checksum: values count, not objects.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _PREFIX = "c1:"  # files from before there were checksums have plain hexadecimal digits of ``fingerprint``
 _WIDTH, _ROWS = 4096, 2048  # of the matrices whose row and column sums are weighted; 64 MB each
@@ -32,36 +35,46 @@ class Checksum:
         return self._text
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[list[tuple], Checksum]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, tuple[int, list[tuple], Checksum]] = WeakKeyDictionary()
+_steps = 0  # of all optimizers of the process
 
 
-def checksum(module: nn.Module) -> Checksum | None:
+def _stepped(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_stepped)
+
+
+def checksum(module: nn.Module, anew: bool = False) -> Checksum | None:
     """Of the values, dtypes and shapes of all parameters and persistent buffers, in order, whatever the names.
 
     None where nobody can look at them: inside a compiler or a transformation of torch.func, on the meta device, sharded over processes.
+    anew: look at the values even if nothing says that they have changed.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return None
     held: list[Tensor] = []
     _collect(module, held)
     now = [(t, -1 if t.is_inference() else t._version, t.data_ptr()) for t in held]
-    before = _known.get(module)
-    if before is not None and len(before[0]) == len(now) and all(
-        a is t and version == v and address == p for (a, version, address), (t, v, p) in zip(before[0], now)
+    steps, before, known = _known.get(module, (-1, [], None))
+    if not anew and steps == _steps and len(before) == len(now) and all(
+        a is t and version == v and address == p for (a, version, address), (t, v, p) in zip(before, now)
     ):
-        return before[1]
+        return known
     if not all(type(t.data) is Tensor and t.layout == torch.strided and t.device.type != "meta" for t in held):
         return None
     with torch.inference_mode(False), torch.no_grad():
         sums = [_weighted_sum(t) for t in held]
         found = Checksum([f"{t.dtype}{tuple(t.shape)}" for t in held], [s.to(sums[0].device) for s in sums])
-    _known[module] = (now, found)
+    _known[module] = (_steps, now, found)
     return found
 
 
 def matches(module: nn.Module, mark: Checksum | str) -> tuple[bool, str]:
     """Whether ``module`` has the weights of ``mark``, and its own mark in the same form."""
-    text, mine = str(mark), checksum(module)
+    text, mine = str(mark), checksum(module, anew=True)
     if mine is None:
         return True, text
     mine = str(mine) if text.startswith(_PREFIX) else fingerprint(module)

@@ -64,7 +64,7 @@ class ModelState(State):
         if torch.compiler.is_compiling():
             return
         for b, (pos, seen) in enumerate(zip(self.pos, self.seen)):
-            if seen > 0 and (pos - seen) % C or seen == TAINTED and not pos % C:
+            if C and seen >= 0 and (pos - seen) % C or seen == TAINTED and not pos % C:
                 raise ValueError(f"{where}: state.seen is {seen} for row {b}, which is no count of an open segment of {C} tokens at {pos}")
             for s in self.snapshot if seen > 0 else ():
                 if s.pos[b] != pos - seen:
@@ -79,6 +79,8 @@ class ModelState(State):
         wanted = c.block_cms[i] if name == "cms" else c if c.mixer == "attention" else c.titans
         if state.config is not wanted and state.config != wanted:
             raise ValueError(f"{where} of state belongs to {state.config}, expected {wanted}")
+        if not isinstance(state.pos, list):
+            raise ValueError(f"{where} of state has pos {state.pos!r}, expected one integer per row")
         if state.batch != self.batch or name != "snapshot" and not torch.compiler.is_compiling() and state.pos != self.pos:
             raise ValueError(f"{where} of state stands at {list(state.pos)}, and the model's state at {list(self.pos)}")
         if name == "snapshot" and c.mixer == "attention":  # behind other rows' storage has moved on

@@ -6,6 +6,7 @@ these. Cloning, row selection, moving and checking are written once, here, over 
 One rule for copies: what ``clone``, ``detach``, ``to``, ``select``, ``replace``, ``copy.copy`` and ``copy.deepcopy`` return, and what a
 pickle holds, is independent. Whatever later advances one of the two, in place or not, leaves the other as it is. (Attention's keys are
 shared where that is the same: they are only ever appended to.) ``dataclasses.replace`` only exchanges fields and shares the rest.
+A state sent to another process is independent once that has it: torch.multiprocessing sends memory, not values, until then.
 
 One call at a time may advance a state; a second one, from another thread say, raises ValueError. Any number may read it meanwhile with
 ``update=False`` if none advances it.
@@ -126,6 +127,10 @@ class State:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {
             "owner": None, "fingerprint": None if mark is None else str(mark)
         }
+
+    def __setstate__(self, fields: dict) -> None:
+        """What comes from another process (torch.multiprocessing) shares memory with what was sent: it leaves that here."""
+        self.__dict__.update({n: _map(v, lambda t: t.clone() if t.is_shared() else t, Counters) for n, v in fields.items()})
 
     def replace(self, **fields):
         """A copy with other values in ``fields``, independent of this state (but not of what is given)."""
@@ -299,7 +304,7 @@ class State:
         return self.tensors()
 
     def _check_memory(self, where: str) -> None:
-        found = [t.data_ptr() for t in self._distinct() if t.numel()]
+        found = [t.data_ptr() for t in self._distinct() if t.numel() and t.device.type != "meta"]
         if len(set(found)) < len(found):
             raise ValueError(f"{where}: argument state has two tensors in the same memory, which a call in place would both change")
 
@@ -321,7 +326,7 @@ class State:
         where = f"{type(self).__name__}.adopt"
         check_state(where, self, type(self), module.config, self.batch)
         self.owned_by(module)
-        self.fingerprint = checksum(module)
+        self.fingerprint = checksum(module, anew=True)
 
     def owned_by(self, module: nn.Module) -> None:
         """``module`` reads this state: it and the states inside know their modules."""

@@ -60,7 +60,8 @@ def load_state(path: str | os.PathLike, device="cpu") -> State:
         raise ValueError(f"load_state: argument device is {device!r}, which cannot be used ({error})") from None
     data, meta = _opened(path, "load_state")
     try:
-        tensors = {name: t.clone() for name, t in _tensors_of(data).items()}
+        with torch.device("cpu"):  # an empty tensor comes on the default device
+            tensors = {name: t.clone() for name, t in _tensors_of(data).items()}
         if "sha256" in meta and meta["sha256"] != _digest(meta, tensors):
             raise ValueError("its contents do not have the SHA-256 they were written with")
         state = _rebuild(json.loads(meta["tree"]), tensors)

@@ -169,3 +169,16 @@ def test_weights_of_a_named_device_and_dtype(what):
 def test_the_doctor(what):
     with default(what):
         assert all(error < tolerance for _, error, tolerance in self_checks())
+
+
+def test_a_state_with_empty_tensors_loads_whatever_the_default_device(tmp_path):
+    model = hk.HopeForCausalLM(hk.HopeConfig(32, 16, 1, num_heads=2))
+    with torch.no_grad():
+        _, state = model(torch.zeros(1, 3, dtype=torch.long))
+    state.save(tmp_path / "s")
+    torch.set_default_device("meta")
+    try:
+        loaded = load_state(tmp_path / "s")
+    finally:
+        torch.set_default_device(None)
+    assert all(a.device == b.device and torch.equal(a, b) for a, b in zip(state.tensors(), loaded.tensors()))

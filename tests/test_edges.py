@@ -157,3 +157,17 @@ def test_positions_past_32_bits_on_the_compiled_backend():
         expected, after = module(x[:, 5:], near, backend="cpp")
         y, far = module(x[:, 5:], far, backend="cpp")
     assert torch.equal(y, expected) and all(torch.equal(a, b) for a, b in zip(far.tensors()[:-1], after.tensors()[:-1]))
+
+
+def test_vmap_of_grad_with_a_constant_momentum():
+    torch.manual_seed(0)
+    layer = hk.SelfModifyingTitans(hk.TitansConfig(8, 2, chunk_memory=4, chunk_other=4, momentum=0.9))
+    x = torch.randn(3, 1, 10, 8)
+
+    def loss(one: torch.Tensor) -> torch.Tensor:
+        return layer(one, backend="chunked")[0].square().sum()
+
+    found = torch.vmap(torch.func.grad(loss))(x)
+    given = x.clone().requires_grad_()
+    sum(loss(one) for one in given).backward()
+    torch.testing.assert_close(found, given.grad)

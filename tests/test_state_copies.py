@@ -101,3 +101,27 @@ def test_select_takes_a_mask_as_a_mask():
     for absent in ([3], [-4], torch.tensor([7])):
         with pytest.raises(IndexError, match="does not exist in a batch of 3"):
             state.select(absent)
+
+
+def _advance_elsewhere(inbox, outbox) -> None:
+    torch.set_num_threads(1)
+    state = inbox.get()
+    for t in state.tensors():
+        t.add_(1)
+    outbox.put([t.is_shared() for t in state.tensors() if t.numel()])
+
+
+def test_a_state_from_another_process_is_independent():
+    torch.manual_seed(0)
+    model = token_model("self_modifying")
+    with torch.no_grad():
+        _, state = model(torch.randint(0, 32, (1, 9)), learn="next_token")
+    before = [t.clone() for t in state.tensors()]
+    processes = torch.multiprocessing.get_context("spawn")
+    inbox, outbox = processes.Queue(), processes.Queue()
+    child = processes.Process(target=_advance_elsewhere, args=(inbox, outbox))
+    child.start()
+    inbox.put(state)
+    assert not any(outbox.get(timeout=120))
+    child.join()
+    assert all(torch.equal(a, b) for a, b in zip(before, state.tensors()))

@@ -166,3 +166,32 @@ def test_weights_that_nobody_can_look_at_are_no_error():
     for name, p in layer.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(each[name][1], p.grad, rtol=1e-4, atol=1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_every_optimizer_step_changes_the_mark(kind, fused):
+    """A fused step moves no version counter."""
+    model = made(kind, 0)
+    before = str(checksum(model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    after = str(checksum(model))
+    assert after != before and after == str(checksum(copy.deepcopy(model)))
+
+
+@KINDS
+def test_weights_edited_behind_pytorch_are_seen_where_a_state_changes_hands(kind, tmp_path):
+    model, x = made(kind, 0), given(kind)
+    with torch.no_grad():
+        _, state = model(x, model.init_state(1))
+        state.save(tmp_path / "s")
+        for p in model.parameters():
+            p.data.mul_(1.5)  # moves no version counter
+        with pytest.raises(ValueError, match="the state belongs to weights"):
+            model(x[:, :1], load_state(tmp_path / "s"))
+        state.adopt(model)
+        state.save(tmp_path / "s")
+        copy.deepcopy(model)(x[:, :1], load_state(tmp_path / "s"))

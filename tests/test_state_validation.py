@@ -250,3 +250,47 @@ def test_lengths_that_are_none(lengths):
     module, x, state = read("fast")
     with pytest.raises(ValueError, match="argument lengths"):
         module(x, state, lengths)
+
+
+@pytest.mark.parametrize("values", [{0, 1}, {0: 1, 1: 1}, b"ab", "ab", frozenset((0, 1))], ids=repr)
+def test_rows_and_lengths_have_an_order(values):
+    layer = hk.SelfModifyingTitans(hk.TitansConfig(8, 2))
+    with pytest.raises(ValueError, match="rows"):
+        layer.init_state(128).select(values)
+    with pytest.raises(ValueError, match="lengths"):
+        layer(torch.zeros(2, 3, 8), None, values)
+
+
+def test_an_inner_state_without_counters_or_with_a_sparse_tensor_is_refused():
+    model = hk.HopeForCausalLM(hk.HopeConfig(32, 8, 1, num_heads=2))
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    for name, value in (("pos", None), ("count", torch.zeros(1, dtype=torch.long).to_sparse())):
+        state = model.init_state(1)
+        setattr(state.mixers[0], name, value)
+        with pytest.raises(ValueError, match=name), torch.no_grad():
+            model(ids, state)
+
+
+def test_an_open_segment_is_counted_from_its_start():
+    model = hk.HopeForCausalLM(hk.HopeConfig(32, 8, 1, num_heads=2, cms=hk.CMSConfig(8, (4,))))
+    with torch.no_grad():
+        _, state = model(torch.zeros(1, 7, dtype=torch.long))
+        state.seen[0] = 0  # three tokens into a segment
+        with pytest.raises(ValueError, match="seen is 0"):
+            model(torch.zeros(1, 1, dtype=torch.long), state)
+
+
+@pytest.mark.parametrize("config", [{}, {"retain_to": "zero"}], ids=["init", "zero"])
+def test_shapes_on_the_meta_device(config):
+    layer = hk.SelfModifyingTitans(hk.TitansConfig(8, 2, **config), device="meta")
+    x = torch.zeros(2, 20, 8, device="meta")
+    with torch.no_grad():
+        _, state = layer(x)
+        y, state = layer(x, state)
+    assert y.shape == x.shape and y.device.type == "meta" and state.pos == [40, 40]
+
+
+@pytest.mark.parametrize("field", ["step_clip", "in_proj", "gate"])
+def test_switches_are_no_tensors_of_several(field):
+    with pytest.raises(ValueError, match=field):
+        hk.TitansConfig(8, **{field: torch.ones(2)})

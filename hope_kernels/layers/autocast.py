@@ -16,7 +16,7 @@ def in_own_dtype(forward):
 
     @functools.wraps(forward)
     def call(self, x, *args, **kwargs):
-        if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return forward(self, x, *args, **kwargs)
         if x.is_floating_point():
             x = x.to(placement(self).dtype)

@@ -147,7 +147,7 @@ class ContinuumMemory(nn.Module):
         Source: Nested Learning eq 71.
         """
         like = self._like
-        if isinstance(error, Tensor) and torch.is_autocast_enabled(error.device.type):  # as ``in_own_dtype``
+        if isinstance(error, Tensor) and error.device.type != "meta" and torch.is_autocast_enabled(error.device.type):  # as in_own_dtype
             with torch.autocast(error.device.type, enabled=False):
                 return self.refresh(state, error.to(like.dtype), lengths, backend)
         where = f"{NAME}.refresh"

@@ -219,7 +219,7 @@ class SelfModifyingTitans(nn.Module):
         if c.momentum == "learned":
             beta = torch.sigmoid(project(self.beta_proj, u) + self.beta_bias)
         elif c.momentum is not None:
-            beta = torch.full((*u.shape[:2], c.num_heads), float(c.momentum), device=u.device, dtype=u.dtype)
+            beta = torch.full_like(u[..., : c.num_heads], float(c.momentum))  # batched by vmap where u is
         if c.self_modifying:
             return TokenInputs(q, x=heads(u), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
         eta = eta_gate(project(self.eta_proj, u), self.eta_bias, c)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields
 from typing import Any
 
@@ -38,6 +38,13 @@ def check_tensor(op: str, name: str, t: Any, shape: Sequence[int | str], dtype: 
     return sizes
 
 
+def _listed(values: Any) -> list:
+    """Raises TypeError for what has no order, or is text."""
+    if isinstance(values, (str, bytes, bytearray, Set, Mapping)):
+        raise TypeError("no sequence")
+    return list(values)
+
+
 def check_lengths(op: str, lengths: Any, batch: int, tokens: int) -> list[int]:
     """One int per row, 0 <= n <= tokens; None means every row is full. A tensor on a device costs one sync. Raises ValueError."""
     if lengths is None:
@@ -49,7 +56,7 @@ def check_lengths(op: str, lengths: Any, batch: int, tokens: int) -> list[int]:
         values = lengths.tolist()
     else:
         try:
-            values = list(lengths)
+            values = _listed(lengths)
             if any(isinstance(n, bool) or n != int(n) for n in values):
                 raise TypeError
             values = [int(n) for n in values]
@@ -95,7 +102,7 @@ def check_rows(op: str, name: str, rows: Any, batch: int, absent: type[Exception
     """
     values = rows.tolist() if isinstance(rows, Tensor) else rows
     try:
-        values = list(values)
+        values = _listed(values)
         mask = [isinstance(r, bool) or type(r).__name__ in ("bool_", "bool") for r in values]
         if any(mask):
             if not all(mask) or len(values) != batch:
@@ -143,6 +150,8 @@ def check_part(where: str, name: str, t: Any, shape: tuple[int, ...] | None, dty
         raise ValueError(f"{where}: state.{name} is a {type(t).__name__}, expected a tensor {_brackets(shape)}")
     if t.shape != shape:
         raise ValueError(f"{where}: state.{name} has shape {_brackets(t.shape)}, expected {_brackets(shape)}")
+    if t.layout != torch.strided:
+        raise ValueError(f"{where}: state.{name} has layout {t.layout}, expected {torch.strided}")
     if t.device != device:
         raise ValueError(f"{where}: state.{name} is on {t.device}, expected {device}; move it with state.to(...)")
     if t.dtype != dtype and (dtype is not None or t.dtype not in FLOATING):
