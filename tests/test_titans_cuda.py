@@ -84,18 +84,20 @@ def meets_yardstick(config, w_init, inputs, dtype, lengths=None):
         within_yardstick(t, peer[name], exact[name], name)
 
 
-@pytest.mark.parametrize("capability", (*GPUS, NARROW))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width, mult", titans.SHAPES)
+@pytest.mark.parametrize("width, mult, dtype, capability", [
+    pytest.param(*shape, dtype, gpu, marks=() if gpu in usual else pytest.mark.slow) for shape in titans.SHAPES
+    for dtype, usual in ((torch.bfloat16, (80, NARROW)), (torch.float16, (86, 90))) for gpu in (*GPUS, NARROW)
+])
 def test_meets_the_yardstick(width, mult, dtype, capability):
     emulate(capability)
     config = TitansConfig(width, hidden_mult=mult)
     meets_yardstick(config, *problem(config, 2, 47, 0.5), dtype, [47, 30])
 
 
-@pytest.mark.parametrize("capability", GPUS)
-@pytest.mark.parametrize("chunk", titans.CHUNKS[1:])
-@pytest.mark.parametrize("width, mult", [titans.SHAPES[0], *titans.SHAPES[2:]])
+@pytest.mark.parametrize("width, mult, chunk, capability", [
+    pytest.param(*shape, chunk, gpu, marks=() if gpu in usual else pytest.mark.slow) for shape in (titans.SHAPES[0], *titans.SHAPES[2:])
+    for chunk, usual in zip(titans.CHUNKS[1:], ((80, 86), (86, 90)), strict=True) for gpu in GPUS
+])
 def test_longer_chunks(width, mult, chunk, capability):
     emulate(capability)
     config = TitansConfig(width, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk)
@@ -158,15 +160,14 @@ def test_bit_identical_however_the_call_is_cut(config, capability, seed, tmp_pat
     C, T = config.chunk_memory, 2 * config.chunk_memory + 5
     w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 2, T))
     whole, end = run(config, w_init, inputs, "cuda")
-    for cuts in ([0, 1, C + 1, T], [0, C, 2 * C, T]):
-        state, outputs = None, []
-        for a, b in zip(cuts, cuts[1:]):
-            if state is not None:
-                state.save(tmp_path / "state")
-                state = load_state(tmp_path / "state").to(DEVICE)
-            o, state = run(config, w_init, part(inputs, a, b), "cuda", state=state)
-            outputs.append(o)
-        assert torch.equal(torch.cat(outputs, 1), whole) and same(state, end)
+    cuts, state, outputs = [0, 1, C + 1, 2 * C, T], None, []  # inside chunks, over a boundary, up to one and on from there
+    for a, b in zip(cuts, cuts[1:]):
+        if state is not None:
+            state.save(tmp_path / "state")
+            state = load_state(tmp_path / "state").to(DEVICE)
+        o, state = run(config, w_init, part(inputs, a, b), "cuda", state=state)
+        outputs.append(o)
+    assert torch.equal(torch.cat(outputs, 1), whole) and same(state, end)
     lengths = [T, C + 2]
     o, ragged = run(config, w_init, inputs, "cuda", lengths)
     for row, n in enumerate(lengths):

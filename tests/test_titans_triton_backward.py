@@ -95,7 +95,10 @@ def opened(config, correlation=0.5):
     return (config, w_init, inputs), {"before": problem(config, 2, 20, correlation, seed=3)[1], **OPEN}
 
 
-@pytest.mark.parametrize("name", [n if n != "nested_learning" else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
+JUDGED_BELOW = ("default", "two clocks, silu", "nested_learning")  # in other tests; the last has no switch of its own
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in JUDGED_BELOW else ()) for n in CONFIGS])
 def test_gradients_meet_the_yardstick(name):
     what, call = opened(CONFIGS[name])
     meets_yardstick(*what, **call)
