@@ -6,6 +6,7 @@ from pathlib import Path
 
 # The tests' tensors are small: one thread is as fast as two, and far faster where other work shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.set_threshold(100_000, 20, 20)  # the interpreters of kernels make objects by the million, few of them in cycles
 # Tests start processes that import PyTorch. Where Python is told to leave no byte code behind, each would compile all of it, for seconds.
 if sys.dont_write_bytecode:
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parents[1] / "build" / "byte_code")

@@ -112,7 +112,7 @@ def test_learning_equals_plain_autograd(name):
 
 
 @named
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(cuts=st.lists(st.integers(0, 70), max_size=6), seed=st.integers(0, 99))
 def test_any_split_equals_one_call(model, cuts, seed):
     tokens, edges = ids(2, 70, seed), sorted({0, 70, *cuts})
@@ -138,7 +138,7 @@ def test_token_by_token_equals_one_call(model):
 
 
 @named
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(calls=st.lists(st.tuples(*[st.integers(0, 19)] * 3), min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_ragged_company_equals_rows_alone(model, calls, seed):
     """Different lengths per row and call; rows reordered between calls."""
@@ -164,7 +164,7 @@ def test_ragged_company_equals_rows_alone(model, calls, seed):
 
 
 @named
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_mode_is_a_property_of_each_token(model, data):
     """Stretches read with learn="off" between others: how the calls are cut does not matter, and the weights stand still meanwhile."""

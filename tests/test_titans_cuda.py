@@ -413,8 +413,10 @@ def test_settings_are_numbered_as_the_kernels_number_them():
     assert titans.flags(every, True, True) == 2 ** len(bits) - 1
 
 
-@pytest.mark.parametrize("config", CONFIGS[:3], ids=range(3))
-@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("config, update", [
+    (CONFIGS[0], True), (CONFIGS[0], False), (CONFIGS[2], True),
+    *(pytest.param(*c, marks=pytest.mark.slow) for c in ((CONFIGS[1], True), (CONFIGS[1], False), (CONFIGS[2], False))),
+], ids=range(6))
 def test_opcheck(config, update):
     torch.library.opcheck(torch.ops.hope_kernels_cuda.titans_scan.default, operands(config, 5, update))
 
@@ -435,6 +437,7 @@ def test_compiled_layer_is_one_graph_with_the_same_bits():
     assert same(plain, ours) and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
+@pytest.mark.slow
 def test_compiled_decode_step_of_a_model():
     torch.manual_seed(0)
     model = HopeForCausalLM(HopeConfig(50, 64, 2, titans=TitansConfig(64), cms=CMSConfig(64, chunks=(16, 32)))).to(DEVICE, torch.bfloat16)

@@ -149,10 +149,13 @@ def test_never_the_default():
         assert torch.equal(layer(x)[0], layer(x, backend="cpp" if DEVICE == "cpu" and not available_backends()["cpp"] else "chunked")[0])
 
 
-@pytest.mark.parametrize("config", [
-    NARROW[0], TitansConfig.preset("titans", d_model=32), TitansConfig(32, adaptive_q=True, retain_to="zero"),
-], ids=range(3))
-@pytest.mark.parametrize("update", [True, False])
+STATIC, QUERY = TitansConfig.preset("titans", d_model=32), TitansConfig(32, adaptive_q=True, retain_to="zero")
+
+
+@pytest.mark.parametrize("config, update", [
+    (NARROW[0], True), (NARROW[0], False), (STATIC, True), (QUERY, True),
+    *(pytest.param(c, False, marks=pytest.mark.slow) for c in (STATIC, QUERY)),
+], ids=range(6))
 def test_opcheck(config, update):
     w_init, inputs = (cast(t, torch.float32) for t in problem(config, 2, 5))
     state = init_titans_state(config, w_init, 2, DEVICE)

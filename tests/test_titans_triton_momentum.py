@@ -26,7 +26,6 @@ CONFIGS = {
     "adaptive_q, momentum, two clocks": TitansConfig(32, 1, adaptive_q=True, momentum="learned", chunk_memory=32, chunk_other=16),
 }
 USUAL = ["titans", "adaptive_q, momentum, two clocks"]  # between them every path; each of the others is slow in what is not its own
-usually = lambda names: [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in names]
 HALF = [(torch.float16, name) for name in CONFIGS if name in USUAL]
 SLOW_HALF = [pytest.param(torch.float16, name, marks=pytest.mark.slow) for name in CONFIGS if name not in USUAL]
 
@@ -66,7 +65,7 @@ def test_full_sizes(config, dtype):
     meets_yardstick(config, *problem(config, 2, 1100, 0.5), dtype)
 
 
-@pytest.mark.parametrize("name", usually(CONFIGS))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == USUAL[1] else pytest.mark.slow) for n in CONFIGS])
 def test_bit_identical_however_the_call_is_cut(name):
     config = CONFIGS[name]
     w_init, inputs = (cast(t, torch.float32) for t in problem(config, 2, 37))

@@ -60,8 +60,9 @@ def many_programs(monkeypatch):
 
 
 @pytest.mark.parametrize("config", [
-    TitansConfig(64, 2), TitansConfig(32, 1, chunk_memory=32, chunk_other=16, activation="silu"),
-    TitansConfig(32, 1, chunk_memory=16, chunk_other=32), TitansConfig.preset("titans", d_model=32, dgd=True),
+    TitansConfig(64, 2), pytest.param(TitansConfig(32, 1, chunk_memory=32, chunk_other=16, activation="silu"), marks=pytest.mark.slow),
+    TitansConfig(32, 1, chunk_memory=16, chunk_other=32),
+    pytest.param(TitansConfig.preset("titans", d_model=32, dgd=True), marks=pytest.mark.slow),
     TitansConfig(32, 1, adaptive_q=True, hidden_mult=2),
 ], ids=range(5))
 def test_programs_that_run_at_once_compute_the_same_bits(config, many_programs, request):
