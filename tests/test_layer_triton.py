@@ -145,7 +145,7 @@ def test_a_model_learns_while_it_reads():
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer, mlp", [("gd", "gelu"), ("momentum", "swiglu")])
+@pytest.mark.parametrize("optimizer, mlp", [("gd", "gelu"), pytest.param("momentum", "swiglu", marks=pytest.mark.slow)])
 def test_a_model_learns_as_on_the_chunked_backend(optimizer, mlp):
     """In one call, and in two that meet inside a segment, ragged."""
     torch.manual_seed(0)
