@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .identity import Checksum, checksum, matches
 from .ops.check import check_rows, check_state
 
+_names: dict[type, tuple[str, ...]] = {}  # of the fields that a state's value consists of: every call walks them
 _guard = threading.Lock()  # of every state's ``_users``, for the moment in which it changes
 
 
@@ -38,6 +39,18 @@ class Counters(list):
 def expanded(t: Tensor) -> bool:
     """Whether several elements of t lie in one place, so that it cannot be written."""
     return t.numel() > 1 and 0 in t.stride()
+
+
+def _gather(value: Any, found: list[Tensor]) -> None:
+    """All tensors of the tree, in the order of ``State._leaves``."""
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, State):
+        for _, v in value._fields():
+            _gather(v, found)
+    elif type(value) is list or type(value) is dict:
+        for v in value if type(value) is list else value.values():
+            _gather(v, found)
 
 
 def _map(value: Any, tensor: Callable[[Tensor], Tensor], counters: Callable[[Counters], Counters]) -> Any:
@@ -106,7 +119,11 @@ class State:
         return len(self.pos)
 
     def _fields(self):
-        return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in ("owner", "fingerprint", "config")]
+        names = _names.get(type(self))
+        if names is None:
+            names = tuple([f.name for f in dataclasses.fields(self) if f.name not in ("owner", "fingerprint", "config")])
+            _names[type(self)] = names
+        return [(n, getattr(self, n)) for n in names]
 
     def _mapped(self, tensor, counters):
         return dataclasses.replace(self, **{n: _map(v, tensor, counters) for n, v in self._fields()})
@@ -269,7 +286,9 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the tree, in a fixed order."""
-        return [v for v in self._leaves() if isinstance(v, Tensor)]
+        found: list[Tensor] = []
+        _gather(self, found)
+        return found
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())
