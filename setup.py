@@ -1,9 +1,11 @@
-"""Builds what needs a compiler. Everything here is optional: an installation without one works, on the PyTorch backend.
+"""Builds what needs a compiler. Everything here is optional: an installation without one works, on the
+PyTorch backend.
 
 HOPE_KERNELS_CPU: 1 makes a failed build of the CPU library an error, 0 skips it.
-HOPE_KERNELS_CUDA: 1 makes a failed build of the CUDA library, or a missing nvcc, an error; 0 skips it. Otherwise it is built where nvcc and
-a PyTorch for CUDA are found. HOPE_KERNELS_CUDA_ARCHS: the compute capabilities it is for, "90" say; those of tools/build_cuda.py otherwise.
-PyTorch has to be visible to the build: pip install --no-build-isolation.
+HOPE_KERNELS_CUDA: 1 makes a failed build of the CUDA library, or a missing nvcc, an error; 0 skips it.
+Otherwise it is built where nvcc and a PyTorch for CUDA are found. HOPE_KERNELS_CUDA_ARCHS: the compute
+capabilities it is for, "90" say; those of tools/build_cuda.py otherwise. PyTorch has to be visible to the
+build: pip install --no-build-isolation.
 """
 
 import os
@@ -23,7 +25,8 @@ CUDA = "hope_kernels._hope_cuda"
 
 
 class BuildLibrary(build_ext):
-    """Plain shared libraries, loaded with ctypes: no Python in their names, nothing exported for the interpreter."""
+    """Plain shared libraries, loaded with ctypes: no Python in their names, nothing exported for the
+    interpreter."""
 
     def get_ext_filename(self, name: str) -> str:
         return os.path.join(*name.split(".")) + ".so"
@@ -49,7 +52,8 @@ def cpu_library() -> list[Extension]:
     return [Extension(
         "hope_kernels._titans_cpu", [f for f in files if f.endswith(".cpp")], depends=files, language="c++",
         # no contraction: every fused multiply-add is written as one, so that all tiles round alike
-        extra_compile_args=["-std=c++17", "-O3", "-mavx2", "-mfma", "-ffp-contract=off", "-fopenmp", "-g0", "-Wno-ignored-attributes"],
+        extra_compile_args=["-std=c++17", "-O3", "-mavx2", "-mfma", "-ffp-contract=off", "-fopenmp", "-g0",
+            "-Wno-ignored-attributes"],
         extra_link_args=["-fopenmp"], optional=WANTED != "1",
     )]
 
@@ -60,7 +64,10 @@ def cuda_library() -> list[Extension]:
         if torch is None or torch[2] is None:
             return []
     files = [os.path.relpath(path, build_cuda.ROOT) for path in build_cuda.files()]
-    return [Extension(CUDA, [f for f in files if f.endswith((".cu", ".cpp"))], depends=files, optional=CUDA_WANTED != "1")]
+    return [
+        Extension(CUDA, [f for f in files if f.endswith((".cu", ".cpp"))], depends=files,
+            optional=CUDA_WANTED != "1")
+    ]
 
 
 setup(ext_modules=cpu_library() + cuda_library(), cmdclass={"build_ext": BuildLibrary})

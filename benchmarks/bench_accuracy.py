@@ -1,11 +1,13 @@
-"""How exact the memories are: rms error relative to fp64, against the correlation of keys and for several retentions.
+"""How exact the memories are: rms error relative to fp64, against the correlation of keys and for several
+retentions.
 
     python -m benchmarks.bench_accuracy [--out benchmarks/results/accuracy.json]
 
-One self-modifying layer, H = 2 heads of D = N = 64, chunks of 64, B = 2, T = 640. Tokens are x_t = sqrt(r) c + sqrt(1 - r) e_t with a
-common c: two of them have the correlation r, and so, about, have the keys that the memories make of them. ``alpha`` is what the
-retention gate gives without a token's own part: 1 keeps all that was written, small values forget it within a chunk. Errors are
-relative to the rms of what the chunked backend gives in fp64; "o" is the output, "state" the largest of the learned deviations.
+One self-modifying layer, H = 2 heads of D = N = 64, chunks of 64, B = 2, T = 640. Tokens are x_t = sqrt(r) c
++ sqrt(1 - r) e_t with a common c: two of them have the correlation r, and so, about, have the keys that the
+memories make of them. ``alpha`` is what the retention gate gives without a token's own part: 1 keeps all that
+was written, small values forget it within a chunk. Errors are relative to the rms of what the chunked backend
+gives in fp64; "o" is the output, "state" the largest of the learned deviations.
 """
 
 from __future__ import annotations
@@ -15,13 +17,12 @@ import math
 
 import torch
 
+from benchmarks import measure as m
+from benchmarks.bench_titans import to
+from benchmarks.machine import machine, write_json
+from benchmarks.sources import mark
 from hope_kernels import TitansConfig, available_backends
 from hope_kernels.ops import FastWeights, Layout, TokenInputs, titans_chunk
-
-from . import measure as m
-from .bench_titans import to
-from .machine import machine, write_json
-from .sources import mark
 
 RESULT = m.ROOT / "benchmarks" / "results" / "accuracy.json"
 CONFIG = TitansConfig(128, 2, hidden_mult=1, chunk_memory=64, chunk_other=64, conv_window=None)
@@ -39,7 +40,10 @@ def problem(correlation: float, alpha: float, seed: int) -> tuple[FastWeights, T
     tokens = lambda: math.sqrt(correlation) * random(B, 1, H, D) + math.sqrt(1 - correlation) * random(B, T, H, D)
     w = FastWeights(*(None if s is None else random(*s) * s[-1] ** -0.5 for s in Layout.of(CONFIG).shapes(H)))
     bias = torch.full((H,), math.log(alpha / (1 - alpha)), dtype=torch.float64)
-    return w, TokenInputs(torch.nn.functional.normalize(tokens(), dim=-1), x=tokens(), eta_bias=torch.zeros_like(bias), alpha_bias=bias)
+    return w, TokenInputs(
+        torch.nn.functional.normalize(tokens(), dim=-1), x=tokens(), eta_bias=torch.zeros_like(bias),
+        alpha_bias=bias
+    )
 
 
 def rounded(found, dtype: torch.dtype):
@@ -57,9 +61,13 @@ def errors(correlation: float, alpha: float, backend: str, dtype: str, device: s
         place = lambda found: type(found)(*(None if t is None else t.to(device, m.DTYPES[dtype]) for t in found))
         o, state = titans_chunk(CONFIG, place(w), place(inputs), backend=backend)
         share = lambda a, b: m.rms(a.cpu() - b) / m.rms(b)
-        found = {"o": share(o, exact), "state": max(share(getattr(state, n), getattr(learned, n)) for n in DEVIATIONS)}
+        found = {
+            "o": share(o, exact), "state": max(share(getattr(state, n), getattr(learned, n)) for n in DEVIATIONS)
+        }
         if not all(math.isfinite(e) for e in found.values()):
-            raise RuntimeError(f"{backend} {dtype}, correlation {correlation}, alpha {alpha}: the result is not finite")
+            raise RuntimeError(
+                f"{backend} {dtype}, correlation {correlation}, alpha {alpha}: the result is not finite"
+            )
         worst = {n: max(worst[n], e) for n, e in found.items()}
     return worst
 
@@ -70,7 +78,8 @@ def backends() -> list[tuple[str, str, str]]:
     available = available_backends()
     found += [("cpp", "fp32", "cpu")] * (available["cpp"] is None)
     if torch.cuda.is_available():
-        found += [(b, d, "cuda") for b, d in (("chunked", "bf16"), ("triton", "fp32"), ("triton", "bf16"), ("cuda", "bf16"))
+        found += [(b, d, "cuda") for b,
+                  d in (("chunked", "bf16"), ("triton", "fp32"), ("triton", "bf16"), ("cuda", "bf16"))
                   if available[b] is None]
     return found
 
@@ -79,13 +88,18 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", default=str(RESULT))
     args = p.parse_args(argv)
-    shape = {"H": CONFIG.num_heads, "D": CONFIG.head_dim, "N": CONFIG.hidden, "C": CONFIG.chunk_memory, "B": B, "T": T, "seeds": SEEDS}
+    shape = {
+        "H": CONFIG.num_heads, "D": CONFIG.head_dim, "N": CONFIG.hidden, "C": CONFIG.chunk_memory, "B": B,
+        "T": T, "seeds": SEEDS
+    }
     result = {"what": __doc__.split("\n")[0], "machine": machine(), "shape": shape, "cases": []}
     for backend, dtype, device in backends():
         for alpha in ALPHAS:
             for correlation in CORRELATIONS:
                 found = errors(correlation, alpha, backend, dtype, device)
-                case = {"backend": backend, "dtype": dtype, "device": device, "alpha": alpha, "correlation": correlation}
+                case = {
+                    "backend": backend, "dtype": dtype, "device": device, "alpha": alpha, "correlation": correlation
+                }
                 result["cases"].append(case | {"error": found} | mark("accuracy", backend))
                 print(f"{backend:8} {dtype} {device:5} alpha {alpha:<6g} correlation {correlation:<5g} "
                       + "  ".join(f"{n} {e:.2e}" for n, e in found.items()), flush=True)

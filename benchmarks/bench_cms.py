@@ -8,10 +8,11 @@
     pending  the same when refreshes are kept as factors of up to T tokens, then folded into the weights, beside folding at once
     newton   muon's five Newton-Schulz steps on the gradients of both matrices
 
-FLOPs and bytes are what nobody can avoid: a refresh reads and writes fp32 weights (8 bytes; 8 more for momentum, 2 for a 16-bit copy) and
-reads the factors; muon's five steps are counted as products of the smaller Gram matrix. Before a case is timed, its values are compared
-with fp64 (at most twice the error of plain PyTorch in the same dtype, or 8 eps); one that fails is refused. Also part of benchmarks.gpu;
-alone, the command measures a wider grid, and the models of bench_model beside it.
+FLOPs and bytes are what nobody can avoid: a refresh reads and writes fp32 weights (8 bytes; 8 more for
+momentum, 2 for a 16-bit copy) and reads the factors; muon's five steps are counted as products of the smaller
+Gram matrix. Before a case is timed, its values are compared with fp64 (at most twice the error of plain
+PyTorch in the same dtype, or 8 eps); one that fails is refused. Also part of benchmarks.gpu; alone, the
+command measures a wider grid, and the models of bench_model beside it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks import measure as m
+from benchmarks import studies
 from hope_kernels import CMSConfig, ContinuumMemory
 from hope_kernels.backend import resolve_cms
 from hope_kernels.ops import cms_forward, cms_refresh_
 from hope_kernels.ops.cms import pending as policy
-
-from . import measure as m
-from . import studies
 
 RESULT = m.ROOT / "benchmarks" / "results" / "cms.json"
 MU = 0.9
@@ -45,7 +45,8 @@ MU = 0.9
 
 @dataclass(frozen=True)
 class Case:
-    """B rows of C tokens (T slots for pending factors) through K levels of width d with 4 d hidden units. backend None: the default."""
+    """B rows of C tokens (T slots for pending factors) through K levels of width d with 4 d hidden units.
+    backend None: the default."""
 
     kind: str
     d: int = 256
@@ -67,11 +68,14 @@ class Case:
     @property
     def config(self) -> CMSConfig:
         """Level l has the period C 4^l."""
-        return CMSConfig(self.d, tuple(self.C * 4**l for l in range(self.K)), optimizer=self.optimizer, momentum=MU, lr=self.rate)
+        return CMSConfig(
+            self.d, tuple(self.C * 4**l for l in range(self.K)), optimizer=self.optimizer, momentum=MU, lr=self.rate
+        )
 
     @property
     def rate(self) -> float:
-        """With unit factors, a refresh changes a matrix about as much as it is large: no error of the step hides behind the weight."""
+        """With unit factors, a refresh changes a matrix about as much as it is large: no error of the step
+        hides behind the weight."""
         return 5 * self.d**-0.5 if self.optimizer == "muon" else (self.d * self.C) ** -0.5
 
     @property
@@ -97,13 +101,17 @@ def _grid(widths: tuple[int, ...], dtype: str) -> tuple[Case, ...]:
 
 
 def _waiting(widths: tuple[int, ...], batches: tuple[int, ...], dtype: str) -> tuple[Case, ...]:
-    return tuple(W(d, C, B=B, T=T, dtype=dtype) for d in widths for B in batches for C in (16, 64) for T in (32, 64, 128, 256) if T >= C)
+    return tuple(
+        W(d, C, B=B, T=T, dtype=dtype) for d in widths for B in batches for C in (16, 64)
+        for T in (32, 64, 128, 256) if T >= C
+    )
 
 
 X = {"dtype": "bf16", "backend": "triton"}
 GPU_CASES = tuple(dict.fromkeys((
     R(4096, 64, **X), S(1024, 64, **X), R(4096, 4096, **X), F(1024, 512, K=3, B=8, **X),
-    F(1024, 512, K=3, B=8, rows="own", **X), *(R(4096, 64, optimizer=o, **X) for o in OPTIMIZERS[1:]), W(1024, 16, T=128, **X),
+    F(1024, 512, K=3, B=8, rows="own", **X), *(R(4096, 64, optimizer=o, **X) for o in OPTIMIZERS[1:]),
+    W(1024, 16, T=128, **X),
     R(1024, 64, **X), S(4096, 64, **X), NS(4096, backend="triton"), R(1024, 64, B=32, **X),
     R(1024, 64, dtype="bf16"), R(4096, 64, dtype="bf16"), S(1024, 64, dtype="bf16"),
     F(1024, 512, K=3, B=8, dtype="bf16"), F(1024, 512, K=3, B=8, rows="own", dtype="bf16"), NS(1024), NS(4096),
@@ -120,17 +128,19 @@ QUICK_GPU = (
 BOTH = ("cpp", "chunked")
 SUITE_CPU = (  # what benchmarks.gpu has time for
     *(F(256, 256, K=2, B=2, rows=rows, backend=b) for rows in ("shared", "own") for b in BOTH),
-    *(R(256, 64, optimizer=o, backend=b) for o in OPTIMIZERS for b in BOTH), *(S(256, 64, backend=b) for b in BOTH), NS(256),
-    W(256, 16, T=64),
+    *(R(256, 64, optimizer=o, backend=b) for o in OPTIMIZERS for b in BOTH),
+    *(S(256, 64, backend=b) for b in BOTH), NS(256), W(256, 16, T=64),
 )
 CPU_CASES = (
     *(F(d, 512, K=2, B=4, rows=rows) for d in (128, 256, 512) for rows in ("shared", "own")),
     *(R(d, C, optimizer=o) for o in OPTIMIZERS for d in (128, 256, 512) for C in PERIODS),
-    *(S(d, C, optimizer=o) for d in (128, 256, 512) for C in (16, 64, 1024) for o in OPTIMIZERS[: 3 if C == 64 else 1]),
+    *(S(d, C, optimizer=o) for d in (128, 256, 512) for C in (16, 64,
+            1024) for o in OPTIMIZERS[: 3 if C == 64 else 1]),
     *(NS(d) for d in (128, 256, 512)), *_waiting((128, 256, 512), (1, 4), "fp32"),
 )
 QUICK_CPU = (
-    *(F(32, 16, K=2, B=2, backend=b) for b in BOTH), F(32, 16, K=2, B=2, rows="own"), *(R(32, 16, backend=b) for b in BOTH), NS(32, B=2),
+    *(F(32, 16, K=2, B=2, backend=b) for b in BOTH), F(32, 16, K=2, B=2, rows="own"),
+    *(R(32, 16, backend=b) for b in BOTH), NS(32, B=2),
     R(32, 16, optimizer="momentum"), R(32, 16, B=2, optimizer="muon"), S(32, 16, B=2), W(32, 16, T=32),
 )
 
@@ -177,10 +187,15 @@ def read_levels(case: Case, x: Tensor, levels: list[dict[str, Tensor]]) -> Tenso
 
 
 @torch.no_grad()
-def forward(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, op: Callable = read_levels) -> dict:
-    """``C`` tokens a row. The torch module has one set of weights for all rows in either case: what a model that does not learn costs."""
+def forward(
+    case: Case, device: str, ceilings: dict, seconds: float, quick: bool, op: Callable = read_levels
+) -> dict:
+    """``C`` tokens a row. The torch module has one set of weights for all rows in either case: what a model
+    that does not learn costs."""
     g, dtype = torch.Generator(device).manual_seed(1), m.DTYPES[case.dtype]
-    x, levels = torch.randn(case.B, case.C, case.d, generator=g, device=device, dtype=dtype), levels_of(case, device)
+    x, levels = torch.randn(
+        case.B, case.C, case.d, generator=g, device=device, dtype=dtype
+    ), levels_of(case, device)
     wide = [{n: t.double() for n, t in level.items()} for level in levels]
     check = m.compare({"y": op(case, x, levels)}, {"y": stacked(levels, x)}, {"y": stacked(wide, x.double())})
     if not check["ok"]:
@@ -188,8 +203,12 @@ def forward(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     sets = m.sets_for(case.K * case.weights * case.itemsize, device)
     problems = [levels_of(case, device, seed) for seed in range(sets)]
     flops = 2 * case.B * case.C * case.K * case.weights
-    moved = (2 * case.B * case.C * case.d + case.K * case.weights * (case.B if case.rows == "own" else 1)) * case.itemsize
-    record = m.time_calls([partial(op, case, x, levels) for levels in problems], device, seconds) | {"check": check, "sets": sets}
+    moved = (
+        2 * case.B * case.C * case.d + case.K * case.weights * (case.B if case.rows == "own" else 1)
+    ) * case.itemsize
+    record = m.time_calls(
+        [partial(op, case, x, levels) for levels in problems], device, seconds
+    ) | {"check": check, "sets": sets}
     shared = [levels_of(Case(**asdict(case) | {"rows": "shared"}), device, seed) for seed in range(sets)]
     modules = [nn.Sequential(*map(Level, levels)).requires_grad_(False) for levels in shared]
     record["module_ms"] = m.time_calls([partial(module, x) for module in modules], device, seconds)["ms"]
@@ -209,8 +228,9 @@ def forward(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
 
 
 class Given(NamedTuple):
-    """One matrix, B rows: weight, moment (momentum), total (muon: the gradient of earlier segments, here 0) [B, r, c] fp32; left [B, C, r],
-    right [B, C, c] and copy (the weight, if they are not fp32) in the case's dtype."""
+    """One matrix, B rows: weight, moment (momentum), total (muon: the gradient of earlier segments, here 0)
+    [B, r, c] fp32; left [B, C, r], right [B, C, c] and copy (the weight, if they are not fp32) in the case's
+    dtype."""
 
     weight: Tensor
     left: Tensor
@@ -222,7 +242,9 @@ class Given(NamedTuple):
 
 def refresh_matrix_(case: Case, given: Given) -> None:
     """The call under test, in place."""
-    cms_refresh_(case.config, 0, *given[:3], moment=given.moment, total=given.total, copy=given.copy, backend=case.backend)
+    cms_refresh_(
+        case.config, 0, *given[:3], moment=given.moment, total=given.total, copy=given.copy, backend=case.backend
+    )
 
 
 def orthogonal(g: Tensor) -> Tensor:
@@ -280,7 +302,9 @@ def refresh_work(case: Case) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def refresh(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, op: Callable = refresh_matrix_) -> dict:
+def refresh(
+    case: Case, device: str, ceilings: dict, seconds: float, quick: bool, op: Callable = refresh_matrix_
+) -> dict:
     def after(step: Callable, wide: bool = False) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, given in zip(("up", "down"), factors(case, device, 0)):
@@ -308,23 +332,34 @@ def newton_schulz(case: Case, grad: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def newton(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, op: Callable = newton_schulz) -> dict:
+def newton(
+    case: Case, device: str, ceilings: dict, seconds: float, quick: bool, op: Callable = newton_schulz
+) -> dict:
     """Gradients of rank ``C`` at most, as a segment gives them; in and out are read and written once."""
     def gradients(seed: int) -> list[Tensor]:
-        return [torch.einsum("bcr,bcs->brs", given.left.float(), given.right.float()) for given in factors(case, device, seed)]
+        return [
+            torch.einsum("bcr,bcs->brs", given.left.float(), given.right.float())
+            for given in factors(case, device, seed)
+        ]
 
     named = lambda found: dict(zip(("up", "down"), found))
     first = gradients(0)
-    check = m.compare(*(named([f(g) for g in first]) for f in (partial(op, case), orthogonal, lambda g: orthogonal(g.double()))))
+    check = m.compare(
+        *(named([f(g) for g in first]) for f in (partial(op, case), orthogonal, lambda g: orthogonal(g.double())))
+    )
     if not check["ok"]:
         return refused(check, "fp64")
     nbytes = 8 * case.B * case.weights
     problems = [gradients(seed) for seed in range(m.sets_for(nbytes, device))]
     record = m.time_calls([lambda p=p: [op(case, g) for g in p] for p in problems], device, seconds)
-    return m.rates(record | {"check": check, "sets": len(problems)}, ceilings, case.dtype, case.B * newton_flops(case), nbytes)
+    return m.rates(
+        record | {"check": check, "sets": len(problems)}, ceilings, case.dtype, case.B * newton_flops(case), nbytes
+    )
 
 
-def one_segment(layer: ContinuumMemory, state, x: Tensor, error: Tensor, backend: str | None = None) -> tuple[Tensor, object]:
+def one_segment(
+    layer: ContinuumMemory, state, x: Tensor, error: Tensor, backend: str | None = None
+) -> tuple[Tensor, object]:
     """The calls under test: y [B, C, d] and the state that has learned from the segment, in place."""
     y, state = layer(x, state, backend=backend)
     return y, layer.refresh(state, error, backend=backend)
@@ -335,12 +370,15 @@ def learner(case: Case, device: str) -> tuple[ContinuumMemory, Tensor, Tensor]:
     torch.manual_seed(0)
     kw = {"device": device, "dtype": m.DTYPES[case.dtype]}
     config = case.config.replace(lr=0.03 if case.optimizer == "muon" else 0.05 / case.C)
-    return ContinuumMemory(config, **kw), torch.randn(case.B, case.C, case.d, **kw), torch.randn(case.B, case.C, case.d, **kw)
+    return ContinuumMemory(config, **kw), torch.randn(
+        case.B, case.C, case.d, **kw
+    ), torch.randn(case.B, case.C, case.d, **kw)
 
 
 @torch.no_grad()
 def segment(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """Counted: two products forward, dL/dhidden, two gradients (10 d N a token; dL/dx is nobody's here), and the rest of the refresh."""
+    """Counted: two products forward, dL/dhidden, two gradients (10 d N a token; dL/dx is nobody's here), and
+    the rest of the refresh."""
     layer, x, error = learner(case, device)
 
     def twice(layer: ContinuumMemory, x: Tensor, error: Tensor, backend: str | None) -> dict[str, Tensor]:
@@ -355,7 +393,9 @@ def segment(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     flops += 2 * case.B * case.C * case.weights * 3 / 2
     states = [layer.init_state(case.B) for _ in range(m.sets_for(nbytes, device))]
     # errors of either sign in turn: else the weights would grow without end
-    calls = [partial(one_segment, layer, state, x, sign * error, case.backend) for sign in (1, -1) for state in states]
+    calls = [
+        partial(one_segment, layer, state, x, sign * error, case.backend) for sign in (1, -1) for state in states
+    ]
     record = m.time_calls(calls, device, seconds) | {"check": check, "sets": len(states)}
     record["tokens/s"] = 1e3 * case.B * case.C / record["ms"]["median"]
     return m.rates(record, ceilings, case.dtype, flops, nbytes)
@@ -396,12 +436,14 @@ def pending(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     m.turns(calls, device, 0)
     found = m.turns(calls, device, seconds, most=50)
     rate = {slots: 1e3 * segments * case.B * case.C / ms["median"] for slots, ms in found.items()}
-    return {"check": check, "segments": segments, "ms": found[str(case.T)], "at_once_ms": found["0"], "tokens/s": rate[str(case.T)],
+    return {"check": check, "segments": segments, "ms": found[str(case.T)], "at_once_ms": found["0"],
+            "tokens/s": rate[str(case.T)],
             "at_once_tokens/s": rate["0"], "of_at_once": rate[str(case.T)] / rate["0"]}
 
 
 def by_hand(layer: ContinuumMemory, x: Tensor, error: Tensor) -> dict[str, Tensor]:
-    """The peer of ``segment``: torch modules, autograd and the written equations, in the layer's dtype, row by row."""
+    """The peer of ``segment``: torch modules, autograd and the written equations, in the layer's dtype, row
+    by row."""
     outputs, config = [], layer.config
     for b in range(x.shape[0]):
         level = {n: p.detach().clone() for n, p in layer.levels[0].items()}
@@ -421,7 +463,8 @@ FIRST = 4  # of the GPU's cases, before everything else of its kind
 
 
 def measured(case: Case, device: str, ceilings: dict, **options) -> dict:
-    """The case's record. Raises Unserved where its backend has no kernels for the levels here, which PyTorch would then serve."""
+    """The case's record. Raises Unserved where its backend has no kernels for the levels here, which PyTorch
+    would then serve."""
     dtype = torch.float32 if case.kind == "newton" else m.DTYPES[case.dtype]
     ops = resolve_cms(case.config, dtype, torch.device(device), case.backend, inner=True)
     if case.backend not in (None, "chunked", ops.__name__.rpartition(".")[2]):
@@ -438,7 +481,9 @@ def cases(device: str, quick: bool, full: bool = False) -> tuple[Case, ...]:
 def items(device: str, quick: bool, full: bool = False) -> Iterator[tuple[str, dict, Callable]]:
     """(name, the case as data, call with (ceilings)), most important first. full: the whole grid, on a CPU too."""
     for case in cases(device, quick, full):
-        yield case.name, asdict(case), partial(measured, case, device, seconds=m.seconds(device, quick), quick=quick)
+        yield case.name, asdict(case), partial(
+            measured, case, device, seconds=m.seconds(device, quick), quick=quick
+        )
 
 
 # -- alone --------------------------------------------------------------------------------------------------------------------
@@ -446,7 +491,9 @@ def items(device: str, quick: bool, full: bool = False) -> Iterator[tuple[str, d
 
 def table(result: dict) -> str:
     """Markdown of the cases of a result file."""
-    found = {name: r for name, r in result["cases"].items() if r.get("status") == "ok" and r.get("case", {}).get("kind")}
+    found = {
+        name: r for name, r in result["cases"].items() if r.get("status") == "ok" and r.get("case", {}).get("kind")
+    }
     of = lambda kind: [(r["case"], r) for r in found.values() if r["case"]["kind"] == kind]
     share = lambda x: "" if x is None else f"{x:.0%}"
     rows: list[str] = []
@@ -455,10 +502,13 @@ def table(result: dict) -> str:
         if lines:
             rows.extend(["", f"**{title}**", "", f"| {head} |", "|---" * (head.count("|") + 1) + "|", *lines])
 
-    section("Reading, against a torch module of equal weights", "d | levels | weights | tokens | ms | of the module's rate | compiled", [
+    section("Reading, against a torch module of equal weights",
+        "d | levels | weights | tokens | ms | of the module's rate | compiled", [
         f"| {c['d']} | {c['K']} | {c['rows']} | {c['B']} x {c['C']} | {r['ms']['median']:.2f} | {r['of_module']:.2f} | "
         f"{f'{of_c:.2f}' if (of_c := r.get('of_compiled')) else ''} |" for c, r in of("forward")])
-    for kind, title in (("refresh", "Refresh of one level"), ("segment", "A segment through one level: read, errors, refresh")):
+    for kind, title in (
+        ("refresh", "Refresh of one level"), ("segment", "A segment through one level: read, errors, refresh")
+    ):
         section(title, "optimizer | d | C | rows | ms | GB/s | of the copy rate | TFLOP/s | of the GEMM rate", [
             f"| {c['optimizer']} | {c['d']} | {c['C']} | {c['B']} | {r['ms']['median']:.3f} | {r['GB/s']:.1f} | {share(r['of_copy'])} | "
             f"{r['TFLOP/s']:.3f} | {share(r['of_matmul'])} |" for c, r in of(kind)])
@@ -480,7 +530,7 @@ def table(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from . import bench_model, gpu
+    from benchmarks import bench_model, gpu
 
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of cases' names")
@@ -498,7 +548,10 @@ def main(argv: list[str] | None = None) -> int:
     plan = [("env", "machine", {}, lambda _: gpu.describe(device))]
     for name in gpu.ceilings_of(device):
         plan.append(("env", name, {}, lambda _, name=name: m.ceiling(name, device, args.quick)))
-    plan += [("cms", *item) for item in (*items(device, args.quick, full=True), *bench_model.items(device, args.quick, full=True))]
+    plan += [
+        ("cms", *item) for item in (*items(device, args.quick, full=True),
+            *bench_model.items(device, args.quick, full=True))
+    ]
     status = gpu.measure(device, {"env": store, "cms": store}, args, until, plan)
     print(table(store.data))
     return status

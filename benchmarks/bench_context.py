@@ -1,11 +1,13 @@
-"""Speed against context length: does reading or decoding slow down as a sequence grows? The bundled model and one layer, one thread.
+"""Speed against context length: does reading or decoding slow down as a sequence grows? The bundled model and
+one layer, one thread.
 
     python -m benchmarks.bench_context [--longest 65536] [--out benchmarks/results/context.json]
 
-The model reads one text, with learning off and on, and stops after 1024, 2048, ... bytes: tokens/s of the stretch since the last stop,
-and ms of a decoded token from there, on a copy of the state. "learning" compares both over the longest read. The layer
-(d = 256, one head, chunks of 64, the default backend) reads T tokens in one call. Seconds are those of the one thread's CPU clock: what
-else runs on the machine costs caches, not turns.
+The model reads one text, with learning off and on, and stops after 1024, 2048, ... bytes: tokens/s of the
+stretch since the last stop, and ms of a decoded token from there, on a copy of the state. "learning" compares
+both over the longest read. The layer
+(d = 256, one head, chunks of 64, the default backend) reads T tokens in one call. Seconds are those of the
+one thread's CPU clock: what else runs on the machine costs caches, not turns.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ from functools import partial
 
 import torch
 
+from benchmarks import measure as m
+from benchmarks.bench_learning import text_bytes
+from benchmarks.machine import machine, write_json
+from benchmarks.sources import mark
 from hope_kernels import HopeForCausalLM, SelfModifyingTitans, TitansConfig, available_backends, bundled_models
-from hope_kernels.generation import read
-
-from . import measure as m
-from .bench_learning import text_bytes
-from .machine import machine, write_json
-from .sources import mark
+from hope_kernels.engine.generation import read
 
 RESULT = m.ROOT / "benchmarks" / "results" / "context.json"
 TEXT = m.ROOT / "hope_kernels" / "assets" / "kjv-john-acts.txt.gz"
@@ -55,8 +56,9 @@ def segment(model: HopeForCausalLM, given, ids: torch.Tensor, learn: str) -> lis
 
 @torch.no_grad()
 def reading(model: HopeForCausalLM, ids: torch.Tensor, longest: int) -> dict[str, dict]:
-    """{mode: {"points": one a stop, "tokens/s": over all of them}}; modes in turn stretch by stretch, then decoding from every stop's
-    state in turn, round by round: what disturbs the machine meanwhile disturbs all alike."""
+    """{mode: {"points": one a stop, "tokens/s": over all of them}}; modes in turn stretch by stretch, then
+    decoding from every stop's state in turn, round by round: what disturbs the machine meanwhile disturbs all
+    alike."""
     found: dict[str, dict] = {mode: {"points": [], "tokens/s": 0.0} for mode in MODES}
     kept: dict[tuple[str, int], object] = {}
     reached, seconds, at = {}, dict.fromkeys(MODES, 0.0), 0
@@ -67,11 +69,15 @@ def reading(model: HopeForCausalLM, ids: torch.Tensor, longest: int) -> dict[str
             before = reached.get(mode)
             given = (None, None) if before is None else (before.state, before.logits)
             began = time.process_time()
-            reached[mode] = after = read(model, ids[:, at:stop], given[0], learn=mode, last=given[1], check_finite=False)
+            reached[mode] = after = read(
+                model, ids[:, at:stop], given[0], learn=mode, last=given[1], check_finite=False
+            )
             spent = time.process_time() - began
             seconds[mode] += spent
             kept[mode, stop] = after.state.clone()
-            found[mode]["points"].append({"tokens": stop, "tokens/s": (stop - at) / spent, "state_bytes": after.state.nbytes()})
+            found[mode]["points"].append(
+                {"tokens": stop, "tokens/s": (stop - at) / spent, "state_bytes": after.state.nbytes()}
+            )
             print(f"{mode:11} {stop:7} tokens {(stop - at) / spent:10.0f} tokens/s", flush=True)
         at = stop
     ms: dict[tuple[str, int], list[float]] = {key: [] for key in kept}
@@ -110,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     ids = torch.tensor([list(text_bytes(str(TEXT), args.longest + 2 * model.segment))])
     backend = "cpp" if available_backends()["cpp"] is None else "chunked"
     result = {"what": __doc__.split("\n")[0], "machine": machine(), "model": bundled_models()[0]}
-    result["layer at once"] = {"d": 256, "C": 64, "backend": backend, "points": layer(args.longest), **mark("layer", backend)}
+    result["layer at once"] = {
+        "d": 256, "C": 64, "backend": backend, "points": layer(args.longest), **mark("layer", backend)
+    }
     for mode, found in reading(model, ids, args.longest).items():
         result[mode] = found | mark("model", device="cpu")
     result["learning"] = {"reading_per_learning": result["off"]["tokens/s"] / result["next_token"]["tokens/s"]}

@@ -1,13 +1,15 @@
-"""What remains of one document after another has been read: bits per byte on A before, after reading A, and after reading B as well.
+"""What remains of one document after another has been read: bits per byte on A before, after reading A, and
+after reading B as well.
 
     python -m benchmarks.bench_continual --text FILE [FILE ...] [--title NAME ...] [--bytes 32768] [--out benchmarks/results/continual.json]
 
-Documents are excerpts of different domains: the bundled model's own (John and Acts, held out of its training) and one per --text. Every
-ordered pair (A, B) is read, three disjoint excerpts of each as the rows of one batch. K is the number of CMS levels that learn: 0 none;
-1 the first (period 64); 2 both (64, 256); 3 a third of period 1024 on top, which begins as the identity (w_down = 0); lr = 1 / C for all,
-as in the bundled model.
+Documents are excerpts of different domains: the bundled model's own (John and Acts, held out of its training)
+and one per --text. Every ordered pair (A, B) is read, three disjoint excerpts of each as the rows of one
+batch. K is the number of CMS levels that learn: 0 none; 1 the first (period 64); 2 both (64, 256); 3 a third
+of period 1024 on top, which begins as the identity (w_down = 0); lr = 1 / C for all, as in the bundled model.
 
-What is measured, before, after A and after B, are pure reads (learn="off", on a clone), in which the CMS weights stay as they are:
+What is measured, before, after A and after B, are pure reads (learn="off", on a clone), in which the CMS
+weights stay as they are:
 
     A, B     the second half of the document that the row has read (or will read)
     A_other  the second half of another excerpt of A's domain, which the row never reads: adaptation without memorisation
@@ -19,7 +21,8 @@ from two states:
     whole    (A only) the state as the reading left it: CMS weights, and memories that hold what they kept of A, or of A and B; they
              go on writing. "before" is the same fresh state as in cms.
 
-"kept" is the share of the gain of reading A that is left after B: (before - after B) / (before - after A); negative: worse than before.
+"kept" is the share of the gain of reading A that is left after B: (before - after B) / (before - after A);
+negative: worse than before.
 """
 
 from __future__ import annotations
@@ -33,11 +36,10 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from benchmarks import studies as s
 from hope_kernels import HopeForCausalLM
 from hope_kernels.identity import fingerprint
 from hope_kernels.state import Counters
-
-from . import studies as s
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "continual.json")
 LEVELS = (0, 1, 2, 3)
@@ -56,13 +58,15 @@ def learner(model: HopeForCausalLM, K: int, seed: int = 0) -> HopeForCausalLM:
 
 
 def forgotten(state, model: HopeForCausalLM):
-    """A fresh state of ``model`` with the CMS of ``state``: memories empty, no open segment, counters at 0. Shares no tensor with it."""
+    """A fresh state of ``model`` with the CMS of ``state``: memories empty, no open segment, counters at 0.
+    Shares no tensor with it."""
     fresh, zero = model.init_state(state.batch), [0] * state.batch
     return replace(fresh, cms=[None if c is None else replace(c, pos=Counters(zero)) for c in state.clone().cms])
 
 
 def case(model: HopeForCausalLM, K: int, A: Tensor, B: Tensor) -> dict:
-    """Reads A, then B [rows, T], with K learning levels: {"A", "A_other", "B"}: {"cms", "whole"}: {stage: bits per row}, and the speed."""
+    """Reads A, then B [rows, T], with K learning levels: {"A", "A_other", "B"}: {"cms", "whole"}: {stage:
+    bits per row}, and the speed."""
     model = learner(model, K)
     halves = {"A": A[:, A.shape[1] // 2 :], "B": B[:, B.shape[1] // 2 :]}
     halves["A_other"] = halves["A"].roll(1, 0)
@@ -76,14 +80,22 @@ def case(model: HopeForCausalLM, K: int, A: Tensor, B: Tensor) -> dict:
         for name, kinds in found.items():
             kinds["cms"][stage] = s.finite(s.bits(model, halves[name], "off", forgotten(state, model))[0])
         whole = found["A"]["whole"]
-        whole[stage] = found["A"]["cms"][stage] if document is None else s.finite(s.bits(model, halves["A"], "off", state.clone())[0])
-    return found | {"K": K, "seconds_reading": round(seconds, 2), "bytes_per_s": round((A.numel() + B.numel()) / seconds)}
+        whole[stage] = (
+            found["A"]["cms"][stage] if document is None
+            else s.finite(s.bits(model, halves["A"], "off", state.clone())[0])
+        )
+    return found | {
+        "K": K, "seconds_reading": round(seconds, 2), "bytes_per_s": round((A.numel() + B.numel()) / seconds)
+    }
 
 
 def kept(stages: dict[str, list]) -> float | None:
     """The share of the gain of reading A that B has left, over the rows together; None without a gain."""
     before, after_a, after_b = (s.mean(stages[name]) for name in STAGES)
-    return (before - after_b) / (before - after_a) if after_a < before < float("inf") and after_b < float("inf") else None
+    return (
+        (before - after_b) / (before - after_a) if after_a < before < float("inf") and after_b < float("inf")
+        else None
+    )
 
 
 def table(result: dict) -> str:
@@ -124,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     titles = args.title or [os.path.basename(path) for path in args.text]
     texts = {s.KJV_TITLE: s.text(s.KJV)} | {t: s.text(path) for t, path in zip(titles, args.text)}
     model = HopeForCausalLM.from_pretrained(args.model)
-    setting = {"model": args.model, "weights": fingerprint(model), "bytes": args.bytes, "excerpts": s.ROWS, "seed": args.seed,
+    setting = {"model": args.model, "weights": fingerprint(model), "bytes": args.bytes, "excerpts": s.ROWS,
+               "seed": args.seed,
                "texts": {t: s.digest(data) for t, data in texts.items()}}
     study = s.Study(args.out, __doc__.split("\n")[0], setting)
     documents = {t: s.excerpts(data, args.bytes, args.bytes, args.seed) for t, data in texts.items()}

@@ -1,13 +1,16 @@
-"""One layer on the CPU beside the token loop of the PyPI package nested-learning 0.2.0, titans-pytorch 0.5.5, and the machine's own GEMM.
+"""One layer on the CPU beside the token loop of the PyPI package nested-learning 0.2.0, titans-pytorch 0.5.5,
+and the machine's own GEMM.
 
     python -m benchmarks.bench_cpu [--rounds 5] [--out benchmarks/results/cpu.json]
 
-B = 1, T = 512, fp32. "same" is the preset ``nested_learning`` with the package's weights: the same function, outputs compared.
-"default" is the default configuration, which does more (output projection, gate, target norm, step clip). titans-pytorch's memory, where it
-is installed, is a two-layer MLP of the same width and chunk that computes another function: speed only. Each round times a GEMM of
-1024^3, ours (the default backend, median of five calls) and the packages, in turn; figures are medians over the rounds, with minimum and
-maximum. FLOPs per token by the count
-H (c D N + 10 C N + 2 C D + 2 C^2) + 8 d^2, c = 80, or 70 for "same" (no deviation from a base, no target norm; projections 2 d^2).
+B = 1, T = 512, fp32. "same" is the preset ``nested_learning`` with the package's weights: the same function,
+outputs compared. "default" is the default configuration, which does more (output projection, gate, target
+norm, step clip). titans-pytorch's memory, where it is installed, is a two-layer MLP of the same width and
+chunk that computes another function: speed only. Each round times a GEMM of 1024^3, ours (the default
+backend, median of five calls) and the packages, in turn; figures are medians over the rounds, with minimum
+and maximum. FLOPs per token by the count
+H (c D N + 10 C N + 2 C D + 2 C^2) + 8 d^2, c = 80, or 70 for "same" (no deviation from a base, no target
+norm; projections 2 d^2).
 """
 
 from __future__ import annotations
@@ -20,10 +23,9 @@ import time
 
 import torch
 
+from benchmarks.machine import machine, write_json
+from benchmarks.sources import mark
 from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
-
-from .machine import machine, write_json
-from .sources import mark
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "cpu.json")
 CASES = ((64, 16), (256, 16), (256, 64))
@@ -69,7 +71,9 @@ def titans_pytorch(d: int, chunk: int):
     except ImportError:
         return None
     model = {"depth": 2, "expansion_factor": 1.0}
-    return NeuralMemory(d, chunk_size=chunk, batch_size=chunk, dim_head=d, heads=1, default_model_kwargs=model).eval()
+    return NeuralMemory(
+        d, chunk_size=chunk, batch_size=chunk, dim_head=d, heads=1, default_model_kwargs=model
+    ).eval()
 
 
 def case(d: int, chunk: int, rounds: int) -> dict:
@@ -79,7 +83,9 @@ def case(d: int, chunk: int, rounds: int) -> dict:
     torch.manual_seed(0)
     x = torch.randn(1, T, d)
     package = Package(PackageConfig(d, chunk_size_other=chunk, chunk_size_memory=chunk))
-    same = SelfModifyingTitans(TitansConfig.preset("nested_learning", d_model=d, chunk_memory=chunk, chunk_other=chunk))
+    same = SelfModifyingTitans(
+        TitansConfig.preset("nested_learning", d_model=d, chunk_memory=chunk, chunk_other=chunk)
+    )
     copy_weights(same, package)
     default = SelfModifyingTitans(TitansConfig(d, chunk_memory=chunk, chunk_other=chunk))
 
@@ -92,7 +98,9 @@ def case(d: int, chunk: int, rounds: int) -> dict:
         ours_out, their_out = same(x)[0], theirs()
         error = float((ours_out - their_out).norm() / their_out.norm())
         if error > 1e-4:
-            raise RuntimeError(f"d={d} chunk={chunk}: outputs differ by {error:.1e}; no speed is reported for a wrong result")
+            raise RuntimeError(
+                f"d={d} chunk={chunk}: outputs differ by {error:.1e}; no speed is reported for a wrong result"
+            )
         default(x)
         if titans is not None:
             titans(x)
@@ -107,7 +115,8 @@ def case(d: int, chunk: int, rounds: int) -> dict:
                 seen.setdefault("titans_pytorch", []).append(T / other)
                 seen.setdefault("ratio_titans_pytorch", []).append(other / full)
             for key, value in (
-                ("gemm", rate / 1e9), ("same", T / ours), ("default", T / full), ("package", T / loop), ("ratio", loop / ours),
+                ("gemm", rate / 1e9), ("same", T / ours), ("default", T / full), ("package", T / loop),
+                ("ratio", loop / ours),
                 ("ratio_default", loop / full), ("fraction", T * flops(d, chunk, True) / ours / rate),
                 ("fraction_default", T * flops(d, chunk, False) / full / rate),
             ):
@@ -121,14 +130,17 @@ def main() -> None:
     p.add_argument("--out", default=RESULT)
     args = p.parse_args()
     backend = "cpp" if available_backends()["cpp"] is None else "chunked"
-    result = {"what": __doc__.split("\n")[0], "machine": machine(), "peer": "nested-learning 0.2.0", "backend": backend,
+    result = {"what": __doc__.split("\n")[0], "machine": machine(), "peer": "nested-learning 0.2.0",
+              "backend": backend,
               **mark("layer", backend), "rounds": args.rounds, "cases": []}
     print(f"{'dim':>5}{'chunk':>6}{'ours tok/s':>12}{'default':>10}{'package':>9}{'ratio':>8}{'of GEMM':>9}{'default':>9}"
           f"{'GEMM GF/s':>11}{'error':>9}")
     for d, chunk in CASES:
         c = case(d, chunk, args.rounds)
         result["cases"].append(c)
-        result["geometric_mean_ratio"] = math.exp(statistics.fmean(math.log(c["ratio"]["median"]) for c in result["cases"]))
+        result["geometric_mean_ratio"] = math.exp(
+            statistics.fmean(math.log(c["ratio"]["median"]) for c in result["cases"])
+        )
         write_json(args.out, result)
         m = {k: v["median"] for k, v in c.items() if isinstance(v, dict)}
         print(f"{d:5}{chunk:6}{m['same']:12.0f}{m['default']:10.0f}{m['package']:9.0f}{m['ratio']:8.1f}{m['fraction']:9.0%}"

@@ -1,4 +1,5 @@
-"""Layers on one device: SelfModifyingTitans, CausalAttention, and blocks of either mixer with a CMS. Run by benchmarks.gpu.
+"""Layers on one device: SelfModifyingTitans, CausalAttention, and blocks of either mixer with a CMS. Run by
+benchmarks.gpu.
 
     layer            T tokens through a Titans layer with convolution, projections and output gate
     layer step       one token at a time through it; commits (every C tokens) apart
@@ -7,10 +8,11 @@
     block titans, block attention, block ... step    norm, mixer and two CMS levels, as models read them with learning off
     fla layer        GatedDeltaNet of flash-linear-attention at equal width and heads, another function: speed only
 
-A ContinuumMemory layer, reading and refreshing, is "segment" of bench_cms. Checks are those of ``measure.verified``: a piece of each call
-against the fp64 layer, the whole call complete, repeatable and in agreement with the piece. FLOPs are those of memories, projections,
-attention (causal pairs only) and levels; bytes: parameters and x read, y written, fast weights read and written, keys and values
-written (or read, decoding).
+A ContinuumMemory layer, reading and refreshing, is "segment" of bench_cms. Checks are those of
+``measure.verified``: a piece of each call against the fp64 layer, the whole call complete, repeatable and in
+agreement with the piece. FLOPs are those of memories, projections, attention (causal pairs only) and levels;
+bytes: parameters and x read, y written, fast weights read and written, keys and values written (or read,
+decoding).
 """
 
 from __future__ import annotations
@@ -24,13 +26,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from benchmarks import bench_titans
+from benchmarks import measure as m
+from benchmarks.peers import attended, installed, sdpa_backend
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans
 from hope_kernels.backend import resolve
 from hope_kernels.layers.attention import CausalAttention
-
-from . import bench_titans
-from . import measure as m
-from .peers import attended, installed, sdpa_backend
 
 LEVELS = 2  # of a block's CMS: periods 512 and 4096, 4 d hidden units
 SKIP = ("pos", "count")  # of a state, what is no result
@@ -38,7 +39,8 @@ SKIP = ("pos", "count")  # of a state, what is no result
 
 @dataclass(frozen=True)
 class Case(bench_titans.Case):
-    """B rows of T tokens; H heads of width D, N hidden units, chunks of C tokens. Attention has neither N nor C nor backends."""
+    """B rows of T tokens; H heads of width D, N hidden units, chunks of C tokens. Attention has neither N nor
+    C nor backends."""
 
     kind: str = "layer"
     backend: str | None = "triton"
@@ -66,7 +68,9 @@ class Case(bench_titans.Case):
     def model(self) -> HopeConfig:
         """A model of one block, for its block."""
         mixer = {"num_heads": self.H, "mixer": "attention"} if "attention" in self.kind else {"titans": self.titans}
-        return HopeConfig(8, self.width, 1, cms=CMSConfig(self.width, (512, 4096)) if "block" in self.kind else None, **mixer)
+        return HopeConfig(
+            8, self.width, 1, cms=CMSConfig(self.width, (512, 4096)) if "block" in self.kind else None, **mixer
+        )
 
 
 L, A = partial(Case, "layer"), partial(Case, "attention", backend=None)
@@ -76,10 +80,11 @@ FIRST = 5  # of the GPU's cases, before the sweeps
 GPU_CASES = (
     L(), LX(), Case("fla layer", backend=None), A(T=8192), Case("layer step", T=1),
     Case("layer step", T=1, backend="cuda"), Case("attention step", T=32768, backend=None), B(T=8192), BX(T=8192),
-    Case("block attention", T=8192, backend=None), L(N=64, B=4, T=8192), LX(N=64, B=4, T=8192), L(C=16, N=64, B=4, T=8192),
+    Case("block attention", T=8192, backend=None), L(N=64, B=4, T=8192), LX(N=64, B=4, T=8192),
+    L(C=16, N=64, B=4, T=8192),
     LX(C=16, N=64, B=4, T=8192), Case("fla layer", N=64, B=4, T=8192, backend=None), A(T=32768), A(B=4, T=8192),
-    Case("attention step", T=1024, backend=None), Case("block titans step", T=1), Case("block attention step", T=8192, backend=None),
-    L(T=2048), LX(T=2048), L(H=8), LX(H=8),
+    Case("attention step", T=1024, backend=None), Case("block titans step", T=1),
+    Case("block attention step", T=8192, backend=None), L(T=2048), LX(T=2048), L(H=8), LX(H=8),
     L(T=8192, backend="chunked"), Case("layer step", B=32, T=1),
 )
 QUICK_GPU = (L(H=8, T=512), LX(H=8, T=512), A(H=8, T=512), Case("layer step", H=8, T=1), B(H=8, T=512))
@@ -90,8 +95,12 @@ def _on_cpu(T: int, size: dict) -> tuple[Case, ...]:
     def both(kind: str, T: int, **more) -> list[Case]:
         return [Case(kind, T=T, backend=b, **size | more) for b in ("cpp", "chunked")]
 
-    torch_only = [Case(f"{mixer}{step}", T=T, backend=None, **size) for mixer in ("attention", "block attention") for step in ("", " step")]
-    return (*both("layer", T), *both("layer", T, C=16), *both("layer step", 1, C=16), *torch_only, *both("block titans", T),
+    torch_only = [
+        Case(f"{mixer}{step}", T=T, backend=None, **size) for mixer in ("attention", "block attention")
+        for step in ("", " step")
+    ]
+    return (*both("layer", T), *both("layer", T, C=16), *both("layer step", 1, C=16), *torch_only,
+            *both("block titans", T),
             *both("block titans step", 1, C=16))
 
 
@@ -100,7 +109,8 @@ QUICK_CPU = _on_cpu(40, SMALL | {"D": 16, "N": 16, "H": 2, "C": 32})
 
 
 class Block(nn.Module):
-    """The block of a model, called like its mixer: ``block(x, state, backend=...)`` returns (y, state). Its CMS does not learn."""
+    """The block of a model, called like its mixer: ``block(x, state, backend=...)`` returns (y, state). Its
+    CMS does not learn."""
 
     def __init__(self, config: HopeConfig, **kw):
         super().__init__()
@@ -122,7 +132,9 @@ def module_of(case: Case, device: str) -> nn.Module:
     kw = {"device": device, "dtype": m.DTYPES[case.dtype]}
     if "block" in case.kind:
         return Block(case.model, **kw).requires_grad_(False)
-    layer = CausalAttention(case.model, **kw) if "attention" in case.kind else SelfModifyingTitans(case.titans, **kw)
+    layer = (
+        CausalAttention(case.model, **kw) if "attention" in case.kind else SelfModifyingTitans(case.titans, **kw)
+    )
     return layer.requires_grad_(False)
 
 
@@ -148,7 +160,10 @@ def stepwise(module: nn.Module, x: Tensor, backend: str | None) -> dict[str, Ten
 
 def tensors_of(state) -> dict[str, Tensor]:
     """Floating tensors of a state by name; of a cache, the slots that count."""
-    found = {n: t for n, t in vars(state.compact() if hasattr(state, "compact") else state).items() if isinstance(t, Tensor)}
+    found = {
+        n: t for n, t in vars(state.compact() if hasattr(state, "compact") else state).items()
+        if isinstance(t, Tensor)
+    }
     return {n: t for n, t in found.items() if t.is_floating_point() and n not in SKIP}
 
 
@@ -156,14 +171,18 @@ def verified(case: Case, module: nn.Module, x: Tensor, op: Callable) -> dict:
     rows, tokens = min(2, case.B), min(x.shape[1], 2 * case.C + case.C // 2 + 1)
     piece, wide = x[:rows, :tokens], copy.deepcopy(module).double()
     plain = None if case.backend is None else "chunked"
-    return m.verified(lambda: op(module, piece, case.backend), lambda: op(module, x, case.backend), lambda o: o[:rows, :tokens],
+    return m.verified(lambda: op(module, piece, case.backend), lambda: op(module, x, case.backend),
+                      lambda o: o[:rows, :tokens],
                       read(module, piece, plain), read(wide, piece.double(), plain))
 
 
 def static_weights(case: Case) -> int:
     """Numbers in the projections and CMS levels of one layer or block."""
     d = case.width
-    return (4 if "attention" in case.kind or case.H > 1 else 3) * d * d + (LEVELS * 8 * d * d if "block" in case.kind else 0)
+    return (
+        (4 if "attention" in case.kind or case.H > 1 else 3) * d * d
+        + (LEVELS * 8 * d * d if "block" in case.kind else 0)
+    )
 
 
 def flops_of(case: Case, tokens: int, before: int = 0) -> float:
@@ -190,7 +209,9 @@ def prefill(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     check = verified(case, module, xs[0], op)
     if not check["ok"]:
         return bench_titans.refused(check)
-    record = m.time_calls([partial(op, module, x, case.backend) for x in xs], device, seconds) | {"check": check, "sets": len(xs)}
+    record = m.time_calls(
+        [partial(op, module, x, case.backend) for x in xs], device, seconds
+    ) | {"check": check, "sets": len(xs)}
     record["tokens/s"] = 1e3 * case.B * case.T / record["ms"]["median"]
     if case.kind == "attention":
         record["sdpa"] = sdpa(case, device, seconds)
@@ -200,7 +221,9 @@ def prefill(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
 
 def sdpa(case: Case, device: str, seconds: float) -> dict:
     """torch's attention alone, without projections and rotation."""
-    q, k, v = (inputs_of(case, case.T, device, seed).unflatten(-1, (case.H, case.D)).transpose(1, 2) for seed in (1, 2, 3))
+    q, k, v = (
+        inputs_of(case, case.T, device, seed).unflatten(-1, (case.H, case.D)).transpose(1, 2) for seed in (1, 2, 3)
+    )
     return m.time_calls([partial(attended, q, k, v)], device, seconds) | {"backend": sdpa_backend(q, k, v)}
 
 
@@ -224,23 +247,33 @@ def step(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -
     record: dict = {"check": check}
     for commit, key in ((False, "plain"), (True, "commit")):
         if spans[commit]:
-            timed = {"ms": m.stats(spans[commit]), "p50": m.quantile(spans[commit], 0.5), "p99": m.quantile(spans[commit], 0.99)}
+            timed = {
+                "ms": m.stats(spans[commit]), "p50": m.quantile(spans[commit], 0.5),
+                "p99": m.quantile(spans[commit], 0.99)
+            }
             record[key] = m.rates(timed, ceilings, case.dtype, None, bytes_of(case, module, 1, before))
     return record | {"ms": record["plain"]["ms"], "tokens/s": 1e3 * case.B / record["plain"]["ms"]["median"]}
 
 
 @torch.no_grad()
 def fla_layer(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """Their layer has three convolutions, five projections and one matrix a head: H heads of width D, values as wide as keys."""
+    """Their layer has three convolutions, five projections and one matrix a head: H heads of width D, values
+    as wide as keys."""
     found = installed("flash-linear-attention")
     torch.manual_seed(0)
     layer = importlib.import_module("fla.layers").GatedDeltaNet(
-        hidden_size=case.width, num_heads=case.H, head_dim=case.D, expand_v=1, mode="chunk").to(device, m.DTYPES[case.dtype]).eval()
-    xs = [inputs_of(case, case.T, device, seed) for seed in range(m.sets_for(2 * case.B * case.T * case.width * case.itemsize, device))]
+        hidden_size=case.width, num_heads=case.H, head_dim=case.D, expand_v=1, mode="chunk").to(device,
+        m.DTYPES[case.dtype]).eval()
+    xs = [
+        inputs_of(case, case.T, device, seed)
+        for seed in range(m.sets_for(2 * case.B * case.T * case.width * case.itemsize, device))
+    ]
     if not m.complete(layer(xs[0])[0]):
         return bench_titans.refused({"reason": "outputs zero or not finite"})
     record = found | m.time_calls([partial(layer, x) for x in xs], device, seconds)
-    return record | {"compared": "speed only: another function", "tokens/s": 1e3 * case.B * case.T / record["ms"]["median"]}
+    return record | {
+        "compared": "speed only: another function", "tokens/s": 1e3 * case.B * case.T / record["ms"]["median"]
+    }
 
 
 def measured(case: Case, device: str, ceilings: dict, **options) -> dict:
@@ -263,4 +296,6 @@ def cases(device: str, quick: bool) -> tuple[Case, ...]:
 def items(device: str, quick: bool) -> Iterator[tuple[str, dict, Callable]]:
     """(name, the case as data, call with (ceilings)), most important first."""
     for case in cases(device, quick):
-        yield case.name, asdict(case), partial(measured, case, device, seconds=m.seconds(device, quick), quick=quick)
+        yield case.name, asdict(case), partial(
+            measured, case, device, seconds=m.seconds(device, quick), quick=quick
+        )

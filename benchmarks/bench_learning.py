@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_learning --text FILE [--title NAME] [--bytes N] [--lr-scale 1.0 ...] [--out JSON]
 
-Reads the text once with the CMS frozen, once per --lr-scale (a factor on the model's own inner learning rates) learning from next-token
-loss, and once with the CMS frozen and the memories' writes switched off (eta_scale = 0): the same weights, three rules. Bits per byte
-over the whole text and over its last quarter, and the peak of resident memory in every stretch of 10,000 bytes. Results are added to
-the JSON by title.
+Reads the text once with the CMS frozen, once per --lr-scale (a factor on the model's own inner learning
+rates) learning from next-token loss, and once with the CMS frozen and the memories' writes switched off
+(eta_scale = 0): the same weights, three rules. Bits per byte over the whole text and over its last quarter,
+and the peak of resident memory in every stretch of 10,000 bytes. Results are added to the JSON by title.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ import time
 import torch
 from tqdm import tqdm
 
+from benchmarks.machine import machine, write_json
+from benchmarks.sources import mark
 from hope_kernels import HopeForCausalLM, bundled_models
+from hope_kernels.cli.meter import PeakMemory
 from hope_kernels.config import HopeConfig
-from hope_kernels.generation import read
-from hope_kernels.meter import PeakMemory
-
-from .machine import machine, write_json
-from .sources import mark
+from hope_kernels.engine.generation import read
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "learning.json")
 
@@ -42,7 +41,9 @@ def variant(model: HopeForCausalLM, lr_scale: float = 1.0, eta_scale: float | No
     c = model.config
     cms = tuple(m.replace(lr=tuple(lr * lr_scale for lr in m.learning_rates)) for m in c.block_cms)
     titans = c.titans if eta_scale is None else c.titans.replace(eta_scale=eta_scale)
-    other = HopeForCausalLM(HopeConfig.from_dict({**c.to_dict(), "cms": [m.to_dict() for m in cms], "titans": titans.to_dict()}))
+    other = HopeForCausalLM(
+        HopeConfig.from_dict({**c.to_dict(), "cms": [m.to_dict() for m in cms], "titans": titans.to_dict()})
+    )
     other.load_state_dict(model.state_dict())
     return other.to(model.embed.weight.device).eval()
 
@@ -66,7 +67,8 @@ def bits(model: HopeForCausalLM, ids: torch.Tensor, learn: str, label: str) -> d
     end, total = marks[-1]
     at, nats = min(marks, key=lambda m: abs(m[0] - 0.75 * T))
     scale = 1 / math.log(2)
-    return {"bits_per_byte": total * scale / (end - 1), "last_quarter": (total - nats) * scale / (end - at), "bytes_per_s": T / seconds,
+    return {"bits_per_byte": total * scale / (end - 1), "last_quarter": (total - nats) * scale / (end - at),
+            "bytes_per_s": T / seconds,
             "peak_memory_mib_per_10k_bytes": memory}
 
 
@@ -99,7 +101,9 @@ def main() -> None:
     for name, run in result.items():
         if isinstance(run, dict) and "last_quarter" in run:
             ratio = f"   on/off {run['last_quarter_on_over_off']:.3f}" if "last_quarter_on_over_off" in run else ""
-            print(f"{name:24} {run['bits_per_byte']:.4f} bits per byte, last quarter {run['last_quarter']:.4f}{ratio}")
+            print(
+                f"{name:24} {run['bits_per_byte']:.4f} bits per byte, last quarter {run['last_quarter']:.4f}{ratio}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Whole models on one device: reading with learning off and on, decoding, bytes of state, a long run. Run by benchmarks.gpu.
+"""Whole models on one device: reading with learning off and on, decoding, bytes of state, a long run. Run by
+benchmarks.gpu.
 
     prefill  tokens/s with learning off and on, peak memory
     decode   ms of a token after ``T`` tokens, with learning off and on; on a GPU with the step in a CUDA graph, and without beside it
     state    bytes a row holds per level, by formula and as they are
     long     a long text read with learning: speed and peak memory of every tenth, a decoded token after 1000 tokens and after all
 
-"kjv-byte" is the bundled model. "heavy" and "1.3B" have random weights: two blocks of width 256 with three levels each, and 14 blocks of
-width 2048 with two levels of 33.5 M weights each. Before a case is timed, logits read with learning are compared with the fp64 model
-(``measure.compare``); of "1.3B" the check takes two blocks. FLOPs count reading without learning; a decoded token must read the weights
-and the memories once.
+"kjv-byte" is the bundled model. "heavy" and "1.3B" have random weights: two blocks of width 256 with three
+levels each, and 14 blocks of width 2048 with two levels of 33.5 M weights each. Before a case is timed,
+logits read with learning are compared with the fp64 model (``measure.compare``); of "1.3B" the check takes
+two blocks. FLOPs count reading without learning; a decoded token must read the weights and the memories once.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import measure as m
+from benchmarks import studies
 from hope_kernels import CMSConfig, Decoder, HopeConfig, HopeForCausalLM, TitansConfig
 from hope_kernels.backend import resolve
-from hope_kernels.decode import DEVICE_DECIDES
-from hope_kernels.generation import read
-from hope_kernels.meter import PeakMemory
-
-from . import measure as m
-from . import studies
+from hope_kernels.cli.meter import PeakMemory
+from hope_kernels.engine.decoder import DEVICE_DECIDES
+from hope_kernels.engine.generation import read
 
 SPAN = 16384  # tokens between two looks at the clock
 BLOCKS = 14  # of "1.3B"
@@ -40,7 +40,8 @@ LEARN = ("off", "next_token")
 
 @dataclass(frozen=True)
 class Case:
-    """B rows of T tokens of the bundled text, read by a model (a name, or a folder). backend None: the default of the device."""
+    """B rows of T tokens of the bundled text, read by a model (a name, or a folder). backend None: the
+    default of the device."""
 
     kind: str
     model: str
@@ -72,17 +73,21 @@ def G(kind: str, T: int, backend: str = "triton", **more) -> Case:
 
 FIRST = 3  # of the GPU's cases, before everything else of its kind
 GPU_CASES = (
-    G("prefill", 8192), K("prefill", 8192, backend="triton"), K("decode", 1000, backend="triton"), G("decode", 1000),
-    K("long", 1_000_000, backend="triton"), G("long", 1_000_000), G("decode", 32768), K("decode", 100_000, backend="triton"),
-    G("prefill", 8192, "cuda"), G("decode", 1000, "cuda"), K("prefill", 8192), H("prefill", 8192), K("prefill", 8192, B=8),
+    G("prefill", 8192), K("prefill", 8192, backend="triton"), K("decode", 1000, backend="triton"),
+    G("decode", 1000), K("long", 1_000_000, backend="triton"), G("long", 1_000_000), G("decode", 32768),
+    K("decode", 100_000, backend="triton"),
+    G("prefill", 8192, "cuda"), G("decode", 1000, "cuda"), K("prefill", 8192), H("prefill", 8192),
+    K("prefill", 8192, B=8),
     H("prefill", 8192, B=8), H("state"), G("prefill", 8192, B=4), K("long", 10_000_000, backend="triton"),
 )
 QUICK_GPU = (K("prefill", 256, backend="triton"), K("decode", 100, backend="triton"), K("state"), K("long", 2000))
 SUITE_CPU = (
-    K("prefill", 1024, backend="cpp"), K("decode", 1000, backend="cpp"), K("prefill", 512, backend="chunked"), H("prefill", 512),
+    K("prefill", 1024, backend="cpp"), K("decode", 1000, backend="cpp"), K("prefill", 512, backend="chunked"),
+    H("prefill", 512),
     K("state"), H("state"), K("long", 8192), K("decode", 4000, backend="cpp"), K("decode", 200, backend="chunked"),
 )
-CPU_CASES = (K("prefill", 4096), H("prefill", 4096), K("prefill", 4096, B=4), K("decode", 1000), K("decode", 16384), K("state"), H("state"),
+CPU_CASES = (K("prefill", 4096), H("prefill", 4096), K("prefill", 4096, B=4), K("decode", 1000),
+             K("decode", 16384), K("state"), H("state"),
              K("long", 200_000))
 QUICK_CPU = (K("prefill", 192), K("decode", 70), K("state"), K("long", 1280))
 
@@ -97,7 +102,9 @@ def random_config(name: str) -> HopeConfig | None:
         return HopeConfig(256, 256, 2, titans=TitansConfig(256, 4), cms=CMSConfig(256, (64, 256, 1024)))
     if name == "1.3B":
         cms = CMSConfig(2048, (512, 4096), lr=(1e-4, 1e-5))
-        return HopeConfig(32000, 2048, BLOCKS, titans=TitansConfig(2048, 32, 4, chunk_memory=64, chunk_other=64), cms=cms)
+        return HopeConfig(
+            32000, 2048, BLOCKS, titans=TitansConfig(2048, 32, 4, chunk_memory=64, chunk_other=64), cms=cms
+        )
     return None
 
 
@@ -130,7 +137,8 @@ def stepwise(model: HopeForCausalLM, ids: Tensor, backend: str | None) -> Tensor
 
 
 def checked(model: HopeForCausalLM, case: Case, ids: Tensor, op: Callable = whole) -> dict:
-    """Logits of two segments and a bit, read with learning, against the fp64 model; the peer is the chunked backend in the same dtype."""
+    """Logits of two segments and a bit, read with learning, against the fp64 model; the peer is the chunked
+    backend in the same dtype."""
     net = model_of(case, str(ids.device), blocks=2) if case.model == "1.3B" else model
     piece = ids[:2, : 2 * net.segment + 5]
     wide = copy.deepcopy(net).double()
@@ -157,7 +165,9 @@ def prefill(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     check = checked(model, case, prose(case, 2 * model.segment + 5, device))
     if not check["ok"]:
         return refused(check)
-    calls = {learn: partial(read, model, ids, learn=learn, backend=case.backend, check_finite=False) for learn in LEARN}
+    calls = {
+        learn: partial(read, model, ids, learn=learn, backend=case.backend, check_finite=False) for learn in LEARN
+    }
     for learn in calls:
         read(model, ids[:, : 4 * model.segment], learn=learn, backend=case.backend, check_finite=False)
     peaks, state = {}, 0
@@ -171,15 +181,16 @@ def prefill(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
     rate = {learn: 1e3 * case.B * case.T / ms["median"] for learn, ms in found.items()}
     flops, nbytes = case.B * case.T * flops_per_token(model), weight_bytes(model)
     return {"check": check, "ms": found["next_token"], "tokens/s": rate["next_token"], "off_tokens/s": rate["off"],
-            "on_per_off": rate["next_token"] / rate["off"], "off": m.rates({"ms": found["off"]}, ceilings, case.dtype, flops, nbytes),
+            "on_per_off": rate["next_token"] / rate["off"],
+            "off": m.rates({"ms": found["off"]}, ceilings, case.dtype, flops, nbytes),
             "parameters": sum(p.numel() for p in model.parameters()), "state_bytes_per_row": state / case.B,
             "peak_mib": {learn: round(n / 2**20, 1) for learn, n in peaks.items()}}
 
 
 @torch.no_grad()
 def decode(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """At least one segment from the same state, learning off and on, behind some tokens that warm up. ``ms`` is learning on, in a graph
-    where there is one."""
+    """At least one segment from the same state, learning off and on, behind some tokens that warm up. ``ms``
+    is learning on, in a graph where there is one."""
     model = model_of(case, device)
     check = checked(model, case, prose(case, 2 * model.segment + 5, device), stepwise)
     if not check["ok"]:
@@ -194,12 +205,16 @@ def decode(case: Case, device: str, ceilings: dict, seconds: float, quick: bool)
             for capture in (graph, False) if graph else (False,):
                 decoder = Decoder(model, given.clone(), learn, case.backend, capture=capture)
                 ms = decoded(decoder, ids[:, case.T :], device)[warm:]
-                timed = {"ms": m.stats(ms), "p50": m.quantile(ms, 0.5), "p99": m.quantile(ms, 0.99), "mean": statistics.fmean(ms)}
+                timed = {
+                    "ms": m.stats(ms), "p50": m.quantile(ms, 0.5), "p99": m.quantile(ms, 0.99),
+                    "mean": statistics.fmean(ms)
+                }
                 timed = m.rates(timed, ceilings, case.dtype, None, nbytes) | {"captures": decoder.captures}
                 record[learn if capture == graph else f"{learn} without a graph"] = timed
         record["peak_mib"] = round(peak.take() / 2**20, 1)
     on, off = record["next_token"], record["off"]
-    return record | {"ms": on["ms"], "tokens/s": 1e3 * case.B / on["mean"], "off_tokens/s": 1e3 * case.B / off["mean"],
+    return record | {"ms": on["ms"], "tokens/s": 1e3 * case.B / on["mean"],
+                     "off_tokens/s": 1e3 * case.B / off["mean"],
                      "on_per_off": off["mean"] / on["mean"], "state_bytes_per_row": given.nbytes() / case.B}
 
 
@@ -210,13 +225,17 @@ def decoded(decoder: Decoder, ids: Tensor, device: str) -> list[float]:
 
 def held_bytes(cms, level: int, K: int) -> int:
     """Bytes that a CMSState holds for one level, whatever its fields are called."""
-    parts = [value[level] for _, value in cms._fields() if isinstance(value, list) and len(value) == K and isinstance(value[level], dict)]
+    parts = [
+        value[level] for _, value in cms._fields() if isinstance(value, list) and len(value) == K
+        and isinstance(value[level], dict)
+    ]
     return sum(t.numel() * t.element_size() for part in parts for t in part.values())
 
 
 def level_bytes(c: CMSConfig, level: int, itemsize: int = 4) -> dict[str, int]:
-    """What one level of one row needs: fp32 weights, a copy where the model computes in 16 bits, the gradients of earlier segments above
-    the first level (muon: at all levels, it needs the whole gradient), momentum."""
+    """What one level of one row needs: fp32 weights, a copy where the model computes in 16 bits, the
+    gradients of earlier segments above the first level (muon: at all levels, it needs the whole gradient),
+    momentum."""
     n = (3 if c.mlp == "swiglu" else 2) * c.d_model * c.hidden
     waits = c.chunks[level] > c.chunks[0] or c.optimizer == "muon"
     needed = {"weights": 4 * n, "copy": itemsize * n if itemsize < 4 else 0, "gradients": 4 * n if waits else 0,
@@ -226,7 +245,8 @@ def level_bytes(c: CMSConfig, level: int, itemsize: int = 4) -> dict[str, int]:
 
 @torch.no_grad()
 def state(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """Read until every level has been refreshed and each one above the first has gradients waiting. Nothing is timed."""
+    """Read until every level has been refreshed and each one above the first has gradients waiting. Nothing
+    is timed."""
     model = model_of(case, device)
     configs = model.config.block_cms
     tokens = max(c.chunks[-1] for c in configs) + model.segment + 1
@@ -236,11 +256,13 @@ def state(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) 
     for l in range(max(c.num_levels for c in configs)):
         blocks = [(c, s) for c, s in zip(configs, found.cms) if l < c.num_levels]
         levels.append({
-            "level": l + 1, "period": blocks[0][0].chunks[l], "formula": sum(level_bytes(c, l, case.itemsize)["total"] for c, _ in blocks),
+            "level": l + 1, "period": blocks[0][0].chunks[l],
+            "formula": sum(level_bytes(c, l, case.itemsize)["total"] for c, _ in blocks),
             "formula_parts": level_bytes(blocks[0][0], l, case.itemsize),
             "measured": sum(held_bytes(s, l, c.num_levels) for c, s in blocks) / case.B,
             "layer_says": sum(sum(b.cms.state_bytes(1)[l].values()) for b in model.blocks)})
-    return {"tokens": tokens, "blocks": len(configs), "levels": levels, "state_bytes_per_row": found.nbytes() / case.B,
+    return {"tokens": tokens, "blocks": len(configs), "levels": levels,
+            "state_bytes_per_row": found.nbytes() / case.B,
             "fresh_bytes_per_row": fresh / case.B, "model_bytes": weight_bytes(model)}
 
 
@@ -267,13 +289,16 @@ def long(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, l
             start, first, nats = time.perf_counter(), at, 0.0
             while at < mark and not over():
                 span = ids[:, at : min(mark, at + SPAN)]
-                got = read(model, span, state, learn="next_token", last=last, backend=case.backend, check_finite=False)
+                got = read(
+                    model, span, state, learn="next_token", last=last, backend=case.backend, check_finite=False
+                )
                 state, last, at, nats = got.state, got.logits, at + span.shape[1], nats + float(got.nats.mean())
             m.sync(device)
             if at > first:
                 spent = time.perf_counter() - start
                 parts.append({"tokens": at, "seconds": spent, "tokens/s": case.B * (at - first) / spent,
-                              "peak_mib": round(peak.take() / 2**20, 1), "state_mib": round(state.nbytes() / 2**20, 3),
+                              "peak_mib": round(peak.take() / 2**20, 1),
+                              "state_mib": round(state.nbytes() / 2**20, 3),
                               "bits_per_byte": nats / math.log(2) / (at - max(first, 1))})
             if early is None:
                 early = {"after": at} | latency(model, state, ids[:, at : at + after], device, case.backend)
@@ -281,7 +306,8 @@ def long(case: Case, device: str, ceilings: dict, seconds: float, quick: bool, l
     late = {"after": at} | latency(model, state, ids[:, at : at + after], device, case.backend)
     warm = parts[1:] or parts
     complete = at == case.T
-    return {"check": check, "tokens": at, "complete": complete, "read_seconds": sum(p["seconds"] for p in parts) if complete else None,
+    return {"check": check, "tokens": at, "complete": complete,
+            "read_seconds": sum(p["seconds"] for p in parts) if complete else None,
             "parts": parts, "decode_ms": [early, late], "decode_late_per_early": late["p50"] / early["p50"],
             "tokens/s": statistics.median(part["tokens/s"] for part in warm),
             "peak_mib_first": warm[0]["peak_mib"], "peak_mib_last": warm[-1]["peak_mib"]}
@@ -307,9 +333,13 @@ def cases(device: str, quick: bool, full: bool = False) -> tuple[Case, ...]:
     return QUICK_CPU if quick else CPU_CASES if full else SUITE_CPU
 
 
-def items(device: str, quick: bool, full: bool = False, limit: float = math.inf) -> Iterator[tuple[str, dict, Callable]]:
-    """(name, the case as data, call with (ceilings)), most important first. full: longer texts on a CPU; limit: seconds after which the
-    long run stops."""
+def items(
+    device: str, quick: bool, full: bool = False, limit: float = math.inf
+) -> Iterator[tuple[str, dict, Callable]]:
+    """(name, the case as data, call with (ceilings)), most important first. full: longer texts on a CPU;
+    limit: seconds after which the long run stops."""
     for case in cases(device, quick, full):
         more = {"limit": limit} if case.kind == "long" else {}
-        yield case.name, asdict(case), partial(measured, case, device, seconds=m.seconds(device, quick), quick=quick, **more)
+        yield case.name, asdict(case), partial(
+            measured, case, device, seconds=m.seconds(device, quick), quick=quick, **more
+        )

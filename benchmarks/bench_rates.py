@@ -1,15 +1,18 @@
-"""Which inner learning rate a CMS level of period C needs: the default (``config.default_rate``) against a search, on two kinds of text.
+"""Which inner learning rate a CMS level of period C needs: the default (``config.default_rate``) against a
+search, on two kinds of text.
 
     python -m benchmarks.bench_rates [--text FILE --title NAME] [--jobs 2] [--minutes 60] [--out benchmarks/results/rates.json]
 
-Level 1 of the bundled model is given the period C and learns; level 2 (period 4 C) is frozen. Three disjoint excerpts of each text are
-read as the rows of one batch. A figure is the bits per byte of their last halves over the same with learning off; a rate that ends in NaN
-in any row has diverged. Texts: one of the model's own domain, held out of its training, and --text (any file, read as bytes).
+Level 1 of the bundled model is given the period C and learns; level 2 (period 4 C) is frozen. Three disjoint
+excerpts of each text are read as the rows of one batch. A figure is the bits per byte of their last halves
+over the same with learning off; a rate that ends in NaN in any row has diverged. Texts: one of the model's
+own domain, held out of its training, and --text (any file, read as bytes).
 
-gd and momentum descend a gradient that is a sum over C tokens, so their rates are searched as multiples of 1 / C (momentum 0.9 adds steps
-up to tenfold: its search begins lower); muon's is normalised and searched as it is. All in octaves of the base rate: three coarse ones,
-outwards by two until the best is inside, between its neighbours down to half an octave, then upwards to the edge: the smallest rate
-that is worse than learning off. Every case is written at once and a case that the file has is not run again: a killed run, or one that
+gd and momentum descend a gradient that is a sum over C tokens, so their rates are searched as multiples of 1
+/ C (momentum 0.9 adds steps up to tenfold: its search begins lower); muon's is normalised and searched as it
+is. All in octaves of the base rate: three coarse ones, outwards by two until the best is inside, between its
+neighbours down to half an octave, then upwards to the edge: the smallest rate that is worse than learning
+off. Every case is written at once and a case that the file has is not run again: a killed run, or one that
 --minutes ended, goes on by the same command.
 """
 
@@ -27,10 +30,9 @@ from functools import cache
 
 import torch
 
+from benchmarks import studies as s
 from hope_kernels import CMSConfig, HopeForCausalLM
 from hope_kernels.identity import fingerprint
-
-from . import studies as s
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "rates.json")
 PERIODS = (16, 64, 256, 1024, 8192)
@@ -38,8 +40,10 @@ BASE = {"gd": 0.5, "momentum": 0.5, "muon": 0.03}  # octave 0; gd and momentum: 
 COARSE = {"gd": (-2.0, 0.0, 2.0), "momentum": (-4.0, -2.0, 0.0), "muon": (-2.0, 0.0, 2.0)}
 # one rate for every period: what was the default before this study, and what it made of it
 RULES = {
-    "gd": {"0.5 / C": lambda C: 0.5 / C, "0.25 / C^(3/4)": lambda C: 0.25 * C**-0.75, "1 / (8 sqrt C)": lambda C: 1 / (8 * C**0.5)},
-    "momentum": {"0.5 / C": lambda C: 0.5 / C, "0.05 / C": lambda C: 0.05 / C, "1 / (64 sqrt C)": lambda C: 1 / (64 * C**0.5)},
+    "gd": {"0.5 / C": lambda C: 0.5 / C, "0.25 / C^(3/4)": lambda C: 0.25 * C**-0.75,
+        "1 / (8 sqrt C)": lambda C: 1 / (8 * C**0.5)},
+    "momentum": {"0.5 / C": lambda C: 0.5 / C, "0.05 / C": lambda C: 0.05 / C,
+        "1 / (64 sqrt C)": lambda C: 1 / (64 * C**0.5)},
     "muon": {"0.03": lambda C: 0.03, "0.03 min(2, sqrt(C / 256))": lambda C: 0.03 * min(2, (C / 256) ** 0.5)},
 }
 FINEST = 0.5
@@ -129,7 +133,8 @@ def _text(path: str) -> bytes:
 
 
 def run(job: dict) -> dict:
-    """The record of one job: {"model", "path", "bytes", "longest", "seed", "cell", "octave"}; cell None reads with learning off."""
+    """The record of one job: {"model", "path", "bytes", "longest", "seed", "cell", "octave"}; cell None reads
+    with learning off."""
     torch.set_num_threads(1)
     model, cell = _model(job["model"]), job["cell"]
     ids = s.excerpts(_text(job["path"]), job["bytes"], job["longest"], job["seed"])
@@ -144,7 +149,9 @@ def run(job: dict) -> dict:
         found, _ = s.last_half(s.with_cms(model, cms), ids, "next_token")
         record["lr"] = rate
     seconds = time.perf_counter() - began
-    return record | {"bits": s.finite(found), "seconds": round(seconds, 2), "bytes_per_s": round(ids.numel() / seconds)}
+    return record | {
+        "bits": s.finite(found), "seconds": round(seconds, 2), "bytes_per_s": round(ids.numel() / seconds)
+    }
 
 
 class _Inline:
@@ -165,10 +172,11 @@ class _Inline:
 
 
 def search(
-    study: s.Study, cells: list[Cell], texts: dict[str, str], model: str, seed: int, least: int, most: int, jobs: int, until: float
+    study: s.Study, cells: list[Cell], texts: dict[str, str], model: str, seed: int, least: int, most: int,
+    jobs: int, until: float
 ) -> None:
-    """Runs the baselines, then for the cell with the fewest runs what it needs next, ``jobs`` at a time, until nothing is left or the
-    time is up."""
+    """Runs the baselines, then for the cell with the fewest runs what it needs next, ``jobs`` at a time,
+    until nothing is left or the time is up."""
     sizes = {C: length(C, least, most) for C in {c.C for c in cells}}
 
     def job(text: str, size: int, cell: Cell | None = None, octave: float | None = None) -> dict:
@@ -185,7 +193,10 @@ def search(
         if any(name.startswith("off ") for name, _ in running.values()):
             return None  # a ratio needs its baseline
         busy = {name.rpartition(" ")[0] for name, _ in running.values()}
-        free = [(len(found := tried(study.cases, c)), i, c, found) for i, c in enumerate(cells) if c.name(0).rpartition(" ")[0] not in busy]
+        free = [
+            (len(found := tried(study.cases, c)), i, c, found) for i,
+            c in enumerate(cells) if c.name(0).rpartition(" ")[0] not in busy
+        ]
         for _, _, cell, found in sorted(free, key=lambda f: f[:2]):
             octave = next_octave(found, COARSE[cell.optimizer])
             if octave is not None:
@@ -210,11 +221,13 @@ def search(
 
 
 def between(found: dict[float, float], octave: float) -> float:
-    """on / off at an octave: as tried, or the straight line between its neighbours in the logarithm, infinite beside a diverged one; NaN
-    outside what was tried."""
+    """on / off at an octave: as tried, or the straight line between its neighbours in the logarithm, infinite
+    beside a diverged one; NaN outside what was tried."""
     if octave in found:
         return found[octave]
-    below, above = (max((k for k in found if k < octave), default=None), min((k for k in found if k > octave), default=None))
+    below, above = (
+        max((k for k in found if k < octave), default=None), min((k for k in found if k > octave), default=None)
+    )
     if below is None or above is None:
         return math.nan
     if not (math.isfinite(found[below]) and math.isfinite(found[above])):
@@ -238,12 +251,15 @@ def summary(cases: dict, cells: list[Cell]) -> list[dict]:
         best = min(finite, key=lambda k: (finite[k], k))
         edge = min((k for k in found if k > best and found[k] >= 1), default=None)
         per_row = [r["bits"] for r in cases.values() if r["cell"] == asdict(cell) and r["octave"] == best][0]
-        off = next(cases[off_name(cell.text, r["bytes"])]["bits"] for r in cases.values() if r["cell"] == asdict(cell))
+        off = next(
+            cases[off_name(cell.text, r["bytes"])]["bits"] for r in cases.values() if r["cell"] == asdict(cell)
+        )
         rows.append(asdict(cell) | {
             "runs": len(found), "best_octave": best, "best_lr": cell.rate(best), "best_on_over_off": finite[best],
             "best_per_excerpt": [a / b for a, b in zip(per_row, off)],
             "default_octave": cell.default, "default_lr": cell.rate(cell.default),
-            "default_on_over_off": number(at_default := between(found, cell.default)), "default_tried": not math.isnan(at_default),
+            "default_on_over_off": number(at_default := between(found, cell.default)),
+            "default_tried": not math.isnan(at_default),
             "edge_octave": edge, "edge_lr": None if edge is None else cell.rate(edge),
             "edge_diverged": None if edge is None else not math.isfinite(found[edge]),
             "finished": next_octave(found, COARSE[cell.optimizer]) is None,
@@ -252,12 +268,14 @@ def summary(cases: dict, cells: list[Cell]) -> list[dict]:
 
 
 def rules(cases: dict, cells: list[Cell]) -> dict:
-    """Per optimizer what a rule for all periods and texts loses against each cell's best: the default, the best common octave, and
-    ``RULES``. Of the cells whose coarse rates have been tried."""
+    """Per optimizer what a rule for all periods and texts loses against each cell's best: the default, the
+    best common octave, and ``RULES``. Of the cells whose coarse rates have been tried."""
     result = {}
     for optimizer in dict.fromkeys(c.optimizer for c in cells):
         found = [(c, tried(cases, c)) for c in cells if c.optimizer == optimizer]
-        found = [(c, t) for c, t in found if set(COARSE[optimizer]) <= set(t) and any(map(math.isfinite, t.values()))]
+        found = [
+            (c, t) for c, t in found if set(COARSE[optimizer]) <= set(t) and any(map(math.isfinite, t.values()))
+        ]
         if not found:
             continue
 
@@ -272,16 +290,21 @@ def rules(cases: dict, cells: list[Cell]) -> dict:
         best = min(candidates, key=lambda k: (total(k), k))
         served = math.isfinite(total(best))
         result[optimizer] = {
-            "cells": len(found), "default": excess(loss(lambda c: c.default)), "best_octave": best if served else None,
-            "best_base": BASE[optimizer] * 2.0**best if served else None, "best": excess(loss(lambda c, best=best: best)),
-            "tried": {name: excess(loss(lambda c, rule=rule: c.octave(rule(c.C)))) for name, rule in RULES[optimizer].items()},
+            "cells": len(found), "default": excess(loss(lambda c: c.default)),
+            "best_octave": best if served else None,
+            "best_base": BASE[optimizer] * 2.0**best if served else None,
+            "best": excess(loss(lambda c, best=best: best)),
+            "tried": {name: excess(loss(lambda c, rule=rule: c.octave(rule(c.C)))) for name,
+                rule in RULES[optimizer].items()},
         }
     return result
 
 
 def excess(losses: list[float]) -> dict:
     known = all(map(math.isfinite, losses))
-    return {"mean_excess": sum(losses) / len(losses) if known else None, "max_excess": max(losses) if known else None}
+    return {
+        "mean_excess": sum(losses) / len(losses) if known else None, "max_excess": max(losses) if known else None
+    }
 
 
 def conclusions(cases: dict, cells: list[Cell]) -> dict:
@@ -303,7 +326,10 @@ def table(result: dict) -> str:
             "|---|---|---|---|---|---|---|---|---|"]
     show = lambda x: "diverged" if x is None else f"{x:.3f}"
     for r in result["summary"]:
-        edge = "not reached" if r["edge_lr"] is None else f"{r['edge_lr']:.3g}{' (diverges)' if r['edge_diverged'] else ''}"
+        edge = (
+            "not reached" if r["edge_lr"] is None
+            else f"{r['edge_lr']:.3g}{' (diverges)' if r['edge_diverged'] else ''}"
+        )
         default = show(r["default_on_over_off"]) if r["default_tried"] else "not tried"
         times = 2 ** (r["best_octave"] - r["default_octave"])
         rows.append(f"| {r['optimizer']} | {r['C']} | {r['text']} | {r['default_lr']:.3g} | {default} "
@@ -345,11 +371,15 @@ def main(argv: list[str] | None = None) -> None:
     texts = {s.KJV_TITLE: s.KJV} | ({args.title or os.path.basename(args.text): args.text} if args.text else {})
     cells = [Cell(o, C, t) for t in texts for C in args.periods for o in args.optimizers]
     setting = {
-        "model": args.model, "weights": fingerprint(_model(args.model)), "texts": {t: s.digest(_text(path)) for t, path in texts.items()},
+        "model": args.model, "weights": fingerprint(_model(args.model)),
+        "texts": {t: s.digest(_text(path)) for t, path in texts.items()},
         "excerpts": s.ROWS, "least": args.least, "most": args.most, "seed": args.seed, "base": BASE,
     }
     study = s.Study(args.out, __doc__.split("\n")[0], setting)
-    search(study, cells, texts, args.model, args.seed, args.least, args.most, args.jobs, time.time() + 60 * args.minutes)
+    search(
+        study, cells, texts, args.model, args.seed, args.least, args.most, args.jobs,
+        time.time() + 60 * args.minutes
+    )
     print(table(conclusions(study.cases, cells)))
 
 

@@ -1,15 +1,18 @@
-"""In-context recall: can the memory bring back, after its chunk has closed, what a sequence told it once, twice, or corrected?
+"""In-context recall: can the memory bring back, after its chunk has closed, what a sequence told it once,
+twice, or corrected?
 
     python -m benchmarks.bench_recall [--only NAME ...] [--resume] [--out benchmarks/results/recall.json]
 
-A sequence is 28 pairs (key, value), 8 fillers, then one query per key. Of its 20 distinct keys 12 are told once, 4 twice with one
-value, 4 twice with two values (the newer counts); the order is random. Pairs and fillers are 64 tokens, so every chunk of 16 or 64 has
-closed when the queries begin. At a query the model sees the key and must name the value (then it sees the value). Keys and values are
-drawn anew for every sequence from 32 keys and 32 values, so nothing about a pair can be stored in the weights: chance is 1/32. Training
+A sequence is 28 pairs (key, value), 8 fillers, then one query per key. Of its 20 distinct keys 12 are told
+once, 4 twice with one value, 4 twice with two values (the newer counts); the order is random. Pairs and
+fillers are 64 tokens, so every chunk of 16 or 64 has closed when the queries begin. At a query the model sees
+the key and must name the value (then it sees the value). Keys and values are drawn anew for every sequence
+from 32 keys and 32 values, so nothing about a pair can be stored in the weights: chance is 1/32. Training
 starts on 6 distinct keys and goes through 12 to these 20, early when a stage is mastered.
 
-The model is one block: a self-modifying layer and an MLP, trained from scratch by AdamW on fresh sequences for a fixed number of steps. The
-table runs chunk 16/64, step_clip on/off, dgd on/off; the default has three seeds. JSON after every run.
+The model is one block: a self-modifying layer and an MLP, trained from scratch by AdamW on fresh sequences
+for a fixed number of steps. The table runs chunk 16/64, step_clip on/off, dgd on/off; the default has three
+seeds. JSON after every run.
 """
 
 from __future__ import annotations
@@ -25,21 +28,24 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from benchmarks.machine import machine, write_json
+from benchmarks.sources import mark
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
-
-from .machine import machine, write_json
-from .sources import mark
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "recall.json")
 KEYS = VALUES = 32
 FILLER, VOCAB = KEYS + VALUES, KEYS + VALUES + 1
 KINDS = ("once", "repeated", "updated")
-STAGES = ((0.5, (4, 1, 1)), (0.7, (8, 2, 2)), (1.0, (12, 4, 4)))  # latest share of the steps; keys told once, repeated, updated
+# latest share of the steps; keys told once, repeated, updated
+STAGES = ((0.5, (4, 1, 1)), (0.7, (8, 2, 2)), (1.0, (12, 4, 4)))
 MASTERED = 0.5  # smoothed loss, nats, at which the next stage begins early
 
 
-def batch(size: int, g: torch.Generator, chunk: int, counts: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids [B, T]; positions [n] at which a query's key stands; kind [B, n] of each query (0 once, 1 repeated, 2 updated)."""
+def batch(
+    size: int, g: torch.Generator, chunk: int, counts: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids [B, T]; positions [n] at which a query's key stands; kind [B, n] of each query (0 once, 1 repeated,
+    2 updated)."""
     once, repeated, updated = counts
     distinct = sum(counts)
     keys = torch.rand(size, KEYS, generator=g).argsort(1)[:, :distinct]
@@ -48,7 +54,9 @@ def batch(size: int, g: torch.Generator, chunk: int, counts: tuple[int, int, int
     late = torch.cat([torch.zeros(distinct), torch.ones(repeated + updated)]).long().expand(size, -1)
     order = torch.rand(size, index.shape[1], generator=g)
     # of two tellings of one key the second comes later
-    low, high = torch.minimum(order[:, once:distinct], order[:, distinct:]), torch.maximum(order[:, once:distinct], order[:, distinct:])
+    low, high = torch.minimum(
+        order[:, once:distinct], order[:, distinct:]
+    ), torch.maximum(order[:, once:distinct], order[:, distinct:])
     order = torch.cat([order[:, :once], low, high], 1).argsort(1)
     index, late = index.gather(1, order), late.gather(1, order)
     newer = torch.where(torch.arange(distinct) >= once + repeated, values[:, 1], values[:, 0])
@@ -64,7 +72,8 @@ def batch(size: int, g: torch.Generator, chunk: int, counts: tuple[int, int, int
 
 def build(args, chunk: int, step_clip: bool, dgd: bool) -> HopeForCausalLM:
     d = args.d_model
-    titans = TitansConfig(d, args.heads, hidden_mult=args.hidden_mult, chunk_memory=chunk, chunk_other=chunk, step_clip=step_clip, dgd=dgd,
+    titans = TitansConfig(d, args.heads, hidden_mult=args.hidden_mult, chunk_memory=chunk, chunk_other=chunk,
+                          step_clip=step_clip, dgd=dgd,
                           alpha_bias=args.alpha_bias, eta_bias=args.eta_bias, eta_scale=args.eta_scale,
                           conv_window=args.conv_window, in_proj=not args.no_in_proj)
     cms = CMSConfig(d, (1024,), expansion=2.0, lr=0.0)
@@ -95,13 +104,19 @@ def train(args, chunk: int, step_clip: bool, dgd: bool, seed: int) -> dict:
     model = build(args, chunk, step_clip, dgd)
     fast = [p for n, p in model.named_parameters() if "bias" in n]
     rest = [p for n, p in model.named_parameters() if "bias" not in n]
-    optimizer = torch.optim.AdamW([{"params": rest}, {"params": fast}], lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [args.lr, 3 * args.lr], total_steps=args.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        [{"params": rest}, {"params": fast}], lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [args.lr, 3 * args.lr], total_steps=args.steps, pct_start=0.1
+    )
     g = torch.Generator().manual_seed(seed)
     curve, began, stage, smooth = [], time.perf_counter(), 0, None
     with tqdm(range(args.steps), desc=f"chunk {chunk} clip {step_clip} dgd {dgd} seed {seed}") as bar:
         for step in bar:
-            if stage + 1 < len(STAGES) and (step >= STAGES[stage][0] * args.steps or (smooth is not None and smooth < MASTERED)):
+            if stage + 1 < len(STAGES) and (
+                step >= STAGES[stage][0] * args.steps or (smooth is not None and smooth < MASTERED)
+            ):
                 stage, smooth = stage + 1, None
             ids, at, _ = batch(args.batch, g, chunk, STAGES[stage][1])
             logits, _ = model(ids[:, :-1])
@@ -116,7 +131,8 @@ def train(args, chunk: int, step_clip: bool, dgd: bool, seed: int) -> dict:
                 curve.append([step, stage, round(smooth, 4) if math.isfinite(smooth) else None])
                 bar.set_postfix(loss=f"{smooth:.3f}", keys=sum(STAGES[stage][1]))
     seconds = time.perf_counter() - began
-    return {"chunk": chunk, "step_clip": step_clip, "dgd": dgd, "seed": seed, "steps": args.steps, "seconds": seconds, "loss_curve": curve,
+    return {"chunk": chunk, "step_clip": step_clip, "dgd": dgd, "seed": seed, "steps": args.steps,
+            "seconds": seconds, "loss_curve": curve,
             "accuracy": accuracy(model.eval(), torch.Generator().manual_seed(10_000 + seed), chunk)}
 
 
@@ -145,7 +161,9 @@ def main() -> None:
     p.add_argument("--alpha-bias", type=float, default=6.0)
     p.add_argument("--eta-bias", type=float, default=0.0)
     p.add_argument("--eta-scale", type=float, default=2.0)
-    p.add_argument("--conv-window", type=int, default=2, help="2: a token and the one before, which is what a pair is")
+    p.add_argument(
+        "--conv-window", type=int, default=2, help="2: a token and the one before, which is what a pair is"
+    )
     p.add_argument("--no-in-proj", action="store_true")
     p.add_argument("--only", nargs="+", help="names of the table's rows")
     p.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
@@ -156,7 +174,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe = {k: v for k, v in vars(args).items() if k not in ("only", "seeds", "resume", "out", "threads")}
-    result = {"what": __doc__.split("\n")[0], "chance": 1 / VALUES, "recipe": recipe, "machine": machine(), "runs": []}
+    result = {
+        "what": __doc__.split("\n")[0], "chance": 1 / VALUES, "recipe": recipe, "machine": machine(), "runs": []
+    }
     if args.resume and os.path.exists(args.out):
         with open(args.out) as f:
             kept = json.load(f)
@@ -171,10 +191,15 @@ def main() -> None:
     print(f"{'':24}{'once':>8}{'repeated':>10}{'updated':>9}")
     for r in result["runs"]:
         a = r["accuracy"]
-        print(f"{r['name'] + ' seed ' + str(r['seed']):24}{a['once']:8.3f}{a['repeated']:10.3f}{a['updated']:9.3f}   {r['seconds']:.0f} s")
+        print(
+            f"{r['name'] + ' seed ' + str(r['seed']):24}{a['once']:8.3f}{a['repeated']:10.3f}{a['updated']:9.3f}   {r['seconds']:.0f} s"
+        )
     default = [r["accuracy"] for r in result["runs"] if r["name"] == "default"]
     if len(default) > 1:
-        print(f"{'default, mean':24}" + "".join(f"{statistics.fmean(a[k] for a in default):{w}.3f}" for k, w in zip(KINDS, (8, 10, 9))))
+        print(
+            f"{'default, mean':24}"
+            + "".join(f"{statistics.fmean(a[k] for a in default):{w}.3f}" for k, w in zip(KINDS, (8, 10, 9)))
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Every case of benchmarks.gpu as a test of pytest-benchmark, with its choice of cases, tables, files and comparisons.
+"""Every case of benchmarks.gpu as a test of pytest-benchmark, with its choice of cases, tables, files and
+comparisons.
 
     python -m pytest benchmarks/bench_suite.py --benchmark-only [-k "layers and cpp"] [--quick] [--benchmark-json FILE]
 
-A case checks its result, times itself (CUDA events, inputs in rotation) and returns a record; a result that is wrong fails the test and
-has no time. The times of the record are what pytest-benchmark is told, by a clock that moves by them; the rest of the record (FLOPs,
-bytes, rates, fractions of the ceilings, errors) is in ``extra_info``. Without --benchmark-only nothing is measured. What benchmarks.gpu
-has and this has not: a process that a hanging kernel may take along, a time budget, the kernels' tests before.
+A case checks its result, times itself (CUDA events, inputs in rotation) and returns a record; a result that
+is wrong fails the test and has no time. The times of the record are what pytest-benchmark is told, by a clock
+that moves by them; the rest of the record (FLOPs, bytes, rates, fractions of the ceilings, errors) is in
+``extra_info``. Without --benchmark-only nothing is measured. What benchmarks.gpu has and this has not: a
+process that a hanging kernel may take along, a time budget, the kernels' tests before.
 """
 
 from __future__ import annotations
@@ -41,12 +43,18 @@ def pytest_generate_tests(metafunc) -> None:
     quick = metafunc.config.getoption("--quick", False)
     cases = [(section, name, call) for section, name, _, call in gpu.plan(DEVICE, quick) if section != "env"]
     marked = lambda section: pytest.mark.benchmark(group=section, timer=CLOCK)
-    metafunc.parametrize("call", [pytest.param(call, id=f"{section}: {name}", marks=marked(section)) for section, name, call in cases])
+    metafunc.parametrize(
+        "call", [pytest.param(call, id=f"{section}: {name}", marks=marked(section)) for section, name,
+            call in cases]
+    )
 
 
 @cache
 def ceilings(quick: bool) -> dict:
-    return {name: m.ceiling(name, DEVICE, quick)[unit] for name, unit in gpu.CEILINGS.items() if name in gpu.ceilings_of(DEVICE)}
+    return {
+        name: m.ceiling(name, DEVICE, quick)[unit] for name,
+        unit in gpu.CEILINGS.items() if name in gpu.ceilings_of(DEVICE)
+    }
 
 
 def test_case(call, benchmark, request):
@@ -70,7 +78,8 @@ def test_case(call, benchmark, request):
 
 
 def times(record: dict) -> list[float]:
-    """ms: all samples of the record, or its median alone where it keeps no more; what has rates and no single call: ms a token."""
+    """ms: all samples of the record, or its median alone where it keeps no more; what has rates and no single
+    call: ms a token."""
     ms = record.get("ms")
     if ms is None:
         return [1e3 / record["tokens/s"]] if record.get("tokens/s") else []

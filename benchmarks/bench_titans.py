@@ -1,8 +1,10 @@
-"""The operators on one device: prefill and decoding of the memories, their gradient, convolution, output gate. Run by benchmarks.gpu.
+"""The operators on one device: prefill and decoding of the memories, their gradient, convolution, output
+gate. Run by benchmarks.gpu.
 
-Every case first passes two checks: on its first rows and tokens, a piece of 2.5 chunks, output and state are compared with the fp64 chunked
-backend (``measure.compare``); then the whole call runs twice into poisoned memory, must write every vector, give the same bits both
-times and agree with the fp64 piece where they overlap. A case that fails is recorded as refused, without a time.
+Every case first passes two checks: on its first rows and tokens, a piece of 2.5 chunks, output and state are
+compared with the fp64 chunked backend (``measure.compare``); then the whole call runs twice into poisoned
+memory, must write every vector, give the same bits both times and agree with the fp64 piece where they
+overlap. A case that fails is recorded as refused, without a time.
 """
 
 from __future__ import annotations
@@ -13,11 +15,18 @@ from functools import partial
 
 import torch
 
+from benchmarks import measure as m
 from hope_kernels import TitansConfig
 from hope_kernels.backend import resolve
-from hope_kernels.ops import FastWeights, Layout, TokenInputs, init_titans_state, titans_advance_, titans_chunk, titans_step
-
-from . import measure as m
+from hope_kernels.ops import (
+    FastWeights,
+    Layout,
+    TokenInputs,
+    init_titans_state,
+    titans_advance_,
+    titans_chunk,
+    titans_step,
+)
 
 STATE = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 
@@ -43,7 +52,8 @@ class Case:
     @property
     def config(self) -> TitansConfig:
         return TitansConfig(
-            self.H * self.D, self.H, hidden_mult=self.N // self.D, chunk_memory=self.C, chunk_other=self.C, conv_window=None)
+            self.H * self.D, self.H, hidden_mult=self.N // self.D, chunk_memory=self.C, chunk_other=self.C,
+            conv_window=None)
 
     @property
     def itemsize(self) -> int:
@@ -59,10 +69,13 @@ GPU_CASES = (
     S(), XS(), X(C=16), Case("step graph", T=1), Case("step graph", T=1, backend="cuda"),
     P(C=16), P(C=256, B=4, T=8192), P(N=64), X(N=64),
     Case("conv"), Case("gate"), Case("grad", T=8192),
-    P(D=128, N=512, H=16), P(D=128, N=128, H=16), X(D=128, N=128, H=16), X(N=64, B=32, T=2048), P(C=256), P(N=64, B=32, T=2048),
-    P(C=128), P(C=32), X(C=32), P(B=4, T=8192), X(B=4, T=8192), P(B=32, T=2048), X(B=32, T=2048), P(C=256, B=32, T=2048),
+    P(D=128, N=512, H=16), P(D=128, N=128, H=16), X(D=128, N=128, H=16), X(N=64, B=32, T=2048), P(C=256),
+    P(N=64, B=32, T=2048),
+    P(C=128), P(C=32), X(C=32), P(B=4, T=8192), X(B=4, T=8192), P(B=32, T=2048), X(B=32, T=2048),
+    P(C=256, B=32, T=2048),
     S(B=32), XS(B=32), S(N=64, C=16), XS(N=64, C=16), S(D=128, N=512, H=16), Case("step graph", B=32, T=1),
-    P(T=2048), X(T=2048), P(T=131072), P(H=8), X(H=8), P(H=64, T=16384), P(C=16, N=64, B=32, T=2048), P(C=256, N=64), P(N=128), X(N=128),
+    P(T=2048), X(T=2048), P(T=131072), P(H=8), X(H=8), P(H=64, T=16384), P(C=16, N=64, B=32, T=2048),
+    P(C=256, N=64), P(N=128), X(N=128),
     P(C=1024), X(C=1024), P(N=512), P(dtype="fp16"), X(dtype="fp16"), P(dtype="fp32", T=4096),
     Case("conv", B=32, T=1), Case("gate", B=32, T=1),
 )
@@ -70,7 +83,8 @@ QUICK_GPU = (
     P(H=8, T=1024), X(H=8, T=1024), P(C=16, N=64, H=8, T=1024), S(H=8), XS(H=8), Case("step graph", H=8, T=1),
     Case("step graph", H=8, T=1, backend="cuda"), Case("conv", T=256), Case("gate", T=256),
 )
-ON_CPU = (("prefill", 16, 64, 256), ("prefill", 64, 64, 256), ("prefill", 64, 256, 256), ("step", 16, 64, 1), ("conv", 64, 64, 512),
+ON_CPU = (("prefill", 16, 64, 256), ("prefill", 64, 64, 256), ("prefill", 64, 256, 256), ("step", 16, 64, 1),
+          ("conv", 64, 64, 512),
           ("gate", 64, 64, 512))
 CPU_CASES = (
     *(Case(kind, C, 64, N, 2, 1, T, "fp32", backend) for kind, C, N, T in ON_CPU for backend in ("cpp", "chunked")),
@@ -84,7 +98,8 @@ QUICK_CPU = (  # the first one also has a size that means something
 
 
 def problem(case: Case, device: str, seed: int) -> tuple[FastWeights, TokenInputs]:
-    """Random initial weights and inputs in the case's dtype; keys and queries of unit length, retention between 0.73 and 0.99."""
+    """Random initial weights and inputs in the case's dtype; keys and queries of unit length, retention
+    between 0.73 and 0.99."""
     g = torch.Generator(device).manual_seed(seed)
     c, kw = case.config, {"device": device, "dtype": m.DTYPES[case.dtype]}
 
@@ -138,7 +153,9 @@ def prefill(case: Case, device: str, ceilings: dict, seconds: float = 1.0, op: C
     states = [init_titans_state(c, w, case.B, device, dtype) for w, _ in problems]
     calls = [partial(op, c, w, i, s, backend=case.backend) for (w, i), s in zip(problems, states)]
     per_token = m.flops_per_token(c)
-    record = m.time_calls(calls, device, seconds) | {"check": check, "sets": len(problems), "flops_per_token": per_token}
+    record = m.time_calls(calls, device, seconds) | {
+        "check": check, "sets": len(problems), "flops_per_token": per_token
+    }
     record["ns_per_token"] = 1e6 * record["ms"]["median"] / (case.B * case.T)
     record["bytes_if_state_in_memory"] = case.T // case.C * m.state_bytes_per_chunk(c, case.B)
     nbytes = m.prefill_bytes(c, case.B, case.T, case.itemsize)
@@ -146,7 +163,8 @@ def prefill(case: Case, device: str, ceilings: dict, seconds: float = 1.0, op: C
 
 
 def _steps(case: Case, device: str):
-    """(problems, check): layers to rotate through, each with one chunk of tokens, and the check of decoding it token by token."""
+    """(problems, check): layers to rotate through, each with one chunk of tokens, and the check of decoding
+    it token by token."""
     c, problems = case.config, sets(Case(**asdict(case) | {"T": 2 * case.C}), device)
     w, i = problems[0]
 
@@ -193,15 +211,21 @@ def step(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
 
 @torch.no_grad()
 def step_graph(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
-    """One step of every layer in one CUDA graph, replayed for token after token: the device decides which of them fill a chunk."""
+    """One step of every layer in one CUDA graph, replayed for token after token: the device decides which of
+    them fill a chunk."""
     c, dtype = case.config, m.DTYPES[case.dtype]
     problems, check = _steps(case, device)
     if not check["ok"]:
         return refused(check)
     states = [init_titans_state(c, w, case.B, device, dtype) for w, _ in problems]
-    tokens = [TokenInputs(*(t if t is None or t.dim() == 1 else t.clone() for t in token(i, 0))) for _, i in problems]
+    tokens = [
+        TokenInputs(*(t if t is None or t.dim() == 1 else t.clone() for t in token(i, 0))) for _, i in problems
+    ]
     one = torch.ones(case.B, dtype=torch.int64, device=device)
-    calls = [partial(titans_advance_, c, w, i, s, one, backend=case.backend) for (w, _), i, s in zip(problems, tokens, states)]
+    calls = [
+        partial(titans_advance_, c, w, i, s, one, backend=case.backend) for (w, _), i,
+        s in zip(problems, tokens, states)
+    ]
     try:
         graph, kept = m.captured(calls)
     except RuntimeError as e:
@@ -221,7 +245,9 @@ def step_graph(case: Case, device: str, ceilings: dict, seconds: float = 1.0) ->
         outputs.append(kept[0].clone())
     eager = titans_chunk(c, problems[0][0], head(problems[0][1], case.B, case.C + 3), backend=case.backend)[0]
     if not torch.equal(torch.cat(outputs, 1), eager):
-        return refused({**check, "ok": False, "reason": "replays of the CUDA graph and one call over the same tokens differ"})
+        return refused(
+            {**check, "ok": False, "reason": "replays of the CUDA graph and one call over the same tokens differ"}
+        )
     spans: dict[bool, list] = {False: [], True: []}
     for t in range(case.C + 3, case.C * max(4, int(200 * seconds) // case.C)):
         spans[(t + 1) % case.C == 0].append(replayed(t % (2 * case.C)))
@@ -240,8 +266,13 @@ def grad(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     w, inputs = problem(case, device, 0)
 
     def run(w, inputs, backend, backward=True):
-        leaves = {"x": inputs.x.detach().requires_grad_(), "q": inputs.q.detach().requires_grad_(), "w2": w.w2.detach().requires_grad_()}
-        o, _ = titans_chunk(c, w._replace(w2=leaves["w2"]), inputs._replace(x=leaves["x"], q=leaves["q"]), backend=backend)
+        leaves = {
+            "x": inputs.x.detach().requires_grad_(), "q": inputs.q.detach().requires_grad_(),
+            "w2": w.w2.detach().requires_grad_()
+        }
+        o, _ = titans_chunk(
+            c, w._replace(w2=leaves["w2"]), inputs._replace(x=leaves["x"], q=leaves["q"]), backend=backend
+        )
         if backward:
             return dict(zip(leaves, torch.autograd.grad(o, list(leaves.values()), inputs.q.detach())))
 
@@ -250,23 +281,28 @@ def grad(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     exact = run(to(w, torch.float64), to(piece, torch.float64), "chunked")
     check = m.compare(ours, run(w, piece, "chunked"), exact)
     if not check["ok"]:
-        return refused(check | {"reason": f"the gradient of {check['tensor']} differs from the fp64 chunked backend"})
+        return refused(
+            check | {"reason": f"the gradient of {check['tensor']} differs from the fp64 chunked backend"}
+        )
     forward = m.time_calls([partial(run, w, inputs, case.backend, False)], device, seconds)["ms"]
     both = m.time_calls([partial(run, w, inputs, case.backend)], device, seconds)["ms"]
-    return {"check": check, "ms": both, "forward_ms": forward, "backward_per_forward": both["median"] / forward["median"] - 1}
+    return {
+        "check": check, "ms": both, "forward_ms": forward,
+        "backward_per_forward": both["median"] / forward["median"] - 1
+    }
 
 
 def small_operator(kind: str, backend: str) -> Callable:
     """The convolution ("conv") or the output gate ("gate") of a backend; the CUDA one has those of Triton."""
     if backend == "cpp":
-        from hope_kernels.ops.cpu import causal_conv as conv
-        from hope_kernels.ops.cpu import output_gate as gate
+        from hope_kernels.ops.shared.cpu_layer import causal_conv as conv
+        from hope_kernels.ops.shared.cpu_layer import output_gate as gate
     elif backend == "chunked":
-        from hope_kernels.ops.conv.chunked import causal_conv_chunked as conv
-        from hope_kernels.ops.output_gate.chunked import output_gate_chunked as gate
+        from hope_kernels.ops.conv.forward import causal_conv_chunked as conv
+        from hope_kernels.ops.output_gate.forward import output_gate_chunked as gate
     else:
-        from hope_kernels.ops.conv.triton import causal_conv_triton as conv
-        from hope_kernels.ops.output_gate.triton import output_gate_triton as gate
+        from hope_kernels.ops.conv.triton.forward import causal_conv_triton as conv
+        from hope_kernels.ops.output_gate.triton.forward import output_gate_triton as gate
     return conv if kind == "conv" else gate
 
 
@@ -297,9 +333,14 @@ def elementwise(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -
         first, again = (named(ours(*given, *extra)) for _ in range(2))
     check = m.compare(first, peer, exact)
     if not check["ok"] or not all(torch.equal(first[n], again[n]) for n in first):
-        return refused(check | {"ok": False, "reason": "differs from fp64" if not check["ok"] else "two equal calls gave different bits"})
+        return refused(
+            check | {"ok": False, "reason": "differs from fp64" if not check["ok"] else "two equal calls gave different bits"}
+        )
     calls = [partial(ours, *p, *extra) for p in problems]
-    record = m.rates(m.time_calls(calls, device, seconds) | {"check": check, "sets": len(problems)}, ceilings, case.dtype, flops, nbytes)
+    record = m.rates(
+        m.time_calls(calls, device, seconds) | {"check": check, "sets": len(problems)}, ceilings, case.dtype,
+        flops, nbytes
+    )
     if device != "cuda":
         return record
     try:
@@ -309,7 +350,10 @@ def elementwise(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -
     return record
 
 
-KINDS = {"prefill": prefill, "step": step, "step graph": step_graph, "grad": grad, "conv": elementwise, "gate": elementwise}
+KINDS = {
+    "prefill": prefill, "step": step, "step graph": step_graph, "grad": grad, "conv": elementwise,
+    "gate": elementwise
+}
 
 
 def measured(case: Case, device: str, ceilings: dict, seconds: float) -> dict:

@@ -1,4 +1,5 @@
-"""The CUDA C++ half of the compile report: every kernel file through nvcc, gated like the Triton rows. Without nvcc it is empty."""
+"""The CUDA C++ half of the compile report: every kernel file through nvcc, gated like the Triton rows.
+Without nvcc it is empty."""
 
 from __future__ import annotations
 
@@ -13,18 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks import cubin
 from hope_kernels.files import write_atomically
 from tools import build_cuda
-
-from . import cubin
 
 # (file, architectures such as "90a", its kernels want tensor cores)
 SOURCES = tuple((path, tuple(map(str, build_cuda.ARCHITECTURES)), True) for path in build_cuda.kernels())
 FLAGS = (*build_cuda.DEVICE_FLAGS, "-Xptxas", "-v,-warn-spills")
-COMPLAINT = re.compile(r"warning|\(C7\d+\)|setmaxnreg", re.IGNORECASE)  # C75xx: wgmma serialized; "setmaxnreg ignored" is only an info
-EMPTY = 4  # instructions of a kernel whose body is for other architectures: what sets up the stack, EXIT, and a branch to itself
-# mma instructions in a kernel's code, at least: a missing one is a product that was lost. Prefill: those of a warp's panel (160), of a
-# scalar memory's loops over groups and its update, and of the keys' products; decode: those of both kinds of memory.
+# C75xx: wgmma serialized; "setmaxnreg ignored" is only an info
+COMPLAINT = re.compile(r"warning|\(C7\d+\)|setmaxnreg", re.IGNORECASE)
+# instructions of a kernel whose body is for other architectures: what sets up the stack, EXIT, and a branch
+# to itself
+EMPTY = 4
+# mma instructions in a kernel's code, at least: a missing one is a product that was lost. Prefill: those of a
+# warp's panel (160), of a scalar memory's loops over groups and its update, and of the keys' products;
+# decode: those of both kinds of memory.
 PRODUCTS = {"titans_prefill<64": 256, "titans_prefill<128": 288, "titans_decode<": 64}
 CACHE = build_cuda.ROOT / "build" / "compile_report"
 
@@ -33,9 +37,11 @@ class Refused(Exception):
     """What nvcc says of a file it does not compile."""
 
 
-def report(archs: list[int] | None, only: str | None, sources=SOURCES, jobs: int = 2, fresh: bool = False) -> Iterator[dict]:
-    """One record per kernel, file and architecture, as ``compile_report`` prints them. shared: what is static; a kernel's dynamic shared
-    memory is known at its launch only."""
+def report(
+    archs: list[int] | None, only: str | None, sources=SOURCES, jobs: int = 2, fresh: bool = False
+) -> Iterator[dict]:
+    """One record per kernel, file and architecture, as ``compile_report`` prints them. shared: what is
+    static; a kernel's dynamic shared memory is known at its launch only."""
     compiler = build_cuda.nvcc()
     if compiler is None:
         return
@@ -47,7 +53,8 @@ def report(archs: list[int] | None, only: str | None, sources=SOURCES, jobs: int
 
 
 def cached_file(compiler: str, path: Path, arch: str, wants_mma: bool, fresh: bool = False) -> list[dict]:
-    """``compile_file``, or what it found the last time nothing was different. A file that nvcc refuses is a record with that violation."""
+    """``compile_file``, or what it found the last time nothing was different. A file that nvcc refuses is a
+    record with that violation."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     beside = sorted(p for p in path.parent.glob("*") if p.suffix in (".h", ".cuh"))
     readers = [Path(__file__), Path(cubin.__file__)]
@@ -57,7 +64,10 @@ def cached_file(compiler: str, path: Path, arch: str, wants_mma: bool, fresh: bo
     try:
         records = compile_file(compiler, path, arch, wants_mma)
     except Refused as error:
-        return [{"kernel": path.stem, "row": path.name, "arch": int(arch.rstrip("af")), "violations": [f"does not compile: {error}"]}]
+        return [
+            {"kernel": path.stem, "row": path.name, "arch": int(arch.rstrip("af")),
+                "violations": [f"does not compile: {error}"]}
+        ]
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(str(kept), json.dumps(records).encode())
     return records
@@ -73,7 +83,9 @@ def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[
     sm, start = int(arch.rstrip("af")), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out.cubin"
-        done = subprocess.run([compiler, "-cubin", f"-arch=sm_{arch}", *FLAGS, "-o", out, str(path)], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, "-cubin", f"-arch=sm_{arch}", *FLAGS, "-o", out, str(path)], capture_output=True, text=True
+        )
         if done.returncode:
             raise Refused(done.stderr.strip())
         common = {"row": path.name, "arch": sm, "seconds": round(time.perf_counter() - start, 2)}
@@ -82,7 +94,8 @@ def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[
         of_all = [c for c in complaints if not any(f"'{name}'" in c for name in found)]
         return [
             {"kernel": readable(name), **common, **asdict(u),
-             "violations": [*of_all, *(c for c in complaints if f"'{name}'" in c), *lost_products(readable(name), u.mma),
+             "violations": [*of_all, *(c for c in complaints if f"'{name}'" in c),
+                 *lost_products(readable(name), u.mma),
                             *cubin.violations(u, sm, u.shared, wants_mma)]}
             for name, u in found.items()
         ]

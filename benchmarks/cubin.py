@@ -1,4 +1,5 @@
-"""What a cubin says about its kernels: registers, stack and spills as the assembler left them, and which units its SASS drives."""
+"""What a cubin says about its kernels: registers, stack and spills as the assembler left them, and which
+units its SASS drives."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 
 import triton
 
-from hope_kernels.ops.triton_build import SHARED_KIB
+from hope_kernels.ops.shared.triton_build import SHARED_KIB
 
 _FUNCTION = re.compile(r"^\s*Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.MULTILINE)
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.([^\s,]+)")
-_INSTRUCTION = re.compile(r"^\s*(?:\.L_\S+:\s*)?/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(
+    r"^\s*(?:\.L_\S+:\s*)?/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
+)
 _UNITS = {
     "spill_stores": re.compile(r"STL\b"),
     "spill_loads": re.compile(r"LDL\b"),
@@ -26,9 +29,9 @@ _UNITS = {
 
 @dataclass(frozen=True)
 class Usage:
-    """One kernel of a cubin. shared: static bytes a block. stack, local: bytes a thread. spill_stores, spill_loads: STL and LDL
-    instructions; a kernel that fits its registers has none. wgmma, tcgen05, mma, barriers, instructions (all but NOP): how many are in
-    the SASS, not how many are executed."""
+    """One kernel of a cubin. shared: static bytes a block. stack, local: bytes a thread. spill_stores,
+    spill_loads: STL and LDL instructions; a kernel that fits its registers has none. wgmma, tcgen05, mma,
+    barriers, instructions (all but NOP): how many are in the SASS, not how many are executed."""
 
     registers: int
     stack: int
@@ -44,7 +47,8 @@ class Usage:
 
 
 def usage(cubin: str) -> dict[str, Usage]:
-    """Kernel name -> Usage, of all kernels in the cubin file at this path, by the cuobjdump and nvdisasm that come with Triton."""
+    """Kernel name -> Usage, of all kernels in the cubin file at this path, by the cuobjdump and nvdisasm that
+    come with Triton."""
     sass: dict[str, Counter] = {}
     section = ""
     for line in _run(triton.knobs.nvidia.nvdisasm.path, "-ndf", "-c", cubin).splitlines():
@@ -54,16 +58,21 @@ def usage(cubin: str) -> dict[str, Usage]:
             sass.setdefault(section, Counter())[instruction[1]] += 1
     found = {}
     for name, *resources in _FUNCTION.findall(_run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)):
-        units = {unit: sum(n for op, n in sass[name].items() if wanted.match(op)) for unit, wanted in _UNITS.items()}
+        units = {
+            unit: sum(n for op, n in sass[name].items() if wanted.match(op)) for unit, wanted in _UNITS.items()
+        }
         found[name] = Usage(*map(int, resources), **units, instructions=sass[name].total() - sass[name]["NOP"])
     return found
 
 
 def violations(u: Usage, arch: int, shared: int, wants_mma: bool) -> list[str]:
-    """Why this kernel must not ship: one sentence each, none for a kernel that fits. shared: bytes a block asks for."""
+    """Why this kernel must not ship: one sentence each, none for a kernel that fits. shared: bytes a block
+    asks for."""
     found = []
     if u.spill_stores or u.spill_loads:
-        found.append(f"spills: {u.spill_stores} stores and {u.spill_loads} loads of local memory in its SASS, {u.registers} registers")
+        found.append(
+            f"spills: {u.spill_stores} stores and {u.spill_loads} loads of local memory in its SASS, {u.registers} registers"
+        )
     if u.stack or u.local:
         found.append(f"local memory: {u.stack + u.local} bytes a thread")
     if shared > SHARED_KIB[arch] * 1024:

@@ -1,7 +1,9 @@
-"""What this project wants to reach, as data: a goal names the figure in the result files that decides it, and the command that measures it.
+"""What this project wants to reach, as data: a goal names the figure in the result files that decides it, and
+the command that measures it.
 
-A figure looks into one run: {file name without .json: contents}. Of a CUDA machine that is a folder written by benchmarks.gpu, of the CPU
-the files of benchmarks/results itself. Both sides of a ratio come from one run of one commit, or there is no figure.
+A figure looks into one run: {file name without .json: contents}. Of a CUDA machine that is a folder written
+by benchmarks.gpu, of the CPU the files of benchmarks/results itself. Both sides of a ratio come from one run
+of one commit, or there is no figure.
 """
 
 from __future__ import annotations
@@ -49,9 +51,15 @@ class Key:
     def find(self, run: dict) -> Found:
         cases = run.get(self.file, {}).get("cases", {})
         matches = [(n, r) for n, r in cases.items() if fnmatchcase(n, self.name)]
-        timed = [(lookup(r, self.path), n, r) for n, r in matches if r.get("status") == "ok" and lookup(r, self.path) is not None]
+        timed = [
+            (lookup(r, self.path), n, r) for n,
+            r in matches if r.get("status") == "ok" and lookup(r, self.path) is not None
+        ]
         if not timed:
-            raise Missing("; ".join(f"{n}: {r.get('status')}, {str(r.get('reason', ''))[:80]}" for n, r in matches) or "no such case")
+            raise Missing(
+                "; ".join(f"{n}: {r.get('status')}, {str(r.get('reason', ''))[:80]}" for n, r in matches)
+                or "no such case"
+            )
         value, name, record = self.pick(timed, key=lambda t: t[0])
         return Found(value, ((self.file, name, record),))
 
@@ -69,7 +77,10 @@ class Ratio:
 
     def find(self, run: dict) -> Found:
         a, b = self.over.find(run), self.under.find(run)
-        marks = [tuple(run[key.file]["stamp"].get(k) for k in ("commit", "source", "quick", "dirty")) for key in self.keys]
+        marks = [
+            tuple(run[key.file]["stamp"].get(k) for k in ("commit", "source", "quick", "dirty"))
+            for key in self.keys
+        ]
         if marks[0] != marks[1]:
             raise Missing(f"{self.over.file}.json and {self.under.file}.json are of different code")
         return Found(a.value / b.value, a.sources + b.sources)
@@ -167,7 +178,9 @@ def flat_decode(data: dict) -> tuple[float, dict]:
     """A token after ten million others against one after a thousand."""
     for record in data["cases"].values():
         spans = record.get("decode_ms")
-        if record.get("status") == "ok" and isinstance(spans, list) and spans[-1]["after"] >= 10_000_000 and spans[0]["after"] <= 1000:
+        if record.get("status") == "ok" and isinstance(
+            spans, list
+        ) and spans[-1]["after"] >= 10_000_000 and spans[0]["after"] <= 1000:
             return spans[-1]["p50"] / spans[0]["p50"], record
     raise Missing("no run of 10,000,000 tokens")
 
@@ -178,9 +191,12 @@ BILLION = "long 1.3B B1 T1000000 *"
 CPU = "python -m benchmarks.bench_cpu"
 GOALS = (
     Goal("tests of the kernels on the device that fail", "<=", 0, "", Computed("correctness", "*", failures)),
-    Goal("prefill, N = 256, C = 64: CUDA C++, of the GEMM rate", ">=", 0.40, "%", prefill(WIDE, "cuda", "of_matmul")),
-    Goal("prefill, N = 256, C = 64: Triton, of the GEMM rate", ">=", 0.18, "%", prefill(WIDE, "triton", "of_matmul")),
-    Goal("prefill, N = 256, C = 256, B H = 128: the faster backend, of the GEMM rate", ">=", 0.60, "%", prefill(MANY, "*", "of_matmul")),
+    Goal("prefill, N = 256, C = 64: CUDA C++, of the GEMM rate", ">=", 0.40, "%",
+        prefill(WIDE, "cuda", "of_matmul")),
+    Goal("prefill, N = 256, C = 64: Triton, of the GEMM rate", ">=", 0.18, "%",
+        prefill(WIDE, "triton", "of_matmul")),
+    Goal("prefill, N = 256, C = 256, B H = 128: the faster backend, of the GEMM rate", ">=", 0.60, "%",
+        prefill(MANY, "*", "of_matmul")),
     Goal("prefill, N = 64, C = 64, B H = 128: CUDA C++, time of FLA's gated delta rule", "<=", 1.0, "x",
          Ratio(prefill(NARROW, "cuda"), peer("fla", NARROW))),
     Goal("prefill, N = 64, C = 64, B H = 128: Triton, time of FLA's gated delta rule", "<=", 1.5, "x",
@@ -209,7 +225,8 @@ GOALS = (
          Key("cms", "refresh d4096 C4096 B1 bf16 gd*", "of_matmul", max)),
     Goal("gradient, N = 256, C = 64: Triton, backward per forward", "<=", 3.0, "x",
          Key("ops", "grad C64 D64 N256 H32 B1 T8192 bf16 triton", "backward_per_forward")),
-    Goal("a 1.3B model reads 1,000,000 tokens with learning", "<=", 20.0, "s", Key("model", BILLION, "read_seconds")),
+    Goal("a 1.3B model reads 1,000,000 tokens with learning", "<=", 20.0, "s",
+        Key("model", BILLION, "read_seconds")),
     Goal("the same, peak memory of the last tenth against the first", "<=", 1.01, "x",
          Ratio(Key("model", BILLION, "peak_mib_last"), Key("model", BILLION, "peak_mib_first"))),
     Goal("layer on the CPU: speed against nested-learning 0.2.0, geometric mean of two shapes", ">=", 100.0, "x",
@@ -217,7 +234,8 @@ GOALS = (
     Goal("layer on the CPU, d = 256: of the machine's GEMM rate, least of all cases", ">=", 0.60, "%",
          Computed("cpu", "d = 256", gemm_on_cpu), CPU, "cpu"),
     Goal("reading with learning on the CPU: time of reading without", "<=", 3.2, "x",
-         Computed("context", "learning", lambda data: (data["learning"]["reading_per_learning"], data["next_token"])),
+         Computed("context", "learning", lambda data: (data["learning"]["reading_per_learning"],
+                 data["next_token"])),
          "python -m benchmarks.bench_context", "cpu"),
 )
 

@@ -2,15 +2,17 @@
 
     python -m benchmarks.gpu [--minutes 8] [--only NAME ...] [--quick] [--resume] [--out DIR] [--against DIR]
 
-Writes DIR/<device>/{env,correctness,ops,layers,model,cms,peers}.json (DIR: benchmarks/results). Each file holds "stamp" (commit, source
-hash, date), "cases", one record a name with a "status": ok, refused (wrong result, hence no time), skipped (with the reason), failed,
-died, started; and, once a run has ended, "missing": what it did not measure, and why. A file is rewritten after every case, so a kill
-loses nothing; --resume keeps what is there for the same code and goes on.
+Writes DIR/<device>/{env,correctness,ops,layers,model,cms,peers}.json (DIR: benchmarks/results). Each file
+holds "stamp" (commit, source hash, date), "cases", one record a name with a "status": ok, refused (wrong
+result, hence no time), skipped (with the reason), failed, died, started; and, once a run has ended,
+"missing": what it did not measure, and why. A file is rewritten after every case, so a kill loses nothing;
+--resume keeps what is there for the same code and goes on.
 
-Measurements run in a child process under a watchdog: a kernel that hangs or breaks the CUDA context costs its own case, and the next child
-goes on behind it. At the end it says what is slower, faster or no longer right against the committed results of this device (or --against)
-by more than the spread of the times. Without a CUDA device the backends of the CPU are measured (3 minutes suffice on two cores), every
-case between copies and matrix products of the same moment, whose rates are the ceilings in its record.
+Measurements run in a child process under a watchdog: a kernel that hangs or breaks the CUDA context costs its
+own case, and the next child goes on behind it. At the end it says what is slower, faster or no longer right
+against the committed results of this device (or --against) by more than the spread of the times. Without a
+CUDA device the backends of the CPU are measured (3 minutes suffice on two cores), every case between copies
+and matrix products of the same moment, whose rates are the ceilings in its record.
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ from pathlib import Path
 
 import torch
 
-from . import gpu_library, report
-from . import measure as m
-from .machine import machine, write_json
-from .sources import kernel_hash
+from benchmarks import gpu_library, report
+from benchmarks import measure as m
+from benchmarks.machine import machine, write_json
+from benchmarks.sources import kernel_hash
 
 RESULTS = m.ROOT / "benchmarks" / "results"
 SECTIONS = ("env", "correctness", "ops", "layers", "model", "cms", "peers")
 CEILINGS = {"copy": "GB/s", "matmul bf16": "TFLOP/s", "matmul fp16": "TFLOP/s", "matmul fp32": "TFLOP/s"}
 TESTS = (
-    "tests/test_titans_triton*.py", "tests/test_titans_cuda.py", "tests/test_layer_triton.py", "tests/test_conv.py",
-    "tests/test_output_gate.py",
+    "tests/ops/titans/test_triton*.py", "tests/ops/titans/test_cuda.py", "tests/layers/test_titans_triton.py",
+    "tests/ops/conv/test_conv.py", "tests/ops/output_gate/test_output_gate.py",
 )
 TEST_PROCESSES = 8
 SANITIZER_SECONDS = 60  # beyond the time of the tests
@@ -52,9 +54,11 @@ RESTART = 3  # exit status of a child that wants a fresh one to go on
 
 
 class Results:
-    """One JSON file: {"stamp", "cases": {name: record}}, rewritten whole after every record; ``path`` None keeps it in memory.
+    """One JSON file: {"stamp", "cases": {name: record}}, rewritten whole after every record; ``path`` None
+    keeps it in memory.
 
-    Records of the same code that ``keep(name)`` wants are taken over from the file; a file of other code is replaced by the first record.
+    Records of the same code that ``keep(name)`` wants are taken over from the file; a file of other code is
+    replaced by the first record.
     """
 
     def __init__(self, path: Path | None, stamp: dict, keep: Callable[[str], bool] = lambda name: True):
@@ -93,7 +97,10 @@ class Results:
 
 def stamp(quick: bool) -> dict:
     found = machine()
-    return {"commit": found["commit"], "dirty": found["dirty"], "source": m.source_hash(), "quick": quick, "date": found["date"]}
+    return {
+        "commit": found["commit"], "dirty": found["dirty"], "source": m.source_hash(), "quick": quick,
+        "date": found["date"]
+    }
 
 
 def slug(device: str) -> str:
@@ -105,7 +112,9 @@ def nvidia_smi() -> str:
     """Name, driver, clocks, power and temperature as the driver reports them now; only reads."""
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
     try:
-        done = subprocess.run(("nvidia-smi", f"--query-gpu={query}", "--format=csv"), capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ("nvidia-smi", f"--query-gpu={query}", "--format=csv"), capture_output=True, text=True, timeout=20
+        )
         return (done.stdout or done.stderr).strip()
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"nvidia-smi: {e}"
@@ -115,14 +124,17 @@ def describe(device: str) -> dict:
     from hope_kernels import available_backends
 
     found: dict = {"machine": machine(), "device": device, "backends": available_backends()}
-    for package in ("torch", "triton", "numpy", "nested-learning", "titans-pytorch", "flash-linear-attention", "flash-qla"):
+    for package in (
+        "torch", "triton", "numpy", "nested-learning", "titans-pytorch", "flash-linear-attention", "flash-qla"
+    ):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
-        found |= {"name": p.name, "capability": [p.major, p.minor], "multiprocessors": p.multi_processor_count, "L2": p.L2_cache_size,
+        found |= {"name": p.name, "capability": [p.major, p.minor],
+                  "multiprocessors": p.multi_processor_count, "L2": p.L2_cache_size,
                   "memory": p.total_memory, "cuda": torch.version.cuda, "nvidia_smi": nvidia_smi()}
     return found
 
@@ -132,9 +144,9 @@ def ceilings_of(device: str) -> tuple[str, ...]:
 
 
 def plan(device: str, quick: bool) -> Iterator[tuple[str, str, dict, Callable]]:
-    """(section, name, case as data, call with (ceilings) -> record): the order of a run, correctness aside; the rows people ask for first,
-    ours and the peers', then the sweeps."""
-    from . import bench_cms, bench_layers, bench_model, bench_titans, peers
+    """(section, name, case as data, call with (ceilings) -> record): the order of a run, correctness aside;
+    the rows people ask for first, ours and the peers', then the sweeps."""
+    from benchmarks import bench_cms, bench_layers, bench_model, bench_titans, peers
 
     yield "env", "machine", {}, lambda _: describe(device)
     for name in ceilings_of(device):
@@ -146,7 +158,8 @@ def plan(device: str, quick: bool) -> Iterator[tuple[str, str, dict, Callable]]:
     layers = [("layers", *item) for item in bench_layers.items(device, quick)]
     models = [("model", *item) for item in bench_model.items(device, quick, limit=LONG_SECONDS[device])]
     cms = [("cms", *item) for item in bench_cms.items(device, quick)]
-    parts = ((ops, bench_titans.FIRST), (others, 6 if device == "cuda" else 3), (layers, bench_layers.FIRST), (models, bench_model.FIRST),
+    parts = ((ops, bench_titans.FIRST), (others, 6 if device == "cuda" else 3), (layers, bench_layers.FIRST),
+             (models, bench_model.FIRST),
              (cms, bench_cms.FIRST))
     for items, early in parts:
         yield from items[:early]
@@ -159,7 +172,8 @@ def wanted(only: list[str], section: str, name: str) -> bool:
 
 
 def measure(device: str, results: dict[str, Results], args, until: float, items: list | None = None) -> int:
-    """Every case of the plan (or of ``items``) that is not there yet; returns RESTART when this process should not go on."""
+    """Every case of the plan (or of ``items``) that is not there yet; returns RESTART when this process
+    should not go on."""
     for section, name, case, call in plan(device, args.quick) if items is None else items:
         store = results[section]
         if name in store.cases or not wanted(args.only, section, name):
@@ -179,7 +193,8 @@ def measure(device: str, results: dict[str, Results], args, until: float, items:
             restart = record.pop("restart", False)
             if not restart:  # an asynchronous error belongs to this case
                 m.sync(device)
-        except (m.Unserved, ImportError) as e:  # a configuration that the backend does not serve, a peer that is not installed
+        # a configuration that the backend does not serve, a peer that is not installed
+        except (m.Unserved, ImportError) as e:
             record = {"status": "skipped", "reason": str(e)}
         except m.WrongResult as e:
             record = {"status": "refused", "reason": str(e)}
@@ -189,7 +204,10 @@ def measure(device: str, results: dict[str, Results], args, until: float, items:
             record, restart = {"status": "failed", "reason": f"{type(e).__name__}: {e}"[:2000]}, device == "cuda"
         faulthandler.cancel_dump_traceback_later()
         kernel = kernel_hash(case)
-        store.put(name, {"case": case} | record | {"seconds": round(time.time() - began, 2)} | ({"kernel": kernel} if kernel else {}))
+        store.put(
+            name, {"case": case} | record | {"seconds": round(time.time() - began, 2)}
+            | ({"kernel": kernel} if kernel else {})
+        )
         print(line(section, name, store.cases[name]), flush=True)
         if restart:
             return RESTART
@@ -207,7 +225,8 @@ def line(section: str, name: str, r: dict) -> str:
 
 
 def missing(device: str, results: dict[str, Results], args) -> dict[str, dict[str, str]]:
-    """{section: {name: why}} of every case without a figure: of this device's plan and, where there is no CUDA device, of a GPU's."""
+    """{section: {name: why}} of every case without a figure: of this device's plan and, where there is no
+    CUDA device, of a GPU's."""
     found: dict[str, dict[str, str]] = {section: {} for section in results}
     for section, name, *_ in plan(device, args.quick):
         record = results[section].cases.get(name)
@@ -234,7 +253,10 @@ def told(found: dict[str, dict[str, str]]) -> Iterator[str]:
 
 def children(results: dict[str, Results], only: list[str], quick: bool, until: float, folder: Path) -> None:
     """Runs the plan in child processes until one finishes it, each going on where the last one ended."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--child", "--until", str(until), "--out", str(folder), *["--quick"] * quick]
+    command = [
+        sys.executable, "-m", "benchmarks.gpu", "--child", "--until", str(until), "--out", str(folder),
+        *["--quick"] * quick
+    ]
     command += ["--only", *only] if only else []
     while time.time() < until:
         before = sum(len(store.cases) for store in results.values())
@@ -274,19 +296,26 @@ def ratios(ops: dict, peers: dict) -> Iterator[str]:
 
 
 def outcomes(junit: Path, log: str) -> dict[str, dict]:
-    """Every test's outcome: from the junit file, or, where pytest did not live to write it, from the lines of its -v output."""
+    """Every test's outcome: from the junit file, or, where pytest did not live to write it, from the lines of
+    its -v output."""
     if junit.exists():
         found = {}
         for case in ElementTree.parse(junit).iter("testcase"):
             bad = next((c for c in case if c.tag in ("failure", "error", "skipped")), None)
-            status = "passed" if bad is None else {"failure": "failed", "error": "failed", "skipped": "skipped"}[bad.tag]
+            status = (
+                "passed" if bad is None else {"failure": "failed", "error": "failed", "skipped": "skipped"}[bad.tag]
+            )
             found[f"{case.get('classname')}::{case.get('name')}"] = {"status": status, "seconds": float(case.get("time", 0))} | (
-                {} if bad is None else {"reason": ((bad.get("message") or "") + "\n" + (bad.text or "")[-1500:]).strip()})
+                {} if bad is None
+                else {"reason": ((bad.get("message") or "") + "\n" + (bad.text or "")[-1500:]).strip()})
         return found
     found: dict[str, dict] = {}
     for name, word in re.findall(r"^(\S+::.+?) ?(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|$)", log, re.M):
         key = name.removesuffix(" ").replace(".py::", "::").replace("/", ".")
-        found[key] = {"status": {"PASSED": "passed", "": "died"}.get(word, "skipped" if word in ("SKIPPED", "XFAIL") else "failed")}
+        found[key] = {
+            "status": {"PASSED": "passed", "": "died"}.get(word,
+                "skipped" if word in ("SKIPPED", "XFAIL") else "failed")
+        }
     return found
 
 
@@ -310,21 +339,28 @@ def record_all(store: Results, found: Iterator[tuple[str, dict]]) -> None:
 
 
 def correctness(store: Results, until: float) -> None:
-    """The kernels' tests on the GPU and every other test marked gpu, in several processes, since most of their time is compilation. Tests
-    that the time did not suffice for are run by the next --resume."""
+    """The kernels' tests on the GPU and every other test marked gpu, in several processes, since most of
+    their time is compilation. Tests that the time did not suffice for are run by the next --resume."""
     env = gpu_library.environment()
     files = sorted(p.relative_to(m.ROOT).as_posix() for pattern in TESTS for p in m.ROOT.glob(pattern))
     tests = collected(["-m", "not slow", *files], env)
     tests += collected(["-m", "gpu and not slow", "tests", *(f"--ignore={name}" for name in files)], env)
     tests = [t for t in tests if recorded_as(t) not in store.cases]
-    jobs = min(TEST_PROCESSES, len(tests), os.cpu_count() or 1)  # none, where no test is left: pytest without a name would run all
+    # none, where no test is left: pytest without a name would run all
+    jobs = min(TEST_PROCESSES, len(tests), os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for job in range(jobs):
             junit, log = Path(folder, f"{job}.xml"), Path(folder, f"{job}.log")
-            command = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junit-xml={junit}", *tests[job::jobs])
+            command = (
+                sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junit-xml={junit}",
+                *tests[job::jobs]
+            )
             with open(log, "w") as out:
-                running.append((subprocess.Popen(command, cwd=m.ROOT, env=env, stdout=out, stderr=subprocess.STDOUT), junit, log))
+                running.append(
+                    (subprocess.Popen(command, cwd=m.ROOT, env=env, stdout=out, stderr=subprocess.STDOUT),
+                        junit, log)
+                )
         for job, (process, junit, log) in enumerate(running):
             try:
                 code = process.wait(timeout=max(1.0, until - time.time()))
@@ -335,23 +371,33 @@ def correctness(store: Results, until: float) -> None:
             text = log.read_text(errors="replace")
             found = outcomes(junit, text)
             store.cases.update(found)
-            counts = {s: sum(r["status"] == s for r in found.values()) for s in ("passed", "failed", "skipped", "died")}
+            counts = {
+                s: sum(r["status"] == s for r in found.values()) for s in ("passed", "failed", "skipped", "died")
+            }
             record = {"status": "ok", "exit": code, **counts}
             if code != 0 or counts["failed"]:
                 reason = "time limit" if code is None else f"pytest exit status {code}"
                 record |= {"status": "died" if code is None else "failed", "reason": reason, "log": text[-4000:]}
             store.put(f"pytest {job + 1} of {jobs}", record)
-            print(line("correctness", f"{job + 1} of {jobs}", record), {k: v for k, v in counts.items() if v}, flush=True)
+            print(
+                line("correctness", f"{job + 1} of {jobs}", record), {k: v for k, v in counts.items() if v},
+                flush=True
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--minutes", type=float, default=8)
-    p.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"a section ({', '.join(SECTIONS[1:])}), or a part of a name")
+    p.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME",
+        help=f"a section ({', '.join(SECTIONS[1:])}), or a part of a name"
+    )
     p.add_argument("--quick", action="store_true", help="small sizes, no tests: does the command itself work")
     p.add_argument("--resume", action="store_true", help="keep what is there for the same commit and source")
     p.add_argument("--out", metavar="DIR", help="folder of the result folders")
-    p.add_argument("--against", metavar="DIR", help="a device's folder to compare with (default: what is committed for this device)")
+    p.add_argument(
+        "--against", metavar="DIR", help="a device's folder to compare with (default: what is committed for this device)"
+    )
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
@@ -365,7 +411,10 @@ def main(argv: list[str] | None = None) -> int:
         folder = folder.resolve() / (slug(device) + "-quick" * args.quick)
     mark = stamp(args.quick)
     try:
-        earlier = {} if args.child else report.read(Path(args.against)) if args.against else report.committed(RESULTS / slug(device))
+        earlier = (
+            {} if args.child else report.read(Path(args.against)) if args.against
+            else report.committed(RESULTS / slug(device))
+        )
     except ValueError as e:
         p.error(str(e))
 
@@ -376,7 +425,9 @@ def main(argv: list[str] | None = None) -> int:
     results = {section: opened(section) for section in SECTIONS}
     if args.child:
         return measure(device, results, args, until)
-    print(f"{slug(device)}, commit {mark['commit'] or 'unknown'}, source {mark['source']}{', changed files' * mark['dirty']}")
+    print(
+        f"{slug(device)}, commit {mark['commit'] or 'unknown'}, source {mark['source']}{', changed files' * mark['dirty']}"
+    )
     if device == "cuda":
         for store in results.values():
             for name in [n for n, r in store.cases.items() if r["status"] == "started"]:
@@ -388,7 +439,10 @@ def main(argv: list[str] | None = None) -> int:
             major, minor = torch.cuda.get_device_capability()
             record_all(results["correctness"], gpu_library.built(10 * major + minor, limit))
             correctness(results["correctness"], limit)
-            record_all(results["correctness"], gpu_library.sanitized(results["correctness"].cases, limit + SANITIZER_SECONDS))
+            record_all(
+                results["correctness"], gpu_library.sanitized(results["correctness"].cases,
+                    limit + SANITIZER_SECONDS)
+            )
         children(results, args.only, args.quick, until, folder)
     else:
         results["correctness"].put("pytest", {"status": "skipped", "reason": NEEDS_CUDA})

@@ -1,4 +1,5 @@
-"""The library of CUDA kernels on a GPU machine: does the one that is there load, does it build, what does compute-sanitizer say of it.
+"""The library of CUDA kernels on a GPU machine: does the one that is there load, does it build, what does
+compute-sanitizer say of it.
 
 Every check is a process of its own under a time limit, and yields (name, record) as ``gpu`` keeps them.
 """
@@ -14,9 +15,8 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks import measure as m
 from tools import build_cuda
-
-from . import measure as m
 
 BUILD_SECONDS, TOOL_SECONDS = 240, 120
 LOAD = """
@@ -27,25 +27,38 @@ reason = cuda.unavailable()
 print(reason or torch.ops.hope_kernels_cuda.build())
 sys.exit(reason is not None)
 """
-SANITIZED = "tests/test_titans_cuda.py::test_small_enough_for_a_sanitizer"
+SANITIZED = "tests/ops/titans/test_cuda.py::test_small_enough_for_a_sanitizer"
 # initcheck has to see who wrote what a kernel reads: all kernels. The others look at ours only.
-SANITIZERS = {tool: ("--kernel-regex", "kns=titans") for tool in ("memcheck", "racecheck", "synccheck")} | {"initcheck": ()}
+SANITIZERS = {
+    tool: ("--kernel-regex", "kns=titans") for tool in ("memcheck", "racecheck", "synccheck")
+} | {"initcheck": ()}
 
 
 def environment() -> dict[str, str]:
     """Of processes that run kernels."""
-    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(m.ROOT), "PYTHONUNBUFFERED": "1"}
+    return {
+        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
+    } | {"PYTHONPATH": str(m.ROOT), "PYTHONUNBUFFERED": "1"}
 
 
 def process(*command: str, seconds: float, **variables: str) -> dict:
     """The record of a process: ok, failed, or died where it took longer."""
     began = time.time()
     try:
-        done = subprocess.run(command, cwd=m.ROOT, env=environment() | variables, capture_output=True, text=True, timeout=max(1.0, seconds))
+        done = subprocess.run(
+            command, cwd=m.ROOT, env=environment() | variables, capture_output=True, text=True,
+            timeout=max(1.0, seconds)
+        )
     except subprocess.TimeoutExpired as e:
-        return {"status": "died", "reason": f"took more than {e.timeout:.0f} s", "log": (e.stdout or b"").decode(errors="replace")[-4000:]}
+        return {
+            "status": "died", "reason": f"took more than {e.timeout:.0f} s",
+            "log": (e.stdout or b"").decode(errors="replace")[-4000:]
+        }
     found = {"seconds": round(time.time() - began, 2), "log": (done.stdout + done.stderr).strip()[-4000:]}
-    return {"status": "ok"} | found if done.returncode == 0 else {"status": "failed", "reason": f"exit status {done.returncode}"} | found
+    return (
+        {"status": "ok"} | found if done.returncode == 0
+        else {"status": "failed", "reason": f"exit status {done.returncode}"} | found
+    )
 
 
 def loaded(until: float) -> dict:
@@ -54,20 +67,24 @@ def loaded(until: float) -> dict:
 
 
 def built(capability: int, until: float) -> Iterator[tuple[str, dict]]:
-    """A library that is there, built wherever and against whatever PyTorch, has to load; then it is built here, for this GPU only."""
+    """A library that is there, built wherever and against whatever PyTorch, has to load; then it is built
+    here, for this GPU only."""
     absent = {"status": "skipped", "reason": "there was none"}
     yield "CUDA library as found", loaded(until) if build_cuda.LIBRARY.exists() else absent
     if build_cuda.nvcc() is None:
         yield "CUDA library, build", {"status": "skipped", "reason": "nvcc was not found"}
         return
-    record = process(sys.executable, "-m", "tools.build_cuda", str(capability), seconds=min(BUILD_SECONDS, until - time.time()))
+    record = process(
+        sys.executable, "-m", "tools.build_cuda", str(capability), seconds=min(BUILD_SECONDS, until - time.time())
+    )
     yield "CUDA library, build", record
     if record["status"] == "ok":
         yield "CUDA library as built", loaded(until)
 
 
 def sanitized(known: dict[str, dict], until: float) -> Iterator[tuple[str, dict]]:
-    """One small test of the kernels under every tool of compute-sanitizer; tools that are ``known`` to be content are not run again."""
+    """One small test of the kernels under every tool of compute-sanitizer; tools that are ``known`` to be
+    content are not run again."""
     for tool, options in SANITIZERS.items():
         name = f"compute-sanitizer {tool}"
         if known.get(name, {}).get("status") == "ok":
@@ -80,8 +97,10 @@ def sanitized(known: dict[str, dict], until: float) -> Iterator[tuple[str, dict]
             yield name, {"status": "died", "reason": "the time was up"}
         else:
             record = process(
-                "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *options, sys.executable, "-m", "pytest", "-q", "-p",
-                "no:cacheprovider", SANITIZED, seconds=min(TOOL_SECONDS, until - time.time()), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+                "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *options, sys.executable, "-m",
+                "pytest", "-q", "-p",
+                "no:cacheprovider", SANITIZED, seconds=min(TOOL_SECONDS, until - time.time()),
+                PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             if record["status"] == "ok" and "1 passed" not in record["log"]:
                 record |= {"status": "failed", "reason": "its test did not run"}
             yield name, record

@@ -27,7 +27,9 @@ def machine() -> dict:
 
     def git(*args: str) -> str:
         try:
-            return subprocess.run(("git", *args), capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__)).stdout.strip()
+            return subprocess.run(
+                ("git", *args), capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__)
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return ""
 

@@ -1,8 +1,10 @@
-"""What every device measurement shares: counted work, times, the ceilings of the card, and the check a result passes before it is timed.
+"""What every device measurement shares: counted work, times, the ceilings of the card, and the check a result
+passes before it is timed.
 
-Times are taken with CUDA events around single calls, back to back, in rotation over several sets of random inputs that together exceed the
-L2 cache; on a CPU with the host's clock. ``host_ms`` is what the host spends on a call with an idle queue: where it is close to ``ms``, the
-host is what was measured. Ceilings are measured in the same run: a device-to-device copy (bytes read + written), and torch's matmul.
+Times are taken with CUDA events around single calls, back to back, in rotation over several sets of random
+inputs that together exceed the L2 cache; on a CPU with the host's clock. ``host_ms`` is what the host spends
+on a call with an idle queue: where it is close to ``ms``, the host is what was measured. Ceilings are
+measured in the same run: a device-to-device copy (bytes read + written), and torch's matmul.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def source_hash() -> str:
 
 
 def flops_per_token(c: TitansConfig) -> float:
-    """Of all memories of one layer; the slower clock's C. 80 D N becomes 70 D N without target norms and deviations from a base."""
+    """Of all memories of one layer; the slower clock's C. 80 D N becomes 70 D N without target norms and
+    deviations from a base."""
     H, D, N, C = c.num_heads, c.head_dim, c.hidden, max(c.chunk_memory, c.chunk_other)
     bare = not c.target_norm and c.retain_to == "zero"
     return H * ((70 if bare else 80) * D * N + 10 * C * N + 2 * C * D + 2 * C * C)
@@ -50,18 +53,21 @@ def weights_per_head(c: TitansConfig) -> int:
 
 
 def prefill_bytes(c: TitansConfig, B: int, T: int, itemsize: int) -> int:
-    """What a call cannot avoid: x and q read, o written, initial weights read, fp32 deviations read and written once."""
+    """What a call cannot avoid: x and q read, o written, initial weights read, fp32 deviations read and
+    written once."""
     tokens = 3 * B * T * c.d_model * itemsize
     return tokens + c.num_heads * weights_per_head(c) * (itemsize + 2 * B * 4)
 
 
 def state_bytes_per_chunk(c: TitansConfig, B: int) -> int:
-    """Per chunk, if the state goes through memory (or L2) instead of staying on the chip: fp32 in and out, a 16-bit copy."""
+    """Per chunk, if the state goes through memory (or L2) instead of staying on the chip: fp32 in and out, a
+    16-bit copy."""
     return B * 8 * c.num_heads * c.hidden * c.head_dim * (4 + 4 + 2)
 
 
 def step_bytes(c: TitansConfig, B: int, itemsize: int, commit: bool) -> int:
-    """One token a row: every fast weight read once (base and deviation), x, q read, o written, k, v stored; a commit reads the
+    """One token a row: every fast weight read once (base and deviation), x, q read, o written, k, v stored; a
+    commit reads the
     open chunk's k, v and reads and writes the deviations."""
     C, weights = max(c.chunk_memory, c.chunk_other), c.num_heads * weights_per_head(c)
     moved = weights * (itemsize + 4 * B) + 5 * B * c.d_model * itemsize
@@ -100,7 +106,8 @@ def sync(device: str) -> None:
 
 
 def sets_for(nbytes: int, device: str) -> int:
-    """Input sets of ``nbytes`` to rotate through: three times the L2 cache, 2 to 16, a third of the free memory at most."""
+    """Input sets of ``nbytes`` to rotate through: three times the L2 cache, 2 to 16, a third of the free
+    memory at most."""
     if device != "cuda":
         return 2
     L2, free = torch.cuda.get_device_properties(0).L2_cache_size, torch.cuda.mem_get_info()[0]
@@ -123,8 +130,8 @@ def host_ms(call: Callable[[], object]) -> float:
 
 
 def time_calls(calls: list[Callable[[], object]], device: str, seconds: float = 1.0) -> dict:
-    """{"ms": ..., "host_ms": ...} of one call, over ``calls`` in rotation: 5 to 500 of them, about ``seconds`` in all. On a CPU both
-    were the same: there is no "host_ms"."""
+    """{"ms": ..., "host_ms": ...} of one call, over ``calls`` in rotation: 5 to 500 of them, about
+    ``seconds`` in all. On a CPU both were the same: there is no "host_ms"."""
     for call in calls * (1 + 2 // len(calls)):
         call()
     sync(device)
@@ -143,7 +150,8 @@ def time_calls(calls: list[Callable[[], object]], device: str, seconds: float = 
 
 
 def captured(calls: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, list]:
-    """A CUDA graph of all ``calls`` in turn, and what they return, which every replay rewrites. Raises what the capture raises."""
+    """A CUDA graph of all ``calls`` in turn, and what they return, which every replay rewrites. Raises what
+    the capture raises."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -165,8 +173,9 @@ class Unserved(Exception):
 
 
 def time_graph(calls: list[Callable[[], object]], seconds: float = 1.0) -> dict:
-    """{"ms": ...} of one call inside a CUDA graph of all ``calls``; raises what the capture raises, and WrongResult if a replay does not
-    write the (first) tensors that the calls return outside the graph, bit for bit."""
+    """{"ms": ...} of one call inside a CUDA graph of all ``calls``; raises what the capture raises, and
+    WrongResult if a replay does not write the (first) tensors that the calls return outside the graph, bit
+    for bit."""
     graph, kept = captured(calls)
     output = lambda found: found if isinstance(found, Tensor) else found[0]
     for found in kept:
@@ -178,7 +187,9 @@ def time_graph(calls: list[Callable[[], object]], seconds: float = 1.0) -> dict:
     return {"ms": stats([v / len(calls) for v in ms.samples])}
 
 
-def turns(calls: dict[str, Callable], device: str, seconds: float, least: int = 3, most: int = 8) -> dict[str, Times]:
+def turns(
+    calls: dict[str, Callable], device: str, seconds: float, least: int = 3, most: int = 8
+) -> dict[str, Times]:
     """ms of each call, in turn: ``least`` rounds, and up to ``most`` while ``seconds`` last."""
     spent, began = {name: [] for name in calls}, time.perf_counter()
     while (n := len(next(iter(spent.values())))) < least or (n < most and time.perf_counter() - began < seconds):
@@ -191,7 +202,8 @@ def turns(calls: dict[str, Callable], device: str, seconds: float, least: int = 
 
 
 def ceiling(name: str, device: str, quick: bool) -> dict:
-    """The record of one ceiling: "copy" in GB/s, "matmul bf16", "matmul fp16", "matmul fp32" (tf32 off) in TFLOP/s."""
+    """The record of one ceiling: "copy" in GB/s, "matmul bf16", "matmul fp16", "matmul fp32" (tf32 off) in
+    TFLOP/s."""
     seconds = 0.05 if quick else 0.5
     if name == "copy":
         n = 2**24 if quick else 2**30 if device != "cuda" else min(2**31, torch.cuda.mem_get_info()[0] // 8)
@@ -207,19 +219,25 @@ def ceiling(name: str, device: str, quick: bool) -> dict:
 
 
 class Beside(dict):
-    """The ceilings of a CPU, whose cores others may share, around a case: GB/s of a copy (read + written) and TFLOP/s of an fp32 product,
-    the best of sixteen each: eight when this is made, before the case, and eight when first asked for a value, behind its timing."""
+    """The ceilings of a CPU, whose cores others may share, around a case: GB/s of a copy (read + written) and
+    TFLOP/s of an fp32 product, the best of sixteen each: eight when this is made, before the case, and eight
+    when first asked for a value, behind its timing."""
 
     def __init__(self, quick: bool):
         n, size = (256, 2**20) if quick else (768, 2**25)
-        self._a, self._b, self._c, self._out = torch.ones(size), torch.ones(size), torch.randn(n, n), torch.empty(n, n)
+        self._a, self._b, self._c, self._out = torch.ones(
+            size
+        ), torch.ones(size), torch.randn(n, n), torch.empty(n, n)
         self._asked = False
         self._look()
 
     def _look(self) -> None:
         copy, product = lambda: self._a.copy_(self._b), lambda: torch.mm(self._c, self._c, out=self._out)
         ms = turns({"copy": copy, "matmul": product}, "cpu", 0.0, least=8)
-        found = {"copy": 8 * self._a.numel() / ms["copy"]["min"] / 1e6, "matmul fp32": 2 * len(self._c)**3 / ms["matmul"]["min"] / 1e9}
+        found = {
+            "copy": 8 * self._a.numel() / ms["copy"]["min"] / 1e6,
+            "matmul fp32": 2 * len(self._c)**3 / ms["matmul"]["min"] / 1e9
+        }
         self.update({name: max(rate, super(Beside, self).get(name, 0.0)) for name, rate in found.items()})
 
     def get(self, name: str, default=None):
@@ -230,7 +248,8 @@ class Beside(dict):
 
 
 def rates(record: dict, ceilings: dict, dtype: str, flops: float | None, nbytes: float) -> dict:
-    """A timed record with its FLOPs (None: bytes are what counts), bytes, rates and what fractions of the measured ceilings these are."""
+    """A timed record with its FLOPs (None: bytes are what counts), bytes, rates and what fractions of the
+    measured ceilings these are."""
     ms = record["ms"]["median"]
     found = {"bytes": nbytes, "GB/s": nbytes / ms / 1e6}
     if flops is not None:
@@ -249,9 +268,11 @@ def rms(t: Tensor) -> float:
 
 
 def compare(ours: dict[str, Tensor], peer: dict[str, Tensor], exact: dict[str, Tensor]) -> dict:
-    """Whether every tensor of ``ours`` is at most twice as far from the fp64 result as chunked PyTorch in the same dtype, or 8 eps.
+    """Whether every tensor of ``ours`` is at most twice as far from the fp64 result as chunked PyTorch in the
+    same dtype, or 8 eps.
 
-    A peer that is itself off by more than a tenth proves nothing, and NaN never passes. Errors are relative to rms(exact).
+    A peer that is itself off by more than a tenth proves nothing, and NaN never passes. Errors are relative
+    to rms(exact).
     """
     worst = {"ok": True, "share": -1.0}
     for name, t in ours.items():
@@ -263,16 +284,22 @@ def compare(ours: dict[str, Tensor], peer: dict[str, Tensor], exact: dict[str, T
         share = error / allowed if allowed > 0 else 0.0 if ok else math.inf
         if (worst["ok"] and not ok) or (worst["ok"] == ok and share > worst["share"]):
             unit = size or 1.0
-            worst = {"ok": ok, "share": share, "tensor": name, "error": error / unit, "allowed": allowed / unit, "peer": theirs / unit}
+            worst = {
+                "ok": ok, "share": share, "tensor": name, "error": error / unit, "allowed": allowed / unit,
+                "peer": theirs / unit
+            }
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in worst.items()}
 
 
-def verified(piece: Callable[[], dict], whole: Callable[[], dict], cut: Callable[[Tensor], Tensor], peer: dict, exact: dict) -> dict:
+def verified(
+    piece: Callable[[], dict], whole: Callable[[], dict], cut: Callable[[Tensor], Tensor], peer: dict, exact: dict
+) -> dict:
     """Whether a call may be timed: {"ok": ..., "reason": ...} and the largest error.
 
-    piece, whole: the call on its first rows and tokens, and all of it, results by name; "o" is the output and ``cut`` its part that belongs
-    to the piece. peer, exact: the piece by the chunked backend in the same dtype and in fp64. The piece must pass ``compare``; the
-    whole call, twice into poisoned memory, must write every vector, repeat bit for bit and agree with the piece.
+    piece, whole: the call on its first rows and tokens, and all of it, results by name; "o" is the output and
+    ``cut`` its part that belongs to the piece. peer, exact: the piece by the chunked backend in the same
+    dtype and in fp64. The piece must pass ``compare``; the whole call, twice into poisoned memory, must write
+    every vector, repeat bit for bit and agree with the piece.
     """
     with poisoned():
         small = compare(piece(), peer, exact)
@@ -284,7 +311,10 @@ def verified(piece: Callable[[], dict], whole: Callable[[], dict], cut: Callable
     if not all(torch.equal(first[n], again[n]) for n in first):
         return small | {"ok": False, "reason": "two equal calls gave different bits"}
     start = compare({"o": cut(first["o"])}, peer, exact)
-    return small if start["ok"] else start | {"reason": "the start of the whole call differs from the fp64 chunked backend"}
+    return (
+        small if start["ok"] else start
+        | {"reason": "the start of the whole call differs from the fp64 chunked backend"}
+    )
 
 
 def complete(o: Tensor) -> bool:
@@ -294,7 +324,8 @@ def complete(o: Tensor) -> bool:
 
 @contextmanager
 def poisoned():
-    """Uninitialised memory holds NaN: a part of PyTorch's deterministic mode, here without its errors and warnings."""
+    """Uninitialised memory holds NaN: a part of PyTorch's deterministic mode, here without its errors and
+    warnings."""
     before, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -9,8 +9,8 @@
     compiled  our chunked backend as people would speed it up without kernels: torch.compile of one chunk, captured in a CUDA graph
     package   the token loop of nested-learning 0.2.0, same weights, outputs compared; ours beside it
 
-Where a peer computes a function that is written down here, a piece of its result is compared with that in fp64 ("error"). A peer that is
-not installed is recorded as skipped, one whose result is wrong as refused.
+Where a peer computes a function that is written down here, a piece of its result is compared with that in
+fp64 ("error"). A peer that is not installed is recorded as skipped, one whose result is wrong as refused.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from benchmarks import bench_cpu
+from benchmarks import measure as m
+from benchmarks.bench_titans import STATE, Case, P, head, problem, refused, results, to
 from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
 from hope_kernels.ops import init_titans_state, titans_chunk
-
-from . import bench_cpu
-from . import measure as m
-from .bench_titans import STATE, Case, P, head, problem, refused, results, to
 
 FLA_CASES = (P(), P(N=64, B=4, T=8192), P(D=128, N=128, H=16), P(N=64, B=32, T=2048))
 COMPILED_CASES = (P(), P(C=16, N=64, B=4, T=8192), P(C=256), P(C=1024))
@@ -45,7 +44,8 @@ TOLERANCE = {"bf16": 0.02, "fp16": 0.02, "fp32": 1e-4}  # rms of the error over 
 
 
 def installed(*packages: str) -> dict:
-    """{"package", "version"} of the first of these distributions that is installed. Raises ImportError if none is."""
+    """{"package", "version"} of the first of these distributions that is installed. Raises ImportError if
+    none is."""
     for package in packages:
         try:
             return {"package": package, "version": importlib.metadata.version(package)}
@@ -97,15 +97,23 @@ def fla(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
         g = torch.Generator(device).manual_seed(seed)
         random = lambda *s, dt=dtype: torch.randn(*s, generator=g, device=device, dtype=dt)
         q, k = (F.normalize(random(B, T, H, D), dim=-1) for _ in range(2))
-        return q, k, random(B, T, H, D), F.logsigmoid(random(B, T, H, dt=torch.float32) + 4), torch.sigmoid(random(B, T, H))
+        return q, k, random(B, T, H, D), F.logsigmoid(
+            random(B, T, H, dt=torch.float32) + 4
+        ), torch.sigmoid(random(B, T, H))
 
     nbytes = 4 * B * T * H * D * case.itemsize
     problems = [made(seed) for seed in range(m.sets_for(nbytes, device))]
-    calls = [partial(lambda q, k, v, g, beta: rule(q, k, v, g=g, beta=beta, scale=D**-0.5, output_final_state=True), *p) for p in problems]
+    calls = [
+        partial(lambda q, k, v, g, beta: rule(q, k, v, g=g, beta=beta, scale=D**-0.5,
+                output_final_state=True), *p) for p in problems
+    ]
     exact = delta_rule(*(t[:, :100] for t in problems[0]), D**-0.5)
     error = m.rms(calls[0]()[0][:, :100] - exact) / m.rms(exact)
     if not error < 0.02:
-        return refused({"reason": f"differs from the token loop in fp64 by {error:.1e}", "error": error if math.isfinite(error) else None})
+        return refused(
+            {"reason": f"differs from the token loop in fp64 by {error:.1e}",
+                "error": error if math.isfinite(error) else None}
+        )
     found |= {"flashqla": flashqla_calls(calls[0]), "error": error, "sets": len(problems), "bytes": nbytes}
     return found | m.time_calls(calls, device, seconds)
 
@@ -135,14 +143,19 @@ def judged(found: dict, case: Case, ours: torch.Tensor, exact: torch.Tensor) -> 
     """``found`` with the error of ``ours`` against the same in fp64, or refused."""
     error = m.rms(ours - exact) / m.rms(exact)
     if not error < TOLERANCE[case.dtype]:
-        return refused({"reason": f"differs from fp64 by {error:.1e}", "error": error if math.isfinite(error) else None})
+        return refused(
+            {"reason": f"differs from fp64 by {error:.1e}", "error": error if math.isfinite(error) else None}
+        )
     return found | {"error": error}
 
 
 @torch.no_grad()
 def sdpa(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     nbytes = 4 * case.B * case.T * case.H * case.D * case.itemsize
-    problems = [[t.transpose(1, 2).contiguous() for t in inputs_of(case, device, seed)] for seed in range(m.sets_for(nbytes, device))]
+    problems = [
+        [t.transpose(1, 2).contiguous() for t in inputs_of(case, device, seed)]
+        for seed in range(m.sets_for(nbytes, device))
+    ]
     piece = [t[:2, :, :256] for t in problems[0]]
     scores = (piece[0].double() @ piece[1].double().mT * case.D**-0.5).masked_fill(
         torch.ones(piece[0].shape[2], piece[0].shape[2], dtype=torch.bool, device=device).triu(1), -math.inf)
@@ -150,14 +163,16 @@ def sdpa(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
                    attended(*problems[0])[:2, :, :256], scores.softmax(-1) @ piece[2].double())
     if found.get("status"):
         return found
-    record = m.time_calls([partial(attended, *p) for p in problems], device, seconds) | found | {"sets": len(problems)}
+    record = m.time_calls(
+        [partial(attended, *p) for p in problems], device, seconds
+    ) | found | {"sets": len(problems)}
     return m.rates(record, ceilings, case.dtype, 2 * case.B * case.T * (case.T + 1) * case.H * case.D, nbytes)
 
 
 def ttt_linear(q, k, v, w, b, S, s, eta: float, scale: float, chunk: int):
-    """TTT-Linear (Learning to learn at test time, mini-batch form) in fp64: [B, T, H, D]. A matrix S [B, H, D, D] and a bias s [B, H, 1, D]
-    a head; each token's gradient of |norm(k S + s) w + b - (v - k)|^2 / 2 is taken where its mini-batch starts; o + norm(o) w + b is
-    what comes out."""
+    """TTT-Linear (Learning to learn at test time, mini-batch form) in fp64: [B, T, H, D]. A matrix S [B, H,
+    D, D] and a bias s [B, H, 1, D] a head; each token's gradient of |norm(k S + s) w + b - (v - k)|^2 / 2 is
+    taken where its mini-batch starts; o + norm(o) w + b is what comes out."""
     q, k, v = (t.double().transpose(1, 2) for t in (q * scale, k, v))
     w, b, S, s, outputs = w.double()[:, None], b.double()[:, None], S.double(), s.double(), []
     norm = lambda t: F.layer_norm(t, t.shape[-1:], eps=1e-6) * w + b
@@ -184,11 +199,19 @@ def ttt(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     rates = torch.full((B, case.T, H, 1), 0.005, device=device, dtype=dtype)
     nbytes = 4 * case.B * case.T * case.H * case.D * case.itemsize
     problems = [inputs_of(case, device, seed) for seed in range(m.sets_for(nbytes, device))]
-    call = lambda q, k, v: rule(q, k, v, w=w, b=b, eta=rates, scale=scale, chunk_size=case.C, initial_state=S, initial_state_bias=s,
+    call = lambda q, k, v: rule(q, k, v, w=w, b=b, eta=rates, scale=scale, chunk_size=case.C, initial_state=S,
+                                initial_state_bias=s,
                                 output_final_state=True)[0]
-    exact = ttt_linear(*(t[:, : 6 * case.C] for t in problems[0]), w, b, S, s, float(rates[0, 0, 0, 0]), scale, case.C)
-    found = judged(found | {"sets": len(problems), "bytes": nbytes}, case, call(*problems[0])[:, : 6 * case.C], exact)
-    return found if found.get("status") else found | m.time_calls([partial(call, *p) for p in problems], device, seconds)
+    exact = ttt_linear(
+        *(t[:, : 6 * case.C] for t in problems[0]), w, b, S, s, float(rates[0, 0, 0, 0]), scale, case.C
+    )
+    found = judged(
+        found | {"sets": len(problems), "bytes": nbytes}, case, call(*problems[0])[:, : 6 * case.C], exact
+    )
+    return (
+        found if found.get("status") else found
+        | m.time_calls([partial(call, *p) for p in problems], device, seconds)
+    )
 
 
 @torch.no_grad()
@@ -198,7 +221,8 @@ def titans_pytorch(case: Case, device: str, ceilings: dict, seconds: float = 1.0
     torch.manual_seed(0)
     module = importlib.import_module("titans_pytorch").NeuralMemory(
         width, chunk_size=case.C, batch_size=case.C, dim_head=case.D, heads=case.H,
-        default_model_kwargs={"depth": 2, "expansion_factor": case.N / case.D}).to(device, m.DTYPES[case.dtype]).eval()
+        default_model_kwargs={"depth": 2, "expansion_factor": case.N / case.D}).to(device,
+        m.DTYPES[case.dtype]).eval()
     nbytes = 2 * case.B * case.T * width * case.itemsize
     xs = [inputs_of(case, device, seed)[2].flatten(2) for seed in range(m.sets_for(nbytes, device))]
     o = module(xs[0])[0]
@@ -210,9 +234,11 @@ def titans_pytorch(case: Case, device: str, ceilings: dict, seconds: float = 1.0
 
 @torch.no_grad()
 def compiled(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
-    """One chunk traced, compiled and captured, replayed T / C times over a state in fixed buffers; checked after two replays.
+    """One chunk traced, compiled and captured, replayed T / C times over a state in fixed buffers; checked
+    after two replays.
 
-    Dynamo fails on the state object (2.13: InternalTorchDynamoError), so make_fx records the tensor operations and those are compiled.
+    Dynamo fails on the state object (2.13: InternalTorchDynamoError), so make_fx records the tensor
+    operations and those are compiled.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -247,7 +273,10 @@ def compiled(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> d
         outputs.append(o[0].clone())
     two = head(inputs, case.B, 2 * case.C)
     exact = results(*titans_chunk(c, to(w, torch.float64), to(two, torch.float64), backend="chunked"))
-    check = m.compare(dict(zip(("o", *STATE), (torch.cat(outputs, 1), *held))), results(*titans_chunk(c, w, two, backend="chunked")), exact)
+    check = m.compare(
+        dict(zip(("o", *STATE), (torch.cat(outputs, 1), *held))),
+        results(*titans_chunk(c, w, two, backend="chunked")), exact
+    )
     if not check["ok"]:
         return refused(check | {"reason": f"{check['tensor']} differs from the fp64 chunked backend"})
     found = m.time_calls([graph.replay], device, seconds)["ms"]
@@ -258,13 +287,18 @@ def compiled(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> d
 
 @torch.no_grad()
 def package(d: int, chunk: int, T: int, long: int, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
-    """Ours and the package on the same fp32 weights and T tokens, one head; ours also on ``long`` tokens, where the loop's rate stays."""
+    """Ours and the package on the same fp32 weights and T tokens, one head; ours also on ``long`` tokens,
+    where the loop's rate stays."""
     found = installed("nested-learning")
     torch.backends.cudnn.allow_tf32 = False  # the package's convolution
     module = importlib.import_module("nested_learning.titan.self_modifying")
     torch.manual_seed(0)
-    loop = module.SelfModifyingTitans(module.SelfModifyingTitansConfig(d, chunk_size_other=chunk, chunk_size_memory=chunk))
-    ours = SelfModifyingTitans(TitansConfig.preset("nested_learning", d_model=d, chunk_memory=chunk, chunk_other=chunk))
+    loop = module.SelfModifyingTitans(
+        module.SelfModifyingTitansConfig(d, chunk_size_other=chunk, chunk_size_memory=chunk)
+    )
+    ours = SelfModifyingTitans(
+        TitansConfig.preset("nested_learning", d_model=d, chunk_memory=chunk, chunk_other=chunk)
+    )
     bench_cpu.copy_weights(ours, loop)
     loop, ours = loop.to(device), ours.to(device)
     backend = "triton" if device == "cuda" else "cpp" if available_backends()["cpp"] is None else "chunked"
@@ -273,35 +307,53 @@ def package(d: int, chunk: int, T: int, long: int, device: str, ceilings: dict, 
     exact = theirs()
     error = m.rms(ours(x, backend=backend)[0] - exact) / m.rms(exact)
     if not error < 1e-4:
-        return refused({"reason": f"outputs differ by {error:.1e}", "error": error if math.isfinite(error) else None})
+        return refused(
+            {"reason": f"outputs differ by {error:.1e}", "error": error if math.isfinite(error) else None}
+        )
     timed = [m.time_calls([f], device, seconds)["ms"] for f in
              (theirs, lambda: ours(x, backend=backend), lambda: ours(far, backend=backend))]
     rate = [1e3 * n / t["median"] for n, t in zip((T, T, long), timed)]
     return found | {
-        "backend": backend, "error": error, "ms": timed[0], "ours_ms": timed[1], "ours_long_ms": timed[2], "tokens/s": rate[0],
-        "ours_tokens/s": rate[1], "ours_long_tokens/s": rate[2], "ratio": rate[1] / rate[0], "ratio_long": rate[2] / rate[0]}
+        "backend": backend, "error": error, "ms": timed[0], "ours_ms": timed[1], "ours_long_ms": timed[2],
+        "tokens/s": rate[0],
+        "ours_tokens/s": rate[1], "ours_long_tokens/s": rate[2], "ratio": rate[1] / rate[0],
+        "ratio_long": rate[2] / rate[0]}
 
 
 def items(device: str, quick: bool) -> Iterator[tuple[str, dict, Callable]]:
-    """(name, the case as data, call with (ceilings)), most important first: FLA, then one of each other peer, then the rest."""
+    """(name, the case as data, call with (ceilings)), most important first: FLA, then one of each other peer,
+    then the rest."""
     seconds = m.seconds(device, quick)
     T, long = (64, 256) if quick else (128, 32768 if device == "cuda" else 2048)
 
     def named(kind: str, run: Callable, cases) -> list[tuple[str, dict, Callable]]:
         name = lambda c: kind + c.name.removeprefix(c.kind).removesuffix(" " + c.backend)
-        return [(name(c), asdict(c) | {"kind": kind, "backend": None}, partial(run, c, device, seconds=seconds)) for c in cases]
+        return [
+            (name(c), asdict(c) | {"kind": kind, "backend": None}, partial(run, c, device, seconds=seconds))
+            for c in cases
+        ]
 
     loops = []
     for d, chunk in PACKAGE_SHAPES:
-        shape = {"kind": "package", "D": d, "N": d, "C": chunk, "H": 1, "B": 1, "T": T, "long": long, "dtype": "fp32"}
-        loops.append((f"package C{chunk} D{d}", shape, partial(package, d, chunk, T, long, device, seconds=seconds)))
+        shape = {
+            "kind": "package", "D": d, "N": d, "C": chunk, "H": 1, "B": 1, "T": T, "long": long, "dtype": "fp32"
+        }
+        loops.append(
+            (f"package C{chunk} D{d}", shape, partial(package, d, chunk, T, long, device, seconds=seconds))
+        )
     if device != "cuda":
         sizes = [QUICK_CPU()] if quick else [ON_CPU(), ON_CPU(C=16)]
-        yield from (*named("sdpa", sdpa, sizes[:1]), *loops[:1], *named("titans", titans_pytorch, sizes), *loops[1 : 1 if quick else None])
+        yield from (
+            *named("sdpa", sdpa, sizes[:1]), *loops[:1], *named("titans", titans_pytorch, sizes),
+            *loops[1 : 1 if quick else None]
+        )
     elif quick:
         yield from (*named("fla", fla, [P(H=8, T=1024)]), *named("sdpa", sdpa, [P(H=8, T=1024)]), loops[0])
     else:
         graphs, attention = named("compiled", compiled, COMPILED_CASES), named("sdpa", sdpa, SDPA_CASES)
         ttts, memories = named("ttt", ttt, TTT_CASES), named("titans", titans_pytorch, TITANS_CASES)
         rest = (*graphs[1:], *attention[1:], *ttts[1:], *memories[1:])
-        yield from (*named("fla", fla, FLA_CASES), loops[0], graphs[0], attention[0], ttts[0], memories[0], *loops[1:], *rest)
+        yield from (
+            *named("fla", fla, FLA_CASES), loops[0], graphs[0], attention[0], ttts[0], memories[0],
+            *loops[1:], *rest
+        )

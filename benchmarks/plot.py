@@ -2,8 +2,9 @@
 
     python -m benchmarks.plot [--check]
 
-Throughput and decode latency against context length, a roofline, accuracy against key correlation: for the CPU's results and for every
-device's folder, each where there is data. What has none is not drawn, and the command says what would measure it. --check
+Throughput and decode latency against context length, a roofline, accuracy against key correlation: for the
+CPU's results and for every device's folder, each where there is data. What has none is not drawn, and the
+command says what would measure it. --check
 writes nothing and fails where a file is not what the results give.
 """
 
@@ -14,9 +15,9 @@ import math
 import sys
 from pathlib import Path
 
-from . import report
-from .sources import ROOT
-from .svg import Chart, Series, draw
+from benchmarks import report
+from benchmarks.sources import ROOT
+from benchmarks.svg import Chart, Series, draw
 
 CONTEXT, ACCURACY, DEVICE = "python -m benchmarks.bench_context", "python -m benchmarks.bench_accuracy", "python -m benchmarks.gpu"
 SHAPE = {"C": 64, "D": 64, "N": 256, "H": 32, "B": 1, "dtype": "bf16"}  # whose throughput is drawn over its T
@@ -34,7 +35,8 @@ def processor(machine: dict) -> str:
 
 
 def kibi(chart_points) -> tuple[tuple[float, str], ...]:
-    """Ticks of lengths that are powers of two, every second one where they are many; none (computed ones) for other lengths."""
+    """Ticks of lengths that are powers of two, every second one where they are many; none (computed ones) for
+    other lengths."""
     lengths = sorted({int(x) for points in chart_points for x, _ in points})
     if any(n < 1024 or n & (n - 1) for n in lengths):
         return ()
@@ -65,7 +67,8 @@ def decode_cpu(run: dict) -> Chart | None:
     series = tuple(Series(f"model{more}", ordered((p["tokens"], p["decode_ms"]["median"]) for p in data[mode]["points"]))
                    for mode, more in MODES.items())
     return Chart("Decode latency against context length", "tokens read before", "ms per token, median", series,
-                 caption(data["machine"], processor(data["machine"])), log_y=False, from_zero=True, x_ticks=kibi(s.points for s in series))
+                 caption(data["machine"], processor(data["machine"])), log_y=False, from_zero=True,
+                 x_ticks=kibi(s.points for s in series))
 
 
 def accuracy_cpu(run: dict) -> Chart | None:
@@ -80,8 +83,10 @@ def accuracy_cpu(run: dict) -> Chart | None:
     correlations = sorted({c["correlation"] for c in data["cases"]})
     alphas = sorted({c["alpha"] for c in data["cases"]})
     series = tuple(Series(n, ordered((place(r), e) for r, e in found.items())) for n, found in worst.items())
-    return Chart("Error against key correlation", f"correlation of tokens; the worst of retention {', '.join(f'{a:g}' for a in alphas)}",
-                 "rms error relative to fp64", series, caption(data["machine"], data["machine"]["gpu"] or processor(data["machine"])),
+    return Chart("Error against key correlation",
+                 f"correlation of tokens; the worst of retention {', '.join(f'{a:g}' for a in alphas)}",
+                 "rms error relative to fp64", series,
+                 caption(data["machine"], data["machine"]["gpu"] or processor(data["machine"])),
                  log_x=False, x_ticks=tuple((place(r), f"{r:g}") for r in correlations))
 
 
@@ -104,7 +109,9 @@ def throughput(run: dict, device: str) -> Chart | None:
     found: dict[str, list] = {}
     for _, case, r in timed(run, "ops", "peers"):
         if case.get("kind") in ("prefill", "fla", "compiled") and all(case.get(k) == v for k, v in SHAPE.items()):
-            found.setdefault(case["backend"] or case["kind"], []).append((case["T"], 1e3 * case["B"] * case["T"] / r["ms"]["median"]))
+            found.setdefault(case["backend"] or case["kind"], []).append(
+                (case["T"], 1e3 * case["B"] * case["T"] / r["ms"]["median"])
+            )
     for record in run.get("model", {}).get("cases", {}).values():
         if record.get("status") == "ok" and record.get("parts"):
             found[f"{record['case']['model']}, learning"] = [(p["tokens"], p["tokens/s"]) for p in record["parts"]]
@@ -117,7 +124,8 @@ def throughput(run: dict, device: str) -> Chart | None:
 
 def decode(run: dict, device: str) -> Chart | None:
     found = {f"{r['case']['model']}, learning": ordered((p["after"], p["p50"]) for p in r["decode_ms"])
-             for r in run.get("model", {}).get("cases", {}).values() if r.get("status") == "ok" and r.get("decode_ms")}
+             for r in run.get("model", {}).get("cases", {}).values() if r.get("status") == "ok"
+             and r.get("decode_ms")}
     if not found:
         return None
     return Chart("Decode latency against context length", "tokens read before", "ms per token, median",
@@ -125,7 +133,8 @@ def decode(run: dict, device: str) -> Chart | None:
 
 
 def roofline(run: dict, device: str) -> Chart | None:
-    """Counted FLOPs over unavoidable bytes, and the rates reached, under the ceilings that the same run measured."""
+    """Counted FLOPs over unavoidable bytes, and the rates reached, under the ceilings that the same run
+    measured."""
     found: dict[str, list] = {}
     for _, case, r in timed(run, "ops", "layers", "cms", "peers"):
         if r.get("flops") and r.get("bytes"):
@@ -136,15 +145,22 @@ def roofline(run: dict, device: str) -> Chart | None:
     if not found or not copy:
         return None
     rates = {n: r for n in ("matmul bf16", "matmul fp32") if (r := ceilings.get(n, {}).get("TFLOP/s"))}
-    ridges = {n: 1e3 * r / copy for n, r in rates.items()}  # left of it the copy rate bounds, right of it the product
+    # left of it the copy rate bounds, right of it the product
+    ridges = {n: 1e3 * r / copy for n, r in rates.items()}
     xs = [x for points in found.values() for x, _ in points]
     low, high = min([*xs, *ridges.values()]) / 2, max([*xs, *ridges.values()]) * 2
-    lines = [Series(n, ((low, low * copy / 1e3), (ridges[n], rate), (high, rate)), dashed=True) for n, rate in rates.items()]
+    lines = [
+        Series(n, ((low, low * copy / 1e3), (ridges[n], rate), (high, rate)), dashed=True) for n,
+        rate in rates.items()
+    ]
     reached = tuple(Series(n, tuple(p), joined=False) for n, p in found.items())
     return Chart("Roofline", "FLOP per unavoidable byte", "TFLOP/s", (*reached, *lines), stamp(run, device))
 
 
-OF_CPU = {"throughput-cpu": (throughput_cpu, CONTEXT), "decode-cpu": (decode_cpu, CONTEXT), "accuracy": (accuracy_cpu, ACCURACY)}
+OF_CPU = {
+    "throughput-cpu": (throughput_cpu, CONTEXT), "decode-cpu": (decode_cpu, CONTEXT),
+    "accuracy": (accuracy_cpu, ACCURACY)
+}
 OF_DEVICE = {"throughput": throughput, "decode": decode, "roofline": roofline}
 
 
@@ -169,7 +185,8 @@ def drawn(results: Path) -> dict[str, Chart]:
 
 
 def stale(results: Path, documents: Path = ROOT) -> list[str]:
-    """Files of docs that are not what the results give: other, absent, or drawn from results that are no longer there."""
+    """Files of docs that are not what the results give: other, absent, or drawn from results that are no
+    longer there."""
     want = {name: draw(chart) for name, chart in drawn(results).items()}
     have = {p.name: p.read_text(encoding="utf-8") for p in (documents / "docs").glob("*.svg")}
     return [f"docs/{name}" for name in sorted({*want, *have}) if want.get(name) != have.get(name)]

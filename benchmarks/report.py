@@ -2,11 +2,12 @@
 
     python -m benchmarks.report [--check] [--results DIR] [--against OLD NEW]
 
-Prints a row a goal (``goals.py``): met, missed by how much, or not measured and which command would. Below it: results of a working tree
-with changed files, results older than the code they measured (``sources.py``), results that do not say. --check fails, naming them, for
-results that are older, and for tables or plots in README and docs that are not what the results give. Of studies, whose figures are what a
-model predicted and not how fast, it only says that they are older. --against compares two runs, files or folders: what got slower or
-faster beyond its spread (with --check, slower fails).
+Prints a row a goal (``goals.py``): met, missed by how much, or not measured and which command would. Below
+it: results of a working tree with changed files, results older than the code they measured (``sources.py``),
+results that do not say. --check fails, naming them, for results that are older, and for tables or plots in
+README and docs that are not what the results give. Of studies, whose figures are what a model predicted and
+not how fast, it only says that they are older. --against compares two runs, files or folders: what got slower
+or faster beyond its spread (with --check, slower fails).
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .goals import GOALS, Goal, Missing, unplanned
-from .sources import ROOT, age
+from benchmarks.goals import GOALS, Goal, Missing, unplanned
+from benchmarks.sources import ROOT, age
 
 RESULTS = ROOT / "benchmarks" / "results"
-STUDIES = ("rates.json", "continual.json", "learning.json", "recall.json")  # hours of reading; their arithmetic is held by the tests
+# hours of reading; their arithmetic is held by the tests
+STUDIES = ("rates.json", "continual.json", "learning.json", "recall.json")
 
 
 # -- what is there ------------------------------------------------------------------------------------------------------------
@@ -36,7 +38,10 @@ def load(folder: Path) -> dict[str, dict]:
 
 def runs(results: Path) -> dict[str, dict[str, dict]]:
     """"": the files of the CPU; then every device's folder by name (trials with --quick are no results)."""
-    devices = sorted(p.name for p in results.iterdir() if p.is_dir() and not p.name.endswith("-quick")) if results.exists() else []
+    devices = (
+        sorted(p.name for p in results.iterdir() if p.is_dir() and not p.name.endswith("-quick"))
+        if results.exists() else []
+    )
     return {"": load(results)} | {name: load(results / name) for name in devices}
 
 
@@ -48,14 +53,17 @@ def origins(data: dict) -> list[dict]:
 
 
 def measured(data: dict, name: str = "") -> Iterator[tuple[str, dict]]:
-    """(name, record) of everything in a result file that says which code it measured, or, where nothing does, the file itself."""
+    """(name, record) of everything in a result file that says which code it measured, or, where nothing does,
+    the file itself."""
     found = list(_marked(data, name))
     yield from found or [(name, data)]
 
 
 def _marked(data, name: str) -> Iterator[tuple[str, dict]]:
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    if isinstance(data, dict) and (data.get("kernel_of") or data.get("kernel") or (data.get("case") and data.get("status") == "ok")):
+    if isinstance(data, dict) and (
+        data.get("kernel_of") or data.get("kernel") or (data.get("case") and data.get("status") == "ok")
+    ):
         yield name, data
         return
     for key, value in items:
@@ -77,7 +85,8 @@ def ages(results: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def dirty(results: Path) -> list[str]:
-    return [f"{device}/{stem}.json".removeprefix("/") for device, run in runs(results).items() for stem, data in run.items()
+    return [f"{device}/{stem}.json".removeprefix("/") for device, run in runs(results).items() for stem,
+            data in run.items()
             if any(o.get("dirty") for o in origins(data))]
 
 
@@ -102,7 +111,10 @@ def rows(results: Path, goals: tuple[Goal, ...] = GOALS) -> list[Row]:
     found: list[Row] = []
     everywhere = runs(results)
     for goal in goals:
-        chosen = {"": everywhere[""]} if goal.on == "cpu" else {d: r for d, r in everywhere.items() if d and not d.startswith("cpu-")}
+        chosen = (
+            {"": everywhere[""]} if goal.on == "cpu"
+            else {d: r for d, r in everywhere.items() if d and not d.startswith("cpu-")}
+        )
         mine, reasons = [], []
         for device, run in chosen.items():
             try:
@@ -127,7 +139,7 @@ def table(found: list[Row]) -> list[tuple[str, ...]]:
 
 def plan() -> dict[str, list[str]]:
     """The cases that benchmarks.gpu measures on a CUDA machine, by section."""
-    from . import gpu
+    from benchmarks import gpu
 
     found: dict[str, list[str]] = {}
     for section, name, _, _ in gpu.plan("cuda", False):
@@ -153,7 +165,9 @@ def goals(results: Path) -> str:
         for r in found:
             if r.value is None and r.why == why:
                 where = "; ".join(dict.fromkeys(f"{k.file}.json: {k.name}" for k in r.goal.figure.keys))
-                lines.append(f"  {r.goal.command} -> {where}{', NO SUCH CASE YET' * any(unplanned(r.goal, planned))}")
+                lines.append(
+                    f"  {r.goal.command} -> {where}{', NO SUCH CASE YET' * any(unplanned(r.goal, planned))}"
+                )
     counts = {"met": 0, "missed": 0, "not": 0}
     for r in found:
         counts[r.verdict.split()[0]] += 1
@@ -169,15 +183,18 @@ def committed(folder: Path) -> dict[str, dict]:
     for name in (p.name for p in sorted(folder.glob("*.json"))):
         done = subprocess.run(("git", "show", f"HEAD:./{name}"), cwd=folder, capture_output=True, text=True)
         try:
-            found[name.removesuffix(".json")] = json.loads(done.stdout if done.returncode == 0 else (folder / name).read_text())
+            found[name.removesuffix(".json")] = json.loads(
+                done.stdout if done.returncode == 0 else (folder / name).read_text()
+            )
         except ValueError:
             continue
     return found
 
 
 def change(before: dict, after: dict) -> str | None:
-    """"slower by x%" or "faster by x%" where the times of two records are apart by more than their spread: even the fastest call of the
-    slower one takes longer than nine in ten (and than the median) of the other."""
+    """"slower by x%" or "faster by x%" where the times of two records are apart by more than their spread:
+    even the fastest call of the slower one takes longer than nine in ten (and than the median) of the
+    other."""
     old, new = before.get("ms"), after.get("ms")
     if not old or not new:
         return None
@@ -190,7 +207,8 @@ def change(before: dict, after: dict) -> str | None:
 
 
 def changes(before: dict[str, dict], after: dict[str, dict]) -> Iterator[tuple[str, str]]:
-    """(case, what changed) between two runs {section: file contents}: times, and results that are no longer right."""
+    """(case, what changed) between two runs {section: file contents}: times, and results that are no longer
+    right."""
     for section, data in after.items():
         old = before.get(section, {})
         if old.get("stamp", {}).get("quick") != data.get("stamp", {}).get("quick"):
@@ -226,7 +244,7 @@ def older(results: Path) -> dict[str, str]:
 
 def check(results: Path, documents: Path) -> list[str]:
     """What is wrong with committed results and what is written about them."""
-    from . import plot, tables
+    from benchmarks import plot, tables
 
     problems = [text for file, text in older(results).items() if file not in STUDIES]
     made = "not what the results give (python -m benchmarks."
@@ -237,17 +255,24 @@ def check(results: Path, documents: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--check", action="store_true", help="fail where a result is older than its code or a document differs from results")
+    p.add_argument(
+        "--check", action="store_true", help="fail where a result is older than its code or a document differs from results"
+    )
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--documents", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs are")
-    p.add_argument("--against", type=Path, nargs=2, metavar=("OLD", "NEW"), help="two result files, or folders of one device each")
+    p.add_argument(
+        "--against", type=Path, nargs=2, metavar=("OLD", "NEW"),
+        help="two result files, or folders of one device each"
+    )
     args = p.parse_args(argv)
     if args.against:
         try:
             found = list(changes(*(read(path) for path in args.against)))
         except ValueError as e:
             p.error(str(e))
-        print("\n".join(f"{name}: {text}" for name, text in found) or "nothing is slower or faster beyond its spread")
+        print(
+            "\n".join(f"{name}: {text}" for name, text in found) or "nothing is slower or faster beyond its spread"
+        )
         return int(args.check and any(not text.startswith("faster") for _, text in found))
     print(goals(args.results))
     for file in dirty(args.results):

@@ -1,4 +1,5 @@
-"""What the studies of the CMS share: texts as rows of a batch, a model under another CMS, bits per byte, results that outlive a kill."""
+"""What the studies of the CMS share: texts as rows of a batch, a model under another CMS, bits per byte,
+results that outlive a kill."""
 
 from __future__ import annotations
 
@@ -11,13 +12,12 @@ import os
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine, write_json
+from benchmarks.sources import mark
 from hope_kernels import CMSConfig, HopeForCausalLM
 from hope_kernels.config import HopeConfig
-from hope_kernels.generation import Reading, read
+from hope_kernels.engine.generation import Reading, read
 from hope_kernels.model import ASSETS
-
-from .machine import machine, write_json
-from .sources import mark
 
 KJV = os.path.join(ASSETS, "kjv-john-acts.txt.gz")  # what the bundled model's training held out
 KJV_TITLE = "John and Acts (KJV)"
@@ -31,10 +31,11 @@ def text(path: str) -> bytes:
 
 
 def excerpts(data: bytes, length: int, longest: int, seed: int, rows: int = ROWS) -> Tensor:
-    """[rows, length] int64: disjoint excerpts, one from each of ``rows`` equal parts of the text, at offsets drawn from ``seed``.
+    """[rows, length] int64: disjoint excerpts, one from each of ``rows`` equal parts of the text, at offsets
+    drawn from ``seed``.
 
-    Room is left for ``longest`` bytes, so a shorter excerpt is the start of the longer one of the same seed. Raises ValueError if the
-    text is too short.
+    Room is left for ``longest`` bytes, so a shorter excerpt is the start of the longer one of the same seed.
+    Raises ValueError if the text is too short.
     """
     part = len(data) // rows
     if part < longest:
@@ -45,7 +46,8 @@ def excerpts(data: bytes, length: int, longest: int, seed: int, rows: int = ROWS
 
 
 def with_cms(model: HopeForCausalLM, cms: CMSConfig, seed: int = 0) -> HopeForCausalLM:
-    """The same weights with another CMS in every block. Levels that the model does not have are the identity: w_down = 0, and w_up
+    """The same weights with another CMS in every block. Levels that the model does not have are the identity:
+    w_down = 0, and w_up
     ~ N(0, 1/d) drawn from ``seed``, so that the first refresh can move w_down."""
     other = HopeForCausalLM(HopeConfig.from_dict({**model.config.to_dict(), "cms": cms.to_dict()}))
     kept = {n: p for n, p in model.state_dict().items() if n in other.state_dict()}
@@ -60,10 +62,15 @@ def with_cms(model: HopeForCausalLM, cms: CMSConfig, seed: int = 0) -> HopeForCa
     return other.to(model.embed.weight.device).eval()
 
 
-def bits(model: HopeForCausalLM, ids: Tensor, learn: str, state=None, last: Tensor | None = None, piece: int = 4096):
-    """(bits per byte of each row of ids [B, T], the reading). A piece holds 8 segments at least: one that ends with its
+def bits(
+    model: HopeForCausalLM, ids: Tensor, learn: str, state=None, last: Tensor | None = None, piece: int = 4096
+):
+    """(bits per byte of each row of ids [B, T], the reading). A piece holds 8 segments at least: one that
+    ends with its
     call is read twice, since its last token has no loss before the next call."""
-    reading = read(model, ids, state, learn=learn, last=last, piece=max(piece, 8 * model.segment), check_finite=False)
+    reading = read(
+        model, ids, state, learn=learn, last=last, piece=max(piece, 8 * model.segment), check_finite=False
+    )
     return [float(n) / math.log(2) / p for n, p in zip(reading.nats, reading.predicted)], reading
 
 
@@ -96,7 +103,8 @@ def digest(data: bytes) -> str:
 class Study:
     """One JSON file {"what", "machine", "setting", "cases": {name: record}, ...}, rewritten whole after every case.
 
-    What the file has is kept: a case that is there is not run again. Raises ValueError for a file of another setting.
+    What the file has is kept: a case that is there is not run again. Raises ValueError for a file of another
+    setting.
     """
 
     def __init__(self, path: str | None, what: str, setting: dict):
@@ -107,7 +115,9 @@ class Study:
         theirs, mine = found.get("setting", {}), json.loads(json.dumps(setting))
         wrong = sorted(k for k in {*theirs, *mine} if theirs.get(k) != mine.get(k))
         if wrong:
-            raise ValueError(f"{path} holds results of another setting ({', '.join(wrong)}); move it away or name another --out")
+            raise ValueError(
+                f"{path} holds results of another setting ({', '.join(wrong)}); move it away or name another --out"
+            )
         self.data["cases"] = found["cases"]
 
     @property
@@ -115,7 +125,8 @@ class Study:
         return self.data["cases"]
 
     def put(self, name: str, record: dict, **more) -> None:
-        """Adds a case, with a hash of the code it measured, and ``more`` (what follows from all cases) at the top level."""
+        """Adds a case, with a hash of the code it measured, and ``more`` (what follows from all cases) at the
+        top level."""
         self.cases[name] = record | mark("model", device="cuda" if torch.cuda.is_available() else "cpu")
         self.data |= more
         if self.path is not None:

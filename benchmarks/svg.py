@@ -1,4 +1,5 @@
-"""A line and scatter chart as plain SVG: no dependency, the same bytes every time, transparent, readable on light and dark pages."""
+"""A line and scatter chart as plain SVG: no dependency, the same bytes every time, transparent, readable on
+light and dark pages."""
 
 from __future__ import annotations
 
@@ -94,7 +95,9 @@ def draw(c: Chart) -> str:
            f'aria-label="{escape(c.title)}">', f"<style>{STYLE}</style>"]
     text = lambda x, y, s, anchor="middle", more="": out.append(
         f'<text x="{at(x)}" y="{at(y)}" text-anchor="{anchor}"{more}>{escape(s)}</text>')
-    line = lambda x1, y1, x2, y2, kind: out.append(f'<path class="{kind}" d="M{at(x1)} {at(y1)}L{at(x2)} {at(y2)}"/>')
+    line = lambda x1, y1, x2, y2, kind: out.append(
+        f'<path class="{kind}" d="M{at(x1)} {at(y1)}L{at(x2)} {at(y2)}"/>'
+    )
     text(LEFT, 20, c.title, "start", ' class="title"')
     for v, name in c.x_ticks or [(v, number(v)) for v in ticks(x_low, x_high, c.log_x)]:
         line(X(v), TOP, X(v), bottom, "grid")

@@ -2,8 +2,9 @@
 
     python -m benchmarks.tables [--check]
 
-Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in README.md and docs/benchmarks.md, for every NAME in BLOCKS.
---check changes nothing and fails where a block is not what the results give. A number in such a block is never typed.
+Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in README.md and docs/benchmarks.md,
+for every NAME in BLOCKS. --check changes nothing and fails where a block is not what the results give. A
+number in such a block is never typed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from . import plot, report
-from .sources import ROOT
+from benchmarks import plot, report
+from benchmarks.sources import ROOT
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
 WORDS = {1: "one thread", 2: "two threads"}
@@ -39,7 +40,8 @@ def cpu(run: dict) -> str:
         m = {k: v["median"] for k, v in c.items() if isinstance(v, dict)}
         spread = f"{m['ratio']:.0f} ({c['ratio']['min']:.0f} to {c['ratio']['max']:.0f})"
         rows.append((c["dim"], c["chunk"], f"{m['same']:.0f}", f"{m['package']:.0f}", spread, f"{m['fraction']:.0%}",
-                     f"{m['default']:.0f}", f"{m['fraction_default']:.0%}", f"{m['titans_pytorch']:.0f}" if "titans_pytorch" in m else "-"))
+                     f"{m['default']:.0f}", f"{m['fraction_default']:.0%}",
+                     f"{m['titans_pytorch']:.0f}" if "titans_pytorch" in m else "-"))
     head = ("width | chunk | ours, tok/s | nested-learning, tok/s | ratio | of the GEMM rate | default layer: tok/s | of the GEMM rate "
             "| titans-pytorch, tok/s")
     error, T = max(c["relative_error"] for c in data["cases"]), data["cases"][0]["T"]
@@ -71,7 +73,9 @@ def learning_memory(run: dict) -> str:
 
 def recall(run: dict) -> str:
     data, kinds, word = run["recall"], ("once", "repeated", "updated"), {True: "on", False: "off"}
-    row = lambda r, seed, accuracy: (r["chunk"], word[r["step_clip"]], word[r["dgd"]], seed, *(f"{accuracy[k]:.3f}" for k in kinds))
+    row = lambda r, seed, accuracy: (
+        r["chunk"], word[r["step_clip"]], word[r["dgd"]], seed, *(f"{accuracy[k]:.3f}" for k in kinds)
+    )
     rows = [row(r, r["seed"], r["accuracy"]) for r in data["runs"]]
     default = [r for r in data["runs"] if r["name"] == "default"]
     mean = {k: statistics.fmean(r["accuracy"][k] for r in default) for k in kinds}
@@ -83,19 +87,19 @@ def recall(run: dict) -> str:
 
 
 def cms(run: dict) -> str:
-    from .bench_cms import table
+    from benchmarks.bench_cms import table
 
     return f"{table(run['cms'])}\n\n{source('bench_cms', 'cms')}"
 
 
 def rates(run: dict) -> str:
-    from .bench_rates import table
+    from benchmarks.bench_rates import table
 
     return f"{table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
 
 
 def continual(run: dict) -> str:
-    from .bench_continual import table
+    from benchmarks.bench_continual import table
 
     return f"{table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
 
@@ -130,7 +134,10 @@ def accuracy(run: dict) -> str:
     for c in data["cases"]:
         grouped.setdefault((c["backend"], c["dtype"], c["device"], c["alpha"]), {})[c["correlation"]] = c["error"]
     at = sorted({c["correlation"] for c in data["cases"]})
-    rows = [(b, t, d, f"{a:g}", *(f"{e[r]['o']:.1e}, {e[r]['state']:.1e}" for r in at)) for (b, t, d, a), e in grouped.items()]
+    rows = [
+        (b, t, d, f"{a:g}", *(f"{e[r]['o']:.1e}, {e[r]['state']:.1e}" for r in at)) for (b, t, d, a),
+        e in grouped.items()
+    ]
     s = data["shape"]
     return (f"{markdown('backend | dtype | on | alpha | ' + ' | '.join(f'correlation {r:g}' for r in at), rows)}\n\nOutput and learned "
             f"deviation, rms of the difference relative to fp64, the worst of {s['seeds']} seeds; D = N = {s['D']}, C = {s['C']}, T = "
@@ -184,7 +191,8 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     """{block: what makes its text}; a block whose file is not there says so."""
     run = report.load(results)
     folder = "" if document.startswith("docs/") else "docs/"
-    of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall, "context": context, "accuracy": accuracy,
+    of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
+                "context": context, "accuracy": accuracy,
                 "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}
     absent = lambda name: f"Not measured yet: `python -m benchmarks.bench_{name}` writes `benchmarks/results/{name}.json`."
     file = {"figures": "cpu", "forgetting": "continual"}  # what is not called as the block
@@ -194,7 +202,8 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
 
 
 def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> tuple[str, list[str]]:
-    """A document with its blocks made anew, and the names of those that changed. Raises ValueError for a block without an end."""
+    """A document with its blocks made anew, and the names of those that changed. Raises ValueError for a
+    block without an end."""
     changed = []
     for name in re.findall(r"^<!-- (\w+) -->$", text, re.M):
         if name not in makers:
@@ -228,7 +237,9 @@ def main(argv: list[str] | None = None) -> int:
     if not args.check:
         for name in dict.fromkeys(name for name, _ in found):
             path = args.documents / name
-            path.write_text(rewritten(path.read_text(encoding="utf-8"), blocks(args.results, name))[0], encoding="utf-8")
+            path.write_text(
+                rewritten(path.read_text(encoding="utf-8"), blocks(args.results, name))[0], encoding="utf-8"
+            )
     return int(args.check and bool(found))
 
 

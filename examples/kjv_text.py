@@ -9,7 +9,8 @@ writes three files into data/:
     kjv-heldout.txt   the held-out books (default: John and Acts)
     kjv-train.txt     all the other books
 
-A book is its name, a blank line, then one verse per line without its number, a blank line between chapters. Two blank lines
+A book is its name, a blank line, then one verse per line without its number, a blank line between chapters.
+Two blank lines
 separate books.
 """
 
@@ -40,7 +41,8 @@ VERSE = re.compile(r"([1-3]?[A-Z][A-Za-z]*)(\d+):(\d+) (.+)")
 def read_books(lines: Iterable[str]) -> dict[str, str]:
     """Book name -> its text, from the lines of `bible -f` ("Ge1:1 In the beginning ...").
 
-    >>> print(read_books(["Jude1:1 Jude, the servant", "Rev1:20 The mystery", "Rev2:1 Unto the angel"])["Revelation"])
+    >>> print(read_books(["Jude1:1 Jude, the servant", "Rev1:20 The mystery", "Rev2:1 Unto the
+    angel"])["Revelation"])
     Revelation
     <BLANKLINE>
     The mystery
@@ -63,11 +65,15 @@ def read_books(lines: Iterable[str]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write into")
-    parser.add_argument("--heldout", nargs="+", default=["John", "Acts"], metavar="BOOK", help="books kept out of the training text")
+    parser.add_argument(
+        "--heldout", nargs="+", default=["John", "Acts"], metavar="BOOK", help="books kept out of the training text"
+    )
     args = parser.parse_args()
     books = read_books(sys.stdin)
     if len(books) != len(BOOKS):
-        parser.error(f"expected {len(BOOKS)} books on standard input, got {len(books)}; run: bible -f Gen1:1-Rev22:21")
+        parser.error(
+            f"expected {len(BOOKS)} books on standard input, got {len(books)}; run: bible -f Gen1:1-Rev22:21"
+        )
     if unknown := set(args.heldout) - set(books):
         parser.error(f"--heldout: no such book: {', '.join(sorted(unknown))}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""The paper's equations to the letter, on ordinary text: where an untrained layer with an MLP memory stops being finite.
+"""The paper's equations to the letter, on ordinary text: where an untrained layer with an MLP memory stops
+being finite.
 
     python examples/paper_preset.py [TEXT]
 """
@@ -33,7 +34,10 @@ def main() -> None:
         for chunk in (1, 16, 64):
             config = hk.TitansConfig.preset(name, d_model=64, num_heads=2, chunk_memory=chunk, chunk_other=chunk)
             bad = first_bad_token(config, text)
-            print(f"{name:8} chunk {chunk:3}: " + (f"finite over {len(text)} bytes" if bad is None else f"not finite from byte {bad}"))
+            print(
+                f"{name:8} chunk {chunk:3}: "
+                + (f"finite over {len(text)} bytes" if bad is None else f"not finite from byte {bad}")
+            )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python examples/train_lm.py TEXT [TEXT ...] --out runs/lm --minutes 60 --heldout HELDOUT
 
-Every batch row reads its own stretch of the corpus, carrying the state of its memories from step to step (gradients are cut there);
-now and then a row starts afresh elsewhere. The CMS does not learn while training reads: it learns when the model is used.
-OUT holds config.json and model.safetensors (what from_pretrained loads), checkpoint.safetensors (optimizer and progress; every
-minute, atomically) and log.jsonl. Data order depends on the seed and the step alone.
+Every batch row reads its own stretch of the corpus, carrying the state of its memories from step to step
+(gradients are cut there); now and then a row starts afresh elsewhere. The CMS does not learn while training
+reads: it learns when the model is used.
+OUT holds config.json and model.safetensors (what from_pretrained loads), checkpoint.safetensors (optimizer
+and progress; every minute, atomically) and log.jsonl. Data order depends on the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+from hope_kernels.engine.generation import read
 from hope_kernels.files import write_atomically
-from hope_kernels.generation import read
 
 
 def arguments() -> argparse.Namespace:
@@ -32,7 +33,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("texts", nargs="+", help="text files, read as bytes")
     p.add_argument("--out", required=True)
     p.add_argument("--heldout", help="text for the bits per byte at the end (first 100 KB)")
-    p.add_argument("--minutes", type=float, default=60.0, help="training time; the learning-rate schedule follows it")
+    p.add_argument(
+        "--minutes", type=float, default=60.0, help="training time; the learning-rate schedule follows it"
+    )
     p.add_argument("--d-model", type=int, default=128)
     p.add_argument("--heads", type=int, default=4)
     p.add_argument("--layers", type=int, default=3)
@@ -87,7 +90,9 @@ def save(args, model, optimizer, progress: dict) -> None:
             tensors[f"{i}.{name}"] = value.detach().cpu().contiguous()
     meta = {"progress": json.dumps(progress)}
     weights = {f"model.{n}": t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-    write_atomically(os.path.join(args.out, "checkpoint.safetensors"), safetensors_bytes({**tensors, **weights}, metadata=meta))
+    write_atomically(
+        os.path.join(args.out, "checkpoint.safetensors"), safetensors_bytes({**tensors, **weights}, metadata=meta)
+    )
 
 
 def restore(args, model, optimizer) -> dict:
@@ -114,7 +119,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = torch.frombuffer(bytearray(b"".join(open(t, "rb").read() for t in args.texts)), dtype=torch.uint8).long().to(device)
+    data = torch.frombuffer(
+        bytearray(b"".join(open(t, "rb").read() for t in args.texts)), dtype=torch.uint8
+    ).long().to(device)
     titans = TitansConfig(args.d_model, args.heads, chunk_memory=args.chunk, chunk_other=args.chunk)
     config = HopeConfig(256, args.d_model, args.layers, titans=titans,
                         cms=CMSConfig(args.d_model, tuple(args.cms), expansion=args.expansion))

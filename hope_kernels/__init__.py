@@ -5,10 +5,10 @@
     y, state = layer(x)
 """
 
-from . import compat, convert, ops
+from . import compat, convert, generation, ops
 from .backend import available_backends
 from .config import CMSConfig, HopeConfig, RopeScaling, TitansConfig
-from .decode import Decoder
+from .engine.decoder import Decoder
 from .layers.cms import ContinuumMemory
 from .layers.titans import SelfModifyingTitans
 from .model import HopeForCausalLM, bundled_models
@@ -16,6 +16,7 @@ from .state_file import load_state
 
 __version__ = "0.1.0"
 __all__ = [
-    "CMSConfig", "ContinuumMemory", "Decoder", "HopeConfig", "HopeForCausalLM", "RopeScaling", "SelfModifyingTitans", "TitansConfig",
-    "available_backends", "bundled_models", "compat", "convert", "load_state", "ops",
+    "CMSConfig", "ContinuumMemory", "Decoder", "HopeConfig", "HopeForCausalLM", "RopeScaling",
+    "SelfModifyingTitans", "TitansConfig",
+    "available_backends", "bundled_models", "compat", "convert", "generation", "load_state", "ops",
 ]

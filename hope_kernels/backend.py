@@ -1,4 +1,5 @@
-"""resolve(): the only dispatch code. Which implementation serves an operator follows from configuration, dtype and device alone."""
+"""resolve(): the only dispatch code. Which implementation serves an operator follows from configuration,
+dtype and device alone."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from .ops import cuda
+from .ops.shared import cuda_library as cuda
 from .ops.titans import cpp
 
 BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
@@ -24,7 +25,7 @@ def _unavailable(backend: str) -> str | None:
         return cpp.unavailable()
     if backend == "triton":
         try:
-            from .ops.titans import triton
+            from .ops.titans.triton import operator as triton
         except ImportError as e:
             return f"Triton cannot be imported: {e}"
         return triton.unavailable()
@@ -32,16 +33,17 @@ def _unavailable(backend: str) -> str | None:
 
 
 def resolve(
-    op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None, constant_memory: bool = False
+    op: str, config, dtype: torch.dtype, device: torch.device, backend: str | None = None,
+    constant_memory: bool = False
 ) -> Callable:
-    """The implementation of ``op`` ("titans") for this configuration. ``backend=None`` picks the best one verified on the device: the
-    Triton and CUDA kernels, which no GPU has run yet, only on request.
+    """The implementation of ``op`` ("titans") for this configuration. ``backend=None`` picks the best one
+    verified on the device: the Triton and CUDA kernels, which no GPU has run yet, only on request.
 
-    Which one that is follows from configuration, dtype, device and whether gradients are on, never from the shape of a call.
-    constant_memory: the gradients asked for are those of reads by their queries alone.
+    Which one that is follows from configuration, dtype, device and whether gradients are on, never from the
+    shape of a call. constant_memory: the gradients asked for are those of reads by their queries alone.
     Raises ValueError, with the reason, for a backend that cannot serve the request.
     """
-    from .ops.titans.chunked import titans_chunk
+    from .ops.titans.scan import titans_chunk
 
     if backend is None:
         return titans_chunk if cpp.unserved(config, dtype, device, constant_memory) else cpp.titans_cpp
@@ -51,7 +53,8 @@ def resolve(
     if reason is None and backend == "cpp":
         reason, chosen = cpp.unserved(config, dtype, device, constant_memory), cpp.titans_cpp
     elif reason is None and backend == "triton":
-        from .ops.titans import triton, triton_training
+        from .ops.titans.triton import operator as triton
+        from .ops.titans.triton import training as triton_training
 
         chosen = triton_training.titans_triton_training if torch.is_grad_enabled() else triton.titans_triton
         reason = triton.unserved(config, dtype, device)
@@ -62,33 +65,38 @@ def resolve(
     elif backend == "reference":
         from .ops.titans.reference_backend import titans_reference as chosen
     if reason is not None:
-        raise ValueError(f"{op}: backend {backend!r} cannot be used: {reason}; the chunked backend serves every configuration")
+        raise ValueError(
+            f"{op}: backend {backend!r} cannot be used: {reason}; the chunked backend serves every configuration"
+        )
     return chosen
 
 
 def resolve_conv_and_gate(config, backend: str | None = None) -> tuple[Callable, Callable]:
-    """The convolution before the memories and the output gate behind them, for a ``backend`` that ``resolve`` accepted: Triton kernels
-    with "triton", and with "cuda" where Triton can be used (windows above 8 keep the PyTorch convolution), else PyTorch."""
-    from .ops.conv.chunked import causal_conv_chunked as conv
-    from .ops.output_gate.chunked import output_gate_chunked as gate
+    """The convolution before the memories and the output gate behind them, for a ``backend`` that ``resolve``
+    accepted: Triton kernels with "triton", and with "cuda" where Triton can be used (windows above 8 keep the
+    PyTorch convolution), else PyTorch."""
+    from .ops.conv.forward import causal_conv_chunked as conv
+    from .ops.output_gate.forward import output_gate_chunked as gate
 
     if backend == "triton" or (backend == "cuda" and _unavailable("triton") is None):
-        from .ops.conv.triton import MAX_WINDOW, causal_conv_triton
-        from .ops.output_gate.triton import output_gate_triton as gate
+        from .ops.conv.triton.forward import MAX_WINDOW, causal_conv_triton
+        from .ops.output_gate.triton.forward import output_gate_triton as gate
 
         conv = causal_conv_triton if config.conv_window is None or config.conv_window <= MAX_WINDOW else conv
     return conv, gate
 
 
-def resolve_cms(config, dtype: torch.dtype, device: torch.device, backend: str | None = None, inner: bool = False) -> ModuleType:
-    """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend`` (Triton's with "cuda" too), those in PyTorch
-    where it has none for this configuration. ``inner``: for the pass that learns, which needs no gradient of the parameters; training
-    always runs in PyTorch.
+def resolve_cms(
+    config, dtype: torch.dtype, device: torch.device, backend: str | None = None, inner: bool = False
+) -> ModuleType:
+    """The functions of the CMS levels (``ops/cms/chunked.py`` says which) for a ``backend`` (Triton's with
+    "cuda" too), those in PyTorch where it has none for this configuration. ``inner``: for the pass that
+    learns, which needs no gradient of the parameters; training always runs in PyTorch.
 
     Raises ValueError for an unknown backend.
     """
-    from .ops.cms import chunked
     from .ops.cms import cpp as compiled
+    from .ops.cms import level as chunked
 
     if backend not in (None, *BACKENDS):
         raise ValueError(f"cms: unknown backend {backend!r}, expected one of {BACKENDS}")
@@ -97,7 +105,7 @@ def resolve_cms(config, dtype: torch.dtype, device: torch.device, backend: str |
     if backend in (None, "cpp") and compiled.unserved(config, dtype, device) is None:
         return compiled
     if backend in ("triton", "cuda") and _unavailable("triton") is None:
-        from .ops.cms import triton
+        from .ops.cms.triton import operator as triton
 
         if triton.unserved(config, dtype, device) is None:
             return triton

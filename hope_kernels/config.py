@@ -1,7 +1,8 @@
 """Configurations: frozen dataclasses, validated at construction, with the presets as plain data.
 
-The fields and their meaning are the glossary of the package README; shapes and equations are in ``ops/titans/README.md`` and
-``ops/cms/README.md``. A configuration that two parts of the program would read differently does not construct.
+The fields and their meaning are the glossary of the package README; shapes and equations are in
+``ops/titans/README.md`` and ``ops/cms/README.md``. A configuration that two parts of the program would read
+differently does not construct.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ def _one_of(where: str, field: str, value: Any, options: tuple) -> None:
     _require(value in options, where, field, value, "one of " + ", ".join(map(repr, options)))
 
 
-SIZE, PERIOD, LAYERS = 2**31 - 1, 2**62, 2**16  # the most that a width, a number of tokens, a number of blocks may be
+# the most that a width, a number of tokens, a number of blocks may be
+SIZE, PERIOD, LAYERS = 2**31 - 1, 2**62, 2**16
 
 
 def _flags(config: _Config, where: str, *fields: str) -> None:
     """Checks switches; 0, 1 and NumPy's become bools."""
     for field in fields:
-        _require(getattr(getattr(config, field), "ndim", 0) == 0, where, field, getattr(config, field), "True or False")
+        _require(
+            getattr(getattr(config, field), "ndim", 0) == 0, where, field, getattr(config, field), "True or False"
+        )
         _one_of(where, field, getattr(config, field), (True, False))
         object.__setattr__(config, field, bool(getattr(config, field)))
 
@@ -58,9 +62,12 @@ class _Config:
 
     @classmethod
     def preset(cls, name: str, **overrides):
-        """The named preset of this configuration, with ``overrides`` on top. Raises ValueError for an unknown name."""
+        """The named preset of this configuration, with ``overrides`` on top. Raises ValueError for an unknown
+        name."""
         if not isinstance(name, str) or name not in cls.PRESETS:
-            raise ValueError(f"{cls.__name__}.preset: unknown preset {name!r}, expected one of {sorted(cls.PRESETS)}")
+            raise ValueError(
+                f"{cls.__name__}.preset: unknown preset {name!r}, expected one of {sorted(cls.PRESETS)}"
+            )
         return cls(**{**cls.PRESETS[name], **overrides})
 
     def replace(self, **overrides):
@@ -72,7 +79,8 @@ class _Config:
 
     @classmethod
     def from_dict(cls, data: dict):
-        """The configuration of ``to_dict``. Raises ValueError for anything but a dict of its fields with all that have no default."""
+        """The configuration of ``to_dict``. Raises ValueError for anything but a dict of its fields with all
+        that have no default."""
         _require(isinstance(data, dict), cls.__name__, "its plain data", data, "a dict")
         fields = dataclasses.fields(cls)
         unknown = sorted(map(str, set(data) - {f.name for f in fields}))
@@ -88,8 +96,10 @@ class _Config:
 class TitansConfig(_Config):
     """One self-modifying Titans layer (Nested Learning eq 83-93), or with ``self_modifying=False`` a Titans LMM.
 
-    ``num_heads`` heads of width ``D = d_model / num_heads``; each memory is an MLP with ``N = hidden_mult * D`` hidden units
-    (or one matrix, ``memory="linear"``). ``chunk_memory`` and ``chunk_other`` are the update periods, in tokens, of M_memory and
+    ``num_heads`` heads of width ``D = d_model / num_heads``; each memory is an MLP with ``N = hidden_mult *
+    D`` hidden units
+    (or one matrix, ``memory="linear"``). ``chunk_memory`` and ``chunk_other`` are the update periods, in
+    tokens, of M_memory and
     of all other memories. Raises ValueError on any value outside the documented range.
     """
 
@@ -138,14 +148,20 @@ class TitansConfig(_Config):
         w = "TitansConfig"
         for field in ("d_model", "num_heads", "hidden_mult", "chunk_memory", "chunk_other"):
             _positive_int(w, field, getattr(self, field))
-        _require(self.d_model % self.num_heads == 0, w, "d_model", self.d_model, f"a multiple of num_heads={self.num_heads}")
+        _require(
+            self.d_model % self.num_heads == 0, w, "d_model", self.d_model,
+            f"a multiple of num_heads={self.num_heads}"
+        )
         _one_of(w, "memory", self.memory, ("mlp", "linear"))
         _one_of(w, "activation", self.activation, ACTIVATIONS)
         _one_of(w, "objective", self.objective, ("l2", "dot"))
         _one_of(w, "retain_to", self.retain_to, ("init", "zero"))
         _one_of(w, "eta_activation", self.eta_activation, ("sigmoid", "softplus"))
         small, large = sorted((self.chunk_memory, self.chunk_other))
-        _require(large % small == 0, w, "(chunk_memory, chunk_other)", (self.chunk_memory, self.chunk_other), "one dividing the other")
+        _require(
+            large % small == 0, w, "(chunk_memory, chunk_other)", (self.chunk_memory, self.chunk_other),
+            "one dividing the other"
+        )
         for field in ("grad_scale", "eta_scale", "eta_bias"):
             _finite(w, field, getattr(self, field))
         _require(self.grad_scale > 0, w, "grad_scale", self.grad_scale, "a positive number")
@@ -156,11 +172,17 @@ class TitansConfig(_Config):
             _positive_int(w, "conv_window", self.conv_window)
         _require(self.hidden <= SIZE, w, "hidden_mult", self.hidden_mult, f"at most {SIZE} hidden units a head")
         if self.momentum is not None and self.momentum != "learned":
-            ok = isinstance(self.momentum, (int, float)) and not isinstance(self.momentum, bool) and 0 <= self.momentum < 1
+            ok = (
+                isinstance(self.momentum, (int, float)) and not isinstance(self.momentum, bool)
+                and 0 <= self.momentum < 1
+            )
             _require(ok, w, "momentum", self.momentum, "None, 'learned' or a float in [0, 1)")
-        _flags(self, w, "self_modifying", "own_values", "target_norm", "step_clip", "dgd", "retention", "adaptive_q", "qk_l2norm",
+        _flags(self, w, "self_modifying", "own_values", "target_norm", "step_clip", "dgd", "retention",
+               "adaptive_q", "qk_l2norm",
                "out_norm", "gate", "out_proj", "scalar_skip", *(() if self.in_proj is None else ("in_proj",)))
-        _require(self.self_modifying or not self.adaptive_q, w, "adaptive_q", True, "False when self_modifying=False")
+        _require(
+            self.self_modifying or not self.adaptive_q, w, "adaptive_q", True, "False when self_modifying=False"
+        )
 
     @property
     def head_dim(self) -> int:
@@ -186,8 +208,9 @@ class TitansConfig(_Config):
 def default_rate(optimizer: str, C: int) -> float:
     """Inner learning rate of a level with period C.
 
-    1 / (8 sqrt(C)) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon. The gradient is a sum over C tokens, which
-    muon normalises. Chosen by ``benchmarks.bench_rates``, from periods of 16 to 8192 tokens; beyond, gd and momentum fall as 1 / C.
+    1 / (8 sqrt(C)) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon. The gradient
+    is a sum over C tokens, which muon normalises. Chosen by ``benchmarks.bench_rates``, from periods of 16 to
+    8192 tokens; beyond, gd and momentum fall as 1 / C.
     """
     if optimizer == "muon":
         return 0.03 * min(2.0, math.sqrt(C / 256))
@@ -196,7 +219,8 @@ def default_rate(optimizer: str, C: int) -> float:
 
 @dataclass(frozen=True)
 class CMSConfig(_Config):
-    """A Continuum Memory System (Nested Learning eq 70-74): one MLP per level, level l refreshed every ``chunks[l-1]`` tokens.
+    """A Continuum Memory System (Nested Learning eq 70-74): one MLP per level, level l refreshed every
+    ``chunks[l-1]`` tokens.
 
     ``lr`` is None (``default_rate`` of each level's period), one float, or one per level; 0 freezes a level.
     """
@@ -216,13 +240,18 @@ class CMSConfig(_Config):
     def __post_init__(self) -> None:
         w = "CMSConfig"
         _positive_int(w, "d_model", self.d_model)
-        chunks = (self.chunks,) if isinstance(self.chunks, int) else _items(w, "chunks", self.chunks, "one period or a tuple of them")
+        chunks = (
+            (self.chunks,) if isinstance(self.chunks, int)
+            else _items(w, "chunks", self.chunks, "one period or a tuple of them")
+        )
         object.__setattr__(self, "chunks", chunks)
         _require(len(chunks) > 0, w, "chunks", chunks, "at least one period")
         for c in chunks:
             _positive_int(w, "chunks", c, PERIOD)
         for a, b in zip(chunks, chunks[1:]):
-            _require(a < b and b % a == 0, w, "chunks", chunks, "strictly increasing periods, each dividing the next")
+            _require(
+                a < b and b % a == 0, w, "chunks", chunks, "strictly increasing periods, each dividing the next"
+            )
         _one_of(w, "variant", self.variant, ("sequential", "independent", "nested"))
         _one_of(w, "mlp", self.mlp, ("gelu", "swiglu"))
         _one_of(w, "norm", self.norm, ("rmsnorm", "layernorm"))
@@ -265,9 +294,10 @@ class CMSConfig(_Config):
 class RopeScaling(_Config):
     """A change of RoPE's frequencies for longer contexts, with the field names of Llama's config.json.
 
-    ``rope_type="linear"``: all of them / ``factor``. ``"llama3"``: those that turn fewer than ``low_freq_factor`` times within
-    ``original_max_position_embeddings`` tokens / ``factor``, those that turn more than ``high_freq_factor`` times as they are, a blend
-    of both between. Raises ValueError for another type, numbers out of range, and llama3's numbers missing or given to another type.
+    ``rope_type="linear"``: all of them / ``factor``. ``"llama3"``: those that turn fewer than
+    ``low_freq_factor`` times within ``original_max_position_embeddings`` tokens / ``factor``, those that turn
+    more than ``high_freq_factor`` times as they are, a blend of both between. Raises ValueError for another
+    type, numbers out of range, and llama3's numbers missing or given to another type.
     """
 
     rope_type: str
@@ -282,7 +312,9 @@ class RopeScaling(_Config):
         fields = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if self.rope_type == "linear":
             for field in fields:
-                _require(getattr(self, field) is None, w, field, getattr(self, field), "None for rope_type='linear'")
+                _require(
+                    getattr(self, field) is None, w, field, getattr(self, field), "None for rope_type='linear'"
+                )
             fields = ()
         for field in ("factor", *fields):
             _finite(w, field, getattr(self, field))
@@ -296,11 +328,13 @@ class RopeScaling(_Config):
 class HopeConfig(_Config):
     """A HOPE language model: ``num_layers`` blocks, each a mixer and a CMS chain.
 
-    ``mixer`` is ``"self_modifying"`` (HOPE), ``"titans"`` (static projections, Titans LMM) or ``"attention"`` (HOPE-Attention).
-    ``titans=None`` takes the default (or the ``titans`` preset) at ``d_model``; ``cms`` is None (blocks without a CMS), one
-    CMSConfig for every block, or one per block. ``window``: sliding-window width in tokens, None for full attention. ``rope_scaling``:
-    None, a RopeScaling or its fields as a dict. ``rope_dtype``: what RoPE's angles are computed in; "float32" gives the bits that other
-    programs compute, at the price of the angle's fraction at far positions.
+    ``mixer`` is ``"self_modifying"`` (HOPE), ``"titans"`` (static projections, Titans LMM) or ``"attention"``
+    (HOPE-Attention). ``titans=None`` takes the default (or the ``titans`` preset) at ``d_model``; ``cms`` is
+    None (blocks without a CMS), one
+    CMSConfig for every block, or one per block. ``window``: sliding-window width in tokens, None for full
+    attention. ``rope_scaling``: None, a RopeScaling or its fields as a dict. ``rope_dtype``: what RoPE's
+    angles are computed in; "float32" gives the bits that other programs compute, at the price of the angle's
+    fraction at far positions.
     """
 
     vocab_size: int
@@ -331,22 +365,40 @@ class HopeConfig(_Config):
         _require(ok, w, "titans", self.titans, "None, a TitansConfig or its fields as a dict")
         if self.titans is None and self.mixer != "attention":
             preset = "titans" if self.mixer == "titans" else "default"
-            object.__setattr__(self, "titans", TitansConfig.preset(preset, d_model=self.d_model, num_heads=self.num_heads or 1))
+            object.__setattr__(
+                self, "titans", TitansConfig.preset(preset, d_model=self.d_model, num_heads=self.num_heads or 1)
+            )
         if self.titans is not None:
-            _require(self.titans.d_model == self.d_model, w, "titans.d_model", self.titans.d_model, f"d_model={self.d_model}")
-            _require(self.mixer != "titans" or not self.titans.self_modifying, w, "titans.self_modifying", True, "False for mixer='titans'")
-            _require(self.mixer != "self_modifying" or self.titans.self_modifying, w, "titans.self_modifying", False,
+            _require(
+                self.titans.d_model == self.d_model, w, "titans.d_model", self.titans.d_model,
+                f"d_model={self.d_model}"
+            )
+            _require(
+                self.mixer != "titans" or not self.titans.self_modifying, w, "titans.self_modifying", True,
+                "False for mixer='titans'"
+            )
+            _require(self.mixer != "self_modifying" or self.titans.self_modifying, w, "titans.self_modifying",
+                     False,
                      "True for mixer='self_modifying' (mixer='titans' is the static one)")
         if self.num_heads is None:
             object.__setattr__(self, "num_heads", self.titans.num_heads if self.titans is not None else 1)
         _positive_int(w, "num_heads", self.num_heads)
-        _require(self.d_model % self.num_heads == 0, w, "d_model", self.d_model, f"a multiple of num_heads={self.num_heads}")
+        _require(
+            self.d_model % self.num_heads == 0, w, "d_model", self.d_model,
+            f"a multiple of num_heads={self.num_heads}"
+        )
         if self.titans is not None and self.mixer != "attention":
-            _require(self.titans.num_heads == self.num_heads, w, "titans.num_heads", self.titans.num_heads, f"num_heads={self.num_heads}")
+            _require(
+                self.titans.num_heads == self.num_heads, w, "titans.num_heads", self.titans.num_heads,
+                f"num_heads={self.num_heads}"
+            )
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         _positive_int(w, "num_kv_heads", self.num_kv_heads)
-        _require(self.num_heads % self.num_kv_heads == 0, w, "num_heads", self.num_heads, f"a multiple of num_kv_heads={self.num_kv_heads}")
+        _require(
+            self.num_heads % self.num_kv_heads == 0, w, "num_heads", self.num_heads,
+            f"a multiple of num_kv_heads={self.num_kv_heads}"
+        )
         if self.mixer == "attention":
             width = self.d_model // self.num_heads
             _require(width % 2 == 0, w, "d_model / num_heads", width, "an even width (RoPE)")
@@ -368,14 +420,20 @@ class HopeConfig(_Config):
             cms = CMSConfig.from_dict(cms)
         elif isinstance(cms, (list, tuple)):
             cms = tuple(CMSConfig.from_dict(c) if isinstance(c, dict) else c for c in cms)
-            _require(len(cms) == self.num_layers, w, "cms", f"{len(cms)} configurations", f"one per block ({self.num_layers})")
+            _require(
+                len(cms) == self.num_layers, w, "cms", f"{len(cms)} configurations",
+                f"one per block ({self.num_layers})"
+            )
         ok = all(c is None or isinstance(c, CMSConfig) for c in (cms if isinstance(cms, tuple) else (cms,)))
         _require(ok, w, "cms", self.cms, "None, a CMSConfig or its fields as a dict, or one per block")
         object.__setattr__(self, "cms", cms)
         for c in self.block_cms:
             if c is not None:
                 _require(c.d_model == self.d_model, w, "cms.d_model", c.d_model, f"d_model={self.d_model}")
-                _require(c.chunks[0] % self.segment == 0, w, "cms.chunks", c.chunks, f"multiples of the shortest period, {self.segment}")
+                _require(
+                    c.chunks[0] % self.segment == 0, w, "cms.chunks", c.chunks,
+                    f"multiples of the shortest period, {self.segment}"
+                )
 
     @property
     def block_cms(self) -> tuple[CMSConfig | None, ...]:

@@ -1,4 +1,5 @@
-"""Writing a file so that readers find the old one or the new one, never a part, and a failure leaves the old one."""
+"""Writing a file so that readers find the old one or the new one, never a part, and a failure leaves the old
+one."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def write_atomically(path: str | os.PathLike, data: bytes, mode: int = 0o666) -> None:
-    """Temporary file in the same folder, fsync, rename. An existing file keeps its permissions, a new one gets ``mode`` less the umask; a
-    symbolic link is followed. What killed writers of the same file have left behind is removed.
+    """Temporary file in the same folder, fsync, rename. An existing file keeps its permissions, a new one
+    gets ``mode`` less the umask; a symbolic link is followed. What killed writers of the same file have left
+    behind is removed.
 
-    Raises ValueError for a path that is there and is no regular file, OSError for what the system refuses; the file is then as it was.
-    After the rename nothing is raised: the new file is in its place.
+    Raises ValueError for a path that is there and is no regular file, OSError for what the system refuses;
+    the file is then as it was. After the rename nothing is raised: the new file is in its place.
     """
     path = os.path.realpath(path)
     with contextlib.suppress(FileNotFoundError):
@@ -45,8 +47,8 @@ def write_atomically(path: str | os.PathLike, data: bytes, mode: int = 0o666) ->
         with contextlib.suppress(FileNotFoundError):  # an interrupt right after the rename
             os.unlink(temporary)
         raise
-    # The name of the new file reaches the disk with its folder. Not every system lets a folder be opened or synced, and by now an error
-    # would say the old file is still there.
+    # The name of the new file reaches the disk with its folder. Not every system lets a folder be opened or
+    # synced, and by now an error would say the old file is still there.
     with contextlib.suppress(OSError):
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
@@ -56,7 +58,8 @@ def write_atomically(path: str | os.PathLike, data: bytes, mode: int = 0o666) ->
 
 
 def _temporary(path: str, mode: int) -> tuple[int, str]:
-    """A new file beside ``path``, locked where there are locks: a living writer holds its lock. The umask is applied by the system."""
+    """A new file beside ``path``, locked where there are locks: a living writer holds its lock. The umask is
+    applied by the system."""
     while True:
         temporary = f"{path}.{secrets.token_hex(4)}.part"
         try:

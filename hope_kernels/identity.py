@@ -1,10 +1,13 @@
-"""Which weights a state was read with: a checksum of a module's parameters, taken when a state is read and kept beside it.
+"""Which weights a state was read with: a checksum of a module's parameters, taken when a state is read and
+kept beside it.
 
-A state must not go on under other weights, and by the time it is saved an optimizer may have changed those it was read with. So every
-read takes the checksum; the work is done once per set of values, found again by the tensors' version counters, on their own device and
-without waiting for it. Fused optimizers and those of other packages move no version counter, so every optimizer's step counts as a change.
-An edit behind PyTorch's back (``p.data.mul_(2)``, NumPy) is seen only where a state changes hands: ``matches`` and ``State.adopt`` look at
-the values themselves. A copy of a module, or the same file loaded twice, has the same checksum: values count, not objects.
+A state must not go on under other weights, and by the time it is saved an optimizer may have changed those it
+was read with. So every read takes the checksum; the work is done once per set of values, found again by the
+tensors' version counters, on their own device and without waiting for it. Fused optimizers and those of other
+packages move no version counter, so every optimizer's step counts as a change. An edit behind PyTorch's back
+(``p.data.mul_(2)``, NumPy) is seen only where a state changes hands: ``matches`` and ``State.adopt`` look at
+the values themselves. A copy of a module, or the same file loaded twice, has the same checksum: values count,
+not objects.
 """
 
 from __future__ import annotations
@@ -50,8 +53,8 @@ register_optimizer_step_post_hook(_stepped)
 def checksum(module: nn.Module, anew: bool = False) -> Checksum | None:
     """Of the values, dtypes and shapes of all parameters and persistent buffers, in order, whatever the names.
 
-    None where nobody can look at them: inside a compiler or a transformation of torch.func, on the meta device, sharded over processes.
-    anew: look at the values even if nothing says that they have changed.
+    None where nobody can look at them: inside a compiler or a transformation of torch.func, on the meta
+    device, sharded over processes. anew: look at the values even if nothing says that they have changed.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return None
@@ -91,22 +94,27 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _collect(module: nn.Module, found: list[Tensor]) -> None:
-    """As ``state_dict`` orders them; a walk of a few microseconds, since every token that is read alone pays for it."""
+    """As ``state_dict`` orders them; a walk of a few microseconds, since every token that is read alone pays
+    for it."""
     for p in module._parameters.values():
         if p is not None:
             found.append(p)
     if module._buffers:
-        found.extend(b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set)
+        found.extend(
+            b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set
+        )
     for child in module._modules.values():
         if child is not None:
             _collect(child, found)
 
 
 def _weighted_sum(t: Tensor) -> Tensor:
-    """The tensor's bytes as 64-bit integers x, each with x >> 32 beside it and weighted by its place, modulo 2^64: an int64 scalar.
+    """The tensor's bytes as 64-bit integers x, each with x >> 32 beside it and weighted by its place, modulo
+    2^64: an int64 scalar.
 
-    As matrices of _WIDTH columns, sum_ij x_ij (u_j + w_i) comes from row and column sums alone. u is even and w odd: no weight loses a bit,
-    so one changed number always changes the sum. The shifted sum is there for signs: two of them would cancel at the highest bit.
+    As matrices of _WIDTH columns, sum_ij x_ij (u_j + w_i) comes from row and column sums alone. u is even and
+    w odd: no weight loses a bit, so one changed number always changes the sum. The shifted sum is there for
+    signs: two of them would cancel at the highest bit.
     """
     x = t.detach().contiguous().flatten().view(torch.uint8)
     whole = len(x) // 8 * 8

@@ -1,4 +1,5 @@
-"""HopeForCausalLM: embedding, blocks, head, and files. ids in, logits out; ``learn="next_token"`` lets the CMS learn while it reads."""
+"""HopeForCausalLM: embedding, blocks, head, and files. ids in, logits out; ``learn="next_token"`` lets the
+CMS learn while it reads."""
 
 from __future__ import annotations
 
@@ -13,31 +14,33 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from .compiling import REASON, traced
 from .config import HopeConfig
+from .engine.compiling import REASON, traced
+from .engine.generation import Generation, generate
+from .engine.learning import read_learning, read_off
+from .engine.unread import check_read_next, left
 from .files import write_atomically
-from .generation import Generation, generate
 from .identity import checksum
 from .layers.autocast import in_own_dtype
 from .layers.block import HopeAttentionBlock, HopeBlock
 from .layers.cms import Inner
 from .layers.cms_consolidate import check_consolidation, consolidate
-from .layers.cms_state import CMSState
 from .layers.recording import check_recorded, check_whole
 from .layers.wrapped import placement, project, token_vectors
-from .learning import read_learning, read_off
 from .model_state import ModelState
 from .ops.check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
+from .ops.cms.state import CMSState
 from .state import Counters
-from .unread import check_read_next, left
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
 
 class HopeForCausalLM(nn.Module):
-    """A HOPE language model (Nested Learning section 8.3): vocab_size -> d_model, num_layers blocks, final RMSNorm, head.
+    """A HOPE language model (Nested Learning section 8.3): vocab_size -> d_model, num_layers blocks, final
+    RMSNorm, head.
 
-    Raises ValueError from the configuration. ``HopeForCausalLM.from_pretrained(name_or_folder)`` loads saved weights.
+    Raises ValueError from the configuration. ``HopeForCausalLM.from_pretrained(name_or_folder)`` loads saved
+    weights.
     """
 
     def __init__(self, config: HopeConfig, device=None, dtype=None):
@@ -48,7 +51,9 @@ class HopeForCausalLM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model, **kw)
         self.blocks = nn.ModuleList(block(config, cms, **kw) for cms in config.block_cms)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, **kw)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, **kw)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, **kw)
+        )
         nn.init.normal_(self.embed.weight, std=0.02)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
@@ -80,21 +85,25 @@ class HopeForCausalLM(nn.Module):
 
     @in_own_dtype
     def forward(
-        self, ids: Tensor, state: ModelState | None = None, lengths=None, learn: str = "off", backend: str | None = None,
+        self, ids: Tensor, state: ModelState | None = None, lengths=None, learn: str = "off",
+        backend: str | None = None,
         *, check_finite: bool = False, wavefront: int | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Reads T tokens per row.
 
-        ids: [B, T] int64. state: from ``init_state``, an earlier call or a file; None starts new sequences. lengths: [B], tokens of
-        each row that count. learn: "off" reads with the CMS weights as they are; "next_token" refreshes every level from the
-        model's own next-token loss at its period. wavefront: where nothing learns, read with the blocks side by side over pieces of so many
-        tokens (``wavefront.py``). Returns logits [B, T, vocab_size] (zero where padded) and the state: under
-        no_grad the given one, advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
-        Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs a sync), shapes, lengths,
-        an unknown ``learn``, a wavefront that is to learn or to carry gradients, a state of another model, ids that do not begin with the
-        state's ``unread`` token (not looked at when compiled), a given state inside an ``autograd.Function`` (reentrant activation
-        checkpointing), and with check_finite for non-finite logits; the given state is then as it was. Under ``torch.compile``,
-        ``compiling.py`` says which calls are compiled.
+        ids: [B, T] int64. state: from ``init_state``, an earlier call or a file; None starts new sequences.
+        lengths: [B], tokens of each row that count. learn: "off" reads with the CMS weights as they are;
+        "next_token" refreshes every level from the
+        model's own next-token loss at its period. wavefront: where nothing learns, read with the blocks side
+        by side over pieces of so many tokens (``wavefront.py``). Returns logits [B, T, vocab_size] (zero
+        where padded) and the state: under
+        no_grad the given one, advanced in place; in grad mode a new one. Where the state has an ``unread``
+        token, ids begin with it. Raises ValueError for ids out of range (on a device or compiled only with
+        check_finite: looking costs a sync), shapes, lengths, an unknown ``learn``, a wavefront that is to
+        learn or to carry gradients, a state of another model, ids that do not begin with the state's
+        ``unread`` token (not looked at when compiled), a given state inside an ``autograd.Function``
+        (reentrant activation checkpointing), and with check_finite for non-finite logits; the given state is
+        then as it was. Under ``torch.compile``, ``compiling.py`` says which calls are compiled.
         """
         options = {"learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront}
         if torch.compiler.is_compiling() and not traced(self, ids, state, learn, backend):
@@ -110,7 +119,9 @@ class HopeForCausalLM(nn.Module):
         if ids.numel() and (check_finite or ids.device.type == "cpu" and not torch.compiler.is_compiling()):
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"{name}: argument ids has token {low if low < 0 else high}, expected 0 to {self.config.vocab_size - 1}")
+                raise ValueError(
+                    f"{name}: argument ids has token {low if low < 0 else high}, expected 0 to {self.config.vocab_size - 1}"
+                )
         given = state
         check_recorded(name, given)
         if state is None:
@@ -130,7 +141,9 @@ class HopeForCausalLM(nn.Module):
                 state = given.apart()
             if learning:
                 for block in self.blocks:
-                    check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one unit, or pass learn='off'")
+                    check_whole(
+                        name, block, "and learn='next_token' learns beside it; shard the model as one unit, or pass learn='off'"
+                    )
                 logits, new = read_learning(self, ids, state, lengths, backend)
             else:
                 logits, new = read_off(self, ids, state, lengths, backend, wavefront)
@@ -146,13 +159,16 @@ class HopeForCausalLM(nn.Module):
         return [None if b.cms is None else b.cms.effective_levels(c) for b, c in zip(self.blocks, state.cms)]
 
     def run(
-        self, h: Tensor, mixers: list, cms: list, lengths: list[int], backend: str | None = None, inner: list[Inner] | None = None
+        self, h: Tensor, mixers: list, cms: list, lengths: list[int], backend: str | None = None,
+        inner: list[Inner] | None = None
     ) -> tuple[Tensor, list]:
-        """All blocks over h [B, T, d_model], functionally: (h, new mixer states). mixers: their states; cms: the states of their CMS, or
-        ``levels``; inner: the pass that learns, block by block. Each as a block's ``forward`` takes it."""
+        """All blocks over h [B, T, d_model], functionally: (h, new mixer states). mixers: their states; cms:
+        the states of their CMS, or ``levels``; inner: the pass that learns, block by block. Each as a block's
+        ``forward`` takes it."""
         new = []
         if torch.is_grad_enabled() and inner is None:
-            # A checkpointed block reads again in the backward: what it is given stays as it is until then, whoever advances the results.
+            # A checkpointed block reads again in the backward: what it is given stays as it is until then,
+            # whoever advances the results.
             mixers, cms = [m.snapshot() for m in mixers], [c.clone() if isinstance(c, CMSState) else c for c in cms]
         for block, mixer, one, part in zip(self.blocks, mixers, cms, inner or [None] * len(self.blocks)):
             h, mixer = block(h, mixer, one, lengths, backend, part)
@@ -161,20 +177,28 @@ class HopeForCausalLM(nn.Module):
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
         h = self.norm(h)
-        logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size)) if self.head is None else project(self.head, h)
+        logits = (
+            F.linear(h, token_vectors(self.embed, self.config.vocab_size)) if self.head is None
+            else project(self.head, h)
+        )
         T = h.shape[1]
         if min(lengths, default=T) < T:
-            valid = torch.arange(T, device=h.device) < torch.tensor(lengths, dtype=torch.long, device=h.device).unsqueeze(1)
+            valid = torch.arange(T, device=h.device) < torch.tensor(
+                lengths, dtype=torch.long, device=h.device
+            ).unsqueeze(1)
             logits = logits * valid.unsqueeze(-1).to(logits.dtype)
         return logits
 
-    def generate(self, ids: Tensor | None, max_new_tokens: int, state: ModelState | None = None, **options) -> Generation:
-        """Continues ``ids`` [B, T]; see :func:`hope_kernels.generation.generate`."""
+    def generate(
+        self, ids: Tensor | None, max_new_tokens: int, state: ModelState | None = None, **options
+    ) -> Generation:
+        """Continues ``ids`` [B, T]; see :func:`hope_kernels.engine.generation.generate`."""
         return generate(self, ids, max_new_tokens, state, **options)
 
     def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:
-        """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own weights, in place: see
-        ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved before belong to the weights as they were."""
+        """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own
+        weights, in place: see ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved
+        before belong to the weights as they were."""
         check_state("HopeForCausalLM.consolidate", state, ModelState, self.config, state.batch)
         like = placement(self.embed)
         state.admit("HopeForCausalLM.consolidate", self, like.dtype, like.device)
@@ -183,15 +207,18 @@ class HopeForCausalLM(nn.Module):
         for l in levels or ():
             check_index("HopeForCausalLM.consolidate", "levels", l, most)
         # all blocks are asked before the first one is changed
-        for act, block, cms in [(act, *of) for act in (check_consolidation, consolidate) for of in zip(self.blocks, state.cms)]:
+        for act, block, cms in [
+            (act, *of) for act in (check_consolidation, consolidate) for of in zip(self.blocks, state.cms)
+        ]:
             if cms is not None:
                 wanted = None if levels is None else [l for l in levels if l < cms.config.num_levels]
                 act(block.cms, cms, row, wanted)
         state.adopt(self)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically. Raises ValueError, and writes nothing, where
-        submodules have been wrapped, quantized or parametrized: the configuration, and so ``from_pretrained``, knows nothing of that."""
+        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically. Raises
+        ValueError, and writes nothing, where submodules have been wrapped, quantized or parametrized: the
+        configuration, and so ``from_pretrained``, knows nothing of that."""
         held = self.state_dict()
         if type(self) is HopeForCausalLM:
             other = sorted(held.keys() ^ type(self)(self.config, device="meta").state_dict().keys())
@@ -200,21 +227,30 @@ class HopeForCausalLM(nn.Module):
                                  "only, expected the same: merge or remove what wraps its modules, or save its state_dict()")
         os.makedirs(folder, exist_ok=True)
         tensors = {n: t.detach().cpu().contiguous() for n, t in held.items()}
-        write_atomically(os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors, metadata={"format": "pt"}))
-        write_atomically(os.path.join(folder, "config.json"), (json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
+        write_atomically(
+            os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors, metadata={"format": "pt"})
+        )
+        write_atomically(
+            os.path.join(folder, "config.json"), (json.dumps(self.config.to_dict(), indent=1) + "\n").encode()
+        )
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, device=None, dtype: torch.dtype | None = None) -> HopeForCausalLM:
+    def from_pretrained(
+        cls, name: str | os.PathLike, device=None, dtype: torch.dtype | None = None
+    ) -> HopeForCausalLM:
         """Loads a folder written by ``save_pretrained``, or a bundled model by name (``bundled_models()``).
 
-        Raises FileNotFoundError for an unknown name or folder, ValueError for files that do not fit together or are damaged.
+        Raises FileNotFoundError for an unknown name or folder, ValueError for files that do not fit together
+        or are damaged.
         """
         folder = os.fspath(name)
         if not os.path.isdir(folder):
             bundled = os.path.join(ASSETS, folder)
             if not os.path.isdir(bundled):
                 names = ", ".join(bundled_models())
-                raise FileNotFoundError(f"from_pretrained: {folder!r} is neither a folder nor a bundled model ({names})")
+                raise FileNotFoundError(
+                    f"from_pretrained: {folder!r} is neither a folder nor a bundled model ({names})"
+                )
             folder = bundled
         weights = os.path.join(folder, "model.safetensors")
         try:
@@ -233,4 +269,7 @@ class HopeForCausalLM(nn.Module):
 
 def bundled_models() -> list[str]:
     """Names of the models that ship with the package."""
-    return sorted(d for d in os.listdir(ASSETS) if os.path.exists(os.path.join(ASSETS, d, "config.json"))) if os.path.isdir(ASSETS) else []
+    return (
+        sorted(d for d in os.listdir(ASSETS) if os.path.exists(os.path.join(ASSETS, d, "config.json")))
+        if os.path.isdir(ASSETS) else []
+    )

@@ -1,4 +1,5 @@
-"""ModelState: what sequences have learned in a whole model, as the states of its blocks and the open segment of a model that learns."""
+"""ModelState: what sequences have learned in a whole model, as the states of its blocks and the open segment
+of a model that learns."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .engine.learning import TAINTED, advance_off
 from .layers.attention import AttentionState
-from .layers.cms_state import CMSState
-from .learning import TAINTED, advance_off
 from .ops.check import check_counters, check_part
-from .ops.titans.fast_weights import TitansState
+from .ops.cms.state import CMSState
+from .ops.titans.state import TitansState
 from .state import Counters, State
 
 
@@ -19,10 +20,10 @@ from .state import Counters, State
 class ModelState(State):
     """What a batch of sequences has learned in a whole model.
 
-    mixers, cms: one state per block (None without a CMS). For learn="next_token" only: ``ids`` [B, C] int64, the tokens of the open
-    segment of C tokens, ``seen`` how many of them (or -1: one was read with learn="off"), ``snapshot`` the mixers at its start.
-    ``unread`` [B, 1] int64: the last token ``generate`` returned, which the state has not read; -1 in rows that have read it since, None if
-    all have.
+    mixers, cms: one state per block (None without a CMS). For learn="next_token" only: ``ids`` [B, C] int64,
+    the tokens of the open segment of C tokens, ``seen`` how many of them (or -1: one was read with
+    learn="off"), ``snapshot`` the mixers at its start. ``unread`` [B, 1] int64: the last token ``generate``
+    returned, which the state has not read; -1 in rows that have read it since, None if all have.
     """
 
     mixers: list
@@ -40,17 +41,25 @@ class ModelState(State):
                 cms.owner = block.cms
 
     def input_dtype(self) -> torch.dtype | None:
-        return self.mixers[0].input_dtype() if isinstance(self.mixers, list) and self.mixers and isinstance(self.mixers[0], State) else None
+        return (
+            self.mixers[0].input_dtype() if isinstance(self.mixers, list) and self.mixers
+            and isinstance(self.mixers[0], State) else None
+        )
 
     def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool) -> None:
         c, C = self.config, self.config.segment if self.config.learns else 0
         kind = AttentionState if c.mixer == "attention" else TitansState
         snapshots = [kind] * c.num_layers if C else []
-        held = {"mixers": [kind] * c.num_layers, "cms": [None if of is None else CMSState for of in c.block_cms], "snapshot": snapshots}
+        held = {
+            "mixers": [kind] * c.num_layers, "cms": [None if of is None else CMSState for of in c.block_cms],
+            "snapshot": snapshots
+        }
         for name, kinds in held.items():
             found = getattr(self, name)
             if not isinstance(found, list) or [None if s is None else type(s) for s in found] != kinds:
-                raise ValueError(f"{where}: state.{name} does not hold what the {c.num_layers} blocks of its configuration need")
+                raise ValueError(
+                    f"{where}: state.{name} does not hold what the {c.num_layers} blocks of its configuration need"
+                )
         check_part(where, "ids", self.ids, (self.batch, C), torch.int64, device)
         if self.unread is not None:
             check_part(where, "unread", self.unread, (self.batch, 1), torch.int64, device)
@@ -65,10 +74,14 @@ class ModelState(State):
             return
         for b, (pos, seen) in enumerate(zip(self.pos, self.seen)):
             if C and seen >= 0 and (pos - seen) % C or seen == TAINTED and not pos % C:
-                raise ValueError(f"{where}: state.seen is {seen} for row {b}, which is no count of an open segment of {C} tokens at {pos}")
+                raise ValueError(
+                    f"{where}: state.seen is {seen} for row {b}, which is no count of an open segment of {C} tokens at {pos}"
+                )
             for s in self.snapshot if seen > 0 else ():
                 if s.pos[b] != pos - seen:
-                    raise ValueError(f"{where}: state.snapshot of row {b} stands at {s.pos[b]}, expected {pos - seen}, its segment's start")
+                    raise ValueError(
+                        f"{where}: state.snapshot of row {b} stands at {s.pos[b]}, expected {pos - seen}, its segment's start"
+                    )
         if values:
             for name, ids, low in (("ids", self.ids, 0), ("unread", self.unread, -1)):
                 if ids is not None and ids.numel() and not low <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
@@ -82,7 +95,9 @@ class ModelState(State):
         if not isinstance(state.pos, list):
             raise ValueError(f"{where} of state has pos {state.pos!r}, expected one integer per row")
         if state.batch != self.batch or name != "snapshot" and not torch.compiler.is_compiling() and state.pos != self.pos:
-            raise ValueError(f"{where} of state stands at {list(state.pos)}, and the model's state at {list(self.pos)}")
+            raise ValueError(
+                f"{where} of state stands at {list(state.pos)}, and the model's state at {list(self.pos)}"
+            )
         if name == "snapshot" and c.mixer == "attention":  # behind other rows' storage has moved on
             state._check(where, dtype, device, values, [b for b, seen in enumerate(self.seen) if seen > 0])
         else:
@@ -93,21 +108,28 @@ class ModelState(State):
         return replace(self, snapshot=[]).tensors() if self.config.mixer == "attention" else self.tensors()
 
     def apart(self):
-        """The same state for a call in grad mode: independent, like ``clone``, but what attention keeps is not copied."""
+        """The same state for a call in grad mode: independent, like ``clone``, but what attention keeps is
+        not copied."""
         mixers, snapshot = ([m.snapshot() for m in of] for of in (self.mixers, self.snapshot))
         cms, unread = [c and c.clone() for c in self.cms], None if self.unread is None else self.unread.clone()
         counters = {n: Counters(getattr(self, n)) for n in ("pos", "seen")}
-        return replace(self, mixers=mixers, cms=cms, ids=self.ids.clone(), snapshot=snapshot, unread=unread, **counters)
+        return replace(
+            self, mixers=mixers, cms=cms, ids=self.ids.clone(), snapshot=snapshot, unread=unread, **counters
+        )
 
     def synchronize(self):
-        """As for any state. Where a replayed graph of the model has moved the mixers, the model's counters follow as with learn="off".
+        """As for any state. Where a replayed graph of the model has moved the mixers, the model's counters
+        follow as with learn="off".
 
-        Raises ValueError where the mixers do not stand at one place (attention keeps its position on the host and cannot be replayed).
+        Raises ValueError where the mixers do not stand at one place (attention keeps its position on the host
+        and cannot be replayed).
         """
         super().synchronize()
         places = {tuple(m.pos) for m in self.mixers} or {tuple(self.pos)}
         if len(places) > 1:
-            raise ValueError(f"ModelState: the blocks stand at different positions, {', '.join(str(list(p)) for p in sorted(places))}")
+            raise ValueError(
+                f"ModelState: the blocks stand at different positions, {', '.join(str(list(p)) for p in sorted(places))}"
+            )
         lengths = [now - before for now, before in zip(*places, self.pos)]
         if any(lengths):
             new = advance_off(self, self.mixers, lengths)

@@ -1,15 +1,18 @@
 """Everything a sequence has learned, and what all states can do.
 
-A state is a dataclass whose fields are batch-first tensors, host counters (one int per row), other states, or lists and dicts of
-these. Cloning, row selection, moving and checking are written once, here, over that tree; files are in ``state_file.py``.
+A state is a dataclass whose fields are batch-first tensors, host counters (one int per row), other states, or
+lists and dicts of these. Cloning, row selection, moving and checking are written once, here, over that tree;
+files are in ``state_file.py``.
 
-One rule for copies: what ``clone``, ``detach``, ``to``, ``select``, ``replace``, ``copy.copy`` and ``copy.deepcopy`` return, and what a
-pickle holds, is independent. Whatever later advances one of the two, in place or not, leaves the other as it is. (Attention's keys are
-shared where that is the same: they are only ever appended to.) ``dataclasses.replace`` only exchanges fields and shares the rest.
-A state sent to another process is independent once that has it: torch.multiprocessing sends memory, not values, until then.
+One rule for copies: what ``clone``, ``detach``, ``to``, ``select``, ``replace``, ``copy.copy`` and
+``copy.deepcopy`` return, and what a pickle holds, is independent. Whatever later advances one of the two, in
+place or not, leaves the other as it is. (Attention's keys are shared where that is the same: they are only
+ever appended to.) ``dataclasses.replace`` only exchanges fields and shares the rest.
+A state sent to another process is independent once that has it: torch.multiprocessing sends memory, not
+values, until then.
 
-One call at a time may advance a state; a second one, from another thread say, raises ValueError. Any number may read it meanwhile with
-``update=False`` if none advances it.
+One call at a time may advance a state; a second one, from another thread say, raises ValueError. Any number
+may read it meanwhile with ``update=False`` if none advances it.
 """
 
 from __future__ import annotations
@@ -98,7 +101,8 @@ def _assign(old: Any, new: Any) -> Any:
 class State:
     """Base of all states. ``pos[b]`` is the number of tokens row b has read since the start of its sequence.
 
-    owner: the module that read it last. fingerprint: the checksum of that module's weights as they were then; None before the first read.
+    owner: the module that read it last. fingerprint: the checksum of that module's weights as they were then;
+    None before the first read.
     """
 
     pos: Counters
@@ -121,7 +125,9 @@ class State:
     def _fields(self):
         names = _names.get(type(self))
         if names is None:
-            names = tuple([f.name for f in dataclasses.fields(self) if f.name not in ("owner", "fingerprint", "config")])
+            names = tuple(
+                [f.name for f in dataclasses.fields(self) if f.name not in ("owner", "fingerprint", "config")]
+            )
             _names[type(self)] = names
         return [(n, getattr(self, n)) for n in names]
 
@@ -146,8 +152,11 @@ class State:
         }
 
     def __setstate__(self, fields: dict) -> None:
-        """What comes from another process (torch.multiprocessing) shares memory with what was sent: it leaves that here."""
-        self.__dict__.update({n: _map(v, lambda t: t.clone() if t.is_shared() else t, Counters) for n, v in fields.items()})
+        """What comes from another process (torch.multiprocessing) shares memory with what was sent: it leaves
+        that here."""
+        self.__dict__.update(
+            {n: _map(v, lambda t: t.clone() if t.is_shared() else t, Counters) for n, v in fields.items()}
+        )
 
     def replace(self, **fields):
         """A copy with other values in ``fields``, independent of this state (but not of what is given)."""
@@ -172,8 +181,9 @@ class State:
     def select(self, rows):
         """An independent state of some rows, in the order given.
 
-        rows: integers (a sequence or a 1-D tensor; negative ones count from the end, a row may be taken more than once), or a mask of
-        booleans, one per row. Raises IndexError for a row that does not exist, ValueError for anything else.
+        rows: integers (a sequence or a 1-D tensor; negative ones count from the end, a row may be taken more
+        than once), or a mask of booleans, one per row. Raises IndexError for a row that does not exist,
+        ValueError for anything else.
         """
         rows = check_rows(f"{type(self).__name__}.select", "rows", rows, self.batch, absent=IndexError)
         index: dict[torch.device, Tensor] = {}
@@ -238,22 +248,24 @@ class State:
         return list(zip(states, torch.stack([s.count.to(states[0].count.device) for s in states]).tolist()))
 
     def synchronize(self):
-        """``pos`` as the device has it, where a kernel or a replayed CUDA graph has moved ``count`` without the host. In place.
+        """``pos`` as the device has it, where a kernel or a replayed CUDA graph has moved ``count`` without
+        the host. In place.
 
-        Costs one read of the device. Whatever goes by ``pos`` needs it first: any call but ``ops.titans_advance_``. ``save`` does it.
-        Returns self.
+        Costs one read of the device. Whatever goes by ``pos`` needs it first: any call but
+        ``ops.titans_advance_``. ``save`` does it. Returns self.
         """
         for state, count in self._counted():
             state.pos[:] = count
         return self
 
     def usable(self):
-        """The state without inference tensors, which autograd refuses, and without expanded ones: call it outside inference mode."""
+        """The state without inference tensors, which autograd refuses, and without expanded ones: call it
+        outside inference mode."""
         return self._mapped(lambda t: t.clone() if t.is_inference() or expanded(t) else t, lambda c: c)
 
     def to(self, device=None, dtype: torch.dtype | None = None):
-        """An independent copy on ``device``; ``dtype`` is that of the layer's input (deviations stay fp32, or become fp64 with an fp64
-        input). Raises ValueError for a dtype that is no floating one."""
+        """An independent copy on ``device``; ``dtype`` is that of the layer's input (deviations stay fp32, or
+        become fp64 with an fp64 input). Raises ValueError for a dtype that is no floating one."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -293,12 +305,16 @@ class State:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
-    def validate(self, where: str, dtype: torch.dtype | None = None, device: torch.device | None = None, *, values: bool = False) -> None:
+    def validate(
+        self, where: str, dtype: torch.dtype | None = None, device: torch.device | None = None, *,
+        values: bool = False
+    ) -> None:
         """Raises ValueError, naming the part, unless this is a state that calls of its configuration produce.
 
-        Checked: every tensor's shape against the configuration and the number of rows, its dtype (for an input of ``dtype``; None: that
-        of the state itself) and device (None: one for all), that no two tensors share memory, all counters against each other and the
-        periods, and all that for the states inside. values: also what only the tensors' values say (costs syncs on a device).
+        Checked: every tensor's shape against the configuration and the number of rows, its dtype (for an
+        input of ``dtype``; None: that of the state itself) and device (None: one for all), that no two
+        tensors share memory, all counters against each other and the periods, and all that for the states
+        inside. values: also what only the tensors' values say (costs syncs on a device).
         """
         if not isinstance(self.pos, list):
             raise ValueError(f"{where}: state.pos is {self.pos!r}, expected one integer per row")
@@ -325,10 +341,13 @@ class State:
     def _check_memory(self, where: str) -> None:
         found = [t.data_ptr() for t in self._distinct() if t.numel() and t.device.type != "meta"]
         if len(set(found)) < len(found):
-            raise ValueError(f"{where}: argument state has two tensors in the same memory, which a call in place would both change")
+            raise ValueError(
+                f"{where}: argument state has two tensors in the same memory, which a call in place would both change"
+            )
 
     def admit(self, where: str, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        """Whether ``module``, whose configuration it has, may read this state: ``validate``, and the weights it was read with before.
+        """Whether ``module``, whose configuration it has, may read this state: ``validate``, and the weights
+        it was read with before.
 
         Raises ValueError; the state is as it was.
         """
@@ -340,8 +359,9 @@ class State:
                                  "state.adopt(module) says that it may go on with them all the same")
 
     def adopt(self, module: nn.Module) -> None:
-        """From here on this is a state of ``module``'s weights as they are now, whichever it was read with before: after training on, say,
-        or consolidating. In place. Raises ValueError for another configuration."""
+        """From here on this is a state of ``module``'s weights as they are now, whichever it was read with
+        before: after training on, say, or consolidating. In place. Raises ValueError for another
+        configuration."""
         where = f"{type(self).__name__}.adopt"
         check_state(where, self, type(self), module.config, self.batch)
         self.owned_by(module)
@@ -352,10 +372,12 @@ class State:
         self.owner = module
 
     def reading(self, where: str, module: nn.Module, advances: bool = True):
-        """A context: the block reads this state with ``module``, for which ``admit`` let it pass, and (``advances``) changes it in place.
+        """A context: the block reads this state with ``module``, for which ``admit`` let it pass, and
+        (``advances``) changes it in place.
 
-        Inside, the state belongs to the module's weights as they are now; with an error, or where nothing was to be read into it, it goes
-        back to those before. Raises ValueError where another call has the state in hand that this one may not meet.
+        Inside, the state belongs to the module's weights as they are now; with an error, or where nothing was
+        to be read into it, it goes back to those before. Raises ValueError where another call has the state
+        in hand that this one may not meet.
         """
         if torch.compiler.is_compiling():  # which follows neither locks nor version counters
             if self.owner is not module:
@@ -385,9 +407,11 @@ class State:
                 self._users = 0 if advances else self._users - 1
 
     def save(self, path: str | os.PathLike, note: dict | None = None) -> None:
-        """Synchronizes the state and writes it to ``path`` (safetensors), atomically: see ``files.write_atomically``; a new file is the
-        user's alone (mode 0600). note: anything JSON can hold, for ``load_note``.
-        Raises ValueError for a path that is no regular file, OSError, and then leaves an existing file as it was."""
+        """Synchronizes the state and writes it to ``path`` (safetensors), atomically: see
+        ``files.write_atomically``; a new file is the user's alone (mode 0600). note: anything JSON can hold,
+        for ``load_note``.
+        Raises ValueError for a path that is no regular file, OSError, and then leaves an existing file as it
+        was."""
         from .state_file import save_state
 
         save_state(self, path, note)

@@ -1,4 +1,5 @@
-"""States as files: one safetensors file with the tensors, and everything else as JSON in its metadata. Nothing is ever unpickled.
+"""States as files: one safetensors file with the tensors, and everything else as JSON in its metadata.
+Nothing is ever unpickled.
 
     format, version   what the file is
     tree              the state's fields: configurations, counters, names of tensors
@@ -6,8 +7,8 @@
     note              whatever the writer wants to find again, for ``load_note``
     sha256            of all of the above and of every tensor: a flipped bit is an error (files from before it was written still load)
 
-A file is untrusted: it is read into memory whole, every step that can fail on foreign bytes ends in a ValueError, and the state that comes
-out has passed ``State.validate``.
+A file is untrusted: it is read into memory whole, every step that can fail on foreign bytes ends in a
+ValueError, and the state that comes out has passed ``State.validate``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def save_state(state: State, path: str | os.PathLike, note: dict | None = None) 
     tensors: dict[str, Tensor] = {}
     tree = _describe(state, "s", tensors)
     mark = state.fingerprint or (None if state.owner is None else checksum(state.owner))
-    meta = {"format": FORMAT, "version": str(VERSION), "fingerprint": "" if mark is None else str(mark), "tree": json.dumps(tree)}
+    meta = {
+        "format": FORMAT, "version": str(VERSION), "fingerprint": "" if mark is None else str(mark),
+        "tree": json.dumps(tree)
+    }
     if note is not None:
         meta["note"] = json.dumps(note)
     meta["sha256"] = _digest(meta, tensors)
@@ -52,7 +56,8 @@ def save_state(state: State, path: str | os.PathLike, note: dict | None = None) 
 def load_state(path: str | os.PathLike, device="cpu") -> State:
     """The state saved at ``path``, in memory of its own on ``device``.
 
-    Raises FileNotFoundError, or ValueError for a truncated, damaged, foreign, newer or inconsistent file and a device that cannot be used.
+    Raises FileNotFoundError, or ValueError for a truncated, damaged, foreign, newer or inconsistent file and
+    a device that cannot be used.
     """
     try:
         torch.empty(0, dtype=torch.uint8, device=device)
@@ -86,12 +91,15 @@ def load_note(path: str | os.PathLike) -> dict | None:
 
 
 def _opened(path: str | os.PathLike, where: str) -> tuple[bytes, dict[str, str]]:
-    """The bytes of the file, and its metadata. Raises FileNotFoundError, or ValueError for what is no saved state."""
+    """The bytes of the file, and its metadata. Raises FileNotFoundError, or ValueError for what is no saved
+    state."""
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{where}: no file {path}")
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{where}: {path} is {'a folder' if os.path.isdir(path) else 'no regular file'}, expected a file")
+        raise ValueError(
+            f"{where}: {path} is {'a folder' if os.path.isdir(path) else 'no regular file'}, expected a file"
+        )
     with open(path, "rb") as f:
         data = f.read()
     try:
@@ -102,11 +110,17 @@ def _opened(path: str | os.PathLike, where: str) -> tuple[bytes, dict[str, str]]
     except (struct.error, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where}: {path} is not a complete state file ({error})") from None
     if meta.get("format") != FORMAT:
-        raise ValueError(f"{where}: {path} is a safetensors file but not a saved state (format {meta.get('format')!r})")
+        raise ValueError(
+            f"{where}: {path} is a safetensors file but not a saved state (format {meta.get('format')!r})"
+        )
     if meta.get("version") != str(VERSION):
-        raise ValueError(f"{where}: {path} has format version {meta.get('version')}, this program reads version {VERSION}")
+        raise ValueError(
+            f"{where}: {path} has format version {meta.get('version')}, this program reads version {VERSION}"
+        )
     if not {"tree", "fingerprint"} <= meta.keys():
-        raise ValueError(f"{where}: {path} is not a complete state file (its metadata lacks the tree or the fingerprint)")
+        raise ValueError(
+            f"{where}: {path} is not a complete state file (its metadata lacks the tree or the fingerprint)"
+        )
     return data, meta
 
 
@@ -132,7 +146,9 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"config": type(value).__name__, "fields": value.to_dict()}
     if isinstance(value, State):
         items = [("config", value.config), *value.compact()._fields()]
-        return {"state": type(value).__name__, "fields": {n: _describe(v, f"{name}.{n}", tensors) for n, v in items}}
+        return {
+            "state": type(value).__name__, "fields": {n: _describe(v, f"{name}.{n}", tensors) for n, v in items}
+        }
     if isinstance(value, list):
         return {"list": [_describe(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
     if isinstance(value, dict):

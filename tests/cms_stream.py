@@ -32,7 +32,8 @@ def reference_row(layer):
 
 
 class Stream:
-    """Feeds rows of x and errors e [B, T, d] to a layer in pieces, and records outputs and which tokens were learned."""
+    """Feeds rows of x and errors e [B, T, d] to a layer in pieces, and records outputs and which tokens were
+    learned."""
 
     def __init__(self, layer, batch, tokens, seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -93,4 +94,6 @@ class Stream:
                 assert bool(self.state.own[l][b] or self.state.rank[l][b]) == (l in row.refreshed)
                 if self.layer.config.learning_rates[l] > 0:
                     for held, want in ((self.state.grads[l], row.total[l]), (self.state.moments[l], row.moment[l])):
-                        np.testing.assert_allclose(0 * want[name] if held is None else held[name][b].numpy(), want[name], **close)
+                        np.testing.assert_allclose(
+                            0 * want[name] if held is None else held[name][b].numpy(), want[name], **close
+                        )

@@ -7,7 +7,8 @@ from pathlib import Path
 # The tests' tensors are small: one thread is as fast as two, and far faster where other work shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.set_threshold(100_000, 20, 20)  # the interpreters of kernels make objects by the million, few of them in cycles
-# Tests start processes that import PyTorch. Where Python is told to leave no byte code behind, each would compile all of it, for seconds.
+# Tests start processes that import PyTorch. Where Python is told to leave no byte code behind, each would
+# compile all of it, for seconds.
 if sys.dont_write_bytecode:
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parents[1] / "build" / "byte_code")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -23,12 +24,14 @@ if not torch.cuda.is_available():
 
     quick_interpreter.install()
 
-if os.environ.get("HOPE_KERNELS_TEST_LIBRARY"):  # the C++ library to test instead of the installed one: tools/sanitize.sh has one
+# the C++ library to test instead of the installed one: tools/sanitize.sh has one
+if os.environ.get("HOPE_KERNELS_TEST_LIBRARY"):
     from hope_kernels.ops.titans import cpp
 
     cpp.LIBRARY = os.environ["HOPE_KERNELS_TEST_LIBRARY"]
 
-# Every @given test runs twice: on draws that are always the same, and on a tenth as many that are new in every run (CI: the same ones).
+# Every @given test runs twice: on draws that are always the same, and on a tenth as many that are new in
+# every run (CI: the same ones).
 FRESH = "HOPE_KERNELS_TEST_SEED", "HOPE_KERNELS_TEST_DRAWS"  # the new ones' seed, and their number
 SEED = int(os.environ.get(FRESH[0]) or (0 if os.environ.get("CI") else random.SystemRandom().randrange(2**31)))
 settings.register_profile("repository", deadline=None, print_blob=True, derandomize=True)
@@ -51,7 +54,10 @@ def draws(request):
         test, patch = request.node.function, request.getfixturevalue("monkeypatch")
         fixed = test._hypothesis_internal_use_settings
         count = int(os.environ.get(FRESH[1]) or fixed.max_examples // 10 + 1)
-        patch.setattr(test, "_hypothesis_internal_use_settings", settings(fixed, max_examples=count, derandomize=False, database=None))
+        patch.setattr(
+            test, "_hypothesis_internal_use_settings",
+            settings(fixed, max_examples=count, derandomize=False, database=None)
+        )
         patch.setattr(test, "_hypothesis_internal_use_seed", SEED, raising=False)
 
 

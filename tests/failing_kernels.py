@@ -1,4 +1,5 @@
-"""Kernels the compile report must catch, and one it must pass: a provider for tests/test_compile_report.py."""
+"""Kernels the compile report must catch, and one it must pass: a provider for
+tests/benchmarks/test_compile_report.py."""
 
 import triton
 import triton.language as tl

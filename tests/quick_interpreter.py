@@ -1,7 +1,9 @@
-"""Triton's interpreter without a third of its time, by three things it makes again and again; what kernels compute is untouched.
+"""Triton's interpreter without a third of its time, by three things it makes again and again; what kernels
+compute is untouched.
 
-It prepares triton.language for every call of a device function, where once a launch does; it looks up a type's NumPy type in a table
-that it makes for the purpose; and it spells out the type of every tensor's shape.
+It prepares triton.language for every call of a device function, where once a launch does; it looks up a
+type's NumPy type in a table that it makes for the purpose; and it spells out the type of every tensor's
+shape.
 """
 
 from functools import cache

@@ -1,4 +1,5 @@
-"""How the CUDA C++ kernels become a library: for setup.py, the compile report, benchmarks.gpu and the tests. Imports nothing but Python.
+"""How the CUDA C++ kernels become a library: for setup.py, the compile report, benchmarks.gpu and the tests.
+Imports nothing but Python.
 
     hope_kernels/_hope_cuda.so   nvcc, for the architectures below, against LibTorch's stable ABI: one library serves PyTorch >= 2.11
     build/cuda/emulated-*.so     the same sources through a host compiler, for CPU tensors, where kernels are tested without a GPU
@@ -28,7 +29,8 @@ REGISTRATION = SOURCES / "registration.cpp"
 LIBRARY = ROOT / "hope_kernels" / "_hope_cuda.so"
 KEPT = ROOT / "build" / "cuda"
 ARCHITECTURES = (80, 90, 100, 120)  # code for 8.0 runs on all of 8.x; the newest also as PTX, for GPUs to come
-DEVICE_FLAGS = ("-std=c++20", "-O3", "-fmad=false")  # a fused multiply-add is one where the source says so: all kernels round alike
+# a fused multiply-add is one where the source says so: all kernels round alike
+DEVICE_FLAGS = ("-std=c++20", "-O3", "-fmad=false")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of 2.11
 
 
@@ -39,7 +41,10 @@ class BuildError(Exception):
 def nvcc() -> str | None:
     """The compiler: on PATH, or of CUDA_HOME or CUDA_PATH."""
     homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
-    return next((found for home in homes if home and (found := shutil.which("nvcc", path=os.path.join(home, "bin")))), shutil.which("nvcc"))
+    return next(
+        (found for home in homes if home and (found := shutil.which("nvcc", path=os.path.join(home, "bin")))),
+        shutil.which("nvcc")
+    )
 
 
 def host_compiler() -> str | None:
@@ -65,11 +70,14 @@ def architectures(compiler: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(arch) for arch in wanted}))
     except ValueError:
-        raise BuildError(f"HOPE_KERNELS_CUDA_ARCHS is {' '.join(wanted)!r}, expected numbers such as 80 90") from None
+        raise BuildError(
+            f"HOPE_KERNELS_CUDA_ARCHS is {' '.join(wanted)!r}, expected numbers such as 80 90"
+        ) from None
 
 
 def pytorch() -> tuple[Path, str, str | None] | None:
-    """(folder, version, version of its CUDA) of the PyTorch this interpreter would import, which is not imported; None without one."""
+    """(folder, version, version of its CUDA) of the PyTorch this interpreter would import, which is not
+    imported; None without one."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -87,30 +95,40 @@ def hash_of(paths: list[Path], *more: object) -> str:
 
 
 def build(archs: tuple[int, ...] | None = None) -> Path:
-    """Compiles the library and returns where it is kept. Raises BuildError without nvcc or PyTorch, and with what nvcc complains of."""
+    """Compiles the library and returns where it is kept. Raises BuildError without nvcc or PyTorch, and with
+    what nvcc complains of."""
     compiler = nvcc()
     if compiler is None:
         raise BuildError("nvcc was not found, neither on PATH nor in CUDA_HOME")
     archs = architectures(compiler) if archs is None else archs
-    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [
+        f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    ]
     flags = [*DEVICE_FLAGS, *code, "-DUSE_CUDA", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     link = ["--shared", "--cudart=static", "-Xlinker=--exclude-libs=ALL,-z,defs,--no-as-needed"]
     return _compiled("hope_cuda", compiler, flags, link, files(), "sm_" + " sm_".join(map(str, archs)))
 
 
 def build_emulated() -> Path:
-    """Compiles the same sources for CPU tensors and returns where the library is kept. Raises BuildError likewise."""
+    """Compiles the same sources for CPU tensors and returns where the library is kept. Raises BuildError
+    likewise."""
     compiler = host_compiler()
     if compiler is None:
         raise BuildError("needs a C++ compiler")
     # of a minute of one core for -O2's code, -Og needs half, and the tests that run on it take a sixth more
-    flags = ["-std=c++20", "-Og", "-ffp-contract=off", "-DHOPE_EMULATED", "-fPIC", "-fvisibility=hidden", "-pthread", "-x", "c++"]
-    return _compiled("emulated", compiler, flags, ["-shared", "-pthread", "-Wl,-z,defs,--no-as-needed"], files(emulated=True), "emulated")
+    flags = [
+        "-std=c++20", "-Og", "-ffp-contract=off", "-DHOPE_EMULATED", "-fPIC", "-fvisibility=hidden",
+        "-pthread", "-x", "c++"
+    ]
+    return _compiled(
+        "emulated", compiler, flags, ["-shared", "-pthread", "-Wl,-z,defs,--no-as-needed"],
+        files(emulated=True), "emulated"
+    )
 
 
 def _compiled(name: str, compiler: str, flags: list[str], link: list[str], contents: list[Path], what: str) -> Path:
-    """The library that the compiler makes of the sources and PyTorch's headers, several files at a time; kept, if nothing was different
-    the last time."""
+    """The library that the compiler makes of the sources and PyTorch's headers, several files at a time;
+    kept, if nothing was different the last time."""
     found = pytorch()
     if found is None:
         raise BuildError("PyTorch is not installed where the library is built (pip install --no-build-isolation)")
@@ -126,13 +144,20 @@ def _compiled(name: str, compiler: str, flags: list[str], link: list[str], conte
     def run(*arguments: object) -> None:
         done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
-            raise BuildError(f"{os.path.basename(command[0])} failed: {(done.stderr or done.stdout).strip()[-4000:]}")
+            raise BuildError(
+                f"{os.path.basename(command[0])} failed: {(done.stderr or done.stdout).strip()[-4000:]}"
+            )
 
     def compiled(source: Path) -> Path:  # named as seen from ROOT, since error messages quote that
-        run(*flags, STABLE_ABI, described, f"-I{folder / 'include'}", "-c", source.relative_to(ROOT), "-o", made / f"{source.stem}.o")
+        run(
+            *flags, STABLE_ABI, described, f"-I{folder / 'include'}", "-c", source.relative_to(ROOT), "-o",
+            made / f"{source.stem}.o"
+        )
         return made / f"{source.stem}.o"
 
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor(
+        min(8, os.cpu_count() or 1)
+    ) as pool:
         made = Path(scratch)
         objects = list(pool.map(compiled, [*kernels(), REGISTRATION]))
         run(*link, "-o", made / path.name, *objects, f"-L{folder / 'lib'}", "-ltorch", "-ltorch_cpu")

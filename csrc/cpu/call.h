@@ -1,7 +1,9 @@
-// What the Python side (hope_kernels/ops/titans/cpp.py) hands over: plain pointers and sizes, row-major and contiguous, fp32.
+// What the Python side (hope_kernels/ops/titans/cpp.py) hands over: plain pointers and sizes, row-major and
+// contiguous, fp32.
 //
-// B rows, T tokens, H heads of width D, N hidden units per memory. Memories come in the order memory, k, v, eta, alpha ("full" ones with
-// D outputs first, then the scalar ones): M in total, Mf full, Ms scalar. R = M N hidden rows (+ Ms skip rows) of w2.
+// B rows, T tokens, H heads of width D, N hidden units per memory. Memories come in the order memory, k, v,
+// eta, alpha ("full" ones with D outputs first, then the scalar ones): M in total, Mf full, Ms scalar. R = M
+// N hidden rows (+ Ms skip rows) of w2.
 #pragma once
 #include <cstdint>
 
@@ -37,7 +39,8 @@ struct TitansReadBackward {
 extern "C" {
 int hope_titans_abi();                               // changes whenever one of these structs does
 int hope_titans_supported();                         // 1 if this CPU can run the library
-// 0; or, before anything is written, 1 when memory runs out and 2 for arguments that do not fit each other (check.h)
+// 0; or, before anything is written, 1 when memory runs out and 2 for arguments that do not fit each other
+// (check.h)
 int hope_titans_scan(const TitansCall*);
 int hope_titans_read_backward(const TitansReadBackward*);
 }

@@ -1,5 +1,6 @@
-// What every entry point does before it follows a pointer: sizes, positions and pointers that cannot belong to one call are refused. How
-// much memory lies behind a pointer is the caller's word (hope_kernels/ops/titans/cpp.py counts it).
+// What every entry point does before it follows a pointer: sizes, positions and pointers that cannot belong
+// to one call are refused. How much memory lies behind a pointer is the caller's word
+// (hope_kernels/ops/titans/cpp.py counts it).
 #pragma once
 #include <cstdint>
 #include <initializer_list>

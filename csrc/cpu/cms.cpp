@@ -1,5 +1,5 @@
-// A CMS level between its products: the activation with its derivative from one exponential, and the norm's backward in two passes over a
-// row. fp32. A number's value depends on its own inputs, or its row's, alone.
+// A CMS level between its products: the activation with its derivative from one exponential, and the norm's
+// backward in two passes over a row. fp32. A number's value depends on its own inputs, or its row's, alone.
 
 #include <algorithm>
 #include <cmath>

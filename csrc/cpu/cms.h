@@ -1,5 +1,6 @@
-// What a CMS level does between its products (hope_kernels/ops/cms/cpp.py calls these). All fp32, contiguous; n and d are multiples of 8.
-// Each returns 0; or, before anything is written, 2 for arguments that do not fit each other (check.h).
+// What a CMS level does between its products (hope_kernels/ops/cms/cpp.py calls these). All fp32, contiguous;
+// n and d are multiples of 8. Each returns 0; or, before anything is written, 2 for arguments that do not fit
+// each other (check.h).
 #pragma once
 #include <cstdint>
 

@@ -1,6 +1,7 @@
-// What a layer does around its memories, one pass over the tokens each: the causal convolution, unit vectors, the output gate, and their
-// gradients by what flows through them. fp32, contiguous; d = H D, a multiple of 8. Bandwidth-bound, and small: a call of PyTorch for every
-// sum and product took more time than all of them here. A token's value depends on its own inputs alone, whatever lies beside it.
+// What a layer does around its memories, one pass over the tokens each: the causal convolution, unit vectors,
+// the output gate, and their gradients by what flows through them. fp32, contiguous; d = H D, a multiple of
+// 8. Bandwidth-bound, and small: a call of PyTorch for every sum and product took more time than all of them
+// here. A token's value depends on its own inputs alone, whatever lies beside it.
 
 #include <algorithm>
 #include <cmath>

@@ -1,10 +1,12 @@
-// The layer around the memories (hope_kernels/ops/cpu.py calls these). All fp32, row-major, contiguous; d = H D and D are multiples of 8.
-// Each returns 0; or, before anything is written, 1 when memory runs out and 2 for arguments that do not fit each other (check.h).
+// The layer around the memories (hope_kernels/ops/cpu.py calls these). All fp32, row-major, contiguous; d = H
+// D and D are multiples of 8. Each returns 0; or, before anything is written, 1 when memory runs out and 2
+// for arguments that do not fit each other (check.h).
 #pragma once
 #include <cstdint>
 
 extern "C" {
-// y [B, T, d]: y_t = sum_j weight[:, j] input_{t+j} over [tail, x]; zero from len[b] on. weight [d, W], tails [B, W - 1, d], x [B, T, d].
+// y [B, T, d]: y_t = sum_j weight[:, j] input_{t+j} over [tail, x]; zero from len[b] on. weight [d, W], tails
+// [B, W - 1, d], x [B, T, d].
 int hope_conv(
     int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads, const float* x, const float* tail, const float* weight, const int64_t* len, float* y,
     float* new_tail);

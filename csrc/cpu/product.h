@@ -1,6 +1,7 @@
-// Matrix products on panels. A panel holds 16 tokens: element (feature i, token j) at [i * 16 + j], so that the inner loop reads it
-// straight through. Every output is one chain of FMAs over the inner index in ascending order, whatever the tile, so a value depends on
-// neither the number of tokens beside it nor the number of threads.
+// Matrix products on panels. A panel holds 16 tokens: element (feature i, token j) at [i * 16 + j], so that
+// the inner loop reads it straight through. Every output is one chain of FMAs over the inner index in
+// ascending order, whatever the tile, so a value depends on neither the number of tokens beside it nor the
+// number of threads.
 #pragma once
 #include <algorithm>
 
@@ -47,8 +48,9 @@ HK_INLINE void panel_product(int64_t r0, int64_t r1, int64_t K, const float* A, 
   }
 }
 
-// out(r, c, acc) for rows [r0, r1) and all columns of sum over panels p of U_p [rows][16] V[16 p .., cols], tokens counted by C:
-// the update of a weight by C tokens. U element (r, token) at U + p * stride + r * 16 + token % 16; V [C, cols], rows ldv apart.
+// out(r, c, acc) for rows [r0, r1) and all columns of sum over panels p of U_p [rows][16] V[16 p .., cols],
+// tokens counted by C: the update of a weight by C tokens. U element (r, token) at U + p * stride + r * 16 +
+// token % 16; V [C, cols], rows ldv apart.
 template <int MR, int NV, class Done>
 HK_INLINE void outer_tile(int64_t r, int64_t c, int64_t C, const float* U, int64_t stride, const float* V, int64_t ldv, Done done) {
   f8 acc[MR][NV] = {};

@@ -11,7 +11,8 @@
 
 #include <immintrin.h>
 
-// A sense-reversing barrier. It spins, because stages last microseconds, and yields when a neighbour has lost its core.
+// A sense-reversing barrier. It spins, because stages last microseconds, and yields when a neighbour has lost
+// its core.
 class Barrier {
  public:
   void wait(int threads) {

@@ -2,17 +2,19 @@
 //
 // What is computed: hope_kernels/ops/titans/README.md. Without momentum the chunk's update is of rank C,
 //
-//     Kg_s = R[C,s] k_s - sum_{t>s} R[t-1,s] (k_t.k_s) eta_t Kg_t          back substitution, R[t,s] = prod_{s<j<=t} alpha_j
-//     delta2 <- R[C,0] delta2 - U^T Kg,   U_t = gain_t d_t + eta_t R[t-1,0] delta2 k_t
-//     delta1 <- R[C,0] delta1 - sum_t gain_t R[C,t] e_t a_t^T
+//     Kg_s = gamma[C,s] k_s - sum_{t>s} gamma[t-1,s] (k_t.k_s) eta_t Kg_t          back substitution, gamma[t,s] = prod_{s<j<=t} alpha_j
+//     delta2 <- gamma[C,0] delta2 - U^T Kg,   U_t = gain_t d_t + eta_t gamma[t-1,0] delta2 k_t
+//     delta1 <- gamma[C,0] delta1 - sum_t gain_t gamma[C,t] e_t a_t^T
 //
-// Schedule: stages, each a product over rows of weights that the threads of a team share out; a barrier between them. Rows are owned,
-// never sums: every number is one chain of operations whose order follows from shapes and the token's place in its chunk. So results
-// are bit-identical for any number of threads, any split of the sequence, any company in the batch.
-// Where a (row, head) is enough work for one thread and there are as many as threads, each team is one thread.
+// Schedule: stages, each a product over rows of weights that the threads of a team share out; a barrier
+// between them. Rows are owned, never sums: every number is one chain of operations whose order follows from
+// shapes and the token's place in its chunk. So results are bit-identical for any number of threads, any
+// split of the sequence, any company in the batch. Where a (row, head) is enough work for one thread and
+// there are as many as threads, each team is one thread.
 //
-// Per token and head 64 D N + 3 C D FLOPs and less; 70 D N with target norms, 80 with deviations kept beside a base as well.
-// The weights stream from L2 or L3 once per product; a tile reuses each for 16 tokens, so that the FMA units are the limit.
+// Per token and head 64 D N + 3 C D FLOPs and less; 70 D N with target norms, 80 with deviations kept beside
+// a base as well. The weights stream from L2 or L3 once per product; a tile reuses each for 16 tokens, so
+// that the FMA units are the limit.
 
 #include <cfloat>
 #include <cmath>
@@ -45,7 +47,8 @@ struct Group {  // memories [m0, m1) that commit together; full ones [f0, f1), s
   int64_t m0, m1, f0, f1, s0, s1;
 };
 
-// Sums over n rows (a multiple of 4) in four interleaved chains: a single one would wait for the latency of every addition.
+// Sums over n rows (a multiple of 4) in four interleaved chains: a single one would wait for the latency of
+// every addition.
 HK_INLINE f8 four_chains(const float* A, const float* B, int64_t n) {
   f8 s[4] = {};
   for (int64_t i = 0; i < n; i += 4)
@@ -120,12 +123,12 @@ class Scan {
   const Workspace& w;
   const Team& team;
   const int64_t D, N, M, hid, R, big, small;
-  // Two threads share the work evenly by memories: {memory, k} and {v, eta, alpha}. Then activations and errors stay with the thread
-  // that made them. Otherwise every stage is shared by rows.
+  // Two threads share the work evenly by memories: {memory, k} and {v, eta, alpha}. Then activations and
+  // errors stay with the thread that made them. Otherwise every stage is shared by rows.
   const bool by_memory;
   Head g;
   const float *w2, *w1, *w1s;
-  float *decay, *gain, *size, *weight, *eta;  // private: R[t,s] [C + 1, ld], step sizes [M, ld], and three times [ld]
+  float *decay, *gain, *size, *weight, *eta;  // private: gamma[t,s] [C + 1, ld], step sizes [M, ld], and three times [ld]
   float* x;                                   // the memories' input, a panel
   int64_t ld;
 
@@ -153,7 +156,8 @@ class Scan {
     return team.id == 0 ? Range{0, 2 * D} : Range{2 * D, b};
   }
 
-  // This thread's tokens in stages that treat tokens apart: groups of eight; with by_memory all of them, of its own tensors.
+  // This thread's tokens in stages that treat tokens apart: groups of eight; with by_memory all of them, of
+  // its own tensors.
   Range own_lanes(int64_t tokens) const { return by_memory ? Range{0, tokens} : team.share(0, panels(tokens) * PANEL, 8).within(0, tokens); }
   bool owns_k() const { return !by_memory || team.id == 0; }
   bool owns_v() const { return !by_memory || team.id == 1; }
@@ -449,7 +453,7 @@ class Scan {
     }
   }
 
-  // decay[t * ld + s] = R[t,s] for 0 <= s <= t <= C
+  // decay[t * ld + s] = gamma[t,s] for 0 <= s <= t <= C
   void products(const float* alpha, int64_t C) {
     for (int64_t t = 0; t <= C; t++) {
       for (int64_t s = 0; s < t; s++) decay[t * ld + s] = alpha[t - 1] * decay[(t - 1) * ld + s];
@@ -457,10 +461,11 @@ class Scan {
     }
   }
 
-  // R[C, t] for t = 1 .. C (tokens counted from 0: t + 1)
+  // gamma[C, t] for t = 1 .. C (tokens counted from 0: t + 1)
   float kept(int64_t C, int64_t t) const { return t + 1 == C ? 1 : decay[C * ld + t + 1]; }
 
-  // Shares of what all memories have in common. With by_memory thread 0 does it: it has a memory's activations less to compute.
+  // Shares of what all memories have in common. With by_memory thread 0 does it: it has a memory's
+  // activations less to compute.
   Range clock_share(int64_t n, int64_t unit) const {
     if (!by_memory) return team.share(0, n, unit);
     return team.id == 0 ? Range{0, n} : Range{0, 0};
@@ -481,7 +486,7 @@ class Scan {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) x[v] = all(kept(C, s)) * load(k + s * D + 8 * v);
       for (int64_t t = C - 1; c.dgd && t > s; t--) {
-        // tokens s, t from 0: R[t-1, s] of the README is decay[t, s + 1]
+        // tokens s, t from 0: gamma[t-1, s] of the README is decay[t, s + 1]
         const f8 y = all(decay[t * ld + s + 1] * w.gram[t * ld + s] * eta[t]);
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++) x[v] = fnma(y, load(keys + t * D + 8 * v), x[v]);
@@ -551,11 +556,11 @@ class Scan {
     }
   }
 
-  // w2 and its skip rows: delta2 <- R[C,0] delta2 - U^T Kg
+  // w2 and its skip rows: delta2 <- gamma[C,0] delta2 - U^T Kg
   void update_inputs(const Group& m, Range rows, int64_t C) {
     const int64_t P = panels(C);
     const float g_end = decay[C * ld];
-    float* erase = weight;  // eta_t R[t-1,0]
+    float* erase = weight;  // eta_t gamma[t-1,0]
     for (int64_t t = 0; t < C; t++) erase[t] = eta[t] * decay[t * ld];
     auto factor = [&](int64_t row, int64_t memory, const float* grad, int64_t p) {
       float *u = w.d + (p * R + row) * PANEL, *zd = w.zd + (p * R + row) * PANEL;
@@ -578,7 +583,7 @@ class Scan {
     }
   }
 
-  // w1 and w1s: delta1 <- R[C,0] delta1 - sum gain R[C,t] e a^T
+  // w1 and w1s: delta1 <- gamma[C,0] delta1 - sum gain gamma[C,t] e a^T
   void update_outputs(const Group& m, Range outs, int64_t C) {
     const int64_t P = panels(C);
     const float g_end = decay[C * ld];
@@ -678,7 +683,8 @@ void all_heads(const TitansCall& c) {
   Memory memory(floats > MOST_FLOATS ? floats : floats * works);
   std::vector<Workspace> work(works);
   for (int i = 0; i < works; i++) work[i].carve(c, memory.data + i * floats);
-  // every thread's own floats are asked for here, since an exception must not leave the parallel region; pages come as they are touched
+  // every thread's own floats are asked for here, since an exception must not leave the parallel region;
+  // pages come as they are touched
   const int64_t own = Scan::own_floats(c);
   const std::unique_ptr<float, void (*)(void*)> mine(static_cast<float*>(std::calloc(own * threads, sizeof(float))), std::free);
   if (!mine) throw std::bad_alloc();

@@ -19,7 +19,8 @@ HK_INLINE float total(f8 x) {
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
-// Denormal numbers count as zero while one of these lives: they would cost a hundred times as much, and exp2 relies on it.
+// Denormal numbers count as zero while one of these lives: they would cost a hundred times as much, and exp2
+// relies on it.
 class FlushDenormals {
  public:
   FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
@@ -29,15 +30,16 @@ class FlushDenormals {
   unsigned before_;
 };
 
-// 1 / x to an ulp or so: the hardware's 12 bits, doubled by a Newton step. A division would take as long as ten of the products around it.
-// 0 from 2^126 on, where the hardware flushes; NaN stays NaN.
+// 1 / x to an ulp or so: the hardware's 12 bits, doubled by a Newton step. A division would take as long as
+// ten of the products around it. 0 from 2^126 on, where the hardware flushes; NaN stays NaN.
 HK_INLINE f8 reciprocal(f8 x) {
   f8 r = _mm256_rcp_ps(x);
   return fma(r, fnma(x, r, all(1.0f)), r);
 }
 
-// 2^y with relative error 8e-8: a polynomial fitted on [-1/2, 1/2], its exponent moved by the rest. 0 below -126.4 (a flushed denormal), as at
-// 127.4 above it. NaN stays NaN: min and max return their second operand for it, and its low bits are zero.
+// 2^y with relative error 8e-8: a polynomial fitted on [-1/2, 1/2], its exponent moved by the rest. 0 below
+// -126.4 (a flushed denormal), as at 127.4 above it. NaN stays NaN: min and max return their second operand
+// for it, and its low bits are zero.
 HK_INLINE f8 exp2(f8 y) {
   y = _mm256_max_ps(all(-126.4f), _mm256_min_ps(all(127.4f), y));
   const f8 magic = all(12582912.0f), shifted = y + magic;  // 1.5 2^23: the nearest integer is in the low bits
@@ -62,8 +64,8 @@ HK_INLINE f8 decay_of(f8 z) {
   return exp2(z * all(-LOG2_E));
 }
 
-// Phi(z) = 1/2 + z P(z^2) / Q(z^2) on |z| <= 5.54, a fit with error 2e-8; 1 - Phi(5.54) = 1.5e-8. Exactly 0 below, where the fit's error times
-// z would grow without bound; NaN stays NaN.
+// Phi(z) = 1/2 + z P(z^2) / Q(z^2) on |z| <= 5.54, a fit with error 2e-8; 1 - Phi(5.54) = 1.5e-8. Exactly 0
+// below, where the fit's error times z would grow without bound; NaN stays NaN.
 HK_INLINE f8 normal_cdf(f8 z) {
   const f8 c = _mm256_max_ps(all(-5.54f), _mm256_min_ps(all(5.54f), z)), u = c * c;
   f8 p = all(1.10191847e-10f);
@@ -91,7 +93,8 @@ HK_INLINE f8 sigma(f8 z) {
 template <int ACT>
 HK_INLINE f8 sigma(f8 z, f8& slope) {
   if constexpr (ACT == GELU) {
-    // the density is needed anyway, and Phi(-y) = density(y) P(y) / Q(y): Mills' ratio, a fit with error 9e-9 in Phi
+    // the density is needed anyway, and Phi(-y) = density(y) P(y) / Q(y): Mills' ratio, a fit with error 9e-9
+    // in Phi
     const f8 y = _mm256_min_ps(all(20), abs(z)), density = all(0.39894228f) * exp2(z * z * all(-0.5f * LOG2_E));
     const f8 p = fma(fma(all(8.89502496e-2f), y, all(4.66484117e-1f)), y, all(1.25331416f));
     f8 q = all(3.65479940e-4f);

@@ -28,8 +28,8 @@ const char* titans_unserved(int D, int N, int C, const Device& device);
 
 Workspace titans_workspace(const TitansParams& params, int D, const Device& device);
 
-// One call: T tokens of every row are read and written. One token a row goes through the decode kernel, which has the same bits.
-// For what titans_unserved does not refuse. Null, or what CUDA complained of.
+// One call: T tokens of every row are read and written. One token a row goes through the decode kernel, which
+// has the same bits. For what titans_unserved does not refuse. Null, or what CUDA complained of.
 const char* titans_scan(TitansParams params, int D, Element element, const Device& device, void* stream);
 
 }  // namespace hope

@@ -1,7 +1,9 @@
-// What a launch of the memory's kernels is told: plain pointers and numbers, the same for nvcc and for a host compiler.
+// What a launch of the memory's kernels is told: plain pointers and numbers, the same for nvcc and for a host
+// compiler.
 //
-// B rows, T tokens, H heads of width D, N hidden units, M memories (in the order memory, k, v, eta[, alpha]), Mf = 3 of them with D outputs,
-// Ms = M - 3 with one, C tokens a chunk. T (the type): bf16 or fp16; all tensors contiguous, batch first.
+// B rows, T tokens, H heads of width D, N hidden units, M memories (in the order memory, k, v, eta[, alpha]),
+// Mf = 3 of them with D outputs, Ms = M - 3 with one, C tokens a chunk. T (the type): bf16 or fp16; all
+// tensors contiguous, batch first.
 #pragma once
 #include <cstdint>
 

@@ -1,7 +1,9 @@
-// What PyTorch sees of the kernels: three operators through LibTorch's stable ABI (2.11 and later, one library for all of them).
+// What PyTorch sees of the kernels: three operators through LibTorch's stable ABI (2.11 and later, one
+// library for all of them).
 //
-// Everything a wrong argument could turn into a wrong address is checked here; the launch itself is launch.h's. With HOPE_EMULATED a host
-// compiler builds this file and the kernels for CPU tensors, on the GPU that `emulate` describes (csrc/emulator/).
+// Everything a wrong argument could turn into a wrong address is checked here; the launch itself is
+// launch.h's. With HOPE_EMULATED a host compiler builds this file and the kernels for CPU tensors, on the GPU
+// that `emulate` describes (csrc/emulator/).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -67,7 +69,8 @@ Tensor aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(own.data_ptr()) % 16 ? torch::stable::clone(own) : own;
 }
 
-// Holds on to the tensors a launch reads or writes until it has begun, and takes what it wrote back to where it belongs.
+// Holds on to the tensors a launch reads or writes until it has begun, and takes what it wrote back to where
+// it belongs.
 class Arguments {
  public:
   const void* read(const std::optional<Tensor>& t) { return t ? kept_.emplace_back(aligned(*t)).data_ptr() : nullptr; }
@@ -223,7 +226,8 @@ STABLE_TORCH_LIBRARY(hope_kernels_cuda, m) {
   m.def("unserved(int D, int N, int C, int device) -> str");
   m.def("build() -> str");
 #ifdef HOPE_EMULATED
-  // What the next calls run on. image: the architecture of the code; resident: blocks at a time; seed: the order in which threads run; races: whether unordered accesses fail.
+  // What the next calls run on. image: the architecture of the code; resident: blocks at a time; seed: the
+  // order in which threads run; races: whether unordered accesses fail.
   m.def("emulate(int capability, int shared_bytes, int image, int seed, int resident, bool races) -> ()");
 #endif
 }

@@ -1,8 +1,10 @@
-// Everything the kernels ask of the machine, in one place: threads, barriers, tensor cores, asynchronous copies, clusters.
+// Everything the kernels ask of the machine, in one place: threads, barriers, tensor cores, asynchronous
+// copies, clusters.
 //
-// nvcc compiles the PTX below. A host compiler takes the same names from csrc/emulator/, which runs the threads of a grid as fibers, so
-// that the kernels' index maps, barriers and arithmetic are tested where there is no GPU. Kernels therefore contain no CUDA of their own:
-// no threadIdx, no __syncthreads, no intrinsic.
+// nvcc compiles the PTX below. A host compiler takes the same names from csrc/emulator/, which runs the
+// threads of a grid as fibers, so that the kernels' index maps, barriers and arithmetic are tested where
+// there is no GPU. Kernels therefore contain no CUDA of their own: no threadIdx, no __syncthreads, no
+// intrinsic.
 #pragma once
 #include <cstdint>
 
@@ -38,8 +40,8 @@ HOPE_DEVICE unsigned char* shared_memory() {  // the block's dynamic shared memo
   return hope_shared;
 }
 
-// thread_index() as something the compiler has not seen before: what follows from it is computed again where it is needed instead of being
-// kept in registers meanwhile.
+// thread_index() as something the compiler has not seen before: what follows from it is computed again where
+// it is needed instead of being kept in registers meanwhile.
 HOPE_DEVICE int thread_index_again() {
   int t;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
@@ -55,7 +57,8 @@ HOPE_DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;
 // --- exchange within a warp; all 32 lanes call ----------------------------------------------------------------------------------------
 HOPE_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 HOPE_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
-// 8 x 8 numbers of 16 bits, lane l holding (row l / 4, columns 2 (l % 4) and + 1): the transposed matrix, held likewise.
+// 8 x 8 numbers of 16 bits, lane l holding (row l / 4, columns 2 (l % 4) and + 1): the transposed matrix,
+// held likewise.
 HOPE_DEVICE uint32_t transpose8x8(uint32_t v) {
   uint32_t r;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
@@ -66,8 +69,9 @@ HOPE_DEVICE uint32_t transpose8x8(uint32_t v) {
 // Shared memory that other threads see is read and written through these two (V of 2, 4, 8 or 16 bytes, aligned to its size).
 template <class V> HOPE_DEVICE V load_shared(const V* p) { return *p; }
 template <class V> HOPE_DEVICE void store_shared(V* p, V v) { *p = v; }
-// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l gives the address of row l % 8 (16 bytes) of matrix l / 8, and r[i] is
-// matrix i as mma wants it (lane l: row l / 4, columns 2 (l % 4) and + 1); transposed: that of the transposed matrix.
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l gives the address of row l % 8 (16 bytes)
+// of matrix l / 8, and r[i] is matrix i as mma wants it (lane l: row l / 4, columns 2 (l % 4) and + 1);
+// transposed: that of the transposed matrix.
 HOPE_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -78,8 +82,8 @@ HOPE_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
 }
-// 4 bytes from global to shared memory behind the thread's back; zeros if not `valid` (then src is not read). They are there, for this
-// thread, after wait_copies(), and for others after a barrier behind that.
+// 4 bytes from global to shared memory behind the thread's back; zeros if not `valid` (then src is not read).
+// They are there, for this thread, after wait_copies(), and for others after a barrier behind that.
 HOPE_DEVICE void copy_async4(void* shared, const void* src, bool valid) {
   uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   int bytes = valid ? 4 : 0;

@@ -6,7 +6,8 @@ namespace hope {
 
 HOPE_DEVICE float sigmoid(float x) { return divide(1.f, 1.f + exp_(-x)); }
 
-// z becomes sigma(z); slope, if wanted, sigma'(z). About 10 instructions a number with gelu_tanh: one tanh gives both.
+// z becomes sigma(z); slope, if wanted, sigma'(z). About 10 instructions a number with gelu_tanh: one tanh
+// gives both.
 template <int ACT, bool SLOPE> HOPE_DEVICE void activate(float (&z)[8], float (&slope)[8]) {
   if constexpr (ACT == kGeluTanh) {
     constexpr float c = 0.7978845608028654f, b = 0.044715f;  // sqrt(2 / pi)

@@ -1,11 +1,13 @@
-// What all memories share in a chunk: products of keys, decays, and the transformed keys of the rank-C update (ops/titans/README.md):
+// What all memories share in a chunk: products of keys, decays, and the transformed keys of the rank-C update
+// (ops/titans/README.md):
 //
-//     Kg_s = R[C,s] k_s - sum_{t>s} L[t,s] Kg_t,   L[t,s] = R[t-1,s] (k_t.k_s) eta_t,   R[t,s] = prod_{s<j<=t} alpha_j
+//     Kg_s = gamma[C,s] k_s - sum_{t>s} L[t,s] Kg_t,   L[t,s] = gamma[t-1,s] (k_t.k_s) eta_t,   gamma[t,s] = prod_{s<j<=t} alpha_j
 //
-// Products of keys come from tensor cores (exact products, fp32 sums). Decays are plain products: alpha = 0 and 1e-30 need no care. The
-// solve is substitution from the last token, in fp32: a warp has 8 (D = 64) columns of Kg to itself, four lanes a column, four of a panel's
-// 16 rows a lane. Every block of a (row, head) does all of it: that is cheaper than an exchange.
-// FLOPs: C^2 D for the products (tensor cores), C^2 D for the solve (2 C^2 D / 256 FMA a thread).
+// Products of keys come from tensor cores (exact products, fp32 sums). Decays are plain products: alpha = 0
+// and 1e-30 need no care. The solve is substitution from the last token, in fp32: a warp has 8 (D = 64)
+// columns of Kg to itself, four lanes a column, four of a panel's 16 rows a lane. Every block of a (row,
+// head) does all of it: that is cheaper than an exchange. FLOPs: C^2 D for the products (tensor cores), C^2 D
+// for the solve (2 C^2 D / 256 FMA a thread).
 #pragma once
 #include "titans_shared.cuh"
 
@@ -39,7 +41,8 @@ template <int D, class T> HOPE_DEVICE void key_products(const Shared<D, T>& shar
     }
 }
 
-// L below the diagonal of dots, tail[s] = R[C,s], carry[t] = eta_t R[t-1,0], tail[C] = R[C,0]. One thread a token, one for the last two.
+// L below the diagonal of dots, tail[s] = gamma[C,s], carry[t] = eta_t gamma[t-1,0], tail[C] = gamma[C,0]. One thread a
+// token, one for the last two.
 template <int D, class T> HOPE_DEVICE void decays(const Shared<D, T>& shared, int C, bool retention, bool dgd) {
   const int thread = thread_index_again();
   if (thread < C) {

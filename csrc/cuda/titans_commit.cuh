@@ -1,23 +1,25 @@
-// Committing a chunk: everything between "the last of its C tokens has been read" and the new weights. All a block needs is in it.
+// Committing a chunk: everything between "the last of its C tokens has been read" and the new weights. All a
+// block needs is in it.
 //
 //   for every panel of 16 tokens
 //     1  a, sigma', shares of M(k); shares of M(v)          last panel: also products of keys            | barrier
 //     2  e = M(k) - target, two tokens a warp               last panel: also decays and L                | barrier
 //     3  d = sigma' (w1^T e), |a|^2, |d|^2                  last panel: also the transformed keys        | barrier
-//   4  step sizes; delta2 = R[C,0] delta2 - (eta~ d + eta R[t-1,0] delta2_0 k)^T Kg; delta1 = R[C,0] delta1 - (eta~ R[C,t] e)^T a
+//   4  step sizes; delta2 = gamma[C,0] delta2 - (eta~ d + eta gamma[t-1,0] delta2_0 k)^T Kg; delta1 = gamma[C,0] delta1 - (eta~ gamma[C,t] e)^T a
 //
-// Stage 4 needs no barrier: units are a warp's own. FLOPs a warp and panel (32 or 64 units, D = 64): 160 mma instructions of 4096.
-// fp16 ends at 6e-5 with all its digits, and a step size times a decay may be less: U and eta~ R a are multiplied by a power of two that
-// makes the largest step size about one, and so are the deviations while they are added to, which is exact.
-// Rounded to T are the operands of products only: weights, k, v, a, e, d, U = eta~ d + .., Kg, eta~ R a.
+// Stage 4 needs no barrier: units are a warp's own. FLOPs a warp and panel (32 or 64 units, D = 64): 160 mma
+// instructions of 4096. fp16 ends at 6e-5 with all its digits, and a step size times a decay may be less: U
+// and eta~ R a are multiplied by a power of two that makes the largest step size about one, and so are the
+// deviations while they are added to, which is exact. Rounded to T are the operands of products only:
+// weights, k, v, a, e, d, U = eta~ d + .., Kg, eta~ R a.
 #pragma once
 #include "titans_clock.cuh"
 #include "titans_read.cuh"
 
 namespace hope {
 
-// With shards: M(k) and M(v) of a block's warps go to the other block before they are added up, behind a barrier of the (row, head) a panel;
-// the norms, behind another one a chunk.
+// With shards: M(k) and M(v) of a block's warps go to the other block before they are added up, behind a
+// barrier of the (row, head) a panel; the norms, behind another one a chunk.
 template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
   using W = Width<D>;
   static constexpr bool kSharded = Exchange::kSharded;
@@ -94,7 +96,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     return {p.f, inverse.f};
   }
 
-  // The warp's fragments of a and d: [groups][C / 16] blocks behind those of the warps in front, of which scalar memories have twice as many.
+  // The warp's fragments of a and d: [groups][C / 16] blocks behind those of the warps in front, of which
+  // scalar memories have twice as many.
   HOPE_DEVICE Word4& fragment(const Own& own, int offset, int g, int panel) const {
     // warps in front of the scalar memories
     const int full = 3 * Exchange::kShards * shared.plan.full_warps - load_shared(&shared.call().rank) * kWarps;

@@ -1,4 +1,5 @@
-// titans_decode: one token a row. Reads every weight once, at the bandwidth of the memory, and appends the token to its chunk.
+// titans_decode: one token a row. Reads every weight once, at the bandwidth of the memory, and appends the
+// token to its chunk.
 //
 // EQUATIONS   as prefill's reads, one token. A chunk that is full now is committed by titans_prefill, launched behind this kernel for the purpose
 //             (kCommitOnly); the device alone decides, so both launches are the same for every token and can be replayed from a graph.

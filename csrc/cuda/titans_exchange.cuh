@@ -1,18 +1,21 @@
-// How the blocks of a (row, head) hand one another the tokens they have read: k, v [16, D], eta, alpha [16] of one panel; and, SHARDED, the
-// two blocks of a memory their shares of its output and norms.
+// How the blocks of a (row, head) hand one another the tokens they have read: k, v [16, D], eta, alpha [16]
+// of one panel; and, SHARDED, the two blocks of a memory their shares of its output and norms.
 //
-// kCluster: the blocks are a cluster; a number is stored into the shared memory of each of them, and one barrier of the cluster makes it
+// kCluster: the blocks are a cluster; a number is stored into the shared memory of each of them, and one
+// barrier of the cluster makes it
 //   seen. A block that has committed reads its chunk no longer; only then may others write the next chunk's tokens over it, which a second
 //   barrier says, arrived at behind the commit and waited for in front of the next writes, a whole read later.
-// kGlobal: the blocks are programs of one grid that exchange through mail in global memory, double-buffered, and a counter of arrivals. They
+// kGlobal: the blocks are programs of one grid that exchange through mail in global memory, double-buffered,
+// and a counter of arrivals. They
 //   have taken their places in order of an atomic ticket, so the blocks a block waits for have started or will: no order of scheduling
 //   deadlocks as long as the device holds one (row, head) at a time.
 // With one block to a (row, head) both are a barrier of the block. A launch that only commits exchanges nothing.
 //
-// SHARES go through the scratch in either mode (shared memory has no room for them on every device) and are read, in the order of ranks, by
-// the lanes of both blocks that have the sender's place in theirs. Three or four barriers a panel order them: a place is written again
-// behind the barrier after the one that its readers waited at. One of these barriers lies between a commit and the next tokens to arrive,
-// so begin, acquire and release have nothing left to do.
+// SHARES go through the scratch in either mode (shared memory has no room for them on every device) and are
+// read, in the order of ranks, by the lanes of both blocks that have the sender's place in theirs. Three or
+// four barriers a panel order them: a place is written again behind the barrier after the one that its
+// readers waited at. One of these barriers lies between a commit and the next tokens to arrive, so begin,
+// acquire and release have nothing left to do.
 #pragma once
 #include "titans_role.cuh"
 #include "titans_shared.cuh"
@@ -99,7 +102,8 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
     float* place = (kind == 0 ? shared.eta() : shared.alpha()) + slot + r;
     put(round, reinterpret_cast<uint32_t*>(place), kPanel * D + kind * kPanel + r, bits);
   }
-  // What all blocks have put into rows first <= r < stop of the panel is in this block's shared memory; a barrier of the block as well.
+  // What all blocks have put into rows first <= r < stop of the panel is in this block's shared memory; a
+  // barrier of the block as well.
   HOPE_DEVICE void finish(int round, int slot, int first, int stop) const {
     if constexpr (MODE == kCluster) {
       if (plan.blocks > 1) {
@@ -115,7 +119,8 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
       sync_block();
       const uint32_t* letter = mail(round);
       const int rank = load_shared(&shared.call().rank);
-      // full memories fill blocks of their own, or two a block, so a word is this block's or another's as a whole; of shards the first puts
+      // full memories fill blocks of their own, or two a block, so a word is this block's or another's as a
+      // whole; of shards the first puts
       for (int i = thread_index_again(); i < kMail; i += kThreads) {
         const bool scalar = i >= kPanel * D;
         const int kind = scalar ? (i - kPanel * D) / kPanel : i / (kPanel * D / 2);
@@ -133,8 +138,8 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
       sync_block();
     }
   }
-  // This block reads the chunk's tokens no longer. `mail` needs no such word: a block reads it before it arrives at the next round, and
-  // nobody writes the round after that before all have arrived.
+  // This block reads the chunk's tokens no longer. `mail` needs no such word: a block reads it before it
+  // arrives at the next round, and nobody writes the round after that before all have arrived.
   HOPE_DEVICE void release() const {
     if constexpr (MODE == kCluster && !SHARDED) {
       if (plan.blocks > 1) cluster_arrive();

@@ -1,9 +1,10 @@
 // A warp's share of M(x) for 16 tokens: z = w2 x, a = sigma(z), y = w1 a, over the hidden units it owns.
 //
-// Tokens are the rows of every product (m = 16), so z leaves the tensor cores as what the next product takes for its operand a: only tokens
-// come from shared memory. `Weights` says where rounded weights are: w2(g, s), units of group g by 16 positions s of D; w1(i, g),
-// 16 positions i of D by units of group g. Prefill and decode differ in it and in nothing else, which is why they have the same bits.
-// 4 D units x 16 FLOPs x 2; D / 16 ldmatrix a group.
+// Tokens are the rows of every product (m = 16), so z leaves the tensor cores as what the next product takes
+// for its operand a: only tokens come from shared memory. `Weights` says where rounded weights are: w2(g, s),
+// units of group g by 16 positions s of D; w1(i, g), 16 positions i of D by units of group g. Prefill and
+// decode differ in it and in nothing else, which is why they have the same bits. 4 D units x 16 FLOPs x 2; D
+// / 16 ldmatrix a group.
 #pragma once
 #include "titans_activation.cuh"
 #include "titans_fragments.cuh"
@@ -39,8 +40,9 @@ template <class T> HOPE_DEVICE void as_operand(uint32_t (&h)[4], const float (&z
   for (int i = 0; i < 4; ++i) h[i] = pack2<T>(z[2 * i], z[2 * i + 1]);
 }
 
-// Where a lane's four numbers of rows g, g + 8 of columns 8 j .. 8 j + 7 lie in a warp's partial output; the shift by half a line for
-// odd j keeps readers (one row, all columns) free of bank conflicts as well as writers (all rows, 8 columns).
+// Where a lane's four numbers of rows g, g + 8 of columns 8 j .. 8 j + 7 lie in a warp's partial output; the
+// shift by half a line for odd j keeps readers (one row, all columns) free of bank conflicts as well as
+// writers (all rows, 8 columns).
 HOPE_DEVICE int part_offset(int j, int lane) { return 32 * j + (lane ^ ((j & 1) << 2)); }
 
 // The share of w1 a, 64 columns at a time, to `part` (shared memory, this warp's).
@@ -66,8 +68,8 @@ HOPE_DEVICE void output_part(Float4* part, const uint32_t (&h)[Width<D>::kGroups
   }
 }
 
-// The sum of all warps' partial outputs for tokens r (x, y) and r + 8 (z, w), columns 8 j + 2 t and + 1, t = lane % 4. parts: of the
-// memory's first warp; stride: Float4 from warp to warp.
+// The sum of all warps' partial outputs for tokens r (x, y) and r + 8 (z, w), columns 8 j + 2 t and + 1, t =
+// lane % 4. parts: of the memory's first warp; stride: Float4 from warp to warp.
 HOPE_DEVICE Float4 gather(const Float4* parts, int warps, int stride, int r, int j, int lane) {
   const Float4* p = parts + part_offset(j, 4 * r + (lane & 3));
   Float4 sum = load_shared(p);
@@ -79,7 +81,8 @@ HOPE_DEVICE Float4 gather(const Float4* parts, int warps, int stride, int r, int
   return sum;
 }
 
-// A scalar memory: the weights w1 (deviation + base, fp32, shared memory) of a lane's four units of group g: w1 for z[0], z[1], z[4], z[5].
+// A scalar memory: the weights w1 (deviation + base, fp32, shared memory) of a lane's four units of group g:
+// w1 for z[0], z[1], z[4], z[5].
 HOPE_DEVICE Float4 scalar_weights(const float* delta1s, const float* base1s, int g, int lane) {
   const Float4 d = load_shared(reinterpret_cast<const Float4*>(delta1s + 16 * g) + (lane & 3));
   const Float4 b = load_shared(reinterpret_cast<const Float4*>(base1s + 16 * g) + (lane & 3));

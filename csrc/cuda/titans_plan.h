@@ -1,16 +1,19 @@
-// Who owns what, and where it lies: the plan of a (row, head), the same for every kernel of the memory. Host arithmetic only.
+// Who owns what, and where it lies: the plan of a (row, head), the same for every kernel of the memory. Host
+// arithmetic only.
 //
-// A WARP OWNS HIDDEN UNITS. A warp keeps 4096 fp32 deviations in registers, 128 a thread: of a memory with D outputs 2048 / D hidden units,
-// their rows of delta2 and columns of delta1; of a scalar memory (eta, alpha) 4096 / D units, their rows of delta2 (their delta1, one number
-// a unit, lies in shared memory). Whatever concerns a unit stays in its warp: z, a, d, the update. What crosses warps is a memory's output,
-// summed over its warps, and the tokens.
+// A WARP OWNS HIDDEN UNITS. A warp keeps 4096 fp32 deviations in registers, 128 a thread: of a memory with D
+// outputs 2048 / D hidden units, their rows of delta2 and columns of delta1; of a scalar memory (eta, alpha)
+// 4096 / D units, their rows of delta2 (their delta1, one number a unit, lies in shared memory). Whatever
+// concerns a unit stays in its warp: z, a, d, the update. What crosses warps is a memory's output, summed
+// over its warps, and the tokens.
 //
 //   D = 64:  N = 64 -> 8 warps, one block     128 -> 16 warps, 2 blocks     256 -> 32 warps, 4 blocks: memory | k | v | eta, alpha
 //   D = 128: N = 128 -> 32 warps, 4 blocks     256 -> 64 warps, 8 blocks: memory, memory | k, k | v, v | eta | alpha
 //
-// Registers cannot hold more, so a block is 8 warps and a multiprocessor holds one block. Blocks of a (row, head) exchange k, v, eta, alpha
-// of 16 tokens at a time, nothing else. SHARDED: of a memory with two blocks each has half of the hidden units. These also exchange their
-// shares of its output and of the norms of a and d, and add the lower rank's to the higher one's; what follows from the sums both compute.
+// Registers cannot hold more, so a block is 8 warps and a multiprocessor holds one block. Blocks of a (row,
+// head) exchange k, v, eta, alpha of 16 tokens at a time, nothing else. SHARDED: of a memory with two blocks
+// each has half of the hidden units. These also exchange their shares of its output and of the norms of a and
+// d, and add the lower rank's to the higher one's; what follows from the sums both compute.
 #pragma once
 #include "launch.h"
 
@@ -20,7 +23,8 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kPanel = 16;  // tokens on one side of a tensor-core instruction
 constexpr int kCommitOnly = 1 << 16;  // a flag beside those of params.h: tokens were read and appended before, commit what is full
 
-// Which of prefill's kernels have a body in code for an architecture (10 * major + minor): the others would only take time to compile.
+// Which of prefill's kernels have a body in code for an architecture (10 * major + minor): the others would
+// only take time to compile.
 constexpr bool in_clusters(int arch) { return arch >= 90; }                    // else blocks exchange through global memory
 constexpr bool may_be_on_chip(int arch) { return arch < 120; }                 // there may be room for rounded weights in shared memory,
 constexpr bool may_be_off_chip(int arch) { return arch < 90 || arch >= 120; }  // or there may be none
@@ -49,15 +53,15 @@ struct Plan {
   int e;                    // [memories here][C][kRow] T
   int eta, alpha;           // [C] fp32
   int dots;                 // [C][C + 1] fp32   k_s.k_t for s <= t; below the diagonal L[t][s]
-  int carry, tail;          // [C] fp32          eta_t R[t-1,0]; R[C,t];  tail[C] is R[C,0]
+  int carry, tail;          // [C] fp32          eta_t gamma[t-1,0]; gamma[C,t];  tail[C] is gamma[C,0]
   int e2, es;               // [8][C] fp32       by the memory's first warp here
   int norms;                // [8][2][C] fp32    |a|^2 and |d|^2 over a warp's units
   int steps;                // [8][C] fp32       a warp's own copy of eta~
   int sums;                 // [8][2][16] fp32   a scalar warp's partial outputs
   int delta1s, base1s;      // [8][kScalarUnits] fp32
   int parts;                // [8 + 0 or full warps][16 x D] fp32: M(k) of every warp, then M(v); a scalar memory's warps keep sigma' there
-  // A lane's own data, in the order of its fragments, 512 bytes a warp's 16 x 16 block. In shared memory, or (negative: -1 - offset) in the
-  // block's part of the scratch, where L2 holds it:
+  // A lane's own data, in the order of its fragments, 512 bytes a warp's 16 x 16 block. In shared memory, or
+  // (negative: -1 - offset) in the block's part of the scratch, where L2 holds it:
   int weights;              // [8][16] blocks    base + deviation, rounded to T
   int a, d;                 // [units / 16][C / 16] blocks
   int at_k;                 // [8][8 / full_warps][D / 64]  M(k), while M(v) has the one buffer

@@ -39,7 +39,8 @@ template <int D, class T, class Exchange> struct PrefillSink {
   }
 };
 
-// The open chunk's slots first <= s < stop, from the pending tensors to shared memory, or back (this block's row of them).
+// The open chunk's slots first <= s < stop, from the pending tensors to shared memory, or back (this block's
+// row of them).
 template <int D, class T, bool LOAD>
 HOPE_DEVICE void move_pending(const TitansParams& p, const Shared<D, T>& shared, int64_t b, int h, int first, int stop) {
   for (int i = thread_index() + first * (D / 2); i < stop * (D / 2); i += kThreads) {
@@ -102,7 +103,8 @@ template <class Exchange> struct SumOfShares {
   }
 };
 
-// Behind the barrier after read_shares: results to where they belong, and the warp moves on. Of shards the first has the results.
+// Behind the barrier after read_shares: results to where they belong, and the warp moves on. Of shards the
+// first has the results.
 template <int D, class T, class Exchange>
 HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared, const Exchange& exchange) {
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
@@ -278,7 +280,8 @@ constexpr bool kInClusters = in_clusters(__CUDA_ARCH__ / 10);
 constexpr bool kMayBeOnChip = may_be_on_chip(__CUDA_ARCH__ / 10), kMayBeOffChip = may_be_off_chip(__CUDA_ARCH__ / 10);
 #endif
 
-// T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory. SHARDED: plan.shards is 2.
+// T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory. SHARDED:
+// plan.shards is 2.
 template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
 HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__

@@ -1,5 +1,6 @@
-// Reading 16 tokens: o from M_memory (q), k, v, eta, alpha from the others (x'). Two stages with a barrier between them: every warp its
-// share of its memory's output, then the memory's warps two tokens each (r and r + 8): sum, skip connection, norm.
+// Reading 16 tokens: o from M_memory (q), k, v, eta, alpha from the others (x'). Two stages with a barrier
+// between them: every warp its share of its memory's output, then the memory's warps two tokens each (r and r
+// + 8): sum, skip connection, norm.
 #pragma once
 #include "titans_forward.cuh"
 #include "titans_role.cuh"
@@ -7,8 +8,8 @@
 
 namespace hope {
 
-// Copies rows first <= r < stop of a panel, two numbers at a time; row 0 would lie at `from`. Other rows become zero.
-// threads: of the block, all of which call.
+// Copies rows first <= r < stop of a panel, two numbers at a time; row 0 would lie at `from`. Other rows
+// become zero. threads: of the block, all of which call.
 template <int D, class T> HOPE_DEVICE void fetch_panel(T* tile, const T* from, int64_t stride, int first, int stop, int threads) {
   for (int i = thread_index_again(); i < kPanel * D / 2; i += threads) {
     const int r = i / (D / 2), index = 2 * (i % (D / 2));
@@ -74,7 +75,8 @@ struct Gathered {
   }
 };
 
-// Stage 2: sink.pair(memory, r, position, two numbers of T) and sink.scalar(memory, r, number) for the rows first <= r < stop that are read.
+// Stage 2: sink.pair(memory, r, position, two numbers of T) and sink.scalar(memory, r, number) for the rows
+// first <= r < stop that are read.
 template <int D, class T, class Sink, class Outputs = Gathered>
 HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T>& shared, const Role& role, const T* tile, int h,
                               int first, int stop, int lane, Sink& sink, const Outputs& outputs = {}) {

@@ -1,4 +1,5 @@
-// A block's shared memory by name (titans_plan.h says what lies where), and a lane's own data wherever the plan has put it.
+// A block's shared memory by name (titans_plan.h says what lies where), and a lane's own data wherever the
+// plan has put it.
 #pragma once
 #include "titans_fragments.cuh"
 #include "titans_role.cuh"
@@ -36,7 +37,8 @@ template <int D, class T> struct Shared {
   }
 };
 
-// Data that no other lane ever sees: plain loads and stores, in shared memory or, where that is full, in the block's part of the scratch.
+// Data that no other lane ever sees: plain loads and stores, in shared memory or, where that is full, in the
+// block's part of the scratch.
 struct Own {
   const TitansParams& p;
   const Plan& plan;

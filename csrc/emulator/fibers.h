@@ -22,7 +22,8 @@ namespace hope::emulator {
 constexpr size_t kStackBytes = 256 << 10;  // reserved; only touched pages are backed by memory
 constexpr size_t kGuardBytes = 64 << 10;   // the largest page there is
 
-// Stacks with a guard below each, so that an overflow stops the program instead of changing a neighbour. Kept for reuse.
+// Stacks with a guard below each, so that an overflow stops the program instead of changing a neighbour. Kept
+// for reuse.
 class Stacks {
  public:
   ~Stacks() {
@@ -120,8 +121,8 @@ constexpr int kSavedWords = 20, kEntryWord = 11;
 
 class Fiber {
  public:
-  // Runs entry(), which must never return, at the first switch to it. `stack` of kStackBytes; `offset` (a multiple of 64) spreads the
-  // fibers' hot ends over the sets of the cache.
+  // Runs entry(), which must never return, at the first switch to it. `stack` of kStackBytes; `offset` (a
+  // multiple of 64) spreads the fibers' hot ends over the sets of the cache.
   void start(unsigned char* stack, size_t offset, void (*entry)()) {
     void** top = reinterpret_cast<void**>(stack + kStackBytes - offset) - kSavedWords;
     for (int i = 0; i < kSavedWords; ++i) top[i] = nullptr;

@@ -1,4 +1,5 @@
-// A grid of threads on one host thread: fibers, who runs next, barriers, shared memory. simt.h puts the kernels' names on top.
+// A grid of threads on one host thread: fibers, who runs next, barriers, shared memory. simt.h puts the
+// kernels' names on top.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -116,7 +117,8 @@ class Grid {
 
   [[noreturn]] void fail(const std::string& what) { throw std::runtime_error(now ? name_of(*now) + ": " + what : what); }
 
-  // All 32 lanes deposit `arguments`; the last to arrive calls work(warp), and all go on if that says so; else when the warp is released.
+  // All 32 lanes deposit `arguments`; the last to arrive calls work(warp), and all go on if that says so;
+  // else when the warp is released.
   template <class Work> void gather(const char* kind, void* arguments, Place place, Work work) {
     Warp& w = warp();
     if (w.ended) fail(std::string(kind) + " at " + place.text() + ", but " + std::to_string(w.ended) + " lanes of its warp have ended");
@@ -169,8 +171,8 @@ class Grid {
     });
   }
 
-  // A phase of a cluster's barrier is over when every warp that has not ended has arrived. Phases alternate between two barriers: whoever
-  // arrives at the next but one knows that all have waited for this one.
+  // A phase of a cluster's barrier is over when every warp that has not ended has arrived. Phases alternate
+  // between two barriers: whoever arrives at the next but one knows that all have waited for this one.
   void cluster_arrive(Place place) {
     gather("cluster_arrive", nullptr, place, [this](Warp& w) {
       if (w.cluster_arrived) fail("cluster_arrive at " + w.place.text() + ", twice without cluster_wait");
@@ -588,7 +590,8 @@ inline void Grid::run(int blocks, int threads_, int cluster_, size_t shared_byte
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
-// Runs kernel() on every thread of a grid. Throws std::runtime_error for what a device would hang on, answer with garbage or trap.
+// Runs kernel() on every thread of a grid. Throws std::runtime_error for what a device would hang on, answer
+// with garbage or trap.
 inline void launch(int blocks, int threads, int cluster, size_t shared_bytes, const std::function<void()>& kernel) {
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);

@@ -48,7 +48,8 @@ inline float fp16_value(uint32_t h) {
   return float_of(sign | ((a << 13) + 0x38000000u));
 }
 
-// c[16][8] += a[16][16] b[16][8]: for every k in order, product and sum in fp32 (products of 8 or 11 bits are exact in its range).
+// c[16][8] += a[16][16] b[16][8]: for every k in order, product and sum in fp32 (products of 8 or 11 bits are
+// exact in its range).
 inline void product_16x8x16(float (&c)[16][8], const float (&a)[16][16], const float (&b)[16][8]) {
   typedef float Four __attribute__((vector_size(16)));
   Four rows[16][2];

@@ -1,11 +1,14 @@
 // Races on shared memory, found by what is ordered before what, not by what happened to come first.
 //
-// CLOCKS. Every thread has a clock, every access is stamped with it. sync_warp and every barrier put the clocks of a warp's lanes to one
-// common, larger value, and only there do lanes learn of each other (shuffles and mma order no memory accesses). So what a thread knows of
-// the others is one number per warp of its cluster: all accesses stamped below it are ordered before its own. Releases through global
-// memory are a single thread's and come on top: few, a list. A release advances the thread's clock: what follows is not released.
+// CLOCKS. Every thread has a clock, every access is stamped with it. sync_warp and every barrier put the
+// clocks of a warp's lanes to one common, larger value, and only there do lanes learn of each other (shuffles
+// and mma order no memory accesses). So what a thread knows of the others is one number per warp of its
+// cluster: all accesses stamped below it are ordered before its own. Releases through global memory are a
+// single thread's and come on top: few, a list. A release advances the thread's clock: what follows is not
+// released.
 //
-// SHADOW. For every 2 bytes of shared memory: the last write's thread and stamp, and per warp of the block the last reads' stamp and lanes.
+// SHADOW. For every 2 bytes of shared memory: the last write's thread and stamp, and per warp of the block
+// the last reads' stamp and lanes.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -52,7 +55,8 @@ struct Knowledge {
   }
 };
 
-// Who accesses: a thread of the cluster, its clock and what it knows (its warp's, and what it alone has acquired since).
+// Who accesses: a thread of the cluster, its clock and what it knows (its warp's, and what it alone has
+// acquired since).
 struct Accessor {
   uint32_t thread, clock;
   const Knowledge *warp, *own;

@@ -1,9 +1,11 @@
-// The names of cuda/simt.cuh on a host: a kernel runs with its threads as fibers (grid.h), the rest is plain arithmetic.
+// The names of cuda/simt.cuh on a host: a kernel runs with its threads as fibers (grid.h), the rest is plain
+// arithmetic.
 //
 // A kernel's main includes the kernel and calls
 //     hope::emulator::options().seed = 7;                                      // and resident, races: grid.h
 //     hope::emulator::launch(blocks, threads, cluster, shared_bytes, [&] { hope::some_kernel(params); });
-// which throws std::runtime_error on a race, a deadlock, an address outside shared memory or lanes that go different ways.
+// which throws std::runtime_error on a race, a deadlock, an address outside shared memory or lanes that go
+// different ways.
 //
 // The kernels' functions take where they were called from as two further arguments nobody writes.
 #pragma once

@@ -1,4 +1,5 @@
-"""Drop-in replacements for other packages' classes: their names, checkpoints and per-call semantics on this engine."""
+"""Drop-in replacements for other packages' classes: their names, checkpoints and per-call semantics on this
+engine."""
 
 from . import nested_learning
 

@@ -1,16 +1,19 @@
-"""The class ``SelfModifyingTitans`` of the PyPI package nested-learning 0.2.0, on the closed-form chunk updates of this package.
+"""The class ``SelfModifyingTitans`` of the PyPI package nested-learning 0.2.0, on the closed-form chunk
+updates of this package.
 
     from hope_kernels.compat.nested_learning import SelfModifyingTitans, SelfModifyingTitansConfig
 
-Same configuration, methods, state fields and state_dict keys; code and checkpoints of that package run by changing the import. Its per-call
-semantics are kept too: every call pads the convolution with zeros, counts chunks from its own first token and flushes the open chunk at its
-end, so here one call and two calls differ. ``hope_kernels.SelfModifyingTitans`` is the layer whose calls may be split anywhere.
+Same configuration, methods, state fields and state_dict keys; code and checkpoints of that package run by
+changing the import. Its per-call semantics are kept too: every call pads the convolution with zeros, counts
+chunks from its own first token and flushes the open chunk at its end, so here one call and two calls differ.
+``hope_kernels.SelfModifyingTitans`` is the layer whose calls may be split anywhere.
 
-Writes: w <- w (alpha I - eta k k^T) - eta g for w2 and w_skip, w1 <- alpha w1 - eta g, g the gradient of |M(k) - M(v)|^2 (or -M(k).M(v)) at
-the chunk's start, or its momentum m <- momentum m + g. Source: Nested Learning eq 83-93.
+Writes: w <- w (alpha I - eta k k^T) - eta g for w2 and w_skip, w1 <- alpha w1 - eta g, g the gradient of
+|M(k) - M(v)|^2 (or -M(k).M(v)) at the chunk's start, or its momentum m <- momentum m + g. Source: Nested
+Learning eq 83-93.
 
-In bf16 and fp16, and under autocast, a call computes in fp32 and rounds its outputs and the state once, at its end; the package rounds
-every token's step.
+In bf16 and fp16, and under autocast, a call computes in fp32 and rounds its outputs and the state once, at
+its end; the package rounds every token's step.
 """
 
 from __future__ import annotations
@@ -24,15 +27,17 @@ from torch import Tensor, nn
 from ..config import TitansConfig
 from ..layers.wrapped import effective_weight, is_hooked, placement, write_weight
 from ..ops.check import check_tensor
-from ..ops.titans.fast_weights import FastWeights, Layout, master_dtype
-from ..ops.titans.memory import clock_terms, products, read, write
+from ..ops.titans.commit import clock_terms, products, write
+from ..ops.titans.evaluate import read
+from ..ops.titans.state import FastWeights, Layout, master_dtype
 
 NAMES = ("k", "v", "q", "eta", "alpha", "memory")
 
 
 @dataclass(frozen=True)
 class SelfModifyingTitansConfig:
-    """Fields, defaults and ranges of the package's class; ValueError outside them. Sizes may be floats and are truncated."""
+    """Fields, defaults and ranges of the package's class; ValueError outside them. Sizes may be floats and
+    are truncated."""
 
     dim: int
     eta_scale: float = 1e-3
@@ -59,21 +64,25 @@ class SelfModifyingTitansConfig:
         if self.objective not in ("l2", "dot"):
             raise ValueError(f"SelfModifyingTitansConfig: objective is {self.objective!r}, expected 'l2' or 'dot'")
         if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"SelfModifyingTitansConfig: momentum is {self.momentum!r}, expected a float in [0, 1)")
+            raise ValueError(
+                f"SelfModifyingTitansConfig: momentum is {self.momentum!r}, expected a float in [0, 1)"
+            )
 
     def engine(self) -> TitansConfig:
         """The same rule in this package's terms; chunks are counted by the class here."""
         return TitansConfig.preset(
-            "nested_learning", d_model=self.dim, objective=self.objective, dgd=bool(self.use_rank1_precond), retention=bool(self.use_alpha),
-            momentum=float(self.momentum) or None, qk_l2norm=bool(self.qk_l2_norm), adaptive_q=bool(self.adaptive_q),
+            "nested_learning", d_model=self.dim, objective=self.objective, dgd=bool(self.use_rank1_precond),
+            retention=bool(self.use_alpha),
+            momentum=float(self.momentum) or None, qk_l2norm=bool(self.qk_l2_norm),
+            adaptive_q=bool(self.adaptive_q),
             scalar_skip=bool(self.use_skip) and self.dim > 1, eta_scale=float(self.eta_scale), conv_window=None,
         )
 
 
 @dataclass
 class ResidualMLPMemoryState:
-    """One memory: w1 [out, N], w2 [N, dim], w_skip [1, dim] or None, and their momentum (None before its first use); with a leading
-    batch dimension once a batch has been read."""
+    """One memory: w1 [out, N], w2 [N, dim], w_skip [1, dim] or None, and their momentum (None before its
+    first use); with a leading batch dimension once a batch has been read."""
 
     w1: Tensor
     w2: Tensor
@@ -83,7 +92,9 @@ class ResidualMLPMemoryState:
     m_w_skip: Tensor | None = None
 
     def map(self, fn) -> ResidualMLPMemoryState:
-        return ResidualMLPMemoryState(**{f.name: None if (t := getattr(self, f.name)) is None else fn(t) for f in fields(self)})
+        return ResidualMLPMemoryState(
+            **{f.name: None if (t := getattr(self, f.name)) is None else fn(t) for f in fields(self)}
+        )
 
     def clone(self) -> ResidualMLPMemoryState:
         return self.map(lambda t: t.detach().clone())
@@ -119,7 +130,9 @@ class ResidualMLPMemory(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """w1, w2 and w_skip, as adapters and parametrizations of the Linears have them."""
-        return tuple([None if m is None else effective_weight(m, self.dim) for m in (self.w1, self.w2, self.w_skip)])
+        return tuple(
+            [None if m is None else effective_weight(m, self.dim) for m in (self.w1, self.w2, self.w_skip)]
+        )
 
 
 def _evaluate(x: Tensor, w1: Tensor, w2: Tensor, w_skip: Tensor | None) -> Tensor:
@@ -150,14 +163,16 @@ class SelfModifyingTitans(nn.Module):
         return SelfModifyingTitansState(**{name: start(getattr(self, f"m_{name}")) for name in NAMES})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reads x [B, T, dim] with the initial weights; differentiable, nothing is written. Without a convolution x is [..., dim]."""
+        """Reads x [B, T, dim] with the initial weights; differentiable, nothing is written. Without a
+        convolution x is [..., dim]."""
         if self.local_conv is not None:
             self._check(x)
         x = self._convolved(x)
         return self.m_memory(self._unit(self.m_q(x) if self.config.adaptive_q else self.w_q(x)))
 
     def forward_with_state(self, x: Tensor, state: SelfModifyingTitansState) -> Tensor:
-        """Reads x [B, T, dim] with the state's weights. Gradients reach x and, straight through the state, the initial weights."""
+        """Reads x [B, T, dim] with the state's weights. Gradients reach x and, straight through the state,
+        the initial weights."""
         self._check(x)
         state = self._batched(state, x.shape[0])
         x = self._convolved(x)
@@ -177,17 +192,22 @@ class SelfModifyingTitans(nn.Module):
 
     @torch.no_grad()
     def forward_with_updates(
-        self, x: Tensor, state: SelfModifyingTitansState, *, chunk_size_other: int | None = None, chunk_size_memory: int | None = None,
+        self, x: Tensor, state: SelfModifyingTitansState, *, chunk_size_other: int | None = None,
+        chunk_size_memory: int | None = None,
     ) -> tuple[Tensor, SelfModifyingTitansState]:
-        """Reads and writes x [B, T, dim]: (outputs, state). A batched state is advanced in place; an unbatched one is expanded first.
+        """Reads and writes x [B, T, dim]: (outputs, state). A batched state is advanced in place; an
+        unbatched one is expanded first.
 
-        Chunk sizes override the configuration's and need not divide each other. Raises ValueError for shapes, dtypes and sizes.
+        Chunk sizes override the configuration's and need not divide each other. Raises ValueError for shapes,
+        dtypes and sizes.
         """
         self._check(x, None if torch.is_autocast_enabled(x.device.type) else placement(self.w_q).dtype)
         other = int(self.config.chunk_size_other if chunk_size_other is None else chunk_size_other)
         memory = int(self.config.chunk_size_memory if chunk_size_memory is None else chunk_size_memory)
         if other <= 0 or memory <= 0:
-            raise ValueError(f"forward_with_updates: chunk sizes are {other} and {memory}, expected positive integers")
+            raise ValueError(
+                f"forward_with_updates: chunk sizes are {other} and {memory}, expected positive integers"
+            )
         state = self._batched(state, x.shape[0])
         x = self._convolved(x)
         q = None if self.config.adaptive_q else self._unit(self.w_q(x))
@@ -195,9 +215,12 @@ class SelfModifyingTitans(nn.Module):
             return _Call(self, x, q, state, other, memory).run(), state
 
     @torch.no_grad()
-    def apply_updates_inplace(self, x: Tensor, *, chunk_size_other: int | None = None, chunk_size_memory: int | None = None) -> None:
-        """Reads x from the initial weights and makes what was learned, averaged over the batch, the new initial weights. Raises ValueError,
-        and changes none, where adapters or a parametrization stand between a Linear's parameters and its weight."""
+    def apply_updates_inplace(
+        self, x: Tensor, *, chunk_size_other: int | None = None, chunk_size_memory: int | None = None
+    ) -> None:
+        """Reads x from the initial weights and makes what was learned, averaged over the batch, the new
+        initial weights. Raises ValueError, and changes none, where adapters or a parametrization stand
+        between a Linear's parameters and its weight."""
         _, state = self.forward_with_updates(
             x, self.init_fast_state(), chunk_size_other=chunk_size_other, chunk_size_memory=chunk_size_memory
         )
@@ -212,7 +235,9 @@ class SelfModifyingTitans(nn.Module):
         for keep in (False, True):  # all are asked before the first one is changed
             for where, linear, value in found:
                 if is_hooked(linear):
-                    raise ValueError(f"apply_updates_inplace: {where} has hooks, expected a Linear that is its weight")
+                    raise ValueError(
+                        f"apply_updates_inplace: {where} has hooks, expected a Linear that is its weight"
+                    )
                 write_weight(f"apply_updates_inplace: {where}", linear, "weight", value, keep)
 
     def _check(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -234,12 +259,17 @@ class SelfModifyingTitans(nn.Module):
                                  f"but the layer's m_{name} has {'one' if own else 'none'}")
         if state.k.w1.dim() == 2:
             return SelfModifyingTitansState(**{
-                name: getattr(state, name).map(lambda t: t.detach().expand(batch, *t.shape).clone()) for name in NAMES
+                name: getattr(state, name).map(lambda t: t.detach().expand(batch, *t.shape).clone())
+                for name in NAMES
             })
         if state.k.w1.dim() != 3:
-            raise ValueError(f"SelfModifyingTitans: argument state has weights of {state.k.w1.dim()} dimensions, expected 2 or 3")
+            raise ValueError(
+                f"SelfModifyingTitans: argument state has weights of {state.k.w1.dim()} dimensions, expected 2 or 3"
+            )
         if state.k.w1.shape[0] != batch:
-            raise ValueError(f"SelfModifyingTitans: argument state has {state.k.w1.shape[0]} rows, expected {batch}")
+            raise ValueError(
+                f"SelfModifyingTitans: argument state has {state.k.w1.shape[0]} rows, expected {batch}"
+            )
         return state
 
 
@@ -252,7 +282,9 @@ def _layout(config: TitansConfig, names: tuple[str, ...], dim: int) -> Layout:
 class _Group:
     """Memories that share a clock, stacked in the master dtype for the length of a call."""
 
-    def __init__(self, config: TitansConfig, layout: Layout, state: SelfModifyingTitansState, chunk: int, dtype: torch.dtype):
+    def __init__(
+        self, config: TitansConfig, layout: Layout, state: SelfModifyingTitansState, chunk: int, dtype: torch.dtype
+    ):
         self.config, self.layout, self.state, self.chunk, self.dtype = config, layout, state, chunk, dtype
         self.w = self._stack("")
         self.s = None if config.momentum is None else self._stack("m_")
@@ -288,19 +320,26 @@ class _Group:
         if not constant_targets:
             return self._commit_both_sides(k, v, eta, alpha, beta)
         clock = clock_terms(self.config, k, eta, alpha, beta, eta_outside=True)
-        self.w, self.s = write(self.config, self.layout, self.w, self.w, self.s, clock, v, self.dtype, in_place=True)
+        self.w, self.s = write(
+            self.config, self.layout, self.w, self.w, self.s, clock, v, self.dtype, in_place=True
+        )
 
-    def _commit_both_sides(self, k: Tensor, v: Tensor, eta: Tensor, alpha: Tensor | None, beta: Tensor | None) -> None:
+    def _commit_both_sides(
+        self, k: Tensor, v: Tensor, eta: Tensor, alpha: Tensor | None, beta: Tensor | None
+    ) -> None:
         """The write whose gradient passes through the target M(v) too. k, v [B, C, dim]; eta, alpha, beta [B, C].
 
-        A token's gradient is e a(k)^T + f a(v)^T at w1 and d k^T + h v^T at w2 and w_skip: 2C outer products under C decays. With the
-        letters of ``memory`` and the step inside D, the keys k and v of those products meet the later tokens' erasure as
+        A token's gradient is e a(k)^T + f a(v)^T at w1 and d k^T + h v^T at w2 and w_skip: 2C outer products
+        under C decays. With the letters of ``memory`` and the step inside D, the keys k and v of those
+        products meet the later tokens' erasure as
 
-            Yg = diag(D[C,.]) Y - W^T X        W[t,s] = D[t-1,s] k_t.y_s   for s < t,   y = k or v
+            Yg = diag(A[C,.]) Y - W^T X        W[t,s] = A[t-1,s] k_t.y_s   for s < t,   y = k or v
         """
         C, l2 = k.shape[1], self.config.objective == "l2"
         R = products(torch.ones_like(eta) if alpha is None else alpha)
-        D, gamma, y, momentum = R[:, :, 1:] * eta.unsqueeze(1), R[:, C:, :1], torch.cat([k, v], 1), self.s is not None
+        D, gamma, y, momentum = R[:, :, 1:] * eta.unsqueeze(1), R[
+            :, C:, :1
+        ], torch.cat([k, v], 1), self.s is not None
         if momentum:
             B = products(beta)
             B_end, tail = B[:, C:, :1], B[:, C, 1:].repeat(1, 2).unsqueeze(1)
@@ -309,9 +348,13 @@ class _Group:
         step = D[:, C:].repeat(1, 1, 2)
         y_g = step.mT * y
         if self.config.dgd:
-            gram = (k @ y.mT).unflatten(-1, (2, C)) * torch.ones(C, C, dtype=k.dtype, device=k.device).tril(-1).unsqueeze(1)
+            gram = (k @ y.mT).unflatten(-1, (2, C)) * torch.ones(
+                C, C, dtype=k.dtype, device=k.device
+            ).tril(-1).unsqueeze(1)
             L = R[:, :C, 1:] * gram[:, :, 0] * eta.unsqueeze(1)
-            X = torch.linalg.solve_triangular(L.mT, (eta * R[:, C, 1:]).unsqueeze(-1) * k, upper=True, unitriangular=True)
+            X = torch.linalg.solve_triangular(
+                L.mT, (eta * R[:, C, 1:]).unsqueeze(-1) * k, upper=True, unitriangular=True
+            )
             y_g = y_g - (gram * D[:, :C].unsqueeze(2)).flatten(2).mT @ X
         for name in self.layout.names:
             w = self.layout.views(self.w, name)
@@ -337,14 +380,20 @@ class _Group:
 
 
 class _Call:
-    """One forward_with_updates over the convolved x [B, T, dim] and the static q [B, T, dim], or None with adaptive_q."""
+    """One forward_with_updates over the convolved x [B, T, dim] and the static q [B, T, dim], or None with
+    adaptive_q."""
 
-    def __init__(self, layer: SelfModifyingTitans, x: Tensor, q: Tensor | None, state: SelfModifyingTitansState, other: int, memory: int):
+    def __init__(
+        self, layer: SelfModifyingTitans, x: Tensor, q: Tensor | None, state: SelfModifyingTitansState,
+        other: int, memory: int
+    ):
         self.layer, self.config, self.out_dtype = layer, layer.config.engine(), x.dtype if q is None else q.dtype
         dtype = master_dtype(state.memory.w1.dtype)
         self.x, self.q = x.to(dtype), None if q is None else q.to(dtype)
         names = self.config.memories
-        whole, *self.layouts = (_layout(self.config, part, layer.config.dim) for part in (names, names[:1], names[1:]))
+        whole, *self.layouts = (
+            _layout(self.config, part, layer.config.dim) for part in (names, names[:1], names[1:])
+        )
         spans = [(whole, other)] if other == memory else [(self.layouts[0], memory), (self.layouts[1], other)]
         self.groups = [_Group(self.config, layout, state, chunk, dtype) for layout, chunk in spans]
 
@@ -353,7 +402,8 @@ class _Call:
         return (first.w, self.groups[1].w) if len(self.groups) > 1 else first.layout.split(first.w)
 
     def _read(self, a: int, b: int) -> Tensor:
-        """Reads tokens a..b-1 with the weights in force and queues what they will write; returns o [B, b-a, dim]."""
+        """Reads tokens a..b-1 with the weights in force and queues what they will write; returns o [B, b-a,
+        dim]."""
         c, layer, x = self.config, self.layer, self.x[:, a:b]
         memory_w, other_w = self._weights()
         out = read(x.mT, other_w, self.layouts[1], c.activation, x.dtype)

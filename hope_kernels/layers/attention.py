@@ -1,4 +1,5 @@
-"""Causal softmax attention with a key-value cache that obeys the same streaming contract as the memories: RoPE, grouped heads, window."""
+"""Causal softmax attention with a key-value cache that obeys the same streaming contract as the memories:
+RoPE, grouped heads, window."""
 
 from __future__ import annotations
 
@@ -24,10 +25,11 @@ BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 class AttentionState(State):
     """Keys and values of B sequences: k, v [B, capacity, Hkv, D], input dtype, keys already rotated.
 
-    Row b holds the tokens base[b] .. pos[b]-1 in its slots 0 .. pos[b]-base[b]-1; slots behind them hold no meaning. The buffers are
-    append-only: a slot that any state counts is never written again, a fuller or shorter cache is new storage. So ``snapshot`` and
-    ``detach`` copy nothing, and both sides may be read on, in any mode: ``filled[b]``, the slots of row b ever written, is one list
-    for all states on a storage, and a state that does not end there appends to new storage. ``clone`` and ``select`` copy.
+    Row b holds the tokens base[b] .. pos[b]-1 in its slots 0 .. pos[b]-base[b]-1; slots behind them hold no
+    meaning. The buffers are append-only: a slot that any state counts is never written again, a fuller or
+    shorter cache is new storage. So ``snapshot`` and ``detach`` copy nothing, and both sides may be read on,
+    in any mode: ``filled[b]``, the slots of row b ever written, is one list for all states on a storage, and
+    a state that does not end there appends to new storage. ``clone`` and ``select`` copy.
     """
 
     k: Tensor
@@ -60,7 +62,10 @@ class AttentionState(State):
     def input_dtype(self) -> torch.dtype | None:
         return self.k.dtype if isinstance(self.k, Tensor) else None
 
-    def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool, rows: list[int] | None = None) -> None:
+    def _check(
+        self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool,
+        rows: list[int] | None = None
+    ) -> None:
         """rows: those whose counters mean something; None: all."""
         c, slots = self.config, self.k.shape[1] if isinstance(self.k, Tensor) and self.k.dim() > 1 else 0
         for name in ("k", "v"):
@@ -77,7 +82,9 @@ class AttentionState(State):
                 raise ValueError(f"{where}: state.base says that row {b}, which has read {pos} tokens, keeps {used} of them in {slots} "
                                  f"slots; expected at least {least}, and slots for all")
             if not used <= self.filled[b] <= slots:
-                raise ValueError(f"{where}: state.filled is {self.filled} with {slots} slots, of which row {b} uses {used}")
+                raise ValueError(
+                    f"{where}: state.filled is {self.filled} with {slots} slots, of which row {b} uses {used}"
+                )
 
     def used(self) -> list[int]:
         """Slots that count, per row."""
@@ -95,7 +102,8 @@ class AttentionState(State):
         return replace(self, pos=Counters(self.pos), base=Counters(self.base))
 
     def compact(self):
-        """The same sequences in storage of exactly the slots that count (zero behind a shorter row): what a file needs."""
+        """The same sequences in storage of exactly the slots that count (zero behind a shorter row): what a
+        file needs."""
         used = self.used()
         width = max([0, *used])
         counted = _before(used, width, self.k.device)
@@ -117,10 +125,12 @@ class AttentionState(State):
 
 
 class CausalAttention(nn.Module):
-    """y = W_o softmax(rope(q) rope(k)^T / sqrt(D)) v over the last ``window`` tokens (all if None), D = d_model / num_heads.
+    """y = W_o softmax(rope(q) rope(k)^T / sqrt(D)) v over the last ``window`` tokens (all if None), D =
+    d_model / num_heads.
 
-    ``num_kv_heads`` key heads serve num_heads / num_kv_heads query heads each. RoPE in the half-split convention of Llama, at the
-    token's position in its own sequence. ``attn(x, state, lengths, update)`` returns ``(y, state)``.
+    ``num_kv_heads`` key heads serve num_heads / num_kv_heads query heads each. RoPE in the half-split
+    convention of Llama, at the token's position in its own sequence. ``attn(x, state, lengths, update)``
+    returns ``(y, state)``.
     """
 
     def __init__(self, config: HopeConfig, device=None, dtype=None):
@@ -145,25 +155,31 @@ class CausalAttention(nn.Module):
         """State of ``batch`` sequences that have read nothing; its buffers grow as it reads. Raises ValueError."""
         check_batch("CausalAttention.init_state", batch)
         w = placement(self.k_proj)
-        empty = torch.zeros(batch, 0, self.config.num_kv_heads, self.head_dim, device=device or w.device, dtype=dtype or w.dtype)
+        empty = torch.zeros(
+            batch, 0, self.config.num_kv_heads, self.head_dim, device=device or w.device, dtype=dtype or w.dtype
+        )
         zero = [0] * batch
         return AttentionState(Counters(zero), self.config, empty, empty.clone(), Counters(zero), owner=self)
 
     @in_own_dtype
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, lengths=None, update: bool = True, backend: str | None = None,
+        self, x: Tensor, state: AttentionState | None = None, lengths=None, update: bool = True,
+        backend: str | None = None,
         *, check_finite: bool = False, functional: bool = False, constant_memory: bool = False,
     ) -> tuple[Tensor, AttentionState]:
         """Reads T tokens per row and caches their keys and values.
 
-        x: [B, T, d_model], the layer's dtype. state: from ``init_state``, an earlier call or a file; None starts new sequences.
-        lengths: [B] ints or tensor, tokens of each row that count (right padding); padded outputs are zero. update=False: a pure
-        read, the state stays as it is. check_finite: refuse an x with NaN or infinities (one sync on a device). ``backend`` is
-        accepted for the other mixers' sake; attention is PyTorch's scaled_dot_product_attention.
-        Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself, advanced in place; in
+        x: [B, T, d_model], the layer's dtype. state: from ``init_state``, an earlier call or a file; None
+        starts new sequences. lengths: [B] ints or tensor, tokens of each row that count (right padding);
+        padded outputs are zero. update=False: a pure read, the state stays as it is. check_finite: refuse an
+        x with NaN or infinities (one sync on a device). ``backend`` is accepted for the other mixers' sake;
+        attention is PyTorch's scaled_dot_product_attention.
+        Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself,
+        advanced in place; in
         grad mode a new one that carries the graph. An error leaves the given state as it was.
-        Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a given one inside an
-        ``autograd.Function`` (reentrant activation checkpointing), TypeError for non-tensors.
+        Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a
+        given one inside an ``autograd.Function`` (reentrant activation checkpointing), TypeError for
+        non-tensors.
         functional, constant_memory: for a block, which has checked its arguments; this is then ``scan``.
         """
         if functional:
@@ -187,18 +203,23 @@ class CausalAttention(nn.Module):
             return y, given.assign(new) if in_place else new
 
     def scan(
-        self, x: Tensor, state: AttentionState, lengths: list[int], *, update: bool = True, backend: str | None = None,
-        constant_memory: bool = False,
+        self, x: Tensor, state: AttentionState, lengths: list[int], *, update: bool = True,
+        backend: str | None = None, constant_memory: bool = False,
     ) -> tuple[Tensor, AttentionState]:
-        """``forward`` without its checks. Without a graph, new keys are appended to the given storage, behind all that counts.
+        """``forward`` without its checks. Without a graph, new keys are appended to the given storage, behind
+        all that counts.
 
-        constant_memory: the graph runs through this call's keys and values; those from before are constants if ``state`` is
+        constant_memory: the graph runs through this call's keys and values; those from before are constants
+        if ``state`` is
         detached, and the returned state is detached.
         """
         T = x.shape[1]
         if not any(lengths):
             y = torch.zeros_like(x)
-            y = with_zero_gradient(y, [x, *self.parameters()]) if torch.is_grad_enabled() and not constant_memory else y
+            y = (
+                with_zero_gradient(y, [x, *self.parameters()]) if torch.is_grad_enabled()
+                and not constant_memory else y
+            )
             return y, state.snapshot() if update else state
         valid = _before(lengths, T, x.device).squeeze(-1) if min(lengths) < T else None
         if valid is not None:
@@ -223,7 +244,9 @@ class CausalAttention(nn.Module):
             kept = (keys.detach(), values.detach()) if constant_memory else (keys, values)
             # full: backward needs keys and values as they are, behind a shorter row too
             full = [keys.shape[1]] * len(pos)
-            new = self._trimmed(replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full))
+            new = self._trimmed(
+                replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full)
+            )
         y = project(self.o_proj, self._attend(q, keys, values, used, lengths).flatten(2))
         if valid is not None:
             y = torch.where(valid, y, 0.0)
@@ -244,11 +267,13 @@ class CausalAttention(nn.Module):
 
     @property
     def _keep(self) -> int | None:
-        """Tokens a row may still need: the window, and one segment, by which a learning model may go back. None: all."""
+        """Tokens a row may still need: the window, and one segment, by which a learning model may go back.
+        None: all."""
         return None if self.config.window is None else self.config.window + self.config.segment
 
     def _stored(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
-        """The cache with k, v appended: in the given storage where nobody else has written on and it has room, else in new storage."""
+        """The cache with k, v appended: in the given storage where nobody else has written on and it has
+        room, else in new storage."""
         used, frozen = state.used(), state.k.is_inference() and not torch.is_inference_mode_enabled()
         room = max(u + n for u, n in zip(used, lengths) if n) <= state.k.shape[1]
         if not room or frozen or state.k.requires_grad or state.diverged(lengths):
@@ -263,7 +288,8 @@ class CausalAttention(nn.Module):
         return state
 
     def _renewed(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
-        """New storage with room for as much again; with a window, without the tokens that nothing can reach any more.
+        """New storage with room for as much again; with a window, without the tokens that nothing can reach
+        any more.
 
         The result's ``pos`` is not yet advanced.
         """
@@ -287,7 +313,8 @@ class CausalAttention(nn.Module):
         return replace(state, k=moved(state.k, k), v=moved(state.v, v), base=base, filled=filled)
 
     def _trimmed(self, state: AttentionState) -> AttentionState:
-        """Differentiable: with a window, a cache of more than twice what may be needed becomes new storage without the rest."""
+        """Differentiable: with a window, a cache of more than twice what may be needed becomes new storage
+        without the rest."""
         if self._keep is None or state.k.shape[1] <= max(64, 2 * self._keep):
             return state
         return self._renewed(state, state.k[:, :0], state.v[:, :0], [0] * state.batch)
@@ -298,13 +325,17 @@ class CausalAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         grouped = self.config.num_kv_heads != self.config.num_heads
         if not any(used) and T <= k.shape[2] and (window is None or T <= window):
-            return F.scaled_dot_product_attention(q, k[:, :, :T], v[:, :, :T], is_causal=True, enable_gqa=grouped).transpose(1, 2)
+            return F.scaled_dot_product_attention(
+                q, k[:, :, :T], v[:, :, :T], is_causal=True, enable_gqa=grouped
+            ).transpose(1, 2)
         # padding looks where the row's last token does: a query that sees nothing would be NaN
         ends = [max(u + n, 1) for u, n in zip(used, lengths)]
         same = _uniform(used, lengths) and lengths[0] == T
         if same:
             used, ends = used[:1], ends[:1]
-        start, last = (torch.tensor(i, dtype=torch.long, device=q.device).view(-1, 1, 1) for i in (used, [e - 1 for e in ends]))
+        start, last = (
+            torch.tensor(i, dtype=torch.long, device=q.device).view(-1, 1, 1) for i in (used, [e - 1 for e in ends])
+        )
         parts = []
         for a in range(0, T, BLOCK):
             b = min(a + BLOCK, T)
@@ -324,12 +355,15 @@ class CausalAttention(nn.Module):
 
 
 def rope_rates(config: HopeConfig) -> Tensor:
-    """[D/2], radians per token of every pair, in ``config.rope_dtype`` on the CPU, with ``config.rope_scaling`` applied.
+    """[D/2], radians per token of every pair, in ``config.rope_dtype`` on the CPU, with
+    ``config.rope_scaling`` applied.
 
     rate_i = theta^(-2i/D); llama3 blends by s = (turns - low) / (high - low), turns = context / wavelength.
     """
     D = config.d_model // config.num_heads
-    rates = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=getattr(torch, config.rope_dtype), device="cpu") / D)
+    rates = 1.0 / config.rope_theta ** (
+        torch.arange(0, D, 2, dtype=getattr(torch, config.rope_dtype), device="cpu") / D
+    )
     scaling = config.rope_scaling
     if scaling is None:
         return rates
@@ -349,7 +383,9 @@ def _uniform(used: list[int], lengths: list[int]) -> bool:
 
 def _before(counts: list[int], width: int, device) -> Tensor:
     """[B, width, 1, 1], true at the first counts[b] places of row b."""
-    return (torch.arange(width, device=device) < torch.tensor(counts, dtype=torch.long, device=device).unsqueeze(1))[..., None, None]
+    return (
+        torch.arange(width, device=device) < torch.tensor(counts, dtype=torch.long, device=device).unsqueeze(1)
+    )[..., None, None]
 
 
 def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Layers under torch.autocast: they compute in the dtype of their weights, which says what states and exactness promise."""
+"""Layers under torch.autocast: they compute in the dtype of their weights, which says what states and
+exactness promise."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from .wrapped import placement
 
 
 def in_own_dtype(forward):
-    """A layer's or model's ``forward`` as it is outside autocast; inside, autocast is off for the call, and a floating input is cast to the
-    dtype of the weights."""
+    """A layer's or model's ``forward`` as it is outside autocast; inside, autocast is off for the call, and a
+    floating input is cast to the dtype of the weights."""
 
     @functools.wraps(forward)
     def call(self, x, *args, **kwargs):

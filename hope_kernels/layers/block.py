@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CMSConfig, HopeConfig
-from ..ops.cms.chunked import Level
+from ..ops.cms.level import Level
+from ..ops.cms.state import CMSState
 from .attention import CausalAttention
 from .cms import ContinuumMemory, Inner
-from .cms_state import CMSState
 from .recording import check_block_recorded
 from .titans import SelfModifyingTitans
 
@@ -29,19 +29,23 @@ class _Block(nn.Module):
     ) -> tuple[Tensor, object]:
         """One reading of h [B, T, d_model], a function of its arguments: (h, the mixer's new state).
 
-        mixer: the mixer's state.  cms: the state of the CMS, whose weights are read and not learned, or its levels as
-        ``ContinuumMemory.effective_levels`` gives them; None without a CMS.  lengths: tokens of each row that count.  inner: the pass that
-        learns, in which fast weights are constants of the graph and the CMS levels hand their factors to ``inner.sink``.
-        Every parameter is taken inside this call and through the submodules' own, so hooks, wrappers and sharding of a block, its mixer,
-        its CMS and the levels of that see one call per reading; a segment that is replayed to be learned, or to be checkpointed, is read
-        once more. Raises ValueError under reentrant activation checkpointing.
+        mixer: the mixer's state.  cms: the state of the CMS, whose weights are read and not learned, or its
+        levels as ``ContinuumMemory.effective_levels`` gives them; None without a CMS.  lengths: tokens of
+        each row that count.  inner: the pass that learns, in which fast weights are constants of the graph
+        and the CMS levels hand their factors to ``inner.sink``.
+        Every parameter is taken inside this call and through the submodules' own, so hooks, wrappers and
+        sharding of a block, its mixer, its CMS and the levels of that see one call per reading; a segment
+        that is replayed to be learned, or to be checkpointed, is read once more. Raises ValueError under
+        reentrant activation checkpointing.
         """
         check_block_recorded(type(self).__name__, h, inner is not None)
         if h.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
             # a wrapper that casts what a block is given (FSDP's mixed precision) rounds masters too
             mixer.validate(type(self).__name__, h.dtype, h.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
-            y, mixer = self.mixer(self.norm(h), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None)
+            y, mixer = self.mixer(
+                self.norm(h), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None
+            )
         h = h + y
         if self.cms is not None:
             h, _ = self.cms(h, cms, lengths, backend=backend, functional=True, inner=inner)
@@ -49,7 +53,8 @@ class _Block(nn.Module):
 
 
 class HopeBlock(_Block):
-    """Self-modifying Titans (or, with ``self_modifying=False``, a Titans LMM) and a CMS (Nested Learning section 8.3)."""
+    """Self-modifying Titans (or, with ``self_modifying=False``, a Titans LMM) and a CMS (Nested Learning
+    section 8.3)."""
 
     def __init__(self, config: HopeConfig, cms: CMSConfig | None, device=None, dtype=None):
         super().__init__(config, cms, SelfModifyingTitans(config.titans, device=device, dtype=dtype), device, dtype)

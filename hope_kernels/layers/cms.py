@@ -1,4 +1,5 @@
-"""ContinuumMemory: the CMS as a layer, with what each sequence has learned in a CMSState. The mathematics is in ``ops/cms``."""
+"""ContinuumMemory: the CMS as a layer, with what each sequence has learned in a CMSState. The mathematics is
+in ``ops/cms``."""
 
 from __future__ import annotations
 
@@ -12,16 +13,17 @@ from torch import Tensor, nn
 from ..backend import resolve_cms
 from ..config import CMSConfig
 from ..ops.check import check_batch, check_lengths, check_mask, check_state, check_tensor
+from ..ops.cms import learning as cms_refresh
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
-from ..ops.cms.chunked import Factors, Level, master_dtype
+from ..ops.cms.level import Factors, Level, master_dtype
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
 from ..ops.cms.schedule import learning_levels, matrices
+from ..ops.cms.state import CMSState
 from ..state import Counters
-from . import cms_consolidate, cms_refresh
+from . import cms_consolidate
 from .autocast import in_own_dtype
 from .cms_level import CMSLevel
-from .cms_state import CMSState
 from .recording import check_recorded
 from .wrapped import tensors_of
 from .zero_gradient import with_zero_gradient
@@ -30,8 +32,9 @@ NAME = "ContinuumMemory"
 
 
 class Inner(NamedTuple):
-    """One block's part in the pass that learns. anchor: the scalar its gradient is taken to.  sink: where the levels' factors go (None
-    without a CMS).  among: the rows of the state's batch that the pass reads; None: all."""
+    """One block's part in the pass that learns. anchor: the scalar its gradient is taken to.  sink: where the
+    levels' factors go (None without a CMS).  among: the rows of the state's batch that the pass reads; None:
+    all."""
 
     anchor: Tensor
     sink: Sink | None
@@ -44,15 +47,18 @@ class ContinuumMemory(nn.Module):
         y = MLP_K(... MLP_1(x))                              sequential, nested;   independent: y = sum_l softmax(mix)_l MLP_l(x)
         theta_l <- theta_l - lr_l f(sum of dL_t/dtheta_l)    when C^(l) more tokens have been read, per sequence
 
-    Learning takes two calls per segment of C1 = chunks[0] tokens: ``cms(x, state)`` reads and keeps its inputs, ``cms.refresh(state,
-    error)`` delivers dL/dy. Both may be split in any way; with the last error of a segment its gradient is taken and the levels that are
-    due commit. A call with learn=True therefore reads at most up to the next multiple of C1.
+    Learning takes two calls per segment of C1 = chunks[0] tokens: ``cms(x, state)`` reads and keeps its
+    inputs, ``cms.refresh(state, error)`` delivers dL/dy. Both may be split in any way; with the last error of
+    a segment its gradient is taken and the levels that are due commit. A call with learn=True therefore reads
+    at most up to the next multiple of C1.
 
-    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (swiglu); ``.norm_bias`` [d]
-    (layernorm); ``.up_bias``, ``.gate_bias``, ``.down_bias`` (bias=True); ``mix`` [K] (independent).
+    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (swiglu);
+    ``.norm_bias`` [d] (layernorm); ``.up_bias``, ``.gate_bias``, ``.down_bias`` (bias=True); ``mix`` [K]
+    (independent).
 
-    ``pending`` (an attribute; None: as the table in ``ops/cms/pending.py`` has it): tokens whose factors a row may hold per level before
-    they become weights of its own. Until then rows share one base, and a row costs ``pending`` (rows + cols) numbers instead of rows cols.
+    ``pending`` (an attribute; None: as the table in ``ops/cms/pending.py`` has it): tokens whose factors a
+    row may hold per level before they become weights of its own. Until then rows share one base, and a row
+    costs ``pending`` (rows + cols) numbers instead of rows cols.
     """
 
     def __init__(self, config: CMSConfig, norm_eps: float = NORM_EPS, device=None, dtype=None):
@@ -95,30 +101,37 @@ class ContinuumMemory(nn.Module):
         return bool(learning_levels(self.config))
 
     def init_state(self, batch: int, device=None, dtype: torch.dtype | None = None) -> CMSState:
-        """State of ``batch`` sequences that have read nothing. It holds no tensors yet (they are allocated on first use, where the
-        input is and in its dtype), so ``device`` and ``dtype`` change nothing; they are there because every layer takes them."""
-        return CMSState(pos=Counters([0] * check_batch(f"{NAME}.init_state", batch)), config=self.config, owner=self)
+        """State of ``batch`` sequences that have read nothing. It holds no tensors yet (they are allocated on
+        first use, where the input is and in its dtype), so ``device`` and ``dtype`` change nothing; they are
+        there because every layer takes them."""
+        return CMSState(
+            pos=Counters([0] * check_batch(f"{NAME}.init_state", batch)), config=self.config, owner=self
+        )
 
     @in_own_dtype
     def forward(
-        self, x: Tensor, state: CMSState | None = None, lengths=None, learn: bool = True, backend: str | None = None, *,
-        functional: bool = False, inner: Inner | None = None,
+        self, x: Tensor, state: CMSState | None = None, lengths=None, learn: bool = True,
+        backend: str | None = None, *, functional: bool = False, inner: Inner | None = None,
     ) -> tuple[Tensor, CMSState]:
         """Reads T tokens per row.
 
-        x: [B, T, d], the layer's dtype.  state: None starts new sequences.  lengths: [B] ints or tensor, tokens of each row that count
-        (right padding; a row of length 0 is untouched); outputs of padding are zero.
-        learn=True keeps the inputs for ``refresh``: a row reads at most up to the next multiple of chunks[0], and reads on only when
-        all errors of the finished segment have been delivered. learn=False keeps nothing, reads any number of tokens, changes no
-        weight, and the segments it touches contribute nothing (errors of their other tokens are accepted and ignored, never owed).
+        x: [B, T, d], the layer's dtype.  state: None starts new sequences.  lengths: [B] ints or tensor,
+        tokens of each row that count (right padding; a row of length 0 is untouched); outputs of padding are
+        zero.
+        learn=True keeps the inputs for ``refresh``: a row reads at most up to the next multiple of chunks[0],
+        and reads on only when all errors of the finished segment have been delivered. learn=False keeps
+        nothing, reads any number of tokens, changes no weight, and the segments it touches contribute nothing
+        (errors of their other tokens are accepted and ignored, never owed).
         If every lr is 0, learn=True is learn=False.
-        Returns y [B, T, d] and the new state: under no_grad or inference_mode the given one, advanced in place; in grad mode one that
-        shares no tensor with it, while y carries the graph to x and to the parameters (weights a sequence has refreshed are constants).
-        Raises ValueError for wrong shapes, dtypes or lengths, for a state of another configuration or batch, and for reading past
-        outstanding errors, and for a given state inside an ``autograd.Function`` (reentrant activation checkpointing); TypeError for a
-        non-tensor. After an error the given state is as it was.
-        functional: for a block, which has checked its arguments: read at the weights of ``state`` (or at levels, as ``effective_levels``
-        gives them), padding too, and return it as it is. inner: in the pass that learns.
+        Returns y [B, T, d] and the new state: under no_grad or inference_mode the given one, advanced in
+        place; in grad mode one that shares no tensor with it, while y carries the graph to x and to the
+        parameters (weights a sequence has refreshed are constants). Raises ValueError for wrong shapes,
+        dtypes or lengths, for a state of another configuration or batch, and for reading past outstanding
+        errors, and for a given state inside an ``autograd.Function`` (reentrant activation checkpointing);
+        TypeError for a non-tensor. After an error the given state is as it was.
+        functional: for a block, which has checked its arguments: read at the weights of ``state`` (or at
+        levels, as ``effective_levels`` gives them), padding too, and return it as it is. inner: in the pass
+        that learns.
         """
         if functional:
             return self._read(x, state, backend, inner), state
@@ -136,18 +149,23 @@ class ContinuumMemory(nn.Module):
             return y, new if torch.is_grad_enabled() else state.assign(new)
 
     def refresh(self, state: CMSState, error: Tensor, lengths=None, backend: str | None = None) -> CMSState:
-        """Delivers dL/dy, in the order the tokens were read with learn=True, and learns from it when a segment is complete.
+        """Delivers dL/dy, in the order the tokens were read with learn=True, and learns from it when a
+        segment is complete.
 
-        error: [B, T, d], the layer's dtype; lengths: [B], errors of each row that count. A row takes errors of its open segment only,
-        so at most one segment is completed by a call. Errors for a segment with learn=False tokens are ignored; if every lr is 0, all.
-        With the last error of a segment of C1 tokens its gradient joins the accumulators of all levels, and every level whose period
-        divides the row's count commits. Returns the state, detached: in place under no_grad, a new one in grad mode, as in ``forward``.
-        Raises ValueError for more errors than tokens read, and as ``forward`` does; the state is then as it was. What stops it later (an
-        interrupt, memory running out) may under no_grad leave some levels a step ahead of others: go back to a clone or a file.
-        Source: Nested Learning eq 71.
+        error: [B, T, d], the layer's dtype; lengths: [B], errors of each row that count. A row takes errors
+        of its open segment only, so at most one segment is completed by a call. Errors for a segment with
+        learn=False tokens are ignored; if every lr is 0, all. With the last error of a segment of C1 tokens
+        its gradient joins the accumulators of all levels, and every level whose period divides the row's
+        count commits. Returns the state, detached: in place under no_grad, a new one in grad mode, as in
+        ``forward``. Raises ValueError for more errors than tokens read, and as ``forward`` does; the state is
+        then as it was. What stops it later (an interrupt, memory running out) may under no_grad leave some
+        levels a step ahead of others: go back to a clone or a file. Source: Nested Learning eq 71.
         """
         like = self._like
-        if isinstance(error, Tensor) and error.device.type != "meta" and torch.is_autocast_enabled(error.device.type):  # as in_own_dtype
+        # as in_own_dtype
+        if isinstance(error, Tensor) and error.device.type != "meta" and torch.is_autocast_enabled(
+            error.device.type
+        ):
             with torch.autocast(error.device.type, enabled=False):
                 return self.refresh(state, error.to(like.dtype), lengths, backend)
         where = f"{NAME}.refresh"
@@ -155,7 +173,9 @@ class ContinuumMemory(nn.Module):
         check_tensor(where, "error", error, ("B", "T", self.config.d_model), like.dtype, like.device)
         lengths = check_lengths(where, lengths, error.shape[0], error.shape[1])
         if state is None:
-            raise ValueError(f"{where}: argument state is None, expected the state that read the tokens of these errors")
+            raise ValueError(
+                f"{where}: argument state is None, expected the state that read the tokens of these errors"
+            )
         state = self._admitted(where, state, error)
         ops = resolve_cms(self.config, error.dtype, error.device, backend, inner=True)
         if not self.learns:
@@ -173,12 +193,14 @@ class ContinuumMemory(nn.Module):
     def effective_levels(self, state: CMSState, dtype: torch.dtype | None = None) -> list[Level]:
         """The levels as ``cms_forward`` takes them, in ``dtype`` (None: that of the parameters).
 
-        A matrix is the parameter [rows, cols] while no row has refreshed its level, then a ``Matrix``: the row's own constants where it
-        has any, the parameter (with its graph) elsewhere.
+        A matrix is the parameter [rows, cols] while no row has refreshed its level, then a ``Matrix``: the
+        row's own constants where it has any, the parameter (with its graph) elsewhere.
         """
         return [self._effective(l, state, self._parameters_of(l), dtype) for l in range(self.config.num_levels)]
 
-    def _effective(self, l: int, state: CMSState, parameters: dict[str, Tensor], dtype: torch.dtype | None = None) -> Level:
+    def _effective(
+        self, l: int, state: CMSState, parameters: dict[str, Tensor], dtype: torch.dtype | None = None
+    ) -> Level:
         tensors = {name: p if dtype is None else p.to(dtype) for name, p in parameters.items()}
         own, rank = state.own[l], max([0, *state.rank[l]])
         if not any(own) and not rank:
@@ -190,13 +212,18 @@ class ContinuumMemory(nn.Module):
             return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
 
         held = None if not any(own) else state.weights[l]
-        if held is not None and state.copies[l] is not None and dtype in (None, next(iter(state.copies[l].values())).dtype):
+        if held is not None and state.copies[l] is not None and dtype in (
+            None, next(iter(state.copies[l].values())).dtype
+        ):
             held = state.copies[l]
         for name in matrices(self.config):
             shared = tensors[name]
             mine = None if held is None else usable(held[name], shared.dtype)
             rows = () if held is None else tuple(map(bool, own))
-            pending = [None if not rank else usable(part[l][name][:, :rank], shared.dtype) for part in (state.left, state.right)]
+            pending = [
+                None if not rank else usable(part[l][name][:, :rank], shared.dtype)
+                for part in (state.left, state.right)
+            ]
             tensors[name] = Matrix(shared, mine, rows, *pending, scale=-self.config.learning_rates[l])
             if rank and shared.requires_grad and torch.is_grad_enabled():
                 # rows that learned are constants: their base is not the parameter, but its value
@@ -205,9 +232,10 @@ class ContinuumMemory(nn.Module):
         return tensors
 
     def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
-        """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for: ``weights`` (fp32, or fp64),
-        ``copies`` in the input dtype, ``grads`` of levels slower than a segment, ``moments``, ``pending`` factors. segment: tokens between
-        two boundaries, ``model.segment`` in a model; None: chunks[0]."""
+        """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for:
+        ``weights`` (fp32, or fp64), ``copies`` in the input dtype, ``grads`` of levels slower than a segment,
+        ``moments``, ``pending`` factors. segment: tokens between two boundaries, ``model.segment`` in a
+        model; None: chunks[0]."""
         dtype, found = self._like.dtype, []
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
@@ -218,13 +246,18 @@ class ContinuumMemory(nn.Module):
             sides = batch * sum(sum(s) for s in shapes) * (self.config.learning_rates[l] > 0)
             waits = period > segment or self.config.optimizer == "muon"
             found.append({
-                "weights": numbers * wide, "copies": numbers * size if size != wide else 0, "grads": numbers * wide if waits else 0,
-                "moments": numbers * wide if self.config.optimizer == "momentum" else 0, "pending": slots * sides * size,
+                "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
+                "grads": numbers * wide if waits else 0,
+                "moments": numbers * wide if self.config.optimizer == "momentum" else 0,
+                "pending": slots * sides * size,
             })
         return found
 
-    def sink(self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None) -> Sink:
-        """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see ``cms_refresh.absorb``.
+    def sink(
+        self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None
+    ) -> Sink:
+        """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
+        ``cms_refresh.absorb``.
 
         among: the rows of the batch that the factors are of; None: all.
         """
@@ -238,8 +271,9 @@ class ContinuumMemory(nn.Module):
 
     @torch.no_grad()
     def accumulate(self, state: CMSState, level_grads: list, rows: list[bool]) -> CMSState:
-        """A state whose accumulators include ``level_grads`` (as from ``cms_gradients``: per level None or name -> [B, rows, cols]) in
-        the marked rows. ``state`` is not modified, and unchanged tensors are shared with it. A level with lr = 0 ignores its gradient."""
+        """A state whose accumulators include ``level_grads`` (as from ``cms_gradients``: per level None or
+        name -> [B, rows, cols]) in the marked rows. ``state`` is not modified, and unchanged tensors are
+        shared with it. A level with lr = 0 ignores its gradient."""
         new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
@@ -248,32 +282,36 @@ class ContinuumMemory(nn.Module):
 
     @torch.no_grad()
     def commit(self, state: CMSState, rows: list[bool], counts: list[int] | None = None) -> CMSState:
-        """A state after the refreshes that are due in the marked rows at ``counts`` (None: ``state.pos``), from their accumulators.
-        ``state`` is not modified, and unchanged tensors are shared with it."""
+        """A state after the refreshes that are due in the marked rows at ``counts`` (None: ``state.pos``),
+        from their accumulators. ``state`` is not modified, and unchanged tensors are shared with it."""
         marked = check_mask(f"{NAME}.commit", "rows", rows, state.batch)
         if not marked:
             return state
         new = state.draft()
         for l in learning_levels(self.config):
-            cms_refresh.absorb(new, self.config, self._matrices(l), l, None, marked, state.pos if counts is None else counts)
+            cms_refresh.absorb(
+                new, self.config, self._matrices(l), l, None, marked, state.pos if counts is None else counts
+            )
         return new.finished()
 
     def detach_level(self, state: CMSState, level: int, row: int = 0) -> dict[str, Tensor]:
         """Takes out of ``state`` what one row has learned in ``level`` (index, level 1 is 0).
 
-        Returns the row's matrices, name -> [rows, cols] in the master dtype. In place, the row then shares the layer's weights again, with
-        nothing accumulated. Raises ValueError for a level or row that does not exist.
+        Returns the row's matrices, name -> [rows, cols] in the master dtype. In place, the row then shares
+        the layer's weights again, with nothing accumulated. Raises ValueError for a level or row that does
+        not exist.
         """
         return cms_consolidate.detach_level(self, state, level, row)
 
     def consolidate(self, state: CMSState, row: int = 0, levels: list[int] | None = None) -> None:
         """Makes what ``row`` has learned in ``levels`` (None: all) the parameters, from which new sequences start.
 
-        Nothing that any row of ``state`` computes changes (but what a nested level returns to): the row shares the new parameters, rows
-        that shared the old ones keep them as their own. In place, parameters and state; 16-bit parameters round what was learned. Other
-        states belong to the old weights. A parametrized level is set through its ``right_inverse``. Raises ValueError for a level or row
-        that does not exist, and where adapters or a parametrization stand between the parameters and what was learned; nothing is then
-        changed.
+        Nothing that any row of ``state`` computes changes (but what a nested level returns to): the row
+        shares the new parameters, rows that shared the old ones keep them as their own. In place, parameters
+        and state; 16-bit parameters round what was learned. Other states belong to the old weights. A
+        parametrized level is set through its ``right_inverse``. Raises ValueError for a level or row that
+        does not exist, and where adapters or a parametrization stand between the parameters and what was
+        learned; nothing is then changed.
         """
         cms_consolidate.consolidate(self, state, row, levels)
         state.adopt(self)
@@ -291,8 +329,8 @@ class ContinuumMemory(nn.Module):
         return {name: held[name].detach() for name in matrices(self.config)}
 
     def _parameters_of(self, l: int) -> dict[str, Tensor]:
-        """``levels[l]`` as a plain dict, as whatever parametrizes or wraps it has it. A module's own access to its parameters costs
-        microseconds each."""
+        """``levels[l]`` as a plain dict, as whatever parametrizes or wraps it has it. A module's own access
+        to its parameters costs microseconds each."""
         return tensors_of(self.levels._modules[str(l)])
 
     @torch.no_grad()
@@ -311,13 +349,19 @@ class ContinuumMemory(nn.Module):
             x, e, among = x[rows], e[rows], rows
         sink = self.sink(new, rows, new.pos, ops, among)
         pull_back(x, e, self.config, lambda x, anchor: self._levels(x, new, ops, Inner(anchor, sink, among), True))
-        closed = {n: Counters([0 if b in rows else c for b, c in enumerate(getattr(new, n))]) for n in ("seen", "delivered")}
+        closed = {
+            n: Counters([0 if b in rows else c for b, c in enumerate(getattr(new, n))])
+            for n in ("seen", "delivered")
+        }
         return replace(new, **closed)
 
-    def _read(self, x: Tensor, state: CMSState | list[Level], backend: str | None, inner: Inner | None = None) -> Tensor:
+    def _read(
+        self, x: Tensor, state: CMSState | list[Level], backend: str | None, inner: Inner | None = None
+    ) -> Tensor:
         """x through all levels, in the pass that learns if there is an ``inner``."""
         ops = resolve_cms(self.config, x.dtype, x.device, backend, inner is not None)
-        if inner is not None and not x.requires_grad and not self.learns:  # nothing up to here learns: no graph, no backward
+        # nothing up to here learns: no graph, no backward
+        if inner is not None and not x.requires_grad and not self.learns:
             with torch.no_grad():
                 return self._levels(x, state, ops)
         return self._levels(x, state, ops, inner)
@@ -325,7 +369,8 @@ class ContinuumMemory(nn.Module):
     def _levels(
         self, x: Tensor, state: CMSState | list[Level], ops, inner: Inner | None = None, constant: bool = False
     ) -> Tensor:
-        """Every level through its own call, inside which its weights are taken. constant: without a graph to the parameters."""
+        """Every level through its own call, inside which its weights are taken. constant: without a graph to
+        the parameters."""
         work = Work(self.config, self.norm_eps, ops, *(() if inner is None else (inner.sink, inner.anchor)))
         among = None if inner is None else inner.among
 
@@ -337,20 +382,29 @@ class ContinuumMemory(nn.Module):
                     level = {n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()}
                 y = read_level(l, x, level, work, residual)
                 if inner is None and torch.is_grad_enabled():  # no row shares a matrix that all have learned
-                    y = with_zero_gradient(y, [parameters[n] for n, t in level.items() if isinstance(t, Matrix) and t.rows and all(t.rows)])
+                    y = with_zero_gradient(
+                        y, [parameters[n] for n,
+                            t in level.items() if isinstance(t, Matrix) and t.rows and all(t.rows)]
+                    )
                 return y
 
             return with_parameters
 
         modules = self.levels._modules
-        return read_levels(x, self.config, self.mix, lambda l, x, residual: modules[str(l)](x, read(l, residual)), inner is not None)
+        return read_levels(
+            x, self.config, self.mix, lambda l, x, residual: modules[str(l)](x, read(l, residual)),
+            inner is not None
+        )
 
     def _forward(self, x: Tensor, state: CMSState, lengths: list[int], backend: str | None) -> Tensor:
         T = x.shape[1]
         if all(n == T for n in lengths):
             return self._read(x, state, backend)
-        real = (torch.arange(T, device=x.device) < torch.tensor(lengths, dtype=torch.long, device=x.device)[:, None])[..., None]
-        # Padding is zeroed before as well: a NaN there would reach shared weights through the backward of the outer loss.
+        real = (
+            torch.arange(T, device=x.device) < torch.tensor(lengths, dtype=torch.long, device=x.device)[:, None]
+        )[..., None]
+        # Padding is zeroed before as well: a NaN there would reach shared weights through the backward of the
+        # outer loss.
         return torch.where(real, self._read(torch.where(real, x, 0), state, backend), 0)
 
     def _admitted(self, where: str, state: CMSState | None, x: Tensor) -> CMSState:
@@ -380,7 +434,8 @@ class ContinuumMemory(nn.Module):
 
     @torch.no_grad()
     def _with_tokens(self, state: CMSState, x: Tensor, lengths: list[int], learn: bool) -> CMSState:
-        """``state`` after reading: counters, and the inputs of open segments in which every token was read with learn=True."""
+        """``state`` after reading: counters, and the inputs of open segments in which every token was read
+        with learn=True."""
         C1 = self.config.chunks[0]
         seen, delivered, tainted = list(state.seen), list(state.delivered), list(state.tainted)
         skip, kept, at = [0] * state.batch, [0] * state.batch, [0] * state.batch
@@ -399,7 +454,8 @@ class ContinuumMemory(nn.Module):
                 at[b], kept[b] = seen[b], n - skip[b]
             seen[b] += n - skip[b]
         return replace(
-            state, pos=Counters([p + n for p, n in zip(state.pos, lengths)]), inputs=_written(state.inputs, x, at, kept, skip, C1),
+            state, pos=Counters([p + n for p, n in zip(state.pos, lengths)]),
+            inputs=_written(state.inputs, x, at, kept, skip, C1),
             seen=Counters(seen), delivered=Counters(delivered), tainted=Counters(tainted),
         )
 
@@ -409,10 +465,14 @@ def _spread(t: Tensor, rows: list[int], batch: int) -> Tensor:
     return t.new_zeros(batch, *t.shape[1:]).index_copy(0, torch.tensor(rows, dtype=torch.long, device=t.device), t)
 
 
-def _written(buffer: Tensor | None, source: Tensor, at: list[int], count: list[int], skip: list[int], slots: int) -> Tensor | None:
-    """``buffer`` [B, slots, d] (None: allocated) with buffer[b, at_b : at_b + count_b] = source[b, skip_b : skip_b + count_b].
+def _written(
+    buffer: Tensor | None, source: Tensor, at: list[int], count: list[int], skip: list[int], slots: int
+) -> Tensor | None:
+    """``buffer`` [B, slots, d] (None: allocated) with buffer[b, at_b : at_b + count_b] = source[b, skip_b :
+    skip_b + count_b].
 
-    Written in place where that is allowed: a value counts only once the counters cover it, so a failure later in the call is harmless.
+    Written in place where that is allowed: a value counts only once the counters cover it, so a failure later
+    in the call is harmless.
     """
     if not any(count):
         return buffer

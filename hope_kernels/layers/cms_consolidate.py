@@ -1,4 +1,5 @@
-"""What a sequence has learned in a level, taken out of its state, or made the weights that all sequences start from."""
+"""What a sequence has learned in a level, taken out of its state, or made the weights that all sequences
+start from."""
 
 from __future__ import annotations
 
@@ -6,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ..ops.check import check_index, check_state
+from ..ops.cms import learning as cms_refresh
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.schedule import matrices
-from . import cms_refresh
+from ..ops.cms.state import CMSState
 from .cms_level import CMSLevel
-from .cms_state import CMSState
 from .wrapped import write_weight
 
 NAME = "ContinuumMemory"
@@ -18,7 +19,8 @@ NAME = "ContinuumMemory"
 
 @torch.no_grad()
 def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tensor]:
-    """The matrices of ``level`` as ``row`` has them; in place, the row then shares the layer's, with nothing learned or accumulated."""
+    """The matrices of ``level`` as ``row`` has them; in place, the row then shares the layer's, with nothing
+    learned or accumulated."""
     _check(layer, state, level, row, "detach_level")
     found = _in_force(layer, state, level, row)
     draft = state.draft()
@@ -29,14 +31,17 @@ def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tens
 
 @torch.no_grad()
 def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> None:
-    """The parameters of ``levels`` become what ``row`` has learned, and the row shares them; in place. Its accumulators and momentum stay,
-    and rows that shared the old parameters keep them as weights of their own."""
+    """The parameters of ``levels`` become what ``row`` has learned, and the row shares them; in place. Its
+    accumulators and momentum stay, and rows that shared the old parameters keep them as weights of their
+    own."""
     levels = range(layer.config.num_levels) if levels is None else list(levels)
     check_consolidation(layer, state, row, levels)
     draft = state.draft()
     for level in _learned(state, row, levels):
         learned = _in_force(layer, state, level, row)
-        cms_refresh.fold(draft, layer.config, layer._matrices(level), level, [b for b in range(state.batch) if b != row])
+        cms_refresh.fold(
+            draft, layer.config, layer._matrices(level), level, [b for b in range(state.batch) if b != row]
+        )
         for name, value in learned.items():
             write_weight(f"{NAME}.consolidate", layer.levels[level], name, value)
         cms_refresh.share(draft, level, [row])

@@ -1,4 +1,5 @@
-"""Whether a call may go on where somebody else decides about its graph or its parameters: inside an ``autograd.Function``, or sharded."""
+"""Whether a call may go on where somebody else decides about its graph or its parameters: inside an
+``autograd.Function``, or sharded."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ _ADVICE = "checkpoint with use_reentrant=False, whose gradients are those withou
 
 
 def check_recorded(op: str, state) -> None:
-    """Refuses to advance a given ``state`` inside ``autograd.Function.forward``, which is where reentrant activation checkpointing makes
-    a call first: the same call for the gradient would start from the state as advanced, and the returned one is cut from the graph.
+    """Refuses to advance a given ``state`` inside ``autograd.Function.forward``, which is where reentrant
+    activation checkpointing makes a call first: the same call for the gradient would start from the state as
+    advanced, and the returned one is cut from the graph.
 
     Raises ValueError. A call without a given state is a pure function of its input and passes.
     """
@@ -20,8 +22,9 @@ def check_recorded(op: str, state) -> None:
 
 
 def check_block_recorded(op: str, h: Tensor, learns: bool) -> None:
-    """The same for a block of a model, whose states are always given; a model that is checkpointed as a whole gives it an h that no graph
-    leads to. learns: in the pass that learns, which always records. Raises ValueError."""
+    """The same for a block of a model, whose states are always given; a model that is checkpointed as a whole
+    gives it an h that no graph leads to. learns: in the pass that learns, which always records. Raises
+    ValueError."""
     if (learns and not torch.is_grad_enabled()) or (h.requires_grad and _inside_function()):
         raise ValueError(f"{op}: called without a graph by one that records it (reentrant activation checkpointing?), which would cut the "
                          f"states of the memories from it; {_ADVICE}")
@@ -29,7 +32,8 @@ def check_block_recorded(op: str, h: Tensor, learns: bool) -> None:
 
 def check_whole(op: str, module: nn.Module, use: str) -> None:
     """``module`` has its parameters whole. Outside its own call a sharded one (FSDP) has not. Raises ValueError."""
-    if hasattr(next(module.parameters(), None), "placements"):  # the first stands for all: looking at each costs more than a decode step
+    # the first stands for all: looking at each costs more than a decode step
+    if hasattr(next(module.parameters(), None), "placements"):
         raise ValueError(f"{op}: the parameters of {type(module).__name__} are sharded outside its call, {use}")
 
 

@@ -1,4 +1,5 @@
-"""SelfModifyingTitans: the layer around the memories. Static projections, gates and convolution here; no update rule."""
+"""SelfModifyingTitans: the layer around the memories. Static projections, gates and convolution here; no
+update rule."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from ..backend import resolve, resolve_conv_and_gate
 from ..config import TitansConfig
 from ..identity import checksum
 from ..ops.check import check_lengths, check_state, check_tensor, check_values
-from ..ops.titans.chunked import Stats, TokenInputs, eta_gate
 from ..ops.titans.cpp import titans_cpp
-from ..ops.titans.fast_weights import FastWeights, Layout, TitansState, init_titans_state
-from ..ops.titans.memory import l2norm
+from ..ops.titans.evaluate import l2norm
+from ..ops.titans.scan import Stats, TokenInputs, eta_gate
+from ..ops.titans.state import FastWeights, Layout, TitansState, init_titans_state
 from .autocast import in_own_dtype
 from .recording import check_recorded, check_whole
 from .titans_cpp import scan_cpp
@@ -24,7 +25,8 @@ from .zero_gradient import with_zero_gradient
 
 
 class SelfModifyingTitans(nn.Module):
-    """A layer whose memories keep learning while they read (Nested Learning section 8.1, eq 83-93; Titans with the static preset).
+    """A layer whose memories keep learning while they read (Nested Learning section 8.1, eq 83-93; Titans
+    with the static preset).
 
     Per head, with x' = in_proj(causal_conv(x)), and every memory read as it was at the start of its chunk:
 
@@ -32,8 +34,9 @@ class SelfModifyingTitans(nn.Module):
         o = M_memory(q)     y = W_o(rmsnorm_per_head(o) * silu(W_g x))
         w <- w (alpha I - eta k k^T) - eta dL(M(k), M(v))/dw       for every memory, once per chunk and token
 
-    Parameters: ``w2`` [H, R, D], ``w1`` [H, Mf, D, N], ``w1s`` [H, Ms, N]: initial fast weights, stacked (``memory_init(name)`` gives
-    one memory's views); biases and gates per head. ``layer(x, state, lengths, update, backend)`` returns ``(y, state)``.
+    Parameters: ``w2`` [H, R, D], ``w1`` [H, Mf, D, N], ``w1s`` [H, Ms, N]: initial fast weights, stacked
+    (``memory_init(name)`` gives one memory's views); biases and gates per head. ``layer(x, state, lengths,
+    update, backend)`` returns ``(y, state)``.
     """
 
     def __init__(self, config: TitansConfig, device=None, dtype=None):
@@ -100,15 +103,21 @@ class SelfModifyingTitans(nn.Module):
         return FastWeights(self.w2, self.w1, self.w1s)
 
     def memory_init(self, name: str) -> dict[str, Tensor]:
-        """Initial fast weights of one memory, as views: w2 [H, N, D], w1 [H, D_out, N] (and w_skip [H, 1, D]), or w for linear."""
+        """Initial fast weights of one memory, as views: w2 [H, N, D], w1 [H, D_out, N] (and w_skip [H, 1,
+        D]), or w for linear."""
         return self.layout.views(self.w_init, name)
 
     def init_state(self, batch: int, device=None, dtype: torch.dtype | None = None) -> TitansState:
-        """State of ``batch`` sequences that have read nothing, by default on the layer's device and in its dtype."""
+        """State of ``batch`` sequences that have read nothing, by default on the layer's device and in its
+        dtype."""
         device = self.w2.device if device is None else device
-        state = init_titans_state(self.config, self.w_init, batch, device, self.w2.dtype if dtype is None else dtype)
+        state = init_titans_state(
+            self.config, self.w_init, batch, device, self.w2.dtype if dtype is None else dtype
+        )
         if self.config.retain_to == "zero":
-            check_whole("SelfModifyingTitans.init_state", self, 'and retain_to="zero" starts a state from its values')
+            check_whole(
+                "SelfModifyingTitans.init_state", self, 'and retain_to="zero" starts a state from its values'
+            )
         if self.config.retain_to == "zero" and torch.is_grad_enabled():
             # the learned initial memory is where delta starts: it must reach the graph
             expanded = self.w_init.map(lambda t, d: t.to(d.dtype).expand_as(d), state.deviation)
@@ -118,18 +127,22 @@ class SelfModifyingTitans(nn.Module):
 
     @in_own_dtype
     def forward(
-        self, x: Tensor, state: TitansState | None = None, lengths=None, update: bool = True, backend: str | None = None,
+        self, x: Tensor, state: TitansState | None = None, lengths=None, update: bool = True,
+        backend: str | None = None,
         *, check_finite: bool = False, functional: bool = False, constant_memory: bool = False,
     ) -> tuple[Tensor, TitansState]:
         """Reads T tokens per row and learns them.
 
-        x: [B, T, d_model], the layer's dtype. state: from ``init_state``, an earlier call or a file; None starts new sequences.
-        lengths: [B] ints or tensor, tokens of each row that count (right padding); padded outputs are zero. update=False: a pure
-        read, the state stays as it is. check_finite: refuse an x with NaN or infinities (one sync on a device).
-        Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself, advanced in place; in
+        x: [B, T, d_model], the layer's dtype. state: from ``init_state``, an earlier call or a file; None
+        starts new sequences. lengths: [B] ints or tensor, tokens of each row that count (right padding);
+        padded outputs are zero. update=False: a pure read, the state stays as it is. check_finite: refuse an
+        x with NaN or infinities (one sync on a device).
+        Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself,
+        advanced in place; in
         grad mode a new one that carries the graph. An error leaves the given state as it was.
-        Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a given one inside an
-        ``autograd.Function`` (reentrant activation checkpointing), TypeError for non-tensors.
+        Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a
+        given one inside an ``autograd.Function`` (reentrant activation checkpointing), TypeError for
+        non-tensors.
         functional, constant_memory: for a block, which has checked its arguments; this is then ``scan``.
         """
         if functional:
@@ -159,12 +172,15 @@ class SelfModifyingTitans(nn.Module):
     ) -> tuple[Tensor, TitansState]:
         """``forward`` without its checks and without touching ``state``: returns y and the new state.
 
-        constant_memory: fast weights and writes are constants of the graph, which then runs from y to x through q, convolution and
-        gate only, and the returned state is detached (the inner gradient of a learning model). Gradients by parameters are not promised.
+        constant_memory: fast weights and writes are constants of the graph, which then runs from y to x
+        through q, convolution and gate only, and the returned state is detached (the inner gradient of a
+        learning model). Gradients by parameters are not promised.
         """
         c = self.config
         compute = resolve("titans", c, x.dtype, x.device, backend, constant_memory)
-        if compute is titans_cpp and stats is None and all([m is None or is_plain(m) for m in self._modules.values()]):
+        if compute is titans_cpp and stats is None and all(
+            [m is None or is_plain(m) for m in self._modules.values()]
+        ):
             return scan_cpp(self, x, state, lengths, update)
         causal_conv, output_gate = resolve_conv_and_gate(c, backend)
         n, real = self._real(lengths, x)
@@ -173,7 +189,10 @@ class SelfModifyingTitans(nn.Module):
         u, tail = (x, None) if self.conv is None else causal_conv(x, state.conv_tail, self.conv, n)
         if self.in_proj is not None:
             u = project(self.in_proj, u)
-        o, new = compute(c, self.w_init, self._inputs(u), state, lengths, update=update, constant_memory=constant_memory, stats=stats)
+        o, new = compute(
+            c, self.w_init, self._inputs(u), state, lengths, update=update, constant_memory=constant_memory,
+            stats=stats
+        )
         y = output_gate(o, self.norm_gain, None if self.gate_proj is None else project(self.gate_proj, x))
         if self.out_proj is not None:
             y = project(self.out_proj, y)
@@ -189,10 +208,13 @@ class SelfModifyingTitans(nn.Module):
         return y, replace(new, conv_tail=None if tail is None else tail.clone()).constant()
 
     def _needs_all(self, pos: list[int], lengths: list[int]) -> bool:
-        """Whether every parameter has a part in y: if any token is read after a chunk of M_memory that this call has closed, and the
-        initial weights are not just where an earlier call started from."""
+        """Whether every parameter has a part in y: if any token is read after a chunk of M_memory that this
+        call has closed, and the initial weights are not just where an earlier call started from."""
         c = self.config.chunk_memory
-        return self.config.retain_to == "init" and any([n > 0 and (p + n - 1) // c > p // c for p, n in zip(pos, lengths)])
+        return (
+            self.config.retain_to == "init"
+            and any([n > 0 and (p + n - 1) // c > p // c for p, n in zip(pos, lengths)])
+        )
 
     def _real(self, lengths: list[int], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """lengths on the device, and which tokens of x [B, T, d] they count, [B, T, 1]; None, None if all."""
@@ -231,14 +253,19 @@ class SelfModifyingTitans(nn.Module):
     def diagnostics(self, x: Tensor, state: TitansState | None = None) -> dict:
         """How the memories fare while reading x [B, T, d_model] from ``state`` (not modified): plain numbers.
 
-        max_S and clipped_share over all tokens committed; ``deviation``: per memory |delta| / |w_init| (Frobenius, mean over rows
-        and heads); ``half_life``: tokens until a write has decayed to a half, per head, at the mean log alpha of the tokens
+        max_S and clipped_share over all tokens committed; ``deviation``: per memory |delta| / |w_init|
+        (Frobenius, mean over rows
+        and heads); ``half_life``: tokens until a write has decayed to a half, per head, at the mean log alpha
+        of the tokens
         committed (inf without retention; at the gate's bias if x closes no chunk).
         """
         state = self.init_state(x.shape[0]) if state is None else state
         stats = Stats([], [])
         y, state = self.scan(x, state, [x.shape[1]] * x.shape[0], stats=stats, backend="chunked")
-        S = torch.cat([s.flatten() for s in stats.S]) if stats.S else torch.zeros(1, dtype=torch.float32, device="cpu")
+        S = (
+            torch.cat([s.flatten() for s in stats.S]) if stats.S
+            else torch.zeros(1, dtype=torch.float32, device="cpu")
+        )
         deviation = {}
         for name in self.layout.names:
             learned, init = state.memory(name), self.memory_init(name)

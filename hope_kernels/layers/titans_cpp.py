@@ -1,8 +1,10 @@
-"""A Titans layer on the C++ backend: y and, where a gradient is asked for, its gradient by x with constant weights and memories.
+"""A Titans layer on the C++ backend: y and, where a gradient is asked for, its gradient by x with constant
+weights and memories.
 
     u = W_in conv(x)    q = norm(W_q u)    o = M_memory(q)    y = W_o (rmsnorm_per_head(o) * silu(W_g x))
 
-and backwards through each by formula. A graph of the same small operators costs as much again as all the layer's arithmetic.
+and backwards through each by formula. A graph of the same small operators costs as much again as all the
+layer's arithmetic.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..ops import cpu
+from ..ops.shared import cpu_layer as cpu
 from ..ops.titans.cpp import Pullback, titans_cpp, titans_cpp_gradient
-from ..ops.titans.fast_weights import TitansState
+from ..ops.titans.state import TitansState
 
 
 @torch.compiler.disable(reason="a call through ctypes")
 def scan_cpp(layer, x: Tensor, state: TitansState, lengths: list[int], update: bool) -> tuple[Tensor, TitansState]:
-    """``layer.scan(x, state, lengths, update=update)`` for x [B, T, d_model] where ``cpp.unserved`` finds nothing against it (without
-    gradients, or with ``constant_memory``) and all projections are plain: their weights stand in the formulas."""
+    """``layer.scan(x, state, lengths, update=update)`` for x [B, T, d_model] where ``cpp.unserved`` finds
+    nothing against it (without gradients, or with ``constant_memory``) and all projections are plain: their
+    weights stand in the formulas."""
     c, graph = layer.config, torch.is_grad_enabled() and x.requires_grad
     with torch.no_grad():
         conv, gain = layer.conv, layer.norm_gain  # a parametrized one is computed at every access

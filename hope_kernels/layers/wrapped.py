@@ -1,7 +1,8 @@
-"""Submodules that a user has wrapped, parametrized, hooked or replaced, and what a layer may still take for granted about them.
+"""Submodules that a user has wrapped, parametrized, hooked or replaced, and what a layer may still take for
+granted about them.
 
-A layer calls its submodules; whatever stands in their place is then part of its function. Where a formula needs a weight by itself, the
-functions here say whether there is one (``is_plain``), or what takes its place.
+A layer calls its submodules; whatever stands in their place is then part of its function. Where a formula
+needs a weight by itself, the functions here say whether there is one (``is_plain``), or what takes its place.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from .cms_level import CMSLevel
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether ``module`` is x -> x W^T with W = ``module.weight`` and nothing else: a ``nn.Linear`` without a bias as PyTorch makes it,
-    without hooks, a ``forward`` of its own, a parametrization, or a weight of a tensor subclass. dL/dx is then dL/dy W."""
+    """Whether ``module`` is x -> x W^T with W = ``module.weight`` and nothing else: a ``nn.Linear`` without a
+    bias as PyTorch makes it, without hooks, a ``forward`` of its own, a parametrization, or a weight of a
+    tensor subclass. dL/dx is then dL/dy W."""
     if type(module) is not nn.Linear or is_hooked(module):
         return False
     held = module._parameters  # a module's own access to them costs microseconds, and this is asked at every step
@@ -35,8 +37,9 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def placement(module: nn.Module) -> Tensor:
-    """A tensor of the dtype and on the device that ``module`` computes in: its weight, else the first of its floating parameters and
-    buffers. A quantized module may have none of them, and computes in fp32 on the CPU."""
+    """A tensor of the dtype and on the device that ``module`` computes in: its weight, else the first of its
+    floating parameters and buffers. A quantized module may have none of them, and computes in fp32 on the
+    CPU."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight
@@ -47,8 +50,9 @@ def placement(module: nn.Module) -> Tensor:
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``. A dynamically quantized Linear, whose output PyTorch gives no gradient by x, has that of its dequantized weight;
-    raises ValueError where such a one is hidden in ``module`` and x requires a gradient."""
+    """``module(x)``. A dynamically quantized Linear, whose output PyTorch gives no gradient by x, has that of
+    its dequantized weight; raises ValueError where such a one is hidden in ``module`` and x requires a
+    gradient."""
     if type(module) is nn.Linear or not (torch.is_grad_enabled() and x.requires_grad):
         return module(x)
     if not _quantized(module):
@@ -67,28 +71,32 @@ def _quantized(module: nn.Module) -> bool:
 
 
 def effective_weight(module: nn.Module, size: int) -> Tensor:
-    """[out, size], differentiable: the (possibly parametrized) weight of an ``nn.Linear`` without hooks, or what anything else, such as a
-    Linear with adapters, makes of the unit vectors. Raises ValueError where that is no linear map, as with a bias."""
+    """[out, size], differentiable: the (possibly parametrized) weight of an ``nn.Linear`` without hooks, or
+    what anything else, such as a Linear with adapters, makes of the unit vectors. Raises ValueError where
+    that is no linear map, as with a bias."""
     if isinstance(module, nn.Linear) and not is_hooked(module):
         return module.weight
     like = placement(module)
     eye = torch.eye(size, dtype=like.dtype, device=like.device)
     if torch.any(module(torch.zeros_like(eye[:1]))):
-        raise ValueError(f"effective_weight: a {type(module).__name__} maps 0 to something else, expected a linear map without a bias")
+        raise ValueError(
+            f"effective_weight: a {type(module).__name__} maps 0 to something else, expected a linear map without a bias"
+        )
     return module(eye).mT
 
 
 def token_vectors(embed: nn.Module, size: int) -> Tensor:
-    """[size, d]: what an embedding has for each token id, differentiable. The (possibly parametrized) weight of an ``nn.Embedding``; what
-    anything else, such as an embedding with adapters, answers for every id. Hooks act on what is read, and take no part."""
+    """[size, d]: what an embedding has for each token id, differentiable. The (possibly parametrized) weight
+    of an ``nn.Embedding``; what anything else, such as an embedding with adapters, answers for every id.
+    Hooks act on what is read, and take no part."""
     if isinstance(embed, nn.Embedding):
         return embed.weight
     return embed.forward(torch.arange(size, device=placement(embed).device))
 
 
 def tensors_of(level: nn.Module) -> dict[str, Tensor]:
-    """name -> tensor of a ``CMSLevel``, as whatever parametrizes or wraps it has it. Adapters that change parameters for the time of a
-    call only (PEFT's ``target_parameters``) are asked by a call."""
+    """name -> tensor of a ``CMSLevel``, as whatever parametrizes or wraps it has it. Adapters that change
+    parameters for the time of a call only (PEFT's ``target_parameters``) are asked by a call."""
     if isinstance(level, CMSLevel):
         return level.parameters_by_name()
     return level(None, lambda _, parameters: dict(parameters))
@@ -96,9 +104,9 @@ def tensors_of(level: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_weight(where: str, module: nn.Module, name: str, value: Tensor, keep: bool = True) -> None:
-    """Makes ``value`` what ``module`` has under ``name``: in place, or through ``right_inverse`` where it is parametrized. keep=False only
-    tries. Raises ValueError, and then has changed nothing, where ``module`` is a wrapper or its parametrization cannot express ``value``
-    to rounding (32 eps of its largest number)."""
+    """Makes ``value`` what ``module`` has under ``name``: in place, or through ``right_inverse`` where it is
+    parametrized. keep=False only tries. Raises ValueError, and then has changed nothing, where ``module`` is
+    a wrapper or its parametrization cannot express ``value`` to rounding (32 eps of its largest number)."""
     plain = module._parameters.get(name)
     if plain is not None:
         if keep:
@@ -122,4 +130,6 @@ def write_weight(where: str, module: nn.Module, name: str, value: Tensor, keep: 
             t.set_(storage)
             t.copy_(values)
     if reason is not None:
-        raise ValueError(f"{where}: {name} is parametrized and cannot be set ({reason}); remove the parametrization first")
+        raise ValueError(
+            f"{where}: {name} is parametrized and cannot be set ({reason}); remove the parametrization first"
+        )

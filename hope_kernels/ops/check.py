@@ -17,10 +17,13 @@ def _brackets(shape: Sequence) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
 
 
-def check_tensor(op: str, name: str, t: Any, shape: Sequence[int | str], dtype: torch.dtype | None = None, device=None) -> dict[str, int]:
+def check_tensor(
+    op: str, name: str, t: Any, shape: Sequence[int | str], dtype: torch.dtype | None = None, device=None
+) -> dict[str, int]:
     """Checks one tensor and returns the sizes of its named axes.
 
-    ``shape`` holds an int where the size is fixed and a letter where it is free; a letter used twice must have one size.
+    ``shape`` holds an int where the size is fixed and a letter where it is free; a letter used twice must
+    have one size.
     Raises TypeError if ``t`` is not a tensor, ValueError for another shape, dtype or device.
     """
     if not isinstance(t, Tensor):
@@ -46,7 +49,8 @@ def _listed(values: Any) -> list:
 
 
 def check_lengths(op: str, lengths: Any, batch: int, tokens: int) -> list[int]:
-    """One int per row, 0 <= n <= tokens; None means every row is full. A tensor on a device costs one sync. Raises ValueError."""
+    """One int per row, 0 <= n <= tokens; None means every row is full. A tensor on a device costs one sync.
+    Raises ValueError."""
     if lengths is None:
         return [tokens] * batch
     if isinstance(lengths, Tensor):
@@ -71,10 +75,12 @@ def check_lengths(op: str, lengths: Any, batch: int, tokens: int) -> list[int]:
 
 
 def check_state(op: str, state: Any, cls: type, config: Any, batch: int) -> None:
-    """A state of this kind, of this configuration, with this many rows. Raises TypeError for another kind, else ValueError."""
+    """A state of this kind, of this configuration, with this many rows. Raises TypeError for another kind,
+    else ValueError."""
     if not isinstance(state, cls):
         raise TypeError(f"{op}: argument state is a {type(state).__name__}, expected a {cls.__name__}")
-    if state.config is not config and state.config != config:  # compilers follow an object more easily than its fields
+    # compilers follow an object more easily than its fields
+    if state.config is not config and state.config != config:
         raise ValueError(f"{op}: argument state belongs to {' and not to '.join(_differing(state.config, config))}")
     if isinstance(state.pos, list) and state.batch != batch:  # else ``State.validate`` says so
         raise ValueError(f"{op}: argument state has {state.batch} rows, expected {batch}")
@@ -92,11 +98,14 @@ def _differing(given: Any, expected: Any) -> tuple[str, str]:
     if type(given) is not type(expected):
         return str(given), str(expected)
     names = [f.name for f in fields(given) if getattr(given, f.name) != getattr(expected, f.name)]
-    return tuple(f"{type(c).__name__}({', '.join(f'{n}={getattr(c, n)!r}' for n in names)}, ...)" for c in (given, expected))
+    return tuple(
+        f"{type(c).__name__}({', '.join(f'{n}={getattr(c, n)!r}' for n in names)}, ...)" for c in (given, expected)
+    )
 
 
 def check_rows(op: str, name: str, rows: Any, batch: int, absent: type[Exception] = ValueError) -> list[int]:
-    """Row numbers 0 .. batch - 1 from integers (negative ones count from the end) or a mask of booleans, in a sequence or 1-D tensor.
+    """Row numbers 0 .. batch - 1 from integers (negative ones count from the end) or a mask of booleans, in a
+    sequence or 1-D tensor.
 
     Raises ``absent`` for a row that does not exist, ValueError for anything else.
     """
@@ -110,7 +119,9 @@ def check_rows(op: str, name: str, rows: Any, batch: int, absent: type[Exception
             return [b for b, r in enumerate(values) if r]
         values = [operator.index(r) for r in values]
     except TypeError:
-        raise ValueError(f"{op}: argument {name} is {rows!r}, expected row numbers, or one boolean for each of {batch} rows") from None
+        raise ValueError(
+            f"{op}: argument {name} is {rows!r}, expected row numbers, or one boolean for each of {batch} rows"
+        ) from None
     for r in values:
         if not -batch <= r < batch:
             raise absent(f"{op}: row {r} does not exist in a batch of {batch}")
@@ -140,8 +151,11 @@ def check_counters(where: str, name: str, counters: Any, batch: int, low: int, h
             raise ValueError(f"{where}: state.{name} is {list(counters)!r}, expected integers from {low} to {high}")
 
 
-def check_part(where: str, name: str, t: Any, shape: tuple[int, ...] | None, dtype: torch.dtype | None, device: torch.device) -> None:
-    """A state's tensor: of this shape (None: there is none), dtype (None: any floating one) and device. Raises ValueError."""
+def check_part(
+    where: str, name: str, t: Any, shape: tuple[int, ...] | None, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """A state's tensor: of this shape (None: there is none), dtype (None: any floating one) and device.
+    Raises ValueError."""
     if shape is None:
         if t is not None:
             raise ValueError(f"{where}: state.{name} is a {type(t).__name__}, expected None for its configuration")
@@ -155,11 +169,14 @@ def check_part(where: str, name: str, t: Any, shape: tuple[int, ...] | None, dty
     if t.device != device:
         raise ValueError(f"{where}: state.{name} is on {t.device}, expected {device}; move it with state.to(...)")
     if t.dtype != dtype and (dtype is not None or t.dtype not in FLOATING):
-        raise ValueError(f"{where}: state.{name} has dtype {t.dtype}, expected {dtype or 'a floating one'}; state.to(...) casts it")
+        raise ValueError(
+            f"{where}: state.{name} has dtype {t.dtype}, expected {dtype or 'a floating one'}; state.to(...) casts it"
+        )
 
 
 def check_values(op: str, name: str, t: Tensor, lengths: list[int]) -> None:
-    """Every value of the rows' first ``lengths`` tokens is finite. Raises ValueError naming the first bad row; costs one sync."""
+    """Every value of the rows' first ``lengths`` tokens is finite. Raises ValueError naming the first bad
+    row; costs one sync."""
     good = torch.isfinite(t).flatten(2).all(-1)
     padding = torch.arange(t.shape[1], device=t.device) >= torch.tensor(lengths, device=t.device).unsqueeze(1)
     rows = (~(good | padding)).any(1).nonzero()

@@ -1,10 +1,11 @@
-"""The levels of a Continuum Memory System as one function, with fixed weights and in the pass that learns (Nested Learning eq 70-74).
+"""The levels of a Continuum Memory System as one function, with fixed weights and in the pass that learns
+(Nested Learning eq 70-74).
 
     sequential, nested:  y = MLP_K(... MLP_1(x))        independent:  y = x + sum_l softmax(mix)_l branch_l(x)
 
-``cms_forward`` is differentiable in everything. ``cms_learn`` is what learning while reading uses: its graph runs from y to x alone, and
-when the backward has passed a level, that level's factors go to a ``sink``, which may change the level's weights at once. So the
-activations of a segment are kept, and its gradients never are.
+``cms_forward`` is differentiable in everything. ``cms_learn`` is what learning while reading uses: its graph
+runs from y to x alone, and when the backward has passed a level, that level's factors go to a ``sink``, which
+may change the level's weights at once. So the activations of a segment are kept, and its gradients never are.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...config import CMSConfig
-from . import chunked
-from .chunked import Factors, Level, master_dtype
+from . import level as chunked
+from .level import Factors, Level, master_dtype
 from .matrix import Matrix
 from .schedule import learning_levels, matrices
 
@@ -27,7 +28,8 @@ Sink = Callable[[int, Factors], None]  # (index of the level, its factors)
 
 
 class Work(NamedTuple):
-    """How the levels are read. eps: of the norm. ops: the backend's functions. sink, anchor: in the pass that learns; see ``cms_learn``."""
+    """How the levels are read. eps: of the norm. ops: the backend's functions. sink, anchor: in the pass that
+    learns; see ``cms_learn``."""
 
     config: CMSConfig
     eps: float = NORM_EPS
@@ -37,20 +39,25 @@ class Work(NamedTuple):
 
 
 def read_level(l: int, x: Tensor, level: dict, work: Work, residual: bool) -> Tensor:
-    """Level l alone: branch(x), or x + branch(x) with ``residual``. In the pass that learns its graph runs to x and to the anchor."""
+    """Level l alone: branch(x), or x + branch(x) with ``residual``. In the pass that learns its graph runs to
+    x and to the anchor."""
     names = matrices(work.config)
     level = {n: Matrix.of(t) if n in names else t for n, t in level.items()}
     if work.sink is None:
         return work.ops.level_forward(x, level, work.config, work.eps, residual=residual, keep=False)[0]
     level = {n: t.detach() for n, t in level.items()}
-    if work.config.learning_rates[l] == 0 and not x.requires_grad:  # nothing up to here learns: no graph, no backward
+    # nothing up to here learns: no graph, no backward
+    if work.config.learning_rates[l] == 0 and not x.requires_grad:
         with torch.no_grad():
             return work.ops.level_forward(x, level, work.config, work.eps, residual=residual, keep=True)[0]
     return _Learning.apply(x, work.anchor, _Pass(l, level, work, residual))
 
 
-def read_levels(x: Tensor, config: CMSConfig, mix: Tensor | None, level: Callable[[int, Tensor, bool], Tensor], learns: bool) -> Tensor:
-    """All levels of a CMS, by ``level(l, x, residual)``. learns: in the pass that learns, where ``mix`` is a constant."""
+def read_levels(
+    x: Tensor, config: CMSConfig, mix: Tensor | None, level: Callable[[int, Tensor, bool], Tensor], learns: bool
+) -> Tensor:
+    """All levels of a CMS, by ``level(l, x, residual)``. learns: in the pass that learns, where ``mix`` is a
+    constant."""
     if config.variant != "independent":
         for l in range(config.num_levels):
             x = level(l, x, True)
@@ -81,12 +88,14 @@ def cms_forward(
 
 
 def cms_learn(
-    x: Tensor, levels: list[dict], config: CMSConfig, sink: Sink, anchor: Tensor, mix: Tensor | None = None, eps: float = NORM_EPS,
-    ops=chunked,
+    x: Tensor, levels: list[dict], config: CMSConfig, sink: Sink, anchor: Tensor, mix: Tensor | None = None,
+    eps: float = NORM_EPS, ops=chunked,
 ) -> Tensor:
-    """``cms_forward`` whose backward gives dL/dx and calls ``sink(l, factors)`` for every level l with lr > 0, the last level first.
+    """``cms_forward`` whose backward gives dL/dx and calls ``sink(l, factors)`` for every level l with lr >
+    0, the last level first.
 
-    anchor: a scalar that requires a gradient; differentiate with respect to it (x itself may be a constant). Its gradient is zero.
+    anchor: a scalar that requires a gradient; differentiate with respect to it (x itself may be a constant).
+    Its gradient is zero.
     """
     return _read(x, levels, mix, Work(config, eps, ops, sink, anchor))
 
@@ -97,16 +106,20 @@ def _read(x: Tensor, levels: list[dict], mix: Tensor | None, work: Work) -> Tens
         raise ValueError(f"cms_forward: argument levels has {len(levels)} entries, expected {config.num_levels}")
     if config.variant == "independent" and mix is None:
         raise ValueError("cms_forward: argument mix is None, expected [K] for variant='independent'")
-    return read_levels(x, config, mix, lambda l, x, residual: read_level(l, x, levels[l], work, residual), work.sink is not None)
+    return read_levels(
+        x, config, mix, lambda l, x, residual: read_level(l, x, levels[l], work, residual), work.sink is not None
+    )
 
 
 def cms_gradients(
-    x: Tensor, error: Tensor, levels: list[dict], config: CMSConfig, mix: Tensor | None = None, eps: float = NORM_EPS
+    x: Tensor, error: Tensor, levels: list[dict], config: CMSConfig, mix: Tensor | None = None,
+    eps: float = NORM_EPS
 ) -> list[dict[str, Tensor] | None]:
     """g_b = d sum_t <error_bt, y_bt> / d theta_b for one segment: the gradient that a refresh accumulates, per row.
 
     x, error: [B, C1, d], the segment's inputs and dL/dy.  levels, mix: as in ``cms_forward``.
-    Returns, per level, None (lr = 0) or a dict name -> [B, rows, cols] in the master dtype. Works under any grad or inference
+    Returns, per level, None (lr = 0) or a dict name -> [B, rows, cols] in the master dtype. Works under any
+    grad or inference
     mode of the caller and is detached from every outer graph. Source: Nested Learning eq 71.
     """
     grads: list[dict[str, Tensor] | None] = [None] * config.num_levels
@@ -120,10 +133,11 @@ def cms_gradients(
 
 
 def pass_back(
-    x: Tensor, error: Tensor, levels: list[dict], config: CMSConfig, sink: Sink, mix: Tensor | None = None, eps: float = NORM_EPS,
-    ops=chunked,
+    x: Tensor, error: Tensor, levels: list[dict], config: CMSConfig, sink: Sink, mix: Tensor | None = None,
+    eps: float = NORM_EPS, ops=chunked,
 ) -> None:
-    """Reads a segment again and takes ``error`` [B, C1, d] = dL/dy back through it, into ``sink``. In any mode of the caller."""
+    """Reads a segment again and takes ``error`` [B, C1, d] = dL/dy back through it, into ``sink``. In any
+    mode of the caller."""
     pull_back(x, error, config, lambda x, anchor: cms_learn(x, levels, config, sink, anchor, mix, eps, ops))
 
 
@@ -159,7 +173,9 @@ class _Learning(torch.autograd.Function):
     def backward(ctx, dy):
         (l, level, work, residual), saved, ctx.saved = ctx.part, ctx.saved, None
         need_dx = ctx.needs_input_grad[0]
-        dx, factors = work.ops.level_backward(dy, saved, level, work.config, work.eps, residual=residual, need_dx=need_dx)
+        dx, factors = work.ops.level_backward(
+            dy, saved, level, work.config, work.eps, residual=residual, need_dx=need_dx
+        )
         if work.config.learning_rates[l] > 0:
             work.sink(l, factors)  # dx is known: from here on nobody needs the weights the segment was read with
         return dx, dy.new_zeros(()), None

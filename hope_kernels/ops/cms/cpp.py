@@ -1,8 +1,9 @@
-"""A CMS level on the C++ backend: PyTorch's matrix products, and one pass over the tokens for everything between them (csrc/cpu/cms.cpp).
+"""A CMS level on the C++ backend: PyTorch's matrix products, and one pass over the tokens for everything
+between them (csrc/cpu/cms.cpp).
 
-The functions are those of ``chunked.py``, for gelu levels in fp32 on the CPU and without a graph: call under no_grad. The activation and
-its derivative come from one exponential, so the backward multiplies by what the forward kept. SwiGLU levels stay PyTorch's: they come
-from models whose every bit is promised.
+The functions are those of ``chunked.py``, for gelu levels in fp32 on the CPU and without a graph: call under
+no_grad. The activation and its derivative come from one exponential, so the backward multiplies by what the
+forward kept. SwiGLU levels stay PyTorch's: they come from models whose every bit is promised.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from ...config import CMSConfig
 from ..titans.cpp import address, check_outcome, library, unavailable
-from . import chunked
-from .chunked import Factors, Level, newton_schulz, outer_add_, refresh_
+from . import level as chunked
+from .level import Factors, Level, newton_schulz, outer_add_, refresh_
 from .matrix import times, times_transposed
 
 __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "unserved"]
@@ -51,7 +52,9 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
     return unavailable()
 
 
-def level_forward(x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool) -> tuple[Tensor, Saved | None]:
+def level_forward(
+    x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool
+) -> tuple[Tensor, Saved | None]:
     """``chunked.level_forward``."""
     width = (x.shape[-1],)
     if config.norm == "rmsnorm":
@@ -77,7 +80,10 @@ def level_backward(
     if config.norm != "rmsnorm":
         dx = chunked.norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
         return dx + dy if residual else dx, factors
-    x, dn, given, gain = saved.x.contiguous(), dn.contiguous(), dy.contiguous() if residual else None, level["norm_gain"].contiguous()
+    x, dn, given, gain = (
+        saved.x.contiguous(), dn.contiguous(), dy.contiguous() if residual else None,
+        level["norm_gain"].contiguous()
+    )
     dx, every, d = torch.empty_like(x), x.numel(), x.shape[-1]
     tensors = ((x, every), (gain, d), (dn, every), (given, every), (dx, every))
     _call("norm_backward", every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))

@@ -1,9 +1,11 @@
-"""One matrix of a CMS level as B sequences have it: the layer's own, one per row, or either with a pending low-rank part.
+"""One matrix of a CMS level as B sequences have it: the layer's own, one per row, or either with a pending
+low-rank part.
 
     W_b = base_b + scale * left_b^T right_b        base_b = own[b] where rows[b], else shared
 
-``left`` and ``right`` are the factors of refreshes that have not been folded into a dense matrix yet: R tokens' errors and inputs. A
-product with W_b reads the base once for all rows that share it, and 2 R numbers instead of r c for what the row itself has learned.
+``left`` and ``right`` are the factors of refreshes that have not been folded into a dense matrix yet: R
+tokens' errors and inputs. A product with W_b reads the base once for all rows that share it, and 2 R numbers
+instead of r c for what the row itself has learned.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Matrix:
 
 
 def _by_rows(W: Matrix, batch: int, with_shared, with_own) -> Tensor:
-    """Results [B, ...] of the rows that share the base and of those that have their own, in the order of the rows."""
+    """Results [B, ...] of the rows that share the base and of those that have their own, in the order of the
+    rows."""
     mine = [b for b in range(batch) if W.own is not None and W.rows[b]]
     if not mine:
         return with_shared(W.shared, range(batch))
@@ -89,5 +92,8 @@ def times(e: Tensor, W: Matrix) -> Tensor:
     def of(rows) -> Tensor:
         return e if len(rows) == e.shape[0] else e[torch.tensor(rows, dtype=torch.long, device=e.device)]
 
-    y = _by_rows(W, e.shape[0], lambda w, rows: of(rows) @ w, lambda w, rows: of(rows) @ w[0] if len(w) == 1 else torch.bmm(of(rows), w))
+    y = _by_rows(
+        W, e.shape[0], lambda w, rows: of(rows) @ w, lambda w,
+        rows: of(rows) @ w[0] if len(w) == 1 else torch.bmm(of(rows), w)
+    )
     return y if W.left is None else torch.baddbmm(y, torch.bmm(e, W.left.mT), W.right, alpha=W.scale)

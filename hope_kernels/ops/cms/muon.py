@@ -1,4 +1,5 @@
-"""The orthogonalised step: theta <- theta - lr 0.2 sqrt(max(rows, cols)) NS(g), after torch.optim.Muon (no momentum here)."""
+"""The orthogonalised step: theta <- theta - lr 0.2 sqrt(max(rows, cols)) NS(g), after torch.optim.Muon (no
+momentum here)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 
 def muon_step_(weight: Tensor, copy: Tensor | None, total: Tensor, rows: list[int], lr: float, ops) -> None:
-    """In place in ``rows`` of weight and total [B, r, c] (master dtype), g = total, which becomes zero. copy: weight in the input dtype."""
+    """In place in ``rows`` of weight and total [B, r, c] (master dtype), g = total, which becomes zero. copy:
+    weight in the input dtype."""
     scale = lr * 0.2 * math.sqrt(max(weight.shape[1:]))
     step = ops.newton_schulz(total if len(rows) == len(total) else total[rows])
     for b, found in zip(rows, step):

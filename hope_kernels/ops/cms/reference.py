@@ -1,4 +1,5 @@
-"""The Continuum Memory System, one row and one token at a time, in fp64 NumPy: the definition every backend is tested against.
+"""The Continuum Memory System, one row and one token at a time, in fp64 NumPy: the definition every backend
+is tested against.
 
     branch_l(x) = w_down sigma(w_up norm(x))  or  w_down (silu(w_gate norm(x)) * (w_up norm(x)));   MLP_l(x) = x + branch_l(x)
     sequential, nested: y = MLP_K(... MLP_1(x));   independent: y = sum_l softmax(mix)_l MLP_l(x)
@@ -75,7 +76,8 @@ def branch(x, level, config, eps=NORM_EPS):
 
 
 def forward(x, levels, config: CMSConfig, mix=None, eps=NORM_EPS):
-    """One token through all levels. Returns (y, pullback); pullback(dL/dy) = (dL/dx, [per level {name: dL/dmatrix}])."""
+    """One token through all levels. Returns (y, pullback); pullback(dL/dy) = (dL/dx, [per level {name:
+    dL/dmatrix}])."""
     if config.variant == "independent":
         p = np.exp(mix - np.max(mix))
         p = p / p.sum()
@@ -117,7 +119,8 @@ def newton_schulz(g):
 
 @dataclass
 class Row:
-    """What one sequence has learned. ``levels`` are its weights now, ``initial`` the shared ones it started from."""
+    """What one sequence has learned. ``levels`` are its weights now, ``initial`` the shared ones it started
+    from."""
 
     initial: list[dict]
     config: CMSConfig
@@ -189,4 +192,6 @@ class Row:
 
 def read(row: Row, x, error, learn):
     """Several tokens: x, error [T, d], learn [T] bool -> y [T, d]; ``row`` advances."""
-    return np.stack([row.read(x[t], error[t], bool(learn[t])) for t in range(len(x))]) if len(x) else np.zeros_like(x)
+    return (
+        np.stack([row.read(x[t], error[t], bool(learn[t])) for t in range(len(x))]) if len(x) else np.zeros_like(x)
+    )

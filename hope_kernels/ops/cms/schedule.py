@@ -18,8 +18,8 @@ def learning_levels(config: CMSConfig) -> list[int]:
 
 
 class Due(NamedTuple):
-    """Rows of one level at a boundary. step: take an optimizer step.  reset: go back to the initial weights (nested; a refresh due at the
-    same count is discarded).  wait: keep what they have accumulated."""
+    """Rows of one level at a boundary. step: take an optimizer step.  reset: go back to the initial weights
+    (nested; a refresh due at the same count is discarded).  wait: keep what they have accumulated."""
 
     step: list[int]
     reset: list[int]
@@ -27,7 +27,8 @@ class Due(NamedTuple):
 
 
 def due(config: CMSConfig, level: int, rows: list[int], counts: list[int] | None) -> Due:
-    """For ``rows`` that stand at token counts ``counts[b]`` (None: nothing commits). A level with lr = 0 keeps its clock all the same."""
+    """For ``rows`` that stand at token counts ``counts[b]`` (None: nothing commits). A level with lr = 0
+    keeps its clock all the same."""
     if counts is None:
         return Due([], [], list(rows))
     now = [b for b in rows if counts[b] % config.chunks[level] == 0]

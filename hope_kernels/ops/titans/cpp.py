@@ -1,9 +1,11 @@
-"""backend="cpp": csrc/cpu/titans.cpp, one call into a C++ library for all chunks of all rows and heads. x86-64 CPUs, fp32.
+"""backend="cpp": csrc/cpu/titans.cpp, one call into a C++ library for all chunks of all rows and heads.
+x86-64 CPUs, fp32.
 
-Gradients are those of reads alone, by their queries, with fast weights and writes constants of the graph (``constant_memory``: what a
-learning model takes of its memories). There is none through the writes.
-The library is plain C behind ctypes (pointers and sizes), so that one file serves every Python and every torch. setup.py builds it
-where a C++ compiler is found; without it this backend says so and the chunked one does the work.
+Gradients are those of reads alone, by their queries, with fast weights and writes constants of the graph
+(``constant_memory``: what a learning model takes of its memories). There is none through the writes.
+The library is plain C behind ctypes (pointers and sizes), so that one file serves every Python and every
+torch. setup.py builds it where a C++ compiler is found; without it this backend says so and the chunked one
+does the work.
 Results are bit-identical for any split of a sequence, any company in the batch and any number of threads.
 """
 
@@ -13,20 +15,21 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...config import TitansConfig
-from .fast_weights import FastWeights, TitansState
+from .state import FastWeights, TitansState
 
-LIBRARY = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), "_titans_cpu.so")
+LIBRARY = str(Path(__file__).parents[2] / "_titans_cpu.so")
 ABI = 4
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _POINTERS = (
-    "base2", "base1", "base1s", "delta2", "delta1", "delta1s", "q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias",
-    "pending_k", "pending_v", "pending_eta", "pending_alpha", "pos", "len", "o",
+    "base2", "base1", "base1s", "delta2", "delta1", "delta1s", "q", "x", "k", "v", "eta", "alpha", "eta_bias",
+    "alpha_bias", "pending_k", "pending_v", "pending_eta", "pending_alpha", "pos", "len", "o",
     "kept2", "kept1",
 )
 
@@ -35,8 +38,10 @@ class _Call(ctypes.Structure):
     """``TitansCall`` of csrc/cpu/call.h."""
 
     _fields_ = (
-        [(n, ctypes.c_int64) for n in ("B", "T", "H", "D", "N", "Mf", "Ms", "chunk_memory", "chunk_other", "kept", "threads")]
-        + [(n, ctypes.c_int32) for n in ("activation", "self_modifying", "objective_dot", "dgd", "retention", "own_values", "target_norm",
+        [(n, ctypes.c_int64) for n in ("B", "T", "H", "D", "N", "Mf", "Ms", "chunk_memory", "chunk_other",
+                "kept", "threads")]
+        + [(n, ctypes.c_int32) for n in ("activation", "self_modifying", "objective_dot", "dgd", "retention",
+                "own_values", "target_norm",
                                          "step_clip", "scalar_skip", "qk_l2norm", "softplus", "update")]
         + [("grad_scale", ctypes.c_float), ("eta_scale", ctypes.c_float)]
         + [(n, ctypes.c_void_p) for n in _POINTERS]
@@ -47,7 +52,8 @@ class _ReadBackward(ctypes.Structure):
     """``TitansReadBackward`` of csrc/cpu/call.h."""
 
     _fields_ = (
-        [(n, ctypes.c_int64) for n in ("B", "T", "H", "D", "N", "chunk", "kept", "threads")] + [("activation", ctypes.c_int32)]
+        [(n, ctypes.c_int64) for n in ("B", "T", "H", "D", "N", "chunk", "kept", "threads")]
+        + [("activation", ctypes.c_int32)]
         + [(n, ctypes.c_void_p) for n in ("kept2", "kept1", "q", "grad", "pos", "len", "dq")]
     )
 
@@ -71,9 +77,11 @@ def library() -> ctypes.CDLL:
     return _library()
 
 
-def address(t: Tensor | None, count: int, name: str = "a tensor of the layer, its input or its state") -> int | None:
-    """What the library is handed for ``t``, ``count`` fp32 numbers one after another. Raises ValueError for anything else: it would read,
-    and write, past the end."""
+def address(
+    t: Tensor | None, count: int, name: str = "a tensor of the layer, its input or its state"
+) -> int | None:
+    """What the library is handed for ``t``, ``count`` fp32 numbers one after another. Raises ValueError for
+    anything else: it would read, and write, past the end."""
     if t is None:
         return None
     if t.dtype is not torch.float32 or t.numel() != count or not t.is_cpu or not t.is_contiguous():
@@ -87,7 +95,9 @@ def check_outcome(outcome: int, op: str) -> None:
     if outcome == 1:
         raise MemoryError(f"{op}: backend 'cpp' could not allocate its work space; nothing was read")
     if outcome:
-        raise ValueError(f"{op}: backend 'cpp' was handed sizes, lengths or tensors that do not fit each other; nothing was read")
+        raise ValueError(
+            f"{op}: backend 'cpp' was handed sizes, lengths or tensors that do not fit each other; nothing was read"
+        )
 
 
 @torch.compiler.assume_constant_result
@@ -97,7 +107,9 @@ def unavailable() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device, constant_memory: bool = False) -> str | None:
+def unserved(
+    config: TitansConfig, dtype: torch.dtype, device: torch.device, constant_memory: bool = False
+) -> str | None:
     """Why the backend cannot serve a layer, or None."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
@@ -129,9 +141,11 @@ def titans_cpp(
 
 @torch.no_grad()
 def titans_cpp_gradient(
-    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int], *, update: bool = True
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int], *,
+    update: bool = True
 ) -> tuple[Tensor, TitansState, Callable[[Tensor], Tensor]]:
-    """o and the new state, without a graph, and what turns dL/do [B, T, H, D] into dL/dq, fast weights and writes being constants:
+    """o and the new state, without a graph, and what turns dL/do [B, T, H, D] into dL/dq, fast weights and
+    writes being constants:
 
         dq = do + w2^T (sigma'(w2 q) * (w1^T do))    at the weights of M_memory that each chunk was read with
     """
@@ -145,7 +159,8 @@ def titans_cpp_gradient(
 
 
 class Pullback(torch.autograd.Function):
-    """``Pullback.apply(x, y, pullback)``: y, a new tensor, as a function of x whose gradient is pullback(dL/dy). Once differentiable."""
+    """``Pullback.apply(x, y, pullback)``: y, a new tensor, as a function of x whose gradient is
+    pullback(dL/dy). Once differentiable."""
 
     @staticmethod
     def forward(ctx, x, y, pullback):
@@ -159,18 +174,22 @@ class Pullback(torch.autograd.Function):
         return ctx.pullback(grad), None, None
 
 
-def _kept(config: TitansConfig, state: TitansState, pos: list[int], chunk: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Room for M_memory's weights in every chunk a call reads: w2 [B, H, chunks, N, D] and w1 [B, H, chunks, D, N]."""
+def _kept(
+    config: TitansConfig, state: TitansState, pos: list[int], chunk: int, lengths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Room for M_memory's weights in every chunk a call reads: w2 [B, H, chunks, N, D] and w1 [B, H, chunks,
+    D, N]."""
     count = max(((p % chunk + n - 1) // chunk + 1 for p, n in zip(pos, lengths)), default=0)
     lead, D, N = (*state.delta2.shape[:2], count), config.head_dim, config.hidden
     return state.delta2.new_empty(*lead, N, D), state.delta2.new_empty(*lead, D, N)
 
 
 def _scan(
-    config: TitansConfig, w_init: FastWeights, inputs, new: TitansState, pos: list[int], lengths: list[int], update: bool,
-    kept: tuple[Tensor, Tensor] | None = None,
+    config: TitansConfig, w_init: FastWeights, inputs, new: TitansState, pos: list[int], lengths: list[int],
+    update: bool, kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """o [B, T, H, D]; advances the tensors of ``new``, a state whose ``pos`` is that after the call, and fills ``kept``."""
+    """o [B, T, H, D]; advances the tensors of ``new``, a state whose ``pos`` is that after the call, and
+    fills ``kept``."""
     first = inputs.x if inputs.x is not None else inputs.k
     B, T, H, D = first.shape
     o = (first.new_empty if min(lengths, default=T) == T else first.new_zeros)(B, T, H, D)
@@ -178,24 +197,34 @@ def _scan(
     tensors = {"base2": base.w2, "base1": base.w1, "base1s": base.w1s}
     tensors |= {n: getattr(inputs, n) for n in ("q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias")}
     tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
-    tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | ({} if kept is None else {"kept2": kept[0], "kept1": kept[1]})
+    tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | (
+        {} if kept is None else {"kept2": kept[0], "kept1": kept[1]}
+    )
     N, Mf, Ms = config.hidden, 3 if config.self_modifying else 1, 1 + config.retention if config.self_modifying else 0
-    head2, head1, head1s = ((Mf + Ms) * N + (Ms if config.scalar_skip else 0)) * D, Mf * D * N, Ms * N  # one head's numbers
-    tokens, pending, chunks = B * T * H, B * max(config.chunk_memory, config.chunk_other) * H, 0 if kept is None else kept[0].shape[2]
+    # one head's numbers
+    head2, head1, head1s = ((Mf + Ms) * N + (Ms if config.scalar_skip else 0)) * D, Mf * D * N, Ms * N
+    tokens, pending, chunks = (
+        B * T * H, B * max(config.chunk_memory, config.chunk_other) * H, 0 if kept is None else kept[0].shape[2]
+    )
     counts = {
-        "base2": H * head2, "base1": H * head1, "base1s": H * head1s, "delta2": B * H * head2, "delta1": B * H * head1,
-        "delta1s": B * H * head1s, "eta": tokens, "alpha": tokens, "eta_bias": H, "alpha_bias": H, "pending_k": pending * D,
+        "base2": H * head2, "base1": H * head1, "base1s": H * head1s, "delta2": B * H * head2,
+        "delta1": B * H * head1,
+        "delta1s": B * H * head1s, "eta": tokens, "alpha": tokens, "eta_bias": H, "alpha_bias": H,
+        "pending_k": pending * D,
         "pending_v": pending * D, "pending_eta": pending, "pending_alpha": pending, "kept2": B * H * chunks * N * D,
         "kept1": B * H * chunks * N * D,
     }
     pointers = {n: address(t, counts.get(n, tokens * D), n) for n, t in tensors.items()}
     before, reads = row_array(pos, B), row_array(lengths, B)
     call = _Call(
-        B=B, T=T, H=H, D=D, N=N, Mf=Mf, Ms=Ms, chunk_memory=config.chunk_memory, chunk_other=config.chunk_other, kept=chunks,
-        threads=torch.get_num_threads(),
-        activation=_ACTIVATIONS[config.activation], self_modifying=config.self_modifying, objective_dot=config.objective == "dot",
-        softplus=config.eta_activation == "softplus", update=update, grad_scale=config.grad_scale, eta_scale=config.eta_scale,
-        **{n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip", "scalar_skip", "qk_l2norm")},
+        B=B, T=T, H=H, D=D, N=N, Mf=Mf, Ms=Ms, chunk_memory=config.chunk_memory,
+        chunk_other=config.chunk_other, kept=chunks, threads=torch.get_num_threads(),
+        activation=_ACTIVATIONS[config.activation], self_modifying=config.self_modifying,
+        objective_dot=config.objective == "dot",
+        softplus=config.eta_activation == "softplus", update=update, grad_scale=config.grad_scale,
+        eta_scale=config.eta_scale,
+        **{n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip",
+                "scalar_skip", "qk_l2norm")},
         **pointers, pos=ctypes.addressof(before), len=ctypes.addressof(reads),
     )
     check_outcome(library().hope_titans_scan(ctypes.byref(call)), "titans")
@@ -203,18 +232,21 @@ def _scan(
 
 
 def _read_backward(
-    config: TitansConfig, q: Tensor, grad: Tensor, kept: tuple[Tensor, Tensor], pos: list[int], chunk: int, lengths: list[int]
+    config: TitansConfig, q: Tensor, grad: Tensor, kept: tuple[Tensor, Tensor], pos: list[int], chunk: int,
+    lengths: list[int]
 ) -> Tensor:
-    """dL/dq [B, T, H, D] from dL/do; row b's tokens share weights up to the multiples of ``chunk``, counted from pos[b]."""
+    """dL/dq [B, T, H, D] from dL/do; row b's tokens share weights up to the multiples of ``chunk``, counted
+    from pos[b]."""
     B, T, H, D = q.shape
     grad, dq = grad.contiguous(), (torch.empty_like if min(lengths, default=T) == T else torch.zeros_like)(q)
     before, reads = row_array(pos, B), row_array(lengths, B)
     chunks, N = kept[0].shape[2], config.hidden
     weights, tokens = B * H * chunks * N * D, B * T * H * D
     call = _ReadBackward(
-        B, T, H, D, N, chunk, chunks, torch.get_num_threads(), _ACTIVATIONS[config.activation], address(kept[0], weights, "kept2"),
-        address(kept[1], weights, "kept1"), address(q, tokens, "q"), address(grad, tokens, "grad"), ctypes.addressof(before),
-        ctypes.addressof(reads), address(dq, tokens, "dq"),
+        B, T, H, D, N, chunk, chunks, torch.get_num_threads(), _ACTIVATIONS[config.activation],
+        address(kept[0], weights, "kept2"),
+        address(kept[1], weights, "kept1"), address(q, tokens, "q"), address(grad, tokens, "grad"),
+        ctypes.addressof(before), ctypes.addressof(reads), address(dq, tokens, "dq"),
     )
     check_outcome(library().hope_titans_read_backward(ctypes.byref(call)), "titans")
     return dq
@@ -228,7 +260,8 @@ def row_array(values: list[int], B: int):
 
 
 def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> TitansState:
-    """A state for the library to write into: copies of what this call will change, the rest shared with ``state``."""
+    """A state for the library to write into: copies of what this call will change, the rest shared with
+    ``state``."""
     small = min(config.chunk_memory, config.chunk_other)
     commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
     parts = {n: getattr(state, n) for n in _WRITTEN}

@@ -1,7 +1,8 @@
-"""backend="cuda": csrc/cuda/, C++ kernels that keep a head's fast weights in the registers of a multiprocessor. Inference only.
+"""backend="cuda": csrc/cuda/, C++ kernels that keep a head's fast weights in the registers of a
+multiprocessor. Inference only.
 
-``hope_kernels_cuda::titans_scan`` advances a state in place; ``titans_cuda`` gives it copies of what it will write. Outputs and states are
-bit-identical for any split of a sequence and any company in the batch.
+``hope_kernels_cuda::titans_scan`` advances a state in place; ``titans_cuda`` gives it copies of what it will
+write. Outputs and states are bit-identical for any split of a sequence and any company in the batch.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ import torch
 from torch import Tensor
 
 from ...config import TitansConfig
-from .. import cuda as library
-from .fast_weights import FastWeights, TitansState
+from ..shared import cuda_library as library
 from .kernel_call import call, call_in_place
+from .state import FastWeights, TitansState
 
 DTYPES = (torch.bfloat16, torch.float16)
-SHAPES = ((64, 1), (64, 2), (64, 4), (128, 1), (128, 2))  # (head width, hidden_mult); csrc/cuda has the other half of this table
+# (head width, hidden_mult); csrc/cuda has the other half of this table
+SHAPES = ((64, 1), (64, 2), (64, 4), (128, 1), (128, 2))
 CHUNKS = (16, 32, 64)
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}  # csrc/cuda/params.h, like these bits
-_UNIT_K, _SOFTPLUS, _OWN_VALUES, _TARGET_NORM, _DOT, _DGD, _CLIP, _RETENTION, _UPDATE, _FLOAT_BIAS = (1 << i for i in range(10))
+_UNIT_K, _SOFTPLUS, _OWN_VALUES, _TARGET_NORM, _DOT, _DGD, _CLIP, _RETENTION, _UPDATE, _FLOAT_BIAS = (
+    1 << i for i in range(10)
+)
 
 
 def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -46,8 +50,8 @@ def titans_cuda(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int],
     *, update: bool = True, constant_memory: bool = False, stats=None,
 ) -> tuple[Tensor, TitansState]:
-    """As ``chunked.titans_chunk``, without a graph; ``constant_memory`` changes nothing there. Raises ValueError for ``stats``, and for
-    arguments that require a gradient where gradients are on."""
+    """As ``chunked.titans_chunk``, without a graph; ``constant_memory`` changes nothing there. Raises
+    ValueError for ``stats``, and for arguments that require a gradient where gradients are on."""
     if stats is not None:
         raise ValueError("titans: backend 'cuda' collects no statistics; the chunked backend does")
     tensors = (*w_init, *inputs, *(getattr(state, n) for n in _WRITTEN))
@@ -59,15 +63,22 @@ def titans_cuda(
 def titans_advance_(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True
 ) -> Tensor:
-    """As ``titans_cuda``, in place and without a look from the host: o. ``state.synchronize()`` brings ``state.pos`` after it."""
+    """As ``titans_cuda``, in place and without a look from the host: o. ``state.synchronize()`` brings
+    ``state.pos`` after it."""
     return call_in_place(_scan, config, w_init, inputs, state, lengths, update)
 
 
-def _scan(config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor, update: bool) -> Tensor:
+def _scan(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor,
+    update: bool
+) -> Tensor:
     return torch.ops.hope_kernels_cuda.titans_scan(*arguments(config, w_init, inputs, state, pos, lengths, update))
 
 
-def arguments(config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor, update: bool) -> tuple:
+def arguments(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor,
+    update: bool
+) -> tuple:
     """What ``hope_kernels_cuda::titans_scan`` takes, in order."""
     dtype = inputs.x.dtype
     base = [t.to(dtype) for t in w_init] if config.retain_to == "init" else [None] * 3
@@ -85,7 +96,7 @@ def flags(config: TitansConfig, update: bool, float_bias: bool) -> int:
     """``TitansParams::flags`` of csrc/cuda/params.h."""
     bits = {
         _UNIT_K: config.qk_l2norm, _SOFTPLUS: config.eta_activation == "softplus", _OWN_VALUES: config.own_values,
-        _TARGET_NORM: config.target_norm, _DOT: config.objective == "dot", _DGD: config.dgd, _CLIP: config.step_clip,
-        _RETENTION: config.retention, _UPDATE: update, _FLOAT_BIAS: float_bias,
+        _TARGET_NORM: config.target_norm, _DOT: config.objective == "dot", _DGD: config.dgd,
+        _CLIP: config.step_clip, _RETENTION: config.retention, _UPDATE: update, _FLOAT_BIAS: float_bias,
     }
     return sum(bit for bit, on in bits.items() if on)

@@ -1,4 +1,5 @@
-"""How a kernel that advances a state in place serves a call: on copies of what it will write, or on the state itself."""
+"""How a kernel that advances a state in place serves a call: on copies of what it will write, or on the state
+itself."""
 
 from __future__ import annotations
 
@@ -7,18 +8,19 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...config import TitansConfig
-from .fast_weights import FastWeights, TitansState, on_device
+from .state import FastWeights, TitansState, on_device
 
 # (config, w_init, inputs, state, pos, lengths, update) -> o
 Scan = Callable[[TitansConfig, FastWeights, object, TitansState, Tensor, Tensor, bool], Tensor]
 
 
 def call(
-    scan: Scan, written: tuple[str, ...], chunk: int, config: TitansConfig, w_init: FastWeights, inputs, state: TitansState,
-    lengths: list[int], update: bool, reads: Tensor | None = None,
+    scan: Scan, written: tuple[str, ...], chunk: int, config: TitansConfig, w_init: FastWeights, inputs,
+    state: TitansState, lengths: list[int], update: bool, reads: Tensor | None = None,
 ) -> tuple[Tensor, TitansState]:
-    """(o, new state). written: the state's tensors that ``scan`` may write; chunk: tokens between commits, before which it writes pending
-    tokens only. reads [B] int64: ``lengths`` on the device, where they are there already."""
+    """(o, new state). written: the state's tensors that ``scan`` may write; chunk: tokens between commits,
+    before which it writes pending tokens only. reads [B] int64: ``lengths`` on the device, where they are
+    there already."""
     new = state
     reads = on_device(lengths, state.count.device) if reads is None else reads
     if update:

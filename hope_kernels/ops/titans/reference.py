@@ -1,4 +1,5 @@
-"""The self-modifying memory as the paper writes it: NumPy, fp64, one token after another. The oracle of every other backend.
+"""The self-modifying memory as the paper writes it: NumPy, fp64, one token after another. The oracle of every
+other backend.
 
 Per row and head, with everything marked 0 taken at the start of the current chunk (Nested Learning eq 86-93):
 
@@ -84,7 +85,10 @@ class Head:
 def new_head(config: TitansConfig, w_init: dict) -> Head:
     """w_init: memory name -> dict of initial weights of this head."""
     zero = {m: {n: np.zeros_like(w) for n, w in w_init[m].items()} for m in config.memories}
-    start = {m: {n: w.copy() for n, w in w_init[m].items()} for m in config.memories} if config.retain_to == "zero" else zero
+    start = (
+        {m: {n: w.copy() for n, w in w_init[m].items()} for m in config.memories}
+        if config.retain_to == "zero" else zero
+    )
     return Head(start, copy.deepcopy(zero))
 
 
@@ -141,7 +145,10 @@ def commit(config: TitansConfig, head: Head, w: dict, name: str, tokens: list) -
         if config.step_clip:
             S = c * m * sum(t[2] * f[3] * (k @ t[0]) ** 2 for t, f in zip(tokens, facts))
             step = eta / max(1.0, S)
-        gradient = {"w": np.outer(e, k)} if linear else {"w2": np.outer(d, k), "w1": np.outer(e, a), "w_skip": np.outer(e, k)}
+        gradient = (
+            {"w": np.outer(e, k)} if linear
+            else {"w2": np.outer(d, k), "w1": np.outer(e, a), "w_skip": np.outer(e, k)}
+        )
         for n in delta:
             increment = step * gradient[n]
             if config.momentum is not None:
@@ -156,12 +163,14 @@ def commit(config: TitansConfig, head: Head, w: dict, name: str, tokens: list) -
 def step(config: TitansConfig, w_init: dict, head: Head, pos: int, token: dict, write: bool = True):
     """Reads one token with one head and returns o [D]; ``pos`` tokens were read before it.
 
-    token: ``x`` [D] with eta_bias and alpha_bias (self_modifying), or ``k``, ``v`` [D], ``eta``, ``alpha``; ``q`` [D] unless adaptive;
-    ``beta`` with momentum.
+    token: ``x`` [D] with eta_bias and alpha_bias (self_modifying), or ``k``, ``v`` [D], ``eta``, ``alpha``;
+    ``q`` [D] unless adaptive; ``beta`` with momentum.
     """
     w = in_force(config, w_init, head)
     if config.self_modifying:
-        k, v, eta, alpha, q = produce(config, w, token["x"], token.get("eta_bias", 0.0), token.get("alpha_bias", 0.0))
+        k, v, eta, alpha, q = produce(
+            config, w, token["x"], token.get("eta_bias", 0.0), token.get("alpha_bias", 0.0)
+        )
     else:
         k, v, eta, alpha, q = token["k"], token["v"], token["eta"], token.get("alpha", 1.0), None
     o = evaluate(w["memory"], token["q"] if q is None else q, False, config.activation)
@@ -199,14 +208,19 @@ def new_row(config: TitansConfig, params: dict) -> Row:
 
 
 def head_weights(config: TitansConfig, params: dict, h: int) -> dict:
-    """memory name -> its initial weights of head h, from ``params`` entries "w2.k" [H, N, D], "w1.k" [H, D, N], "w.k" [H, D, D], ..."""
-    return {m: {key.split(".")[0]: value[h] for key, value in params.items() if key.endswith("." + m)} for m in config.memories}
+    """memory name -> its initial weights of head h, from ``params`` entries "w2.k" [H, N, D], "w1.k" [H, D,
+    N], "w.k" [H, D, D], ..."""
+    return {
+        m: {key.split(".")[0]: value[h] for key, value in params.items() if key.endswith("." + m)}
+        for m in config.memories
+    }
 
 
 def layer_token(config: TitansConfig, params: dict, row: Row, x, write: bool = True):
     """One token x [d] through the whole layer: y [d]. params: matrices [out, in] by name, see ``layers.titans``.
 
-    write=False leaves memories, open chunks and position as they are; the convolution's window moves on all the same.
+    write=False leaves memories, open chunks and position as they are; the convolution's window moves on all
+    the same.
     """
     H, D = config.num_heads, config.head_dim
     u = x

@@ -1,4 +1,5 @@
-"""backend="reference": the NumPy token loop behind the operator's interface. Slow, fp64, no gradient: for checking, not for work."""
+"""backend="reference": the NumPy token loop behind the operator's interface. Slow, fp64, no gradient: for
+checking, not for work."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import numpy as np
 import torch
 
 from . import reference
-from .fast_weights import FastWeights, Layout, TitansState
+from .state import FastWeights, Layout, TitansState
 
 
 def _array(t) -> np.ndarray | None:
@@ -44,7 +45,10 @@ def _head(config, layout: Layout, state: TitansState, b: int, h: int) -> referen
     def weights(stacked):
         return {m: {n: _array(w)[b, h].copy() for n, w in layout.views(stacked, m).items()} for m in layout.names}
 
-    head = reference.Head(weights(state.deviation), weights(state.momentum) if state.momentum is not None else weights(state.deviation))
+    head = reference.Head(
+        weights(state.deviation), weights(state.momentum) if state.momentum is not None
+        else weights(state.deviation)
+    )
     fill = state.pos[b] % max(config.chunk_memory, config.chunk_other)
 
     def value(t, s):

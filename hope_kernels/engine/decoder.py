@@ -1,0 +1,238 @@
+"""Decoding over one set of buffers: the model's step is captured in a CUDA graph once and replayed for every
+token of a segment.
+
+A token is read in three parts, of which the middle one is the same work on the same addresses for every token:
+
+    1. what is due before it: at a segment boundary the finished segment is learned (``learning.py``), eagerly and in place
+    2. the step: embedding, blocks, head, and the new values written into the state's own tensors        <- the graph
+    3. counters on the host, the token into the open segment
+
+The kernels of the triton and cuda backends find out on the device whether a chunk closes, so one graph serves
+every position. What a graph holds are addresses, and a boundary may change some: a CMS level's first refresh
+gives a batch weights of its own. Then the step is captured again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..backend import DEVICE_DECIDES
+from ..identity import checksum
+from ..layers.wrapped import placement
+from ..ops.check import check_state, check_tensor
+from ..ops.cms.matrix import Matrix
+from ..state import Counters, expanded
+from . import learning
+from .unread import check_read_next
+
+
+class Decoder:
+    """Reads one token per row and step with ``model``, advancing ``state`` in place: the logits, state and
+    counters of ``model(tokens, state, learn=learn, backend=backend)`` under ``no_grad``.
+
+    learn: "off" or "next_token". backend: as in the model's ``forward``. capture: replay the step from a CUDA
+    graph; None does where that is possible (a CUDA device, backend "triton" or "cuda"), and everything else
+    is the same without. captures: how often the step has been captured so far.
+
+    Every row reads in every step; rows may stand at different positions. Between steps the state may be
+    saved, cloned and read on by other calls that advance it in place. One whose tensors were exchanged
+    (``select``, ``to``), or that was made to forget or learn without reading, needs a new decoder. A step
+    that raises leaves the state half advanced, unlike the model's ``forward``: go back to a clone or a file.
+
+    Rows of which some have refreshed a CMS level and some have not are read without a graph. No GPU has run a
+    capture yet.
+    Raises ValueError for attention (its cache grows), a state of another model, an unknown ``learn``, and
+    capture=True where it is impossible.
+    """
+
+    def __init__(self, model, state, learn: str = "off", backend: str | None = None, capture: bool | None = None):
+        name = "Decoder"
+        check_state(name, state, type(model.init_state(0)), model.config, state.batch)
+        like = placement(model.embed)
+        state.admit(name, model, like.dtype, like.device)
+        state.owned_by(model)
+        state.fingerprint = checksum(model)
+        if learn not in ("off", "next_token"):
+            raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
+        reason = unserved(model)
+        if reason is not None:
+            raise ValueError(f"{name}: argument model {reason}")
+        self.device = placement(model.embed).device
+        possible = self.device.type == "cuda" and backend in DEVICE_DECIDES
+        if capture and not possible:
+            raise ValueError(f"{name}: argument capture is True, which needs a CUDA device and backend 'triton' or 'cuda', "
+                             f"not {self.device.type} and {backend!r}")
+        self.model, self.state, self.backend = model, state, backend
+        self.learn = learn if model.learns else "off"
+        self.capture = possible if capture is None else capture
+        self.captures = 0
+        with torch.inference_mode(False):
+            if any(t.is_inference() or expanded(t) for t in state.tensors()):
+                state.assign(state.usable())
+            self._tokens = torch.zeros(state.batch, 1, dtype=torch.int64, device=self.device)
+        self._ones = [1] * state.batch
+        self._levels = self._graph = self._logits = self._pool = self._signature = None
+        self._expected = list(state.pos)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Reads tokens [B, 1] int64: logits [B, 1, vocab_size], which with a graph are valid until the next
+        step only.
+
+        Raises ValueError for another shape, dtype or device, tokens other than the state's ``unread`` ones, a
+        state that another call has in hand, and on the CPU for a token id out of range; nothing is read then.
+        """
+        state = self.state
+        check_tensor("Decoder.step", "tokens", tokens, (state.batch, 1), torch.int64, self.device)
+        if self.device.type == "cpu" and state.batch:
+            low, high, size = int(tokens.min()), int(tokens.max()), self.model.config.vocab_size
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"Decoder.step: argument tokens has {low if low < 0 else high}, expected 0 to {size - 1}"
+                )
+        check_read_next("Decoder.step", state.unread, tokens, self._ones)
+        with state.reading("Decoder.step", self.model):
+            if self._expected != state.pos:
+                self._levels = None  # somebody else has advanced the state
+            self._arrive(tokens)
+            self._tokens.copy_(tokens)
+            logits = self._read()
+            self._count(tokens)
+            self._expected = list(state.pos)
+            return logits
+
+    def _arrive(self, tokens: Tensor) -> None:
+        """What is due when a token arrives and before it is read: ``learning.read_off`` and ``read_learning``
+        up to there."""
+        state, model, C = self.state, self.model, self.model.segment
+        if self.learn == "off":
+            complete = [model.learns and s == C for s in state.seen]
+            if any(complete):
+                self._keep(
+                    learning._replay(model, self._draft(), complete, tokens, [0] * state.batch, None, self.backend)
+                )
+            return
+        opening = [p % C == 0 for p in state.pos]
+        if not any(opening):
+            return
+        self._keep(learning._boundary(model, self._draft(), self._ones, tokens, [0] * state.batch, self.backend))
+        state.snapshot[:] = [
+            old.assign(now if all(opening) else old.merge(now, opening)) for old,
+            now in zip(state.snapshot, state.mixers)
+        ]
+
+    def _draft(self):
+        """A state to learn in, on the tensors of this one."""
+        return replace(self.state, cms=[c and c.draft("all") for c in self.state.cms])
+
+    def _keep(self, draft) -> None:
+        self.state.assign(learning._finished(draft))
+        self._levels = None
+
+    def _read(self) -> Tensor:
+        state = self.state
+        if self._levels is None:
+            self._levels = _all_slots(self.model.levels(state), state.cms)
+            signature = _signature(self._levels, state.mixers)
+            if signature != self._signature:
+                self._graph, self._signature = None, signature
+        if self._graph is None and self.capture and _uniform(self._levels):
+            self._capture()
+        if self._graph is None:
+            logits = self._step()
+        else:
+            self._graph.replay()
+            logits = self._logits
+        for mixer in state.mixers:
+            mixer.pos[:] = [p + 1 for p in mixer.pos]
+        return logits
+
+    def _step(self) -> Tensor:
+        """The model's step over the buffers: reads ``_tokens``, writes the mixers' tensors. Asks the host for
+        nothing."""
+        mixers = self.state.mixers
+        logits, new = self._forward(mixers)
+        for old, now in zip(mixers, new):
+            for a, b in zip(old.tensors(), now.tensors(), strict=True):
+                if a is not b:
+                    a.copy_(b)
+        return logits
+
+    def _forward(self, mixers: list) -> tuple[Tensor, list]:
+        if self.backend in DEVICE_DECIDES:
+            # Where the host sees a chunk close, the kernels get copies of all fast weights to write into.
+            # These kernels go by ``count``: with the host at 0 they always write where the weights are.
+            mixers = [replace(m, pos=Counters([0] * m.batch)) for m in mixers]
+        h, new = self.model.run(self.model.embed(self._tokens), mixers, self._levels, self._ones, self.backend)
+        return self.model.logits(h, self._ones), new
+
+    def _capture(self) -> None:
+        with torch.cuda.device(self.device):
+            aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):  # kernels are compiled and libraries started outside the graph
+                self._forward([m.clone() for m in self.state.mixers])
+            here.wait_stream(aside)
+            self._graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(self._graph, pool=self._pool):
+                self._logits = self._step()
+        self.captures += 1
+
+    def _count(self, tokens: Tensor) -> None:
+        """The token joins the open segment, and the model's counters move."""
+        state, C, first = self.state, self.model.segment, self.state.seen[0] if self.state.batch else 0
+        advance = learning.advance_off
+        if self.learn == "next_token":
+            advance = learning.advance
+            if first != learning.TAINTED and all(s == first for s in state.seen):
+                state.ids[:, first].copy_(tokens[:, 0])
+                state.seen[:] = [first + 1] * state.batch
+            else:
+                ids, state.seen[:] = learning._recorded(state, tokens, self._ones, [False] * state.batch, C)
+                state.ids.copy_(ids)
+        new = advance(state, state.mixers, self._ones)
+        state.assign(replace(new, unread=None))
+
+
+def unserved(model) -> str | None:
+    """Why ``Decoder`` cannot serve a model, or None."""
+    return "has attention, whose cache grows with the sequence" if model.config.mixer == "attention" else None
+
+
+def _all_slots(levels: list, states: list) -> list:
+    """The same levels with all slots for pending factors, of which unused ones are zero: their number stays
+    as it is between refreshes."""
+    return [
+        None if c is None else [_with_slots(level, c, l) for l, level in enumerate(of)] for of,
+        c in zip(levels, states)
+    ]
+
+
+def _with_slots(level: dict, state, l: int) -> dict:
+    if state.left[l] is None:
+        return level
+    scale = -state.config.learning_rates[l]
+    slots = {n: {"left": t, "right": state.right[l][n], "scale": scale} for n, t in state.left[l].items()}
+    return {n: replace(Matrix.of(t), **slots[n]) if n in slots else t for n, t in level.items()}
+
+
+def _uniform(levels: list) -> bool:
+    """Whether no level is shared by some rows and owned by others, which asks the host for indices."""
+    matrices = [m for level in levels for one in level or () for m in one.values() if isinstance(m, Matrix)]
+    return all(m.own is None or all(m.rows) or not any(m.rows) for m in matrices)
+
+
+def _signature(levels: list, mixers: list) -> list:
+    """What a graph has baked in: addresses and shapes of what it reads and writes, and which rows have
+    weights of their own."""
+    found = [(t.data_ptr(), t.shape) for m in mixers for t in m.tensors()]
+    for level in levels:
+        for one in level or ():
+            for t in one.values():
+                parts = (t.shared, t.own, t.left, t.right) if isinstance(t, Matrix) else (t,)
+                found += [p if p is None else (p.data_ptr(), p.shape) for p in parts]
+                found.append(t.rows if isinstance(t, Matrix) else None)
+    return found

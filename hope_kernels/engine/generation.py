@@ -1,0 +1,379 @@
+"""Reading long inputs in pieces of bounded memory, and writing on: greedy or sampled, learning or not,
+resumable at any token."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layers.wrapped import placement
+from ..ops.check import check_lengths, check_state, check_tensor
+from . import unread as unread_token
+from .decoder import Decoder
+from .sampling import draw
+
+PIECE = 4096  # tokens read per forward call: bounds activations and logits, whatever the prompt's length
+
+Source = Callable[[int], Tensor]  # the next n tokens [B, n] of a text, fewer only where it ends
+Stop = str | bytes | Sequence[int]
+
+
+@dataclass
+class Generation:
+    """What ``generate`` returns. tokens [B, T_new] int64 (rows that stopped early are padded with their last
+    token); lengths: new tokens per row; state: has read everything but the last token of each row, which is
+    its ``unread``. finished: False where ``should_stop`` ended it."""
+
+    tokens: Tensor
+    lengths: list[int]
+    state: object
+    finished: bool = True
+
+
+@dataclass
+class Reading:
+    """What ``read`` returns: logits [B, vocab] after each row's last token (None if nothing was read), summed
+    next-token loss in nats and number of predicted tokens per row, the state; finished: False where
+    ``should_stop`` ended it, after ``tokens`` tokens of ids."""
+
+    logits: Tensor | None
+    nats: Tensor
+    predicted: list[int]
+    state: object
+    tokens: int
+    finished: bool
+
+
+@torch.no_grad()
+def read(
+    model, ids: Tensor | Source, state=None, lengths: Sequence[int] | None = None, learn: str = "off",
+    backend: str | None = None,
+    piece: int = PIECE, on_piece: Callable[[int, float], None] | None = None, check_finite: bool = True,
+    last: Tensor | None = None,
+    should_stop: Callable[[], bool] | None = None, wavefront: int | None = None, unread: str | None = None,
+) -> Reading:
+    """Reads ids [B, T] int64 in pieces; memory does not grow with T (for attention without a window, the
+    cache does).
+
+    ids may also be a function that gives the next n tokens of a text, [B, n] int64 on the model's device,
+    fewer only where it ends: then the text need not be in memory either. ``read`` asks for one piece ahead of
+    the one it reads.
+    on_piece(tokens of ids read so far, nats so far of row 0) is called after every piece. last [B, vocab]:
+    the logits before the first token read, to count that token's loss too. should_stop is asked before every
+    piece; once it says True, ``read`` returns with what has been read. Reading on from there, with ``last``,
+    is the same computation as never having stopped. wavefront: as in the model's ``forward``, with
+    learn="off": blocks side by side on CUDA streams; measure it before you use it, as nobody has.
+
+    unread: what ids have to do with the token of each row that ``generate`` returned last and a given state
+    has not read.
+    "before": ids are a text behind it, so it is read first (also by rows of length 0). "included": ids begin
+    with it. None: "included" if ids are nothing but these tokens (``out.tokens[:, -1:]``), "before" if ids
+    begin otherwise; ids that begin with it and go on could be either, and are a ValueError.
+
+    Raises ValueError for arguments out of range, TypeError for ids, last or a state of another kind, and what
+    the model raises; the state then stands after the last whole piece.
+    """
+    op = "read"
+    _check(
+        op, learn=learn, piece=piece, on_piece=on_piece, check_finite=check_finite, should_stop=should_stop,
+        unread=unread
+    )
+    source, lengths, lead = _opened(op, model, ids, state, lengths, unread)
+    return _read(
+        model, source, state, lengths, lead, learn, backend, piece, on_piece, check_finite, last, should_stop,
+        wavefront
+    )
+
+
+def _opened(
+    op: str, model, ids: Tensor | Source, state, lengths, unread: str | None
+) -> tuple[Source, list[int] | None, int]:
+    """Everything there is to read, as a function, the unread token in front where ids do not include it;
+    tokens per row (None: until the function ends); how many tokens are in front of ids (0 or 1)."""
+    from ..model import ModelState
+
+    device, batch = placement(model.embed).device, None
+    if callable(ids):
+        if lengths is not None:
+            raise ValueError(f"{op}: argument lengths is {lengths}, expected None where ids is a function")
+        source = _checked(op, ids, device)
+    else:
+        batch = check_tensor(op, "ids", ids, ("B", "T"), torch.int64, device)["B"]
+        lengths = check_lengths(op, lengths, *ids.shape)
+        source = _behind(ids[:, : max(lengths, default=0)], None)
+    if state is None:
+        return source, lengths, 0
+    check_state(op, state, ModelState, model.config, getattr(state, "batch", None) if batch is None else batch)
+    if state.unread is None:
+        return source, lengths, 0
+    check_tensor(op, "state.unread", state.unread, (state.batch, 1), torch.int64, device)
+    first = state.unread[:, :0] if unread is not None else source(2)
+    if unread is None:
+        source = _behind(first, source)
+    if unread_token.mode_of(op, unread, state.unread, first, lengths) == "included":
+        return source, lengths, 0
+    return _behind(state.unread, source), None if lengths is None else [n + 1 for n in lengths], 1
+
+
+def _checked(op: str, ids: Source, device: torch.device) -> Source:
+    def take(n: int) -> Tensor:
+        part = ids(n)
+        check_tensor(op, "ids(n)", part, ("B", "n"), torch.int64, device)
+        if part.shape[1] > n:
+            raise ValueError(
+                f"{op}: ids({n}) has {part.shape[1]} tokens, expected at most {n}: the next ones of the text"
+            )
+        return part
+
+    return take
+
+
+def _behind(front: Tensor, rest: Source | None) -> Source:
+    """The tokens front [B, n], then those of ``rest``."""
+    def take(n: int) -> Tensor:
+        nonlocal front
+        part, front = front[:, : min(n, front.shape[1])], front[:, min(n, front.shape[1]) :]
+        if rest is None or part.shape[1] == n:
+            return part
+        return torch.cat([part, rest(n - part.shape[1])], 1) if part.shape[1] else rest(n)
+
+    return take
+
+
+def _read(
+    model, take: Source, state, lengths: list[int] | None, lead: int, learn, backend, piece, on_piece,
+    check_finite, last, should_stop, wavefront=None,
+) -> Reading:
+    # pieces end on segment boundaries, so that whole segments are read in one call
+    align = model.segment or 1
+    piece = max(operator.index(piece) // align, 1) * align
+    now = take(piece - (0 if state is None or not state.batch else state.pos[0] % align))
+    B = now.shape[0]
+    if last is not None:
+        check_tensor("read", "last", last, (B, model.config.vocab_size), device=now.device)
+    state = model.init_state(B) if state is None else state
+    nats = torch.zeros(B, dtype=torch.float64, device=now.device)
+    predicted, at, finished = [0] * B, 0, True
+    while now.shape[1] and (lengths is None or at < max(lengths, default=0)):
+        end = at + now.shape[1] if lengths is None else min(at + now.shape[1], max(lengths))
+        now, ahead = now[:, : end - at], take(piece)
+        if should_stop is not None and should_stop():
+            finished = False
+            break
+        step = [end - at] * B if lengths is None else [min(max(n - at, 0), end - at) for n in lengths]
+        logits, state = model(
+            now, state, step, learn=learn, backend=backend, check_finite=check_finite, wavefront=wavefront
+        )
+        before = torch.zeros_like(logits[:, 0]) if last is None else last
+        guesses = torch.cat([before.unsqueeze(1), logits[:, :-1]], 1)
+        loss = F.cross_entropy(
+            guesses.flatten(0, 1).float(), now.flatten(), reduction="none"
+        ).unflatten(0, (B, -1)).double()
+        counted = torch.arange(end - at, device=now.device) < torch.tensor(
+            step, dtype=torch.long, device=now.device
+        ).unsqueeze(1)
+        if last is None:
+            counted[:, 0] = False
+        nats += (loss * counted).sum(1)
+        predicted = [p + (n - (last is None) if n else 0) for p, n in zip(predicted, step)]
+        pick = torch.tensor([max(n - 1, 0) for n in step], dtype=torch.long, device=now.device)
+        final = logits[torch.arange(B, device=now.device), pick]
+        empty = torch.tensor([n == 0 for n in step], dtype=torch.bool, device=now.device).unsqueeze(1)
+        last = final if last is None else torch.where(empty, last, final)
+        now, at = ahead, end
+        if on_piece is not None:
+            on_piece(max(at - lead, 0), float(nats[0]) if B else 0.0)
+    return Reading(last, nats, predicted, state, max(at - lead, 0), finished)
+
+
+@torch.no_grad()
+def generate(
+    model, ids: Tensor | Source | None, max_new_tokens: int, state=None, *,
+    lengths: Sequence[int] | None = None, learn: str = "next_token",
+    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+    stop: Stop | Sequence[Stop] = (), on_token: Callable[[list[int | None]], None] | None = None,
+    on_piece: Callable[[int, float], None] | None = None, backend: str | None = None,
+    check_finite: bool = True, piece: int = PIECE,
+    should_stop: Callable[[], bool] | None = None, graph: bool = False, unread: str | None = None,
+) -> Generation:
+    """Reads ids [B, T] int64 (in pieces; or a function that gives them, see ``read``) and writes up to
+    ``max_new_tokens`` tokens per row.
+
+    A state that ``generate`` returned has not read the last token of each row. ids None, like ids =
+    out.tokens[:, -1:], continues from there; other ids are a text behind it, and the token is read first. ids
+    of several tokens that begin with it could mean either, a ValueError: say unread="included" if they begin
+    with that token, "before" if they are the text behind it (see ``read``).
+
+    temperature 0 is greedy; top_k keeps the k likeliest tokens (of equals the lowest ids), top_p of these the
+    likeliest ones whose mass reaches p. seed: any int. Row b's draw at position t depends on (seed, b, t)
+    alone, so a restored session draws what it would have drawn. stop: a row ends after any of these new
+    tokens: a string (UTF-8; byte models only), bytes, a sequence of token ids, or a list of several such; a
+    flat list of ints is one sequence. on_token gets the new token per row, None for rows that have ended. A
+    state passed in is advanced in place. should_stop is asked before every piece and, once the prompt is read
+    and one token written, before every further token; when it says True, ``generate`` returns what it has (no
+    token at all, if it was still reading: go on with the rest of the prompt).
+    graph: decode with a ``Decoder`` while no row has ended, which replays the step from a CUDA graph where
+    that is possible (on CUDA with backend "triton" or "cuda"; never run on a GPU yet, hence on request).
+    ValueError for a model with attention.
+    Raises ValueError for an empty prompt, arguments out of range, and logits that are no distribution;
+    TypeError for ids or a state of another kind. What is raised later leaves the given state at the last
+    whole piece or token, its ``unread`` set.
+    """
+    op = "generate"
+    _check(
+        op, learn=learn, piece=piece, on_piece=on_piece, check_finite=check_finite, should_stop=should_stop,
+        unread=unread, on_token=on_token, graph=graph,
+    )
+    max_new_tokens = _integer(op, "max_new_tokens", max_new_tokens, 1, "a positive integer")
+    temperature = _number(op, "temperature", temperature, lambda t: t >= 0, "a number >= 0")
+    top_k = None if top_k is None else _integer(op, "top_k", top_k, 1, "a positive integer or None")
+    top_p = (
+        None if top_p is None else _number(op, "top_p", top_p, lambda p: 0 < p <= 1, "a number in (0, 1] or None")
+    )
+    seed = _integer(op, "seed", seed, None, "an integer")
+    stops = _stops(model, stop)
+    if ids is None:
+        if state is None or getattr(state, "unread", None) is None or bool((state.unread < 0).any()):
+            raise ValueError(f"{op}: argument ids is None, which needs a state that generate returned")
+        ids, unread = state.unread, "included"
+    source, lengths, lead = _opened(op, model, ids, state, lengths, unread)
+    if lengths is not None and min(lengths, default=0) == 0:
+        raise ValueError(
+            f"{op}: empty prompt (ids has shape {list(ids.shape)}, lengths {lengths}); every row needs at least one token"
+        )
+    reading = _read(
+        model, source, state, lengths, lead, learn, backend, piece, on_piece, check_finite, None, should_stop
+    )
+    logits, state = reading.logits, reading.state
+    B, device = state.batch, reading.nats.device
+    if not reading.finished:
+        return Generation(torch.zeros(B, 0, dtype=torch.long, device=device), [0] * B, state, finished=False)
+    if logits is None:
+        raise ValueError("generate: empty prompt; every row needs at least one token")
+    rows: list[list[int]] = [[] for _ in range(B)]
+    ended = [False] * B
+    finished, decoder, newest = True, None, None
+    for n in range(max_new_tokens):
+        if n:
+            if should_stop is not None and should_stop():
+                finished = False
+                break
+            if n == 1:
+                decoder = Decoder(model, state, learn, backend) if graph else None
+            if decoder is None or any(ended):
+                step = [0 if e else 1 for e in ended]
+                out, state = model(newest, state, step, learn=learn, backend=backend, check_finite=check_finite)
+            else:
+                out = decoder.step(newest)
+                if check_finite and not torch.isfinite(out).all():
+                    raise ValueError(
+                        "generate: non-finite logits (weights, state or learning rates diverged); the state is past them"
+                    )
+            keep = torch.tensor(ended, dtype=torch.bool, device=device).unsqueeze(1)
+            logits = torch.where(keep, logits, out[:, 0])
+        values = draw(logits, temperature, top_k, top_p, seed, state.pos).tolist()
+        fresh = [None if e else v for e, v in zip(ended, values)]
+        for b, v in enumerate(fresh):
+            if v is not None:
+                rows[b].append(v)
+                ended[b] = any(rows[b][-len(s) :] == s for s in stops)
+        # before anyone is told: whatever happens from here on, the state knows how it goes on
+        state.unread = newest = torch.tensor([[r[-1]] for r in rows], dtype=torch.long, device=device)
+        if on_token is not None:
+            on_token(fresh)
+        if all(ended):
+            break
+    lengths_new = [len(r) for r in rows]
+    width = max(lengths_new)
+    tokens = torch.tensor([r + [r[-1]] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
+    return Generation(tokens, lengths_new, state, finished)
+
+
+def _check(op: str, *, learn, piece, check_finite, unread, graph=False, **callbacks) -> None:
+    """What ``read`` and ``generate`` share. Raises ValueError."""
+    if not isinstance(learn, str) or learn not in ("off", "next_token"):
+        raise ValueError(f"{op}: argument learn is {learn!r}, expected 'off' or 'next_token'")
+    _integer(op, "piece", piece, 1, "a positive integer")
+    for name, value in (("check_finite", check_finite), ("graph", graph)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{op}: argument {name} is {value!r}, expected True or False")
+    if unread not in (None, "before", "included"):
+        raise ValueError(f"{op}: argument unread is {unread!r}, expected 'before', 'included' or None")
+    for name, value in callbacks.items():
+        if value is not None and not callable(value):
+            raise ValueError(f"{op}: argument {name} is {value!r}, expected a function or None")
+
+
+def _integer(op: str, name: str, value: Any, least: int | None, expected: str) -> int:
+    try:
+        number = (
+            None if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+            else operator.index(value)
+        )
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        raise ValueError(f"{op}: argument {name} is {value!r}, expected {expected}")
+    return number
+
+
+def _number(op: str, name: str, value: Any, fits: Callable[[float], bool], expected: str) -> float:
+    given = (
+        value.item() if isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "meta" else value
+    )
+    try:
+        number = float(given) if isinstance(given, numbers.Real) and not isinstance(given, bool) else None
+    except OverflowError:
+        number = None
+    if number is None or not fits(number):
+        raise ValueError(f"{op}: argument {name} is {value!r}, expected {expected}")
+    return number
+
+
+def _stops(model, stop: Any) -> list[list[int]]:
+    """Sequences of token ids, none of them empty."""
+    def is_id(t: Any) -> bool:
+        return (
+            not isinstance(t, (str, bytes, bytearray)) and (not isinstance(t, Tensor) or t.dim() == 0)
+            and not hasattr(t, "__len__")
+        )
+
+    if isinstance(stop, (str, bytes, bytearray)):
+        stop = [stop]
+    elif stop is None:
+        stop = []
+    try:
+        stop = list(stop.tolist() if isinstance(stop, Tensor) else stop)
+    except TypeError:
+        raise ValueError(
+            f"generate: argument stop is {stop!r}, expected text, bytes, token ids or a list of these"
+        ) from None
+    if stop and all(is_id(t) for t in stop):
+        stop = [stop]
+    return [_stop_ids(model, s) for s in stop]
+
+
+def _stop_ids(model, stop: Any) -> list[int]:
+    size = model.config.vocab_size
+    if isinstance(stop, str):
+        stop = stop.encode()
+    if isinstance(stop, (bytes, bytearray)) and size != 256:
+        raise ValueError(f"generate: stop strings need a byte model (vocab_size 256, not {size}); pass token ids")
+    expected = f"text, bytes or token ids from 0 to {size - 1}"
+    try:
+        entries = list(stop)
+    except TypeError:
+        raise ValueError(f"generate: argument stop has an entry {stop!r}, expected {expected}") from None
+    if not entries:
+        raise ValueError("generate: argument stop has an empty entry")
+    ids = [_integer("generate", "stop", t, 0, expected) for t in entries]
+    if max(ids) >= size:
+        raise ValueError(f"generate: argument stop has token {max(ids)}, expected 0 to {size - 1}")
+    return ids

@@ -1,0 +1,173 @@
+"""One level of the Continuum Memory System in PyTorch: forward, backward, and the update that a segment's
+factors make.
+
+    branch(x) = w_down sigma(w_up norm(x))                      mlp="gelu"    (sigma: tanh form of gelu)
+                w_down (silu(w_gate norm(x)) * (w_up norm(x)))  mlp="swiglu"
+
+A level is a dict: ``norm_gain`` [d], ``norm_bias`` [d] (layernorm), the matrices ``up`` [N, d], ``gate`` [N,
+d] (swiglu) and ``down`` [d, N], each a ``Matrix``, and with biases ``up_bias`` [N], ``gate_bias`` [N],
+``down_bias`` [d]. The gradient of a segment is never formed as such: the backward hands over its two factors
+per matrix, tokens by outputs and tokens by inputs, and ``refresh_`` or ``outer_add_`` multiply them into what
+they change. B rows, T tokens, C tokens of a segment, d width, N hidden units.
+
+These functions are what a backend of the CMS consists of; ``triton.py`` offers the same ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...config import CMSConfig
+from .matrix import Matrix, times, times_transposed
+
+# The quintic of torch.optim.Muon (Jordan et al. 2024): slope 3.4445 at zero, singular values end in about
+# [0.7, 1.2].
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
+NS_EPS = 1e-7
+
+Level = dict[str, Tensor | Matrix]
+Factors = dict[str, tuple[Tensor, Tensor]]  # matrix -> [B, T, rows], [B, T, cols]
+
+
+class Saved(NamedTuple):
+    """What the backward of one level needs. x: its input [B, T, d].  n: normed [B, T, d].  z, g:
+    pre-activations of up and gate
+    [B, T, N] (g None for gelu).  a: hidden units [B, T, N]."""
+
+    x: Tensor
+    n: Tensor
+    z: Tensor
+    g: Tensor | None
+    a: Tensor
+
+
+def level_forward(
+    x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool
+) -> tuple[Tensor, Saved | None]:
+    """x [B, T, d] -> branch(x), or x + branch(x) with ``residual``; and, with ``keep``, what
+    ``level_backward`` needs. Differentiable."""
+    width = (x.shape[-1],)
+    if config.norm == "rmsnorm":
+        n = F.rms_norm(x, width, level["norm_gain"], eps)
+    else:
+        n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
+    z, g = times_transposed(n, level["up"], level.get("up_bias")), None
+    if config.mlp == "swiglu":
+        g = times_transposed(n, level["gate"], level.get("gate_bias"))
+        a = F.silu(g) * z
+    else:
+        a = F.gelu(z, approximate="tanh")
+    y = times_transposed(a, level["down"], level.get("down_bias"))
+    return x + y if residual else y, Saved(x, n, z, g, a) if keep else None
+
+
+def level_backward(
+    dy: Tensor, saved: Saved, level: Level, config: CMSConfig, eps: float, *, residual: bool, need_dx: bool
+) -> tuple[Tensor | None, Factors]:
+    """dy = dL/d(result of ``level_forward``) [B, T, d] -> (dL/dx or None, the factors of dL/dW per matrix:
+    dW_b = left_b^T right_b).
+
+    h = dy w_down;  gelu: d_up = sigma'(z) h;  swiglu: d_up = silu(g) h, d_gate = silu'(g) z h;
+    dx = norm'(x)^T (d_up w_up + d_gate w_gate).
+    """
+    h = times(dy, level["down"])
+    if config.mlp == "swiglu":
+        d = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
+    else:
+        d = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
+    factors = {name: (left, saved.n) for name, left in d.items()} | {"down": (dy, saved.a)}
+    if not need_dx:
+        return None, factors
+    dn = sum(times(left, level[name]) for name, left in d.items())
+    dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
+    return dx + dy if residual else dx, factors
+
+
+def norm_backward(dn: Tensor, x: Tensor, gain: Tensor, norm: str, eps: float) -> Tensor:
+    """The gradient of rms_norm or layer_norm with respect to its input, 16-bit tensors by way of fp32."""
+    dtype, wide = x.dtype, master_dtype(x.dtype)
+    x, g = x.to(wide), dn.to(wide) * gain.to(wide)
+    if norm == "layernorm":
+        x = x - x.mean(-1, keepdim=True)
+        g = g - g.mean(-1, keepdim=True)
+    scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    x = x * scale
+    return ((g - x * (g * x).mean(-1, keepdim=True)) * scale).to(dtype)
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weights per sequence, accumulators and momentum for an input of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def outer_add_(
+    target: Tensor, left: Tensor, right: Tensor, rows: list[int], alpha: float = 1.0, beta: float = 1.0
+) -> None:
+    """target_b <- beta target_b + alpha left_b^T right_b for b in ``rows`` (ascending), in place; other rows
+    stay as they are.
+
+    target: [B, r, c], master dtype.  left: [B, C, r], right: [B, C, c].  beta = 0 ignores what target holds,
+    also NaN.
+    """
+    left, right = left.to(target.dtype), right.to(target.dtype)
+    if len(rows) == target.shape[0] > 1:
+        target.baddbmm_(left.mT, right, beta=beta, alpha=alpha)
+        return
+    for b in rows:
+        target[b].addmm_(left[b].mT, right[b], beta=beta, alpha=alpha)
+
+
+def refresh_(
+    weight: Tensor, copy: Tensor | None, left: Tensor | None, right: Tensor | None, rows: list[int], lr: float, *,
+    moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None,
+) -> None:
+    """One optimizer step in ``rows`` (ascending), in place: theta <- theta - lr f(g), g = left^T right +
+    total; ``total`` becomes zero.
+
+    f(g) = g, or with ``moment``: m <- mu m + g, f = m.  weight, moment, total: [B, r, c], master dtype.  copy: weight in the dtype of the
+    inputs, rewritten.  left: [B, C, r] and right: [B, C, c], or None: g is ``total`` alone.  Source: Nested Learning eq 71.
+    """
+    if total is not None:
+        if left is not None:
+            outer_add_(total, left, right, rows)
+        for b in rows:
+            if moment is not None:
+                moment[b].mul_(mu).add_(total[b])
+            else:
+                weight[b].add_(total[b], alpha=-lr)
+            total[b].zero_()
+    elif left is not None and moment is None:
+        outer_add_(weight, left, right, rows, alpha=-lr)
+    elif left is not None:
+        outer_add_(moment, left, right, rows, beta=mu)
+    elif moment is not None:
+        for b in rows:
+            moment[b].mul_(mu)
+    for b in rows:
+        if moment is not None:
+            weight[b].add_(moment[b], alpha=-lr)
+        if copy is not None:
+            copy[b].copy_(weight[b])
+
+
+def newton_schulz(grad: Tensor) -> Tensor:
+    """grad [..., rows, cols] -> about U V^T of its singular value decomposition, each matrix on its own, in
+    the dtype of ``grad``.
+
+    Five steps X <- a X + (b X X^T + c (X X^T)^2) X from X = grad / max(|grad|_F, 1e-7), on the transpose if
+    rows > cols.
+    """
+    tall = grad.shape[-2] > grad.shape[-1]
+    x = grad.mT if tall else grad
+    # linalg.vector_norm is off by 1e-5 at a million fp32 numbers on the CPU, a sum in PyTorch's usual order by 4e-8
+    x = x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=NS_EPS)
+    a, b, c = NS_COEFFICIENTS
+    for _ in range(NS_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x

@@ -1,0 +1,217 @@
+"""CMSState: what sequences have learned in a Continuum Memory System, and the drafts in which a call changes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ...config import CMSConfig
+from ...state import Counters, State
+from ..check import check_counters, check_part
+from .level import master_dtype
+from .schedule import matrices
+
+_LISTS = ("weights", "copies", "grads", "moments", "left", "right")
+_FLAGS = ("own", "rank", "dirty")
+
+
+def _no_counters() -> Counters:
+    return Counters([])  # torch.compile cannot trace a bare ``Counters()``
+
+
+class Private:
+    """Which tensors of a draft may be written in place: "made", those the call has made itself; "all"; or
+    "none", where a graph outside may hold any of them."""
+
+    def __init__(self, which: str):
+        self.which, self._made = which, {}
+
+    def made(self, t: Tensor) -> Tensor:
+        self._made[id(t)] = t  # kept alive: an id is good for a living object only
+        return t
+
+    def writable(self, t: Tensor) -> Tensor:
+        """``t`` where that may be written, else a copy."""
+        frozen = t.is_inference() and not torch.is_inference_mode_enabled()
+        if self.which == "none":
+            return t.clone()
+        return t if id(t) in self._made or self.which == "all" and not frozen else self.made(t.clone())
+
+
+@dataclass(eq=False)
+class CMSState(State):
+    """What B sequences have learned in a CMS of K levels; None stands for tensors that no sequence has needed yet.
+
+    weights: per level None (all rows share the layer's) or name -> [B, rows, cols], master dtype; in force
+    where ``own`` is 1. copies: per level None or name -> ``weights`` in the input dtype, where that is
+    another one; no file has them.
+    grads: per level None (zero) or name -> [B, rows, cols]: gradients since the level's last commit; zero
+    where ``dirty`` is 0. moments: per level None (zero) or name -> [B, rows, cols]: momentum,
+    optimizer="momentum" only.
+    left, right: per level None or name -> [B, R, rows], [B, R, cols]: factors of refreshes not yet folded
+    into ``weights``, input dtype. own: per level one 0/1 per row: 1 from the row's first (folded) refresh of
+    that level on, 0 again after a nested reset.
+    rank: per level and row, the slots of ``left`` and ``right`` that count; the others are zero.
+    inputs, errors: None or [B, C1, d]: the open segment's inputs and delivered dL/dy. Unused by a model that
+    has a loss of its own. seen, delivered: per row, tokens of the open segment read with learn=True, and how
+    many of their errors have arrived.
+    tainted: per row, 1 if the open segment holds a token read with learn=False.
+
+    The open segment of a row at count ``pos`` is the one that holds token pos - 1; a segment whose gradient
+    has been taken is closed.
+    """
+
+    weights: list = field(default_factory=list)
+    grads: list = field(default_factory=list)
+    moments: list = field(default_factory=list)
+    own: list = field(default_factory=list)
+    inputs: Tensor | None = None
+    errors: Tensor | None = None
+    seen: Counters = field(default_factory=_no_counters)
+    delivered: Counters = field(default_factory=_no_counters)
+    tainted: Counters = field(default_factory=_no_counters)
+    copies: list = field(default_factory=list)
+    left: list = field(default_factory=list)
+    right: list = field(default_factory=list)
+    rank: list = field(default_factory=list)
+    dirty: list = field(default_factory=list)
+    private: Private | None = field(default=None, repr=False, kw_only=True)
+
+    ACTIVATIONS = frozenset({"inputs", "errors", "copies", "left", "right"})
+
+    def __post_init__(self) -> None:
+        for name in _LISTS:
+            if not getattr(self, name):
+                setattr(self, name, [None] * self.config.num_levels)
+        for name in _FLAGS:
+            if not getattr(self, name):
+                held = [name == "dirty" and g is not None for g in self.grads]  # files from before these counters
+                setattr(self, name, [Counters([int(h)] * self.batch) for h in held])
+        for name in ("seen", "delivered", "tainted"):
+            if len(getattr(self, name)) != self.batch:
+                setattr(self, name, Counters([0] * self.batch))
+
+    def _fields(self):
+        return [(n, v) for n, v in super()._fields() if n != "private"]
+
+    def input_dtype(self) -> torch.dtype | None:
+        for part in (self.inputs, self.errors, *self.copies, *self.left, *self.right):
+            for t in part.values() if isinstance(part, dict) else (part,):
+                if isinstance(t, Tensor):
+                    return t.dtype
+        masters = [
+            t for part in (*self.weights, *self.grads, *self.moments) if isinstance(part, dict)
+            for t in part.values()
+        ]
+        return torch.float64 if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in masters) else None
+
+    def _check(self, where: str, dtype: torch.dtype | None, device: torch.device, values: bool) -> None:
+        c, master = self.config, torch.float32 if dtype is None else master_dtype(dtype)
+        for name in (*_LISTS, *_FLAGS):
+            held = getattr(self, name)
+            if not isinstance(held, list) or len(held) != c.num_levels:
+                raise ValueError(f"{where}: state.{name} is no list of {c.num_levels} levels")
+        for l in range(c.num_levels):
+            slots = self._slots(where, l)
+            for name in _LISTS:
+                part = getattr(self, name)[l]
+                if part is None:
+                    continue
+                if not isinstance(part, dict) or part.keys() != set(matrices(c)):
+                    raise ValueError(f"{where}: state.{name}[{l}] does not hold the matrices {matrices(c)}")
+                for matrix, t in part.items():
+                    rows, cols = _shape(c, matrix)
+                    shape = {"left": (slots, rows), "right": (slots, cols)}.get(name, (rows, cols))
+                    wanted = dtype if name in self.ACTIVATIONS else master
+                    check_part(where, f"{name}[{l}].{matrix}", t, (self.batch, *shape), wanted, device)
+        for name in ("inputs", "errors"):
+            if getattr(self, name) is not None:
+                check_part(where, name, getattr(self, name), (self.batch, c.chunks[0], c.d_model), dtype, device)
+        if not torch.compiler.is_compiling():
+            self._check_counters(where)
+
+    def _slots(self, where: str, l: int) -> int:
+        """Tokens that the pending factors of a level have room for."""
+        left, right = self.left[l], self.right[l]
+        if (left is None) != (right is None):
+            raise ValueError(f"{where}: state.left[{l}] and state.right[{l}] must both be there or both be None")
+        t = left["up"] if isinstance(left, dict) and "up" in left else None
+        return t.shape[1] if isinstance(t, Tensor) and t.dim() == 3 else 0
+
+    def _check_counters(self, where: str) -> None:
+        C1, tainted = self.config.chunks[0], self.tainted
+        check_counters(where, "pos", self.pos, self.batch, 0)
+        for name, high in (("seen", C1), ("delivered", C1), ("tainted", 1)):
+            check_counters(where, name, getattr(self, name), self.batch, 0, high)
+        for b, (pos, seen, delivered) in enumerate(zip(self.pos, self.seen, self.delivered)):
+            read = (pos - 1) % C1 + 1 if pos else 0  # of the segment that holds token pos - 1
+            if not delivered <= seen <= read or seen and not tainted[b] and seen != read:
+                raise ValueError(
+                    f"{where}: state.seen is {seen} and state.delivered {delivered} for row {b}, {read} tokens into a segment"
+                )
+            if not tainted[b] and (seen and self.inputs is None or delivered and self.errors is None):
+                raise ValueError(
+                    f"{where}: row {b} of state has seen {seen} tokens and has no inputs, or no errors"
+                )
+        for l in range(self.config.num_levels):
+            slots = self._slots(where, l)
+            for name, high, part in (
+                ("own", 1, self.weights), ("dirty", 1, self.grads), ("rank", slots, self.left)
+            ):
+                check_counters(where, f"{name}[{l}]", getattr(self, name)[l], self.batch, 0, high)
+                if any(getattr(self, name)[l]) and part[l] is None:
+                    raise ValueError(f"{where}: state.{name}[{l}] counts tensors that are not there")
+
+    def compact(self):
+        return replace(self, copies=[])
+
+    def to(self, device=None, dtype: torch.dtype | None = None):
+        casts = dtype is not None or isinstance(device, torch.dtype)
+        # copies round the masters once: not those of another dtype a second time
+        return State.to(self.compact() if casts else self, device, dtype)
+
+    def draft(self, in_place: str = "made") -> CMSState:
+        """A state for one call to change: its lists and counters are its own, its tensors become so when they
+        are first written. in_place: see ``Private``."""
+        lists = {n: list(getattr(self, n)) for n in _LISTS} | {
+            n: [Counters(c) for c in getattr(self, n)] for n in _FLAGS
+        }
+        return replace(self, **lists, private=Private(in_place))
+
+    def finished(self) -> CMSState:
+        """The draft as a state of its own."""
+        return self if self.private is None else replace(self, private=None)
+
+    def writable(self, part: str, level: int) -> dict[str, Tensor]:
+        """``weights``, ``grads``, ... of a level, for this draft to write into."""
+        held = getattr(self, part)[level]
+        held = {n: self.private.writable(t) for n, t in held.items()}
+        getattr(self, part)[level] = held
+        return held
+
+    def put(self, part: str, level: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Freshly made tensors become that part of the level."""
+        getattr(self, part)[level] = {n: self.private.made(t) for n, t in tensors.items()}
+        return getattr(self, part)[level]
+
+    def detach_level(self, level: int, row: int = 0) -> dict[str, Tensor]:
+        """What ``row`` has learned in ``level``, taken out of the state: see
+        ``ContinuumMemory.detach_level``. Raises ValueError for a state from a file that no layer has read
+        yet."""
+        if self.owner is None:
+            raise ValueError(
+                "CMSState.detach_level: the state has no layer yet; use layer.detach_level(state, level)"
+            )
+        return self.owner.detach_level(self, level, row)
+
+    def level_bytes(self, level: int) -> int:
+        """Bytes of all rows' weights, copies, accumulators, momentum and pending factors of one level."""
+        parts = (getattr(self, n)[level] or {} for n in _LISTS)
+        return sum(t.numel() * t.element_size() for part in parts for t in part.values())
+
+
+def _shape(config: CMSConfig, matrix: str) -> tuple[int, int]:
+    """[rows, cols] of a matrix of a level."""
+    return (config.d_model, config.hidden) if matrix == "down" else (config.hidden, config.d_model)

@@ -1,0 +1,193 @@
+"""backend="triton": the dispatcher operator around the memory's kernel, and the calls that go through it.
+
+``hope_kernels::titans_scan`` advances a state in place; ``titans_triton`` gives it copies of what it will
+write. Outputs and states are bit-identical for any split of a sequence and any company in the batch.
+Gradients: ``triton_training.py``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+
+import torch
+import triton
+from torch import Tensor
+
+from ....config import TitansConfig
+from ...shared.triton_build import DTYPES, aligned, filled
+from ..kernel_call import call, call_in_place
+from ..state import FastWeights, TitansState
+from .schedule import scan_kernel
+from .spans import CARRIED
+from .tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, options, scratch_shapes
+
+# What of a configuration the operator is told; widths, momentum (s2) and adaptive_q (no q) follow from the tensors.
+_SETTINGS = {
+    "chunk_memory": "int", "chunk_other": "int", "activation": "str", "self_modifying": "bool",
+    "own_values": "bool", "target_norm": "bool",
+    "step_clip": "bool", "objective": "str", "grad_scale": "float", "dgd": "bool", "retention": "bool",
+    "retain_to": "str",
+    "qk_l2norm": "bool", "eta_activation": "str", "eta_scale": "float", "scalar_skip": "bool",
+}
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python on the CPU (TRITON_INTERPRET=1 when it was imported)."""
+    return triton.knobs.runtime.interpret
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """Why this machine cannot use the backend, or None."""
+    if interpreted():
+        return None
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "needs a CUDA device (or TRITON_INTERPRET=1, to debug)"
+    return (
+        None if torch.cuda.get_device_capability() >= (8, 0)
+        else "needs a CUDA device of compute capability 8.0 or more"
+    )
+
+
+def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the backend cannot serve a layer, or None."""
+    if dtype not in DTYPES:
+        return f"serves {', '.join(str(d) for d in DTYPES)}, not {dtype}"
+    if config.memory != "mlp":
+        return f'serves memory="mlp", not memory="{config.memory}"'
+    if config.head_dim not in WIDTHS or config.hidden_mult not in MULTIPLES:
+        return f"serves head widths {WIDTHS} and hidden_mult {MULTIPLES}, not {config.head_dim} and {config.hidden_mult}"
+    if not {config.chunk_memory, config.chunk_other} <= set(CHUNKS):
+        return f"serves chunks of {CHUNKS} tokens, not {config.chunk_memory} and {config.chunk_other}"
+    if device.type != "cuda" and not interpreted():
+        return f"needs a CUDA device, not {device.type}"
+    return unavailable()
+
+
+def titans_triton(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int],
+    *, update: bool = True, constant_memory: bool = False, stats=None, reads: Tensor | None = None,
+) -> tuple[Tensor, TitansState]:
+    """As ``chunked.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises
+    ValueError for ``stats``.
+
+    reads [B] int64: ``lengths`` on the device, where they are there already.
+    """
+    if stats is not None:
+        raise ValueError("titans: backend 'triton' collects no statistics; the chunked backend does")
+    return call(_scan, CARRIED, clocks(config)[0].C, config, w_init, inputs, state, lengths, update, reads)
+
+
+def titans_advance_(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True
+) -> Tensor:
+    """As ``titans_triton``, in place and without a look from the host: o. ``state.synchronize()`` brings
+    ``state.pos`` after it."""
+    return call_in_place(_scan, config, w_init, inputs, state, lengths, update)
+
+
+def _scan(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor,
+    update: bool
+) -> Tensor:
+    return torch.ops.hope_kernels.titans_scan(*arguments(config, w_init, inputs, state, pos, lengths, update))
+
+
+def arguments(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor,
+    update: bool
+) -> tuple:
+    """What ``hope_kernels::titans_scan`` takes, in order."""
+    base = w_init if config.retain_to == "init" else (None, None, None)
+    i, q = inputs, None if config.adaptive_q else inputs.q
+    return (
+        q, i.x, i.k, i.v, i.eta, i.alpha, i.beta, i.eta_bias, i.alpha_bias, *base,
+        *(getattr(state, n) for n in CARRIED), pos, lengths, update, *(getattr(config, n) for n in _SETTINGS),
+    )
+
+
+_library = torch.library.Library("hope_kernels", "FRAGMENT")
+_library.define(
+    "titans_scan(Tensor? q, Tensor? x, Tensor? k, Tensor? v, Tensor? eta, Tensor? alpha, Tensor? beta, Tensor? eta_bias, "
+    "Tensor? alpha_bias, Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, Tensor(b!) delta1, Tensor(c!)? delta1s, "
+    "Tensor(d!)? s2, Tensor(e!)? s1, Tensor(f!)? s1s, Tensor(g!) pending_k, Tensor(h!) pending_v, Tensor(i!) pending_eta, "
+    "Tensor(j!)? pending_alpha, Tensor(k!)? pending_beta, Tensor pos, Tensor lengths, bool update, "
+    + ", ".join(f"{kind} {name}" for name, kind in _SETTINGS.items()) + ") -> Tensor"
+)
+
+
+class _Plan:
+    """What a launch needs to know beyond its tensors; one per model, dtype and mode."""
+
+    def __init__(
+        self, H: int, D: int, N: int, dtype: torch.dtype, update: bool, momentum: bool, adaptive_q: bool,
+        settings: tuple
+    ):
+        more = {"momentum": "learned" if momentum else None, "adaptive_q": adaptive_q}
+        config = TitansConfig(H * D, H, hidden_mult=N // D, **more, **dict(zip(_SETTINGS, settings)))
+        itemsize = dtype.itemsize
+        self.arguments = constants(config, itemsize, update) | options(config, itemsize)
+        self.scales = config.eta_scale, 1.0 if config.objective == "dot" else config.grad_scale
+        of_clocks = scratch_shapes(config, itemsize)
+        self.clocks = len(of_clocks)
+        shapes = [item for clock in of_clocks for item in clock.items()]  # none of it is touched by a pure read
+        self.scratch = [
+            (prod(shape) if update else 1, dtype if name == "a" else torch.float32) for name, shape in shapes
+        ]
+
+    def scratch_of(self, groups: int, device: torch.device) -> list[Tensor]:
+        """The kernel's scratch for both clocks; a second one that the layer does not have is never touched,
+        and shares the first one's."""
+        sizes = [-(-groups * count * dtype.itemsize // 16) * 16 for count, dtype in self.scratch]
+        whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        return [part.view(dtype) for part, (_, dtype) in zip(whole.split(sizes), self.scratch)] * (3 - self.clocks)
+
+
+_plan = lru_cache(maxsize=None)(_Plan)
+
+
+def _launch(
+    q, x, k, v, eta, alpha, beta, eta_bias, alpha_bias, base2, base1, base1s, delta2, delta1, delta1s, s2, s1, s1s,
+    pending_k, pending_v, pending_eta, pending_alpha, pending_beta, pos, lengths, update, *settings,
+) -> Tensor:
+    first = x if q is None else q
+    B, T, H, D = first.shape
+    o = torch.zeros(B, T, H, D, dtype=first.dtype, device=first.device)
+    if not B * T:
+        return o
+    plan = _plan(H, D, delta1.shape[-1], first.dtype, update, s2 is not None, q is None, settings)
+    q = aligned(o if q is None else q)  # an adaptive q passes through o
+    x, *given, eta_bias, alpha_bias = map(
+        aligned, filled((x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias), q)
+    )
+    states = [delta2, delta1, delta1s, s2, s1, s1s, pending_k, pending_v, pending_eta, pending_alpha, pending_beta]
+    mine = [*map(aligned, filled(states, delta1))]
+    scratch = plan.scratch_of(B * H, q.device)
+    sync = torch.zeros(counters(B * H), dtype=torch.int64, device=q.device)
+    with torch.cuda.device_of(q):
+        scan_kernel[(_programs(q.device),)](
+            x, q, o, *given, *mine, eta_bias, alpha_bias, aligned(pos), aligned(lengths), sync, *scratch, B,
+            T, *plan.scales,
+            **plan.arguments,
+        )
+    for state, own in zip(states, mine):
+        if state is not None and own is not state:
+            state.copy_(own)
+    return o
+
+
+def _programs(device: torch.device) -> int:
+    """A few for every multiprocessor; more than fit cost nothing, they start when others have left and find
+    no ticket."""
+    return 1 if device.type == "cpu" else 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_library.impl("titans_scan", _launch, "CPU")  # Triton's interpreter
+_library.impl("titans_scan", _launch, "CUDA")
+
+
+@torch.library.register_fake("hope_kernels::titans_scan", lib=_library)
+def _(q, x, *others):
+    return torch.empty_like(x if q is None else q, memory_format=torch.contiguous_format)

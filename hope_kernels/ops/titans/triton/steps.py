@@ -1,0 +1,45 @@
+"""The step sizes of one memory in a chunk, with the step clip: eta~_t = eta_t / max(1, S_t).
+
+    m_t^2 = |a_t|^2 + |d_t|^2 / (|e_t|^2 + 1e-9) + 1e-12        S_t = factor m_t sum_s eta_s m_s (k_t.k_s)^2
+
+Norms come as partial sums of the tiles of hidden units and are added in the tiles' order. C^2 + 2 C N / NT
+numbers are read, once a memory: by whoever finishes the last tile of hidden units, so that no tile of the
+update has to.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _gradient_size(norms_p, e2_p, own, c, TILES: tl.constexpr, C: tl.constexpr):
+    """m_t of one memory for tokens c."""
+    a2 = tl.zeros(c.shape, tl.float32)
+    d2 = tl.zeros(c.shape, tl.float32)
+    for tile in range(TILES):
+        a2 += tl.load(norms_p + (own * TILES + tile) * 2 * C + c)
+        d2 += tl.load(norms_p + (own * TILES + tile) * 2 * C + C + c)
+    return tl.sqrt(a2 + d2 / (tl.load(e2_p + own * C + c) + 1e-9) + 1e-12)
+
+
+@triton.jit
+def steps_task(
+    eta_p, norms_p, e2_p, gram_p, steps_p, g, m, first, factor, H: tl.constexpr, M: tl.constexpr,
+    C: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, TILES: tl.constexpr, CLIP: tl.constexpr,
+):
+    """steps [B H, M, C]: eta~ (eta without CLIP) of memory m of (row, head) g; norms [B H, M, TILES, 2, C],
+    e2 [B H, M, C],
+    gram [B H, C, C]; first: the chunk's first pending slot."""
+    own = g * M + m
+    eta_p += ((g // H) * BIG + first) * H + g % H
+    for c0 in range(0, C, CT):
+        c = c0 + tl.arange(0, CT)
+        eta = tl.load(eta_p + c * H)
+        if CLIP:
+            total = tl.zeros([CT], tl.float32)
+            for s0 in range(0, C, CT):
+                s = s0 + tl.arange(0, CT)
+                w = tl.load(eta_p + s * H) * _gradient_size(norms_p, e2_p, own, s, TILES, C)
+                total += tl.sum(w[:, None] * tl.load(gram_p + (g * C + s)[:, None] * C + c[None, :]), 0)
+            eta /= tl.maximum(1.0, factor * _gradient_size(norms_p, e2_p, own, c, TILES, C) * total)
+        tl.store(steps_p + own * C + c, eta)

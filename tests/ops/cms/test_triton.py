@@ -1,0 +1,389 @@
+"""The CMS's Triton kernels against the chunked functions in fp64, a row's bits in any company, and what an
+update leaves alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from numerics import within_yardstick
+
+from hope_kernels import CMSConfig
+from hope_kernels.ops.cms import level as chunked
+from hope_kernels.ops.cms.chain import cms_forward, pass_back
+from hope_kernels.ops.cms.matrix import Matrix
+
+pytest.importorskip("triton")
+from hope_kernels.ops.cms.triton import operator as kernels  # noqa: E402
+
+# the interpreter's, on a loop bound
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+EPS = 1e-6
+SHARED, OWN, MIXED = None, (True, True, True), (True, False, True)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Every buffer a kernel has to fill starts as NaN."""
+    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, float("nan")))
+
+    def new_empty(t, *shape, **kw):
+        return t.new_full(
+            shape if isinstance(shape[0], int) else shape[0], float("nan") if t.is_floating_point() else 0, **kw
+        )
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.fixture
+def ordered_products(monkeypatch):
+    """The interpreter multiplies tiles by BLAS, where the bits of a row depend on its place in the tile; on a
+    GPU's units they do not. Here every number is the sum over k in order."""
+    if not kernels.interpreted():
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, *_):
+        total, left, right = d.data.copy(), a.data.astype(d.data.dtype), b.data.astype(d.data.dtype)
+        for k in range(left.shape[1]):
+            total += left[:, k, None] * right[k]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def problem(mlp="gelu", norm="rmsnorm", bias=False, rows=SHARED, rank=0, d=40, N=72, B=3, dtype=torch.float32):
+    """(config, level): a level of B rows with ``rows`` of their own and ``rank`` slots pending, the last of
+    them unused."""
+    config = CMSConfig(d, (8,), mlp=mlp, norm=norm, bias=bias, intermediate_size=N)
+    level = {"norm_gain": 1 + 0.1 * draw(d, dtype=dtype)}
+    if norm == "layernorm":
+        level["norm_bias"] = 0.1 * draw(d, dtype=dtype, seed=1)
+    for i, (name, r, c) in enumerate([("up", N, d), ("down", d, N)] + [("gate", N, d)] * (mlp == "swiglu")):
+        left, right = (draw(B, rank, n, dtype=dtype, seed=10 * i + s) for s, n in ((2, r), (3, c)))
+        left[:, -1:], right[:, -1:] = 0, 0
+        own = draw(B, r, c, dtype=dtype, seed=10 * i + 4) / c**0.5
+        pending = (left / c**0.5, right / c**0.5, 0.5) if rank else (None, None, 0.0)
+        level[name] = Matrix(
+            draw(r, c, dtype=dtype, seed=10 * i + 5) / c**0.5, None if rows is None else own, rows or (), *pending
+        )
+        if bias:
+            level[f"{name}_bias"] = draw(r, dtype=dtype, seed=10 * i + 6)
+    return config, level
+
+
+def mapped(level: dict, change) -> dict:
+    """The level with ``change(name of a part, tensor)`` for every tensor."""
+    def of(W: Matrix) -> Matrix:
+        return replace(W, **{n: change(n, t) for n, t in W._tensors().items() if t is not None})
+
+    return {n: of(t) if isinstance(t, Matrix) else change(n, t) for n, t in level.items()}
+
+
+def wide(level: dict) -> dict:
+    return mapped(level, lambda _, t: t.double())
+
+
+def picked(level: dict, rows: list[int]) -> dict:
+    return {n: t.take(rows) if isinstance(t, Matrix) else t for n, t in level.items()}
+
+
+def both_ways(ops, x, dy, config, level, residual=True) -> dict:
+    """Every output of a level's forward and backward by name."""
+    y, saved = ops.level_forward(x, level, config, EPS, residual=residual, keep=True)
+    dx, factors = ops.level_backward(dy, saved, level, config, EPS, residual=residual, need_dx=True)
+    found = {"y": y, "dx": dx} | {n: t for n, t in saved._asdict().items() if n != "x" and t is not None}
+    return found | {
+        f"{name}.{side}": t for name, pair in factors.items() for side, t in zip(("left", "right"), pair)
+    }
+
+
+VARIANTS = [
+    dict(d=1, N=1, T=1), dict(T=5), dict(mlp="swiglu", norm="layernorm", bias=True, T=17),
+    dict(bias=True, rows=MIXED, T=70, residual=False), dict(norm="layernorm", rank=40, T=17),
+    dict(mlp="swiglu", bias=True, rows=OWN, rank=5, T=17), dict(rows=MIXED, rank=5, T=1),
+    dict(mlp="swiglu", rank=5, T=1),
+    dict(mlp="swiglu", norm="layernorm", rows=MIXED, rank=33, d=72, N=70, T=5, residual=False),
+]
+
+
+HALF = [VARIANTS[i] for i in (2, 3, 8)]  # between them each norm, activation, and kind of rows and pending parts
+KINDS = [
+    *((v, torch.float32) for v in VARIANTS),
+    *(pytest.param(v, torch.float16, marks=() if v in HALF else pytest.mark.slow) for v in VARIANTS),
+    *(pytest.param(v, torch.bfloat16, marks=pytest.mark.gpu) for v in VARIANTS),
+]
+
+
+@pytest.mark.parametrize(
+    "variant, dtype", KINDS, ids=lambda v: "-".join(str(x) for x in v.values()) if isinstance(v, dict) else None
+)
+def test_values_and_factors(variant, dtype):
+    variant = dict(variant)
+    T, residual = variant.pop("T"), variant.pop("residual", True)
+    config, level = problem(**variant, dtype=dtype)
+    x, dy = (draw(3, T, config.d_model, dtype=dtype, seed=s) for s in (30, 31))
+    x[0] *= 1e-3  # eps counts here
+    exact = both_ways(chunked, x.double(), dy.double(), config, wide(level), residual)
+    peer = both_ways(chunked, x, dy, config, level, residual)
+    for name, t in both_ways(kernels, x, dy, config, level, residual).items():
+        within_yardstick(t, peer[name], exact[name], name)
+
+
+@pytest.mark.parametrize("mlp, rows, rank, dtype", [
+    ("gelu", SHARED, 0, torch.float32), ("swiglu", MIXED, 5, torch.float32), ("gelu", SHARED, 33, torch.float16),
+    *(pytest.param(mlp, rows, rank, torch.bfloat16, marks=pytest.mark.gpu) for mlp, rows, rank in
+      (("gelu", SHARED, 33), ("swiglu", OWN, 0), ("swiglu", MIXED, 5))),
+])
+def test_a_token_does_not_see_its_company(mlp, rows, rank, dtype, ordered_products):
+    """Outputs, kept tensors and gradients: split anywhere, one row alone, rows in another order."""
+    config, level = problem(mlp, bias=True, rows=rows, rank=rank, d=24, N=40, dtype=dtype)
+    T = 140 if dtype != torch.float32 else 70  # more than one tile of tokens
+    x, dy = (draw(3, T, config.d_model, dtype=dtype, seed=s) for s in (30, 31))
+    whole = both_ways(kernels, x, dy, config, level)
+    for sizes in ((1, T - 1), (17, 53, T - 70)) if not rank else ((65, T - 65),):
+        parts = [both_ways(kernels, a, b, config, level) for a, b in zip(x.split(sizes, 1), dy.split(sizes, 1))]
+        for name, t in whole.items():
+            assert torch.equal(torch.cat([p[name] for p in parts], 1), t), (sizes, name)
+    some = both_ways(kernels, x[[2, 0]], dy[[2, 0]], config, picked(level, [2, 0]))
+    for name, t in whole.items():
+        assert torch.equal(some[name], t[[2, 0]]), name
+    y, none = kernels.level_forward(x, level, config, EPS, residual=True, keep=False)
+    assert none is None and torch.equal(y, whole["y"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_owning_what_is_shared_and_unused_slots_change_nothing(dtype, ordered_products):
+    config, level = problem("swiglu", rank=6, d=24, N=32, dtype=dtype)
+    x, dy = (draw(3, 19, config.d_model, dtype=dtype, seed=s) for s in (30, 31))
+    want = both_ways(kernels, x, dy, config, level)
+
+    def owned(W: Matrix) -> Matrix:
+        return replace(W, own=W.shared.expand(3, -1, -1).clone(), rows=(False, True, True))
+
+    def longer(W: Matrix) -> Matrix:
+        return replace(W, left=torch.cat([W.left, torch.zeros_like(W.left).repeat(1, 9, 1)], 1),
+                       right=torch.cat([W.right, torch.zeros_like(W.right).repeat(1, 9, 1)], 1))
+
+    def in_a_buffer(W: Matrix) -> Matrix:  # the first slots of a longer buffer, as a state holds them
+        return replace(longer(W), left=longer(W).left[:, :6], right=longer(W).right[:, :6])
+
+    for change in (owned, longer, in_a_buffer):
+        changed = {n: change(t) if isinstance(t, Matrix) else t for n, t in level.items()}
+        for name, t in both_ways(kernels, x, dy, config, changed).items():
+            assert torch.equal(t, want[name]), (change.__name__, name)
+    nothing = mapped(level, lambda n, t: t * 0 if n in ("left", "right") else t)
+    without = {n: replace(t, left=None, right=None) if isinstance(t, Matrix) else t for n, t in level.items()}
+    want = both_ways(kernels, x, dy, config, without)
+    for name, t in both_ways(kernels, x, dy, config, nothing).items():
+        assert torch.equal(t, want[name]), name
+
+
+@pytest.mark.parametrize("parts", [("x",), ("dy",), ("own", "left", "right")], ids="-".join)
+def test_a_nan_stays_in_its_row(parts):
+    config, level = problem("swiglu" if "own" in parts else "gelu", rows=MIXED, rank=5, N=30)
+    # what a row does not use may hold anything
+    level = mapped(level, lambda name, t: torch.cat([t[:1], t[1:2] * float("nan"), t[2:]]) if name == "own" else t)
+    x, dy = draw(3, 19, 40, seed=30), draw(3, 19, 40, seed=31)
+    want = both_ways(kernels, x, dy, config, level)
+
+    def spoiled(name: str, t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t[:1] * float("nan"), t[1:]]) if name in parts else t
+
+    found = both_ways(kernels, spoiled("x", x), spoiled("dy", dy), config, mapped(level, spoiled))
+    assert all(torch.isfinite(t).all() for t in want.values())
+    assert not torch.isfinite(found["dx"][0]).any()
+    for name, t in found.items():
+        assert torch.equal(t[1:], want[name][1:]), name
+
+
+def test_rows_without_a_shared_base_and_no_tokens():
+    config, level = problem(rows=OWN, N=30)
+    x, dy = draw(3, 5, 40, seed=30), draw(3, 5, 40, seed=31)
+    bare = {n: replace(t, shared=None) if isinstance(t, Matrix) else t for n, t in level.items()}
+    want = both_ways(kernels, x, dy, config, level)
+    for name, t in both_ways(kernels, x, dy, config, bare).items():
+        assert torch.equal(t, want[name])
+    assert all(t.shape[:2] == (3, 0) for t in both_ways(kernels, x[:, :0], dy[:, :0], config, level).values())
+    _, saved = kernels.level_forward(x, level, config, EPS, residual=True, keep=True)
+    dx, factors = kernels.level_backward(dy, saved, level, config, EPS, residual=True, need_dx=False)
+    assert dx is None and torch.equal(factors["up"][0], want["up.left"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C, moment, total",
+                                              [(1, False, False), (5, True, False), (70, False, True),
+                                                  (17, True, True), (None, False, True),
+                                              (None, True, False)])
+def test_refresh(C, moment, total, dtype):
+    """Rows 0 and 2 of three: values, the copy, a total that becomes zero; row 1 and what only it holds keep
+    their bits."""
+    r, c, rows = 72, 133, [0, 2]
+    left, right = (None, None) if C is None else (draw(3, C, r, dtype=dtype), draw(3, C, c, dtype=dtype, seed=1))
+    weight, m, t = (draw(3, r, c, seed=s) for s in (2, 3, 4))
+    copy, m, t = torch.zeros(3, r, c, dtype=dtype, device=DEVICE), m if moment else None, t if total else None
+    weight[1], copy[1] = float("nan"), float("nan")
+    if C is not None:
+        left[1] = float("nan")
+
+    def run(ops, kind):
+        given = [None if a is None else a.to(kind, copy=True) for a in (weight, m, t)]
+        factors = [None if a is None or kind == torch.float32 else a.double() for a in (left, right)]
+        factors = [left, right] if kind == torch.float32 else factors
+        mine = copy.clone()
+        ops.refresh_(given[0], mine, *factors, rows, 0.3, moment=given[1], mu=0.9, total=given[2])
+        return [*given, mine]
+
+    exact, peer, ours = run(chunked, torch.float64), run(chunked, torch.float32), run(kernels, torch.float32)
+    for name, a, b, e in zip(("weight", "moment", "total"), ours, peer, exact):
+        if a is not None:
+            within_yardstick(a[rows], b[rows], e[rows], name)
+            assert torch.equal(
+                a[1], {"weight": weight, "moment": m, "total": t}[name][1]
+            ) or name == "weight" and a[1].isnan().all()
+    assert torch.equal(ours[3][rows], ours[0][rows].to(dtype)) and ours[3][1].isnan().all()
+    assert not total or not ours[2][rows].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outer_add(dtype):
+    left, right, target = draw(3, 70, 40, dtype=dtype), draw(
+        3, 70, 72, dtype=dtype, seed=1
+    ), draw(3, 40, 72, seed=2)
+    for rows, alpha, beta in ([0, 1, 2], 1.0, 1.0), ([1], -0.5, 0.25), ([0, 2], 2.0, 0.0):
+        ours, peer, exact = target.clone(), target.clone(), target.double()
+        kernels.outer_add_(ours, left, right, rows, alpha, beta)
+        chunked.outer_add_(peer, left, right, rows, alpha, beta)
+        chunked.outer_add_(exact, left.double(), right.double(), rows, alpha, beta)
+        within_yardstick(ours, peer, exact, "target")
+        others = [b for b in range(3) if b not in rows]
+        assert torch.equal(ours[others], target[others])
+        alone = target[rows[-1:]].clone()
+        kernels.outer_add_(alone, left[rows[-1:]], right[rows[-1:]], [0], alpha, beta)
+        assert torch.equal(alone[0], ours[rows[-1]])
+    fresh = torch.full_like(target, float("nan"))
+    kernels.outer_add_(fresh, left, right, [0, 2], beta=0.0)
+    assert torch.isfinite(fresh[[0, 2]]).all() and fresh[1].isnan().all()
+    kernels.outer_add_(target, left, right, [])
+
+
+def test_a_refresh_does_not_see_masked_tokens_or_company():
+    """Zeros behind the last token, and other rows, leave the bits; so do two updates of one row for two of
+    two rows."""
+    left, right, weight = draw(2, 21, 40), draw(2, 21, 72, seed=1), draw(2, 40, 72, seed=2)
+    want = weight.clone()
+    kernels.refresh_(want, None, left, right, [0, 1], 0.1)
+    padded = [torch.cat([t, t.new_zeros(2, 30, t.shape[2])], 1) for t in (left, right)]
+    one_by_one = weight.clone()
+    kernels.refresh_(one_by_one, None, *padded, [1], 0.1)
+    kernels.refresh_(one_by_one, None, *padded, [0], 0.1)
+    assert torch.equal(one_by_one, want)
+
+
+@pytest.mark.parametrize("shape", [(20, 33), (72, 20), (1, 1), (66, 80)])
+def test_newton_schulz(shape):
+    g = draw(*shape)
+    ours, peer, exact = kernels.newton_schulz(g), chunked.newton_schulz(g), chunked.newton_schulz(g.double())
+    within_yardstick(ours, peer, exact, "x")
+    assert ours.is_contiguous()
+    assert torch.linalg.svdvals(ours).min() > 0.5 and torch.linalg.svdvals(ours).max() < 1.3
+
+
+def test_newton_schulz_takes_each_matrix_on_its_own():
+    """Beside a NaN; a zero matrix stays zero, and a norm below 1e-7 counts as 1e-7."""
+    g = draw(9, 20, seed=1)
+    batch = torch.stack([g * float("nan"), g, g * 0, g * 1e-10]).reshape(2, 2, 9, 20)
+    found = kernels.newton_schulz(batch).flatten(0, 1)
+    assert found[0].isnan().all() and not found[2].any()
+    assert torch.equal(found[1], kernels.newton_schulz(g))
+    torch.testing.assert_close(found[3], chunked.newton_schulz(g * 1e-10), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mlp, rows, rank", [("gelu", SHARED, 0), ("swiglu", (True, False), 5)])
+def test_opcheck(mlp, rows, rank, monkeypatch):
+    monkeypatch.undo()  # opcheck makes its own buffers
+    config, level = problem(mlp, bias=True, rows=rows, rank=rank, d=4, N=8, B=2)
+    x, dy, z, weight = (draw(2, 3, n, seed=i) for i, n in enumerate((4, 4, 8, 4)))
+    matrices = kernels._matrices(level)
+    vectors = [level.get(n) for n in ("norm_gain", "norm_bias", "up_bias", "gate_bias", "down_bias")]
+    ops, check = torch.ops.hope_kernels, torch.library.opcheck
+    check(ops.cms_level_forward, (x, *vectors, *matrices, EPS, False, True, rank > 0))
+    check(
+        ops.cms_level_backward, (dy, x, z, z if rank else None, level["norm_gain"], *matrices, EPS, False,
+            True, rank == 0)
+    )
+    if rank:
+        factors = draw(2, 5, 3), draw(2, 5, 4)
+        check(
+            ops.cms_refresh_, (weight, weight.half(), *factors, [0, 1], 0.1, 1.0, weight.clone(), 0.9,
+                weight.clone())
+        )
+    else:
+        check(ops.cms_refresh_, (weight, None, None, None, [1], 0.1, 1.0, None, 0.0, weight.clone()))
+        check(ops.cms_newton_schulz, (weight,))
+
+
+def test_the_engine_takes_these_functions():
+    """Two levels read and learned from through ``chain.py``: outputs, and the weights the factors make."""
+    config = CMSConfig(24, (5, 10), mlp="swiglu", intermediate_size=30)
+    weights = [{n: draw(*s, seed=10 * l + i) / s[1] ** 0.5 for i, (n, s) in enumerate(
+        (("up", (30, 24)), ("gate", (30, 24)), ("down", (24, 30))))} | {"norm_gain": torch.ones(24,
+        device=DEVICE)} for l in range(2)]
+    x, error = draw(2, 5, 24, seed=30), draw(2, 5, 24, seed=31)
+
+    def run(ops, kind):
+        levels = [{n: t.to(kind) for n, t in level.items()} for level in weights]
+        own = [{n: t.expand(2, -1, -1).clone() for n, t in level.items() if n != "norm_gain"} for level in levels]
+
+        def sink(l, factors):
+            for name, (left, right) in factors.items():
+                ops.refresh_(own[l][name], None, left, right, [0, 1], 0.1)
+
+        pass_back(x.to(kind), error.to(kind), levels, config, sink, ops=ops)
+        with torch.no_grad():
+            y = cms_forward(x.to(kind), [level | w for level, w in zip(levels, own)], config, ops=ops)
+        return [y, *(t for level in own for t in level.values())]
+
+    for i, (a, b, c) in enumerate(
+        zip(run(kernels, torch.float32), run(chunked, torch.float32), run(chunked, torch.float64))
+    ):
+        within_yardstick(a, b, c, f"tensor {i}")
+
+
+def test_refuses():
+    config, level = problem("swiglu", rank=5)
+    x = draw(3, 5, 40)
+    call = lambda x=x, **parts: kernels.level_forward(x, level | parts, config, EPS, residual=True, keep=False)
+    with pytest.raises(ValueError, match=r"argument x has shape \[3, 5, 39\], expected \[B, T, 40\]"):
+        call(x[..., 1:])
+    with pytest.raises(ValueError, match="dtype torch.float64, expected one of"):
+        call(x.double())
+    with pytest.raises(ValueError, match=r"level.up.left has shape \[2, 5, 72\], expected \[3, 5, 72\]"):
+        call(up=replace(level["up"], left=level["up"].left[:2]))
+    with pytest.raises(ValueError, match=r"pending parts of \[0, 5\] slots"):
+        call(gate=replace(level["gate"], left=None, right=None))
+    with pytest.raises(ValueError, match="level.down has rows without a matrix"):
+        call(down=replace(level["down"], shared=None))
+    with pytest.raises(RuntimeError, match="no gradient of its own"):
+        call(x.clone().requires_grad_())[0].sum().backward()
+    weight, left, right = draw(2, 4, 8), draw(2, 3, 4), draw(2, 3, 8)
+    with pytest.raises(
+        ValueError, match=r"cms refresh_: argument right has shape \[2, 3, 7\], expected \[2, 3, 8\]"
+    ):
+        kernels.refresh_(weight, None, left, right[..., 1:], [0], 0.1)
+    for rows in ([2], [0, 0], [-1]):
+        with pytest.raises(ValueError, match="cms outer_add_: argument rows is"):
+            kernels.outer_add_(weight, left, right, rows)
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.refresh_(draw(2, 8, 4).mT, None, left, right, [0], 0.1)
+    with pytest.raises(ValueError, match="cms newton_schulz: argument grad"):
+        kernels.newton_schulz(weight.double())
+    assert "float64" in kernels.unserved(config, torch.float64, x.device)
+    assert "8192" in kernels.unserved(CMSConfig(8193, (8,)), x.dtype, x.device)
+    assert kernels.unserved(config, x.dtype, x.device) is None
