@@ -13,6 +13,7 @@ import argparse
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
+WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
 
@@ -196,6 +198,18 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
         "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}
 
 
+def wrapped(text: str) -> str:
+    """Paragraphs and list items in lines of ``WIDTH``; tables, pictures and what stands alone as they are."""
+    lines = []
+    for line in text.split("\n"):
+        keep = line.startswith(("|", "!["))
+        indent = "  " if line.startswith("- ") else ""
+        lines += [line] if keep or len(line) <= WIDTH else textwrap.wrap(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
 def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> tuple[str, list[str]]:
     """A document with its blocks made anew, and the names of those that changed. Raises ValueError for a
     block without an end."""
@@ -207,7 +221,7 @@ def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> tuple[str, lis
         at = text.index(begin) + len(begin)
         if (stop := text.find(end, at)) < 0:
             raise ValueError(f"tables: block {name!r} has no line <!-- end {name} -->")
-        made = makers[name]()
+        made = wrapped(makers[name]())
         if text[at:stop] != made:
             changed.append(name)
         text = text[:at] + made + text[stop:]
