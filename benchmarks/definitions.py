@@ -163,11 +163,12 @@ class Tree:
             yield from (Ref(ref.module, name) for name in module.definitions if name != "_")
             yield from (Ref(ref.module, f"!{i}") for i in range(len(module.unnamed)))
             return
-        if ref.name.startswith("!"):
-            yield from Writer(self, module, "").write(module.unnamed[int(ref.name[1:])])
-            return
-        for statement in module.definitions[ref.name]:
-            yield from ("a place",) if is_place(statement) else Writer(self, module, ref.name).write(statement)
+        unnamed = ref.name.startswith("!")
+        writer = Writer(self, module, "" if unnamed else ref.name)
+        for statement in [module.unnamed[int(ref.name[1:])]] if unnamed else module.definitions[ref.name]:
+            if not is_place(statement):
+                writer.write(statement)
+        yield from writer.out
 
     def _registrations(self, operator: str) -> Iterator[Ref]:
         for name in self._paths:
@@ -226,10 +227,10 @@ def is_cut(module: str, cut: tuple[str, ...]) -> bool:
 
 
 class Writer:
-    """Writes one statement of a module as text and references. own: the name whose definition it is."""
+    """Writes statements of a module as text and references, to ``out``. own: the name they define."""
 
     def __init__(self, tree: Tree, module: Module, own: str):
-        self.tree, self.module, self.own = tree, module, own
+        self.tree, self.module, self.own, self.out = tree, module, own, []
         self.scopes: list[tuple[bool, dict[str, tuple[str, str] | None]]] = []  # (of a class, name -> import or None)
 
     # -- names ----------------------------------------------------------------------------------------------
@@ -262,103 +263,103 @@ class Writer:
 
     # -- statements and expressions ---------------------------------------------------------------------------
 
-    def write(self, node: ast.AST) -> Iterator[str | Ref]:
+    def write(self, node: ast.AST) -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal)):
             return
         if isinstance(node, (*FUNCTIONS, ast.Lambda)):
-            yield from self._function(node)
+            self._function(node)
         elif isinstance(node, ast.ClassDef):
-            yield from self._class(node)
+            self._class(node)
         elif isinstance(node, COMPREHENSIONS):
             names = {n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
             self.scopes.append((False, dict.fromkeys(names)))
-            yield from self._fields(node)
+            self._fields(node)
             self.scopes.pop()
         elif isinstance(node, (ast.Name, ast.Attribute)):
-            yield from self._name(node)
+            self._name(node)
         elif isinstance(node, ast.AnnAssign):
-            yield "Assign"
-            yield from self.write(node.target)
-            yield from self.write(node.value) if node.value is not None else ("no value",)
+            self.out.append("Assign")
+            self.write(node.target)
+            self.write(node.value) if node.value is not None else self.out.append("no value")
         else:
-            yield from self._fields(node)
+            self._fields(node)
 
-    def _fields(self, node: ast.AST) -> Iterator[str | Ref]:
-        yield "(" + type(node).__name__
+    def _fields(self, node: ast.AST) -> None:
+        self.out.append("(" + type(node).__name__)
         for name, value in ast.iter_fields(node):
             if name in ("ctx", "kind", "type_comment", "type_ignores"):
                 continue
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, ast.AST):
-                    yield from self.write(item)
+                    self.write(item)
                 else:
-                    yield f"{type(item).__name__} {item!r}"
-            yield ","
-        yield ")"
+                    self.out.append(f"{type(item).__name__} {item!r}")
+            self.out.append(",")
+        self.out.append(")")
 
-    def _body(self, body: list[ast.stmt]) -> Iterator[str | Ref]:
+    def _body(self, body: list[ast.stmt]) -> None:
         first = body[0]
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
             body = body[1:]
         for statement in body:
-            yield from self.write(statement)
+            self.write(statement)
 
-    def _called(self, name: str) -> Iterator[str]:
+    def _called(self, name: str) -> None:
         """The name of a function or class, where it is not the definition itself."""
         if self.scopes:
-            yield f"name {name}"
+            self.out.append(f"name {name}")
 
-    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> Iterator[str | Ref]:
-        yield "(" + type(node).__name__
+    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> None:
+        self.out.append("(" + type(node).__name__)
         a, is_lambda = node.args, isinstance(node, ast.Lambda)
         if not is_lambda:
-            yield from self._called(node.name)
+            self._called(node.name)
             for decorator in node.decorator_list:
-                yield from self.write(decorator)
+                self.write(decorator)
         for kind in ("posonlyargs", "args", "kwonlyargs"):
-            yield kind
-            yield from (f"name {x.arg}" for x in getattr(a, kind))
-        yield f"* {a.vararg and a.vararg.arg} ** {a.kwarg and a.kwarg.arg}"
+            self.out.append(kind)
+            self.out += [f"name {x.arg}" for x in getattr(a, kind)]
+        self.out.append(f"* {a.vararg and a.vararg.arg} ** {a.kwarg and a.kwarg.arg}")
         for default in (*a.defaults, *a.kw_defaults):
-            yield from self.write(default) if default is not None else ("no default",)
+            self.write(default) if default is not None else self.out.append("no default")
         body = [ast.Expr(node.body)] if is_lambda else node.body
         self.scopes.append((False, self.scope(body, a)))
-        yield from self.write(node.body) if is_lambda else self._body(body)
+        self.write(node.body) if is_lambda else self._body(body)
         self.scopes.pop()
-        yield ")"
+        self.out.append(")")
 
-    def _class(self, node: ast.ClassDef) -> Iterator[str | Ref]:
-        yield "(ClassDef"
-        yield from self._called(node.name)
+    def _class(self, node: ast.ClassDef) -> None:
+        self.out.append("(ClassDef")
+        self._called(node.name)
         for part in (*node.decorator_list, *node.bases, *node.keywords):
-            yield from self.write(part)
+            self.write(part)
         self.scopes.append((True, self.scope(node.body)))
-        yield from self._body(node.body)
+        self._body(node.body)
         self.scopes.pop()
-        yield ")"
+        self.out.append(")")
 
-    def _name(self, node: ast.Name | ast.Attribute) -> Iterator[str | Ref]:
+    def _name(self, node: ast.Name | ast.Attribute) -> None:
         attributes: list[str] = []
         base: ast.AST = node
         while isinstance(base, ast.Attribute):
             attributes.insert(0, base.attr)
             base = base.value
         if not isinstance(base, ast.Name):
-            yield from self.write(base)
+            self.write(base)
         elif (found := self.meaning(base.id)) is None:
-            yield f"name {base.id}"
+            self.out.append(f"name {base.id}")
         elif isinstance(base.ctx, ast.Store):
-            yield "this" if base.id == self.own else "another"
+            self.out.append("this" if base.id == self.own else "another")
         else:
-            yield from self._resolved(found, attributes)
-        yield from (f".{attribute}" for attribute in attributes)
+            self._resolved(found, attributes)
+        self.out += [f".{attribute}" for attribute in attributes]
 
-    def _resolved(self, found: Ref | Outside, attributes: list[str]) -> Iterator[str | Ref]:
+    def _resolved(self, found: Ref | Outside, attributes: list[str]) -> None:
         """What a name stands for; takes from ``attributes`` what leads there."""
         while isinstance(found, Ref) and not found.name and attributes:
             inner = self.tree.find(found.module, attributes[0])
             if isinstance(inner, Outside):
-                yield "attribute of a module"
+                self.out.append("attribute of a module")
                 return
             found = inner
             del attributes[0]
@@ -367,4 +368,4 @@ class Writer:
             if full.startswith(OPERATORS):
                 found = Ref("torch.ops", full.removeprefix(OPERATORS).split(".")[0])
                 del attributes[: attributes.index(found.name) + 1]
-        yield found if isinstance(found, Ref) else f"outside {found}"
+        self.out.append(found if isinstance(found, Ref) else f"outside {found}")

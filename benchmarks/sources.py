@@ -85,6 +85,17 @@ class Code(NamedTuple):
     entries: tuple[str, ...]
     cut: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> list[str]:
+        return [e for e in self.entries if "/" not in e]
+
+    @property
+    def files(self) -> list[str]:
+        return [e for e in self.entries if "/" in e]
+
+
+EVERYTHING = Code(("*", "csrc/**/*.cpp", "csrc/**/*.cu"))
+
 
 def code(case: dict) -> Code | None:
     """The code a case measures; None where it is none of this package's."""
@@ -110,7 +121,7 @@ def code(case: dict) -> Code | None:
         return operator._replace(entries=ATTENTION)
     if kind and kind.startswith("block "):
         return operator._replace(entries=(*BLOCKS, *layer(used), *cms(used)))
-    return Code(("",))
+    return EVERYTHING
 
 
 def parts(table: dict[str, tuple[str, ...]] | tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
@@ -142,11 +153,9 @@ def _tree(root: Path, changed: int) -> Tree:
 
 @lru_cache(maxsize=256)
 def _digest(found: Code, root: Path, changed: int) -> str:
-    tree, files = _tree(root, changed), [e for e in found.entries if "/" in e]
-    names = [e for e in found.entries if "/" not in e] if found.entries != ("",) else tree.names
-    if found.entries == ("",):
-        files = ["csrc/**/*.cpp", "csrc/**/*.cu"]
-    parts = sorted(tree.hashes(names, found.cut) | native.hashes(files, root))
+    tree = _tree(root, changed)
+    names = tree.names if found == EVERYTHING else found.names
+    parts = sorted(tree.hashes(names, found.cut) | native.hashes(found.files, root))
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
