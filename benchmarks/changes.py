@@ -51,4 +51,5 @@ def changes(before: dict[str, dict], after: dict[str, dict]) -> Iterator[tuple[s
             if record.get("status") in ("refused", "failed", "died"):
                 yield f"{section}: {name}", f"{record['status']}, was ok: {record.get('reason')}"
             elif record.get("status") == "ok" and (text := change(was, record)):
-                yield f"{section}: {name}", f"{text} ({was['ms']['median']:.4f} -> {record['ms']['median']:.4f} ms)"
+                times = f"{was['ms']['median']:.4f} -> {record['ms']['median']:.4f} ms"
+                yield f"{section}: {name}", f"{text} ({times})"

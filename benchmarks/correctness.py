@@ -22,6 +22,7 @@ TESTS = (
     "tests/ops/conv/test_conv.py", "tests/ops/output_gate/test_output_gate.py",
 )
 TEST_PROCESSES = 8
+OUTCOMES = ("passed", "failed", "skipped", "died")
 
 
 def outcomes(junit: Path, log: str) -> dict[str, dict]:
@@ -31,12 +32,11 @@ def outcomes(junit: Path, log: str) -> dict[str, dict]:
         found = {}
         for case in ElementTree.parse(junit).iter("testcase"):
             bad = next((c for c in case if c.tag in ("failure", "error", "skipped")), None)
-            status = (
-                "passed" if bad is None else {"failure": "failed", "error": "failed", "skipped": "skipped"}[bad.tag]
-            )
-            found[f"{case.get('classname')}::{case.get('name')}"] = {"status": status, "seconds": float(case.get("time", 0))} | (
-                {} if bad is None
-                else {"reason": ((bad.get("message") or "") + "\n" + (bad.text or "")[-1500:]).strip()})
+            status = "passed" if bad is None else "skipped" if bad.tag == "skipped" else "failed"
+            record = {"status": status, "seconds": float(case.get("time", 0))}
+            if bad is not None:
+                record["reason"] = ((bad.get("message") or "") + "\n" + (bad.text or "")[-1500:]).strip()
+            found[f"{case.get('classname')}::{case.get('name')}"] = record
         return found
     found: dict[str, dict] = {}
     for name, word in re.findall(r"^(\S+::.+?) ?(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|$)", log, re.M):
@@ -100,13 +100,12 @@ def correctness(store: Results, until: float) -> None:
             text = log.read_text(errors="replace")
             found = outcomes(junit, text)
             store.cases.update(found)
-            counts = {
-                s: sum(r["status"] == s for r in found.values()) for s in ("passed", "failed", "skipped", "died")
-            }
+            counts = {s: sum(r["status"] == s for r in found.values()) for s in OUTCOMES}
             record = {"status": "ok", "exit": code, **counts}
             if code != 0 or counts["failed"]:
                 reason = "time limit" if code is None else f"pytest exit status {code}"
-                record |= {"status": "died" if code is None else "failed", "reason": reason, "log": text[-4000:]}
+                status = "died" if code is None else "failed"
+                record |= {"status": status, "reason": reason, "log": text[-4000:]}
             store.put(f"pytest {job + 1} of {jobs}", record)
             print(
                 line("correctness", f"{job + 1} of {jobs}", record), {k: v for k, v in counts.items() if v},

@@ -1,14 +1,14 @@
 """The Python definitions that a function reaches, and a hash of them that knows no names of files or modules.
 
-A definition is what one name of a module stands for: a function, a class, a constant. It reaches what its body
-names: through imports (those inside functions too), as attributes of imported modules, and, by
+A definition is what one name of a module stands for: a function, a class, a constant. It reaches what its
+body names: through imports (those inside functions too), as attributes of imported modules, and, by
 ``torch.ops.hope_kernels.NAME``, the statements that register that operator. Attributes of objects are not
 followed: a class counts as a whole, and only where it is named.
 
 Hashed is the syntax tree without comments, docstrings, annotations and positions. A name that stands for
-another definition is replaced by that definition's own hash, so that neither moving, renaming nor re-exporting
-it changes anything, nor does the merging of equal copies. A constant made of ``__file__`` says where something
-is and does not count.
+another definition is replaced by that definition's own hash, so that neither moving, renaming nor
+re-exporting it changes anything, nor does the merging of equal copies. A constant made of ``__file__`` says
+where something is and does not count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import ast
 import hashlib
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +27,13 @@ OPERATORS = f"torch.ops.{PACKAGE}."
 ROUNDS = 3  # of replacing names by hashes; one round sees what is called, the next what that calls
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 SCOPES = (*FUNCTIONS, ast.Lambda, ast.ClassDef)
+NAMED = (*FUNCTIONS, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 class Ref(NamedTuple):
-    """A definition. name "": the module itself; "!3": its statement 3, which binds no name. module "torch.ops":
-    all statements that register the operator ``name``."""
+    """A definition. name "": the module itself; "!3": its statement 3, which binds no name. module
+    "torch.ops": all statements that register the operator ``name``."""
 
     module: str
     name: str = ""
@@ -81,18 +82,14 @@ class Module:
 
 def bound_by(s: ast.stmt) -> Iterator[str]:
     """Names that a statement of a module or of a body binds, imports aside."""
-    if isinstance(s, (*FUNCTIONS, ast.ClassDef)):
-        yield s.name
-        return
-    for node in inside(s):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        elif isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            yield node.name
-        elif isinstance(node, (ast.MatchAs, ast.MatchStar)) and node.name:
-            yield node.name
+    return filter(None, map(bound, inside(s)))
+
+
+def bound(node: ast.AST) -> str | None:
+    """The name that a node itself binds, imports aside."""
+    if isinstance(node, ast.Name):
+        return node.id if isinstance(node.ctx, ast.Store) else None
+    return node.name if isinstance(node, NAMED) else None
 
 
 def inside(node: ast.AST) -> Iterator[ast.AST]:
@@ -142,7 +139,7 @@ class Tree:
         names = [n for n in (f"{PACKAGE}.{module}" if module else PACKAGE, module) if n in self._paths]
         found = self.find(names[0], name) if names else None
         if not isinstance(found, Ref):
-            raise LookupError(f"{text} is an entry point of a measured case (benchmarks/sources.py) and is not there")
+            raise LookupError(f"{text} is not there, an entry point of a case in benchmarks/sources.py")
         return found
 
     def tokens(self, ref: Ref) -> list[str | Ref]:
@@ -154,7 +151,7 @@ class Tree:
     def _make(self, ref: Ref) -> Iterator[str | Ref]:
         if ref.module == "torch.ops":
             yield "operator"
-            yield from self._registrations(ref.name)
+            yield from self._registrations.get(ref.name, ())
             return
         module = self.module(ref.module)
         assert module is not None
@@ -170,13 +167,17 @@ class Tree:
                 writer.write(statement)
         yield from writer.out
 
-    def _registrations(self, operator: str) -> Iterator[Ref]:
+    @cached_property
+    def _registrations(self) -> dict[str, list[Ref]]:
+        """The statements that name an operator: "hope_kernels::scan", "scan" or "scan(Tensor x) -> Tensor"."""
+        found: dict[str, list[Ref]] = {}
         for name in self._paths:
             module = self.module(name)
             for i, s in enumerate(module.unnamed if module else ()):
-                texts = [c.value for c in ast.walk(s) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
-                if any(t.removeprefix(f"{PACKAGE}::").split("(")[0] == operator for t in texts):
-                    yield Ref(name, f"!{i}")
+                texts = {str(c.value) for c in ast.walk(s) if isinstance(c, ast.Constant)}
+                for operator in {t.removeprefix(f"{PACKAGE}::").split("(")[0] for t in texts}:
+                    found.setdefault(operator, []).append(Ref(name, f"!{i}"))
+        return found
 
     def reached(self, entries: Iterable[str], cut: tuple[str, ...] = ()) -> set[Ref]:
         """All definitions that ``entries`` reach, modules matching ``cut`` aside."""
@@ -231,24 +232,25 @@ class Writer:
 
     def __init__(self, tree: Tree, module: Module, own: str):
         self.tree, self.module, self.own, self.out = tree, module, own, []
-        self.scopes: list[tuple[bool, dict[str, tuple[str, str] | None]]] = []  # (of a class, name -> import or None)
+        # (whether of a class, name -> import or None)
+        self.scopes: list[tuple[bool, dict[str, tuple[str, str] | None]]] = []
 
-    # -- names ----------------------------------------------------------------------------------------------
+    # -- names -----------------------------------------------------------------------------------------------
 
     def scope(self, body: list[ast.stmt], arguments: ast.arguments | None = None) -> dict:
         """What the names bound in a body stand for: an import, or None for a variable."""
         found: dict[str, tuple[str, str] | None] = {}
         everywhere: set[str] = set()
         if arguments is not None:
-            every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg)
-            found |= {a.arg: None for a in every if a is not None}
-        for statement in body:
-            found |= dict.fromkeys(bound_by(statement))
-            for node in inside(statement):
-                if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    found |= self.module.imported(node)
-                elif isinstance(node, ast.Global):
-                    everywhere |= set(node.names)
+            every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+            found |= {a.arg: None for a in (*every, arguments.vararg, arguments.kwarg) if a is not None}
+        for node in (node for statement in body for node in inside(statement)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                found |= self.module.imported(node)
+            elif isinstance(node, ast.Global):
+                everywhere |= set(node.names)
+            elif name := bound(node):
+                found[name] = None
         return {name: target for name, target in found.items() if name not in everywhere}
 
     def meaning(self, name: str) -> Ref | Outside | None:
@@ -261,7 +263,7 @@ class Writer:
             return self.tree.find(self.module.name, name)
         return Outside(name)
 
-    # -- statements and expressions ---------------------------------------------------------------------------
+    # -- statements and expressions --------------------------------------------------------------------------
 
     def write(self, node: ast.AST) -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal)):
@@ -298,11 +300,10 @@ class Writer:
         self.out.append(")")
 
     def _body(self, body: list[ast.stmt]) -> None:
-        first = body[0]
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            body = body[1:]
-        for statement in body:
-            self.write(statement)
+        for i, statement in enumerate(body):
+            text = statement.value if isinstance(statement, ast.Expr) else None
+            if i or not (isinstance(text, ast.Constant) and isinstance(text.value, str)):  # no docstring
+                self.write(statement)
 
     def _called(self, name: str) -> None:
         """The name of a function or class, where it is not the definition itself."""

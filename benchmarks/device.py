@@ -21,7 +21,8 @@ def slug(device: str) -> str:
 
 def nvidia_smi() -> str:
     """Name, driver, clocks, power and temperature as the driver reports them now; only reads."""
-    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
+    query = ("name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
+             "temperature.gpu")
     try:
         done = subprocess.run(
             ("nvidia-smi", f"--query-gpu={query}", "--format=csv"), capture_output=True, text=True, timeout=20

@@ -9,10 +9,10 @@ result, hence no time), skipped (with the reason), failed, died, started; and, o
 --resume keeps what is there for the same code and goes on.
 
 Measurements run in a child process under a watchdog: a kernel that hangs or breaks the CUDA context costs its
-own case, and the next child goes on with the following one. At the end it says what is slower, faster or no longer right
-against the committed results of this device (or --against) by more than the spread of the times. Without a
-CUDA device the backends of the CPU are measured (3 minutes suffice on two cores), every case between copies
-and matrix products of the same moment, whose rates are the ceilings in its record.
+own case, and the next child goes on with the following one. At the end it says what is slower, faster or no
+longer right against the committed results of this device (or --against) by more than the spread of the times.
+Without a CUDA device the backends of the CPU are measured (3 minutes suffice on two cores), every case between
+copies and matrix products of the same moment, whose rates are the ceilings in its record.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--resume", action="store_true", help="keep what is there for the same commit and source")
     p.add_argument("--out", metavar="DIR", help="folder of the result folders")
     p.add_argument(
-        "--against", metavar="DIR", help="a device's folder to compare with (default: what is committed for this device)"
+        "--against", metavar="DIR",
+        help="a device's folder to compare with (default: what is committed for this device)"
     )
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -148,9 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     results = {section: opened(section) for section in SECTIONS}
     if args.child:
         return measure(device, results, args, until, plan(device, args.quick))
-    print(
-        f"{slug(device)}, commit {mark['commit'] or 'unknown'}, source {mark['source']}{', changed files' * mark['dirty']}"
-    )
+    changed = ", changed files" * mark["dirty"]
+    print(f"{slug(device)}, commit {mark['commit'] or 'unknown'}, source {mark['source']}{changed}")
     if device == "cuda":
         for store in results.values():
             for name in [n for n, r in store.cases.items() if r["status"] == "started"]:

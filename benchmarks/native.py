@@ -1,7 +1,7 @@
 """The C++ and CUDA files that an entry file includes, and hashes of their tokens that know no file names.
 
-Comments, white space and ``#include "..."`` lines do not count. With a header counts the source file of the same
-name beside it, which holds what the header declares.
+Comments, white space and ``#include "..."`` lines do not count. With a header counts the source file of the
+same name beside it, which holds what the header declares.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 COMMENT = re.compile(r"""//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')""", re.S)
 TOKEN = re.compile(
@@ -20,16 +22,23 @@ INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"\n]*)"[^\n]*$', re.M)
 SOURCES = (".cpp", ".cu")
 
 
-def plain(path: Path) -> str:
-    """A file without comments, its continued lines joined."""
-    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-    return COMMENT.sub(lambda m: m.group(1) or " ", text)
+class File(NamedTuple):
+    includes: list[str]  # the names in its #include "..."
+    hash: str
 
 
-def tokens(path: Path) -> Iterator[str]:
-    """The tokens of a file; a directive also ends in a newline."""
+@lru_cache(maxsize=512)
+def scanned(path: Path, changed: int) -> File:
+    """``changed``: the file's mtime, so that a long process sees an edit."""
+    text = COMMENT.sub(lambda m: m[1] or " ", path.read_text(encoding="utf-8").replace("\\\n", " "))
+    found = tokens(INCLUDE.sub("", text).replace("#pragma once", ""))
+    return File(INCLUDE.findall(text), hashlib.sha256("\0".join(found).encode()).hexdigest())
+
+
+def tokens(text: str) -> Iterator[str]:
+    """The tokens of a text without comments; a directive also ends in a newline."""
     directive = False
-    for token in TOKEN.findall(INCLUDE.sub("", plain(path)).replace("#pragma once", "")):
+    for token in TOKEN.findall(text):
         if token == "\n":
             if directive:
                 yield token
@@ -39,20 +48,24 @@ def tokens(path: Path) -> Iterator[str]:
             yield token
 
 
+def scan(path: Path) -> File:
+    return scanned(path, path.stat().st_mtime_ns)
+
+
 def reached(patterns: Iterable[str], root: Path, skip: str = "emulator") -> set[Path]:
-    """Files that match, what they include, and the sources of the headers among them; nothing in a folder called
-    ``skip``. Raises LookupError for a pattern that matches nothing."""
+    """Files that match, what they include, and the sources of the headers among them; nothing in a folder
+    called ``skip``. Raises LookupError for a pattern that matches nothing."""
     root, left, seen = root.resolve(), [], set()
     for pattern in patterns:
         if not (found := [p for p in root.glob(pattern) if p.is_file()]):
-            raise LookupError(f"{pattern} is an entry file of a measured case (benchmarks/sources.py) and matches nothing")
+            raise LookupError(f"{pattern} matches no file, an entry point of a case in benchmarks/sources.py")
         left += found
     while left:
         path = left.pop().resolve()
         if path in seen or skip in path.relative_to(root).parts:
             continue
         seen.add(path)
-        left += [p for name in INCLUDE.findall(plain(path)) if (p := path.parent / name).is_file()]
+        left += [p for name in scan(path).includes if (p := path.parent / name).is_file()]
         if path.suffix not in SOURCES:
             left += [p for end in SOURCES if (p := path.with_suffix(end)).is_file()]
     return seen
@@ -60,4 +73,4 @@ def reached(patterns: Iterable[str], root: Path, skip: str = "emulator") -> set[
 
 def hashes(patterns: Iterable[str], root: Path) -> set[str]:
     """One hash for every file reached."""
-    return {hashlib.sha256("\0".join(tokens(p)).encode()).hexdigest() for p in reached(patterns, root)}
+    return {scan(path).hash for path in reached(patterns, root)}

@@ -14,7 +14,7 @@ LONG_SECONDS = {"cuda": 90, "cpu": 15}  # then a long run stops by itself
 
 def plan(device: str, quick: bool) -> Iterator[tuple[str, str, dict, Callable]]:
     """(section, name, case as data, call with (ceilings) -> record): the order of a run, correctness aside;
-    the rows people ask for first, ours and the peers', then the sweeps."""
+    the most important rows of ours and of the peers, then the sweeps."""
     yield "env", "machine", {}, lambda _: describe(device)
     for name in ceilings_of(device):
         yield "env", name, {}, lambda _, name=name: m.ceiling(name, device, quick)

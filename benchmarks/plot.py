@@ -19,7 +19,8 @@ from benchmarks.records import RESULTS, runs
 from benchmarks.sources import ROOT
 from benchmarks.svg import Chart, Series, draw
 
-CONTEXT, ACCURACY, DEVICE = "python -m benchmarks.bench_context", "python -m benchmarks.bench_accuracy", "python -m benchmarks.gpu"
+CONTEXT, ACCURACY = "python -m benchmarks.bench_context", "python -m benchmarks.bench_accuracy"
+DEVICE = "python -m benchmarks.gpu"
 SHAPE = {"C": 64, "D": 64, "N": 256, "H": 32, "B": 1, "dtype": "bf16"}  # whose throughput is drawn over its T
 MODES = {"off": "", "next_token": ", learning"}
 
@@ -47,7 +48,7 @@ def ordered(points) -> tuple[tuple[float, float], ...]:
     return tuple(sorted(points))
 
 
-# -- the CPU ------------------------------------------------------------------------------------------------------------------
+# -- the CPU -------------------------------------------------------------------------------------------------
 
 
 def throughput_cpu(run: dict) -> Chart | None:
@@ -64,8 +65,8 @@ def throughput_cpu(run: dict) -> Chart | None:
 def decode_cpu(run: dict) -> Chart | None:
     if (data := run.get("context")) is None:
         return None
-    series = tuple(Series(f"model{more}", ordered((p["tokens"], p["decode_ms"]["median"]) for p in data[mode]["points"]))
-                   for mode, more in MODES.items())
+    points = lambda found: ordered((p["tokens"], p["decode_ms"]["median"]) for p in found)
+    series = tuple(Series(f"model{more}", points(data[mode]["points"])) for mode, more in MODES.items())
     return Chart("Decode latency against context length", "tokens read before", "ms per token, median", series,
                  caption(data["machine"], processor(data["machine"])), log_y=False, from_zero=True,
                  x_ticks=kibi(s.points for s in series))
@@ -90,7 +91,7 @@ def accuracy_cpu(run: dict) -> Chart | None:
                  log_x=False, x_ticks=tuple((place(r), f"{r:g}") for r in correlations))
 
 
-# -- a device's folder --------------------------------------------------------------------------------------------------------
+# -- a device's folder ---------------------------------------------------------------------------------------
 
 
 def timed(run: dict, *sections: str):

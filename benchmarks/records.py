@@ -1,7 +1,7 @@
 """The result files: how a run writes them, and how they are read.
 
-benchmarks/results holds the files of the CPU's own commands and a folder for each device that benchmarks.gpu has
-measured. A record is a dict that says what was measured and which code ("case" or "kernel_of", "kernel").
+benchmarks/results holds the files of the CPU's own commands and a folder for each device that benchmarks.gpu
+has measured. A record is a dict that says what was measured and which code ("case" or "kernel_of", "kernel").
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.measure import source_hash
 
 RESULTS = Path(__file__).parent / "results"
 
-# -- written --------------------------------------------------------------------------------------------------
+# -- written -------------------------------------------------------------------------------------------------
 
 
 class Results:
@@ -32,7 +32,8 @@ class Results:
             return
         found = json.loads(path.read_text())
         if all(found["stamp"].get(k) == stamp[k] for k in ("commit", "source", "quick")):
-            self.data = {"stamp": found["stamp"], "cases": {n: r for n, r in found["cases"].items() if keep(n)}}
+            kept = {n: r for n, r in found["cases"].items() if keep(n)}
+            self.data = {"stamp": found["stamp"], "cases": kept}
             if len(self.cases) < len(found["cases"]):
                 write_json(str(path), self.data)
 
@@ -68,7 +69,7 @@ def stamp(quick: bool) -> dict:
     }
 
 
-# -- read -----------------------------------------------------------------------------------------------------
+# -- read ----------------------------------------------------------------------------------------------------
 
 
 def load(folder: Path) -> dict[str, dict]:
@@ -114,7 +115,7 @@ def _marked(data, name: str) -> Iterator[tuple[str, dict]]:
 def read(path: Path) -> dict[str, dict]:
     """A result file or a folder of them. Raises ValueError where there is none."""
     if not (path.suffix == ".json" and path.is_file() or any(path.glob("*.json"))):
-        raise ValueError(f"{path} is no result file and holds none")
+        raise ValueError(f"{path} is not a result file and holds none")
     return load(path) if path.is_dir() else {path.stem: json.loads(path.read_text())}
 
 

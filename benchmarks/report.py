@@ -40,7 +40,7 @@ def ages(results: Path) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-# -- goals
+# -- goals ---------------------------------------------------------------------------------------------------
 
 
 def columns(lines: list[tuple[str, ...]]) -> str:
@@ -70,7 +70,7 @@ def goals(results: Path) -> str:
     return "\n".join([*lines, "", f"{counts['met']} met, {counts['missed']} missed, {counts['not']} not measured"])
 
 
-# -- the command --------------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------
 
 
 def older(results: Path) -> dict[str, str]:
@@ -94,7 +94,8 @@ def check(results: Path, documents: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument(
-        "--check", action="store_true", help="fail where a result is older than its code or a document differs from results"
+        "--check", action="store_true",
+        help="fail where a result is older than its code or a document differs from results"
     )
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--documents", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs are")

@@ -2,12 +2,12 @@
 
     python -m benchmarks.restamp FILE ... --since COMMIT
 
-A record gets the present hash where, at COMMIT, the same record was in the same file and COMMIT's own rule called
-it current; a record that was older there, or has been measured since, stays as it is.
+A record gets the present hash where, at COMMIT, the same record was in the same file and COMMIT's own rule
+called it current; a record that was older there, or has been measured since, stays as it is.
 
 This is honest after a change that provably left alone every bit of the results and the time they took: a
-rearrangement whose tests hold bits to what they were and whose kernels compile to the same instructions, the text
-of a message, a new check on a path that is not timed. After anything else, measure again.
+rearrangement whose tests hold bits to what they were and whose kernels compile to the same instructions, the
+text of a message, a new check on a path that is not timed. After anything else, measure again.
 """
 
 from __future__ import annotations
@@ -53,15 +53,16 @@ def current_at(commit: str, files: list[str], root: Path = ROOT) -> dict[str, di
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tree:
             tree.extractall(folder, filter="data")
-        done = subprocess.run((sys.executable, "-c", JUDGE, *files), cwd=folder, capture_output=True, text=True)
+        judge = (sys.executable, "-c", JUDGE, *files)
+        done = subprocess.run(judge, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip())
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def restamp(data: dict, before: dict[str, dict]) -> list[str]:
-    """Writes the present hash into the records of a result file that are those of ``before``, hashes aside, and
-    returns their names."""
+    """Writes the present hash into the records of a result file that are those of ``before``, hashes aside,
+    and returns their names."""
     bare = lambda record: {k: v for k, v in record.items() if k != "kernel"}
     found = []
     for name, record in measured(data):

@@ -22,7 +22,8 @@ def wanted(only: list[str], section: str, name: str) -> bool:
 
 
 def measure(
-    device: str, results: dict[str, Results], args, until: float, items: Iterable[tuple[str, str, dict, Callable]]
+    device: str, results: dict[str, Results], args, until: float,
+    items: Iterable[tuple[str, str, dict, Callable]],
 ) -> int:
     """Every case of ``items`` (as ``plan.plan`` gives them) that is not there yet; returns RESTART when this
     process should not go on."""
@@ -53,7 +54,8 @@ def measure(
         except torch.OutOfMemoryError as e:
             record = {"status": "skipped", "reason": f"out of memory: {e}".splitlines()[0]}
         except Exception as e:  # whatever else: recorded, and the CUDA context may be broken
-            record, restart = {"status": "failed", "reason": f"{type(e).__name__}: {e}"[:2000]}, device == "cuda"
+            record = {"status": "failed", "reason": f"{type(e).__name__}: {e}"[:2000]}
+            restart = device == "cuda"
         faulthandler.cancel_dump_traceback_later()
         kernel = kernel_hash(case)
         store.put(

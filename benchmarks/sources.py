@@ -1,12 +1,12 @@
 """What code a measured case depends on, and a hash of it: a figure whose hash is not the present one is older
 than its code.
 
-A case is the data a result carries ("case" of a record of benchmarks.gpu, "kernel_of" of the other files). Its
-code is what a few entry points reach: Python definitions (definitions.py) and C++ files (native.py). Moving or
-renaming them changes nothing; changing a function that several cases share makes all of them older. Other
-backends than the case's are left out, and of operators and layers also the choice among backends, the
-configuration and checks of arguments: what is asked, not what is computed. A case not known here depends on the
-whole package: too old is the safe mistake.
+A case is the data a result carries ("case" of a record of benchmarks.gpu, "kernel_of" of the other files).
+Its code is what a few entry points reach: Python definitions (definitions.py) and C++ files (native.py).
+Moving or renaming them changes nothing; changing a function that several cases share makes all of them older.
+Other backends than the case's are left out, and of operators and layers also the choice among backends, the
+configuration and checks of arguments: what is asked, not what is computed. A case not known here depends on
+the whole package: too old is the safe mistake.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.definitions import Tree, module_files
 
 ROOT = Path(__file__).parents[1]
 
-# -- entry points ---------------------------------------------------------------------------------------------
+# -- entry points --------------------------------------------------------------------------------------------
 # "module:name" in the package, or the whole "module"; a pattern with "/" is of files in C++.
 
 STATE = ("ops.titans.state:init_titans_state",)
@@ -29,10 +29,12 @@ CPU_LIBRARY = ("setup:cpu_library",)
 TITANS = {
     "reference": (*STATE, "ops.titans.reference_backend:titans_reference"),
     "chunked": (*STATE, "ops.titans.scan:titans_chunk"),
-    "cpp": (*STATE, "ops.titans.cpp:titans_cpp", "csrc/cpu/titans*.cpp", "csrc/cpu/read_backward*.cpp", *CPU_LIBRARY),
+    "cpp": (*STATE, "ops.titans.cpp:titans_cpp", "csrc/cpu/titans*.cpp", "csrc/cpu/read_backward*.cpp",
+            *CPU_LIBRARY),
     "cuda": (*STATE, "ops.titans.cuda:titans_cuda", "ops.titans.cuda:titans_advance_", "csrc/cuda/**/*.cu",
              "csrc/cuda/**/*.cpp", "tools.build_cuda:build"),
-    "triton": (*STATE, "ops.titans.triton.operator:titans_triton", "ops.titans.triton.operator:titans_advance_"),
+    "triton": (*STATE, "ops.titans.triton.operator:titans_triton",
+               "ops.titans.triton.operator:titans_advance_"),
 }
 TITANS_GRADIENT = {"triton": (*TITANS["triton"], "ops.titans.triton.training:titans_triton_training")}
 CONV = {
@@ -62,9 +64,10 @@ CMS = {
 }
 ATTENTION = ("layers.attention:CausalAttention",)
 BLOCKS = ("layers.block:HopeBlock", "layers.block:HopeAttentionBlock")
-MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:generate", "engine.decoder:Decoder")
+MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:generate",
+         "engine.decoder:Decoder")
 
-# -- modules left out -----------------------------------------------------------------------------------------
+# -- modules left out ----------------------------------------------------------------------------------------
 
 CHECKS = ("*.check", "*.identity", "*.files", "*.state_file", "*.cli.*", "*.compat.*")
 CHOICE = ("*.config", "*.backend", "*.backends")
@@ -76,7 +79,8 @@ OF_BACKEND = {
 }
 OPERATORS = ("prefill", "step", "step graph", "grad", "accuracy")
 OTHERS = ("fla", "fla layer", "sdpa", "ttt", "titans", "copy", "matmul")  # nothing of this package in it
-ON_CPU, ON_GPU = ("chunked", "cpp"), ("chunked", "cpp", "triton", "cuda")  # what may serve where none is named
+# what may serve a case that names no backend
+ON_CPU, ON_GPU = ("chunked", "cpp"), ("chunked", "cpp", "triton", "cuda")
 
 
 class Code(NamedTuple):
@@ -142,7 +146,7 @@ def cms(used: tuple[str, ...]) -> tuple[str, ...]:
     return (*parts(CMS, used), *CMS["chunked"])
 
 
-# -- hashes ---------------------------------------------------------------------------------------------------
+# -- hashes --------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)
@@ -179,8 +183,8 @@ def mark(kind: str, backend: str | None = None, device: str | None = None) -> di
 
 
 def age(record: dict) -> str:
-    """"current", "older" than the code it measured, "unknown" where a result does not say, "" where nothing of
-    this package was measured."""
+    """"current", "older" than the code it measured, "unknown" where a result does not say, "" where nothing
+    of this package was measured."""
     case = record.get("kernel_of") or record.get("case") or {}
     if not record.get("kernel"):
         return "" if case and code(case) is None else "unknown"

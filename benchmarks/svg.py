@@ -91,8 +91,8 @@ def draw(c: Chart) -> str:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     x_low, x_high, X = scale([p[0] for p in points], c.log_x, LEFT, right)
     y_low, y_high, Y = scale([p[1] for p in points], c.log_y, bottom, TOP, c.from_zero)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-           f'aria-label="{escape(c.title)}">', f"<style>{STYLE}</style>"]
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+           f'role="img" aria-label="{escape(c.title)}">', f"<style>{STYLE}</style>"]
     text = lambda x, y, s, anchor="middle", more="": out.append(
         f'<text x="{at(x)}" y="{at(y)}" text-anchor="{anchor}"{more}>{escape(s)}</text>')
     line = lambda x1, y1, x2, y2, kind: out.append(

@@ -12,7 +12,8 @@ from benchmarks.sources import age
 
 @dataclass(frozen=True)
 class Row:
-    """A goal on one device, or on none. ``value`` None: ``verdict`` is "not measured" and ``why`` says why."""
+    """A goal on one device, or on none. ``value`` None: ``verdict`` is "not measured" and ``why`` says
+    why."""
 
     goal: Goal
     device: str
@@ -50,5 +51,6 @@ def rows(results: Path, goals: tuple[Goal, ...] = GOALS) -> list[Row]:
 def table(found: list[Row]) -> list[tuple[str, ...]]:
     """(what, goal, measured, verdict, device) as text."""
     sign = {">=": "at least ", "<=": "at most "}
-    return [(r.goal.what, sign[r.goal.better] + r.goal.text(r.goal.target), "" if r.value is None else r.goal.text(r.value), r.verdict,
-             r.device) for r in found]
+    shown = lambda r: "" if r.value is None else r.goal.text(r.value)
+    return [(r.goal.what, sign[r.goal.better] + r.goal.text(r.goal.target), shown(r), r.verdict, r.device)
+            for r in found]

@@ -107,8 +107,8 @@ def test_what_is_reached(tmp_path):
     reached = tree(tmp_path).reached(["a:start"])
     names = {(r.module.removeprefix("hope_kernels."), r.name) for r in reached if not r.name.startswith("!")}
     assert names == {
-        ("a", "start"), ("a", "LIMIT"), ("a", "PATH"), ("b", "shift"), ("b", "scale"), ("c", "even"), ("c", "odd"),
-        ("c", "library"), ("c", "implementation"), ("torch.ops", "moved")}
+        ("a", "start"), ("a", "LIMIT"), ("a", "PATH"), ("b", "shift"), ("b", "scale"), ("c", "even"),
+        ("c", "odd"), ("c", "library"), ("c", "implementation"), ("torch.ops", "moved")}
     assert len([r for r in reached if r.name.startswith("!")]) == 3  # define, impl, register_fake
     assert len(tree(tmp_path).reached(["a:start"], cut=("*.c",))) == 6
 
@@ -117,7 +117,8 @@ def test_what_is_reached(tmp_path):
     ("a", "LIMIT = 3", "LIMIT = 4"), ("a", "F.relu", "F.gelu"), ("a", "+ LIMIT", "- LIMIT"),
     ("a", "b.shift(", "b.scale("), ("b", "step=1", "step=2"), ("b", "x * 2 for", "x * 3 for"),
     ("c", "n - 1)\n\n\ndef odd", "n - 3)\n\n\ndef odd"), ("c", "n < bound", "n <= bound"),
-    ("c", "return x + step", "return x - step"), ("c", '"CPU"', '"CUDA"'), ("c", "    return x\n", "    return x + 0\n"),
+    ("c", "return x + step", "return x - step"), ("c", '"CPU"', '"CUDA"'),
+    ("c", "    return x\n", "    return x + 0\n"),
 ])
 def test_a_change_of_what_is_reached_is_seen(tmp_path, before, name, old, new):
     assert tree(tmp_path, **changed(name, old, new)).hashes(["a:start"]) != before
@@ -125,7 +126,8 @@ def test_a_change_of_what_is_reached_is_seen(tmp_path, before, name, old, new):
 
 @pytest.mark.parametrize("name, old, new", [
     ("a", "Says what it does.", "Says more."), ("a", "x: int) -> int", "x: float) -> float"),
-    ("a", "LIMIT = 3", "# a remark\n\nLIMIT  =  3"), ("a", "import torch.nn.functional as F", "from torch.nn import functional as F"),
+    ("a", "LIMIT = 3", "# a remark\n\nLIMIT  =  3"),
+    ("a", "import torch.nn.functional as F", "from torch.nn import functional as F"),
     ("a", "Shape(x)", "Shape(-x)"), ("a", '+ "/data"', '+ "/../data"'), ("c", "return 0", "return 1"),
     ("b", "side: int = 0", "side: float = 1"),
 ])
@@ -134,11 +136,14 @@ def test_what_is_not_reached_or_says_nothing_is_not_seen(tmp_path, before, name,
 
 
 def test_moved_renamed_and_merged_definitions_are_the_same(tmp_path, before):
-    moved = {name: text.replace("from .a import LIMIT", "from .d import LIMIT") for name, text in FILES.items()}
-    a = FILES["a"].replace("LIMIT = 3\n", "").replace("from . import b\n", "from . import b\nfrom .d import LIMIT\n")
+    other = "from .d import LIMIT"
+    moved = {name: text.replace("from .a import LIMIT", other) for name, text in FILES.items()}
+    a = FILES["a"].replace("LIMIT = 3\n", "").replace("from . import b\n", f"from . import b\n{other}\n")
     assert tree(tmp_path, **moved | {"a": a, "d": "LIMIT = 3\n"}).hashes(["a:start"]) == before
-    renamed = {name: text.replace("odd", "uneven").replace("scale as", "magnify as").replace("def scale", "def magnify")
-               for name, text in FILES.items()}
+    renamed = {}
+    for name, text in FILES.items():
+        text = text.replace("odd", "uneven").replace("scale as", "magnify as")
+        renamed[name] = text.replace("def scale", "def magnify")
     assert tree(tmp_path, **renamed).hashes(["a:start"]) == before
     copied = FILES["a"] + "\n\ndef scale(x):\n    return [x * 2 for x in (x,)][0]\n"
     copied = copied.replace(", scale as enlarged", "").replace("enlarged(", "scale(")
@@ -175,8 +180,10 @@ def test_tokens_of_c_files(tmp_path):
     found = written("first", main_cpp=main, h_h=header, h_cpp=source)
     assert len(found) == 3  # with the source beside the header
     spaced = main.replace(" {", "\n{ /* a\nremark */").replace('"h.h"', '"in/k.h" // moved')
-    assert written("second", main_cpp=spaced, in__k_h=header, in__k_cpp="\n" + source.replace("two", "2")) == found
-    for name, old, new in (("main_cpp", "N 2", "N 3"), ("h_cpp", "x << 1", "x < < 1"), ("main_cpp", "2\n", "2 ")):
+    remarked = "\n" + source.replace("two", "2")
+    assert written("second", main_cpp=spaced, in__k_h=header, in__k_cpp=remarked) == found
+    changes = ("main_cpp", "N 2", "N 3"), ("h_cpp", "x << 1", "x < < 1"), ("main_cpp", "2\n", "2 ")
+    for name, old, new in changes:
         files = {"main_cpp": main, "h_h": header, "h_cpp": source}
         assert written(f"other {name} {new!r}", **files | {name: files[name].replace(old, new)}) != found
     (tmp_path / "first" / "emulator").mkdir()

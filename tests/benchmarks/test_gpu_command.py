@@ -12,7 +12,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_cms, bench_cpu, bench_layers, bench_model, bench_titans, correctness, gpu, gpu_library, peers
+from benchmarks import (
+    bench_cms,
+    bench_cpu,
+    bench_layers,
+    bench_model,
+    bench_titans,
+    correctness,
+    gpu,
+    gpu_library,
+    peers,
+)
 from benchmarks import measure as m
 from benchmarks.plan import SECTIONS, plan
 from benchmarks.records import RESULTS, Results
@@ -276,7 +286,8 @@ def test_outcomes_with_and_without_a_junit_file(tmp_path):
     assert {k: r["status"] for k, r in found.items()} == want and "assert 0" in found["test_it::test_bad"]["reason"]
     assert {k: r["status"] for k, r in correctness.outcomes(nothing, log).items()} == want
     cut = log[: log.index("test_last") + len("test_last ")]  # pytest names a test before it runs
-    assert {k: r["status"] for k, r in correctness.outcomes(nothing, cut).items()} == want | {"test_it::test_last": "died"}
+    found = correctness.outcomes(nothing, cut)
+    assert {k: r["status"] for k, r in found.items()} == want | {"test_it::test_last": "died"}
 
 
 PAIRED = (*peers.FLA_CASES, *peers.COMPILED_CASES, *peers.SDPA_CASES, *peers.TTT_CASES, *peers.TITANS_CASES)
@@ -349,6 +360,6 @@ def test_tests_are_named_as_junit_files_name_them(tmp_path):
     env = dict(os.environ)
     ids = correctness.collected([str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path), "-c", os.devnull], env)
     junit = tmp_path / "junit.xml"
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={tmp_path}", f"--junit-xml={junit}", "test_it.py"],
-                   cwd=tmp_path, check=True, capture_output=True)
+    command = (sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={tmp_path}", f"--junit-xml={junit}")
+    subprocess.run((*command, "test_it.py"), cwd=tmp_path, check=True, capture_output=True)
     assert {correctness.recorded_as(name) for name in ids} == set(correctness.outcomes(junit, "")) and len(ids) == 2

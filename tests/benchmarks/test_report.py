@@ -40,7 +40,7 @@ def written(folder: Path, **sections: dict) -> Path:
     return folder
 
 
-# -- goals --------------------------------------------------------------------------------------------------------------------
+# -- goals ---------------------------------------------------------------------------------------------------
 
 
 def test_a_verdict_says_by_what_factor():
@@ -98,7 +98,8 @@ def test_goals_of_the_cpu_from_known_files(tmp_path):
     spread = lambda v: {"median": v, "min": v, "max": v}
     case = lambda d, c, ratio, share: {"dim": d, "chunk": c, "ratio": spread(ratio), "fraction": spread(share),
                                        "fraction_default": spread(0.7)}
-    run = {"cpu": {"machine": {"dirty": True}, "cases": [case(64, 16, 200.0, 0.1), case(256, 64, 50.0, 0.5), case(256, 16, 9.0, 0.9)]},
+    cases = [case(64, 16, 200.0, 0.1), case(256, 64, 50.0, 0.5), case(256, 16, 9.0, 0.9)]
+    run = {"cpu": {"machine": {"dirty": True}, "cases": cases},
            "context": {"learning": {"reading_per_learning": 6.4}, "next_token": {}}}
     for name, data in run.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"dirty": name == "cpu"}} | data))
@@ -107,7 +108,7 @@ def test_goals_of_the_cpu_from_known_files(tmp_path):
         (0.5, "missed by 1.20x", True), (6.4, "missed by 2.00x", False), (100.0, "met", True)]
 
 
-# -- ages ---------------------------------------------------------------------------------------------------------------------
+# -- ages ----------------------------------------------------------------------------------------------------
 
 
 def test_results_older_than_their_kernel_or_of_unknown_age_are_named(tmp_path):
@@ -129,7 +130,7 @@ def test_results_older_than_their_kernel_or_of_unknown_age_are_named(tmp_path):
     assert records.dirty(tmp_path) == ["cpu.json", "learning.json", "recall.json"]
 
 
-# -- documents ----------------------------------------------------------------------------------------------------------------
+# -- documents -----------------------------------------------------------------------------------------------
 
 
 def test_committed_documents_are_what_the_results_give():
@@ -222,7 +223,8 @@ def test_a_gpu_s_results_enter_documents_and_plots(tmp_path):
             | {"bad": {"status": "refused", "reason": "o differs"}})
     assert "**No GPU figure exists.**" in tables.gpu(records.RESULTS)
     text = tables.gpu(tmp_path / "results")
-    assert "**some-gpu**, commit abc" in text and "| prefill T2048 | 2.0000 | 100.0 | 200.0 | 25% |  |" in text and "1 ops: refused" in text
+    row = "| prefill T2048 | 2.0000 | 100.0 | 200.0 | 25% |  |"
+    assert "**some-gpu**, commit abc" in text and row in text and "1 ops: refused" in text
     charts = plot.drawn(tmp_path / "results")
     assert {
         "throughput-some-gpu.svg", "roofline-some-gpu.svg"
@@ -233,7 +235,7 @@ def test_a_gpu_s_results_enter_documents_and_plots(tmp_path):
     assert "abc, 2026-01-01" in charts["roofline-some-gpu.svg"].caption
 
 
-# -- slower, wrong ------------------------------------------------------------------------------------------------------------
+# -- slower, wrong -------------------------------------------------------------------------------------------
 
 
 def test_changes_beyond_the_spread_are_told():
@@ -258,7 +260,7 @@ def test_nothing_to_compare_with_is_an_error(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             run()
-        assert "is no result file and holds none" in capsys.readouterr().err
+        assert "is not a result file and holds none" in capsys.readouterr().err
 
 
 CASE = bench_titans.Case("prefill", 64, 64, 64, 2, 1, 256, "fp32", "cpp")
@@ -314,7 +316,7 @@ def test_a_wrong_kernel_gets_no_speed(before, tmp_path, monkeypatch, capsys):
     assert report.main(["--check", "--against", str(before), str(after)]) == 1
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------------------
+# -- pictures ------------------------------------------------------------------------------------------------
 
 
 def test_charts_are_xml_with_their_points_where_they_belong():

@@ -1,5 +1,5 @@
-"""Which code a measured case depends on: nothing that is measured is missed, moving files makes nothing old, and
-changing what several cases share makes exactly those older."""
+"""Which code a measured case depends on: nothing that is measured is missed, moving files makes nothing old,
+and changing what several cases share makes exactly those older."""
 
 import ast
 import json
@@ -68,30 +68,38 @@ def dotted(path: Path, root: Path) -> str:
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
+def made_absolute(text: str, package: tuple[str, ...]) -> str:
+    """A module with ``from ..a import b`` written as ``from hope_kernels.a import b``."""
+    def full(match: re.Match) -> str:
+        base = package[: len(package) + 1 - len(match[2])]
+        return f"{match[1]}from {'.'.join([*base, *filter(None, [match[3]])])} import "
+
+    return re.sub(r"^( *)from (\.+)([\w.]*) import ", full, text, flags=re.M)
+
+
+def redirected(text: str, was: str, now: str) -> str:
+    """A module whose imports of one module go to another, both by their full names."""
+    (parent, name), (new_parent, new_name) = was.rsplit(".", 1), now.rsplit(".", 1)
+    text = re.sub(rf"^( *)from {re.escape(was)} import ", rf"\1from {now} import ", text, flags=re.M)
+    alone = rf"^( *)from {re.escape(parent)} import {name}( as (\w+))?$"
+    other = lambda m: f"{m[1]}from {new_parent} import {new_name} as {m[3] or name}"
+    return re.sub(alone, other, text, flags=re.M)
+
+
 def move(old: Path, new: Path, root: Path) -> None:
-    """A module of the package goes to another path, and all imports follow it. They are made absolute first."""
-    for path in (root / "hope_kernels").rglob("*.py"):
-        parts = path.relative_to(root).parent.parts
-
-        def absolute(match: re.Match) -> str:
-            base = parts[: len(parts) + 1 - len(match[2])]
-            return f"{match[1]}from {'.'.join([*base, *filter(None, [match[3]])])} import "
-
-        path.write_text(re.sub(r"^( *)from (\.+)([\w.]*) import ", absolute, path.read_text(), flags=re.M))
+    """A module of the package goes to another path, and all imports follow it."""
+    package = root / "hope_kernels"
+    for path in package.rglob("*.py"):
+        path.write_text(made_absolute(path.read_text(), path.relative_to(root).parent.parts))
     new.parent.mkdir(parents=True, exist_ok=True)
     old.rename(new)
-    was, now = dotted(old, root), dotted(new, root)
-    for path in (root / "hope_kernels").rglob("*.py"):
-        text = re.sub(rf"^( *)from {re.escape(was)} import ", rf"\1from {now} import ", path.read_text(), flags=re.M)
-        (parent, name), (new_parent, new_name) = was.rsplit(".", 1), now.rsplit(".", 1)
-        text = re.sub(
-            rf"^( *)from {re.escape(parent)} import {name}( as (\w+))?$",
-            lambda m: f"{m[1]}from {new_parent} import {new_name} as {m[3] or name}", text, flags=re.M)
-        path.write_text(text)
+    for path in package.rglob("*.py"):
+        path.write_text(redirected(path.read_text(), dotted(old, root), dotted(new, root)))
 
 
 @pytest.mark.parametrize("function, place", [
-    ("l2norm", "ops/shared/vectors.py"), ("aligned", "tensors.py"), ("sigma(z, ACT", "ops/shared/deep/activations.py"),
+    ("l2norm", "ops/shared/vectors.py"), ("aligned", "tensors.py"),
+    ("sigma(z, ACT", "ops/shared/deep/activations.py"),
 ])
 def test_moving_a_module_makes_nothing_old(copy, function, place):
     path = file_of(function, copy)
@@ -104,7 +112,8 @@ def test_moving_and_commenting_c_files_makes_nothing_old(copy):
     (cpu / "lanes").mkdir()
     (cpu / "vec.h").rename(cpu / "lanes" / "avx.h")
     for path in cpu.glob("*.*"):
-        path.write_text("// a remark\n\n" + path.read_text().replace('"vec.h"', '"lanes/avx.h"  // eight at a time'))
+        text = path.read_text().replace('"vec.h"', '"lanes/avx.h"  // eight at a time')
+        path.write_text("// a remark\n\n" + text)
     assert differing(copy) == set()
 
 
@@ -117,7 +126,8 @@ CPU_TITANS = {"titans cpp", "layer cpp", "model on a CPU", *GPU_MODEL}
     # shared by the memories and the levels
     ("sigma(z, ACT", "    return ", "    return 1.0 * ", {*TRITON_MEMORIES, "cms triton"}),
     ("l2norm", "    return ", "    return 1.0 * ", {
-        "titans chunked", "layer chunked", "layer cpp", "layer triton", "gradient triton", "model on a CPU", *GPU_MODEL}),
+        "titans chunked", "layer chunked", "layer cpp", "layer triton", "gradient triton", "model on a CPU",
+        *GPU_MODEL}),
     ("causal_conv_kernel", "tl.where(", "tl.where(True & ", {"conv triton", "layer triton", *GPU_MODEL}),
     ("project", "    return ", "    return 1.0 * ", {
         "layer chunked", "layer cpp", "layer triton", "attention", "model on a CPU", *GPU_MODEL}),
@@ -149,7 +159,7 @@ def test_changing_a_message_of_a_check_makes_nothing_old(copy):
     assert differing(copy) == set()
 
 
-# -- what is measured is reached ------------------------------------------------------------------------------
+# -- what is measured is reached -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -164,15 +174,17 @@ def test_every_case_is_known(measured):
     assert len(measured) > 20 and sources.EVERYTHING not in measured
     assert sources.code({"kind": "not known"}) == sources.EVERYTHING
     assert sources.kernel_hash({"kind": "not known"}) and sources.kernel_hash({"kind": "fla"}) is None
-    assert len({sources.kernel_hash({"kind": "prefill", "backend": b}) for b in sources.TITANS}) == len(sources.TITANS)
+    backends = {sources.kernel_hash({"kind": "prefill", "backend": b}) for b in sources.TITANS}
+    assert len(backends) == len(sources.TITANS)
 
 
 def test_every_kernel_is_reached(measured):
     tree = Tree(sources.ROOT)
     reached = set().union(*(tree.reached(c.names, c.cut) for c in measured))
-    kernels = [
-        (module, name) for module in tree.names for name, found in tree.module(module).definitions.items()
-        for s in found if isinstance(s, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in s.decorator_list)]
+    of_triton = lambda s: any("jit" in ast.unparse(d) for d in s.decorator_list)
+    is_kernel = lambda s: isinstance(s, ast.FunctionDef) and of_triton(s)
+    kernels = [(module, name) for module in tree.names
+               for name, found in tree.module(module).definitions.items() if any(map(is_kernel, found))]
     assert len(kernels) > 50 and set(kernels) <= reached
     files = set().union(*(native.reached(c.files, sources.ROOT) for c in measured if c.files))
     code = {p for end in ("cpp", "cu", "h", "cuh") for p in sources.ROOT.glob(f"csrc/c*/**/*.{end}")}
@@ -192,7 +204,7 @@ def test_a_case_does_not_depend_on_other_backends():
     assert "backward" not in modules("titans triton") and "backward" in modules("gradient triton")
 
 
-# -- committed results ----------------------------------------------------------------------------------------
+# -- committed results ---------------------------------------------------------------------------------------
 
 
 def test_committed_results_say_which_code_they_measured():

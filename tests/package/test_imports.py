@@ -1,4 +1,5 @@
-"""Who imports whom, imports inside functions included: no circles, but for those of the package named here."""
+"""Who imports whom, imports inside functions included: no circles, but for those of the package named
+here."""
 
 import ast
 from collections.abc import Iterator
@@ -29,8 +30,8 @@ def statements(body: list[ast.stmt]) -> Iterator[ast.AST]:
 
 
 def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules that a module imports: ``import a.b`` is a.b alone; ``from a import b`` is a.b where that is a module,
-    else a."""
+    """Modules that a module imports: ``import a.b`` is a.b alone; ``from a import b`` is a.b where that is a
+    module, else a."""
     found = set()
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in statements(ast.parse(path.read_text(encoding="utf-8")).body):
