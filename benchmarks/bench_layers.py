@@ -56,7 +56,7 @@ class Case(bench_titans.Case):
 
     @property
     def theirs(self) -> str:
-        """Who computes where there is no backend to choose."""
+        """The library that computes a case for which there is no backend to choose."""
         return "fla" if self.kind.startswith("fla") else "torch"
 
     @property
@@ -260,7 +260,7 @@ def step(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -
 
 @torch.no_grad()
 def fla_layer(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """Their layer has three convolutions, five projections and one matrix a head: H heads of width D, values
+    """FLA's layer has three convolutions, five projections and one matrix a head: H heads of width D, values
     as wide as keys."""
     found = installed("flash-linear-attention")
     torch.manual_seed(0)

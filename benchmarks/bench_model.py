@@ -139,7 +139,7 @@ def stepwise(model: HopeForCausalLM, ids: Tensor, backend: str | None) -> Tensor
 
 
 def checked(model: HopeForCausalLM, case: Case, ids: Tensor, op: Callable = whole) -> dict:
-    """Logits of two segments and a bit, read with learning, against the fp64 model; the peer is the chunked
+    """Logits of a little more than two segments, read with learning, against the fp64 model; the peer is the chunked
     backend in the same dtype."""
     net = model_of(case, str(ids.device), blocks=2) if case.model == "1.3B" else model
     piece = ids[:2, : 2 * net.segment + 5]

@@ -6,8 +6,8 @@ comparisons.
 A case checks its result, times itself (CUDA events, inputs in rotation) and returns a record; a result that
 is wrong fails the test and has no time. The times of the record are what pytest-benchmark is told, by a clock
 that moves by them; the rest of the record (FLOPs, bytes, rates, fractions of the ceilings, errors) is in
-``extra_info``. Without --benchmark-only nothing is measured. What benchmarks.gpu has and this has not: a
-process that a hanging kernel may take along, a time budget, the kernels' tests before.
+``extra_info``. Without --benchmark-only nothing is measured. Unlike benchmarks.gpu it has no
+child process that a hanging kernel may end, no time budget, and does not run the kernels' tests first.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ OUTCOMES = ("passed", "failed", "skipped", "died")
 
 
 def outcomes(junit: Path, log: str) -> dict[str, dict]:
-    """Every test's outcome: from the junit file, or, where pytest did not live to write it, from the lines of
-    its -v output."""
+    """Every test's outcome: from the junit file, or, where pytest was ended before it wrote one, from the lines
+    of its -v output."""
     if junit.exists():
         found = {}
         for case in ElementTree.parse(junit).iter("testcase"):
@@ -69,13 +69,13 @@ def record_all(store: Results, found: Iterator[tuple[str, dict]]) -> None:
 
 def correctness(store: Results, until: float) -> None:
     """The kernels' tests on the GPU and every other test marked gpu, in several processes, since most of
-    their time is compilation. Tests that the time did not suffice for are run by the next --resume."""
+    their time is compilation. Tests for which there was no time are run by the next --resume."""
     env = gpu_library.environment()
     files = sorted(p.relative_to(m.ROOT).as_posix() for pattern in TESTS for p in m.ROOT.glob(pattern))
     tests = collected(["-m", "not slow", *files], env)
     tests += collected(["-m", "gpu and not slow", "tests", *(f"--ignore={name}" for name in files)], env)
     tests = [t for t in tests if recorded_as(t) not in store.cases]
-    # none, where no test is left: pytest without a name would run all
+    # no process where no test is left: pytest without a name would run all tests
     jobs = min(TEST_PROCESSES, len(tests), os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
         running = []

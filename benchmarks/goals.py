@@ -1,4 +1,4 @@
-"""What this project wants to reach, as data: a goal names the figure in the result files that decides it, and
+"""The goals of this project, as data: a goal names the figure in the result files that decides it, and
 the command that measures it.
 
 A figure looks into one run: {file name without .json: contents}. Of a CUDA machine that is a folder written

@@ -3,9 +3,8 @@
     python -m benchmarks.plot [--check]
 
 Throughput and decode latency against context length, a roofline, accuracy against key correlation: for the
-CPU's results and for every device's folder, each where there is data. What has none is not drawn, and the
-command says what would measure it. --check
-writes nothing and fails where a file is not what the results give.
+CPU's results and for every device's folder, each where there is data. Where there is none, the command says
+what would measure it. --check writes nothing and fails where a file is not what the results give.
 """
 
 from __future__ import annotations

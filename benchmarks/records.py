@@ -94,8 +94,8 @@ def origins(data: dict) -> list[dict]:
 
 
 def measured(data: dict, name: str = "") -> Iterator[tuple[str, dict]]:
-    """(name, record) of everything in a result file that says which code it measured, or, where nothing does,
-    the file itself."""
+    """(name, record) of everything in a result file that says which code it measured; the whole file where
+    nothing in it does."""
     found = list(_marked(data, name))
     yield from found or [(name, data)]
 

@@ -2,12 +2,13 @@
 
     python -m benchmarks.report [--check] [--results DIR] [--against OLD NEW]
 
-Prints a row a goal (``goals.py``): met, missed by how much, or not measured and which command would. Below
-it: results of a working tree with changed files, results older than the code they measured (``sources.py``),
-results that do not say. --check fails, naming them, for results that are older, and for tables or plots in
-README and docs that are not what the results give. Of studies, whose figures are what a model predicted and
-not how fast, it only says that they are older. --against compares two runs, files or folders: what got slower
-or faster beyond its spread (with --check, slower fails).
+Prints a row for each goal (``goals.py``): met, missed by how much, or not measured and by which command it
+would be. Then: results measured in a working tree with changed files, results older than the code they
+measured (``sources.py``), results that do not say which code that was. --check fails, naming them, for
+results that are older, and for tables or plots in README and docs that are not what the results give. Of
+studies, whose figures are what a model predicted and not how fast, it only says that they are older.
+--against compares two runs, files or folders: what got slower or faster beyond its spread (with --check,
+slower fails).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.records import RESULTS, dirty, measured, read, runs
 from benchmarks.sources import ROOT, age
 from benchmarks.verdicts import rows, table
 
-# hours of reading; their arithmetic is held by the tests
+# hours of reading; that the code still computes the same is what the tests are for
 STUDIES = ("rates.json", "continual.json", "learning.json", "recall.json")
 
 

@@ -14,7 +14,7 @@ from benchmarks.records import Results
 from benchmarks.sources import kernel_hash
 
 CASE_SECONDS = 150  # compilation included; what takes longer hangs
-RESTART = 3  # exit status of a child that wants a fresh one to go on
+RESTART = 3  # exit status of a child process that asks for a fresh one to go on
 
 
 def wanted(only: list[str], section: str, name: str) -> bool:

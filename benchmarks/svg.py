@@ -10,7 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 210, 40, 74
 COLOURS = ("#3b82c4", "#d97b29", "#2f9e6e", "#b0529f", "#c4483e", "#8a7d2f", "#5e72d8", "#5a8f9c")
-GREY = "#6e7781"  # readable on white and on black, for pages whose scheme the picture is not told
+GREY = "#6e7781"  # readable on white and on black, where a page does not tell a picture its scheme
 STYLE = (f"text{{fill:{GREY};font:12px system-ui,sans-serif}}.title{{font-weight:600}}.small{{font-size:11px}}"
          f".axis{{stroke:{GREY};stroke-width:1}}.grid{{stroke:{GREY};stroke-opacity:.25}}"
          "@media(prefers-color-scheme:light){text{fill:#57606a}}@media(prefers-color-scheme:dark){text{fill:#b5bcc4}}")

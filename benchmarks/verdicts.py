@@ -25,7 +25,7 @@ class Row:
 
 
 def rows(results: Path, goals: tuple[Goal, ...] = GOALS) -> list[Row]:
-    """Every goal once a device that has its figure; once without, where none has."""
+    """Every goal once for each device that has its figure; once without a device where none has."""
     found: list[Row] = []
     everywhere = runs(results)
     for goal in goals:

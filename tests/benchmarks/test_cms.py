@@ -118,9 +118,8 @@ def test_what_is_concluded_from_the_cases():
     cases = made(gd, {-2.0: 0.95, 0.0: 0.9, 1.0: 0.88, 2.0: 0.92, 4.0: 1.1, 6.0: math.inf})
     cases |= made(muon, {-2.0: 0.9, 0.0: 0.8, 2.0: math.inf})
     first, second = bench_rates.summary(cases, [gd, muon, Cell("gd", 64, "a")])
-    assert first[
-        "best_octave"
-    ] == 1 and first["best_lr"] == 2 * first["default_lr"] == 1 / 16 and not first["finished"]
+    assert first["best_octave"] == 1
+    assert first["best_lr"] == 2 * first["default_lr"] == 1 / 16 and not first["finished"]
     assert first["default_on_over_off"] == pytest.approx(0.9) and first["best_on_over_off"] == pytest.approx(0.88)
     assert first["edge_octave"] == 4 and first["edge_lr"] == 8 / 16 and not first["edge_diverged"]
     assert second["best_lr"] == 0.03 and second["edge_lr"] == 0.12 and second["edge_diverged"]
@@ -306,9 +305,8 @@ def test_a_wrong_orthogonalisation_gets_no_time():
 def test_a_segment_and_waiting_factors_pass_their_checks():
     before = bench_cms.policy.TABLE
     record = run(Case("pending", 16, 8, B=2, T=16))
-    assert record["check"]["ok"] and record["segments"] == 4 and record[
-        "of_at_once"
-    ] > 0 and bench_cms.policy.TABLE == before
+    assert record["check"]["ok"] and record["segments"] == 4 and record["of_at_once"] > 0
+    assert bench_cms.policy.TABLE == before
     for optimizer in bench_cms.OPTIMIZERS:
         record = run(Case("segment", 16, 8, B=2, optimizer=optimizer))
         assert record["check"]["ok"] and record["tokens/s"] > 0
