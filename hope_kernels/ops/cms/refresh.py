@@ -8,6 +8,7 @@ from torch import Tensor
 from ...config import CMSConfig
 from ..check import check_index, check_rows, check_tensor
 from . import level as chunked
+from .backends import resolve
 from .muon import muon_step_
 
 
@@ -36,8 +37,6 @@ def cms_refresh_(
     f: gd g;  momentum m = mu m + g, f = m;  muon 0.2 sqrt(max(r, c)) newton_schulz(g).  lr = 0 changes nothing.
     Raises ValueError for shapes, dtypes, rows, a missing moment, and a backend that cannot serve. Source: Nested Learning eq 71.
     """
-    from ...backend import resolve_cms
-
     name, sizes = "cms_refresh", check_tensor("cms_refresh", "weight", weight, ("B", "r", "c"))
     C = check_tensor(name, "left", left, (sizes["B"], "C", sizes["r"]), device=weight.device)["C"]
     wide = chunked.master_dtype(left.dtype)
@@ -52,7 +51,7 @@ def cms_refresh_(
             f"{name}: argument moment is {'None' if moment is None else 'a tensor'} with optimizer={config.optimizer!r}"
         )
     rows = list(range(sizes["B"])) if rows is None else sorted(set(check_rows(name, "rows", rows, sizes["B"])))
-    lr, ops = config.learning_rates[level], resolve_cms(config, left.dtype, left.device, backend, inner=True)
+    lr, ops = config.learning_rates[level], resolve(config, left.dtype, left.device, backend, inner=True)
     if lr == 0 or not rows:
         return
     if config.optimizer != "muon":

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from ...config import TitansConfig
-from .evaluate import activate_backward, add_gemm, gemm, l2norm, read
+from ..unit.forward import l2norm
+from .evaluate import activate_backward, add_gemm, gemm, read
 from .state import FastWeights, Layout
 
 

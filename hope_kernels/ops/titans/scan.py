@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import TitansConfig
+from ..unit.forward import l2norm
 from .commit import clock_terms, write
-from .evaluate import l2norm, read
+from .evaluate import read
 from .state import FastWeights, Layout, TitansState, master_dtype
 
 
