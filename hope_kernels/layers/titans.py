@@ -19,7 +19,8 @@ from ..ops.conv.backends import ENTRIES as CONV
 from ..ops.output_gate.backends import ENTRIES as OUTPUT_GATE
 from ..ops.shared.pullback import Pullback
 from ..ops.titans.backends import resolve
-from ..ops.titans.scan import Stats, TokenInputs, eta_gate
+from ..ops.titans.inputs import Stats, TokenInputs
+from ..ops.titans.scan import eta_gate
 from ..ops.titans.state import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.unit.backends import ENTRIES as UNIT
 from ..ops.unit.forward import l2norm

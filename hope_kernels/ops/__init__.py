@@ -17,7 +17,7 @@ from .check import check_lengths, check_state, check_tensor
 from .cms.chain import cms_forward, cms_gradients
 from .cms.refresh import cms_refresh, cms_refresh_
 from .titans.backends import DEVICE_DECIDES, IN_PLACE, resolve
-from .titans.scan import TokenInputs
+from .titans.inputs import TokenInputs
 from .titans.state import FastWeights, Layout, TitansState, init_titans_state
 
 __all__ = [

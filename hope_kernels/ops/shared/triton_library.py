@@ -23,4 +23,5 @@ def unavailable() -> str | None:
         return f"Triton cannot be imported: {e}"
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "needs a CUDA device (or TRITON_INTERPRET=1, to debug)"
-    return None if torch.cuda.get_device_capability() >= (8, 0) else "needs a CUDA device of compute capability 8.0 or more"
+    recent = torch.cuda.get_device_capability() >= (8, 0)
+    return None if recent else "needs a CUDA device of compute capability 8.0 or more"

@@ -66,7 +66,8 @@ def unserved(call: Call) -> str | None:
     if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
         return 'serves memory="mlp" without momentum and adaptive_q'
     if config.head_dim % 8 or config.hidden % 8:
-        return f"serves head widths and hidden widths that are multiples of 8, not {config.head_dim} and {config.hidden}"
+        widths = f"{config.head_dim} and {config.hidden}"
+        return f"serves head widths and hidden widths that are multiples of 8, not {widths}"
     return None
 
 
@@ -191,7 +192,10 @@ def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> T
     ``state``."""
     small = min(config.chunk_memory, config.chunk_other)
     commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
-    parts = {n: getattr(state, n) for n in _WRITTEN}
-    parts = {n: t.clone(memory_format=torch.contiguous_format) if commits or n.startswith("pending") else t.detach().contiguous()
-             for n, t in parts.items() if t is not None}
+    parts = {}
+    for name in _WRITTEN:
+        t = getattr(state, name)
+        if t is not None:
+            written = commits or name.startswith("pending")
+            parts[name] = t.clone(memory_format=torch.contiguous_format) if written else t.detach().contiguous()
     return state.advanced(lengths, **parts)

@@ -161,8 +161,10 @@ class TitansState(State):
             check_counters(where, "pos", self.pos, self.batch, 0)
         self.check_tensors(where, dtype, device)
         if values and self.count.tolist() != self.pos:
-            raise ValueError(f"{where}: a TitansState with pos {list(self.pos)} and count {self.count.tolist()}, which must agree; after a "
-                             "kernel or a graph has advanced it alone, call state.synchronize()")
+            raise ValueError(
+                f"{where}: a TitansState with pos {list(self.pos)} and count {self.count.tolist()}, which must agree; "
+                "after a kernel or a graph has advanced it alone, call state.synchronize()"
+            )
 
     def advanced(self, lengths: list[int], **changes) -> TitansState:
         """The state with ``changes`` after row b has read ``lengths[b]`` more tokens."""

@@ -571,7 +571,7 @@ def test_small_enough_for_a_sanitizer():
     assert same(state, end)
 
 
-# -- a GPU that is there --------------------------------------------------------------------------------------------------------
+# -- a GPU that is there -------------------------------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ....config import TitansConfig
 from ....state import Counters
-from ..scan import TokenInputs, titans_chunk
+from ..inputs import TokenInputs
+from ..scan import titans_chunk
 from ..state import FastWeights, TitansState, master_dtype, on_device
 from . import backward as triton_backward
 from .operator import titans_triton
