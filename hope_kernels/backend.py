@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
@@ -82,11 +83,9 @@ def choose(op: str, entries: Iterable[Entry], call: Call, backend: str | None = 
 @cache
 def _listed() -> dict[str, Entry]:
     """By name, the first entry of every backend that the folders of ops/ list."""
-    from . import ops
-
     found: dict[str, Entry] = {}
-    for folder in iter_modules(ops.__path__):
-        module = f"{ops.__name__}.{folder.name}.backends"
+    for folder in iter_modules([str(Path(__file__).with_name("ops"))]):
+        module = f"{__package__}.ops.{folder.name}.backends"
         if folder.ispkg and find_spec(module) is not None:
             for entry in import_module(module).ENTRIES:
                 found.setdefault(entry.backend, entry)

@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..check import check_tensor
 from ..config import TitansConfig
 from ..layers.wrapped import effective_weight, is_hooked, placement, write_weight
-from ..ops.check import check_tensor
 from ..ops.titans.commit import products, shared_terms, write
 from ..ops.titans.evaluate import read
-from ..ops.titans.state import FastWeights, Layout, master_dtype
+from ..ops.titans.state import FastWeights, Layout
+from ..state import master_dtype
 
 NAMES = ("k", "v", "q", "eta", "alpha", "memory")
 

@@ -19,9 +19,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..check import check_state, check_tensor
 from ..identity import checksum
 from ..layers.wrapped import placement
-from ..ops.check import check_state, check_tensor
 from ..ops.cms.matrix import Matrix
 from ..ops.titans.backends import DEVICE_DECIDES
 from ..state import Counters, expanded

@@ -28,8 +28,7 @@ from torch import Tensor
 from ..layers.cms import Inner
 from ..layers.wrapped import placement
 from ..ops.cms import backends as cms_backends
-from ..ops.cms.level import master_dtype
-from ..state import Counters
+from ..state import Counters, master_dtype
 from .compiling import run_traced
 from .wavefront import run as run_wavefront
 

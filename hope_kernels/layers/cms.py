@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..config import CMSConfig
-from ..ops.check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..ops.cms import learning as cms_refresh
 from ..ops.cms.backends import resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
-from ..ops.cms.level import Factors, Level, master_dtype
+from ..ops.cms.level import Factors, Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
 from ..ops.cms.schedule import learning_levels, matrices
 from ..ops.cms.state import CMSState
-from ..state import Counters
+from ..state import Counters, master_dtype
 from . import cms_consolidate
 from .autocast import in_own_dtype
 from .cms_level import CMSLevel

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import BY_ALL, NO_GRADIENT, Call, choose
+from ..check import check_lengths, check_state, check_tensor, check_values
 from ..config import TitansConfig
 from ..identity import checksum
-from ..ops.check import check_lengths, check_state, check_tensor, check_values
 from ..ops.conv.backends import ENTRIES as CONV
 from ..ops.output_gate.backends import ENTRIES as OUTPUT_GATE
 from ..ops.shared.pullback import Pullback

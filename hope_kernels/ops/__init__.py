@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..check import check_lengths, check_state, check_tensor
 from ..config import TitansConfig
 from ..state import expanded
-from .check import check_lengths, check_state, check_tensor
 from .cms.chain import cms_forward, cms_gradients
 from .cms.refresh import cms_refresh, cms_refresh_
 from .titans.backends import DEVICE_DECIDES, IN_PLACE, resolve

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...check import check_index, check_rows, check_tensor
 from ...config import CMSConfig
-from ..check import check_index, check_rows, check_tensor
-from . import level as chunked
+from ...state import master_dtype
 from .backends import resolve
 from .muon import muon_step_
 
@@ -39,7 +39,7 @@ def cms_refresh_(
     """
     name, sizes = "cms_refresh", check_tensor("cms_refresh", "weight", weight, ("B", "r", "c"))
     C = check_tensor(name, "left", left, (sizes["B"], "C", sizes["r"]), device=weight.device)["C"]
-    wide = chunked.master_dtype(left.dtype)
+    wide = master_dtype(left.dtype)
     check_tensor(name, "weight", weight, tuple(weight.shape), wide)
     check_tensor(name, "right", right, (sizes["B"], C, sizes["c"]), left.dtype, weight.device)
     for field, t, dtype in (("moment", moment, wide), ("total", total, wide), ("copy", copy, left.dtype)):

@@ -9,8 +9,6 @@ from ..shared import cpu_library, triton_library
 from . import cpp
 from .forward import causal_conv_chunked
 
-TRITON_WINDOW = 8  # the longest window that the Triton kernel serves
-
 
 def _triton(call: Call) -> Callable:
     from .triton.forward import causal_conv_triton
@@ -19,8 +17,10 @@ def _triton(call: Call) -> Callable:
 
 
 def _triton_unserved(call: Call) -> str | None:
+    from .triton.forward import MAX_WINDOW
+
     window = call.config.conv_window
-    return None if window is None or window <= TRITON_WINDOW else f"serves windows up to {TRITON_WINDOW}"
+    return None if window is None or window <= MAX_WINDOW else f"serves windows up to {MAX_WINDOW}"
 
 
 def _cpp_unserved(call: Call) -> str | None:

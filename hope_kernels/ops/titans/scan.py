@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import TitansConfig
+from ...state import master_dtype
 from ..unit.forward import l2norm
 from .commit import shared_terms, write
 from .evaluate import read
 from .inputs import Stats, TokenInputs
 from .slots import Slots
-from .state import FastWeights, Layout, TitansState, master_dtype
+from .state import FastWeights, Layout, TitansState
 
 
 class Tokens(NamedTuple):

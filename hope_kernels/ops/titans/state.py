@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...check import check_batch, check_counters, check_part
 from ...config import TitansConfig
-from ...state import Counters, State
-from ..check import check_batch, check_counters, check_part
+from ...state import Counters, State, master_dtype
 
 SCALARS = ("eta", "alpha")
 
@@ -104,10 +104,6 @@ def on_device(lengths: list[int], device) -> Tensor:
     if len(set(lengths)) == 1:
         return torch.full((len(lengths),), lengths[0], dtype=torch.int64, device=device)
     return torch.tensor(lengths, dtype=torch.int64, device=device)
-
-
-def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(eq=False)

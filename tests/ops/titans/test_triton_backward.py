@@ -12,7 +12,8 @@ from problems import noisy, part, problem, results, rows_of
 from hope_kernels import TitansConfig, available_backends
 from hope_kernels.ops.titans import scan as chunked
 from hope_kernels.ops.titans.commit import shared_terms
-from hope_kernels.ops.titans.state import init_titans_state, master_dtype
+from hope_kernels.ops.titans.state import init_titans_state
+from hope_kernels.state import master_dtype
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(

@@ -18,8 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ....check import check_tensor
 from ....config import CMSConfig
-from ...check import check_tensor
 from ...shared.triton_build import DTYPES, aligned, filled
 from ...shared.triton_library import interpreted
 from ..level import NS_COEFFICIENTS, NS_EPS, NS_STEPS, Factors, Level, Saved
