@@ -21,7 +21,7 @@ from benchmarks import plot, report
 from benchmarks.sources import ROOT
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/continual.md")
-WIDTH = 110  # of a line of prose
+WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
 
@@ -29,20 +29,6 @@ def markdown(head: str, rows: Iterable[Iterable[object]]) -> str:
     """A table; ``head`` is "a | b | c"."""
     lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
-
-
-def wrapped(text: str) -> str:
-    """Prose of at most WIDTH characters a line, no break inside `code`; tables and images as they are."""
-    lines = []
-    for line in text.split("\n"):
-        if line.startswith(("|", "![")):
-            lines.append(line)
-            continue
-        whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), line)
-        lines += [part.replace("\0", " ") for part in textwrap.wrap(
-            whole, WIDTH, subsequent_indent="  " * line.startswith("- "), break_long_words=False,
-            break_on_hyphens=False)] or [""]
-    return "\n".join(lines)
 
 
 def source(command: str, file: str) -> str:
@@ -214,6 +200,18 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     made = lambda name, make: make(run) if (of := file.get(name, name)) in run else absent(of)
     return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
         "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs and list items in lines of ``WIDTH``; tables, pictures and what stands alone as they are."""
+    lines = []
+    for line in text.split("\n"):
+        keep = line.startswith(("|", "!["))
+        indent = "  " if line.startswith("- ") else ""
+        lines += [line] if keep or len(line) <= WIDTH else textwrap.wrap(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
 
 
 def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> tuple[str, list[str]]:
