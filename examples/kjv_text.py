@@ -10,8 +10,7 @@ writes three files into data/:
     kjv-train.txt     all the other books
 
 A book is its name, a blank line, then one verse per line without its number, a blank line between chapters.
-Two blank lines
-separate books.
+Two blank lines separate books.
 """
 
 import argparse
@@ -41,8 +40,7 @@ VERSE = re.compile(r"([1-3]?[A-Z][A-Za-z]*)(\d+):(\d+) (.+)")
 def read_books(lines: Iterable[str]) -> dict[str, str]:
     """Book name -> its text, from the lines of `bible -f` ("Ge1:1 In the beginning ...").
 
-    >>> print(read_books(["Jude1:1 Jude, the servant", "Rev1:20 The mystery", "Rev2:1 Unto the
-    angel"])["Revelation"])
+    >>> print(read_books(["Jude1:1 Jude, the servant", "Rev1:20 The mystery", "Rev2:1 Unto the angel"])["Revelation"])
     Revelation
     <BLANKLINE>
     The mystery

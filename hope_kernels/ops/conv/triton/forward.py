@@ -4,8 +4,9 @@
 
 n is the row's length. A program owns BT tokens of BD channels of one row. It reads the tile once per window
 position: W - 1 of the W reads hit the cache, so device memory sees x once and y once, 2 d elements a token at
-2 W FLOPs an element: bandwidth-bound on every GPU. Shared memory only turns the weights' layout (a few hundred bytes). The first
-program along the tokens also copies the new tail, so decoding (T = 1) is one launch too.
+2 W FLOPs an element: bandwidth-bound on every GPU. Shared memory only turns the weights' layout (a few
+hundred bytes). The first program along the tokens also copies the new tail, so decoding (T = 1) is one launch
+too.
 
 The W products of a token are added in the order j = 0, 1, ... whether a factor comes from the tail or from x,
 and no other token takes part: the result does not depend on how a sequence is split into calls, on the batch
