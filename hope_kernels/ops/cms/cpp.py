@@ -71,11 +71,11 @@ def level_backward(
     dy: Tensor, saved: Saved, level: Level, config: CMSConfig, eps: float, *, residual: bool, need_dx: bool
 ) -> tuple[Tensor | None, Factors]:
     """``level.level_backward``."""
-    dz = times(dy, level["down"]) * saved.slope
-    factors = {"up": (dz, saved.n), "down": (dy, saved.a)}
+    d_up = times(dy, level["down"]) * saved.slope
+    factors = {"up": (d_up, saved.n), "down": (dy, saved.a)}
     if not need_dx:
         return None, factors
-    dn = times(dz, level["up"])
+    dn = times(d_up, level["up"])
     if config.norm != "rmsnorm":
         dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
         return dx + dy if residual else dx, factors

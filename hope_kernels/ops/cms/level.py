@@ -71,18 +71,18 @@ def level_backward(
     """dy = dL/d(result of ``level_forward``) [B, T, d] -> (dL/dx or None, the factors of dL/dW per matrix:
     dW_b = left_b^T right_b).
 
-    h = dy w_down;  gelu: dz = sigma'(z) h;  swiglu: dz = silu(g) h, dg = silu'(g) z h;
-    dx = norm'(x)^T (dz w_up + dg w_gate).
+    h = dy w_down;  gelu: d_up = sigma'(z) h;  swiglu: d_up = silu(g) h, d_gate = silu'(g) z h;
+    dx = norm'(x)^T (d_up w_up + d_gate w_gate).
     """
     h = times(dy, level["down"])
     if config.mlp == "swiglu":
-        hidden = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
+        lefts = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
     else:
-        hidden = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
-    factors = {name: (left, saved.n) for name, left in hidden.items()} | {"down": (dy, saved.a)}
+        lefts = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
+    factors = {name: (left, saved.n) for name, left in lefts.items()} | {"down": (dy, saved.a)}
     if not need_dx:
         return None, factors
-    dn = sum(times(left, level[name]) for name, left in hidden.items())
+    dn = sum(times(left, level[name]) for name, left in lefts.items())
     dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
     return dx + dy if residual else dx, factors
 

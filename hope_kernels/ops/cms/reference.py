@@ -65,13 +65,13 @@ def branch(x, level, config, eps=NORM_EPS):
         h = level["down"].T @ error
         grads = {"down": np.outer(error, a)}
         if config.mlp == "gelu":
-            dz = slope * h
-            dn = level["up"].T @ dz
+            d_up = slope * h
+            dn = level["up"].T @ d_up
         else:
-            dz, dg = gated * h, slope * z * h
-            grads["gate"] = np.outer(dg, n)
-            dn = level["up"].T @ dz + level["gate"].T @ dg
-        grads["up"] = np.outer(dz, n)
+            d_up, d_gate = gated * h, slope * z * h
+            grads["gate"] = np.outer(d_gate, n)
+            dn = level["up"].T @ d_up + level["gate"].T @ d_gate
+        grads["up"] = np.outer(d_up, n)
         return norm_pullback(dn), grads
 
     return level["down"] @ a + level.get("down_bias", 0.0), pullback
