@@ -1,9 +1,11 @@
-"""Functional operators behind the layers: plain tensors and states in, tensors and new states out; no
-modules. Nothing is modified but by ``titans_advance_``, for CUDA graphs.
+"""Functional operators behind the layers: plain tensors and states in, tensors and new states out; no modules.
 
-B rows, T tokens, H heads of width D, N hidden units, M memories (Mf with D outputs, Ms scalar ones), R
-stacked rows of w2, C tokens
-a chunk, K CMS levels. ``titans/README.md`` and ``cms/README.md`` derive what they compute.
+Arguments are left as they are, but for the operators whose names end with an underscore: ``titans_advance_``
+(for CUDA graphs) and ``cms_refresh_`` work in place. ``titans/README.md`` and ``cms/README.md`` derive what is
+computed.
+
+B rows, T tokens, H heads of width D, N hidden units, M memories (Mf with D outputs, Ms scalar ones), R stacked
+rows of w2, C tokens a chunk, K CMS levels.
 """
 
 from __future__ import annotations
