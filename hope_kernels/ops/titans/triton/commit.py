@@ -13,7 +13,8 @@ tile and added in one order by everybody who needs them: no atomics.
 import triton
 import triton.language as tl
 
-from .common import sigma, sigma_and_slope, unit_columns, weight
+from ...shared.triton_math import sigma, sigma_and_slope, unit_columns
+from .common import weight
 from .read import scalar_memory
 
 

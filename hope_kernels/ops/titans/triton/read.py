@@ -11,7 +11,8 @@ FLOPs a task: 4 D N CT; bytes: 8 D N (16 with a base) for the weights.
 import triton
 import triton.language as tl
 
-from .common import log1p_exp, sigma, sigmoid, unit_columns, weight
+from ...shared.triton_math import log1p_exp, sigma, sigmoid, unit_columns
+from .common import weight
 
 
 @triton.jit

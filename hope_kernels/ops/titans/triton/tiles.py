@@ -13,14 +13,13 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from ....config import TitansConfig
+from ...shared.activations import ACTIVATION_CODES
 from ...shared.triton_build import SHARED_KIB, Specialization
 from ..state import Layout
-from .common import GELU, GELU_TANH, SILU
 from .schedule import LINE, scan_kernel
 
 WIDTHS, MULTIPLES, CHUNKS = (32, 64, 128), (1, 2, 4), (16, 32, 64, 128, 256)
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-ACTIVATIONS = {"gelu_tanh": GELU_TANH.value, "gelu": GELU.value, "silu": SILU.value}
 
 
 class Tiles(NamedTuple):
@@ -119,7 +118,7 @@ def constants(config: TitansConfig, itemsize: int, update: bool) -> dict[str, An
         "SM0": slow.M0, "SM1": slow.M1,
         "SMALL": fast.C, "BIG": big, "H": config.num_heads, "D": config.head_dim, "N": config.hidden,
         "MF": len(layout.full),
-        "MS": len(layout.scalars), "R": layout.rows, "ACT": ACTIVATIONS[config.activation],
+        "MS": len(layout.scalars), "R": layout.rows, "ACT": ACTIVATION_CODES[config.activation],
         "HAS_BASE": config.retain_to == "init",
         "SKIP": layout.skip, "HAS_ALPHA": config.retention, "UNIT_K": config.qk_l2norm,
         "SOFTPLUS": config.eta_activation == "softplus",
