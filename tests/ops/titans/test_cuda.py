@@ -453,7 +453,7 @@ def test_settings_are_numbered_as_the_kernels_number_them():
         name.replace("Tanh", "_tanh").lower(): int(n) for name,
         n in re.findall(r"k(GeluTanh|Gelu|Silu) = (\d)", text)
     }
-    assert activations == titans._ACTIVATIONS
+    assert activations == titans.ACTIVATION_CODES
     plain = TitansConfig(
         64, own_values=False, target_norm=False, step_clip=False, dgd=False, retention=False, qk_l2norm=False
     )
