@@ -32,14 +32,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks import bench_model, studies
 from benchmarks import measure as m
-from benchmarks import studies
+from benchmarks.device import ceilings_of, describe
+from benchmarks.records import RESULTS, Results, stamp
+from benchmarks.run import measure
 from hope_kernels import CMSConfig, ContinuumMemory
 from hope_kernels.ops import cms_forward, cms_refresh_
 from hope_kernels.ops.cms import pending as policy
 from hope_kernels.ops.cms.backends import resolve
 
-RESULT = m.ROOT / "benchmarks" / "results" / "cms.json"
+RESULT = RESULTS / "cms.json"
 MU = 0.9
 
 
@@ -530,8 +533,6 @@ def table(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from benchmarks import bench_model, gpu
-
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of cases' names")
     p.add_argument("--quick", action="store_true", help="small sizes: does the command itself work")
@@ -543,16 +544,16 @@ def main(argv: list[str] | None = None) -> int:
         print(table(studies.load(args.out)))
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    store = gpu.Results(Path(args.out), gpu.stamp(args.quick))
+    store = Results(Path(args.out), stamp(args.quick))
     until = time.time() + 60 * args.minutes
-    plan = [("env", "machine", {}, lambda _: gpu.describe(device))]
-    for name in gpu.ceilings_of(device):
+    plan = [("env", "machine", {}, lambda _: describe(device))]
+    for name in ceilings_of(device):
         plan.append(("env", name, {}, lambda _, name=name: m.ceiling(name, device, args.quick)))
     plan += [
         ("cms", *item) for item in (*items(device, args.quick, full=True),
             *bench_model.items(device, args.quick, full=True))
     ]
-    status = gpu.measure(device, {"env": store, "cms": store}, args, until, plan)
+    status = measure(device, {"env": store, "cms": store}, args, until, plan)
     print(table(store.data))
     return status
 

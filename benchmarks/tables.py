@@ -2,9 +2,9 @@
 
     python -m benchmarks.tables [--check]
 
-Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in DOCUMENTS, for every NAME that
-``blocks`` knows. --check changes nothing and fails where a block is not what the results give. A number in
-such a block is never typed.
+Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in DOCUMENTS, for every NAME in
+BLOCKS. --check changes nothing and fails where a block is not what the results give. A
+number in such a block is never typed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import plot, report
+from benchmarks import bench_cms, bench_continual, bench_rates, plot, verdicts
+from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/continual.md")
@@ -89,21 +90,15 @@ def recall(run: dict) -> str:
 
 
 def cms(run: dict) -> str:
-    from benchmarks.bench_cms import table
-
-    return f"{table(run['cms'])}\n\n{source('bench_cms', 'cms')}"
+    return f"{bench_cms.table(run['cms'])}\n\n{source('bench_cms', 'cms')}"
 
 
 def rates(run: dict) -> str:
-    from benchmarks.bench_rates import table
-
-    return f"{table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
+    return f"{bench_rates.table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
 
 
 def continual(run: dict) -> str:
-    from benchmarks.bench_continual import table
-
-    return f"{table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
+    return f"{bench_continual.table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
 
 
 def forgetting(run: dict) -> str:
@@ -148,12 +143,12 @@ def accuracy(run: dict) -> str:
 
 def goals(results: Path) -> str:
     """Ages and changed files are left to the command: they change without the results."""
-    rows = [(*line[:3], line[3], line[4]) for line in report.table(report.rows(results))]
+    rows = [(*line[:3], line[3], line[4]) for line in verdicts.table(verdicts.rows(results))]
     return markdown("what | goal | measured | verdict | on", rows) + "\n\n`python -m benchmarks.report`"
 
 
 def gpu(results: Path) -> str:
-    devices = {name: run for name, run in report.runs(results).items() if name and not name.startswith("cpu-")}
+    devices = {name: run for name, run in runs(results).items() if name and not name.startswith("cpu-")}
     return "\n\n".join(device(name, run) for name, run in devices.items()) or "**No GPU figure exists.**"
 
 
@@ -190,7 +185,7 @@ def plots(results: Path, folder: str) -> str:
 
 def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     """{block: what makes its text}; a block whose file is not there says so."""
-    run = report.load(results)
+    run = load(results)
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy,
@@ -241,7 +236,7 @@ def stale(results: Path, documents: Path = ROOT) -> list[tuple[str, str]]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--check", action="store_true")
-    p.add_argument("--results", type=Path, default=report.RESULTS, metavar="DIR")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--documents", type=Path, default=ROOT, metavar="DIR")
     args = p.parse_args(argv)
     found = stale(args.results, args.documents)

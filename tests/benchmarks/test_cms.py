@@ -9,7 +9,7 @@ import pytest
 import small_model
 import torch
 
-from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, gpu, studies
+from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, studies
 from benchmarks.bench_cms import Case
 from benchmarks.bench_rates import Cell
 from benchmarks.sources import kernel_hash
@@ -346,7 +346,7 @@ def test_the_command_writes_resumes_and_tabulates(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(bench_cms, "QUICK_CPU", (Case("refresh", 16, 16), Case("forward", 16, 8, K=2)))
     monkeypatch.setattr(bench_model, "QUICK_CPU", ())
     # the tree may change meanwhile
-    monkeypatch.setattr(gpu, "stamp", lambda quick: {"commit": "a", "source": "s", "quick": quick})
+    monkeypatch.setattr(bench_cms, "stamp", lambda quick: {"commit": "a", "source": "s", "quick": quick})
     out = tmp_path / "cms.json"
     assert bench_cms.main(["--quick", "--out", str(out)]) == 0
     first = json.loads(out.read_text())
