@@ -51,7 +51,7 @@ USUAL = [
 ]
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    """The library behind backend="cuda"."""
+    """The library that backend="cuda" calls."""
     if DEVICE == "cuda" and not build_cuda.LIBRARY.exists():
         pytest.skip("the CUDA library was not built (python -m tools.build_cuda)")
     if DEVICE == "cpu" and build_cuda.host_compiler() is None:
@@ -214,7 +214,7 @@ def test_outputs_depend_on_no_later_token(capability):
 
 @pytest.mark.parametrize("resident", [1, 2, 5])
 def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
-    """Blocks of a head that are behind must still find the tokens that others have committed already."""
+    """Blocks of a head that run late must still find the tokens that others have committed already."""
     config = CONFIGS[2]
     w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 3, 16))
     _, end = run(config, w_init, inputs, "cuda")
@@ -286,7 +286,7 @@ def test_refuses_other_dtypes_gradients_and_statistics():
     assert same(state, before)
     with torch.no_grad(), pytest.raises(ValueError, match="collects no statistics"):
         layer.scan(x.bfloat16(), layer.init_state(1), [20], stats=object(), backend="cuda")
-    # gradients are on, and nobody wants one
+    # gradients are on, and no input requires one
     w_init, inputs = (cast(t, torch.bfloat16) for t in problem(WIDE, 1, 5))
     assert torch.equal(titans_chunk(WIDE, w_init, inputs, backend="cuda")[0], run(WIDE, w_init, inputs, "cuda")[0])
     with pytest.raises(ValueError, match="argument backend is 'chunked', expected 'triton' or 'cuda'"):
@@ -327,7 +327,7 @@ def test_the_operator_checks_what_its_memory_accesses_depend_on(name):
 
 
 @pytest.mark.parametrize("which, bad", [(-4, 3), (-4, -1), (-3, 1 << 10), (-3, 1 << 16), (-3, -1)])
-def test_the_operator_takes_no_settings_that_nobody_has(which, bad):
+def test_the_operator_refuses_settings_that_no_configuration_has(which, bad):
     good = list(operands())
     good[which] = bad
     with pytest.raises(RuntimeError, match="argument (activation|flags) is"):
