@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.check import check_index, check_state
+from ..check import check_index, check_state
 from ..ops.cms.absorb import fold, reset, share
-from ..ops.cms.level import master_dtype
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.schedule import matrices
 from ..ops.cms.state import CMSState
+from ..state import master_dtype
 from .cms_level import CMSLevel
 from .wrapped import write_weight
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ...config import CMSConfig
+from ...state import master_dtype
 from . import level
-from .level import Factors, master_dtype
+from .level import Factors
 from .muon import muon_step_
 from .schedule import due, matrices
 from .state import CMSState
