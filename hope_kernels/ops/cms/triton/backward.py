@@ -13,7 +13,7 @@ product moves d + 2 N elements (swiglu: d + 4 N), the second N + d (2 N + d). Ne
 import triton
 import triton.language as tl
 
-from ...titans.triton.common import GELU_TANH, SILU, sigma_and_slope
+from ...shared.triton_math import GELU_TANH, SILU, sigma_and_slope
 from .common import add_pending, add_product, matrix_of, tile_of, tokens_of
 
 

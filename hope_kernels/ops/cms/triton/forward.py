@@ -21,7 +21,7 @@ a call that reads them once. Never timed.
 import triton
 import triton.language as tl
 
-from ...titans.triton.common import GELU_TANH, sigma, sigmoid
+from ...shared.triton_math import GELU_TANH, sigma, sigmoid
 from .common import add_pending, add_product, matrix_of, tile_of, tokens_of
 
 

@@ -15,8 +15,8 @@
 // accumulator of its update and operand of every product without leaving the warp; for k = rows its quarters
 // are transposed.
 #pragma once
-#include "simt.cuh"
-#include "titans_plan.h"
+#include "../simt.cuh"
+#include "plan.h"
 
 namespace hope {
 

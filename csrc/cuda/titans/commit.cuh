@@ -13,8 +13,8 @@
 // deviations while they are added to, which is exact. Rounded to T are the operands of products only:
 // weights, k, v, a, e, d, U = eta~ d + .., Kg, eta~ R a.
 #pragma once
-#include "titans_clock.cuh"
-#include "titans_read.cuh"
+#include "clock.cuh"
+#include "read.cuh"
 
 namespace hope {
 

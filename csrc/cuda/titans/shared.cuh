@@ -1,8 +1,8 @@
-// A block's shared memory by name (titans_plan.h says what lies where), and a lane's own data wherever the
+// A block's shared memory by name (plan.h says what lies where), and a lane's own data wherever the
 // plan has put it.
 #pragma once
-#include "titans_fragments.cuh"
-#include "titans_role.cuh"
+#include "fragments.cuh"
+#include "role.cuh"
 
 namespace hope {
 

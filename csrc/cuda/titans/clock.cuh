@@ -9,7 +9,7 @@
 // head) does all of it: that is cheaper than an exchange. FLOPs: C^2 D for the products (tensor cores), C^2 D
 // for the solve (2 C^2 D / 256 FMA a thread).
 #pragma once
-#include "titans_shared.cuh"
+#include "shared.cuh"
 
 namespace hope {
 

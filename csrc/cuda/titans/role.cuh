@@ -1,7 +1,7 @@
 // What one warp is to its (row, head), and what a block was called for.
 #pragma once
-#include "simt.cuh"
-#include "titans_plan.h"
+#include "../simt.cuh"
+#include "plan.h"
 
 namespace hope {
 

@@ -15,7 +15,7 @@
 // each has half of the hidden units. These also exchange their shares of its output and of the norms of a and
 // d, and add the lower rank's to the higher one's; what follows from the sums both compute.
 #pragma once
-#include "launch.h"
+#include "../launch.h"
 
 namespace hope {
 
@@ -47,7 +47,7 @@ struct Plan {
   int one_buffer;    // partial outputs of M(k) and M(v) take turns in one buffer
   int shared_bytes;  // a block's shared memory
   // Bytes from the start of shared memory:
-  int call;                 // struct Call (titans_role.cuh)
+  int call;                 // struct Call (role.cuh)
   int x, q;                 // [2][16][kRow] T   what the panel reads; the other one is being fetched. One place if no block needs both
   int k, v;                 // [C][kRow] T       the open chunk; when v has served its turn, the transformed keys Kg take its place
   int e;                    // [memories here][C][kRow] T

@@ -17,8 +17,8 @@
 // readers waited at. One of these barriers lies between a commit and the next tokens to arrive, so begin,
 // acquire and release have nothing left to do.
 #pragma once
-#include "titans_role.cuh"
-#include "titans_shared.cuh"
+#include "role.cuh"
+#include "shared.cuh"
 
 namespace hope {
 

@@ -9,7 +9,7 @@
 // BYTES       6 a weight (fp32 deviation, 16-bit base): 24 KB a warp, all of them requested before the first is needed.
 // FLOPS       16 times what one token needs, on tensor cores that would be idle.
 #pragma once
-#include "titans_prefill.cuh"
+#include "prefill.cuh"
 
 namespace hope {
 

@@ -1,7 +1,7 @@
 // A warp's deviations between global memory and registers, and its rounded weights.
 #pragma once
-#include "titans_role.cuh"
-#include "titans_shared.cuh"
+#include "role.cuh"
+#include "shared.cuh"
 
 namespace hope {
 

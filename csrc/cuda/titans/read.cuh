@@ -2,9 +2,9 @@
 // between them: every warp its share of its memory's output, then the memory's warps two tokens each (r and r
 // + 8): sum, skip connection, norm.
 #pragma once
-#include "titans_forward.cuh"
-#include "titans_role.cuh"
-#include "titans_shared.cuh"
+#include "forward.cuh"
+#include "role.cuh"
+#include "shared.cuh"
 
 namespace hope {
 

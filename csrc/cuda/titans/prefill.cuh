@@ -1,22 +1,22 @@
 // titans_prefill: a whole call in one launch, the state in registers from its first token to its last.
 //
 // EQUATIONS   hope_kernels/ops/titans/README.md for one (row, head): every panel of up to 16 tokens is read with the weights of the chunk's start; a full chunk
-//             is committed (titans_commit.cuh).
-// OWNERSHIP   Warps own hidden units (titans_plan.h). Registers: 128 fp32 deviations a thread, which are the accumulators of their own
+//             is committed (commit.cuh).
+// OWNERSHIP   Warps own hidden units (plan.h). Registers: 128 fp32 deviations a thread, which are the accumulators of their own
 //             update. Shared memory: tokens, their keys and errors, partial outputs, and each lane's rounded weights, refreshed once a
 //             chunk, as 16-byte fragments. With several blocks a (row, head): k, v, eta, alpha of 16 tokens cross between them.
 // SCHEDULE    per panel   read shares | barrier | results to all blocks | barrier (of the cluster)
-//             per chunk   + three barriers a panel (titans_commit.cuh)
-//             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more (titans_exchange.cuh).
+//             per chunk   + three barriers a panel (commit.cuh)
+//             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more (exchange.cuh).
 //             The next panel's x and q are fetched while this one is computed.
 // BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan for what overflows).
 // FLOPS       80 D N + 6 C D a token and head, of which a warp issues 160 mma a panel (D = 64). At 4 cycles an mma and 2 warps a scheduler that
 //             is 1300 cycles of tensor cores a panel, beside some 3500 other instructions a warp (SASS for sm_90, with the commit): the kernel
 //             is bound by issue slots, not by tensor cores.
 #pragma once
-#include "titans_commit.cuh"
-#include "titans_exchange.cuh"
-#include "titans_state.cuh"
+#include "commit.cuh"
+#include "exchange.cuh"
+#include "state.cuh"
 
 namespace hope {
 

@@ -1,5 +1,5 @@
 // The entry points of launch.h.
-#include "titans_launch.cuh"
+#include "launch.cuh"
 
 namespace hope {
 

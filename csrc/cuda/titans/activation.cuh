@@ -1,6 +1,6 @@
 // sigma of the memories' hidden layer, and its derivative, on eight numbers of a thread.
 #pragma once
-#include "simt.cuh"
+#include "../simt.cuh"
 
 namespace hope {
 

@@ -6,8 +6,8 @@
 // decode differ in it and in nothing else, which is why they have the same bits. 4 D units x 16 FLOPs x 2; D
 // / 16 ldmatrix a group.
 #pragma once
-#include "titans_activation.cuh"
-#include "titans_fragments.cuh"
+#include "activation.cuh"
+#include "fragments.cuh"
 
 namespace hope {
 

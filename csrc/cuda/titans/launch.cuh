@@ -1,6 +1,6 @@
 // Which kernel serves a call, and its launch. Included by one source file for each width and type.
 #pragma once
-#include "titans_decode.cuh"
+#include "decode.cuh"
 
 #ifdef __CUDACC__
 #include <atomic>
@@ -89,7 +89,7 @@ template <int D, class T> const char* launch_activation(const TitansParams& p, c
   return p.activation == kGelu ? launch_call<D, T, kGelu>(p, device, stream) : launch_call<D, T, kSilu>(p, device, stream);
 }
 
-// One for each source file titans_64_bf16.cu ..
+// One for each source file: 64_bf16.cu and so on.
 const char* launch_64_bf16(const TitansParams& p, const Device& device, void* stream);
 const char* launch_64_fp16(const TitansParams& p, const Device& device, void* stream);
 const char* launch_128_bf16(const TitansParams& p, const Device& device, void* stream);
