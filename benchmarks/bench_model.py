@@ -188,7 +188,7 @@ def prefill(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
 
 @torch.no_grad()
 def decode(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """At least one segment from the same state, learning off and on, behind some tokens that warm up. ``ms``
+    """At least one segment from the same state, learning off and on, after some tokens that warm up. ``ms``
     is learning on, in a graph where there is one."""
     model = model_of(case, device)
     check = checked(model, case, prose(case, 2 * model.segment + 5, device), stepwise)

@@ -70,7 +70,7 @@ class Layout:
         return self.hidden_rows + (len(self.scalars) if self.skip else 0)
 
     def shapes(self, *lead: int) -> FastWeights:
-        """Shapes of the stacked tensors behind ``lead`` dimensions, in place of tensors."""
+        """Shapes of the stacked tensors after ``lead`` dimensions, in place of tensors."""
         w1 = (*lead, len(self.full), self.D, self.N) if self.mlp and self.full else None
         w1s = (*lead, len(self.scalars), self.N) if self.mlp and self.scalars else None
         return FastWeights((*lead, self.rows, self.D), w1, w1s)
@@ -184,7 +184,7 @@ class TitansState(State):
 
 @cache
 def _shapes(config: TitansConfig) -> dict[str, tuple[int, ...] | None]:
-    """Of a TitansState's tensors behind the batch; None: the configuration has none."""
+    """Of a TitansState's tensors after the batch dimension; None: the configuration has none."""
     H, D, C, W = config.num_heads, config.head_dim, max(config.chunk_memory, config.chunk_other), config.conv_window
     fast = Layout.of(config).shapes(H)
     found = dict(zip(("delta2", "delta1", "delta1s"), fast))
