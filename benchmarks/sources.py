@@ -39,16 +39,16 @@ TITANS = {
 TITANS_GRADIENT = {"triton": (*TITANS["triton"], "ops.titans.triton.training:titans_triton_training")}
 CONV = {
     "chunked": ("ops.conv.forward:causal_conv_chunked",),
-    "cpp": ("ops.shared.cpu_layer:causal_conv", "csrc/cpu/layer*.cpp", *CPU_LIBRARY),
+    "cpp": ("ops.conv.cpp:causal_conv", "csrc/cpu/layer*.cpp", *CPU_LIBRARY),
     "triton": ("ops.conv.triton.forward:causal_conv_triton",),
 }
 GATE = {
     "chunked": ("ops.output_gate.forward:output_gate_chunked",),
-    "cpp": ("ops.shared.cpu_layer:output_gate", "csrc/cpu/layer*.cpp", *CPU_LIBRARY),
+    "cpp": ("ops.output_gate.cpp:output_gate", "csrc/cpu/layer*.cpp", *CPU_LIBRARY),
     "triton": ("ops.output_gate.triton.forward:output_gate_triton",),
 }
 LAYER = ("layers.titans:SelfModifyingTitans",)
-LAYER_CPP = ("layers.titans_cpp:scan_cpp",)
+LAYER_CPP = ("layers.titans_pullback:pullback", "ops.unit.cpp:unit")
 CMS_KINDS = {
     "forward": ("ops.cms.chain:cms_forward",),
     "refresh": ("ops.cms.refresh:cms_refresh_",),
@@ -70,9 +70,9 @@ MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:g
 # -- modules left out ----------------------------------------------------------------------------------------
 
 CHECKS = ("*.check", "*.identity", "*.files", "*.state_file", "*.cli.*", "*.compat.*")
-CHOICE = ("*.config", "*.backend", "*.backends")
+CHOICE = ("*.config", "*.backend", "*.backends", "*.triton_library")
 OF_BACKEND = {
-    "cpp": ("*.cpp", "*.titans_cpp", "*.cpu_layer", "*.cpu_library"),
+    "cpp": ("*.cpp", "*.titans_pullback", "*.cpu_library"),
     "triton": ("*.triton", "*.triton.*"),
     "cuda": ("*.cuda", "*.cuda_library"),
     "reference": ("*.reference", "*.reference_*"),

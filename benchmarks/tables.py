@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables [--check]
 
-Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in README.md and docs/benchmarks.md,
-for every NAME in BLOCKS. --check changes nothing and fails where a block is not what the results give. A
+Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in DOCUMENTS, for every NAME in
+BLOCKS. --check changes nothing and fails where a block is not what the results give. A
 number in such a block is never typed.
 """
 
@@ -21,7 +21,7 @@ from benchmarks import bench_continual, bench_rates, cms_table, plot, verdicts
 from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/continual.md")
 WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
@@ -106,7 +106,7 @@ def continual(run: dict) -> str:
 
 
 def forgetting(run: dict) -> str:
-    """The README's part of ``continual``."""
+    """The part of ``continual`` that docs/continual.md shows."""
     mean = lambda values: f"{sum(values) / len(values):.3f}"
     rows = []
     for r in run["continual"]["cases"].values():
@@ -180,9 +180,7 @@ def figures(run: dict) -> str:
     """What the README shows."""
     return "\n\n".join((
         "**One layer on the CPU**, beside the token loop of nested-learning 0.2.0 (same function, same weights):",
-        cpu(run),
-        "**Learning while reading:**", learning(run),
-        "**In-context recall** after the chunk has closed, trained from scratch for a few minutes:", recall(run)))
+        cpu(run), "**Learning while reading:**", learning(run)))
 
 
 def plots(results: Path, folder: str) -> str:
