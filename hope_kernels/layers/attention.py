@@ -37,7 +37,7 @@ class AttentionState(State):
     base: Counters
     filled: list[int] | None = field(default=None, repr=False, kw_only=True)
 
-    ACTIVATIONS = frozenset({"k", "v"})
+    INPUT_DTYPE = frozenset({"k", "v"})
 
     def __post_init__(self) -> None:
         if self.filled is None:

@@ -6,7 +6,7 @@ import torch
 from numerics import random_layer, within_yardstick
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
-from hope_kernels.backend import BY_INPUTS, Call
+from hope_kernels.backend import BY_INPUTS, Request
 from hope_kernels.ops.conv import cpp as conv_cpp
 from hope_kernels.ops.conv.forward import causal_conv_chunked
 from hope_kernels.ops.output_gate import cpp as gate_cpp
@@ -162,7 +162,7 @@ def test_the_library_is_never_handed_another_dtype():
             with pytest.raises(ValueError, match="has dtype"):
                 one(ids, state.to(dtype))
         with torch.autocast("cpu", torch.bfloat16):
-            assert "autocast" in unserved(Call(config, torch.float32, torch.device("cpu"), BY_INPUTS))
+            assert "autocast" in unserved(Request(config, torch.float32, torch.device("cpu"), BY_INPUTS))
             assert torch.equal(one(ids, backend="cpp")[0], want)  # a model computes in the dtype of its weights
             x = torch.randn(1, 4, 16)
             with pytest.raises(ValueError, match="autocast"):

@@ -133,7 +133,7 @@ class TitansState(State):
     conv_tail: Tensor | None
     count: Tensor | None = None
 
-    ACTIVATIONS = frozenset({"pending_k", "pending_v", "conv_tail"})
+    INPUT_DTYPE = frozenset({"pending_k", "pending_v", "conv_tail"})
 
     def __post_init__(self):
         if self.count is None:  # a new state, or one from a file written before there was a counter on the device
@@ -146,7 +146,7 @@ class TitansState(State):
         """``validate`` without a look at the host's counters."""
         master = torch.float32 if dtype is None else master_dtype(dtype)
         for name, shape in _shapes(self.config).items():
-            wanted = dtype if name in self.ACTIVATIONS else master
+            wanted = dtype if name in self.INPUT_DTYPE else master
             check_part(
                 where, name, getattr(self, name), None if shape is None else (self.batch, *shape), wanted, device
             )

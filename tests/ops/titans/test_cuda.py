@@ -21,7 +21,7 @@ from hope_kernels import (
     TitansConfig,
     available_backends,
 )
-from hope_kernels.backend import BY_ALL, Call
+from hope_kernels.backend import BY_ALL, Request
 from hope_kernels.layers.titans import surroundings
 from hope_kernels.ops import init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.shared import cuda_library as library
@@ -365,8 +365,8 @@ def test_a_layer_is_what_it_is_on_the_chunked_backend():
         want, _ = exact(x.double(), lengths=[40, 21])
     within_yardstick(y, peer, want, "y")
     assert not y[1, 21:].any() and list(state.pos) == [40, 21]
-    call = Call(WIDE, x.dtype, x.device, BY_ALL)
-    assert surroundings(call, "cuda") == surroundings(call, None if available_backends()["triton"] else "triton")
+    request = Request(WIDE, x.dtype, x.device, BY_ALL)
+    assert surroundings(request, "cuda") == surroundings(request, None if available_backends()["triton"] else "triton")
 
 
 def test_no_environment_variable_loads_a_library(tmp_path):
