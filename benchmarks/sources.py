@@ -73,7 +73,7 @@ CHECKS = ("*.check", "*.identity", "*.files", "*.state_file", "*.cli.*", "*.comp
 CHOICE = ("*.config", "*.backend", "*.backends", "*.triton_library")
 OF_BACKEND = {
     "cpp": ("*.cpp", "*.titans_pullback", "*.cpu_library"),
-    "triton": ("*.triton", "*.triton.*"),
+    "triton": ("*.triton", "*.triton.*", "*.triton_library"),
     "cuda": ("*.cuda", "*.cuda_library"),
     "reference": ("*.reference", "*.reference_*"),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("hope_kernels", "benchmarks", "tools")
 # Circles that the package still has, without the leading "hope_kernels."; none is to be added.
-KNOWN: tuple[set[str], ...] = ({"state", "state_file"}, {"engine.generation", "model"})
+KNOWN: tuple[set[str], ...] = ({"engine.generation", "model"},)
 
 
 def modules() -> dict[str, Path]:
