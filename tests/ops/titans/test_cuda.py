@@ -372,8 +372,10 @@ def test_a_layer_is_what_it_is_on_the_chunked_backend():
 def test_no_environment_variable_loads_a_library(tmp_path):
     """A process that never called ``emulate`` looks at the installed library alone."""
     (tmp_path / "other.so").write_bytes(b"not a library")
-    code = "from hope_kernels.ops.shared import cuda_library as cuda\n"
-    code += "print(cuda.emulated(), 'other.so' in str(cuda.unavailable()))"
+    code = (
+        "from hope_kernels.ops.shared import cuda_library as cuda; "
+        "print(cuda.emulated(), 'other.so' in str(cuda.unavailable()))"
+    )
     environment = os.environ | {"HOPE_KERNELS_EMULATED": str(tmp_path / "other.so")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["None", "False"], done.stderr
