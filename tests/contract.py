@@ -323,8 +323,8 @@ class OnTheDevice(Contract):
     @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
     @of("advances")
     def test_in_place_without_the_host(self, case, ragged):
-        """The device alone knows where the rows stand: positions on the host are wrong here, and nobody looks
-        at them."""
+        """The device alone knows where the rows stand: positions on the host are wrong here, and not looked
+        at."""
         lengths = case.lengths if ragged else (case.tokens,) * case.rows
         w_init, inputs, whole, end = self.streamed(case, lengths)
         state = self.init_state(case.config, w_init, case.rows)

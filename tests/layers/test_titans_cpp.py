@@ -43,7 +43,7 @@ def test_convolution(W, lengths):
     poisoned = torch.where(real.unsqueeze(-1), x.float(), float("nan"))
     y, after = cpu.causal_conv(poisoned, tail.float(), weight.float(), lengths)
     dx = cpu.causal_conv_backward(grad.float(), weight.float())
-    # behind a row's length PyTorch's gradient is zero and ours is what the outputs before it say: nothing
+    # after a row's length PyTorch's gradient is zero, and so is ours: no output depends on those tokens
     compare((y, dx), lambda t: causal_conv_chunked(t, tail.to(t.dtype), weight.to(t.dtype), counts)[0], grad, x)
     assert torch.equal(after, causal_conv_chunked(x.float(), tail.float(), weight.float(), counts)[1])
 
