@@ -32,14 +32,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks import bench_model, studies
 from benchmarks import measure as m
-from benchmarks import studies
+from benchmarks.device import ceilings_of, describe
+from benchmarks.records import RESULTS, Results, stamp
+from benchmarks.run import measure
 from hope_kernels import CMSConfig, ContinuumMemory
-from hope_kernels.backend import resolve_cms
 from hope_kernels.ops import cms_forward, cms_refresh_
 from hope_kernels.ops.cms import pending as policy
+from hope_kernels.ops.cms.backends import resolve
 
-RESULT = m.ROOT / "benchmarks" / "results" / "cms.json"
+RESULT = RESULTS / "cms.json"
 MU = 0.9
 
 
@@ -183,7 +186,7 @@ def stacked(levels: list[dict[str, Tensor]], x: Tensor) -> Tensor:
 
 def read_levels(case: Case, x: Tensor, levels: list[dict[str, Tensor]]) -> Tensor:
     """The call under test."""
-    return cms_forward(x, levels, case.config, ops=resolve_cms(case.config, x.dtype, x.device, case.backend))
+    return cms_forward(x, levels, case.config, ops=resolve(case.config, x.dtype, x.device, case.backend))
 
 
 @torch.no_grad()
@@ -328,7 +331,7 @@ def refresh(
 
 def newton_schulz(case: Case, grad: Tensor) -> Tensor:
     """The call under test: five steps for every matrix of [B, r, c] fp32."""
-    return resolve_cms(case.config, grad.dtype, grad.device, case.backend, inner=True).newton_schulz(grad)
+    return resolve(case.config, grad.dtype, grad.device, case.backend, inner=True).newton_schulz(grad)
 
 
 @torch.no_grad()
@@ -466,7 +469,7 @@ def measured(case: Case, device: str, ceilings: dict, **options) -> dict:
     """The case's record. Raises Unserved where its backend has no kernels for the levels here, which PyTorch
     would then serve."""
     dtype = torch.float32 if case.kind == "newton" else m.DTYPES[case.dtype]
-    ops = resolve_cms(case.config, dtype, torch.device(device), case.backend, inner=True)
+    ops = resolve(case.config, dtype, torch.device(device), case.backend, inner=True)
     if case.backend not in (None, "chunked", ops.__name__.rpartition(".")[2]):
         raise m.Unserved(f"cms: backend {case.backend!r} does not serve d {case.d}, {case.dtype} on {device}")
     return KINDS[case.kind](case, device, ceilings, **options)
@@ -530,8 +533,6 @@ def table(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from benchmarks import bench_model, gpu
-
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of cases' names")
     p.add_argument("--quick", action="store_true", help="small sizes: does the command itself work")
@@ -543,16 +544,16 @@ def main(argv: list[str] | None = None) -> int:
         print(table(studies.load(args.out)))
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    store = gpu.Results(Path(args.out), gpu.stamp(args.quick))
+    store = Results(Path(args.out), stamp(args.quick))
     until = time.time() + 60 * args.minutes
-    plan = [("env", "machine", {}, lambda _: gpu.describe(device))]
-    for name in gpu.ceilings_of(device):
+    plan = [("env", "machine", {}, lambda _: describe(device))]
+    for name in ceilings_of(device):
         plan.append(("env", name, {}, lambda _, name=name: m.ceiling(name, device, args.quick)))
     plan += [
         ("cms", *item) for item in (*items(device, args.quick, full=True),
             *bench_model.items(device, args.quick, full=True))
     ]
-    status = gpu.measure(device, {"env": store, "cms": store}, args, until, plan)
+    status = measure(device, {"env": store, "cms": store}, args, until, plan)
     print(table(store.data))
     return status
 

@@ -22,8 +22,8 @@ BUILD_SECONDS, TOOL_SECONDS = 240, 120
 LOAD = """
 import sys
 import torch
-from hope_kernels.ops import cuda
-reason = cuda.unavailable()
+from hope_kernels.ops.shared import cuda_library
+reason = cuda_library.unavailable()
 print(reason or torch.ops.hope_kernels_cuda.build())
 sys.exit(reason is not None)
 """

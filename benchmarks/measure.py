@@ -115,7 +115,7 @@ def sets_for(nbytes: int, device: str) -> int:
 
 
 def recorded(call: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """Events before and behind a call; ``first.elapsed_time(second)`` is its ms once the device is done."""
+    """Events before and after a call; ``first.elapsed_time(second)`` is its ms once the device is done."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
@@ -221,7 +221,7 @@ def ceiling(name: str, device: str, quick: bool) -> dict:
 class Beside(dict):
     """The ceilings of a CPU, whose cores others may share, around a case: GB/s of a copy (read + written) and
     TFLOP/s of an fp32 product, the best of sixteen each: eight when this is made, before the case, and eight
-    when first asked for a value, behind its timing."""
+    when first asked for a value, after its timing."""
 
     def __init__(self, quick: bool):
         n, size = (256, 2**20) if quick else (768, 2**25)

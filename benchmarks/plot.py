@@ -15,7 +15,7 @@ import math
 import sys
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks.records import RESULTS, runs
 from benchmarks.sources import ROOT
 from benchmarks.svg import Chart, Series, draw
 
@@ -166,7 +166,7 @@ OF_DEVICE = {"throughput": throughput, "decode": decode, "roofline": roofline}
 
 def attempts(results: Path):
     """(file name, chart or None, the command whose results it needs)."""
-    everywhere = report.runs(results)
+    everywhere = runs(results)
     for name, (make, command) in OF_CPU.items():
         yield f"{name}.svg", make(everywhere[""]), command
     devices = {device: run for device, run in everywhere.items() if device}
@@ -195,7 +195,7 @@ def stale(results: Path, documents: Path = ROOT) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--check", action="store_true")
-    p.add_argument("--results", type=Path, default=report.RESULTS, metavar="DIR")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--documents", type=Path, default=ROOT, metavar="DIR")
     args = p.parse_args(argv)
     found = stale(args.results, args.documents)

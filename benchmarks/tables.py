@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables [--check]
 
-Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in README.md and docs/benchmarks.md,
-for every NAME in BLOCKS. --check changes nothing and fails where a block is not what the results give. A
+Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in DOCUMENTS, for every NAME in
+BLOCKS. --check changes nothing and fails where a block is not what the results give. A
 number in such a block is never typed.
 """
 
@@ -13,13 +13,16 @@ import argparse
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import plot, report
+from benchmarks import bench_cms, bench_continual, bench_rates, plot, verdicts
+from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/continual.md")
+WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
 
@@ -87,25 +90,19 @@ def recall(run: dict) -> str:
 
 
 def cms(run: dict) -> str:
-    from benchmarks.bench_cms import table
-
-    return f"{table(run['cms'])}\n\n{source('bench_cms', 'cms')}"
+    return f"{bench_cms.table(run['cms'])}\n\n{source('bench_cms', 'cms')}"
 
 
 def rates(run: dict) -> str:
-    from benchmarks.bench_rates import table
-
-    return f"{table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
+    return f"{bench_rates.table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
 
 
 def continual(run: dict) -> str:
-    from benchmarks.bench_continual import table
-
-    return f"{table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
+    return f"{bench_continual.table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
 
 
 def forgetting(run: dict) -> str:
-    """The README's part of ``continual``."""
+    """The part of ``continual`` that docs/continual.md shows."""
     mean = lambda values: f"{sum(values) / len(values):.3f}"
     rows = []
     for r in run["continual"]["cases"].values():
@@ -146,12 +143,12 @@ def accuracy(run: dict) -> str:
 
 def goals(results: Path) -> str:
     """Ages and changed files are left to the command: they change without the results."""
-    rows = [(*line[:3], line[3], line[4]) for line in report.table(report.rows(results))]
+    rows = [(*line[:3], line[3], line[4]) for line in verdicts.table(verdicts.rows(results))]
     return markdown("what | goal | measured | verdict | on", rows) + "\n\n`python -m benchmarks.report`"
 
 
 def gpu(results: Path) -> str:
-    devices = {name: run for name, run in report.runs(results).items() if name and not name.startswith("cpu-")}
+    devices = {name: run for name, run in runs(results).items() if name and not name.startswith("cpu-")}
     return "\n\n".join(device(name, run) for name, run in devices.items()) or "**No GPU figure exists.**"
 
 
@@ -177,8 +174,7 @@ def figures(run: dict) -> str:
     """What the README shows."""
     return "\n\n".join((
         "**One layer on the CPU**, beside the token loop of nested-learning 0.2.0 (same function, same weights):", cpu(run),
-        "**Learning while reading:**", learning(run),
-        "**In-context recall** after the chunk has closed, trained from scratch for a few minutes:", recall(run)))
+        "**Learning while reading:**", learning(run)))
 
 
 def plots(results: Path, folder: str) -> str:
@@ -189,7 +185,7 @@ def plots(results: Path, folder: str) -> str:
 
 def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     """{block: what makes its text}; a block whose file is not there says so."""
-    run = report.load(results)
+    run = load(results)
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy,
@@ -199,6 +195,18 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     made = lambda name, make: make(run) if (of := file.get(name, name)) in run else absent(of)
     return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
         "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs and list items in lines of ``WIDTH``; tables, pictures and what stands alone as they are."""
+    lines = []
+    for line in text.split("\n"):
+        keep = line.startswith(("|", "!["))
+        indent = "  " if line.startswith("- ") else ""
+        lines += [line] if keep or len(line) <= WIDTH else textwrap.wrap(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
 
 
 def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> tuple[str, list[str]]:
@@ -212,7 +220,7 @@ def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> tuple[str, lis
         at = text.index(begin) + len(begin)
         if (stop := text.find(end, at)) < 0:
             raise ValueError(f"tables: block {name!r} has no line <!-- end {name} -->")
-        made = makers[name]()
+        made = wrapped(makers[name]())
         if text[at:stop] != made:
             changed.append(name)
         text = text[:at] + made + text[stop:]
@@ -228,7 +236,7 @@ def stale(results: Path, documents: Path = ROOT) -> list[tuple[str, str]]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--check", action="store_true")
-    p.add_argument("--results", type=Path, default=report.RESULTS, metavar="DIR")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--documents", type=Path, default=ROOT, metavar="DIR")
     args = p.parse_args(argv)
     found = stale(args.results, args.documents)

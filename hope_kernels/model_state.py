@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .check import check_counters, check_part
 from .engine.learning import TAINTED, advance_off
 from .layers.attention import AttentionState
-from .ops.check import check_counters, check_part
 from .ops.cms.state import CMSState
 from .ops.titans.state import TitansState
 from .state import Counters, State

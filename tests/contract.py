@@ -24,8 +24,8 @@ from numerics import relative, within_yardstick
 from problems import DEVICE, WRITTEN, cast, meets_yardstick, part, problem, rows_of, run, same
 
 from hope_kernels import HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig, load_state
-from hope_kernels.backend import resolve
 from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_, titans_chunk
+from hope_kernels.ops.titans.backends import resolve
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class Partial(Contract):
 
     def test_whether_it_is_the_default(self):
         b = self.backend
-        chosen = lambda dtype, name: resolve("titans", b.default, dtype, torch.device(b.device), name)
+        chosen = lambda dtype, name: resolve(b.default, dtype, torch.device(b.device), name)
         with torch.no_grad():
             assert all((chosen(d, None) is chosen(b.dtype, b.name)) == b.is_default for d in (b.dtype, torch.float32))
         y, served, chunked = (self.call(b.default, b.dtype, name) for name in (None, b.name, "chunked"))

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..backend import DEVICE_DECIDES, resolve, resolve_cms
 from ..layers.wrapped import placement
+from ..ops.cms import backends as cms
 from ..ops.cms import cpp as compiled
+from ..ops.titans.backends import DEVICE_DECIDES, resolve
 from ..ops.titans.scan import titans_chunk
 from ..state import Counters
 
@@ -30,9 +31,9 @@ def traced(model, ids: Tensor, state, learn: str, backend: str | None) -> bool:
         return False
     if backend in DEVICE_DECIDES:
         return True
-    if config.mixer != "attention" and resolve("titans", config.titans, dtype, device, backend) is not titans_chunk:
+    if config.mixer != "attention" and resolve(config.titans, dtype, device, backend) is not titans_chunk:
         return False
-    if any([c is not None and resolve_cms(c, dtype, device, backend) is compiled for c in config.block_cms]):
+    if any([c is not None and cms.resolve(c, dtype, device, backend) is compiled for c in config.block_cms]):
         return False
     return state is None or (config.mixer != "attention" and _at_a_boundary(model, state))
 

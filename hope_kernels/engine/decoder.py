@@ -19,11 +19,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..backend import DEVICE_DECIDES
+from ..check import check_state, check_tensor
 from ..identity import checksum
 from ..layers.wrapped import placement
-from ..ops.check import check_state, check_tensor
 from ..ops.cms.matrix import Matrix
+from ..ops.titans.backends import DEVICE_DECIDES
 from ..state import Counters, expanded
 from . import learning
 from .unread import check_read_next

@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import resolve_cms
 from ..layers.cms import Inner
 from ..layers.wrapped import placement
-from ..ops.cms.level import master_dtype
-from ..state import Counters
+from ..ops.cms import backends as cms_backends
+from ..state import Counters, master_dtype
 from .compiling import run_traced
 from .wavefront import run as run_wavefront
 
@@ -182,7 +181,7 @@ def learn_segment(
         for block, cms in zip(model.blocks, state.cms):
             ops = (
                 None if cms is None
-                else resolve_cms(cms.config, placement(model.embed).dtype, ids.device, backend, inner=True)
+                else cms_backends.resolve(cms.config, placement(model.embed).dtype, ids.device, backend, inner=True)
             )
             sink = None if cms is None else block.cms.sink(cms, learners, counts, ops, among)
             inner.append(Inner(anchor, sink, among))

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backend import resolve_cms
+from ..check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..config import CMSConfig
-from ..ops.check import check_batch, check_lengths, check_mask, check_state, check_tensor
-from ..ops.cms import learning as cms_refresh
+from ..ops.cms.absorb import absorb, add_gradients
+from ..ops.cms.backends import resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
-from ..ops.cms.level import Factors, Level, master_dtype
+from ..ops.cms.level import Factors, Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
 from ..ops.cms.schedule import learning_levels, matrices
 from ..ops.cms.state import CMSState
-from ..state import Counters
+from ..state import Counters, master_dtype
 from . import cms_consolidate
 from .autocast import in_own_dtype
 from .cms_level import CMSLevel
@@ -177,7 +177,7 @@ class ContinuumMemory(nn.Module):
                 f"{where}: argument state is None, expected the state that read the tokens of these errors"
             )
         state = self._admitted(where, state, error)
-        ops = resolve_cms(self.config, error.dtype, error.device, backend, inner=True)
+        ops = resolve(self.config, error.dtype, error.device, backend, inner=True)
         if not self.learns:
             return state.clone() if torch.is_grad_enabled() else state
         for b, n in enumerate(lengths):
@@ -257,7 +257,7 @@ class ContinuumMemory(nn.Module):
         self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None
     ) -> Sink:
         """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
-        ``cms_refresh.absorb``.
+        ``absorb``.
 
         among: the rows of the batch that the factors are of; None: all.
         """
@@ -265,7 +265,7 @@ class ContinuumMemory(nn.Module):
             if among is not None:
                 factors = {n: tuple(_spread(t, among, state.batch) for t in pair) for n, pair in factors.items()}
             slots = self._slots(l)
-            cms_refresh.absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
+            absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
 
         return learned
 
@@ -277,7 +277,7 @@ class ContinuumMemory(nn.Module):
         new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
-                cms_refresh.accumulate(new, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
+                add_gradients(new, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
         return new.finished()
 
     @torch.no_grad()
@@ -289,7 +289,7 @@ class ContinuumMemory(nn.Module):
             return state
         new = state.draft()
         for l in learning_levels(self.config):
-            cms_refresh.absorb(
+            absorb(
                 new, self.config, self._matrices(l), l, None, marked, state.pos if counts is None else counts
             )
         return new.finished()
@@ -359,7 +359,7 @@ class ContinuumMemory(nn.Module):
         self, x: Tensor, state: CMSState | list[Level], backend: str | None, inner: Inner | None = None
     ) -> Tensor:
         """x through all levels, in the pass that learns if there is an ``inner``."""
-        ops = resolve_cms(self.config, x.dtype, x.device, backend, inner is not None)
+        ops = resolve(self.config, x.dtype, x.device, backend, inner is not None)
         # nothing up to here learns: no graph, no backward
         if inner is not None and not x.requires_grad and not self.learns:
             with torch.no_grad():

@@ -6,11 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.check import check_index, check_state
-from ..ops.cms import learning as cms_refresh
+from ..check import check_index, check_state
+from ..ops.cms.absorb import fold, reset, share
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.schedule import matrices
 from ..ops.cms.state import CMSState
+from ..state import master_dtype
 from .cms_level import CMSLevel
 from .wrapped import write_weight
 
@@ -24,7 +25,7 @@ def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tens
     _check(layer, state, level, row, "detach_level")
     found = _in_force(layer, state, level, row)
     draft = state.draft()
-    cms_refresh.reset(draft, level, [row])
+    reset(draft, level, [row])
     state.assign(draft.finished())
     return found
 
@@ -39,12 +40,11 @@ def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> N
     draft = state.draft()
     for level in _learned(state, row, levels):
         learned = _in_force(layer, state, level, row)
-        cms_refresh.fold(
-            draft, layer.config, layer._matrices(level), level, [b for b in range(state.batch) if b != row]
-        )
+        others = [b for b in range(state.batch) if b != row]
+        fold(draft, layer.config, layer._matrices(level), level, others)
         for name, value in learned.items():
             write_weight(f"{NAME}.consolidate", layer.levels[level], name, value)
-        cms_refresh.share(draft, level, [row])
+        share(draft, level, [row])
     state.assign(draft.finished())
 
 
@@ -67,7 +67,7 @@ def _learned(state: CMSState, row: int, levels) -> list[int]:
 
 def _in_force(layer, state: CMSState, level: int, row: int) -> dict[str, Tensor]:
     """[rows, cols] per matrix, in the master dtype."""
-    now = layer.effective_levels(state.select([row]), cms_refresh.master_dtype(layer._like.dtype))[level]
+    now = layer.effective_levels(state.select([row]), master_dtype(layer._like.dtype))[level]
     return {n: Matrix.of(now[n]).dense(1)[0].clone() for n in matrices(layer.config)}
 
 

@@ -9,7 +9,7 @@ import pytest
 import small_model
 import torch
 
-from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, gpu, studies
+from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, studies
 from benchmarks.bench_cms import Case
 from benchmarks.bench_rates import Cell
 from benchmarks.sources import kernel_hash
@@ -26,7 +26,7 @@ def small(tmp_path_factory):
     return folder
 
 
-# -- texts and models ---------------------------------------------------------------------------------------------------------
+# -- texts and models ----------------------------------------------------------------------------------------
 
 
 def test_excerpts_are_disjoint_and_a_shorter_one_starts_the_longer_one():
@@ -75,7 +75,7 @@ def test_a_study_keeps_its_cases_and_refuses_those_of_another_setting(tmp_path):
         studies.Study(path, "what", {"seed": 2, "texts": {"a": "b"}})
 
 
-# -- rates --------------------------------------------------------------------------------------------------------------------
+# -- rates ---------------------------------------------------------------------------------------------------
 
 
 def searched(curve, optimizer="gd") -> dict[float, float]:
@@ -177,7 +177,7 @@ def test_rates_command_runs_resumes_and_ends(small, tmp_path, capsys):
     assert capsys.readouterr().out == bench_rates.table(again) + "\n"
 
 
-# -- continual ----------------------------------------------------------------------------------------------------------------
+# -- continual -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def test_kept_is_a_share_of_the_gain():
     assert bench_continual.kept(stages | {"after_B": [1.0, None]}) is None
 
 
-# -- measurements -------------------------------------------------------------------------------------------------------------
+# -- measurements --------------------------------------------------------------------------------------------
 
 
 def run(case: Case, **options) -> dict:
@@ -346,7 +346,7 @@ def test_the_command_writes_resumes_and_tabulates(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(bench_cms, "QUICK_CPU", (Case("refresh", 16, 16), Case("forward", 16, 8, K=2)))
     monkeypatch.setattr(bench_model, "QUICK_CPU", ())
     # the tree may change meanwhile
-    monkeypatch.setattr(gpu, "stamp", lambda quick: {"commit": "a", "source": "s", "quick": quick})
+    monkeypatch.setattr(bench_cms, "stamp", lambda quick: {"commit": "a", "source": "s", "quick": quick})
     out = tmp_path / "cms.json"
     assert bench_cms.main(["--quick", "--out", str(out)]) == 0
     first = json.loads(out.read_text())

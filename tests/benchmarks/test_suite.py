@@ -32,7 +32,7 @@ def small(tmp_path_factory):
 
 
 def test_ceilings_beside_a_case_are_looked_for_twice_and_the_better_counts(monkeypatch):
-    rates = iter([1.0, 4.0, 2.0, 2.0])  # ms of copy and product, before and behind
+    rates = iter([1.0, 4.0, 2.0, 2.0])  # ms of copy and product, before and after
     monkeypatch.setattr(m, "turns", lambda *_, **__: {name: m.stats([next(rates)]) for name in ("copy", "matmul")})
     found = m.Beside(quick=True)
     assert dict(found) == {"copy": 8 * 2**20 / 1e6, "matmul fp32": 2 * 256**3 / 4e9}
@@ -41,7 +41,7 @@ def test_ceilings_beside_a_case_are_looked_for_twice_and_the_better_counts(monke
     ) == 2 * 256**3 / 2e9 and found.get("copy") == 8 * 2**20 / 1e6 and found.get("matmul bf16") is None
 
 
-# -- layers -------------------------------------------------------------------------------------------------------------------
+# -- layers --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,7 +49,7 @@ def test_layers_and_blocks_pass_and_a_wrong_one_gets_no_time(kind):
     record = run(of(kind))
     assert record["check"]["ok"] and record["ms"]["median"] > 0 and record["of_copy"] == record["GB/s"]
 
-    def late(module, x, backend):  # right on the piece that is compared in full, wrong behind it
+    def late(module, x, backend):  # right on the piece that is compared in full, wrong after it
         found = bench_layers.read(module, x, backend)
         return (
             found | {"o": found["o"].clone().index_fill_(1, torch.tensor(x.shape[1] - 1), float("nan"))}
@@ -105,7 +105,7 @@ def test_every_plan_names_its_cases_once():
     assert {"layer C64 D64 N256 H32 B1 T32768 bf16 cuda", "fla layer C64 D64 N256 H32 B1 T32768 bf16 fla"} <= names
 
 
-# -- models -------------------------------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------------------
 
 
 def model(kind: str, name: str, T: int = 0, **more) -> bench_model.Case:
@@ -163,7 +163,7 @@ def test_the_large_model_has_the_size_its_name_says():
     assert 1.25e9 < sum(p.numel() for p in net.parameters()) < 1.35e9
 
 
-# -- peers --------------------------------------------------------------------------------------------------------------------
+# -- peers ---------------------------------------------------------------------------------------------------
 
 
 def test_torch_s_attention_is_checked_before_it_is_timed(monkeypatch):
@@ -211,7 +211,7 @@ def test_peers_that_are_not_installed_are_said_to_be_missing():
                 peer(case, "cpu", {}, 0.01)
 
 
-# -- pytest-benchmark ---------------------------------------------------------------------------------------------------------
+# -- pytest-benchmark ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cases of a machine without a CUDA device")

@@ -81,7 +81,7 @@ def one_line(printed: bytes, *words: str) -> None:
         assert word in text, text
 
 
-# -- outputs -------------------------------------------------------------------------------------
+# -- outputs -------------------------------------------------------------------------------------------------
 
 
 def output_lost(monkeypatch, kind: str, call: int):
@@ -200,7 +200,7 @@ def test_only_a_terminal_gets_escapes(folder, tmp_path, monkeypatch, capfdbinary
     assert capfdbinary.readouterr().out == whole[0] + b"\n"
 
 
-# -- inputs --------------------------------------------------------------------------------------
+# -- inputs --------------------------------------------------------------------------------------------------
 
 
 class Breaking(io.RawIOBase):
@@ -266,7 +266,7 @@ def test_a_process_without_standard_files(folder, tmp_path):
     one_line((tmp_path / "err").read_bytes(), "No space left")
 
 
-# -- sessions ------------------------------------------------------------------------------------
+# -- sessions ------------------------------------------------------------------------------------------------
 
 
 def test_links_are_followed_and_stay(folder, whole, tmp_path):
@@ -380,7 +380,7 @@ def test_where_there_are_no_locks_a_run_says_so_and_goes_on(folder, tmp_path, mo
 
 
 def test_reading_alone(folder, tmp_path, capfdbinary):
-    """--max-new-tokens 0: the text is read and kept, and a later run goes on writing after what follows."""
+    """--max-new-tokens 0: the text is read and kept, and a later run writes on after what follows."""
     session = tmp_path / "s"
     assert main(arguments(folder, "--max-new-tokens", 0, session=session)) == 0
     assert capfdbinary.readouterr() == (b"", b"") and hk.load_state(session).pos == [
@@ -417,7 +417,7 @@ def test_a_stop_is_found_across_an_interruption(folder, whole, tmp_path, monkeyp
     assert load_note(tmp_path / "s") is None
 
 
-# -- arguments -----------------------------------------------------------------------------------
+# -- arguments -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("more", "words"), [

@@ -34,7 +34,7 @@ def first_new(text: torch.Tensor, avoid: torch.Tensor) -> torch.Tensor:
     return text
 
 
-# -- the token a state has not read --------------------------------------------------------------
+# -- the token a state has not read --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_a_state_goes_on_after_what_its_listener_raised():
     assert heard + rest.tokens[0].tolist() == M.generate(PROMPT[:1], 9).tokens[0].tolist()
 
 
-# -- stop ----------------------------------------------------------------------------------------
+# -- stop ----------------------------------------------------------------------------------------------------
 
 
 def test_stop_is_text_bytes_or_token_ids():
@@ -188,7 +188,7 @@ def test_stop_is_text_bytes_or_token_ids():
     assert M.generate(PROMPT[:1], 40, temperature=1.0, seed=2, stop=[[new[3]], [new[9]]]).lengths[0] <= 4
 
 
-# -- drawing -------------------------------------------------------------------------------------
+# -- drawing -------------------------------------------------------------------------------------------------
 
 POSITIONS = range(400)
 
@@ -273,7 +273,7 @@ def test_a_row_draws_what_it_draws_in_any_company():
     assert torch.equal(alone.tokens, ragged.tokens[:1])
 
 
-# -- refusals ------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------
 
 ODD = [None, "a", b"a", [], {}, object(), 1.5, math.nan, -1, 10**400, True, np.float64("nan"), torch.zeros(2), 1j]
 

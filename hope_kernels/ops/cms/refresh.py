@@ -1,13 +1,14 @@
-"""cms_refresh: one optimizer step of one matrix of a CMS level, from a segment's factors, as a checked operator."""
+"""The step of one matrix of a CMS level, from a segment's factors, as a checked operator: ops.cms_refresh."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ...check import check_index, check_rows, check_tensor
 from ...config import CMSConfig
-from ..check import check_index, check_rows, check_tensor
-from . import level as chunked
+from ...state import master_dtype
+from .backends import resolve
 from .muon import muon_step_
 
 
@@ -30,17 +31,17 @@ def cms_refresh_(
     """theta <- theta - lr_l f(g), g_b = left_b^T right_b (+ total_b, which becomes zero), in place, for every
     row of a batch or ``rows``.
 
-    level: index, level 1 is 0.  weight: [B, r, c], fp32 (fp64 for fp64 factors).  left: [B, C, r], right: [B, C, c], the factors of a
-    segment of C tokens (errors at the matrix's outputs, its inputs).  moment: [B, r, c], needed by optimizer="momentum" (zeros at the
-    start).  total: [B, r, c], gradients of earlier segments of the period.  copy: [B, r, c], ``weight`` in the factors' dtype.
+    level: index, level 1 is 0.  weight: [B, r, c], fp32 (fp64 for fp64 factors).  left: [B, C, r],
+    right: [B, C, c], the factors of a segment of C tokens (errors at the matrix's outputs, its inputs).
+    moment: [B, r, c], needed by optimizer="momentum" (zeros at the start).  total: [B, r, c], gradients of
+    earlier segments of the period.  copy: [B, r, c], ``weight`` in the factors' dtype.
     f: gd g;  momentum m = mu m + g, f = m;  muon 0.2 sqrt(max(r, c)) newton_schulz(g).  lr = 0 changes nothing.
-    Raises ValueError for shapes, dtypes, rows, a missing moment, and a backend that cannot serve. Source: Nested Learning eq 71.
+    Raises ValueError for shapes, dtypes, rows, a missing moment, and an unknown backend.
+    Source: Nested Learning eq 71.
     """
-    from ...backend import resolve_cms
-
     name, sizes = "cms_refresh", check_tensor("cms_refresh", "weight", weight, ("B", "r", "c"))
     C = check_tensor(name, "left", left, (sizes["B"], "C", sizes["r"]), device=weight.device)["C"]
-    wide = chunked.master_dtype(left.dtype)
+    wide = master_dtype(left.dtype)
     check_tensor(name, "weight", weight, tuple(weight.shape), wide)
     check_tensor(name, "right", right, (sizes["B"], C, sizes["c"]), left.dtype, weight.device)
     for field, t, dtype in (("moment", moment, wide), ("total", total, wide), ("copy", copy, left.dtype)):
@@ -48,11 +49,10 @@ def cms_refresh_(
             check_tensor(name, field, t, tuple(weight.shape), dtype, weight.device)
     check_index(name, "level", level, config.num_levels)
     if (moment is None) == (config.optimizer == "momentum"):
-        raise ValueError(
-            f"{name}: argument moment is {'None' if moment is None else 'a tensor'} with optimizer={config.optimizer!r}"
-        )
+        given = "None" if moment is None else "a tensor"
+        raise ValueError(f"{name}: argument moment is {given} with optimizer={config.optimizer!r}")
     rows = list(range(sizes["B"])) if rows is None else sorted(set(check_rows(name, "rows", rows, sizes["B"])))
-    lr, ops = config.learning_rates[level], resolve_cms(config, left.dtype, left.device, backend, inner=True)
+    lr, ops = config.learning_rates[level], resolve(config, left.dtype, left.device, backend, inner=True)
     if lr == 0 or not rows:
         return
     if config.optimizer != "muon":

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...check import check_batch, check_counters, check_part
 from ...config import TitansConfig
-from ...state import Counters, State
-from ..check import check_batch, check_counters, check_part
+from ...state import Counters, State, master_dtype
 
 SCALARS = ("eta", "alpha")
 
@@ -70,7 +70,7 @@ class Layout:
         return self.hidden_rows + (len(self.scalars) if self.skip else 0)
 
     def shapes(self, *lead: int) -> FastWeights:
-        """Shapes of the stacked tensors behind ``lead`` dimensions, in place of tensors."""
+        """Shapes of the stacked tensors after ``lead`` dimensions, in place of tensors."""
         w1 = (*lead, len(self.full), self.D, self.N) if self.mlp and self.full else None
         w1s = (*lead, len(self.scalars), self.N) if self.mlp and self.scalars else None
         return FastWeights((*lead, self.rows, self.D), w1, w1s)
@@ -106,10 +106,6 @@ def on_device(lengths: list[int], device) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int64, device=device)
 
 
-def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @dataclass(eq=False)
 class TitansState(State):
     """What a batch of sequences has learned in one layer. C = max(chunk_memory, chunk_other); all tensors
@@ -137,7 +133,7 @@ class TitansState(State):
     conv_tail: Tensor | None
     count: Tensor | None = None
 
-    ACTIVATIONS = frozenset({"pending_k", "pending_v", "conv_tail"})
+    INPUT_DTYPE = frozenset({"pending_k", "pending_v", "conv_tail"})
 
     def __post_init__(self):
         if self.count is None:  # a new state, or one from a file written before there was a counter on the device
@@ -150,7 +146,7 @@ class TitansState(State):
         """``validate`` without a look at the host's counters."""
         master = torch.float32 if dtype is None else master_dtype(dtype)
         for name, shape in _shapes(self.config).items():
-            wanted = dtype if name in self.ACTIVATIONS else master
+            wanted = dtype if name in self.INPUT_DTYPE else master
             check_part(
                 where, name, getattr(self, name), None if shape is None else (self.batch, *shape), wanted, device
             )
@@ -161,8 +157,10 @@ class TitansState(State):
             check_counters(where, "pos", self.pos, self.batch, 0)
         self.check_tensors(where, dtype, device)
         if values and self.count.tolist() != self.pos:
-            raise ValueError(f"{where}: a TitansState with pos {list(self.pos)} and count {self.count.tolist()}, which must agree; after a "
-                             "kernel or a graph has advanced it alone, call state.synchronize()")
+            raise ValueError(
+                f"{where}: a TitansState with pos {list(self.pos)} and count {self.count.tolist()}, which must agree; "
+                "after a kernel or a graph has advanced it alone, call state.synchronize()"
+            )
 
     def advanced(self, lengths: list[int], **changes) -> TitansState:
         """The state with ``changes`` after row b has read ``lengths[b]`` more tokens."""
@@ -186,7 +184,7 @@ class TitansState(State):
 
 @cache
 def _shapes(config: TitansConfig) -> dict[str, tuple[int, ...] | None]:
-    """Of a TitansState's tensors behind the batch; None: the configuration has none."""
+    """Of a TitansState's tensors after the batch dimension; None: the configuration has none."""
     H, D, C, W = config.num_heads, config.head_dim, max(config.chunk_memory, config.chunk_other), config.conv_window
     fast = Layout.of(config).shapes(H)
     found = dict(zip(("delta2", "delta1", "delta1s"), fast))

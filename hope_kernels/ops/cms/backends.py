@@ -1,0 +1,46 @@
+"""Who serves the CMS levels, in order of preference: modules with the functions of ``level.py``.
+
+Where a backend has none for a configuration, and for training, PyTorch serves.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from ...backend import BY_ALL, Entry, Request, choose, gradient
+from ...config import CMSConfig
+from ..shared import cpu_library, triton_library
+from . import cpp, level
+
+TRAINING = "training runs in PyTorch"
+
+
+def _cpp_unserved(request: Request) -> str | None:
+    return TRAINING if request.gradient == BY_ALL else cpp.unserved(request.config, request.dtype, request.device)
+
+
+def _triton(request: Request) -> ModuleType:
+    from .triton import operator
+
+    return operator
+
+
+def _triton_unserved(request: Request) -> str | None:
+    return TRAINING if request.gradient == BY_ALL else _triton(request).unserved(request.config, request.dtype, request.device)
+
+
+ENTRIES = (
+    Entry("cpp", lambda request: cpp, _cpp_unserved, cpu_library.unavailable, default=True),
+    Entry("triton", _triton, _triton_unserved, triton_library.unavailable, serves=("cuda",)),
+    Entry("chunked", lambda request: level, default=True, serves=("*",)),
+)
+
+
+def resolve(
+    config: CMSConfig, dtype: torch.dtype, device: torch.device, backend: str | None = None, inner: bool = False
+) -> ModuleType:
+    """The functions of the CMS levels. inner: for the pass that learns, which needs no gradient of the
+    parameters. Raises ValueError for an unknown backend."""
+    return choose("cms", ENTRIES, Request(config, dtype, device, gradient(inner)), backend)
