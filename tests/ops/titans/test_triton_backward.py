@@ -188,10 +188,10 @@ def test_reads_alone(options):
 def test_a_row_has_the_same_gradient_in_any_company():
     (config, w_init, inputs), call = opened(CONFIGS["default"])
     mixed = gradients(titans_triton_training, config, w_init, inputs, torch.float32, **call)
-    alone = {"before": rows_of(call["before"], [0]), "pos": [20], "lengths": [14]}
-    alone = gradients(titans_triton_training, config, w_init, rows_of(inputs, [0]), torch.float32, **alone)
-    for name in ("q", "x", *(f"state.{n}" for n in CARRIED if f"state.{n}" in alone)):
-        assert torch.equal(mixed[name][0], alone[name][0]), name
+    twins = {"before": rows_of(call["before"], [0, 0]), "pos": [20, 20], "lengths": [14, 14]}
+    even = gradients(titans_triton_training, config, w_init, rows_of(inputs, [0, 0]), torch.float32, **twins)
+    for name in ("q", "x", *(f"state.{n}" for n in CARRIED if f"state.{n}" in even)):
+        assert torch.equal(mixed[name][0], even[name][0]), name
 
 
 def test_without_a_gradient_it_is_the_forward():
