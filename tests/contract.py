@@ -64,31 +64,31 @@ class Backend:
     dtype: torch.dtype  # of calls that are compared with each other
     device: str = DEVICE
     tolerance: float = 0.0  # 0: such calls have the same bits, else they are equal up to this relative error
-    costly: bool = False  # a call takes seconds: one comparison says it
+    costly: bool = False  # a call takes seconds: nothing is compared twice
 
     # Streaming
-    cuts: list = field(default_factory=list)
-    steps: list = field(default_factory=list)
-    neighbours: list = field(default_factory=list)
-    reads: list = field(default_factory=list)  # of lengths[row] tokens a row has read, then all read the rest
+    cuts: list = field(default_factory=list)  # one call, that call cut at ``case.cuts``, rows of ``case.lengths``
+    steps: list = field(default_factory=list)  # one call, and token by token
+    neighbours: list = field(default_factory=list)  # rows of ``case.lengths``, with NaN after them and in row 0
+    reads: list = field(default_factory=list)  # rows that have read ``case.lengths`` tokens read the others
     empty: TitansConfig | None = None  # of the calls with nothing to read, and of lengths that no row can have
     # Accurate
     yardstick: list = field(default_factory=list)
-    keys: list = field(default_factory=list)
-    decays: list = field(default_factory=list)
+    keys: list = field(default_factory=list)  # of correlated tokens
+    decays: list = field(default_factory=list)  # with extreme ``case.alpha``, ``case.beta``, ``case.alpha_bias``
     # Partial
-    default: TitansConfig | None = None  # the layer whose default ``is_default`` speaks of
-    is_default: bool = False
+    default: TitansConfig | None = None  # a layer that is served
+    is_default: bool = False  # without the backend's name too
     refused: list = field(default_factory=list)  # (changes of ``default``, dtype, reason)
     # OnTheDevice
-    advances: list = field(default_factory=list)
+    advances: list = field(default_factory=list)  # two rows, token by token and in place, ``case.lengths`` of each
     operator: Callable | None = None
     arguments: Callable | None = None  # (config, w_init, inputs, state, pos, lengths, update) -> what operator() takes
     operands: list = field(default_factory=list)  # (config, update)
     compiled: TitansConfig | None = None
     models: list = field(default_factory=list)  # a HopeConfig each
-    replayed: list = field(default_factory=list)
-    repeated: list = field(default_factory=list)
+    replayed: list = field(default_factory=list)  # two rows, a CUDA graph of one token
+    repeated: list = field(default_factory=list)  # one call again and again
 
     def equal(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         if not self.tolerance:
@@ -323,8 +323,8 @@ class OnTheDevice(Contract):
     @pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
     @of("advances")
     def test_in_place_without_the_host(self, case, ragged):
-        """The device alone knows where the rows stand: positions on the host are wrong here, and nobody looks
-        at them."""
+        """The device alone knows where the rows stand: positions on the host are wrong here, and not looked
+        at."""
         lengths = case.lengths if ragged else (case.tokens,) * case.rows
         w_init, inputs, whole, end = self.streamed(case, lengths)
         state = self.init_state(case.config, w_init, case.rows)

@@ -27,10 +27,9 @@ def tiny(mixer="self_modifying", seed=0, cms=None, layers=2, **options) -> HopeF
     if mixer == "attention":
         options = {"num_heads": 2, "num_kv_heads": 1, **options}
     else:
-        options.setdefault("titans",
-                                                         TitansConfig.preset("titans" if mixer == "titans" else "default", d_model=8, num_heads=2,
-                                                         chunk_memory=4,
-                                                         chunk_other=2 if mixer == "self_modifying" else 4))
+        preset, other = ("titans", 4) if mixer == "titans" else ("default", 2)
+        titans = TitansConfig.preset(preset, d_model=8, num_heads=2, chunk_memory=4, chunk_other=other)
+        options.setdefault("titans", titans)
     model = HopeForCausalLM(HopeConfig(V, 8, layers, mixer=mixer, cms=cms, **options), dtype=torch.float64)
     with torch.no_grad():
         for p in model.parameters():

@@ -172,7 +172,8 @@ def test_surroundings_of_another_size_are_value_errors():
     heads, tail = x.unflatten(-1, (2, 8)), torch.zeros(2, 3, 16)
     for call in (
         lambda: conv_cpp.causal_conv(x, small, weight, [5, 5]), lambda: conv_cpp.causal_conv(x, tail, weight, [5]),
-        lambda: conv_cpp.causal_conv(x, tail, weight[:8], [5, 5]), lambda: conv_cpp.causal_conv(x, tail, weight, [5, 6]),
+        lambda: conv_cpp.causal_conv(x, tail, weight[:8], [5, 5]),
+        lambda: conv_cpp.causal_conv(x, tail, weight, [5, 6]),
         lambda: conv_cpp.causal_conv(meta, tail, weight, [5, 5]), lambda: conv_cpp.causal_conv_backward(x, weight[:8]),
         lambda: unit_cpp.unit(meta), lambda: unit_cpp.unit(x[..., :12]), lambda: unit_cpp.unit_backward(small, x),
         lambda: gate_cpp.output_gate(heads, small, None), lambda: gate_cpp.output_gate(heads, None, small),

@@ -14,7 +14,8 @@ from tools.build_cuda import host_compiler
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
-    pytest.mark.slow, pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}"),
+    pytest.mark.slow,
+    pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}"),
     pytest.mark.skipif(host_compiler() is None, reason="needs a C++ compiler"),
 ]
 

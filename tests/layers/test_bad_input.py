@@ -336,8 +336,9 @@ def test_command_reads_any_bytes_and_continues_its_session(tmp_path, capfdbinary
     model().save_pretrained(tmp_path / "m")
     (tmp_path / "book").write_bytes(bytes(range(256)) * 2 + b"\xff\xfe invalid \xc3")
     common = ("generate", "--model", str(tmp_path / "m"), "--session", str(tmp_path / "s"))
-    first = run(*common, "--prompt-file", str(tmp_path / "book"), "--max-new-tokens", "20")
-    assert first.returncode == 0 and len(first.stdout) >= 20 and b"wrote 20 bytes" in first.stderr
+    assert main([*common, "--prompt-file", str(tmp_path / "book"), "--max-new-tokens", "20"]) == 0
+    first = capfdbinary.readouterr()
+    assert len(first.out) >= 20 and b"wrote 20 bytes" in first.err
     second = run(*common, "--prompt-file", "-", "--max-new-tokens", "4", stdin=b"more")
     assert second.returncode == 0
 

@@ -84,9 +84,8 @@ def same(ours: HopeForCausalLM, wanted: HopeForCausalLM) -> None:
             with torch.no_grad():
                 whole, _ = model(tokens, learn=learn)
                 first, state = model(tokens[:, :13], learn=learn)
-                results.append(
-                    (whole, torch.cat([first, *(model(tokens[:, t : t + 1], state, learn=learn)[0] for t in range(13, 30))], 1))
-                )
+                single = [model(tokens[:, t : t + 1], state, learn=learn)[0] for t in range(13, 30)]
+                results.append((whole, torch.cat([first, *single], 1)))
         for a, b in zip(*results):
             assert relative(a, b) < 1e-12
     grads = []

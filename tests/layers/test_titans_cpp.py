@@ -92,8 +92,9 @@ def test_a_token_has_the_same_bits_in_any_company_and_for_any_number_of_threads(
 
     def everything(a, b, tail):
         y, after = conv_cpp.causal_conv(x[:, a:b], tail, weight, [b - a] * 2)
-        gates = gate_cpp.output_gate_backward(grad[:, a:b], heads(x[:, a:b]), gain, gate[:, a:b])
-        return y, unit_cpp.unit(heads(x[:, a:b])), gate_cpp.output_gate(heads(x[:, a:b]), gain, gate[:, a:b]), *gates, after
+        o, g = heads(x[:, a:b]), gate[:, a:b]
+        gates = gate_cpp.output_gate_backward(grad[:, a:b], o, gain, g)
+        return y, unit_cpp.unit(o), gate_cpp.output_gate(o, gain, g), *gates, after
 
     before = torch.get_num_threads()
     try:

@@ -22,8 +22,9 @@ def made(kind: str, dtype=torch.float32):
         return hk.ContinuumMemory(hk.CMSConfig(D, (4, 8), lr=0.02), dtype=dtype)
     mixer = "attention" if kind == "attention model" else "self_modifying"
     titans = None if mixer == "attention" else hk.TitansConfig(D, 2, chunk_memory=4, chunk_other=4)
-    return hk.HopeForCausalLM(hk.HopeConfig(V, D, 2, mixer, titans=titans, num_heads=2, window=6 if mixer == "attention" else None,
-                                            cms=hk.CMSConfig(D, (4, 8), lr=0.05)), dtype=dtype).eval()
+    window, cms = 6 if mixer == "attention" else None, hk.CMSConfig(D, (4, 8), lr=0.05)
+    config = hk.HopeConfig(V, D, 2, mixer, titans=titans, num_heads=2, window=window, cms=cms)
+    return hk.HopeForCausalLM(config, dtype=dtype).eval()
 
 
 def tokens(kind: str, B: int, T: int, dtype=torch.float32) -> torch.Tensor:

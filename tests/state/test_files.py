@@ -122,7 +122,7 @@ def test_what_killed_writers_left_is_swept_and_living_ones_are_not(tmp_path):
 
 @POSIX
 def test_many_writers_of_one_file(tmp_path):
-    """Every reader sees one whole version, and nobody takes another's temporary file for a dead one's."""
+    """Every reader sees one whole version, and no writer takes another's temporary file for a dead one's."""
     path, failures, stop = tmp_path / "s", [], time.monotonic() + 1.0
 
     def write(n: int) -> None:

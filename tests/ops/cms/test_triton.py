@@ -274,8 +274,8 @@ def test_outer_add(dtype):
 
 
 def test_a_refresh_does_not_see_masked_tokens_or_company():
-    """Zeros after the last token, and other rows, leave the bits; so do two updates of one row for two of
-    two rows."""
+    """Zeros after the last token, and other rows, leave the bits; so do two updates of one row each for one of
+    both rows."""
     left, right, weight = draw(2, 21, 40), draw(2, 21, 72, seed=1), draw(2, 40, 72, seed=2)
     want = weight.clone()
     kernels.refresh_(want, None, left, right, [0, 1], 0.1)

@@ -36,7 +36,8 @@ def test_two_chunks_equal_the_token_loop_and_the_chunked_backend(C, D, mult, cor
         for first in (0, C):
             x, q = inputs.x[0, first : first + C, h], inputs.q[0, first : first + C, h]
             ours, delta = chunk(base, delta, x, q, *biases, config.eta_scale)
-            tokens = [{"x": a.numpy(), "q": b.numpy(), "eta_bias": biases[0], "alpha_bias": biases[1]} for a, b in zip(x, q)]
+            fixed = {"eta_bias": biases[0], "alpha_bias": biases[1]}
+            tokens = [{"x": a.numpy(), "q": b.numpy(), **fixed} for a, b in zip(x, q)]
             init = {m: {n: t.numpy() for n, t in w._asdict().items()} for m, w in base.items()}
             exact = [reference.step(config, init, head, first + t, token) for t, token in enumerate(tokens)]
             assert relative(ours, torch.tensor(exact)) < 1e-11

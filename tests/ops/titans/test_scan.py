@@ -333,27 +333,33 @@ def test_diagnostics():
     assert repeated["max_S"] > report["max_S"] and repeated["clipped_share"] > 0
 
 
-@pytest.mark.parametrize("options", [
-    {}, pytest.param({"momentum": "learned", "adaptive_q": True, "chunk_other": 32}, marks=pytest.mark.slow),
+SHORT = {"chunk_memory": 8, "chunk_other": 8}
+BOTH = {"momentum": "learned", "adaptive_q": True, "chunk_other": 32}
+
+
+@pytest.mark.parametrize("options, tokens", [
+    # calls of 9, 11 and 20 tokens: their number is no constant of the graph, which takes three times as long
+    (SHORT, (9, 9, 9)), *(pytest.param(options, (9, 11, 20), marks=pytest.mark.slow) for options in ({}, BOTH)),
 ])
-def test_compiles_without_a_break(options):
+def test_compiles_without_a_break(options, tokens):
     """One graph for a call, with and without gradients, from nothing and from a state inside an open chunk;
     ragged too."""
     torch.manual_seed(0)
     layer, x = SelfModifyingTitans(TitansConfig(32, **options)), torch.randn(2, 20, 32)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    first, second, trained = tokens
     outputs = {}
     for form in (layer, compiled):
         with torch.no_grad():
-            y, state = form(x[:, :9], lengths=[9, 4], backend="chunked")
-            z, state = form(x[:, 9:], state, backend="chunked")
-        given = x.clone().requires_grad_()
+            y, state = form(x[:, :first], lengths=[first, 4], backend="chunked")
+            z, state = form(x[:, first : first + second], state, backend="chunked")
+        given = x[:, :trained].clone().requires_grad_()
         grads = torch.autograd.grad(
             form(given, backend="chunked")[0].square().sum(), [given, *layer.parameters()], allow_unused=True
         )
         outputs[form] = [y, z, *state.tensors(), *(g for g in grads if g is not None)]
-    assert list(state.pos) == [20, 15] and len(outputs[layer]) == len(outputs[compiled])
+    assert list(state.pos) == [first + second, 4 + second] and len(outputs[layer]) == len(outputs[compiled])
     for ours, want in zip(outputs[compiled], outputs[layer]):
         torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-6)
 

@@ -111,7 +111,7 @@ def opened(config, correlation=0.5):
     return (config, w_init, inputs), {"before": problem(config, 2, 20, correlation, seed=3)[1], **OPEN}
 
 
-# in other tests; the last has no switch of its own
+# judged in other tests; the last has no switch that another one lacks
 JUDGED_BELOW = ("default", "two clocks, silu", "nested_learning")
 
 
