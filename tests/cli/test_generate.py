@@ -81,7 +81,7 @@ def one_line(printed: bytes, *words: str) -> None:
         assert word in text, text
 
 
-# -- outputs ---------------------------------------------------------------------------------------------------------------------
+# -- outputs -------------------------------------------------------------------------------------------------
 
 
 def output_lost(monkeypatch, kind: str, call: int):
@@ -200,7 +200,7 @@ def test_only_a_terminal_gets_escapes(folder, tmp_path, monkeypatch, capfdbinary
     assert capfdbinary.readouterr().out == whole[0] + b"\n"
 
 
-# -- inputs ----------------------------------------------------------------------------------------------------------------------
+# -- inputs --------------------------------------------------------------------------------------------------
 
 
 class Breaking(io.RawIOBase):
@@ -265,7 +265,7 @@ def test_a_process_without_standard_files(folder, tmp_path):
     one_line((tmp_path / "err").read_bytes(), "No space left")
 
 
-# -- sessions --------------------------------------------------------------------------------------------------------------------
+# -- sessions ------------------------------------------------------------------------------------------------
 
 
 def test_links_are_followed_and_stay(folder, whole, tmp_path):
@@ -416,7 +416,7 @@ def test_a_stop_is_found_across_an_interruption(folder, whole, tmp_path, monkeyp
     assert load_note(tmp_path / "s") is None
 
 
-# -- arguments -------------------------------------------------------------------------------------------------------------------
+# -- arguments -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("more", "words"), [

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hope_kernels as hk
+from hope_kernels.engine import sampling
 from hope_kernels.engine.generation import read
 from hope_kernels.engine.sampling import draw, uniform
 
@@ -34,7 +35,7 @@ def first_new(text: torch.Tensor, avoid: torch.Tensor) -> torch.Tensor:
     return text
 
 
-# -- the token a state has not read ---------------------------------------------------------------------------------------------
+# -- the token a state has not read --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_a_state_goes_on_after_what_its_listener_raised():
     assert heard + rest.tokens[0].tolist() == M.generate(PROMPT[:1], 9).tokens[0].tolist()
 
 
-# -- stop -----------------------------------------------------------------------------------------------------------------------
+# -- stop ----------------------------------------------------------------------------------------------------
 
 
 def test_stop_is_text_bytes_or_token_ids():
@@ -188,7 +189,7 @@ def test_stop_is_text_bytes_or_token_ids():
     assert M.generate(PROMPT[:1], 40, temperature=1.0, seed=2, stop=[[new[3]], [new[9]]]).lengths[0] <= 4
 
 
-# -- drawing --------------------------------------------------------------------------------------------------------------------
+# -- drawing -------------------------------------------------------------------------------------------------
 
 POSITIONS = range(400)
 
@@ -241,7 +242,7 @@ def test_infinite_logits_and_none():
 def test_a_draw_has_a_mass_wherever_it_falls(monkeypatch):
     logits = torch.tensor([[-torch.inf, 0.0, -1e30, 0.0, -torch.inf]])
     for u, token in ((0.0, 1), (0.49, 1), (0.51, 3), (1 - 2.0**-53, 3)):
-        monkeypatch.setattr(hk.sampling, "uniform", lambda *_, u=u: u)
+        monkeypatch.setattr(sampling, "uniform", lambda *_, u=u: u)
         assert draw(logits, 1.0, None, None, 0, [0]).tolist() == [token]
         assert draw(logits.double() * 1e200, 1e200, 4, 1 - 1e-12, 0, [0]).tolist() == [token]
 
@@ -273,7 +274,7 @@ def test_a_row_draws_what_it_draws_in_any_company():
     assert torch.equal(alone.tokens, ragged.tokens[:1])
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------------
+# -- refusals ------------------------------------------------------------------------------------------------
 
 ODD = [None, "a", b"a", [], {}, object(), 1.5, math.nan, -1, 10**400, True, np.float64("nan"), torch.zeros(2), 1j]
 
