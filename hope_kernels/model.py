@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .config import HopeConfig
 from .engine.compiling import REASON, traced
-from .engine.generation import Generation, generate
+from .engine.generation import Generation, Source, generate
 from .engine.learning import read_learning, read_off
 from .engine.protocol import CMSWeights
 from .engine.unread import check_read_next, left
@@ -215,7 +215,7 @@ class HopeForCausalLM(nn.Module):
         return logits
 
     def generate(
-        self, ids: Tensor | None, max_new_tokens: int, state: ModelState | None = None, **options
+        self, ids: Tensor | Source | None, max_new_tokens: int, state: ModelState | None = None, **options: Any
     ) -> Generation:
         """Continues ``ids`` [B, T]; see :func:`hope_kernels.engine.generation.generate`."""
         return generate(self, ids, max_new_tokens, state, **options)

@@ -3,6 +3,8 @@ start from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tens
 
 
 @torch.no_grad()
-def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> None:
+def consolidate(layer, state: CMSState, row: int, levels: Sequence[int] | None) -> None:
     """The parameters of ``levels`` become what ``row`` has learned, and the row shares them; in place. Its
     accumulators and momentum stay, and rows that shared the old parameters keep them as weights of their
     own."""
@@ -39,9 +41,8 @@ def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> N
     draft = state.draft()
     for level in _learned(state, row, levels):
         learned = _in_force(layer, state, level, row)
-        cms_refresh.fold(
-            draft, layer.config, layer._matrices(level), level, [b for b in range(state.batch) if b != row]
-        )
+        others = [b for b in range(state.batch) if b != row]
+        cms_refresh.fold(draft, layer.config, layer._matrices(level), level, others)
         for name, value in learned.items():
             write_weight(f"{NAME}.consolidate", layer.levels[level], name, value)
         cms_refresh.share(draft, level, [row])
@@ -49,7 +50,7 @@ def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> N
 
 
 @torch.no_grad()
-def check_consolidation(layer, state: CMSState, row: int, levels: list[int] | None) -> None:
+def check_consolidation(layer, state: CMSState, row: int, levels: Sequence[int] | None) -> None:
     """Raises what ``consolidate`` would, and changes nothing."""
     levels = range(layer.config.num_levels) if levels is None else levels
     for level in levels:
@@ -60,7 +61,7 @@ def check_consolidation(layer, state: CMSState, row: int, levels: list[int] | No
                 write_weight(f"{NAME}.consolidate: levels[{level}]", layer.levels[level], name, value, keep=False)
 
 
-def _learned(state: CMSState, row: int, levels) -> list[int]:
+def _learned(state: CMSState, row: int, levels: Sequence[int]) -> list[int]:
     """Of ``levels``, those in which ``row`` has learned anything."""
     return [l for l in levels if state.own[l][row] or state.rank[l][row]]
 

@@ -62,6 +62,7 @@ def read_levels(
         for l in range(config.num_levels):
             x = level(l, x, True)
         return x
+    assert mix is not None
     if not learns:
         share = torch.softmax(mix.to(x.dtype), 0)
         # The shares sum to 1, so the residual of the mixture is x itself.
@@ -79,8 +80,8 @@ def cms_forward(
 ) -> Tensor:
     """All levels at fixed weights; differentiable on the chunked backend.
 
-    x: [B, T, d].  levels: level 1 first, in the dtype of x; a matrix is [rows, cols], [B, rows, cols] or a ``Matrix``.  mix: [K],
-    independent only.  ops: the backend's functions.  Returns [B, T, d].
+    x: [B, T, d].  levels: level 1 first, in the dtype of x; a matrix is [rows, cols], [B, rows, cols] or a
+    ``Matrix``.  mix: [K], independent only.  ops: the backend's functions.  Returns [B, T, d].
     Raises ValueError for a number of levels other than K, or the independent variant without ``mix``.
     Source: Nested Learning eq 72-74.
     """

@@ -1,9 +1,12 @@
 """The Continuum Memory System, one row and one token at a time, in fp64 NumPy: the definition every backend
 is tested against.
 
-    branch_l(x) = w_down sigma(w_up norm(x))  or  w_down (silu(w_gate norm(x)) * (w_up norm(x)));   MLP_l(x) = x + branch_l(x)
+    branch_l(x) = w_down sigma(w_up norm(x))  or  w_down (silu(w_gate norm(x)) * (w_up norm(x)))
+    MLP_l(x) = x + branch_l(x)
     sequential, nested: y = MLP_K(... MLP_1(x));   independent: y = sum_l softmax(mix)_l MLP_l(x)
-    refresh of level l at counts i = 0 mod C^(l):  theta <- theta - lr_l f(sum of dL_t/dtheta)      (Nested Learning eq 70-74)
+    refresh of level l at counts i = 0 mod C^(l):  theta <- theta - lr_l f(sum of dL_t/dtheta)
+
+(Nested Learning eq 70-74).
 
 Gradients are written out by hand; nothing here imports torch. Shapes: x, y [d]; up, gate [N, d]; down [d, N].
 """
@@ -79,16 +82,17 @@ def forward(x, levels, config: CMSConfig, mix=None, eps=NORM_EPS):
     """One token through all levels. Returns (y, pullback); pullback(dL/dy) = (dL/dx, [per level {name:
     dL/dmatrix}])."""
     if config.variant == "independent":
+        assert mix is not None
         p = np.exp(mix - np.max(mix))
         p = p / p.sum()
         pairs = [branch(x, level, config, eps) for level in levels]
         y = sum(p_l * (x + out) for p_l, (out, _) in zip(p, pairs))
 
-        def pullback(error):
+        def mixed_pullback(error):
             back = [pull(p_l * error) for p_l, (_, pull) in zip(p, pairs)]
             return error + sum(dx for dx, _ in back), [grads for _, grads in back]
 
-        return y, pullback
+        return y, mixed_pullback
 
     pulls = []
     for level in levels:

@@ -16,7 +16,8 @@ def cms_refresh(
     total: Tensor | None = None, rows: list[int] | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``cms_refresh_`` on copies: returns (weight, moment), new tensors; no argument is modified."""
-    weight, moment, total = (None if t is None else t.clone() for t in (weight, moment, total))
+    weight = weight.clone()
+    moment, total = (None if t is None else t.clone() for t in (moment, total))
     cms_refresh_(config, level, weight, left, right, moment=moment, total=total, rows=rows, backend=backend)
     return weight, moment
 
@@ -30,11 +31,13 @@ def cms_refresh_(
     """theta <- theta - lr_l f(g), g_b = left_b^T right_b (+ total_b, which becomes zero), in place, for every
     row of a batch or ``rows``.
 
-    level: index, level 1 is 0.  weight: [B, r, c], fp32 (fp64 for fp64 factors).  left: [B, C, r], right: [B, C, c], the factors of a
-    segment of C tokens (errors at the matrix's outputs, its inputs).  moment: [B, r, c], needed by optimizer="momentum" (zeros at the
-    start).  total: [B, r, c], gradients of earlier segments of the period.  copy: [B, r, c], ``weight`` in the factors' dtype.
+    level: index, level 1 is 0.  weight: [B, r, c], fp32 (fp64 for fp64 factors).  left: [B, C, r], right:
+    [B, C, c], the factors of a segment of C tokens (errors at the matrix's outputs, its inputs).  moment:
+    [B, r, c], needed by optimizer="momentum" (zeros at the start).  total: [B, r, c], gradients of earlier
+    segments of the period.  copy: [B, r, c], ``weight`` in the factors' dtype.  rows: None for all.
     f: gd g;  momentum m = mu m + g, f = m;  muon 0.2 sqrt(max(r, c)) newton_schulz(g).  lr = 0 changes nothing.
-    Raises ValueError for shapes, dtypes, rows, a missing moment, and a backend that cannot serve. Source: Nested Learning eq 71.
+    Raises ValueError for shapes, dtypes, rows, a missing moment, and a backend that cannot serve. Source:
+    Nested Learning eq 71.
     """
     from ...backend import resolve_cms
 
@@ -48,9 +51,8 @@ def cms_refresh_(
             check_tensor(name, field, t, tuple(weight.shape), dtype, weight.device)
     check_index(name, "level", level, config.num_levels)
     if (moment is None) == (config.optimizer == "momentum"):
-        raise ValueError(
-            f"{name}: argument moment is {'None' if moment is None else 'a tensor'} with optimizer={config.optimizer!r}"
-        )
+        given = "None" if moment is None else "a tensor"
+        raise ValueError(f"{name}: argument moment is {given} with optimizer={config.optimizer!r}")
     rows = list(range(sizes["B"])) if rows is None else sorted(set(check_rows(name, "rows", rows, sizes["B"])))
     lr, ops = config.learning_rates[level], resolve_cms(config, left.dtype, left.device, backend, inner=True)
     if lr == 0 or not rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,9 +149,8 @@ class CMSState(State):
         for b, (pos, seen, delivered) in enumerate(zip(self.pos, self.seen, self.delivered)):
             read = (pos - 1) % C1 + 1 if pos else 0  # of the segment that holds token pos - 1
             if not delivered <= seen <= read or seen and not tainted[b] and seen != read:
-                raise ValueError(
-                    f"{where}: state.seen is {seen} and state.delivered {delivered} for row {b}, {read} tokens into a segment"
-                )
+                raise ValueError(f"{where}: state.seen is {seen} and state.delivered {delivered} for row {b}, {read} "
+                                 "tokens into a segment")
             if not tainted[b] and (seen and self.inputs is None or delivered and self.errors is None):
                 raise ValueError(
                     f"{where}: row {b} of state has seen {seen} tokens and has no inputs, or no errors"
@@ -186,6 +186,7 @@ class CMSState(State):
 
     def writable(self, part: str, level: int) -> dict[str, Tensor]:
         """``weights``, ``grads``, ... of a level, for this draft to write into."""
+        assert self.private is not None
         held = getattr(self, part)[level]
         held = {n: self.private.writable(t) for n, t in held.items()}
         getattr(self, part)[level] = held
@@ -193,6 +194,7 @@ class CMSState(State):
 
     def put(self, part: str, level: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Freshly made tensors become that part of the level."""
+        assert self.private is not None
         getattr(self, part)[level] = {n: self.private.made(t) for n, t in tensors.items()}
         return getattr(self, part)[level]
 
@@ -200,11 +202,12 @@ class CMSState(State):
         """What ``row`` has learned in ``level``, taken out of the state: see
         ``ContinuumMemory.detach_level``. Raises ValueError for a state from a file that no layer has read
         yet."""
-        if self.owner is None:
+        layer: Any = self.owner
+        if layer is None:
             raise ValueError(
                 "CMSState.detach_level: the state has no layer yet; use layer.detach_level(state, level)"
             )
-        return self.owner.detach_level(self, level, row)
+        return layer.detach_level(self, level, row)
 
     def level_bytes(self, level: int) -> int:
         """Bytes of all rows' weights, copies, accumulators, momentum and pending factors of one level."""

@@ -83,7 +83,8 @@ def unit_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 def output_gate(o: Tensor, gain: Tensor | None, gate: Tensor | None) -> Tensor:
     """``output_gate_chunked``: rmsnorm_per_head(o) * gain * silu(gate), [B, T, d]; o [B, T, H, D]."""
-    o, gain, gate = (None if t is None else t.contiguous() for t in (o, gain, gate))
+    o = o.contiguous()
+    gain, gate = (None if t is None else t.contiguous() for t in (gain, gate))
     B, T, H, D = o.shape
     y = o.new_empty(B, T, H * D)
     every = B * T * H * D
@@ -95,7 +96,8 @@ def output_gate_backward(
     dy: Tensor, o: Tensor, gain: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """dL/do [B, T, H, D] and dL/dgate [B, T, d] of ``output_gate`` from dL/dy [B, T, d]."""
-    dy, o, gain, gate = (None if t is None else t.contiguous() for t in (dy, o, gain, gate))
+    dy, o = dy.contiguous(), o.contiguous()
+    gain, gate = (None if t is None else t.contiguous() for t in (gain, gate))
     B, T, H, D = o.shape
     do, dgate = torch.empty_like(o), None if gate is None else torch.empty_like(gate)
     every = B * T * H * D
