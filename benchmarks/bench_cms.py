@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from benchmarks import measure as m
 from benchmarks import studies
 from hope_kernels import CMSConfig, ContinuumMemory
-from hope_kernels.backend import resolve_cms
 from hope_kernels.ops import cms_forward, cms_refresh_
 from hope_kernels.ops.cms import pending as policy
+from hope_kernels.ops.cms.backends import resolve
 
 RESULT = m.ROOT / "benchmarks" / "results" / "cms.json"
 MU = 0.9
@@ -183,7 +183,7 @@ def stacked(levels: list[dict[str, Tensor]], x: Tensor) -> Tensor:
 
 def read_levels(case: Case, x: Tensor, levels: list[dict[str, Tensor]]) -> Tensor:
     """The call under test."""
-    return cms_forward(x, levels, case.config, ops=resolve_cms(case.config, x.dtype, x.device, case.backend))
+    return cms_forward(x, levels, case.config, ops=resolve(case.config, x.dtype, x.device, case.backend))
 
 
 @torch.no_grad()
@@ -328,7 +328,7 @@ def refresh(
 
 def newton_schulz(case: Case, grad: Tensor) -> Tensor:
     """The call under test: five steps for every matrix of [B, r, c] fp32."""
-    return resolve_cms(case.config, grad.dtype, grad.device, case.backend, inner=True).newton_schulz(grad)
+    return resolve(case.config, grad.dtype, grad.device, case.backend, inner=True).newton_schulz(grad)
 
 
 @torch.no_grad()
@@ -466,7 +466,7 @@ def measured(case: Case, device: str, ceilings: dict, **options) -> dict:
     """The case's record. Raises Unserved where its backend has no kernels for the levels here, which PyTorch
     would then serve."""
     dtype = torch.float32 if case.kind == "newton" else m.DTYPES[case.dtype]
-    ops = resolve_cms(case.config, dtype, torch.device(device), case.backend, inner=True)
+    ops = resolve(case.config, dtype, torch.device(device), case.backend, inner=True)
     if case.backend not in (None, "chunked", ops.__name__.rpartition(".")[2]):
         raise m.Unserved(f"cms: backend {case.backend!r} does not serve d {case.d}, {case.dtype} on {device}")
     return KINDS[case.kind](case, device, ceilings, **options)

@@ -30,8 +30,8 @@ from benchmarks import bench_titans
 from benchmarks import measure as m
 from benchmarks.peers import attended, installed, sdpa_backend
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans
-from hope_kernels.backend import resolve
 from hope_kernels.layers.attention import CausalAttention
+from hope_kernels.ops.titans.backends import resolve
 
 LEVELS = 2  # of a block's CMS: periods 512 and 4096, 4 d hidden units
 SKIP = ("pos", "count")  # of a state, what is no result
@@ -283,7 +283,7 @@ def measured(case: Case, device: str, ceilings: dict, **options) -> dict:
     if case.backend is not None:
         try:
             with torch.no_grad():
-                resolve("titans", case.titans, m.DTYPES[case.dtype], torch.device(device), case.backend)
+                resolve(case.titans, m.DTYPES[case.dtype], torch.device(device), case.backend)
         except ValueError as e:
             raise m.Unserved(str(e)) from None
     return (step if case.kind.endswith("step") else prefill)(case, device, ceilings, **options)

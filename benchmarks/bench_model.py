@@ -28,10 +28,9 @@ from torch import Tensor
 from benchmarks import measure as m
 from benchmarks import studies
 from hope_kernels import CMSConfig, Decoder, HopeConfig, HopeForCausalLM, TitansConfig
-from hope_kernels.backend import resolve
 from hope_kernels.cli.meter import PeakMemory
-from hope_kernels.engine.decoder import DEVICE_DECIDES
 from hope_kernels.engine.generation import read
+from hope_kernels.ops.titans.backends import DEVICE_DECIDES, resolve
 
 SPAN = 16384  # tokens between two looks at the clock
 BLOCKS = 14  # of "1.3B"
@@ -321,7 +320,7 @@ def measured(case: Case, device: str, ceilings: dict, **options) -> dict:
     config = random_config(case.model) or model_of(case, device).config
     try:
         with torch.no_grad():
-            resolve("titans", config.titans, m.DTYPES[case.dtype], torch.device(device), case.backend)
+            resolve(config.titans, m.DTYPES[case.dtype], torch.device(device), case.backend)
     except ValueError as e:
         raise m.Unserved(str(e)) from None
     return KINDS[case.kind](case, device, ceilings, **options)

@@ -17,7 +17,6 @@ import torch
 
 from benchmarks import measure as m
 from hope_kernels import TitansConfig
-from hope_kernels.backend import resolve
 from hope_kernels.ops import (
     FastWeights,
     Layout,
@@ -27,6 +26,7 @@ from hope_kernels.ops import (
     titans_chunk,
     titans_step,
 )
+from hope_kernels.ops.titans.backends import resolve
 
 STATE = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 
@@ -295,8 +295,8 @@ def grad(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
 def small_operator(kind: str, backend: str) -> Callable:
     """The convolution ("conv") or the output gate ("gate") of a backend; the CUDA one has those of Triton."""
     if backend == "cpp":
-        from hope_kernels.ops.shared.cpu_layer import causal_conv as conv
-        from hope_kernels.ops.shared.cpu_layer import output_gate as gate
+        from hope_kernels.ops.conv.cpp import causal_conv as conv
+        from hope_kernels.ops.output_gate.cpp import output_gate as gate
     elif backend == "chunked":
         from hope_kernels.ops.conv.forward import causal_conv_chunked as conv
         from hope_kernels.ops.output_gate.forward import output_gate_chunked as gate
@@ -360,7 +360,7 @@ def measured(case: Case, device: str, ceilings: dict, seconds: float) -> dict:
     """The case's record. Raises Unserved, with the reason, where its backend does not serve it here."""
     try:
         with torch.set_grad_enabled(case.kind == "grad"):
-            resolve("titans", case.config, m.DTYPES[case.dtype], torch.device(device), case.backend)
+            resolve(case.config, m.DTYPES[case.dtype], torch.device(device), case.backend)
     except ValueError as e:
         raise m.Unserved(str(e)) from None
     return KINDS[case.kind](case, device, ceilings, seconds=seconds)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from .check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
 from .config import HopeConfig
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, Source, generate
@@ -32,7 +33,6 @@ from .layers.cms_consolidate import check_consolidation, consolidate
 from .layers.recording import check_recorded, check_whole
 from .layers.wrapped import placement, project, token_vectors
 from .model_state import MixerState, ModelState
-from .ops.check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
 from .ops.cms.level import Level
 from .ops.cms.state import CMSState
 from .state import Counters

@@ -10,9 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .check import check_counters, check_part
 from .layers.attention import AttentionState
 from .layers.block import Block
-from .ops.check import check_counters, check_part
 from .ops.cms.state import CMSState
 from .ops.titans.state import TitansState
 from .state import Counters, State

@@ -29,15 +29,19 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
 
+from .check import check_rows, check_state
+from .counters import KINDS, Counters
 from .identity import Checksum, checksum, matches
-from .ops.check import check_rows, check_state
+from .state_file import save_state
 
 _names: dict[type, tuple[str, ...]] = {}  # of the fields that a state's value consists of: every call walks them
 _guard = threading.Lock()  # of every state's ``_users``, for the moment in which it changes
 
 
-class Counters(list):
-    """One int per row, kept on the host: advancing a state never asks the device."""
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of what a sequence learns (deviations, its own weights, accumulators, momentum), for an input of
+    ``dtype``: fp32, or fp64 where that is fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def expanded(t: Tensor) -> bool:
@@ -116,11 +120,11 @@ class State:
 
     # Tensors in the dtype of the layer's input; all others are masters: fp32, or fp64 when the input is fp64.
     ACTIVATIONS = frozenset()
-    kinds = {}  # every kind of state by its name in files
+    kinds = KINDS
     _users = 0  # calls that read this state now; -1: one that advances it
 
     def __init_subclass__(cls) -> None:
-        State.kinds[cls.__name__] = cls
+        KINDS[cls.__name__] = cls
 
     @property
     def batch(self) -> int:
@@ -275,7 +279,7 @@ class State:
             device, dtype = None, device
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"{type(self).__name__}.to: argument dtype is {dtype!r}, expected a floating dtype")
-        master = None if dtype is None else torch.float64 if dtype == torch.float64 else torch.float32
+        master = None if dtype is None else master_dtype(dtype)
 
         def cast(name: str, value: Any) -> Any:
             want = dtype if name in self.ACTIVATIONS else master
@@ -417,6 +421,4 @@ class State:
         for ``load_note``.
         Raises ValueError for a path that is no regular file, OSError, and then leaves an existing file as it
         was."""
-        from .state_file import save_state
-
         save_state(self, path, note)

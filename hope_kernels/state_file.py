@@ -19,7 +19,7 @@ import json
 import os
 import stat
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load as _tensors_of
@@ -27,9 +27,12 @@ from safetensors.torch import save as _safetensors_bytes
 from torch import Tensor
 
 from .config import CMSConfig, HopeConfig, TitansConfig
+from .counters import KINDS, Counters
 from .files import write_atomically
 from .identity import checksum
-from .state import Counters, State
+
+if TYPE_CHECKING:
+    from .state import State
 
 FORMAT = "hope_kernels.state"
 VERSION = 1
@@ -71,7 +74,7 @@ def load_state(path: str | os.PathLike, device: torch.device | str = "cpu") -> S
         if "sha256" in meta and meta["sha256"] != _digest(meta, tensors):
             raise ValueError("its contents do not have the SHA-256 they were written with")
         state = _rebuild(json.loads(meta["tree"]), tensors)
-        if not isinstance(state, State):
+        if not isinstance(state, tuple(KINDS.values())):
             raise ValueError(f"it holds a {type(state).__name__}")
         if tensors:
             raise ValueError(f"it holds tensors that belong to nothing: {sorted(tensors)[:3]}")
@@ -145,7 +148,7 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"counters": list(value)}
     if isinstance(value, tuple(_CONFIGS.values())):
         return {"config": type(value).__name__, "fields": value.to_dict()}
-    if isinstance(value, State):
+    if isinstance(value, tuple(KINDS.values())):
         items = [("config", value.config), *value.compact()._fields()]
         return {
             "state": type(value).__name__, "fields": {n: _describe(v, f"{name}.{n}", tensors) for n, v in items}
@@ -168,7 +171,7 @@ def _rebuild(node: dict, tensors: dict[str, Tensor]) -> Any:
     if "config" in node:
         return _CONFIGS[node["config"]].from_dict(node["fields"])
     if "state" in node:
-        return State.kinds[node["state"]](**{k: _rebuild(v, tensors) for k, v in node["fields"].items()})
+        return KINDS[node["state"]](**{k: _rebuild(v, tensors) for k, v in node["fields"].items()})
     if "list" in node:
         return [_rebuild(v, tensors) for v in node["list"]]
     if "dict" in node:

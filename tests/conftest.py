@@ -26,9 +26,9 @@ if not torch.cuda.is_available():
 
 # the C++ library to test instead of the installed one: tools/sanitize.sh has one
 if os.environ.get("HOPE_KERNELS_TEST_LIBRARY"):
-    from hope_kernels.ops.titans import cpp
+    from hope_kernels.ops.shared import cpu_library
 
-    cpp.LIBRARY = os.environ["HOPE_KERNELS_TEST_LIBRARY"]
+    cpu_library.LIBRARY = os.environ["HOPE_KERNELS_TEST_LIBRARY"]
 
 # Every @given test runs twice: on draws that are always the same, and on a tenth as many that are new in
 # every run (CI: the same ones).

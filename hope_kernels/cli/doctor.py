@@ -14,7 +14,7 @@ from ..backend import available_backends
 from ..config import TitansConfig
 from ..layers.titans import SelfModifyingTitans
 from ..model import bundled_models
-from ..ops.titans import cpp
+from ..ops.shared import cpu_library
 
 
 def versions() -> dict[str, str]:
@@ -50,7 +50,7 @@ def self_checks() -> list[tuple[str, float, float]]:
     with torch.no_grad():
         exact, _ = layer(x, backend="reference")
         found = [("chunked against reference, fp64", difference(layer(x, backend="chunked")[0], exact), 1e-12)]
-        if cpp.unavailable() is None:
+        if cpu_library.unavailable() is None:
             single = copy.deepcopy(layer).float()
             found.append(
                 ("cpp against reference, fp32", difference(single(x.float(), backend="cpp")[0], exact), 1e-4)

@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..check import check_tensor
 from ..config import TitansConfig
 from ..layers.wrapped import effective_weight, is_hooked, placement, write_weight
-from ..ops.check import check_tensor
-from ..ops.titans.commit import clock_terms, products, write
+from ..ops.titans.commit import products, shared_terms, write
 from ..ops.titans.evaluate import read
-from ..ops.titans.state import FastWeights, Layout, master_dtype
+from ..ops.titans.state import FastWeights, Layout
+from ..state import master_dtype
 
 NAMES = ("k", "v", "q", "eta", "alpha", "memory")
 
@@ -330,9 +331,9 @@ class _Group:
         beta = torch.full_like(eta, momentum) if isinstance(momentum, float) else None
         if not constant_targets:
             return self._commit_both_sides(k, v, eta, alpha, beta)
-        clock = clock_terms(self.config, k, eta, alpha, beta, eta_outside=True)
+        shared = shared_terms(self.config, k, eta, alpha, beta, eta_outside=True)
         self.w, self.s = write(
-            self.config, self.layout, self.w, self.w, self.s, clock, v, self.dtype, in_place=True
+            self.config, self.layout, self.w, self.w, self.s, shared, v, self.dtype, in_place=True
         )
 
     def _commit_both_sides(

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..backend import DEVICE_DECIDES, resolve, resolve_cms
 from ..layers.wrapped import placement
 from ..model_state import MixerState, ModelState
+from ..ops.cms import backends as cms
 from ..ops.cms import cpp as compiled
+from ..ops.titans.backends import DEVICE_DECIDES, resolve
 from ..ops.titans.scan import titans_chunk
 from ..state import Counters
 from .protocol import Model
@@ -33,9 +34,9 @@ def traced(model: Model, ids: Tensor, state: ModelState | None, learn: str, back
         return False
     if backend in DEVICE_DECIDES:
         return True
-    if config.mixer != "attention" and resolve("titans", config.titans, dtype, device, backend) is not titans_chunk:
+    if config.mixer != "attention" and resolve(config.titans, dtype, device, backend) is not titans_chunk:
         return False
-    if any([c is not None and resolve_cms(c, dtype, device, backend) is compiled for c in config.block_cms]):
+    if any([c is not None and cms.resolve(c, dtype, device, backend) is compiled for c in config.block_cms]):
         return False
     return state is None or (config.mixer != "attention" and _at_a_boundary(model, state))
 

@@ -19,13 +19,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..backend import DEVICE_DECIDES
+from ..check import check_tensor
 from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState, advance, advance_off
-from ..ops.check import check_tensor
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.state import CMSState
+from ..ops.titans.backends import DEVICE_DECIDES
 from ..state import Counters, expanded
 from . import segments
 from .protocol import Model

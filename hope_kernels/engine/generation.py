@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..check import check_lengths, check_state, check_tensor
 from ..layers.wrapped import placement
 from ..model_state import ModelState
-from ..ops.check import check_lengths, check_state, check_tensor
 from . import unread as unread_token
 from .decoder import Decoder
 from .protocol import Model

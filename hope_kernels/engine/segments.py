@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import resolve_cms
 from ..layers.cms import Inner
 from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState
-from ..ops.cms.level import master_dtype
-from ..state import Counters
+from ..ops.cms import backends as cms_backends
+from ..state import Counters, master_dtype
 from .protocol import Model
 
 
@@ -107,7 +106,8 @@ def learn_segment(
             if cms is None or block.cms is None:
                 inner.append(Inner(anchor, None, among))
                 continue
-            ops = resolve_cms(cms.config, placement(model.embed).dtype, ids.device, backend, inner=True)
+            dtype = placement(model.embed).dtype
+            ops = cms_backends.resolve(cms.config, dtype, ids.device, backend, inner=True)
             inner.append(Inner(anchor, block.cms.sink(cms, learners, counts, ops, among), among))
         h, mixers = model.run(model.embed(ids).detach(), mixers, state.cms, lengths, backend, inner)
         logits = model.logits(h, lengths)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..check import check_batch, check_counters, check_lengths, check_part, check_state, check_tensor, check_values
 from ..config import HopeConfig
-from ..ops.check import check_batch, check_counters, check_lengths, check_part, check_state, check_tensor, check_values
-from ..state import Counters, State
+from ..state import Counters, State, master_dtype
 from .autocast import in_own_dtype
 from .recording import check_recorded
 from .wrapped import placement, project
@@ -257,7 +257,7 @@ class CausalAttention(nn.Module):
 
     def _rotation(self, pos: list[int], T: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, 1, D/2] (or [1, ...] for rows at one position), in fp32 (fp64 for fp64)."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = master_dtype(x.dtype)
         starts = [pos[0]] if len(set(pos)) == 1 else pos
         at = torch.tensor(starts, dtype=torch.long, device=x.device).unsqueeze(1) + torch.arange(T, device=x.device)
         # angles in fp64 unless asked otherwise: in fp32 they would lose the fraction at positions past a million

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backend import resolve_cms
+from ..check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..config import CMSConfig
-from ..ops.check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..ops.cms import learning as cms_refresh
+from ..ops.cms.backends import resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
-from ..ops.cms.level import Factors, Level, master_dtype
+from ..ops.cms.level import Factors, Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
 from ..ops.cms.schedule import learning_levels, matrices
 from ..ops.cms.state import CMSState
-from ..state import Counters
+from ..state import Counters, master_dtype
 from . import cms_consolidate
 from .autocast import in_own_dtype
 from .cms_level import CMSLevel
@@ -178,7 +178,7 @@ class ContinuumMemory(nn.Module):
                 f"{where}: argument state is None, expected the state that read the tokens of these errors"
             )
         state = self._admitted(where, state, error)
-        ops = resolve_cms(self.config, error.dtype, error.device, backend, inner=True)
+        ops = resolve(self.config, error.dtype, error.device, backend, inner=True)
         if not self.learns:
             return state.clone() if torch.is_grad_enabled() else state
         for b, n in enumerate(lengths):
@@ -362,7 +362,7 @@ class ContinuumMemory(nn.Module):
         self, x: Tensor, state: CMSState | list[Level], backend: str | None, inner: Inner | None = None
     ) -> Tensor:
         """x through all levels, in the pass that learns if there is an ``inner``."""
-        ops = resolve_cms(self.config, x.dtype, x.device, backend, inner is not None)
+        ops = resolve(self.config, x.dtype, x.device, backend, inner is not None)
         # nothing up to here learns: no graph, no backward
         if inner is not None and not x.requires_grad and not self.learns:
             with torch.no_grad():

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.check import check_index, check_state
+from ..check import check_index, check_state
 from ..ops.cms import learning as cms_refresh
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.schedule import matrices
 from ..ops.cms.state import CMSState
+from ..state import master_dtype
 from .cms_level import CMSLevel
 from .wrapped import write_weight
 
@@ -68,7 +69,7 @@ def _learned(state: CMSState, row: int, levels: Sequence[int]) -> list[int]:
 
 def _in_force(layer, state: CMSState, level: int, row: int) -> dict[str, Tensor]:
     """[rows, cols] per matrix, in the master dtype."""
-    now = layer.effective_levels(state.select([row]), cms_refresh.master_dtype(layer._like.dtype))[level]
+    now = layer.effective_levels(state.select([row]), master_dtype(layer._like.dtype))[level]
     return {n: Matrix.of(now[n]).dense(1)[0].clone() for n in matrices(layer.config)}
 
 

@@ -3,23 +3,30 @@ update rule."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..backend import resolve, resolve_conv_and_gate
+from ..backend import BY_ALL, NO_GRADIENT, Call, choose
+from ..check import check_lengths, check_state, check_tensor, check_values
 from ..config import TitansConfig
 from ..identity import checksum
-from ..ops.check import check_lengths, check_state, check_tensor, check_values
-from ..ops.titans.cpp import titans_cpp
-from ..ops.titans.evaluate import l2norm
-from ..ops.titans.scan import Stats, TokenInputs, eta_gate
+from ..ops.conv.backends import ENTRIES as CONV
+from ..ops.output_gate.backends import ENTRIES as OUTPUT_GATE
+from ..ops.shared.pullback import Pullback
+from ..ops.titans.backends import resolve
+from ..ops.titans.inputs import Stats, TokenInputs
+from ..ops.titans.scan import eta_gate
 from ..ops.titans.state import FastWeights, Layout, TitansState, init_titans_state
+from ..ops.unit.backends import ENTRIES as UNIT
+from ..ops.unit.forward import l2norm
 from .autocast import in_own_dtype
 from .recording import check_recorded, check_whole
-from .titans_cpp import scan_cpp
+from .titans_pullback import pullback
 from .wrapped import is_plain, project
 from .zero_gradient import with_zero_gradient
 
@@ -177,35 +184,52 @@ class SelfModifyingTitans(nn.Module):
         learning model). Gradients by parameters are not promised.
         """
         c = self.config
-        compute = resolve("titans", c, x.dtype, x.device, backend, constant_memory)
-        if compute is titans_cpp and stats is None and all(
-            [m is None or is_plain(m) for m in self._modules.values()]
-        ):
-            return scan_cpp(self, x, state, lengths, update)
-        causal_conv, output_gate = resolve_conv_and_gate(c, backend)
+        compute = resolve(c, x.dtype, x.device, backend, constant_memory)
+        # without an autograd graph: the gradient by x, where one is asked for, is taken by formulas
+        by_formulas = hasattr(compute, "with_pullback") and stats is None and self._is_plain()
+        if by_formulas and torch.compiler.is_compiling():
+            return _untraced(
+                self, x, state, lengths, update=update, backend=backend, constant_memory=constant_memory
+            )
+        call = Call(c, x.dtype, x.device, NO_GRADIENT if by_formulas else BY_ALL)
+        causal_conv, unit, output_gate = surroundings(call, backend)
+        given, wanted = x, by_formulas and torch.is_grad_enabled() and x.requires_grad
         n, real = self._real(lengths, x)
-        if real is not None:
-            x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward
-        u, tail = (x, None) if self.conv is None else causal_conv(x, state.conv_tail, self.conv, n)
-        if self.in_proj is not None:
-            u = project(self.in_proj, u)
-        o, new = compute(
-            c, self.w_init, self._inputs(u), state, lengths, update=update, constant_memory=constant_memory,
-            stats=stats
-        )
-        y = output_gate(o, self.norm_gain, None if self.gate_proj is None else project(self.gate_proj, x))
-        if self.out_proj is not None:
-            y = project(self.out_proj, y)
-        if real is not None:
-            y = torch.where(real, y, 0.0)
+        with torch.no_grad() if by_formulas else contextlib.nullcontext():
+            if real is not None:
+                x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward
+            u, tail = (x, None) if self.conv is None else causal_conv(x, state.conv_tail, self.conv, n)
+            if self.in_proj is not None:
+                u = project(self.in_proj, u)
+            raw = None if self.q_proj is None else self._heads(project(self.q_proj, u))
+            inputs = self._inputs(u, raw if raw is None or not c.qk_l2norm else unit(raw))
+            if wanted:
+                o, new, by_q = compute.with_pullback(c, self.w_init, inputs, state, lengths, update=update)
+            else:
+                o, new = compute(
+                    c, self.w_init, inputs, state, lengths, update=update, constant_memory=constant_memory,
+                    stats=stats,
+                )
+            gate = None if self.gate_proj is None else project(self.gate_proj, x)
+            y = output_gate(o, self.norm_gain, gate)
+            if self.out_proj is not None:
+                y = project(self.out_proj, y)
+            if real is not None:
+                y = torch.where(real, y, 0.0)
+        if wanted:
+            y = Pullback.apply(given, y, pullback(self, real, raw, o, gate, by_q))
         if torch.is_grad_enabled() and not constant_memory and not (update and self._needs_all(state.pos, lengths)):
             y = with_zero_gradient(y, self.parameters())
         if not update:
             return y, state
-        if not constant_memory:
+        if by_formulas or not constant_memory:
             return y, replace(new, conv_tail=tail)
         # a tail of its own: the graph may need the tensor that this one is a view of
         return y, replace(new, conv_tail=None if tail is None else tail.clone()).constant()
+
+    def _is_plain(self) -> bool:
+        """Whether every projection is what its weight says, so that formulas may take the weight for it."""
+        return all([m is None or is_plain(m) for m in self._modules.values()])
 
     def _needs_all(self, pos: list[int], lengths: list[int]) -> bool:
         """Whether every parameter has a part in y: if any token is read after a chunk of M_memory that this
@@ -231,12 +255,9 @@ class SelfModifyingTitans(nn.Module):
     def _inputs(self, u: Tensor, q: Tensor | None = None) -> TokenInputs:
         """What the memories get of u [B, T, d]; q [B, T, H, D]: the queries, where they are known already."""
         c, heads = self.config, self._heads
-
-        def unit(t: Tensor) -> Tensor:
-            return l2norm(t) if c.qk_l2norm else t
-
         if q is None and not c.adaptive_q:
-            q = unit(heads(project(self.q_proj, u)))
+            q = heads(project(self.q_proj, u))
+            q = l2norm(q) if c.qk_l2norm else q
         beta = None
         if c.momentum == "learned":
             beta = torch.sigmoid(project(self.beta_proj, u) + self.beta_bias)
@@ -247,7 +268,7 @@ class SelfModifyingTitans(nn.Module):
         eta = eta_gate(project(self.eta_proj, u), self.eta_bias, c)
         alpha = torch.sigmoid(project(self.alpha_proj, u) + self.alpha_bias) if c.retention else None
         k, v = heads(project(self.k_proj, u)), heads(project(self.v_proj, u))
-        return TokenInputs(q, k=unit(k), v=v, eta=eta, alpha=alpha, beta=beta)
+        return TokenInputs(q, k=l2norm(k) if c.qk_l2norm else k, v=v, eta=eta, alpha=alpha, beta=beta)
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, state: TitansState | None = None) -> dict:
@@ -290,6 +311,17 @@ class SelfModifyingTitans(nn.Module):
         if alphas:
             decay = torch.cat(alphas, 1).double().log().mean(1).unflatten(0, (-1, H)).mean(0)
         return [float(h) for h in math.log(0.5) / decay]
+
+
+def surroundings(call: Call, backend: str | None) -> tuple[Callable, Callable, Callable]:
+    """What the layer computes around its memories: convolution, unit vectors, output gate."""
+    return (
+        choose("conv", CONV, call, backend), choose("unit", UNIT, call, backend),
+        choose("output_gate", OUTPUT_GATE, call, backend),
+    )
+
+
+_untraced = torch.compiler.disable(SelfModifyingTitans.scan, reason="a call through ctypes")
 
 
 def initial_alpha_bias(config: TitansConfig) -> list[float]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..ops.titans.cpp import Pullback
+from ..ops.shared.pullback import Pullback
 from .cms_level import CMSLevel
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import resolve
+from ..check import check_lengths, check_state, check_tensor
 from ..config import TitansConfig
 from ..state import expanded
-from .check import check_lengths, check_state, check_tensor
 from .cms.chain import cms_forward, cms_gradients
 from .cms.refresh import cms_refresh, cms_refresh_
-from .titans.scan import TokenInputs
+from .titans.backends import DEVICE_DECIDES, IN_PLACE, resolve
+from .titans.inputs import TokenInputs
 from .titans.state import FastWeights, Layout, TitansState, init_titans_state
 
 __all__ = [
@@ -48,7 +48,7 @@ def titans_chunk(
         state = init_titans_state(config, w_init, B, given.device, given.dtype)
     check_state(name, state, TitansState, config, B)
     state.validate(name, given.dtype, given.device, values=given.device.type == "cpu")
-    o, new = resolve("titans", config, given.dtype, given.device, backend)(
+    o, new = resolve(config, given.dtype, given.device, backend)(
         config, w_init, inputs, state, lengths, update=update
     )
     if any(n < T for n in lengths):
@@ -114,13 +114,9 @@ def titans_advance_(
         raise ValueError(
             f"{name}: argument state has an expanded tensor, which cannot be written in place; pass state.clone()"
         )
-    if backend not in ("triton", "cuda"):
-        raise ValueError(f"{name}: argument backend is {backend!r}, expected 'triton' or 'cuda'")
-    resolve("titans", config, given.dtype, given.device, backend)  # raises where it cannot serve
-    if backend == "cuda":
-        from .titans.cuda import titans_advance_ as advance_
-    else:
-        from .titans.triton.operator import titans_advance_ as advance_
+    if backend not in DEVICE_DECIDES:
+        raise ValueError(f"{name}: argument backend is {backend!r}, expected {' or '.join(map(repr, DEVICE_DECIDES))}")
+    advance_ = resolve(config, given.dtype, given.device, backend, entries=IN_PLACE)
     return advance_(config, w_init, inputs, state, lengths, update=update)
 
 

@@ -26,7 +26,7 @@ def small(tmp_path_factory):
     return folder
 
 
-# -- texts and models ---------------------------------------------------------------------------------------------------------
+# -- texts and models ----------------------------------------------------------------------------------------
 
 
 def test_excerpts_are_disjoint_and_a_shorter_one_starts_the_longer_one():
@@ -75,7 +75,7 @@ def test_a_study_keeps_its_cases_and_refuses_those_of_another_setting(tmp_path):
         studies.Study(path, "what", {"seed": 2, "texts": {"a": "b"}})
 
 
-# -- rates --------------------------------------------------------------------------------------------------------------------
+# -- rates ---------------------------------------------------------------------------------------------------
 
 
 def searched(curve, optimizer="gd") -> dict[float, float]:
@@ -177,7 +177,7 @@ def test_rates_command_runs_resumes_and_ends(small, tmp_path, capsys):
     assert capsys.readouterr().out == bench_rates.table(again) + "\n"
 
 
-# -- continual ----------------------------------------------------------------------------------------------------------------
+# -- continual -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def test_kept_is_a_share_of_the_gain():
     assert bench_continual.kept(stages | {"after_B": [1.0, None]}) is None
 
 
-# -- measurements -------------------------------------------------------------------------------------------------------------
+# -- measurements --------------------------------------------------------------------------------------------
 
 
 def run(case: Case, **options) -> dict:

@@ -40,7 +40,7 @@ def written(folder: Path, **sections: dict) -> Path:
     return folder
 
 
-# -- goals --------------------------------------------------------------------------------------------------------------------
+# -- goals ---------------------------------------------------------------------------------------------------
 
 
 def test_a_verdict_says_by_what_factor():
@@ -107,7 +107,7 @@ def test_goals_of_the_cpu_from_known_files(tmp_path):
         (0.5, "missed by 1.20x", True), (6.4, "missed by 2.00x", False), (100.0, "met", True)]
 
 
-# -- ages ---------------------------------------------------------------------------------------------------------------------
+# -- ages ----------------------------------------------------------------------------------------------------
 
 
 def imports(name: str, root: Path) -> set[str]:
@@ -138,7 +138,7 @@ def imports(name: str, root: Path) -> set[str]:
 ])
 def test_a_kernel_s_imports_are_among_its_sources(case, file):
     # what is asked and checked, not computed
-    outside = {f"hope_kernels/{n}.py" for n in ("config", "state", "identity", "backend", "ops/check")}
+    outside = {f"hope_kernels/{n}.py" for n in ("config", "state", "identity", "backend", "check")}
     if case["kind"] == "prefill":  # TokenInputs is declared there
         outside |= {f"hope_kernels/ops/titans/{n}.py" for n in ("chunked", "memory")}
     named = set(sources.files(case))
@@ -181,7 +181,7 @@ def test_results_older_than_their_kernel_or_of_unknown_age_are_named(tmp_path):
     assert report.dirty(tmp_path) == ["cpu.json", "learning.json", "recall.json"]
 
 
-# -- documents ----------------------------------------------------------------------------------------------------------------
+# -- documents -----------------------------------------------------------------------------------------------
 
 
 def test_committed_documents_are_what_the_results_give():
@@ -285,7 +285,7 @@ def test_a_gpu_s_results_enter_documents_and_plots(tmp_path):
     assert "abc, 2026-01-01" in charts["roofline-some-gpu.svg"].caption
 
 
-# -- slower, wrong ------------------------------------------------------------------------------------------------------------
+# -- slower, wrong -------------------------------------------------------------------------------------------
 
 
 def test_changes_beyond_the_spread_are_told():
@@ -366,7 +366,7 @@ def test_a_wrong_kernel_gets_no_speed(before, tmp_path, monkeypatch, capsys):
     assert report.main(["--check", "--against", str(before), str(after)]) == 1
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------------------
+# -- pictures ------------------------------------------------------------------------------------------------
 
 
 def test_charts_are_xml_with_their_points_where_they_belong():

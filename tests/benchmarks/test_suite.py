@@ -41,7 +41,7 @@ def test_ceilings_beside_a_case_are_looked_for_twice_and_the_better_counts(monke
     ) == 2 * 256**3 / 2e9 and found.get("copy") == 8 * 2**20 / 1e6 and found.get("matmul bf16") is None
 
 
-# -- layers -------------------------------------------------------------------------------------------------------------------
+# -- layers --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,7 +105,7 @@ def test_every_plan_names_its_cases_once():
     assert {"layer C64 D64 N256 H32 B1 T32768 bf16 cuda", "fla layer C64 D64 N256 H32 B1 T32768 bf16 fla"} <= names
 
 
-# -- models -------------------------------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------------------
 
 
 def model(kind: str, name: str, T: int = 0, **more) -> bench_model.Case:
@@ -163,7 +163,7 @@ def test_the_large_model_has_the_size_its_name_says():
     assert 1.25e9 < sum(p.numel() for p in net.parameters()) < 1.35e9
 
 
-# -- peers --------------------------------------------------------------------------------------------------------------------
+# -- peers ---------------------------------------------------------------------------------------------------
 
 
 def test_torch_s_attention_is_checked_before_it_is_timed(monkeypatch):
@@ -211,7 +211,7 @@ def test_peers_that_are_not_installed_are_said_to_be_missing():
                 peer(case, "cpu", {}, 0.01)
 
 
-# -- pytest-benchmark ---------------------------------------------------------------------------------------------------------
+# -- pytest-benchmark ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cases of a machine without a CUDA device")

@@ -11,12 +11,15 @@ from problems import part, problem, run, same, single
 from hope_kernels import TitansConfig
 from hope_kernels.ops import TokenInputs
 from hope_kernels.ops.cms import cpp as cms
-from hope_kernels.ops.shared import cpu_layer as cpu
+from hope_kernels.ops.conv import cpp as conv_cpp
+from hope_kernels.ops.output_gate import cpp as gate_cpp
+from hope_kernels.ops.shared import cpu_library
 from hope_kernels.ops.titans import cpp
 from hope_kernels.ops.titans.cpp import titans_cpp, titans_cpp_gradient
 from hope_kernels.ops.titans.state import FastWeights, init_titans_state
+from hope_kernels.ops.unit import cpp as unit_cpp
 
-pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"cpp: {cpp.unavailable()}")
+pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
 BAD_ARGUMENT = 2  # csrc/cpu/check.h
 CONFIGS = [
@@ -56,7 +59,7 @@ class Refusing:
         self.tried = tried
 
     def __getattr__(self, function):
-        real = getattr(cpp._library(), function)
+        real = getattr(cpu_library._library(), function)
 
         def call(reference):
             right = reference._obj
@@ -91,6 +94,14 @@ def test_the_library_refuses_a_call_before_it_writes(config, gradient, monkeypat
     assert torch.equal(o, again) and same(new, other) and torch.equal(dq, dq2)  # refused calls have written nothing
 
 
+FUNCTIONS = {
+    "conv": conv_cpp._forward, "conv_backward": conv_cpp._backward, "unit": unit_cpp._forward,
+    "unit_backward": unit_cpp._backward, "output_gate": gate_cpp._forward,
+    "output_gate_backward": gate_cpp._backward, "cms_gelu": cms._gelu_forward,
+    "cms_norm_backward": cms._norm_backward,
+}
+
+
 @pytest.mark.parametrize("name, right, wrong", [
     ("conv", (2, 5, 16, 4, 1, 1, 1, 1, 1, 1, 1),
         [(-1,), (2, -1), (2, 5, 12), (2, 5, 0), (2, 5, 16, 0), (2, 5, 16, 4, 0), (2, FAR)]),
@@ -106,7 +117,7 @@ def test_the_library_refuses_a_call_before_it_writes(config, gradient, monkeypat
 ])
 def test_what_surrounds_the_memories_is_refused_as_well(name, right, wrong):
     """``right``: sizes, then addresses, which a refused call does not follow."""
-    function = cms._function(name.removeprefix("cms_")) if name.startswith("cms_") else cpu._function(name)
+    function = FUNCTIONS[name].bound()
     for changes in wrong:
         assert function(*changes, *right[len(changes) :]) == BAD_ARGUMENT, changes
     first = next(i for i, kind in enumerate(function.argtypes) if kind is ctypes.c_void_p)
@@ -160,12 +171,12 @@ def test_surroundings_of_another_size_are_value_errors():
     )
     heads, tail = x.unflatten(-1, (2, 8)), torch.zeros(2, 3, 16)
     for call in (
-        lambda: cpu.causal_conv(x, small, weight, [5, 5]), lambda: cpu.causal_conv(x, tail, weight, [5]),
-        lambda: cpu.causal_conv(x, tail, weight[:8], [5, 5]), lambda: cpu.causal_conv(x, tail, weight, [5, 6]),
-        lambda: cpu.causal_conv(meta, tail, weight, [5, 5]), lambda: cpu.causal_conv_backward(x, weight[:8]),
-        lambda: cpu.unit(meta), lambda: cpu.unit(x[..., :12]), lambda: cpu.unit_backward(small, x),
-        lambda: cpu.output_gate(heads, small, None), lambda: cpu.output_gate(heads, None, small),
-        lambda: cpu.output_gate_backward(small, heads, None, None), lambda: cms._gelu(x, small, None),
+        lambda: conv_cpp.causal_conv(x, small, weight, [5, 5]), lambda: conv_cpp.causal_conv(x, tail, weight, [5]),
+        lambda: conv_cpp.causal_conv(x, tail, weight[:8], [5, 5]), lambda: conv_cpp.causal_conv(x, tail, weight, [5, 6]),
+        lambda: conv_cpp.causal_conv(meta, tail, weight, [5, 5]), lambda: conv_cpp.causal_conv_backward(x, weight[:8]),
+        lambda: unit_cpp.unit(meta), lambda: unit_cpp.unit(x[..., :12]), lambda: unit_cpp.unit_backward(small, x),
+        lambda: gate_cpp.output_gate(heads, small, None), lambda: gate_cpp.output_gate(heads, None, small),
+        lambda: gate_cpp.output_gate_backward(small, heads, None, None), lambda: cms._gelu(x, small, None),
         lambda: cms._gelu(x, x.clone(), small),
     ):
         with pytest.raises(ValueError, match="cpp"):
@@ -226,7 +237,7 @@ def test_the_gate_of_a_layer_at_every_size():
     z = torch.tensor(SIZES_OF_Z + [-v for v in SIZES_OF_Z])
     z = torch.cat([z, torch.zeros(-len(z) % 8)]).view(1, -1, 1, 8)
     one, wide = torch.ones_like(z), z.flatten(2).double().requires_grad_()
-    y, (_, dgate) = cpu.output_gate(one, None, z.flatten(2)), cpu.output_gate_backward(
+    y, (_, dgate) = gate_cpp.output_gate(one, None, z.flatten(2)), gate_cpp.output_gate_backward(
         one.flatten(2), one, None, z.flatten(2)
     )
     exact = wide * torch.sigmoid(wide)

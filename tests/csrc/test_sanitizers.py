@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from hope_kernels.ops.titans import cpp
+from hope_kernels.ops.shared import cpu_library
 from tools.build_cuda import host_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
-    pytest.mark.slow, pytest.mark.skipif(cpp.unavailable() is not None, reason=f"cpp: {cpp.unavailable()}"),
+    pytest.mark.slow, pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}"),
     pytest.mark.skipif(host_compiler() is None, reason="needs a C++ compiler"),
 ]
 

@@ -11,7 +11,7 @@ from numerics import relative
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig
-from hope_kernels.ops.titans import cpp
+from hope_kernels.ops.shared import cpu_library
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 V, SEGMENT = 32, 4
@@ -80,8 +80,8 @@ def test_calls_inside_a_chunk_are_not_traced():
     "backend, learn", [("cpp", "off"), ("cpp", "next_token"), ("chunked", "next_token"), ("reference", "off")]
 )
 def test_what_is_not_traced_compiles_nothing(backend, learn, edges):
-    if backend == "cpp" and cpp.unavailable():
-        pytest.skip(cpp.unavailable())
+    if backend == "cpp" and cpu_library.unavailable():
+        pytest.skip(cpu_library.unavailable())
     model = build()
     form, count = compiled(model)
     with torch.no_grad():
@@ -130,8 +130,8 @@ def test_wrong_ids_and_states_are_refused_as_in_eager_mode():
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_a_layer_on_the_compiled_backend(tokens):
-    if cpp.unavailable():
-        pytest.skip(cpp.unavailable())
+    if cpu_library.unavailable():
+        pytest.skip(cpu_library.unavailable())
     torch.manual_seed(0)
     layer, x = SelfModifyingTitans(
         TitansConfig(16, 2, chunk_memory=4, chunk_other=4)

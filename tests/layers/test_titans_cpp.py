@@ -6,13 +6,17 @@ import torch
 from numerics import random_layer, within_yardstick
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+from hope_kernels.backend import BY_INPUTS, Call
+from hope_kernels.ops.conv import cpp as conv_cpp
 from hope_kernels.ops.conv.forward import causal_conv_chunked
+from hope_kernels.ops.output_gate import cpp as gate_cpp
 from hope_kernels.ops.output_gate.forward import output_gate_chunked
-from hope_kernels.ops.shared import cpu_layer as cpu
-from hope_kernels.ops.titans import cpp
-from hope_kernels.ops.titans.evaluate import l2norm
+from hope_kernels.ops.shared import cpu_library
+from hope_kernels.ops.titans.cpp import unserved
+from hope_kernels.ops.unit import cpp as unit_cpp
+from hope_kernels.ops.unit.forward import l2norm
 
-pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"cpp: {cpp.unavailable()}")
+pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
 
 def draw(*shape, seed=0):
@@ -41,8 +45,8 @@ def test_convolution(W, lengths):
     grad = draw(3, 13, 24, seed=3) * real.unsqueeze(-1)
     counts = torch.tensor(lengths)
     poisoned = torch.where(real.unsqueeze(-1), x.float(), float("nan"))
-    y, after = cpu.causal_conv(poisoned, tail.float(), weight.float(), lengths)
-    dx = cpu.causal_conv_backward(grad.float(), weight.float())
+    y, after = conv_cpp.causal_conv(poisoned, tail.float(), weight.float(), lengths)
+    dx = conv_cpp.causal_conv_backward(grad.float(), weight.float())
     # behind a row's length PyTorch's gradient is zero and ours is what the outputs before it say: nothing
     compare((y, dx), lambda t: causal_conv_chunked(t, tail.to(t.dtype), weight.to(t.dtype), counts)[0], grad, x)
     assert torch.equal(after, causal_conv_chunked(x.float(), tail.float(), weight.float(), counts)[1])
@@ -51,12 +55,12 @@ def test_convolution(W, lengths):
 @pytest.mark.parametrize("D", [8, 24, 64])
 def test_unit_vectors(D):
     x, grad = draw(2, 7, 3, D), draw(2, 7, 3, D, seed=1)
-    compare((cpu.unit(x.float()), cpu.unit_backward(grad.float(), x.float())), l2norm, grad, x)
+    compare((unit_cpp.unit(x.float()), unit_cpp.unit_backward(grad.float(), x.float())), l2norm, grad, x)
     small = 1e-9 * x  # below the lower limit of the norm
-    compare((cpu.unit(small.float()), cpu.unit_backward(grad.float(), small.float())), l2norm, grad, small)
+    compare((unit_cpp.unit(small.float()), unit_cpp.unit_backward(grad.float(), small.float())), l2norm, grad, small)
     zero = torch.zeros(1, D)
-    assert torch.equal(cpu.unit(zero), zero) and torch.allclose(
-        cpu.unit_backward(torch.ones(1, D), zero), torch.full((1, D), 1e6)
+    assert torch.equal(unit_cpp.unit(zero), zero) and torch.allclose(
+        unit_cpp.unit_backward(torch.ones(1, D), zero), torch.full((1, D), 1e6)
     )
 
 
@@ -69,8 +73,8 @@ def test_output_gate(has_gain, has_gate, D):
     ), draw(3, D, seed=2), draw(2, 5, 3 * D, seed=3)
     gain, gates = gain if has_gain else None, [gate] if has_gate else []
     arguments = [o.float(), gain.float() if has_gain else None, gate.float() if has_gate else None]
-    do, dgate = cpu.output_gate_backward(grad.float(), *arguments)
-    ours = (cpu.output_gate(*arguments), do, *([dgate] if has_gate else []))
+    do, dgate = gate_cpp.output_gate_backward(grad.float(), *arguments)
+    ours = (gate_cpp.output_gate(*arguments), do, *([dgate] if has_gate else []))
     assert has_gate or dgate is None
     compare(
         ours, lambda o, *gate: output_gate_chunked(o, None if gain is None else gain.to(o.dtype),
@@ -87,9 +91,9 @@ def test_a_token_has_the_same_bits_in_any_company_and_for_any_number_of_threads(
     heads = lambda t: t.unflatten(-1, (4, 16))
 
     def everything(a, b, tail):
-        y, after = cpu.causal_conv(x[:, a:b], tail, weight, [b - a] * 2)
-        gates = cpu.output_gate_backward(grad[:, a:b], heads(x[:, a:b]), gain, gate[:, a:b])
-        return y, cpu.unit(heads(x[:, a:b])), cpu.output_gate(heads(x[:, a:b]), gain, gate[:, a:b]), *gates, after
+        y, after = conv_cpp.causal_conv(x[:, a:b], tail, weight, [b - a] * 2)
+        gates = gate_cpp.output_gate_backward(grad[:, a:b], heads(x[:, a:b]), gain, gate[:, a:b])
+        return y, unit_cpp.unit(heads(x[:, a:b])), gate_cpp.output_gate(heads(x[:, a:b]), gain, gate[:, a:b]), *gates, after
 
     before = torch.get_num_threads()
     try:
@@ -158,7 +162,7 @@ def test_the_library_is_never_handed_another_dtype():
             with pytest.raises(ValueError, match="has dtype"):
                 one(ids, state.to(dtype))
         with torch.autocast("cpu", torch.bfloat16):
-            assert "autocast" in cpp.unserved(config, torch.float32, torch.device("cpu"))
+            assert "autocast" in unserved(Call(config, torch.float32, torch.device("cpu"), BY_INPUTS))
             assert torch.equal(one(ids, backend="cpp")[0], want)  # a model computes in the dtype of its weights
             x = torch.randn(1, 4, 16)
             with pytest.raises(ValueError, match="autocast"):

@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig, available_backends
-from hope_kernels.backend import resolve_cms, resolve_conv_and_gate
+from hope_kernels.backend import BY_ALL, Call
+from hope_kernels.layers.titans import surroundings
 from hope_kernels.ops.cms import level as cms_chunked
+from hope_kernels.ops.cms.backends import resolve as resolve_cms
 from hope_kernels.ops.conv.forward import causal_conv_chunked
 from hope_kernels.ops.output_gate.forward import output_gate_chunked
+from hope_kernels.ops.unit.forward import l2norm
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -36,12 +39,12 @@ def test_one_choice_picks_all():
     assert resolve_cms(cms, *at, "triton") is cms_chunked and resolve_cms(
         cms, *at, "triton", inner=True
     ) is cms_triton
-    assert resolve_conv_and_gate(config, "triton") == (causal_conv_triton, output_gate_triton)
+    call = Call(config, *at, BY_ALL)
+    assert surroundings(call, "triton") == (causal_conv_triton, l2norm, output_gate_triton)
     for backend in (None, "chunked", "cpp", "reference"):
-        assert resolve_conv_and_gate(config, backend) == (causal_conv_chunked, output_gate_chunked)
-    assert resolve_conv_and_gate(
-        TitansConfig(64, conv_window=9), "triton"
-    ) == (causal_conv_chunked, output_gate_triton)
+        assert surroundings(call, backend) == (causal_conv_chunked, l2norm, output_gate_chunked)
+    wide = call._replace(config=TitansConfig(64, conv_window=9))
+    assert surroundings(wide, "triton") == (causal_conv_chunked, l2norm, output_gate_triton)
 
 
 @pytest.mark.parametrize("options", [
@@ -54,8 +57,8 @@ def test_the_layer_equals_itself_with_the_pytorch_forms(options, monkeypatch):
     with torch.no_grad():
         y, state = layer(x, lengths=[7, 0], backend="triton")
         second, state = layer(x[:, :3], state, backend="triton")
-        pytorch = (causal_conv_chunked, output_gate_chunked)
-        monkeypatch.setattr("hope_kernels.layers.titans.resolve_conv_and_gate", lambda config, backend: pytorch)
+        pytorch = (causal_conv_chunked, l2norm, output_gate_chunked)
+        monkeypatch.setattr("hope_kernels.layers.titans.surroundings", lambda call, backend: pytorch)
         want, want_state = layer(x, lengths=[7, 0], backend="triton")
         want_second, want_state = layer(x[:, :3], want_state, backend="triton")
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
@@ -85,7 +88,7 @@ def test_gradients_reach_every_parameter_and_padding_none(monkeypatch):
     parameters = {n: p for n, p in layer.named_parameters()}
 
     def gradients(pair, x):
-        monkeypatch.setattr("hope_kernels.layers.titans.resolve_conv_and_gate", lambda config, backend: pair)
+        monkeypatch.setattr("hope_kernels.layers.titans.surroundings", lambda call, backend: pair)
         x = x.clone().requires_grad_()
         y, new = layer.scan(x, state, [18, 5], backend="chunked")
         found = torch.autograd.grad(
@@ -93,9 +96,9 @@ def test_gradients_reach_every_parameter_and_padding_none(monkeypatch):
         )
         return dict(zip(("x", "conv_tail", *parameters), found))
 
-    want = gradients((causal_conv_chunked, output_gate_chunked), x)
+    want = gradients((causal_conv_chunked, l2norm, output_gate_chunked), x)
     x[1, 5:] = float("nan")
-    ours = gradients((causal_conv_triton, output_gate_triton), x)
+    ours = gradients((causal_conv_triton, l2norm, output_gate_triton), x)
     for name, t in ours.items():
         torch.testing.assert_close(
             t, want[name], rtol=1e-4, atol=1e-5 * float(want[name].abs().max()), msg=lambda m, n=name: f"{n}: {m}"

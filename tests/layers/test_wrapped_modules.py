@@ -21,10 +21,10 @@ from hope_kernels import (
 from hope_kernels.compat import nested_learning as compat
 from hope_kernels.layers.attention import CausalAttention
 from hope_kernels.layers.wrapped import is_plain, project
-from hope_kernels.ops.titans import cpp
+from hope_kernels.ops.shared import cpu_library
 
 BACKENDS = [
-    None, "chunked", pytest.param("cpp", marks=pytest.mark.skipif(cpp.unavailable() is not None,
+    None, "chunked", pytest.param("cpp", marks=pytest.mark.skipif(cpu_library.unavailable() is not None,
             reason="cpp not built"))
 ]
 D, VOCAB = 16, 32
@@ -270,7 +270,7 @@ def test_training_through_wrapped_projections_has_the_gradient_of_merged_weights
 @pytest.mark.parametrize("kind", LINEARS)
 def test_the_gradient_of_reads_passes_through_wrapped_projections(kind, static):
     """Of one layer on the C++ backend, against the graph of merged weights on the chunked one."""
-    if cpp.unavailable() is not None:
+    if cpu_library.unavailable() is not None:
         pytest.skip("cpp not built")
     config = TitansConfig.preset("titans", d_model=D, num_heads=2, momentum=None) if static else TitansConfig(D, 2)
     torch.manual_seed(0)
@@ -332,7 +332,7 @@ def test_wrapped_models_learn_in_inference_mode(kind):
             assert_same(*(m(part, s, learn="next_token") for m, s in zip((wrapped, plain), states)))
 
 
-@pytest.mark.skipif(cpp.unavailable() is not None, reason="cpp not built")
+@pytest.mark.skipif(cpu_library.unavailable() is not None, reason="cpp not built")
 def test_hooks_for_all_modules_are_seen():
     model, seen = small(), []
     with torch.no_grad():

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ...config import CMSConfig
+from ...state import master_dtype
 from . import level as chunked
-from .level import Factors, Level, master_dtype
+from .level import Factors, Level
 from .matrix import Matrix
 from .schedule import learning_levels, matrices
 

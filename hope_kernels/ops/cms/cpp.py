@@ -8,8 +8,6 @@ forward kept. SwiGLU levels stay PyTorch's: they come from models whose every bi
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,17 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import CMSConfig
-from ..titans.cpp import address, check_outcome, library, unavailable
+from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
 from . import level as chunked
 from .level import Factors, Level, newton_schulz, outer_add_, refresh_
 from .matrix import times, times_transposed
 
 __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "unserved"]
 
-_SIZE, _POINTER, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-_ARGUMENTS = {
-    "gelu": [_SIZE] * 2 + [_POINTER] * 3, "norm_backward": [_SIZE] * 3 + [_REAL] + [_POINTER] * 5,
-}
+_gelu_forward = Function("hope_cms_gelu", "cms gelu", *[SIZE] * 2, *[POINTER] * 3)
+_norm_backward = Function("hope_cms_norm_backward", "cms norm_backward", *[SIZE] * 3, REAL, *[POINTER] * 5)
 
 
 class Saved(NamedTuple):
@@ -49,7 +45,7 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
         return f'serves mlp="gelu", not "{config.mlp}"'
     if config.d_model % 8 or config.hidden % 8:
         return f"serves widths and hidden widths that are multiples of 8, not {config.d_model} and {config.hidden}"
-    return unavailable()
+    return None
 
 
 def level_forward(
@@ -86,22 +82,11 @@ def level_backward(
     )
     dx, every, d = torch.empty_like(x), x.numel(), x.shape[-1]
     tensors = ((x, every), (gain, d), (dn, every), (given, every), (dx, every))
-    _call("norm_backward", every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))
+    _norm_backward(every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))
     return dx, factors
 
 
 def _gelu(z: Tensor, a: Tensor, slope: Tensor | None) -> None:
     """a becomes sigma(z), slope sigma'(z)."""
     count = z.numel()
-    _call("gelu", count, torch.get_num_threads(), *(address(t, count) for t in (z, a, slope)))
-
-
-@cache
-def _function(name: str):
-    function = getattr(library(), f"hope_cms_{name}")
-    function.argtypes, function.restype = _ARGUMENTS[name], ctypes.c_int
-    return function
-
-
-def _call(name: str, *arguments: int | float | None) -> None:
-    check_outcome(_function(name)(*arguments), f"cms {name}")
+    _gelu_forward(count, torch.get_num_threads(), *(address(t, count) for t in (z, a, slope)))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...config import CMSConfig
+from ...state import master_dtype
 from . import level as chunked
-from .level import Factors, master_dtype
+from .level import Factors
 from .muon import muon_step_
 from .schedule import due, matrices
 from .state import CMSState

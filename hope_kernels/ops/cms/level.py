@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import CMSConfig
+from ...state import master_dtype
 from .matrix import times, times_transposed
 
 # The quintic of torch.optim.Muon (Jordan et al. 2024): slope 3.4445 at zero, singular values end in about
@@ -98,11 +99,6 @@ def norm_backward(dn: Tensor, x: Tensor, gain: Tensor, norm: str, eps: float) ->
     scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     x = x * scale
     return ((g - x * (g * x).mean(-1, keepdim=True)) * scale).to(dtype)
-
-
-def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of weights per sequence, accumulators and momentum for an input of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def outer_add_(

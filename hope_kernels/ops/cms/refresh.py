@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...check import check_index, check_rows, check_tensor
 from ...config import CMSConfig
-from ..check import check_index, check_rows, check_tensor
-from . import level as chunked
+from ...state import master_dtype
+from .backends import resolve
 from .muon import muon_step_
 
 
@@ -39,11 +40,9 @@ def cms_refresh_(
     Raises ValueError for shapes, dtypes, rows, a missing moment, and a backend that cannot serve. Source:
     Nested Learning eq 71.
     """
-    from ...backend import resolve_cms
-
     name, sizes = "cms_refresh", check_tensor("cms_refresh", "weight", weight, ("B", "r", "c"))
     C = check_tensor(name, "left", left, (sizes["B"], "C", sizes["r"]), device=weight.device)["C"]
-    wide = chunked.master_dtype(left.dtype)
+    wide = master_dtype(left.dtype)
     check_tensor(name, "weight", weight, tuple(weight.shape), wide)
     check_tensor(name, "right", right, (sizes["B"], C, sizes["c"]), left.dtype, weight.device)
     for field, t, dtype in (("moment", moment, wide), ("total", total, wide), ("copy", copy, left.dtype)):
@@ -54,7 +53,7 @@ def cms_refresh_(
         given = "None" if moment is None else "a tensor"
         raise ValueError(f"{name}: argument moment is {given} with optimizer={config.optimizer!r}")
     rows = list(range(sizes["B"])) if rows is None else sorted(set(check_rows(name, "rows", rows, sizes["B"])))
-    lr, ops = config.learning_rates[level], resolve_cms(config, left.dtype, left.device, backend, inner=True)
+    lr, ops = config.learning_rates[level], resolve(config, left.dtype, left.device, backend, inner=True)
     if lr == 0 or not rows:
         return
     if config.optimizer != "muon":

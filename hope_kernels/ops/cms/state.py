@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...check import check_counters, check_part
 from ...config import CMSConfig
-from ...state import Counters, State
-from ..check import check_counters, check_part
-from .level import master_dtype
+from ...state import Counters, State, master_dtype
 from .schedule import matrices
 
 _LISTS = ("weights", "copies", "grads", "moments", "left", "right")

@@ -19,8 +19,8 @@ gamma[t-1,0]) Kg, and the update has rank C:
 
 README.md derives it.
 
-Tokens are columns (evaluate.py), so every weight update is (rows, C) times (C, columns). One chunk of one head is small: on a CPU the number of operator
-calls is much of the cost, and the code spends none that a view saves.
+Tokens are columns (evaluate.py), so every weight update is (rows, C) times (C, columns). One chunk of one head
+is small: on a CPU the number of operator calls is much of the cost, and the code spends none that a view saves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from ...config import TitansConfig
-from .evaluate import activate_backward, add_gemm, gemm, l2norm, read
+from ..unit.forward import l2norm
+from .evaluate import activate_backward, add_gemm, gemm, read
 from .state import FastWeights, Layout
 
 
@@ -57,27 +58,27 @@ def products(x: Tensor) -> Tensor:
     return torch.cat([first.expand(x.shape[0], -1, -1), body], 1)
 
 
-class Clock(NamedTuple):
-    """What one clock's chunk has in common for all its memories; [G, C] or [G, C, D] unless said otherwise."""
+class Shared(NamedTuple):
+    """What all memories of one clock share in a chunk; [G, C] or [G, C, D] unless said otherwise."""
 
-    keys: Tensor
+    k: Tensor
     eta: Tensor
     gram2: Tensor | None  # (k_t.k_s)^2 [G, C, C], for the step clip
-    gamma_end: Tensor  # gamma_C [G, 1, 1]
-    step_end: Tensor  # A[C, t]
-    carry: Tensor | None  # gamma[t-1, 0], with DGD and without momentum: delta2 k joins d, at the keys Kg
-    Kt: Tensor | None  # with DGD and momentum, where it has keys of its own
+    decay_chunk: Tensor  # gamma[C,0] [G, 1, 1]
+    arrival_after: Tensor  # A[C,t]; without momentum decay_after, gamma[C,t]
+    decay_before: Tensor | None  # gamma[t-1,0], with DGD and without momentum: delta2 k joins d, at the keys Kg
+    Kt: Tensor | None  # with DGD and momentum, where what is erased has keys of its own
     Ks: Tensor | None  # None without DGD or momentum
     Kg: Tensor
-    c_end: Tensor | None  # c_C [G, 1, 1]; this and the rest only with momentum
-    beta_end: Tensor | None  # B_C [G, 1, 1]
-    beta_tail: Tensor | None  # B_C / B_t
-    unit_gain: bool  # the step size is already in D (momentum with the step outside)
+    c_chunk: Tensor | None  # c_C [G, 1, 1]; this and the rest only with momentum
+    beta_chunk: Tensor | None  # B[C,0] [G, 1, 1]
+    beta_after: Tensor | None  # B[C,t]
+    unit_gain: bool  # the step size is already in A (momentum with the step outside)
 
 
-def clock_terms(
+def shared_terms(
     config: TitansConfig, k: Tensor, eta: Tensor, alpha: Tensor | None, beta: Tensor | None, eta_outside=False
-) -> Clock:
+) -> Shared:
     """Decays and transformed keys of one chunk. k [G, C, D]; eta, alpha, beta [G, C] in the master dtype,
     alpha None means 1.
 
@@ -85,35 +86,34 @@ def clock_terms(
     eta g (Titans eq 9-10).
     """
     C = k.shape[1]
-    R = products(torch.ones_like(eta) if alpha is None else alpha)
-    D, c_end, beta_end, beta_tail = R, None, None, None
+    gamma = products(torch.ones_like(eta) if alpha is None else alpha)
+    arrival, c_chunk, beta_chunk, beta_after = gamma, None, None, None
     if beta is not None:
         B = products(beta)
-        beta_end, beta_tail = B[:, C:, :1], B[:, C, 1:]
+        beta_chunk, beta_after = B[:, C:, :1], B[:, C, 1:]
         # c_t sums over i >= 1 only: the entry (0, 0) of B does not take part
         B = torch.cat([torch.zeros_like(B[:, :1]), B[:, 1:] * eta.unsqueeze(-1) if eta_outside else B[:, 1:]], 1)
-        D = R @ B
-        c_end = D[:, C:, :1]
-    step_end = D[:, C, 1:]
+        arrival = gamma @ B
+        c_chunk = arrival[:, C:, :1]
+    arrival_after = arrival[:, C, 1:]
     gram = k @ k.mT
-    carry = Kt = Ks = None
-    Kg = step_end.unsqueeze(-1) * k
+    decay_before = Kt = Ks = None
+    Kg = arrival_after.unsqueeze(-1) * k
     lower = gram * _strictly_lower(C, k.device, k.dtype) if config.dgd else None
     if config.dgd and beta is None:
-        carry = R[:, :C, 0]
-        L = R[:, :C, 1:] * lower * eta.unsqueeze(-1)
+        decay_before = gamma[:, :C, 0]
+        L = gamma[:, :C, 1:] * lower * eta.unsqueeze(-1)
         Kg = torch.linalg.solve_triangular(L.mT, Kg, upper=True, unitriangular=True)
     elif config.dgd:
-        L = R[:, :C, 1:] * lower * eta.unsqueeze(1)
-        X = torch.linalg.solve_triangular(
-            L.mT, (eta * R[:, C, 1:]).unsqueeze(-1) * k, upper=True, unitriangular=True
-        )
-        Kg = torch.baddbmm(Kg, (D[:, :C, 1:] * lower).mT, X, alpha=-1)
-        Kt = R[:, :C, :1] * X
-        Ks = -D[:, :C, :1] * X
+        L = gamma[:, :C, 1:] * lower * eta.unsqueeze(1)
+        keys = (eta * gamma[:, C, 1:]).unsqueeze(-1) * k
+        X = torch.linalg.solve_triangular(L.mT, keys, upper=True, unitriangular=True)
+        Kg = torch.baddbmm(Kg, (arrival[:, :C, 1:] * lower).mT, X, alpha=-1)
+        Kt = gamma[:, :C, :1] * X
+        Ks = -arrival[:, :C, :1] * X
     gram2 = gram * gram if config.step_clip else None
-    return Clock(
-        k, eta, gram2, R[:, C:, :1], step_end, carry, Kt, Ks, Kg, c_end, beta_end, beta_tail,
+    return Shared(
+        k, eta, gram2, gamma[:, C:, :1], arrival_after, decay_before, Kt, Ks, Kg, c_chunk, beta_chunk, beta_after,
         eta_outside and beta is not None
     )
 
@@ -163,8 +163,8 @@ def errors(
     )
 
 
-def step_sizes(config: TitansConfig, layout: Layout, clock: Clock, err: Errors) -> tuple[Tensor, Tensor]:
-    """eta~ and S, both [G, M, C]: the step that a chunk repeating its keys can bear."""
+def step_sizes(config: TitansConfig, layout: Layout, shared: Shared, err: Errors) -> tuple[Tensor, Tensor]:
+    """The gain eta~ and the clip S, both [G, M, C]: the step that a chunk repeating its keys can bear."""
     M, N = len(layout.names), layout.N
     c = config.grad_scale if config.objective == "l2" else 1.0
     if layout.mlp:
@@ -172,77 +172,77 @@ def step_sizes(config: TitansConfig, layout: Layout, clock: Clock, err: Errors) 
         e2 += [] if err.scalar is None else [err.scalar.square()]
         # |c d|^2 / (|c e|^2 + 1e-9), with c divided out
         ratio = err.hidden.square().unflatten(1, (M, N)).sum(2) / (torch.cat(e2, 1) + 1e-9 / c**2)
-        m2 = err.a.square().unflatten(1, (M, N)).sum(2) + ratio + 1e-12
+        size2 = err.a.square().unflatten(1, (M, N)).sum(2) + ratio + 1e-12
     else:
-        m2 = (clock.keys.square().sum(-1).unsqueeze(1) + 1e-12).expand(-1, M, -1)
+        size2 = (shared.k.square().sum(-1).unsqueeze(1) + 1e-12).expand(-1, M, -1)
     # a square may overflow: 0 inf would be NaN where eta is 0
-    m = m2.sqrt().clamp_max(torch.finfo(m2.dtype).max ** 0.75)
-    eta = clock.eta.unsqueeze(1)
-    S = m * ((eta * m) @ clock.gram2)
-    S = S if c == 1 else c * S
-    return eta / S.clamp_min(1.0), S
+    size = size2.sqrt().clamp_max(torch.finfo(size2.dtype).max ** 0.75)
+    eta = shared.eta.unsqueeze(1)
+    clip = size * ((eta * size) @ shared.gram2)
+    clip = clip if c == 1 else c * clip
+    return eta / clip.clamp_min(1.0), clip
 
 
 def write(
     config: TitansConfig, layout: Layout, w: FastWeights, delta: FastWeights, s: FastWeights | None,
-    clock: Clock, v: Tensor, dtype: torch.dtype, clip: list | None = None, in_place: bool = False,
+    shared: Shared, v: Tensor, dtype: torch.dtype, clips: list | None = None, in_place: bool = False,
 ) -> tuple[FastWeights, FastWeights | None]:
     """Commits one full chunk: new deviations and momentum of the memories of ``layout``.
 
-    w: the chunk-start weights, [G, ...]; v [G, C, D]. ``clip`` collects S [G, M, C] of the step clip.
+    w: the chunk-start weights, [G, ...]; v [G, C, D]. ``clips`` collects S [G, M, C] of the step clip.
     ``in_place`` writes the result over ``delta`` and ``s`` (never under a graph).
     """
     scale = torch.Tensor.mul_ if in_place else torch.mul
-    columns = clock.keys.mT
+    columns = shared.k.mT
     err = errors(config, layout, w, columns, v.mT, dtype)
     c = config.grad_scale if config.objective == "l2" else 1.0
-    keys, gain = clock.Kg, None  # gain [G, M, C], or None: one step for all memories, put on the keys
-    shared = None if clock.unit_gain else clock.eta if c == 1 else c * clock.eta
+    keys, gain = shared.Kg, None  # gain [G, M, C], or None: one step for all memories, put on the keys
+    common = None if shared.unit_gain else shared.eta if c == 1 else c * shared.eta
     if config.step_clip:
-        gain, S = step_sizes(config, layout, clock, err)
+        gain, clip = step_sizes(config, layout, shared, err)
         gain = c * gain if c != 1 else gain
-        if clip is not None:
-            clip.append(S)
-    elif shared is not None:
-        keys = shared.unsqueeze(-1) * keys
+        if clips is not None:
+            clips.append(clip)
+    elif common is not None:
+        keys = common.unsqueeze(-1) * keys
     elif c != 1:
         keys = c * keys
     gradient = _row_gradients(layout, err, gain)
-    left, right = gradient, keys
+    u = gradient
     if config.dgd:
         # w2 k is the pre-activation already at hand when the weights are the deviations
         erased = err.rows if config.retain_to == "zero" else gemm(delta.w2, columns, dtype)
         if s is None:
             # the keys hold the step size where no gain does
-            carry = clock.carry * clock.eta if gain is not None else clock.carry / c
-            left = torch.addcmul(gradient, erased, carry.unsqueeze(1))
+            erase = shared.decay_before * shared.eta if gain is not None else shared.decay_before / c
+            u = torch.addcmul(gradient, erased, erase.unsqueeze(1))
         else:
-            left, right = torch.cat(
-                [gradient, erased, gemm(s.w2, columns, dtype)], -1
-            ), torch.cat([keys, clock.Kt, clock.Ks], 1)
-    w2 = add_gemm(scale(delta.w2, clock.gamma_end), left, right, dtype, -1)
+            u = torch.cat([gradient, erased, gemm(s.w2, columns, dtype)], -1)
+            keys = torch.cat([keys, shared.Kt, shared.Ks], 1)
+    w2 = add_gemm(scale(delta.w2, shared.decay_chunk), u, keys, dtype, -1)
     if s is not None:
-        w2 = w2.sub_(clock.c_end * s.w2)
+        w2 = w2.sub_(shared.c_chunk * s.w2)
 
     def outer(old: FastWeights, decay: Tensor, step: Tensor, sign: int) -> tuple[Tensor | None, Tensor | None]:
-        return _outer_updates(layout, old, decay, _steps(step, gain, shared, c), err, dtype, sign, scale)
+        return _outer_updates(layout, old, decay, _steps(step, gain, common, c), err, dtype, sign, scale)
 
-    w1, w1s = outer(delta, clock.gamma_end, clock.step_end, -1)
+    w1, w1s = outer(delta, shared.decay_chunk, shared.arrival_after, -1)
     if s is None:
         return FastWeights(w2, w1, w1s), None
-    w1 = None if w1 is None else w1.sub_(clock.c_end.unsqueeze(-1) * s.w1)
-    w1s = None if w1s is None else w1s.sub_(clock.c_end * s.w1s)
-    tail = clock.beta_tail.unsqueeze(-1) * clock.keys
-    tail = tail if gain is not None else tail * (c if shared is None else shared.unsqueeze(-1))
-    s2 = add_gemm(scale(s.w2, clock.beta_end), gradient, tail, dtype)
-    return FastWeights(w2, w1, w1s), FastWeights(s2, *outer(s, clock.beta_end, clock.beta_tail, 1))
+    w1 = None if w1 is None else w1.sub_(shared.c_chunk.unsqueeze(-1) * s.w1)
+    w1s = None if w1s is None else w1s.sub_(shared.c_chunk * s.w1s)
+    keys = shared.beta_after.unsqueeze(-1) * shared.k
+    keys = keys if gain is not None else keys * (c if common is None else common.unsqueeze(-1))
+    s2 = add_gemm(scale(s.w2, shared.beta_chunk), gradient, keys, dtype)
+    return FastWeights(w2, w1, w1s), FastWeights(s2, *outer(s, shared.beta_chunk, shared.beta_after, 1))
 
 
-def _steps(step: Tensor, gain: Tensor | None, shared: Tensor | None, c: float) -> Tensor:
-    """Step of each token for the output side: [G, M, C], or [G, 1, C] when it is the same for all memories."""
+def _steps(step: Tensor, gain: Tensor | None, common: Tensor | None, c: float) -> Tensor:
+    """Step of each token for the output side: [G, M, C], or [G, 1, C] when it is the same for all
+    memories."""
     if gain is not None:
         return gain * step.unsqueeze(1)
-    step = c * step if shared is None else step * shared
+    step = c * step if common is None else step * common
     return step.unsqueeze(1)
 
 

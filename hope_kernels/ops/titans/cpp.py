@@ -3,28 +3,24 @@ x86-64 CPUs, fp32.
 
 Gradients are those of reads alone, by their queries, with fast weights and writes constants of the graph
 (``constant_memory``: what a learning model takes of its memories). There is none through the writes.
-The library is plain C behind ctypes (pointers and sizes), so that one file serves every Python and every
-torch. setup.py builds it where a C++ compiler is found; without it this backend says so and the chunked one
-does the work.
+Without the library this backend says so and the chunked one does the work.
 Results are bit-identical for any split of a sequence, any company in the batch and any number of threads.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...backend import BY_ALL, Call
 from ...config import TitansConfig
+from ..shared.cpu_library import address, check_outcome, library, row_array
+from ..shared.pullback import Pullback
 from .state import FastWeights, TitansState
 
-LIBRARY = str(Path(__file__).parents[2] / "_titans_cpu.so")
-ABI = 4
 _ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _POINTERS = (
@@ -58,77 +54,28 @@ class _ReadBackward(ctypes.Structure):
     )
 
 
-@cache
-def _library() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none."""
-    if not os.path.exists(LIBRARY):
-        return "its library was not built (a C++ compiler is needed when hope_kernels is installed)"
-    try:
-        lib = ctypes.CDLL(LIBRARY)
-        if lib.hope_titans_abi() != ABI:
-            return f"{os.path.basename(LIBRARY)} was built from another version; install hope_kernels again"
-    except (OSError, AttributeError) as e:
-        return f"{os.path.basename(LIBRARY)} cannot be loaded: {e}"
-    return lib if lib.hope_titans_supported() else "needs a CPU with AVX2 and FMA"
-
-
-def library() -> ctypes.CDLL:
-    """The library; call it where ``unavailable()`` is None."""
-    return _library()
-
-
-def address(
-    t: Tensor | None, count: int, name: str = "a tensor of the layer, its input or its state"
-) -> int | None:
-    """What the library is handed for ``t``, ``count`` fp32 numbers one after another. Raises ValueError for
-    anything else: it would read, and write, past the end."""
-    if t is None:
-        return None
-    if t.dtype is not torch.float32 or t.numel() != count or not t.is_cpu or not t.is_contiguous():
-        raise ValueError(f"backend 'cpp': {name} has dtype {t.dtype}, shape {list(t.shape)} and strides {list(t.stride())} on {t.device}, "
-                         f"expected {count} numbers of torch.float32, contiguous, on the CPU (state.to(...) casts and moves a state)")
-    return t.data_ptr()
-
-
-def check_outcome(outcome: int, op: str) -> None:
-    """Raises MemoryError or ValueError where the library returned something other than 0."""
-    if outcome == 1:
-        raise MemoryError(f"{op}: backend 'cpp' could not allocate its work space; nothing was read")
-    if outcome:
-        raise ValueError(
-            f"{op}: backend 'cpp' was handed sizes, lengths or tensors that do not fit each other; nothing was read"
-        )
-
-
-@torch.compiler.assume_constant_result
-def unavailable() -> str | None:
-    """Why this machine cannot use the backend, or None."""
-    found = _library()
-    return found if isinstance(found, str) else None
-
-
-def unserved(
-    config: TitansConfig, dtype: torch.dtype, device: torch.device, constant_memory: bool = False
-) -> str | None:
+def unserved(call: Call) -> str | None:
     """Why the backend cannot serve a layer, or None."""
+    config, dtype, device, gradient = call
     if device.type != "cpu" or dtype != torch.float32:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
     if torch.is_autocast_enabled("cpu"):
         return "serves float32, which projections under autocast are not"
-    if torch.is_grad_enabled() and not constant_memory:
+    if gradient == BY_ALL:
         return "has no gradient through the writes, which training needs (torch.no_grad() serves the rest)"
     if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
         return 'serves memory="mlp" without momentum and adaptive_q'
     if config.head_dim % 8 or config.hidden % 8:
-        return f"serves head widths and hidden widths that are multiples of 8, not {config.head_dim} and {config.hidden}"
-    return unavailable()
+        widths = f"{config.head_dim} and {config.hidden}"
+        return f"serves head widths and hidden widths that are multiples of 8, not {widths}"
+    return None
 
 
 def titans_cpp(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int],
     *, update: bool = True, constant_memory: bool = False, stats=None,
 ) -> tuple[Tensor, TitansState]:
-    """As ``chunked.titans_chunk``, under no_grad or with ``constant_memory``. Raises ValueError for ``stats``."""
+    """As ``scan.titans_chunk``, under no_grad or with ``constant_memory``. Raises ValueError for ``stats``."""
     if stats is not None:
         raise ValueError("titans: backend 'cpp' collects no statistics; the chunked backend does")
     if not (torch.is_grad_enabled() and inputs.q.requires_grad):
@@ -158,20 +105,8 @@ def titans_cpp_gradient(
     return o, new, lambda grad: _read_backward(config, q, grad, kept, pos, chunk, lengths)
 
 
-class Pullback(torch.autograd.Function):
-    """``Pullback.apply(x, y, pullback)``: y, a new tensor, as a function of x whose gradient is
-    pullback(dL/dy). Once differentiable."""
-
-    @staticmethod
-    def forward(ctx, x, y, pullback):
-        ctx.pullback = pullback
-        ctx.mark_dirty(y)  # not changed, but this function's output from here on
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return ctx.pullback(grad), None, None
+# what a layer that takes its own gradient by formulas calls instead
+titans_cpp.with_pullback = titans_cpp_gradient
 
 
 def _kept(
@@ -252,19 +187,15 @@ def _read_backward(
     return dq
 
 
-def row_array(values: list[int], B: int):
-    """One int64 a row. Raises ValueError for another number of rows."""
-    if len(values) != B:
-        raise ValueError(f"backend 'cpp': {len(values)} lengths or positions, expected one per row ({B})")
-    return (ctypes.c_int64 * B)(*values)
-
-
 def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> TitansState:
     """A state for the library to write into: copies of what this call will change, the rest shared with
     ``state``."""
     small = min(config.chunk_memory, config.chunk_other)
     commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
-    parts = {n: getattr(state, n) for n in _WRITTEN}
-    parts = {n: t.clone(memory_format=torch.contiguous_format) if commits or n.startswith("pending") else t.detach().contiguous()
-             for n, t in parts.items() if t is not None}
+    parts = {}
+    for name in _WRITTEN:
+        t = getattr(state, name)
+        if t is not None:
+            written = commits or name.startswith("pending")
+            parts[name] = t.clone(memory_format=torch.contiguous_format) if written else t.detach().contiguous()
     return state.advanced(lengths, **parts)

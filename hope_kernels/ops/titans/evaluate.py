@@ -14,15 +14,6 @@ from torch import Tensor
 
 from .state import FastWeights, Layout
 
-EPS_NORM = 1e-6
-
-
-def l2norm(x: Tensor, dim: int = -1) -> Tensor:
-    """x / max(|x|_2, 1e-6) over ``dim``."""
-    return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(EPS_NORM)
-
-
-# gelu_tanh(z) = z sigmoid(_GELU_1 z + _GELU_3 z^3)
 _GELU_1, _GELU_3 = 2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715
 
 

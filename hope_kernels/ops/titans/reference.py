@@ -11,7 +11,8 @@ and when the chunk's last token has been read, for every memory and every token 
 
     e_t  = c (M_0(k_t) - target(M_0(v_t)))              objective "dot": e_t = -target
     d_t  = sigma'(w2_0 k_t) * (w1_0^T e_t),  a_t = sigma(w2_0 k_t)
-    m_t  = sqrt(|a_t|^2 + |d_t|^2 / (|e_t|^2 + 1e-9) + 1e-12),  S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2,  eta~_t = eta_t / max(1, S_t)
+    m_t  = sqrt(|a_t|^2 + |d_t|^2 / (|e_t|^2 + 1e-9) + 1e-12)
+    S_t  = c m_t sum_s eta_s m_s (k_t.k_s)^2,           eta~_t = eta_t / max(1, S_t)
     delta2 <- delta2 (alpha_t I - eta_t k_t k_t^T) - eta~_t d_t k_t^T
     delta1 <- alpha_t delta1 - eta~_t e_t a_t^T
 
@@ -189,7 +190,7 @@ def step(config: TitansConfig, w_init: dict, head: Head, pos: int, token: dict, 
     return o
 
 
-# The whole layer -----------------------------------------------------------------------------------------------------------
+# The whole layer ------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -56,9 +56,10 @@ def _head(config, layout: Layout, state: TitansState, b: int, h: int) -> referen
 
     tokens = []
     for s in range(fill):
-        alpha = value(state.pending_alpha, s)
-        tokens.append((value(state.pending_k, s), value(state.pending_v, s), value(state.pending_eta, s), 1.0 if alpha is None else alpha,
-                       value(state.pending_beta, s)))
+        k, v, eta, alpha, beta = (
+            value(getattr(state, f"pending_{n}"), s) for n in ("k", "v", "eta", "alpha", "beta")
+        )
+        tokens.append((k, v, eta, 1.0 if alpha is None else alpha, beta))
     for name, chunk in (("memory_tokens", config.chunk_memory), ("other_tokens", config.chunk_other)):
         setattr(head, name, tokens[len(tokens) - state.pos[b] % chunk :])
     return head

@@ -20,36 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import TitansConfig
-from .commit import clock_terms, write
-from .evaluate import l2norm, read
-from .state import FastWeights, Layout, TitansState, master_dtype
-
-
-class TokenInputs(NamedTuple):
-    """What a layer computes statically from its input, per token and head.
-
-    q [B, T, H, D], normalised (None with adaptive_q); x [B, T, H, D]: the memories' input (self_modifying),
-    or k, v [B, T, H, D]
-    and eta, alpha [B, T, H] themselves; beta [B, T, H] with momentum; eta_bias, alpha_bias [H] for
-    self_modifying.
-    """
-
-    q: Tensor | None
-    x: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-    eta: Tensor | None = None
-    alpha: Tensor | None = None
-    beta: Tensor | None = None
-    eta_bias: Tensor | None = None
-    alpha_bias: Tensor | None = None
-
-
-class Stats(NamedTuple):
-    """What a call may report of its commits: S [G, M, C] of the step clip and alpha [G, C]."""
-
-    S: list[Tensor]
-    alpha: list[Tensor]
+from ...state import master_dtype
+from ..unit.forward import l2norm
+from .commit import shared_terms, write
+from .evaluate import read
+from .inputs import Stats, TokenInputs
+from .slots import Slots
+from .state import FastWeights, Layout, TitansState
 
 
 class Tokens(NamedTuple):
@@ -98,29 +75,7 @@ class _Group:
     delta: FastWeights
     s: FastWeights | None
     w: FastWeights  # chunk-start weights, [G, ...]
-    own: bool = False  # delta, s and w are this call's own buffers, to be written over where no graph needs them
-
-
-class _Rows:
-    """The host's view of a call: for each row its phase in the longer chunk and how many tokens it reads."""
-
-    def __init__(self, pos: list[int], lengths: list[int], longest: int, device):
-        self.phase = [p % longest for p in pos]
-        self.lengths, self.longest, self.device = lengths, longest, device
-        active = [(p, n) for p, n in zip(self.phase, lengths) if n]
-        self.first = min([p for p, _ in active]) if active else 0
-        self.last = max([p + n for p, n in active]) if active else 0
-        self.aligned = len({p for p, _ in active}) <= 1 and all(lengths)
-
-    def ends(self) -> list[int]:
-        return [p + n for p, n in zip(self.phase, self.lengths)]
-
-    def commits(self, boundary: int) -> list[bool]:
-        """Rows whose slot ``boundary - 1`` is read in this call."""
-        return [p < boundary <= p + n for p, n in zip(self.phase, self.lengths)]
-
-    def tensor(self, flags: list[bool], heads: int) -> Tensor:
-        return torch.tensor(flags, dtype=torch.bool, device=self.device).repeat_interleave(heads)
+    fresh: bool = False  # delta, s and w are this call's own buffers, to be written over where no graph needs them
 
 
 def titans_chunk(
@@ -146,51 +101,12 @@ class _Scan:
         self.layout = Layout.of(config)
         self.writing = torch.no_grad if constant_memory else nullcontext
         self.small, self.big = sorted((config.chunk_memory, config.chunk_other))
-        self.rows = _Rows(state.pos, lengths, self.big, first.device)
-        self._token_of_slot()
+        self.rows = Slots(state.pos, lengths, self.big, self.T, first.device)
         self.in_place = not torch.is_grad_enabled()
         with self.writing():
             self._open_groups(w_init)
 
-    # -- layout of slots --------------------------------------------------------------------------------------------------
-
-    def _token_of_slot(self) -> None:
-        """Ragged calls gather: token index and validity of every slot in [first, last), per row."""
-        self.index = None
-        if self.rows.aligned:
-            return
-        slot = torch.arange(self.rows.first, self.rows.last, device=self.rows.device)
-        phase = torch.tensor(self.rows.phase, dtype=torch.long, device=self.rows.device).unsqueeze(1)
-        count = torch.tensor(self.rows.lengths, dtype=torch.long, device=self.rows.device).unsqueeze(1)
-        token = slot - phase
-        self.valid = (token >= 0) & (token < count)
-        self.index = token.clamp(0, self.T - 1)
-
-    def _to_slots(self, t: Tensor | None, master=False) -> Tensor | None:
-        """[B, T, H, ...] -> [G, slots, ...]."""
-        if t is None:
-            return None
-        if self.index is None:
-            t = t[:, : self.rows.last - self.rows.first]
-        else:
-            shape = (self.B, -1, *[1] * (t.dim() - 2))
-            t = torch.where(
-                self.valid.view(shape), t.gather(1, self.index.view(shape).expand(-1, -1, *t.shape[2:])), 0.0
-            )
-        t = t.transpose(1, 2).flatten(0, 1)
-        return t.to(self.master) if master else t
-
-    def _to_tokens(self, o: Tensor) -> Tensor:
-        """[G, slots, D] -> [B, T, H, D] in the input dtype."""
-        o = o.to(self.dtype).unflatten(0, (self.B, self.H)).transpose(1, 2)
-        if self.index is None:
-            return o if o.shape[1] == self.T else F.pad(o, (0, 0, 0, 0, 0, self.T - o.shape[1]))
-        phase = torch.tensor(self.rows.phase, dtype=torch.long, device=o.device).unsqueeze(1)
-        slot = torch.arange(self.T, device=o.device) + phase - self.rows.first
-        slot = slot.clamp(0, o.shape[1] - 1)
-        return o.gather(1, slot.view(self.B, self.T, 1, 1).expand(-1, -1, self.H, self.D))
-
-    # -- memories ---------------------------------------------------------------------------------------------------------
+    # -- memories --------------------------------------------------------------------------------------------
 
     def _open_groups(self, w_init: FastWeights) -> None:
         c = self.config
@@ -239,7 +155,7 @@ class _Scan:
         else:
             self.memory_w, self.other_w = (one.w, None) if len(one.layout.names) == 1 else one.layout.split(one.w)
 
-    # -- one range of slots -----------------------------------------------------------------------------------------------
+    # -- one range of slots ----------------------------------------------------------------------------------
 
     def _produce(self, x: Tensor | None, given: Tokens | None, beta: Tensor | None) -> tuple[Tokens, Tensor | None]:
         """k, v, eta, alpha of new slots at the current weights (and the adaptive q, else None)."""
@@ -270,13 +186,13 @@ class _Scan:
         ).full[:, 2].mT
         return l2norm(q) if self.config.qk_l2norm else q
 
-    # -- the loop ---------------------------------------------------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------------------
 
     def run(self, update: bool) -> tuple[Tensor, TitansState]:
         rows, i = self.rows, self.inputs
         if rows.last == rows.first:
             return self._empty(), self.state
-        q, x = self._to_slots(i.q), self._to_slots(i.x)
+        q, x = self.rows.to_slots(i.q), self.rows.to_slots(i.x)
         if not update:
             with self.writing():
                 q = self._produce(x, None, None)[1] if q is None else q
@@ -284,9 +200,9 @@ class _Scan:
         with self.writing():
             given = None
             if x is None:
-                k, v, eta, alpha = (self._to_slots(t, master=True) for t in (i.k, i.v, i.eta, i.alpha))
+                k, v, eta, alpha = (self.rows.to_slots(t, self.master) for t in (i.k, i.v, i.eta, i.alpha))
                 given = Tokens(k, v, eta, alpha, None)
-            beta = self._to_slots(i.beta, master=True)
+            beta = self.rows.to_slots(i.beta, self.master)
             pieces = self._pending_pieces()
         outputs, pending = [], None
         slot = rows.first
@@ -316,6 +232,10 @@ class _Scan:
             slot = end
         o = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
         return self._to_tokens(o), self._new_state(pending)
+
+    def _to_tokens(self, o: Tensor) -> Tensor:
+        """[G, slots, D] -> [B, T, H, D] in the input dtype."""
+        return self.rows.to_tokens(o.to(self.dtype))
 
     def _empty(self) -> Tensor:
         like = self.inputs.x if self.inputs.x is not None else self.inputs.k
@@ -352,24 +272,24 @@ class _Scan:
         flags = self.rows.commits(boundary)
         if not any(flags):
             return
-        clock = clock_terms(self.config, tokens.k, tokens.eta, tokens.alpha, tokens.beta)
-        over = self.in_place and group.own and all(flags)
-        clip = None if self.stats is None else self.stats.S
+        shared = shared_terms(self.config, tokens.k, tokens.eta, tokens.alpha, tokens.beta)
+        over = self.in_place and group.fresh and all(flags)
+        clips = None if self.stats is None else self.stats.S
         delta, s = write(
-            self.config, group.layout, group.w, group.delta, group.s, clock, tokens.v, self.dtype, clip,
+            self.config, group.layout, group.w, group.delta, group.s, shared, tokens.v, self.dtype, clips,
             in_place=over
         )
         if self.stats is not None and tokens.alpha is not None:
             self.stats.alpha.append(tokens.alpha)
         if not all(flags):
-            mask = self.rows.tensor(flags, self.H)
+            mask = self.rows.mask(flags, self.H)
             delta = _where(mask, delta, group.delta)
             s = None if s is None else _where(mask, s, group.s)
         group.delta, group.s = delta, s
         group.w = self._weights(
             group.base, delta, group.w if self.in_place and self.config.retain_to == "init" else None
         )
-        group.own = self.changed = True
+        group.fresh = self.changed = True
         self._split_weights()
 
     def _close(self, pieces: list[Tokens], chunk: int, pending: Tokens | None) -> Tokens:
@@ -394,7 +314,7 @@ class _Scan:
             return torch.where(kept.view(*kept.shape, *[1] * (t.dim() - 2)), t, 0.0)
 
         content = Tokens(*(padded(t) for t in content))
-        return content if all(here) else _where(self.rows.tensor(here, self.H), content, before)
+        return content if all(here) else _where(self.rows.mask(here, self.H), content, before)
 
     def _new_state(self, pending: Tokens) -> TitansState:
         def batched(t):

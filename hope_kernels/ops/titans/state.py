@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...check import check_batch, check_counters, check_part
 from ...config import TitansConfig
-from ...state import Counters, State
-from ..check import check_batch, check_counters, check_part
+from ...state import Counters, State, master_dtype
 
 SCALARS = ("eta", "alpha")
 
@@ -106,10 +106,6 @@ def on_device(lengths: list[int], device) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int64, device=device)
 
 
-def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @dataclass(eq=False)
 class TitansState(State):
     """What a batch of sequences has learned in one layer. C = max(chunk_memory, chunk_other); all tensors
@@ -161,8 +157,10 @@ class TitansState(State):
             check_counters(where, "pos", self.pos, self.batch, 0)
         self.check_tensors(where, dtype, device)
         if values and self.count.tolist() != self.pos:
-            raise ValueError(f"{where}: a TitansState with pos {list(self.pos)} and count {self.count.tolist()}, which must agree; after a "
-                             "kernel or a graph has advanced it alone, call state.synchronize()")
+            raise ValueError(
+                f"{where}: a TitansState with pos {list(self.pos)} and count {self.count.tolist()}, which must agree; "
+                "after a kernel or a graph has advanced it alone, call state.synchronize()"
+            )
 
     def advanced(self, lengths: list[int], **changes) -> TitansState:
         """The state with ``changes`` after row b has read ``lengths[b]`` more tokens."""

@@ -8,12 +8,13 @@ from cms_stream import make
 from numerics import within_yardstick
 
 from hope_kernels import CMSConfig
-from hope_kernels.backend import resolve_cms
 from hope_kernels.ops.cms import cpp
 from hope_kernels.ops.cms import level as chunked
+from hope_kernels.ops.cms.backends import resolve
 from hope_kernels.ops.cms.matrix import Matrix
+from hope_kernels.ops.shared import cpu_library
 
-pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
+pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=str(cpu_library.unavailable()))
 EPS = 1e-6
 CPU = torch.device("cpu")
 
@@ -123,12 +124,12 @@ def test_a_layer_learns_alike(optimizer, variant):
 def test_who_is_served():
     config = CMSConfig(16, (4,))
     with torch.no_grad():
-        assert resolve_cms(config, torch.float32, CPU) is cpp and resolve_cms(
+        assert resolve(config, torch.float32, CPU) is cpp and resolve(
             config, torch.float32, CPU, "chunked"
         ) is chunked
-        assert resolve_cms(config, torch.float64, CPU) is chunked
+        assert resolve(config, torch.float64, CPU) is chunked
         for other in (CMSConfig(12, (4,)), CMSConfig(16, (4,), mlp="swiglu")):
-            assert resolve_cms(other, torch.float32, CPU) is chunked
-    assert resolve_cms(config, torch.float32, CPU) is chunked and resolve_cms(
+            assert resolve(other, torch.float32, CPU) is chunked
+    assert resolve(config, torch.float32, CPU) is chunked and resolve(
         config, torch.float32, CPU, inner=True
     ) is cpp

@@ -10,10 +10,10 @@ from problems import noisy, part, problem, results, rows_of, run, same, single
 
 from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends, load_state
 from hope_kernels.ops import titans_chunk
-from hope_kernels.ops.titans import cpp
+from hope_kernels.ops.shared import cpu_library
 from hope_kernels.ops.titans.state import init_titans_state
 
-pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"cpp: {cpp.unavailable()}")
+pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
 FLAGS = ("own_values", "target_norm", "step_clip", "dgd", "retention", "qk_l2norm", "scalar_skip")
 
@@ -261,8 +261,8 @@ def test_refuses_gradients():
 
 
 def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpp, "LIBRARY", str(tmp_path / "none.so"))
-    cpp._library.cache_clear()
+    monkeypatch.setattr(cpu_library, "LIBRARY", str(tmp_path / "none.so"))
+    cpu_library._library.cache_clear()
     try:
         assert "was not built" in available_backends()["cpp"]
         layer = SelfModifyingTitans(TitansConfig(32, 2))
@@ -271,11 +271,11 @@ def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
             with pytest.raises(ValueError, match="was not built"):
                 layer(torch.randn(1, 20, 32), backend="cpp")
         (tmp_path / "none.so").write_bytes(b"not a library")
-        cpp._library.cache_clear()
+        cpu_library._library.cache_clear()
         assert "cannot be loaded" in available_backends()["cpp"]
     finally:
         monkeypatch.undo()
-        cpp._library.cache_clear()
+        cpu_library._library.cache_clear()
 
 
 def test_state_given_to_the_layer_is_advanced_in_place():

@@ -7,13 +7,14 @@ from numerics import within_yardstick
 from problems import part, problem, rows_of, run, same, single
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig
-from hope_kernels.backend import resolve
+from hope_kernels.ops.shared import cpu_library
 from hope_kernels.ops.titans import cpp
+from hope_kernels.ops.titans.backends import resolve
 from hope_kernels.ops.titans.cpp import titans_cpp
 from hope_kernels.ops.titans.scan import titans_chunk
 from hope_kernels.ops.titans.state import init_titans_state
 
-pytestmark = pytest.mark.skipif(cpp.unavailable() is not None, reason=f"cpp: {cpp.unavailable()}")
+pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
 CONFIGS = {
     "gelu_tanh": TitansConfig(32, 2, chunk_memory=16, chunk_other=16),
@@ -158,11 +159,10 @@ def test_serves_constant_memory_alone():
         layer.scan(x, state, [20], backend="cpp")
     cpu = torch.device("cpu")
     for change in ({"momentum": 0.9}, {"adaptive_q": True}, {"memory": "linear"}):
-        assert resolve(
-            "titans", TitansConfig(**{"d_model": 32, **change}), torch.float32, cpu, constant_memory=True
-        ) is titans_chunk
-    assert resolve("titans", layer.config, torch.float64, cpu, constant_memory=True) is titans_chunk
-    assert resolve("titans", layer.config, torch.float32, cpu, constant_memory=True) is titans_cpp
+        config = TitansConfig(**{"d_model": 32, **change})
+        assert resolve(config, torch.float32, cpu, constant_memory=True) is titans_chunk
+    assert resolve(layer.config, torch.float64, cpu, constant_memory=True) is titans_chunk
+    assert resolve(layer.config, torch.float32, cpu, constant_memory=True) is titans_cpp
 
 
 LEARNING = {

@@ -22,11 +22,13 @@ from hope_kernels import (
     available_backends,
     load_state,
 )
-from hope_kernels.backend import resolve, resolve_conv_and_gate
+from hope_kernels.backend import BY_ALL, Call
+from hope_kernels.layers.titans import surroundings
 from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.shared import cuda_library as library
 from hope_kernels.ops.shared.triton_build import SHARED_KIB
 from hope_kernels.ops.titans import cuda as titans
+from hope_kernels.ops.titans.backends import resolve
 from tools import build_cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -398,8 +400,8 @@ def test_never_the_default():
     config = TitansConfig(64)
     with torch.no_grad():
         for dtype in (torch.bfloat16, torch.float32):
-            assert resolve("titans", config, dtype, torch.device(DEVICE)) is not titans.titans_cuda
-        assert resolve("titans", config, torch.bfloat16, torch.device(DEVICE), "cuda") is titans.titans_cuda
+            assert resolve(config, dtype, torch.device(DEVICE)) is not titans.titans_cuda
+        assert resolve(config, torch.bfloat16, torch.device(DEVICE), "cuda") is titans.titans_cuda
 
 
 def operands(config=WIDE, tokens=5, update=True):
@@ -519,8 +521,8 @@ def test_a_layer_is_what_it_is_on_the_chunked_backend():
         want, _ = exact(x.double(), lengths=[40, 21])
     within_yardstick(y, peer, want, "y")
     assert not y[1, 21:].any() and list(state.pos) == [40, 21]
-    same_ones = resolve_conv_and_gate(WIDE, None if available_backends()["triton"] else "triton")
-    assert resolve_conv_and_gate(WIDE, "cuda") == same_ones
+    call = Call(WIDE, x.dtype, x.device, BY_ALL)
+    assert surroundings(call, "cuda") == surroundings(call, None if available_backends()["triton"] else "triton")
 
 
 def test_no_environment_variable_loads_a_library(tmp_path):
@@ -569,7 +571,7 @@ def test_small_enough_for_a_sanitizer():
     assert same(state, end)
 
 
-# -- a GPU that is there --------------------------------------------------------------------------------------------------------
+# -- a GPU that is there -------------------------------------------------------------------------------------
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

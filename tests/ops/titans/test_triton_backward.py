@@ -11,8 +11,9 @@ from problems import noisy, part, problem, results, rows_of
 
 from hope_kernels import TitansConfig, available_backends
 from hope_kernels.ops.titans import scan as chunked
-from hope_kernels.ops.titans.commit import clock_terms
-from hope_kernels.ops.titans.state import init_titans_state, master_dtype
+from hope_kernels.ops.titans.commit import shared_terms
+from hope_kernels.ops.titans.state import init_titans_state
+from hope_kernels.state import master_dtype
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -340,7 +341,7 @@ def test_statistics_are_refused():
 @pytest.mark.parametrize("alpha", [None, [0.9] * 32, [0.0] * 32, [1.0] * 5 + [0.0, 1e-30] + [0.999] * 25])
 @pytest.mark.parametrize("dgd", [True, False])
 def test_adjoint_of_the_clock(alpha, dgd):
-    """Decays, keys and the clip's Gram entries, against fp64 autograd of ``clock_terms``, with its fp32 as
+    """Decays, keys and the clip's Gram entries, against fp64 autograd of ``shared_terms``, with its fp32 as
     the peer."""
     C, D = 32, 32
     config = TitansConfig(D, 1, dgd=dgd)
@@ -358,13 +359,13 @@ def test_adjoint_of_the_clock(alpha, dgd):
     def autograd(dtype):
         leaf = {n: t.to(dtype).requires_grad_() for n, t in given.items()}
         e = {n: t.to(dtype) for n, t in adjoint.items()}
-        c = clock_terms(config, leaf["k"], leaf["eta"], leaf.get("alpha"), None)
+        c = shared_terms(config, leaf["k"], leaf["eta"], leaf.get("alpha"), None)
         loss = (
             c.Kg * e["keys"].sum(1)
-        ).sum() + (c.step_end * e["end"]).sum() + c.gamma_end.sum() * keep.to(dtype).sum()
+        ).sum() + (c.arrival_after * e["end"]).sum() + c.decay_chunk.sum() * keep.to(dtype).sum()
         loss = loss + (c.gram2 * e["w"].unsqueeze(-1) * e["q"].unsqueeze(1)).sum()
         if dgd:
-            loss = loss + (leaf["eta"] * c.carry * e["carry"]).sum()
+            loss = loss + (leaf["eta"] * c.decay_before * e["carry"]).sum()
         return dict(zip(leaf, torch.autograd.grad(loss, list(leaf.values()), allow_unused=True))), c
 
     new = lambda *shape: torch.zeros(shape, device=DEVICE)

@@ -18,10 +18,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ....check import check_tensor
 from ....config import CMSConfig
-from ...check import check_tensor
 from ...shared.triton_build import DTYPES, aligned, filled
-from ...titans.triton.operator import interpreted, unavailable
+from ...shared.triton_library import interpreted
 from ..level import NS_COEFFICIENTS, NS_EPS, NS_STEPS, Factors, Level, Saved
 from .backward import back_kernel, error_kernel
 from .forward import down_kernel, inner_kernel, up_kernel
@@ -49,7 +49,7 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
         return f"serves matrices below 2^31 elements, not {config.hidden} x {config.d_model}"
     if device.type != "cuda" and not interpreted():
         return f"needs a CUDA device, not {device.type}"
-    return unavailable()
+    return None
 
 
 def level_forward(

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...check import check_tensor
+from ....check import check_tensor
 from ...shared.triton_build import DTYPES, SHARED_KIB, Specialization, aligned
 from . import backward as triton_backward
 

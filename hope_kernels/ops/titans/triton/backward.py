@@ -22,7 +22,7 @@ from torch import Tensor
 from ....config import TitansConfig
 from ....state import Counters
 from ...shared.triton_build import aligned, filled
-from ..scan import TokenInputs
+from ..inputs import TokenInputs
 from ..state import FastWeights, Layout, TitansState
 from .backward_clock import clock_adjoint_kernel, clock_kernel
 from .backward_commit import inputs_kernel, outputs_kernel
@@ -82,7 +82,7 @@ class _Span:
         self.base = [None if t is None else aligned(t.detach().float()) for t in base]
         self._lay_out(do)
 
-    # -- slots --------------------------------------------------------------------------------------------------------------
+    # -- slots -----------------------------------------------------------------------------------------------
 
     def _zeros(self, *shape, dtype=torch.float32) -> Tensor:
         return torch.zeros(self.B, self.S, *shape, device=self.device, dtype=dtype)
@@ -142,7 +142,7 @@ class _Span:
             else aligned(error.clone())
         )
 
-    # -- the span again, and in reverse -------------------------------------------------------------------------------------
+    # -- the span again, and in reverse ----------------------------------------------------------------------
 
     def run(self) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
         steps = range(min(lo for _, lo, _ in self.rows) // self.small, triton.cdiv(max(self.hi), self.small))
@@ -258,7 +258,7 @@ class _Span:
         for half, name in enumerate(("k", "v")):
             collect_kernel[(self.G, C // 16)](parts, back[name], *place, end - C, self.S, half, **made["collect"])
 
-    # -- what leaves --------------------------------------------------------------------------------------------------------
+    # -- what leaves -----------------------------------------------------------------------------------------
 
     def _found(self) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
         i, back = self.inputs, self.back

@@ -11,11 +11,11 @@ from functools import lru_cache
 from math import prod
 
 import torch
-import triton
 from torch import Tensor
 
 from ....config import TitansConfig
 from ...shared.triton_build import DTYPES, aligned, filled
+from ...shared.triton_library import interpreted
 from ..kernel_call import call, call_in_place
 from ..state import FastWeights, TitansState
 from .schedule import scan_kernel
@@ -32,25 +32,6 @@ _SETTINGS = {
 }
 
 
-@torch.compiler.assume_constant_result
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python on the CPU (TRITON_INTERPRET=1 when it was imported)."""
-    return triton.knobs.runtime.interpret
-
-
-@torch.compiler.assume_constant_result
-def unavailable() -> str | None:
-    """Why this machine cannot use the backend, or None."""
-    if interpreted():
-        return None
-    if not torch.cuda.is_available() or torch.version.hip is not None:
-        return "needs a CUDA device (or TRITON_INTERPRET=1, to debug)"
-    return (
-        None if torch.cuda.get_device_capability() >= (8, 0)
-        else "needs a CUDA device of compute capability 8.0 or more"
-    )
-
-
 def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the backend cannot serve a layer, or None."""
     if dtype not in DTYPES:
@@ -63,7 +44,7 @@ def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> 
         return f"serves chunks of {CHUNKS} tokens, not {config.chunk_memory} and {config.chunk_other}"
     if device.type != "cuda" and not interpreted():
         return f"needs a CUDA device, not {device.type}"
-    return unavailable()
+    return None
 
 
 def titans_triton(

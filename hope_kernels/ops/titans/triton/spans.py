@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....config import TitansConfig
 from ....state import Counters
-from ..scan import TokenInputs
+from ..inputs import TokenInputs
 from ..state import TitansState
 
 CHUNKS_A_SPAN = 8

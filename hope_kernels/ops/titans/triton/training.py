@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ....config import TitansConfig
-from ....state import Counters
-from ..scan import TokenInputs, titans_chunk
-from ..state import FastWeights, TitansState, master_dtype, on_device
+from ....state import Counters, master_dtype
+from ..inputs import TokenInputs
+from ..scan import titans_chunk
+from ..state import FastWeights, TitansState, on_device
 from . import backward as triton_backward
 from .operator import titans_triton
 from .spans import CARRIED, TOKENS, Call, Span

@@ -1,0 +1,100 @@
+"""The library of C++ kernels for CPUs (csrc/cpu/): whether it is there, loading it, and what it is handed.
+
+It is plain C behind ctypes (pointers and sizes), so that one file serves every Python and every torch.
+setup.py builds it where a C++ compiler is found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = str(Path(__file__).parents[2] / "_titans_cpu.so")
+ABI = 4
+SIZE, POINTER, REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or the reason why there is none."""
+    if not os.path.exists(LIBRARY):
+        return "its library was not built (a C++ compiler is needed when hope_kernels is installed)"
+    try:
+        lib = ctypes.CDLL(LIBRARY)
+        if lib.hope_titans_abi() != ABI:
+            return f"{os.path.basename(LIBRARY)} was built from another version; install hope_kernels again"
+    except (OSError, AttributeError) as e:
+        return f"{os.path.basename(LIBRARY)} cannot be loaded: {e}"
+    return lib if lib.hope_titans_supported() else "needs a CPU with AVX2 and FMA"
+
+
+def library() -> ctypes.CDLL:
+    """The library. Raises RuntimeError where ``unavailable()`` has a reason."""
+    found = _library()
+    if isinstance(found, str):
+        raise RuntimeError(f"backend 'cpp': {found}")
+    return found
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """Why this machine cannot use the library, or None."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+class Function:
+    """The library's function ``name`` with arguments of these ctypes kinds; called, it raises as
+    ``check_outcome``. op: what errors call it."""
+
+    def __init__(self, name: str, op: str, *kinds: type):
+        self.name, self.op, self.kinds, self._bound = name, op, kinds, None
+
+    def bound(self):
+        """The function itself, as ctypes has it: returns 0, 1 (no memory) or 2 (bad arguments)."""
+        if self._bound is None:
+            function = getattr(library(), self.name)
+            function.argtypes, function.restype = list(self.kinds), ctypes.c_int
+            self._bound = function
+        return self._bound
+
+    def __call__(self, *arguments: int | float | None) -> None:
+        check_outcome(self.bound()(*arguments), self.op)
+
+
+def address(
+    t: Tensor | None, count: int, name: str = "a tensor of the layer, its input or its state"
+) -> int | None:
+    """What the library is handed for ``t``, ``count`` fp32 numbers one after another. Raises ValueError for
+    anything else: it would read, and write, past the end."""
+    if t is None:
+        return None
+    if t.dtype is not torch.float32 or t.numel() != count or not t.is_cpu or not t.is_contiguous():
+        raise ValueError(
+            f"backend 'cpp': {name} has dtype {t.dtype}, shape {list(t.shape)} and strides {list(t.stride())} on "
+            f"{t.device}, expected {count} numbers of torch.float32, contiguous, on the CPU (state.to(...) casts and "
+            "moves a state)"
+        )
+    return t.data_ptr()
+
+
+def check_outcome(outcome: int, op: str) -> None:
+    """Raises MemoryError or ValueError where the library returned something other than 0."""
+    if outcome == 1:
+        raise MemoryError(f"{op}: backend 'cpp' could not allocate its work space; nothing was read")
+    if outcome:
+        raise ValueError(
+            f"{op}: backend 'cpp' was handed sizes, lengths or tensors that do not fit each other; nothing was read"
+        )
+
+
+def row_array(values: list[int], B: int) -> ctypes.Array:
+    """One int64 a row. Raises ValueError for another number of rows."""
+    if len(values) != B:
+        raise ValueError(f"backend 'cpp': {len(values)} lengths or positions, expected one per row ({B})")
+    return (ctypes.c_int64 * B)(*values)

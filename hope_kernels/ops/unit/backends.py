@@ -1,0 +1,18 @@
+"""Who serves unit vectors, in order of preference."""
+
+from __future__ import annotations
+
+from ...backend import NO_GRADIENT, Call, Entry
+from ..shared import cpu_library
+from . import cpp
+from .forward import l2norm
+
+
+def _cpp_unserved(call: Call) -> str | None:
+    return None if call.gradient == NO_GRADIENT else "has no autograd graph"
+
+
+ENTRIES = (
+    Entry("cpp", lambda call: cpp.unit, _cpp_unserved, cpu_library.unavailable, default=True),
+    Entry("chunked", lambda call: l2norm, default=True, serves=("*",)),
+)
