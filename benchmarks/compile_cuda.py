@@ -46,26 +46,32 @@ def report(
     if compiler is None:
         return
     wanted = [(compiler, Path(f), arch, mma, fresh) for f, offered, mma in sources for arch in offered
-              if (not only or only in str(f)) and (not archs or int(arch.rstrip("af")) in archs)]
+              if (not only or only in label(f)) and (not archs or int(arch.rstrip("af")) in archs)]
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         for records in pool.map(lambda job: cached_file(*job), wanted):
             yield from records
+
+
+def label(path: Path) -> str:
+    """What --only looks at: titans_64_bf16.cu for csrc/cuda/titans/64_bf16.cu."""
+    inside = path.is_relative_to(build_cuda.SOURCES)
+    return path.relative_to(build_cuda.SOURCES).as_posix().replace("/", "_") if inside else path.name
 
 
 def cached_file(compiler: str, path: Path, arch: str, wants_mma: bool, fresh: bool = False) -> list[dict]:
     """``compile_file``, or what it found the last time nothing was different. A file that nvcc refuses is a
     record with that violation."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    beside = sorted(p for p in path.parent.glob("*") if p.suffix in (".h", ".cuh"))
     readers = [Path(__file__), Path(cubin.__file__)]
-    kept = CACHE / f"{build_cuda.hash_of([path, *beside, *readers], arch, wants_mma, FLAGS, version)}.json"
+    contents = [path, *build_cuda.headers(), *readers]
+    kept = CACHE / f"{build_cuda.hash_of(contents, arch, wants_mma, FLAGS, version)}.json"
     if kept.exists() and not fresh:
         return json.loads(kept.read_text())
     try:
         records = compile_file(compiler, path, arch, wants_mma)
     except Refused as error:
         return [
-            {"kernel": path.stem, "row": path.name, "arch": int(arch.rstrip("af")),
+            {"kernel": path.stem, "row": label(path), "arch": int(arch.rstrip("af")),
                 "violations": [f"does not compile: {error}"]}
         ]
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +94,7 @@ def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[
         )
         if done.returncode:
             raise Refused(done.stderr.strip())
-        common = {"row": path.name, "arch": sm, "seconds": round(time.perf_counter() - start, 2)}
+        common = {"row": label(path), "arch": sm, "seconds": round(time.perf_counter() - start, 2)}
         complaints = [line.strip() for line in done.stderr.splitlines() if COMPLAINT.search(line)]
         found = {name: u for name, u in cubin.usage(out).items() if u.instructions > EMPTY}
         of_all = [c for c in complaints if not any(f"'{name}'" in c for name in found)]

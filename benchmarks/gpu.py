@@ -311,8 +311,7 @@ def outcomes(junit: Path, log: str) -> dict[str, dict]:
         return found
     found: dict[str, dict] = {}
     for name, word in re.findall(r"^(\S+::.+?) ?(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|$)", log, re.M):
-        key = name.removesuffix(" ").replace(".py::", "::").replace("/", ".")
-        found[key] = {
+        found[recorded_as(name.removesuffix(" "))] = {
             "status": {"PASSED": "passed", "": "died"}.get(word,
                 "skipped" if word in ("SKIPPED", "XFAIL") else "failed")
         }
@@ -327,9 +326,10 @@ def collected(extra: list[str], env: dict) -> list[str]:
 
 
 def recorded_as(test: str) -> str:
-    """A test's id as junit files write it."""
-    file, _, name = test.partition(".py::")
-    return f"{file.replace('/', '.')}::{name.replace('::', '.')}"
+    """A test's id as junit files write it: file and class by points, then the name."""
+    place, bracket, parameters = test.partition("[")
+    *place, name = place.replace(".py::", "::").replace("/", ".").split("::")
+    return f"{'.'.join(place)}::{name}{bracket}{parameters}"
 
 
 def record_all(store: Results, found: Iterator[tuple[str, dict]]) -> None:

@@ -37,7 +37,7 @@ MODEL = (*PACKAGE, "!hope_kernels/compat/*.py", "!hope_kernels/cli/generate.py",
          "!hope_kernels/cli/doctor.py",
          "!hope_kernels/convert.py", "!hope_kernels/cli/session.py", "!csrc/emulator/*", "!csrc/**/*.md",
          f"!{OPS}/*/reference*.py")
-ON_CPU = ("!csrc/cuda/*", f"!{OPS}/cuda.py", f"!{OPS}/**/triton*.py", f"!{OPS}/titans/cuda.py", "!setup.py")
+ON_CPU = ("!csrc/cuda/**/*.*", f"!{OPS}/cuda.py", f"!{OPS}/**/triton*.py", f"!{OPS}/titans/cuda.py", "!setup.py")
 PEER = (*TITANS["chunked"], *TITANS["cpp"], *TITANS["triton"], *LAYER)  # what runs beside another package's layer
 OPERATORS = ("prefill", "step", "step graph", "grad", "accuracy")
 SMALL = {"conv": "conv", "gate": "output_gate"}

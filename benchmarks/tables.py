@@ -2,9 +2,9 @@
 
     python -m benchmarks.tables [--check]
 
-Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in README.md and docs/benchmarks.md,
-for every NAME in BLOCKS. --check changes nothing and fails where a block is not what the results give. A
-number in such a block is never typed.
+Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in DOCUMENTS, for every NAME that
+``blocks`` knows. --check changes nothing and fails where a block is not what the results give. A number in
+such a block is never typed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import argparse
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import plot, report
 from benchmarks.sources import ROOT
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/continual.md")
+WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
 
@@ -105,7 +107,7 @@ def continual(run: dict) -> str:
 
 
 def forgetting(run: dict) -> str:
-    """The README's part of ``continual``."""
+    """The part of ``continual`` that docs/continual.md shows."""
     mean = lambda values: f"{sum(values) / len(values):.3f}"
     rows = []
     for r in run["continual"]["cases"].values():
@@ -177,8 +179,7 @@ def figures(run: dict) -> str:
     """What the README shows."""
     return "\n\n".join((
         "**One layer on the CPU**, beside the token loop of nested-learning 0.2.0 (same function, same weights):", cpu(run),
-        "**Learning while reading:**", learning(run),
-        "**In-context recall** after the chunk has closed, trained from scratch for a few minutes:", recall(run)))
+        "**Learning while reading:**", learning(run)))
 
 
 def plots(results: Path, folder: str) -> str:
@@ -201,6 +202,18 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
         "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}
 
 
+def wrapped(text: str) -> str:
+    """Paragraphs and list items in lines of ``WIDTH``; tables, pictures and what stands alone as they are."""
+    lines = []
+    for line in text.split("\n"):
+        keep = line.startswith(("|", "!["))
+        indent = "  " if line.startswith("- ") else ""
+        lines += [line] if keep or len(line) <= WIDTH else textwrap.wrap(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
 def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> tuple[str, list[str]]:
     """A document with its blocks made anew, and the names of those that changed. Raises ValueError for a
     block without an end."""
@@ -212,7 +225,7 @@ def rewritten(text: str, makers: dict[str, Callable[[], str]]) -> tuple[str, lis
         at = text.index(begin) + len(begin)
         if (stop := text.find(end, at)) < 0:
             raise ValueError(f"tables: block {name!r} has no line <!-- end {name} -->")
-        made = makers[name]()
+        made = wrapped(makers[name]())
         if text[at:stop] != made:
             changed.append(name)
         text = text[:at] + made + text[stop:]

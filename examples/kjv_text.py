@@ -10,8 +10,7 @@ writes three files into data/:
     kjv-train.txt     all the other books
 
 A book is its name, a blank line, then one verse per line without its number, a blank line between chapters.
-Two blank lines
-separate books.
+Two blank lines separate books.
 """
 
 import argparse
@@ -25,14 +24,16 @@ from pathlib import Path
 BOOKS = dict(
     pair.split("=")
     for pair in (
-        "Ge=Genesis,Exo=Exodus,Lev=Leviticus,Num=Numbers,Deu=Deuteronomy,Josh=Joshua,Jdgs=Judges,Ruth=Ruth,1Sm=1 Samuel,"
-        "2Sm=2 Samuel,1Ki=1 Kings,2Ki=2 Kings,1Chr=1 Chronicles,2Chr=2 Chronicles,Ezra=Ezra,Neh=Nehemiah,Est=Esther,Job=Job,"
-        "Psa=Psalms,Prv=Proverbs,Eccl=Ecclesiastes,SSol=Song of Solomon,Isa=Isaiah,Jer=Jeremiah,Lam=Lamentations,Eze=Ezekiel,"
-        "Dan=Daniel,Hos=Hosea,Joel=Joel,Amos=Amos,Obad=Obadiah,Jonah=Jonah,Mic=Micah,Nahum=Nahum,Hab=Habakkuk,Zep=Zephaniah,"
-        "Hag=Haggai,Zec=Zechariah,Mal=Malachi,Mat=Matthew,Mark=Mark,Luke=Luke,John=John,Acts=Acts,Rom=Romans,"
-        "1Cor=1 Corinthians,2Cor=2 Corinthians,Gal=Galatians,Eph=Ephesians,Phi=Philippians,Col=Colossians,1Th=1 Thessalonians,"
-        "2Th=2 Thessalonians,1Tim=1 Timothy,2Tim=2 Timothy,Titus=Titus,Phmn=Philemon,Heb=Hebrews,Jas=James,1Pet=1 Peter,"
-        "2Pet=2 Peter,1Jn=1 John,2Jn=2 John,3Jn=3 John,Jude=Jude,Rev=Revelation"
+        "Ge=Genesis,Exo=Exodus,Lev=Leviticus,Num=Numbers,Deu=Deuteronomy,Josh=Joshua,Jdgs=Judges,Ruth=Ruth,"
+        "1Sm=1 Samuel,2Sm=2 Samuel,1Ki=1 Kings,2Ki=2 Kings,1Chr=1 Chronicles,2Chr=2 Chronicles,Ezra=Ezra,"
+        "Neh=Nehemiah,Est=Esther,Job=Job,Psa=Psalms,Prv=Proverbs,Eccl=Ecclesiastes,SSol=Song of Solomon,"
+        "Isa=Isaiah,Jer=Jeremiah,Lam=Lamentations,Eze=Ezekiel,Dan=Daniel,Hos=Hosea,Joel=Joel,Amos=Amos,"
+        "Obad=Obadiah,Jonah=Jonah,Mic=Micah,Nahum=Nahum,Hab=Habakkuk,Zep=Zephaniah,Hag=Haggai,"
+        "Zec=Zechariah,Mal=Malachi,Mat=Matthew,Mark=Mark,Luke=Luke,John=John,Acts=Acts,Rom=Romans,"
+        "1Cor=1 Corinthians,2Cor=2 Corinthians,Gal=Galatians,Eph=Ephesians,Phi=Philippians,Col=Colossians,"
+        "1Th=1 Thessalonians,2Th=2 Thessalonians,1Tim=1 Timothy,2Tim=2 Timothy,Titus=Titus,Phmn=Philemon,"
+        "Heb=Hebrews,Jas=James,1Pet=1 Peter,2Pet=2 Peter,1Jn=1 John,2Jn=2 John,3Jn=3 John,Jude=Jude,"
+        "Rev=Revelation"
     ).split(",")
 )
 VERSE = re.compile(r"([1-3]?[A-Z][A-Za-z]*)(\d+):(\d+) (.+)")
@@ -41,8 +42,7 @@ VERSE = re.compile(r"([1-3]?[A-Z][A-Za-z]*)(\d+):(\d+) (.+)")
 def read_books(lines: Iterable[str]) -> dict[str, str]:
     """Book name -> its text, from the lines of `bible -f` ("Ge1:1 In the beginning ...").
 
-    >>> print(read_books(["Jude1:1 Jude, the servant", "Rev1:20 The mystery", "Rev2:1 Unto the
-    angel"])["Revelation"])
+    >>> print(read_books(["Jude1:1 Jude, the servant", "Rev1:20 The mystery", "Rev2:1 Unto the angel"])["Revelation"])
     Revelation
     <BLANKLINE>
     The mystery

@@ -128,8 +128,8 @@ def main() -> None:
     model = HopeForCausalLM(config, device=device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.98))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     progress = restore(args, model, optimizer)
     streams = Streams(data, args.batch, args.tokens, args.restart, args.seed)
     for step in range(progress["step"]):
@@ -163,8 +163,9 @@ def main() -> None:
         bar.set_postfix(step=progress["step"], bits=f"{smooth:.3f}", refresh=False)
         bar.refresh()
         if progress["step"] % 50 == 0:
-            print(json.dumps({"step": progress["step"], "seconds": round(progress["seconds"], 1), "bits_per_byte": round(smooth, 4)}),
-                  file=log, flush=True)
+            seconds, bits = round(progress["seconds"], 1), round(smooth, 4)
+            line = {"step": progress["step"], "seconds": seconds, "bits_per_byte": bits}
+            print(json.dumps(line), file=log, flush=True)
         if time.monotonic() - saved > 60:
             save(args, model, optimizer, progress)
             saved = time.monotonic()

@@ -1,8 +1,9 @@
 """Configurations: frozen dataclasses, validated at construction, with the presets as plain data.
 
-The fields and their meaning are the glossary of the package README; shapes and equations are in
-``ops/titans/README.md`` and ``ops/cms/README.md``. A configuration that two parts of the program would read
-differently does not construct.
+Every field is explained where it is defined; NL: Nested Learning (arXiv 2512.24695), Titans: arXiv
+2501.00663, with their equation numbers. Shapes and derivations are in ``ops/titans/README.md`` and
+``ops/cms/README.md``. A configuration that two parts of the program would read differently does not
+construct.
 """
 
 from __future__ import annotations
@@ -95,44 +96,41 @@ class _Config:
 
 @dataclass(frozen=True)
 class TitansConfig(_Config):
-    """One self-modifying Titans layer (Nested Learning eq 83-93), or with ``self_modifying=False`` a Titans LMM.
+    """One self-modifying Titans layer (NL eq 83-93), or with ``self_modifying=False`` a Titans LMM.
 
-    ``num_heads`` heads of width ``D = d_model / num_heads``; each memory is an MLP with ``N = hidden_mult *
-    D`` hidden units
-    (or one matrix, ``memory="linear"``). ``chunk_memory`` and ``chunk_other`` are the update periods, in
-    tokens, of M_memory and
-    of all other memories. Raises ValueError on any value outside the documented range.
+    The layer has the memories M_memory, M_k, M_v, M_eta and M_alpha, each for every head. Raises ValueError
+    on any value outside the documented range.
     """
 
-    d_model: int
-    num_heads: int = 1
-    hidden_mult: int = 1
-    memory: str = "mlp"
-    activation: str = "gelu_tanh"
-    chunk_memory: int = 16
-    chunk_other: int = 16
-    self_modifying: bool = True
-    own_values: bool = True
-    target_norm: bool = True
-    step_clip: bool = True
-    objective: str = "l2"
-    grad_scale: float = 1.0
-    dgd: bool = True
-    retention: bool = True
-    retain_to: str = "init"
-    momentum: float | str | None = None
-    adaptive_q: bool = False
-    qk_l2norm: bool = True
-    conv_window: int | None = 4
-    in_proj: bool | None = None
-    out_norm: bool = True
-    gate: bool = True
-    out_proj: bool = True
-    eta_activation: str = "sigmoid"
-    eta_scale: float = 0.5
-    eta_bias: float = 0.0
-    alpha_bias: float | None = None
-    scalar_skip: bool = False
+    d_model: int  # width d of the layer's input and output
+    num_heads: int = 1  # H; a head is D = d_model / H wide and has memories of its own
+    hidden_mult: int = 1  # a memory has N = hidden_mult * D hidden units; without meaning for memory="linear"
+    memory: str = "mlp"  # "mlp": M(z) = z + w1 sigma(w2 z) (NL eq 89); "linear": M(z) = w z
+    activation: str = "gelu_tanh"  # sigma; or "gelu" (erf), "silu"; one tanh gives sigma and sigma'
+    chunk_memory: int = 16  # tokens between two writes of M_memory (NL eq 90); small chunks recall better
+    chunk_other: int = 16  # tokens between two writes of all other memories; one of the two divides the other
+    self_modifying: bool = True  # k, v, eta, alpha are outputs of memories that learn too; False: of projections
+    own_values: bool = True  # target of a memory: its own reading M(v) (NL eq 84); False: v itself
+    target_norm: bool = True  # targets of norm 1, scalar ones in [-1, 1]: else |M(v)| > |k| feeds back
+    step_clip: bool = True  # steps divided by max(1, S_t): else repeated keys overshoot up to C times
+    objective: str = "l2"  # error M(k) - target (NL eq 93); "dot": -target (NL eq 92)
+    grad_scale: float = 1.0  # factor of the l2 error: 1 for |.|^2 / 2, 2 for |.|^2; without meaning for "dot"
+    dgd: bool = True  # delta gradient descent (NL eq 88): a write first erases along its key, by eta k k^T
+    retention: bool = True  # what was learned decays by alpha_t a token; False: alpha = 1, no M_alpha
+    retain_to: str = "init"  # where decay leads: the learned initial weights, or "zero" (the paper's letter)
+    momentum: float | str | None = None  # beta of Titans eq 9-10, in [0, 1); "learned": of x, per token
+    adaptive_q: bool = False  # q comes from a memory M_q as well; the paper's ablation shows no effect
+    qk_l2norm: bool = True  # q and k are unit vectors, so that eta alone says how far a write erases
+    conv_window: int | None = 4  # taps of the causal depthwise convolution of the input; None: off
+    in_proj: bool | None = None  # projection d -> d before the heads; None: where there are several
+    out_norm: bool = True  # RMS norm of each head's output, with a learned gain (eps 1e-6)
+    gate: bool = True  # the output is multiplied by silu(W_g x)
+    out_proj: bool = True  # projection d -> d at the end
+    eta_activation: str = "sigmoid"  # keeps eta below eta_scale; "softplus" does not bound it
+    eta_scale: float = 0.5  # factor of the step size eta
+    eta_bias: float = 0.0  # what eta's learned bias starts from, every head the same
+    alpha_bias: float | None = None  # the same for alpha; None: half-lives of 16 to 16,384 tokens by head
+    scalar_skip: bool = False  # M_eta and M_alpha are w_skip z + w1 sigma(w2 z), and w_skip learns too
 
     PRESETS = {
         "default": {},
@@ -209,9 +207,9 @@ class TitansConfig(_Config):
 def default_rate(optimizer: str, C: int) -> float:
     """Inner learning rate of a level with period C.
 
-    1 / (8 sqrt(C)) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon. The gradient
-    is a sum over C tokens, which muon normalises. Chosen by ``benchmarks.bench_rates``, from periods of 16 to
-    8192 tokens; beyond, gd and momentum fall as 1 / C.
+    1 / (8 sqrt(C)) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon, which
+    normalises the gradient, a sum over C tokens. Searched by ``benchmarks.bench_rates`` on the bundled model,
+    for periods of 16 to 8192 tokens; beyond that, gd and momentum fall as 1 / C.
     """
     if optimizer == "muon":
         return 0.03 * min(2.0, math.sqrt(C / 256))
@@ -220,23 +218,22 @@ def default_rate(optimizer: str, C: int) -> float:
 
 @dataclass(frozen=True)
 class CMSConfig(_Config):
-    """A Continuum Memory System (Nested Learning eq 70-74): one MLP per level, level l refreshed every
-    ``chunks[l-1]`` tokens.
+    """A Continuum Memory System (NL eq 70-74): K MLPs, of which level l takes a step every ``chunks[l-1]`` tokens.
 
-    ``lr`` is None (``default_rate`` of each level's period), one float, or one per level; 0 freezes a level.
+    Raises ValueError on any value outside the documented range.
     """
 
-    d_model: int
-    chunks: tuple[int, ...]
-    variant: str = "sequential"
-    expansion: float = 4.0
-    mlp: str = "gelu"
-    bias: bool = False
-    intermediate_size: int | None = None
-    norm: str = "rmsnorm"
-    lr: float | tuple[float, ...] | None = None
-    optimizer: str = "gd"
-    momentum: float = 0.9
+    d_model: int  # width d of every level's input and output
+    chunks: tuple[int, ...]  # periods in tokens, fastest level first; each divides the next (NL eq 71)
+    variant: str = "sequential"  # NL eq 73; "independent": learned mixture (eq 74); "nested": resets (eq 72)
+    expansion: float = 4.0  # hidden units of a level per unit of d_model
+    mlp: str = "gelu"  # w_down gelu(w_up n), tanh form; "swiglu": w_down (silu(w_gate n) * (w_up n))
+    bias: bool = False  # biases in the levels: trained from outside, never refreshed
+    intermediate_size: int | None = None  # hidden units, in place of ``expansion``: for pre-trained MLPs
+    norm: str = "rmsnorm"  # of a level's input; or "layernorm"
+    lr: float | tuple[float, ...] | None = None  # inner rate, or one a level; 0 freezes; None: ``default_rate``
+    optimizer: str = "gd"  # of a refresh: gradient descent, "momentum" or "muon" (orthogonalised gradient)
+    momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
 
     def __post_init__(self) -> None:
         w = "CMSConfig"
@@ -295,17 +292,15 @@ class CMSConfig(_Config):
 class RopeScaling(_Config):
     """A change of RoPE's frequencies for longer contexts, with the field names of Llama's config.json.
 
-    ``rope_type="linear"``: all of them / ``factor``. ``"llama3"``: those that turn fewer than
-    ``low_freq_factor`` times within ``original_max_position_embeddings`` tokens / ``factor``, those that turn
-    more than ``high_freq_factor`` times as they are, a blend of both between. Raises ValueError for another
-    type, numbers out of range, and llama3's numbers missing or given to another type.
+    Raises ValueError for another type, numbers out of range, and llama3's numbers missing or given to another
+    type.
     """
 
-    rope_type: str
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    rope_type: str  # "linear": all frequencies are divided; "llama3": the low ones, with a blend between
+    factor: float  # what frequencies are divided by
+    low_freq_factor: float | None = None  # llama3: low are those that turn fewer times in the old context
+    high_freq_factor: float | None = None  # llama3: those that turn more times stay as they are
+    original_max_position_embeddings: int | None = None  # llama3: the old context, in tokens
 
     def __post_init__(self) -> None:
         w = "RopeScaling"
@@ -336,30 +331,25 @@ class RopeScaling(_Config):
 class HopeConfig(_Config):
     """A HOPE language model: ``num_layers`` blocks, each a mixer and a CMS chain.
 
-    ``mixer`` is ``"self_modifying"`` (HOPE), ``"titans"`` (static projections, Titans LMM) or ``"attention"``
-    (HOPE-Attention). ``titans=None`` takes the default (or the ``titans`` preset) at ``d_model``; ``cms`` is
-    None (blocks without a CMS), one
-    CMSConfig for every block, or one per block. ``window``: sliding-window width in tokens, None for full
-    attention. ``rope_scaling``: None, a RopeScaling or its fields as a dict. ``rope_dtype``: what RoPE's
-    angles are computed in; "float32" gives the bits that other programs compute, at the price of the angle's
-    fraction at far positions.
+    Dicts of their fields may stand for ``titans``, ``cms`` and ``rope_scaling``. Raises ValueError for values
+    out of range and for parts that do not fit together.
     """
 
-    vocab_size: int
-    d_model: int
-    num_layers: int
-    mixer: str = "self_modifying"
-    titans: TitansConfig | None = None
-    cms: CMSConfig | tuple[CMSConfig, ...] | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    window: int | None = None
-    rope_theta: float = 10000.0
-    attention_bias: bool = False
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = True
-    rope_scaling: RopeScaling | None = None
-    rope_dtype: str = "float64"
+    vocab_size: int  # token ids are 0 .. vocab_size - 1
+    d_model: int  # width of the residual stream; those of ``titans`` and ``cms`` are the same
+    num_layers: int  # blocks
+    mixer: str = "self_modifying"  # HOPE; "titans": Titans LMM, projections; "attention": HOPE-Attention
+    titans: TitansConfig | None = None  # of every block; None: defaults, or that mixer's preset "titans"
+    cms: CMSConfig | tuple[CMSConfig, ...] | None = None  # of every block, or one per block; None: no CMS
+    num_heads: int | None = None  # of attention, or of the memories; None: ``titans.num_heads``, or 1
+    num_kv_heads: int | None = None  # attention: heads of keys and values, for groups of queries; None: all
+    window: int | None = None  # attention: how many tokens a token sees, itself included; None: all
+    rope_theta: float = 10000.0  # attention: base of RoPE's frequencies
+    attention_bias: bool = False  # attention: biases of the query, key and value projections
+    norm_eps: float = 1e-6  # eps of the norms of blocks, CMS levels and head
+    tie_embeddings: bool = True  # the head multiplies by the embedding; False: by weights of its own
+    rope_scaling: RopeScaling | None = None  # attention: frequencies for contexts longer than trained on
+    rope_dtype: str = "float64"  # of RoPE's angles; "float32": other programs' bits, coarse at far positions
 
     def __post_init__(self) -> None:
         w = "HopeConfig"

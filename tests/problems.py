@@ -87,13 +87,15 @@ def same(a, b) -> bool:
     return equal and list(a.pos) == list(b.pos)
 
 
-def cast(found, dtype):
-    return type(found)(*(None if t is None else t.to(DEVICE, dtype) for t in found))
+def cast(found, dtype, device=DEVICE):
+    return type(found)(*(None if t is None else t.to(device, dtype) for t in found))
 
 
-def meets_yardstick(config, w_init, inputs, dtype, lengths=None):
-    exact = results(*run(config, cast(w_init, torch.float64), cast(inputs, torch.float64), "chunked", lengths))
-    w, i = cast(w_init, dtype), cast(inputs, dtype)
-    ours, peer = (results(*run(config, w, i, backend, lengths)) for backend in ("triton", "chunked"))
+def meets_yardstick(config, w_init, inputs, dtype, lengths=None, backend="triton", device=DEVICE):
+    """Whether a call with these fp64 arguments in ``dtype`` is as near to the exact one as PyTorch's is."""
+    of = lambda name, kind: results(
+        *run(config, cast(w_init, kind, device), cast(inputs, kind, device), name, lengths)
+    )
+    exact, peer, ours = of("chunked", torch.float64), of("chunked", dtype), of(backend, dtype)
     for name, t in ours.items():
         within_yardstick(t, peer[name], exact[name], name)

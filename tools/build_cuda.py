@@ -52,13 +52,17 @@ def host_compiler() -> str | None:
 
 
 def kernels() -> list[Path]:
-    return sorted(SOURCES.glob("*.cu"))
+    return sorted(SOURCES.rglob("*.cu"))
+
+
+def headers() -> list[Path]:
+    return sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".cuh"))
 
 
 def files(emulated: bool = False) -> list[Path]:
     """Everything the library is made of."""
     folders = (SOURCES, EMULATOR) if emulated else (SOURCES,)
-    return sorted(p for folder in folders for p in folder.glob("*") if p.is_file()) + [Path(__file__)]
+    return sorted(p for folder in folders for p in folder.rglob("*") if p.is_file()) + [Path(__file__)]
 
 
 def architectures(compiler: str) -> tuple[int, ...]:
@@ -87,7 +91,7 @@ def pytorch() -> tuple[Path, str, str | None] | None:
 
 
 def hash_of(paths: list[Path], *more: object) -> str:
-    """20 hex digits over the contents of files and whatever else decides a result."""
+    """20 hex digits over the names and contents of files and whatever else a result depends on."""
     digest = hashlib.sha256(repr(more).encode())
     for path in paths:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -96,7 +100,7 @@ def hash_of(paths: list[Path], *more: object) -> str:
 
 def build(archs: tuple[int, ...] | None = None) -> Path:
     """Compiles the library and returns where it is kept. Raises BuildError without nvcc or PyTorch, and with
-    what nvcc complains of."""
+    the messages of nvcc where it fails."""
     compiler = nvcc()
     if compiler is None:
         raise BuildError("nvcc was not found, neither on PATH nor in CUDA_HOME")
@@ -111,11 +115,11 @@ def build(archs: tuple[int, ...] | None = None) -> Path:
 
 def build_emulated() -> Path:
     """Compiles the same sources for CPU tensors and returns where the library is kept. Raises BuildError
-    likewise."""
+    without a compiler or PyTorch, and with the compiler's messages where it fails."""
     compiler = host_compiler()
     if compiler is None:
         raise BuildError("needs a C++ compiler")
-    # of a minute of one core for -O2's code, -Og needs half, and the tests that run on it take a sixth more
+    # -O2 takes a minute of one core, -Og half of that, and the tests that run on its code a sixth longer
     flags = [
         "-std=c++20", "-Og", "-ffp-contract=off", "-DHOPE_EMULATED", "-fPIC", "-fvisibility=hidden",
         "-pthread", "-x", "c++"
@@ -127,8 +131,8 @@ def build_emulated() -> Path:
 
 
 def _compiled(name: str, compiler: str, flags: list[str], link: list[str], contents: list[Path], what: str) -> Path:
-    """The library that the compiler makes of the sources and PyTorch's headers, several files at a time;
-    kept, if nothing was different the last time."""
+    """The library made of the sources and PyTorch's headers, several files at a time; the kept one where
+    nothing has changed since it was made."""
     found = pytorch()
     if found is None:
         raise BuildError("PyTorch is not installed where the library is built (pip install --no-build-isolation)")
@@ -148,7 +152,7 @@ def _compiled(name: str, compiler: str, flags: list[str], link: list[str], conte
                 f"{os.path.basename(command[0])} failed: {(done.stderr or done.stdout).strip()[-4000:]}"
             )
 
-    def compiled(source: Path) -> Path:  # named as seen from ROOT, since error messages quote that
+    def compiled(source: Path) -> Path:  # paths relative to ROOT, which is what error messages show
         run(
             *flags, STABLE_ABI, described, f"-I{folder / 'include'}", "-c", source.relative_to(ROOT), "-o",
             made / f"{source.stem}.o"
@@ -166,8 +170,8 @@ def _compiled(name: str, compiler: str, flags: list[str], link: list[str], conte
 
 
 def install(archs: tuple[int, ...] | None = None) -> Path:
-    """``build``, and the library is where hope_kernels looks for it in this checkout."""
-    fresh = LIBRARY.with_suffix(f".{os.getpid()}")  # never rewritten in place: a process may have it loaded
+    """``build``, then puts the library where hope_kernels looks for it in this checkout."""
+    fresh = LIBRARY.with_suffix(f".{os.getpid()}")  # not rewritten in place: a process may have it loaded
     shutil.copy(build(archs), fresh)
     fresh.replace(LIBRARY)
     return LIBRARY

@@ -3,21 +3,26 @@
 #
 #   tools/venv.sh [PYTHON]      PYTHON: the interpreter to build on (default python3)
 #
-# A torch >= 2.11 that PYTHON already has is used as it is, whatever CUDA it was built for. Otherwise TORCH is installed.
+# A torch >= 2.11 that PYTHON already has is used as it is, whatever CUDA it was built for. Otherwise TORCH is
+# installed.
 # .venv/stamp is written last and removed first, so its absence means an interrupted run: start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 TORCH="torch==2.13.0"
 TRITON="triton==3.6.0"  # a CUDA build of torch brings its own
-ORACLE="nested-learning==0.2.0"  # tests compare with it; its dependencies (datasets, an old huggingface-hub) are not needed
+# Tests compare with it; its dependencies (datasets, an old huggingface-hub) are not needed.
+ORACLE="nested-learning==0.2.0"
 PYTHON=${1:-python3}
 
-key() {  # of everything an installation depends on; of the CUDA sources where their library is asked for, or was built
+# Of everything an installation depends on; of the CUDA sources where their library is asked for, or was built.
+key() {
     {
         pwd -P
         cat tools/venv.sh requirements-dev.txt pyproject.toml setup.py csrc/cpu/*
-        if [ "${HOPE_KERNELS_CUDA:-}" = 1 ] || [ -e hope_kernels/_hope_cuda.so ]; then cat tools/build_cuda.py csrc/cuda/*; fi
+        if [ "${HOPE_KERNELS_CUDA:-}" = 1 ] || [ -e hope_kernels/_hope_cuda.so ]; then
+            cat tools/build_cuda.py $(find csrc/cuda -type f | sort)
+        fi
     } | cksum
 }
 if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$(key)" ]; then exit 0; fi
@@ -51,7 +56,7 @@ if [ -x .venv/bin/python ] && [ -s .venv/stamp ] && has_torch .venv/bin/python >
 elif site=$(has_torch "$PYTHON"); then
     echo "using the torch in $site"
     create --system-site-packages
-    # PYTHON is itself in a venv: --system-site-packages shows the packages behind it, not those in it.
+    # PYTHON is itself in a venv: --system-site-packages shows the packages of the Python that venv was made from, not its own.
     has_torch .venv/bin/python >/dev/null ||
         echo "$site" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_venv.pth"
 else

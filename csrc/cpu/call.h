@@ -1,5 +1,5 @@
-// What the Python side (hope_kernels/ops/titans/cpp.py) hands over: plain pointers and sizes, row-major and
-// contiguous, fp32.
+// What hope_kernels/ops/titans/cpp.py hands over: plain pointers and sizes; tensors are row-major, contiguous
+// and fp32.
 //
 // B rows, T tokens, H heads of width D, N hidden units per memory. Memories come in the order memory, k, v,
 // eta, alpha ("full" ones with D outputs first, then the scalar ones): M in total, Mf full, Ms scalar. R = M
@@ -15,15 +15,18 @@ struct TitansCall {
   int32_t softplus;         // eta gate: softplus instead of sigmoid
   int32_t update;           // 0: a pure read of M_memory
   float grad_scale, eta_scale;
-  const float *base2, *base1, *base1s;               // w_base [H, R, D], [H, Mf, D, N], [H, Ms, N]; null: zero (retain_to="zero")
+  // initial weights [H, R, D], [H, Mf, D, N], [H, Ms, N]; null: zero (retain_to="zero")
+  const float *base2, *base1, *base1s;
   float *delta2, *delta1, *delta1s;                  // deviations [B, H, ...], advanced in place
   const float *q, *x, *k, *v, *eta, *alpha;          // [B, T, H, D] and [B, T, H]
   const float *eta_bias, *alpha_bias;                // [H]
-  float *pending_k, *pending_v;                      // [B, C, H, D], C = max(chunk_memory, chunk_other); advanced in place
+  // the open chunk, advanced in place: [B, C, H, D], C = max(chunk_memory, chunk_other)
+  float *pending_k, *pending_v;
   float *pending_eta, *pending_alpha;                // [B, C, H]; alpha null without retention
   const int64_t *pos, *len;                          // [B] tokens read before this call, and in it
   float* o;                                          // [B, T, H, D]; tokens past len are not written
-  float *kept2, *kept1;                              // [B, H, kept, N, D], [.., D, N]: M_memory's weights in each chunk read, in order; or null
+  // M_memory's weights in each chunk read, in order: [B, H, kept, N, D], [B, H, kept, D, N]; or null
+  float *kept2, *kept1;
 };
 
 // The gradient of the reads o = q + w1 sigma(w2 q) by q, at the weights that hope_titans_scan kept.

@@ -30,9 +30,11 @@ extern "C" int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* 
   return DONE;
 }
 
-extern "C" int hope_cms_norm_backward(
-    int64_t rows, int64_t d, int64_t threads, float eps, const float* x, const float* gain, const float* dn, const float* dy, float* dx) {
-  if (!width(d) || rows < 0 || rows > MOST_FLOATS / d || !threads_fit(threads) || (rows && !all_given({x, gain, dn, dx}))) return BAD_ARGUMENT;
+extern "C" int hope_cms_norm_backward(int64_t rows, int64_t d, int64_t threads, float eps, const float* x,
+                                      const float* gain, const float* dn, const float* dy, float* dx) {
+  if (!width(d) || rows < 0 || rows > MOST_FLOATS / d || !threads_fit(threads) ||
+      (rows && !all_given({x, gain, dn, dx})))
+    return BAD_ARGUMENT;
   const int team = rows * d < 8 * BLOCK ? 1 : static_cast<int>(threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t r = 0; r < rows; r++) {

@@ -31,7 +31,9 @@ void for_rows(int64_t rows, int64_t width, int64_t threads, Row row) {
   for (int64_t r = 0; r < rows; r++) row(r);
 }
 
-bool rows_of_width(int64_t rows, int64_t D, int64_t threads) { return width(D) && rows <= MOST_FLOATS / D && rows >= 0 && threads_fit(threads); }
+bool rows_of_width(int64_t rows, int64_t D, int64_t threads) {
+  return width(D) && rows <= MOST_FLOATS / D && rows >= 0 && threads_fit(threads);
+}
 
 // weight [d, W] as W rows of d
 std::vector<float> taps(const float* weight, int64_t d, int64_t W) {
@@ -46,12 +48,13 @@ HK_INLINE float rms_factor(const float* o, int64_t D) { return 1 / std::sqrt(dot
 
 }  // namespace
 
-extern "C" int hope_conv(
-    int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads, const float* x, const float* tail, const float* weight, const int64_t* len, float* y,
-    float* new_tail) try {
+extern "C" int hope_conv(int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads, const float* x,
+                         const float* tail, const float* weight, const int64_t* len, float* y,
+                         float* new_tail) try {
   if (!width(d) || W < 1 || !extents({B, T, d}) || !extents({B, W, d}) || !threads_fit(threads)) return BAD_ARGUMENT;
   if (B == 0) return DONE;
-  if (!all_given({weight, len}) || (T && !all_given({x, y})) || (W > 1 && !all_given({tail, new_tail})) || !rows_fit(B, T, nullptr, len)) {
+  if (!all_given({weight, len}) || (T && !all_given({x, y})) || (W > 1 && !all_given({tail, new_tail})) ||
+      !rows_fit(B, T, nullptr, len)) {
     return BAD_ARGUMENT;
   }
   const std::vector<float> w = taps(weight, d, W);
@@ -71,13 +74,15 @@ extern "C" int hope_conv(
     }
   });
   for (int64_t b = 0; b < B; b++)
-    for (int64_t i = 0; i < W - 1; i++) std::memcpy(new_tail + (b * (W - 1) + i) * d, input(b, len[b] + i), d * sizeof(float));
+    for (int64_t i = 0; i < W - 1; i++)
+      std::memcpy(new_tail + (b * (W - 1) + i) * d, input(b, len[b] + i), d * sizeof(float));
   return DONE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;
 }
 
-extern "C" int hope_conv_backward(int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads, const float* weight, const float* dy, float* dx) try {
+extern "C" int hope_conv_backward(int64_t B, int64_t T, int64_t d, int64_t W, int64_t threads,
+                                  const float* weight, const float* dy, float* dx) try {
   if (!width(d) || W < 1 || !extents({B, T, d}) || !extents({W, d}) || !threads_fit(threads)) return BAD_ARGUMENT;
   if (B * T == 0) return DONE;
   if (!all_given({weight, dy, dx})) return BAD_ARGUMENT;
@@ -106,7 +111,8 @@ extern "C" int hope_unit(int64_t rows, int64_t D, int64_t threads, const float* 
 }
 
 // (dy - y (y . dy)) / |x|; below the lower limit the norm is a constant
-extern "C" int hope_unit_backward(int64_t rows, int64_t D, int64_t threads, const float* x, const float* dy, float* dx) {
+extern "C" int hope_unit_backward(int64_t rows, int64_t D, int64_t threads, const float* x, const float* dy,
+                                  float* dx) {
   if (!rows_of_width(rows, D, threads)) return BAD_ARGUMENT;
   if (rows && !all_given({x, dy, dx})) return BAD_ARGUMENT;
   for_rows(rows, D, threads, [&](int64_t r) {
@@ -117,8 +123,8 @@ extern "C" int hope_unit_backward(int64_t rows, int64_t D, int64_t threads, cons
   return DONE;
 }
 
-extern "C" int hope_output_gate(
-    int64_t tokens, int64_t H, int64_t D, int64_t threads, const float* o, const float* gain, const float* gate, float* y) {
+extern "C" int hope_output_gate(int64_t tokens, int64_t H, int64_t D, int64_t threads, const float* o,
+                                const float* gain, const float* gate, float* y) {
   if (!extents({tokens, H}) || !rows_of_width(tokens * H, D, threads)) return BAD_ARGUMENT;
   if (tokens * H > 0 && !all_given({o, y})) return BAD_ARGUMENT;
   for_rows(tokens * H, D, threads, [&](int64_t r) {
@@ -134,9 +140,9 @@ extern "C" int hope_output_gate(
   return DONE;
 }
 
-extern "C" int hope_output_gate_backward(
-    int64_t tokens, int64_t H, int64_t D, int64_t threads, const float* o, const float* gain, const float* gate, const float* dy, float* d_o,
-    float* dgate) {
+extern "C" int hope_output_gate_backward(int64_t tokens, int64_t H, int64_t D, int64_t threads,
+                                         const float* o, const float* gain, const float* gate,
+                                         const float* dy, float* d_o, float* dgate) {
   if (!extents({tokens, H}) || !rows_of_width(tokens * H, D, threads)) return BAD_ARGUMENT;
   if (tokens * H > 0 && (!all_given({o, dy, d_o}) || !gate != !dgate)) return BAD_ARGUMENT;
   for_rows(tokens * H, D, threads, [&](int64_t r) {

@@ -28,7 +28,8 @@ inline void store_lanes(const float* panel, float* rows, int64_t ld, int64_t D, 
   }
 }
 
-// x of two vectors, or of one where only half a panel is in use
+// Rows r .. r + MR - 1 of a tile's accumulators: stored to a panel, or with a panel's rows added to them, or
+// multiplied into them. Two vectors a row, or one where only half a panel is in use.
 template <int MR, int NV>
 HK_INLINE void store_rows(float* p, int64_t r, const f8 (&acc)[MR][NV]) {
 #pragma GCC unroll 8

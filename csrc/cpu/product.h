@@ -11,7 +11,8 @@ constexpr int PANEL = 16;
 
 // acc[r][v] += sum_k A[r, k] B[k, 8 v ..]; A element (r, k) at A[r * rs + k * ks], B row k at B + k * ldb.
 template <int MR, int NV>
-HK_INLINE void accumulate(int64_t K, const float* A, int64_t rs, int64_t ks, const float* B, int64_t ldb, f8 (&acc)[MR][NV]) {
+HK_INLINE void accumulate(int64_t K, const float* A, int64_t rs, int64_t ks, const float* B, int64_t ldb,
+                          f8 (&acc)[MR][NV]) {
   for (int64_t k = 0; k < K; k++, A += ks, B += ldb) {
     f8 b[NV];
 #pragma GCC unroll 4
@@ -28,7 +29,8 @@ HK_INLINE void accumulate(int64_t K, const float* A, int64_t rs, int64_t ks, con
 // Rows [r0, r1) of A B for one panel B [K][16] of which the first 8 or all 16 tokens are wanted:
 // done(r, acc) gets rows r .. r + MR - 1, each NV vectors.
 template <int MR, int NV, class Done>
-HK_INLINE void tile_rows(int64_t r0, int64_t r1, int64_t K, const float* A, int64_t rs, int64_t ks, const float* B, Done done) {
+HK_INLINE void tile_rows(int64_t r0, int64_t r1, int64_t K, const float* A, int64_t rs, int64_t ks,
+                         const float* B, Done done) {
   for (int64_t r = r0; r + MR <= r1; r += MR) {
     f8 acc[MR][NV] = {};
     accumulate<MR, NV>(K, A + r * rs, rs, ks, B, PANEL, acc);
@@ -37,7 +39,8 @@ HK_INLINE void tile_rows(int64_t r0, int64_t r1, int64_t K, const float* A, int6
 }
 
 template <class Done>
-HK_INLINE void panel_product(int64_t r0, int64_t r1, int64_t K, const float* A, int64_t rs, int64_t ks, const float* B, bool half, Done done) {
+HK_INLINE void panel_product(int64_t r0, int64_t r1, int64_t K, const float* A, int64_t rs, int64_t ks,
+                             const float* B, bool half, Done done) {
   int64_t even = half ? r0 + (r1 - r0) / 8 * 8 : r0 + (r1 - r0) / 4 * 4;
   if (half) {
     tile_rows<8, 1>(r0, even, K, A, rs, ks, B, done);
@@ -52,7 +55,8 @@ HK_INLINE void panel_product(int64_t r0, int64_t r1, int64_t K, const float* A, 
 // tokens counted by C: the update of a weight by C tokens. U element (r, token) at U + p * stride + r * 16 +
 // token % 16; V [C, cols], rows ldv apart.
 template <int MR, int NV, class Done>
-HK_INLINE void outer_tile(int64_t r, int64_t c, int64_t C, const float* U, int64_t stride, const float* V, int64_t ldv, Done done) {
+HK_INLINE void outer_tile(int64_t r, int64_t c, int64_t C, const float* U, int64_t stride, const float* V,
+                          int64_t ldv, Done done) {
   f8 acc[MR][NV] = {};
   for (int64_t t = 0; t < C; t += PANEL, U += stride)
     accumulate<MR, NV>(std::min<int64_t>(PANEL, C - t), U + r * PANEL, PANEL, 1, V + t * ldv + c, ldv, acc);
@@ -60,12 +64,17 @@ HK_INLINE void outer_tile(int64_t r, int64_t c, int64_t C, const float* U, int64
 }
 
 template <class Done>
-HK_INLINE void outer_product(int64_t r0, int64_t r1, int64_t cols, int64_t C, const float* U, int64_t stride, const float* V, int64_t ldv, Done done) {
+HK_INLINE void outer_product(int64_t r0, int64_t r1, int64_t cols, int64_t C, const float* U, int64_t stride,
+                             const float* V, int64_t ldv, Done done) {
   for (int64_t r = r0; r < r1;) {
     bool four = r + 4 <= r1;
     int64_t c = 0;
-    for (; c + 16 <= cols; c += 16) four ? outer_tile<4, 2>(r, c, C, U, stride, V, ldv, done) : outer_tile<1, 2>(r, c, C, U, stride, V, ldv, done);
-    for (; c < cols; c += 8) four ? outer_tile<4, 1>(r, c, C, U, stride, V, ldv, done) : outer_tile<1, 1>(r, c, C, U, stride, V, ldv, done);
+    for (; c + 16 <= cols; c += 16)
+      four ? outer_tile<4, 2>(r, c, C, U, stride, V, ldv, done)
+           : outer_tile<1, 2>(r, c, C, U, stride, V, ldv, done);
+    for (; c < cols; c += 8)
+      four ? outer_tile<4, 1>(r, c, C, U, stride, V, ldv, done)
+           : outer_tile<1, 1>(r, c, C, U, stride, V, ldv, done);
     r += four ? 4 : 1;
   }
 }

@@ -56,9 +56,12 @@ void backward(const Task& t) {
 
 void run(const TitansReadBackward& c, int64_t task, float* work) {
   const int64_t chunk = task % c.kept, h = task / c.kept % c.H, b = task / c.kept / c.H, phase = c.pos[b] % c.chunk;
-  const int64_t begin = std::max<int64_t>(chunk * c.chunk - phase, 0), end = std::min((chunk + 1) * c.chunk - phase, c.len[b]);
-  const int64_t token = ((b * c.T + begin) * c.H + h) * c.D, weights = task * c.N * c.D;  // tasks are in the order of the weights
-  const Task t{c.kept2 + weights, c.kept1 + weights, c.q + token, c.grad + token, c.dq + token, work, end - begin, c.H * c.D, c.D, c.N};
+  const int64_t begin = std::max<int64_t>(chunk * c.chunk - phase, 0);
+  const int64_t end = std::min((chunk + 1) * c.chunk - phase, c.len[b]);
+  // tasks are in the order of the weights
+  const int64_t token = ((b * c.T + begin) * c.H + h) * c.D, weights = task * c.N * c.D;
+  const Task t{c.kept2 + weights, c.kept1 + weights, c.q + token, c.grad + token,
+               c.dq + token, work, end - begin, c.H * c.D, c.D, c.N};
   switch (c.activation) {
     case GELU: return backward<GELU>(t);
     case SILU: return backward<SILU>(t);
@@ -67,8 +70,9 @@ void run(const TitansReadBackward& c, int64_t task, float* work) {
 }
 
 bool fits(const TitansReadBackward& c) {
-  const bool sizes = width(c.D) && width(c.N) && c.H > 0 && c.chunk > 0 && c.chunk <= LARGEST && extents({c.B, c.T, c.H, c.D}) &&
-                     extents({c.B, c.H, c.kept, c.N, c.D}) && threads_fit(c.threads) && c.activation >= GELU_TANH && c.activation <= SILU;
+  const bool sizes = width(c.D) && width(c.N) && c.H > 0 && c.chunk > 0 && c.chunk <= LARGEST &&
+                     extents({c.B, c.T, c.H, c.D}) && extents({c.B, c.H, c.kept, c.N, c.D}) &&
+                     threads_fit(c.threads) && c.activation >= GELU_TANH && c.activation <= SILU;
   if (!sizes || c.B * c.T == 0) return sizes;
   return all_given({c.q, c.grad, c.pos, c.len, c.dq}) && (c.kept == 0 || all_given({c.kept2, c.kept1})) &&
          rows_fit(c.B, c.T, c.pos, c.len) && kept_fit(c.B, c.kept, c.chunk, c.pos, c.len);

@@ -15,7 +15,8 @@ HK_INLINE f8 abs(f8 x) { return _mm256_andnot_ps(all(-0.0f), x); }
 
 // The sum of the eight.
 HK_INLINE float total(f8 x) {
-  const __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)), b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  const __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
@@ -50,7 +51,8 @@ HK_INLINE f8 exp2(f8 y) {
   p = fma(p, f, all(2.40221197e-1f));
   p = fma(p, f, all(6.93146967e-1f));
   p = fma(p, f, all(1.00000007f));
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
 }
 
 constexpr float LOG2_E = 1.44269504f;
@@ -60,7 +62,8 @@ enum Activation { GELU_TANH = 0, GELU = 1, SILU = 2 };
 // e^-x for the sigmoid whose product with z is sigma(z); gelu_tanh(z) = z sigmoid(1.5957691 z + 0.0713548 z^3).
 template <int ACT>
 HK_INLINE f8 decay_of(f8 z) {
-  if constexpr (ACT == GELU_TANH) return exp2(z * fma(z * z, all(-0.07135481628f * LOG2_E), all(-1.595769122f * LOG2_E)));
+  if constexpr (ACT == GELU_TANH)
+    return exp2(z * fma(z * z, all(-0.07135481628f * LOG2_E), all(-1.595769122f * LOG2_E)));
   return exp2(z * all(-LOG2_E));
 }
 
@@ -109,7 +112,8 @@ HK_INLINE f8 sigma(f8 z, f8& slope) {
   const f8 e = decay_of<ACT>(z), gate = reciprocal(all(1.0f) + e), a = z * gate;
   f8 inner = all(1.0f);  // derivative of the sigmoid's argument
   // where z^2 overflows, e gate is 0 and would meet an infinity
-  if constexpr (ACT == GELU_TANH) inner = fma(_mm256_min_ps(all(1e30f), z * z), all(3 * 0.07135481628f), all(1.595769122f));
+  if constexpr (ACT == GELU_TANH)
+    inner = fma(_mm256_min_ps(all(1e30f), z * z), all(3 * 0.07135481628f), all(1.595769122f));
   slope = fma(a * (e * gate), inner, gate);  // e gate is 1 - gate without its cancellation
   return a;
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..config import CMSConfig
-from ..ops.cms import learning as cms_refresh
+from ..ops.cms.absorb import absorb, add_gradients
 from ..ops.cms.backends import resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
 from ..ops.cms.level import Factors, Level
@@ -258,7 +258,7 @@ class ContinuumMemory(nn.Module):
         self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None
     ) -> Sink:
         """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
-        ``cms_refresh.absorb``.
+        ``absorb``.
 
         among: the rows of the batch that the factors are of; None: all.
         """
@@ -267,7 +267,7 @@ class ContinuumMemory(nn.Module):
                 pairs, B = factors.items(), state.batch
                 factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
             slots = self._slots(l)
-            cms_refresh.absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
+            absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
 
         return learned
 
@@ -279,7 +279,7 @@ class ContinuumMemory(nn.Module):
         new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
-                cms_refresh.accumulate(new, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
+                add_gradients(new, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
         return new.finished()
 
     @torch.no_grad()
@@ -291,7 +291,7 @@ class ContinuumMemory(nn.Module):
             return state
         new = state.draft()
         for l in learning_levels(self.config):
-            cms_refresh.absorb(
+            absorb(
                 new, self.config, self._matrices(l), l, None, marked, state.pos if counts is None else counts
             )
         return new.finished()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..check import check_index, check_state
-from ..ops.cms import learning as cms_refresh
+from ..ops.cms.absorb import fold, reset, share
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.schedule import matrices
 from ..ops.cms.state import CMSState
@@ -27,7 +27,7 @@ def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tens
     _check(layer, state, level, row, "detach_level")
     found = _in_force(layer, state, level, row)
     draft = state.draft()
-    cms_refresh.reset(draft, level, [row])
+    reset(draft, level, [row])
     state.assign(draft.finished())
     return found
 
@@ -43,10 +43,10 @@ def consolidate(layer, state: CMSState, row: int, levels: Sequence[int] | None) 
     for level in _learned(state, row, levels):
         learned = _in_force(layer, state, level, row)
         others = [b for b in range(state.batch) if b != row]
-        cms_refresh.fold(draft, layer.config, layer._matrices(level), level, others)
+        fold(draft, layer.config, layer._matrices(level), level, others)
         for name, value in learned.items():
             write_weight(f"{NAME}.consolidate", layer.levels[level], name, value)
-        cms_refresh.share(draft, level, [row])
+        share(draft, level, [row])
     state.assign(draft.finished())
 
 

@@ -1,9 +1,11 @@
-"""Functional operators behind the layers: plain tensors and states in, tensors and new states out; no
-modules. Nothing is modified but by ``titans_advance_``, for CUDA graphs.
+"""Functional operators behind the layers: plain tensors and states in, tensors and new states out; no modules.
 
-B rows, T tokens, H heads of width D, N hidden units, M memories (Mf with D outputs, Ms scalar ones), R
-stacked rows of w2, C tokens
-a chunk, K CMS levels. ``titans/README.md`` and ``cms/README.md`` derive what they compute.
+Arguments are left as they are, but for the operators whose names end with an underscore: ``titans_advance_``
+(for CUDA graphs) and ``cms_refresh_`` work in place. ``titans/README.md`` and ``cms/README.md`` derive what is
+computed.
+
+B rows, T tokens, H heads of width D, N hidden units, M memories (Mf with D outputs, Ms scalar ones), R stacked
+rows of w2, C tokens a chunk, K CMS levels.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def titans_chunk(
     w_init: w2 [H, R, D], w1 [H, Mf, D, N], w1s [H, Ms, N] (``Layout.of(config)`` says what is where). inputs:
     see ``TokenInputs``; q and x (or k, v) in one floating dtype, eta, alpha, beta in the same. state: None
     starts new sequences. lengths: [B], tokens of each
-    row that count; o is zero behind them. update=False reads with the memories as they are.
+    row that count; o is zero after them. update=False reads with the memories as they are.
     Raises ValueError for shapes, dtypes, lengths, a state of another configuration, and a backend that cannot
     serve.
     Source: Nested Learning eq 83-93.
@@ -92,7 +94,7 @@ def titans_advance_(
     *, update: bool = True, backend: str = "triton",
 ) -> Tensor:
     """``titans_chunk`` on the Triton or the CUDA backend, in place and decided on the device alone: o [B, T,
-    H, D], zero behind a row's length.
+    H, D], zero after a row's length.
 
     lengths: [B] int64 on the inputs' device, in 0..T. Reads state.count where the rows stand and advances it
     with every other tensor of ``state``. So a captured CUDA graph of this call, at T = 1 say, may be replayed

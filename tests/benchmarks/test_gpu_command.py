@@ -339,11 +339,12 @@ def test_checks_of_the_cuda_library_say_what_kept_them(monkeypatch, tmp_path):
 
 def test_tests_are_named_as_junit_files_name_them(tmp_path):
     (tmp_path / "test_it.py").write_text(
-        "import pytest\n@pytest.mark.parametrize('x', ['a b', '1-2'])\ndef test_x(x):\n    pass\n"
+        "import pytest\n@pytest.mark.parametrize('x', ['a b', '1/2::'])\ndef test_x(x):\n    pass\n"
+        "class TestOfAClass:\n    def test_y(self):\n        pass\n"
     )
     env = dict(os.environ)
     ids = gpu.collected([str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path), "-c", os.devnull], env)
     junit = tmp_path / "junit.xml"
     subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={tmp_path}", f"--junit-xml={junit}", "test_it.py"],
                    cwd=tmp_path, check=True, capture_output=True)
-    assert {gpu.recorded_as(name) for name in ids} == set(gpu.outcomes(junit, "")) and len(ids) == 2
+    assert {gpu.recorded_as(name) for name in ids} == set(gpu.outcomes(junit, "")) and len(ids) == 3

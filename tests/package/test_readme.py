@@ -1,25 +1,75 @@
-"""The README's Python examples run as they stand, and what they promise holds."""
+"""The Python examples of README.md and docs/*.md run as they stand, and what they promise holds."""
 
-import os
 import re
+from pathlib import Path
 
+import pytest
 import torch
 
-README = os.path.join(os.path.dirname(__file__), "..", "..", "README.md")
+ROOT = Path(__file__).parents[2]
 
 
-def test_examples_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    with open(README, encoding="utf-8") as f:
-        blocks = re.findall(r"```python\n(.*?)```", f.read(), re.S)
-    assert len(blocks) >= 2
-    names: dict = {}
-    for block in blocks:
-        exec(block, names)
-    assert (torch.cat([names["a"], names["b"]], 1) - names["whole"]).abs().max() < 1e-5
+def blocks(document: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.S | re.M)
+
+
+def close(a, b, tolerance=1e-5) -> bool:
+    return a.shape == b.shape and float((a - b).abs().max()) < tolerance
+
+
+def readme(names):
+    assert close(torch.cat([names["a"], names["b"]], 1), names["whole"])
     assert names["out"].tokens.shape == (1, 60)
+
+
+def llama(names):
     with torch.no_grad():
         off, original = names["hope"](names["ids"])[0], names["llama"](names["ids"]).logits
     assert torch.equal(off, original) and torch.equal(names["logits"][:, :64], off[:, :64])
     assert (names["logits"][:, 64:] - off[:, 64:]).abs().max() > 1e-3
+
+
+def streaming(names):
+    whole, first, rest = names["whole"], names["first"], names["rest"]
+    assert close(first[0], whole[0, :20]) and close(first[1, :7], whole[1, :7]) and not first[2].any()
+    assert close(rest[0], whole[1, 7:])
+
+
+def backends(names):
+    assert close(names["chunked"], names["reference"], 1e-10)
+
+
+def wrapping(names):
+    assert close(names["wrapped"], names["merged"])
+
+
+def generation(names):
+    first, once = names["first"].tokens, names["once"].tokens
+    assert first.shape == (1, 20) and torch.equal(once[:, 10:], first)
+    assert names["seen"].predicted == [names["text"].shape[1] - 1] and names["seen"].finished
+
+
+def continual(names):
+    losses, learned = names["losses"], names["learned"]
+    assert len(losses) == 10 and losses[-1] < losses[0] / 2
+    assert learned["up"].shape == (128, 32) and not torch.equal(learned["up"], names["cms"].levels[0]["up"])
+    assert not names["state"].own[0][0] and names["state"].own[1][0]
+
+
+HOLDS = {"README.md": readme, "docs/llama.md": llama, "docs/streaming.md": streaming, "docs/backends.md": backends,
+         "docs/wrapping.md": wrapping, "docs/generation.md": generation, "docs/continual.md": continual}
+
+
+@pytest.mark.parametrize("document", HOLDS)
+def test_examples_run(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    for block in blocks(ROOT / document):
+        exec(block, names)
+    HOLDS[document](names)
+
+
+def test_every_document_with_examples_is_run():
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    assert {p.relative_to(ROOT).as_posix() for p in found if blocks(p)} == set(HOLDS)

@@ -1,7 +1,7 @@
 """A CMS level on the C++ backend: PyTorch's matrix products, and one pass over the tokens for everything
 between them (csrc/cpu/cms.cpp).
 
-The functions are those of ``chunked.py``, for gelu levels in fp32 on the CPU and without a graph: call under
+The functions are those of ``level.py``, for gelu levels in fp32 on the CPU and without a graph: call under
 no_grad. The activation and its derivative come from one exponential, so the backward multiplies by what the
 forward kept. SwiGLU levels stay PyTorch's: they come from models whose every bit is promised.
 """
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ...config import CMSConfig
 from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
-from . import level as chunked
-from .level import Factors, Level, newton_schulz, outer_add_, refresh_
+from .level import Factors, Level, newton_schulz, norm_backward, outer_add_, refresh_
 from .matrix import times, times_transposed
 
 __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "unserved"]
@@ -27,7 +26,7 @@ _norm_backward = Function("hope_cms_norm_backward", "cms norm_backward", *[SIZE]
 
 
 class Saved(NamedTuple):
-    """x, n, a: as in ``chunked.Saved``.  slope: sigma' at the pre-activations, [B, T, N]."""
+    """x, n, a: as in ``level.Saved``.  slope: sigma' at the pre-activations, [B, T, N]."""
 
     x: Tensor
     n: Tensor
@@ -51,7 +50,7 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
 def level_forward(
     x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool
 ) -> tuple[Tensor, Saved | None]:
-    """``chunked.level_forward``."""
+    """``level.level_forward``."""
     width = (x.shape[-1],)
     if config.norm == "rmsnorm":
         n = F.rms_norm(x, width, level["norm_gain"], eps)
@@ -67,19 +66,17 @@ def level_forward(
 def level_backward(
     dy: Tensor, saved: Saved, level: Level, config: CMSConfig, eps: float, *, residual: bool, need_dx: bool
 ) -> tuple[Tensor | None, Factors]:
-    """``chunked.level_backward``."""
-    d = times(dy, level["down"]) * saved.slope
-    factors = {"up": (d, saved.n), "down": (dy, saved.a)}
+    """``level.level_backward``."""
+    d_up = times(dy, level["down"]) * saved.slope
+    factors = {"up": (d_up, saved.n), "down": (dy, saved.a)}
     if not need_dx:
         return None, factors
-    dn = times(d, level["up"])
+    dn = times(d_up, level["up"])
     if config.norm != "rmsnorm":
-        dx = chunked.norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
+        dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
         return dx + dy if residual else dx, factors
-    x, dn, given, gain = (
-        saved.x.contiguous(), dn.contiguous(), dy.contiguous() if residual else None,
-        level["norm_gain"].contiguous()
-    )
+    x, dn, gain = saved.x.contiguous(), dn.contiguous(), level["norm_gain"].contiguous()
+    given = dy.contiguous() if residual else None
     dx, every, d = torch.empty_like(x), x.numel(), x.shape[-1]
     tensors = ((x, every), (gain, d), (dn, every), (given, every), (dx, every))
     _norm_backward(every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))

@@ -10,7 +10,7 @@ d] (swiglu) and ``down`` [d, N], each a ``Matrix``, and with biases ``up_bias`` 
 per matrix, tokens by outputs and tokens by inputs, and ``refresh_`` or ``outer_add_`` multiply them into what
 they change. B rows, T tokens, C tokens of a segment, d width, N hidden units.
 
-These functions are what a backend of the CMS consists of; ``triton.py`` offers the same ones.
+A backend of the CMS is a module with these functions: ``cpp.py`` and ``triton/operator.py`` are the others.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NS_STEPS = 5
 NS_EPS = 1e-7
 
 Level = dict[str, Any]  # a tensor, or for a matrix a ``Matrix`` or a tensor
-Factors = dict[str, tuple[Tensor, Tensor]]  # matrix -> [B, T, rows], [B, T, cols]
+Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix [r, c]: errors at its outputs [B, T, r], inputs [B, T, c]
 
 
 class Saved(NamedTuple):
-    """What the backward of one level needs. x: its input [B, T, d].  n: normed [B, T, d].  z, g:
-    pre-activations of up and gate [B, T, N] (g None for gelu).  a: hidden units [B, T, N]."""
+    """What the backward of one level needs. x: its input [B, T, d].  n: norm(x) [B, T, d].  z, g: w_up n and
+    w_gate n [B, T, N] (g None for gelu).  a: hidden units [B, T, N]."""
 
     x: Tensor
     n: Tensor
@@ -77,20 +77,20 @@ def level_backward(
     """
     h = times(dy, level["down"])
     if saved.g is not None:
-        d = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
+        lefts = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
     else:
-        d = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
-    factors = {name: (left, saved.n) for name, left in d.items()} | {"down": (dy, saved.a)}
+        lefts = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
+    factors = {name: (left, saved.n) for name, left in lefts.items()} | {"down": (dy, saved.a)}
     if not need_dx:
         return None, factors
-    dn = sum(times(left, level[name]) for name, left in d.items())
+    dn = sum(times(left, level[name]) for name, left in lefts.items())
     assert isinstance(dn, Tensor)
     dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
     return dx + dy if residual else dx, factors
 
 
 def norm_backward(dn: Tensor, x: Tensor, gain: Tensor, norm: str, eps: float) -> Tensor:
-    """The gradient of rms_norm or layer_norm with respect to its input, 16-bit tensors by way of fp32."""
+    """dL/dx for dn = dL/dnorm(x), of rms_norm or layer_norm; 16-bit tensors by way of fp32."""
     dtype, wide = x.dtype, master_dtype(x.dtype)
     x, g = x.to(wide), dn.to(wide) * gain.to(wide)
     if norm == "layernorm":
@@ -125,8 +125,8 @@ def refresh_(
     """One optimizer step in ``rows`` (ascending), in place: theta <- theta - lr f(g), g = left^T right +
     total; ``total`` becomes zero.
 
-    f(g) = g, or with ``moment``: m <- mu m + g, f = m.  weight, moment, total: [B, r, c], master dtype.  copy:
-    weight in the dtype of the inputs, rewritten.  left: [B, C, r] and right: [B, C, c], or both None: g is
+    f(g) = g, or with ``moment``: m <- mu m + g, f = m.  weight, moment, total: [B, r, c], master dtype.
+    copy: weight in the dtype of the inputs, rewritten.  left: [B, C, r] and right: [B, C, c], or None: g is
     ``total`` alone.  Source: Nested Learning eq 71.
     """
     if total is not None:
@@ -154,11 +154,11 @@ def refresh_(
 
 
 def newton_schulz(grad: Tensor) -> Tensor:
-    """grad [..., rows, cols] -> about U V^T of its singular value decomposition, each matrix on its own, in
-    the dtype of ``grad``.
+    """grad [..., r, c] -> about U V^T of its singular value decomposition, each matrix on its own, in the
+    dtype of ``grad``.
 
     Five steps X <- a X + (b X X^T + c (X X^T)^2) X from X = grad / max(|grad|_F, 1e-7), on the transpose if
-    rows > cols.
+    r > c.
     """
     tall = grad.shape[-2] > grad.shape[-1]
     x = grad.mT if tall else grad

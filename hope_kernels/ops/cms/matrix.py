@@ -1,5 +1,5 @@
-"""One matrix of a CMS level as B sequences have it: the layer's own, one per row, or either with a pending
-low-rank part.
+"""One matrix of a CMS level as B sequences have it: the layer's, or one of the row's own, and on top of either
+a pending low-rank part.
 
     W_b = base_b + scale * left_b^T right_b        base_b = own[b] where rows[b], else shared
 
@@ -19,7 +19,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Matrix:
     """shared: [r, c] or None.  own: [B, r, c] or None, in force in ``rows`` ([B] bools).  left, right:
-    [B, R, r], [B, R, c] or both None; unused slots are zero.  All in one dtype and on one device."""
+    [B, R, r], [B, R, c] or None; unused slots are zero.  All in one dtype and on one device."""
 
     shared: Tensor | None
     own: Tensor | None = None
@@ -98,4 +98,6 @@ def times(e: Tensor, W: Matrix) -> Tensor:
         return of(rows) @ w[0] if len(w) == 1 else torch.bmm(of(rows), w)
 
     y = _by_rows(W, e.shape[0], lambda w, rows: of(rows) @ w, with_own)
-    return y if W.left is None or W.right is None else torch.baddbmm(y, torch.bmm(e, W.left.mT), W.right, alpha=W.scale)
+    if W.left is None or W.right is None:
+        return y
+    return torch.baddbmm(y, torch.bmm(e, W.left.mT), W.right, alpha=W.scale)

@@ -1,5 +1,4 @@
-"""The orthogonalised step: theta <- theta - lr 0.2 sqrt(max(rows, cols)) NS(g), after torch.optim.Muon (no
-momentum here)."""
+"""Muon's step: theta <- theta - lr 0.2 sqrt(max(r, c)) NS(g), the orthogonalised gradient without momentum."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ from torch import Tensor
 
 
 def muon_step_(weight: Tensor, copy: Tensor | None, total: Tensor, rows: list[int], lr: float, ops) -> None:
-    """In place in ``rows`` of weight and total [B, r, c] (master dtype), g = total, which becomes zero. copy:
-    weight in the input dtype."""
+    """In place in ``rows`` of weight and total [B, r, c], master dtype: g is total, which becomes zero. copy:
+    weight in the input dtype. ops: the backend's ``newton_schulz``."""
     scale = lr * 0.2 * math.sqrt(max(weight.shape[1:]))
     step = ops.newton_schulz(total if len(rows) == len(total) else total[rows])
     for b, found in zip(rows, step):

@@ -1,9 +1,9 @@
 """How many tokens' factors a level keeps before it folds them into dense weights.
 
-A refresh of a level costs 8 bytes a weight (fp32 read and written) whatever its period C; kept factors cost 2
-C (rows + cols) numbers once, and every later token reads them: 2 R (rows + cols) FLOPs and as many numbers a
-row beside rows * cols. So a small period pays for a fold every R / C refreshes only, and rows that have not
-folded read one base together.
+A refresh of a matrix [r, c] costs 8 bytes a weight (fp32 read and written) whatever the level's period C.
+Kept factors cost 2 C (r + c) numbers once; with R of them kept, every later token pays 2 R (r + c) FLOPs
+more, and reads R (r + c) numbers beside the r c of the matrix. So with a small period a fold is paid once in
+R / C refreshes, and rows that have not folded read one base together.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 
 from ...config import CMSConfig
 
-# (device type, longest period it holds for, slots); periods that no row names fold at once. On two CPU cores
-# keeping factors was slower for every period and width tried ("pending" in benchmarks/results/cms.json);
-# nobody has measured it on a GPU, so there is no row yet.
+# (device type, longest period it holds for, slots); a period that no entry covers folds at once. On two CPU
+# cores keeping factors was slower for every period and width tried ("pending" in
+# benchmarks/results/cms.json), and it has not been measured on a GPU: so there is no entry yet.
 TABLE: tuple[tuple[str, int, int], ...] = ()
 
 
@@ -22,7 +22,7 @@ def pending_tokens(config: CMSConfig, level: int, device: torch.device, asked: i
     """Slots for the pending factors of ``level`` (index, level 1 is 0), ``asked`` or the table's; 0: every
     refresh is dense.
 
-    Only plain gradient descent is linear in what it has seen, and a level whose period does not fit never waits.
+    Factors wait under plain gradient descent only, whose steps add up, and never where a segment's do not fit.
     """
     period = config.chunks[level]
     slots = (

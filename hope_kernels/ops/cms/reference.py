@@ -6,9 +6,8 @@ is tested against.
     sequential, nested: y = MLP_K(... MLP_1(x));   independent: y = sum_l softmax(mix)_l MLP_l(x)
     refresh of level l at counts i = 0 mod C^(l):  theta <- theta - lr_l f(sum of dL_t/dtheta)
 
-(Nested Learning eq 70-74).
-
-Gradients are written out by hand; nothing here imports torch. Shapes: x, y [d]; up, gate [N, d]; down [d, N].
+(Nested Learning eq 70-74.) Gradients are written out by hand; nothing here imports torch. Shapes: x, y [d];
+up, gate [N, d]; down [d, N].
 """
 
 from __future__ import annotations
@@ -55,27 +54,27 @@ def norm(x, level, config, eps):
 def branch(x, level, config, eps=NORM_EPS):
     """Returns (branch(x), pullback); pullback(dL/dbranch) = (dL/dx, {matrix name: dL/dmatrix})."""
     n, norm_pullback = norm(x, level, config, eps)
-    up = level["up"] @ n + level.get("up_bias", 0.0)
+    z = level["up"] @ n + level.get("up_bias", 0.0)
     if config.mlp == "gelu":
-        hidden, slope = gelu(up)
+        a, slope = gelu(z)
     else:
         gated, slope = silu(level["gate"] @ n + level.get("gate_bias", 0.0))
-        hidden = gated * up
+        a = gated * z
 
     def pullback(error):
-        dhidden = level["down"].T @ error
-        grads = {"down": np.outer(error, hidden)}
+        h = level["down"].T @ error
+        grads = {"down": np.outer(error, a)}
         if config.mlp == "gelu":
-            dup = slope * dhidden
-            dn = level["up"].T @ dup
+            d_up = slope * h
+            dn = level["up"].T @ d_up
         else:
-            dup, dgate = gated * dhidden, slope * up * dhidden
-            grads["gate"] = np.outer(dgate, n)
-            dn = level["up"].T @ dup + level["gate"].T @ dgate
-        grads["up"] = np.outer(dup, n)
+            d_up, d_gate = gated * h, slope * z * h
+            grads["gate"] = np.outer(d_gate, n)
+            dn = level["up"].T @ d_up + level["gate"].T @ d_gate
+        grads["up"] = np.outer(d_up, n)
         return norm_pullback(dn), grads
 
-    return level["down"] @ hidden + level.get("down_bias", 0.0), pullback
+    return level["down"] @ a + level.get("down_bias", 0.0), pullback
 
 
 def forward(x, levels, config: CMSConfig, mix=None, eps=NORM_EPS):
@@ -196,6 +195,5 @@ class Row:
 
 def read(row: Row, x, error, learn):
     """Several tokens: x, error [T, d], learn [T] bool -> y [T, d]; ``row`` advances."""
-    return (
-        np.stack([row.read(x[t], error[t], bool(learn[t])) for t in range(len(x))]) if len(x) else np.zeros_like(x)
-    )
+    outputs = [row.read(x[t], error[t], bool(learn[t])) for t in range(len(x))]
+    return np.stack(outputs) if outputs else np.zeros_like(x)

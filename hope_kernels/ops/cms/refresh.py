@@ -1,4 +1,4 @@
-"""cms_refresh: one optimizer step of one matrix of a CMS level, from a segment's factors, as a checked operator."""
+"""The step of one matrix of a CMS level, from a segment's factors, as a checked operator: ops.cms_refresh."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def cms_refresh_(
     """theta <- theta - lr_l f(g), g_b = left_b^T right_b (+ total_b, which becomes zero), in place, for every
     row of a batch or ``rows``.
 
-    level: index, level 1 is 0.  weight: [B, r, c], fp32 (fp64 for fp64 factors).  left: [B, C, r], right:
-    [B, C, c], the factors of a segment of C tokens (errors at the matrix's outputs, its inputs).  moment:
-    [B, r, c], needed by optimizer="momentum" (zeros at the start).  total: [B, r, c], gradients of earlier
-    segments of the period.  copy: [B, r, c], ``weight`` in the factors' dtype.  rows: None for all.
+    level: index, level 1 is 0.  weight: [B, r, c], fp32 (fp64 for fp64 factors).  left: [B, C, r],
+    right: [B, C, c], the factors of a segment of C tokens (errors at the matrix's outputs, its inputs).
+    moment: [B, r, c], needed by optimizer="momentum" (zeros at the start).  total: [B, r, c], gradients of
+    earlier segments of the period.  copy: [B, r, c], ``weight`` in the factors' dtype.
     f: gd g;  momentum m = mu m + g, f = m;  muon 0.2 sqrt(max(r, c)) newton_schulz(g).  lr = 0 changes nothing.
-    Raises ValueError for shapes, dtypes, rows, a missing moment, and a backend that cannot serve. Source:
-    Nested Learning eq 71.
+    Raises ValueError for shapes, dtypes, rows, a missing moment, and an unknown backend.
+    Source: Nested Learning eq 71.
     """
     name, sizes = "cms_refresh", check_tensor("cms_refresh", "weight", weight, ("B", "r", "c"))
     C = check_tensor(name, "left", left, (sizes["B"], "C", sizes["r"]), device=weight.device)["C"]

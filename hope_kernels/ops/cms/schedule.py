@@ -1,4 +1,4 @@
-"""Which matrices learn, and which levels are due when (Nested Learning eq 71-72)."""
+"""Which matrices learn, and which rows of a level are due at a boundary (Nested Learning eq 71-72)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Due(NamedTuple):
 
 
 def due(config: CMSConfig, level: int, rows: list[int], counts: list[int] | None) -> Due:
-    """For ``rows`` that stand at token counts ``counts[b]`` (None: nothing commits). A level with lr = 0
-    keeps its clock all the same."""
+    """For ``rows`` of the batch, which have read ``counts[b]`` tokens (None: nothing commits). A level with
+    lr = 0 keeps its clock all the same."""
     if counts is None:
         return Due([], [], list(rows))
     now = [b for b in rows if counts[b] % config.chunks[level] == 0]

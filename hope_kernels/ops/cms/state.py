@@ -1,4 +1,5 @@
-"""CMSState: what sequences have learned in a Continuum Memory System, and the drafts in which a call changes it."""
+"""CMSState: what sequences have learned in a Continuum Memory System, and the drafts that a call changes
+before it returns."""
 
 from __future__ import annotations
 
@@ -44,20 +45,25 @@ class Private:
 class CMSState(State):
     """What B sequences have learned in a CMS of K levels; None stands for tensors that no sequence has needed yet.
 
-    weights: per level None (all rows share the layer's) or name -> [B, rows, cols], master dtype; in force
-    where ``own`` is 1. copies: per level None or name -> ``weights`` in the input dtype, where that is
-    another one; no file has them.
-    grads: per level None (zero) or name -> [B, rows, cols]: gradients since the level's last commit; zero
-    where ``dirty`` is 0. moments: per level None (zero) or name -> [B, rows, cols]: momentum,
-    optimizer="momentum" only.
-    left, right: per level None or name -> [B, R, rows], [B, R, cols]: factors of refreshes not yet folded
-    into ``weights``, input dtype. own: per level one 0/1 per row: 1 from the row's first (folded) refresh of
-    that level on, 0 again after a nested reset.
-    rank: per level and row, the slots of ``left`` and ``right`` that count; the others are zero.
-    inputs, errors: None or [B, C1, d]: the open segment's inputs and delivered dL/dy. Unused by a model that
-    has a loss of its own. seen, delivered: per row, tokens of the open segment read with learn=True, and how
-    many of their errors have arrived.
-    tainted: per row, 1 if the open segment holds a token read with learn=False.
+    Lists with an entry for every level: None, or a tensor for every matrix [r, c] by its name.
+
+    weights      [B, r, c], master dtype, in force where ``own`` is 1; None: all rows share the layer's
+    copies       ``weights`` in the input dtype, where that is another one; no file has them
+    grads        [B, r, c]: sum since the level's last commit, zero where ``dirty`` is 0; None: zero
+    moments      [B, r, c]: momentum, for optimizer="momentum" only; None: zero
+    left, right  [B, R, r], [B, R, c]: factors of refreshes not yet folded into ``weights``, input dtype
+
+    Lists with an entry for every level: one integer for every row of the batch.
+
+    own          1 from the row's first (folded) refresh of the level on, 0 again after a nested reset
+    rank         slots of ``left`` and ``right`` that count; the others are zero
+    dirty        1 where ``grads`` counts
+
+    The open segment, which a model with a loss of its own does not keep here.
+
+    inputs, errors   None or [B, C1, d]: inputs, and delivered dL/dy
+    seen, delivered  per row: tokens read with learn=True, and how many of their errors have arrived
+    tainted          per row: 1 if a token was read with learn=False
 
     The open segment of a row at count ``pos`` is the one that holds token pos - 1; a segment whose gradient
     has been taken is closed.
@@ -122,8 +128,8 @@ class CMSState(State):
                 if not isinstance(part, dict) or part.keys() != set(matrices(c)):
                     raise ValueError(f"{where}: state.{name}[{l}] does not hold the matrices {matrices(c)}")
                 for matrix, t in part.items():
-                    rows, cols = _shape(c, matrix)
-                    shape = {"left": (slots, rows), "right": (slots, cols)}.get(name, (rows, cols))
+                    outputs, inputs = _shape(c, matrix)
+                    shape = {"left": (slots, outputs), "right": (slots, inputs)}.get(name, (outputs, inputs))
                     wanted = dtype if name in self.ACTIVATIONS else master
                     check_part(where, f"{name}[{l}].{matrix}", t, (self.batch, *shape), wanted, device)
         for name in ("inputs", "errors"):
@@ -148,8 +154,8 @@ class CMSState(State):
         for b, (pos, seen, delivered) in enumerate(zip(self.pos, self.seen, self.delivered)):
             read = (pos - 1) % C1 + 1 if pos else 0  # of the segment that holds token pos - 1
             if not delivered <= seen <= read or seen and not tainted[b] and seen != read:
-                raise ValueError(f"{where}: state.seen is {seen} and state.delivered {delivered} for row {b}, {read} "
-                                 "tokens into a segment")
+                raise ValueError(f"{where}: state.seen is {seen} and state.delivered {delivered} for row {b}, "
+                                 f"{read} tokens into a segment")
             if not tainted[b] and (seen and self.inputs is None or delivered and self.errors is None):
                 raise ValueError(
                     f"{where}: row {b} of state has seen {seen} tokens and has no inputs, or no errors"
@@ -192,7 +198,7 @@ class CMSState(State):
         return held
 
     def put(self, part: str, level: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Freshly made tensors become that part of the level."""
+        """``tensors``, which this call has made, become that part of the level."""
         assert self.private is not None
         getattr(self, part)[level] = {n: self.private.made(t) for n, t in tensors.items()}
         return getattr(self, part)[level]
@@ -215,5 +221,5 @@ class CMSState(State):
 
 
 def _shape(config: CMSConfig, matrix: str) -> tuple[int, int]:
-    """[rows, cols] of a matrix of a level."""
+    """[outputs, inputs] of a matrix of a level."""
     return (config.d_model, config.hidden) if matrix == "down" else (config.hidden, config.d_model)

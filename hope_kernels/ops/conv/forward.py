@@ -15,9 +15,9 @@ def causal_conv_chunked(
 
     x: [B, T, d]. tail: [B, W-1, d], each row's last W-1 inputs before x. weight: [d, W], its last column
     meets x_t itself. lengths: tokens of each row that count; None is T for every row. Returns y [B, T, d],
-    zero behind a row's length, and the new tail, each row's last W-1 inputs.
-    Values behind a row's length reach neither result; a backward multiplies them by zero, so they must be
-    finite there.
+    zero after a row's length, and the new tail, each row's last W-1 inputs.
+    Values of x after a row's length reach neither result; but a backward multiplies them by zero, so they
+    must be finite.
     """
     T, W = x.shape[1], weight.shape[1]
     joined = torch.cat([tail.to(x.dtype), x], 1)

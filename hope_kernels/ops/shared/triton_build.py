@@ -3,7 +3,7 @@ without a GPU takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,16 +35,16 @@ class Specialization:
     yields them.
 
     name: of the kernel. fn: its ``@triton.jit`` function. signature: argument -> Triton type ("*bf16", "i64",
-    "fp32"); "constexpr" may be left out. constexprs: argument -> value. wants_mma: the tensor cores must do
-    its products. row: the table row, for people. archs: compute capabilities it is offered on (90 is sm_90).
-    attrs: as ``ASTSource`` takes them, {(argument index,): [[name, value]]}; None: every pointer is a
-    multiple of 16 bytes (``aligned``), and nothing is known about integers. maxnreg: registers a thread may
-    have.
+    "fp32"), or a tuple of them for a group of arguments; "constexpr" may be left out. constexprs: argument ->
+    value. wants_mma: the tensor cores must do its products. row: the table row, for people. archs: compute
+    capabilities it is offered on (90 is sm_90). attrs: as ``ASTSource`` takes them, {path of indices: [[name,
+    value]]}; None: every pointer is a multiple of 16 bytes (``aligned``), and nothing is known about integers.
+    maxnreg: registers a thread may have.
     """
 
     name: str
     fn: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple]
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
@@ -64,12 +64,22 @@ class Specialization:
             return cls(*other)
         return cls(**{f.name: getattr(other, f.name) for f in fields(cls) if hasattr(other, f.name)})
 
-    def source(self) -> tuple[dict[str, str], dict, dict]:
+    def source(self) -> tuple[dict[str, str | tuple], dict, dict]:
         """(signature, constexprs, attrs) with every argument, in the kernel's order, for
         ``triton.compiler.ASTSource``."""
         signature = {
             arg: "constexpr" if arg in self.constexprs else self.signature[arg] for arg in self.fn.arg_names
         }
-        pointers = (i for i, kind in enumerate(signature.values()) if kind.startswith("*"))
-        attrs = {(i,): [["tt.divisibility", 16]] for i in pointers} if self.attrs is None else self.attrs
+        if self.attrs is not None:
+            return signature, self.constexprs, self.attrs
+        attrs = {path: [["tt.divisibility", 16]] for path in _pointers(tuple(signature.values()))}
         return signature, self.constexprs, attrs
+
+
+def _pointers(kinds: tuple, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """Where pointers stand in a signature, groups included."""
+    for i, kind in enumerate(kinds):
+        if isinstance(kind, tuple):
+            yield from _pointers(kind, (*path, i))
+        elif kind.startswith("*"):
+            yield (*path, i)

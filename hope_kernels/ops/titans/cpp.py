@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ...backend import BY_ALL, Call
 from ...config import TitansConfig
+from ..shared.activations import ACTIVATION_CODES
 from ..shared.cpu_library import address, check_outcome, library, row_array
 from ..shared.pullback import Pullback
 from .state import FastWeights, TitansState
 
-_ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _POINTERS = (
     "base2", "base1", "base1s", "delta2", "delta1", "delta1s", "q", "x", "k", "v", "eta", "alpha", "eta_bias",
@@ -154,7 +154,7 @@ def _scan(
     call = _Call(
         B=B, T=T, H=H, D=D, N=N, Mf=Mf, Ms=Ms, chunk_memory=config.chunk_memory,
         chunk_other=config.chunk_other, kept=chunks, threads=torch.get_num_threads(),
-        activation=_ACTIVATIONS[config.activation], self_modifying=config.self_modifying,
+        activation=ACTIVATION_CODES[config.activation], self_modifying=config.self_modifying,
         objective_dot=config.objective == "dot",
         softplus=config.eta_activation == "softplus", update=update, grad_scale=config.grad_scale,
         eta_scale=config.eta_scale,
@@ -178,7 +178,7 @@ def _read_backward(
     chunks, N = kept[0].shape[2], config.hidden
     weights, tokens = B * H * chunks * N * D, B * T * H * D
     call = _ReadBackward(
-        B, T, H, D, N, chunk, chunks, torch.get_num_threads(), _ACTIVATIONS[config.activation],
+        B, T, H, D, N, chunk, chunks, torch.get_num_threads(), ACTIVATION_CODES[config.activation],
         address(kept[0], weights, "kept2"),
         address(kept[1], weights, "kept1"), address(q, tokens, "q"), address(grad, tokens, "grad"),
         ctypes.addressof(before), ctypes.addressof(reads), address(dq, tokens, "dq"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config import TitansConfig
 from ..shared import cuda_library as library
+from ..shared.activations import ACTIVATION_CODES
 from .kernel_call import call, call_in_place
 from .state import FastWeights, TitansState
 
@@ -20,7 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = ((64, 1), (64, 2), (64, 4), (128, 1), (128, 2))
 CHUNKS = (16, 32, 64)
 _WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
-_ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}  # csrc/cuda/params.h, like these bits
+# csrc/cuda/params.h has the same numbers
 _UNIT_K, _SOFTPLUS, _OWN_VALUES, _TARGET_NORM, _DOT, _DGD, _CLIP, _RETENTION, _UPDATE, _FLOAT_BIAS = (
     1 << i for i in range(10)
 )
@@ -87,7 +88,7 @@ def arguments(
     biases = [t if t is None or same else t.float() for t in biases]
     return (
         inputs.x, inputs.q, *base, *(getattr(state, n) for n in _WRITTEN), *biases, pos, lengths,
-        _ACTIVATIONS[config.activation], flags(config, update, not same), config.eta_scale,
+        ACTIVATION_CODES[config.activation], flags(config, update, not same), config.eta_scale,
         1.0 if config.objective == "dot" else config.grad_scale,
     )
 

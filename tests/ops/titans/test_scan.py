@@ -4,8 +4,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from contract import Accurate, Backend, Case, Streaming
 from hypothesis import given, settings
 from numerics import correlated, random_layer, reference_params, reference_run, relative, state_errors
+from problems import results, run
 
 from hope_kernels import SelfModifyingTitans, TitansConfig, load_state
 from hope_kernels.ops.titans import reference
@@ -354,3 +356,35 @@ def test_compiles_without_a_break(options):
     assert list(state.pos) == [20, 15] and len(outputs[layer]) == len(outputs[compiled])
     for ours, want in zip(outputs[compiled], outputs[layer]):
         torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-6)
+
+
+OPERATED = [
+    TitansConfig(6, 2, chunk_memory=4, chunk_other=4), TitansConfig(6, 2, chunk_memory=4, chunk_other=8, momentum=0.9),
+    TitansConfig(6, 1, chunk_memory=8, chunk_other=2, momentum="learned", adaptive_q=True, scalar_skip=True),
+    TitansConfig.preset("titans", d_model=6, num_heads=2, chunk_memory=4),
+    TitansConfig(6, 1, memory="linear", retain_to="zero", eta_scale=0.1, chunk_memory=4, chunk_other=4),
+]
+ERASING = TitansConfig.preset("titans", d_model=6, dgd=True, chunk_memory=8)
+DECAYS = [([0.0], [1.0]), ([1.0], [0.0]), ([1e-30, 0.999], [0.999, 1e-30, 0.0, 1.0]), ([0.999] * 9 + [0.0], [1.0])]
+
+
+class TestContract(Accurate, Streaming):
+    """At the operator, where the layer's convolution and projections are not in the way."""
+
+    backend = Backend(
+        "chunked", torch.float64, tolerance=1e-10,
+        cuts=[Case(c, 29, (29, 13, 0), 3, cuts=((0, 1, 4, 18, 29), (0, 8, 29))) for c in OPERATED],
+        steps=[Case(c, 29) for c in OPERATED],
+        neighbours=[Case(c, 29, (29, 13)) for c in OPERATED],
+        reads=[Case(c, 29, (11, 3)) for c in OPERATED],
+        empty=OPERATED[0],
+        yardstick=[Case(c, 29, (29, 13), correlation=0.5) for c in OPERATED],
+        keys=[Case(c, 29, correlation=share) for c in OPERATED for share in (0.9, 1.0)],
+        decays=[Case(ERASING, 20, alpha=tuple(a * 20)[:20], beta=tuple(b * 20)[:20]) for a, b in DECAYS],
+    )
+
+    def judge(self, case, w_init, inputs, dtype):
+        """Against the token loop."""
+        ours, theirs = (results(*run(case.config, w_init, inputs, b, case.lengths)) for b in ("chunked", "reference"))
+        for name, t in ours.items():
+            assert relative(t, theirs[name]) <= 1e-11, name

@@ -1,12 +1,12 @@
-"""Momentum and adaptive_q in the memory's Triton kernel, interpreted: the yardstick in fp64, and bit for bit
-against itself."""
+"""Momentum and adaptive_q in the memory's Triton kernel: the contract of a backend, and what momentum is."""
 
 import pytest
 import torch
-from problems import DEVICE, cast, meets_yardstick, part, problem, rows_of, run, same
+from contract import Accurate, Backend, Case, Streaming
+from problems import DEVICE, cast, problem, run
 
 from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
-from hope_kernels.ops import init_titans_state, titans_chunk
+from hope_kernels.ops import init_titans_state
 
 pytestmark = pytest.mark.skipif(
     available_backends()["triton"] is not None, reason=f"triton: {available_backends()['triton']}"
@@ -32,96 +32,48 @@ CONFIGS = {
 }
 # between them every path; each of the others is slow in what is not its own
 USUAL = ["titans", "adaptive_q, momentum, two clocks"]
-HALF = [(torch.float16, name) for name in CONFIGS if name in USUAL]
-SLOW_HALF = [pytest.param(torch.float16, name, marks=pytest.mark.slow) for name in CONFIGS if name not in USUAL]
-
-
-@pytest.mark.parametrize("dtype, name", [*((torch.float32, name) for name in CONFIGS), *HALF, *SLOW_HALF])
-def test_meets_the_yardstick(name, dtype):
-    config = CONFIGS[name]
-    meets_yardstick(config, *problem(config, 2, 35, 0.5), dtype, [35, 18])
-
-
-EXTREMES = [([0.0], [0.0]), ([0.0], [1.0]), ([1.0], [0.0])]
-
-
-@pytest.mark.parametrize("alpha, beta", [
-    *(pytest.param(*e, marks=pytest.mark.slow) for e in EXTREMES), ([1.0], [1.0]),
-    ([1e-30, 0.999], [0.999, 0.999, 1e-30, 0.0, 1.0]), ([0.999] * 20 + [0.0], [1.0] * 17 + [0.0]),
-])
-def test_extreme_retention_and_momentum(alpha, beta):
-    config = titans(dgd=True, chunk_memory=32)
-    of = lambda values: torch.tensor((values * 50)[:50], dtype=torch.float64)
-    meets_yardstick(config, *problem(config, 1, 50, 0.5, alpha=of(alpha), beta=of(beta)), torch.float32)
-
-
-@pytest.mark.parametrize("correlation", [pytest.param(0.9, marks=pytest.mark.slow), 1.0])
-def test_correlated_and_repeated_keys(correlation):
-    config = titans(dgd=True, chunk_memory=32)
-    meets_yardstick(config, *problem(config, 1, 33, correlation), torch.float32)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("config", [
+ERASING = titans(dgd=True, chunk_memory=32)
+FULL = [
     TitansConfig.preset("titans", d_model=512, num_heads=8),
     TitansConfig.preset("titans", d_model=512, num_heads=8, chunk_memory=64),
     TitansConfig(512, 8, hidden_mult=4, chunk_memory=64, chunk_other=64, momentum="learned"),
     TitansConfig(512, 8, adaptive_q=True),
-], ids=range(4))
-def test_full_sizes(config, dtype):
-    meets_yardstick(config, *problem(config, 2, 1100, 0.5), dtype)
+]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == USUAL[1] else pytest.mark.slow) for n in CONFIGS]
-)
-def test_bit_identical_however_the_call_is_cut(name):
-    config = CONFIGS[name]
-    w_init, inputs = (cast(t, torch.float32) for t in problem(config, 2, 37))
-    whole, end = run(config, w_init, inputs, "triton")
-    state, outputs = None, []
-    for a, b in zip([0, 1, 17, 32], [1, 17, 32, 37]):
-        o, state = run(config, w_init, part(inputs, a, b), "triton", state=state)
-        outputs.append(o)
-    assert torch.equal(torch.cat(outputs, 1), whole) and same(state, end)
-    o, ragged = run(config, w_init, inputs, "triton", [37, 20])
-    alone, state = run(config, w_init, part(rows_of(inputs, [1]), 0, 20), "triton")
-    assert torch.equal(o[1:, :20], alone) and same(ragged.select([1]), state)
-    assert torch.equal(o[:1], whole[:1])
+def usually(case, usual: bool):
+    return pytest.param(case, marks=() if usual else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    "name", ["titans", pytest.param("adaptive_q, momentum, two clocks", marks=pytest.mark.slow)]
-)
-def test_token_by_token_is_bit_identical(name):
-    w_init, inputs = (cast(t, torch.float32) for t in problem(CONFIGS[name], 1, 19))
-    whole, end = run(CONFIGS[name], w_init, inputs, "triton")
-    state, outputs = None, []
-    for t in range(19):
-        o, state = run(CONFIGS[name], w_init, part(inputs, t, t + 1), "triton", state=state)
-        outputs.append(o)
-    assert torch.equal(torch.cat(outputs, 1), whole) and same(state, end)
+def judged(name, dtype):
+    return Case(CONFIGS[name], 35, (35, 18), dtype=dtype, correlation=0.5)
 
 
-@pytest.mark.parametrize("name", ["titans", "adaptive_q, momentum, two clocks"])
-def test_pure_reads_use_what_was_learned_and_change_nothing(name):
-    """Whole chunks of a first call, then a read with that state: as the fp64 closed form reads, and as a call
-    that also learns does."""
-    config = CONFIGS[name]
-    w_init, inputs = problem(config, 2, 44)
-    before, after = part(inputs, 0, 32), part(inputs, 32, 44)
-    exact = titans_chunk(
-        config, w_init, after, run(config, w_init, before, "chunked")[1], update=False, backend="chunked"
-    )[0]
-    w_init, before, after = (cast(t, torch.float32) for t in (w_init, before, after))
-    _, state = run(config, w_init, before, "triton")
-    saved = state.clone()
-    with torch.no_grad():
-        o, read = titans_chunk(config, w_init, after, state, update=False, backend="triton")
-    assert same(read, saved) and list(read.pos) == [32, 32]
-    assert torch.equal(o, run(config, w_init, after, "triton", state=state)[0])
-    assert (o.double().cpu() - exact).abs().max() < 1e-3 * exact.abs().max()
+def decaying(alpha, beta):
+    return Case(ERASING, 50, rows=1, correlation=0.5, alpha=tuple(alpha * 50)[:50], beta=tuple(beta * 50)[:50])
+
+
+class TestContract(Accurate, Streaming):
+    backend = Backend(
+        "triton", torch.float32, costly=True,
+        cuts=[usually(Case(c, 37, (37, 20), cuts=((0, 1, 17, 32, 37),)), n == USUAL[1]) for n, c in CONFIGS.items()],
+        steps=[usually(Case(CONFIGS[n], 19, rows=1), n == USUAL[0]) for n in USUAL],
+        neighbours=[Case(titans(), 20, (20, 9))],
+        reads=[Case(CONFIGS[n], 44, (32, 32)) for n in USUAL],
+        empty=titans(),
+        yardstick=[
+            *(judged(n, torch.float32) for n in CONFIGS),
+            *(usually(judged(n, torch.float16), n in USUAL) for n in CONFIGS),
+            *(pytest.param(Case(c, 1100, dtype=dtype, correlation=0.5), marks=pytest.mark.gpu)
+              for c in FULL for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        ],
+        keys=[usually(Case(ERASING, 33, rows=1, correlation=share), share == 1.0) for share in (0.9, 1.0)],
+        decays=[
+            decaying([1.0], [1.0]), decaying([1e-30, 0.999], [0.999, 0.999, 1e-30, 0.0, 1.0]),
+            decaying([0.999] * 20 + [0.0], [1.0] * 17 + [0.0]),
+            *(usually(decaying([a], [b]), False) for a, b in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0))),
+        ],
+    )
 
 
 def test_no_momentum_is_momentum_zero():

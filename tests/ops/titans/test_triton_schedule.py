@@ -85,11 +85,11 @@ def test_pure_reads_of_a_query_memory_wait_chunk_by_chunk(many_programs, request
     w_init, inputs = (single(t) for t in problem(config, 1, 64))
     read_task, first = scan.read_task, []
 
-    def late(*args):
+    def late(*args, **named):
         if not first:
             first.append(1)
             time.sleep(1.5)
-        read_task(*args)
+        read_task(*args, **named)
 
     monkeypatch.setattr(scan, "read_task", late)
     with torch.no_grad():

@@ -7,16 +7,16 @@ import pytest
 pytest.importorskip("triton")
 from hope_kernels import TitansConfig  # noqa: E402
 from hope_kernels.ops.titans.triton import tiles as table  # noqa: E402
-from hope_kernels.ops.titans.triton.tiles import CHUNKS, ITEMSIZE, MULTIPLES, TABLE, WIDTHS, row  # noqa: E402
+from hope_kernels.ops.titans.triton.tiles import CHUNKS, ITEMSIZE, MULTIPLES, TABLE, WIDTHS, tile_row  # noqa: E402
 
 
 def test_every_served_shape_has_one_row_whose_tiles_divide_it():
     used = set()
     for D, mult, C, itemsize in product(WIDTHS, MULTIPLES, CHUNKS, set(ITEMSIZE.values())):
-        found = row(D, C, itemsize)
-        NT, CT, OWN_NT, OWN_CT = found.tiles
+        found = tile_row(D, C, itemsize)
+        WALK_NT, WALK_CT, TILE_NT, TILE_CT = found.tiles
         used.add(found)
-        assert D * mult % NT == D * mult % OWN_NT == C % CT == C % OWN_CT == 0, (D, mult, C, itemsize)
+        assert D * mult % WALK_NT == D * mult % TILE_NT == C % WALK_CT == C % TILE_CT == 0, (D, mult, C, itemsize)
         assert min(found.tiles) >= 16, "a product has no smaller sides"
     assert used == set(TABLE)
 
@@ -26,30 +26,31 @@ def test_two_clocks_share_a_kernel(D, itemsize):
     for C_memory, C_other in product(CHUNKS, repeat=2):
         config = TitansConfig(2 * D, 2, chunk_memory=C_memory, chunk_other=C_other)
         found, fast, slow = table.constants(config, itemsize, True), min(C_memory, C_other), max(C_memory, C_other)
-        for prefix, C in ("FAST", fast), ("SLOW", slow if C_memory != C_other else fast):
-            NT, CT, OWN_NT, OWN_CT = row(D, C, itemsize).tiles
-            CT, OWN_CT = (CT, OWN_CT) if fast == slow else (16, 16)
-            assert tuple(
-                found[f"{prefix}_{n}"] for n in ("NT", "CT", "OWN_NT", "OWN_CT")
-            ) == (NT, CT, OWN_NT, OWN_CT)
+        for name, C in ("fast", fast), ("slow", slow):
+            want = tile_row(D, C, itemsize).tiles
+            assert found[name].C == C
+            assert found[f"{name}_tiles"] == (
+                want if fast == slow else want._replace(WALK_CT=16, TILE_CT=16)
+            )
         chosen = table.options(config, itemsize)
-        assert chosen["maxnreg"] == row(D, slow, itemsize).registers >= row(D, fast, itemsize).registers
+        assert chosen["maxnreg"] == tile_row(D, slow, itemsize).registers >= tile_row(D, fast, itemsize).registers
         # a program must fit: 64 K registers a multiprocessor
         assert chosen["maxnreg"] * chosen["num_warps"] * 32 <= 65536
         for shapes, C in zip(table.scratch_shapes(config, itemsize), (fast, slow)):
-            assert shapes["norms"][1] * row(D, C, itemsize).tiles.OWN_NT == D
+            assert shapes.norms[1] * tile_row(D, C, itemsize).tiles.TILE_NT == D
 
 
 def test_the_compile_report_sees_every_row_and_the_full_one_every_shape():
     for full in (False, True):
         specs = list(table.specializations(full))
         seen = {
-            (s.constexprs["D"], s.signature["q_p"], s.constexprs["SMALL"], s.constexprs["FAST_NT"]) for s in specs
+            (c["shape"].D, s.signature["reads"].q, c["fast"].C, c["fast_tiles"].WALK_NT)
+            for s in specs for c in (s.constexprs,)
         }
         for D, itemsize, C, tiles, _ in TABLE:
-            assert (D, "*fp32" if itemsize == 4 else "*bf16", C, tiles.NT) in seen
+            assert (D, "*fp32" if itemsize == 4 else "*bf16", C, tiles.WALK_NT) in seen
     shapes = {
-        (s.constexprs["D"], s.constexprs["N"], s.constexprs["SMALL"], s.signature["q_p"]) for s in specs
+        (*s.constexprs["shape"], s.constexprs["fast"].C, s.signature["reads"].q) for s in specs
         if len(s.archs) == 6
     }
     assert len(shapes) == len(WIDTHS) * len(MULTIPLES) * len(CHUNKS) * len(ITEMSIZE)

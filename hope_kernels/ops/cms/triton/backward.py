@@ -2,7 +2,7 @@
 brings it to the normed input.
 
     h = dy w_down        d_up = gelu'(z) h                   or, swiglu, d_up = silu(g) h and d_gate = silu'(g) z h
-    dn = d_up w_up [+ d_gate w_gate]                         its way through the norm to dx: ``triton_norm``
+    dn = d_up w_up [+ d_gate w_gate]                         its way through the norm to dx: ``norm.py``
 
 Tiles, groups of tokens and pending parts as on the way up; the matrices are read in the other orientation,
 columns contiguous, and of a pending part right takes left's place. h never exists in memory: it is the
@@ -13,7 +13,7 @@ product moves d + 2 N elements (swiglu: d + 4 N), the second N + d (2 N + d). Ne
 import triton
 import triton.language as tl
 
-from ...titans.triton.common import GELU_TANH, SILU, sigma_and_slope
+from ...shared.triton_math import GELU_TANH, SILU, sigma_and_slope
 from .common import add_pending, add_product, matrix_of, tile_of, tokens_of
 
 

@@ -5,7 +5,7 @@ down product.
     z = n w_up^T + bias      a = gelu(z)                     or, swiglu, g = n w_gate^T + bias beside it and a = silu(g) z
     y = [x +] a w_down^T + bias
 
-n is the normed input, written once by ``triton_norm``: r_t of the RMS norm commutes with the product, but the
+n is the normed input, written once by ``norm.py``: r_t of the RMS norm commutes with the product, but the
 gain would have to be applied again in every tile of columns, and the gradient wants n anyway; writing and
 reading it is 2 d of the 3 N + 5 d elements (swiglu: 4 N + 5 d) that a kept token moves. A program owns BM
 tokens and BN columns: accumulators in registers (swiglu: two of half the width, so that n is loaded once for
@@ -21,7 +21,7 @@ a call that reads them once. Never timed.
 import triton
 import triton.language as tl
 
-from ...titans.triton.common import GELU_TANH, sigma, sigmoid
+from ...shared.triton_math import GELU_TANH, sigma, sigmoid
 from .common import add_pending, add_product, matrix_of, tile_of, tokens_of
 
 

@@ -1,13 +1,13 @@
-"""backend="triton" of the CMS: the functions of ``chunked.py`` by Triton kernels, behind four dispatcher operators.
+"""backend="triton" of the CMS: the functions of ``level.py`` by Triton kernels, as four dispatcher operators.
 
-    cms_level_forward     norm, [inner], up, [inner], down              ``triton_norm``, ``triton_forward``
-    cms_level_backward    [inner], error, [[inner], back, norm]         ``triton_backward``
-    cms_refresh_          one launch per matrix                         ``triton_refresh``
-    cms_newton_schulz     2 + 3 * 5 launches                            ``triton_newton_schulz``
+    cms_level_forward     norm, [inner], up, [inner], down              ``norm.py``, ``forward.py``
+    cms_level_backward    [inner], error, [[inner], back, norm]         ``backward.py``
+    cms_refresh_          one launch per matrix                         ``refresh.py``
+    cms_newton_schulz     2 + 3 * 5 launches                            ``newton_schulz.py``
 
-Brackets: where the level has a pending part, or somebody wants dx. fp32, bf16 and fp16, masters in fp32. A
+Brackets: where the level has a pending part, or dx is asked for. fp32, bf16 and fp16, masters in fp32. A
 row's outputs have the same bits for any split of its tokens, in any company, whether it owns its matrices or
-shares equal ones (``triton_common``). No operator is differentiable: ``level_backward`` is the derivative.
+shares equal ones (``common.py``). No operator is differentiable: ``level_backward`` is the derivative.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
 def level_forward(
     x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool
 ) -> tuple[Tensor, Saved | None]:
-    """As ``chunked.level_forward``: x [B, T, d] -> (branch(x), or x + branch(x) with ``residual``; what the
+    """As ``level.level_forward``: x [B, T, d] -> (branch(x), or x + branch(x) with ``residual``; what the
     backward needs, with ``keep``).
 
     Raises ValueError for other shapes, dtypes or devices, TypeError for non-tensors.
@@ -73,7 +73,7 @@ def level_forward(
 def level_backward(
     dy: Tensor, saved: Saved, level: Level, config: CMSConfig, eps: float, *, residual: bool, need_dx: bool
 ) -> tuple[Tensor | None, Factors]:
-    """As ``chunked.level_backward``: dy [B, T, d] -> (dL/dx or None, the factors of dL/dW per matrix). Raises
+    """As ``level.level_backward``: dy [B, T, d] -> (dL/dx or None, the factors of dL/dW per matrix). Raises
     as ``level_forward``."""
     B, T, d = _checked("cms level_backward", dy, level, config)
     for name, t, width in (
@@ -93,7 +93,7 @@ def level_backward(
 def outer_add_(
     target: Tensor, left: Tensor, right: Tensor, rows: list[int], alpha: float = 1.0, beta: float = 1.0
 ) -> None:
-    """As ``chunked.outer_add_``: target_b <- beta target_b + alpha left_b^T right_b in ``rows``. Raises as
+    """As ``level.outer_add_``: target_b <- beta target_b + alpha left_b^T right_b in ``rows``. Raises as
     ``refresh_``."""
     _refresh("cms outer_add_", target, None, left, right, rows, -alpha, beta, None, 0.0, None)
 
@@ -102,7 +102,7 @@ def refresh_(
     weight: Tensor, copy: Tensor | None, left: Tensor | None, right: Tensor | None, rows: list[int], lr: float, *,
     moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None,
 ) -> None:
-    """As ``chunked.refresh_``: one optimizer step in ``rows``, in place and in one launch.
+    """As ``level.refresh_``: one optimizer step in ``rows``, in place and in one launch.
 
     weight, moment, total: [B, r, c] fp32 and copy: [B, r, c], contiguous, at multiples of 16 bytes.  left:
     [B, C, r], right: [B, C, c]. Raises ValueError for other shapes, dtypes, devices or rows.
@@ -111,7 +111,7 @@ def refresh_(
 
 
 def newton_schulz(grad: Tensor) -> Tensor:
-    """As ``chunked.newton_schulz``: grad [..., r, c] fp32 -> about U V^T of each matrix. Raises ValueError
+    """As ``level.newton_schulz``: grad [..., r, c] fp32 -> about U V^T of each matrix. Raises ValueError
     for another dtype."""
     if grad.dtype != torch.float32 or grad.dim() < 2:
         raise ValueError(
@@ -158,7 +158,7 @@ def _checked(op: str, x: Tensor, level: Level, config: CMSConfig) -> tuple[int, 
     return sizes["B"], sizes["T"], d
 
 
-# A matrix as an operator sees it; a row that owns its base is named by rows [B], and rows [] is nobody.
+# A matrix as an operator sees it. rows: 1 for a row of the batch with a base of its own, else 0; empty: none has one.
 _MATRIX = "Tensor? {0}, Tensor? {0}_own, int[] {0}_rows, Tensor? {0}_left, Tensor? {0}_right, float {0}_scale"
 _MATRICES = ", ".join(_MATRIX.format(name) for name in ("up", "gate", "down"))
 _PER_MATRIX = _MATRIX.count(",") + 1

@@ -1,17 +1,19 @@
 """Gradient of the causal convolution, in one launch and one sum over tiles.
 
-    joined = [tail, x]      y_t = sum_j w[:, j] joined_{t+j}      new tail = joined[n : n + W-1]      n = the row's length
+    joined = [tail, x]      y_t = sum_j w[:, j] joined_{t+j}      new tail = joined[n : n + W-1]
 
-    djoined_s = dnew_{s-n} + sum_j w[:, j] dy_{s-j}         dw[:, j] = sum_s joined_s dy_{s-j}         over the j with 0 <= s-j < n
+    djoined_s = dnew_{s-n} + sum_j w[:, j] dy_{s-j}      dw[:, j] = sum_s joined_s dy_{s-j}
 
-[dtail, dx] = djoined. A program owns BS places s of BD channels of one row: it reads joined once and dy once
-per window position (W - 1 of the W reads hit the cache), and both sums use the same number. Device memory
+n is the row's length; sums are over the j with 0 <= s-j < n.
+
+[dtail, dx] = djoined. A program owns BS places s of BD channels of one row: it reads joined once, and dy
+once per window position (W - 1 of the W reads hit the cache), and uses each number of dy for both sums. Device memory
 sees x, dy and dx once, 3 d elements a token, and W / BS fp32 words an element for the partial sums of dw,
-which ``triton_sum`` adds in one order: bandwidth-bound.
+which ``triton_sum.py`` adds in one order: bandwidth-bound.
 
 A place of djoined is summed alone, from dnew on and then in the order j = 0, 1, ...: a later call's part
 comes first, as it would in one call. So its bits do not depend on the batch or the lengths, and in fp32 not
-on how the sequence is split. Products and sums in fp32, rounded once. Nothing behind a row's length is read.
+on how the sequence is split. Products and sums in fp32, rounded once. Nothing after a row's length is read.
 """
 
 from __future__ import annotations
@@ -34,9 +36,8 @@ def causal_conv_backward_kernel(
     dy_p, dnew_p, x_p, tail_p, weight_p, lengths_p, dx_p, dtail_p, parts_p, T: tl.int64,
     d: tl.constexpr, W: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):
-    """dy, x, dx [B, T, d]; dnew, tail, dtail [B, W-1, d]; weight [d, W]; lengths [B] int32; parts [rows *
-    tiles, d, W] fp32.
-    Grid (rows * tiles of places, tiles of channels)."""
+    """dy, x, dx [B, T, d]; dnew, tail, dtail [B, W-1, d]; weight [d, W]; lengths [B] int32; parts
+    [rows * tiles, d, W] fp32. Grid (rows * tiles of places, tiles of channels)."""
     tiles = tl.cdiv(T + (W - 1), BS)
     i_b, i_s, i_d = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
     n = tl.minimum(tl.maximum(tl.load(lengths_p + i_b).to(tl.int64), 0), T)  # as in the forward pass
@@ -73,7 +74,8 @@ def causal_conv_backward_kernel(
 
 _library = torch.library.Library("hope_kernels", "FRAGMENT")
 _library.define(
-    "causal_conv_backward(Tensor dy, Tensor dnew, Tensor x, Tensor tail, Tensor weight, Tensor lengths) -> (Tensor, Tensor, Tensor)"
+    "causal_conv_backward(Tensor dy, Tensor dnew, Tensor x, Tensor tail, Tensor weight, Tensor lengths)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 

@@ -1,11 +1,12 @@
 """Causal depthwise convolution with a carried tail and ragged rows, in one launch.
 
-    joined = [tail, x]      y_t = sum_{j < W} w[:, j] joined_{t+j}      new tail = joined[n : n + W-1]      n = the row's length
+    joined = [tail, x]      y_t = sum_{j < W} w[:, j] joined_{t+j}      new tail = joined[n : n + W-1]
 
-A program owns BT tokens of BD channels of one row. It reads the tile once per window position: W - 1 of the W
-reads hit the cache, so device memory sees x once and y once, 2 d elements a token at 2 W FLOPs an element:
-bandwidth-bound on every GPU. Shared memory only turns the weights' layout (a few hundred bytes). The first
-program along the tokens also copies the new tail, so decoding (T = 1) is one launch too.
+n is the row's length. A program owns BT tokens of BD channels of one row. It reads the tile once per window
+position: W - 1 of the W reads hit the cache, so device memory sees x once and y once, 2 d elements a token at
+2 W FLOPs an element: bandwidth-bound on every GPU. Shared memory only turns the weights' layout (a few
+hundred bytes). The first program along the tokens also copies the new tail, so decoding (T = 1) is one launch
+too.
 
 The W products of a token are added in the order j = 0, 1, ... whether a factor comes from the tail or from x,
 and no other token takes part: the result does not depend on how a sequence is split into calls, on the batch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ....check import check_tensor
 from ...shared.triton_build import DTYPES, SHARED_KIB, Specialization, aligned
-from . import backward as triton_backward
+from . import backward
 
 MAX_WINDOW = 8
 BLOCK_T, BLOCK_D, NUM_WARPS = 16, 128, 4  # compiled for sm_80 to sm_120 without spills, never timed
@@ -38,7 +39,7 @@ def causal_conv_kernel(
     tokens, tiles of channels)."""
     tiles = tl.maximum(tl.cdiv(T, BT), 1)
     i_b, i_t, i_d = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
-    # a length from the device is nobody's promise
+    # a length that lies on the device has not been checked
     n = tl.minimum(tl.maximum(tl.load(lengths_p + i_b).to(tl.int64), 0), T)
     t = i_t * BT + tl.arange(0, BT)
     c = i_d * BD + tl.arange(0, BD)
@@ -98,7 +99,7 @@ def _(x: Tensor, tail: Tensor, weight: Tensor, lengths: Tensor) -> tuple[Tensor,
 
 
 torch.library.register_autograd(
-    "hope_kernels::causal_conv", triton_backward.backward, setup_context=triton_backward.setup_context, lib=_library
+    "hope_kernels::causal_conv", backward.backward, setup_context=backward.setup_context, lib=_library
 )
 
 
@@ -109,7 +110,7 @@ def causal_conv_triton(
     split; differentiable once.
 
     x: [B, T, d]. tail: [B, W-1, d] and weight: [d, W] in its dtype, W <= 8. lengths: [B] in 0..T; a tensor on
-    the device costs no sync; None is T for every row. y is zero behind a row's length, whatever x holds
+    the device costs no sync; None is T for every row. y is zero after a row's length, whatever x holds
     there, and so is the gradient of x; a row of length 0 keeps its tail bit for bit.
     Raises ValueError for other shapes, dtypes or devices, TypeError for non-tensors.
     """
@@ -138,4 +139,4 @@ def specializations() -> Iterator[Specialization]:
             {"d": d, "W": W, "BT": BLOCK_T, "BD": BLOCK_D},
             NUM_WARPS, num_stages=1, row=f"{dtype} d={d} W={W}", archs=tuple(SHARED_KIB),
         )
-    yield from triton_backward.specializations()
+    yield from backward.specializations()

@@ -1,13 +1,15 @@
 """Gradient of norm, gain and gate, in one pass and one sum over tiles.
 
-    scale = 1 / sqrt(mean(o^2) + eps)      u = o scale      y = u gain silu(gate)      h = dy silu(gate)      sig = sigmoid(gate)
+    scale = 1 / sqrt(mean(o^2) + eps)      u = o scale      y = u gain silu(gate)
+    h = dy silu(gate)      sig = sigmoid(gate)
 
-    dgate = dy u gain sig (1 + gate (1 - sig))      dgain = sum_tokens h u      do = scale (h gain - u mean(h gain u))
+    dgate = dy u gain sig (1 + gate (1 - sig))      dgain = sum_tokens h u
+    do = scale (h gain - u mean(h gain u))
 
 without the norm: u = o, gain = 1, do = h; without the gate: h = dy. A program owns SPAN tokens of one head,
 BR at a time, and the whole width: the means are reductions inside a tile, every number is read once and
 written once (5 d elements a token), and dgain's partial sums stay in registers until they leave as one fp32
-row a program, which ``triton_sum`` adds in one order: bandwidth-bound.
+row a program, which ``triton_sum.py`` adds in one order: bandwidth-bound.
 
 A row's do and dgate depend on that row alone, bit for bit: the tile's width follows from D. fp32 inside, one
 rounding at the end.

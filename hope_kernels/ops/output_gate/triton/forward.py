@@ -3,10 +3,10 @@ gain, or gate, may be off.
 
 [B, T, H, D] and [B, T, H D] are one matrix of B T H rows of D numbers, row r belonging to head r mod H. A
 program owns BR rows and the whole width, so the mean is one reduction inside a tile and every number is read
-once and written once: 3 d elements a token, bandwidth- bound. No shared memory beyond what the reduction
+once and written once: 3 d elements a token, bandwidth-bound. No shared memory beyond what the reduction
 across threads takes.
 
-The reduction runs over a tile row of fixed width next_power_of_2(D), zeros behind D: its order depends on D
+The reduction runs over a tile row of fixed width next_power_of_2(D), zeros after D: its order depends on D
 alone, so a row's result does not depend on its neighbours, on B or on T, bit for bit. fp32 inside, one
 rounding at the end.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from ....check import check_tensor
 from ...shared.triton_build import DTYPES, SHARED_KIB, Specialization, aligned
 from ..forward import EPS
-from . import backward as triton_backward
+from . import backward
 
 TILE, NUM_WARPS = 2048, 4  # elements a program; compiled for sm_80 to sm_120 without spills, never timed
 MAX_WIDTH = 8192
@@ -84,7 +84,7 @@ def _(o: Tensor, gain: Tensor | None, gate: Tensor | None) -> Tensor:
 
 
 torch.library.register_autograd(
-    "hope_kernels::output_gate", triton_backward.backward, setup_context=triton_backward.setup_context, lib=_library
+    "hope_kernels::output_gate", backward.backward, setup_context=backward.setup_context, lib=_library
 )
 
 
@@ -123,4 +123,4 @@ def specializations() -> Iterator[Specialization]:
             {"H": H, "D": D, "EPS": EPS, "HAS_NORM": norm, "HAS_GATE": gate, **_tile(D)}, NUM_WARPS, num_stages=1,
             row=f"{dtype} H={H} D={D} norm={norm:d} gate={gate:d}", archs=tuple(SHARED_KIB),
         )
-    yield from triton_backward.specializations()
+    yield from backward.specializations()

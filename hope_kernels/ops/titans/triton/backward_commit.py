@@ -31,8 +31,9 @@ orientations.
 import triton
 import triton.language as tl
 
-from .backward_common import columns, commits_here, sigma_two
-from .common import sigma_and_slope, weight
+from ...shared.triton_math import sigma_and_slope, sigma_two
+from .backward_common import columns, commits_here
+from .common import weight
 from .evaluate import add, add_where
 
 

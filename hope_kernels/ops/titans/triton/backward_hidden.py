@@ -11,8 +11,9 @@ scratch (L2).
 import triton
 import triton.language as tl
 
+from ...shared.triton_math import sigma_and_slope
 from .backward_common import columns, commits_here
-from .common import sigma_and_slope, weight
+from .common import weight
 
 
 @triton.jit

@@ -14,8 +14,9 @@ deviation, base, the adjoint and the shared gradient.
 import triton
 import triton.language as tl
 
+from ...shared.triton_math import log1p_exp, sigmoid
 from .backward_common import columns, commits_here
-from .common import log1p_exp, sigmoid, weight
+from .common import weight
 from .evaluate import add, add_where, evaluate, evaluate_adjoint, evaluate_scalar, evaluate_scalar_adjoint
 
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ....config import TitansConfig
+from ...shared.activations import ACTIVATION_CODES
 from ...shared.triton_build import Specialization
 from ..state import Layout
-from .tiles import ACTIVATIONS, clocks
+from .tiles import clocks
 
 
 class Tiles(NamedTuple):
@@ -44,7 +45,7 @@ def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
     small = clocks(config)[0].C
     t = tiles(config.head_dim, small, itemsize, layout.skip)
     shape = _shape(config) | {
-        "ACT": ACTIVATIONS[config.activation], "HAS_BASE": config.retain_to == "init", "SKIP": layout.skip
+        "ACT": ACTIVATION_CODES[config.activation], "HAS_BASE": config.retain_to == "init", "SKIP": layout.skip
     }
     M, D = len(config.memories), config.head_dim
     made = {
@@ -66,7 +67,7 @@ def group_constants(config: TitansConfig, itemsize: int, M0: int, M1: int, C: in
     tiles_of_N, M = config.hidden // t.own_NT, len(config.memories)
     token = {"H": config.num_heads, "D": config.head_dim, "C": C}
     shape = _shape(config) | {"C": C, "M0": M0}
-    acts = {"ACT": ACTIVATIONS[config.activation], "HAS_BASE": config.retain_to == "init", "SKIP": layout.skip}
+    acts = {"ACT": ACTIVATION_CODES[config.activation], "HAS_BASE": config.retain_to == "init", "SKIP": layout.skip}
     own = {"CT": t.own_CT, "NT": t.own_NT, "num_warps": t.own_warps}
     target = {"TARGET_NORM": config.target_norm, "DOT": config.objective == "dot"}
     clip = {"CLIP": config.step_clip}

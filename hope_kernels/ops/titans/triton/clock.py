@@ -2,10 +2,12 @@
 
     Kg_s = gamma[C,s] k_s - sum_{t>s} gamma[t-1,s] (k_t.k_s) eta_t Kg_t          gamma[t,s] = prod_{s<j<=t} alpha_j
 
-Back substitution by blocks of 16 tokens, from the last: products with the blocks behind, then the 16 x 16
-unit triangular inverse by exact merges of blocks of 1, 2, 4, 8. fp32 throughout (the Gram entries are
-products of rounded keys and exact in fp32 accumulation). Decays are products of products, suffix of one block
-x whole blocks x prefix of the other: alpha = 0 and 1e-30 need no care.
+Back substitution by blocks of 16 tokens, from the last: products with the later blocks, then the 16 x 16 unit
+triangular inverse by exact merges of blocks of 1, 2, 4, 8. fp32 throughout (the Gram entries are products of
+rounded keys and exact in fp32 accumulation). Decays are products of products, suffix of one block x whole
+blocks x prefix of the other: alpha = 0 and 1e-30 need no care.
+
+``start``: the chunk's first token, counted over the pending slots of all rows.
 """
 
 import triton
@@ -15,18 +17,18 @@ BK = tl.constexpr(16)
 
 
 @triton.jit
-def _block(k_p, eta_p, alpha_p, b, h, first, block, H: tl.constexpr, D: tl.constexpr, HAS_ALPHA: tl.constexpr):
-    """k [16, D] in its dtype; eta [16]; the products of alpha before each token (exclusive), after it, and
-    over the block."""
+def _block(pending, start, h, block, H: tl.constexpr, D: tl.constexpr, HAS_ALPHA: tl.constexpr):
+    """k [16, D] in its dtype; eta [16]; the products of the block's alphas before each token (exclusive),
+    after it, and of all of them."""
     i = tl.arange(0, BK)
-    at = (b + first + (i + block * BK)) * H + h
-    k = tl.load(k_p + at[:, None] * D + tl.arange(0, D)[None, :])
-    eta = tl.load(eta_p + at)
+    at = (start + (i + block * BK)) * H + h
+    k = tl.load(pending.k + at[:, None] * D + tl.arange(0, D)[None, :])
+    eta = tl.load(pending.eta + at)
     if HAS_ALPHA:
-        alpha = tl.load(alpha_p + at)
+        alpha = tl.load(pending.alpha + at)
         last = i == BK - 1
-        before = tl.cumprod(tl.load(alpha_p + at - H, mask=i > 0, other=1.0), 0)
-        after = tl.cumprod(tl.load(alpha_p + at + H, mask=i < BK - 1, other=1.0), 0, reverse=True)
+        before = tl.cumprod(tl.load(pending.alpha + at - H, mask=i > 0, other=1.0), 0)
+        after = tl.cumprod(tl.load(pending.alpha + at + H, mask=i < BK - 1, other=1.0), 0, reverse=True)
         whole = tl.sum(tl.where(last, before * alpha, 0.0), 0)
     else:
         before = tl.full([BK], 1.0, tl.float32)
@@ -42,10 +44,10 @@ def _dots(k_p, k, k_t, s_at, t_at, H: tl.constexpr, D: tl.constexpr):
     64)."""
     PART: tl.constexpr = 16 if k.dtype == tl.float32 else 32
     if D > PART:
-        i, d = tl.arange(0, BK)[:, None] * H * D, tl.arange(0, PART)[None, :]
+        i, f = tl.arange(0, BK)[:, None] * H * D, tl.arange(0, PART)[None, :]
         dots = tl.zeros([BK, BK], tl.float32)
-        for d0 in range(0, D, PART):
-            part, part_t = tl.load(k_p + s_at * D + (i + d + d0)), tl.load(k_p + t_at * D + (i + d + d0))
+        for f0 in range(0, D, PART):
+            part, part_t = tl.load(k_p + s_at * D + (i + f + f0)), tl.load(k_p + t_at * D + (i + f + f0))
             dots = tl.dot(part, tl.trans(part_t), dots, input_precision="ieee")
     else:
         dots = tl.dot(k, tl.trans(k_t), input_precision="ieee")
@@ -53,62 +55,57 @@ def _dots(k_p, k, k_t, s_at, t_at, H: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def clock_body(
-    k_p, eta_p, alpha_p, keys_p, vectors_p, gram_p, g, b_slot, h, first,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HAS_ALPHA: tl.constexpr, DGD: tl.constexpr,
-    CLIP: tl.constexpr, KEYS: tl.constexpr, VECTORS: tl.constexpr,
-):
-    """Of (row, head) g: keys [C, D] (Kg), vectors [3, C] (eta_t gamma[t-1,0]; gamma[C,t]; gamma[C,0] in its first place),
-    gram [C, C] ((k_t.k_s)^2).
-
-    b_slot: b * BIG; first: the chunk's first pending slot. KEYS, VECTORS: how many lie in scratch (momentum
-    adds some).
-    """
-    i = tl.arange(0, BK)
-    d = tl.arange(0, D)
+def clock_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr):
+    """Of (row, head) g: keys [C, D] (Kg); vectors [3, C] (erase, decay_after, decay_chunk in its first place);
+    gram2 [C, C]. With momentum two blocks of keys and seven vectors lie in scratch: ``momentum_body``."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
+    KEYS: tl.constexpr = 2 if rule.MOMENTUM else 1
+    VECTORS: tl.constexpr = 7 if rule.MOMENTUM else 3
     BLOCKS: tl.constexpr = C // BK
-    vectors_p += g * VECTORS * C
-    keys_p += g * KEYS * C * D
-    gram_p += g * C * C
-    so_far = 1.0
+    i = tl.arange(0, BK)
+    f = tl.arange(0, D)
+    vectors_p = scratch.vectors + g * VECTORS * C
+    keys_p = scratch.keys + g * KEYS * C * D
+    gram2_p = scratch.gram2 + g * C * C
+    decay_chunk = 1.0
     for block in range(BLOCKS):
-        _, eta, before, _, whole = _block(k_p, eta_p, alpha_p, b_slot, h, first, block, H, D, HAS_ALPHA)
-        tl.store(vectors_p + (i + block * BK), eta * before * so_far)
-        so_far *= whole
-    tl.store(vectors_p + 2 * C, so_far)
+        _, eta, before, _, whole = _block(pending, start, h, block, H, D, rule.HAS_ALPHA)
+        tl.store(vectors_p + (i + block * BK), eta * before * decay_chunk)
+        decay_chunk *= whole
+    tl.store(vectors_p + 2 * C, decay_chunk)
 
-    behind = 1.0  # product of alpha over the blocks behind this one
+    decay_later = 1.0  # product of alpha over the later blocks
     # hoisting what does not change from block to block out of the loops would take 80 registers
     for back in tl.range(BLOCKS, disable_licm=True):
         block = BLOCKS - 1 - back
-        k, eta, _, after, whole = _block(k_p, eta_p, alpha_p, b_slot, h, first, block, H, D, HAS_ALPHA)
-        end = after * behind
-        tl.store(vectors_p + C + (i + block * BK), end)
-        x = end[:, None] * k.to(tl.float32)
+        k, eta, _, after, whole = _block(pending, start, h, block, H, D, rule.HAS_ALPHA)
+        decay_after = after * decay_later
+        tl.store(vectors_p + C + (i + block * BK), decay_after)
+        keys = decay_after[:, None] * k.to(tl.float32)
         between = 1.0
-        at = (b_slot + first + block * BK) * H + h
-        if DGD or CLIP:
+        at = (start + block * BK) * H + h
+        if rule.DGD or rule.CLIP:
             for other in tl.range(block + 1, BLOCKS, disable_licm=True):
-                k_t, eta_t, before_t, _, whole_t = _block(
-                    k_p, eta_p, alpha_p, b_slot, h, first, other, H, D, HAS_ALPHA
-                )
-                dots = _dots(k_p, k, k_t, at, (b_slot + first + other * BK) * H + h, H, D)
-                if CLIP:
-                    tl.store(gram_p + (i + block * BK)[:, None] * C + (i + other * BK)[None, :], dots * dots)
-                    tl.store(gram_p + (i + block * BK)[:, None] + (i + other * BK)[None, :] * C, dots * dots)
-                if DGD:
+                k_t, eta_t, before_t, _, whole_t = _block(pending, start, h, other, H, D, rule.HAS_ALPHA)
+                dots = _dots(pending.k, k, k_t, at, (start + other * BK) * H + h, H, D)
+                if rule.CLIP:
+                    tl.store(gram2_p + (i + block * BK)[:, None] * C + (i + other * BK)[None, :], dots * dots)
+                    tl.store(gram2_p + (i + block * BK)[:, None] + (i + other * BK)[None, :] * C, dots * dots)
+                if rule.DGD:
                     factor = dots * after[:, None] * between * (before_t * eta_t)[None, :]
-                    later = tl.load(keys_p + (i + other * BK)[:, None] * D + d[None, :])
-                    x -= tl.dot(factor, later, input_precision="ieee")
+                    later = tl.load(keys_p + (i + other * BK)[:, None] * D + f[None, :])
+                    keys -= tl.dot(factor, later, input_precision="ieee")
                     between *= whole_t
-            dots = _dots(k_p, k, k, at, at, H, D)
-            if CLIP:
-                tl.store(gram_p + (i + block * BK)[:, None] * C + (i + block * BK)[None, :], dots * dots)
-            if DGD:
-                x = tl.dot(_inverse(dots * eta[None, :], alpha_p + at, H, HAS_ALPHA), x, input_precision="ieee")
-        tl.store(keys_p + (i + block * BK)[:, None] * D + d[None, :], x)
+            dots = _dots(pending.k, k, k, at, at, H, D)
+            if rule.CLIP:
+                tl.store(gram2_p + (i + block * BK)[:, None] * C + (i + block * BK)[None, :], dots * dots)
+            if rule.DGD:
+                inverse = _inverse(dots * eta[None, :], pending.alpha + at, H, rule.HAS_ALPHA)
+                keys = tl.dot(inverse, keys, input_precision="ieee")
+        tl.store(keys_p + (i + block * BK)[:, None] * D + f[None, :], keys)
         tl.debug_barrier()  # the next block reads what other threads have just written
-        behind *= whole
+        decay_later *= whole
 
 
 @triton.jit

@@ -12,7 +12,8 @@ Evaluation walks over N in tiles of NT; backwards a program owns one tile (its p
 import triton
 import triton.language as tl
 
-from .common import sigma, sigma_and_slope, weight
+from ...shared.triton_math import sigma, sigma_and_slope
+from .common import weight
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from ...shared.triton_build import DTYPES, aligned, filled
 from ...shared.triton_library import interpreted
 from ..kernel_call import call, call_in_place
 from ..state import FastWeights, TitansState
+from .groups import Biases, Momentum, Progress, Reads, Scratch, Weights, Writes
 from .schedule import scan_kernel
 from .spans import CARRIED
 from .tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, options, scratch_shapes
@@ -110,20 +111,22 @@ class _Plan:
         config = TitansConfig(H * D, H, hidden_mult=N // D, **more, **dict(zip(_SETTINGS, settings)))
         itemsize = dtype.itemsize
         self.arguments = constants(config, itemsize, update) | options(config, itemsize)
-        self.scales = config.eta_scale, 1.0 if config.objective == "dot" else config.grad_scale
+        self.eta_scale, self.grad_scale = config.eta_scale, 1.0 if config.objective == "dot" else config.grad_scale
         of_clocks = scratch_shapes(config, itemsize)
-        self.clocks = len(of_clocks)
-        shapes = [item for clock in of_clocks for item in clock.items()]  # none of it is touched by a pure read
+        shapes = [item for clock in of_clocks for item in clock._asdict().items()]
+        # a pure read touches none of it
         self.scratch = [
             (prod(shape) if update else 1, dtype if name == "a" else torch.float32) for name, shape in shapes
         ]
 
-    def scratch_of(self, groups: int, device: torch.device) -> list[Tensor]:
+    def scratch_of(self, groups: int, device: torch.device) -> tuple[Scratch, Scratch]:
         """The kernel's scratch for both clocks; a second one that the layer does not have is never touched,
         and shares the first one's."""
         sizes = [-(-groups * count * dtype.itemsize // 16) * 16 for count, dtype in self.scratch]
         whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        return [part.view(dtype) for part, (_, dtype) in zip(whole.split(sizes), self.scratch)] * (3 - self.clocks)
+        parts = [part.view(dtype) for part, (_, dtype) in zip(whole.split(sizes), self.scratch)]
+        size = len(Scratch._fields)
+        return Scratch(*parts[:size]), Scratch(*parts[-size:])
 
 
 _plan = lru_cache(maxsize=None)(_Plan)
@@ -140,22 +143,24 @@ def _launch(
         return o
     plan = _plan(H, D, delta1.shape[-1], first.dtype, update, s2 is not None, q is None, settings)
     q = aligned(o if q is None else q)  # an adaptive q passes through o
-    x, *given, eta_bias, alpha_bias = map(
-        aligned, filled((x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias), q)
-    )
+    given = filled((x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias), q)
+    x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias = map(aligned, given)
     states = [delta2, delta1, delta1s, s2, s1, s1s, pending_k, pending_v, pending_eta, pending_alpha, pending_beta]
     mine = [*map(aligned, filled(states, delta1))]
-    scratch = plan.scratch_of(B * H, q.device)
+    fast_scratch, slow_scratch = plan.scratch_of(B * H, q.device)
     sync = torch.zeros(counters(B * H), dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
         scan_kernel[(_programs(q.device),)](
-            x, q, o, *given, *mine, eta_bias, alpha_bias, aligned(pos), aligned(lengths), sync, *scratch, B,
-            T, *plan.scales,
+            reads=Reads(x, q, o), given=Writes(k, v, eta, alpha, beta),
+            weights=Weights(base2, base1, base1s, *mine[:3]), momentum=Momentum(*mine[3:6]),
+            pending=Writes(*mine[6:]), biases=Biases(eta_bias, alpha_bias),
+            progress=Progress(aligned(pos), aligned(lengths), sync), fast_scratch=fast_scratch,
+            slow_scratch=slow_scratch, B=B, T=T, eta_scale=plan.eta_scale, grad_scale=plan.grad_scale,
             **plan.arguments,
         )
-    for state, own in zip(states, mine):
-        if state is not None and own is not state:
-            state.copy_(own)
+    for state, written in zip(states, mine):
+        if state is not None and written is not state:
+            state.copy_(written)
     return o
 
 

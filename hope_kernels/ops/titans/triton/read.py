@@ -11,138 +11,157 @@ FLOPs a task: 4 D N CT; bytes: 8 D N (16 with a base) for the weights.
 import triton
 import triton.language as tl
 
-from .common import log1p_exp, sigma, sigmoid, unit_columns, weight
+from ...shared.triton_math import log1p_exp, sigma, sigmoid, unit_columns
+from .common import weight
 
 
 @triton.jit
 def read_task(
-    x_p, q_p, o_p, given_beta_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p,
-    alpha_p, beta_p, eta_bias_p, alpha_bias_p, g, m, first, phase, stop, T, eta_scale,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
-    BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr,
-    SKIP: tl.constexpr,
-    UNIT_K: tl.constexpr, SOFTPLUS: tl.constexpr, MOMENTUM: tl.constexpr, ADAPTIVE_Q: tl.constexpr,
+    reads, given, weights, pending, biases, g, m, first, phase, stop, T, eta_scale, shape: tl.constexpr,
+    rule: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
     """Memory m of (row, head) g on slots first .. first + CT, of which the row reads phase .. stop in this
-    call.
-    x, q, o [B, T, H, D] (q is o with ADAPTIVE_Q); weights as in fast_weights.py; k, v [B, BIG, H, D]; eta,
-    alpha, beta [B, BIG, H]."""
+    call; pending has BIG slots a row."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
+    N: tl.constexpr = shape.N
+    MF: tl.constexpr = shape.MF
+    MS: tl.constexpr = shape.MS
+    R: tl.constexpr = shape.R
     b, h = g // H, g % H
     if (first < stop) & (first + CT > phase):
         slot = first + tl.arange(0, CT)
         live = (slot >= phase) & (slot < stop)
-        d = tl.arange(0, D)
+        f = tl.arange(0, D)
         token = ((b * T + slot - phase) * H + h) * D
         kept = (b * BIG + slot % BIG) * H + h
         if m == 0:
-            x = tl.load(q_p + token[None, :] + d[:, None], mask=live[None, :], other=0.0)
+            x = tl.load(reads.q + token[None, :] + f[:, None], mask=live[None, :], other=0.0)
         else:
-            x = tl.load(x_p + token[None, :] + d[:, None], mask=live[None, :], other=0.0)
+            x = tl.load(reads.x + token[None, :] + f[:, None], mask=live[None, :], other=0.0)
         w2_at, w2_base = (g * R + m * N) * D, (h * R + m * N) * D
         if m < MF:
             w1_at, w1_base = (g * MF + m) * D * N, (h * MF + m) * D * N
             out = x.to(tl.float32)
             for n0 in range(0, N, NT):
                 n = n0 + tl.arange(0, NT)
-                w2_off, w1_off = n[:, None] * D + d[None, :], d[:, None] * N + n[None, :]
-                w2 = weight(delta2_p, base2_p, w2_at + w2_off, w2_base + w2_off, HAS_BASE).to(x.dtype)
-                a = sigma(tl.dot(w2, x, input_precision="ieee"), ACT).to(x.dtype)
-                w1 = weight(delta1_p, base1_p, w1_at + w1_off, w1_base + w1_off, HAS_BASE).to(x.dtype)
+                off2, off1 = n[:, None] * D + f[None, :], f[:, None] * N + n[None, :]
+                w2 = weight(
+                    weights.delta2, weights.base2, w2_at + off2, w2_base + off2, rule.HAS_BASE
+                ).to(x.dtype)
+                a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT).to(x.dtype)
+                w1 = weight(
+                    weights.delta1, weights.base1, w1_at + off1, w1_base + off1, rule.HAS_BASE
+                ).to(x.dtype)
                 out = tl.dot(w1, a, out, input_precision="ieee")
             if m == 0:
-                tl.store(o_p + token[None, :] + d[:, None], out.to(o_p.dtype.element_ty), mask=live[None, :])
+                tl.store(
+                    reads.o + token[None, :] + f[:, None], out.to(reads.o.dtype.element_ty), mask=live[None, :]
+                )
             elif m == 1:
-                if UNIT_K:
+                if rule.UNIT_K:
                     out = unit_columns(out)
-                tl.store(k_p + kept[None, :] * D + d[:, None], out.to(k_p.dtype.element_ty), mask=live[None, :])
-            elif ADAPTIVE_Q and m == MF - 1:
-                if UNIT_K:
+                tl.store(
+                    pending.k + kept[None, :] * D + f[:, None], out.to(pending.k.dtype.element_ty),
+                    mask=live[None, :]
+                )
+            elif rule.ADAPTIVE_Q and m == MF - 1:
+                if rule.UNIT_K:
                     out = unit_columns(out)
-                tl.store(q_p + token[None, :] + d[:, None], out.to(q_p.dtype.element_ty), mask=live[None, :])
+                tl.store(
+                    reads.q + token[None, :] + f[:, None], out.to(reads.q.dtype.element_ty), mask=live[None, :]
+                )
             else:
-                tl.store(v_p + kept[None, :] * D + d[:, None], out.to(v_p.dtype.element_ty), mask=live[None, :])
+                tl.store(
+                    pending.v + kept[None, :] * D + f[:, None], out.to(pending.v.dtype.element_ty),
+                    mask=live[None, :]
+                )
         elif MS > 0:
             s = m - MF
             y = scalar_memory(
-                x, delta2_p, base2_p, delta1s_p, base1s_p, w2_at, w2_base, (g * MS + s) * N, (h * MS + s) * N,
-                (g * R + (MF + MS) * N + s) * D, (h * R + (MF + MS) * N + s) * D, D, N, NT, ACT, HAS_BASE, SKIP,
+                x, weights, w2_at=w2_at, w2_base=w2_base, w1_at=(g * MS + s) * N, w1_base=(h * MS + s) * N,
+                skip_at=(g * R + (MF + MS) * N + s) * D, skip_base=(h * R + (MF + MS) * N + s) * D,
+                shape=shape, rule=rule, NT=NT,
             )
             if s == 0:
-                y += tl.load(eta_bias_p + h).to(tl.float32)
-                gate = log1p_exp(y) if SOFTPLUS else sigmoid(y)
-                tl.store(eta_p + kept, eta_scale * gate, mask=live)
-                if MOMENTUM:
-                    beta = tl.load(given_beta_p + (b * T + slot - phase) * H + h, mask=live, other=0.0)
-                    tl.store(beta_p + kept, beta.to(tl.float32), mask=live)
+                y += tl.load(biases.eta + h).to(tl.float32)
+                gate = log1p_exp(y) if rule.SOFTPLUS else sigmoid(y)
+                tl.store(pending.eta + kept, eta_scale * gate, mask=live)
+                if rule.MOMENTUM:
+                    beta = tl.load(given.beta + (b * T + slot - phase) * H + h, mask=live, other=0.0)
+                    tl.store(pending.beta + kept, beta.to(tl.float32), mask=live)
             else:
-                tl.store(alpha_p + kept, sigmoid(y + tl.load(alpha_bias_p + h).to(tl.float32)), mask=live)
+                tl.store(
+                    pending.alpha + kept, sigmoid(y + tl.load(biases.alpha + h).to(tl.float32)), mask=live
+                )
 
 
 @triton.jit
 def scalar_memory(
-    x, delta2_p, base2_p, delta1s_p, base1s_p, w2_at, w2_base, w1_at, w1_base, skip_at, skip_base,
-    D: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr,
-    SKIP: tl.constexpr,
+    x, weights, w2_at, w2_base, w1_at, w1_base, skip_at, skip_base, shape: tl.constexpr, rule: tl.constexpr,
+    NT: tl.constexpr,
 ):
     """M(x) of a memory with one output, for columns x [D, C]: [C]."""
-    d = tl.arange(0, D)
+    D: tl.constexpr = shape.D
+    f = tl.arange(0, D)
     y = tl.zeros([x.shape[1]], tl.float32)
-    for n0 in range(0, N, NT):
+    for n0 in range(0, shape.N, NT):
         n = n0 + tl.arange(0, NT)
-        off = n[:, None] * D + d[None, :]
-        w2 = weight(delta2_p, base2_p, w2_at + off, w2_base + off, HAS_BASE).to(x.dtype)
-        a = sigma(tl.dot(w2, x, input_precision="ieee"), ACT)
-        w1 = weight(delta1s_p, base1s_p, w1_at + n, w1_base + n, HAS_BASE)
+        off = n[:, None] * D + f[None, :]
+        w2 = weight(weights.delta2, weights.base2, w2_at + off, w2_base + off, rule.HAS_BASE).to(x.dtype)
+        a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT)
+        w1 = weight(weights.delta1s, weights.base1s, w1_at + n, w1_base + n, rule.HAS_BASE)
         y += tl.sum(w1[:, None] * a, 0)
-    if SKIP:
-        skip = weight(delta2_p, base2_p, skip_at + d, skip_base + d, HAS_BASE).to(x.dtype)
+    if rule.SKIP:
+        skip = weight(weights.delta2, weights.base2, skip_at + f, skip_base + f, rule.HAS_BASE).to(x.dtype)
         y += tl.sum(skip[:, None].to(tl.float32) * x.to(tl.float32), 0)
     return y
 
 
 @triton.jit
 def append_task(
-    given_k_p, given_v_p, given_eta_p, given_alpha_p, given_beta_p, k_p, v_p, eta_p, alpha_p, beta_p, g,
-    first, phase, stop, T,
-    H: tl.constexpr, D: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, HAS_ALPHA: tl.constexpr,
-    MOMENTUM: tl.constexpr,
+    given, pending, g, first, phase, stop, T, shape: tl.constexpr, rule: tl.constexpr, BIG: tl.constexpr,
+    CT: tl.constexpr,
 ):
     """Tokens whose k, v, eta, alpha, beta are given ([B, T, H, ...]) into the pending slots."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
     b, h = g // H, g % H
     slot = first + tl.arange(0, CT)
     live = (slot >= phase) & (slot < stop)
-    d = tl.arange(0, D)[None, :]
+    f = tl.arange(0, D)[None, :]
     token, kept = (b * T + slot - phase) * H + h, (b * BIG + slot % BIG) * H + h
     wide = live[:, None]
-    tl.store(
-        k_p + kept[:, None] * D + d, tl.load(given_k_p + token[:, None] * D + d, mask=wide, other=0.0), mask=wide
-    )
-    tl.store(
-        v_p + kept[:, None] * D + d, tl.load(given_v_p + token[:, None] * D + d, mask=wide, other=0.0), mask=wide
-    )
-    tl.store(eta_p + kept, tl.load(given_eta_p + token, mask=live, other=0.0).to(tl.float32), mask=live)
-    if HAS_ALPHA:
-        tl.store(alpha_p + kept, tl.load(given_alpha_p + token, mask=live, other=0.0).to(tl.float32), mask=live)
-    if MOMENTUM:
-        tl.store(beta_p + kept, tl.load(given_beta_p + token, mask=live, other=0.0).to(tl.float32), mask=live)
+    k = tl.load(given.k + token[:, None] * D + f, mask=wide, other=0.0)
+    tl.store(pending.k + kept[:, None] * D + f, k, mask=wide)
+    v = tl.load(given.v + token[:, None] * D + f, mask=wide, other=0.0)
+    tl.store(pending.v + kept[:, None] * D + f, v, mask=wide)
+    tl.store(pending.eta + kept, tl.load(given.eta + token, mask=live, other=0.0).to(tl.float32), mask=live)
+    if rule.HAS_ALPHA:
+        alpha = tl.load(given.alpha + token, mask=live, other=0.0)
+        tl.store(pending.alpha + kept, alpha.to(tl.float32), mask=live)
+    if rule.MOMENTUM:
+        tl.store(pending.beta + kept, tl.load(given.beta + token, mask=live, other=0.0).to(tl.float32), mask=live)
 
 
 @triton.jit
-def close_task(k_p, v_p, eta_p, alpha_p, beta_p, g, stop, H: tl.constexpr, D: tl.constexpr, BIG: tl.constexpr,
-               CT: tl.constexpr,
-               HAS_ALPHA: tl.constexpr, MOMENTUM: tl.constexpr):
-    """Zeros in the slots behind the open chunk's tokens, where a chunk has been committed."""
+def close_task(
+    pending, g, stop, shape: tl.constexpr, rule: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr
+):
+    """Zeros in the slots after the open chunk's tokens, where a chunk has been committed."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
     b, h = g // H, g % H
-    d = tl.arange(0, D)
+    f = tl.arange(0, D)
     for first in range(0, BIG, CT):
         slot = first + tl.arange(0, CT)
         free = slot >= stop % BIG
         kept = (b * BIG + slot) * H + h
-        zeros = tl.zeros([CT, D], k_p.dtype.element_ty)
-        tl.store(k_p + kept[:, None] * D + d[None, :], zeros, mask=free[:, None])
-        tl.store(v_p + kept[:, None] * D + d[None, :], zeros, mask=free[:, None])
-        tl.store(eta_p + kept, tl.zeros([CT], tl.float32), mask=free)
-        if HAS_ALPHA:
-            tl.store(alpha_p + kept, tl.zeros([CT], tl.float32), mask=free)
-        if MOMENTUM:
-            tl.store(beta_p + kept, tl.zeros([CT], tl.float32), mask=free)
+        zeros = tl.zeros([CT, D], pending.k.dtype.element_ty)
+        tl.store(pending.k + kept[:, None] * D + f[None, :], zeros, mask=free[:, None])
+        tl.store(pending.v + kept[:, None] * D + f[None, :], zeros, mask=free[:, None])
+        tl.store(pending.eta + kept, tl.zeros([CT], tl.float32), mask=free)
+        if rule.HAS_ALPHA:
+            tl.store(pending.alpha + kept, tl.zeros([CT], tl.float32), mask=free)
+        if rule.MOMENTUM:
+            tl.store(pending.beta + kept, tl.zeros([CT], tl.float32), mask=free)

@@ -1,0 +1,415 @@
+// Writing a chunk: C tokens up to slot `end` into the memories of a group. The stages are those of
+// csrc/cuda/titans/commit.cuh, in the same order:
+//
+//     evaluate         a, sigma' and delta2 k at the keys; a at the values
+//     key_products     gram
+//     errors           e, es
+//     decays           gamma, erase, decay_after                            every thread for itself
+//     gradients        d, and the partial sums of |a|^2 and |d|^2
+//     transformed_keys Kg
+//     step_sizes       gain                                                 every thread for itself
+//     update_inputs    delta2 <- gamma[C,0] delta2 - U^T Kg
+//     update_outputs   delta1 <- gamma[C,0] delta1 - sum_t gain_t gamma[C,t] e_t a_t^T
+#pragma once
+#include <cfloat>
+#include <cstring>
+
+#include "titans_head.h"
+
+// Memories [m0, m1), which commit together: [f0, f1) with D outputs, scalar ones [s0, s1).
+struct Group {
+  int64_t m0, m1, f0, f1, s0, s1;
+};
+
+template <int ACT>
+class Commit {
+ public:
+  Commit(const Head& head, const Group& group, int64_t C, int64_t end)
+      : h(head), c(h.c), w(h.w), g(h.g), D(h.D), N(h.N), hid(h.hid), R(h.R), ld(h.ld), m(group), C(C),
+        P(panels(C)), first((end - C) % h.big), k_rows(w.k_rows + first * D), v_rows(w.v_rows + first * D),
+        rows(h.hidden_rows(m.m0 * N, m.m1 * N)), outs(h.output_rows(m.f0 * D, m.f1 * D + m.s1 - m.s0)),
+        scale(c.objective_dot ? 1 : c.grad_scale),
+        delta_form(c.own_values && !c.target_norm && !c.objective_dot) {}
+
+  void run() {
+    tokens();
+    h.team.sync();
+    evaluate();
+    if (c.dgd || c.step_clip) key_products();
+    h.sync_rows();
+    errors();
+    decays();
+    gradients();
+    transformed_keys();
+    h.team.sync();
+    const int64_t begin = h.by_memory ? rows.begin / N : m.m0, end = h.by_memory ? rows.end / N : m.m1;
+    for (int64_t i = begin; i < end; i++) step_sizes(i);
+    update_inputs();
+    update_outputs();
+    h.sync_rows();
+  }
+
+ private:
+  const Head& h;
+  const TitansCall& c;
+  const Workspace& w;
+  const Tensors& g;
+  const int64_t D, N, hid, R, ld;
+  const Group m;
+  const int64_t C, P;                // tokens, and their panels
+  const int64_t first;               // the chunk's first slot
+  const float *k_rows, *v_rows;      // the chunk's tokens, [C, D]
+  const Range rows, outs;            // hidden rows and outputs of this thread
+  const float scale;
+  const bool delta_form;             // M(k) - M(v) with one product
+
+  bool half(int64_t p) const { return C - p * PANEL <= 8; }
+
+  // Rows `own` of A panel p of `in`, to the same rows of `to`.
+  void product(Range own, const float* A, const float* in, int64_t p, float* to) const {
+    panel_product(own.begin, own.end, D, A, D, 1, in + p * D * PANEL, half(p),
+                  [&](int64_t i, auto& acc) { store_rows(to, i, acc); });
+  }
+
+  void tokens() {
+    for_panels(h.own_lanes(C), [&](int64_t p, int64_t a, int64_t b) {
+      if (h.owns_k()) load_lanes(w.k + p * D * PANEL, k_rows + (p * PANEL + a) * D, D, D, a, b);
+      if (h.owns_v()) load_lanes(w.v + p * D * PANEL, v_rows + (p * PANEL + a) * D, D, D, a, b);
+    });
+  }
+
+  void decays() {
+    const float* alpha = w.alpha + first;
+    for (int64_t t = 0; t <= C; t++) {
+      for (int64_t s = 0; s < t; s++) h.gamma[t * ld + s] = alpha[t - 1] * h.gamma[(t - 1) * ld + s];
+      if (t < ld) h.gamma[t * ld + t] = 1;
+    }
+    std::memcpy(h.eta, w.eta + first, C * sizeof(float));
+    for (int64_t t = 0; t < C; t++) {
+      h.erase[t] = h.eta[t] * decay_before(t);
+      h.decay_after[t] = t + 1 == C ? 1 : h.gamma[C * ld + t + 1];
+    }
+  }
+
+  float decay_before(int64_t t) const { return h.gamma[t * ld]; }
+  float decay_chunk() const { return h.gamma[C * ld]; }
+
+  // -- evaluate ---------------------------------------------------------------------------------------------
+
+  void evaluate() {
+    for_blocks(rows, 0, P, [&](Range r, int64_t p) { evaluate_block(r, p); });
+    if (c.dgd && c.scalar_skip && h.team.id == h.team.size - 1) {
+      for (int64_t p = 0; p < P; p++)
+        product({hid + m.s0, hid + m.s1}, g.delta2, w.k, p, w.delta2_k + p * R * PANEL);
+    }
+  }
+
+  void evaluate_block(Range r, int64_t p) {
+    float *a = w.a + p * hid * PANEL, *a_values = w.a_values + p * hid * PANEL;
+    float *slope = w.d + p * R * PANEL, *delta2_k = w.delta2_k + p * R * PANEL;
+    product(r, h.w2, w.k, p, a);
+    if (c.dgd && c.base2) product(r, g.delta2, w.k, p, delta2_k);
+    if (c.dgd && !c.base2) {
+      std::memcpy(delta2_k + r.begin * PANEL, a + r.begin * PANEL, (r.end - r.begin) * PANEL * sizeof(float));
+    }
+    const Range values = c.own_values ? r : r.within(m.f1 * N, m.m1 * N);
+    product(values, h.w2, w.v, p, a_values);
+    const int64_t step = step_of(half(p));
+    for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step) {
+      f8 s, x = sigma<ACT>(load(a + i), s);
+      store(a + i, x);
+      store(slope + i, s);
+    }
+    const int64_t split = delta_form ? std::max(values.begin, std::min(values.end, m.f1 * N)) : values.begin;
+    for (int64_t i = values.begin * PANEL; i < split * PANEL; i += step)
+      store(a_values + i, load(a + i) - sigma<ACT>(load(a_values + i)));
+    for (int64_t i = split * PANEL; i < values.end * PANEL; i += step)
+      store(a_values + i, sigma<ACT>(load(a_values + i)));
+    for (int64_t i = r.begin; i < r.end; i += 8)
+      for (int64_t t = 0; t < PANEL && p * PANEL + t < C; t += 8)
+        transpose8(a + i * PANEL + t, PANEL, w.a_rows + (p * PANEL + t) * hid + i, hid);
+  }
+
+  // -- what all memories of the group share -----------------------------------------------------------------
+
+  void key_products() {
+    const Range own = h.clock_share(C, 4);
+    for (int64_t p = 0; p < P; p++)
+      panel_product(own.begin, own.end, D, k_rows, D, 1, w.k + p * D * PANEL, half(p),
+                    [&](int64_t i, auto& acc) {
+                      for (size_t j = 0; j < sizeof(acc) / sizeof(acc[0]); j++)
+                        for (size_t v = 0; v < sizeof(acc[0]) / sizeof(f8); v++)
+                          store(w.gram + (i + j) * ld + p * PANEL + 8 * v, acc[j][v]);
+                    });
+  }
+
+  // By back substitution, this thread's columns.
+  void transformed_keys() {
+    const Range cols = h.clock_share(D, 8);
+    int64_t d = cols.begin;
+    for (; d + 32 <= cols.end; d += 32) substitute<4>(k_rows + d, w.keys + d);
+    for (; d < cols.end; d += 8) substitute<1>(k_rows + d, w.keys + d);
+  }
+
+  template <int NV>
+  void substitute(const float* k, float* keys) {
+    for (int64_t s = C - 1; s >= 0; s--) {
+      f8 x[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) x[v] = all(h.decay_after[s]) * load(k + s * D + 8 * v);
+      for (int64_t t = C - 1; c.dgd && t > s; t--) {
+        // the README's gamma[t-1,s], whose tokens count from 1
+        const f8 L = all(h.gamma[t * ld + s + 1] * w.gram[t * ld + s] * h.eta[t]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) x[v] = fnma(L, load(keys + t * D + 8 * v), x[v]);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) store(keys + s * D + 8 * v, x[v]);
+    }
+  }
+
+  // -- errors -----------------------------------------------------------------------------------------------
+
+  void errors() {
+    for (int64_t f = m.f0; f < m.f1; f++)
+      for_blocks(outs.within(f * D, (f + 1) * D), 0, P, [&](Range r, int64_t p) { outputs(f, r, p); });
+    const int64_t full = m.f1 * D;
+    const Range scalars = outs.within(full, full + m.s1 - m.s0);
+    for (int64_t i = scalars.begin; i < scalars.end; i++)
+      for (int64_t p = 0; p < P; p++) scalar_error(m.s0 + i - full, p);
+    h.sync_rows();
+    if (delta_form) return;
+    const Range owned = h.by_memory ? Range{outs.begin / D, std::min(outs.end / D, m.f1)} : Range{m.f0, m.f1};
+    for_panels(h.own_lanes(C), [&](int64_t p, int64_t a, int64_t) { target_errors(owned, p, a / 8 * 8); });
+    h.sync_rows();
+  }
+
+  // Rows r of memory f: e itself where one product gives it, else M(k), and M(v) or v as the target.
+  void outputs(int64_t f, Range r, int64_t p) {
+    const float *k = w.k + p * D * PANEL, *v = w.v + p * D * PANEL;
+    float *e = w.e + p * c.Mf * D * PANEL, *target = w.target + p * c.Mf * D * PANEL;
+    const float *a = w.a + (p * hid + f * N) * PANEL, *a_values = w.a_values + (p * hid + f * N) * PANEL;
+    if (delta_form) {
+      panel_product(r.begin, r.end, N, h.w1, N, 1, a_values, half(p), [&](int64_t i, auto& acc) {
+        add_rows(acc, k, i - f * D);
+        scaled_difference(acc, v, i - f * D, scale);
+        store_rows(e, i, acc);
+      });
+      return;
+    }
+    if (c.own_values) {
+      panel_product(r.begin, r.end, N, h.w1, N, 1, a_values, half(p), [&](int64_t i, auto& acc) {
+        add_rows(acc, v, i - f * D);
+        store_rows(target, i, acc);
+      });
+    } else {
+      for (int64_t i = r.begin; i < r.end; i++)
+        std::memcpy(target + i * PANEL, v + (i - f * D) * PANEL, PANEL * sizeof(float));
+    }
+    if (!c.objective_dot)
+      panel_product(r.begin, r.end, N, h.w1, N, 1, a, half(p), [&](int64_t i, auto& acc) {
+        add_rows(acc, k, i - f * D);
+        store_rows(e, i, acc);
+      });
+  }
+
+  // acc = scale (acc - v)
+  template <int MR, int NV>
+  static HK_INLINE void scaled_difference(f8 (&acc)[MR][NV], const float* panel, int64_t r, float scale) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++)
+        acc[i][v] = (acc[i][v] - load(panel + (r + i) * PANEL + 8 * v)) * all(scale);
+  }
+
+  void scalar_error(int64_t s, int64_t p) {
+    const float *k = w.k + p * D * PANEL, *v = w.v + p * D * PANEL;
+    float *e = w.es + (p * c.Ms + s) * PANEL, *target = w.target_s + (p * c.Ms + s) * PANEL;
+    h.scalar_output(s, w.a_values + (p * hid + (c.Mf + s) * N) * PANEL, v, target);
+    if (!c.objective_dot) h.scalar_output(s, w.a + (p * hid + (c.Mf + s) * N) * PANEL, k, e);
+    for (int i = 0; i < PANEL; i += 8) {
+      f8 t = load(target + i);
+      if (c.target_norm) t = _mm256_max_ps(all(-1), _mm256_min_ps(all(1), t));
+      store(e + i, c.objective_dot ? -t : (load(e + i) - t) * all(scale));
+    }
+  }
+
+  // e = scale (M(k) - target) or -target, the target normalised, for eight lanes
+  void target_errors(Range full, int64_t p, int64_t lane) {
+    for (int64_t f = full.begin; f < full.end; f++) {
+      const int64_t at = (p * c.Mf + f) * D * PANEL + lane;
+      float *e = w.e + at, *target = w.target + at;
+      if (c.target_norm) normalize_lanes(target, D);
+      for (int64_t d = 0; d < D; d++) {
+        f8 t = load(target + d * PANEL);
+        store(e + d * PANEL, c.objective_dot ? -t : (load(e + d * PANEL) - t) * all(scale));
+      }
+    }
+  }
+
+  // -- gradients --------------------------------------------------------------------------------------------
+
+  void gradients() {
+    for (int64_t f = m.f0; f < m.f1; f++) {
+      for_blocks(rows.within(f * N, (f + 1) * N), 0, P, [&](Range r, int64_t p) {
+        float* d = w.d + p * R * PANEL;
+        const float* e = w.e + (p * c.Mf + f) * D * PANEL;
+        panel_product(r.begin - f * N, r.end - f * N, D, h.w1 + f * D * N, 1, N, e, half(p),
+                      [&](int64_t i, auto& acc) {
+                        multiply_rows(acc, d, i + f * N);
+                        store_rows(d, i + f * N, acc);
+                      });
+      });
+    }
+    for (int64_t s = m.s0; s < m.s1; s++) scalar_gradients(s);
+    if (!c.step_clip) return;
+    for (int64_t p = 0; p < P; p++)
+      for (int64_t i = rows.begin; i < rows.end; i += 8) {
+        partial_norm(w.a + (p * hid + i) * PANEL, w.norms + i / 8 * ld + p * PANEL);
+        partial_norm(w.d + (p * R + i) * PANEL, w.norms + (hid / 8 + i / 8) * ld + p * PANEL);
+      }
+  }
+
+  void scalar_gradients(int64_t s) {
+    const int64_t top = (c.Mf + s) * N;
+    const Range own = rows.within(top, top + N);
+    for (int64_t p = 0; p < P; p++)
+      for (int64_t i = own.begin; i < own.end; i++)
+        for (int64_t v = 0; v < PANEL; v += 8) {
+          float* d = w.d + (p * R + i) * PANEL + v;
+          store(d, load(d) * (all(h.w1s[i - top + s * N]) * load(w.es + (p * c.Ms + s) * PANEL + v)));
+        }
+  }
+
+  static HK_INLINE void partial_norm(const float* rows, float* to) {
+    for (int v = 0; v < PANEL; v += 8) {
+      f8 s = all(0);
+      for (int i = 0; i < 8; i++) s = fma(load(rows + i * PANEL + v), load(rows + i * PANEL + v), s);
+      store(to + v, s);
+    }
+  }
+
+  // -- step sizes -------------------------------------------------------------------------------------------
+
+  // Of memory i: gain_t = eta_t / max(1, S_t), S_t = scale m_t sum_s eta_s m_s (k_t.k_s)^2.
+  void step_sizes(int64_t i) {
+    float* gain = h.gain + i * ld;
+    if (!c.step_clip) {
+      std::memcpy(gain, h.eta, C * sizeof(float));
+      return;
+    }
+    sizes(i);
+    for (int64_t t = 0; t < C; t++) {
+      const float weight = h.eta[t] * h.size[t];
+      h.eta_size[t] = weight > FLT_MAX ? FLT_MAX : weight;
+    }
+    for (int64_t t = 0; t < C; t += 8) {
+      f8 s = all(0);
+      for (int64_t j = 0; j < C; j++) {
+        f8 gram = load(w.gram + j * ld + t);
+        s = fma(all(h.eta_size[j]), gram * gram, s);
+      }
+      f8 clip = all(scale) * load(h.size + t) * s;
+      store(gain + t, load(h.eta + t) / _mm256_max_ps(all(1), clip));
+    }
+  }
+
+  void sizes(int64_t i) {
+    for (int64_t t = 0; t < C; t += 8) {
+      const int64_t p = t / PANEL, lane = t % PANEL;
+      f8 a2 = all(0), d2 = all(0), e2;
+      for (int64_t r = i * N / 8; r < (i + 1) * N / 8; r++) {
+        a2 = a2 + load(w.norms + r * ld + t);
+        d2 = d2 + load(w.norms + (hid / 8 + r) * ld + t);
+      }
+      if (i < c.Mf) {
+        e2 = squares(w.e + (p * c.Mf + i) * D * PANEL + lane, D);
+      } else {
+        f8 e = load(w.es + (p * c.Ms + i - c.Mf) * PANEL + lane);
+        e2 = e * e;
+      }
+      // where a square overflows S does and the step is 0; bounds, since inf / inf and 0 inf would be NaN
+      const f8 m = _mm256_sqrt_ps(a2 + d2 / (_mm256_min_ps(all(FLT_MAX), e2) + all(1e-9f)) + all(1e-12f));
+      store(h.size + t, _mm256_min_ps(all(1e30f), m));
+    }
+  }
+
+  // -- updates ----------------------------------------------------------------------------------------------
+
+  // w2 and its skip rows
+  void update_inputs() {
+    const float decay = decay_chunk();
+    auto done = [&](int64_t r, int64_t col, auto& acc) {
+      advance(g.delta2, g.base2, w.w2, decay, r * D + col, D, acc);
+    };
+    for (int64_t r = rows.begin; r < rows.end; r += BLOCK) {
+      const int64_t stop = std::min(r + BLOCK, rows.end);
+      for (int64_t p = 0; p < P; p++)
+        for (int64_t i = r; i < stop; i++) left_factor(i, i / N, w.d + (p * R + i) * PANEL, p);
+      outer_product(r, stop, D, C, w.d, R * PANEL, w.keys, D, done);
+    }
+    if (c.scalar_skip && h.team.id == h.team.size - 1) {
+      for (int64_t p = 0; p < P; p++)
+        for (int64_t s = m.s0; s < m.s1; s++)
+          left_factor(hid + s, c.Mf + s, w.es + (p * c.Ms + s) * PANEL, p);
+      outer_product(hid + m.s0, hid + m.s1, D, C, w.d, R * PANEL, w.keys, D, done);
+    }
+  }
+
+  // u = gain d + erase (delta2 k), a row of a panel; it takes the place of d
+  void left_factor(int64_t row, int64_t memory, const float* d, int64_t p) {
+    float* u = w.d + (p * R + row) * PANEL;
+    const float* delta2_k = w.delta2_k + (p * R + row) * PANEL;
+    for (int64_t v = 0; v < PANEL; v += 8) {
+      const f8 step = load(h.gain + memory * ld + p * PANEL + v) * load(d + v);
+      store(u + v, c.dgd ? fma(load(h.erase + p * PANEL + v), load(delta2_k + v), step) : step);
+    }
+  }
+
+  // w1 and w1s
+  void update_outputs() {
+    const float decay = decay_chunk();
+    for (int64_t f = m.f0; f < m.f1; f++) {
+      const Range own = outs.within(f * D, (f + 1) * D);
+      for (int64_t p = 0; p < P; p++)
+        for (int64_t i = own.begin; i < own.end; i++) step_rows(w.target, w.e, p, c.Mf * D, i, f);
+      outer_product(own.begin, own.end, N, C, w.target, c.Mf * D * PANEL, w.a_rows + f * N, hid,
+                    [&](int64_t r, int64_t col, auto& acc) {
+                      advance(g.delta1, g.base1, w.w1, decay, r * N + col, N, acc);
+                    });
+    }
+    const Range scalars = outs.within(m.f1 * D, outs.end);
+    for (int64_t i = scalars.begin; i < scalars.end; i++) {
+      const int64_t s = m.s0 + i - m.f1 * D;
+      for (int64_t p = 0; p < P; p++) step_rows(w.target_s, w.es, p, c.Ms, s, c.Mf + s);
+      outer_product(s, s + 1, N, C, w.target_s, c.Ms * PANEL, w.a_rows + (c.Mf + s) * N, hid,
+                    [&](int64_t r, int64_t col, auto& acc) {
+                      advance(g.delta1s, g.base1s, w.w1s, decay, r * N + col, N, acc);
+                    });
+    }
+  }
+
+  // to = gain gamma[C,t] e for row i of a panel
+  void step_rows(float* to, const float* e, int64_t p, int64_t height, int64_t i, int64_t memory) {
+    for (int64_t v = 0; v < PANEL; v += 8) {
+      const int64_t t = p * PANEL + v, at = (p * height + i) * PANEL + v;
+      store(to + at, load(h.gain + memory * ld + t) * load(h.decay_after + t) * load(e + at));
+    }
+  }
+
+  // delta <- decay delta - acc, w <- base + delta, for a tile whose first element is at `at`
+  template <int MR, int NV>
+  static HK_INLINE void advance(
+      float* delta, const float* base, float* to, float decay, int64_t at, int64_t step, f8 (&acc)[MR][NV]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) {
+        const int64_t j = at + i * step + 8 * v;
+        f8 x = _mm256_fmsub_ps(all(decay), load(delta + j), acc[i][v]);
+        store(delta + j, x);
+        if (base) store(to + j, x + load(base + j));
+      }
+  }
+};

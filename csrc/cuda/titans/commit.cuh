@@ -1,0 +1,523 @@
+// Committing a chunk: everything between "the last of its C tokens has been read" and the new weights. All a
+// block needs is in it.
+//
+//   for every panel of 16 tokens
+//     1  a, sigma', shares of M(k); shares of M(v)          last panel: also products of keys            | barrier
+//     2  e = M(k) - target, two tokens a warp               last panel: also decays and L                | barrier
+//     3  d = sigma' (w1^T e), |a|^2, |d|^2                  last panel: also the transformed keys        | barrier
+//   4  step sizes; delta2 = gamma[C,0] delta2 - (eta~ d + eta gamma[t-1,0] delta2_0 k)^T Kg; delta1 = gamma[C,0] delta1 - (eta~ gamma[C,t] e)^T a
+//
+// Stage 4 needs no barrier: units are a warp's own. FLOPs a warp and panel (32 or 64 units, D = 64): 160 mma
+// instructions of 4096. fp16 ends at 6e-5 with all its digits, and a step size times a decay may be less: U
+// and eta~ R a are multiplied by a power of two that makes the largest step size about one, and so are the
+// deviations while they are added to, which is exact. Rounded to T are the operands of products only:
+// weights, k, v, a, e, d, U = eta~ d + .., Kg, eta~ R a.
+#pragma once
+#include "clock.cuh"
+#include "read.cuh"
+
+namespace hope {
+
+// With shards: M(k) and M(v) of a block's warps go to the other block before they are added up, behind a
+// barrier of the (row, head) a panel; the norms, behind another one a chunk.
+template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
+  using W = Width<D>;
+  static constexpr bool kSharded = Exchange::kSharded;
+  const TitansParams& p;
+  const Shared<D, T>& shared;
+  const Exchange& exchange;
+
+  // Who a thread is, found anew in every stage: registers are for the state.
+  struct Me {
+    int warp, lane;
+    Role role;
+    StoredWeights<D, ON_CHIP> weights;
+  };
+  HOPE_DEVICE Me me() const {
+    const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
+    return {warp, lane, shared.call().role(shared.plan, warp), {{p, shared.plan, shared.call(), warp, lane}}};
+  }
+
+  HOPE_DEVICE int chunk() const { return load_shared(&shared.call().chunk); }
+  HOPE_DEVICE bool has(int flag) const { return p.flags & flag; }
+
+  HOPE_DEVICE void run(float (&state)[16][8]) const {
+    const int panels = chunk() / kPanel;
+#pragma unroll 1
+    for (int panel = 0; panel < panels; ++panel) {
+      float slope[W::kGroups][8];
+      const bool last = panel == panels - 1;
+      evaluate(slope, panel);
+      if (last) key_products<D, T>(shared, chunk());
+      sync_block();
+      if constexpr (kSharded) {
+        if (has(kOwnValues)) put_shares(panel, 1);
+        exchange.barrier();
+      }
+      errors(panel);
+      if (last) decays<D, T>(shared, chunk(), has(kRetention), has(kDgd));
+      sync_block();
+      gradients(slope, panel);
+      if (last) transformed_keys<D, T>(shared, chunk(), has(kDgd));  // v and all partial outputs have been read, the next are behind a barrier
+      sync_block();
+    }
+    if constexpr (kSharded) {
+      put_norms();
+      exchange.barrier();
+    }
+    const Role role = me().role;
+    if (role.idle()) return;
+    step_sizes();
+    sync_warp();
+    if (role.full()) {
+      update_inputs<W::kGroups>(state);
+      update_outputs(state);
+    } else {
+      update_inputs<W::kScalarGroups>(state);
+      update_scalar_outputs();
+    }
+  }
+
+ private:
+  // A power of two p with v / p in [1, 2), and 1 / p; for bf16, which has the exponents of fp32, 1.
+  struct Range {
+    float down, up;
+  };
+  HOPE_DEVICE static Range range_of(float v) {
+    if constexpr (kWideExponent<T>) return {1.f, 1.f};
+    union { float f; uint32_t bits; } p{v > 1e-12f ? v : 1e-12f};
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) {
+      const float other = shuffle_xor(p.f, mask);
+      p.f = other > p.f ? other : p.f;
+    }
+    p.bits &= 0x7f800000u;
+    union { uint32_t bits; float f; } inverse{0x7f000000u - p.bits};
+    return {p.f, inverse.f};
+  }
+
+  // The warp's fragments of a and d: [groups][C / 16] blocks behind those of the warps in front, of which
+  // scalar memories have twice as many.
+  HOPE_DEVICE Word4& fragment(const Own& own, int offset, int g, int panel) const {
+    // warps in front of the scalar memories
+    const int full = 3 * Exchange::kShards * shared.plan.full_warps - load_shared(&shared.call().rank) * kWarps;
+    const int before = own.warp < full ? own.warp : 2 * own.warp - (full < 0 ? 0 : full);
+    return own.at(offset)[32 * ((before * W::kGroups + g) * (chunk() / kPanel) + panel)];
+  }
+  HOPE_DEVICE Word4& a_block(const Own& own, int g, int panel) const { return fragment(own, shared.plan.a, g, panel); }
+  HOPE_DEVICE Word4& d_block(const Own& own, int g, int panel) const { return fragment(own, shared.plan.d, g, panel); }
+
+  HOPE_DEVICE void store_norms(int kind, int panel, float (&sums)[2], int warp, int lane) const {
+    const float n0 = row_sum4(sums[0]), n1 = row_sum4(sums[1]);
+    if ((lane & 3) == 0) {
+      float* to = shared.norms(warp, kind, chunk()) + panel * kPanel + (lane >> 2);
+      store_shared(to, n0);
+      store_shared(to + 8, n1);
+    }
+  }
+
+  // Where M(k) of a warp's n-th pair of tokens waits for M(v) if there is one buffer.
+  HOPE_DEVICE Float4& kept_at_k(const Me& me, int n, int i) const {
+    return reinterpret_cast<Float4&>(me.weights.own.at(shared.plan.at_k)[32 * ((me.warp * (8 / me.role.warps()) + n) * (D / 64) + i)]);
+  }
+  HOPE_DEVICE Float4 gathered(const Me& me, int buffer, int r, int i) const {
+    return gather(shared.part(me.role.first(), buffer), me.role.warps(), Shared<D, T>::kPart, r, (me.lane >> 2) + 8 * i, me.lane);
+  }
+
+  // M(k) (kind 0) or M(v) (1), summed over the warps of this block, to both blocks of the memory.
+  HOPE_DEVICE void put_shares(int panel, int kind) const {
+    const Me now = me();
+    if (!now.role.full()) return;
+#pragma unroll 1
+    for (int i = 0; i < D / 64; ++i) exchange.put_share(panel, kind, i, gathered(now, kind, now.role.within, i));
+  }
+  // |a|^2 and |d|^2 likewise.
+  HOPE_DEVICE void put_norms() const {
+    const Role role = me().role;
+    const int C = chunk(), kind = thread_index_again() / C, t = thread_index_again() % C;
+    if (!role.full() || kind > 1) return;
+    float sum = 0.f;
+#pragma unroll 1
+    for (int w = 0; w < kWarps; ++w) sum += load_shared(shared.norms(w, kind, C) + t);
+    *exchange.norm_share(exchange.shard(), kind, t) = sum;
+  }
+  // M(k) and M(v) of a warp's n-th pair of tokens, r and r + 8.
+  HOPE_DEVICE Float4 at_k(const Me& me, int panel, int r, int n, int i) const {
+    if constexpr (kSharded)
+      return exchange.sum_of_shares(panel, 0, i);
+    else
+      return shared.plan.one_buffer ? kept_at_k(me, n, i) : gathered(me, 0, r, i);
+  }
+  HOPE_DEVICE Float4 at_v(const Me& me, int panel, int r, int i) const {
+    if constexpr (kSharded)
+      return exchange.sum_of_shares(panel, 1, i);
+    else
+      return gathered(me, 1, r, i);
+  }
+
+  // sigma' of a scalar memory's group, from stage 1 to 3.
+  HOPE_DEVICE void keep_slope(const float (&slope)[8], int g, int warp, int lane) const {
+    Float4* to = shared.part(warp, 0) + 64 * g + lane;
+    store_shared(to, Float4{slope[0], slope[1], slope[2], slope[3]});
+    store_shared(to + 32, Float4{slope[4], slope[5], slope[6], slope[7]});
+  }
+  HOPE_DEVICE void kept_slope(float (&slope)[8], int g, int warp, int lane) const {
+    const Float4 a = load_shared(shared.part(warp, 0) + 64 * g + lane), b = load_shared(shared.part(warp, 0) + 64 * g + lane + 32);
+    slope[0] = a.x, slope[1] = a.y, slope[2] = a.z, slope[3] = a.w, slope[4] = b.x, slope[5] = b.y, slope[6] = b.z, slope[7] = b.w;
+  }
+
+  // Stage 1.
+  HOPE_DEVICE void evaluate(float (&slope)[W::kGroups][8], int panel) const {
+    const auto [warp, lane, role, weights] = me();
+    const T* k = shared.k(panel * kPanel);
+    const T* v = shared.v(panel * kPanel);
+    float norm[2] = {}, z[8], other[8];
+    if (role.full()) {
+      uint32_t h[W::kGroups][4];
+#pragma unroll
+      for (int g = 0; g < W::kGroups; ++g) {
+        hidden_group<D, T, ACT, true>(z, slope[g], k, weights, g, lane);
+        add_squares(norm, z);
+        as_operand<T>(h[g], z);
+        a_block(weights.own, g, panel) = {h[g][0], h[g][1], h[g][2], h[g][3]};
+      }
+      if (!has(kDot)) output_part<D, T>(shared.part(warp, 0), h, weights, lane);
+    } else {
+      float y[2] = {};  // M(v)
+#pragma unroll 1
+      for (int g = 0; g < W::kScalarGroups; ++g) {
+        hidden_group<D, T, ACT, false>(z, other, v, weights, g, lane);
+        add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
+      }
+      store_sums(shared.sums(warp, 1), y, lane);
+      y[0] = y[1] = 0.f;
+#pragma unroll 1
+      for (int g = 0; g < W::kScalarGroups; ++g) {
+        hidden_group<D, T, ACT, true>(z, other, k, weights, g, lane);
+        keep_slope(other, g, warp, lane);
+        add_squares(norm, z);
+        add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
+        uint32_t h[4];
+        as_operand<T>(h, z);
+        a_block(weights.own, g, panel) = {h[0], h[1], h[2], h[3]};
+      }
+      store_sums(shared.sums(warp, 0), y, lane);
+    }
+    store_norms(0, panel, norm, warp, lane);
+    if (shared.plan.one_buffer) {  // M(v) will take its place
+      sync_block();
+      if constexpr (kSharded) {
+        if (!has(kDot)) put_shares(panel, 0);
+      } else if (role.full() && !has(kDot)) {
+        const Me now = me();
+        for (int r = now.role.within, n = 0; r < 8; r += now.role.warps(), ++n)
+          for (int i = 0; i < D / 64; ++i) kept_at_k(now, n, i) = gathered(now, 0, r, i);
+      }
+      sync_block();
+    }
+    if (me().role.full()) {
+      if (has(kOwnValues)) {
+        uint32_t h[W::kGroups][4];
+#pragma unroll
+        for (int g = 0; g < W::kGroups; ++g) {
+          hidden_group<D, T, ACT, false>(z, other, v, weights, g, lane);
+          as_operand<T>(h[g], z);
+        }
+        output_part<D, T>(shared.part(warp, 1), h, weights, lane);
+      }
+    }
+  }
+
+  // Stage 2.
+  HOPE_DEVICE void errors(int panel) const {
+    const Me now = me();
+    const auto [warp, lane, role, weights] = now;
+    const int slot = panel * kPanel;
+    if (role.full()) {
+      T* e = shared.e(role.first() / role.warps(), slot, chunk());
+#pragma unroll 1
+      for (int r = role.within, n = 0; r < 8; r += role.warps(), ++n) {
+        Float4 target[D / 64];
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i) {
+          const int j = (lane >> 2) + 8 * i;
+          target[i] = two_rows<D, T>(shared.v(slot), r, 8 * j + 2 * (lane & 3));
+          if (has(kOwnValues))
+            target[i] = target[i] + at_v(now, panel, r, i);
+        }
+        const Float2 by = has(kTargetNorm) ? inverse_norms(target) : Float2{1.f, 1.f};
+        float e2[2] = {};
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i) {
+          const int position = 8 * (lane >> 2) + 64 * i + 2 * (lane & 3);
+          Float4 error = scaled(target[i], {-by.x, -by.y});
+          if (!has(kDot)) {
+            const Float4 sum = two_rows<D, T>(shared.k(slot), r, position) + at_k(now, panel, r, n, i) + error;
+            error = scaled(sum, {p.grad_scale, p.grad_scale});
+          }
+          e2[0] = fma_(error.x, error.x, fma_(error.y, error.y, e2[0]));
+          e2[1] = fma_(error.z, error.z, fma_(error.w, error.w, e2[1]));
+          store_shared(reinterpret_cast<uint32_t*>(e + r * W::kRow + position), pack2<T>(error.x, error.y));
+          store_shared(reinterpret_cast<uint32_t*>(e + (r + 8) * W::kRow + position), pack2<T>(error.z, error.w));
+        }
+        e2[0] = warp_sum(e2[0]), e2[1] = warp_sum(e2[1]);
+        if (lane < 2) store_shared(shared.e2(role.first(), chunk()) + slot + r + 8 * lane, lane == 0 ? e2[0] : e2[1]);
+      }
+    } else if (role.within == 0 && lane < kPanel) {
+      float y = 0.f, target = 0.f;
+      for (int w = 0; w < role.warps(); ++w) {
+        y += load_shared(shared.sums(role.first() + w, 0) + lane);
+        target += load_shared(shared.sums(role.first() + w, 1) + lane);
+      }
+      if (has(kTargetNorm)) target = target > 1.f ? 1.f : target < -1.f ? -1.f : target;
+      const float error = has(kDot) ? -target : p.grad_scale * (y - target);
+      store_shared(shared.es(role.first(), chunk()) + slot + lane, error);
+      store_shared(shared.e2(role.first(), chunk()) + slot + lane, error * error);
+    }
+  }
+
+  // Stage 3.
+  HOPE_DEVICE void gradients(const float (&slope)[W::kGroups][8], int panel) const {
+    const auto [warp, lane, role, weights] = me();
+    const int slot = panel * kPanel;
+    float norm[2] = {};
+    if (role.full()) {
+      const T* e = shared.e(role.first() / role.warps(), slot, chunk());
+      float d[W::kGroups][8] = {};
+#pragma unroll
+      for (int i = 0; i < W::kSteps; ++i) {
+        uint32_t rows[4];
+        load_matrices(rows, corner<D>(e, 16 * i, lane));
+#pragma unroll
+        for (int g = 0; g < W::kGroups; ++g) {
+          const Word4 w = weights.w1(i, g);
+          mma<T>(d[g], rows, transpose8x8(w.x), transpose8x8(w.y));
+          mma<T>(d[g] + 4, rows, transpose8x8(w.z), transpose8x8(w.w));
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < W::kGroups; ++g) finish_gradient(d[g], slope[g], norm, weights.own, g, panel);
+    } else {
+      const float e0 = load_shared(shared.es(role.first(), chunk()) + slot + (lane >> 2));
+      const float e1 = load_shared(shared.es(role.first(), chunk()) + slot + (lane >> 2) + 8);
+#pragma unroll 1
+      for (int g = 0; g < W::kScalarGroups; ++g) {
+        const Float4 w = scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane);
+        float d[8] = {w.x * e0, w.y * e0, w.x * e1, w.y * e1, w.z * e0, w.w * e0, w.z * e1, w.w * e1};
+        float kept[8];
+        kept_slope(kept, g, warp, lane);
+        finish_gradient(d, kept, norm, weights.own, g, panel);
+      }
+    }
+    store_norms(1, panel, norm, warp, lane);
+  }
+
+  HOPE_DEVICE void finish_gradient(float (&d)[8], const float (&slope)[8], float (&norm)[2], const Own& own, int g, int panel) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d[i] *= slope[i];
+    add_squares(norm, d);
+    d_block(own, g, panel) = round_block<T>(d);
+  }
+
+  // eta~_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2, for all tokens, in the warp's own copy.
+  HOPE_DEVICE void step_sizes() const {
+    const auto [warp, lane, role, weights] = me();
+    const int C = chunk();
+    float* steps = shared.steps(warp, C);
+    if (!has(kClip)) {
+      for (int t = lane; t < C; t += 32) store_shared(steps + t, load_shared(shared.eta() + t));
+      return;
+    }
+    const float factor = has(kDot) ? 1.f : p.grad_scale;
+    float size[2];  // C <= 64
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int t = lane + 32 * n;
+      if (t >= C) break;
+      float a2 = 0.f, d2 = 0.f;
+      if (kSharded && role.full()) a2 = exchange.sum_of_norms(0, t), d2 = exchange.sum_of_norms(1, t);
+#pragma unroll 1
+      for (int w = kSharded && role.full() ? kWarps : 0; w < role.warps(); ++w) {
+        a2 += load_shared(shared.norms(role.first() + w, 0, C) + t);
+        d2 += load_shared(shared.norms(role.first() + w, 1, C) + t);
+      }
+      size[n] = sqrt_(a2 + divide(d2, load_shared(shared.e2(role.first(), C) + t) + 1e-9f) + 1e-12f);
+      store_shared(steps + t, load_shared(shared.eta() + t) * size[n]);
+    }
+    sync_warp();
+    float sums[2] = {};
+#pragma unroll 4
+    for (int s = 0; s < C; ++s) {
+      const float w = load_shared(steps + s);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int t = lane + 32 * n;
+        if (t >= C) break;
+        const float dot = load_shared(shared.dots(s < t ? s : t, s < t ? t : s, C));
+        sums[n] = fma_(w, dot * dot, sums[n]);
+      }
+    }
+    sync_warp();
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int t = lane + 32 * n;
+      if (t >= C) break;
+      const float s = factor * size[n] * sums[n];
+      store_shared(steps + t, divide(load_shared(shared.eta() + t), s <= 1.f ? 1.f : s));
+    }
+  }
+
+  // delta2 of the warp's units: blocks g * kSteps + s.
+  template <int GROUPS> HOPE_DEVICE void update_inputs(float (&state)[16][8]) const {
+    const auto [warp, lane, role, weights] = me();
+    const float keep = load_shared(shared.tail() + chunk());
+    const float* steps = shared.steps(warp, chunk());
+    float largest = 0.f;
+    if constexpr (!kWideExponent<T>) {
+      for (int t = lane; t < chunk(); t += 32) {
+        const float gain = load_shared(steps + t), carry = load_shared(shared.carry() + t);
+        largest = gain > largest ? gain : largest;
+        largest = carry > largest ? carry : largest;
+      }
+    }
+    const Range range = range_of(largest);
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      sync_warp();  // as in hidden_group
+      Word4 old[W::kSteps];
+#pragma unroll
+      for (int s = 0; s < W::kSteps; ++s) {
+        old[s] = round_block<T>(state[g * W::kSteps + s]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= keep * range.up;
+      }
+#pragma unroll 1
+      for (int panel = 0; panel < chunk() / kPanel; ++panel) {
+        const int slot = panel * kPanel, row = slot + (lane >> 2);
+        float u[8] = {};
+        if (has(kDgd)) {
+#pragma unroll
+          for (int s = 0; s < W::kSteps; ++s) {
+            uint32_t k[4];
+            load_matrices(k, corner<D>(shared.k(slot), 16 * s, lane));
+            mma<T>(u, k, old[s].x, old[s].z);
+            mma<T>(u + 4, k, old[s].y, old[s].w);
+          }
+        }
+        const Word4 d = d_block(weights.own, g, panel);
+        const float gain[2] = {range.up * load_shared(steps + row), range.up * load_shared(steps + row + 8)};
+        const float carry[2] = {range.up * load_shared(shared.carry() + row), range.up * load_shared(shared.carry() + row + 8)};
+        const uint32_t words[4] = {d.x, d.y, d.z, d.w};
+        uint32_t moved[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // rows g, g + 8 take turns
+          const Float2 pair = unpack2<T>(words[i]);
+          const float x = fma_(gain[i & 1], pair.x, carry[i & 1] * u[2 * i]), y = fma_(gain[i & 1], pair.y, carry[i & 1] * u[2 * i + 1]);
+          moved[i] = transpose8x8(pack2<T>(-x, -y));
+        }
+        const uint32_t rows[4] = {moved[0], moved[2], moved[1], moved[3]};  // units x tokens
+#pragma unroll
+        for (int s = 0; s < W::kSteps; ++s) {
+          uint32_t keys[4];
+          load_matrices_transposed(keys, corner<D>(shared.kg(slot), 16 * s, lane));
+          mma<T>(state[g * W::kSteps + s], rows, keys[0], keys[1]);
+          mma<T>(state[g * W::kSteps + s] + 4, rows, keys[2], keys[3]);
+        }
+      }
+      if constexpr (!kWideExponent<T>) {
+#pragma unroll
+        for (int s = 0; s < W::kSteps; ++s)
+#pragma unroll
+          for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= range.down;
+      }
+    }
+  }
+
+  // delta1 of the warp's units: blocks 8 + i * kGroups + g.
+  HOPE_DEVICE void update_outputs(float (&state)[16][8]) const {
+    const auto [warp, lane, role, weights] = me();
+    const float keep = load_shared(shared.tail() + chunk());
+    const float* steps = shared.steps(warp, chunk());
+    float largest = 0.f;
+    if constexpr (!kWideExponent<T>) {
+      for (int t = lane; t < chunk(); t += 32) {
+        const float step = load_shared(steps + t) * load_shared(shared.tail() + t);
+        largest = step > largest ? step : largest;
+      }
+    }
+    const Range range = range_of(largest);
+#pragma unroll
+    for (int b = 8; b < 16; ++b)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) state[b][i] *= keep * range.up;
+#pragma unroll 1
+    for (int panel = 0; panel < chunk() / kPanel; ++panel) {
+      const int slot = panel * kPanel, row = slot + (lane >> 2);
+      const float by[2] = {-range.up * (load_shared(steps + row) * load_shared(shared.tail() + row)),
+                           -range.up * (load_shared(steps + row + 8) * load_shared(shared.tail() + row + 8))};
+      uint32_t h[W::kGroups][4];
+#pragma unroll
+      for (int g = 0; g < W::kGroups; ++g) {
+        const Word4 a = a_block(weights.own, g, panel);
+        const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Float2 pair = unpack2<T>(words[i]);
+          h[g][i] = transpose8x8(pack2<T>(by[i & 1] * pair.x, by[i & 1] * pair.y));
+        }
+      }
+      const T* e = shared.e(role.first() / role.warps(), slot, chunk());
+#pragma unroll
+      for (int i = 0; i < W::kSteps; ++i) {
+        uint32_t rows[4];
+        load_matrices_transposed(rows, corner_b<D>(e, 16 * i, lane));
+#pragma unroll
+        for (int g = 0; g < W::kGroups; ++g) {
+          mma<T>(state[8 + i * W::kGroups + g], rows, h[g][0], h[g][1]);
+          mma<T>(state[8 + i * W::kGroups + g] + 4, rows, h[g][2], h[g][3]);
+        }
+      }
+    }
+    if constexpr (!kWideExponent<T>) {
+#pragma unroll
+      for (int b = 8; b < 16; ++b)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) state[b][i] *= range.down;
+    }
+  }
+
+  // delta1 of a scalar memory's units, in shared memory.
+  HOPE_DEVICE void update_scalar_outputs() const {
+    const auto [warp, lane, role, weights] = me();
+    const float keep = load_shared(shared.tail() + chunk());
+    const float* steps = shared.steps(warp, chunk());
+#pragma unroll 1
+    for (int g = 0; g < W::kScalarGroups; ++g) {
+      Float4 sum{0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+      for (int panel = 0; panel < chunk() / kPanel; ++panel) {
+        const int row = panel * kPanel + (lane >> 2);
+        float by[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          by[half] = load_shared(steps + row + 8 * half) * load_shared(shared.tail() + row + 8 * half) *
+                     load_shared(shared.es(role.first(), chunk()) + row + 8 * half);
+        const Word4 a = a_block(weights.own, g, panel);
+        const Float2 a0 = unpack2<T>(a.x), a1 = unpack2<T>(a.y), a2 = unpack2<T>(a.z), a3 = unpack2<T>(a.w);
+        sum = {fma_(a1.x, by[1], fma_(a0.x, by[0], sum.x)), fma_(a1.y, by[1], fma_(a0.y, by[0], sum.y)),
+               fma_(a3.x, by[1], fma_(a2.x, by[0], sum.z)), fma_(a3.y, by[1], fma_(a2.y, by[0], sum.w))};
+      }
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2)
+        sum = sum + Float4{shuffle_xor(sum.x, mask), shuffle_xor(sum.y, mask), shuffle_xor(sum.z, mask), shuffle_xor(sum.w, mask)};
+      if (lane < 4) {
+        Float4* to = reinterpret_cast<Float4*>(shared.delta1s(warp) + 16 * g) + lane;
+        const Float4 old = load_shared(to);
+        store_shared(to, Float4{fma_(keep, old.x, -sum.x), fma_(keep, old.y, -sum.y), fma_(keep, old.z, -sum.z), fma_(keep, old.w, -sum.w)});
+      }
+    }
+    sync_warp();
+  }
+};
+
+}  // namespace hope

@@ -1,0 +1,98 @@
+// Which kernel serves a call, and its launch. Included by one source file for each width and type.
+#pragma once
+#include "decode.cuh"
+
+#ifdef __CUDACC__
+#include <atomic>
+#endif
+
+namespace hope {
+
+#ifdef __CUDACC__
+// A kernel of `blocks` blocks, in clusters of `cluster` if that is more than one. Null, or what CUDA complained of.
+template <class Kernel>
+const char* launch(Kernel kernel, std::atomic<uint64_t>& prepared, const TitansParams& p, const Plan& plan, int64_t blocks, int threads, int cluster,
+                   const Device& device, void* stream) {
+  int ordinal = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  const uint64_t bit = uint64_t{1} << (ordinal & 63);
+  if (error == cudaSuccess && !(prepared.load(std::memory_order_relaxed) & bit)) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
+    if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = plan.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    error = cudaLaunchKernelEx(&config, kernel, p, plan);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#define HOPE_LAUNCH(kernel, ...)                         \
+  [&](auto... arguments) {                               \
+    static std::atomic<uint64_t> prepared{0};            \
+    return launch(kernel, prepared, p, plan, arguments...); \
+  }(__VA_ARGS__)
+#else
+template <class Kernel>
+const char* launch(Kernel kernel, const TitansParams& p, const Plan& plan, int64_t blocks, int threads, int cluster, const Device& device, void*) {
+  if (plan.shared_bytes > device.shared_bytes) return "more shared memory than the device has";
+  emulator::launch(static_cast<int>(blocks), threads, cluster, plan.shared_bytes, [&] { kernel(p, plan); });
+  return nullptr;
+}
+#define HOPE_LAUNCH(kernel, ...) \
+  [&](auto... arguments) { return launch([](const TitansParams& p_, const Plan& plan_) { kernel(p_, plan_); }, p, plan, arguments...); }(__VA_ARGS__)
+#endif
+
+template <int D, class T, int ACT, int MODE, bool SHARDED>
+const char* launch_prefill(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
+  const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
+  const int cluster = MODE == kCluster ? plan.blocks : 1;
+  if (plan.weights >= 0) return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true, SHARDED>), blocks, kThreads, cluster, device, stream);
+  return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false, SHARDED>), blocks, kThreads, cluster, device, stream);
+}
+
+template <int D, class T, int ACT, bool SHARDED>
+const char* launch_mode(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
+  if (in_clusters(device.image)) return launch_prefill<D, T, ACT, kCluster, SHARDED>(p, plan, device, stream);
+  return launch_prefill<D, T, ACT, kGlobal, SHARDED>(p, plan, device, stream);
+}
+
+template <int D, class T, int ACT> const char* launch_call(TitansParams p, const Device& device, void* stream) {
+  const bool retention = p.flags & kRetention, update = p.flags & kUpdate;
+  const Plan prefill_plan = make_plan(D, p.N, p.C, retention, update, device);
+  if constexpr (D == 128) {  // a token's outputs need both blocks of a memory, so prefill decodes as well
+    if (prefill_plan.shards > 1) return launch_mode<D, T, ACT, true>(p, prefill_plan, device, stream);
+  }
+  if (p.T == 1) {
+    const Plan plan = make_decode_plan(D, p.N, retention);
+    const char* error = HOPE_LAUNCH((titans_decode<D, T, ACT>), static_cast<int64_t>(p.B) * p.H * 4, 32 * plan.full_warps, 1, device, stream);
+    if (error != nullptr || !update) return error;
+    p.flags |= kCommitOnly;
+  }
+  return launch_mode<D, T, ACT, false>(p, prefill_plan, device, stream);
+}
+
+template <int D, class T> const char* launch_activation(const TitansParams& p, const Device& device, void* stream) {
+  if (p.activation == kGeluTanh) return launch_call<D, T, kGeluTanh>(p, device, stream);
+#ifdef HOPE_EMULATED  // less to compile: the activation's code is that of width 64
+  if constexpr (D == 128) return "the emulator has heads of width 128 with gelu_tanh only";
+  else
+#endif
+  return p.activation == kGelu ? launch_call<D, T, kGelu>(p, device, stream) : launch_call<D, T, kSilu>(p, device, stream);
+}
+
+// One for each source file: 64_bf16.cu and so on.
+const char* launch_64_bf16(const TitansParams& p, const Device& device, void* stream);
+const char* launch_64_fp16(const TitansParams& p, const Device& device, void* stream);
+const char* launch_128_bf16(const TitansParams& p, const Device& device, void* stream);
+const char* launch_128_fp16(const TitansParams& p, const Device& device, void* stream);
+
+}  // namespace hope

@@ -1,0 +1,144 @@
+// Who owns what, and where it lies: the plan of a (row, head), the same for every kernel of the memory. Host
+// arithmetic only.
+//
+// A WARP OWNS HIDDEN UNITS. A warp keeps 4096 fp32 deviations in registers, 128 a thread: of a memory with D
+// outputs 2048 / D hidden units, their rows of delta2 and columns of delta1; of a scalar memory (eta, alpha)
+// 4096 / D units, their rows of delta2 (their delta1, one number a unit, lies in shared memory). Whatever
+// concerns a unit stays in its warp: z, a, d, the update. What crosses warps is a memory's output, summed
+// over its warps, and the tokens.
+//
+//   D = 64:  N = 64 -> 8 warps, one block     128 -> 16 warps, 2 blocks     256 -> 32 warps, 4 blocks: memory | k | v | eta, alpha
+//   D = 128: N = 128 -> 32 warps, 4 blocks     256 -> 64 warps, 8 blocks: memory, memory | k, k | v, v | eta | alpha
+//
+// Registers cannot hold more, so a block is 8 warps and a multiprocessor holds one block. Blocks of a (row,
+// head) exchange k, v, eta, alpha of 16 tokens at a time, nothing else. SHARDED: of a memory with two blocks
+// each has half of the hidden units. These also exchange their shares of its output and of the norms of a and
+// d, and add the lower rank's to the higher one's; what follows from the sums both compute.
+#pragma once
+#include "../launch.h"
+
+namespace hope {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kPanel = 16;  // tokens on one side of a tensor-core instruction
+constexpr int kCommitOnly = 1 << 16;  // a flag beside those of params.h: tokens were read and appended before, commit what is full
+
+// Which of prefill's kernels have a body in code for an architecture (10 * major + minor): the others would
+// only take time to compile.
+constexpr bool in_clusters(int arch) { return arch >= 90; }                    // else blocks exchange through global memory
+constexpr bool may_be_on_chip(int arch) { return arch < 120; }                 // there may be room for rounded weights in shared memory,
+constexpr bool may_be_off_chip(int arch) { return arch < 90 || arch >= 120; }  // or there may be none
+
+template <int D> struct Width {
+  static constexpr int kSteps = D / 16;                // 16 x 16 blocks of weights across D
+  static constexpr int kUnits = 2048 / D;              // hidden units a warp owns, of a memory with D outputs
+  static constexpr int kGroups = kUnits / 16;
+  static constexpr int kScalarUnits = 2 * kUnits;      // and of a scalar one
+  static constexpr int kScalarGroups = 2 * kGroups;
+  static constexpr int kRow = D + 8;                   // numbers from row to row of a tile in shared memory: no bank conflicts in ldmatrix
+};
+
+struct Plan {
+  int blocks;        // of a (row, head)
+  int shards;        // blocks of a memory with D outputs: 2, or 1 where it fits one
+  int full_warps;    // of a block that share a memory with D outputs
+  int scalar_warps;  // that share a scalar one
+  int memories;      // M: 5, or 4 without alpha
+  int one_buffer;    // partial outputs of M(k) and M(v) take turns in one buffer
+  int shared_bytes;  // a block's shared memory
+  // Bytes from the start of shared memory:
+  int call;                 // struct Call (role.cuh)
+  int x, q;                 // [2][16][kRow] T   what the panel reads; the other one is being fetched. One place if no block needs both
+  int k, v;                 // [C][kRow] T       the open chunk; when v has served its turn, the transformed keys Kg take its place
+  int e;                    // [memories here][C][kRow] T
+  int eta, alpha;           // [C] fp32
+  int dots;                 // [C][C + 1] fp32   k_s.k_t for s <= t; below the diagonal L[t][s]
+  int carry, tail;          // [C] fp32          eta_t gamma[t-1,0]; gamma[C,t];  tail[C] is gamma[C,0]
+  int e2, es;               // [8][C] fp32       by the memory's first warp here
+  int norms;                // [8][2][C] fp32    |a|^2 and |d|^2 over a warp's units
+  int steps;                // [8][C] fp32       a warp's own copy of eta~
+  int sums;                 // [8][2][16] fp32   a scalar warp's partial outputs
+  int delta1s, base1s;      // [8][kScalarUnits] fp32
+  int parts;                // [8 + 0 or full warps][16 x D] fp32: M(k) of every warp, then M(v); a scalar memory's warps keep sigma' there
+  // A lane's own data, in the order of its fragments, 512 bytes a warp's 16 x 16 block. In shared memory, or
+  // (negative: -1 - offset) in the block's part of the scratch, where L2 holds it:
+  int weights;              // [8][16] blocks    base + deviation, rounded to T
+  int a, d;                 // [units / 16][C / 16] blocks
+  int at_k;                 // [8][8 / full_warps][D / 64]  M(k), while M(v) has the one buffer
+  // In shared memory, or (negative) read from the tensors every time:
+  int base;                 // as weights
+  // The block's part of the scratch:
+  int mail;                 // [2][16 D + 32] words: what blocks without a cluster send one another; rank 0's is the group's
+  int shares;               // [2][2][D / 64][8] blocks  shards: M(k), M(v) of even panels, of odd ones, summed over the block's warps
+  int norm_shares;          // [2][C] fp32       shards: |a|^2 and |d|^2, likewise
+  int64_t scratch_bytes;
+};
+
+// Fragment blocks of `a` (and of `d`) that the 8 warps of one block own in a panel: the most that any block needs.
+constexpr int panel_blocks(int D, int full_warps) {
+  int groups = 2048 / D / 16;
+  int full = full_warps == 2 ? 6 : full_warps == 4 ? 4 : 0;  // in the block with the scalar memories
+  return (full + 2 * (kWarps - full)) * groups;
+}
+
+inline Plan make_plan(int D, int N, int C, bool retention, bool update, const Device& device) {
+  Plan p{};
+  const int warps = N * D / 2048;
+  p.shards = warps > kWarps ? warps / kWarps : 1;
+  p.full_warps = warps / p.shards;
+  p.scalar_warps = warps / 2;
+  p.blocks = p.shards > 1 && !update ? p.shards : 4 * warps / kWarps;  // without an update M_memory is all there is to read
+  p.memories = retention ? 5 : 4;
+  int at = 0;
+  auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };
+  const int row = (D + 8) * 2, slots = update ? C : kPanel;
+  const int full_here = p.full_warps == 2 ? 6 : kWarps, tiles_here = full_here / (p.full_warps < kWarps ? p.full_warps : kWarps);
+  p.call = take(128), p.x = take(2 * kPanel * row), p.q = p.full_warps == kWarps ? p.x : take(2 * kPanel * row);
+  p.k = take(slots * row), p.v = take(slots * row), p.e = take(tiles_here * slots * row);
+  p.eta = take(4 * slots), p.alpha = take(4 * slots), p.carry = take(4 * slots), p.tail = take(4 * slots + 4);
+  p.dots = take(4 * slots * (slots + 1)), p.e2 = take(32 * slots), p.es = take(32 * slots);
+  p.norms = take(64 * slots), p.steps = take(32 * slots), p.sums = take(4 * kWarps * 2 * kPanel);
+  p.delta1s = take(4 * kWarps * 4096 / D), p.base1s = take(4 * kWarps * 4096 / D);
+  const int part = kPanel * D * 4, private_blocks = panel_blocks(D, p.full_warps) * (slots / kPanel);
+  const int weights = kWarps * 16 * 512;
+  // Base weights in shared memory save more than a second buffer, which saves two barriers a panel.
+  const auto fits = [&](int buffers, int kept) {
+    return at + (kWarps + (buffers - 1) * full_here) * part + kept * weights + 2 * 512 * private_blocks <= device.shared_bytes;
+  };
+  p.one_buffer = p.shards > 1 || (!fits(2, 2) && (fits(1, 2) || !fits(2, 1)));
+  p.parts = take((p.one_buffer ? kWarps : kWarps + full_here) * part);
+  int scratch = p.blocks > 1 && !in_clusters(device.image) ? 2 * 4 * (kPanel * D + 2 * kPanel) : 0;  // the mail
+  if (p.shards > 1) {
+    p.shares = scratch, p.norm_shares = scratch + 2 * 2 * kWarps * D / 64 * 512;
+    scratch = p.norm_shares + 2 * 4 * slots;
+  }
+  auto place = [&](int bytes, bool allowed = true) {
+    if (allowed && at + bytes <= device.shared_bytes) return take(bytes);
+    int here = scratch;
+    scratch += bytes;
+    return -1 - here;
+  };
+  p.weights = place(weights, may_be_on_chip(device.image)), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks);
+  p.at_k = p.one_buffer && p.shards == 1 ? place(kWarps * 8 / p.full_warps * D / 64 * 512) : 0;
+  p.base = at + weights <= device.shared_bytes ? take(weights) : -1;
+  p.shared_bytes = at;
+  p.scratch_bytes = scratch;
+  return p;
+}
+
+// Decode without shards: a block a memory with D outputs, or for eta and alpha together; full_warps warps each.
+inline Plan make_decode_plan(int D, int N, bool retention) {
+  Plan p{};
+  p.shards = 1, p.full_warps = N * D / 2048, p.scalar_warps = p.full_warps / 2;
+  p.blocks = 4, p.memories = retention ? 5 : 4, p.one_buffer = 1;
+  int at = 0;
+  auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };
+  p.x = p.q = take(kPanel * (D + 8) * 2);
+  p.sums = take(4 * kWarps * 2 * kPanel);
+  p.delta1s = take(4 * kWarps * 4096 / D), p.base1s = take(4 * kWarps * 4096 / D);
+  p.parts = take(p.full_warps * kPanel * D * 4);
+  p.shared_bytes = at;
+  return p;
+}
+
+}  // namespace hope

@@ -1,0 +1,297 @@
+// titans_prefill: a whole call in one launch, the state in registers from its first token to its last.
+//
+// EQUATIONS   hope_kernels/ops/titans/README.md for one (row, head): every panel of up to 16 tokens is read with the weights of the chunk's start; a full chunk
+//             is committed (commit.cuh).
+// OWNERSHIP   Warps own hidden units (plan.h). Registers: 128 fp32 deviations a thread, which are the accumulators of their own
+//             update. Shared memory: tokens, their keys and errors, partial outputs, and each lane's rounded weights, refreshed once a
+//             chunk, as 16-byte fragments. With several blocks a (row, head): k, v, eta, alpha of 16 tokens cross between them.
+// SCHEDULE    per panel   read shares | barrier | results to all blocks | barrier (of the cluster)
+//             per chunk   + three barriers a panel (commit.cuh)
+//             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more (exchange.cuh).
+//             The next panel's x and q are fetched while this one is computed.
+// BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan for what overflows).
+// FLOPS       80 D N + 6 C D a token and head, of which a warp issues 160 mma a panel (D = 64). At 4 cycles an mma and 2 warps a scheduler that
+//             is 1300 cycles of tensor cores a panel, beside some 3500 other instructions a warp (SASS for sm_90, with the commit): the kernel
+//             is bound by issue slots, not by tensor cores.
+#pragma once
+#include "commit.cuh"
+#include "exchange.cuh"
+#include "state.cuh"
+
+namespace hope {
+
+// Where a panel's results go: o to memory, the rest to every block's shared memory.
+template <int D, class T, class Exchange> struct PrefillSink {
+  const Exchange& exchange;
+  T* o;  // row 0 of the panel, this head
+  int64_t stride;
+  int round, slot;
+  bool update;
+  HOPE_DEVICE void pair(int memory, int r, int position, uint32_t value) {
+    if (memory == kMemory)
+      *reinterpret_cast<uint32_t*>(o + r * stride + index_of(position)) = value;
+    else if (update)
+      exchange.put_pair(round, memory - kKeys, slot, r, position, value);
+  }
+  HOPE_DEVICE void scalar(int memory, int r, float value) {
+    union { float f; uint32_t bits; } both{value};
+    if (update) exchange.put_scalar(round, memory - kEta, slot, r, both.bits);
+  }
+};
+
+// The open chunk's slots first <= s < stop, from the pending tensors to shared memory, or back (this block's
+// row of them).
+template <int D, class T, bool LOAD>
+HOPE_DEVICE void move_pending(const TitansParams& p, const Shared<D, T>& shared, int64_t b, int h, int first, int stop) {
+  for (int i = thread_index() + first * (D / 2); i < stop * (D / 2); i += kThreads) {
+    const int slot = i / (D / 2), index = 2 * (i % (D / 2));
+    const int64_t at = ((b * p.C + slot) * p.H + h) * D + index;
+    uint32_t* k = reinterpret_cast<uint32_t*>(shared.k(slot) + position_of(index));
+    uint32_t* v = reinterpret_cast<uint32_t*>(shared.v(slot) + position_of(index));
+    uint32_t& k_there = *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_k) + at);
+    uint32_t& v_there = *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_v) + at);
+    if (LOAD) {
+      store_shared(k, k_there), store_shared(v, v_there);
+    } else {
+      k_there = load_shared(k), v_there = load_shared(v);
+    }
+  }
+  for (int slot = thread_index() + first; slot < stop; slot += kThreads) {
+    const int64_t at = (b * p.C + slot) * p.H + h;
+    if (LOAD) {
+      store_shared(shared.eta() + slot, p.pending_eta[at]);
+      if (p.pending_alpha) store_shared(shared.alpha() + slot, p.pending_alpha[at]);
+    } else {
+      p.pending_eta[at] = load_shared(shared.eta() + slot);
+      if (p.pending_alpha) p.pending_alpha[at] = load_shared(shared.alpha() + slot);
+    }
+  }
+}
+
+template <int D, class T> HOPE_DEVICE void clear_pending(const TitansParams& p, int64_t b, int h, int first) {
+  for (int i = thread_index() + first * (D / 2); i < p.C * (D / 2); i += kThreads) {
+    const int64_t at = ((b * p.C + i / (D / 2)) * p.H + h) * D + 2 * (i % (D / 2));
+    *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_k) + at) = 0;
+    *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_v) + at) = 0;
+  }
+  for (int slot = thread_index() + first; slot < p.C; slot += kThreads) {
+    p.pending_eta[(b * p.C + slot) * p.H + h] = 0.f;
+    if (p.pending_alpha) p.pending_alpha[(b * p.C + slot) * p.H + h] = 0.f;
+  }
+}
+
+// Where a warp stands: the next panel's tokens are rows first <= r < stop.
+struct Panel {
+  int token, slot, first, stop, round;
+  static HOPE_DEVICE Panel of(const Call& call, int warp, int C) {
+    Panel p;
+    const int opened = load_shared(&call.opened), n = load_shared(&call.n);
+    p.token = load_shared(call.tokens + warp);
+    p.slot = (opened + p.token) & (C - 1), p.first = p.slot % kPanel;
+    p.stop = n - p.token < kPanel - p.first ? p.first + n - p.token : kPanel;
+    p.round = (opened + p.token) / kPanel - opened / kPanel;
+    return p;
+  }
+};
+
+// The memory's output, from both blocks.
+template <class Exchange> struct SumOfShares {
+  const Exchange& exchange;
+  int round;
+  template <int D, class T> HOPE_DEVICE Float4 at(const Shared<D, T>&, const Role&, int, int i, int) const {
+    return exchange.sum_of_shares(round, 0, i);
+  }
+};
+
+// Behind the barrier after read_shares: results to where they belong, and the warp moves on. Of shards the
+// first has the results.
+template <int D, class T, class Exchange>
+HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared, const Exchange& exchange) {
+  const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
+  const bool update = p.flags & kUpdate;
+  Call& call = shared.call();
+  const Panel now = Panel::of(call, warp, p.C);
+  const int slot = update ? now.slot - now.first : 0;
+  const Role role = call.role(shared.plan, warp);
+  const T* tile = shared.input(role.memory == kMemory, now.round & 1);
+  const int64_t stride = static_cast<int64_t>(p.H) * D;
+  T* o = static_cast<T*>(p.o) + load_shared(&call.first_token) + (now.token - now.first) * stride;
+  PrefillSink<D, T, Exchange> sink{exchange, o, stride, now.round, slot, update};
+  const int h = load_shared(&call.group) % p.H;
+  if constexpr (Exchange::kSharded) {
+    if (role.full()) {
+#pragma unroll
+      for (int i = 0; i < D / 64; ++i)
+        exchange.put_share(now.round, 0, i, Gathered{}.template at<D, T>(shared, role, role.within, i, lane));
+    }
+    exchange.barrier();
+    if (!role.full() || exchange.shard() == 0)
+      read_results<D, T>(p, shared, role, tile, h, now.first, now.stop, lane, sink, SumOfShares<Exchange>{exchange, now.round});
+  } else if (update || role.memory == kMemory) {
+    read_results<D, T>(p, shared, role, tile, h, now.first, now.stop, lane, sink);
+  }
+  wait_copies();
+  if (update)
+    exchange.finish(now.round, slot, now.first, now.stop);
+  else
+    sync_block();
+  if (lane == 0) store_shared(call.tokens + warp, now.token + now.stop - now.first);
+  sync_warp();
+}
+
+template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
+  using W = Width<D>;
+  const bool update = p.flags & kUpdate;
+
+  // --- which (row, head), and which of its blocks ---
+  int group = block_index() / plan.blocks, rank = block_index() % plan.blocks;
+  if constexpr (MODE == kGlobal) {
+    if (plan.blocks > 1) {
+      uint32_t* ticket = reinterpret_cast<uint32_t*>(shared_memory());
+      if (thread_index() == 0) store_shared(ticket, static_cast<uint32_t>(fetch_add_release(p.arrivals, 1)));
+      sync_block();
+      group = load_shared(ticket) / plan.blocks, rank = load_shared(ticket) % plan.blocks;
+      sync_block();
+    }
+  }
+  const Shared<D, T> shared{plan};
+  Call& call = shared.call();
+  const bool commit_only = p.flags & kCommitOnly;
+  {
+    const int lane = lane_index(), warp = warp_index();
+    const int64_t b = group / p.H, asked = p.lengths[b];
+    const int h = group % p.H;
+    const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked), opened = static_cast<int>(p.pos[b] & (p.C - 1));
+    // the same for all blocks of the group, unless they only read: then M_memory's do
+    if (n == 0 || (commit_only && opened + n < p.C) || (!update && rank >= plan.shards)) return;
+    if (thread_index() == 0) {
+      store_shared(&call.group, group), store_shared(&call.rank, rank), store_shared(&call.n, n), store_shared(&call.opened, opened);
+      store_shared(&call.chunk, p.C);
+      store_shared(&call.first_token, (b * p.T * p.H + h) * static_cast<int64_t>(D));
+    }
+    if (lane == 0) store_shared(call.roles + warp, Role::of(plan, rank, warp).packed()), store_shared(call.tokens + warp, commit_only ? n : 0);
+    if (update && opened + n >= p.C) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : opened);  // for a commit
+  }
+  sync_block();
+  using Blocks = Exchange<D, T, MODE, SHARDED>;
+  const Blocks exchange{shared, p, plan};
+  if (update && !commit_only) exchange.begin();
+
+  // Tokens from `token` on, up to the end of the panel, to the buffer of their round.
+  const auto fetch = [&](int token) {
+    const int n = load_shared(&call.n), opened = load_shared(&call.opened), rank_ = load_shared(&call.rank);
+    if (token >= n) return;
+    const int first = (opened + token) % kPanel, buffer = ((opened + token) / kPanel - opened / kPanel) & 1;
+    const int stop = n - token < kPanel - first ? first + n - token : kPanel;
+    const int64_t stride = static_cast<int64_t>(p.H) * D, from = load_shared(&call.first_token) + (token - first) * stride;
+    if (rank_ < Blocks::kShards) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + from, stride, first, stop, kThreads);
+    if (update && (plan.blocks == 1 || rank_ >= Blocks::kShards || plan.full_warps < kWarps))
+      fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + from, stride, first, stop, kThreads);
+  };
+  if (!commit_only) fetch(0);
+
+  // --- the state ---
+  float state[16][8];
+  {
+    const int lane = lane_index(), warp = warp_index();
+    const Role role = call.role(plan, warp);
+    const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
+    const Deviations deviations = Deviations::of(p, group, D, plan.memories);
+    const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
+    load_deviations<D>(state, deviations, place, role, p.N, lane);
+    load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
+    const Own own{p, plan, call, warp, lane};
+    if (plan.base >= 0)
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+        own.at(plan.base)[512 * warp + 32 * i] = base_block<T>(bases, role, w1, at, row, lane);
+      });
+  }
+  wait_copies();
+  sync_block();
+
+  // --- panel after panel ---
+  bool first_round = true;
+  for (;;) {
+    const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
+    const Own own{p, plan, call, warp, lane};
+    const StoredWeights<D, ON_CHIP> weights{own};
+    const Panel now = Panel::of(call, warp, p.C);
+    const bool fresh = first_round || (update && now.slot == 0);  // rounded weights, and the exchange, are those of the chunk before
+    first_round = false;
+    if (fresh && plan.base >= 0) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) weights.block(i) = round_block<T>(state[i], own.at(plan.base)[512 * warp + 32 * i]);
+    } else if (fresh) {
+      const Role role = call.role(plan, warp);
+      const Bases<T> bases = Bases<T>::of(p, load_shared(&call.group) % p.H, D, plan.memories);
+      const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+        weights.block(i) = round_block<T>(state[i], base_block<T>(bases, role, w1, at, row, lane));
+      });
+    }
+    if (!commit_only) {
+      fetch(now.token + now.stop - now.first);
+      {
+        const Role role = call.role(plan, warp);
+        const T* tile = shared.input(role.memory == kMemory, now.round & 1);
+        if (update || role.memory == kMemory) read_shares<D, T, ACT>(shared, role, tile, weights, warp, lane);
+      }
+      sync_block();
+      if (update && fresh) exchange.acquire();
+      finish_panel<D, T>(p, shared, exchange);
+    }
+    if (update && (commit_only || Panel::of(call, thread_index_again() >> 5, p.C).slot == 0)) {
+      Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
+      if (load_shared(call.tokens + (thread_index_again() >> 5)) < load_shared(&call.n)) exchange.release();
+    }
+    if (load_shared(call.tokens + (thread_index_again() >> 5)) >= load_shared(&call.n)) break;
+  }
+
+  // --- the state again ---
+  const int g = load_shared(&call.group), opened = load_shared(&call.opened), end = opened + load_shared(&call.n);
+  if (!update) return;
+  const bool committed = end >= p.C;
+  bool keeper = load_shared(&call.rank) == 0;  // of the pending tokens
+  if (commit_only && plan.blocks > 1) {
+    // nothing was exchanged, so other blocks may not have read them yet: the last one clears them
+    if (thread_index_again() == 0) store_shared(&call.arrived, static_cast<int>(fetch_add_release(p.arrivals + 1 + g, 1)));
+    sync_block();
+    keeper = load_shared(&call.arrived) == plan.blocks - 1;
+  }
+  if (keeper) {
+    if (!commit_only) move_pending<D, T, false>(p, shared, g / p.H, g % p.H, committed ? 0 : opened, end & (p.C - 1));
+    if (committed) clear_pending<D, T>(p, g / p.H, g % p.H, end & (p.C - 1));
+  }
+  const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
+  const Role role = call.role(plan, warp);
+  if (committed && !role.idle()) {
+    const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
+    const Deviations deviations = Deviations::of(p, g, D, plan.memories);
+    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+      store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
+    });
+    if (!role.full())
+      for (int u = lane; u < W::kScalarUnits; u += 32) deviations.w1s[place.w1s + u] = load_shared(shared.delta1s(warp) + u);
+  }
+}
+
+#ifdef __CUDA_ARCH__
+constexpr bool kInClusters = in_clusters(__CUDA_ARCH__ / 10);
+constexpr bool kMayBeOnChip = may_be_on_chip(__CUDA_ARCH__ / 10), kMayBeOffChip = may_be_off_chip(__CUDA_ARCH__ / 10);
+#endif
+
+// T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory. SHARDED:
+// plan.shards is 2.
+template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
+HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
+#ifdef __CUDA_ARCH__
+  if constexpr ((MODE == kCluster) == kInClusters && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
+    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
+  else
+    trap();  // the launch has not asked what is there
+#elif !defined(__CUDACC__)
+  prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
+#endif
+}
+
+}  // namespace hope

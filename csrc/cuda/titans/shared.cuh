@@ -1,0 +1,68 @@
+// A block's shared memory by name (plan.h says what lies where), and a lane's own data wherever the
+// plan has put it.
+#pragma once
+#include "fragments.cuh"
+#include "role.cuh"
+
+namespace hope {
+
+template <int D, class T> struct Shared {
+  const Plan& plan;
+  static constexpr int kRow = Width<D>::kRow;
+
+  template <class V> HOPE_DEVICE V* at(int offset) const { return reinterpret_cast<V*>(shared_memory() + offset); }
+
+  HOPE_DEVICE Call& call() const { return *at<Call>(plan.call); }
+  HOPE_DEVICE T* input(bool query, int buffer) const { return at<T>(query ? plan.q : plan.x) + buffer * kPanel * kRow; }
+  HOPE_DEVICE T* k(int slot) const { return at<T>(plan.k) + slot * kRow; }
+  HOPE_DEVICE T* v(int slot) const { return at<T>(plan.v) + slot * kRow; }
+  HOPE_DEVICE T* kg(int slot) const { return v(slot); }
+  HOPE_DEVICE T* e(int tile, int slot, int C) const { return at<T>(plan.e) + (tile * C + slot) * kRow; }
+  HOPE_DEVICE float* eta() const { return at<float>(plan.eta); }
+  HOPE_DEVICE float* alpha() const { return at<float>(plan.alpha); }
+  HOPE_DEVICE float* dots(int s, int t, int C) const { return at<float>(plan.dots) + s * (C + 1) + t; }
+  HOPE_DEVICE float* carry() const { return at<float>(plan.carry); }
+  HOPE_DEVICE float* tail() const { return at<float>(plan.tail); }
+  HOPE_DEVICE float* e2(int warp, int C) const { return at<float>(plan.e2) + warp * C; }
+  HOPE_DEVICE float* es(int warp, int C) const { return at<float>(plan.es) + warp * C; }
+  HOPE_DEVICE float* norms(int warp, int kind, int C) const { return at<float>(plan.norms) + (2 * warp + kind) * C; }
+  HOPE_DEVICE float* steps(int warp, int C) const { return at<float>(plan.steps) + warp * C; }
+  HOPE_DEVICE float* sums(int warp, int kind) const { return at<float>(plan.sums) + (2 * warp + kind) * kPanel; }
+  HOPE_DEVICE float* delta1s(int warp) const { return at<float>(plan.delta1s) + warp * Width<D>::kScalarUnits; }
+  HOPE_DEVICE float* base1s(int warp) const { return at<float>(plan.base1s) + warp * Width<D>::kScalarUnits; }
+  // Partial outputs of a warp: 4 D Float4; buffer 1 is 0 where there is one only.
+  static constexpr int kPart = 4 * D;
+  HOPE_DEVICE Float4* part(int warp, int buffer) const {
+    return at<Float4>(plan.parts) + (warp + (plan.one_buffer ? 0 : buffer) * kWarps) * kPart;
+  }
+};
+
+// Data that no other lane ever sees: plain loads and stores, in shared memory or, where that is full, in the
+// block's part of the scratch.
+struct Own {
+  const TitansParams& p;
+  const Plan& plan;
+  const Call& call;
+  int warp, lane;
+  HOPE_DEVICE Word4* at(int offset) const {
+    unsigned char* base = shared_memory() + offset;
+    if (offset < 0) base = p.scratch + (load_shared(&call.group) * plan.blocks + load_shared(&call.rank)) * plan.scratch_bytes + (-1 - offset);
+    return reinterpret_cast<Word4*>(base) + lane;
+  }
+};
+
+// A warp's rounded weights. ON_CHIP: in shared memory, known to the compiler.
+template <int D, bool ON_CHIP> struct StoredWeights {
+  Own own;
+  static constexpr int kUnroll = 1;  // groups of scalar memories: a loop, weights are in memory
+  HOPE_DEVICE Word4& block(int i) const {
+    if constexpr (ON_CHIP)
+      return reinterpret_cast<Word4*>(shared_memory() + own.plan.weights)[512 * own.warp + 32 * i + own.lane];
+    else
+      return own.at(own.plan.weights)[512 * own.warp + 32 * i];
+  }
+  HOPE_DEVICE Word4 w2(int g, int s) const { return block(g * Width<D>::kSteps + s); }
+  HOPE_DEVICE Word4 w1(int i, int g) const { return block(8 + i * Width<D>::kGroups + g); }
+};
+
+}  // namespace hope

@@ -1,0 +1,84 @@
+// A warp's deviations between global memory and registers, and its rounded weights.
+#pragma once
+#include "role.cuh"
+#include "shared.cuh"
+
+namespace hope {
+
+// Where the blocks of a warp's weights lie in tensors [.., M N, D] and [.., Mf, D, N] of one (row, head), or head.
+template <int D> struct Place {
+  int w2, w1, w1s;  // first number of the warp's units
+  // before: the memory's warps in blocks of lower rank.
+  HOPE_DEVICE static Place of(const TitansParams& p, const Role& role, int before = 0) {
+    const int unit = (before + role.within) * (role.full() ? Width<D>::kUnits : Width<D>::kScalarUnits);
+    return {(role.memory * p.N + unit) * D, role.memory * D * p.N + unit, (role.memory - kEta) * p.N + unit};
+  }
+};
+
+// f(block, first number, numbers a row, is it of w1) for the 16 blocks of a warp.
+template <int D, class F> HOPE_DEVICE void for_blocks(const Place<D>& place, bool full, int N, F f) {
+  using W = Width<D>;
+  if (full) {
+#pragma unroll
+    for (int b = 0; b < 8; ++b) f(b, place.w2 + (b / W::kSteps) * 16 * D + (b % W::kSteps) * 16, D, false);
+#pragma unroll
+    for (int b = 0; b < 8; ++b) f(8 + b, place.w1 + (b / W::kGroups) * 16 * N + (b % W::kGroups) * 16, N, true);
+  } else {
+#pragma unroll
+    for (int b = 0; b < 16; ++b) f(b, place.w2 + (b / W::kSteps) * 16 * D + (b % W::kSteps) * 16, D, false);
+  }
+}
+
+// The tensors of one (row, head) g.
+struct Deviations {
+  float *w2, *w1, *w1s;
+  HOPE_DEVICE static Deviations of(const TitansParams& p, int64_t g, int D, int memories) {
+    return {p.delta2 + g * memories * p.N * D, p.delta1 + g * 3 * D * p.N, p.delta1s + g * (memories - 3) * p.N};
+  }
+};
+
+template <class T> struct Bases {
+  const T *w2, *w1, *w1s;
+  HOPE_DEVICE static Bases of(const TitansParams& p, int64_t h, int D, int memories) {
+    if (p.base2 == nullptr) return {nullptr, nullptr, nullptr};
+    return {static_cast<const T*>(p.base2) + h * memories * p.N * D, static_cast<const T*>(p.base1) + h * 3 * D * p.N,
+            static_cast<const T*>(p.base1s) + h * (memories - 3) * p.N};
+  }
+};
+
+// A block of the base weights; zeros if there are none.
+template <class T> HOPE_DEVICE Word4 base_block(const Bases<T>& bases, const Role& role, bool w1, int first, int stride, int lane) {
+  if (bases.w2 == nullptr || role.idle()) return {0, 0, 0, 0};
+  return load_block16<T>((w1 ? bases.w1 : bases.w2) + first, stride, lane);
+}
+
+// The deviations of a warp; zeros for one without a memory.
+template <int D>
+HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place, const Role& role, int N, int lane) {
+  if (!role.idle()) {
+    for_blocks<D>(place, role.full(), N, [&](int b, int first, int stride, bool w1) {
+      load_block(state[b], (w1 ? from.w1 : from.w2) + first, stride, lane);
+    });
+  } else {
+#pragma unroll
+    for (int b = 0; b < 16; ++b)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) state[b][i] = 0.f;
+  }
+}
+
+// One number of a scalar memory's w1 a unit, to shared memory.
+template <int D, class T>
+HOPE_DEVICE void load_scalar_weights(const Shared<D, T>& shared, const Deviations& from, const Bases<T>& base, const Place<D>& place,
+                                     const Role& role, int warp, int lane) {
+  if (role.full()) return;
+  for (int u = lane; u < Width<D>::kScalarUnits; u += 32) {
+    const bool there = !role.idle();
+    store_shared(shared.delta1s(warp) + u, there ? from.w1s[place.w1s + u] : 0.f);
+    const uint16_t bits = there && base.w1s ? reinterpret_cast<const uint16_t*>(base.w1s)[place.w1s + u] : uint16_t{0};
+    store_shared(shared.base1s(warp) + u, unpack2<T>(bits).x);
+  }
+  sync_warp();
+}
+
+}  // namespace hope

@@ -1,0 +1,208 @@
+"""What a level of a CMSState draft does with a segment: accumulate its gradient, take a step, keep its
+factors pending, fold them, go back to the shared weights. In place, level by level, row by row of a batch.
+
+At a boundary every row of a level either waits (its gradient joins the accumulator), takes a step, or is
+reset (``schedule.py``). A step of a row whose accumulator is empty never forms a gradient: the segment's
+factors are multiplied into the weights or the momentum, or, for small periods, kept as they are
+(``pending.py``) and multiplied in several refreshes later. In real arithmetic that is the same.
+
+Everywhere: l is the level's index, 0 for level 1, and ``ops`` the functions of ``level.py`` on a backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...config import CMSConfig
+from ...state import master_dtype
+from . import level
+from .level import Factors
+from .muon import muon_step_
+from .schedule import due, matrices
+from .state import CMSState
+
+Shared = dict[str, Tensor]  # a level's matrices in the layer: name -> [r, c]
+
+
+def absorb(
+    state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
+    counts: list[int] | None, pending: int = 0, ops=level,
+) -> None:
+    """Level ``l`` of the draft ``state`` learns one segment in ``rows`` of the batch (ascending), and commits
+    in those that are due at ``counts``.
+
+    factors: [B, C, r] and [B, C, c] for each matrix, or None: there is no new segment. counts: tokens each
+    row has read; None: nothing commits. pending: tokens whose factors a row may hold before they are folded
+    (optimizer="gd").
+    """
+    if config.learning_rates[l] == 0:
+        return
+    step, back, wait = due(config, l, rows, counts)
+    if wait and factors is not None:
+        _accumulate(state, shared, l, factors, wait, ops)
+    if step:
+        _step(state, config, shared, l, factors, step, pending, ops)
+    if back:
+        reset(state, l, back)
+
+
+def add_gradients(state: CMSState, l: int, grads: dict[str, Tensor], rows: list[int]) -> None:
+    """Gradients [B, r, c] by the name of their matrix join the accumulator in ``rows``."""
+    total = _grads(state, {n: g[0] for n, g in grads.items()}, l)
+    for name, g in grads.items():
+        for b in rows:
+            total[name][b].add_(g[b])
+    _mark(state.dirty[l], rows, 1)
+
+
+def fold(state: CMSState, config: CMSConfig, shared: Shared, l: int, rows: list[int], ops=level) -> None:
+    """Pending factors of ``rows`` become part of weights of their own."""
+    own_weights(state, shared, l, rows)
+    held = [b for b in rows if state.rank[l][b]]
+    if not held:
+        return
+    weights, copies = state.writable("weights", l), _copies(state, l)
+    left, right = state.writable("left", l), state.writable("right", l)
+    for name, w in weights.items():
+        ops.refresh_(w, copies.get(name), left[name], right[name], held, config.learning_rates[l])
+    _zero(left, held)
+    _zero(right, held)
+    _mark(state.rank[l], held, 0)
+
+
+def own_weights(state: CMSState, shared: Shared, l: int, rows: list[int]) -> None:
+    """Copy on write: ``rows`` get weights of their own, equal to the layer's where they had none."""
+    new = [b for b in rows if not state.own[l][b]]
+    if state.weights[l] is None:
+        wide = {n: p.detach().to(master_dtype(p.dtype)).expand(state.batch, -1, -1) for n, p in shared.items()}
+        state.put("weights", l, {n: t.clone(memory_format=torch.contiguous_format) for n, t in wide.items()})
+    elif new:
+        for name, w in state.writable("weights", l).items():
+            for b in new:
+                w[b].copy_(shared[name].detach())
+    dtype = next(iter(shared.values())).dtype
+    if dtype == master_dtype(dtype):
+        pass
+    elif state.copies[l] is None:
+        state.put("copies", l, {n: w.to(dtype) for n, w in state.weights[l].items()})
+    elif new:
+        for name, copy in state.writable("copies", l).items():
+            for b in new:
+                copy[b].copy_(state.weights[l][name][b])
+    _mark(state.own[l], new, 1)
+
+
+def share(state: CMSState, l: int, rows: list[int]) -> None:
+    """``rows`` have the layer's weights again; pending factors are forgotten, momentum and gradients are not."""
+    for part in ("left", "right"):
+        if getattr(state, part)[l] is not None:
+            _zero(state.writable(part, l), rows)
+    for counters in (state.own, state.rank):
+        _mark(counters[l], rows, 0)
+
+
+def reset(state: CMSState, l: int, rows: list[int]) -> None:
+    """``rows`` have the layer's weights again, and have learned and accumulated nothing."""
+    share(state, l, rows)
+    for part in ("grads", "moments"):
+        if getattr(state, part)[l] is not None:
+            _zero(state.writable(part, l), rows)
+    _mark(state.dirty[l], rows, 0)
+
+
+def _step(
+    state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
+    pending: int, ops
+) -> None:
+    """An optimizer step in ``rows``; for those that have accumulated nothing no gradient is formed."""
+    lr, dirty = config.learning_rates[l], [b for b in rows if state.dirty[l][b]]
+    clean = [b for b in rows if b not in dirty]
+    if clean and factors is not None and config.optimizer == "gd" and pending >= factors["down"][0].shape[1]:
+        _keep(state, config, shared, l, factors, clean, pending, ops)
+        rows, clean = dirty, []
+    if not rows or (factors is None and state.grads[l] is None and state.moments[l] is None):
+        return
+    fold(state, config, shared, l, rows, ops)
+    weights, copies = state.writable("weights", l), _copies(state, l)
+    if config.optimizer == "muon":
+        none = factors is None
+        total = _grads(state, shared, l) if none else _accumulate(state, shared, l, factors, rows, ops)
+        for name, w in weights.items():
+            muon_step_(w, copies.get(name), total[name], rows, lr, ops)
+    else:
+        moments = _moments(state, config, l)
+        for group, total in ((clean, {}), (dirty, _grads(state, shared, l) if dirty else {})):
+            for name, w in weights.items() if group else ():
+                left, right = (None, None) if factors is None else factors[name]
+                ops.refresh_(w, copies.get(name), left, right, group, lr, moment=moments.get(name),
+                             mu=config.momentum, total=total.get(name))
+    _mark(state.dirty[l], rows, 0)
+
+
+def _keep(
+    state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors, rows: list[int],
+    pending: int, ops
+) -> None:
+    """The segment's factors wait beside those of earlier segments; rows without room fold theirs first."""
+    tokens, rank = factors["down"][0].shape[1], state.rank[l]
+    held = state.left[l]
+    if held is not None and next(iter(held.values())).shape[1] != pending:  # kept under another limit
+        fold(state, config, shared, l, [b for b in range(state.batch) if rank[b]], ops)
+        held = None
+    if held is None:
+        for part, side in (("left", 0), ("right", 1)):
+            pairs = {n: factors[n][side] for n in matrices(config)}
+            state.put(part, l, {n: t.new_zeros(state.batch, pending, t.shape[2]) for n, t in pairs.items()})
+    full = [b for b in rows if rank[b] + tokens > pending]
+    if full:
+        fold(state, config, shared, l, full, ops)
+    left, right = state.writable("left", l), state.writable("right", l)
+    for name in left:
+        for b in rows:
+            for kept, new in zip((left[name], right[name]), factors[name]):
+                kept[b, rank[b] : rank[b] + tokens] = new[b]
+    for b in rows:
+        rank[b] += tokens
+
+
+def _accumulate(
+    state: CMSState, shared: Shared, l: int, factors: Factors, rows: list[int], ops
+) -> dict[str, Tensor]:
+    total = _grads(state, shared, l)
+    for name, t in total.items():
+        ops.outer_add_(t, *factors[name], rows)
+    _mark(state.dirty[l], rows, 1)
+    return total
+
+
+def _grads(state: CMSState, like: Shared, l: int) -> dict[str, Tensor]:
+    if state.grads[l] is not None:
+        return state.writable("grads", l)
+    zero = {n: t.new_zeros(state.batch, *t.shape, dtype=master_dtype(t.dtype)) for n, t in like.items()}
+    return state.put("grads", l, zero)
+
+
+def _moments(state: CMSState, config: CMSConfig, l: int) -> dict[str, Tensor]:
+    if config.optimizer != "momentum":
+        return {}
+    if state.moments[l] is not None:
+        return state.writable("moments", l)
+    return state.put("moments", l, {n: torch.zeros_like(w) for n, w in state.weights[l].items()})
+
+
+def _copies(state: CMSState, l: int) -> dict[str, Tensor]:
+    if state.copies[l] is None:
+        return {}
+    return state.writable("copies", l)
+
+
+def _zero(tensors: dict[str, Tensor], rows: list[int]) -> None:
+    for t in tensors.values():
+        for b in rows:
+            t[b].zero_()
+
+
+def _mark(counters: list[int], rows: list[int], value: int) -> None:
+    for b in rows:
+        counters[b] = value
