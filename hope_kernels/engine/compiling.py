@@ -34,7 +34,8 @@ def traced(model: Model, ids: Tensor, state: ModelState | None, learn: str, back
         return False
     if backend in DEVICE_DECIDES:
         return True
-    if config.mixer != "attention" and resolve(config.titans, dtype, device, backend) is not titans_chunk:
+    titans = None if config.mixer == "attention" else config.titans
+    if titans is not None and resolve(titans, dtype, device, backend) is not titans_chunk:
         return False
     if any([c is not None and cms.resolve(c, dtype, device, backend) is compiled for c in config.block_cms]):
         return False

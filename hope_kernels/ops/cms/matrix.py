@@ -85,7 +85,9 @@ def times_transposed(x: Tensor, W: Matrix, bias: Tensor | None = None) -> Tensor
         return y if bias is None else y + bias
 
     y = _by_rows(W, x.shape[0], lambda w, rows: torch.nn.functional.linear(of(rows), w, bias), with_own)
-    return y if W.left is None or W.right is None else torch.baddbmm(y, torch.bmm(x, W.right.mT), W.left, alpha=W.scale)
+    if W.left is None or W.right is None:
+        return y
+    return torch.baddbmm(y, torch.bmm(x, W.right.mT), W.left, alpha=W.scale)
 
 
 def times(e: Tensor, W: Matrix) -> Tensor:
