@@ -3,7 +3,7 @@ Nothing is ever unpickled.
 
     format, version   what the file is
     tree              the state's fields: configurations, counters, names of tensors
-    fingerprint       the checksum of the weights the state was last read with ("" where nobody could take it)
+    fingerprint       the checksum of the weights the state was last read with ("" where it could not be taken)
     note              whatever the writer wants to find again, for ``load_note``
     sha256            of all of the above and of every tensor: a flipped bit is an error (files from before it
                       was written still load)

@@ -1,7 +1,7 @@
 """Decoding over one set of buffers: the model's step is captured in a CUDA graph once and replayed for every
 token of a segment.
 
-A token is read in three parts, of which the middle one is the same work on the same addresses for every token:
+A token is read in three parts. The middle one is the same work on the same addresses for every token:
 
     1. what is due before it: at a segment boundary the finished segment is learned, eagerly and in place
     2. the step: embedding, blocks, head, new values written into the state's own tensors      <- the graph
@@ -127,8 +127,8 @@ class Decoder:
             return
         done = [0] * state.batch
         self._keep(segments.boundary(model, self._draft(), self._ones, tokens, done, self.backend))
-        pairs = zip(state.snapshot, state.mixers)
-        state.snapshot[:] = [old.assign(now if all(opening) else old.merge(now, opening)) for old, now in pairs]
+        pairs, every = zip(state.snapshot, state.mixers), all(opening)
+        state.snapshot[:] = [old.assign(now if every else old.merge(now, opening)) for old, now in pairs]
 
     def _draft(self) -> ModelState:
         """A state to learn in, on the tensors of this one."""

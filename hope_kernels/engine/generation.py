@@ -152,8 +152,8 @@ def _read(
     backend: str | None, piece: int, on_piece: OnPiece | None, check_finite: bool, last: Tensor | None,
     should_stop: Callable[[], bool] | None, wavefront: int | None = None,
 ) -> Reading:
-    """``read``, after the checks of its arguments. lead: how many of the tokens that ``take`` gives are none of
-    the caller's ids."""
+    """``read``, after the checks of its arguments. lead: how many tokens of ``take`` come before the caller's
+    ids."""
     # pieces end on segment boundaries, so that whole segments are read in one call
     align = model.segment or 1
     piece = max(operator.index(piece) // align, 1) * align
@@ -207,9 +207,9 @@ def generate(
     ``max_new_tokens`` tokens per row.
 
     A state that ``generate`` returned has not read the last token of each row. ids None, like ids =
-    out.tokens[:, -1:], continues from there; other ids are the text after it, and the token is read first. ids
-    of several tokens that begin with it could mean either, a ValueError: say unread="included" if they begin
-    with that token, "before" if they are the text after it (see ``read``).
+    out.tokens[:, -1:], continues from there; other ids are the text after it, and the token is read first.
+    ids of several tokens that begin with it could mean either, a ValueError: say unread="included" if they
+    begin with that token, "before" if they are the text after it (see ``read``).
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens (of equals the lowest ids), top_p of these the
     likeliest ones whose mass reaches p. seed: any int. Row b's draw at position t depends on (seed, b, t)

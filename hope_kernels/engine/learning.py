@@ -5,8 +5,8 @@ A segment is the span [i - C, i) between multiples of C, the model's shortest CM
 loss once token i is known, so everything due at count i happens when token i arrives, before it is read:
 
     1. the segment's summed loss is differentiated at the weights the segment was read with
-    2. as the backward leaves a level, that level takes its step if i = 0 mod C^(l), or else keeps the gradient
-       in its accumulator
+    2. as the backward leaves a level, that level takes its step if i = 0 mod C^(l), or else keeps the
+       gradient in its accumulator
     3. token i is read with the new weights
 
 The gradient is taken inside the segment only: memories, cached keys and everything older are constants. A

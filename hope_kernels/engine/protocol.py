@@ -70,8 +70,8 @@ class Model(Protocol):
         ...
 
     def claim(self, op: str, state: ModelState) -> None:
-        """``state`` is this model's from here on. Raises TypeError or ValueError, in the name of ``op``, where
-        this model may not read it."""
+        """``state`` is this model's from here on. Raises TypeError or ValueError, in the name of ``op``,
+        where this model may not read it."""
         ...
 
     def reading(self, op: str, state: ModelState) -> AbstractContextManager[None]:

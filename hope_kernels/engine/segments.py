@@ -22,7 +22,7 @@ from .protocol import Model
 
 
 def draft(state: ModelState, in_place: str = "made") -> ModelState:
-    """A state for a call to change. in_place: which CMS tensors it may write, see ``ops.cms.state.Private``."""
+    """A state for a call to change. in_place: which CMS tensors it may write, see ``cms.state.Private``."""
     return replace(state, cms=[c and c.draft(in_place) for c in state.cms])
 
 
@@ -34,8 +34,8 @@ def finished(state: ModelState) -> ModelState:
 def boundary(
     model: Model, state: ModelState, step: list[int], ids: Tensor, done: list[int], backend: str | None
 ) -> ModelState:
-    """What is due before a row that stands on a multiple of C reads on. step: tokens that each row reads next,
-    from ``ids[b, done[b]]`` on."""
+    """What is due before a row that stands on a multiple of C reads on. step: tokens that each row reads
+    next, from ``ids[b, done[b]]`` on."""
     here = [n > 0 and p > 0 and p % model.segment == 0 for n, p in zip(step, state.pos)]
     if not any(here):
         return state
@@ -130,4 +130,5 @@ def part_of(ids: Tensor, start: list[int], n: int) -> Tensor:
 
 def _constant(mixer: MixerState) -> MixerState:
     """A mixer's state as the inner graph may take it."""
-    return mixer.constant().usable() if any(t.requires_grad or t.is_inference() for t in mixer.tensors()) else mixer
+    constant = not any(t.requires_grad or t.is_inference() for t in mixer.tensors())
+    return mixer if constant else mixer.constant().usable()

@@ -1,5 +1,5 @@
-"""The token at the end of a generated text, which its state has not read yet: whatever continues the text reads
-it first, exactly once.
+"""The token at the end of a generated text, which its state has not read yet: whatever continues the text
+reads it first, exactly once.
 
 ``ModelState.unread`` [B, 1] int64 holds it; -1 in rows that have read it since. None means -1 everywhere.
 """

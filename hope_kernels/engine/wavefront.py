@@ -7,8 +7,8 @@ block on a CUDA stream.
         block 2                3   4   5   6
 
 A cell (l, c) needs h of cell (l - 1, c) and the mixer's state of cell (l, c - 1). Cells with the same number
-need nothing of each other: with L blocks up to L of them run at a time, and C pieces take C + L - 1 steps. One
-long sequence leaves no other exact concurrency: inside a memory every chunk is written from what the one
+need nothing of each other: with L blocks up to L of them run at a time, and C pieces take C + L - 1 steps.
+One long sequence leaves no other exact concurrency: inside a memory every chunk is written from what the one
 before it has left.
 
 A mixer's states stay on its block's stream, which keeps their order. h passes from stream to stream by an
@@ -31,8 +31,8 @@ from .protocol import CMSWeights, Model
 
 
 def run(
-    model: Model, h: Tensor, mixers: list[MixerState], cms: Sequence[CMSWeights], lengths: list[int], piece: int,
-    backend: str | None = None,
+    model: Model, h: Tensor, mixers: list[MixerState], cms: Sequence[CMSWeights], lengths: list[int],
+    piece: int, backend: str | None = None,
 ) -> tuple[Tensor, list[MixerState]]:
     """``model.run`` under no_grad, over pieces of ``piece`` tokens: (h [B, T, d_model], new mixer states), as
     for any split into calls.
@@ -66,8 +66,8 @@ def run(
 
 def chunk_of(config: HopeConfig) -> int:
     """Tokens after which all memories of a mixer stand at the end of a chunk; 1 for attention."""
-    titans = config.titans
-    return 1 if config.mixer == "attention" or titans is None else max(titans.chunk_memory, titans.chunk_other)
+    titans = None if config.mixer == "attention" else config.titans
+    return 1 if titans is None else max(titans.chunk_memory, titans.chunk_other)
 
 
 def cells(blocks: int, pieces: int) -> Iterator[tuple[int, int]]:

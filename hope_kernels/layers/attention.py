@@ -26,7 +26,7 @@ BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 class AttentionState(State):
     """Keys and values of B sequences: k, v [B, capacity, Hkv, D], input dtype, keys already rotated.
 
-    Row b holds the tokens base[b] .. pos[b]-1 in its slots 0 .. pos[b]-base[b]-1; slots behind them hold no
+    Row b holds the tokens base[b] .. pos[b]-1 in its slots 0 .. pos[b]-base[b]-1; slots after them hold no
     meaning. The buffers are append-only: a slot that any state counts is never written again, a fuller or
     shorter cache is new storage. So ``snapshot`` and ``detach`` copy nothing, and both sides may be read on,
     in any mode: ``filled[b]``, the slots of row b ever written, is one list for all states on a storage, and
@@ -97,14 +97,14 @@ class AttentionState(State):
         return any(n and u != f for n, u, f in zip(lengths, self.used(), self.filled))
 
     def detach(self):
-        return self.constant()  # independent all the same: nobody writes a slot that counts
+        return self.constant()  # independent all the same: a slot that counts is never written
 
     def snapshot(self):
         """The state as it is now, in O(B): it shares the storage; either side may be read on."""
         return replace(self, pos=Counters(self.pos), base=Counters(self.base))
 
     def compact(self):
-        """The same sequences in storage of exactly the slots that count (zero behind a shorter row): what a
+        """The same sequences in storage of exactly the slots that count (zero after a shorter row): what a
         file needs."""
         used = self.used()
         width = max([0, *used])
@@ -177,8 +177,7 @@ class CausalAttention(nn.Module):
         x with NaN or infinities (one sync on a device). ``backend`` is accepted for the other mixers' sake;
         attention is PyTorch's scaled_dot_product_attention.
         Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself,
-        advanced in place; in
-        grad mode a new one that carries the graph. An error leaves the given state as it was.
+        advanced in place; in grad mode a new one that carries the graph. An error leaves the given state as it was.
         Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a
         given one inside an ``autograd.Function`` (reentrant activation checkpointing), TypeError for
         non-tensors.
@@ -242,7 +241,7 @@ class CausalAttention(nn.Module):
         pos = Counters([p + n for p, n in zip(state.pos, lengths)])
         if update and not stores:
             kept = (keys.detach(), values.detach()) if constant_memory else (keys, values)
-            # full: backward needs keys and values as they are, behind a shorter row too
+            # full: backward needs keys and values as they are, after a shorter row too
             full = [keys.shape[1]] * len(pos)
             new = self._trimmed(
                 replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full)
@@ -272,7 +271,7 @@ class CausalAttention(nn.Module):
         return None if self.config.window is None else self.config.window + self.config.segment
 
     def _stored(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
-        """The cache with k, v appended: in the given storage where nobody else has written on and it has
+        """The cache with k, v appended: in the given storage where no other state has written on and it has
         room, else in new storage."""
         used, frozen = state.used(), state.k.is_inference() and not torch.is_inference_mode_enabled()
         room = max(u + n for u, n in zip(used, lengths) if n) <= state.k.shape[1]

@@ -251,7 +251,8 @@ def test_a_closed_standard_input_is_one_line(folder, monkeypatch, capfdbinary):
 @pytest.mark.slow
 def test_a_process_without_standard_files(folder, tmp_path):
     """Files opened later do not become standard error: a message would be written into them."""
-    run = f"{sys.executable} -m hope_kernels generate --model {folder} --prompt abc --max-new-tokens 2 --session {tmp_path / 's'}"
+    run = (f"{sys.executable} -m hope_kernels generate --model {folder} --prompt abc --max-new-tokens 2 "
+           f"--session {tmp_path / 's'}")
     done = subprocess.run(["bash", "-c", f"{run} <&- >&- 2>{tmp_path / 'err'}"])
     assert done.returncode == 2
     one_line((tmp_path / "err").read_bytes(), "standard output is closed")

@@ -136,8 +136,10 @@ def test_stopped_while_reading_and_again_while_writing(book, tmp_path, monkeypat
             assert main(given) == (143 if phase else 0)
         written += capfdbinary.readouterr().out
         note = load_note(session)
-        assert note == (phase and {"phase": phase, "prompt": name, "bytes": 3 * PIECE if call == 3 else N, "written": count,
-                                   "sha256": hashlib.sha256((book / "book").read_bytes()[: note["bytes"]]).hexdigest()})
+        assert note == (phase and {
+            "phase": phase, "prompt": name, "bytes": 3 * PIECE if call == 3 else N, "written": count,
+            "sha256": hashlib.sha256((book / "book").read_bytes()[: note["bytes"]]).hexdigest(),
+        })
     assert written == (book / "out").read_bytes()
     assert same_session(session, book / "whole")
 
@@ -395,8 +397,8 @@ def test_memory_of_the_command_does_not_grow_with_the_prompt(tmp_path):
     hk.HopeForCausalLM(config).save_pretrained(tmp_path / "m")
 
     def use(text: Path) -> None:
-        assert main(["generate", "--model", str(tmp_path / "m"), "--prompt-file", str(text), "--learn", "off", "--quiet",
-                     "--max-new-tokens", "1"]) == 0
+        assert main(["generate", "--model", str(tmp_path / "m"), "--prompt-file", str(text), "--learn", "off",
+                     "--quiet", "--max-new-tokens", "1"]) == 0
 
     # 7.5 MB more of text: 127 MB as bytes, a list and a tensor of token ids
     assert grows(tmp_path / "text", use) < 16 * 2**20
