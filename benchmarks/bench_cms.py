@@ -2,13 +2,15 @@
 
     python -m benchmarks.bench_cms [--only NAME ...] [--quick] [--minutes 30] [--out benchmarks/results/cms.json]
 
-    forward  a stack of levels beside a torch module of equal weights, eager and compiled; weights shared by all rows, or one set a row
+    forward  a stack of levels beside a torch module of equal weights, eager and compiled; weights shared by
+             all rows, or one set a row
     refresh  theta <- theta - lr f(left^T right) of both matrices of a level, from the factors of C tokens
     segment  a level through the layer's two calls: C tokens read, their errors delivered, the level refreshed
-    pending  the same when refreshes are kept as factors of up to T tokens, then folded into the weights, beside folding at once
+    pending  the same when refreshes are kept as factors of up to T tokens, then folded into the weights, beside
+             folding at once
     newton   muon's five Newton-Schulz steps on the gradients of both matrices
 
-FLOPs and bytes are what nobody can avoid: a refresh reads and writes fp32 weights (8 bytes; 8 more for
+FLOPs and bytes are those that no implementation can avoid: a refresh reads and writes fp32 weights (8 bytes; 8 more for
 momentum, 2 for a 16-bit copy) and reads the factors; muon's five steps are counted as products of the smaller
 Gram matrix. Before a case is timed, its values are compared with fp64 (at most twice the error of plain
 PyTorch in the same dtype, or 8 eps); one that fails is refused. Also part of benchmarks.gpu; alone, the
@@ -32,14 +34,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks import bench_model, studies
 from benchmarks import measure as m
-from benchmarks import studies
+from benchmarks.cms_table import table
+from benchmarks.device import ceilings_of, describe
+from benchmarks.records import RESULTS, Results, stamp
+from benchmarks.run import measure
 from hope_kernels import CMSConfig, ContinuumMemory
 from hope_kernels.ops import cms_forward, cms_refresh_
 from hope_kernels.ops.cms import pending as policy
 from hope_kernels.ops.cms.backends import resolve
 
-RESULT = m.ROOT / "benchmarks" / "results" / "cms.json"
+RESULT = RESULTS / "cms.json"
 MU = 0.9
 
 
@@ -74,8 +80,8 @@ class Case:
 
     @property
     def rate(self) -> float:
-        """With unit factors, a refresh changes a matrix about as much as it is large: no error of the step
-        hides behind the weight."""
+        """With unit factors, a refresh changes a matrix about as much as it is large, so that
+        no error of the step is lost in the rounding of the weight."""
         return 5 * self.d**-0.5 if self.optimizer == "muon" else (self.d * self.C) ** -0.5
 
     @property
@@ -149,7 +155,7 @@ def refused(check: dict, what: str) -> dict:
     return {"status": "refused", "reason": f"{check.get('tensor', 'it')} differs from {what}", "check": check}
 
 
-# -- forward ------------------------------------------------------------------------------------------------------------------
+# -- forward -------------------------------------------------------------------------------------------------
 
 
 class Level(nn.Module):
@@ -224,7 +230,7 @@ def forward(
     return m.rates(record, ceilings, case.dtype, flops, moved)
 
 
-# -- refresh ------------------------------------------------------------------------------------------------------------------
+# -- refresh -------------------------------------------------------------------------------------------------
 
 
 class Given(NamedTuple):
@@ -377,8 +383,8 @@ def learner(case: Case, device: str) -> tuple[ContinuumMemory, Tensor, Tensor]:
 
 @torch.no_grad()
 def segment(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """Counted: two products forward, dL/dhidden, two gradients (10 d N a token; dL/dx is nobody's here), and
-    the rest of the refresh."""
+    """Counted: two products forward, dL/dhidden, two gradients (10 d N a token; nothing asks for dL/dx here),
+    and the rest of the refresh."""
     layer, x, error = learner(case, device)
 
     def twice(layer: ContinuumMemory, x: Tensor, error: Tensor, backend: str | None) -> dict[str, Tensor]:
@@ -486,52 +492,10 @@ def items(device: str, quick: bool, full: bool = False) -> Iterator[tuple[str, d
         )
 
 
-# -- alone --------------------------------------------------------------------------------------------------------------------
-
-
-def table(result: dict) -> str:
-    """Markdown of the cases of a result file."""
-    found = {
-        name: r for name, r in result["cases"].items() if r.get("status") == "ok" and r.get("case", {}).get("kind")
-    }
-    of = lambda kind: [(r["case"], r) for r in found.values() if r["case"]["kind"] == kind]
-    share = lambda x: "" if x is None else f"{x:.0%}"
-    rows: list[str] = []
-
-    def section(title: str, head: str, lines: list[str]) -> None:
-        if lines:
-            rows.extend(["", f"**{title}**", "", f"| {head} |", "|---" * (head.count("|") + 1) + "|", *lines])
-
-    section("Reading, against a torch module of equal weights",
-        "d | levels | weights | tokens | ms | of the module's rate | compiled", [
-        f"| {c['d']} | {c['K']} | {c['rows']} | {c['B']} x {c['C']} | {r['ms']['median']:.2f} | {r['of_module']:.2f} | "
-        f"{f'{of_c:.2f}' if (of_c := r.get('of_compiled')) else ''} |" for c, r in of("forward")])
-    for kind, title in (
-        ("refresh", "Refresh of one level"), ("segment", "A segment through one level: read, errors, refresh")
-    ):
-        section(title, "optimizer | d | C | rows | ms | GB/s | of the copy rate | TFLOP/s | of the GEMM rate", [
-            f"| {c['optimizer']} | {c['d']} | {c['C']} | {c['B']} | {r['ms']['median']:.3f} | {r['GB/s']:.1f} | {share(r['of_copy'])} | "
-            f"{r['TFLOP/s']:.3f} | {share(r['of_matmul'])} |" for c, r in of(kind)])
-    section("Refreshes kept as factors, then folded", "d | C | rows | slots | tokens/s | folded at once | ratio", [
-        f"| {c['d']} | {c['C']} | {c['B']} | {c['T']} | {r['tokens/s']:.0f} | {r['at_once_tokens/s']:.0f} | {r['of_at_once']:.2f} |"
-        for c, r in of("pending")])
-    section("Models", "model | rows | tokens | learning off, tokens/s | on | on / off", [
-        f"| {c['model']} | {c['B']} | {c['T']} | {r['off_tokens/s']:.0f} | {r['tokens/s']:.0f} | {r['on_per_off']:.2f} |"
-        for c, r in of("prefill")])
-    section("State of one row", "model | level | period | needed, KiB | held, KiB", [
-        f"| {c['model']} | {v['level']} | {v['period']} | {v['formula'] / 1024:.0f} | {v['measured'] / 1024:.0f} |"
-        for c, r in of("state") for v in r["levels"]])
-    for c, r in of("long"):
-        early, late = r["decode_ms"]
-        rows += ["", f"{c['model']}, {r['tokens']} tokens with learning: {r['tokens/s']:.0f} tokens/s; peak memory "
-                 f"{r['peak_mib_first']:.0f} MiB in the first tenth, {r['peak_mib_last']:.0f} in the last; a decoded token "
-                 f"{early['p50']:.2f} ms after {early['after']} tokens, {late['p50']:.2f} ms after {late['after']} (medians)."]
-    return "\n".join(rows).strip()
+# -- alone ---------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    from benchmarks import bench_model, gpu
-
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of cases' names")
     p.add_argument("--quick", action="store_true", help="small sizes: does the command itself work")
@@ -543,16 +507,16 @@ def main(argv: list[str] | None = None) -> int:
         print(table(studies.load(args.out)))
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    store = gpu.Results(Path(args.out), gpu.stamp(args.quick))
+    store = Results(Path(args.out), stamp(args.quick))
     until = time.time() + 60 * args.minutes
-    plan = [("env", "machine", {}, lambda _: gpu.describe(device))]
-    for name in gpu.ceilings_of(device):
+    plan = [("env", "machine", {}, lambda _: describe(device))]
+    for name in ceilings_of(device):
         plan.append(("env", name, {}, lambda _, name=name: m.ceiling(name, device, args.quick)))
     plan += [
         ("cms", *item) for item in (*items(device, args.quick, full=True),
             *bench_model.items(device, args.quick, full=True))
     ]
-    status = gpu.measure(device, {"env": store, "cms": store}, args, until, plan)
+    status = measure(device, {"env": store, "cms": store}, args, until, plan)
     print(table(store.data))
     return status
 

@@ -1,7 +1,8 @@
 """What remains of one document after another has been read: bits per byte on A before, after reading A, and
 after reading B as well.
 
-    python -m benchmarks.bench_continual --text FILE [FILE ...] [--title NAME ...] [--bytes 32768] [--out benchmarks/results/continual.json]
+    python -m benchmarks.bench_continual --text FILE [FILE ...] [--title NAME ...] [--bytes 32768]
+        [--out benchmarks/results/continual.json]
 
 Documents are excerpts of different domains: the bundled model's own (John and Acts, held out of its training)
 and one per --text. Every ordered pair (A, B) is read, three disjoint excerpts of each as the rows of one
@@ -12,14 +13,16 @@ What is measured, before, after A and after B, are pure reads (learn="off", on a
 weights stay as they are:
 
     A, B     the second half of the document that the row has read (or will read)
-    A_other  the second half of another excerpt of A's domain, which the row never reads: adaptation without memorisation
+    A_other  the second half of another excerpt of A's domain, which the row never reads: adaptation
+             without memorisation
 
 from two states:
 
-    cms      the CMS weights learned so far and nothing else: the Titans memories begin empty, as in a new sequence, and write while
-             they read the half that is measured. What differs between before, after A and after B is the CMS alone.
-    whole    (A only) the state as the reading left it: CMS weights, and memories that hold what they kept of A, or of A and B; they
-             go on writing. "before" is the same fresh state as in cms.
+    cms      the CMS weights learned so far and nothing else: the Titans memories begin empty, as in a new
+             sequence, and write while they read the half that is measured. What differs between before, after A
+             and after B is the CMS alone.
+    whole    (A only) the state as the reading left it: CMS weights, and memories that hold what they kept of A,
+             or of A and B; they go on writing. "before" is the same fresh state as in cms.
 
 "kept" is the share of the gain of reading A that is left after B: (before - after B) / (before - after A);
 negative: worse than before.
@@ -100,14 +103,15 @@ def kept(stages: dict[str, list]) -> float | None:
 
 def table(result: dict) -> str:
     """Markdown of a result file: means over the excerpts."""
-    rows = ["| A, then B | levels that learn | A: before | after A | after B | kept | unread A: before | after A | after B | kept "
-            "| B: before | after B | with the memories, A: after A | after B |", "|---" * 14 + "|"]
+    rows = ["| A, then B | levels that learn | A: before | after A | after B | kept "
+            "| unread A: before | after A | after B | kept | B: before | after B "
+            "| with the memories, A: after A | after B |", "|---" * 14 + "|"]
     show = lambda stages, names=STAGES: " | ".join(f"{s.mean(stages[name]):.3f}" for name in names)
     percent = lambda share: "" if share is None else f"{share:.0%}"
     for r in result["cases"].values():
         read, other = r["A"]["cms"], r["A_other"]["cms"]
-        rows.append(f"| {r['first']}, then {r['second']} | {r['K']} | {show(read)} | {percent(kept(read))} | {show(other)} "
-                    f"| {percent(kept(other))} | {show(r['B']['cms'], ('before', 'after_B'))} "
+        rows.append(f"| {r['first']}, then {r['second']} | {r['K']} | {show(read)} | {percent(kept(read))} "
+                    f"| {show(other)} | {percent(kept(other))} | {show(r['B']['cms'], ('before', 'after_B'))} "
                     f"| {show(r['A']['whole'], ('after_A', 'after_B'))} |")
     return "\n".join(rows)
 

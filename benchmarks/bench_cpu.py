@@ -133,8 +133,8 @@ def main() -> None:
     result = {"what": __doc__.split("\n")[0], "machine": machine(), "peer": "nested-learning 0.2.0",
               "backend": backend,
               **mark("layer", backend), "rounds": args.rounds, "cases": []}
-    print(f"{'dim':>5}{'chunk':>6}{'ours tok/s':>12}{'default':>10}{'package':>9}{'ratio':>8}{'of GEMM':>9}{'default':>9}"
-          f"{'GEMM GF/s':>11}{'error':>9}")
+    print(f"{'dim':>5}{'chunk':>6}{'ours tok/s':>12}{'default':>10}{'package':>9}{'ratio':>8}{'of GEMM':>9}"
+          f"{'default':>9}{'GEMM GF/s':>11}{'error':>9}")
     for d, chunk in CASES:
         c = case(d, chunk, args.rounds)
         result["cases"].append(c)

@@ -3,9 +3,11 @@ benchmarks.gpu.
 
     layer            T tokens through a Titans layer with convolution, projections and output gate
     layer step       one token at a time through it; commits (every C tokens) apart
-    attention        T tokens through CausalAttention, beside torch's scaled_dot_product_attention alone on tensors of the same shape
+    attention        T tokens through CausalAttention, beside torch's scaled_dot_product_attention alone on
+                     tensors of the same shape
     attention step   one token more after T tokens
-    block titans, block attention, block ... step    norm, mixer and two CMS levels, as models read them with learning off
+    block titans, block attention, block ... step
+                     norm, mixer and two CMS levels, as models read them with learning off
     fla layer        GatedDeltaNet of flash-linear-attention at equal width and heads, another function: speed only
 
 A ContinuumMemory layer, reading and refreshing, is "segment" of bench_cms. Checks are those of
@@ -34,7 +36,7 @@ from hope_kernels.layers.attention import CausalAttention
 from hope_kernels.ops.titans.backends import resolve
 
 LEVELS = 2  # of a block's CMS: periods 512 and 4096, 4 d hidden units
-SKIP = ("pos", "count")  # of a state, what is no result
+SKIP = ("pos", "count")  # fields of a state that are not results
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ class Case(bench_titans.Case):
     def name(self) -> str:
         memory = "" if "attention" in self.kind else f"C{self.C} "
         hidden = "" if "attention" in self.kind else f"N{self.N} "
-        return f"{self.kind} {memory}D{self.D} {hidden}H{self.H} B{self.B} T{self.T} {self.dtype} {self.backend or self.theirs}"
+        shape = f"{memory}D{self.D} {hidden}H{self.H} B{self.B} T{self.T}"
+        return f"{self.kind} {shape} {self.dtype} {self.backend or self.theirs}"
 
     @property
     def theirs(self) -> str:
-        """Who computes where there is no backend to choose."""
+        """The library that computes a case for which there is no backend to choose."""
         return "fla" if self.kind.startswith("fla") else "torch"
 
     @property
@@ -257,7 +260,7 @@ def step(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -
 
 @torch.no_grad()
 def fla_layer(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """Their layer has three convolutions, five projections and one matrix a head: H heads of width D, values
+    """FLA's layer has three convolutions, five projections and one matrix a head: H heads of width D, values
     as wide as keys."""
     found = installed("flash-linear-attention")
     torch.manual_seed(0)

@@ -2,9 +2,11 @@
 benchmarks.gpu.
 
     prefill  tokens/s with learning off and on, peak memory
-    decode   ms of a token after ``T`` tokens, with learning off and on; on a GPU with the step in a CUDA graph, and without beside it
+    decode   ms of a token after ``T`` tokens, with learning off and on; on a GPU with the step in a CUDA graph,
+             and without beside it
     state    bytes a row holds per level, by formula and as they are
-    long     a long text read with learning: speed and peak memory of every tenth, a decoded token after 1000 tokens and after all
+    long     a long text read with learning: speed and peak memory of every tenth, a decoded token after 1000
+             tokens and after all
 
 "kjv-byte" is the bundled model. "heavy" and "1.3B" have random weights: two blocks of width 256 with three
 levels each, and 14 blocks of width 2048 with two levels of 33.5 M weights each. Before a case is timed,
@@ -136,7 +138,7 @@ def stepwise(model: HopeForCausalLM, ids: Tensor, backend: str | None) -> Tensor
 
 
 def checked(model: HopeForCausalLM, case: Case, ids: Tensor, op: Callable = whole) -> dict:
-    """Logits of two segments and a bit, read with learning, against the fp64 model; the peer is the chunked
+    """Logits of a little more than two segments, read with learning, against the fp64 model; the peer is the chunked
     backend in the same dtype."""
     net = model_of(case, str(ids.device), blocks=2) if case.model == "1.3B" else model
     piece = ids[:2, : 2 * net.segment + 5]
@@ -188,7 +190,7 @@ def prefill(case: Case, device: str, ceilings: dict, seconds: float, quick: bool
 
 @torch.no_grad()
 def decode(case: Case, device: str, ceilings: dict, seconds: float, quick: bool) -> dict:
-    """At least one segment from the same state, learning off and on, behind some tokens that warm up. ``ms``
+    """At least one segment from the same state, learning off and on, after some tokens that warm up. ``ms``
     is learning on, in a graph where there is one."""
     model = model_of(case, device)
     check = checked(model, case, prose(case, 2 * model.segment + 5, device), stepwise)

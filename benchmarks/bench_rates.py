@@ -1,7 +1,8 @@
 """Which inner learning rate a CMS level of period C needs: the default (``config.default_rate``) against a
 search, on two kinds of text.
 
-    python -m benchmarks.bench_rates [--text FILE --title NAME] [--jobs 2] [--minutes 60] [--out benchmarks/results/rates.json]
+    python -m benchmarks.bench_rates [--text FILE --title NAME] [--jobs 2] [--minutes 60]
+        [--out benchmarks/results/rates.json]
 
 Level 1 of the bundled model is given the period C and learns; level 2 (period 4 C) is frozen. Three disjoint
 excerpts of each text are read as the rows of one batch. A figure is the bits per byte of their last halves
@@ -119,7 +120,7 @@ def off_name(text: str, size: int) -> str:
     return f"off {text} {size}"
 
 
-# -- one case, in a process of its own ----------------------------------------------------------------------------------------
+# -- one case, in a process of its own -----------------------------------------------------------------------
 
 
 @cache
@@ -217,7 +218,7 @@ def search(
                 print(line(name, study.cases), flush=True)
 
 
-# -- what follows -------------------------------------------------------------------------------------------------------------
+# -- what follows --------------------------------------------------------------------------------------------
 
 
 def between(found: dict[float, float], octave: float) -> float:
@@ -322,7 +323,8 @@ def line(name: str, cases: dict) -> str:
 
 def table(result: dict) -> str:
     """Markdown of a result file."""
-    rows = ["| optimizer | period | text | default lr | on / off | best lr | of the default | on / off | worse than off from |",
+    rows = ["| optimizer | period | text | default lr | on / off | best lr | of the default | on / off "
+            "| worse than off from |",
             "|---|---|---|---|---|---|---|---|---|"]
     show = lambda x: "diverged" if x is None else f"{x:.3f}"
     for r in result["summary"]:

@@ -191,9 +191,8 @@ def main() -> None:
     print(f"{'':24}{'once':>8}{'repeated':>10}{'updated':>9}")
     for r in result["runs"]:
         a = r["accuracy"]
-        print(
-            f"{r['name'] + ' seed ' + str(r['seed']):24}{a['once']:8.3f}{a['repeated']:10.3f}{a['updated']:9.3f}   {r['seconds']:.0f} s"
-        )
+        name = f"{r['name']} seed {r['seed']}"
+        print(f"{name:24}{a['once']:8.3f}{a['repeated']:10.3f}{a['updated']:9.3f}   {r['seconds']:.0f} s")
     default = [r["accuracy"] for r in result["runs"] if r["name"] == "default"]
     if len(default) > 1:
         print(

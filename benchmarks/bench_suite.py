@@ -6,8 +6,8 @@ comparisons.
 A case checks its result, times itself (CUDA events, inputs in rotation) and returns a record; a result that
 is wrong fails the test and has no time. The times of the record are what pytest-benchmark is told, by a clock
 that moves by them; the rest of the record (FLOPs, bytes, rates, fractions of the ceilings, errors) is in
-``extra_info``. Without --benchmark-only nothing is measured. What benchmarks.gpu has and this has not: a
-process that a hanging kernel may take along, a time budget, the kernels' tests before.
+``extra_info``. Without --benchmark-only nothing is measured. Unlike benchmarks.gpu it has no
+child process that a hanging kernel may end, no time budget, and does not run the kernels' tests first.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks import gpu
 from benchmarks import measure as m
+from benchmarks.device import CEILINGS, ceilings_of
+from benchmarks.plan import plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,7 +42,7 @@ CLOCK = Clock()
 
 def pytest_generate_tests(metafunc) -> None:
     quick = metafunc.config.getoption("--quick", False)
-    cases = [(section, name, call) for section, name, _, call in gpu.plan(DEVICE, quick) if section != "env"]
+    cases = [(section, name, call) for section, name, _, call in plan(DEVICE, quick) if section != "env"]
     marked = lambda section: pytest.mark.benchmark(group=section, timer=CLOCK)
     metafunc.parametrize(
         "call", [pytest.param(call, id=f"{section}: {name}", marks=marked(section)) for section, name,
@@ -53,7 +54,7 @@ def pytest_generate_tests(metafunc) -> None:
 def ceilings(quick: bool) -> dict:
     return {
         name: m.ceiling(name, DEVICE, quick)[unit] for name,
-        unit in gpu.CEILINGS.items() if name in gpu.ceilings_of(DEVICE)
+        unit in CEILINGS.items() if name in ceilings_of(DEVICE)
     }
 
 

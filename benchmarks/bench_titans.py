@@ -333,9 +333,8 @@ def elementwise(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -
         first, again = (named(ours(*given, *extra)) for _ in range(2))
     check = m.compare(first, peer, exact)
     if not check["ok"] or not all(torch.equal(first[n], again[n]) for n in first):
-        return refused(
-            check | {"ok": False, "reason": "differs from fp64" if not check["ok"] else "two equal calls gave different bits"}
-        )
+        reason = "two equal calls gave different bits" if check["ok"] else "differs from fp64"
+        return refused(check | {"ok": False, "reason": reason})
     calls = [partial(ours, *p, *extra) for p in problems]
     record = m.rates(
         m.time_calls(calls, device, seconds) | {"check": check, "sets": len(problems)}, ceilings, case.dtype,

@@ -1,7 +1,8 @@
 """Every Triton kernel of every tile row, compiled ahead of time: registers, spills, shared memory and
 tensor-core instructions, no GPU.
 
-    python -m benchmarks.compile_report [--check] [--full] [--arch 80 90 100] [--only NAME] [--jobs 2] [--fresh] [--out FILE]
+    python -m benchmarks.compile_report [--check] [--full] [--arch 80 90 100] [--only NAME] [--jobs 2] [--fresh]
+        [--out FILE]
 
 One line per kernel, row and architecture it is offered on. --full: every shape of providers that offer a
 choice otherwise (an hour). --check exits with 1 when a kernel spills, uses local memory, asks for more shared

@@ -71,7 +71,8 @@ def violations(u: Usage, arch: int, shared: int, wants_mma: bool) -> list[str]:
     found = []
     if u.spill_stores or u.spill_loads:
         found.append(
-            f"spills: {u.spill_stores} stores and {u.spill_loads} loads of local memory in its SASS, {u.registers} registers"
+            f"spills: {u.spill_stores} stores and {u.spill_loads} loads of local memory in its SASS, "
+            f"{u.registers} registers"
         )
     if u.stack or u.local:
         found.append(f"local memory: {u.stack + u.local} bytes a thread")

@@ -1,4 +1,4 @@
-"""What this project wants to reach, as data: a goal names the figure in the result files that decides it, and
+"""The goals of this project, as data: a goal names the figure in the result files that decides it, and
 the command that measures it.
 
 A figure looks into one run: {file name without .json: contents}. Of a CUDA machine that is a folder written
@@ -185,7 +185,8 @@ def flat_decode(data: dict) -> tuple[float, dict]:
     raise Missing("no run of 10,000,000 tokens")
 
 
-WIDE, NARROW, LONG_CHUNK = "C64 D64 N256 H32 B1 T32768 bf16", "C64 D64 N64 H32 B4 T8192 bf16", "C1024 D64 N256 H32 B1 T32768 bf16"
+WIDE, NARROW = "C64 D64 N256 H32 B1 T32768 bf16", "C64 D64 N64 H32 B4 T8192 bf16"
+LONG_CHUNK = "C1024 D64 N256 H32 B1 T32768 bf16"
 BEST_RECALL, MANY = "C16 D64 N64 H32 B4 T8192 bf16", "C256 D64 N256 H32 B4 T8192 bf16"
 BILLION = "long 1.3B B1 T1000000 *"
 CPU = "python -m benchmarks.bench_cpu"

@@ -1,5 +1,5 @@
-"""The library of CUDA kernels on a GPU machine: does the one that is there load, does it build, what does
-compute-sanitizer say of it.
+"""The library of CUDA kernels on a GPU machine: whether the one that is there loads, whether it builds, and what
+compute-sanitizer finds in it.
 
 Every check is a process of its own under a time limit, and yields (name, record) as ``gpu`` keeps them.
 """
@@ -22,8 +22,8 @@ BUILD_SECONDS, TOOL_SECONDS = 240, 120
 LOAD = """
 import sys
 import torch
-from hope_kernels.ops import cuda
-reason = cuda.unavailable()
+from hope_kernels.ops.shared import cuda_library
+reason = cuda_library.unavailable()
 print(reason or torch.ops.hope_kernels_cuda.build())
 sys.exit(reason is not None)
 """
@@ -67,8 +67,8 @@ def loaded(until: float) -> dict:
 
 
 def built(capability: int, until: float) -> Iterator[tuple[str, dict]]:
-    """A library that is there, built wherever and against whatever PyTorch, has to load; then it is built
-    here, for this GPU only."""
+    """A library that is there has to load, wherever it was built and against whichever PyTorch; then one is
+    built here, for this GPU only."""
     absent = {"status": "skipped", "reason": "there was none"}
     yield "CUDA library as found", loaded(until) if build_cuda.LIBRARY.exists() else absent
     if build_cuda.nvcc() is None:
@@ -83,8 +83,8 @@ def built(capability: int, until: float) -> Iterator[tuple[str, dict]]:
 
 
 def sanitized(known: dict[str, dict], until: float) -> Iterator[tuple[str, dict]]:
-    """One small test of the kernels under every tool of compute-sanitizer; tools that are ``known`` to be
-    content are not run again."""
+    """One small test of the kernels under every tool of compute-sanitizer; a tool that has found nothing before
+    (``known``) is not run again."""
     for tool, options in SANITIZERS.items():
         name = f"compute-sanitizer {tool}"
         if known.get(name, {}).get("status") == "ok":

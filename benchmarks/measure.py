@@ -36,7 +36,7 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-# -- counted work -------------------------------------------------------------------------------------------------------------
+# -- counted work --------------------------------------------------------------------------------------------
 
 
 def flops_per_token(c: TitansConfig) -> float:
@@ -67,14 +67,13 @@ def state_bytes_per_chunk(c: TitansConfig, B: int) -> int:
 
 def step_bytes(c: TitansConfig, B: int, itemsize: int, commit: bool) -> int:
     """One token a row: every fast weight read once (base and deviation), x, q read, o written, k, v stored; a
-    commit reads the
-    open chunk's k, v and reads and writes the deviations."""
+    commit reads the open chunk's k, v and reads and writes the deviations."""
     C, weights = max(c.chunk_memory, c.chunk_other), c.num_heads * weights_per_head(c)
     moved = weights * (itemsize + 4 * B) + 5 * B * c.d_model * itemsize
     return moved + (2 * 4 * B * weights + 2 * B * C * c.d_model * itemsize if commit else 0)
 
 
-# -- times --------------------------------------------------------------------------------------------------------------------
+# -- times ---------------------------------------------------------------------------------------------------
 
 
 class Times(dict):
@@ -115,7 +114,7 @@ def sets_for(nbytes: int, device: str) -> int:
 
 
 def recorded(call: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """Events before and behind a call; ``first.elapsed_time(second)`` is its ms once the device is done."""
+    """Events before and after a call; ``first.elapsed_time(second)`` is its ms once the device is done."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
@@ -198,7 +197,7 @@ def turns(
     return {name: stats(ms) for name, ms in spent.items()}
 
 
-# -- ceilings -----------------------------------------------------------------------------------------------------------------
+# -- ceilings ------------------------------------------------------------------------------------------------
 
 
 def ceiling(name: str, device: str, quick: bool) -> dict:
@@ -221,7 +220,7 @@ def ceiling(name: str, device: str, quick: bool) -> dict:
 class Beside(dict):
     """The ceilings of a CPU, whose cores others may share, around a case: GB/s of a copy (read + written) and
     TFLOP/s of an fp32 product, the best of sixteen each: eight when this is made, before the case, and eight
-    when first asked for a value, behind its timing."""
+    when first asked for a value, after its timing."""
 
     def __init__(self, quick: bool):
         n, size = (256, 2**20) if quick else (768, 2**25)
@@ -260,7 +259,7 @@ def rates(record: dict, ceilings: dict, dtype: str, flops: float | None, nbytes:
     return record | found
 
 
-# -- checks -------------------------------------------------------------------------------------------------------------------
+# -- checks --------------------------------------------------------------------------------------------------
 
 
 def rms(t: Tensor) -> float:

@@ -1,12 +1,13 @@
 """Other implementations on the same card in the same run, where they can be imported. Run by benchmarks.gpu.
 
-    fla       chunk_gated_delta_rule at equal width (K = V = D): one matrix a head where ours are five memories, about 1/16 of the FLOPs
-              at N = 256; whether FLA handed the call to FlashQLA is seen, not guessed
+    fla       chunk_gated_delta_rule at equal width (K = V = D): one matrix a head where ours are five memories,
+              about 1/16 of the FLOPs at N = 256; whether FLA handed the call to FlashQLA is seen, not guessed
     sdpa      torch's causal attention at equal width, without projections; which of its backends served is recorded
     ttt       FLA's TTT-Linear at equal width, mini-batches of 16
-    titans    NeuralMemory of titans-pytorch at equal width, chunk and hidden units; its own inputs' projections, gates and norms included,
-              another function: speed only
-    compiled  our chunked backend as people would speed it up without kernels: torch.compile of one chunk, captured in a CUDA graph
+    titans    NeuralMemory of titans-pytorch at equal width, chunk and hidden units; the projections, gates and
+              norms of its own inputs included, another function: speed only
+    compiled  our chunked backend as fast as it gets without kernels: torch.compile of one chunk, captured in a
+              CUDA graph
     package   the token loop of nested-learning 0.2.0, same weights, outputs compared; ours beside it
 
 Where a peer computes a function that is written down here, a piece of its result is compared with that in

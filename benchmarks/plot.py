@@ -3,9 +3,8 @@
     python -m benchmarks.plot [--check]
 
 Throughput and decode latency against context length, a roofline, accuracy against key correlation: for the
-CPU's results and for every device's folder, each where there is data. What has none is not drawn, and the
-command says what would measure it. --check
-writes nothing and fails where a file is not what the results give.
+CPU's results and for every device's folder, each where there is data. Where there is none, the command says
+what would measure it. --check writes nothing and fails where a file is not what the results give.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import math
 import sys
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks.records import RESULTS, runs
 from benchmarks.sources import ROOT
 from benchmarks.svg import Chart, Series, draw
 
-CONTEXT, ACCURACY, DEVICE = "python -m benchmarks.bench_context", "python -m benchmarks.bench_accuracy", "python -m benchmarks.gpu"
+CONTEXT, ACCURACY = "python -m benchmarks.bench_context", "python -m benchmarks.bench_accuracy"
+DEVICE = "python -m benchmarks.gpu"
 SHAPE = {"C": 64, "D": 64, "N": 256, "H": 32, "B": 1, "dtype": "bf16"}  # whose throughput is drawn over its T
 MODES = {"off": "", "next_token": ", learning"}
 
@@ -47,7 +47,7 @@ def ordered(points) -> tuple[tuple[float, float], ...]:
     return tuple(sorted(points))
 
 
-# -- the CPU ------------------------------------------------------------------------------------------------------------------
+# -- the CPU -------------------------------------------------------------------------------------------------
 
 
 def throughput_cpu(run: dict) -> Chart | None:
@@ -64,8 +64,8 @@ def throughput_cpu(run: dict) -> Chart | None:
 def decode_cpu(run: dict) -> Chart | None:
     if (data := run.get("context")) is None:
         return None
-    series = tuple(Series(f"model{more}", ordered((p["tokens"], p["decode_ms"]["median"]) for p in data[mode]["points"]))
-                   for mode, more in MODES.items())
+    points = lambda found: ordered((p["tokens"], p["decode_ms"]["median"]) for p in found)
+    series = tuple(Series(f"model{more}", points(data[mode]["points"])) for mode, more in MODES.items())
     return Chart("Decode latency against context length", "tokens read before", "ms per token, median", series,
                  caption(data["machine"], processor(data["machine"])), log_y=False, from_zero=True,
                  x_ticks=kibi(s.points for s in series))
@@ -90,7 +90,7 @@ def accuracy_cpu(run: dict) -> Chart | None:
                  log_x=False, x_ticks=tuple((place(r), f"{r:g}") for r in correlations))
 
 
-# -- a device's folder --------------------------------------------------------------------------------------------------------
+# -- a device's folder ---------------------------------------------------------------------------------------
 
 
 def timed(run: dict, *sections: str):
@@ -166,7 +166,7 @@ OF_DEVICE = {"throughput": throughput, "decode": decode, "roofline": roofline}
 
 def attempts(results: Path):
     """(file name, chart or None, the command whose results it needs)."""
-    everywhere = report.runs(results)
+    everywhere = runs(results)
     for name, (make, command) in OF_CPU.items():
         yield f"{name}.svg", make(everywhere[""]), command
     devices = {device: run for device, run in everywhere.items() if device}
@@ -195,7 +195,7 @@ def stale(results: Path, documents: Path = ROOT) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--check", action="store_true")
-    p.add_argument("--results", type=Path, default=report.RESULTS, metavar="DIR")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--documents", type=Path, default=ROOT, metavar="DIR")
     args = p.parse_args(argv)
     found = stale(args.results, args.documents)

@@ -2,73 +2,30 @@
 
     python -m benchmarks.report [--check] [--results DIR] [--against OLD NEW]
 
-Prints a row a goal (``goals.py``): met, missed by how much, or not measured and which command would. Below
-it: results of a working tree with changed files, results older than the code they measured (``sources.py``),
-results that do not say. --check fails, naming them, for results that are older, and for tables or plots in
-README and docs that are not what the results give. Of studies, whose figures are what a model predicted and
-not how fast, it only says that they are older. --against compares two runs, files or folders: what got slower
-or faster beyond its spread (with --check, slower fails).
+Prints a row for each goal (``goals.py``): met, missed by how much, or not measured and by which command it
+would be. Then: results measured in a working tree with changed files, results older than the code they
+measured (``sources.py``), results that do not say which code that was. --check fails, naming them, for
+results that are older, and for tables or plots in README and docs that are not what the results give. Of
+studies, whose figures are what a model predicted and not how fast, it only says that they are older.
+--against compares two runs, files or folders: what got slower or faster beyond its spread (with --check,
+slower fails).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.goals import GOALS, Goal, Missing, unplanned
+from benchmarks import plan, plot, tables
+from benchmarks.changes import changes
+from benchmarks.goals import unplanned
+from benchmarks.records import RESULTS, dirty, measured, read, runs
 from benchmarks.sources import ROOT, age
+from benchmarks.verdicts import rows, table
 
-RESULTS = ROOT / "benchmarks" / "results"
-# hours of reading; their arithmetic is held by the tests
+# hours of reading; that the code still computes the same is what the tests are for
 STUDIES = ("rates.json", "continual.json", "learning.json", "recall.json")
-
-
-# -- what is there ------------------------------------------------------------------------------------------------------------
-
-
-def load(folder: Path) -> dict[str, dict]:
-    """{file name without .json: contents} of one folder."""
-    return {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
-
-
-def runs(results: Path) -> dict[str, dict[str, dict]]:
-    """"": the files of the CPU; then every device's folder by name (trials with --quick are no results)."""
-    devices = (
-        sorted(p.name for p in results.iterdir() if p.is_dir() and not p.name.endswith("-quick"))
-        if results.exists() else []
-    )
-    return {"": load(results)} | {name: load(results / name) for name in devices}
-
-
-def origins(data: dict) -> list[dict]:
-    """{"commit", "dirty", "date", ...}: where the parts of a result file come from."""
-    if "stamp" in data or "machine" in data:
-        return [data.get("stamp") or data["machine"]]
-    return [found for value in data.values() if isinstance(value, dict) for found in origins(value)]
-
-
-def measured(data: dict, name: str = "") -> Iterator[tuple[str, dict]]:
-    """(name, record) of everything in a result file that says which code it measured, or, where nothing does,
-    the file itself."""
-    found = list(_marked(data, name))
-    yield from found or [(name, data)]
-
-
-def _marked(data, name: str) -> Iterator[tuple[str, dict]]:
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    if isinstance(data, dict) and (
-        data.get("kernel_of") or data.get("kernel") or (data.get("case") and data.get("status") == "ok")
-    ):
-        yield name, data
-        return
-    for key, value in items:
-        if key not in ("stamp", "machine"):
-            yield from _marked(value, name if key == "cases" else f"{name} {key}".strip())
 
 
 def ages(results: Path) -> dict[str, list[tuple[str, str]]]:
@@ -84,67 +41,7 @@ def ages(results: Path) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def dirty(results: Path) -> list[str]:
-    return [f"{device}/{stem}.json".removeprefix("/") for device, run in runs(results).items() for stem,
-            data in run.items()
-            if any(o.get("dirty") for o in origins(data))]
-
-
-# -- goals --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """A goal on one device, or on none. ``value`` None: ``verdict`` is "not measured" and ``why`` says why."""
-
-    goal: Goal
-    device: str
-    value: float | None
-    verdict: str
-    why: str = ""
-    age: str = ""
-    dirty: bool = False
-
-
-def rows(results: Path, goals: tuple[Goal, ...] = GOALS) -> list[Row]:
-    """Every goal once a device that has its figure; once without, where none has."""
-    found: list[Row] = []
-    everywhere = runs(results)
-    for goal in goals:
-        chosen = (
-            {"": everywhere[""]} if goal.on == "cpu"
-            else {d: r for d, r in everywhere.items() if d and not d.startswith("cpu-")}
-        )
-        mine, reasons = [], []
-        for device, run in chosen.items():
-            try:
-                figure = goal.figure.find(run)
-            except Missing as e:
-                reasons.append(f"{device}: {e}".removeprefix(": "))
-                continue
-            seen = {age(record) for _, _, record in figure.sources if record}
-            old = next((how for how in ("older", "unknown") if how in seen), "")
-            stale = any(o.get("dirty") for file, _, _ in figure.sources for o in origins(run[file]))
-            mine.append(Row(goal, device or "cpu", figure.value, goal.verdict(figure.value), "", old, stale))
-        found += mine or [Row(goal, "", None, "not measured", "; ".join(reasons) or "no run on a GPU")]
-    return found
-
-
-def table(found: list[Row]) -> list[tuple[str, ...]]:
-    """(what, goal, measured, verdict, device) as text."""
-    sign = {">=": "at least ", "<=": "at most "}
-    return [(r.goal.what, sign[r.goal.better] + r.goal.text(r.goal.target), "" if r.value is None else r.goal.text(r.value), r.verdict,
-             r.device) for r in found]
-
-
-def plan() -> dict[str, list[str]]:
-    """The cases that benchmarks.gpu measures on a CUDA machine, by section."""
-    from benchmarks import gpu
-
-    found: dict[str, list[str]] = {}
-    for section, name, _, _ in gpu.plan("cuda", False):
-        found.setdefault(section, []).append(name)
-    return found
+# -- goals ---------------------------------------------------------------------------------------------------
 
 
 def columns(lines: list[tuple[str, ...]]) -> str:
@@ -154,7 +51,7 @@ def columns(lines: list[tuple[str, ...]]) -> str:
 
 def goals(results: Path) -> str:
     """The table, what there is to say about its figures, and what would measure the others."""
-    found, planned = rows(results), plan()
+    found, planned = rows(results), plan.names("cuda", False)
     lines = [columns([("what", "goal", "measured", "verdict", "on"), *table(found)]), ""]
     for r in found:
         notes = [{"older": "older than the code", "unknown": "of unknown age"}[r.age]] if r.age else []
@@ -174,63 +71,7 @@ def goals(results: Path) -> str:
     return "\n".join([*lines, "", f"{counts['met']} met, {counts['missed']} missed, {counts['not']} not measured"])
 
 
-# -- slower or faster ---------------------------------------------------------------------------------------------------------
-
-
-def committed(folder: Path) -> dict[str, dict]:
-    """A folder of results as the last commit has it; as it is on disk where git cannot say."""
-    found = {}
-    for name in (p.name for p in sorted(folder.glob("*.json"))):
-        done = subprocess.run(("git", "show", f"HEAD:./{name}"), cwd=folder, capture_output=True, text=True)
-        try:
-            found[name.removesuffix(".json")] = json.loads(
-                done.stdout if done.returncode == 0 else (folder / name).read_text()
-            )
-        except ValueError:
-            continue
-    return found
-
-
-def change(before: dict, after: dict) -> str | None:
-    """"slower by x%" or "faster by x%" where the times of two records are apart by more than their spread:
-    even the fastest call of the slower one takes longer than nine in ten (and than the median) of the
-    other."""
-    old, new = before.get("ms"), after.get("ms")
-    if not old or not new:
-        return None
-    ratio = new["median"] / old["median"]
-    if new["min"] > old["median"] and new["median"] > old["p90"]:
-        return f"slower by {ratio - 1:.0%}"
-    if old["min"] > new["median"] and old["median"] > new["p90"]:
-        return f"faster by {1 / ratio - 1:.0%}"
-    return None
-
-
-def changes(before: dict[str, dict], after: dict[str, dict]) -> Iterator[tuple[str, str]]:
-    """(case, what changed) between two runs {section: file contents}: times, and results that are no longer
-    right."""
-    for section, data in after.items():
-        old = before.get(section, {})
-        if old.get("stamp", {}).get("quick") != data.get("stamp", {}).get("quick"):
-            continue
-        for name, record in data.get("cases", {}).items():
-            was = old.get("cases", {}).get(name, {})
-            if was.get("status") != "ok" or not isinstance(record, dict):
-                continue
-            if record.get("status") in ("refused", "failed", "died"):
-                yield f"{section}: {name}", f"{record['status']}, was ok: {record.get('reason')}"
-            elif record.get("status") == "ok" and (text := change(was, record)):
-                yield f"{section}: {name}", f"{text} ({was['ms']['median']:.4f} -> {record['ms']['median']:.4f} ms)"
-
-
-def read(path: Path) -> dict[str, dict]:
-    """A result file or a folder of them. Raises ValueError where there is none."""
-    if not (path.suffix == ".json" and path.is_file() or any(path.glob("*.json"))):
-        raise ValueError(f"report: {path} is no result file and holds none")
-    return load(path) if path.is_dir() else {path.stem: json.loads(path.read_text())}
-
-
-# -- the command --------------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------
 
 
 def older(results: Path) -> dict[str, str]:
@@ -244,8 +85,6 @@ def older(results: Path) -> dict[str, str]:
 
 def check(results: Path, documents: Path) -> list[str]:
     """What is wrong with committed results and what is written about them."""
-    from benchmarks import plot, tables
-
     problems = [text for file, text in older(results).items() if file not in STUDIES]
     made = "not what the results give (python -m benchmarks."
     problems += [f"{file}: table {block} is {made}tables)" for file, block in tables.stale(results, documents)]
@@ -256,7 +95,8 @@ def check(results: Path, documents: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument(
-        "--check", action="store_true", help="fail where a result is older than its code or a document differs from results"
+        "--check", action="store_true",
+        help="fail where a result is older than its code or a document differs from results"
     )
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--documents", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs are")

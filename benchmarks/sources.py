@@ -1,119 +1,192 @@
-"""Which source files a measured case depends on, and a hash of them: a figure whose hash is not the present
-one is older than its kernel.
+"""What code a measured case depends on, and a hash of it: a figure whose hash is not the present one is older
+than its code.
 
 A case is the data a result carries ("case" of a record of benchmarks.gpu, "kernel_of" of the other files).
-Blank lines and lines that hold a comment alone do not count. What is not known here depends on the whole
-package: too old is the safe mistake.
+Its code is what a few entry points reach: Python definitions (definitions.py) and C++ files (native.py).
+Moving or renaming them changes nothing; changing a function that several cases share makes all of them older.
+Other backends than the case's are left out, and of operators and layers also the choice among backends, the
+configuration and checks of arguments: what is asked, not what is computed. A case not known here depends on
+the whole package: too old is the safe mistake.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import native
+from benchmarks.definitions import Tree, module_files
 
 ROOT = Path(__file__).parents[1]
-OPS = "hope_kernels/ops"
-PACKAGE = ("hope_kernels/**/*.py", "csrc/**/*.*", "setup.py")
-STATE = (f"{OPS}/titans/fast_weights.py",)
-TRITON = (*STATE, f"{OPS}/triton_build.py", f"{OPS}/titans/kernel_call.py", f"{OPS}/titans/triton*.py")
-FORWARD_ONLY = (f"!{OPS}/titans/triton_backward*.py", f"!{OPS}/titans/triton_training.py")
+
+# -- entry points --------------------------------------------------------------------------------------------
+# "module:name" in the package, or the whole "module"; a pattern with "/" is of files in C++.
+
+STATE = ("ops.titans.state:init_titans_state",)
+CPU_LIBRARY = ("setup:cpu_library",)
 TITANS = {
-    "chunked": (*STATE, f"{OPS}/titans/chunked.py", f"{OPS}/titans/memory.py"),
-    "cpp": (*STATE, f"{OPS}/titans/cpp.py", "csrc/cpu/*.*", "setup.py", "!csrc/cpu/cms*", "!csrc/cpu/layer*"),
-    "cuda": (*STATE, f"{OPS}/titans/kernel_call.py", f"{OPS}/titans/cuda.py", f"{OPS}/cuda.py",
-        "csrc/cuda/**/*.*", "tools/build_cuda.py",
-             "!csrc/**/*.md"),
-    "triton": (*TRITON, *FORWARD_ONLY),
-    "reference": (*STATE, f"{OPS}/titans/reference*.py"),
+    "reference": (*STATE, "ops.titans.reference_backend:titans_reference"),
+    "chunked": (*STATE, "ops.titans.scan:titans_chunk"),
+    "cpp": (*STATE, "ops.titans.cpp:titans_cpp", "csrc/cpu/titans*.cpp", "csrc/cpu/read_backward*.cpp",
+            *CPU_LIBRARY),
+    "cuda": (*STATE, "ops.titans.cuda:titans_cuda", "ops.titans.cuda:titans_advance_", "csrc/cuda/**/*.cu",
+             "csrc/cuda/**/*.cpp", "tools.build_cuda:build"),
+    "triton": (*STATE, "ops.titans.triton.operator:titans_triton",
+               "ops.titans.triton.operator:titans_advance_"),
 }
-CMS = (
-    f"{OPS}/cms/*.py", f"!{OPS}/cms/reference.py", f"{OPS}/triton_build.py", "csrc/cpu/cms*",
-    "csrc/cpu/product.h", "csrc/cpu/vec.h"
-)
-LAYER = ("hope_kernels/layers/titans*.py", "csrc/cpu/layer*", f"{OPS}/conv/*.py", f"{OPS}/output_gate/*.py")
-MODEL = (*PACKAGE, "!hope_kernels/compat/*.py", "!hope_kernels/cli/generate.py", "!hope_kernels/cli/demo.py",
-         "!hope_kernels/cli/doctor.py",
-         "!hope_kernels/convert.py", "!hope_kernels/cli/session.py", "!csrc/emulator/*", "!csrc/**/*.md",
-         f"!{OPS}/*/reference*.py")
-ON_CPU = ("!csrc/cuda/**/*.*", f"!{OPS}/cuda.py", f"!{OPS}/**/triton*.py", f"!{OPS}/titans/cuda.py", "!setup.py")
-PEER = (*TITANS["chunked"], *TITANS["cpp"], *TITANS["triton"], *LAYER)  # what runs beside another package's layer
+TITANS_GRADIENT = {"triton": (*TITANS["triton"], "ops.titans.triton.training:titans_triton_training")}
+CONV = {
+    "chunked": ("ops.conv.forward:causal_conv_chunked",),
+    "cpp": ("ops.conv.cpp:causal_conv", "csrc/cpu/layer*.cpp", *CPU_LIBRARY),
+    "triton": ("ops.conv.triton.forward:causal_conv_triton",),
+}
+GATE = {
+    "chunked": ("ops.output_gate.forward:output_gate_chunked",),
+    "cpp": ("ops.output_gate.cpp:output_gate", "csrc/cpu/layer*.cpp", *CPU_LIBRARY),
+    "triton": ("ops.output_gate.triton.forward:output_gate_triton",),
+}
+LAYER = ("layers.titans:SelfModifyingTitans",)
+LAYER_CPP = ("layers.titans_pullback:pullback", "ops.unit.cpp:unit")
+CMS_KINDS = {
+    "forward": ("ops.cms.chain:cms_forward",),
+    "refresh": ("ops.cms.refresh:cms_refresh_",),
+    "segment": ("layers.cms:ContinuumMemory",),
+    "pending": ("layers.cms:ContinuumMemory",),
+    "newton": ("ops.cms.muon:muon_step_",),
+}
+CMS_FUNCTIONS = ("level_forward", "level_backward", "refresh_", "outer_add_", "newton_schulz")
+CMS = {
+    "chunked": tuple(f"ops.cms.level:{name}" for name in CMS_FUNCTIONS),
+    "cpp": (*(f"ops.cms.cpp:{name}" for name in CMS_FUNCTIONS), "csrc/cpu/cms*.cpp", *CPU_LIBRARY),
+    "triton": tuple(f"ops.cms.triton.operator:{name}" for name in CMS_FUNCTIONS),
+}
+ATTENTION = ("layers.attention:CausalAttention",)
+BLOCKS = ("layers.block:HopeBlock", "layers.block:HopeAttentionBlock")
+MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:generate",
+         "engine.decoder:Decoder")
+
+# -- modules left out ----------------------------------------------------------------------------------------
+
+CHECKS = ("*.check", "*.identity", "*.files", "*.state_file", "*.cli.*", "*.compat.*")
+CHOICE = ("*.config", "*.backend", "*.backends", "*.triton_library")
+OF_BACKEND = {
+    "cpp": ("*.cpp", "*.titans_pullback", "*.cpu_library"),
+    "triton": ("*.triton", "*.triton.*", "*.triton_library"),
+    "cuda": ("*.cuda", "*.cuda_library"),
+    "reference": ("*.reference", "*.reference_*"),
+}
 OPERATORS = ("prefill", "step", "step graph", "grad", "accuracy")
-SMALL = {"conv": "conv", "gate": "output_gate"}
-CMS_KINDS = ("forward", "refresh", "segment", "pending", "newton")
-OTHERS = ("fla", "fla layer", "sdpa", "ttt", "titans", "copy", "matmul")  # nothing of ours in it
+OTHERS = ("fla", "fla layer", "sdpa", "ttt", "titans", "copy", "matmul")  # nothing of this package in it
+# what may serve a case that names no backend
+ON_CPU, ON_GPU = ("chunked", "cpp"), ("chunked", "cpp", "triton", "cuda")
 
 
-def globs(case: dict) -> tuple[str, ...]:
-    """Patterns of the files that decide about a case, from the root of the repository; a later "!pattern"
-    takes files away."""
+class Code(NamedTuple):
+    """Entry points of a case and patterns of the modules that it does not use."""
+
+    entries: tuple[str, ...]
+    cut: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [e for e in self.entries if "/" not in e]
+
+    @property
+    def files(self) -> list[str]:
+        return [e for e in self.entries if "/" in e]
+
+
+EVERYTHING = Code(("*", "csrc/**/*.cpp", "csrc/**/*.cu"))
+
+
+def code(case: dict) -> Code | None:
+    """The code a case measures; None where it is none of this package's."""
     kind, backend = case.get("kind"), case.get("backend")
     if not case or kind in OTHERS:
-        return ()
+        return None
+    used = (backend,) if backend in TITANS else ON_CPU if case.get("device") == "cpu" else ON_GPU
+    left_out = (*CHECKS, *(p for name, patterns in OF_BACKEND.items() if name not in used for p in patterns))
     if case.get("model") or kind in ("model", "state", "long"):
-        return (*MODEL, *ON_CPU) if case.get("device") == "cpu" else MODEL
+        return Code((*MODEL, *parts(BLOCKS, used), *layer(used), *cms(used)), left_out)
+    operator = Code((), (*left_out, *CHOICE))
     if kind in CMS_KINDS:
-        return CMS
-    if kind in SMALL and backend == "cpp":
-        return ("csrc/cpu/layer*", "csrc/cpu/vec.h", f"{OPS}/cpu.py")
-    if kind in SMALL:
-        return (
-            f"{OPS}/{SMALL[kind]}/triton*.py", f"{OPS}/{SMALL[kind]}/chunked.py", f"{OPS}/triton_build.py",
-            f"{OPS}/triton_sum.py"
-        )
-    if kind in ("compiled", "package"):
-        return TITANS["chunked"] if kind == "compiled" else PEER
+        return operator._replace(entries=(*CMS_KINDS[kind], *cms(used)))
+    if kind in ("conv", "gate"):
+        return operator._replace(entries=parts(CONV if kind == "conv" else GATE, used))
+    if kind == "compiled":
+        return operator._replace(entries=TITANS["chunked"])
     if kind in OPERATORS and backend in TITANS:
-        return (*TRITON, *TITANS["chunked"]) if kind == "grad" and backend == "triton" else TITANS[backend]
-    if kind in ("layer", "layer step") and backend in TITANS:
-        return (*TITANS[backend], *LAYER)
-    return PACKAGE
+        return operator._replace(entries=(TITANS | TITANS_GRADIENT if kind == "grad" else TITANS)[backend])
+    if kind in ("layer", "layer step", "package"):
+        return operator._replace(entries=layer(used))
+    if kind in ("attention", "attention step"):
+        return operator._replace(entries=ATTENTION)
+    if kind and kind.startswith("block "):
+        return operator._replace(entries=(*BLOCKS, *layer(used), *cms(used)))
+    return EVERYTHING
 
 
-def files(case: dict, root: Path = ROOT) -> list[str]:
-    """The files of ``globs``, sorted, relative to ``root``."""
-    found: set[str] = set()
-    for pattern in globs(case):
-        names = {p.relative_to(root).as_posix() for p in root.glob(pattern.removeprefix("!")) if p.is_file()}
-        found = found - names if pattern.startswith("!") else found | names
-    return sorted(found)
+def parts(table: dict[str, tuple[str, ...]] | tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a table by backend, what the backends used have; with CUDA C++ memories Triton serves the rest."""
+    if isinstance(table, tuple):
+        return table
+    names = dict.fromkeys("triton" if name == "cuda" and "cuda" not in table else name for name in used)
+    return tuple(e for name in names for e in table.get(name, ()))
 
 
-@cache
-def _code(path: Path, changed: int) -> bytes:
-    """A file without the lines that say nothing to a compiler; ``changed`` is its mtime, so that a long
-    process sees an edit."""
-    mark = rb"#" if path.suffix == ".py" else rb"//"
-    return b"\n".join(
-        line.rstrip() for line in path.read_bytes().splitlines()
-        if not re.fullmatch(rb"\s*(" + mark + rb".*)?", line)
-    )
+def layer(used: tuple[str, ...]) -> tuple[str, ...]:
+    memories = tuple(e for name in used for e in TITANS[name])
+    return (*LAYER, *LAYER_CPP * ("cpp" in used), *memories, *parts(CONV, used), *parts(GATE, used))
+
+
+def cms(used: tuple[str, ...]) -> tuple[str, ...]:
+    """Levels that a backend has no kernels for are read in PyTorch."""
+    return (*parts(CMS, used), *CMS["chunked"])
+
+
+# -- hashes --------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _tree(root: Path, changed: int) -> Tree:
+    """``changed``: when its latest file was, so that a long process sees an edit."""
+    return Tree(root)
+
+
+@lru_cache(maxsize=256)
+def _digest(found: Code, root: Path, changed: int) -> str:
+    tree = _tree(root, changed)
+    names = tree.names if found == EVERYTHING else found.names
+    parts = sorted(tree.hashes(names, found.cut) | native.hashes(found.files, root))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def digest(found: Code, root: Path = ROOT) -> str:
+    """16 hex digits over what ``found`` reaches."""
+    paths = (*(path for _, path in module_files(root)), *root.glob("csrc/**/*.*"))
+    return _digest(found, root, max(p.stat().st_mtime_ns for p in paths))
 
 
 def kernel_hash(case: dict, root: Path = ROOT) -> str | None:
-    """16 hex digits over the code that a case measures; None for what measures none of ours."""
-    names = files(case, root)
-    if not names:
-        return None
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode() + b"\0" + _code(root / name, (root / name).stat().st_mtime_ns) + b"\0")
-    return digest.hexdigest()[:16]
+    """16 hex digits over the code that a case measures; None for what measures none of this package's."""
+    found = code(case)
+    return None if found is None else digest(found, root)
 
 
 def mark(kind: str, backend: str | None = None, device: str | None = None) -> dict:
     """What a result file says of the code it measured: {"kernel_of": the case, "kernel": its hash}. device
-    "cpu": of models, code that a GPU alone runs does not count."""
+    "cpu": code that a GPU alone runs does not count."""
     case = {"kind": kind, "backend": backend, "device": device}
     return {"kernel_of": case, "kernel": kernel_hash(case)}
 
 
 def age(record: dict) -> str:
     """"current", "older" than the code it measured, "unknown" where a result does not say, "" where nothing
-    of ours was measured."""
+    of this package was measured."""
     case = record.get("kernel_of") or record.get("case") or {}
     if not record.get("kernel"):
-        return "" if case and not files(case) else "unknown"
+        return "" if case and code(case) is None else "unknown"
     present = kernel_hash(case)
     return "" if case and present is None else "current" if record["kernel"] == present else "older"

@@ -10,7 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 210, 40, 74
 COLOURS = ("#3b82c4", "#d97b29", "#2f9e6e", "#b0529f", "#c4483e", "#8a7d2f", "#5e72d8", "#5a8f9c")
-GREY = "#6e7781"  # readable on white and on black, for pages whose scheme the picture is not told
+GREY = "#6e7781"  # readable on white and on black, where a page does not tell a picture its scheme
 STYLE = (f"text{{fill:{GREY};font:12px system-ui,sans-serif}}.title{{font-weight:600}}.small{{font-size:11px}}"
          f".axis{{stroke:{GREY};stroke-width:1}}.grid{{stroke:{GREY};stroke-opacity:.25}}"
          "@media(prefers-color-scheme:light){text{fill:#57606a}}@media(prefers-color-scheme:dark){text{fill:#b5bcc4}}")
@@ -91,8 +91,8 @@ def draw(c: Chart) -> str:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     x_low, x_high, X = scale([p[0] for p in points], c.log_x, LEFT, right)
     y_low, y_high, Y = scale([p[1] for p in points], c.log_y, bottom, TOP, c.from_zero)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-           f'aria-label="{escape(c.title)}">', f"<style>{STYLE}</style>"]
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+           f'role="img" aria-label="{escape(c.title)}">', f"<style>{STYLE}</style>"]
     text = lambda x, y, s, anchor="middle", more="": out.append(
         f'<text x="{at(x)}" y="{at(y)}" text-anchor="{anchor}"{more}>{escape(s)}</text>')
     line = lambda x1, y1, x2, y2, kind: out.append(

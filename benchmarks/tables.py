@@ -2,9 +2,9 @@
 
     python -m benchmarks.tables [--check]
 
-Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in DOCUMENTS, for every NAME that
-``blocks`` knows. --check changes nothing and fails where a block is not what the results give. A number in
-such a block is never typed.
+Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in DOCUMENTS, for every NAME in
+BLOCKS. --check changes nothing and fails where a block is not what the results give. A
+number in such a block is never typed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import plot, report
+from benchmarks import bench_continual, bench_rates, cms_table, plot, verdicts
+from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/continual.md")
@@ -44,12 +45,14 @@ def cpu(run: dict) -> str:
         rows.append((c["dim"], c["chunk"], f"{m['same']:.0f}", f"{m['package']:.0f}", spread, f"{m['fraction']:.0%}",
                      f"{m['default']:.0f}", f"{m['fraction_default']:.0%}",
                      f"{m['titans_pytorch']:.0f}" if "titans_pytorch" in m else "-"))
-    head = ("width | chunk | ours, tok/s | nested-learning, tok/s | ratio | of the GEMM rate | default layer: tok/s | of the GEMM rate "
-            "| titans-pytorch, tok/s")
+    head = ("width | chunk | ours, tok/s | nested-learning, tok/s | ratio | of the GEMM rate "
+            "| default layer: tok/s | of the GEMM rate | titans-pytorch, tok/s")
     error, T = max(c["relative_error"] for c in data["cases"]), data["cases"][0]["T"]
-    return (f"{markdown(head, rows)}\n\nGeometric mean of the ratios: **{data['geometric_mean_ratio']:.1f}**. Medians over "
-            f"{data.get('rounds', 5)} rounds of one run, B = 1, T = {T}, fp32, {data['machine']['cores']} cores; outputs equal to the "
-            f"package's to {error:.0e}; titans-pytorch 0.5.5 computes another function. {source('bench_cpu', 'cpu')}")
+    mean = data["geometric_mean_ratio"]
+    return (f"{markdown(head, rows)}\n\nGeometric mean of the ratios: **{mean:.1f}**. Medians over "
+            f"{data.get('rounds', 5)} rounds of one run, B = 1, T = {T}, fp32, {data['machine']['cores']} cores; "
+            f"outputs equal to the package's to {error:.0e}; titans-pytorch 0.5.5 computes another function. "
+            f"{source('bench_cpu', 'cpu')}")
 
 
 def learning(run: dict) -> str:
@@ -66,11 +69,12 @@ def learning_memory(run: dict) -> str:
     first = next(iter(run["learning"].values()))
     peaks = [mib for _, mib in first["on_lr_x1"]["peak_memory_mib_per_10k_bytes"]]
     late, threads = min(20, len(peaks)), WORDS.get(first["machine"]["threads"], "several threads")
-    return (f"{learning(run)}\n\nPeak memory of the same process while reading with learning: {peaks[0]:.0f} MiB in the first 10,000 "
-            f"bytes, {peaks[late - 1]:.0f} MiB between {10 * (late - 1)},000 and {10 * late},000. Reading speed: "
-            f"{first['off']['bytes_per_s']:.0f} bytes/s off, {first['on_lr_x1']['bytes_per_s']:.0f} on, {threads}, other work on the "
-            "machine.\n\nThe memories' own writes are worth little in this model (compare the columns learning off and writes off): it was "
-            "trained on 256-token gradients for 75 minutes, and almost all of the gain is the CMS.")
+    return (f"{learning(run)}\n\nPeak memory of the same process while reading with learning: {peaks[0]:.0f} MiB "
+            f"in the first 10,000 bytes, {peaks[late - 1]:.0f} MiB between {10 * (late - 1)},000 and {10 * late},000. "
+            f"Reading speed: {first['off']['bytes_per_s']:.0f} bytes/s off, {first['on_lr_x1']['bytes_per_s']:.0f} on, "
+            f"{threads}, other work on the machine.\n\nThe memories' own writes are worth little in this model "
+            "(compare the columns learning off and writes off): it was trained on 256-token gradients for 75 minutes, "
+            "and almost all of the gain is the CMS.")
 
 
 def recall(run: dict) -> str:
@@ -84,26 +88,21 @@ def recall(run: dict) -> str:
     rows.append(row(default[0], f"mean of {len(default)}", mean))
     recipe = data["recipe"]
     head = "chunk | step_clip | dgd | seeds | told once | told twice | updated"
-    return (f"{markdown(head, rows)}\n\n20 distinct keys in 28 pairs, chance {data['chance']:.3f}, {recipe['steps']} steps of "
-            f"{recipe['batch']} sequences, {WORDS.get(data['machine']['threads'], 'several threads')}. {source('bench_recall', 'recall')}")
+    threads = WORDS.get(data["machine"]["threads"], "several threads")
+    return (f"{markdown(head, rows)}\n\n20 distinct keys in 28 pairs, chance {data['chance']:.3f}, "
+            f"{recipe['steps']} steps of {recipe['batch']} sequences, {threads}. {source('bench_recall', 'recall')}")
 
 
 def cms(run: dict) -> str:
-    from benchmarks.bench_cms import table
-
-    return f"{table(run['cms'])}\n\n{source('bench_cms', 'cms')}"
+    return f"{cms_table.table(run['cms'])}\n\n{source('bench_cms', 'cms')}"
 
 
 def rates(run: dict) -> str:
-    from benchmarks.bench_rates import table
-
-    return f"{table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
+    return f"{bench_rates.table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
 
 
 def continual(run: dict) -> str:
-    from benchmarks.bench_continual import table
-
-    return f"{table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
+    return f"{bench_continual.table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
 
 
 def forgetting(run: dict) -> str:
@@ -112,22 +111,25 @@ def forgetting(run: dict) -> str:
     rows = []
     for r in run["continual"]["cases"].values():
         a, b = r["A"]["cms"], r["B"]["cms"]
-        rows.append((f"{r['first']}, then {r['second']}", r["K"] or "off", *(mean(a[k]) for k in ("before", "after_A", "after_B")),
+        rows.append((f"{r['first']}, then {r['second']}", r["K"] or "off",
+                     *(mean(a[k]) for k in ("before", "after_A", "after_B")),
                      *(mean(b[k]) for k in ("before", "after_B"))))
     head = "A, then B | levels that learn | A before | after A | after B | B before | after B"
-    return (f"{markdown(head, rows)}\n\nBits per byte of the second halves of A and B, read without learning by the bundled model with "
-            "what its CMS had learned and empty memories; level 3 is a new one, the identity at first. "
-            f"{source('bench_continual --text FILE ...', 'continual')}")
+    return (f"{markdown(head, rows)}\n\nBits per byte of the second halves of A and B, read without learning by "
+            "the bundled model with what its CMS had learned and empty memories; level 3 is a new one, the identity at "
+            f"first. {source('bench_continual --text FILE ...', 'continual')}")
 
 
 def context(run: dict) -> str:
     data = run["context"]
     off, on, layer = data["off"]["points"], data["next_token"]["points"], data["layer at once"]["points"]
-    rows = [(a["tokens"], *(f"{p['tokens/s']:.0f}" for p in (c, a, b)), *(f"{p['decode_ms']['median']:.2f}" for p in (a, b)))
+    rows = [(a["tokens"], *(f"{p['tokens/s']:.0f}" for p in (c, a, b)),
+             *(f"{p['decode_ms']['median']:.2f}" for p in (a, b)))
             for a, b, c in zip(off, on, layer)]
     head = "context | layer (d = 256), tok/s | model reads, tok/s | and learns | decoded token, ms | and learns"
-    return (f"{markdown(head, rows)}\n\nReading without learning is {data['learning']['reading_per_learning']:.1f} times as fast as with "
-            f"it. Bundled model, {WORDS[data['machine']['threads']]}, seconds of its CPU clock. {source('bench_context', 'context')}")
+    times, threads = data["learning"]["reading_per_learning"], WORDS[data["machine"]["threads"]]
+    return (f"{markdown(head, rows)}\n\nReading without learning is {times:.1f} times as fast as with it. "
+            f"Bundled model, {threads}, seconds of its CPU clock. {source('bench_context', 'context')}")
 
 
 def accuracy(run: dict) -> str:
@@ -136,24 +138,22 @@ def accuracy(run: dict) -> str:
     for c in data["cases"]:
         grouped.setdefault((c["backend"], c["dtype"], c["device"], c["alpha"]), {})[c["correlation"]] = c["error"]
     at = sorted({c["correlation"] for c in data["cases"]})
-    rows = [
-        (b, t, d, f"{a:g}", *(f"{e[r]['o']:.1e}, {e[r]['state']:.1e}" for r in at)) for (b, t, d, a),
-        e in grouped.items()
-    ]
-    s = data["shape"]
-    return (f"{markdown('backend | dtype | on | alpha | ' + ' | '.join(f'correlation {r:g}' for r in at), rows)}\n\nOutput and learned "
-            f"deviation, rms of the difference relative to fp64, the worst of {s['seeds']} seeds; D = N = {s['D']}, C = {s['C']}, T = "
-            f"{s['T']}. {source('bench_accuracy', 'accuracy')}")
+    rows = [(backend, dtype, device, f"{alpha:g}", *(f"{e[r]['o']:.1e}, {e[r]['state']:.1e}" for r in at))
+            for (backend, dtype, device, alpha), e in grouped.items()]
+    s, head = data["shape"], " | ".join(["backend | dtype | on | alpha", *(f"correlation {r:g}" for r in at)])
+    return (f"{markdown(head, rows)}\n\nOutput and learned deviation, rms of the difference relative to fp64, the "
+            f"worst of {s['seeds']} seeds; D = N = {s['D']}, C = {s['C']}, T = {s['T']}. "
+            f"{source('bench_accuracy', 'accuracy')}")
 
 
 def goals(results: Path) -> str:
     """Ages and changed files are left to the command: they change without the results."""
-    rows = [(*line[:3], line[3], line[4]) for line in report.table(report.rows(results))]
+    rows = [(*line[:3], line[3], line[4]) for line in verdicts.table(verdicts.rows(results))]
     return markdown("what | goal | measured | verdict | on", rows) + "\n\n`python -m benchmarks.report`"
 
 
 def gpu(results: Path) -> str:
-    devices = {name: run for name, run in report.runs(results).items() if name and not name.startswith("cpu-")}
+    devices = {name: run for name, run in runs(results).items() if name and not name.startswith("cpu-")}
     return "\n\n".join(device(name, run) for name, run in devices.items()) or "**No GPU figure exists.**"
 
 
@@ -167,7 +167,8 @@ def device(name: str, run: dict) -> str:
                 key = f"{section}: {r['status']}"
                 others[key] = others.get(key, 0) + 1
             else:
-                rows.append((case, f"{r['ms']['median']:.4f}", *(f"{r[k]:.1f}" if r.get(k) else "" for k in ("TFLOP/s", "GB/s")),
+                rows.append((case, f"{r['ms']['median']:.4f}",
+                             *(f"{r[k]:.1f}" if r.get(k) else "" for k in ("TFLOP/s", "GB/s")),
                              *(share(r.get(k)) for k in ("of_matmul", "of_copy"))))
     mark = next(data["stamp"] for data in run.values())
     return (f"**{name}**, commit {mark['commit']}{', changed files' * mark['dirty']}, {mark['date']}\n\n"
@@ -178,8 +179,8 @@ def device(name: str, run: dict) -> str:
 def figures(run: dict) -> str:
     """What the README shows."""
     return "\n\n".join((
-        "**One layer on the CPU**, beside the token loop of nested-learning 0.2.0 (same function, same weights):", cpu(run),
-        "**Learning while reading:**", learning(run)))
+        "**One layer on the CPU**, beside the token loop of nested-learning 0.2.0 (same function, same weights):",
+        cpu(run), "**Learning while reading:**", learning(run)))
 
 
 def plots(results: Path, folder: str) -> str:
@@ -190,12 +191,13 @@ def plots(results: Path, folder: str) -> str:
 
 def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     """{block: what makes its text}; a block whose file is not there says so."""
-    run = report.load(results)
+    run = load(results)
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy,
                 "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}
-    absent = lambda name: f"Not measured yet: `python -m benchmarks.bench_{name}` writes `benchmarks/results/{name}.json`."
+    absent = lambda name: (f"Not measured yet: `python -m benchmarks.bench_{name}` writes "
+                           f"`benchmarks/results/{name}.json`.")
     file = {"figures": "cpu", "forgetting": "continual"}  # what is not called as the block
     made = lambda name, make: make(run) if (of := file.get(name, name)) in run else absent(of)
     return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
@@ -241,7 +243,7 @@ def stale(results: Path, documents: Path = ROOT) -> list[tuple[str, str]]:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--check", action="store_true")
-    p.add_argument("--results", type=Path, default=report.RESULTS, metavar="DIR")
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     p.add_argument("--documents", type=Path, default=ROOT, metavar="DIR")
     args = p.parse_args(argv)
     found = stale(args.results, args.documents)

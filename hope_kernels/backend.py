@@ -20,7 +20,7 @@ import torch
 NO_GRADIENT, BY_INPUTS, BY_ALL = "none", "inputs", "all"
 
 
-class Call(NamedTuple):
+class Request(NamedTuple):
     """What a choice depends on. gradient: NO_GRADIENT; BY_INPUTS: fast weights, writes and parameters are
     constants (the inner gradient of a learning model); BY_ALL: training."""
 
@@ -45,8 +45,8 @@ class Entry(NamedTuple):
     """
 
     backend: str
-    load: Callable[[Call], Any]
-    unserved: Callable[[Call], str | None] = lambda call: None
+    load: Callable[[Request], Any]
+    unserved: Callable[[Request], str | None] = lambda request: None
     unavailable: Callable[[], str | None] = lambda: None
     default: bool = False
     serves: tuple[str, ...] = ()
@@ -58,8 +58,8 @@ class Entry(NamedTuple):
         return backend == self.backend or backend in self.serves or "*" in self.serves
 
 
-def choose(op: str, entries: Iterable[Entry], call: Call, backend: str | None = None) -> Any:
-    """The implementation by the first of ``entries`` that serves ``call``, of those for ``backend`` (None: the
+def choose(op: str, entries: Iterable[Entry], request: Request, backend: str | None = None) -> Any:
+    """The implementation by the first of ``entries`` that serves ``request``, of those for ``backend`` (None: the
     best one verified on the device: the Triton and CUDA kernels, which no GPU has run yet, only on request).
 
     Raises ValueError, with the reason, for an unknown backend and for one that cannot serve.
@@ -71,9 +71,9 @@ def choose(op: str, entries: Iterable[Entry], call: Call, backend: str | None = 
         if entry.answers(backend):
             why = entry.unavailable()
             if why is None:
-                why = entry.unserved(call)
+                why = entry.unserved(request)
             if why is None:
-                return entry.load(call)
+                return entry.load(request)
             reason = why
     raise ValueError(
         f"{op}: backend {backend!r} cannot be used: {reason}; the chunked backend serves every configuration"

@@ -119,7 +119,7 @@ class State:
     fingerprint: Checksum | str | None = field(default=None, repr=False, kw_only=True)
 
     # Tensors in the dtype of the layer's input; all others are masters: fp32, or fp64 when the input is fp64.
-    ACTIVATIONS = frozenset()
+    INPUT_DTYPE = frozenset()
     kinds = KINDS
     _users = 0  # calls that read this state now; -1: one that advances it
 
@@ -282,7 +282,7 @@ class State:
         master = None if dtype is None else master_dtype(dtype)
 
         def cast(name: str, value: Any) -> Any:
-            want = dtype if name in self.ACTIVATIONS else master
+            want = dtype if name in self.INPUT_DTYPE else master
 
             def moved(t: Tensor) -> Tensor:
                 return t.to(device=device, dtype=want if t.is_floating_point() else None, copy=True)

@@ -1,10 +1,12 @@
 """How the CUDA C++ kernels become a library: for setup.py, the compile report, benchmarks.gpu and the tests.
-Imports nothing but Python.
+Imports nothing but Python's own modules.
 
-    hope_kernels/_hope_cuda.so   nvcc, for the architectures below, against LibTorch's stable ABI: one library serves PyTorch >= 2.11
-    build/cuda/emulated-*.so     the same sources through a host compiler, for CPU tensors, where kernels are tested without a GPU
+    hope_kernels/_hope_cuda.so   by nvcc, for the architectures below, against LibTorch's stable ABI: one library
+                                 serves PyTorch >= 2.11
+    build/cuda/emulated-*.so     the same sources by a host compiler, for CPU tensors: kernels are tested with it
+                                 where there is no GPU
 
-    python -m tools.build_cuda [ARCHITECTURE ...]      builds the first and says where it lies
+    python -m tools.build_cuda [ARCHITECTURE ...]      builds the first and prints its path
 
 What was built is kept in build/cuda under a hash of the sources, the command and the versions that made it.
 """

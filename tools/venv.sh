@@ -56,7 +56,8 @@ if [ -x .venv/bin/python ] && [ -s .venv/stamp ] && has_torch .venv/bin/python >
 elif site=$(has_torch "$PYTHON"); then
     echo "using the torch in $site"
     create --system-site-packages
-    # PYTHON is itself in a venv: --system-site-packages shows the packages of the Python that venv was made from, not its own.
+    # PYTHON is itself in a venv: --system-site-packages shows the packages of the Python that venv was made from,
+    # not its own.
     has_torch .venv/bin/python >/dev/null ||
         echo "$site" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_venv.pth"
 else

@@ -65,7 +65,7 @@ class Commit {
 
   bool half(int64_t p) const { return C - p * PANEL <= 8; }
 
-  // Rows `own` of A panel p of `in`, to the same rows of `to`.
+  // Rows `own` of A times panel p of `in`, to the same rows of `to`.
   void product(Range own, const float* A, const float* in, int64_t p, float* to) const {
     panel_product(own.begin, own.end, D, A, D, 1, in + p * D * PANEL, half(p),
                   [&](int64_t i, auto& acc) { store_rows(to, i, acc); });

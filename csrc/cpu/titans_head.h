@@ -96,8 +96,8 @@ struct Head {
         by_memory(team.size == 2 && c.update && c.Mf == 3 && big == small), ld(panels(big) * PANEL) {
     gamma = own;
     gain = gamma + (big + 1) * ld;
-    size = gain + M * ld, eta_size = size + ld, eta = eta_size + ld, erase = eta + ld,
-    decay_after = erase + ld;
+    size = gain + M * ld, eta_size = size + ld;
+    eta = eta_size + ld, erase = eta + ld, decay_after = erase + ld;
     x = by_memory && team.id ? w.x_second : w.x;
   }
 

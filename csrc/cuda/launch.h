@@ -11,7 +11,7 @@ enum class Element { kBf16, kFp16 };
 struct Device {
   int capability;    // 80, 86, 90, 100, ..
   int shared_bytes;  // the most dynamic shared memory a block may have
-  int image;         // the architecture that the code which runs there was compiled for, as capability (titans_image); 0: there is none
+  int image;         // the architecture that its code was compiled for, as capability (titans_image); 0: no code
 };
 
 // Of the current device.
@@ -29,7 +29,7 @@ const char* titans_unserved(int D, int N, int C, const Device& device);
 Workspace titans_workspace(const TitansParams& params, int D, const Device& device);
 
 // One call: T tokens of every row are read and written. One token a row goes through the decode kernel, which
-// has the same bits. For what titans_unserved does not refuse. Null, or what CUDA complained of.
+// has the same bits. For what titans_unserved does not refuse. Null, or CUDA's error.
 const char* titans_scan(TitansParams params, int D, Element element, const Device& device, void* stream);
 
 }  // namespace hope

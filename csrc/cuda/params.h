@@ -28,7 +28,7 @@ enum Flag : int {
 struct TitansParams {
   const void* x;              // [B, T, H, D] T
   const void* q;              // [B, T, H, D] T
-  void* o;                    // [B, T, H, D] T, zero behind a row's length (the caller has cleared it)
+  void* o;                    // [B, T, H, D] T, zero past a row's length (the caller has cleared it)
   const void* base2;          // [H, M N, D] T, or null (retain_to == "zero")
   const void* base1;          // [H, Mf, D, N] T, or null
   const void* base1s;         // [H, Ms, N] T, or null

@@ -1,8 +1,8 @@
 // What PyTorch sees of the kernels: three operators through LibTorch's stable ABI (2.11 and later, one
 // library for all of them).
 //
-// Everything a wrong argument could turn into a wrong address is checked here; the launch itself is
-// launch.h's. With HOPE_EMULATED a host compiler builds this file and the kernels for CPU tensors, on the GPU
+// Every argument that could lead to a wrong address is checked here; launch.h declares the launch itself. With
+// HOPE_EMULATED a host compiler builds this file and the kernels for CPU tensors, on the GPU
 // that `emulate` describes (csrc/emulator/).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -25,7 +25,8 @@
 #include "simt.cuh"
 #else
 #include <cuda_runtime.h>
-#pragma weak aoti_torch_get_current_cuda_stream  // so that a PyTorch without CUDA can load the library, and say what it lacks
+// weak, so that a PyTorch without CUDA can load the library, and say what it lacks
+#pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
 namespace {
@@ -55,11 +56,14 @@ struct Expected {
   bool on_cpu;
 
   void operator()(const char* name, const Tensor& t, const Shape& shape, ScalarType type) const {
-    if (shape_of(t) != shape) fail("argument ", name, " has shape ", brackets(shape_of(t)), ", expected ", brackets(shape));
+    if (shape_of(t) != shape)
+      fail("argument ", name, " has shape ", brackets(shape_of(t)), ", expected ", brackets(shape));
     if (t.scalar_type() != type) {
-      fail("argument ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ", torch::headeronly::toString(type));
+      fail("argument ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ",
+           torch::headeronly::toString(type));
     }
-    if (t.is_cpu() != on_cpu || (!on_cpu && t.get_device_index() != device)) fail("argument ", name, " is on another device than x");
+    if (t.is_cpu() != on_cpu || (!on_cpu && t.get_device_index() != device))
+      fail("argument ", name, " is on another device than x");
   }
 };
 
@@ -69,8 +73,8 @@ Tensor aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(own.data_ptr()) % 16 ? torch::stable::clone(own) : own;
 }
 
-// Holds on to the tensors a launch reads or writes until it has begun, and takes what it wrote back to where
-// it belongs.
+// Keeps the tensors that a launch reads or writes alive until it has begun, and copies back what it wrote into
+// copies.
 class Arguments {
  public:
   const void* read(const std::optional<Tensor>& t) { return t ? kept_.emplace_back(aligned(*t)).data_ptr() : nullptr; }
@@ -126,22 +130,27 @@ void* stream_of(int index) {
 }
 #endif
 
-Tensor titans_scan(
-    Tensor x, Tensor q, std::optional<Tensor> base2, std::optional<Tensor> base1, std::optional<Tensor> base1s, Tensor delta2, Tensor delta1,
-    Tensor delta1s, Tensor pending_k, Tensor pending_v, Tensor pending_eta, std::optional<Tensor> pending_alpha, Tensor eta_bias,
-    std::optional<Tensor> alpha_bias, Tensor pos, Tensor lengths, int64_t activation, int64_t flags, double eta_scale, double grad_scale) {
+Tensor titans_scan(Tensor x, Tensor q, std::optional<Tensor> base2, std::optional<Tensor> base1,
+                   std::optional<Tensor> base1s, Tensor delta2, Tensor delta1, Tensor delta1s,
+                   Tensor pending_k, Tensor pending_v, Tensor pending_eta,
+                   std::optional<Tensor> pending_alpha, Tensor eta_bias, std::optional<Tensor> alpha_bias,
+                   Tensor pos, Tensor lengths, int64_t activation, int64_t flags, double eta_scale,
+                   double grad_scale) {
   const ScalarType type = x.scalar_type();
   if (type != ScalarType::BFloat16 && type != ScalarType::Half) {
     fail("argument x has dtype ", torch::headeronly::toString(type), ", expected BFloat16 or Half");
   }
   if (x.dim() != 4) fail("argument x has shape ", brackets(shape_of(x)), ", expected [B, T, H, D]");
   if (delta1.dim() != 5) fail("argument delta1 has shape ", brackets(shape_of(delta1)), ", expected [B, H, 3, D, N]");
-  if (pending_k.dim() != 4) fail("argument pending_k has shape ", brackets(shape_of(pending_k)), ", expected [B, C, H, D]");
-  if (activation < hope::kGeluTanh || activation > hope::kSilu) fail("argument activation is ", activation, ", expected 0, 1 or 2");
+  if (pending_k.dim() != 4)
+    fail("argument pending_k has shape ", brackets(shape_of(pending_k)), ", expected [B, C, H, D]");
+  if (activation < hope::kGeluTanh || activation > hope::kSilu)
+    fail("argument activation is ", activation, ", expected 0, 1 or 2");
   if (flags < 0 || flags >= 2 * hope::kFloatBias) fail("argument flags is ", flags, ", which no configuration has");
   const int64_t B = x.size(0), T = x.size(1), H = x.size(2), D = x.size(3), N = delta1.size(4), C = pending_k.size(1);
   const int64_t Ms = flags & hope::kRetention ? 2 : 1, M = 3 + Ms;
-  if (std::max({D, N, C}) > 65536 || B * H > INT_MAX / 8) fail("rows, heads or widths of x, delta1 or pending_k are too many");
+  if (std::max({D, N, C}) > 65536 || B * H > INT_MAX / 8)
+    fail("rows, heads or widths of x, delta1 or pending_k are too many");
   const bool emulated = x.is_cpu();
 #ifndef HOPE_EMULATED
   const int index = x.get_device_index();
@@ -151,13 +160,15 @@ Tensor titans_scan(
 #endif
   const hope::Device device = device_of(index);
   if (const char* reason = hope::titans_unserved(D, N, C, device)) {
-    fail("heads of width ", D, " with ", N, " hidden units and chunks of ", C, " tokens (as x, delta1 and pending_k have them): ", reason);
+    fail("heads of width ", D, " with ", N, " hidden units and chunks of ", C,
+         " tokens (as x, delta1 and pending_k have them): ", reason);
   }
 
   const Expected expect{index, emulated};
   const ScalarType bias = flags & hope::kFloatBias ? ScalarType::Float : type;
   auto given = [](const char* name, const std::optional<Tensor>& t, bool wanted) {
-    if (t.has_value() != wanted) fail("argument ", name, wanted ? " is missing" : " is given, but what belongs to it is not");
+    if (t.has_value() != wanted)
+      fail("argument ", name, wanted ? " is missing" : " is given, but what belongs to it is not");
     return wanted;
   };
   expect("q", q, {B, T, H, D}, type);
@@ -171,7 +182,8 @@ Tensor titans_scan(
   expect("pending_k", pending_k, {B, C, H, D}, type);
   expect("pending_v", pending_v, {B, C, H, D}, type);
   expect("pending_eta", pending_eta, {B, C, H}, ScalarType::Float);
-  if (given("pending_alpha", pending_alpha, Ms == 2)) expect("pending_alpha", *pending_alpha, {B, C, H}, ScalarType::Float);
+  if (given("pending_alpha", pending_alpha, Ms == 2))
+    expect("pending_alpha", *pending_alpha, {B, C, H}, ScalarType::Float);
   expect("eta_bias", eta_bias, {H}, bias);
   if (given("alpha_bias", alpha_bias, Ms == 2)) expect("alpha_bias", *alpha_bias, {H}, bias);
   expect("pos", pos, {B}, ScalarType::Long);
@@ -184,17 +196,21 @@ Tensor titans_scan(
   TitansParams params{};
   params.x = use.read(x), params.q = use.read(q), params.o = o.data_ptr();
   params.base2 = use.read(base2), params.base1 = use.read(base1), params.base1s = use.read(base1s);
-  params.delta2 = use.written<float>(delta2), params.delta1 = use.written<float>(delta1), params.delta1s = use.written<float>(delta1s);
+  params.delta2 = use.written<float>(delta2), params.delta1 = use.written<float>(delta1);
+  params.delta1s = use.written<float>(delta1s);
   params.pending_k = use.written<void>(pending_k), params.pending_v = use.written<void>(pending_v);
   params.pending_eta = use.written<float>(pending_eta), params.pending_alpha = use.written<float>(pending_alpha);
   params.eta_bias = use.read(eta_bias), params.alpha_bias = use.read(alpha_bias);
-  params.pos = static_cast<const int64_t*>(use.read(pos)), params.lengths = static_cast<const int64_t*>(use.read(lengths));
+  params.pos = static_cast<const int64_t*>(use.read(pos));
+  params.lengths = static_cast<const int64_t*>(use.read(lengths));
   params.T = T, params.B = B, params.H = H, params.N = N, params.C = C;
   params.activation = activation, params.flags = flags, params.eta_scale = eta_scale, params.grad_scale = grad_scale;
   const hope::Workspace work = hope::titans_workspace(params, D, device);
   const Shape bytes = {std::max<int64_t>(work.scratch_bytes, 1)}, counters = {std::max<int64_t>(work.arrivals, 1)};
-  Tensor scratch = torch::stable::new_empty(x, bytes, ScalarType::Byte), arrivals = torch::stable::new_empty(x, counters, ScalarType::Int);
-  params.scratch = static_cast<unsigned char*>(scratch.data_ptr()), params.arrivals = static_cast<unsigned int*>(arrivals.data_ptr());
+  Tensor scratch = torch::stable::new_empty(x, bytes, ScalarType::Byte);
+  Tensor arrivals = torch::stable::new_empty(x, counters, ScalarType::Int);
+  params.scratch = static_cast<unsigned char*>(scratch.data_ptr());
+  params.arrivals = static_cast<unsigned int*>(arrivals.data_ptr());
   const hope::Element element = type == ScalarType::Half ? hope::Element::kFp16 : hope::Element::kBf16;
   if (const char* error = hope::titans_scan(params, D, element, device, stream_of(index))) fail(error);
   use.take_back();
@@ -220,9 +236,10 @@ void emulate(int64_t capability, int64_t shared_bytes, int64_t image, int64_t se
 
 STABLE_TORCH_LIBRARY(hope_kernels_cuda, m) {
   m.def(
-      "titans_scan(Tensor x, Tensor q, Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, Tensor(b!) delta1, "
-      "Tensor(c!) delta1s, Tensor(d!) pending_k, Tensor(e!) pending_v, Tensor(f!) pending_eta, Tensor(g!)? pending_alpha, Tensor eta_bias, "
-      "Tensor? alpha_bias, Tensor pos, Tensor lengths, int activation, int flags, float eta_scale, float grad_scale) -> Tensor");
+      "titans_scan(Tensor x, Tensor q, Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, "
+      "Tensor(b!) delta1, Tensor(c!) delta1s, Tensor(d!) pending_k, Tensor(e!) pending_v, "
+      "Tensor(f!) pending_eta, Tensor(g!)? pending_alpha, Tensor eta_bias, Tensor? alpha_bias, Tensor pos, "
+      "Tensor lengths, int activation, int flags, float eta_scale, float grad_scale) -> Tensor");
   m.def("unserved(int D, int N, int C, int device) -> str");
   m.def("build() -> str");
 #ifdef HOPE_EMULATED

@@ -30,10 +30,11 @@ struct alignas(16) Word4 { uint32_t x, y, z, w; };
 #define HOPE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 namespace hope {
 
-// --- who am I -------------------------------------------------------------------------------------------------------------------------
+// --- who am I ----------------------------------------------------------------------------------------------
 HOPE_DEVICE int thread_index() { return threadIdx.x; }
 HOPE_DEVICE int lane_index() { return threadIdx.x & 31; }
-HOPE_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }  // the compiler learns that a warp agrees on it
+// The shuffle tells the compiler that a warp agrees on it.
+HOPE_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }
 HOPE_DEVICE int block_index() { return blockIdx.x; }
 HOPE_DEVICE unsigned char* shared_memory() {  // the block's dynamic shared memory, aligned to 128 bytes
   extern __shared__ __align__(128) unsigned char hope_shared[];
@@ -48,13 +49,13 @@ HOPE_DEVICE int thread_index_again() {
   return t;
 }
 
-// --- barriers -------------------------------------------------------------------------------------------------------------------------
+// --- barriers ----------------------------------------------------------------------------------------------
 HOPE_DEVICE void sync_block() { __syncthreads(); }
 HOPE_DEVICE void sync_warp() { __syncwarp(); }
 // Named barrier of `threads` threads, whole warps; id 1..15 (0 is sync_block's).
 HOPE_DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// --- exchange within a warp; all 32 lanes call ----------------------------------------------------------------------------------------
+// --- exchange within a warp; all 32 lanes call -------------------------------------------------------------
 HOPE_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 HOPE_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 // 8 x 8 numbers of 16 bits, lane l holding (row l / 4, columns 2 (l % 4) and + 1): the transposed matrix,
@@ -65,8 +66,9 @@ HOPE_DEVICE uint32_t transpose8x8(uint32_t v) {
   return r;
 }
 
-// --- memory ---------------------------------------------------------------------------------------------------------------------------
-// Shared memory that other threads see is read and written through these two (V of 2, 4, 8 or 16 bytes, aligned to its size).
+// --- memory ------------------------------------------------------------------------------------------------
+// Shared memory that other threads see is read and written through these two (V of 2, 4, 8 or 16 bytes, aligned
+// to its size).
 template <class V> HOPE_DEVICE V load_shared(const V* p) { return *p; }
 template <class V> HOPE_DEVICE void store_shared(V* p, V v) { *p = v; }
 // Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l gives the address of row l % 8 (16 bytes)
@@ -82,8 +84,8 @@ HOPE_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
 }
-// 4 bytes from global to shared memory behind the thread's back; zeros if not `valid` (then src is not read).
-// They are there, for this thread, after wait_copies(), and for others after a barrier behind that.
+// Copies 4 bytes from global to shared memory while the thread goes on; zeros if not `valid` (then src is not
+// read). They are there, for this thread, after wait_copies(), and for others after a barrier that follows it.
 HOPE_DEVICE void copy_async4(void* shared, const void* src, bool valid) {
   uint32_t a = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   int bytes = valid ? 4 : 0;
@@ -91,7 +93,7 @@ HOPE_DEVICE void copy_async4(void* shared, const void* src, bool valid) {
 }
 HOPE_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// --- between blocks, through global memory --------------------------------------------------------------------------------------------
+// --- between blocks, through global memory -----------------------------------------------------------------
 HOPE_DEVICE unsigned int fetch_add_release(unsigned int* p, unsigned int v) {  // also acquires
   unsigned int old;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
@@ -112,7 +114,7 @@ HOPE_DEVICE Float4 load_fresh(const Float4* p) {
   return {v.x, v.y, v.z, v.w};
 }
 
-// --- clusters (compute capability 9.0 and up) -----------------------------------------------------------------------------------------
+// --- clusters (compute capability 9.0 and up) --------------------------------------------------------------
 // Only in code for 9.0 and up: a kernel that may not be there asks with `if constexpr`.
 // v to the place that `p` has in this block's shared memory, in block `rank` of the cluster.
 HOPE_DEVICE void store_remote(uint32_t* p, int rank, uint32_t v) {
@@ -120,11 +122,11 @@ HOPE_DEVICE void store_remote(uint32_t* p, int rank, uint32_t v) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(a), "r"(rank));
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(v) : "memory");
 }
-// A barrier of all threads of a cluster in two halves: what was written before arriving is seen behind waiting.
+// A barrier of all threads of a cluster in two halves: what was written before arriving is seen after waiting.
 HOPE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 HOPE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// --- numbers --------------------------------------------------------------------------------------------------------------------------
+// --- numbers -----------------------------------------------------------------------------------------------
 // Two floats rounded to T (to nearest, ties to even), lo in the lower half of the word; and back.
 template <class T> HOPE_DEVICE uint32_t pack2(float lo, float hi);
 template <> HOPE_DEVICE uint32_t pack2<bf16>(float lo, float hi) {
@@ -138,10 +140,15 @@ template <> HOPE_DEVICE uint32_t pack2<fp16>(float lo, float hi) {
   return r;
 }
 template <class T> HOPE_DEVICE Float2 unpack2(uint32_t w);
-template <> HOPE_DEVICE Float2 unpack2<bf16>(uint32_t w) { return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u)}; }
+template <>
+HOPE_DEVICE Float2 unpack2<bf16>(uint32_t w) {
+  return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u)};
+}
 template <> HOPE_DEVICE Float2 unpack2<fp16>(uint32_t w) {
   Float2 r;
-  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}" : "=f"(r.x), "=f"(r.y) : "r"(w));
+  asm("{.reg .f16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
+      : "=f"(r.x), "=f"(r.y)
+      : "r"(w));
   return r;
 }
 HOPE_DEVICE float tanh_fast(float x) {  // relative error 2^-11
@@ -159,18 +166,22 @@ HOPE_DEVICE float sqrt_(float x) {
 HOPE_DEVICE float divide(float a, float b) { return __fdividef(a, b); }
 HOPE_DEVICE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 
-// --- tensor cores ---------------------------------------------------------------------------------------------------------------------
+// --- tensor cores ------------------------------------------------------------------------------------------
 // c[16 x 8] += a[16 x 16] b[16 x 8], operands of T, sums in fp32. With g = lane / 4, t = lane % 4:
 //   a[0]: (row g, columns 2t, 2t+1)   a[1]: row g + 8   a[2]: row g, columns + 8   a[3]: row g + 8, columns + 8
 //   b0: (rows 2t, 2t+1; column g)     b1: rows + 8      c: (row g, columns 2t, 2t+1), then row g + 8
 template <class T> HOPE_DEVICE void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <> HOPE_DEVICE void mma<bf16>(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <> HOPE_DEVICE void mma<fp16>(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 }  // namespace hope

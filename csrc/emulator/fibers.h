@@ -34,7 +34,8 @@ class Stacks {
       unsigned char* p = free_.back();
       free_.pop_back();
 #ifdef __SANITIZE_ADDRESS__
-      __asan_unpoison_memory_region(p + kGuardBytes, kStackBytes - kGuardBytes);  // frames of a thread that never left them
+      // frames of a thread that never left them
+      __asan_unpoison_memory_region(p + kGuardBytes, kStackBytes - kGuardBytes);
 #endif
       return p;
     }
@@ -80,7 +81,8 @@ hope_emulator_switch:
 .size hope_emulator_switch, . - hope_emulator_switch
 .popsection
 )");
-constexpr int kSavedWords = 8, kEntryWord = 6;  // six registers, where to go on, and a null return address for the entry
+// six registers, where to go on, and a null return address for the entry
+constexpr int kSavedWords = 8, kEntryWord = 6;
 #else
 asm(R"(
 .pushsection .text

@@ -20,8 +20,11 @@
 namespace hope::emulator {
 
 struct Options {
-  unsigned seed = 0;  // 0: threads take turns; else they run in a random order of this seed, and may be interrupted at shared memory
-  int resident = 8;   // blocks at work at a time; others start, in order of their index, as clusters end. At least one cluster.
+  // 0: threads take turns; else they run in a random order of this seed, and may be interrupted where they access
+  // shared memory
+  unsigned seed = 0;
+  // Blocks at work at a time, at least one cluster; others start, in order of their index, as clusters end.
+  int resident = 8;
   bool races = true;  // report accesses to shared memory that nothing orders
 };
 
@@ -102,7 +105,9 @@ struct Cluster {
   }
 };
 
-inline std::string name_of(const Warp& w) { return "block " + std::to_string(w.block->index) + " warp " + std::to_string(w.index); }
+inline std::string name_of(const Warp& w) {
+  return "block " + std::to_string(w.block->index) + " warp " + std::to_string(w.index);
+}
 inline std::string name_of(const Thread& t) { return name_of(*t.warp) + " lane " + std::to_string(t.lane); }
 
 class Grid {
@@ -115,17 +120,22 @@ class Grid {
   Warp& warp() { return *now->warp; }
   Block& block() { return *now->warp->block; }
 
-  [[noreturn]] void fail(const std::string& what) { throw std::runtime_error(now ? name_of(*now) + ": " + what : what); }
+  [[noreturn]] void fail(const std::string& what) {
+    throw std::runtime_error(now ? name_of(*now) + ": " + what : what);
+  }
 
   // All 32 lanes deposit `arguments`; the last to arrive calls work(warp), and all go on if that says so;
   // else when the warp is released.
   template <class Work> void gather(const char* kind, void* arguments, Place place, Work work) {
     Warp& w = warp();
-    if (w.ended) fail(std::string(kind) + " at " + place.text() + ", but " + std::to_string(w.ended) + " lanes of its warp have ended");
+    if (w.ended)
+      fail(std::string(kind) + " at " + place.text() + ", but " + std::to_string(w.ended) +
+           " lanes of its warp have ended");
     if (!w.present) {
       w.kind = kind, w.place = place;
     } else if (w.kind != kind || w.place.line != place.line) {
-      fail(std::string(kind) + " at " + place.text() + ", but other lanes of its warp wait at " + w.kind + " at " + w.place.text());
+      fail(std::string(kind) + " at " + place.text() + ", but other lanes of its warp wait at " + w.kind +
+           " at " + w.place.text());
     }
     w.arguments[now->lane] = arguments;
     w.present |= 1u << now->lane;
@@ -152,16 +162,19 @@ class Grid {
     gather(kind, arguments, place, [this, kind](Warp& w) {
       const int* first = static_cast<const int*>(w.arguments[0]);
       for (void* a : w.arguments)
-        if (std::memcmp(a, first, sizeof(int[2]))) fail(std::string(kind) + ": the lanes of a warp name different barriers or counts");
+        if (std::memcmp(a, first, sizeof(int[2])))
+          fail(std::string(kind) + ": the lanes of a warp name different barriers or counts");
       const int barrier_id = first[0], threads_of_it = first[1];
-      if (barrier_id < 0 || barrier_id > 15 || (barrier_id && (threads_of_it <= 0 || threads_of_it % 32 || threads_of_it > threads)))
+      if (barrier_id < 0 || barrier_id > 15 ||
+          (barrier_id && (threads_of_it <= 0 || threads_of_it % 32 || threads_of_it > threads)))
         fail(std::string(kind) + "(" + std::to_string(barrier_id) + ", " + std::to_string(threads_of_it) +
              "): ids are 1 .. 15, counts whole warps of the block");
       Barrier& b = w.block->barriers[barrier_id];
       const int needed = barrier_id ? threads_of_it / 32 : w.block->live;
       if (barrier_id && b.arrived && b.needed != needed)
-        fail(std::string(kind) + "(" + std::to_string(barrier_id) + ", " + std::to_string(threads_of_it) + ") at " + w.place.text() +
-             ", but " + name_of(*b.waiting[0]) + " waits at the same barrier for " + std::to_string(32 * b.needed) + " threads at " +
+        fail(std::string(kind) + "(" + std::to_string(barrier_id) + ", " + std::to_string(threads_of_it) +
+             ") at " + w.place.text() + ", but " + name_of(*b.waiting[0]) +
+             " waits at the same barrier for " + std::to_string(32 * b.needed) + " threads at " +
              b.waiting[0]->place.text());
       b.needed = needed;
       arrive(b, w);
@@ -172,7 +185,7 @@ class Grid {
   }
 
   // A phase of a cluster's barrier is over when every warp that has not ended has arrived. Phases alternate
-  // between two barriers: whoever arrives at the next but one knows that all have waited for this one.
+  // between two barriers: a warp that arrives at the next but one knows that all have waited for this one.
   void cluster_arrive(Place place) {
     gather("cluster_arrive", nullptr, place, [this](Warp& w) {
       if (w.cluster_arrived) fail("cluster_arrive at " + w.place.text() + ", twice without cluster_wait");
@@ -212,20 +225,21 @@ class Grid {
 
   void progress() { idle_ = 0; }
 
-  // Seldom, and only in a random order: somebody else's turn.
+  // In a random order only, now and then: another thread's turn.
   void interrupt() {
     if (!random_) return;
     if (!now->copies.empty() && draw() % 4 == 0) copy_one(draw() % now->copies.size());
     if (draw() % 32 == 0) yield();
   }
 
-  // --- shared memory ----------------------------------------------------------------------------------------------------------------
+  // --- shared memory ---------------------------------------------------------------------------------------
   size_t offset(const void* p, size_t bytes, size_t alignment, const char* kind, Place place) {
     const Block& b = block();
     const size_t o = static_cast<const unsigned char*>(p) - b.shared.get();
     if (o > b.shared_bytes || bytes > b.shared_bytes - o)
-      fail(std::string(kind) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(static_cast<int64_t>(o)) +
-           " of the block's " + std::to_string(b.shared_bytes) + " bytes of shared memory, at " + place.text());
+      fail(std::string(kind) + " of " + std::to_string(bytes) + " bytes at byte " +
+           std::to_string(static_cast<int64_t>(o)) + " of the block's " + std::to_string(b.shared_bytes) +
+           " bytes of shared memory, at " + place.text());
     if (o % alignment)
       fail(std::string(kind) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(o) +
            " of shared memory, which is misaligned, at " + place.text());
@@ -241,17 +255,21 @@ class Grid {
   void write(Block& owner, size_t at, size_t bytes, const char* kind, Place place, bool pending = false) {
     if (!races_) return;
     Conflict c;
-    if (!owner.shadow->write(at, bytes, accessor(*now), pending ? kPending : now->clock, place, c)) race(*now, owner, c, kind, place);
+    if (!owner.shadow->write(at, bytes, accessor(*now), pending ? kPending : now->clock, place, c))
+      race(*now, owner, c, kind, place);
   }
 
   void store_remote(uint32_t* p, int rank, uint32_t v, Place place) {
     const size_t at = offset(p, 4, 4, "store_remote", place);
     Cluster& c = *block().cluster;
-    if (rank < 0 || rank >= cluster) fail("store_remote to block " + std::to_string(rank) + " of a cluster of " + std::to_string(cluster));
+    if (rank < 0 || rank >= cluster)
+      fail("store_remote to block " + std::to_string(rank) + " of a cluster of " + std::to_string(cluster));
     Block& there = *c.blocks[rank];
     if (&there != &block() && !warp().cluster_phase)
       fail("store_remote at " + place.text() + " before a cluster barrier: the other block may not have started");
-    if (!there.live) fail("store_remote at " + place.text() + " to block " + std::to_string(there.index) + ", which has ended");
+    if (!there.live)
+      fail("store_remote at " + place.text() + " to block " + std::to_string(there.index) +
+           ", which has ended");
     write(there, at, 4, "store_remote", place);
     if (&there != &block()) there.remote[number(*now)] = now->clock;
     std::memcpy(there.shared.get() + at, &v, 4);
@@ -260,7 +278,8 @@ class Grid {
 
   void copy_async(void* p, const void* source, bool valid, Place place) {
     const size_t at = offset(p, 4, 4, "copy_async4", place);
-    if (valid && reinterpret_cast<uintptr_t>(source) % 4) fail("copy_async4 from a misaligned address, at " + place.text());
+    if (valid && reinterpret_cast<uintptr_t>(source) % 4)
+      fail("copy_async4 from a misaligned address, at " + place.text());
     write(block(), at, 4, "copy_async4", place, true);
     now->copies.push_back({static_cast<uint32_t*>(p), valid ? static_cast<const uint32_t*>(source) : nullptr});
     now->copied.push_back(at);
@@ -274,7 +293,7 @@ class Grid {
     now->copied.clear();
   }
 
-  // --- releases and acquires through global memory -------------------------------------------------------------------------------------
+  // --- releases and acquires through global memory ---------------------------------------------------------
   void acquire(const void* p) {
     if (!races_) return;
     auto it = locations_.find({p, block().cluster->index});
@@ -316,8 +335,9 @@ class Grid {
 
   [[noreturn]] void race(const Thread& t, const Block& owner, const Conflict& c, const char* kind, Place place) {
     const Thread& other = block().cluster->warp(c.thread / 32)->lanes[c.thread % 32];
-    throw std::runtime_error("race on byte " + std::to_string(c.offset) + " of the shared memory of block " + std::to_string(owner.index) +
-                             ": " + kind + " by " + name_of(t) + " at " + place.text() + " and " + c.kind + " by " + name_of(other) +
+    throw std::runtime_error("race on byte " + std::to_string(c.offset) + " of the shared memory of block " +
+                             std::to_string(owner.index) + ": " + kind + " by " + name_of(t) + " at " +
+                             place.text() + " and " + c.kind + " by " + name_of(other) +
                              (c.place.file ? " at " + c.place.text() : ""));
   }
 
@@ -329,7 +349,7 @@ class Grid {
     copies.pop_back();
   }
 
-  // --- who runs next -------------------------------------------------------------------------------------------------------------------
+  // --- who runs next ---------------------------------------------------------------------------------------
   void ready(Thread* t) { ready_.push_back(t); }
 
   void resume(Warp& w) {  // all but the running thread
@@ -360,7 +380,7 @@ class Grid {
     wait();
   }
 
-  void wait() {  // until somebody makes this thread ready
+  void wait() {  // until another thread makes this one ready
     Thread* me = now;
     Thread* t = next();
     if (!t) fail("deadlock: no thread can run. Waiting:\n" + waiting());
@@ -369,7 +389,7 @@ class Grid {
     me->fiber.switch_to(t->fiber);
   }
 
-  // --- barriers ------------------------------------------------------------------------------------------------------------------------
+  // --- barriers --------------------------------------------------------------------------------------------
   void meet(Warp& w) {  // the lanes learn of each other
     if (!races_) return;
     uint32_t clock = 0;
@@ -410,7 +430,7 @@ class Grid {
     progress();
   }
 
-  // --- beginnings and ends -------------------------------------------------------------------------------------------------------------
+  // --- beginnings and ends ---------------------------------------------------------------------------------
   void start_cluster(int index, size_t shared_bytes);
   void end_cluster();
   void end_thread();
@@ -430,11 +450,12 @@ inline std::string Grid::waiting() const {
       for (const auto& w : b->warps) {
         std::string at;
         if (w->waits)
-          at = " at " + std::string(w->kind) + " " + w->place.text() + " (" + std::to_string(w->waits->arrived) + " of " +
-               std::to_string(w->waits->needed) + " warps have arrived)";
+          at = " at " + std::string(w->kind) + " " + w->place.text() + " (" +
+               std::to_string(w->waits->arrived) + " of " + std::to_string(w->waits->needed) +
+               " warps have arrived)";
         else if (w->present)
-          at = " at " + std::string(w->kind) + " " + w->place.text() + " (" + std::to_string(__builtin_popcount(w->present)) +
-               " of 32 lanes have arrived)";
+          at = " at " + std::string(w->kind) + " " + w->place.text() + " (" +
+               std::to_string(__builtin_popcount(w->present)) + " of 32 lanes have arrived)";
         for (const Thread& t : w->lanes)
           if (t.paused.file) {
             at += " lane " + std::to_string(t.lane) + " pauses at " + t.paused.text();
@@ -505,14 +526,15 @@ inline void Grid::end_thread() {
   if (!c.live) finished_ = &c;
 }
 
-// A store from another block must be known of before the memory goes away.
+// The block must know of every store from another one before its memory goes away.
 inline void Grid::end_block(Block& b) {
   if (!races_) return;
   for (const auto& [thread, stamp] : b.remote) {
     bool known = false;
     for (const auto& w : b.warps) known = known || w->knows.of(thread, stamp);
     if (!known)
-      throw std::runtime_error("race: block " + std::to_string(b.index) + " ends without a barrier behind a store_remote to it by " +
+      throw std::runtime_error("race: block " + std::to_string(b.index) +
+                               " ends without a barrier after a store_remote to it by " +
                                name_of(b.cluster->warp(thread / 32)->lanes[thread % 32]));
   }
 }
@@ -529,7 +551,7 @@ inline void Grid::entry() {
   Thread* t = g.failure_ || g.finished_ ? nullptr : g.next();
   g.now = t;
   me->fiber.switch_to(t ? t->fiber : g.host_);
-  std::abort();  // nobody comes back to a thread that has ended
+  std::abort();  // a thread that has ended does not run again
 }
 
 inline void Grid::forget() {
@@ -559,10 +581,13 @@ inline void Grid::end_cluster() {
   finished_ = nullptr;
 }
 
-inline void Grid::run(int blocks, int threads_, int cluster_, size_t shared_bytes, const std::function<void()>& kernel) {
+inline void Grid::run(int blocks, int threads_, int cluster_, size_t shared_bytes,
+                      const std::function<void()>& kernel) {
   const Options& o = options();
-  if (blocks < 0 || cluster_ < 1 || blocks % cluster_) throw std::invalid_argument("launch: the grid must be whole clusters");
-  if (threads_ < 32 || threads_ > 1024 || threads_ % 32) throw std::invalid_argument("launch: a block is 1 .. 32 whole warps");
+  if (blocks < 0 || cluster_ < 1 || blocks % cluster_)
+    throw std::invalid_argument("launch: the grid must be whole clusters");
+  if (threads_ < 32 || threads_ > 1024 || threads_ % 32)
+    throw std::invalid_argument("launch: a block is 1 .. 32 whole warps");
   if (o.resident < cluster_) throw std::invalid_argument("launch: fewer resident blocks than a cluster has");
   if (kernel_) throw std::logic_error("launch inside a kernel");
   threads = threads_, cluster = cluster_;

@@ -34,8 +34,8 @@ inline uint32_t fp16_of(float x) {
   }
   const uint32_t exponent = a >> 23;  // subnormal: a multiple of 2^-24
   if (exponent < 102) return sign;    // below 2^-25
-  const uint32_t shift = 126 - exponent, m = (a & 0x7fffffu) | 0x800000u, low = m & ((1u << shift) - 1), half = 1u << (shift - 1);
-  const uint32_t whole = m >> shift;
+  const uint32_t shift = 126 - exponent, m = (a & 0x7fffffu) | 0x800000u;
+  const uint32_t whole = m >> shift, low = m & ((1u << shift) - 1), half = 1u << (shift - 1);
   return sign | (whole + (low > half || (low == half && (whole & 1))));
 }
 

@@ -74,7 +74,7 @@ struct Conflict {
   Place place;  // of the earlier access; no file if it was a read
 };
 
-constexpr uint32_t kPending = 0xffffffffu;  // stamp of a copy under way: known to nobody, not even its thread
+constexpr uint32_t kPending = 0xffffffffu;  // stamp of a copy under way: no thread knows it, not even its own
 
 class Shadow {
  public:
@@ -95,8 +95,9 @@ class Shadow {
       }
       h.readers |= 1u << warp;
       Reads& r = reads[i];
-      // Older reads of the same warp that this one knows of are behind whatever comes behind this one.
-      r.lanes = r.stamp >= who.warp->warps[who.thread / 32] ? r.lanes | 1u << (who.thread & 31) : 1u << (who.thread & 31);
+      // Reads of the same warp that this one knows of are ordered before all that this one is ordered before.
+      r.lanes = r.stamp >= who.warp->warps[who.thread / 32] ? r.lanes | 1u << (who.thread & 31)
+                                                            : 1u << (who.thread & 31);
       r.stamp = std::max(r.stamp, who.clock);
     }
     return true;
@@ -144,8 +145,9 @@ class Shadow {
     uint32_t stamp, lanes;
   };
   static bool fail(Conflict& conflict, size_t i, const Head& h) {
-    conflict = {2 * i, h.thread, h.stamp == kPending ? "asynchronous copy not waited for" : h.copy ? "asynchronous copy" : "write",
-                {h.file, h.line}};
+    const char* kind = h.copy ? "asynchronous copy" : "write";
+    if (h.stamp == kPending) kind = "asynchronous copy not waited for";
+    conflict = {2 * i, h.thread, kind, {h.file, h.line}};
     return false;
   }
 

@@ -7,7 +7,7 @@
 // which throws std::runtime_error on a race, a deadlock, an address outside shared memory or lanes that go
 // different ways.
 //
-// The kernels' functions take where they were called from as two further arguments nobody writes.
+// The functions take the place they were called from as two more arguments, which callers leave out.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,7 +22,7 @@
 
 namespace hope {
 
-// --- who am I -------------------------------------------------------------------------------------------------------------------------
+// --- who am I ----------------------------------------------------------------------------------------------
 inline int thread_index() { return emulator::grid.warp().index * 32 + emulator::grid.now->lane; }
 inline int lane_index() { return emulator::grid.now->lane; }
 inline int warp_index() { return emulator::grid.warp().index; }
@@ -32,7 +32,7 @@ inline unsigned char* shared_memory() { return emulator::grid.block().shared.get
 inline void trap() { emulator::grid.fail("trap"); }
 inline int thread_index_again() { return thread_index(); }
 
-// --- barriers -------------------------------------------------------------------------------------------------------------------------
+// --- barriers ----------------------------------------------------------------------------------------------
 inline void sync_block(HOPE_FROM) { emulator::grid.sync(0, 0, "sync_block", {file, line}); }
 inline void sync_warp(HOPE_FROM) { emulator::grid.sync_warp({file, line}); }
 inline void sync_some(int id, int threads, HOPE_FROM) {
@@ -40,7 +40,7 @@ inline void sync_some(int id, int threads, HOPE_FROM) {
   emulator::grid.sync(id, threads, "sync_some", {file, line});
 }
 
-// --- exchange within a warp -----------------------------------------------------------------------------------------------------------
+// --- exchange within a warp --------------------------------------------------------------------------------
 namespace emulator {
 
 struct Exchange {
@@ -79,7 +79,8 @@ inline void load_matrices(uint32_t* r, const void* row, bool transposed, const c
   grid.gather(kind, &mine, place, [transposed](Warp& w) {
     uint32_t words[4][32];
     for (int i = 0; i < 4; ++i)
-      for (int row = 0; row < 8; ++row) std::memcpy(&words[i][4 * row], static_cast<Matrices*>(w.arguments[8 * i + row])->row, 16);
+      for (int row = 0; row < 8; ++row)
+        std::memcpy(&words[i][4 * row], static_cast<Matrices*>(w.arguments[8 * i + row])->row, 16);
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 4; ++i)
         static_cast<Matrices*>(w.arguments[lane])->r[i] =
@@ -99,13 +100,14 @@ inline uint32_t transpose8x8(uint32_t v, HOPE_FROM) {
   uint32_t words[2] = {v, 0};
   emulator::grid.gather("transpose8x8", words, {file, line}, [](emulator::Warp& w) {
     auto word = [&](int l) { return static_cast<uint32_t*>(w.arguments[l])[0]; };
-    for (int lane = 0; lane < 32; ++lane) static_cast<uint32_t*>(w.arguments[lane])[1] = emulator::transposed_word(lane, word);
+    for (int lane = 0; lane < 32; ++lane)
+      static_cast<uint32_t*>(w.arguments[lane])[1] = emulator::transposed_word(lane, word);
     return true;
   });
   return words[1];
 }
 
-// --- memory ---------------------------------------------------------------------------------------------------------------------------
+// --- memory ------------------------------------------------------------------------------------------------
 template <class V> V load_shared(const V* p, HOPE_FROM) {
   static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
   emulator::grid.interrupt();
@@ -134,7 +136,7 @@ inline void copy_async4(void* shared, const void* src, bool valid, HOPE_FROM) {
 }
 inline void wait_copies() { emulator::grid.wait_copies(); }
 
-// --- between blocks, through global memory --------------------------------------------------------------------------------------------
+// --- between blocks, through global memory -----------------------------------------------------------------
 inline unsigned int fetch_add_release(unsigned int* p, unsigned int v) {
   emulator::grid.interrupt();
   emulator::grid.acquire(p);
@@ -156,19 +158,33 @@ template <class V> V load_fresh(const V* p) {
   return *p;
 }
 
-// --- clusters -------------------------------------------------------------------------------------------------------------------------
+// --- clusters ----------------------------------------------------------------------------------------------
 inline int cluster_rank() { return emulator::grid.block().rank; }
-inline void store_remote(uint32_t* p, int rank, uint32_t v, HOPE_FROM) { emulator::grid.store_remote(p, rank, v, {file, line}); }
+inline void store_remote(uint32_t* p, int rank, uint32_t v, HOPE_FROM) {
+  emulator::grid.store_remote(p, rank, v, {file, line});
+}
 inline void cluster_arrive(HOPE_FROM) { emulator::grid.cluster_arrive({file, line}); }
 inline void cluster_wait(HOPE_FROM) { emulator::grid.cluster_wait({file, line}); }
 
-// --- numbers --------------------------------------------------------------------------------------------------------------------------
+// --- numbers -----------------------------------------------------------------------------------------------
 template <class T> uint32_t pack2(float lo, float hi);
-template <> inline uint32_t pack2<bf16>(float lo, float hi) { return emulator::bf16_of(lo) | emulator::bf16_of(hi) << 16; }
-template <> inline uint32_t pack2<fp16>(float lo, float hi) { return emulator::fp16_of(lo) | emulator::fp16_of(hi) << 16; }
+template <>
+inline uint32_t pack2<bf16>(float lo, float hi) {
+  return emulator::bf16_of(lo) | emulator::bf16_of(hi) << 16;
+}
+template <>
+inline uint32_t pack2<fp16>(float lo, float hi) {
+  return emulator::fp16_of(lo) | emulator::fp16_of(hi) << 16;
+}
 template <class T> Float2 unpack2(uint32_t w);
-template <> inline Float2 unpack2<bf16>(uint32_t w) { return {emulator::bf16_value(w & 0xffffu), emulator::bf16_value(w >> 16)}; }
-template <> inline Float2 unpack2<fp16>(uint32_t w) { return {emulator::fp16_value(w & 0xffffu), emulator::fp16_value(w >> 16)}; }
+template <>
+inline Float2 unpack2<bf16>(uint32_t w) {
+  return {emulator::bf16_value(w & 0xffffu), emulator::bf16_value(w >> 16)};
+}
+template <>
+inline Float2 unpack2<fp16>(uint32_t w) {
+  return {emulator::fp16_value(w & 0xffffu), emulator::fp16_value(w >> 16)};
+}
 // 11 significant bits, as few as the instruction may leave.
 inline float tanh_fast(float x) {
   const uint32_t u = emulator::bits_of(std::tanh(x));
@@ -181,7 +197,7 @@ inline float sqrt_(float x) { return std::sqrt(x); }
 inline float divide(float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.f : a / b; }  // 0, as on the device
 inline float fma_(float a, float b, float c) { return std::fma(a, b, c); }
 
-// --- tensor cores ---------------------------------------------------------------------------------------------------------------------
+// --- tensor cores ------------------------------------------------------------------------------------------
 namespace emulator {
 
 struct Product {

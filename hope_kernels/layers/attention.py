@@ -38,7 +38,7 @@ class AttentionState(State):
     base: Counters
     filled: list[int] = field(default_factory=list, repr=False, kw_only=True)  # empty: the slots that count
 
-    ACTIVATIONS = frozenset({"k", "v"})
+    INPUT_DTYPE = frozenset({"k", "v"})
 
     def __post_init__(self) -> None:
         if not self.filled:

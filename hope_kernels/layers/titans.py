@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backend import BY_ALL, NO_GRADIENT, Call, choose
+from ..backend import BY_ALL, NO_GRADIENT, Request, choose
 from ..check import check_lengths, check_state, check_tensor, check_values
 from ..config import TitansConfig
 from ..identity import checksum
@@ -195,8 +195,8 @@ class SelfModifyingTitans(nn.Module):
             return _untraced(
                 self, x, state, lengths, update=update, backend=backend, constant_memory=constant_memory
             )
-        call = Call(c, x.dtype, x.device, NO_GRADIENT if by_formulas else BY_ALL)
-        causal_conv, unit, output_gate = surroundings(call, backend)
+        request = Request(c, x.dtype, x.device, NO_GRADIENT if by_formulas else BY_ALL)
+        causal_conv, unit, output_gate = surroundings(request, backend)
         given, wanted = x, by_formulas and torch.is_grad_enabled() and x.requires_grad
         n, real = self._real(lengths, x)
         with torch.no_grad() if by_formulas else contextlib.nullcontext():
@@ -322,11 +322,11 @@ def _norm(weights: dict[str, Tensor]) -> Tensor:
     return total.sqrt()
 
 
-def surroundings(call: Call, backend: str | None) -> tuple[Callable, Callable, Callable]:
+def surroundings(request: Request, backend: str | None) -> tuple[Callable, Callable, Callable]:
     """What the layer computes around its memories: convolution, unit vectors, output gate."""
     return (
-        choose("conv", CONV, call, backend), choose("unit", UNIT, call, backend),
-        choose("output_gate", OUTPUT_GATE, call, backend),
+        choose("conv", CONV, request, backend), choose("unit", UNIT, request, backend),
+        choose("output_gate", OUTPUT_GATE, request, backend),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import small_model
 import torch
 
-from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, gpu, studies
+from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, studies
 from benchmarks.bench_cms import Case
 from benchmarks.bench_rates import Cell
 from benchmarks.sources import kernel_hash
@@ -118,9 +118,8 @@ def test_what_is_concluded_from_the_cases():
     cases = made(gd, {-2.0: 0.95, 0.0: 0.9, 1.0: 0.88, 2.0: 0.92, 4.0: 1.1, 6.0: math.inf})
     cases |= made(muon, {-2.0: 0.9, 0.0: 0.8, 2.0: math.inf})
     first, second = bench_rates.summary(cases, [gd, muon, Cell("gd", 64, "a")])
-    assert first[
-        "best_octave"
-    ] == 1 and first["best_lr"] == 2 * first["default_lr"] == 1 / 16 and not first["finished"]
+    assert first["best_octave"] == 1
+    assert first["best_lr"] == 2 * first["default_lr"] == 1 / 16 and not first["finished"]
     assert first["default_on_over_off"] == pytest.approx(0.9) and first["best_on_over_off"] == pytest.approx(0.88)
     assert first["edge_octave"] == 4 and first["edge_lr"] == 8 / 16 and not first["edge_diverged"]
     assert second["best_lr"] == 0.03 and second["edge_lr"] == 0.12 and second["edge_diverged"]
@@ -306,9 +305,8 @@ def test_a_wrong_orthogonalisation_gets_no_time():
 def test_a_segment_and_waiting_factors_pass_their_checks():
     before = bench_cms.policy.TABLE
     record = run(Case("pending", 16, 8, B=2, T=16))
-    assert record["check"]["ok"] and record["segments"] == 4 and record[
-        "of_at_once"
-    ] > 0 and bench_cms.policy.TABLE == before
+    assert record["check"]["ok"] and record["segments"] == 4 and record["of_at_once"] > 0
+    assert bench_cms.policy.TABLE == before
     for optimizer in bench_cms.OPTIMIZERS:
         record = run(Case("segment", 16, 8, B=2, optimizer=optimizer))
         assert record["check"]["ok"] and record["tokens/s"] > 0
@@ -346,7 +344,7 @@ def test_the_command_writes_resumes_and_tabulates(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(bench_cms, "QUICK_CPU", (Case("refresh", 16, 16), Case("forward", 16, 8, K=2)))
     monkeypatch.setattr(bench_model, "QUICK_CPU", ())
     # the tree may change meanwhile
-    monkeypatch.setattr(gpu, "stamp", lambda quick: {"commit": "a", "source": "s", "quick": quick})
+    monkeypatch.setattr(bench_cms, "stamp", lambda quick: {"commit": "a", "source": "s", "quick": quick})
     out = tmp_path / "cms.json"
     assert bench_cms.main(["--quick", "--out", str(out)]) == 0
     first = json.loads(out.read_text())

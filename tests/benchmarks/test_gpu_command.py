@@ -12,8 +12,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_cms, bench_cpu, bench_layers, bench_model, bench_titans, gpu, gpu_library, peers
+from benchmarks import (
+    bench_cms,
+    bench_cpu,
+    bench_layers,
+    bench_model,
+    bench_titans,
+    correctness,
+    gpu,
+    gpu_library,
+    peers,
+)
 from benchmarks import measure as m
+from benchmarks.plan import SECTIONS, plan
+from benchmarks.records import RESULTS, Results
+from benchmarks.run import measure
 from hope_kernels import TitansConfig
 from hope_kernels.ops import FastWeights, Layout, init_titans_state, titans_chunk
 
@@ -47,9 +60,8 @@ def check_schema(section: str, found: dict) -> None:
         if section != "env":
             assert record["case"] and record.get("check", {"ok": True})["ok"]
         if "ms" in record:
-            assert 0 < record["ms"]["min"] <= record["ms"][
-                "median"
-            ] <= record["ms"]["p90"] and record["ms"]["n"] >= 1, name
+            ms = record["ms"]
+            assert 0 < ms["min"] <= ms["median"] <= ms["p90"] and ms["n"] >= 1, name
         for unit, counted in (("TFLOP/s", "flops"), ("GB/s", "bytes")):
             if unit in record:
                 assert math.isclose(
@@ -63,8 +75,8 @@ def check_schema(section: str, found: dict) -> None:
 
 def test_what_it_writes(written):
     assert written.name.startswith("cpu-")
-    assert sorted(p.stem for p in written.iterdir()) == sorted(gpu.SECTIONS)
-    files = {s: read(written, s) for s in gpu.SECTIONS}
+    assert sorted(p.stem for p in written.iterdir()) == sorted(SECTIONS)
+    files = {s: read(written, s) for s in SECTIONS}
     for section, found in files.items():
         check_schema(section, found)
         assert found["stamp"]["source"] == m.source_hash() and found["cases"]
@@ -80,9 +92,8 @@ def test_what_it_writes(written):
         if case.kind == "prefill":
             assert record["flops"] == case.T * m.flops_per_token(case.config)
         if case.kind == "step":
-            assert record[
-                "commit"
-            ]["ms"]["n"] == 2 * record["layers"] and record["plain"]["ms"]["n"] == 30 * record["layers"]
+            counts = [record[k]["ms"]["n"] / record["layers"] for k in ("commit", "plain")]
+            assert counts == [2, 30]
             assert all(record[k]["p50"] <= record[k]["p99"] for k in ("plain", "commit"))
     for section, module in (("cms", bench_cms), ("layers", bench_layers), ("model", bench_model)):
         for case in module.QUICK_CPU:
@@ -98,8 +109,8 @@ def test_what_it_writes(written):
 
 
 def test_it_names_what_it_could_not_measure(written):
-    found = {s: read(written, s)["missing"] for s in gpu.SECTIONS}
-    for section, name, *_ in gpu.plan("cuda", True):
+    found = {s: read(written, s)["missing"] for s in SECTIONS}
+    for section, name, *_ in plan("cuda", True):
         if name not in read(written, section)["cases"]:
             assert found[section][name] == "needs a CUDA device"
     assert found["correctness"] and "matmul bf16" in found["env"]
@@ -121,10 +132,10 @@ def test_what_there_was_no_time_for_is_missing(tmp_path, capsys):
     assert f"not measured, ops, {len(CASE_NAMES)} (the time was up): {CASE_NAMES[0]}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("folder", sorted(p for p in gpu.RESULTS.iterdir() if p.is_dir()), ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", sorted(p for p in RESULTS.iterdir() if p.is_dir()), ids=lambda p: p.name)
 def test_committed_results_keep_the_schema(folder):
-    assert sorted(p.stem for p in folder.iterdir()) == sorted(gpu.SECTIONS)
-    for section in gpu.SECTIONS:
+    assert sorted(p.stem for p in folder.iterdir()) == sorted(SECTIONS)
+    for section in SECTIONS:
         check_schema(section, read(folder, section))
 
 
@@ -148,16 +159,16 @@ CASE_NAMES = [c.name for c in bench_titans.QUICK_CPU]
 
 def test_results_of_other_code_are_not_continued(tmp_path):
     path, mark = tmp_path / "ops.json", {"commit": "a", "source": "s", "quick": False}
-    store = gpu.Results(path, mark)
+    store = Results(path, mark)
     store.put("one", {"status": "ok"})
     store.put("two", {"status": "started"})
-    assert set(gpu.Results(path, {**mark, "source": "t"}).cases) == set()
-    assert set(gpu.Results(path, mark, lambda name: name == "one").cases) == {"one"}
-    assert set(gpu.Results(path, mark).cases) == {"one"}
+    assert set(Results(path, {**mark, "source": "t"}).cases) == set()
+    assert set(Results(path, mark, lambda name: name == "one").cases) == {"one"}
+    assert set(Results(path, mark).cases) == {"one"}
 
 
 def test_a_case_the_process_died_in_is_not_run_again(tmp_path):
-    store = gpu.Results(tmp_path / "ops.json", {"commit": "a", "source": "s", "quick": False})
+    store = Results(tmp_path / "ops.json", {"commit": "a", "source": "s", "quick": False})
     store.put("one", {"status": "started"})
     gpu.bury("ops", store, -11, "the log", late=False)
     store.put("two", {"status": "started"})
@@ -218,9 +229,8 @@ def wrong_when_large(o, state):
 ])
 def test_a_wrong_result_gets_no_time(harm, reason):
     record = bench_titans.prefill(CASE, "cpu", {}, 0.01, op=lambda *args, **kw: harm(*titans_chunk(*args, **kw)))
-    assert record[
-        "status"
-    ] == "refused" and reason in record["reason"] and "ms" not in record and not record["check"]["ok"]
+    assert record["status"] == "refused" and reason in record["reason"]
+    assert "ms" not in record and not record["check"]["ok"]
 
 
 def test_a_right_result_gets_one():
@@ -269,11 +279,12 @@ def test_outcomes_with_and_without_a_junit_file(tmp_path):
         "test_last": "passed"
     }
     want = {f"test_it::{k}": v for k, v in want.items()}
-    found = gpu.outcomes(junit, "")
+    found = correctness.outcomes(junit, "")
     assert {k: r["status"] for k, r in found.items()} == want and "assert 0" in found["test_it::test_bad"]["reason"]
-    assert {k: r["status"] for k, r in gpu.outcomes(nothing, log).items()} == want
+    assert {k: r["status"] for k, r in correctness.outcomes(nothing, log).items()} == want
     cut = log[: log.index("test_last") + len("test_last ")]  # pytest names a test before it runs
-    assert {k: r["status"] for k, r in gpu.outcomes(nothing, cut).items()} == want | {"test_it::test_last": "died"}
+    found = correctness.outcomes(nothing, cut)
+    assert {k: r["status"] for k, r in found.items()} == want | {"test_it::test_last": "died"}
 
 
 PAIRED = (*peers.FLA_CASES, *peers.COMPILED_CASES, *peers.SDPA_CASES, *peers.TTT_CASES, *peers.TITANS_CASES)
@@ -288,7 +299,7 @@ def test_plans_for_a_gpu_name_every_case_once_and_pair_peers_with_ours():
     shapes = [replace(c, kind="prefill", backend=b).name for c in PAIRED for b in ("triton", "cuda")]
     assert len(lines) == sum(name in names for name in shapes) and all(": 1.000 of" in line for line in lines)
     assert len(lines) > len(peers.FLA_CASES) + len(peers.COMPILED_CASES)
-    everything = [(section, name) for section, name, *_ in gpu.plan("cuda", False)]
+    everything = [(section, name) for section, name, *_ in plan("cuda", False)]
     assert len(set(everything)) == len(everything)
     grid = {axis: {getattr(c, axis) for c in bench_titans.GPU_CASES if c.kind == "prefill"} for axis in "CDNHBT"}
     assert grid["C"] == {16, 32, 64, 128, 256, 1024} and grid["D"] == {64, 128} and grid["N"] == {64, 128, 256, 512}
@@ -308,17 +319,16 @@ def test_who_is_not_served_is_skipped_and_who_fails_has_failed(tmp_path, monkeyp
     calls = {
         c: lambda ceilings, c=c: bench_titans.measured(c, "cpu", ceilings, 0.01) for c in (CASE, unserved, broken)
     }
-    monkeypatch.setattr(gpu, "plan", lambda *_: [("ops", c.name, {}, call) for c, call in calls.items()])
     monkeypatch.setitem(
         bench_titans.KINDS, "prefill", lambda case, *_, **__: {} if case.T else int("a ValueError of its own")
     )
-    results = {section: gpu.Results(None, {}) for section in gpu.SECTIONS}
-    gpu.measure("cpu", results, types.SimpleNamespace(quick=True, only=[]), time.time() + 60)
+    results = {section: Results(None, {}) for section in SECTIONS}
+    items = [("ops", c.name, {}, call) for c, call in calls.items()]
+    measure("cpu", results, types.SimpleNamespace(quick=True, only=[]), time.time() + 60, items)
     found = [results["ops"].cases[c.name] for c in calls]
     assert [r["status"] for r in found] == ["ok", "skipped", "failed"]
-    assert "backend 'cuda' cannot be used" in found[1][
-        "reason"
-    ] and "ValueError: invalid literal" in found[2]["reason"]
+    assert "backend 'cuda' cannot be used" in found[1]["reason"]
+    assert "ValueError: invalid literal" in found[2]["reason"]
 
 
 def test_checks_of_the_cuda_library_say_what_kept_them(monkeypatch, tmp_path):
@@ -331,6 +341,8 @@ def test_checks_of_the_cuda_library_say_what_kept_them(monkeypatch, tmp_path):
     assert len(found) == 6 and {r["status"] for r in found.values()} == {"skipped"}
     assert found["CUDA library, build"]["reason"] == "nvcc was not found"
     assert found["compute-sanitizer racecheck"]["reason"] == "compute-sanitizer is not on PATH"
+    loaded = gpu_library.loaded(soon)
+    assert loaded["status"] == "ok" or "Error" not in loaded["log"]  # it has found whom to ask
     assert gpu_library.process(sys.executable, "-c", "print(1)", seconds=30)["status"] == "ok"
     failed = gpu_library.process(sys.executable, "-c", "import sys; sys.exit('the reason')", seconds=30)
     assert failed["status"] == "failed" and failed["log"] == "the reason"
@@ -343,8 +355,8 @@ def test_tests_are_named_as_junit_files_name_them(tmp_path):
         "class TestOfAClass:\n    def test_y(self):\n        pass\n"
     )
     env = dict(os.environ)
-    ids = gpu.collected([str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path), "-c", os.devnull], env)
+    ids = correctness.collected([str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path), "-c", os.devnull], env)
     junit = tmp_path / "junit.xml"
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={tmp_path}", f"--junit-xml={junit}", "test_it.py"],
-                   cwd=tmp_path, check=True, capture_output=True)
-    assert {gpu.recorded_as(name) for name in ids} == set(gpu.outcomes(junit, "")) and len(ids) == 3
+    command = (sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={tmp_path}", f"--junit-xml={junit}")
+    subprocess.run((*command, "test_it.py"), cwd=tmp_path, check=True, capture_output=True)
+    assert {correctness.recorded_as(name) for name in ids} == set(correctness.outcomes(junit, "")) and len(ids) == 3

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_titans, gpu, plot, report, sources, tables
+from benchmarks import bench_titans, changes, gpu, plan, plot, records, report, sources, tables, verdicts
 from benchmarks.goals import GOALS, Computed, Goal, Key, Missing, Ratio, unplanned
 from benchmarks.svg import Chart, Series, draw, number, ticks
 from hope_kernels import available_backends
@@ -61,18 +61,18 @@ def test_rows_of_a_device_that_met_missed_and_did_not_measure(tmp_path):
     )
     wrong = {"status": "refused", "reason": "o differs"}
     written(tmp_path / "some-gpu", ops={OURS: ours(3.0, of_matmul=0.5), "wrong": wrong}, peers={THEIRS: timed(1.0)})
-    found = report.rows(tmp_path, goals)
+    found = verdicts.rows(tmp_path, goals)
     assert [(r.verdict, r.device) for r in found] == [
         ("met", "some-gpu"), ("missed by 2.00x", "some-gpu"), ("not measured", ""), ("not measured", "")]
     assert found[1].value == 3.0 and "no such case" in found[2].why and "refused, o differs" in found[3].why
     written(tmp_path / "other-gpu", ops={OURS: ours(1.0, of_matmul=0.2)})
     # other-gpu, some-gpu
-    assert [r.verdict for r in report.rows(tmp_path, goals[:1])] == ["missed by 2.00x", "met"]
+    assert [r.verdict for r in verdicts.rows(tmp_path, goals[:1])] == ["missed by 2.00x", "met"]
 
 
 def test_the_sides_of_a_ratio_are_of_one_run(tmp_path):
     ratio = Ratio(Key("ops", OURS), Key("peers", THEIRS))
-    run = report.load(written(tmp_path / "gpu", ops={OURS: ours(3.0)}, peers={THEIRS: timed(2.0)}))
+    run = records.load(written(tmp_path / "gpu", ops={OURS: ours(3.0)}, peers={THEIRS: timed(2.0)}))
     assert ratio.find(run).value == 1.5
     for change in ({"commit": "other"}, {"source": "t"}, {"dirty": True}):
         with pytest.raises(Missing, match="different code"):
@@ -81,7 +81,7 @@ def test_the_sides_of_a_ratio_are_of_one_run(tmp_path):
 
 def test_every_goal_has_a_figure_a_command_and_cases_that_are_planned():
     assert len({g.what for g in GOALS}) == len(GOALS)
-    planned = report.plan()
+    planned = plan.names("cuda", False)
     for goal in GOALS:
         assert goal.better in ("<=", ">=") and goal.unit in ("%", "x", "s", "") and goal.command.startswith(
             "python -m benchmarks."
@@ -98,68 +98,17 @@ def test_goals_of_the_cpu_from_known_files(tmp_path):
     spread = lambda v: {"median": v, "min": v, "max": v}
     case = lambda d, c, ratio, share: {"dim": d, "chunk": c, "ratio": spread(ratio), "fraction": spread(share),
                                        "fraction_default": spread(0.7)}
-    run = {"cpu": {"machine": {"dirty": True}, "cases": [case(64, 16, 200.0, 0.1), case(256, 64, 50.0, 0.5), case(256, 16, 9.0, 0.9)]},
+    cases = [case(64, 16, 200.0, 0.1), case(256, 64, 50.0, 0.5), case(256, 16, 9.0, 0.9)]
+    run = {"cpu": {"machine": {"dirty": True}, "cases": cases},
            "context": {"learning": {"reading_per_learning": 6.4}, "next_token": {}}}
     for name, data in run.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"dirty": name == "cpu"}} | data))
-    found = {r.goal.what: r for r in report.rows(tmp_path, tuple(known.values()))}
+    found = {r.goal.what: r for r in verdicts.rows(tmp_path, tuple(known.values()))}
     assert sorted((round(r.value, 6), r.verdict, r.dirty) for r in found.values()) == [
         (0.5, "missed by 1.20x", True), (6.4, "missed by 2.00x", False), (100.0, "met", True)]
 
 
 # -- ages ----------------------------------------------------------------------------------------------------
-
-
-def imports(name: str, root: Path) -> set[str]:
-    """Files that a file of the package imports from it, at once or on the way."""
-    seen, left = set(), [name]
-    while left:
-        at = left.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        for dots, module, names in re.findall(
-            r"^from (\.+)([\w.]*) import \(?([^\n)]*)", (root / at).read_text(), re.M
-        ):
-            base = (root / at).parents[len(dots) - 1]
-            tried = [module.replace(".", "/")] if module else [n.split(" as ")[0].strip() for n in names.split(",")]
-            left += [p.relative_to(root).as_posix() for n in tried if (p := base / f"{n}.py").is_file()]
-    return seen
-
-
-@pytest.mark.parametrize("case, file", [
-    ({"kind": "prefill", "backend": "triton"}, "titans/triton.py"),
-    ({"kind": "prefill", "backend": "cuda"}, "titans/cuda.py"),
-    ({"kind": "prefill", "backend": "cpp"}, "titans/cpp.py"),
-    ({"kind": "step", "backend": "chunked"}, "titans/chunked.py"),
-    ({"kind": "grad", "backend": "triton"}, "titans/triton_training.py"),
-    ({"kind": "conv", "backend": "triton"}, "conv/triton.py"),
-    ({"kind": "gate", "backend": "triton"}, "output_gate/triton.py"), ({"kind": "refresh"}, "cms/op.py"),
-])
-def test_a_kernel_s_imports_are_among_its_sources(case, file):
-    # what is asked and checked, not computed
-    outside = {f"hope_kernels/{n}.py" for n in ("config", "state", "identity", "backend", "check")}
-    if case["kind"] == "prefill":  # TokenInputs is declared there
-        outside |= {f"hope_kernels/ops/titans/{n}.py" for n in ("chunked", "memory")}
-    named = set(sources.files(case))
-    assert f"hope_kernels/ops/{file}" in named
-    assert imports(f"hope_kernels/ops/{file}", sources.ROOT) - outside <= named
-
-
-def test_code_ages_a_figure_and_comments_do_not(tmp_path):
-    case = {"kind": "prefill", "backend": "cpp"}
-    for name in sources.files(case):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(sources.ROOT / name, tmp_path / name)
-    assert sources.kernel_hash(case, tmp_path) == sources.kernel_hash(case)
-    kernel = tmp_path / "csrc/cpu/titans.cpp"
-    kernel.write_text("// a remark\n\n" + kernel.read_text())
-    assert sources.kernel_hash(case, tmp_path) == sources.kernel_hash(case)
-    kernel.write_text(kernel.read_text() + "int more;\n")
-    assert sources.kernel_hash(case, tmp_path) != sources.kernel_hash(case)
-    others = {sources.kernel_hash({"kind": "prefill", "backend": b}) for b in sources.TITANS}
-    assert len(others) == len(sources.TITANS) and sources.kernel_hash({"kind": "fla"}) is None
-    assert len(sources.files({"kind": "not known"})) > 80  # everything
 
 
 def test_results_older_than_their_kernel_or_of_unknown_age_are_named(tmp_path):
@@ -178,14 +127,14 @@ def test_results_older_than_their_kernel_or_of_unknown_age_are_named(tmp_path):
     assert report.ages(tmp_path) == {
         "older": [("recall.json", "runs 1"), ("gpu/ops.json", "old")],
         "unknown": [("learning.json", ""), ("gpu/ops.json", "unsaid")]}
-    assert report.dirty(tmp_path) == ["cpu.json", "learning.json", "recall.json"]
+    assert records.dirty(tmp_path) == ["cpu.json", "learning.json", "recall.json"]
 
 
 # -- documents -----------------------------------------------------------------------------------------------
 
 
 def test_committed_documents_are_what_the_results_give():
-    assert tables.stale(report.RESULTS) == [] and plot.stale(report.RESULTS) == []
+    assert tables.stale(records.RESULTS) == [] and plot.stale(records.RESULTS) == []
 
 
 def fresh(data):
@@ -208,7 +157,7 @@ def good(tmp_path_factory):
     """Results of today's code and the documents made from them."""
     folder = tmp_path_factory.mktemp("good")
     results, documents = folder / "results", folder / "documents"
-    shutil.copytree(report.RESULTS, results)
+    shutil.copytree(records.RESULTS, results)
     for path in results.glob("*/*.json"):
         path.write_text(json.dumps(fresh(json.loads(path.read_text()))))
     (documents / "docs").mkdir(parents=True)
@@ -263,7 +212,7 @@ def test_a_number_typed_over_fails_the_check_and_is_made_anew(copied, capsys):
 
 
 def test_a_gpu_s_results_enter_documents_and_plots(tmp_path):
-    shutil.copytree(report.RESULTS, tmp_path / "results")
+    shutil.copytree(records.RESULTS, tmp_path / "results")
     rates = {"flops": 1e12, "bytes": 1e9, "TFLOP/s": 100.0, "GB/s": 200.0, "of_matmul": 0.25, "of_copy": None}
     run = {T: ours(T / 1024, **rates) for T in (2048, 32768)}
     for T, record in run.items():
@@ -272,9 +221,10 @@ def test_a_gpu_s_results_enter_documents_and_plots(tmp_path):
     written(tmp_path / "results" / "some-gpu", env=ceilings,
             ops={f"prefill T{T}": r for T, r in run.items()}
             | {"bad": {"status": "refused", "reason": "o differs"}})
-    assert "**No GPU figure exists.**" in tables.gpu(report.RESULTS)
+    assert "**No GPU figure exists.**" in tables.gpu(records.RESULTS)
     text = tables.gpu(tmp_path / "results")
-    assert "**some-gpu**, commit abc" in text and "| prefill T2048 | 2.0000 | 100.0 | 200.0 | 25% |  |" in text and "1 ops: refused" in text
+    row = "| prefill T2048 | 2.0000 | 100.0 | 200.0 | 25% |  |"
+    assert "**some-gpu**, commit abc" in text and row in text and "1 ops: refused" in text
     charts = plot.drawn(tmp_path / "results")
     assert {
         "throughput-some-gpu.svg", "roofline-some-gpu.svg"
@@ -291,7 +241,7 @@ def test_a_gpu_s_results_enter_documents_and_plots(tmp_path):
 def test_changes_beyond_the_spread_are_told():
     old = {"median": 1.0, "min": 0.9, "p90": 1.2, "n": 9}
     case = lambda ms: {"status": "ok", "ms": ms}
-    said = lambda ms: report.change(case(old), case(ms))
+    said = lambda ms: changes.change(case(old), case(ms))
     assert said({"median": 1.5, "min": 1.1, "p90": 1.6}) == "slower by 50%"
     assert said(
         {"median": 1.15, "min": 1.1, "p90": 1.6}
@@ -299,8 +249,8 @@ def test_changes_beyond_the_spread_are_told():
     assert said({"median": 0.5, "min": 0.4, "p90": 0.6}) == "faster by 100%" and said(old) is None
     run = lambda record: {"ops": {"stamp": {"quick": False}, "cases": {"a": record}}}
     wrong = {"status": "refused", "reason": "o differs"}
-    assert list(report.changes(run(case(old)), run(wrong))) == [("ops: a", "refused, was ok: o differs")]
-    assert list(report.changes({}, run(case(old)))) == [] and list(report.changes(run(wrong), run(case(old)))) == []
+    assert list(changes.changes(run(case(old)), run(wrong))) == [("ops: a", "refused, was ok: o differs")]
+    assert list(changes.changes({}, run(case(old)))) == [] and list(changes.changes(run(wrong), run(case(old)))) == []
 
 
 def test_nothing_to_compare_with_is_an_error(tmp_path, capsys):
@@ -310,7 +260,7 @@ def test_nothing_to_compare_with_is_an_error(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             run()
-        assert "is no result file and holds none" in capsys.readouterr().err
+        assert "is not a result file and holds none" in capsys.readouterr().err
 
 
 CASE = bench_titans.Case("prefill", 64, 64, 64, 2, 1, 256, "fp32", "cpp")

@@ -32,7 +32,7 @@ def small(tmp_path_factory):
 
 
 def test_ceilings_beside_a_case_are_looked_for_twice_and_the_better_counts(monkeypatch):
-    rates = iter([1.0, 4.0, 2.0, 2.0])  # ms of copy and product, before and behind
+    rates = iter([1.0, 4.0, 2.0, 2.0])  # ms of copy and product, before and after
     monkeypatch.setattr(m, "turns", lambda *_, **__: {name: m.stats([next(rates)]) for name in ("copy", "matmul")})
     found = m.Beside(quick=True)
     assert dict(found) == {"copy": 8 * 2**20 / 1e6, "matmul fp32": 2 * 256**3 / 4e9}
@@ -49,7 +49,7 @@ def test_layers_and_blocks_pass_and_a_wrong_one_gets_no_time(kind):
     record = run(of(kind))
     assert record["check"]["ok"] and record["ms"]["median"] > 0 and record["of_copy"] == record["GB/s"]
 
-    def late(module, x, backend):  # right on the piece that is compared in full, wrong behind it
+    def late(module, x, backend):  # right on the piece that is compared in full, wrong after it
         found = bench_layers.read(module, x, backend)
         return (
             found | {"o": found["o"].clone().index_fill_(1, torch.tensor(x.shape[1] - 1), float("nan"))}
@@ -219,8 +219,8 @@ def test_pytest_benchmark_gets_the_times_of_the_records_and_fails_wrong_results(
     out, case = tmp_path / "out.json", str(m.ROOT / "benchmarks" / "bench_suite.py") + "::test_case[{}]"
     right, wrong = "cms: newton d32 C64 B2 fp32 muon", "cms: refresh d32 C16 B1 fp32 gd chunked"
     monkeypatch.setattr(bench_cms, "cms_refresh_", lambda *args, **kw: None)
-    code = pytest.main(["--rootdir", str(m.ROOT), "-p", "no:cacheprovider", "--quick", "--benchmark-only", f"--benchmark-json={out}",
-                        case.format(right), case.format(wrong)])
+    options = ("--rootdir", str(m.ROOT), "-p", "no:cacheprovider", "--quick", "--benchmark-only")
+    code = pytest.main([*options, f"--benchmark-json={out}", case.format(right), case.format(wrong)])
     shown = capsys.readouterr().out
     assert code == 1 and "1 failed, 1 passed" in shown and "differs from fp64" in shown, shown
     (found,) = json.loads(out.read_text())["benchmarks"]

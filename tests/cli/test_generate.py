@@ -204,7 +204,7 @@ def test_only_a_terminal_gets_escapes(folder, tmp_path, monkeypatch, capfdbinary
 
 
 class Breaking(io.RawIOBase):
-    """A pipe or network file that fails behind its first bytes."""
+    """A pipe or network file that fails after its first bytes."""
 
     def __init__(self, data: bytes):
         self.data = data
@@ -380,7 +380,7 @@ def test_where_there_are_no_locks_a_run_says_so_and_goes_on(folder, tmp_path, mo
 
 
 def test_reading_alone(folder, tmp_path, capfdbinary):
-    """--max-new-tokens 0: the text is read and kept, and a later run writes on behind what follows."""
+    """--max-new-tokens 0: the text is read and kept, and a later run writes on after what follows."""
     session = tmp_path / "s"
     assert main(arguments(folder, "--max-new-tokens", 0, session=session)) == 0
     assert capfdbinary.readouterr() == (b"", b"") and hk.load_state(session).pos == [

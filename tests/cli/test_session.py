@@ -98,7 +98,7 @@ def test_a_run_stopped_while_reading_goes_on_where_it_was(book, tmp_path, monkey
 
 
 def signal_in_call(monkeypatch, n: int, number: int = signal.SIGTERM) -> None:
-    """The model's n-th call (a piece, or a token behind the first one written) is when the signal comes."""
+    """The model's n-th call (a piece, or a token after the first one written) is when the signal comes."""
     forward, calls = hk.HopeForCausalLM.forward, []
 
     def interrupted(self, *args, **kwargs):
@@ -127,7 +127,7 @@ def test_stopped_while_reading_and_again_while_writing(book, tmp_path, monkeypat
     if source == "pipe":
         given[given.index("--prompt-file") + 1], name = "-", "standard input"
     written = b""
-    # 5 pieces and 29 tokens behind the first: stopped in the 3rd piece, in the last one, in the 10th token, and not
+    # 5 pieces and 29 tokens after the first: stopped in the 3rd piece, in the last one, in the 10th token, and not
     for call, phase, count in [(3, "reading", 0), (2, "writing", 1), (10, "writing", 11), (99, None, 30)]:
         with monkeypatch.context() as patch, standard_input(
             patch, book / "book"
@@ -244,7 +244,7 @@ def test_no_resume_and_finished_runs_read_a_new_text(book, reading, tmp_path, ca
     given[given.index("--prompt-file") + 1] = str(short)
     assert main(given) == 0
     assert hk.load_state(reading).pos == [2 * PIECE + 12 + 29]
-    # the run has ended: the same text once more, behind the token that had not been read
+    # the run has ended: the same text once more, after the token that had not been read
     given.remove("--no-resume")
     assert main(given) == 0
     assert hk.load_state(reading).pos == [2 * PIECE + 2 * (12 + 29) + 1]

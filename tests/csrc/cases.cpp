@@ -1,5 +1,5 @@
-// Kernels for tests/csrc/test_emulator.py. usage: cases NAME SEED RESIDENT < input > output; what the
-// emulator complains of goes to stderr.
+// Kernels for tests/csrc/test_emulator.py. usage: cases NAME SEED RESIDENT < input > output; errors that the
+// emulator reports go to stderr.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -29,8 +29,8 @@ template <class V> void output(const std::vector<V>& v) { std::fwrite(v.data(), 
 
 uint32_t* words() { return reinterpret_cast<uint32_t*>(shared_memory()); }
 
-// --- values ---------------------------------------------------------------------------------------------------------------------------
-// a[16][16], b[16][8] of T and c[16][8] of fp32, one behind the other.
+// --- values ------------------------------------------------------------------------------------------------
+// a[16][16], b[16][8] of T and c[16][8] of fp32, one after the other.
 template <class T> HOPE_KERNEL(32) multiply(const uint16_t* a, const uint16_t* b, const float* c, float* out) {
   const int g = lane_index() / 4, t = 2 * (lane_index() % 4);
   auto two = [](uint16_t lo, uint16_t hi) { return lo | static_cast<uint32_t>(hi) << 16; };
@@ -119,7 +119,7 @@ void exchange_case() {
   output(out);
 }
 
-// --- what is an error, and what looks like one ----------------------------------------------------------------------------------------
+// --- what is an error, and what looks like one -------------------------------------------------------------
 void neighbour(bool barrier) {  // through shared memory, across warps
   launch(2, 64, 1, 256, [&] {
     store_shared(words() + thread_index(), 1u);
@@ -145,7 +145,7 @@ void lanes(bool barrier) {  // within a warp: a shuffle orders nothing
   });
 }
 
-void matrix_rows(bool barrier) {  // load_matrices reads for whoever gave the address
+void matrix_rows(bool barrier) {  // load_matrices reads on behalf of the lane that gave the address
   launch(1, 32, 1, 512, [&] {
     for (int j = 0; j < 4; ++j) store_shared(words() + 4 * lane_index() + j, 0u);
     if (barrier) sync_warp();
@@ -277,7 +277,8 @@ void fresh_memory() {
 
 // Programs of accesses and barriers: [warps][steps] each; a word for each program says whether a race was reported.
 struct Step {
-  uint32_t kind, lane, offset, bytes;  // of shared memory; kind 2 sync_warp, 3 sync_block, 4 + id sync_some of 64 threads
+  // kind: 0 load, 1 store, of shared memory; 2 sync_warp, 3 sync_block, 4 + id sync_some of 64 threads
+  uint32_t kind, lane, offset, bytes;
 };
 
 template <class V> void access(const Step& s) {

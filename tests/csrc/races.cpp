@@ -23,10 +23,13 @@ using Floats = std::vector<float>;
 struct Results {
   Floats delta2, delta1, delta1s, pending_k, pending_v, pending_eta, pending_alpha, o, kept2, kept1;
   bool operator==(const Results& r) const {
-    auto same = [](const Floats& a, const Floats& b) { return a.size() == b.size() && !std::memcmp(a.data(), b.data(), 4 * a.size()); };
-    return same(delta2, r.delta2) && same(delta1, r.delta1) && same(delta1s, r.delta1s) && same(pending_k, r.pending_k) &&
-           same(pending_v, r.pending_v) && same(pending_eta, r.pending_eta) && same(pending_alpha, r.pending_alpha) && same(o, r.o) &&
-           same(kept2, r.kept2) && same(kept1, r.kept1);
+    auto same = [](const Floats& a, const Floats& b) {
+      return a.size() == b.size() && !std::memcmp(a.data(), b.data(), 4 * a.size());
+    };
+    return same(delta2, r.delta2) && same(delta1, r.delta1) && same(delta1s, r.delta1s) &&
+           same(pending_k, r.pending_k) && same(pending_v, r.pending_v) && same(pending_eta, r.pending_eta) &&
+           same(pending_alpha, r.pending_alpha) && same(o, r.o) && same(kept2, r.kept2) &&
+           same(kept1, r.kept1);
   }
 };
 
@@ -41,23 +44,29 @@ Results called(const Case& s, int64_t threads) {
   const int64_t Mf = s.modifying ? 3 : 1, Ms = s.modifying ? 2 : 0, R = (Mf + Ms) * s.N + (s.skip ? Ms : 0);
   const int64_t C = std::max(s.memory, s.other), tokens = s.B * s.T * s.H, chunks = s.T / s.memory + 2;
   const float w2 = 1 / std::sqrt(float(s.D)), w1 = 1 / std::sqrt(float(s.N));
-  const Floats base2 = draw(s.H * R * s.D, w2), base1 = draw(s.H * Mf * s.D * s.N, w1), base1s = draw(s.H * Ms * s.N, w1);
-  const Floats q = draw(tokens * s.D, 1), x = draw(tokens * s.D, 1), k = draw(tokens * s.D, w2), v = draw(tokens * s.D, 1), bias(s.H, 0.5f);
+  const Floats base2 = draw(s.H * R * s.D, w2), base1 = draw(s.H * Mf * s.D * s.N, w1);
+  const Floats base1s = draw(s.H * Ms * s.N, w1);
+  const Floats q = draw(tokens * s.D, 1), x = draw(tokens * s.D, 1), k = draw(tokens * s.D, w2);
+  const Floats v = draw(tokens * s.D, 1), bias(s.H, 0.5f);
   Floats eta = draw(tokens, 0.1f), alpha(tokens, 0.9f);
   for (float& e : eta) e = std::abs(e);
-  Results r{draw(s.B * s.H * R * s.D, 0.1f * w2), draw(s.B * s.H * Mf * s.D * s.N, 0.1f * w1), draw(s.B * s.H * Ms * s.N, 0.1f * w1),
-            Floats(s.B * C * s.H * s.D), Floats(s.B * C * s.H * s.D), Floats(s.B * C * s.H), Floats(s.B * C * s.H), Floats(tokens * s.D),
-            Floats(s.keep ? s.B * s.H * chunks * s.N * s.D : 0), Floats(s.keep ? s.B * s.H * chunks * s.N * s.D : 0)};
+  const Floats kept(s.keep ? s.B * s.H * chunks * s.N * s.D : 0);
+  Results r{draw(s.B * s.H * R * s.D, 0.1f * w2), draw(s.B * s.H * Mf * s.D * s.N, 0.1f * w1),
+            draw(s.B * s.H * Ms * s.N, 0.1f * w1), Floats(s.B * C * s.H * s.D), Floats(s.B * C * s.H * s.D),
+            Floats(s.B * C * s.H), Floats(s.B * C * s.H), Floats(tokens * s.D), kept, kept};
   std::vector<int64_t> pos(s.B), len(s.B);
   TitansCall c{};
-  c.B = s.B, c.T = s.T, c.H = s.H, c.D = s.D, c.N = s.N, c.Mf = Mf, c.Ms = Ms, c.chunk_memory = s.memory, c.chunk_other = s.other;
-  c.kept = s.keep ? chunks : 0, c.threads = threads, c.self_modifying = s.modifying, c.dgd = s.dgd, c.retention = 1, c.own_values = s.own;
-  c.target_norm = s.target_norm, c.step_clip = s.clip, c.scalar_skip = s.skip, c.qk_l2norm = 1, c.update = s.update, c.grad_scale = 1, c.eta_scale = 0.1f;
+  c.B = s.B, c.T = s.T, c.H = s.H, c.D = s.D, c.N = s.N, c.Mf = Mf, c.Ms = Ms;
+  c.chunk_memory = s.memory, c.chunk_other = s.other, c.kept = s.keep ? chunks : 0, c.threads = threads;
+  c.self_modifying = s.modifying, c.dgd = s.dgd, c.retention = 1, c.own_values = s.own;
+  c.target_norm = s.target_norm, c.step_clip = s.clip, c.scalar_skip = s.skip, c.qk_l2norm = 1;
+  c.update = s.update, c.grad_scale = 1, c.eta_scale = 0.1f;
   if (s.based) c.base2 = base2.data(), c.base1 = base1.data(), c.base1s = Ms ? base1s.data() : nullptr;
   c.delta2 = r.delta2.data(), c.delta1 = r.delta1.data(), c.delta1s = Ms ? r.delta1s.data() : nullptr, c.q = q.data();
   if (s.modifying) c.x = x.data(), c.eta_bias = c.alpha_bias = bias.data();
   else c.k = k.data(), c.v = v.data(), c.eta = eta.data(), c.alpha = alpha.data();
-  c.pending_k = r.pending_k.data(), c.pending_v = r.pending_v.data(), c.pending_eta = r.pending_eta.data(), c.pending_alpha = r.pending_alpha.data();
+  c.pending_k = r.pending_k.data(), c.pending_v = r.pending_v.data();
+  c.pending_eta = r.pending_eta.data(), c.pending_alpha = r.pending_alpha.data();
   if (s.keep) c.kept2 = r.kept2.data(), c.kept1 = r.kept1.data();
   c.pos = pos.data(), c.len = len.data();
   for (int64_t part : {s.T / 3, s.T - s.T / 3}) {  // two calls: the second opens a chunk that is there
@@ -74,18 +83,24 @@ Results called(const Case& s, int64_t threads) {
 int main() {
   const bool on = true, off = false;
   const Case cases[] = {
-      {1, 1, 16, 16, 16, 16, 70, on, on, on, on, off, on, on, on},   {2, 1, 16, 32, 16, 16, 50, off, off, on, on, on, on, on, off},
-      {1, 1, 16, 16, 16, 32, 100, on, on, on, on, off, on, on, on},  {1, 1, 16, 16, 32, 16, 100, on, on, on, on, on, on, on, on},
-      {1, 1, 24, 24, 48, 24, 110, on, off, on, on, off, on, on, off}, {1, 1, 24, 24, 24, 48, 110, off, on, on, off, on, off, on, on},
-      {1, 1, 16, 16, 4, 8, 40, on, on, off, off, off, off, on, on},  {1, 2, 16, 16, 16, 16, 60, on, on, on, on, off, on, off, on},
-      {3, 2, 8, 8, 16, 32, 70, on, on, on, on, off, on, on, off},    {1, 1, 16, 16, 16, 8, 60, on, on, on, on, off, off, off, on},
+      {1, 1, 16, 16, 16, 16, 70, on, on, on, on, off, on, on, on},
+      {2, 1, 16, 32, 16, 16, 50, off, off, on, on, on, on, on, off},
+      {1, 1, 16, 16, 16, 32, 100, on, on, on, on, off, on, on, on},
+      {1, 1, 16, 16, 32, 16, 100, on, on, on, on, on, on, on, on},
+      {1, 1, 24, 24, 48, 24, 110, on, off, on, on, off, on, on, off},
+      {1, 1, 24, 24, 24, 48, 110, off, on, on, off, on, off, on, on},
+      {1, 1, 16, 16, 4, 8, 40, on, on, off, off, off, off, on, on},
+      {1, 2, 16, 16, 16, 16, 60, on, on, on, on, off, on, off, on},
+      {3, 2, 8, 8, 16, 32, 70, on, on, on, on, off, on, on, off},
+      {1, 1, 16, 16, 16, 8, 60, on, on, on, on, off, off, off, on},
       {2, 1, 16, 16, 16, 8, 50, on, on, on, on, off, on, on, off, off},
   };
   int changed = 0, index = 0;
   for (const Case& s : cases) {
     const Results alone = called(s, 1);
     for (int64_t threads : {2, 3, 5})
-      if (!(called(s, threads) == alone)) changed++, std::printf("case %d: other bits with %d threads\n", index, int(threads));
+      if (!(called(s, threads) == alone))
+        changed++, std::printf("case %d: other bits with %d threads\n", index, int(threads));
     index++;
   }
   return changed != 0;

@@ -127,25 +127,33 @@ def test_what_is_right_is_not_reported(program, seed):
         result(program, name, seed=seed)
 
 
+LANE = r"block 0 warp 0 lane \d+"
 ERRORS = {
-    "neighbour_race": r"race on byte \d+ of the shared memory of block \d: load_shared by block \d warp \d lane \d+ at .*cases.cpp:\d+ "
-                      r"and write by block \d warp \d lane \d+ at .*cases.cpp:\d+|race .*: store_shared by .* and read by block \d warp \d",
-    "overwrite_race": r"race on byte 0 .*: (store_shared by block 0 warp 1 lane 8 .* and read by block 0 warp 0 lane \d+"
-                      r"|load_shared by block 0 warp 0 lane \d+ .* and write by block 0 warp 1 lane 8)",
-    "lanes_race": r"race on byte \d+ .*: load_shared by block 0 warp 0 lane \d+ .* and write by block 0 warp 0 lane \d+",
-    "matrix_rows_race": r"race on byte \d+ .*: (load_matrices .* and write|store_shared .* and read) by block 0 warp 0 lane \d+",
+    "neighbour_race": r"race on byte \d+ of the shared memory of block \d: "
+                      r"load_shared by block \d warp \d lane \d+ at .*cases.cpp:\d+ "
+                      r"and write by block \d warp \d lane \d+ at .*cases.cpp:\d+"
+                      r"|race .*: store_shared by .* and read by block \d warp \d",
+    "overwrite_race": rf"race on byte 0 .*: (store_shared by block 0 warp 1 lane 8 .* and read by {LANE}"
+                      rf"|load_shared by {LANE} .* and write by block 0 warp 1 lane 8)",
+    "lanes_race": rf"race on byte \d+ .*: load_shared by {LANE} .* and write by {LANE}",
+    "matrix_rows_race": r"race on byte \d+ .*: (load_matrices .* and write|store_shared .* and read) "
+                        rf"by {LANE}",
     "halves_race": r"race on byte \d+ ",
     "counts": r"sync_some\(3, \d+\) .* but block 0 warp \d waits at the same barrier for \d+ threads",
     "same_value": r"race on byte 0 .*: store_shared .* and write",
     "cluster_too_early": r"store_remote .* before a cluster barrier",
     "cluster_race": r"race on byte \d+ .*(store_remote|load_shared) by block",
-    "early_end": r"block 1 ends without a barrier behind a store_remote to it by block 0 warp 0 lane|to block 1, which has ended",
-    "deadlock": r"deadlock(.|\n)*block 0 warp 0 at sync_block .*2 of 3 warps(.|\n)*block 0 warp 2 at sync_some .*1 of 3 warps",
+    "early_end": r"block 1 ends without a barrier after a store_remote to it by block 0 warp 0 lane"
+                 r"|to block 1, which has ended",
+    "deadlock": r"deadlock(.|\n)*block 0 warp 0 at sync_block .*2 of 3 warps"
+                r"(.|\n)*block 0 warp 2 at sync_some .*1 of 3 warps",
     "divergent": r"other lanes of its warp wait at",
-    "lane_ends": r"block 0 warp 0 lane 3: ends while other lanes of its warp wait at sync_warp|1 lanes of its warp have ended",
+    "lane_ends": r"block 0 warp 0 lane 3: ends while other lanes of its warp wait at sync_warp"
+                 r"|1 lanes of its warp have ended",
     "forever": r"deadlock: every thread that can run pauses(.|\n)*block 0 warp 0 lane 0 pauses at .*cases.cpp",
     "flag_race": r"race on byte 0 ",
-    "copy_race": r"load_shared by block 0 warp 0 lane 0 .* and asynchronous copy not waited for by block 0 warp 0 lane 0",
+    "copy_race": r"load_shared by block 0 warp 0 lane 0 .* and asynchronous copy not waited for "
+                 r"by block 0 warp 0 lane 0",
     "copy_race_of_others": r"load_shared by .* and asynchronous copy not waited for by block 0 warp 0 lane 0",
     "load_outside": r"load_shared of 4 bytes at byte 128 of the block's 128 bytes",
     "load_before": r"load_shared of 4 bytes at byte -4 of",

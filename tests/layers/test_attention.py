@@ -536,7 +536,7 @@ def test_bad_input_is_named():
 
 
 def test_an_abandoned_call_leaves_no_trace():
-    """A call that wrote NaN keys behind what counts and was then thrown away, as a model does with diverged
+    """A call that wrote NaN keys after what counts and was then thrown away, as a model does with diverged
     logits."""
     for attn in LAYERS.values():
         with torch.no_grad():

@@ -6,7 +6,7 @@ import torch
 from numerics import random_layer, within_yardstick
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
-from hope_kernels.backend import BY_INPUTS, Call
+from hope_kernels.backend import BY_INPUTS, Request
 from hope_kernels.ops.conv import cpp as conv_cpp
 from hope_kernels.ops.conv.forward import causal_conv_chunked
 from hope_kernels.ops.output_gate import cpp as gate_cpp
@@ -47,7 +47,7 @@ def test_convolution(W, lengths):
     poisoned = torch.where(real.unsqueeze(-1), x.float(), float("nan"))
     y, after = conv_cpp.causal_conv(poisoned, tail.float(), weight.float(), lengths)
     dx = conv_cpp.causal_conv_backward(grad.float(), weight.float())
-    # behind a row's length PyTorch's gradient is zero and ours is what the outputs before it say: nothing
+    # past a row's length PyTorch's gradient is zero, and so is ours: no output there has one
     compare((y, dx), lambda t: causal_conv_chunked(t, tail.to(t.dtype), weight.to(t.dtype), counts)[0], grad, x)
     assert torch.equal(after, causal_conv_chunked(x.float(), tail.float(), weight.float(), counts)[1])
 
@@ -162,7 +162,7 @@ def test_the_library_is_never_handed_another_dtype():
             with pytest.raises(ValueError, match="has dtype"):
                 one(ids, state.to(dtype))
         with torch.autocast("cpu", torch.bfloat16):
-            assert "autocast" in unserved(Call(config, torch.float32, torch.device("cpu"), BY_INPUTS))
+            assert "autocast" in unserved(Request(config, torch.float32, torch.device("cpu"), BY_INPUTS))
             assert torch.equal(one(ids, backend="cpp")[0], want)  # a model computes in the dtype of its weights
             x = torch.randn(1, 4, 16)
             with pytest.raises(ValueError, match="autocast"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig, available_backends
-from hope_kernels.backend import BY_ALL, Call
+from hope_kernels.backend import BY_ALL, Request
 from hope_kernels.layers.titans import surroundings
 from hope_kernels.ops.cms import level as cms_chunked
 from hope_kernels.ops.cms.backends import resolve as resolve_cms
@@ -39,11 +39,11 @@ def test_one_choice_picks_all():
     assert resolve_cms(cms, *at, "triton") is cms_chunked and resolve_cms(
         cms, *at, "triton", inner=True
     ) is cms_triton
-    call = Call(config, *at, BY_ALL)
-    assert surroundings(call, "triton") == (causal_conv_triton, l2norm, output_gate_triton)
+    request = Request(config, *at, BY_ALL)
+    assert surroundings(request, "triton") == (causal_conv_triton, l2norm, output_gate_triton)
     for backend in (None, "chunked", "cpp", "reference"):
-        assert surroundings(call, backend) == (causal_conv_chunked, l2norm, output_gate_chunked)
-    wide = call._replace(config=TitansConfig(64, conv_window=9))
+        assert surroundings(request, backend) == (causal_conv_chunked, l2norm, output_gate_chunked)
+    wide = request._replace(config=TitansConfig(64, conv_window=9))
     assert surroundings(wide, "triton") == (causal_conv_chunked, l2norm, output_gate_triton)
 
 
@@ -58,7 +58,7 @@ def test_the_layer_equals_itself_with_the_pytorch_forms(options, monkeypatch):
         y, state = layer(x, lengths=[7, 0], backend="triton")
         second, state = layer(x[:, :3], state, backend="triton")
         pytorch = (causal_conv_chunked, l2norm, output_gate_chunked)
-        monkeypatch.setattr("hope_kernels.layers.titans.surroundings", lambda call, backend: pytorch)
+        monkeypatch.setattr("hope_kernels.layers.titans.surroundings", lambda request, backend: pytorch)
         want, want_state = layer(x, lengths=[7, 0], backend="triton")
         want_second, want_state = layer(x[:, :3], want_state, backend="triton")
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
@@ -88,7 +88,7 @@ def test_gradients_reach_every_parameter_and_padding_none(monkeypatch):
     parameters = {n: p for n, p in layer.named_parameters()}
 
     def gradients(pair, x):
-        monkeypatch.setattr("hope_kernels.layers.titans.surroundings", lambda call, backend: pair)
+        monkeypatch.setattr("hope_kernels.layers.titans.surroundings", lambda request, backend: pair)
         x = x.clone().requires_grad_()
         y, new = layer.scan(x, state, [18, 5], backend="chunked")
         found = torch.autograd.grad(

@@ -2,13 +2,15 @@
 #include "launch.cuh"
 
 namespace hope {
-const char* launch_64_bf16(const TitansParams& p, const Device& device, void* stream) { return launch_activation<64, bf16>(p, device, stream); }
+const char* launch_64_bf16(const TitansParams& p, const Device& device, void* stream) {
+  return launch_activation<64, bf16>(p, device, stream);
+}
 
 #ifdef __CUDACC__
 int titans_image() {
   cudaFuncAttributes found{};
   if (cudaFuncGetAttributes(&found, titans_decode<64, bf16, kGeluTanh>) == cudaSuccess) return found.ptxVersion;
-  cudaGetLastError();  // it is not for whoever asks CUDA next
+  cudaGetLastError();  // clears the error, so that no later call reports it
   return 0;
 }
 #endif

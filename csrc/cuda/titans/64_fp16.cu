@@ -2,5 +2,7 @@
 #include "launch.cuh"
 
 namespace hope {
-const char* launch_64_fp16(const TitansParams& p, const Device& device, void* stream) { return launch_activation<64, fp16>(p, device, stream); }
+const char* launch_64_fp16(const TitansParams& p, const Device& device, void* stream) {
+  return launch_activation<64, fp16>(p, device, stream);
+}
 }  // namespace hope

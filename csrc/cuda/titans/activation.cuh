@@ -24,7 +24,9 @@ template <int ACT, bool SLOPE> HOPE_DEVICE void activate(float (&z)[8], float (&
       // erfc by Abramowitz and Stegun 7.1.26 (error 1.5e-7), whose exponential is the density's
       const float x = z[i], y = 0.7071067811865476f * (x < 0.f ? -x : x), density = exp_(-y * y);
       const float t = divide(1.f, fma_(0.3275911f, y, 1.f));
-      const float series = fma_(fma_(fma_(fma_(1.061405429f, t, -1.453152027f), t, 1.421413741f), t, -0.284496736f), t, 0.254829592f);
+      const float series =
+          fma_(fma_(fma_(fma_(1.061405429f, t, -1.453152027f), t, 1.421413741f), t, -0.284496736f), t,
+               0.254829592f);
       const float tail = 0.5f * series * t * density, cdf = x < 0.f ? tail : 1.f - tail;
       if (SLOPE) slope[i] = fma_(x * 0.3989422804014327f, density, cdf);  // 1 / sqrt(2 pi)
       z[i] = x * cdf;

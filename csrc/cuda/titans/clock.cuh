@@ -1,7 +1,7 @@
 // What all memories share in a chunk: products of keys, decays, and the transformed keys of the rank-C update
-// (ops/titans/README.md):
+// (hope_kernels/ops/titans/README.md), with gamma[t,s] = prod_{s<j<=t} alpha_j:
 //
-//     Kg_s = gamma[C,s] k_s - sum_{t>s} L[t,s] Kg_t,   L[t,s] = gamma[t-1,s] (k_t.k_s) eta_t,   gamma[t,s] = prod_{s<j<=t} alpha_j
+//     Kg_s = gamma[C,s] k_s - sum_{t>s} L[t,s] Kg_t,   L[t,s] = gamma[t-1,s] (k_t.k_s) eta_t
 //
 // Products of keys come from tensor cores (exact products, fp32 sums). Decays are plain products: alpha = 0
 // and 1e-30 need no care. The solve is substitution from the last token, in fp32: a warp has 8 (D = 64)
@@ -13,7 +13,7 @@
 
 namespace hope {
 
-// Pairs of panels p <= q, dealt out to the warps: dots[s][t] for s of p, t of q.
+// Pairs of panels p <= q, dealt out to the warps: gram[s][t] for s of p, t of q.
 template <int D, class T> HOPE_DEVICE void key_products(const Shared<D, T>& shared, int C) {
   const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
   const int panels = C / kPanel;
@@ -36,31 +36,33 @@ template <int D, class T> HOPE_DEVICE void key_products(const Shared<D, T>& shar
       for (int i = 0; i < 8; ++i) {
         const int s = (lane >> 2) + 8 * ((i >> 1) & 1), t = 2 * (lane & 3) + (i & 1) + 8 * (i >> 2);
         // below the diagonal of the chunk L will be written
-        if (p < q || s <= t) store_shared(shared.dots(p * kPanel + s, q * kPanel + t, C), c[i]);
+        if (p < q || s <= t) store_shared(shared.gram(p * kPanel + s, q * kPanel + t, C), c[i]);
       }
     }
 }
 
-// L below the diagonal of dots, tail[s] = gamma[C,s], carry[t] = eta_t gamma[t-1,0], tail[C] = gamma[C,0]. One thread a
-// token, one for the last two.
+// L below the diagonal of gram; decay_after[s] = gamma[C,s]: one thread a token. erase[t] = eta_t gamma[t-1,0]
+// and decay_chunk = gamma[C,0]: one more thread.
 template <int D, class T> HOPE_DEVICE void decays(const Shared<D, T>& shared, int C, bool retention, bool dgd) {
   const int thread = thread_index_again();
   if (thread < C) {
-    float r = 1.f;
+    float decay = 1.f;
 #pragma unroll 1
     for (int t = thread + 1; t < C; ++t) {
-      if (dgd) store_shared(shared.dots(t, thread, C), load_shared(shared.dots(thread, t, C)) * (r * load_shared(shared.eta() + t)));
-      if (retention) r *= load_shared(shared.alpha() + t);
+      if (dgd)
+        store_shared(shared.gram(t, thread, C),
+                     load_shared(shared.gram(thread, t, C)) * (decay * load_shared(shared.eta() + t)));
+      if (retention) decay *= load_shared(shared.alpha() + t);
     }
-    store_shared(shared.tail() + thread, r);
+    store_shared(shared.decay_after() + thread, decay);
   } else if (thread == kThreads - 1) {
-    float r = 1.f;
+    float decay = 1.f;
 #pragma unroll 1
     for (int t = 0; t < C; ++t) {
-      store_shared(shared.carry() + t, dgd ? load_shared(shared.eta() + t) * r : 0.f);
-      if (retention) r *= load_shared(shared.alpha() + t);
+      store_shared(shared.erase() + t, dgd ? load_shared(shared.eta() + t) * decay : 0.f);
+      if (retention) decay *= load_shared(shared.alpha() + t);
     }
-    store_shared(shared.tail() + C, r);
+    store_shared(shared.decay_chunk(C), decay);
   }
 }
 
@@ -78,27 +80,28 @@ template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint16_t bits = load_shared(reinterpret_cast<const uint16_t*>(shared.k(s0 + rows + i) + p0 + column));
-        x[i] = load_shared(shared.tail() + s0 + rows + i) * unpack2<T>(bits).x;
+        x[i] = load_shared(shared.decay_after() + s0 + rows + i) * unpack2<T>(bits).x;
       }
       if (dgd) {
 #pragma unroll 4
         for (int t = s0 + kPanel; t < C; ++t) {
           const float later = load_shared(solved + 8 * t + column);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) x[i] = fma_(-load_shared(shared.dots(t, s0 + rows + i, C)), later, x[i]);
+          for (int i = 0; i < 4; ++i) x[i] = fma_(-load_shared(shared.gram(t, s0 + rows + i, C)), later, x[i]);
         }
 #pragma unroll
         for (int t = kPanel - 1; t > 0; --t) {
           const float later = shuffle(x[t & 3], (t >> 2) * 8 + column);
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (rows + i < t) x[i] = fma_(-load_shared(shared.dots(s0 + t, s0 + rows + i, C)), later, x[i]);
+            if (rows + i < t) x[i] = fma_(-load_shared(shared.gram(s0 + t, s0 + rows + i, C)), later, x[i]);
         }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (s0 > 0) store_shared(solved + 8 * (s0 + rows + i) + column, x[i]);
-        store_shared(reinterpret_cast<uint16_t*>(shared.kg(s0 + rows + i) + p0 + column), static_cast<uint16_t>(pack2<T>(x[i], 0.f)));
+        store_shared(reinterpret_cast<uint16_t*>(shared.kg(s0 + rows + i) + p0 + column),
+                     static_cast<uint16_t>(pack2<T>(x[i], 0.f)));
       }
       sync_warp();
     }

@@ -1,25 +1,27 @@
-// Committing a chunk: everything between "the last of its C tokens has been read" and the new weights. All a
-// block needs is in it.
+// Committing a chunk: everything from the moment the last of its C tokens has been read to the new weights.
+// Without shards a block needs nothing from the others for it.
 //
 //   for every panel of 16 tokens
-//     1  a, sigma', shares of M(k); shares of M(v)          last panel: also products of keys            | barrier
-//     2  e = M(k) - target, two tokens a warp               last panel: also decays and L                | barrier
-//     3  d = sigma' (w1^T e), |a|^2, |d|^2                  last panel: also the transformed keys        | barrier
-//   4  step sizes; delta2 = gamma[C,0] delta2 - (eta~ d + eta gamma[t-1,0] delta2_0 k)^T Kg; delta1 = gamma[C,0] delta1 - (eta~ gamma[C,t] e)^T a
+//     evaluate        a, sigma', shares of M(k) and M(v)      last panel: also key_products       | barrier
+//     errors          e = M(k) - target, two tokens a warp    last panel: also decays             | barrier
+//     gradients       d = sigma' (w1^T e), |a|^2, |d|^2       last panel: also transformed_keys   | barrier
+//   step_sizes        gain = eta / max(1, clip)
+//   update_inputs     delta2 <- gamma[C,0] delta2 - U^T Kg,   u_t = gain_t d_t + erase_t delta2 k_t
+//   update_outputs    delta1 <- gamma[C,0] delta1 - sum_t gain_t gamma[C,t] e_t a_t^T
 //
-// Stage 4 needs no barrier: units are a warp's own. FLOPs a warp and panel (32 or 64 units, D = 64): 160 mma
-// instructions of 4096. fp16 ends at 6e-5 with all its digits, and a step size times a decay may be less: U
-// and eta~ R a are multiplied by a power of two that makes the largest step size about one, and so are the
-// deviations while they are added to, which is exact. Rounded to T are the operands of products only:
-// weights, k, v, a, e, d, U = eta~ d + .., Kg, eta~ R a.
+// The last three need no barrier: units are a warp's own. FLOPs a warp and panel (32 or 64 units, D = 64): 160
+// mma instructions of 4096. The smallest normal number of fp16 is 6e-5, and a step size times a decay may be
+// less: U and gain gamma[C,t] a are multiplied by a power of two that makes the largest step size about one,
+// and so are the deviations while they are added to, which is exact. Only the operands of products are
+// rounded to T: weights, k, v, a, e, d, U, Kg, gain gamma[C,t] a.
 #pragma once
 #include "clock.cuh"
 #include "read.cuh"
 
 namespace hope {
 
-// With shards: M(k) and M(v) of a block's warps go to the other block before they are added up, behind a
-// barrier of the (row, head) a panel; the norms, behind another one a chunk.
+// With shards: M(k) and M(v) of a block's warps go to the other block, and are added up after one more barrier
+// of the (row, head) a panel; likewise the norms, after one more a chunk.
 template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
   using W = Width<D>;
   static constexpr bool kSharded = Exchange::kSharded;
@@ -27,7 +29,7 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
   const Shared<D, T>& shared;
   const Exchange& exchange;
 
-  // Who a thread is, found anew in every stage: registers are for the state.
+  // Who a thread is: asked again in every stage, since registers are for the state.
   struct Me {
     int warp, lane;
     Role role;
@@ -58,7 +60,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       if (last) decays<D, T>(shared, chunk(), has(kRetention), has(kDgd));
       sync_block();
       gradients(slope, panel);
-      if (last) transformed_keys<D, T>(shared, chunk(), has(kDgd));  // v and all partial outputs have been read, the next are behind a barrier
+      // v and all partial outputs have been read, and the next ones are written after a barrier
+      if (last) transformed_keys<D, T>(shared, chunk(), has(kDgd));
       sync_block();
     }
     if constexpr (kSharded) {
@@ -96,10 +99,10 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     return {p.f, inverse.f};
   }
 
-  // The warp's fragments of a and d: [groups][C / 16] blocks behind those of the warps in front, of which
-  // scalar memories have twice as many.
+  // The warp's fragments of a and d: [groups][C / 16] blocks, after those of the warps before it; a warp of a
+  // scalar memory has twice as many groups.
   HOPE_DEVICE Word4& fragment(const Own& own, int offset, int g, int panel) const {
-    // warps in front of the scalar memories
+    // warps before those of the scalar memories
     const int full = 3 * Exchange::kShards * shared.plan.full_warps - load_shared(&shared.call().rank) * kWarps;
     const int before = own.warp < full ? own.warp : 2 * own.warp - (full < 0 ? 0 : full);
     return own.at(offset)[32 * ((before * W::kGroups + g) * (chunk() / kPanel) + panel)];
@@ -118,10 +121,12 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 
   // Where M(k) of a warp's n-th pair of tokens waits for M(v) if there is one buffer.
   HOPE_DEVICE Float4& kept_at_k(const Me& me, int n, int i) const {
-    return reinterpret_cast<Float4&>(me.weights.own.at(shared.plan.at_k)[32 * ((me.warp * (8 / me.role.warps()) + n) * (D / 64) + i)]);
+    const int pair = me.warp * (8 / me.role.warps()) + n;
+    return reinterpret_cast<Float4&>(me.weights.own.at(shared.plan.at_k)[32 * (pair * (D / 64) + i)]);
   }
   HOPE_DEVICE Float4 gathered(const Me& me, int buffer, int r, int i) const {
-    return gather(shared.part(me.role.first(), buffer), me.role.warps(), Shared<D, T>::kPart, r, (me.lane >> 2) + 8 * i, me.lane);
+    return gather(shared.part(me.role.first(), buffer), me.role.warps(), Shared<D, T>::kPart, r,
+                  (me.lane >> 2) + 8 * i, me.lane);
   }
 
   // M(k) (kind 0) or M(v) (1), summed over the warps of this block, to both blocks of the memory.
@@ -155,18 +160,19 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       return gathered(me, 1, r, i);
   }
 
-  // sigma' of a scalar memory's group, from stage 1 to 3.
+  // sigma' of a scalar memory's group, from evaluate to gradients.
   HOPE_DEVICE void keep_slope(const float (&slope)[8], int g, int warp, int lane) const {
     Float4* to = shared.part(warp, 0) + 64 * g + lane;
     store_shared(to, Float4{slope[0], slope[1], slope[2], slope[3]});
     store_shared(to + 32, Float4{slope[4], slope[5], slope[6], slope[7]});
   }
   HOPE_DEVICE void kept_slope(float (&slope)[8], int g, int warp, int lane) const {
-    const Float4 a = load_shared(shared.part(warp, 0) + 64 * g + lane), b = load_shared(shared.part(warp, 0) + 64 * g + lane + 32);
-    slope[0] = a.x, slope[1] = a.y, slope[2] = a.z, slope[3] = a.w, slope[4] = b.x, slope[5] = b.y, slope[6] = b.z, slope[7] = b.w;
+    const Float4* from = shared.part(warp, 0) + 64 * g + lane;
+    const Float4 a = load_shared(from), b = load_shared(from + 32);
+    slope[0] = a.x, slope[1] = a.y, slope[2] = a.z, slope[3] = a.w;
+    slope[4] = b.x, slope[5] = b.y, slope[6] = b.z, slope[7] = b.w;
   }
 
-  // Stage 1.
   HOPE_DEVICE void evaluate(float (&slope)[W::kGroups][8], int panel) const {
     const auto [warp, lane, role, weights] = me();
     const T* k = shared.k(panel * kPanel);
@@ -228,7 +234,6 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     }
   }
 
-  // Stage 2.
   HOPE_DEVICE void errors(int panel) const {
     const Me now = me();
     const auto [warp, lane, role, weights] = now;
@@ -242,8 +247,7 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
         for (int i = 0; i < D / 64; ++i) {
           const int j = (lane >> 2) + 8 * i;
           target[i] = two_rows<D, T>(shared.v(slot), r, 8 * j + 2 * (lane & 3));
-          if (has(kOwnValues))
-            target[i] = target[i] + at_v(now, panel, r, i);
+          if (has(kOwnValues)) target[i] = target[i] + at_v(now, panel, r, i);
         }
         const Float2 by = has(kTargetNorm) ? inverse_norms(target) : Float2{1.f, 1.f};
         float e2[2] = {};
@@ -276,7 +280,6 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     }
   }
 
-  // Stage 3.
   HOPE_DEVICE void gradients(const float (&slope)[W::kGroups][8], int panel) const {
     const auto [warp, lane, role, weights] = me();
     const int slot = panel * kPanel;
@@ -312,20 +315,22 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     store_norms(1, panel, norm, warp, lane);
   }
 
-  HOPE_DEVICE void finish_gradient(float (&d)[8], const float (&slope)[8], float (&norm)[2], const Own& own, int g, int panel) const {
+  HOPE_DEVICE void finish_gradient(float (&d)[8], const float (&slope)[8], float (&norm)[2], const Own& own,
+                                   int g, int panel) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) d[i] *= slope[i];
     add_squares(norm, d);
     d_block(own, g, panel) = round_block<T>(d);
   }
 
-  // eta~_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2, for all tokens, in the warp's own copy.
+  // gain_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2, for all tokens, in the warp's own
+  // copy.
   HOPE_DEVICE void step_sizes() const {
     const auto [warp, lane, role, weights] = me();
     const int C = chunk();
-    float* steps = shared.steps(warp, C);
+    float* gain = shared.gain(warp, C);
     if (!has(kClip)) {
-      for (int t = lane; t < C; t += 32) store_shared(steps + t, load_shared(shared.eta() + t));
+      for (int t = lane; t < C; t += 32) store_shared(gain + t, load_shared(shared.eta() + t));
       return;
     }
     const float factor = has(kDot) ? 1.f : p.grad_scale;
@@ -342,19 +347,19 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
         d2 += load_shared(shared.norms(role.first() + w, 1, C) + t);
       }
       size[n] = sqrt_(a2 + divide(d2, load_shared(shared.e2(role.first(), C) + t) + 1e-9f) + 1e-12f);
-      store_shared(steps + t, load_shared(shared.eta() + t) * size[n]);
+      store_shared(gain + t, load_shared(shared.eta() + t) * size[n]);  // eta_t m_t, for now
     }
     sync_warp();
     float sums[2] = {};
 #pragma unroll 4
     for (int s = 0; s < C; ++s) {
-      const float w = load_shared(steps + s);
+      const float eta_size = load_shared(gain + s);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const int t = lane + 32 * n;
         if (t >= C) break;
-        const float dot = load_shared(shared.dots(s < t ? s : t, s < t ? t : s, C));
-        sums[n] = fma_(w, dot * dot, sums[n]);
+        const float gram = load_shared(shared.gram(s < t ? s : t, s < t ? t : s, C));
+        sums[n] = fma_(eta_size, gram * gram, sums[n]);
       }
     }
     sync_warp();
@@ -362,22 +367,22 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     for (int n = 0; n < 2; ++n) {
       const int t = lane + 32 * n;
       if (t >= C) break;
-      const float s = factor * size[n] * sums[n];
-      store_shared(steps + t, divide(load_shared(shared.eta() + t), s <= 1.f ? 1.f : s));
+      const float clip = factor * size[n] * sums[n];
+      store_shared(gain + t, divide(load_shared(shared.eta() + t), clip <= 1.f ? 1.f : clip));
     }
   }
 
   // delta2 of the warp's units: blocks g * kSteps + s.
   template <int GROUPS> HOPE_DEVICE void update_inputs(float (&state)[16][8]) const {
     const auto [warp, lane, role, weights] = me();
-    const float keep = load_shared(shared.tail() + chunk());
-    const float* steps = shared.steps(warp, chunk());
+    const float decay_chunk = load_shared(shared.decay_chunk(chunk()));
+    const float* gain = shared.gain(warp, chunk());
     float largest = 0.f;
     if constexpr (!kWideExponent<T>) {
       for (int t = lane; t < chunk(); t += 32) {
-        const float gain = load_shared(steps + t), carry = load_shared(shared.carry() + t);
-        largest = gain > largest ? gain : largest;
-        largest = carry > largest ? carry : largest;
+        const float step = load_shared(gain + t), erase = load_shared(shared.erase() + t);
+        largest = step > largest ? step : largest;
+        largest = erase > largest ? erase : largest;
       }
     }
     const Range range = range_of(largest);
@@ -389,31 +394,33 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       for (int s = 0; s < W::kSteps; ++s) {
         old[s] = round_block<T>(state[g * W::kSteps + s]);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= keep * range.up;
+        for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= decay_chunk * range.up;
       }
 #pragma unroll 1
       for (int panel = 0; panel < chunk() / kPanel; ++panel) {
         const int slot = panel * kPanel, row = slot + (lane >> 2);
-        float u[8] = {};
+        float delta2_k[8] = {};
         if (has(kDgd)) {
 #pragma unroll
           for (int s = 0; s < W::kSteps; ++s) {
             uint32_t k[4];
             load_matrices(k, corner<D>(shared.k(slot), 16 * s, lane));
-            mma<T>(u, k, old[s].x, old[s].z);
-            mma<T>(u + 4, k, old[s].y, old[s].w);
+            mma<T>(delta2_k, k, old[s].x, old[s].z);
+            mma<T>(delta2_k + 4, k, old[s].y, old[s].w);
           }
         }
         const Word4 d = d_block(weights.own, g, panel);
-        const float gain[2] = {range.up * load_shared(steps + row), range.up * load_shared(steps + row + 8)};
-        const float carry[2] = {range.up * load_shared(shared.carry() + row), range.up * load_shared(shared.carry() + row + 8)};
+        const float step[2] = {range.up * load_shared(gain + row), range.up * load_shared(gain + row + 8)};
+        const float erase[2] = {range.up * load_shared(shared.erase() + row),
+                                range.up * load_shared(shared.erase() + row + 8)};
         const uint32_t words[4] = {d.x, d.y, d.z, d.w};
         uint32_t moved[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // rows g, g + 8 take turns
           const Float2 pair = unpack2<T>(words[i]);
-          const float x = fma_(gain[i & 1], pair.x, carry[i & 1] * u[2 * i]), y = fma_(gain[i & 1], pair.y, carry[i & 1] * u[2 * i + 1]);
-          moved[i] = transpose8x8(pack2<T>(-x, -y));
+          const float u0 = fma_(step[i & 1], pair.x, erase[i & 1] * delta2_k[2 * i]);
+          const float u1 = fma_(step[i & 1], pair.y, erase[i & 1] * delta2_k[2 * i + 1]);
+          moved[i] = transpose8x8(pack2<T>(-u0, -u1));
         }
         const uint32_t rows[4] = {moved[0], moved[2], moved[1], moved[3]};  // units x tokens
 #pragma unroll
@@ -436,12 +443,12 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
   // delta1 of the warp's units: blocks 8 + i * kGroups + g.
   HOPE_DEVICE void update_outputs(float (&state)[16][8]) const {
     const auto [warp, lane, role, weights] = me();
-    const float keep = load_shared(shared.tail() + chunk());
-    const float* steps = shared.steps(warp, chunk());
+    const float decay_chunk = load_shared(shared.decay_chunk(chunk()));
+    const float* gain = shared.gain(warp, chunk());
     float largest = 0.f;
     if constexpr (!kWideExponent<T>) {
       for (int t = lane; t < chunk(); t += 32) {
-        const float step = load_shared(steps + t) * load_shared(shared.tail() + t);
+        const float step = load_shared(gain + t) * load_shared(shared.decay_after() + t);
         largest = step > largest ? step : largest;
       }
     }
@@ -449,12 +456,13 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 #pragma unroll
     for (int b = 8; b < 16; ++b)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) state[b][i] *= keep * range.up;
+      for (int i = 0; i < 8; ++i) state[b][i] *= decay_chunk * range.up;
 #pragma unroll 1
     for (int panel = 0; panel < chunk() / kPanel; ++panel) {
       const int slot = panel * kPanel, row = slot + (lane >> 2);
-      const float by[2] = {-range.up * (load_shared(steps + row) * load_shared(shared.tail() + row)),
-                           -range.up * (load_shared(steps + row + 8) * load_shared(shared.tail() + row + 8))};
+      const float* decay = shared.decay_after() + row;
+      const float by[2] = {-range.up * (load_shared(gain + row) * load_shared(decay)),
+                           -range.up * (load_shared(gain + row + 8) * load_shared(decay + 8))};
       uint32_t h[W::kGroups][4];
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) {
@@ -489,8 +497,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
   // delta1 of a scalar memory's units, in shared memory.
   HOPE_DEVICE void update_scalar_outputs() const {
     const auto [warp, lane, role, weights] = me();
-    const float keep = load_shared(shared.tail() + chunk());
-    const float* steps = shared.steps(warp, chunk());
+    const float decay_chunk = load_shared(shared.decay_chunk(chunk()));
+    const float* gain = shared.gain(warp, chunk());
 #pragma unroll 1
     for (int g = 0; g < W::kScalarGroups; ++g) {
       Float4 sum{0.f, 0.f, 0.f, 0.f};
@@ -500,7 +508,7 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
         float by[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          by[half] = load_shared(steps + row + 8 * half) * load_shared(shared.tail() + row + 8 * half) *
+          by[half] = load_shared(gain + row + 8 * half) * load_shared(shared.decay_after() + row + 8 * half) *
                      load_shared(shared.es(role.first(), chunk()) + row + 8 * half);
         const Word4 a = a_block(weights.own, g, panel);
         const Float2 a0 = unpack2<T>(a.x), a1 = unpack2<T>(a.y), a2 = unpack2<T>(a.z), a3 = unpack2<T>(a.w);
@@ -509,11 +517,13 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       }
 #pragma unroll
       for (int mask = 4; mask < 32; mask *= 2)
-        sum = sum + Float4{shuffle_xor(sum.x, mask), shuffle_xor(sum.y, mask), shuffle_xor(sum.z, mask), shuffle_xor(sum.w, mask)};
+        sum = sum + Float4{shuffle_xor(sum.x, mask), shuffle_xor(sum.y, mask), shuffle_xor(sum.z, mask),
+                           shuffle_xor(sum.w, mask)};
       if (lane < 4) {
         Float4* to = reinterpret_cast<Float4*>(shared.delta1s(warp) + 16 * g) + lane;
         const Float4 old = load_shared(to);
-        store_shared(to, Float4{fma_(keep, old.x, -sum.x), fma_(keep, old.y, -sum.y), fma_(keep, old.z, -sum.z), fma_(keep, old.w, -sum.w)});
+        store_shared(to, Float4{fma_(decay_chunk, old.x, -sum.x), fma_(decay_chunk, old.y, -sum.y),
+                                fma_(decay_chunk, old.z, -sum.z), fma_(decay_chunk, old.w, -sum.w)});
       }
     }
     sync_warp();

@@ -1,12 +1,15 @@
 // titans_decode: one token a row. Reads every weight once, at the bandwidth of the memory, and appends the
 // token to its chunk.
 //
-// EQUATIONS   as prefill's reads, one token. A chunk that is full now is committed by titans_prefill, launched behind this kernel for the purpose
-//             (kCommitOnly); the device alone decides, so both launches are the same for every token and can be replayed from a graph.
-// OWNERSHIP   As in prefill: warps own hidden units, and use the same instructions in the same order on a panel of 16 slots of which one
-//             is live: outputs have the bits of a prefill. Memories do not meet before the commit, so each has a block of its own (eta and
-//             alpha share one): 4 B H blocks of N D / 2048 warps, no cluster, two barriers. Memories of two blocks decode through prefill.
-// BYTES       6 a weight (fp32 deviation, 16-bit base): 24 KB a warp, all of them requested before the first is needed.
+// EQUATIONS   As prefill's reads, for one token. A chunk that is now full is committed by titans_prefill,
+//             launched after this kernel for the purpose (kCommitOnly). The device alone decides, so both
+//             launches are the same for every token and can be replayed from a graph.
+// OWNERSHIP   As in prefill: warps own hidden units, and use the same instructions in the same order on a panel
+//             of 16 slots of which one is live: outputs have the bits of a prefill. Memories exchange nothing
+//             before the commit, so each has a block of its own (eta and alpha share one): 4 B H blocks of
+//             N D / 2048 warps, no cluster, two barriers. Memories of two blocks decode through prefill.
+// BYTES       6 a weight (fp32 deviation, 16-bit base): 24 KB a warp, all of them requested before the first
+//             is needed.
 // FLOPS       16 times what one token needs, on tensor cores that would be idle.
 #pragma once
 #include "prefill.cuh"
@@ -29,7 +32,9 @@ template <int D, class T> struct DecodeSink {
     T* to = memory == kMemory ? o : static_cast<T*>(memory == kKeys ? p.pending_k : p.pending_v) + at * D;
     *reinterpret_cast<uint32_t*>(to + index_of(position)) = value;
   }
-  HOPE_DEVICE void scalar(int memory, int, float value) { (memory == kEta ? p.pending_eta : p.pending_alpha)[at] = value; }
+  HOPE_DEVICE void scalar(int memory, int, float value) {
+    (memory == kEta ? p.pending_eta : p.pending_alpha)[at] = value;
+  }
 };
 
 template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan) {
@@ -65,6 +70,9 @@ template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p
   read_results<D, T>(p, shared, role, tile, h, row, row + 1, lane, sink);
 }
 
-template <int D, class T, int ACT> HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan plan) { decode<D, T, ACT>(p, plan); }
+template <int D, class T, int ACT>
+HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan plan) {
+  decode<D, T, ACT>(p, plan);
+}
 
 }  // namespace hope

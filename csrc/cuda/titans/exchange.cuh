@@ -1,21 +1,22 @@
-// How the blocks of a (row, head) hand one another the tokens they have read: k, v [16, D], eta, alpha [16]
-// of one panel; and, SHARDED, the two blocks of a memory their shares of its output and norms.
+// How the blocks of a (row, head) give each other the tokens they have read: k, v [16, D], eta, alpha [16] of
+// one panel; and, SHARDED, how the two blocks of a memory exchange their shares of its output and norms.
 //
-// kCluster: the blocks are a cluster; a number is stored into the shared memory of each of them, and one
-// barrier of the cluster makes it
-//   seen. A block that has committed reads its chunk no longer; only then may others write the next chunk's tokens over it, which a second
-//   barrier says, arrived at behind the commit and waited for in front of the next writes, a whole read later.
-// kGlobal: the blocks are programs of one grid that exchange through mail in global memory, double-buffered,
-// and a counter of arrivals. They
-//   have taken their places in order of an atomic ticket, so the blocks a block waits for have started or will: no order of scheduling
-//   deadlocks as long as the device holds one (row, head) at a time.
-// With one block to a (row, head) both are a barrier of the block. A launch that only commits exchanges nothing.
+// kCluster: the blocks are a cluster. A number is stored into the shared memory of each of them, and a barrier
+// of the cluster makes it visible. Once a block has committed, it reads its chunk no longer, and the others may
+// write the next chunk's tokens over it: a second barrier, at which blocks arrive after the commit and wait
+// before their next writes, a whole read later.
+// kGlobal: the blocks belong to one grid and exchange through mail in global memory, double-buffered, and a
+// counter of arrivals. They have taken their places in the order of an atomic ticket, so the blocks a block
+// waits for have started or will: no order of scheduling deadlocks as long as the device holds one (row, head)
+// at a time.
+// With one block to a (row, head) both are a barrier of the block. A launch that only commits exchanges
+// nothing.
 //
 // SHARES go through the scratch in either mode (shared memory has no room for them on every device) and are
 // read, in the order of ranks, by the lanes of both blocks that have the sender's place in theirs. Three or
-// four barriers a panel order them: a place is written again behind the barrier after the one that its
-// readers waited at. One of these barriers lies between a commit and the next tokens to arrive, so begin,
-// acquire and release have nothing left to do.
+// four barriers a panel order them: between the barrier at which a place's readers have waited and the next
+// write to it lies another barrier. One of these barriers lies between a commit and the next tokens to arrive,
+// so begin, acquire and release have nothing left to do.
 #pragma once
 #include "role.cuh"
 #include "shared.cuh"
@@ -57,9 +58,13 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
     return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
   }
   // |a|^2 (kind 0) or |d|^2 (1) of token t of the chunk.
-  HOPE_DEVICE float* norm_share(int which, int kind, int t) const { return of_shard<float>(which, plan.norm_shares) + kind * p.C + t; }
-  HOPE_DEVICE float sum_of_norms(int kind, int t) const { return load_fresh(norm_share(0, kind, t)) + load_fresh(norm_share(1, kind, t)); }
-  // What the blocks have put in front of this barrier is there for all of them.
+  HOPE_DEVICE float* norm_share(int which, int kind, int t) const {
+    return of_shard<float>(which, plan.norm_shares) + kind * p.C + t;
+  }
+  HOPE_DEVICE float sum_of_norms(int kind, int t) const {
+    return load_fresh(norm_share(0, kind, t)) + load_fresh(norm_share(1, kind, t));
+  }
+  // What the blocks have put before this barrier is there for all of them after it.
   HOPE_DEVICE void barrier() const {
     if constexpr (MODE == kCluster) {
       cluster_arrive();
@@ -74,7 +79,7 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   // --- tokens ---
   // Blocks of a cluster may be written to once they have started.
   HOPE_DEVICE void begin() const { release(); }
-  // In front of the first panel's puts behind begin() or release().
+  // Before the puts of the first panel after begin() or release().
   HOPE_DEVICE void acquire() const {
     if constexpr (MODE == kCluster && !SHARDED) {
       if (plan.blocks > 1) cluster_wait();
@@ -102,8 +107,8 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
     float* place = (kind == 0 ? shared.eta() : shared.alpha()) + slot + r;
     put(round, reinterpret_cast<uint32_t*>(place), kPanel * D + kind * kPanel + r, bits);
   }
-  // What all blocks have put into rows first <= r < stop of the panel is in this block's shared memory; a
-  // barrier of the block as well.
+  // Afterwards what all blocks have put into rows first <= r < stop of the panel is in this block's shared
+  // memory. Also a barrier of the block.
   HOPE_DEVICE void finish(int round, int slot, int first, int stop) const {
     if constexpr (MODE == kCluster) {
       if (plan.blocks > 1) {
@@ -119,12 +124,13 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
       sync_block();
       const uint32_t* letter = mail(round);
       const int rank = load_shared(&shared.call().rank);
-      // full memories fill blocks of their own, or two a block, so a word is this block's or another's as a
-      // whole; of shards the first puts
+      // memories with D outputs fill blocks of their own, or two a block, so a word is this block's or another's
+      // as a whole; of two shards the first one puts
       for (int i = thread_index_again(); i < kMail; i += kThreads) {
         const bool scalar = i >= kPanel * D;
         const int kind = scalar ? (i - kPanel * D) / kPanel : i / (kPanel * D / 2);
-        const int first_warp = kShards * plan.full_warps * (scalar ? 3 : 1 + kind) + (scalar ? kind * plan.scalar_warps : 0);
+        const int first_warp =
+            kShards * plan.full_warps * (scalar ? 3 : 1 + kind) + (scalar ? kind * plan.scalar_warps : 0);
         const int r = scalar ? i % kPanel : i / (D / 2) % kPanel;
         if (first_warp / kWarps == rank || (scalar && kEta + kind >= plan.memories) || r < first || r >= stop) continue;
         const uint32_t word = load_fresh(letter + i);
@@ -132,14 +138,16 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
           store_shared(reinterpret_cast<uint32_t*>((kind == 0 ? shared.eta() : shared.alpha()) + slot + r), word);
         } else {
           const int position = 2 * (i % (D / 2));
-          store_shared(reinterpret_cast<uint32_t*>((kind == 0 ? shared.k(slot + r) : shared.v(slot + r)) + position), word);
+          store_shared(
+              reinterpret_cast<uint32_t*>((kind == 0 ? shared.k(slot + r) : shared.v(slot + r)) + position),
+              word);
         }
       }
       sync_block();
     }
   }
-  // This block reads the chunk's tokens no longer. `mail` needs no such word: a block reads it before it
-  // arrives at the next round, and nobody writes the round after that before all have arrived.
+  // This block reads the chunk's tokens no longer. `mail` needs no such signal: a block reads it before it
+  // arrives at the next round, and no block writes the round after that before all have arrived.
   HOPE_DEVICE void release() const {
     if constexpr (MODE == kCluster && !SHARDED) {
       if (plan.blocks > 1) cluster_arrive();
@@ -147,7 +155,7 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   }
 
  private:
-  // One thread of each block, for the block: how many have arrived says which barrier of the call this is.
+  // One thread of each block, for the block: the number of arrivals tells which barrier of the call this is.
   HOPE_DEVICE void arrive_and_wait() const {
     if (thread_index_again() != 0) return;
     unsigned int* arrivals = p.arrivals + 1 + load_shared(&shared.call().group);

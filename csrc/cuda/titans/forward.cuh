@@ -13,8 +13,9 @@ namespace hope {
 
 // sigma of one group's 16 units: z[0..3] units 0..7, z[4..7] units 8..15 (as mma's c); slope likewise.
 template <int D, class T, int ACT, bool SLOPE, class Weights>
-HOPE_DEVICE void hidden_group(float (&z)[8], float (&slope)[8], const T* tile, const Weights& weights, int g, int lane) {
-  sync_warp();  // keeps loads of one group behind the other's arithmetic: registers are short
+HOPE_DEVICE void hidden_group(float (&z)[8], float (&slope)[8], const T* tile, const Weights& weights, int g,
+                              int lane) {
+  sync_warp();  // keeps loads of a group after the arithmetic of the one before: registers are short
 #pragma unroll
   for (int i = 0; i < 8; ++i) z[i] = 0.f;
 #pragma unroll
@@ -47,7 +48,8 @@ HOPE_DEVICE int part_offset(int j, int lane) { return 32 * j + (lane ^ ((j & 1) 
 
 // The share of w1 a, 64 columns at a time, to `part` (shared memory, this warp's).
 template <int D, class T, class Weights>
-HOPE_DEVICE void output_part(Float4* part, const uint32_t (&h)[Width<D>::kGroups][4], const Weights& weights, int lane) {
+HOPE_DEVICE void output_part(Float4* part, const uint32_t (&h)[Width<D>::kGroups][4], const Weights& weights,
+                             int lane) {
 #pragma unroll
   for (int i0 = 0; i0 < Width<D>::kSteps; i0 += 4) {
     float y[8][4];
@@ -64,7 +66,8 @@ HOPE_DEVICE void output_part(Float4* part, const uint32_t (&h)[Width<D>::kGroups
         mma<T>(y[2 * i + 1], h[g], w.y, w.w);
       }
 #pragma unroll
-    for (int j = 0; j < 8; ++j) store_shared(part + part_offset(2 * i0 + j, lane), Float4{y[j][0], y[j][1], y[j][2], y[j][3]});
+    for (int j = 0; j < 8; ++j)
+      store_shared(part + part_offset(2 * i0 + j, lane), Float4{y[j][0], y[j][1], y[j][2], y[j][3]});
   }
 }
 

@@ -38,7 +38,8 @@ HOPE_DEVICE void load_block(float (&f)[8], const float* p, int stride, int lane)
 HOPE_DEVICE void store_block(const float (&f)[8], float* p, int stride, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    *reinterpret_cast<Float4*>(p + block_offset(lane, half, stride)) = {f[2 * half], f[2 * half + 1], f[2 * half + 4], f[2 * half + 5]};
+    *reinterpret_cast<Float4*>(p + block_offset(lane, half, stride)) = {f[2 * half], f[2 * half + 1],
+                                                                        f[2 * half + 4], f[2 * half + 5]};
 }
 
 template <class T> HOPE_DEVICE Word4 load_block16(const T* p, int stride, int lane) {

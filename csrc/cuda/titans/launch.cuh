@@ -9,10 +9,10 @@
 namespace hope {
 
 #ifdef __CUDACC__
-// A kernel of `blocks` blocks, in clusters of `cluster` if that is more than one. Null, or what CUDA complained of.
+// A kernel of `blocks` blocks, in clusters of `cluster` if that is more than one. Null, or CUDA's error.
 template <class Kernel>
-const char* launch(Kernel kernel, std::atomic<uint64_t>& prepared, const TitansParams& p, const Plan& plan, int64_t blocks, int threads, int cluster,
-                   const Device& device, void* stream) {
+const char* launch(Kernel kernel, std::atomic<uint64_t>& prepared, const TitansParams& p, const Plan& plan,
+                   int64_t blocks, int threads, int cluster, const Device& device, void* stream) {
   int ordinal = 0;
   cudaError_t error = cudaGetDevice(&ordinal);
   const uint64_t bit = uint64_t{1} << (ordinal & 63);
@@ -42,20 +42,26 @@ const char* launch(Kernel kernel, std::atomic<uint64_t>& prepared, const TitansP
   }(__VA_ARGS__)
 #else
 template <class Kernel>
-const char* launch(Kernel kernel, const TitansParams& p, const Plan& plan, int64_t blocks, int threads, int cluster, const Device& device, void*) {
+const char* launch(Kernel kernel, const TitansParams& p, const Plan& plan, int64_t blocks, int threads,
+                   int cluster, const Device& device, void*) {
   if (plan.shared_bytes > device.shared_bytes) return "more shared memory than the device has";
   emulator::launch(static_cast<int>(blocks), threads, cluster, plan.shared_bytes, [&] { kernel(p, plan); });
   return nullptr;
 }
-#define HOPE_LAUNCH(kernel, ...) \
-  [&](auto... arguments) { return launch([](const TitansParams& p_, const Plan& plan_) { kernel(p_, plan_); }, p, plan, arguments...); }(__VA_ARGS__)
+#define HOPE_LAUNCH(kernel, ...)                                                                 \
+  [&](auto... arguments) {                                                                       \
+    return launch([](const TitansParams& p_, const Plan& plan_) { kernel(p_, plan_); }, p, plan, \
+                  arguments...);                                                                 \
+  }(__VA_ARGS__)
 #endif
 
 template <int D, class T, int ACT, int MODE, bool SHARDED>
 const char* launch_prefill(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
   const int cluster = MODE == kCluster ? plan.blocks : 1;
-  if (plan.weights >= 0) return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true, SHARDED>), blocks, kThreads, cluster, device, stream);
+  if (plan.weights >= 0)
+    return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true, SHARDED>), blocks, kThreads, cluster, device,
+                       stream);
   return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false, SHARDED>), blocks, kThreads, cluster, device, stream);
 }
 
@@ -73,7 +79,8 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
   }
   if (p.T == 1) {
     const Plan plan = make_decode_plan(D, p.N, retention);
-    const char* error = HOPE_LAUNCH((titans_decode<D, T, ACT>), static_cast<int64_t>(p.B) * p.H * 4, 32 * plan.full_warps, 1, device, stream);
+    const char* error = HOPE_LAUNCH((titans_decode<D, T, ACT>), static_cast<int64_t>(p.B) * p.H * 4,
+                                    32 * plan.full_warps, 1, device, stream);
     if (error != nullptr || !update) return error;
     p.flags |= kCommitOnly;
   }
@@ -86,7 +93,8 @@ template <int D, class T> const char* launch_activation(const TitansParams& p, c
   if constexpr (D == 128) return "the emulator has heads of width 128 with gelu_tanh only";
   else
 #endif
-  return p.activation == kGelu ? launch_call<D, T, kGelu>(p, device, stream) : launch_call<D, T, kSilu>(p, device, stream);
+  return p.activation == kGelu ? launch_call<D, T, kGelu>(p, device, stream)
+                               : launch_call<D, T, kSilu>(p, device, stream);
 }
 
 // One for each source file: 64_bf16.cu and so on.

@@ -1,5 +1,5 @@
-// Who owns what, and where it lies: the plan of a (row, head), the same for every kernel of the memory. Host
-// arithmetic only.
+// Who owns what, and where it lies: the plan of a (row, head), the same for every kernel of the memory. It is
+// made on the host.
 //
 // A WARP OWNS HIDDEN UNITS. A warp keeps 4096 fp32 deviations in registers, 128 a thread: of a memory with D
 // outputs 2048 / D hidden units, their rows of delta2 and columns of delta1; of a scalar memory (eta, alpha)
@@ -7,13 +7,16 @@
 // concerns a unit stays in its warp: z, a, d, the update. What crosses warps is a memory's output, summed
 // over its warps, and the tokens.
 //
-//   D = 64:  N = 64 -> 8 warps, one block     128 -> 16 warps, 2 blocks     256 -> 32 warps, 4 blocks: memory | k | v | eta, alpha
-//   D = 128: N = 128 -> 32 warps, 4 blocks     256 -> 64 warps, 8 blocks: memory, memory | k, k | v, v | eta | alpha
+//   D = 64     N = 64      8 warps   1 block
+//              N = 128    16 warps   2 blocks
+//              N = 256    32 warps   4 blocks: memory | k | v | eta, alpha
+//   D = 128    N = 128    32 warps   4 blocks
+//              N = 256    64 warps   8 blocks: memory, memory | k, k | v, v | eta | alpha
 //
 // Registers cannot hold more, so a block is 8 warps and a multiprocessor holds one block. Blocks of a (row,
-// head) exchange k, v, eta, alpha of 16 tokens at a time, nothing else. SHARDED: of a memory with two blocks
-// each has half of the hidden units. These also exchange their shares of its output and of the norms of a and
-// d, and add the lower rank's to the higher one's; what follows from the sums both compute.
+// head) exchange k, v, eta, alpha of 16 tokens at a time, nothing else. SHARDED: where a memory has two
+// blocks, each has half of the hidden units. These also exchange their shares of its output and of the norms
+// of a and d, and both add them up, the lower rank's first, and compute what follows from the sums.
 #pragma once
 #include "../launch.h"
 
@@ -21,13 +24,15 @@ namespace hope {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kPanel = 16;  // tokens on one side of a tensor-core instruction
-constexpr int kCommitOnly = 1 << 16;  // a flag beside those of params.h: tokens were read and appended before, commit what is full
+// A flag beside those of params.h: tokens have been read and appended already, commit what is full.
+constexpr int kCommitOnly = 1 << 16;
 
 // Which of prefill's kernels have a body in code for an architecture (10 * major + minor): the others would
-// only take time to compile.
-constexpr bool in_clusters(int arch) { return arch >= 90; }                    // else blocks exchange through global memory
-constexpr bool may_be_on_chip(int arch) { return arch < 120; }                 // there may be room for rounded weights in shared memory,
-constexpr bool may_be_off_chip(int arch) { return arch < 90 || arch >= 120; }  // or there may be none
+// only take time to compile. Blocks form clusters, or exchange through global memory; shared memory may have
+// room for rounded weights, or may have none.
+constexpr bool in_clusters(int arch) { return arch >= 90; }
+constexpr bool may_be_on_chip(int arch) { return arch < 120; }
+constexpr bool may_be_off_chip(int arch) { return arch < 90 || arch >= 120; }
 
 template <int D> struct Width {
   static constexpr int kSteps = D / 16;                // 16 x 16 blocks of weights across D
@@ -35,7 +40,8 @@ template <int D> struct Width {
   static constexpr int kGroups = kUnits / 16;
   static constexpr int kScalarUnits = 2 * kUnits;      // and of a scalar one
   static constexpr int kScalarGroups = 2 * kGroups;
-  static constexpr int kRow = D + 8;                   // numbers from row to row of a tile in shared memory: no bank conflicts in ldmatrix
+  // Numbers from row to row of a tile in shared memory: no bank conflicts in ldmatrix.
+  static constexpr int kRow = D + 8;
 };
 
 struct Plan {
@@ -48,33 +54,40 @@ struct Plan {
   int shared_bytes;  // a block's shared memory
   // Bytes from the start of shared memory:
   int call;                 // struct Call (role.cuh)
-  int x, q;                 // [2][16][kRow] T   what the panel reads; the other one is being fetched. One place if no block needs both
-  int k, v;                 // [C][kRow] T       the open chunk; when v has served its turn, the transformed keys Kg take its place
+  // x, q: what the panel reads, and what is being fetched for the next one. One place if no block needs both.
+  int x, q;                 // [2][16][kRow] T
+  // k, v: the open chunk. When v has been read, the transformed keys Kg take its place.
+  int k, v;                 // [C][kRow] T
   int e;                    // [memories here][C][kRow] T
   int eta, alpha;           // [C] fp32
-  int dots;                 // [C][C + 1] fp32   k_s.k_t for s <= t; below the diagonal L[t][s]
-  int carry, tail;          // [C] fp32          eta_t gamma[t-1,0]; gamma[C,t];  tail[C] is gamma[C,0]
+  int gram;                 // [C][C + 1] fp32   k_s.k_t for s <= t; below the diagonal L[t][s]
+  int erase;                // [C] fp32          eta_t gamma[t-1,0]
+  int decay_after;          // [C + 1] fp32      gamma[C,t]; the last one is decay_chunk, gamma[C,0]
   int e2, es;               // [8][C] fp32       by the memory's first warp here
   int norms;                // [8][2][C] fp32    |a|^2 and |d|^2 over a warp's units
-  int steps;                // [8][C] fp32       a warp's own copy of eta~
+  int gain;                 // [8][C] fp32       a warp's own copy
   int sums;                 // [8][2][16] fp32   a scalar warp's partial outputs
   int delta1s, base1s;      // [8][kScalarUnits] fp32
-  int parts;                // [8 + 0 or full warps][16 x D] fp32: M(k) of every warp, then M(v); a scalar memory's warps keep sigma' there
-  // A lane's own data, in the order of its fragments, 512 bytes a warp's 16 x 16 block. In shared memory, or
-  // (negative: -1 - offset) in the block's part of the scratch, where L2 holds it:
+  // parts: M(k) of every warp, then M(v); a scalar memory's warps keep sigma' there.
+  int parts;                // [8 + 0 or full warps][16 x D] fp32
+  // A lane's own data, in the order of its fragments: 512 bytes for each 16 x 16 block of a warp. In shared
+  // memory, or (negative: -1 - offset) in the block's part of the scratch, where L2 holds it:
   int weights;              // [8][16] blocks    base + deviation, rounded to T
   int a, d;                 // [units / 16][C / 16] blocks
   int at_k;                 // [8][8 / full_warps][D / 64]  M(k), while M(v) has the one buffer
   // In shared memory, or (negative) read from the tensors every time:
   int base;                 // as weights
   // The block's part of the scratch:
-  int mail;                 // [2][16 D + 32] words: what blocks without a cluster send one another; rank 0's is the group's
-  int shares;               // [2][2][D / 64][8] blocks  shards: M(k), M(v) of even panels, of odd ones, summed over the block's warps
-  int norm_shares;          // [2][C] fp32       shards: |a|^2 and |d|^2, likewise
+  // mail: what blocks without a cluster send one another; rank 0's is the group's.
+  int mail;                 // [2][16 D + 32] words
+  // Of shards, summed over the block's warps: M(k), M(v) of even panels, of odd ones; |a|^2 and |d|^2.
+  int shares;               // [2][2][D / 64][8] blocks
+  int norm_shares;          // [2][C] fp32
   int64_t scratch_bytes;
 };
 
-// Fragment blocks of `a` (and of `d`) that the 8 warps of one block own in a panel: the most that any block needs.
+// Fragment blocks of `a` (and of `d`) that the 8 warps of a block own in a panel: the most that any block
+// needs.
 constexpr int panel_blocks(int D, int full_warps) {
   int groups = 2048 / D / 16;
   int full = full_warps == 2 ? 6 : full_warps == 4 ? 4 : 0;  // in the block with the scalar memories
@@ -87,27 +100,36 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   p.shards = warps > kWarps ? warps / kWarps : 1;
   p.full_warps = warps / p.shards;
   p.scalar_warps = warps / 2;
-  p.blocks = p.shards > 1 && !update ? p.shards : 4 * warps / kWarps;  // without an update M_memory is all there is to read
+  // without an update M_memory is all there is to read
+  p.blocks = p.shards > 1 && !update ? p.shards : 4 * warps / kWarps;
   p.memories = retention ? 5 : 4;
   int at = 0;
-  auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };
+  auto take = [&](int bytes) {
+    int here = at;
+    at += (bytes + 127) / 128 * 128;
+    return here;
+  };
   const int row = (D + 8) * 2, slots = update ? C : kPanel;
-  const int full_here = p.full_warps == 2 ? 6 : kWarps, tiles_here = full_here / (p.full_warps < kWarps ? p.full_warps : kWarps);
-  p.call = take(128), p.x = take(2 * kPanel * row), p.q = p.full_warps == kWarps ? p.x : take(2 * kPanel * row);
+  const int full_here = p.full_warps == 2 ? 6 : kWarps;
+  const int tiles_here = full_here / (p.full_warps < kWarps ? p.full_warps : kWarps);
+  p.call = take(128);
+  p.x = take(2 * kPanel * row), p.q = p.full_warps == kWarps ? p.x : take(2 * kPanel * row);
   p.k = take(slots * row), p.v = take(slots * row), p.e = take(tiles_here * slots * row);
-  p.eta = take(4 * slots), p.alpha = take(4 * slots), p.carry = take(4 * slots), p.tail = take(4 * slots + 4);
-  p.dots = take(4 * slots * (slots + 1)), p.e2 = take(32 * slots), p.es = take(32 * slots);
-  p.norms = take(64 * slots), p.steps = take(32 * slots), p.sums = take(4 * kWarps * 2 * kPanel);
+  p.eta = take(4 * slots), p.alpha = take(4 * slots), p.erase = take(4 * slots), p.decay_after = take(4 * slots + 4);
+  p.gram = take(4 * slots * (slots + 1)), p.e2 = take(32 * slots), p.es = take(32 * slots);
+  p.norms = take(64 * slots), p.gain = take(32 * slots), p.sums = take(4 * kWarps * 2 * kPanel);
   p.delta1s = take(4 * kWarps * 4096 / D), p.base1s = take(4 * kWarps * 4096 / D);
   const int part = kPanel * D * 4, private_blocks = panel_blocks(D, p.full_warps) * (slots / kPanel);
   const int weights = kWarps * 16 * 512;
   // Base weights in shared memory save more than a second buffer, which saves two barriers a panel.
   const auto fits = [&](int buffers, int kept) {
-    return at + (kWarps + (buffers - 1) * full_here) * part + kept * weights + 2 * 512 * private_blocks <= device.shared_bytes;
+    return at + (kWarps + (buffers - 1) * full_here) * part + kept * weights + 2 * 512 * private_blocks <=
+           device.shared_bytes;
   };
   p.one_buffer = p.shards > 1 || (!fits(2, 2) && (fits(1, 2) || !fits(2, 1)));
   p.parts = take((p.one_buffer ? kWarps : kWarps + full_here) * part);
-  int scratch = p.blocks > 1 && !in_clusters(device.image) ? 2 * 4 * (kPanel * D + 2 * kPanel) : 0;  // the mail
+  const bool mail = p.blocks > 1 && !in_clusters(device.image);
+  int scratch = mail ? 2 * 4 * (kPanel * D + 2 * kPanel) : 0;
   if (p.shards > 1) {
     p.shares = scratch, p.norm_shares = scratch + 2 * 2 * kWarps * D / 64 * 512;
     scratch = p.norm_shares + 2 * 4 * slots;
@@ -118,7 +140,8 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
     scratch += bytes;
     return -1 - here;
   };
-  p.weights = place(weights, may_be_on_chip(device.image)), p.a = place(512 * private_blocks), p.d = place(512 * private_blocks);
+  p.weights = place(weights, may_be_on_chip(device.image));
+  p.a = place(512 * private_blocks), p.d = place(512 * private_blocks);
   p.at_k = p.one_buffer && p.shards == 1 ? place(kWarps * 8 / p.full_warps * D / 64 * 512) : 0;
   p.base = at + weights <= device.shared_bytes ? take(weights) : -1;
   p.shared_bytes = at;
@@ -126,13 +149,18 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   return p;
 }
 
-// Decode without shards: a block a memory with D outputs, or for eta and alpha together; full_warps warps each.
+// Decode without shards: one block for each memory with D outputs and one for eta and alpha; full_warps warps
+// each.
 inline Plan make_decode_plan(int D, int N, bool retention) {
   Plan p{};
   p.shards = 1, p.full_warps = N * D / 2048, p.scalar_warps = p.full_warps / 2;
   p.blocks = 4, p.memories = retention ? 5 : 4, p.one_buffer = 1;
   int at = 0;
-  auto take = [&](int bytes) { int here = at; at += (bytes + 127) / 128 * 128; return here; };
+  auto take = [&](int bytes) {
+    int here = at;
+    at += (bytes + 127) / 128 * 128;
+    return here;
+  };
   p.x = p.q = take(kPanel * (D + 8) * 2);
   p.sums = take(4 * kWarps * 2 * kPanel);
   p.delta1s = take(4 * kWarps * 4096 / D), p.base1s = take(4 * kWarps * 4096 / D);

@@ -1,18 +1,21 @@
 // titans_prefill: a whole call in one launch, the state in registers from its first token to its last.
 //
-// EQUATIONS   hope_kernels/ops/titans/README.md for one (row, head): every panel of up to 16 tokens is read with the weights of the chunk's start; a full chunk
-//             is committed (commit.cuh).
-// OWNERSHIP   Warps own hidden units (plan.h). Registers: 128 fp32 deviations a thread, which are the accumulators of their own
-//             update. Shared memory: tokens, their keys and errors, partial outputs, and each lane's rounded weights, refreshed once a
-//             chunk, as 16-byte fragments. With several blocks a (row, head): k, v, eta, alpha of 16 tokens cross between them.
+// EQUATIONS   hope_kernels/ops/titans/README.md for one (row, head): every panel of up to 16 tokens is read with
+//             the weights of the chunk's start; a full chunk is committed (commit.cuh).
+// OWNERSHIP   Warps own hidden units (plan.h). Registers: 128 fp32 deviations a thread, which are the
+//             accumulators of their own update. Shared memory: tokens, their keys and errors, partial outputs,
+//             and each lane's rounded weights, refreshed once a chunk, as 16-byte fragments. With several blocks
+//             a (row, head), k, v, eta, alpha of 16 tokens at a time go from one to the others.
 // SCHEDULE    per panel   read shares | barrier | results to all blocks | barrier (of the cluster)
 //             per chunk   + three barriers a panel (commit.cuh)
-//             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more (exchange.cuh).
-//             The next panel's x and q are fetched while this one is computed.
-// BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan for what overflows).
-// FLOPS       80 D N + 6 C D a token and head, of which a warp issues 160 mma a panel (D = 64). At 4 cycles an mma and 2 warps a scheduler that
-//             is 1300 cycles of tensor cores a panel, beside some 3500 other instructions a warp (SASS for sm_90, with the commit): the kernel
-//             is bound by issue slots, not by tensor cores.
+//             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more
+//             (exchange.cuh). The next panel's x and q are fetched while this one is computed.
+// BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan
+//             for what overflows).
+// FLOPS       80 D N + 6 C D a token and head, for which a warp issues 160 mma a panel with its commit (D = 64).
+//             At 4 cycles an mma and 2 warps a scheduler that is 1300 cycles of tensor cores, beside 4400 to 5400
+//             other instructions a warp (../README.md counts them): the kernel is bound by issue slots, not by
+//             tensor cores.
 #pragma once
 #include "commit.cuh"
 #include "exchange.cuh"
@@ -39,10 +42,10 @@ template <int D, class T, class Exchange> struct PrefillSink {
   }
 };
 
-// The open chunk's slots first <= s < stop, from the pending tensors to shared memory, or back (this block's
-// row of them).
+// This row's slots first <= s < stop of the open chunk, from the pending tensors to shared memory, or back.
 template <int D, class T, bool LOAD>
-HOPE_DEVICE void move_pending(const TitansParams& p, const Shared<D, T>& shared, int64_t b, int h, int first, int stop) {
+HOPE_DEVICE void move_pending(const TitansParams& p, const Shared<D, T>& shared, int64_t b, int h, int first,
+                              int stop) {
   for (int i = thread_index() + first * (D / 2); i < stop * (D / 2); i += kThreads) {
     const int slot = i / (D / 2), index = 2 * (i % (D / 2));
     const int64_t at = ((b * p.C + slot) * p.H + h) * D + index;
@@ -80,7 +83,7 @@ template <int D, class T> HOPE_DEVICE void clear_pending(const TitansParams& p, 
   }
 }
 
-// Where a warp stands: the next panel's tokens are rows first <= r < stop.
+// What a warp reads next: a panel whose rows first <= r < stop are tokens of the call.
 struct Panel {
   int token, slot, first, stop, round;
   static HOPE_DEVICE Panel of(const Call& call, int warp, int C) {
@@ -103,8 +106,8 @@ template <class Exchange> struct SumOfShares {
   }
 };
 
-// Behind the barrier after read_shares: results to where they belong, and the warp moves on. Of shards the
-// first has the results.
+// After the barrier that follows read_shares: results go where they belong, and the warp goes on to the next
+// panel. Of two shards the first one has the results.
 template <int D, class T, class Exchange>
 HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared, const Exchange& exchange) {
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
@@ -126,7 +129,8 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared,
     }
     exchange.barrier();
     if (!role.full() || exchange.shard() == 0)
-      read_results<D, T>(p, shared, role, tile, h, now.first, now.stop, lane, sink, SumOfShares<Exchange>{exchange, now.round});
+      read_results<D, T>(p, shared, role, tile, h, now.first, now.stop, lane, sink,
+                         SumOfShares<Exchange>{exchange, now.round});
   } else if (update || role.memory == kMemory) {
     read_results<D, T>(p, shared, role, tile, h, now.first, now.stop, lane, sink);
   }
@@ -139,7 +143,8 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared,
   sync_warp();
 }
 
-template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
+template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
+HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   using W = Width<D>;
   const bool update = p.flags & kUpdate;
 
@@ -161,16 +166,22 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
     const int lane = lane_index(), warp = warp_index();
     const int64_t b = group / p.H, asked = p.lengths[b];
     const int h = group % p.H;
-    const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked), opened = static_cast<int>(p.pos[b] & (p.C - 1));
-    // the same for all blocks of the group, unless they only read: then M_memory's do
+    const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked);
+    const int opened = static_cast<int>(p.pos[b] & (p.C - 1));
+    // the same for all blocks of the group; where they only read, the blocks of M_memory alone stay
     if (n == 0 || (commit_only && opened + n < p.C) || (!update && rank >= plan.shards)) return;
     if (thread_index() == 0) {
-      store_shared(&call.group, group), store_shared(&call.rank, rank), store_shared(&call.n, n), store_shared(&call.opened, opened);
+      store_shared(&call.group, group), store_shared(&call.rank, rank);
+      store_shared(&call.n, n), store_shared(&call.opened, opened);
       store_shared(&call.chunk, p.C);
       store_shared(&call.first_token, (b * p.T * p.H + h) * static_cast<int64_t>(D));
     }
-    if (lane == 0) store_shared(call.roles + warp, Role::of(plan, rank, warp).packed()), store_shared(call.tokens + warp, commit_only ? n : 0);
-    if (update && opened + n >= p.C) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : opened);  // for a commit
+    if (lane == 0) {
+      store_shared(call.roles + warp, Role::of(plan, rank, warp).packed());
+      store_shared(call.tokens + warp, commit_only ? n : 0);
+    }
+    // for a commit
+    if (update && opened + n >= p.C) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : opened);
   }
   sync_block();
   using Blocks = Exchange<D, T, MODE, SHARDED>;
@@ -183,8 +194,11 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
     if (token >= n) return;
     const int first = (opened + token) % kPanel, buffer = ((opened + token) / kPanel - opened / kPanel) & 1;
     const int stop = n - token < kPanel - first ? first + n - token : kPanel;
-    const int64_t stride = static_cast<int64_t>(p.H) * D, from = load_shared(&call.first_token) + (token - first) * stride;
-    if (rank_ < Blocks::kShards) fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + from, stride, first, stop, kThreads);
+    const int64_t stride = static_cast<int64_t>(p.H) * D;
+    const int64_t from = load_shared(&call.first_token) + (token - first) * stride;
+    if (rank_ < Blocks::kShards)
+      fetch_panel<D>(shared.input(true, buffer), static_cast<const T*>(p.q) + from, stride, first, stop,
+                     kThreads);
     if (update && (plan.blocks == 1 || rank_ >= Blocks::kShards || plan.full_warps < kWarps))
       fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + from, stride, first, stop, kThreads);
   };
@@ -216,7 +230,8 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
     const Own own{p, plan, call, warp, lane};
     const StoredWeights<D, ON_CHIP> weights{own};
     const Panel now = Panel::of(call, warp, p.C);
-    const bool fresh = first_round || (update && now.slot == 0);  // rounded weights, and the exchange, are those of the chunk before
+    // a new chunk: rounded weights, and the exchange, are those of the one before
+    const bool fresh = first_round || (update && now.slot == 0);
     first_round = false;
     if (fresh && plan.base >= 0) {
 #pragma unroll
@@ -253,8 +268,9 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
   const bool committed = end >= p.C;
   bool keeper = load_shared(&call.rank) == 0;  // of the pending tokens
   if (commit_only && plan.blocks > 1) {
-    // nothing was exchanged, so other blocks may not have read them yet: the last one clears them
-    if (thread_index_again() == 0) store_shared(&call.arrived, static_cast<int>(fetch_add_release(p.arrivals + 1 + g, 1)));
+    // nothing was exchanged, so other blocks may not have read the tokens yet: the last one clears them
+    if (thread_index_again() == 0)
+      store_shared(&call.arrived, static_cast<int>(fetch_add_release(p.arrivals + 1 + g, 1)));
     sync_block();
     keeper = load_shared(&call.arrived) == plan.blocks - 1;
   }
@@ -271,7 +287,8 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED> HOPE_DE
       store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
     });
     if (!role.full())
-      for (int u = lane; u < W::kScalarUnits; u += 32) deviations.w1s[place.w1s + u] = load_shared(shared.delta1s(warp) + u);
+      for (int u = lane; u < W::kScalarUnits; u += 32)
+        deviations.w1s[place.w1s + u] = load_shared(shared.delta1s(warp) + u);
   }
 }
 
@@ -288,7 +305,7 @@ HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
   if constexpr ((MODE == kCluster) == kInClusters && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
     prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
   else
-    trap();  // the launch has not asked what is there
+    trap();  // the launch chose a kernel that this code does not have
 #elif !defined(__CUDACC__)
   prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
 #endif

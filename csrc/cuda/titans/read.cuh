@@ -10,7 +10,8 @@ namespace hope {
 
 // Copies rows first <= r < stop of a panel, two numbers at a time; row 0 would lie at `from`. Other rows
 // become zero. threads: of the block, all of which call.
-template <int D, class T> HOPE_DEVICE void fetch_panel(T* tile, const T* from, int64_t stride, int first, int stop, int threads) {
+template <int D, class T>
+HOPE_DEVICE void fetch_panel(T* tile, const T* from, int64_t stride, int first, int stop, int threads) {
   for (int i = thread_index_again(); i < kPanel * D / 2; i += threads) {
     const int r = i / (D / 2), index = 2 * (i % (D / 2));
     const bool valid = first <= r && r < stop;
@@ -20,7 +21,8 @@ template <int D, class T> HOPE_DEVICE void fetch_panel(T* tile, const T* from, i
 
 // Stage 1: partial outputs to shared memory.
 template <int D, class T, int ACT, class Weights>
-HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const T* tile, const Weights& weights, int warp, int lane) {
+HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const T* tile,
+                             const Weights& weights, int warp, int lane) {
   float z[8], unused[8];
   if (role.full()) {
     uint32_t h[Width<D>::kGroups][4];
@@ -44,7 +46,8 @@ HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const
 // A lane's two numbers at `position` of a tile's rows r (x, y) and r + 8 (z, w).
 template <int D, class T> HOPE_DEVICE Float4 two_rows(const T* tile, int r, int position) {
   const Float2 a = unpack2<T>(load_shared(reinterpret_cast<const uint32_t*>(tile + r * Width<D>::kRow + position)));
-  const Float2 b = unpack2<T>(load_shared(reinterpret_cast<const uint32_t*>(tile + (r + 8) * Width<D>::kRow + position)));
+  const Float2 b =
+      unpack2<T>(load_shared(reinterpret_cast<const uint32_t*>(tile + (r + 8) * Width<D>::kRow + position)));
   return {a.x, a.y, b.x, b.y};
 }
 
@@ -70,7 +73,8 @@ template <class T> HOPE_DEVICE float bias_of(const void* p, int h, bool fp32) {
 
 // The memory's output at tokens r and r + 8, from the partial ones of this block's warps.
 struct Gathered {
-  template <int D, class T> HOPE_DEVICE Float4 at(const Shared<D, T>& shared, const Role& role, int r, int i, int lane) const {
+  template <int D, class T>
+  HOPE_DEVICE Float4 at(const Shared<D, T>& shared, const Role& role, int r, int i, int lane) const {
     return gather(shared.part(role.first(), 0), role.warps(), Shared<D, T>::kPart, r, (lane >> 2) + 8 * i, lane);
   }
 };

@@ -1,4 +1,4 @@
-// What one warp is to its (row, head), and what a block was called for.
+// What a warp does for its (row, head), and what a block was launched for.
 #pragma once
 #include "../simt.cuh"
 #include "plan.h"
@@ -32,10 +32,10 @@ struct Call {
   int n;                  // tokens to read
   int opened;             // slot of the first of them
   int chunk;              // C
-  int arrived;            // blocks of the group that were done before this one (kCommitOnly)
+  int arrived;            // blocks of the group that have finished before this one (kCommitOnly)
   int64_t first_token;    // where it lies in x, q and o: numbers
   int roles[kWarps];
-  int tokens[kWarps];     // each warp's count of tokens that are behind it
+  int tokens[kWarps];     // how many tokens each warp has read
 
   HOPE_DEVICE Role role(const Plan& plan, int warp) const {
     const int word = load_shared(roles + warp);

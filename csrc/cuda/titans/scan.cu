@@ -11,7 +11,8 @@ const char* titans_unserved(int D, int N, int C, const Device& device) {
   if (C != 16 && C != 32 && C != 64) return "serves chunks of 16, 32 and 64 tokens";
   const Plan plan = make_plan(D, N, C, true, true, device);
   if (plan.shared_bytes > device.shared_bytes) return "needs more shared memory a block than the device has";
-  if (plan.weights < 0 && !may_be_off_chip(device.image)) return "the library's code expects more shared memory than the device has; build it there";
+  if (plan.weights < 0 && !may_be_off_chip(device.image))
+    return "the library's code expects more shared memory than the device has; build it there";
   return nullptr;
 }
 
@@ -26,12 +27,14 @@ const char* titans_scan(TitansParams p, int D, Element element, const Device& de
   const int64_t groups = static_cast<int64_t>(p.B) * p.H;
   if (groups == 0 || p.T == 0) return nullptr;
 #ifdef __CUDACC__
-  const cudaError_t error = cudaMemsetAsync(p.arrivals, 0, (1 + groups) * sizeof(unsigned int), static_cast<cudaStream_t>(stream));
+  const cudaError_t error =
+      cudaMemsetAsync(p.arrivals, 0, (1 + groups) * sizeof(unsigned int), static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return cudaGetErrorString(error);
 #else
   for (int64_t i = 0; i < 1 + groups; ++i) p.arrivals[i] = 0;
 #endif
-  if (element == Element::kBf16) return D == 64 ? launch_64_bf16(p, device, stream) : launch_128_bf16(p, device, stream);
+  if (element == Element::kBf16)
+    return D == 64 ? launch_64_bf16(p, device, stream) : launch_128_bf16(p, device, stream);
   return D == 64 ? launch_64_fp16(p, device, stream) : launch_128_fp16(p, device, stream);
 }
 

@@ -1,5 +1,5 @@
-// A block's shared memory by name (plan.h says what lies where), and a lane's own data wherever the
-// plan has put it.
+// A block's shared memory by name (plan.h says what lies where), and a lane's own data wherever the plan has
+// put it.
 #pragma once
 #include "fragments.cuh"
 #include "role.cuh"
@@ -20,25 +20,26 @@ template <int D, class T> struct Shared {
   HOPE_DEVICE T* e(int tile, int slot, int C) const { return at<T>(plan.e) + (tile * C + slot) * kRow; }
   HOPE_DEVICE float* eta() const { return at<float>(plan.eta); }
   HOPE_DEVICE float* alpha() const { return at<float>(plan.alpha); }
-  HOPE_DEVICE float* dots(int s, int t, int C) const { return at<float>(plan.dots) + s * (C + 1) + t; }
-  HOPE_DEVICE float* carry() const { return at<float>(plan.carry); }
-  HOPE_DEVICE float* tail() const { return at<float>(plan.tail); }
+  HOPE_DEVICE float* gram(int s, int t, int C) const { return at<float>(plan.gram) + s * (C + 1) + t; }
+  HOPE_DEVICE float* erase() const { return at<float>(plan.erase); }
+  HOPE_DEVICE float* decay_after() const { return at<float>(plan.decay_after); }
+  HOPE_DEVICE float* decay_chunk(int C) const { return decay_after() + C; }
   HOPE_DEVICE float* e2(int warp, int C) const { return at<float>(plan.e2) + warp * C; }
   HOPE_DEVICE float* es(int warp, int C) const { return at<float>(plan.es) + warp * C; }
   HOPE_DEVICE float* norms(int warp, int kind, int C) const { return at<float>(plan.norms) + (2 * warp + kind) * C; }
-  HOPE_DEVICE float* steps(int warp, int C) const { return at<float>(plan.steps) + warp * C; }
+  HOPE_DEVICE float* gain(int warp, int C) const { return at<float>(plan.gain) + warp * C; }
   HOPE_DEVICE float* sums(int warp, int kind) const { return at<float>(plan.sums) + (2 * warp + kind) * kPanel; }
   HOPE_DEVICE float* delta1s(int warp) const { return at<float>(plan.delta1s) + warp * Width<D>::kScalarUnits; }
   HOPE_DEVICE float* base1s(int warp) const { return at<float>(plan.base1s) + warp * Width<D>::kScalarUnits; }
-  // Partial outputs of a warp: 4 D Float4; buffer 1 is 0 where there is one only.
+  // Partial outputs of a warp: 4 D Float4. Where there is one buffer only, buffer 1 is buffer 0.
   static constexpr int kPart = 4 * D;
   HOPE_DEVICE Float4* part(int warp, int buffer) const {
     return at<Float4>(plan.parts) + (warp + (plan.one_buffer ? 0 : buffer) * kWarps) * kPart;
   }
 };
 
-// Data that no other lane ever sees: plain loads and stores, in shared memory or, where that is full, in the
-// block's part of the scratch.
+// Data that no other lane ever sees, read and written by plain loads and stores: in shared memory or, where
+// that is full, in the block's part of the scratch.
 struct Own {
   const TitansParams& p;
   const Plan& plan;
@@ -46,7 +47,10 @@ struct Own {
   int warp, lane;
   HOPE_DEVICE Word4* at(int offset) const {
     unsigned char* base = shared_memory() + offset;
-    if (offset < 0) base = p.scratch + (load_shared(&call.group) * plan.blocks + load_shared(&call.rank)) * plan.scratch_bytes + (-1 - offset);
+    if (offset < 0) {
+      const int64_t block = load_shared(&call.group) * plan.blocks + load_shared(&call.rank);
+      base = p.scratch + block * plan.scratch_bytes + (-1 - offset);
+    }
     return reinterpret_cast<Word4*>(base) + lane;
   }
 };

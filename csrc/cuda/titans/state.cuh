@@ -47,14 +47,17 @@ template <class T> struct Bases {
 };
 
 // A block of the base weights; zeros if there are none.
-template <class T> HOPE_DEVICE Word4 base_block(const Bases<T>& bases, const Role& role, bool w1, int first, int stride, int lane) {
+template <class T>
+HOPE_DEVICE Word4 base_block(const Bases<T>& bases, const Role& role, bool w1, int first, int stride,
+                             int lane) {
   if (bases.w2 == nullptr || role.idle()) return {0, 0, 0, 0};
   return load_block16<T>((w1 ? bases.w1 : bases.w2) + first, stride, lane);
 }
 
 // The deviations of a warp; zeros for one without a memory.
 template <int D>
-HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place, const Role& role, int N, int lane) {
+HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place,
+                                 const Role& role, int N, int lane) {
   if (!role.idle()) {
     for_blocks<D>(place, role.full(), N, [&](int b, int first, int stride, bool w1) {
       load_block(state[b], (w1 ? from.w1 : from.w2) + first, stride, lane);
@@ -69,8 +72,8 @@ HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, 
 
 // One number of a scalar memory's w1 a unit, to shared memory.
 template <int D, class T>
-HOPE_DEVICE void load_scalar_weights(const Shared<D, T>& shared, const Deviations& from, const Bases<T>& base, const Place<D>& place,
-                                     const Role& role, int warp, int lane) {
+HOPE_DEVICE void load_scalar_weights(const Shared<D, T>& shared, const Deviations& from, const Bases<T>& base,
+                                     const Place<D>& place, const Role& role, int warp, int lane) {
   if (role.full()) return;
   for (int u = lane; u < Width<D>::kScalarUnits; u += 32) {
     const bool there = !role.idle();

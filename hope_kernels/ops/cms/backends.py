@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from ...backend import BY_ALL, Call, Entry, choose, gradient
+from ...backend import BY_ALL, Entry, Request, choose, gradient
 from ...config import CMSConfig
 from ..shared import cpu_library, triton_library
 from . import cpp, level
@@ -17,24 +17,24 @@ from . import cpp, level
 TRAINING = "training runs in PyTorch"
 
 
-def _cpp_unserved(call: Call) -> str | None:
-    return TRAINING if call.gradient == BY_ALL else cpp.unserved(call.config, call.dtype, call.device)
+def _cpp_unserved(request: Request) -> str | None:
+    return TRAINING if request.gradient == BY_ALL else cpp.unserved(request.config, request.dtype, request.device)
 
 
-def _triton(call: Call) -> ModuleType:
+def _triton(request: Request) -> ModuleType:
     from .triton import operator
 
     return operator
 
 
-def _triton_unserved(call: Call) -> str | None:
-    return TRAINING if call.gradient == BY_ALL else _triton(call).unserved(call.config, call.dtype, call.device)
+def _triton_unserved(request: Request) -> str | None:
+    return TRAINING if request.gradient == BY_ALL else _triton(request).unserved(request.config, request.dtype, request.device)
 
 
 ENTRIES = (
-    Entry("cpp", lambda call: cpp, _cpp_unserved, cpu_library.unavailable, default=True),
+    Entry("cpp", lambda request: cpp, _cpp_unserved, cpu_library.unavailable, default=True),
     Entry("triton", _triton, _triton_unserved, triton_library.unavailable, serves=("cuda",)),
-    Entry("chunked", lambda call: level, default=True, serves=("*",)),
+    Entry("chunked", lambda request: level, default=True, serves=("*",)),
 )
 
 
@@ -43,4 +43,4 @@ def resolve(
 ) -> ModuleType:
     """The functions of the CMS levels. inner: for the pass that learns, which needs no gradient of the
     parameters. Raises ValueError for an unknown backend."""
-    return choose("cms", ENTRIES, Call(config, dtype, device, gradient(inner)), backend)
+    return choose("cms", ENTRIES, Request(config, dtype, device, gradient(inner)), backend)

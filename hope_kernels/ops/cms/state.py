@@ -85,7 +85,7 @@ class CMSState(State):
     dirty: list = field(default_factory=list)
     private: Private | None = field(default=None, repr=False, kw_only=True)
 
-    ACTIVATIONS = frozenset({"inputs", "errors", "copies", "left", "right"})
+    INPUT_DTYPE = frozenset({"inputs", "errors", "copies", "left", "right"})
 
     def __post_init__(self) -> None:
         for name in _LISTS:
@@ -130,7 +130,7 @@ class CMSState(State):
                 for matrix, t in part.items():
                     outputs, inputs = _shape(c, matrix)
                     shape = {"left": (slots, outputs), "right": (slots, inputs)}.get(name, (outputs, inputs))
-                    wanted = dtype if name in self.ACTIVATIONS else master
+                    wanted = dtype if name in self.INPUT_DTYPE else master
                     check_part(where, f"{name}[{l}].{matrix}", t, (self.batch, *shape), wanted, device)
         for name in ("inputs", "errors"):
             if getattr(self, name) is not None:

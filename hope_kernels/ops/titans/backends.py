@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...backend import NO_GRADIENT, Call, Entry, choose, gradient
+from ...backend import NO_GRADIENT, Entry, Request, choose, gradient
 from ...config import TitansConfig
 from ..shared import cpu_library, cuda_library, triton_library
 from . import cpp
@@ -15,14 +15,14 @@ from .scan import titans_chunk
 DEVICE_DECIDES = ("triton", "cuda")  # those whose kernels ask the device, not the host, where a row stands
 
 
-def _reference(call: Call) -> Callable:
+def _reference(request: Request) -> Callable:
     from .reference_backend import titans_reference
 
     return titans_reference
 
 
-def _triton(call: Call) -> Callable:
-    if call.gradient != NO_GRADIENT:
+def _triton(request: Request) -> Callable:
+    if request.gradient != NO_GRADIENT:
         from .triton.training import titans_triton_training
 
         return titans_triton_training
@@ -31,31 +31,31 @@ def _triton(call: Call) -> Callable:
     return titans_triton
 
 
-def _triton_unserved(call: Call) -> str | None:
+def _triton_unserved(request: Request) -> str | None:
     from .triton.operator import unserved
 
-    return unserved(call.config, call.dtype, call.device)
+    return unserved(request.config, request.dtype, request.device)
 
 
-def _triton_in_place(call: Call) -> Callable:
+def _triton_in_place(request: Request) -> Callable:
     from .triton.operator import titans_advance_
 
     return titans_advance_
 
 
-def _cuda(call: Call) -> Callable:
+def _cuda(request: Request) -> Callable:
     from .cuda import titans_cuda
 
     return titans_cuda
 
 
-def _cuda_unserved(call: Call) -> str | None:
+def _cuda_unserved(request: Request) -> str | None:
     from .cuda import unserved
 
-    return unserved(call.config, call.dtype, call.device)
+    return unserved(request.config, request.dtype, request.device)
 
 
-def _cuda_in_place(call: Call) -> Callable:
+def _cuda_in_place(request: Request) -> Callable:
     from .cuda import titans_advance_
 
     return titans_advance_
@@ -63,8 +63,8 @@ def _cuda_in_place(call: Call) -> Callable:
 
 ENTRIES = (
     Entry("reference", _reference),
-    Entry("cpp", lambda call: cpp.titans_cpp, cpp.unserved, cpu_library.unavailable, default=True),
-    Entry("chunked", lambda call: titans_chunk, default=True),
+    Entry("cpp", lambda request: cpp.titans_cpp, cpp.unserved, cpu_library.unavailable, default=True),
+    Entry("chunked", lambda request: titans_chunk, default=True),
     Entry("triton", _triton, _triton_unserved, triton_library.unavailable),
     Entry("cuda", _cuda, _cuda_unserved, cuda_library.unavailable),
 )
@@ -80,4 +80,4 @@ def resolve(
 ) -> Callable:
     """The function that serves, called as ``scan.titans_chunk``. constant_memory: the gradients asked for are
     those of reads by their queries alone. Raises ValueError where ``backend`` cannot serve."""
-    return choose("titans", entries, Call(config, dtype, device, gradient(constant_memory)), backend)
+    return choose("titans", entries, Request(config, dtype, device, gradient(constant_memory)), backend)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...backend import BY_ALL, Call
+from ...backend import BY_ALL, Request
 from ...config import TitansConfig
 from ..shared.activations import ACTIVATION_CODES
 from ..shared.cpu_library import address, check_outcome, library, row_array
@@ -54,9 +54,9 @@ class _ReadBackward(ctypes.Structure):
     )
 
 
-def unserved(call: Call) -> str | None:
+def unserved(request: Request) -> str | None:
     """Why the backend cannot serve a layer, or None."""
-    config, dtype, device, gradient = call
+    config, dtype, device, gradient = request
     if device.type != "cpu" or dtype != torch.float32:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
     if torch.is_autocast_enabled("cpu"):

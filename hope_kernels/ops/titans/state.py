@@ -135,7 +135,7 @@ class TitansState(State):
     conv_tail: MaybeTensor
     count: MaybeTensor = None
 
-    ACTIVATIONS = frozenset({"pending_k", "pending_v", "conv_tail"})
+    INPUT_DTYPE = frozenset({"pending_k", "pending_v", "conv_tail"})
 
     def __post_init__(self):
         if self.count is None:  # a new state, or one from a file written before there was a counter on the device
@@ -148,7 +148,7 @@ class TitansState(State):
         """``validate`` without a look at the host's counters."""
         master = torch.float32 if dtype is None else master_dtype(dtype)
         for name, shape in _shapes(self.config).items():
-            wanted = dtype if name in self.ACTIVATIONS else master
+            wanted = dtype if name in self.INPUT_DTYPE else master
             check_part(
                 where, name, getattr(self, name), None if shape is None else (self.batch, *shape), wanted, device
             )
@@ -186,7 +186,7 @@ class TitansState(State):
 
 @cache
 def _shapes(config: TitansConfig) -> dict[str, Shape]:
-    """Of a TitansState's tensors behind the batch; None: the configuration has none."""
+    """Of a TitansState's tensors after the batch dimension; None: the configuration has none."""
     H, D, C, W = config.num_heads, config.head_dim, max(config.chunk_memory, config.chunk_other), config.conv_window
     fast = Layout.of(config).shapes(H)
     found: dict[str, Shape] = dict(zip(("delta2", "delta1", "delta1s"), fast))

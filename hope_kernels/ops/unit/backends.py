@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from ...backend import NO_GRADIENT, Call, Entry
+from ...backend import NO_GRADIENT, Entry, Request
 from ..shared import cpu_library
 from . import cpp
 from .forward import l2norm
 
 
-def _cpp_unserved(call: Call) -> str | None:
-    return None if call.gradient == NO_GRADIENT else "has no autograd graph"
+def _cpp_unserved(request: Request) -> str | None:
+    return None if request.gradient == NO_GRADIENT else "has no autograd graph"
 
 
 ENTRIES = (
-    Entry("cpp", lambda call: cpp.unit, _cpp_unserved, cpu_library.unavailable, default=True),
-    Entry("chunked", lambda call: l2norm, default=True, serves=("*",)),
+    Entry("cpp", lambda request: cpp.unit, _cpp_unserved, cpu_library.unavailable, default=True),
+    Entry("chunked", lambda request: l2norm, default=True, serves=("*",)),
 )

@@ -274,7 +274,7 @@ def test_outer_add(dtype):
 
 
 def test_a_refresh_does_not_see_masked_tokens_or_company():
-    """Zeros behind the last token, and other rows, leave the bits; so do two updates of one row for two of
+    """Zeros after the last token, and other rows, leave the bits; so do two updates of one row for two of
     two rows."""
     left, right, weight = draw(2, 21, 40), draw(2, 21, 72, seed=1), draw(2, 40, 72, seed=2)
     want = weight.clone()

@@ -1,4 +1,4 @@
-"""Norm, gain and gate behind the memories: PyTorch against its equation, the Triton kernels and their
+"""Norm, gain and gate after the memories: PyTorch against its equation, the Triton kernels and their
 gradients against fp64, a row's bits in any company."""
 
 import pytest

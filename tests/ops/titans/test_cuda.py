@@ -21,7 +21,7 @@ from hope_kernels import (
     TitansConfig,
     available_backends,
 )
-from hope_kernels.backend import BY_ALL, Call
+from hope_kernels.backend import BY_ALL, Request
 from hope_kernels.layers.titans import surroundings
 from hope_kernels.ops import init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.shared import cuda_library as library
@@ -51,7 +51,7 @@ USUAL = [
 ]
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    """The library behind backend="cuda"."""
+    """The library that backend="cuda" calls."""
     if DEVICE == "cuda" and not build_cuda.LIBRARY.exists():
         pytest.skip("the CUDA library was not built (python -m tools.build_cuda)")
     if DEVICE == "cpu" and build_cuda.host_compiler() is None:
@@ -214,7 +214,7 @@ def test_outputs_depend_on_no_later_token(capability):
 
 @pytest.mark.parametrize("resident", [1, 2, 5])
 def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
-    """Blocks of a head that are behind must still find the tokens that others have committed already."""
+    """Blocks of a head that run late must still find the tokens that others have committed already."""
     config = CONFIGS[2]
     w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 3, 16))
     _, end = run(config, w_init, inputs, "cuda")
@@ -286,7 +286,7 @@ def test_refuses_other_dtypes_gradients_and_statistics():
     assert same(state, before)
     with torch.no_grad(), pytest.raises(ValueError, match="collects no statistics"):
         layer.scan(x.bfloat16(), layer.init_state(1), [20], stats=object(), backend="cuda")
-    # gradients are on, and nobody wants one
+    # gradients are on, and no input requires one
     w_init, inputs = (cast(t, torch.bfloat16) for t in problem(WIDE, 1, 5))
     assert torch.equal(titans_chunk(WIDE, w_init, inputs, backend="cuda")[0], run(WIDE, w_init, inputs, "cuda")[0])
     with pytest.raises(ValueError, match="argument backend is 'chunked', expected 'triton' or 'cuda'"):
@@ -327,7 +327,7 @@ def test_the_operator_checks_what_its_memory_accesses_depend_on(name):
 
 
 @pytest.mark.parametrize("which, bad", [(-4, 3), (-4, -1), (-3, 1 << 10), (-3, 1 << 16), (-3, -1)])
-def test_the_operator_takes_no_settings_that_nobody_has(which, bad):
+def test_the_operator_refuses_settings_that_no_configuration_has(which, bad):
     good = list(operands())
     good[which] = bad
     with pytest.raises(RuntimeError, match="argument (activation|flags) is"):
@@ -365,8 +365,8 @@ def test_a_layer_is_what_it_is_on_the_chunked_backend():
         want, _ = exact(x.double(), lengths=[40, 21])
     within_yardstick(y, peer, want, "y")
     assert not y[1, 21:].any() and list(state.pos) == [40, 21]
-    call = Call(WIDE, x.dtype, x.device, BY_ALL)
-    assert surroundings(call, "cuda") == surroundings(call, None if available_backends()["triton"] else "triton")
+    request = Request(WIDE, x.dtype, x.device, BY_ALL)
+    assert surroundings(request, "cuda") == surroundings(request, None if available_backends()["triton"] else "triton")
 
 
 def test_no_environment_variable_loads_a_library(tmp_path):

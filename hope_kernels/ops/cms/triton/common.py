@@ -66,7 +66,7 @@ def add_pending(
     BR: tl.constexpr
 ):
     """acc + scale u_b factor_b, row by row of the batch: u [B T, R up to a multiple of BR] at its rows q
-    (ascending), zero behind R; the first R of factor [B, slots, N] at its columns n."""
+    (ascending), zero past R; the first R of factor [B, slots, N] at its columns n."""
     row, s = q // T, tl.arange(0, BR)
     blocks = tl.cdiv(R, BR)  # not known to the compiler: it would unroll the loop, and spill
     for b in range(tl.min(row, 0), tl.max(tl.where(inside, row, 0), 0) + 1):

@@ -35,7 +35,7 @@ def inner_kernel(
     b, q, inside = tokens_of(tl.program_id(0), T, BM)
     r = tl.program_id(1) * BN + tl.arange(0, BN)
     u = add_product(tl.zeros([BM, BN], tl.float32), x_p, q, inside, factor_p + b * slots * K, r, R, K, 1, K, BK)
-    width = tl.cdiv(R, BR) * BR  # zeros behind R
+    width = tl.cdiv(R, BR) * BR  # zeros past R
     tl.store(
         u_p + q[:, None] * width + r[None, :], u.to(u_p.dtype.element_ty),
         mask=inside[:, None] & (r < width)[None, :]

@@ -5,7 +5,7 @@
 
     with u = r x (layer norm: r c) and du = dn gain:    dx = [dy +] r (du - u mean(du u) [- mean(du)])
 
-A program owns BR tokens and the whole width, zeros behind it up to a power of two: every number is read once
+A program owns BR tokens and the whole width, zeros after it up to a power of two: every number is read once
 and written once (2 d and 3 or 4 d elements a token), bandwidth-bound, and the order of a reduction depends on
 d alone. fp32 inside, one rounding. Never timed.
 """
@@ -19,7 +19,7 @@ MAX_WIDTH = 8192
 
 @triton.jit
 def unit(x, inside, EPS: tl.constexpr, D: tl.constexpr, LAYERNORM: tl.constexpr):
-    """(u, r) of rows x, fp32, whose columns behind D are zero."""
+    """(u, r) of rows x, fp32, whose columns past D are zero."""
     if LAYERNORM:
         x = tl.where(inside, x - (tl.sum(x, 1) / D)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]

@@ -14,7 +14,7 @@ left stands transposed in shared memory (16-bit tensor cores take it so).
 FLOPs: 2 C a weight: with 10 bytes a weight and the H100's 300 FLOPs a byte, memory is the limit below C =
 1500 tokens. left and right come from L2, C (BM + BN) / (BM BN) numbers a weight (16-bit tile: 3 C / 64 bytes,
 more than the 10 from C = 213 on), so L2's rate is the limit before the tensor cores' is. The order of a sum
-is that of the tokens: the same for any rows, and for masked tokens behind C. Never timed.
+is that of the tokens: the same for any rows, and for masked tokens past C. Never timed.
 """
 
 import triton

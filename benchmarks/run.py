@@ -1,0 +1,78 @@
+"""The loop over the cases of a run: each in turn, its record written as soon as it is there."""
+
+from __future__ import annotations
+
+import faulthandler
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from benchmarks import measure as m
+from benchmarks.device import CEILINGS
+from benchmarks.records import Results
+from benchmarks.sources import kernel_hash
+
+CASE_SECONDS = 150  # compilation included; what takes longer hangs
+RESTART = 3  # exit status of a child process that asks for a fresh one to go on
+
+
+def wanted(only: list[str], section: str, name: str) -> bool:
+    return not only or section == "env" or any(o == section or o in name for o in only)
+
+
+def measure(
+    device: str, results: dict[str, Results], args, until: float,
+    items: Iterable[tuple[str, str, dict, Callable]],
+) -> int:
+    """Every case of ``items`` (as ``plan.plan`` gives them) that is not there yet; returns RESTART when this
+    process should not go on."""
+    for section, name, case, call in items:
+        store = results[section]
+        if name in store.cases or not wanted(args.only, section, name):
+            continue
+        case = case and case | {"device": device}
+        if time.time() > until:
+            print(f"  the time is up before {section}: {name}")
+            return 0
+        store.put(name, {"status": "started", "case": case})
+        if device == "cuda":
+            faulthandler.dump_traceback_later(min(CASE_SECONDS, until - time.time() + 20), exit=True)
+        ceilings = {n: results["env"].cases.get(n, {}).get(unit) for n, unit in CEILINGS.items()}
+        now = m.Beside(args.quick) if device == "cpu" and section != "env" else {}
+        began, restart = time.time(), False
+        try:
+            record = {"status": "ok"} | call(now or ceilings) | ({"ceilings": dict(now)} if now else {})
+            restart = record.pop("restart", False)
+            if not restart:  # an asynchronous error belongs to this case
+                m.sync(device)
+        # a configuration that the backend does not serve, a peer that is not installed
+        except (m.Unserved, ImportError) as e:
+            record = {"status": "skipped", "reason": str(e)}
+        except m.WrongResult as e:
+            record = {"status": "refused", "reason": str(e)}
+        except torch.OutOfMemoryError as e:
+            record = {"status": "skipped", "reason": f"out of memory: {e}".splitlines()[0]}
+        except Exception as e:  # whatever else: recorded, and the CUDA context may be broken
+            record = {"status": "failed", "reason": f"{type(e).__name__}: {e}"[:2000]}
+            restart = device == "cuda"
+        faulthandler.cancel_dump_traceback_later()
+        kernel = kernel_hash(case)
+        store.put(
+            name, {"case": case} | record | {"seconds": round(time.time() - began, 2)}
+            | ({"kernel": kernel} if kernel else {})
+        )
+        print(line(section, name, store.cases[name]), flush=True)
+        if restart:
+            return RESTART
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return 0
+
+
+def line(section: str, name: str, r: dict) -> str:
+    ms = r.get("ms", {}).get("median")
+    parts = [f"{section:11} {name:52} {r['status']:8}", f"{ms:10.4f} ms" if ms is not None else ""]
+    parts += [f"{r[k]:8.1f} {k}" for k in ("TFLOP/s", "GB/s", "tokens/s") if r.get(k)]
+    parts += [f"{r[k]:7.1%} {k}" for k in ("of_matmul", "of_copy") if r.get(k)]
+    return " ".join([p for p in parts if p] + [str(r.get("reason") or "")[:200]]).rstrip()
