@@ -1,7 +1,7 @@
 # make demo        a small model reads a text it has never seen and gets better while reading
 # make test        tests and docstring examples, each contract once; HOPE_KERNELS_TEST_SEED=n repeats a run's new draws
 # make test-full   all of them: also sweeps over shapes, seeds and settings, long runs, and the C++ library under sanitizers
-# make lint        ruff
+# make lint        ruff, and the types of hope_kernels
 # make venv        .venv, which the others build when they need it
 PYTHON ?= python3
 
@@ -18,6 +18,7 @@ test-full: venv
 
 lint: venv
 	@.venv/bin/python -m ruff check .
+	@.venv/bin/python -m basedpyright --pythonpath .venv/bin/python
 
 venv:
 	@tools/venv.sh $(PYTHON)

@@ -93,7 +93,7 @@ def check_batch(op: str, batch: Any) -> int:
     return batch
 
 
-def _differing(given: Any, expected: Any) -> tuple[str, str]:
+def _differing(given: Any, expected: Any) -> tuple[str, ...]:
     """Two configurations, of one kind by the fields in which they differ."""
     if type(given) is not type(expected):
         return str(given), str(expected)

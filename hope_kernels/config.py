@@ -12,7 +12,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu")
 
@@ -56,13 +56,14 @@ def _items(where: str, field: str, value: Any, expected: str) -> tuple:
     return tuple(value)
 
 
+@dataclass(frozen=True)
 class _Config:
     """What the configurations share: presets, overrides, and plain-data form for files."""
 
-    PRESETS: dict[str, dict] = {}
+    PRESETS: ClassVar[dict[str, dict]] = {}
 
     @classmethod
-    def preset(cls, name: str, **overrides):
+    def preset(cls, name: str, **overrides: Any) -> Self:
         """The named preset of this configuration, with ``overrides`` on top. Raises ValueError for an unknown
         name."""
         if not isinstance(name, str) or name not in cls.PRESETS:
@@ -71,7 +72,7 @@ class _Config:
             )
         return cls(**{**cls.PRESETS[name], **overrides})
 
-    def replace(self, **overrides):
+    def replace(self, **overrides: Any) -> Self:
         return dataclasses.replace(self, **overrides)
 
     def to_dict(self) -> dict:
@@ -79,7 +80,7 @@ class _Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict):
+    def from_dict(cls, data: dict) -> Self:
         """The configuration of ``to_dict``. Raises ValueError for anything but a dict of its fields with all
         that have no default."""
         _require(isinstance(data, dict), cls.__name__, "its plain data", data, "a dict")
@@ -315,8 +316,15 @@ class RopeScaling(_Config):
             _finite(w, field, getattr(self, field))
             _require(getattr(self, field) > 0, w, field, getattr(self, field), "a positive number")
         if self.rope_type == "llama3":
-            _require(self.high_freq_factor > self.low_freq_factor, w, "high_freq_factor", self.high_freq_factor,
-                     f"more than low_freq_factor={self.low_freq_factor}")
+            _, low, high = self.llama3
+            _require(high > low, w, "high_freq_factor", high, f"more than low_freq_factor={low}")
+
+    @property
+    def llama3(self) -> tuple[int, float, float]:
+        """original_max_position_embeddings, low_freq_factor, high_freq_factor: what rope_type="llama3" has."""
+        context, low, high = self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor
+        assert context is not None and low is not None and high is not None
+        return context, low, high
 
 
 @dataclass(frozen=True)
@@ -372,11 +380,10 @@ class HopeConfig(_Config):
                      "True for mixer='self_modifying' (mixer='titans' is the static one)")
         if self.num_heads is None:
             object.__setattr__(self, "num_heads", self.titans.num_heads if self.titans is not None else 1)
-        _positive_int(w, "num_heads", self.num_heads)
-        _require(
-            self.d_model % self.num_heads == 0, w, "d_model", self.d_model,
-            f"a multiple of num_heads={self.num_heads}"
-        )
+        heads = self.num_heads
+        _positive_int(w, "num_heads", heads)
+        assert heads is not None
+        _require(self.d_model % heads == 0, w, "d_model", self.d_model, f"a multiple of num_heads={heads}")
         if self.titans is not None and self.mixer != "attention":
             _require(
                 self.titans.num_heads == self.num_heads, w, "titans.num_heads", self.titans.num_heads,
@@ -385,12 +392,10 @@ class HopeConfig(_Config):
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         _positive_int(w, "num_kv_heads", self.num_kv_heads)
-        _require(
-            self.num_heads % self.num_kv_heads == 0, w, "num_heads", self.num_heads,
-            f"a multiple of num_kv_heads={self.num_kv_heads}"
-        )
+        heads, kv_heads = self.heads
+        _require(heads % kv_heads == 0, w, "num_heads", heads, f"a multiple of num_kv_heads={kv_heads}")
         if self.mixer == "attention":
-            width = self.d_model // self.num_heads
+            width = self.d_model // heads
             _require(width % 2 == 0, w, "d_model / num_heads", width, "an even width (RoPE)")
         if self.window is not None:
             _positive_int(w, "window", self.window, PERIOD)
@@ -424,6 +429,13 @@ class HopeConfig(_Config):
                     c.chunks[0] % self.segment == 0, w, "cms.chunks", c.chunks,
                     f"multiples of the shortest period, {self.segment}"
                 )
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """num_heads and num_kv_heads, which are numbers once they are constructed."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        assert heads is not None and kv_heads is not None
+        return heads, kv_heads
 
     @property
     def block_cms(self) -> tuple[CMSConfig | None, ...]:

@@ -42,9 +42,8 @@ def llama(
     biases of q, k, v and of the MLP, tied embeddings, a sliding window in all layers, and RoPE of type
     default, linear or llama3 are carried over.
     chunks: K periods in tokens, each a multiple of the smallest, K <= number of layers L: block b is one
-    level with period
-    chunks[b * K // L], so the first blocks get the first period. lr: None (the default of CMSConfig at that
-    period), one for all, or one per period; 0 freezes its blocks. optimizer: as in CMSConfig.
+    level with period chunks[b * K // L], so the first blocks get the first period. lr: None (the default of
+    CMSConfig at that period), one for all, or one per period; 0 freezes its blocks. optimizer: as in CMSConfig.
 
     Without learning, or with every lr 0, the logits are the original's: bit for bit in fp32 on the CPU where
     both read all tokens in one call without a window (attn_implementation="sdpa"), else to rounding: other
@@ -60,10 +59,9 @@ def llama(
     range.
     Source: Nested Learning section 7.3.
     """
-    config = getattr(hf_model, "config", None)
-    _require(getattr(config, "model_type", None) in MODEL_TYPES, "config.model_type",
-             getattr(config, "model_type", None),
-             "one of " + ", ".join(map(repr, MODEL_TYPES)))
+    config: Any = getattr(hf_model, "config", None)
+    kind = getattr(config, "model_type", None)
+    _require(kind in MODEL_TYPES, "config.model_type", kind, "one of " + ", ".join(map(repr, MODEL_TYPES)))
     tensors = _tensors(hf_model)
     embed = tensors["embed.weight"]
     d, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
@@ -76,11 +74,11 @@ def llama(
     ours = HopeConfig(
         vocab_size=embed.shape[0], d_model=d, num_layers=layers, mixer="attention", num_heads=heads,
         num_kv_heads=config.num_key_value_heads, window=_window(config), rope_theta=theta,
-        rope_scaling=scaling, rope_dtype="float32",
-        attention_bias="blocks.0.mixer.q_proj.bias" in tensors, norm_eps=config.rms_norm_eps,
-        tie_embeddings="head.weight" not in tensors,
-        cms=_levels(d, layers, config.intermediate_size, "blocks.0.cms.levels.0.up_bias" in tensors, chunks,
-            lr, optimizer),
+        rope_scaling=scaling, rope_dtype="float32", attention_bias="blocks.0.mixer.q_proj.bias" in tensors,
+        norm_eps=config.rms_norm_eps, tie_embeddings="head.weight" not in tensors,
+        cms=_levels(
+            d, layers, config.intermediate_size, "blocks.0.cms.levels.0.up_bias" in tensors, chunks, lr, optimizer
+        ),
     )
     model = HopeForCausalLM(ours, device="meta", dtype=embed.dtype)
     with torch.inference_mode(False):
@@ -121,8 +119,9 @@ def _tensors(hf_model: nn.Module) -> dict[str, torch.Tensor]:
     for theirs, p in hf_model.named_parameters():
         ours = _name(theirs)
         if ours is None:
-            raise ValueError(f"convert.llama: parameter {theirs} of hf_model has no place in HOPE-Attention, expected a causal language "
-                             "model of embedding, projections q, k, v, o (without bias), gate, up, down, RMSNorms and head")
+            raise ValueError(f"convert.llama: parameter {theirs} of hf_model has no place in HOPE-Attention, expected "
+                             "a causal language model of embedding, projections q, k, v, o (without bias), gate, "
+                             "up, down, RMSNorms and head")
         _require(p.dtype in DTYPES, f"dtype of {theirs}", p.dtype, "one of " + ", ".join(map(str, DTYPES)))
         _require(
             type(p) is nn.Parameter, f"type of {theirs}", type(p).__name__,
@@ -139,15 +138,14 @@ def _tensors(hf_model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _rope(config) -> tuple[float, RopeScaling | None]:
+def _rope(config: Any) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) of a configuration."""
-    given = getattr(config, "rope_parameters", None)
+    given: Any = getattr(config, "rope_parameters", None)
     known = isinstance(given, dict) and "rope_theta" in given
     _require(known, "config.rope_parameters", given, "a dict with rope_theta, as of transformers 5")
-    given = dict(given)
-    theta, kind, partial = given.pop("rope_theta"), given.get("rope_type", "default"), given.pop(
-        "partial_rotary_factor", 1.0
-    )
+    numbers: dict[str, Any] = dict(given)
+    theta, kind = numbers.pop("rope_theta"), numbers.get("rope_type", "default")
+    partial = numbers.pop("partial_rotary_factor", 1.0)
     _require(
         kind in ("default", "linear", "llama3"), "config.rope_parameters['rope_type']", kind,
         "'default', 'linear' or 'llama3'"
@@ -157,22 +155,25 @@ def _rope(config) -> tuple[float, RopeScaling | None]:
         return theta, None
     # a linear type may carry other types' numbers, which it does not read
     read = ("rope_type", "factor") if kind == "linear" else tuple(f.name for f in fields(RopeScaling))
-    return theta, RopeScaling(**{name: given.get(name) for name in read})
+    scaling: dict[str, Any] = {name: numbers.get(name) for name in read}
+    return theta, RopeScaling(**scaling)
 
 
-def _window(config) -> int | None:
+def _window(config: Any) -> int | None:
     """The sliding window of all layers, None where all see everything."""
     window = getattr(config, "sliding_window", None)
-    kinds = set(
-        getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
+    default = "full_attention" if window is None else "sliding_attention"
+    kinds = set(getattr(config, "layer_types", None) or [default])
+    _require(
+        len(kinds) == 1 and kinds <= {"full_attention", "sliding_attention"}, "config.layer_types", sorted(kinds),
+        "'full_attention' in all layers or 'sliding_attention' in all"
     )
-    _require(len(kinds) == 1 and kinds <= {"full_attention", "sliding_attention"}, "config.layer_types",
-             sorted(kinds),
-             "'full_attention' in all layers or 'sliding_attention' in all")
     return window if kinds == {"sliding_attention"} else None
 
 
-def _levels(d: int, layers: int, hidden: int, bias: bool, chunks, lr, optimizer: str) -> tuple[CMSConfig, ...]:
+def _levels(
+    d: int, layers: int, hidden: int, bias: bool, chunks: Any, lr: Any, optimizer: str
+) -> tuple[CMSConfig, ...]:
     """The CMS of every block."""
     chunks = tuple(chunks) if isinstance(chunks, (list, tuple)) else (chunks,)
     K = len(chunks)
@@ -188,7 +189,7 @@ def _levels(d: int, layers: int, hidden: int, bias: bool, chunks, lr, optimizer:
     rates = tuple(lr) if isinstance(lr, (list, tuple)) else (lr,) * K
     _require(len(rates) == K, "argument lr", lr, f"None, a number, or one per period ({K})")
     kinds = [
-        CMSConfig(d, c, mlp="swiglu", bias=bias, intermediate_size=hidden, lr=r, optimizer=optimizer) for c,
-        r in zip(chunks, rates)
+        CMSConfig(d, c, mlp="swiglu", bias=bias, intermediate_size=hidden, lr=r, optimizer=optimizer)
+        for c, r in zip(chunks, rates)
     ]
     return tuple(kinds[b * K // layers] for b in range(layers))

@@ -73,7 +73,7 @@ def _temporary(path: str, mode: int) -> tuple[int, str]:
             swept = not os.fstat(handle).st_nlink
         except BlockingIOError:  # by one that is about to
             swept = True
-        except OSError:  # a file system without locks: nobody sweeps there either
+        except OSError:  # a file system without locks: nothing is swept there either
             swept = False
         if not swept:
             return handle, temporary
@@ -94,6 +94,7 @@ def _sweep(path: str) -> None:
 
 
 def _remove_if_free(path: str) -> None:
+    assert fcntl is not None
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if stat.S_ISREG(os.fstat(handle).st_mode):

@@ -4,10 +4,10 @@ kept beside it.
 A state must not go on under other weights, and by the time it is saved an optimizer may have changed those it
 was read with. So every read takes the checksum; the work is done once per set of values, found again by the
 tensors' version counters, on their own device and without waiting for it. Fused optimizers and those of other
-packages move no version counter, so every optimizer's step counts as a change. An edit behind PyTorch's back
-(``p.data.mul_(2)``, NumPy) is seen only where a state changes hands: ``matches`` and ``State.adopt`` look at
-the values themselves. A copy of a module, or the same file loaded twice, has the same checksum: values count,
-not objects.
+packages move no version counter, so every optimizer's step counts as a change. An edit that PyTorch does not
+notice (``p.data.mul_(2)``, NumPy) is seen only where a state passes to another module: ``matches`` and
+``State.adopt`` look at the values themselves. A copy of a module, or the same file loaded twice, has the same
+checksum: values count, not objects.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _PREFIX = "c1:"  # files from before there were checksums have plain hexadecimal digits of ``fingerprint``
@@ -53,10 +54,10 @@ register_optimizer_step_post_hook(_stepped)
 def checksum(module: nn.Module, anew: bool = False) -> Checksum | None:
     """Of the values, dtypes and shapes of all parameters and persistent buffers, in order, whatever the names.
 
-    None where nobody can look at them: inside a compiler or a transformation of torch.func, on the meta
+    None where they cannot be looked at: inside a compiler or a transformation of torch.func, on the meta
     device, sharded over processes. anew: look at the values even if nothing says that they have changed.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+    if torch.compiler.is_compiling() or maybe_current_level() is not None:
         return None
     held: list[Tensor] = []
     _collect(module, held)

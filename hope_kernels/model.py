@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +20,20 @@ from torch import Tensor, nn
 from .check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
 from .config import HopeConfig
 from .engine.compiling import REASON, traced
-from .engine.generation import Generation, generate
+from .engine.generation import Generation, Source, generate
 from .engine.learning import read_learning, read_off
+from .engine.protocol import CMSWeights
 from .engine.unread import check_read_next, left
 from .files import write_atomically
 from .identity import checksum
 from .layers.autocast import in_own_dtype
-from .layers.block import HopeAttentionBlock, HopeBlock
+from .layers.block import Block, HopeAttentionBlock, HopeBlock
 from .layers.cms import Inner
 from .layers.cms_consolidate import check_consolidation, consolidate
 from .layers.recording import check_recorded, check_whole
 from .layers.wrapped import placement, project, token_vectors
-from .model_state import ModelState
+from .model_state import MixerState, ModelState
+from .ops.cms.level import Level
 from .ops.cms.state import CMSState
 from .state import Counters
 
@@ -46,10 +51,11 @@ class HopeForCausalLM(nn.Module):
     def __init__(self, config: HopeConfig, device=None, dtype=None):
         super().__init__()
         self.config = config
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         block = HopeAttentionBlock if config.mixer == "attention" else HopeBlock
         self.embed = nn.Embedding(config.vocab_size, config.d_model, **kw)
-        self.blocks = nn.ModuleList(block(config, cms, **kw) for cms in config.block_cms)
+        blocks = nn.ModuleList(block(config, cms, **kw) for cms in config.block_cms)
+        self.blocks = cast("Sequence[Block]", blocks)  # which PyTorch knows as modules of any kind
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, **kw)
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, **kw)
@@ -93,25 +99,31 @@ class HopeForCausalLM(nn.Module):
 
         ids: [B, T] int64. state: from ``init_state``, an earlier call or a file; None starts new sequences.
         lengths: [B], tokens of each row that count. learn: "off" reads with the CMS weights as they are;
-        "next_token" refreshes every level from the
-        model's own next-token loss at its period. wavefront: where nothing learns, read with the blocks side
-        by side over pieces of so many tokens (``wavefront.py``). Returns logits [B, T, vocab_size] (zero
-        where padded) and the state: under
-        no_grad the given one, advanced in place; in grad mode a new one. Where the state has an ``unread``
-        token, ids begin with it. Raises ValueError for ids out of range (on a device or compiled only with
+        "next_token" refreshes every level at its period, from the model's own next-token loss. wavefront: where
+        nothing learns, read with the blocks side by side over pieces of so many tokens (``wavefront.py``).
+
+        Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
+        advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
+        Under ``torch.compile``, ``compiling.py`` says which calls are compiled.
+        Raises ValueError for ids out of range (on a device or compiled only with
         check_finite: looking costs a sync), shapes, lengths, an unknown ``learn``, a wavefront that is to
         learn or to carry gradients, a state of another model, ids that do not begin with the state's
         ``unread`` token (not looked at when compiled), a given state inside an ``autograd.Function``
         (reentrant activation checkpointing), and with check_finite for non-finite logits; the given state is
-        then as it was. Under ``torch.compile``, ``compiling.py`` says which calls are compiled.
+        then as it was.
         """
-        options = {"learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront}
+        options: dict[str, Any] = {
+            "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront
+        }
         if torch.compiler.is_compiling() and not traced(self, ids, state, learn, backend):
             return self._untraced(ids, state, lengths, **options)
         return self._forward(ids, state, lengths, **options)
 
-    def _forward(self, ids: Tensor, state: ModelState | None, lengths, *, learn, backend, check_finite, wavefront):
-        name = "HopeForCausalLM"
+    def _forward(
+        self, ids: Tensor, state: ModelState | None, lengths: Any, *, learn: str, backend: str | None,
+        check_finite: bool, wavefront: int | None,
+    ) -> tuple[Tensor, ModelState]:
+        name, given = "HopeForCausalLM", state
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if learn not in ("off", "next_token"):
@@ -119,49 +131,64 @@ class HopeForCausalLM(nn.Module):
         if ids.numel() and (check_finite or ids.device.type == "cpu" and not torch.compiler.is_compiling()):
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"{name}: argument ids has token {low if low < 0 else high}, expected 0 to {self.config.vocab_size - 1}"
-                )
-        given = state
+                token, size = low if low < 0 else high, self.config.vocab_size
+                raise ValueError(f"{name}: argument ids has token {token}, expected 0 to {size - 1}")
         check_recorded(name, given)
         if state is None:
             state = self.init_state(ids.shape[0])
         else:
-            check_state(name, state, ModelState, self.config, ids.shape[0])
-            state.admit(name, self, placement(self.embed).dtype, ids.device)
+            self._admit(name, state, ids.shape[0])
             if not torch.compiler.is_compiling():
                 check_read_next(name, state.unread, ids, lengths)
         learning = learn == "next_token" and self.learns
         if wavefront is not None and learning:
-            raise ValueError(f"{name}: argument wavefront is {wavefront}, expected None with learn='next_token': a segment's loss is known "
-                             "behind the last block, before the first one may read on")
+            raise ValueError(f"{name}: argument wavefront is {wavefront}, expected None with learn='next_token': "
+                             "a segment's loss is known after the last block has read it, and the first one may "
+                             "not read on before")
         in_place = given is not None and not torch.is_grad_enabled()
         with state.reading(name, self, in_place or given is None):
             if given is not None and not in_place:
                 state = given.apart()
             if learning:
                 for block in self.blocks:
-                    check_whole(
-                        name, block, "and learn='next_token' learns beside it; shard the model as one unit, or pass learn='off'"
-                    )
+                    check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one "
+                                             "unit, or pass learn='off'")
                 logits, new = read_learning(self, ids, state, lengths, backend)
             else:
                 logits, new = read_off(self, ids, state, lengths, backend, wavefront)
             if check_finite:
                 check_values(name, "logits (weights, state or learning rates diverged)", logits, lengths)
             new = replace(new, unread=left(state.unread, lengths))
-            return logits, given.assign(new) if in_place else new
+            return logits, given.assign(new) if given is not None and in_place else new
 
-    _untraced = torch.compiler.disable(_forward, reason=REASON)
+    _untraced: Any = torch.compiler.disable(_forward, reason=REASON)
 
-    def levels(self, state: ModelState) -> list:
+    def claim(self, op: str, state: ModelState) -> None:
+        """``state`` belongs to these weights from here on. Raises TypeError or ValueError, in the name of
+        ``op``, where this model may not read it."""
+        self._admit(op, state, state.batch)
+        state.owned_by(self)
+        state.fingerprint = checksum(self)
+
+    def reading(self, op: str, state: ModelState) -> AbstractContextManager[None]:
+        """The context in which this model advances ``state`` in place: see ``State.reading``."""
+        return state.reading(op, self)
+
+    def _admit(self, op: str, state: ModelState, batch: int) -> None:
+        """Raises TypeError or ValueError, in the name of ``op``, unless this model may read ``state``."""
+        check_state(op, state, ModelState, self.config, batch)
+        like = placement(self.embed)
+        state.admit(op, self, like.dtype, like.device)
+
+    def levels(self, state: ModelState) -> list[list[Level] | None]:
         """The CMS weights in force, per block."""
-        return [None if b.cms is None else b.cms.effective_levels(c) for b, c in zip(self.blocks, state.cms)]
+        return [None if c is None or b.cms is None else b.cms.effective_levels(c)
+                for b, c in zip(self.blocks, state.cms)]
 
     def run(
-        self, h: Tensor, mixers: list, cms: list, lengths: list[int], backend: str | None = None,
-        inner: list[Inner] | None = None
-    ) -> tuple[Tensor, list]:
+        self, h: Tensor, mixers: list[MixerState], cms: Sequence[CMSWeights], lengths: list[int],
+        backend: str | None = None, inner: list[Inner] | None = None,
+    ) -> tuple[Tensor, list[MixerState]]:
         """All blocks over h [B, T, d_model], functionally: (h, new mixer states). mixers: their states; cms:
         the states of their CMS, or ``levels``; inner: the pass that learns, block by block. Each as a block's
         ``forward`` takes it."""
@@ -177,20 +204,19 @@ class HopeForCausalLM(nn.Module):
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
         h = self.norm(h)
-        logits = (
-            F.linear(h, token_vectors(self.embed, self.config.vocab_size)) if self.head is None
-            else project(self.head, h)
-        )
+        if self.head is None:
+            logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size))
+        else:
+            logits = project(self.head, h)
         T = h.shape[1]
         if min(lengths, default=T) < T:
-            valid = torch.arange(T, device=h.device) < torch.tensor(
-                lengths, dtype=torch.long, device=h.device
-            ).unsqueeze(1)
+            count = torch.tensor(lengths, dtype=torch.long, device=h.device).unsqueeze(1)
+            valid = torch.arange(T, device=h.device) < count
             logits = logits * valid.unsqueeze(-1).to(logits.dtype)
         return logits
 
     def generate(
-        self, ids: Tensor | None, max_new_tokens: int, state: ModelState | None = None, **options
+        self, ids: Tensor | Source | None, max_new_tokens: int, state: ModelState | None = None, **options: Any
     ) -> Generation:
         """Continues ``ids`` [B, T]; see :func:`hope_kernels.engine.generation.generate`."""
         return generate(self, ids, max_new_tokens, state, **options)
@@ -199,9 +225,7 @@ class HopeForCausalLM(nn.Module):
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own
         weights, in place: see ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved
         before belong to the weights as they were."""
-        check_state("HopeForCausalLM.consolidate", state, ModelState, self.config, state.batch)
-        like = placement(self.embed)
-        state.admit("HopeForCausalLM.consolidate", self, like.dtype, like.device)
+        self._admit("HopeForCausalLM.consolidate", state, state.batch)
         check_index("HopeForCausalLM.consolidate", "row", row, state.batch)
         most = max((c.num_levels for c in self.config.block_cms if c is not None), default=0)
         for l in levels or ():
@@ -223,8 +247,9 @@ class HopeForCausalLM(nn.Module):
         if type(self) is HopeForCausalLM:
             other = sorted(held.keys() ^ type(self)(self.config, device="meta").state_dict().keys())
             if other:
-                raise ValueError(f"save_pretrained: {other[0]} and {len(other) - 1} more are the model's or its configuration's "
-                                 "only, expected the same: merge or remove what wraps its modules, or save its state_dict()")
+                raise ValueError(f"save_pretrained: {other[0]} and {len(other) - 1} more are the model's or its "
+                                 "configuration's only, expected the same: merge or remove what wraps its "
+                                 "modules, or save its state_dict()")
         os.makedirs(folder, exist_ok=True)
         tensors = {n: t.detach().cpu().contiguous() for n, t in held.items()}
         write_atomically(

@@ -3,17 +3,22 @@ of a model that learns."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .check import check_counters, check_part
-from .engine.learning import TAINTED, advance_off
 from .layers.attention import AttentionState
+from .layers.block import Block
 from .ops.cms.state import CMSState
 from .ops.titans.state import TitansState
 from .state import Counters, State
+
+MixerState = TitansState | AttentionState
+TAINTED = -1  # ``ModelState.seen`` of a row whose open segment holds a token read with learn="off"
 
 
 @dataclass(eq=False)
@@ -21,21 +26,22 @@ class ModelState(State):
     """What a batch of sequences has learned in a whole model.
 
     mixers, cms: one state per block (None without a CMS). For learn="next_token" only: ``ids`` [B, C] int64,
-    the tokens of the open segment of C tokens, ``seen`` how many of them (or -1: one was read with
-    learn="off"), ``snapshot`` the mixers at its start. ``unread`` [B, 1] int64: the last token ``generate``
+    the tokens of the open segment of C tokens, ``seen`` how many of them (or ``TAINTED``, -1: one was read
+    with learn="off"), ``snapshot`` the mixers at its start. ``unread`` [B, 1] int64: the last token ``generate``
     returned, which the state has not read; -1 in rows that have read it since, None if all have.
     """
 
-    mixers: list
-    cms: list
+    mixers: list[MixerState]
+    cms: list[CMSState | None]
     seen: Counters
     ids: Tensor
-    snapshot: list
+    snapshot: list[MixerState]
     unread: Tensor | None = None
 
     def owned_by(self, module: nn.Module) -> None:
         self.owner = module
-        for block, mixer, cms in zip(module.blocks, self.mixers, self.cms):
+        blocks = cast("Iterable[Block]", module.blocks)  # of a model; PyTorch knows no types of submodules
+        for block, mixer, cms in zip(blocks, self.mixers, self.cms):
             mixer.owner = block.mixer
             if cms is not None:
                 cms.owner = block.cms
@@ -74,31 +80,31 @@ class ModelState(State):
             return
         for b, (pos, seen) in enumerate(zip(self.pos, self.seen)):
             if C and seen >= 0 and (pos - seen) % C or seen == TAINTED and not pos % C:
-                raise ValueError(
-                    f"{where}: state.seen is {seen} for row {b}, which is no count of an open segment of {C} tokens at {pos}"
-                )
+                raise ValueError(f"{where}: state.seen is {seen} for row {b}, which is no count of an open segment of "
+                                 f"{C} tokens at {pos}")
             for s in self.snapshot if seen > 0 else ():
                 if s.pos[b] != pos - seen:
-                    raise ValueError(
-                        f"{where}: state.snapshot of row {b} stands at {s.pos[b]}, expected {pos - seen}, its segment's start"
-                    )
+                    raise ValueError(f"{where}: state.snapshot of row {b} stands at {s.pos[b]}, expected {pos - seen}, "
+                                     "its segment's start")
         if values:
             for name, ids, low in (("ids", self.ids, 0), ("unread", self.unread, -1)):
                 if ids is not None and ids.numel() and not low <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
                     raise ValueError(f"{where}: state.{name} has a token outside {low} to {c.vocab_size - 1}")
 
-    def _check_inner(self, where: str, i: int, name: str, state: State, dtype, device, values: bool) -> None:
+    def _check_inner(
+        self, where: str, i: int, name: str, state: State, dtype: torch.dtype | None, device: torch.device,
+        values: bool,
+    ) -> None:
         c = self.config
         wanted = c.block_cms[i] if name == "cms" else c if c.mixer == "attention" else c.titans
         if state.config is not wanted and state.config != wanted:
             raise ValueError(f"{where} of state belongs to {state.config}, expected {wanted}")
         if not isinstance(state.pos, list):
             raise ValueError(f"{where} of state has pos {state.pos!r}, expected one integer per row")
-        if state.batch != self.batch or name != "snapshot" and not torch.compiler.is_compiling() and state.pos != self.pos:
-            raise ValueError(
-                f"{where} of state stands at {list(state.pos)}, and the model's state at {list(self.pos)}"
-            )
-        if name == "snapshot" and c.mixer == "attention":  # behind other rows' storage has moved on
+        compiling = torch.compiler.is_compiling()
+        if state.batch != self.batch or name != "snapshot" and not compiling and state.pos != self.pos:
+            raise ValueError(f"{where} of state stands at {list(state.pos)}, and the model's state at {list(self.pos)}")
+        if name == "snapshot" and isinstance(state, AttentionState):  # storage of other rows has moved on
             state._check(where, dtype, device, values, [b for b, seen in enumerate(self.seen) if seen > 0])
         else:
             state._check(where, dtype, device, values)
@@ -127,11 +133,29 @@ class ModelState(State):
         super().synchronize()
         places = {tuple(m.pos) for m in self.mixers} or {tuple(self.pos)}
         if len(places) > 1:
-            raise ValueError(
-                f"ModelState: the blocks stand at different positions, {', '.join(str(list(p)) for p in sorted(places))}"
-            )
+            found = ", ".join(str(list(p)) for p in sorted(places))
+            raise ValueError(f"ModelState: the blocks stand at different positions, {found}")
         lengths = [now - before for now, before in zip(*places, self.pos)]
         if any(lengths):
             new = advance_off(self, self.mixers, lengths)
             self.pos, self.cms, self.seen = new.pos, new.cms, new.seen
         return self
+
+
+def advance(state: ModelState, mixers: list[MixerState], lengths: list[int]) -> ModelState:
+    """The state after ``lengths`` tokens: new mixers and all counters moved."""
+    def moved(pos: Counters) -> Counters:
+        return Counters([p + n for p, n in zip(pos, lengths)])
+
+    cms = [None if c is None else replace(c, pos=moved(c.pos)) for c in state.cms]
+    return replace(state, mixers=mixers, cms=cms, pos=moved(state.pos))
+
+
+def advance_off(state: ModelState, mixers: list[MixerState], lengths: list[int]) -> ModelState:
+    """``advance`` for tokens read with frozen CMS weights: the open segment, if it holds any, contributes
+    nothing."""
+    new, segment = advance(state, mixers, lengths), state.ids.shape[1]
+    if not segment:  # the model cannot learn
+        return new
+    seen = [s if n == 0 else TAINTED if p % segment else 0 for s, n, p in zip(state.seen, lengths, new.pos)]
+    return replace(new, seen=Counters(seen))

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
 
 from .check import check_rows, check_state
 from .counters import KINDS, Counters
@@ -55,8 +56,11 @@ def _gather(value: Any, found: list[Tensor]) -> None:
     elif isinstance(value, State):
         for _, v in value._fields():
             _gather(v, found)
-    elif type(value) is list or type(value) is dict:
-        for v in value if type(value) is list else value.values():
+    elif type(value) is list:
+        for v in value:
+            _gather(v, found)
+    elif type(value) is dict:
+        for v in value.values():
             _gather(v, found)
 
 
@@ -231,7 +235,7 @@ class State:
 
     def states(self) -> list[State]:
         """This state and all those inside it, in a fixed order."""
-        found = [self]
+        found: list[State] = [self]
 
         def look(value: Any) -> None:
             if isinstance(value, State):
@@ -246,10 +250,11 @@ class State:
 
     def _counted(self) -> list[tuple[State, list[int]]]:
         """The states inside that kernels advance, each with its ``count``, from one read of the device."""
-        states = [s for s in self.states() if isinstance(getattr(s, "count", None), Tensor)]
+        found = [(s, getattr(s, "count", None)) for s in self.states()]
+        states, counts = [s for s, t in found if isinstance(t, Tensor)], [t for _, t in found if isinstance(t, Tensor)]
         if not states:
             return []
-        return list(zip(states, torch.stack([s.count.to(states[0].count.device) for s in states]).tolist()))
+        return list(zip(states, torch.stack([t.to(counts[0].device) for t in counts]).tolist()))
 
     def synchronize(self):
         """``pos`` as the device has it, where a kernel or a replayed CUDA graph has moved ``count`` without
@@ -327,7 +332,7 @@ class State:
         if device is None:
             device = next((t.device for t in self.tensors()), torch.device("cpu"))
         self._check(where, dtype, device, values)
-        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
+        if not torch.compiler.is_compiling() and maybe_current_level() is None:
             self._check_memory(where)
 
     def input_dtype(self) -> torch.dtype | None:
@@ -394,8 +399,8 @@ class State:
         before, mark = self.fingerprint, checksum(module)
         with _guard:
             if self._users < 0 or advances and self._users:
-                raise ValueError(f"{where}: argument state is in use by another call; one call at a time may advance a state, "
-                                 "state.clone() makes one for each thread")
+                raise ValueError(f"{where}: argument state is in use by another call; one call at a time may advance a "
+                                 "state, state.clone() makes one for each thread")
             self._users = -1 if advances else self._users + 1
         try:
             self.owned_by(module)

@@ -3,9 +3,10 @@ Nothing is ever unpickled.
 
     format, version   what the file is
     tree              the state's fields: configurations, counters, names of tensors
-    fingerprint       the checksum of the weights the state was last read with ("" where nobody could take it)
+    fingerprint       the checksum of the weights the state was last read with ("" where it could not be taken)
     note              whatever the writer wants to find again, for ``load_note``
-    sha256            of all of the above and of every tensor: a flipped bit is an error (files from before it was written still load)
+    sha256            of all of the above and of every tensor: a flipped bit is an error (files from before it
+                      was written still load)
 
 A file is untrusted: it is read into memory whole, every step that can fail on foreign bytes ends in a
 ValueError, and the state that comes out has passed ``State.validate``.
@@ -56,7 +57,7 @@ def save_state(state: State, path: str | os.PathLike, note: dict | None = None) 
     write_atomically(path, _safetensors_bytes(tensors, metadata=meta), mode=0o600)
 
 
-def load_state(path: str | os.PathLike, device="cpu") -> State:
+def load_state(path: str | os.PathLike, device: torch.device | str = "cpu") -> State:
     """The state saved at ``path``, in memory of its own on ``device``.
 
     Raises FileNotFoundError, or ValueError for a truncated, damaged, foreign, newer or inconsistent file and
@@ -133,7 +134,7 @@ def _digest(meta: dict[str, str], tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name}:{meta.get(name)!r}\n".encode())
     for name, t in sorted(tensors.items()):
         digest.update(f"{name}:{t.dtype}:{tuple(t.shape)}\n".encode())
-        digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

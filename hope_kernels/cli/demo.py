@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..engine.generation import read
 from ..model import ASSETS, HopeForCausalLM, bundled_models
+from ..model_state import ModelState
 from ..state_file import load_state
 from .meter import PeakMemory, megabytes
 
@@ -91,7 +92,9 @@ def demo(count: int | None = None) -> int:
         state.save(path)
         size = os.path.getsize(path)
         straight = model.generate(first, 200, state, temperature=0.7, seed=1)
-        restored = model.generate(first, 200, load_state(path, device), temperature=0.7, seed=1)
+        loaded = load_state(path, device)
+        assert isinstance(loaded, ModelState)
+        restored = model.generate(first, 200, loaded, temperature=0.7, seed=1)
     words = bytes(
         text[-160:] + bytes(first[0].tolist()) + bytes(straight.tokens[0].tolist())
     ).decode(errors="replace")

@@ -13,6 +13,8 @@ import torch
 from tqdm import tqdm
 
 from ..engine.generation import read
+from ..model import HopeForCausalLM, bundled_models
+from ..model_state import ModelState
 from ..state_file import load_note, load_state
 from .lock import held
 from .meter import megabytes, resident_bytes
@@ -63,9 +65,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def load_model(name: str | None, device):
-    from ..model import HopeForCausalLM, bundled_models
-
+def load_model(name: str | None, device: torch.device) -> HopeForCausalLM:
     if name is None:
         models = bundled_models()
         if not models:
@@ -107,18 +107,19 @@ def prompt_size(args, file) -> int | None:
     if file is None:
         return len(encoded(args.prompt))
     status = os.fstat(file.fileno()) if args.prompt_file != "-" else None
-    return (
-        status.st_size + len(encoded(args.prompt)) if status is not None and stat.S_ISREG(status.st_mode) else None
-    )
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return None
+    return status.st_size + len(encoded(args.prompt))
 
 
 class Progress:
     """A bar over the prompt, then over the new tokens, with speed and memory."""
 
     def __init__(self, total: int | None, initial: int, quiet: bool):
-        self.initial, self.bar = initial, tqdm(total=total, initial=initial, unit="B", unit_scale=True,
-                                              desc="reading",
-                                              disable=quiet, file=NOTICES)
+        self.initial = initial
+        self.bar = tqdm(
+            total=total, initial=initial, unit="B", unit_scale=True, desc="reading", disable=quiet, file=NOTICES
+        )
 
     def read(self, at: int) -> None:
         self.bar.n = self.initial + at
@@ -130,9 +131,7 @@ class Progress:
 
 def generate_command(args) -> int:
     if not args.save_every >= 0:
-        raise ValueError(
-            f"argument --save-every is {args.save_every}, expected a number of seconds, or 0 for never"
-        )
+        raise ValueError(f"argument --save-every is {args.save_every}, expected a number of seconds, or 0 for never")
     if args.max_new_tokens < 0:
         raise ValueError(f"argument --max-new-tokens is {args.max_new_tokens}, expected 0 or more")
     output = Output(sys.stdout) if args.max_new_tokens else None
@@ -145,8 +144,6 @@ def generate_command(args) -> int:
 
 def run(args, path: str | None, output: Output | None) -> int:
     """Reads and writes; the session at ``path`` is this process's."""
-    from ..model import ModelState
-
     device = usable_device(args.device)
     model = load_model(args.model, device)
     if model.config.vocab_size != 256:
@@ -162,13 +159,13 @@ def run(args, path: str | None, output: Output | None) -> int:
     stops = [encoded(s) for s in args.stop]
     with opened_prompt(args) as file, Interrupt() if path else contextlib.nullcontext() as interrupt:
         prompt = Prompt(prompt_name(args), file, encoded(args.prompt), unread, device)
-        going = (
-            (None if args.no_resume else resume(note, prompt, args.session)) or {"phase": "reading", "written": 0}
-        )
+        going = None if args.no_resume else resume(note, prompt, args.session)
+        going = going or {"phase": "reading", "written": 0}
         earlier, tail = going["written"], bytes.fromhex(going.get("tail", ""))
         if going["phase"] == "writing" and earlier >= args.max_new_tokens:
             raise ValueError(f"session {args.session} stopped after writing {earlier} tokens, of --max-new-tokens "
-                             f"{args.max_new_tokens}; ask for more to go on, or pass --no-resume to read the prompt once more")
+                             f"{args.max_new_tokens}; ask for more to go on, or pass --no-resume to read the prompt "
+                             "once more")
         session = SessionFile(path, prompt, args.save_every)
         progress = Progress(prompt_size(args, file), prompt.bytes, args.quiet)
         at = written = 0
@@ -186,6 +183,7 @@ def run(args, path: str | None, output: Output | None) -> int:
         def on_token(tokens: list) -> None:
             nonlocal written, failed, ended, tail
             progress.close()
+            assert output is not None
             try:
                 output.write(bytes(tokens))
             except OSError as error:
@@ -202,9 +200,10 @@ def run(args, path: str | None, output: Output | None) -> int:
         began, unsent, finished = time.perf_counter(), False, False
         try:
             if not args.max_new_tokens:
-                finished = read(model, prompt, state, learn=args.learn, backend=args.backend,
-                                on_piece=on_piece, should_stop=stopping,
-                                unread="included").finished
+                finished = read(
+                    model, prompt, state, learn=args.learn, backend=args.backend, on_piece=on_piece,
+                    should_stop=stopping, unread="included",
+                ).finished
                 if finished and not at:
                     raise ValueError("empty prompt: there is nothing to read and nothing to write")
             else:
@@ -216,12 +215,12 @@ def run(args, path: str | None, output: Output | None) -> int:
                         None if going["phase"] == "writing" else prompt,
                         args.max_new_tokens - earlier - written, state, learn=args.learn,
                         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-                        stop=stops, on_token=on_token,
-                        on_piece=on_piece, backend=args.backend, should_stop=stopping, unread="included",
+                        stop=stops, on_token=on_token, on_piece=on_piece, backend=args.backend,
+                        should_stop=stopping, unread="included",
                     ).finished or ended
             unsent = failed is not None
             finished = finished and not unsent
-        except OSError as error:  # of the prompt: everything else in there sees to its own
+        except OSError as error:  # of the prompt: all other errors of files are handled where they occur
             failed = error
         finally:
             progress.close()
@@ -235,16 +234,26 @@ def run(args, path: str | None, output: Output | None) -> int:
             phase = None if finished else "writing" if written or unsent else "reading"
             session.save(state, phase, earlier + written, tail=tail.hex(), unsent=unsent)
     if failed is not None or not finished:
-        reason = f"{prompt.name if not (unsent or finished) else 'standard output'}: {failed.strerror or failed}; " if failed else ""
+        where = "standard output" if unsent or finished else prompt.name
+        reason = f"{where}: {failed.strerror or failed}; " if failed else ""
         kept = f"; session in {args.session}{'' if finished or at or written else ' as it was'}" if path else ""
         again = ", the same command goes on from there" if path and not finished else ""
-        notice(f"hope_kernels: {reason}stopped after reading {prompt.bytes} bytes of {prompt.name} and writing {earlier + written}"
-               f"{kept}{again}")
-        return 128 + BROKEN_PIPE if isinstance(failed, BrokenPipeError) else 2 if failed else 128 + interrupt.signal
+        notice(f"hope_kernels: {reason}stopped after reading {prompt.bytes} bytes of {prompt.name} and writing "
+               f"{earlier + written}{kept}{again}")
+        return exit_code(failed, interrupt)
     if not args.quiet:
-        notice(f"read {at} and wrote {written} bytes in {seconds:.1f} s ({(at + written) / seconds:.0f}/s), learn={args.learn}, "
+        speed = (at + written) / seconds
+        notice(f"read {at} and wrote {written} bytes in {seconds:.1f} s ({speed:.0f}/s), learn={args.learn}, "
                f"memory {megabytes(resident_bytes())}" + (f", session in {args.session}" if path else ""))
     return 0
+
+
+def exit_code(failed: OSError | None, interrupt: Interrupt | None) -> int:
+    """Of a run that an error or a signal has ended before its time."""
+    if failed is not None:
+        return 128 + BROKEN_PIPE if isinstance(failed, BrokenPipeError) else 2
+    assert interrupt is not None and interrupt.signal is not None  # nothing else stops a run
+    return 128 + interrupt.signal
 
 
 def command(argv: list[str] | None) -> int:

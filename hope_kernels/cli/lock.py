@@ -34,12 +34,14 @@ def held(path: str, name: str) -> Iterator[None]:
     finally:
         if file is not None:
             with contextlib.suppress(OSError):
-                os.unlink(path + ".lock")  # before the lock is released: whoever waits for it sees that it is gone
+                # before the lock is released: a process that waits for it sees that the file is gone
+                os.unlink(path + ".lock")
             os.close(file)
 
 
 def _locked(path: str, name: str) -> int | None:
     """A descriptor of the locked file that is now at ``path``; None without locks."""
+    assert fcntl is not None
     while True:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -64,9 +66,7 @@ def _locked(path: str, name: str) -> int | None:
                 raise
             with contextlib.suppress(OSError):
                 os.unlink(path)
-            notice(
-                f"hope_kernels: session {name} is not locked ({error.strerror}); use it in one process at a time"
-            )
+            notice(f"hope_kernels: session {name} is not locked ({error.strerror}); use it in one process at a time")
             return None
 
 

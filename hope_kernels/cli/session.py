@@ -25,7 +25,7 @@ import signal
 import tempfile
 import threading
 import time
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -37,18 +37,20 @@ BLOCK = 1 << 20
 
 
 class Prompt:
-    """The bytes of a file and of a text behind it, handed out in order and never all in memory: a
+    """The bytes of a file and of a text that follows it, handed out in order and never all in memory: a
     ``generation.Source`` of one row.
 
     lead: bytes handed out before the prompt and no part of it (the token a session has not read). ``bytes``
     and ``sha256`` tell what a reader has read of the prompt, as far as it ``confirm``ed.
     """
 
-    def __init__(self, name: str, file: BinaryIO | None = None, text: bytes = b"", lead: bytes = b"", device="cpu"):
+    def __init__(
+        self, name: str, file: BinaryIO | None = None, text: bytes = b"", lead: bytes = b"",
+        device: torch.device | str = "cpu",
+    ):
         self.name, self.device = name, device
-        self._file, self._text, self._lead, self._lead_size = (
-            file or io.BytesIO(), io.BytesIO(text), lead, len(lead)
-        )
+        self._file: IO[bytes] = file or io.BytesIO()
+        self._text, self._lead, self._lead_size = io.BytesIO(text), lead, len(lead)
         self._begin()
 
     def _begin(self) -> None:
@@ -60,7 +62,7 @@ class Prompt:
 
     @property
     def more(self) -> bool:
-        """Whether bytes have been handed out that nobody has read: as ``read`` asks for one piece ahead,
+        """Whether bytes have been handed out and not been read yet: as ``read`` asks for one piece ahead,
         whether there are any left."""
         return bool(self._handed)
 
@@ -76,10 +78,10 @@ class Prompt:
         data = self._next(n - len(lead))
         self._handed += data
         values = bytearray(lead + data)
-        ids = (
-            torch.frombuffer(values, dtype=torch.uint8) if values
-            else torch.empty(0, dtype=torch.uint8, device="cpu")
-        )
+        if values:
+            ids = torch.frombuffer(values, dtype=torch.uint8)
+        else:
+            ids = torch.empty(0, dtype=torch.uint8, device="cpu")
         return ids.to(self.device, torch.long).unsqueeze(0)
 
     def confirm(self, tokens: int) -> None:
@@ -102,7 +104,7 @@ class Prompt:
         return not self._back
 
     def rewindable(self) -> None:
-        """Makes ``rewind`` possible: a pipe is copied to a temporary file, which goes with this process."""
+        """Makes ``rewind`` possible: a pipe is copied to a temporary file, which is removed with this process."""
         if not self._file.seekable():
             copy = tempfile.TemporaryFile()  # noqa: SIM115
             shutil.copyfileobj(self._file, copy)
@@ -116,7 +118,7 @@ class Prompt:
         self._begin()
 
 
-def ours(note) -> bool:
+def ours(note: Any) -> TypeGuard[dict]:
     """Whether a note is one that ``SessionFile`` wrote."""
     kinds = {"phase": str, "prompt": str, "bytes": int, "sha256": str, "written": int}
     if not isinstance(note, dict) or not all(isinstance(note.get(k), t) for k, t in kinds.items()):
@@ -127,7 +129,7 @@ def ours(note) -> bool:
     )
 
 
-def is_hex(text) -> bool:
+def is_hex(text: Any) -> bool:
     try:
         return bytes.fromhex(text) is not None
     except (TypeError, ValueError):
@@ -153,13 +155,14 @@ def resume(note: dict | None, prompt: Prompt, path: str) -> dict | None:
     same = prompt.skip(note["bytes"], note["sha256"])
     if same and not prompt.ended():
         return note
-    what = (
-        f"ends after {prompt.bytes} bytes" if same or prompt.bytes < note["bytes"]
-        else f"begins otherwise (sha256 {prompt.sha256[:16]})"
-    )
+    if same or prompt.bytes < note["bytes"]:
+        what = f"ends after {prompt.bytes} bytes"
+    else:
+        what = f"begins otherwise (sha256 {prompt.sha256[:16]})"
     raise ValueError(
-        f"session {path} stopped after reading {note['bytes']} bytes of {note['prompt']} (sha256 {note['sha256'][:16]}), and {prompt.name} "
-        f"{what}; give what it was reading, from its start, to go on, or --no-resume to read another text after it"
+        f"session {path} stopped after reading {note['bytes']} bytes of {note['prompt']} (sha256 "
+        f"{note['sha256'][:16]}), and {prompt.name} {what}; give what it was reading, from its start, to go on, or "
+        "--no-resume to read another text after it"
     )
 
 
@@ -181,8 +184,8 @@ def session_path(name: str) -> str:
 
 
 class SessionFile:
-    """Where a run keeps its state; ``path`` None: nowhere. ``every``: seconds between periodic saves, 0 for
-    none."""
+    """Where a run keeps its state; ``path`` None: nowhere, and ``save`` is not called. ``every``: seconds
+    between periodic saves, 0 for none."""
 
     def __init__(self, path: str | None, prompt: Prompt, every: float = 0.0):
         self.path, self.prompt, self.every, self._last = path, prompt, every, time.monotonic()
@@ -190,6 +193,7 @@ class SessionFile:
     def save(self, state: State, phase: str | None, written: int = 0, **more) -> None:
         """phase: "reading", "writing", or None at the end of the run. more: further entries of the note,
         where they are true."""
+        assert self.path is not None
         note = {
             "phase": phase, "prompt": self.prompt.name, "bytes": self.prompt.bytes,
             "sha256": self.prompt.sha256, "written": written
@@ -198,7 +202,7 @@ class SessionFile:
         self._last = time.monotonic()
 
     def save_if_due(self, state: State, phase: str, written: int = 0, **more) -> None:
-        """A disk that is full now may not be later: says so, and the run goes on."""
+        """``save``, if it is time. A failure is only reported: a disk that is full now may not be later."""
         if not (self.path and self.every) or time.monotonic() - self._last < self.every:
             return
         try:
@@ -214,7 +218,8 @@ class Interrupt:
     Python allows no handlers, signals do what they always do."""
 
     def __init__(self):
-        self.signal, self._old = None, {}
+        self.signal: int | None = None
+        self._old = {}
 
     def __call__(self) -> bool:
         return self.signal is not None

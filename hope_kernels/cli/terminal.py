@@ -1,5 +1,5 @@
-"""Standard input, output and error as a process may find them: closed, full, a terminal, a pipe whose reader
-has gone."""
+"""Standard input, output and error as a process may find them: closed, full, a terminal, or a pipe that has
+no reader any more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO, TextIO
 
 
 class _Notices:
-    """Standard error, where nothing is worth failing for: what cannot be written there is dropped."""
+    """Standard error. Nothing written there is worth an error: what cannot be written is dropped."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, None
@@ -38,13 +38,13 @@ NOTICES = _Notices()
 
 
 def notice(text: str) -> None:
-    """One line for whoever looks at standard error."""
+    """One line on standard error."""
     print(text, file=NOTICES, flush=True)
 
 
 class Output:
-    """Bytes to a text stream's file at once: a write that fails raises OSError there and leaves nothing
-    behind in a buffer.
+    """Bytes to a text stream's file at once: a write that fails raises OSError there and leaves nothing in a
+    buffer.
 
     A terminal gets text, UTF-8 as far as it is, with line ends and tabs; of everything else (control
     characters, which would move its cursor, set its title or worse; broken UTF-8; bidirectional marks) it
@@ -100,5 +100,6 @@ def drop_unwritten() -> None:
     except OSError:
         with contextlib.suppress(OSError):
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
+            if sys.stdout is not None:
+                os.dup2(null, sys.stdout.fileno())
             os.close(null)

@@ -18,7 +18,8 @@ its end; the package rounds every token's step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -92,10 +93,9 @@ class ResidualMLPMemoryState:
     m_w2: Tensor | None = None
     m_w_skip: Tensor | None = None
 
-    def map(self, fn) -> ResidualMLPMemoryState:
-        return ResidualMLPMemoryState(
-            **{f.name: None if (t := getattr(self, f.name)) is None else fn(t) for f in fields(self)}
-        )
+    def map(self, fn: Callable[[Tensor], Tensor]) -> ResidualMLPMemoryState:
+        rest = (self.w_skip, self.m_w1, self.m_w2, self.m_w_skip)
+        return ResidualMLPMemoryState(fn(self.w1), fn(self.w2), *(None if t is None else fn(t) for t in rest))
 
     def clone(self) -> ResidualMLPMemoryState:
         return self.map(lambda t: t.detach().clone())
@@ -131,9 +131,8 @@ class ResidualMLPMemory(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """w1, w2 and w_skip, as adapters and parametrizations of the Linears have them."""
-        return tuple(
-            [None if m is None else effective_weight(m, self.dim) for m in (self.w1, self.w2, self.w_skip)]
-        )
+        w1, w2 = effective_weight(self.w1, self.dim), effective_weight(self.w2, self.dim)
+        return w1, w2, None if self.w_skip is None else effective_weight(self.w_skip, self.dim)
 
 
 def _evaluate(x: Tensor, w1: Tensor, w2: Tensor, w_skip: Tensor | None) -> Tensor:
@@ -147,6 +146,13 @@ def _evaluate(x: Tensor, w1: Tensor, w2: Tensor, w_skip: Tensor | None) -> Tenso
 class SelfModifyingTitans(nn.Module):
     """The package's layer; see the module's docstring for what is kept of it."""
 
+    m_k: ResidualMLPMemory
+    m_v: ResidualMLPMemory
+    m_q: ResidualMLPMemory
+    m_eta: ResidualMLPMemory
+    m_alpha: ResidualMLPMemory
+    m_memory: ResidualMLPMemory
+
     def __init__(self, config: SelfModifyingTitansConfig):
         super().__init__()
         self.config = config
@@ -159,7 +165,7 @@ class SelfModifyingTitans(nn.Module):
     def init_fast_state(self) -> SelfModifyingTitansState:
         """A new context: the initial weights, unbatched."""
         def start(m: ResidualMLPMemory) -> ResidualMLPMemoryState:
-            return ResidualMLPMemoryState(*[None if w is None else w.detach().clone() for w in m.weights()])
+            return ResidualMLPMemoryState(*m.weights()).clone()
 
         return SelfModifyingTitansState(**{name: start(getattr(self, f"m_{name}")) for name in NAMES})
 
@@ -181,13 +187,12 @@ class SelfModifyingTitans(nn.Module):
         def through(name: str, z: Tensor) -> Tensor:
             fast, meta = getattr(state, name), getattr(self, f"m_{name}")
 
-            def joined(part: str) -> Tensor | None:
-                if getattr(fast, part) is None:
-                    return None
+            def joined(part: str) -> Tensor:
                 weight = effective_weight(getattr(meta, part), meta.dim)
                 return getattr(fast, part) + (weight - weight.detach())
 
-            return _evaluate(z, joined("w1"), joined("w2"), joined("w_skip"))
+            w1, w2 = joined("w1"), joined("w2")
+            return _evaluate(z, w1, w2, None if fast.w_skip is None else joined("w_skip"))
 
         return through("memory", self._unit(through("q", x) if self.config.adaptive_q else self.w_q(x)))
 
@@ -204,7 +209,9 @@ class SelfModifyingTitans(nn.Module):
         """
         self._check(x, None if torch.is_autocast_enabled(x.device.type) else placement(self.w_q).dtype)
         other = int(self.config.chunk_size_other if chunk_size_other is None else chunk_size_other)
-        memory = int(self.config.chunk_size_memory if chunk_size_memory is None else chunk_size_memory)
+        chunk_size_memory = self.config.chunk_size_memory if chunk_size_memory is None else chunk_size_memory
+        assert chunk_size_memory is not None
+        memory = int(chunk_size_memory)
         if other <= 0 or memory <= 0:
             raise ValueError(
                 f"forward_with_updates: chunk sizes are {other} and {memory}, expected positive integers"
@@ -264,9 +271,8 @@ class SelfModifyingTitans(nn.Module):
                 for name in NAMES
             })
         if state.k.w1.dim() != 3:
-            raise ValueError(
-                f"SelfModifyingTitans: argument state has weights of {state.k.w1.dim()} dimensions, expected 2 or 3"
-            )
+            raise ValueError(f"SelfModifyingTitans: argument state has weights of {state.k.w1.dim()} dimensions, "
+                             "expected 2 or 3")
         if state.k.w1.shape[0] != batch:
             raise ValueError(
                 f"SelfModifyingTitans: argument state has {state.k.w1.shape[0]} rows, expected {batch}"
@@ -289,7 +295,7 @@ class _Group:
         self.config, self.layout, self.state, self.chunk, self.dtype = config, layout, state, chunk, dtype
         self.w = self._stack("")
         self.s = None if config.momentum is None else self._stack("m_")
-        self.waiting: list[tuple] = []
+        self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
 
     def _stack(self, prefix: str) -> FastWeights:
         """A copy: the stack may be written over, the state's tensors may not."""
@@ -315,9 +321,14 @@ class _Group:
                     setattr(memory, prefix + part, value.to(getattr(memory, part).dtype, copy=True))
 
     def commit(self, constant_targets: bool) -> None:
-        k, v, eta, alpha = (p[0] if len(p) == 1 or p[0] is None else torch.cat(p, 1) for p in zip(*self.waiting))
-        self.waiting = []
-        beta = None if self.s is None else torch.full_like(eta, self.config.momentum)
+        def joined(parts: list[Tensor]) -> Tensor:
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+        waiting, self.waiting, momentum = self.waiting, [], self.config.momentum
+        k, v, eta = joined([p[0] for p in waiting]), joined([p[1] for p in waiting]), joined([p[2] for p in waiting])
+        alphas = [p[3] for p in waiting if p[3] is not None]
+        alpha = joined(alphas) if alphas else None
+        beta = torch.full_like(eta, momentum) if isinstance(momentum, float) else None
         if not constant_targets:
             return self._commit_both_sides(k, v, eta, alpha, beta)
         shared = shared_terms(self.config, k, eta, alpha, beta, eta_outside=True)
@@ -331,35 +342,31 @@ class _Group:
         """The write whose gradient passes through the target M(v) too. k, v [B, C, dim]; eta, alpha, beta [B, C].
 
         A token's gradient is e a(k)^T + f a(v)^T at w1 and d k^T + h v^T at w2 and w_skip: 2C outer products
-        under C decays. With the letters of ``memory`` and the step inside D, the keys k and v of those
-        products meet the later tokens' erasure as
+        under C decays. arrival[t,s]: the share of token s's gradient, times its step, that is in the weights
+        after token t. The keys k and v of those products meet the later tokens' erasure as
 
-            Yg = diag(A[C,.]) Y - W^T X        W[t,s] = A[t-1,s] k_t.y_s   for s < t,   y = k or v
+            Yg = diag(arrival[C,.]) Y - W^T X      W[t,s] = arrival[t-1,s] k_t.y_s   for s < t,  y = k or v
         """
         C, l2 = k.shape[1], self.config.objective == "l2"
-        R = products(torch.ones_like(eta) if alpha is None else alpha)
-        D, gamma, y, momentum = R[:, :, 1:] * eta.unsqueeze(1), R[
-            :, C:, :1
-        ], torch.cat([k, v], 1), self.s is not None
-        if momentum:
+        gamma = products(torch.ones_like(eta) if alpha is None else alpha)
+        arrival, decay_chunk, y = gamma[:, :, 1:] * eta.unsqueeze(1), gamma[:, C:, :1], torch.cat([k, v], 1)
+        if beta is not None:
             B = products(beta)
-            B_end, tail = B[:, C:, :1], B[:, C, 1:].repeat(1, 2).unsqueeze(1)
-            D = R[:, :, 1:] @ (B[:, 1:] * eta.unsqueeze(-1))
-            D, c = D[:, :, 1:], D[:, :, :1]
-        step = D[:, C:].repeat(1, 1, 2)
+            beta_chunk, beta_after = B[:, C:, :1], B[:, C, 1:].repeat(1, 2).unsqueeze(1)
+            arrival = gamma[:, :, 1:] @ (B[:, 1:] * eta.unsqueeze(-1))
+            arrival, c = arrival[:, :, 1:], arrival[:, :, :1]
+        step = arrival[:, C:].repeat(1, 1, 2)
         y_g = step.mT * y
         if self.config.dgd:
-            gram = (k @ y.mT).unflatten(-1, (2, C)) * torch.ones(
-                C, C, dtype=k.dtype, device=k.device
-            ).tril(-1).unsqueeze(1)
-            L = R[:, :C, 1:] * gram[:, :, 0] * eta.unsqueeze(1)
-            X = torch.linalg.solve_triangular(
-                L.mT, (eta * R[:, C, 1:]).unsqueeze(-1) * k, upper=True, unitriangular=True
-            )
-            y_g = y_g - (gram * D[:, :C].unsqueeze(2)).flatten(2).mT @ X
+            earlier = torch.ones(C, C, dtype=k.dtype, device=k.device).tril(-1).unsqueeze(1)
+            gram = (k @ y.mT).unflatten(-1, (2, C)) * earlier
+            L = gamma[:, :C, 1:] * gram[:, :, 0] * eta.unsqueeze(1)
+            steps = (eta * gamma[:, C, 1:]).unsqueeze(-1) * k
+            X = torch.linalg.solve_triangular(L.mT, steps, upper=True, unitriangular=True)
+            y_g = y_g - (gram * arrival[:, :C].unsqueeze(2)).flatten(2).mT @ X
         for name in self.layout.names:
             w = self.layout.views(self.w, name)
-            s = self.layout.views(self.s, name) if momentum else None
+            s = {} if self.s is None else self.layout.views(self.s, name)
             z = w["w2"] @ y.mT
             a = F.gelu(z)
             at_k, at_v = _evaluate(y, w["w1"], w["w2"], w.get("w_skip")).mT.chunk(2, -1)
@@ -369,14 +376,14 @@ class _Group:
                 if part not in w:
                     continue
                 erased = self.config.dgd and part != "w1"
-                new = gamma * w[part] - grad @ (step.mT * inputs if part == "w1" else y_g)
+                new = decay_chunk * w[part] - grad @ (step.mT * inputs if part == "w1" else y_g)
                 if erased:
-                    new -= w[part] @ k.mT @ (R[:, :C, :1] * X)
-                if momentum:
+                    new -= w[part] @ k.mT @ (gamma[:, :C, :1] * X)
+                if s:
                     new -= c[:, C:] * s[part]
                     if erased:
                         new += s[part] @ k.mT @ (c[:, :C] * X)
-                    s[part].copy_(B_end * s[part] + (grad * tail) @ inputs)
+                    s[part].copy_(beta_chunk * s[part] + (grad * beta_after) @ inputs)
                 w[part].copy_(new)
 
 
@@ -408,15 +415,19 @@ class _Call:
         c, layer, x = self.config, self.layer, self.x[:, a:b]
         memory_w, other_w = self._weights()
         out = read(x.mT, other_w, self.layouts[1], c.activation, x.dtype)
-        k, v = layer._unit(out.full[:, 0].mT), out.full[:, 1].mT
-        q = layer._unit(out.full[:, 2].mT) if self.q is None else self.q[:, a:b]
+        full = out.full
+        assert full is not None
+        k, v = layer._unit(full[:, 0].mT), full[:, 1].mT
+        q = layer._unit(full[:, 2].mT) if self.q is None else self.q[:, a:b]
         # with dim 1, eta and alpha are the last of the memories with D outputs
-        scalar = out.full[:, 3 if self.q is None else 2 :, 0] if out.scalar is None else out.scalar
+        scalar = full[:, 3 if self.q is None else 2 :, 0] if out.scalar is None else out.scalar
         eta = F.softplus(scalar[:, 0]) * c.eta_scale
         alpha = torch.sigmoid(scalar[:, 1]) if c.retention else None
         for group in self.groups:
             group.waiting.append((k, v, eta, alpha))
-        return read(q.mT, memory_w, self.layouts[0], c.activation, x.dtype).full[:, 0].mT
+        read_out = read(q.mT, memory_w, self.layouts[0], c.activation, x.dtype).full
+        assert read_out is not None
+        return read_out[:, 0].mT
 
     def run(self) -> Tensor:
         T, at, outputs = self.x.shape[1], 0, []

@@ -7,17 +7,20 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..layers.wrapped import placement
+from ..model_state import MixerState, ModelState
 from ..ops.cms import backends as cms
 from ..ops.cms import cpp as compiled
 from ..ops.titans.backends import DEVICE_DECIDES, resolve
 from ..ops.titans.scan import titans_chunk
 from ..state import Counters
+from .protocol import Model
+from .wavefront import chunk_of
 
-REASON = ("a call that learns, runs on a compiled or NumPy backend, or goes on inside a chunk is not traced: its schedule follows counters "
-          "on the host; see hope_kernels/engine/compiling.py")
+REASON = ("a call that learns, runs on a compiled or NumPy backend, or goes on inside a chunk is not traced: its "
+          "schedule follows counters on the host; see hope_kernels/engine/compiling.py")
 
 
-def traced(model, ids: Tensor, state, learn: str, backend: str | None) -> bool:
+def traced(model: Model, ids: Tensor, state: ModelState | None, learn: str, backend: str | None) -> bool:
     """Whether the compiler may follow a call of ``model``; decided while it does.
 
     PyTorch's own backend unrolls the chunks of a call at the positions of the rows: a graph for every phase
@@ -31,15 +34,16 @@ def traced(model, ids: Tensor, state, learn: str, backend: str | None) -> bool:
         return False
     if backend in DEVICE_DECIDES:
         return True
-    if config.mixer != "attention" and resolve(config.titans, dtype, device, backend) is not titans_chunk:
+    titans = None if config.mixer == "attention" else config.titans
+    if titans is not None and resolve(titans, dtype, device, backend) is not titans_chunk:
         return False
     if any([c is not None and cms.resolve(c, dtype, device, backend) is compiled for c in config.block_cms]):
         return False
     return state is None or (config.mixer != "attention" and _at_a_boundary(model, state))
 
 
-def _at_a_boundary(model, state) -> bool:
-    chunk, segment = max(model.config.titans.chunk_memory, model.config.titans.chunk_other), model.segment or 1
+def _at_a_boundary(model: Model, state: ModelState) -> bool:
+    chunk, segment = chunk_of(model.config), model.segment or 1
     for c in state.cms:
         if c is not None and any([held is not None for held in (*c.weights, *c.left)]):
             return False
@@ -47,7 +51,9 @@ def _at_a_boundary(model, state) -> bool:
     return sum([p % chunk + p % segment + s * s for p, s in zip(state.pos, state.seen)]) == 0
 
 
-def run_traced(model, h: Tensor, state, lengths: list[int], backend: str | None) -> tuple[Tensor, list]:
+def run_traced(
+    model: Model, h: Tensor, state: ModelState, lengths: list[int], backend: str | None
+) -> tuple[Tensor, list[MixerState]]:
     """``model.run`` in a call that ``traced`` has let pass. At a boundary only the results' counters know
     where the rows stand: from 0 the compiler unrolls chunks at constant places, where symbolic ones cost it
     several times as long."""

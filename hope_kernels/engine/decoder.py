@@ -1,10 +1,10 @@
 """Decoding over one set of buffers: the model's step is captured in a CUDA graph once and replayed for every
 token of a segment.
 
-A token is read in three parts, of which the middle one is the same work on the same addresses for every token:
+A token is read in three parts. The middle one is the same work on the same addresses for every token:
 
-    1. what is due before it: at a segment boundary the finished segment is learned (``learning.py``), eagerly and in place
-    2. the step: embedding, blocks, head, and the new values written into the state's own tensors        <- the graph
+    1. what is due before it: at a segment boundary the finished segment is learned, eagerly and in place
+    2. the step: embedding, blocks, head, new values written into the state's own tensors      <- the graph
     3. counters on the host, the token into the open segment
 
 The kernels of the triton and cuda backends find out on the device whether a chunk closes, so one graph serves
@@ -19,14 +19,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..check import check_state, check_tensor
-from ..identity import checksum
+from ..check import check_tensor
 from ..layers.wrapped import placement
+from ..model_state import TAINTED, MixerState, ModelState, advance, advance_off
+from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
+from ..ops.cms.state import CMSState
 from ..ops.titans.backends import DEVICE_DECIDES
 from ..state import Counters, expanded
-from . import learning
+from . import segments
+from .protocol import Model
 from .unread import check_read_next
+
+Levels = list[list[Level] | None]  # the CMS weights in force, per block
 
 
 class Decoder:
@@ -48,13 +53,12 @@ class Decoder:
     capture=True where it is impossible.
     """
 
-    def __init__(self, model, state, learn: str = "off", backend: str | None = None, capture: bool | None = None):
+    def __init__(
+        self, model: Model, state: ModelState, learn: str = "off", backend: str | None = None,
+        capture: bool | None = None,
+    ):
         name = "Decoder"
-        check_state(name, state, type(model.init_state(0)), model.config, state.batch)
-        like = placement(model.embed)
-        state.admit(name, model, like.dtype, like.device)
-        state.owned_by(model)
-        state.fingerprint = checksum(model)
+        model.claim(name, state)
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
         reason = unserved(model)
@@ -63,8 +67,8 @@ class Decoder:
         self.device = placement(model.embed).device
         possible = self.device.type == "cuda" and backend in DEVICE_DECIDES
         if capture and not possible:
-            raise ValueError(f"{name}: argument capture is True, which needs a CUDA device and backend 'triton' or 'cuda', "
-                             f"not {self.device.type} and {backend!r}")
+            raise ValueError(f"{name}: argument capture is True, which needs a CUDA device and backend 'triton' "
+                             f"or 'cuda', not {self.device.type} and {backend!r}")
         self.model, self.state, self.backend = model, state, backend
         self.learn = learn if model.learns else "off"
         self.capture = possible if capture is None else capture
@@ -74,7 +78,11 @@ class Decoder:
                 state.assign(state.usable())
             self._tokens = torch.zeros(state.batch, 1, dtype=torch.int64, device=self.device)
         self._ones = [1] * state.batch
-        self._levels = self._graph = self._logits = self._pool = self._signature = None
+        self._levels: Levels = []
+        self._stale = True  # whether ``_levels`` are no longer those of the state
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._pool = self._signature = None
         self._expected = list(state.pos)
 
     @torch.no_grad()
@@ -94,9 +102,9 @@ class Decoder:
                     f"Decoder.step: argument tokens has {low if low < 0 else high}, expected 0 to {size - 1}"
                 )
         check_read_next("Decoder.step", state.unread, tokens, self._ones)
-        with state.reading("Decoder.step", self.model):
+        with self.model.reading("Decoder.step", state):
             if self._expected != state.pos:
-                self._levels = None  # somebody else has advanced the state
+                self._stale = True  # another call has advanced the state
             self._arrive(tokens)
             self._tokens.copy_(tokens)
             logits = self._read()
@@ -105,43 +113,41 @@ class Decoder:
             return logits
 
     def _arrive(self, tokens: Tensor) -> None:
-        """What is due when a token arrives and before it is read: ``learning.read_off`` and ``read_learning``
-        up to there."""
+        """What is due when a token arrives and before it is read, as in ``learning.read_off`` and
+        ``read_learning``."""
         state, model, C = self.state, self.model, self.model.segment
         if self.learn == "off":
             complete = [model.learns and s == C for s in state.seen]
             if any(complete):
-                self._keep(
-                    learning._replay(model, self._draft(), complete, tokens, [0] * state.batch, None, self.backend)
-                )
+                done = [0] * state.batch
+                self._keep(segments.replay(model, self._draft(), complete, tokens, done, None, self.backend))
             return
         opening = [p % C == 0 for p in state.pos]
         if not any(opening):
             return
-        self._keep(learning._boundary(model, self._draft(), self._ones, tokens, [0] * state.batch, self.backend))
-        state.snapshot[:] = [
-            old.assign(now if all(opening) else old.merge(now, opening)) for old,
-            now in zip(state.snapshot, state.mixers)
-        ]
+        done = [0] * state.batch
+        self._keep(segments.boundary(model, self._draft(), self._ones, tokens, done, self.backend))
+        pairs, every = zip(state.snapshot, state.mixers), all(opening)
+        state.snapshot[:] = [old.assign(now if every else old.merge(now, opening)) for old, now in pairs]
 
-    def _draft(self):
+    def _draft(self) -> ModelState:
         """A state to learn in, on the tensors of this one."""
-        return replace(self.state, cms=[c and c.draft("all") for c in self.state.cms])
+        return segments.draft(self.state, "all")
 
-    def _keep(self, draft) -> None:
-        self.state.assign(learning._finished(draft))
-        self._levels = None
+    def _keep(self, draft: ModelState) -> None:
+        self.state.assign(segments.finished(draft))
+        self._stale = True
 
     def _read(self) -> Tensor:
         state = self.state
-        if self._levels is None:
-            self._levels = _all_slots(self.model.levels(state), state.cms)
+        if self._stale:
+            self._levels, self._stale = _all_slots(self.model.levels(state), state.cms), False
             signature = _signature(self._levels, state.mixers)
             if signature != self._signature:
                 self._graph, self._signature = None, signature
         if self._graph is None and self.capture and _uniform(self._levels):
             self._capture()
-        if self._graph is None:
+        if self._graph is None or self._logits is None:
             logits = self._step()
         else:
             self._graph.replay()
@@ -161,7 +167,7 @@ class Decoder:
                     a.copy_(b)
         return logits
 
-    def _forward(self, mixers: list) -> tuple[Tensor, list]:
+    def _forward(self, mixers: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
         if self.backend in DEVICE_DECIDES:
             # Where the host sees a chunk close, the kernels get copies of all fast weights to write into.
             # These kernels go by ``count``: with the host at 0 they always write where the weights are.
@@ -184,51 +190,53 @@ class Decoder:
     def _count(self, tokens: Tensor) -> None:
         """The token joins the open segment, and the model's counters move."""
         state, C, first = self.state, self.model.segment, self.state.seen[0] if self.state.batch else 0
-        advance = learning.advance_off
         if self.learn == "next_token":
-            advance = learning.advance
-            if first != learning.TAINTED and all(s == first for s in state.seen):
+            if first != TAINTED and all(s == first for s in state.seen):
                 state.ids[:, first].copy_(tokens[:, 0])
                 state.seen[:] = [first + 1] * state.batch
             else:
-                ids, state.seen[:] = learning._recorded(state, tokens, self._ones, [False] * state.batch, C)
+                whole = [False] * state.batch
+                ids, state.seen[:] = segments.recorded(state, tokens, self._ones, whole, C)
                 state.ids.copy_(ids)
-        new = advance(state, state.mixers, self._ones)
+            new = advance(state, state.mixers, self._ones)
+        else:
+            new = advance_off(state, state.mixers, self._ones)
         state.assign(replace(new, unread=None))
 
 
-def unserved(model) -> str | None:
+def unserved(model: Model) -> str | None:
     """Why ``Decoder`` cannot serve a model, or None."""
     return "has attention, whose cache grows with the sequence" if model.config.mixer == "attention" else None
 
 
-def _all_slots(levels: list, states: list) -> list:
+def _all_slots(levels: Levels, states: list[CMSState | None]) -> Levels:
     """The same levels with all slots for pending factors, of which unused ones are zero: their number stays
     as it is between refreshes."""
     return [
-        None if c is None else [_with_slots(level, c, l) for l, level in enumerate(of)] for of,
-        c in zip(levels, states)
+        None if of is None or c is None else [_with_slots(level, c, l) for l, level in enumerate(of)]
+        for of, c in zip(levels, states)
     ]
 
 
-def _with_slots(level: dict, state, l: int) -> dict:
-    if state.left[l] is None:
+def _with_slots(level: Level, state: CMSState, l: int) -> Level:
+    left, right = state.left[l], state.right[l]
+    if left is None or right is None:
         return level
     scale = -state.config.learning_rates[l]
-    slots = {n: {"left": t, "right": state.right[l][n], "scale": scale} for n, t in state.left[l].items()}
+    slots = {n: {"left": t, "right": right[n], "scale": scale} for n, t in left.items()}
     return {n: replace(Matrix.of(t), **slots[n]) if n in slots else t for n, t in level.items()}
 
 
-def _uniform(levels: list) -> bool:
+def _uniform(levels: Levels) -> bool:
     """Whether no level is shared by some rows and owned by others, which asks the host for indices."""
     matrices = [m for level in levels for one in level or () for m in one.values() if isinstance(m, Matrix)]
     return all(m.own is None or all(m.rows) or not any(m.rows) for m in matrices)
 
 
-def _signature(levels: list, mixers: list) -> list:
+def _signature(levels: Levels, mixers: list[MixerState]) -> list:
     """What a graph has baked in: addresses and shapes of what it reads and writes, and which rows have
     weights of their own."""
-    found = [(t.data_ptr(), t.shape) for m in mixers for t in m.tensors()]
+    found: list = [(t.data_ptr(), t.shape) for m in mixers for t in m.tensors()]
     for level in levels:
         for one in level or ():
             for t in one.values():

@@ -15,14 +15,17 @@ from torch import Tensor
 
 from ..check import check_lengths, check_state, check_tensor
 from ..layers.wrapped import placement
+from ..model_state import ModelState
 from . import unread as unread_token
 from .decoder import Decoder
+from .protocol import Model
 from .sampling import draw
 
 PIECE = 4096  # tokens read per forward call: bounds activations and logits, whatever the prompt's length
 
 Source = Callable[[int], Tensor]  # the next n tokens [B, n] of a text, fewer only where it ends
 Stop = str | bytes | Sequence[int]
+OnPiece = Callable[[int, float], None]  # (tokens read so far, their summed loss in nats)
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Generation:
 
     tokens: Tensor
     lengths: list[int]
-    state: object
+    state: ModelState
     finished: bool = True
 
 
@@ -46,18 +49,17 @@ class Reading:
     logits: Tensor | None
     nats: Tensor
     predicted: list[int]
-    state: object
+    state: ModelState
     tokens: int
     finished: bool
 
 
 @torch.no_grad()
 def read(
-    model, ids: Tensor | Source, state=None, lengths: Sequence[int] | None = None, learn: str = "off",
-    backend: str | None = None,
-    piece: int = PIECE, on_piece: Callable[[int, float], None] | None = None, check_finite: bool = True,
-    last: Tensor | None = None,
-    should_stop: Callable[[], bool] | None = None, wavefront: int | None = None, unread: str | None = None,
+    model: Model, ids: Tensor | Source, state: ModelState | None = None, lengths: Sequence[int] | None = None,
+    learn: str = "off", backend: str | None = None, piece: int = PIECE, on_piece: OnPiece | None = None,
+    check_finite: bool = True, last: Tensor | None = None, should_stop: Callable[[], bool] | None = None,
+    wavefront: int | None = None, unread: str | None = None,
 ) -> Reading:
     """Reads ids [B, T] int64 in pieces; memory does not grow with T (for attention without a window, the
     cache does).
@@ -69,13 +71,13 @@ def read(
     the logits before the first token read, to count that token's loss too. should_stop is asked before every
     piece; once it says True, ``read`` returns with what has been read. Reading on from there, with ``last``,
     is the same computation as never having stopped. wavefront: as in the model's ``forward``, with
-    learn="off": blocks side by side on CUDA streams; measure it before you use it, as nobody has.
+    learn="off": blocks side by side on CUDA streams; it has never been timed, so measure before you use it.
 
     unread: what ids have to do with the token of each row that ``generate`` returned last and a given state
-    has not read.
-    "before": ids are a text behind it, so it is read first (also by rows of length 0). "included": ids begin
-    with it. None: "included" if ids are nothing but these tokens (``out.tokens[:, -1:]``), "before" if ids
-    begin otherwise; ids that begin with it and go on could be either, and are a ValueError.
+    has not read. "before": ids are the text after it, so it is read first (also by rows of length 0).
+    "included": ids begin with it. None: "included" if ids are nothing but these tokens
+    (``out.tokens[:, -1:]``), "before" if ids begin otherwise; ids that begin with it and go on could be
+    either, and are a ValueError.
 
     Raises ValueError for arguments out of range, TypeError for ids, last or a state of another kind, and what
     the model raises; the state then stands after the last whole piece.
@@ -93,33 +95,32 @@ def read(
 
 
 def _opened(
-    op: str, model, ids: Tensor | Source, state, lengths, unread: str | None
+    op: str, model: Model, ids: Tensor | Source, state: ModelState | None, lengths: Sequence[int] | None,
+    unread: str | None,
 ) -> tuple[Source, list[int] | None, int]:
     """Everything there is to read, as a function, the unread token in front where ids do not include it;
     tokens per row (None: until the function ends); how many tokens are in front of ids (0 or 1)."""
-    from ..model import ModelState
-
-    device, batch = placement(model.embed).device, None
+    device, batch, counts = placement(model.embed).device, None, None
     if callable(ids):
         if lengths is not None:
             raise ValueError(f"{op}: argument lengths is {lengths}, expected None where ids is a function")
         source = _checked(op, ids, device)
     else:
         batch = check_tensor(op, "ids", ids, ("B", "T"), torch.int64, device)["B"]
-        lengths = check_lengths(op, lengths, *ids.shape)
-        source = _behind(ids[:, : max(lengths, default=0)], None)
+        counts = check_lengths(op, lengths, *ids.shape)
+        source = _prefixed(ids[:, : max(counts, default=0)], None)
     if state is None:
-        return source, lengths, 0
-    check_state(op, state, ModelState, model.config, getattr(state, "batch", None) if batch is None else batch)
+        return source, counts, 0
+    check_state(op, state, ModelState, model.config, getattr(state, "batch", 0) if batch is None else batch)
     if state.unread is None:
-        return source, lengths, 0
+        return source, counts, 0
     check_tensor(op, "state.unread", state.unread, (state.batch, 1), torch.int64, device)
     first = state.unread[:, :0] if unread is not None else source(2)
     if unread is None:
-        source = _behind(first, source)
-    if unread_token.mode_of(op, unread, state.unread, first, lengths) == "included":
-        return source, lengths, 0
-    return _behind(state.unread, source), None if lengths is None else [n + 1 for n in lengths], 1
+        source = _prefixed(first, source)
+    if unread_token.mode_of(op, unread, state.unread, first, counts) == "included":
+        return source, counts, 0
+    return _prefixed(state.unread, source), None if counts is None else [n + 1 for n in counts], 1
 
 
 def _checked(op: str, ids: Source, device: torch.device) -> Source:
@@ -127,15 +128,14 @@ def _checked(op: str, ids: Source, device: torch.device) -> Source:
         part = ids(n)
         check_tensor(op, "ids(n)", part, ("B", "n"), torch.int64, device)
         if part.shape[1] > n:
-            raise ValueError(
-                f"{op}: ids({n}) has {part.shape[1]} tokens, expected at most {n}: the next ones of the text"
-            )
+            raise ValueError(f"{op}: ids({n}) has {part.shape[1]} tokens, expected at most {n}: the next ones of "
+                             "the text")
         return part
 
     return take
 
 
-def _behind(front: Tensor, rest: Source | None) -> Source:
+def _prefixed(front: Tensor, rest: Source | None) -> Source:
     """The tokens front [B, n], then those of ``rest``."""
     def take(n: int) -> Tensor:
         nonlocal front
@@ -148,9 +148,12 @@ def _behind(front: Tensor, rest: Source | None) -> Source:
 
 
 def _read(
-    model, take: Source, state, lengths: list[int] | None, lead: int, learn, backend, piece, on_piece,
-    check_finite, last, should_stop, wavefront=None,
+    model: Model, take: Source, state: ModelState | None, lengths: list[int] | None, lead: int, learn: str,
+    backend: str | None, piece: int, on_piece: OnPiece | None, check_finite: bool, last: Tensor | None,
+    should_stop: Callable[[], bool] | None, wavefront: int | None = None,
 ) -> Reading:
+    """``read``, after the checks of its arguments. lead: how many tokens of ``take`` come before the caller's
+    ids."""
     # pieces end on segment boundaries, so that whole segments are read in one call
     align = model.segment or 1
     piece = max(operator.index(piece) // align, 1) * align
@@ -173,12 +176,10 @@ def _read(
         )
         before = torch.zeros_like(logits[:, 0]) if last is None else last
         guesses = torch.cat([before.unsqueeze(1), logits[:, :-1]], 1)
-        loss = F.cross_entropy(
-            guesses.flatten(0, 1).float(), now.flatten(), reduction="none"
-        ).unflatten(0, (B, -1)).double()
-        counted = torch.arange(end - at, device=now.device) < torch.tensor(
-            step, dtype=torch.long, device=now.device
-        ).unsqueeze(1)
+        loss = F.cross_entropy(guesses.flatten(0, 1).float(), now.flatten(), reduction="none")
+        loss = loss.unflatten(0, (B, -1)).double()
+        count = torch.tensor(step, dtype=torch.long, device=now.device).unsqueeze(1)
+        counted = torch.arange(end - at, device=now.device) < count
         if last is None:
             counted[:, 0] = False
         nats += (loss * counted).sum(1)
@@ -195,21 +196,20 @@ def _read(
 
 @torch.no_grad()
 def generate(
-    model, ids: Tensor | Source | None, max_new_tokens: int, state=None, *,
-    lengths: Sequence[int] | None = None, learn: str = "next_token",
-    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-    stop: Stop | Sequence[Stop] = (), on_token: Callable[[list[int | None]], None] | None = None,
-    on_piece: Callable[[int, float], None] | None = None, backend: str | None = None,
-    check_finite: bool = True, piece: int = PIECE,
+    model: Model, ids: Tensor | Source | None, max_new_tokens: int, state: ModelState | None = None, *,
+    lengths: Sequence[int] | None = None, learn: str = "next_token", temperature: float = 0.0,
+    top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Stop | Sequence[Stop] = (),
+    on_token: Callable[[list[int | None]], None] | None = None, on_piece: OnPiece | None = None,
+    backend: str | None = None, check_finite: bool = True, piece: int = PIECE,
     should_stop: Callable[[], bool] | None = None, graph: bool = False, unread: str | None = None,
 ) -> Generation:
     """Reads ids [B, T] int64 (in pieces; or a function that gives them, see ``read``) and writes up to
     ``max_new_tokens`` tokens per row.
 
     A state that ``generate`` returned has not read the last token of each row. ids None, like ids =
-    out.tokens[:, -1:], continues from there; other ids are a text behind it, and the token is read first. ids
-    of several tokens that begin with it could mean either, a ValueError: say unread="included" if they begin
-    with that token, "before" if they are the text behind it (see ``read``).
+    out.tokens[:, -1:], continues from there; other ids are the text after it, and the token is read first.
+    ids of several tokens that begin with it could mean either, a ValueError: say unread="included" if they
+    begin with that token, "before" if they are the text after it (see ``read``).
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens (of equals the lowest ids), top_p of these the
     likeliest ones whose mass reaches p. seed: any int. Row b's draw at position t depends on (seed, b, t)
@@ -234,22 +234,21 @@ def generate(
     max_new_tokens = _integer(op, "max_new_tokens", max_new_tokens, 1, "a positive integer")
     temperature = _number(op, "temperature", temperature, lambda t: t >= 0, "a number >= 0")
     top_k = None if top_k is None else _integer(op, "top_k", top_k, 1, "a positive integer or None")
-    top_p = (
-        None if top_p is None else _number(op, "top_p", top_p, lambda p: 0 < p <= 1, "a number in (0, 1] or None")
-    )
+    if top_p is not None:
+        top_p = _number(op, "top_p", top_p, lambda p: 0 < p <= 1, "a number in (0, 1] or None")
     seed = _integer(op, "seed", seed, None, "an integer")
     stops = _stops(model, stop)
     if ids is None:
-        if state is None or getattr(state, "unread", None) is None or bool((state.unread < 0).any()):
+        unread_ids: Tensor | None = getattr(state, "unread", None)
+        if state is None or unread_ids is None or bool((unread_ids < 0).any()):
             raise ValueError(f"{op}: argument ids is None, which needs a state that generate returned")
-        ids, unread = state.unread, "included"
-    source, lengths, lead = _opened(op, model, ids, state, lengths, unread)
-    if lengths is not None and min(lengths, default=0) == 0:
-        raise ValueError(
-            f"{op}: empty prompt (ids has shape {list(ids.shape)}, lengths {lengths}); every row needs at least one token"
-        )
+        ids, unread = unread_ids, "included"
+    source, counts, lead = _opened(op, model, ids, state, lengths, unread)
+    if isinstance(ids, Tensor) and counts is not None and min(counts, default=0) == 0:
+        raise ValueError(f"{op}: empty prompt (ids has shape {list(ids.shape)}, lengths {counts}); every row needs "
+                         "at least one token")
     reading = _read(
-        model, source, state, lengths, lead, learn, backend, piece, on_piece, check_finite, None, should_stop
+        model, source, state, counts, lead, learn, backend, piece, on_piece, check_finite, None, should_stop
     )
     logits, state = reading.logits, reading.state
     B, device = state.batch, reading.nats.device
@@ -259,9 +258,10 @@ def generate(
         raise ValueError("generate: empty prompt; every row needs at least one token")
     rows: list[list[int]] = [[] for _ in range(B)]
     ended = [False] * B
-    finished, decoder, newest = True, None, None
+    finished, decoder = True, None
+    newest: Tensor | None = None  # the tokens drawn last, [B, 1]
     for n in range(max_new_tokens):
-        if n:
+        if newest is not None:
             if should_stop is not None and should_stop():
                 finished = False
                 break
@@ -273,9 +273,8 @@ def generate(
             else:
                 out = decoder.step(newest)
                 if check_finite and not torch.isfinite(out).all():
-                    raise ValueError(
-                        "generate: non-finite logits (weights, state or learning rates diverged); the state is past them"
-                    )
+                    raise ValueError("generate: non-finite logits (weights, state or learning rates diverged); "
+                                     "the state is past them")
             keep = torch.tensor(ended, dtype=torch.bool, device=device).unsqueeze(1)
             logits = torch.where(keep, logits, out[:, 0])
         values = draw(logits, temperature, top_k, top_p, seed, state.pos).tolist()
@@ -296,7 +295,9 @@ def generate(
     return Generation(tokens, lengths_new, state, finished)
 
 
-def _check(op: str, *, learn, piece, check_finite, unread, graph=False, **callbacks) -> None:
+def _check(
+    op: str, *, learn: Any, piece: Any, check_finite: Any, unread: Any, graph: Any = False, **callbacks: Any
+) -> None:
     """What ``read`` and ``generate`` share. Raises ValueError."""
     if not isinstance(learn, str) or learn not in ("off", "next_token"):
         raise ValueError(f"{op}: argument learn is {learn!r}, expected 'off' or 'next_token'")
@@ -312,11 +313,9 @@ def _check(op: str, *, learn, piece, check_finite, unread, graph=False, **callba
 
 
 def _integer(op: str, name: str, value: Any, least: int | None, expected: str) -> int:
+    truth = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
     try:
-        number = (
-            None if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
-            else operator.index(value)
-        )
+        number = None if truth else operator.index(value)
     except TypeError:
         number = None
     if number is None or (least is not None and number < least):
@@ -325,9 +324,8 @@ def _integer(op: str, name: str, value: Any, least: int | None, expected: str) -
 
 
 def _number(op: str, name: str, value: Any, fits: Callable[[float], bool], expected: str) -> float:
-    given = (
-        value.item() if isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "meta" else value
-    )
+    scalar = isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "meta"
+    given = value.item() if scalar else value
     try:
         number = float(given) if isinstance(given, numbers.Real) and not isinstance(given, bool) else None
     except OverflowError:
@@ -337,7 +335,7 @@ def _number(op: str, name: str, value: Any, fits: Callable[[float], bool], expec
     return number
 
 
-def _stops(model, stop: Any) -> list[list[int]]:
+def _stops(model: Model, stop: Any) -> list[list[int]]:
     """Sequences of token ids, none of them empty."""
     def is_id(t: Any) -> bool:
         return (
@@ -352,15 +350,14 @@ def _stops(model, stop: Any) -> list[list[int]]:
     try:
         stop = list(stop.tolist() if isinstance(stop, Tensor) else stop)
     except TypeError:
-        raise ValueError(
-            f"generate: argument stop is {stop!r}, expected text, bytes, token ids or a list of these"
-        ) from None
+        raise ValueError(f"generate: argument stop is {stop!r}, expected text, bytes, token ids or a list of "
+                         "these") from None
     if stop and all(is_id(t) for t in stop):
         stop = [stop]
     return [_stop_ids(model, s) for s in stop]
 
 
-def _stop_ids(model, stop: Any) -> list[int]:
+def _stop_ids(model: Model, stop: Any) -> list[int]:
     size = model.config.vocab_size
     if isinstance(stop, str):
         stop = stop.encode()

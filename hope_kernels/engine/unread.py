@@ -1,7 +1,7 @@
-"""The token at the end of a generated text, which its state has not read: who continues reads it once, and
-never loses it.
+"""The token at the end of a generated text, which its state has not read yet: whatever continues the text
+reads it first, exactly once.
 
-``ModelState.unread`` [B, 1] int64 holds it; -1 in rows that have read it since. None is as good as -1 everywhere.
+``ModelState.unread`` [B, 1] int64 holds it; -1 in rows that have read it since. None means -1 everywhere.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def check_read_next(op: str, unread: Tensor | None, ids: Tensor, lengths: list[i
     for row, (token, first, n) in enumerate(zip(unread.flatten().tolist(), ids[:, 0].tolist(), lengths)):
         if n and token not in (-1, first):
             raise ValueError(
-                f"{op}: argument state has not read token {token} of row {row}, the last one that generate returned, and ids begin with "
-                f"{first}; put it in front of ids, or set state.unread = None to leave it out of the text"
+                f"{op}: argument state has not read token {token} of row {row}, the last one that generate "
+                f"returned, and ids begin with {first}; put it in front of ids, or set state.unread = None to "
+                "leave it out of the text"
             )
 
 
@@ -41,8 +42,8 @@ def mode_of(op: str, mode: str | None, unread: Tensor, first: Tensor, lengths: l
     if mode == "included" or all(t == -1 for t in tokens):
         return "included"
     if -1 in tokens:
-        raise ValueError(f"{op}: some rows of argument state have an unread token and others have none (state.unread is {tokens}); "
-                         "read it with the model first, or set state.unread = None")
+        raise ValueError(f"{op}: some rows of argument state have an unread token and others have none "
+                         f"(state.unread is {tokens}); read it with the model first, or set state.unread = None")
     if mode is not None:
         return mode
     counts = [first.shape[1]] * len(tokens) if lengths is None else lengths
@@ -52,6 +53,6 @@ def mode_of(op: str, mode: str | None, unread: Tensor, first: Tensor, lengths: l
     if all(n == 1 for n in counts):
         return "included"
     raise ValueError(
-        f"{op}: ids begin with the token {tokens if len(tokens) > 1 else tokens[0]} that the state has not read; pass unread='included' "
-        "if this is that token, or unread='before' if ids are a text of their own behind it"
+        f"{op}: ids begin with the token {tokens if len(tokens) > 1 else tokens[0]} that the state has not read; "
+        "pass unread='included' if this is that token, or unread='before' if ids are a text of their own after it"
     )

@@ -1,29 +1,39 @@
 """Reading with the blocks as a wavefront: block l reads piece c beside block l - 1 reading piece c + 1, each
 block on a CUDA stream.
 
-                  piece 0   1   2   3          A cell (l, c) needs h of cell (l - 1, c) and the mixer's state of cell (l, c - 1). Cells of
-        block 0        1   2   3   4           one number need nothing of each other: L of them at a time, over c + L - 1 numbers. It is
-        block 1            2   3   4   5       the only exact concurrency that one long sequence leaves: inside a memory every chunk is
-        block 2                3   4   5   6   written from what the one before has left.
+                  piece 0   1   2   3
+        block 0        1   2   3   4
+        block 1            2   3   4   5
+        block 2                3   4   5   6
 
-The order of the state is the stream's own; h crosses streams behind an event, and the allocator is told
-(``record_stream``) whose use of it it must await. The caller's stream waits for all of them, so what comes
-back is like any other tensor.
+A cell (l, c) needs h of cell (l - 1, c) and the mixer's state of cell (l, c - 1). Cells with the same number
+need nothing of each other: with L blocks up to L of them run at a time, and C pieces take C + L - 1 steps.
+One long sequence leaves no other exact concurrency: inside a memory every chunk is written from what the one
+before it has left.
+
+A mixer's states stay on its block's stream, which keeps their order. h passes from stream to stream by an
+event, and ``record_stream`` tells the allocator to wait for the stream that reads it before its memory is
+used again. The caller's stream waits for all of them, so what comes back is like any other tensor.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from ..config import HopeConfig
+from ..model_state import MixerState
+from .protocol import CMSWeights, Model
+
 
 def run(
-    model, h: Tensor, mixers: list, cms: list, lengths: list[int], piece: int, backend: str | None = None
-) -> tuple[Tensor, list]:
+    model: Model, h: Tensor, mixers: list[MixerState], cms: Sequence[CMSWeights], lengths: list[int],
+    piece: int, backend: str | None = None,
+) -> tuple[Tensor, list[MixerState]]:
     """``model.run`` under no_grad, over pieces of ``piece`` tokens: (h [B, T, d_model], new mixer states), as
     for any split into calls.
 
@@ -32,8 +42,7 @@ def run(
     sits on every multiprocessor while it runs. No GPU has run it.
     Raises ValueError in grad mode, and for a piece that is no positive multiple of the memory's chunk.
     """
-    name, titans = "wavefront", model.config.titans
-    chunk = 1 if model.config.mixer == "attention" else max(titans.chunk_memory, titans.chunk_other)
+    name, chunk = "wavefront", chunk_of(model.config)
     if isinstance(piece, bool) or not isinstance(piece, int) or piece < 1 or piece % chunk:
         raise ValueError(
             f"{name}: argument piece is {piece!r}, expected a positive multiple of the memory's chunk, {chunk}"
@@ -55,6 +64,12 @@ def run(
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else h, mixers
 
 
+def chunk_of(config: HopeConfig) -> int:
+    """Tokens after which all memories of a mixer stand at the end of a chunk; 1 for attention."""
+    titans = None if config.mixer == "attention" else config.titans
+    return 1 if titans is None else max(titans.chunk_memory, titans.chunk_other)
+
+
 def cells(blocks: int, pieces: int) -> Iterator[tuple[int, int]]:
     """All (block, piece), diagonal after diagonal; what a cell needs comes before it."""
     for number in range(blocks + pieces - 1):
@@ -68,16 +83,18 @@ class _Lanes:
     def __init__(self, device: torch.device, blocks: int):
         self.streams = _streams(device, blocks) if device.type == "cuda" else ()
         self.here = torch.cuda.current_stream(device) if self.streams else None
-        self._read: dict[int, torch.cuda.Event] = {}  # per piece, when its last block so far is done with it
+        self._read: dict[int, torch.Event] = {}  # per piece, when its last block so far is done with it
 
     def __enter__(self) -> _Lanes:
-        for stream in self.streams:
-            stream.wait_stream(self.here)
+        if self.here is not None:
+            for stream in self.streams:
+                stream.wait_stream(self.here)
         return self
 
     def __exit__(self, *_) -> None:
-        for stream in self.streams:  # also after an error: what the caller frees may still be being read
-            self.here.wait_stream(stream)
+        if self.here is not None:
+            for stream in self.streams:  # also after an error: what the caller frees may still be being read
+                self.here.wait_stream(stream)
 
     @contextlib.contextmanager
     def cell(self, l: int, c: int, h: Tensor) -> Iterator[None]:
@@ -94,7 +111,7 @@ class _Lanes:
             self._read[c] = stream.record_event()
 
     def hand_over(self, t: Tensor) -> None:
-        if self.streams:
+        if self.here is not None:
             t.record_stream(self.here)
 
 

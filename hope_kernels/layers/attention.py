@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 class AttentionState(State):
     """Keys and values of B sequences: k, v [B, capacity, Hkv, D], input dtype, keys already rotated.
 
-    Row b holds the tokens base[b] .. pos[b]-1 in its slots 0 .. pos[b]-base[b]-1; slots behind them hold no
+    Row b holds the tokens base[b] .. pos[b]-1 in its slots 0 .. pos[b]-base[b]-1; slots after them hold no
     meaning. The buffers are append-only: a slot that any state counts is never written again, a fuller or
     shorter cache is new storage. So ``snapshot`` and ``detach`` copy nothing, and both sides may be read on,
     in any mode: ``filled[b]``, the slots of row b ever written, is one list for all states on a storage, and
@@ -35,12 +36,12 @@ class AttentionState(State):
     k: Tensor
     v: Tensor
     base: Counters
-    filled: list[int] | None = field(default=None, repr=False, kw_only=True)
+    filled: list[int] = field(default_factory=list, repr=False, kw_only=True)  # empty: the slots that count
 
     INPUT_DTYPE = frozenset({"k", "v"})
 
     def __post_init__(self) -> None:
-        if self.filled is None:
+        if not self.filled:
             self.filled = self.used()
 
     def _fields(self):
@@ -69,7 +70,8 @@ class AttentionState(State):
         """rows: those whose counters mean something; None: all."""
         c, slots = self.config, self.k.shape[1] if isinstance(self.k, Tensor) and self.k.dim() > 1 else 0
         for name in ("k", "v"):
-            shape = (self.batch, slots, c.num_kv_heads, c.d_model // c.num_heads)
+            heads, kv_heads = c.heads
+            shape = (self.batch, slots, kv_heads, c.d_model // heads)
             check_part(where, name, getattr(self, name), shape, dtype, device)
         if torch.compiler.is_compiling():
             return
@@ -79,8 +81,8 @@ class AttentionState(State):
             pos, used = self.pos[b], self.pos[b] - self.base[b]
             least = pos if c.window is None else min(pos, c.window)
             if not least <= used <= slots:
-                raise ValueError(f"{where}: state.base says that row {b}, which has read {pos} tokens, keeps {used} of them in {slots} "
-                                 f"slots; expected at least {least}, and slots for all")
+                raise ValueError(f"{where}: state.base says that row {b}, which has read {pos} tokens, keeps {used} of "
+                                 f"them in {slots} slots; expected at least {least}, and slots for all")
             if not used <= self.filled[b] <= slots:
                 raise ValueError(
                     f"{where}: state.filled is {self.filled} with {slots} slots, of which row {b} uses {used}"
@@ -95,14 +97,14 @@ class AttentionState(State):
         return any(n and u != f for n, u, f in zip(lengths, self.used(), self.filled))
 
     def detach(self):
-        return self.constant()  # independent all the same: nobody writes a slot that counts
+        return self.constant()  # independent all the same: a slot that counts is never written
 
     def snapshot(self):
         """The state as it is now, in O(B): it shares the storage; either side may be read on."""
         return replace(self, pos=Counters(self.pos), base=Counters(self.base))
 
     def compact(self):
-        """The same sequences in storage of exactly the slots that count (zero behind a shorter row): what a
+        """The same sequences in storage of exactly the slots that count (zero after a shorter row): what a
         file needs."""
         used = self.used()
         width = max([0, *used])
@@ -111,15 +113,16 @@ class AttentionState(State):
         def cut(t: Tensor) -> Tensor:
             return torch.where(counted, t[:, :width], 0.0)
 
-        return replace(self.snapshot(), k=cut(self.k), v=cut(self.v), filled=None)
+        return replace(self.snapshot(), k=cut(self.k), v=cut(self.v), filled=[])
 
     def merge(self, other, rows: list[bool]):
         """Of two states of one history: the storage of ``other``, the later one, which holds the tokens of both."""
         pos = Counters([o if r else p for p, o, r in zip(self.pos, other.pos, rows)])
         return replace(other, pos=pos, base=Counters(other.base))
 
-    def assign(self, new):
+    def assign(self, new: State):
         """By reference: a snapshot may share the old storage."""
+        assert isinstance(new, AttentionState)
         self.pos[:], self.base[:], self.k, self.v, self.filled = new.pos, new.base, new.k, new.v, new.filled
         return self
 
@@ -137,16 +140,17 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.config = config
         d = config.d_model
-        self.head_dim = d // config.num_heads
+        heads, kv_heads = config.heads
+        self.head_dim = d // heads
         # no buffer: a cast of the module must not round them
         self.rates = rope_rates(config)
-        kv = config.num_kv_heads * self.head_dim
-        kw = {"device": device, "dtype": dtype}
+        kv = kv_heads * self.head_dim
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(d, d, bias=config.attention_bias, **kw)
         self.k_proj = nn.Linear(d, kv, bias=config.attention_bias, **kw)
         self.v_proj = nn.Linear(d, kv, bias=config.attention_bias, **kw)
         self.o_proj = nn.Linear(d, d, bias=False, **kw)
-        for module in self.children():
+        for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(module.weight, std=d**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -154,10 +158,8 @@ class CausalAttention(nn.Module):
     def init_state(self, batch: int, device=None, dtype: torch.dtype | None = None) -> AttentionState:
         """State of ``batch`` sequences that have read nothing; its buffers grow as it reads. Raises ValueError."""
         check_batch("CausalAttention.init_state", batch)
-        w = placement(self.k_proj)
-        empty = torch.zeros(
-            batch, 0, self.config.num_kv_heads, self.head_dim, device=device or w.device, dtype=dtype or w.dtype
-        )
+        w, (_, kv_heads) = placement(self.k_proj), self.config.heads
+        empty = torch.zeros(batch, 0, kv_heads, self.head_dim, device=device or w.device, dtype=dtype or w.dtype)
         zero = [0] * batch
         return AttentionState(Counters(zero), self.config, empty, empty.clone(), Counters(zero), owner=self)
 
@@ -175,14 +177,14 @@ class CausalAttention(nn.Module):
         x with NaN or infinities (one sync on a device). ``backend`` is accepted for the other mixers' sake;
         attention is PyTorch's scaled_dot_product_attention.
         Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself,
-        advanced in place; in
-        grad mode a new one that carries the graph. An error leaves the given state as it was.
+        advanced in place; in grad mode a new one that carries the graph. An error leaves the given state as it was.
         Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a
         given one inside an ``autograd.Function`` (reentrant activation checkpointing), TypeError for
         non-tensors.
         functional, constant_memory: for a block, which has checked its arguments; this is then ``scan``.
         """
         if functional:
+            assert state is not None and lengths is not None
             return self.scan(x, state, lengths, update=update, backend=backend, constant_memory=constant_memory)
         name = "CausalAttention"
         weight = placement(self.k_proj)
@@ -200,26 +202,23 @@ class CausalAttention(nn.Module):
         in_place = given is not None and update and not torch.is_grad_enabled()
         with state.reading(name, self, in_place or given is None):
             y, new = self.scan(x, state, lengths, update=update)
-            return y, given.assign(new) if in_place else new
+            return y, given.assign(new) if given is not None and in_place else new
 
     def scan(
         self, x: Tensor, state: AttentionState, lengths: list[int], *, update: bool = True,
         backend: str | None = None, constant_memory: bool = False,
     ) -> tuple[Tensor, AttentionState]:
-        """``forward`` without its checks. Without a graph, new keys are appended to the given storage, behind
+        """``forward`` without its checks. Without a graph, new keys are appended to the given storage, after
         all that counts.
 
         constant_memory: the graph runs through this call's keys and values; those from before are constants
-        if ``state`` is
-        detached, and the returned state is detached.
+        if ``state`` is detached, and the returned state is detached.
         """
         T = x.shape[1]
         if not any(lengths):
             y = torch.zeros_like(x)
-            y = (
-                with_zero_gradient(y, [x, *self.parameters()]) if torch.is_grad_enabled()
-                and not constant_memory else y
-            )
+            if torch.is_grad_enabled() and not constant_memory:
+                y = with_zero_gradient(y, [x, *self.parameters()])
             return y, state.snapshot() if update else state
         valid = _before(lengths, T, x.device).squeeze(-1) if min(lengths) < T else None
         if valid is not None:
@@ -242,7 +241,7 @@ class CausalAttention(nn.Module):
         pos = Counters([p + n for p, n in zip(state.pos, lengths)])
         if update and not stores:
             kept = (keys.detach(), values.detach()) if constant_memory else (keys, values)
-            # full: backward needs keys and values as they are, behind a shorter row too
+            # full: backward needs keys and values as they are, after a shorter row too
             full = [keys.shape[1]] * len(pos)
             new = self._trimmed(
                 replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full)
@@ -272,7 +271,7 @@ class CausalAttention(nn.Module):
         return None if self.config.window is None else self.config.window + self.config.segment
 
     def _stored(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
-        """The cache with k, v appended: in the given storage where nobody else has written on and it has
+        """The cache with k, v appended: in the given storage where no other state has written on and it has
         room, else in new storage."""
         used, frozen = state.used(), state.k.is_inference() and not torch.is_inference_mode_enabled()
         room = max(u + n for u, n in zip(used, lengths) if n) <= state.k.shape[1]
@@ -360,17 +359,16 @@ def rope_rates(config: HopeConfig) -> Tensor:
 
     rate_i = theta^(-2i/D); llama3 blends by s = (turns - low) / (high - low), turns = context / wavelength.
     """
-    D = config.d_model // config.num_heads
-    rates = 1.0 / config.rope_theta ** (
-        torch.arange(0, D, 2, dtype=getattr(torch, config.rope_dtype), device="cpu") / D
-    )
+    D = config.d_model // config.heads[0]
+    pairs = torch.arange(0, D, 2, dtype=getattr(torch, config.rope_dtype), device="cpu")
+    rates = 1.0 / config.rope_theta ** (pairs / D)
     scaling = config.rope_scaling
     if scaling is None:
         return rates
     slow = rates / scaling.factor
     if scaling.rope_type == "linear":
         return slow
-    context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    context, low, high = scaling.llama3
     length = 2 * math.pi / rates
     share = (context / length - low) / (high - low)
     blend = (1 - share) * rates / scaling.factor + share * rates
@@ -383,9 +381,8 @@ def _uniform(used: list[int], lengths: list[int]) -> bool:
 
 def _before(counts: list[int], width: int, device) -> Tensor:
     """[B, width, 1, 1], true at the first counts[b] places of row b."""
-    return (
-        torch.arange(width, device=device) < torch.tensor(counts, dtype=torch.long, device=device).unsqueeze(1)
-    )[..., None, None]
+    count = torch.tensor(counts, dtype=torch.long, device=device).unsqueeze(1)
+    return (torch.arange(width, device=device) < count)[..., None, None]
 
 
 def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -399,7 +396,8 @@ def _places(used: list[int], lengths: list[int], device) -> tuple[Tensor, Tensor
     rows = [b for b, n in enumerate(lengths) for _ in range(n)]
     slots = [u + t for u, n in zip(used, lengths) for t in range(n)]
     tokens = [t for n in lengths for t in range(n)]
-    return tuple(torch.tensor(i, dtype=torch.long, device=device) for i in (rows, slots, tokens))
+    row, slot, token = [torch.tensor(i, dtype=torch.long, device=device) for i in (rows, slots, tokens)]
+    return row, slot, token
 
 
 def _appended(old: Tensor, new: Tensor, used: list[int], lengths: list[int]) -> Tensor:

@@ -1,22 +1,28 @@
-"""Layers under torch.autocast: they compute in the dtype of their weights, which says what states and
-exactness promise."""
+"""Layers under torch.autocast: they compute in the dtype of their weights, on which states and the
+promise of exactness rely."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .wrapped import placement
 
+S = TypeVar("S", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def in_own_dtype(forward):
+
+def in_own_dtype(forward: Callable[Concatenate[S, Tensor, P], R]) -> Callable[Concatenate[S, Tensor, P], R]:
     """A layer's or model's ``forward`` as it is outside autocast; inside, autocast is off for the call, and a
     floating input is cast to the dtype of the weights."""
 
     @functools.wraps(forward)
-    def call(self, x, *args, **kwargs):
+    def call(self: S, x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
             return forward(self, x, *args, **kwargs)
         if x.is_floating_point():

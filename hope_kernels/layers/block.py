@@ -14,10 +14,13 @@ from .recording import check_block_recorded
 from .titans import SelfModifyingTitans
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """h = x + mixer(norm(x)), then h through the levels of the CMS (each with its own residual). No CMS: h."""
 
-    def __init__(self, config: HopeConfig, cms: CMSConfig | None, mixer: nn.Module, device=None, dtype=None):
+    def __init__(
+        self, config: HopeConfig, cms: CMSConfig | None, mixer: SelfModifyingTitans | CausalAttention, device=None,
+        dtype=None,
+    ):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
         self.mixer = mixer
@@ -52,15 +55,16 @@ class _Block(nn.Module):
         return h, mixer
 
 
-class HopeBlock(_Block):
+class HopeBlock(Block):
     """Self-modifying Titans (or, with ``self_modifying=False``, a Titans LMM) and a CMS (Nested Learning
     section 8.3)."""
 
     def __init__(self, config: HopeConfig, cms: CMSConfig | None, device=None, dtype=None):
+        assert config.titans is not None  # but for attention, every configuration has one
         super().__init__(config, cms, SelfModifyingTitans(config.titans, device=device, dtype=dtype), device, dtype)
 
 
-class HopeAttentionBlock(_Block):
+class HopeAttentionBlock(Block):
     """Causal softmax attention in place of the memory (HOPE-Attention)."""
 
     def __init__(self, config: HopeConfig, cms: CMSConfig | None, device=None, dtype=None):

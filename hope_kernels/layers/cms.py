@@ -44,7 +44,8 @@ class Inner(NamedTuple):
 class ContinuumMemory(nn.Module):
     """K MLPs, each refreshed at its own pace by the gradient of the task's loss (Nested Learning eq 70-74).
 
-        y = MLP_K(... MLP_1(x))                              sequential, nested;   independent: y = sum_l softmax(mix)_l MLP_l(x)
+        y = MLP_K(... MLP_1(x))                              sequential, nested
+        y = sum_l softmax(mix)_l MLP_l(x)                    independent
         theta_l <- theta_l - lr_l f(sum of dL_t/dtheta_l)    when C^(l) more tokens have been read, per sequence
 
     Learning takes two calls per segment of C1 = chunks[0] tokens: ``cms(x, state)`` reads and keeps its
@@ -83,8 +84,8 @@ class ContinuumMemory(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Matrices ~ N(0, 1/fan_in), gains 1, biases and mix 0."""
-        for level in self.levels:
-            for name, p in level.items():
+        for l in range(self.config.num_levels):
+            for name, p in self._parameters_of(l).items():
                 if name in matrices(self.config):
                     nn.init.normal_(p, std=p.shape[1] ** -0.5)
                 else:
@@ -134,6 +135,7 @@ class ContinuumMemory(nn.Module):
         that learns.
         """
         if functional:
+            assert state is not None
             return self._read(x, state, backend, inner), state
         check_recorded(NAME, state)
         like = self._like
@@ -163,9 +165,8 @@ class ContinuumMemory(nn.Module):
         """
         like = self._like
         # as in_own_dtype
-        if isinstance(error, Tensor) and error.device.type != "meta" and torch.is_autocast_enabled(
-            error.device.type
-        ):
+        real = isinstance(error, Tensor) and error.device.type != "meta"
+        if real and torch.is_autocast_enabled(error.device.type):
             with torch.autocast(error.device.type, enabled=False):
                 return self.refresh(state, error.to(like.dtype), lengths, backend)
         where = f"{NAME}.refresh"
@@ -201,7 +202,7 @@ class ContinuumMemory(nn.Module):
     def _effective(
         self, l: int, state: CMSState, parameters: dict[str, Tensor], dtype: torch.dtype | None = None
     ) -> Level:
-        tensors = {name: p if dtype is None else p.to(dtype) for name, p in parameters.items()}
+        tensors: Level = {name: p if dtype is None else p.to(dtype) for name, p in parameters.items()}
         own, rank = state.own[l], max([0, *state.rank[l]])
         if not any(own) and not rank:
             return tensors
@@ -263,7 +264,8 @@ class ContinuumMemory(nn.Module):
         """
         def learned(l: int, factors: Factors) -> None:
             if among is not None:
-                factors = {n: tuple(_spread(t, among, state.batch) for t in pair) for n, pair in factors.items()}
+                pairs, B = factors.items(), state.batch
+                factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
             slots = self._slots(l)
             absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
 
@@ -345,6 +347,7 @@ class ContinuumMemory(nn.Module):
         if not rows:
             return new
         x, e, among = new.inputs, errors, None
+        assert x is not None and e is not None
         if len(rows) < B:
             x, e, among = x[rows], e[rows], rows
         sink = self.sink(new, rows, new.pos, ops, among)
@@ -371,8 +374,8 @@ class ContinuumMemory(nn.Module):
     ) -> Tensor:
         """Every level through its own call, inside which its weights are taken. constant: without a graph to
         the parameters."""
-        work = Work(self.config, self.norm_eps, ops, *(() if inner is None else (inner.sink, inner.anchor)))
-        among = None if inner is None else inner.among
+        anchor, sink, among = (None, None, None) if inner is None else inner
+        work = Work(self.config, self.norm_eps, ops, sink, anchor)
 
         def read(l: int, residual: bool) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
             def with_parameters(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -382,10 +385,8 @@ class ContinuumMemory(nn.Module):
                     level = {n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()}
                 y = read_level(l, x, level, work, residual)
                 if inner is None and torch.is_grad_enabled():  # no row shares a matrix that all have learned
-                    y = with_zero_gradient(
-                        y, [parameters[n] for n,
-                            t in level.items() if isinstance(t, Matrix) and t.rows and all(t.rows)]
-                    )
+                    learned = [n for n, t in level.items() if isinstance(t, Matrix) and t.rows and all(t.rows)]
+                    y = with_zero_gradient(y, [parameters[n] for n in learned])
                 return y
 
             return with_parameters
@@ -400,9 +401,8 @@ class ContinuumMemory(nn.Module):
         T = x.shape[1]
         if all(n == T for n in lengths):
             return self._read(x, state, backend)
-        real = (
-            torch.arange(T, device=x.device) < torch.tensor(lengths, dtype=torch.long, device=x.device)[:, None]
-        )[..., None]
+        count = torch.tensor(lengths, dtype=torch.long, device=x.device)[:, None]
+        real = (torch.arange(T, device=x.device) < count)[..., None]
         # Padding is zeroed before as well: a NaN there would reach shared weights through the backward of the
         # outer loss.
         return torch.where(real, self._read(torch.where(real, x, 0), state, backend), 0)
@@ -428,9 +428,10 @@ class ContinuumMemory(nn.Module):
             # A segment with learn=False tokens owes no errors, so a call may end it and fill the next one.
             room = left + C1 if tainted and pos % C1 else left
             if learn and n > room:
-                raise ValueError(f"{NAME}: argument x has {n} tokens for row {b} at token {pos}, expected at most {room} with learn=True: "
-                                 f"the errors of a segment of chunks[0] = {C1} tokens must be delivered with refresh(state, error) before "
-                                 "the next segment is read (learn=False reads any number)")
+                raise ValueError(f"{NAME}: argument x has {n} tokens for row {b} at token {pos}, expected at most "
+                                 f"{room} with learn=True: the errors of a segment of chunks[0] = {C1} tokens must be "
+                                 "delivered with refresh(state, error) before the next segment is read (learn=False "
+                                 "reads any number)")
 
     @torch.no_grad()
     def _with_tokens(self, state: CMSState, x: Tensor, lengths: list[int], learn: bool) -> CMSState:

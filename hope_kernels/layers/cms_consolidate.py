@@ -3,6 +3,8 @@ start from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tens
 
 
 @torch.no_grad()
-def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> None:
+def consolidate(layer, state: CMSState, row: int, levels: Sequence[int] | None) -> None:
     """The parameters of ``levels`` become what ``row`` has learned, and the row shares them; in place. Its
     accumulators and momentum stay, and rows that shared the old parameters keep them as weights of their
     own."""
@@ -49,7 +51,7 @@ def consolidate(layer, state: CMSState, row: int, levels: list[int] | None) -> N
 
 
 @torch.no_grad()
-def check_consolidation(layer, state: CMSState, row: int, levels: list[int] | None) -> None:
+def check_consolidation(layer, state: CMSState, row: int, levels: Sequence[int] | None) -> None:
     """Raises what ``consolidate`` would, and changes nothing."""
     levels = range(layer.config.num_levels) if levels is None else levels
     for level in levels:
@@ -60,7 +62,7 @@ def check_consolidation(layer, state: CMSState, row: int, levels: list[int] | No
                 write_weight(f"{NAME}.consolidate: levels[{level}]", layer.levels[level], name, value, keep=False)
 
 
-def _learned(state: CMSState, row: int, levels) -> list[int]:
+def _learned(state: CMSState, row: int, levels: Sequence[int]) -> list[int]:
     """Of ``levels``, those in which ``row`` has learned anything."""
     return [l for l in levels if state.own[l][row] or state.rank[l][row]]
 

@@ -1,4 +1,4 @@
-"""Whether a call may go on where somebody else decides about its graph or its parameters: inside an
+"""Whether a call may go on where its caller decides about its graph or its parameters: inside an
 ``autograd.Function``, or sharded."""
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ def check_recorded(op: str, state) -> None:
     Raises ValueError. A call without a given state is a pure function of its input and passes.
     """
     if state is not None and _inside_function():
-        raise ValueError(f"{op}: argument state is given inside an autograd.Function (reentrant activation checkpointing?), which would "
-                         f"read the same tokens twice and cut the state from the graph; {_ADVICE}")
+        raise ValueError(f"{op}: argument state is given inside an autograd.Function (reentrant activation "
+                         "checkpointing?), which would read the same tokens twice and cut the state from the graph; "
+                         f"{_ADVICE}")
 
 
 def check_block_recorded(op: str, h: Tensor, learns: bool) -> None:
@@ -26,8 +27,8 @@ def check_block_recorded(op: str, h: Tensor, learns: bool) -> None:
     gives it an h that no graph leads to. learns: in the pass that learns, which always records. Raises
     ValueError."""
     if (learns and not torch.is_grad_enabled()) or (h.requires_grad and _inside_function()):
-        raise ValueError(f"{op}: called without a graph by one that records it (reentrant activation checkpointing?), which would cut the "
-                         f"states of the memories from it; {_ADVICE}")
+        raise ValueError(f"{op}: called without a graph by one that records it (reentrant activation "
+                         f"checkpointing?), which would cut the states of the memories from it; {_ADVICE}")
 
 
 def check_whole(op: str, module: nn.Module, use: str) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ class SelfModifyingTitans(nn.Module):
 
     Per head, with x' = in_proj(causal_conv(x)), and every memory read as it was at the start of its chunk:
 
-        k = norm(M_k(x'))   v = M_v(x')   q = norm(W_q x')   eta = eta_scale * sigmoid(M_eta(x') + b)   alpha = sigmoid(M_alpha(x') + b)
+        k = norm(M_k(x'))   v = M_v(x')   q = norm(W_q x')
+        eta = eta_scale * sigmoid(M_eta(x') + b)   alpha = sigmoid(M_alpha(x') + b)
         o = M_memory(q)     y = W_o(rmsnorm_per_head(o) * silu(W_g x))
         w <- w (alpha I - eta k k^T) - eta dL(M(k), M(v))/dw       for every memory, once per chunk and token
 
@@ -51,16 +53,16 @@ class SelfModifyingTitans(nn.Module):
         self.config = config
         self.layout = Layout.of(config)
         d, H, D = config.d_model, config.num_heads, config.head_dim
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        def empty(shape):
+        def empty(shape: tuple[int, ...] | None) -> nn.Parameter | Any:
             return None if shape is None else nn.Parameter(torch.empty(shape, **kw))
 
         shapes = self.layout.shapes(H)
         self.w2, self.w1, self.w1s = (empty(s) for s in shapes)
         self.conv = empty((d, config.conv_window)) if config.conv_window is not None else None
 
-        def linear(out: int, wanted: bool) -> nn.Linear | None:
+        def linear(out: int, wanted: bool) -> nn.Linear | Any:
             return nn.Linear(d, out, bias=False, **kw) if wanted else None
 
         static = not config.self_modifying
@@ -90,10 +92,11 @@ class SelfModifyingTitans(nn.Module):
                     m["w1"].normal_(std=N**-0.5)
             elif name in ("k", "v", "q"):
                 m["w"].normal_(std=D**-0.5)
-        if self.conv is not None:
+        if self.conv is not None and c.conv_window is not None:
             nn.init.uniform_(self.conv, -(c.conv_window**-0.5), c.conv_window**-0.5)
         for module in self.children():
-            nn.init.normal_(module.weight, std=c.d_model**-0.5)
+            weight: Any = module.weight
+            nn.init.normal_(weight, std=c.d_model**-0.5)
         if self.norm_gain is not None:
             self.norm_gain.fill_(1)
         self.eta_bias.fill_(c.eta_bias)
@@ -153,6 +156,7 @@ class SelfModifyingTitans(nn.Module):
         functional, constant_memory: for a block, which has checked its arguments; this is then ``scan``.
         """
         if functional:
+            assert state is not None and lengths is not None
             return self.scan(x, state, lengths, update=update, backend=backend, constant_memory=constant_memory)
         name = "SelfModifyingTitans"
         check_tensor(name, "x", x, ("B", "T", self.config.d_model), dtype=self.w2.dtype, device=self.w2.device)
@@ -171,7 +175,7 @@ class SelfModifyingTitans(nn.Module):
             if given is not None and update and not in_place:
                 state = given.clone()  # what is returned shares no tensor with what was given
             y, new = self.scan(x, state, lengths, update=update, backend=backend)
-            return y, given.assign(new) if in_place else new
+            return y, given.assign(new) if given is not None and in_place else new
 
     def scan(
         self, x: Tensor, state: TitansState, lengths: list[int], *, update: bool = True, backend: str | None = None,
@@ -292,8 +296,7 @@ class SelfModifyingTitans(nn.Module):
             learned, init = state.memory(name), self.memory_init(name)
             if self.config.retain_to == "zero":
                 learned = {k: v - init[k] for k, v in learned.items()}
-            top = sum(v.double().square().sum() for v in learned.values()).sqrt()
-            base = sum(v.double().square().sum() for v in init.values()).sqrt() * x.shape[0] ** 0.5
+            top, base = _norm(learned), _norm(init) * x.shape[0] ** 0.5
             deviation[name] = float(top / base.clamp_min(1e-30))
         return {
             "max_S": float(S.max()),
@@ -313,6 +316,12 @@ class SelfModifyingTitans(nn.Module):
         return [float(h) for h in math.log(0.5) / decay]
 
 
+def _norm(weights: dict[str, Tensor]) -> Tensor:
+    """Frobenius, of all of them together."""
+    total: Any = sum(w.double().square().sum() for w in weights.values())
+    return total.sqrt()
+
+
 def surroundings(request: Request, backend: str | None) -> tuple[Callable, Callable, Callable]:
     """What the layer computes around its memories: convolution, unit vectors, output gate."""
     return (
@@ -321,7 +330,7 @@ def surroundings(request: Request, backend: str | None) -> tuple[Callable, Calla
     )
 
 
-_untraced = torch.compiler.disable(SelfModifyingTitans.scan, reason="a call through ctypes")
+_untraced: Any = torch.compiler.disable(SelfModifyingTitans.scan, reason="a call through ctypes")
 
 
 def initial_alpha_bias(config: TitansConfig) -> list[float]:

@@ -9,18 +9,21 @@ costs as much again as all the layer's arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.conv.cpp import causal_conv_backward
 from ..ops.output_gate.cpp import output_gate_backward
+from ..ops.titans.state import MaybeTensor
 from ..ops.unit.cpp import unit_backward
 
 
 @torch.no_grad()
 def pullback(
-    layer, real: Tensor | None, raw: Tensor, o: Tensor, gate: Tensor | None, by_q: Callable[[Tensor], Tensor]
+    layer: Any, real: Tensor | None, raw: MaybeTensor, o: Tensor, gate: Tensor | None,
+    by_q: Callable[[Tensor], Tensor],
 ) -> Callable[[Tensor], Tensor]:
     """dL/dy [B, T, d] -> dL/dx [B, T, d].
 

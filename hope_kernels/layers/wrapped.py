@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from inspect import ismethod
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +58,13 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
     if not _quantized(module):
         if any([_quantized(m) for m in module.modules()]):
-            raise ValueError(f"a quantized Linear inside a {type(module).__name__} has no gradient by its input, expected it in place of "
-                             "a projection itself, or no gradient to be asked for")
+            raise ValueError(f"a quantized Linear inside a {type(module).__name__} has no gradient by its input, "
+                             "expected it in place of a projection itself, or no gradient to be asked for")
         return module(x)
+    weight: Any = module.weight  # a method
     with torch.no_grad():
         y = module(x)
-    return Pullback.apply(x, y, lambda dy: dy @ module.weight().dequantize().to(dy.dtype))
+    return Pullback.apply(x, y, lambda dy: dy @ weight().dequantize().to(dy.dtype))
 
 
 def _quantized(module: nn.Module) -> bool:
@@ -79,9 +81,8 @@ def effective_weight(module: nn.Module, size: int) -> Tensor:
     like = placement(module)
     eye = torch.eye(size, dtype=like.dtype, device=like.device)
     if torch.any(module(torch.zeros_like(eye[:1]))):
-        raise ValueError(
-            f"effective_weight: a {type(module).__name__} maps 0 to something else, expected a linear map without a bias"
-        )
+        raise ValueError(f"effective_weight: a {type(module).__name__} maps 0 to something else, expected a linear "
+                         "map without a bias")
     return module(eye).mT
 
 
@@ -113,9 +114,10 @@ def write_weight(where: str, module: nn.Module, name: str, value: Tensor, keep: 
             plain.copy_(value)
         return
     if not is_parametrized(module, name):
-        raise ValueError(f"{where}: {name} belongs to a {type(module).__name__}, expected a module of its own parameters: "
-                         "merge or remove what wraps it first")
-    parts = module.parametrizations[name]
+        raise ValueError(f"{where}: {name} belongs to a {type(module).__name__}, expected a module of its own "
+                         "parameters: merge or remove what wraps it first")
+    parametrizations: Any = module.parametrizations
+    parts = parametrizations[name]
     before = [(t, t.detach(), t.clone()) for t in chain(parts.parameters(), parts.buffers())]
     reason, dtype = None, getattr(module, name).dtype
     try:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hope_kernels as hk
+from hope_kernels.engine import sampling
 from hope_kernels.engine.generation import read
 from hope_kernels.engine.sampling import draw, uniform
 
@@ -241,7 +242,7 @@ def test_infinite_logits_and_none():
 def test_a_draw_has_a_mass_wherever_it_falls(monkeypatch):
     logits = torch.tensor([[-torch.inf, 0.0, -1e30, 0.0, -torch.inf]])
     for u, token in ((0.0, 1), (0.49, 1), (0.51, 3), (1 - 2.0**-53, 3)):
-        monkeypatch.setattr(hk.sampling, "uniform", lambda *_, u=u: u)
+        monkeypatch.setattr(sampling, "uniform", lambda *_, u=u: u)
         assert draw(logits, 1.0, None, None, 0, [0]).tolist() == [token]
         assert draw(logits.double() * 1e200, 1e200, 4, 1 - 1e-12, 0, [0]).tolist() == [token]
 

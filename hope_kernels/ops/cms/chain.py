@@ -63,6 +63,7 @@ def read_levels(
         for l in range(config.num_levels):
             x = read(l, x, True)
         return x
+    assert mix is not None
     if not learns:
         share = torch.softmax(mix.to(x.dtype), 0)
         # The shares sum to 1, so the residual of the mixture is x itself.

@@ -60,7 +60,7 @@ def level_forward(
     a, slope = torch.empty_like(z), torch.empty_like(z) if keep else None
     _gelu(z, a, slope)
     y = times_transposed(a, level["down"], level.get("down_bias"))
-    return x + y if residual else y, Saved(x, n, slope, a) if keep else None
+    return x + y if residual else y, None if slope is None else Saved(x, n, slope, a)
 
 
 def level_backward(

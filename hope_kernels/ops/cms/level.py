@@ -15,7 +15,7 @@ A backend of the CMS is a module with these functions: ``cpp.py`` and ``triton/o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...config import CMSConfig
 from ...state import master_dtype
-from .matrix import Matrix, times, times_transposed
+from .matrix import times, times_transposed
 
 # The quintic of torch.optim.Muon (Jordan et al. 2024): slope 3.4445 at zero, singular values end in about
 # [0.7, 1.2].
@@ -31,7 +31,7 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 NS_EPS = 1e-7
 
-Level = dict[str, Tensor | Matrix]
+Level = dict[str, Any]  # a tensor, or for a matrix a ``Matrix`` or a tensor
 Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix [r, c]: errors at its outputs [B, T, r], inputs [B, T, c]
 
 
@@ -76,7 +76,7 @@ def level_backward(
     dx = norm'(x)^T (d_up w_up + d_gate w_gate).
     """
     h = times(dy, level["down"])
-    if config.mlp == "swiglu":
+    if saved.g is not None:
         lefts = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
     else:
         lefts = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
@@ -84,6 +84,7 @@ def level_backward(
     if not need_dx:
         return None, factors
     dn = sum(times(left, level[name]) for name, left in lefts.items())
+    assert isinstance(dn, Tensor)
     dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
     return dx + dy if residual else dx, factors
 
@@ -129,7 +130,7 @@ def refresh_(
     ``total`` alone.  Source: Nested Learning eq 71.
     """
     if total is not None:
-        if left is not None:
+        if left is not None and right is not None:
             outer_add_(total, left, right, rows)
         for b in rows:
             if moment is not None:
@@ -137,10 +138,11 @@ def refresh_(
             else:
                 weight[b].add_(total[b], alpha=-lr)
             total[b].zero_()
-    elif left is not None and moment is None:
-        outer_add_(weight, left, right, rows, alpha=-lr)
-    elif left is not None:
-        outer_add_(moment, left, right, rows, beta=mu)
+    elif left is not None and right is not None:
+        if moment is None:
+            outer_add_(weight, left, right, rows, alpha=-lr)
+        else:
+            outer_add_(moment, left, right, rows, beta=mu)
     elif moment is not None:
         for b in rows:
             moment[b].mul_(mu)

@@ -81,16 +81,17 @@ def forward(x, levels, config: CMSConfig, mix=None, eps=NORM_EPS):
     """One token through all levels. Returns (y, pullback); pullback(dL/dy) = (dL/dx, [per level {name:
     dL/dmatrix}])."""
     if config.variant == "independent":
+        assert mix is not None
         p = np.exp(mix - np.max(mix))
         p = p / p.sum()
         pairs = [branch(x, level, config, eps) for level in levels]
         y = sum(p_l * (x + out) for p_l, (out, _) in zip(p, pairs))
 
-        def pullback(error):
+        def mixed_pullback(error):
             back = [pull(p_l * error) for p_l, (_, pull) in zip(p, pairs)]
             return error + sum(dx for dx, _ in back), [grads for _, grads in back]
 
-        return y, pullback
+        return y, mixed_pullback
 
     pulls = []
     for level in levels:

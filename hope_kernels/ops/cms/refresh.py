@@ -17,7 +17,8 @@ def cms_refresh(
     total: Tensor | None = None, rows: list[int] | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``cms_refresh_`` on copies: returns (weight, moment), new tensors; no argument is modified."""
-    weight, moment, total = (None if t is None else t.clone() for t in (weight, moment, total))
+    weight = weight.clone()
+    moment, total = (None if t is None else t.clone() for t in (moment, total))
     cms_refresh_(config, level, weight, left, right, moment=moment, total=total, rows=rows, backend=backend)
     return weight, moment
 

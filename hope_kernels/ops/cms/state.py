@@ -4,6 +4,7 @@ before it returns."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,6 +191,7 @@ class CMSState(State):
 
     def writable(self, part: str, level: int) -> dict[str, Tensor]:
         """``weights``, ``grads``, ... of a level, for this draft to write into."""
+        assert self.private is not None
         held = getattr(self, part)[level]
         held = {n: self.private.writable(t) for n, t in held.items()}
         getattr(self, part)[level] = held
@@ -197,6 +199,7 @@ class CMSState(State):
 
     def put(self, part: str, level: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """``tensors``, which this call has made, become that part of the level."""
+        assert self.private is not None
         getattr(self, part)[level] = {n: self.private.made(t) for n, t in tensors.items()}
         return getattr(self, part)[level]
 
@@ -204,11 +207,12 @@ class CMSState(State):
         """What ``row`` has learned in ``level``, taken out of the state: see
         ``ContinuumMemory.detach_level``. Raises ValueError for a state from a file that no layer has read
         yet."""
-        if self.owner is None:
+        layer: Any = self.owner
+        if layer is None:
             raise ValueError(
                 "CMSState.detach_level: the state has no layer yet; use layer.detach_level(state, level)"
             )
-        return self.owner.detach_level(self, level, row)
+        return layer.detach_level(self, level, row)
 
     def level_bytes(self, level: int) -> int:
         """Bytes of all rows' weights, copies, accumulators, momentum and pending factors of one level."""

@@ -34,7 +34,7 @@ from torch import Tensor
 from ...config import TitansConfig
 from ..unit.forward import l2norm
 from .evaluate import activate_backward, add_gemm, gemm, read
-from .state import FastWeights, Layout
+from .state import FastWeights, Layout, MaybeTensor
 
 
 @lru_cache(maxsize=64)
@@ -63,16 +63,16 @@ class Shared(NamedTuple):
 
     k: Tensor
     eta: Tensor
-    gram2: Tensor | None  # (k_t.k_s)^2 [G, C, C], for the step clip
+    gram2: MaybeTensor  # (k_t.k_s)^2 [G, C, C], for the step clip
     decay_chunk: Tensor  # gamma[C,0] [G, 1, 1]
     arrival_after: Tensor  # A[C,t]; without momentum decay_after, gamma[C,t]
-    decay_before: Tensor | None  # gamma[t-1,0], with DGD and without momentum: delta2 k joins d, at the keys Kg
-    Kt: Tensor | None  # with DGD and momentum, where what is erased has keys of its own
-    Ks: Tensor | None  # None without DGD or momentum
+    decay_before: MaybeTensor  # gamma[t-1,0], with DGD and without momentum: delta2 k joins d, at the keys Kg
+    Kt: MaybeTensor  # with DGD and momentum, where what is erased has keys of its own
+    Ks: MaybeTensor  # None without DGD or momentum
     Kg: Tensor
-    c_chunk: Tensor | None  # c_C [G, 1, 1]; this and the rest only with momentum
-    beta_chunk: Tensor | None  # B[C,0] [G, 1, 1]
-    beta_after: Tensor | None  # B[C,t]
+    c_chunk: MaybeTensor  # c_C [G, 1, 1]; this and the rest only with momentum
+    beta_chunk: MaybeTensor  # B[C,0] [G, 1, 1]
+    beta_after: MaybeTensor  # B[C,t]
     unit_gain: bool  # the step size is already in A (momentum with the step outside)
 
 
@@ -99,18 +99,19 @@ def shared_terms(
     gram = k @ k.mT
     decay_before = Kt = Ks = None
     Kg = arrival_after.unsqueeze(-1) * k
-    lower = gram * _strictly_lower(C, k.device, k.dtype) if config.dgd else None
-    if config.dgd and beta is None:
-        decay_before = gamma[:, :C, 0]
-        L = gamma[:, :C, 1:] * lower * eta.unsqueeze(-1)
-        Kg = torch.linalg.solve_triangular(L.mT, Kg, upper=True, unitriangular=True)
-    elif config.dgd:
-        L = gamma[:, :C, 1:] * lower * eta.unsqueeze(1)
-        keys = (eta * gamma[:, C, 1:]).unsqueeze(-1) * k
-        X = torch.linalg.solve_triangular(L.mT, keys, upper=True, unitriangular=True)
-        Kg = torch.baddbmm(Kg, (arrival[:, :C, 1:] * lower).mT, X, alpha=-1)
-        Kt = gamma[:, :C, :1] * X
-        Ks = -arrival[:, :C, :1] * X
+    if config.dgd:
+        lower = gram * _strictly_lower(C, k.device, k.dtype)
+        if beta is None:
+            decay_before = gamma[:, :C, 0]
+            L = gamma[:, :C, 1:] * lower * eta.unsqueeze(-1)
+            Kg = torch.linalg.solve_triangular(L.mT, Kg, upper=True, unitriangular=True)
+        else:
+            L = gamma[:, :C, 1:] * lower * eta.unsqueeze(1)
+            keys = (eta * gamma[:, C, 1:]).unsqueeze(-1) * k
+            X = torch.linalg.solve_triangular(L.mT, keys, upper=True, unitriangular=True)
+            Kg = torch.baddbmm(Kg, (arrival[:, :C, 1:] * lower).mT, X, alpha=-1)
+            Kt = gamma[:, :C, :1] * X
+            Ks = -arrival[:, :C, :1] * X
     gram2 = gram * gram if config.step_clip else None
     return Shared(
         k, eta, gram2, gamma[:, C:, :1], arrival_after, decay_before, Kt, Ks, Kg, c_chunk, beta_chunk, beta_after,
@@ -122,10 +123,10 @@ class Errors(NamedTuple):
     """At the chunk-start weights, without the factor c: full [G, Mf, D, C], scalar [G, Ms, C]: e; hidden [G,
     M*N, C]: d; a [G, M*N, C] and rows [G, R, C]: activations and w2 k at the keys."""
 
-    full: Tensor | None
-    scalar: Tensor | None
-    hidden: Tensor | None
-    a: Tensor | None
+    full: MaybeTensor
+    scalar: MaybeTensor
+    hidden: MaybeTensor
+    a: MaybeTensor
     rows: Tensor
 
 
@@ -152,9 +153,9 @@ def errors(
     if not layout.mlp:
         return Errors(full, scalar, None, None, rows)
     parts = []
-    if Mf:
+    if full is not None:
         parts.append(gemm(w.w1.flatten(0, 1).mT, full.reshape(G * Mf, D, C), dtype).view(G, Mf * N, C))
-    if Ms:
+    if scalar is not None:
         parts.append((w.w1s.unsqueeze(-1) * scalar.unsqueeze(2)).flatten(1, 2))
     back = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     a, gate = both.a[..., :C], None if both.gate is None else both.gate[..., :C]
@@ -254,7 +255,7 @@ def _row_gradients(layout: Layout, err: Errors, gain: Tensor | None) -> Tensor:
         hidden = err.hidden
         if gain is not None:
             hidden = (hidden.unflatten(1, (M, layout.N)) * gain.unsqueeze(2)).flatten(1, 2)
-        return torch.cat([hidden, scalar], 1) if layout.skip and layout.scalars else hidden
+        return torch.cat([hidden, scalar], 1) if layout.skip and scalar is not None else hidden
     full = err.full if gain is None or err.full is None else gain[:, :Mf].unsqueeze(2) * err.full
     parts = ([] if full is None else [full.flatten(1, 2)]) + ([] if scalar is None else [scalar])
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]

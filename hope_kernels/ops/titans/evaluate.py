@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .state import FastWeights, Layout
+from .state import FastWeights, Layout, MaybeTensor
 
 _GELU_1, _GELU_3 = 2 * (2 / torch.pi) ** 0.5, 2 * (2 / torch.pi) ** 0.5 * 0.044715
 
@@ -65,11 +65,11 @@ class Read(NamedTuple):
     """full [G, Mf, D, C], scalar [G, Ms, C]: outputs; rows [G, R, C]: w2 x; a, gate [G, M*N, C]: see
     ``activate``."""
 
-    full: Tensor | None
-    scalar: Tensor | None
+    full: MaybeTensor
+    scalar: MaybeTensor
     rows: Tensor
-    a: Tensor | None
-    gate: Tensor | None
+    a: MaybeTensor
+    gate: MaybeTensor
 
 
 def read(x: Tensor, w: FastWeights, layout: Layout, activation: str, dtype: torch.dtype) -> Read:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .state import MaybeTensor
+
 
 class TokenInputs(NamedTuple):
     """What a layer computes statically from its input, per token and head.
@@ -16,15 +18,15 @@ class TokenInputs(NamedTuple):
     self_modifying.
     """
 
-    q: Tensor | None
-    x: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-    eta: Tensor | None = None
-    alpha: Tensor | None = None
-    beta: Tensor | None = None
-    eta_bias: Tensor | None = None
-    alpha_bias: Tensor | None = None
+    q: MaybeTensor
+    x: MaybeTensor = None
+    k: MaybeTensor = None
+    v: MaybeTensor = None
+    eta: MaybeTensor = None
+    alpha: MaybeTensor = None
+    beta: MaybeTensor = None
+    eta_bias: MaybeTensor = None
+    alpha_bias: MaybeTensor = None
 
 
 class Stats(NamedTuple):

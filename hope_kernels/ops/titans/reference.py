@@ -24,6 +24,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -198,7 +199,7 @@ class Row:
     """One sequence: its heads, the convolution's last W-1 inputs, and how many tokens it has read."""
 
     heads: list
-    tail: np.ndarray | None
+    tail: np.ndarray | Any  # None without a convolution
     pos: int = 0
 
 

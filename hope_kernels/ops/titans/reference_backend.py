@@ -3,14 +3,17 @@ checking, not for work."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from . import reference
 from .state import FastWeights, Layout, TitansState
 
 
-def _array(t) -> np.ndarray | None:
+def _array(t: Tensor | None) -> np.ndarray | Any:
     return None if t is None else t.detach().double().cpu().numpy()
 
 

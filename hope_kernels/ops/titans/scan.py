@@ -26,18 +26,18 @@ from .commit import shared_terms, write
 from .evaluate import read
 from .inputs import Stats, TokenInputs
 from .slots import Slots
-from .state import FastWeights, Layout, TitansState
+from .state import FastWeights, Layout, MaybeTensor, TitansState
 
 
 class Tokens(NamedTuple):
     """The write's inputs for a range of slots: k, v [G, n, D] in master dtype, eta, alpha, beta [G, n];
     alpha, beta may be None."""
 
-    k: Tensor
-    v: Tensor
-    eta: Tensor
-    alpha: Tensor | None
-    beta: Tensor | None
+    k: MaybeTensor
+    v: MaybeTensor
+    eta: MaybeTensor
+    alpha: MaybeTensor
+    beta: MaybeTensor
 
     def slots(self, a: int, b: int) -> Tokens:
         return Tokens(*(None if t is None else t[:, a:b] for t in self))
@@ -128,7 +128,7 @@ class _Scan:
             )
         self.changed = False
         self.memory_layout, self.other_layout = Layout.of(c, c.memories[:1]), Layout.of(c, c.memories[1:])
-        self.biases = [None if b is None else b.to(self.master).repeat(self.B).unsqueeze(1)
+        self.biases: list[MaybeTensor] = [None if b is None else b.to(self.master).repeat(self.B).unsqueeze(1)
                        for b in (self.inputs.eta_bias, self.inputs.alpha_bias)]
         self._split_weights()
 
@@ -152,14 +152,17 @@ class _Scan:
         one = self.groups[0]
         if len(self.groups) > 1:
             self.memory_w, self.other_w = one.w, self.groups[1].w
+        elif len(one.layout.names) > 1:
+            self.memory_w, self.other_w = one.layout.split(one.w)
         else:
-            self.memory_w, self.other_w = (one.w, None) if len(one.layout.names) == 1 else one.layout.split(one.w)
+            self.memory_w = one.w  # x' is read with static projections
 
     # -- one range of slots ----------------------------------------------------------------------------------
 
-    def _produce(self, x: Tensor | None, given: Tokens | None, beta: Tensor | None) -> tuple[Tokens, Tensor | None]:
+    def _produce(self, x: Tensor | None, given: Tokens | None, beta: Tensor | None) -> tuple[Tokens, MaybeTensor]:
         """k, v, eta, alpha of new slots at the current weights (and the adaptive q, else None)."""
         if x is None:
+            assert given is not None
             return given._replace(beta=beta), None
         c = self.config
         out = read(x.to(self.master).mT, self.other_w, self.other_layout, c.activation, self.dtype)
@@ -218,7 +221,7 @@ class _Scan:
                     tokens = self._keep_pending(tokens, slot, end)
             if q is not None:
                 q_t = q[:, a:b]
-            elif self.writing is torch.no_grad:
+            elif x is not None and self.writing is torch.no_grad:
                 q_t = self._adaptive_q(x[:, a:b])
             outputs.append(self._read_memory(q_t))
             pieces.append(tokens)
@@ -231,6 +234,7 @@ class _Scan:
                     pieces = []
             slot = end
         o = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        assert pending is not None
         return self._to_tokens(o), self._new_state(pending)
 
     def _to_tokens(self, o: Tensor) -> Tensor:
@@ -307,7 +311,7 @@ class _Scan:
         content = _join(pieces)
         short = self.big - content.k.shape[1]
 
-        def padded(t):
+        def padded(t: Tensor | None) -> MaybeTensor:
             if t is None:
                 return None
             t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, short)) if short else t
@@ -317,7 +321,7 @@ class _Scan:
         return content if all(here) else _where(self.rows.mask(here, self.H), content, before)
 
     def _new_state(self, pending: Tokens) -> TitansState:
-        def batched(t):
+        def batched(t: Tensor | None) -> MaybeTensor:
             return None if t is None else t.unflatten(0, (self.B, self.H)).transpose(1, 2)
 
         old = self.state

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .state import MaybeTensor
+
 
 class Slots:
     """The host's view of a call: for each row its phase in the longer chunk and how many tokens it reads.
@@ -43,7 +45,7 @@ class Slots:
         """[G] bool, one flag per row for all its heads."""
         return torch.tensor(flags, dtype=torch.bool, device=self.device).repeat_interleave(heads)
 
-    def to_slots(self, t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    def to_slots(self, t: Tensor | None, dtype: torch.dtype | None = None) -> MaybeTensor:
         """[B, T, H, ...] -> [G, slots, ...], in ``dtype`` if given."""
         if t is None:
             return None

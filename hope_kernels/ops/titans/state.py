@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +26,16 @@ from ...config import TitansConfig
 from ...state import Counters, State, master_dtype
 
 SCALARS = ("eta", "alpha")
+MaybeTensor = Tensor | Any  # of what a configuration may do without: None where it has no such part
+Shape = tuple[int, ...] | None
 
 
 class FastWeights(NamedTuple):
     """w2 [.., R, D]; w1 [.., Mf, D, N] and w1s [.., Ms, N], or None where the layout has none."""
 
-    w2: Tensor
-    w1: Tensor | None
-    w1s: Tensor | None
+    w2: MaybeTensor
+    w1: MaybeTensor
+    w1s: MaybeTensor
 
     def map(self, fn, *others: FastWeights) -> FastWeights:
         return FastWeights(*(None if t is None else fn(t, *o) for t, *o in zip(self, *others)))
@@ -69,11 +71,11 @@ class Layout:
             return len(self.full) * self.D + len(self.scalars)
         return self.hidden_rows + (len(self.scalars) if self.skip else 0)
 
-    def shapes(self, *lead: int) -> FastWeights:
-        """Shapes of the stacked tensors after ``lead`` dimensions, in place of tensors."""
+    def shapes(self, *lead: int) -> tuple[Shape, Shape, Shape]:
+        """Of the stacked tensors w2, w1 and w1s, after ``lead`` dimensions."""
         w1 = (*lead, len(self.full), self.D, self.N) if self.mlp and self.full else None
         w1s = (*lead, len(self.scalars), self.N) if self.mlp and self.scalars else None
-        return FastWeights((*lead, self.rows, self.D), w1, w1s)
+        return (*lead, self.rows, self.D), w1, w1s
 
     def split(self, w: FastWeights, at: int = 1) -> tuple[FastWeights, FastWeights]:
         """The first ``at`` memories (all with D outputs) and the rest, as views."""
@@ -120,18 +122,18 @@ class TitansState(State):
     """
 
     delta2: Tensor
-    delta1: Tensor | None
-    delta1s: Tensor | None
-    s2: Tensor | None
-    s1: Tensor | None
-    s1s: Tensor | None
+    delta1: MaybeTensor
+    delta1s: MaybeTensor
+    s2: MaybeTensor
+    s1: MaybeTensor
+    s1s: MaybeTensor
     pending_k: Tensor
     pending_v: Tensor
     pending_eta: Tensor
-    pending_alpha: Tensor | None
-    pending_beta: Tensor | None
-    conv_tail: Tensor | None
-    count: Tensor | None = None
+    pending_alpha: MaybeTensor
+    pending_beta: MaybeTensor
+    conv_tail: MaybeTensor
+    count: MaybeTensor = None
 
     INPUT_DTYPE = frozenset({"pending_k", "pending_v", "conv_tail"})
 
@@ -183,11 +185,11 @@ class TitansState(State):
 
 
 @cache
-def _shapes(config: TitansConfig) -> dict[str, tuple[int, ...] | None]:
+def _shapes(config: TitansConfig) -> dict[str, Shape]:
     """Of a TitansState's tensors after the batch dimension; None: the configuration has none."""
     H, D, C, W = config.num_heads, config.head_dim, max(config.chunk_memory, config.chunk_other), config.conv_window
     fast = Layout.of(config).shapes(H)
-    found = dict(zip(("delta2", "delta1", "delta1s"), fast))
+    found: dict[str, Shape] = dict(zip(("delta2", "delta1", "delta1s"), fast))
     found |= dict(zip(("s2", "s1", "s1s"), fast if config.momentum is not None else (None,) * 3))
     return found | {
         "pending_k": (C, H, D), "pending_v": (C, H, D), "pending_eta": (C, H),
@@ -207,11 +209,11 @@ def init_titans_state(
     master = master_dtype(dtype)
     shapes = Layout.of(config).shapes(batch, H)
 
-    def zeros(shape, dt=master):
+    def zeros(shape: Shape, dt: torch.dtype = master) -> MaybeTensor:
         return None if shape is None else torch.zeros(shape, device=device, dtype=dt)
 
     if config.retain_to == "init":
-        delta = [zeros(s) for s in shapes]
+        delta: list[Any] = [zeros(s) for s in shapes]
     else:
         delta = [
             None if t is None else t.detach().to(device=device, dtype=master).expand(batch, *t.shape).clone()
