@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ...shared.triton_math import sigma, sigma_and_slope, unit_columns
-from .common import weight
+from .common import load_w1, load_w1s, load_w2
 from .read import scalar_memory
 
 
@@ -59,12 +59,8 @@ def errors_task(
             for n0 in range(0, N, NT):
                 n = n0 + tl.arange(0, NT)
                 off2, off1 = n[:, None] * D + f[None, :], f[:, None] * N + n[None, :]
-                w2 = weight(
-                    weights.delta2, weights.base2, w2_at + off2, w2_base + off2, rule.HAS_BASE
-                ).to(k.dtype)
-                w1 = weight(
-                    weights.delta1, weights.base1, w1_at + off1, w1_base + off1, rule.HAS_BASE
-                ).to(k.dtype)
+                w2 = load_w2(weights, w2_at + off2, w2_base + off2, rule).to(k.dtype)
+                w1 = load_w1(weights, w1_at + off1, w1_base + off1, rule).to(k.dtype)
                 a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT).to(k.dtype)
                 out = tl.dot(w1, a, out, input_precision="ieee")
         if rule.OWN_VALUES and not rule.DOT:
@@ -120,9 +116,8 @@ def hidden_task(
     f = tl.arange(0, D)
     n = tile * NT + tl.arange(0, NT)
     off2 = n[:, None] * D + f[None, :]
-    w2 = weight(
-        weights.delta2, weights.base2, (g * R + m * N) * D + off2, (h * R + m * N) * D + off2, rule.HAS_BASE
-    ).to(pending.k.dtype.element_ty)
+    dtype = pending.k.dtype.element_ty
+    w2 = load_w2(weights, (g * R + m * N) * D + off2, (h * R + m * N) * D + off2, rule).to(dtype)
     gm = g * (MF + MS) + m
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
@@ -130,17 +125,13 @@ def hidden_task(
         a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), rule.ACT)
         if m < MF:
             off1 = f[None, :] * N + n[:, None]
-            w1 = weight(
-                weights.delta1, weights.base1, (g * MF + m) * D * N + off1, (h * MF + m) * D * N + off1,
-                rule.HAS_BASE,
-            ).to(k.dtype)
+            at1, base1 = (g * MF + m) * D * N + off1, (h * MF + m) * D * N + off1
+            w1 = load_w1(weights, at1, base1, rule).to(k.dtype)
             e = tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :]).to(k.dtype)
             d = slope * tl.dot(w1, e, input_precision="ieee")
         else:
             s = m - MF
-            w1s = weight(
-                weights.delta1s, weights.base1s, (g * MS + s) * N + n, (h * MS + s) * N + n, rule.HAS_BASE
-            )
+            w1s = load_w1s(weights, (g * MS + s) * N + n, (h * MS + s) * N + n, rule)
             d = slope * (w1s[:, None] * tl.load(scratch.es + (g * MS + s) * C + c)[None, :])
         to = (gm * N + n[:, None]) * C + c[None, :]
         tl.store(scratch.a + to, a.to(scratch.a.dtype.element_ty))

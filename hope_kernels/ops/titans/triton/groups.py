@@ -25,8 +25,15 @@ Biases = namedtuple("Biases", "eta alpha")  # of the gates, [H]
 Progress = namedtuple("Progress", "pos lengths sync")
 # What the tasks of one chunk of one clock hand to each other; shapes: tiles.scratch_shapes
 Scratch = namedtuple("Scratch", "e es e2 a d norms keys vectors gram2 gain")
-# Slots lo .. hi that a row reads in a span of the backward, [B]
+
+# Of the backward. Slots lo .. hi that a row reads in a span, [B]
 Place = namedtuple("Place", "lo hi")
+# A span's tokens in its slots, k, v [B, S, H, D], eta, alpha [B, S, H]; or their adjoints
+Slots = namedtuple("Slots", "k v eta alpha")
+# What the memories of one clock share in a chunk: backward_clock.py
+ClockTerms = namedtuple("ClockTerms", "products gram keys vectors")
+# e, target [B H, M, D, C] and sizes [B H, M, 2, C] of a chunk: backward_tokens.py
+Errors = namedtuple("Errors", "e target sizes")
 
 # -- numbers -------------------------------------------------------------------------------------------------
 

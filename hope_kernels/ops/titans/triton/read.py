@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ...shared.triton_math import log1p_exp, sigma, sigmoid, unit_columns
-from .common import weight
+from .common import load_w1, load_w1s, load_w2
 
 
 @triton.jit
@@ -46,13 +46,9 @@ def read_task(
             for n0 in range(0, N, NT):
                 n = n0 + tl.arange(0, NT)
                 off2, off1 = n[:, None] * D + f[None, :], f[:, None] * N + n[None, :]
-                w2 = weight(
-                    weights.delta2, weights.base2, w2_at + off2, w2_base + off2, rule.HAS_BASE
-                ).to(x.dtype)
+                w2 = load_w2(weights, w2_at + off2, w2_base + off2, rule).to(x.dtype)
                 a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT).to(x.dtype)
-                w1 = weight(
-                    weights.delta1, weights.base1, w1_at + off1, w1_base + off1, rule.HAS_BASE
-                ).to(x.dtype)
+                w1 = load_w1(weights, w1_at + off1, w1_base + off1, rule).to(x.dtype)
                 out = tl.dot(w1, a, out, input_precision="ieee")
             if m == 0:
                 tl.store(
@@ -108,12 +104,12 @@ def scalar_memory(
     for n0 in range(0, shape.N, NT):
         n = n0 + tl.arange(0, NT)
         off = n[:, None] * D + f[None, :]
-        w2 = weight(weights.delta2, weights.base2, w2_at + off, w2_base + off, rule.HAS_BASE).to(x.dtype)
+        w2 = load_w2(weights, w2_at + off, w2_base + off, rule).to(x.dtype)
         a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT)
-        w1 = weight(weights.delta1s, weights.base1s, w1_at + n, w1_base + n, rule.HAS_BASE)
+        w1 = load_w1s(weights, w1_at + n, w1_base + n, rule)
         y += tl.sum(w1[:, None] * a, 0)
     if rule.SKIP:
-        skip = weight(weights.delta2, weights.base2, skip_at + f, skip_base + f, rule.HAS_BASE).to(x.dtype)
+        skip = load_w2(weights, skip_at + f, skip_base + f, rule).to(x.dtype)
         y += tl.sum(skip[:, None].to(tl.float32) * x.to(tl.float32), 0)
     return y
 
