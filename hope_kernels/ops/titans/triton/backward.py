@@ -86,7 +86,7 @@ class _Span:
         self.base = [None if t is None else aligned(t.detach().float()) for t in base]
         self._lay_out(do)
 
-    # -- slots --------------------------------------------------------------------------------------------------------------
+    # -- slots -----------------------------------------------------------------------------------------------
 
     def _zeros(self, *shape, dtype=torch.float32) -> Tensor:
         return torch.zeros(self.B, self.S, *shape, device=self.device, dtype=dtype)
@@ -147,7 +147,7 @@ class _Span:
             else aligned(error.clone())
         )
 
-    # -- the span again, and in reverse -------------------------------------------------------------------------------------
+    # -- the span again, and in reverse ----------------------------------------------------------------------
 
     def run(self) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
         steps = range(min(lo for _, lo, _ in self.rows) // self.small, triton.cdiv(max(self.hi), self.small))
@@ -189,7 +189,8 @@ class _Span:
         biases = [aligned(t.detach()) for t in filled((i.eta_bias, i.alpha_bias), self.read)]
         reread_kernel[(self.G, len(self.config.memories) - 1, triton.cdiv(self.small, c["CT"]))](
             x_p=self.read[1], weights=self._weights(deltas), slots=Slots(**self.slots), sizes_p=self.sizes,
-            biases=Biases(*biases), place=self.place, slot=slot, S=self.S, eta_scale=self.config.eta_scale, **c,
+            biases=Biases(*biases), place=self.place, slot=slot, S=self.S, eta_scale=self.config.eta_scale,
+            **c,
         )
 
     def _read(self, deltas: list[Tensor | None], slot: int) -> None:
@@ -255,8 +256,8 @@ class _Span:
             place=self.place, end=end, **c,
         )
         inputs_kernel[tile_grid](
-            **of_weights, k_p=slots.k, e_p=errors.e, vectors_p=terms.vectors, factors_p=factors, u_bar_p=u_bar,
-            outputs_bar_p=outputs_bar, parts_p=parts, **at, **made["inputs"],
+            **of_weights, k_p=slots.k, e_p=errors.e, vectors_p=terms.vectors, factors_p=factors,
+            u_bar_p=u_bar, outputs_bar_p=outputs_bar, parts_p=parts, **at, **made["inputs"],
         )
         if full := min(clock.M1, len(self.layout.full)) - clock.M0:
             outputs_kernel[(self.G, full, tiles)](
@@ -268,8 +269,8 @@ class _Span:
         )
         clock_adjoint_kernel[(self.G,)](
             slots=slots, terms=terms, factors_p=factors, sums_p=sums, keys_bar_p=keys_bar, solved_p=new(C, D),
-            products_bar_p=new(C, C), gram_bar_p=new(C, C), vectors_bar_p=new(2, C), slots_bar=self._slots_bar(),
-            **at, **made["clock_adjoint"],
+            products_bar_p=new(C, C), gram_bar_p=new(C, C), vectors_bar_p=new(2, C),
+            slots_bar=self._slots_bar(), **at, **made["clock_adjoint"],
         )
         for half, name in enumerate(("k", "v")):
             collect_kernel[(self.G, C // 16)](
@@ -277,7 +278,7 @@ class _Span:
                 **made["collect"],
             )
 
-    # -- what leaves --------------------------------------------------------------------------------------------------------
+    # -- what leaves -----------------------------------------------------------------------------------------
 
     def _found(self) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
         i, bar = self.inputs, self.bar

@@ -1,28 +1,32 @@
 """What the memories of one clock share in a chunk, and its adjoint. One program a (row, head), tokens in
 blocks of 16, fp32.
 
-    P[t,s] = prod_{s<j<t} alpha_j (s < t)    before_t = prod_{j<t} alpha_j    end_t = prod_{j>t} alpha_j    keep = prod_j alpha_j
-    L[t,s] = eta_t P[t,s] k_t.k_s (s < t)    (I + L)^T Kg = diag(end) K
+    P[t,s] = prod_{s<j<t} alpha_j = gamma[t-1,s] (s < t)      L[t,s] = eta_t P[t,s] k_t.k_s (s < t)
+    decay_before_t = prod_{j<t} alpha_j    decay_after_t = prod_{j>t} alpha_j    decay_chunk = prod_j alpha_j
+    (I + L)^T Kg = diag(decay_after) K
 
-Adjoint, of Kg: Y = (I + L)^-1 adj Kg by forward substitution, adj L[t,s] = -Kg_t.Y_s, and end_t receives
-Y_t.k_t. From adj L:
+Adjoint, of Kg: Y = (I + L)^-1 Kg_bar by forward substitution, L_bar[t,s] = -Kg_t.Y_s, and decay_after_t
+receives Y_t.k_t. From L_bar:
 
-    adj eta_t += sum_s adj L[t,s] P[t,s] k_t.k_s       Pbar[t,s] = adj L[t,s] eta_t k_t.k_s      adj (k_t.k_s) = adj L[t,s] eta_t P[t,s]
+    eta_bar_t += sum_s L_bar[t,s] P[t,s] k_t.k_s            P_bar[t,s] = L_bar[t,s] eta_t k_t.k_s
+    (k_t.k_s)_bar = L_bar[t,s] eta_t P[t,s]
 
 An entry of P is a product of the alphas between its ends, so the adjoint of alpha_t sums, over every product
 that contains it, the product without it: P[l,s] without alpha_t is P[t,s] P[l,t]. All of it is two products
 of triangular matrices, and nothing is divided by alpha:
 
-    adj alpha_t = sum_{s<t} P[t,s] (sum_{l>t} P[l,t] Pbar[l,s] + end_t adj end_s)
-                  + before_t (sum_{l>t} P[l,t] adj before_l + end_t adj keep)
+    alpha_bar_t = sum_{s<t} P[t,s] (sum_{l>t} P[l,t] P_bar[l,s] + decay_after_t decay_after_bar_s)
+                  + decay_before_t (sum_{l>t} P[l,t] decay_before_bar_l + decay_after_t decay_chunk_bar)
+
+The forward's clock.py has the same terms as products of blocks. Here the decays are one running product and
+all of P is kept, since the adjoint reads it three times; the two share the inverse of a block.
 """
 
 import triton
 import triton.language as tl
 
 from .backward_common import commits_here
-
-BK = tl.constexpr(16)
+from .clock import BK, unit_inverse
 
 
 @triton.jit
@@ -37,18 +41,6 @@ def _token_rows(p, b, h, first, block, S, H: tl.constexpr, D: tl.constexpr):
     """Tokens of one block as rows [16, D]."""
     at = (b * S + first + (tl.arange(0, BK) + block * BK)) * H + h
     return tl.load(p + at[:, None] * D + tl.arange(0, D)[None, :])
-
-
-@triton.jit
-def _unit_lower_inverse(L):
-    """(I + L)^-1 for a strictly lower 16 x 16 block: exact merges of blocks of 1, 2, 4, 8."""
-    t, s = tl.arange(0, BK)[:, None], tl.arange(0, BK)[None, :]
-    inverse = tl.where(s == t, 1.0, 0.0)
-    for level in tl.static_range(4):
-        same = (s >> (level + 1)) == (t >> (level + 1))
-        off = tl.where(same & ((t >> level) % 2 == 1) & ((s >> level) % 2 == 0), L, 0.0)
-        inverse -= tl.dot(inverse, tl.dot(off, inverse, input_precision="ieee"), input_precision="ieee")
-    return inverse
 
 
 @triton.jit
@@ -92,7 +84,8 @@ def clock_kernel(
         for col in range(BLOCKS):
             k_s = _token_rows(slots.k, b, h, first, col, S, H, D)
             for row in range(BLOCKS):
-                dots = tl.dot(_token_rows(slots.k, b, h, first, row, S, H, D), tl.trans(k_s), input_precision="ieee")
+                k_t = _token_rows(slots.k, b, h, first, row, S, H, D)
+                dots = tl.dot(k_t, tl.trans(k_s), input_precision="ieee")
                 tl.store(_tile(gram_p, row, col, C), dots)
         tl.debug_barrier()  # what follows reads what other threads have written, here and below
         for back in range(BLOCKS):
@@ -109,11 +102,10 @@ def clock_kernel(
                         input_precision="ieee"
                     )
                 eta = tl.load(slots.eta + (b * S + first + i + block * BK) * H + h)
-                T = _unit_lower_inverse(_coupling(products_p, gram_p, eta, block, block, C))
+                T = unit_inverse(_coupling(products_p, gram_p, eta, block, block, C), UPPER=False)
                 x = tl.dot(tl.trans(T), x, input_precision="ieee")
             tl.store(keys_p + (i + block * BK)[:, None] * D + f[None, :], x)
             tl.debug_barrier()
-
 
 
 @triton.jit(do_not_specialize=["end", "S"])
@@ -169,11 +161,10 @@ def clock_adjoint_kernel(
             if rule.DGD:
                 for other in range(block):
                     L = _coupling(products_p, gram_p, eta, block, other, C)
-                    y -= tl.dot(
-                        L, tl.load(solved_p + (i + other * BK)[:, None] * D + f[None, :]), input_precision="ieee"
-                    )
+                    solved = tl.load(solved_p + (i + other * BK)[:, None] * D + f[None, :])
+                    y -= tl.dot(L, solved, input_precision="ieee")
                 y = tl.dot(
-                    _unit_lower_inverse(_coupling(products_p, gram_p, eta, block, block, C)), y,
+                    unit_inverse(_coupling(products_p, gram_p, eta, block, block, C), UPPER=False), y,
                     input_precision="ieee"
                 )
                 eta_bar += erase_bar * tl.load(vectors_p + t)
@@ -187,7 +178,8 @@ def clock_adjoint_kernel(
                     L_bar = tl.where(
                         t[:, None] > s[None, :], -tl.dot(keys, tl.trans(solved), input_precision="ieee"), 0.0
                     )
-                    P, dots = tl.load(_tile(products_p, block, other, C)), tl.load(_tile(gram_p, block, other, C))
+                    P = tl.load(_tile(products_p, block, other, C))
+                    dots = tl.load(_tile(gram_p, block, other, C))
                     eta_bar += tl.sum(L_bar * P * dots, 1)
                     tl.store(_tile(products_bar_p, block, other, C), L_bar * dots * eta[:, None])
                     tl.store(_tile(gram_bar_p, block, other, C), L_bar * P * eta[:, None])
@@ -218,7 +210,8 @@ def clock_adjoint_kernel(
                             total += 2.0 * tl.load(_tile(gram_p, block, other, C)) * both
                     k_s = _token_rows(slots.k, b, h, first, other, S, H, D).to(tl.float32)
                     k_bar += tl.dot(total, k_s, input_precision="ieee")
-            tl.store(slots_bar.k + at[:, None] * D + f[None, :], tl.load(slots_bar.k + at[:, None] * D + f[None, :]) + k_bar)
+            k_bar_at = slots_bar.k + at[:, None] * D + f[None, :]
+            tl.store(k_bar_at, tl.load(k_bar_at) + k_bar)
             if rule.HAS_ALPHA:
                 decay_after = tl.load(vectors_p + C + t)
                 later_bar = decay_after * decay_chunk_bar
@@ -231,8 +224,7 @@ def clock_adjoint_kernel(
                     if rule.DGD:
                         for later in range(block, BLOCKS):
                             P = tl.load(_tile(products_p, later, block, C))
-                            inside += tl.dot(
-                                tl.trans(P), tl.load(_tile(products_bar_p, later, other, C)), input_precision="ieee"
-                            )
+                            P_bar = tl.load(_tile(products_bar_p, later, other, C))
+                            inside += tl.dot(tl.trans(P), P_bar, input_precision="ieee")
                     alpha_bar += tl.sum(tl.load(_tile(products_p, block, other, C)) * inside, 1)
                 tl.store(slots_bar.alpha + at, tl.load(slots_bar.alpha + at) + alpha_bar)

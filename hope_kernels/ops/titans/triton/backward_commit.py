@@ -1,28 +1,33 @@
 """The commit backwards, what is done per hidden unit: grid (B H, memories, N / NT), C tokens in tiles of CT.
 
-    sums_kernel, hidden_kernel    triton_backward_hidden.py
-    inputs_kernel                 adjoint of w2 (and of a scalar memory's w1s), and this tile's part of that of k
+    sums_kernel, hidden_kernel    backward_hidden.py
+    inputs_kernel                 adjoint of w2 (and of a scalar memory's w1s), and this tile's part of k's
     outputs_kernel                adjoint of w1
-    values_kernel                 M(v), which is a read backwards: triton_backward_read.py
+    values_kernel                 M(v), which is a read backwards: backward_read.py
 
-Forwards (memory.py), with z = w2 k, a = sigma(z), back = w1^T e, d = sigma'(z) back, carry = eta before, step
-= gain end:
+Forwards (commit.py), with z = w2 k, a = sigma(z), back = w1^T e, d = sigma'(z) back, erase =
+eta decay_before, gain_after = gain decay_after:
 
-    u = gain d + carry delta2 k        delta2' = keep delta2 - u Kg        delta1' = keep delta1 - (step e) a^T
+    u = gain d + erase (delta2 k)
+    delta2' = decay_chunk delta2 - u Kg        delta1' = decay_chunk delta1 - (gain_after e) a^T
 
-Backwards, with adj2, adj1 the adjoints of delta2', delta1':
+Backwards, with delta2'_bar and delta1'_bar given:
 
-    u_bar = -adj2 Kg^T                 Kg_bar -= u^T adj2                  keep_bar += <adj2, delta2> + <adj1, delta1>
-    gain' = sum_n u_bar d              carry' = sum_n u_bar (delta2 k)     step' = -sum_n a (adj1^T e)
+    u_bar = -delta2'_bar Kg^T                        Kg_bar -= u^T delta2'_bar
+    decay_chunk_bar += <delta2'_bar, delta2> + <delta1'_bar, delta1>
+    gain' = sum_n u_bar d    erase_bar = sum_n u_bar (delta2 k)    gain_after_bar = -sum_n a (delta1'_bar^T e)
     d_bar = gain u_bar + (m_bar / m) / (e2 + 1e-9) d                       back_bar = sigma'(z) d_bar
-    e_bar += w1 back_bar - step (adj1 a)                                   w1_bar += e back_bar^T + y_bar a^T + t_bar sigma(w2 v)^T
-    a_bar = (m_bar / m) a - step (adj1^T e) + w1^T y_bar                   z_bar = sigma'(z) a_bar + sigma''(z) back d_bar
-    zv_bar = sigma'(w2 v) (w1^T t_bar)                                     w2_bar += z_bar k^T + zv_bar v^T
-    k_bar += w2^T z_bar + delta2^T (carry u_bar) + y_bar                   v_bar += w2^T zv_bar + t_bar
-    adj delta2 = keep adj2 + (carry u_bar) k^T + w2_bar                    adj delta1 = keep adj1 + w1_bar
+    e_bar += w1 back_bar - gain_after (delta1'_bar a)
+    a_bar = (m_bar / m) a - gain_after (delta1'_bar^T e) + w1^T y_bar
+    z_bar = sigma'(z) a_bar + sigma''(z) back d_bar
+    zv_bar = sigma'(w2 v) (w1^T tau_bar)
+    w1_bar += e back_bar^T + y_bar a^T + tau_bar sigma(w2 v)^T             w2_bar += z_bar k^T + zv_bar v^T
+    k_bar += w2^T z_bar + delta2^T (erase u_bar) + y_bar                   v_bar += w2^T zv_bar + tau_bar
+    delta2_bar = decay_chunk delta2'_bar + (erase u_bar) k^T + w2_bar
+    delta1_bar = decay_chunk delta1'_bar + w1_bar
 
-y_bar, t_bar: adjoints of M(k) and M(v). w_bar goes to the shared base as well. A skip row is a row of w2
-whose d is e itself.
+gain' is the gain's adjoint through d alone; y_bar, tau_bar are the adjoints of M(k) and M(v). w_bar goes to
+the shared base as well. A skip row is a row of w2 whose d is e itself.
 FLOPs a token and memory: 12 D N and 8 D N; bytes: the weights, their adjoints and the shared gradient, fp32.
 One kernel for all of it needs more than 255 registers on sm_80: it would hold five weight tiles in two
 orientations.
@@ -189,6 +194,7 @@ def outputs_kernel(
             w1_bar = tl.dot(e, tl.trans(back_bar.to(dtype)), w1_bar, input_precision="ieee")
             y_bar = tl.load(outputs_bar_p + gm * D * C + wide).to(dtype)
             w1_bar = tl.dot(y_bar, tl.trans(a.to(dtype)), w1_bar, input_precision="ieee")
-        tl.store(weights_bar.delta1 + at1, tl.load(vectors_p + (g * 3 + 2) * C) * tl.load(weights_bar.delta1 + at1) + w1_bar)
+        delta1_bar_at = weights_bar.delta1 + at1
+        tl.store(delta1_bar_at, tl.load(vectors_p + (g * 3 + 2) * C) * tl.load(delta1_bar_at) + w1_bar)
         if rule.HAS_BASE:
             add(weights_bar.base1, at1, w1_bar)

@@ -1,8 +1,9 @@
 """The commit backwards up to the hidden units: grid (B H, memories, N / NT), C tokens in tiles of CT.
-Equations: triton_backward_write.py.
+Equations: backward_commit.py.
 
-    sums_kernel      u_bar, and what the step sizes need of all hidden units, by tiles
-    hidden_kernel    this tile's parts of the adjoints of e and of Kg, and what goes past the gradient: keep delta2 and delta2 k
+    sums_kernel      u_bar, and what the gain needs of all hidden units, by tiles
+    hidden_kernel    this tile's parts of the adjoints of e and of Kg, and what goes past the gradient:
+                     decay_chunk delta2 and delta2 k
 
 FLOPs a token and memory: 10 D N and 16 D N; bytes: the weights and their adjoints, fp32, and u_bar through
 scratch (L2).
@@ -24,7 +25,7 @@ def kg_columns(keys_p, g, c, C: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _late(p, at, early, AGAIN: tl.constexpr):
-    """``early``, or with AGAIN its numbers loaded behind a barrier: where the chunk is one tile nothing else
+    """``early``, or with AGAIN its numbers loaded after a barrier: where the chunk is one tile nothing else
     keeps the compiler from holding every weight tile at once, and at D = 128 five of them take 160
     registers."""
     if AGAIN:
@@ -38,8 +39,8 @@ def sums_kernel(
     weights, weights_bar, k_p, place, e_p, keys_p, u_bar_p, sums_p, end: tl.int64, S: tl.int64,
     shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
-    """u_bar [B H, M, N, C]; sums [B H, M, N / NT, 6, C]: |a|^2, |d|^2, gain', erase', gain_after', and decay_chunk' in its
-    last row's first place."""
+    """u_bar [B H, M, N, C]; sums [B H, M, N / NT, 6, C]: |a|^2, |d|^2, gain', erase_bar, gain_after_bar, and
+    decay_chunk_bar in the first place of the last row."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
@@ -68,7 +69,8 @@ def sums_kernel(
             off1 = m * D * N + f[None, :] * N + n[:, None]
             w1 = load_w1(weights, g * MF * D * N + off1, h * MF * D * N + off1, rule).to(dtype)
             delta1_bar = tl.load(weights_bar.delta1 + g * MF * D * N + off1)
-            decay_chunk_bar += tl.sum(tl.sum(tl.load(weights.delta1 + g * MF * D * N + off1) * delta1_bar, 1), 0)
+            delta1 = tl.load(weights.delta1 + g * MF * D * N + off1)
+            decay_chunk_bar += tl.sum(tl.sum(delta1 * delta1_bar, 1), 0)
             delta1_bar = delta1_bar.to(dtype)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)
@@ -128,8 +130,8 @@ def hidden_kernel(
     CT: tl.constexpr, NT: tl.constexpr,
 ):
     """parts [B H, M, N / NT, 2, D, C]: the adjoints of e (first row: of a scalar memory's) and of k through
-    delta2 k; keys_bar [B H, M, N / NT, C, D]. weights_bar.delta2, of the new deviation on entry, returns as the old one's
-    but for what comes through w2."""
+    delta2 k; keys_bar [B H, M, N / NT, C, D]. weights_bar.delta2, of the new deviation on entry, returns as
+    the old one's but for what comes through w2."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
@@ -176,7 +178,8 @@ def hidden_kernel(
                 tl.store(parts_p + f[:, None] * C + c[None, :], e_bar)
                 u = gain[None, :] * d
                 if rule.DGD:
-                    erase = tl.load(vectors_p + g * 3 * C + c) * tl.load(slots.eta + (b * S + end - C + c) * H + h)
+                    erase = tl.load(vectors_p + g * 3 * C + c)
+                    erase *= tl.load(slots.eta + (b * S + end - C + c) * H + h)
                     delta2 = _late(weights.delta2, g * R * D + off2, delta2, D == 128 and C == CT)
                     u += erase[None, :] * tl.dot(delta2, k, input_precision="ieee")
                     erased = (erase[None, :] * u_bar).to(dtype)
@@ -214,7 +217,8 @@ def hidden_kernel(
                 erase = tl.zeros([CT], tl.float32)
                 k_bar = tl.zeros([D, CT], tl.float32)
                 if rule.DGD:
-                    erase = tl.load(vectors_p + g * 3 * C + c) * tl.load(slots.eta + (b * S + end - C + c) * H + h)
+                    erase = tl.load(vectors_p + g * 3 * C + c)
+                    erase *= tl.load(slots.eta + (b * S + end - C + c) * H + h)
                     u += erase[None, :] * tl.dot(delta2, k, input_precision="ieee")
                     erased = (erase[None, :] * u_bar).to(dtype)
                     erased2_bar = tl.dot(erased, tl.trans(k), erased2_bar, input_precision="ieee")
@@ -233,5 +237,7 @@ def hidden_kernel(
                     tl.store(parts_p + D * C + f[:, None] * C + c[None, :], k_bar)
                 tl.store(keys_bar_p + c[:, None] * D + f[None, :], keys_bar)
             if rule.SKIP:
-                tl.store(weights_bar.delta2 + skip_at, decay_chunk * skip_bar + skip_erased_bar, mask=tile == 0)
-        tl.store(weights_bar.delta2 + g * R * D + off2, decay_chunk * tl.load(weights_bar.delta2 + g * R * D + off2) + erased2_bar)
+                skip_bar = decay_chunk * skip_bar + skip_erased_bar
+                tl.store(weights_bar.delta2 + skip_at, skip_bar, mask=tile == 0)
+        delta2_bar_at = weights_bar.delta2 + g * R * D + off2
+        tl.store(delta2_bar_at, decay_chunk * tl.load(delta2_bar_at) + erased2_bar)

@@ -1,11 +1,13 @@
 """Reads of a span, again and backwards.
 
-    reread_kernel    grid (B H, memories but M_memory, SMALL / CT)   k, v, eta, alpha of one chunk of the faster clock, into the span's
-                                                                     slots; sizes: |k| before it is normalised, and the slopes of the gates
-    unit_adjoint     grid (B H, SMALL / CT)                          the normalisation of k backwards
-    read_adjoint     grid (B H, memories, N / NT)                    y = M(x) of one chunk backwards, on its hidden units
-    values_kernel    grid (B H, memories, N / NT)                    M(v) of a commit backwards, likewise
-    collect_kernel   grid (B H, C / 16)                              sums over memories and tiles, in one order, into the tokens
+    kernel         grid
+    reread         B H, memories but M_memory, C / CT   k, v, eta, alpha of one chunk of the faster clock,
+                                                        into the span's slots; sizes: |k| before it is
+                                                        normalised, and the slopes of the gates
+    unit_adjoint   B H, C / CT                          the normalisation of k backwards
+    read_adjoint   B H, memories, N / NT                y = M(x) of one chunk backwards, on its hidden units
+    values         B H, memories, N / NT                M(v) of a commit backwards, likewise
+    collect        B H, C / 16                          sums over memories and tiles, in one order
 
 FLOPs backwards: 10 D N a token and memory; bytes: 2 D N x 4 (1 + 1 + 2 + 2) a memory and chunk, for
 deviation, base, the adjoint and the shared gradient.
@@ -50,9 +52,11 @@ def reread_kernel(
                     size = tl.sqrt(tl.sum(out * out, 0))
                     out /= tl.maximum(size, 1e-6)[None, :]
                     tl.store(sizes_p + at, size, mask=live)
-                tl.store(slots.k + at[None, :] * D + f[:, None], out.to(slots.k.dtype.element_ty), mask=live[None, :])
+                k_at = slots.k + at[None, :] * D + f[:, None]
+                tl.store(k_at, out.to(slots.k.dtype.element_ty), mask=live[None, :])
             else:
-                tl.store(slots.v + at[None, :] * D + f[:, None], out.to(slots.v.dtype.element_ty), mask=live[None, :])
+                v_at = slots.v + at[None, :] * D + f[:, None]
+                tl.store(v_at, out.to(slots.v.dtype.element_ty), mask=live[None, :])
         elif MS > 0:
             y = evaluate_scalar(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
             if m == MF:
@@ -75,8 +79,7 @@ def unit_adjoint_kernel(
     k_p, k_bar_p, sizes_p, place, slot: tl.int64, S: tl.int64, H: tl.constexpr, D: tl.constexpr,
     CT: tl.constexpr,
 ):
-    """k_bar of the slots read in this chunk: from the adjoint of k = y / max(|y|, 1e-6) to that of y. Grid (B H,
-    SMALL / CT)."""
+    """k_bar of the slots read in this chunk: from the adjoint of k = y / max(|y|, 1e-6) to that of y."""
     g = tl.program_id(0).to(tl.int64)
     b, h = g // H, g % H
     t = slot + tl.program_id(1) * CT + tl.arange(0, CT)
@@ -87,8 +90,8 @@ def unit_adjoint_kernel(
     unit = tl.load(k_p + wide, mask=live[None, :], other=0.0).to(tl.float32)
     size = tl.load(sizes_p + at, mask=live, other=1.0)
     along = tl.where(size > 1e-6, tl.sum(unit * k_bar, 0), 0.0)
-    tl.store(k_bar_p + wide, (k_bar - along[None, :] * unit) / tl.maximum(size, 1e-6)[None, :], mask=live[None, :])
-
+    y_bar = (k_bar - along[None, :] * unit) / tl.maximum(size, 1e-6)[None, :]
+    tl.store(k_bar_p + wide, y_bar, mask=live[None, :])
 
 
 @triton.jit(do_not_specialize=["slot", "S"])
@@ -156,7 +159,8 @@ def read_adjoint_kernel(
                 if s == 0:
                     y_bar = tl.load(slots_bar.eta + at, mask=live, other=0.0) * tl.load(sizes_p + plane + at)
                 else:
-                    y_bar = tl.load(slots_bar.alpha + at, mask=live, other=0.0) * tl.load(sizes_p + 2 * plane + at)
+                    y_bar = tl.load(slots_bar.alpha + at, mask=live, other=0.0)
+                    y_bar *= tl.load(sizes_p + 2 * plane + at)
                 x_bar, w2_bar, w1s_bar, skip_bar = evaluate_scalar_adjoint(
                     x, y_bar, w2, w1s, skip, w2_bar, w1s_bar, skip_bar, tile, rule.ACT, rule.SKIP
                 )
@@ -171,7 +175,6 @@ def read_adjoint_kernel(
         add(weights_bar.delta2, g * R * D + off2, w2_bar)
         if rule.HAS_BASE:
             add(weights_bar.base2, g * R * D + off2, w2_bar)
-
 
 
 @triton.jit(do_not_specialize=["end", "S"])
@@ -252,11 +255,11 @@ def values_kernel(
                 add(weights_bar.base2, g * R * D + off2, w2_bar)
 
 
-
 @triton.jit(do_not_specialize=["slot", "S", "half"])
 def collect_kernel(
     parts_p, out_p, place, slot: tl.int64, S: tl.int64, half: tl.int64, H: tl.constexpr, D: tl.constexpr,
-    C: tl.constexpr, M: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr, TILES: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Adds the sum of parts [B H, M, TILES, 2, D, C], one ``half`` of it, over memories M0 .. M1 to out [B,
     S, H, D], for rows that read in these C slots, or with FULL for rows that commit them."""

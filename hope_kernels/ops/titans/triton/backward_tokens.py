@@ -1,15 +1,17 @@
-"""The commit backwards, what is done per token: errors again, step sizes, and what reaches the outputs at the
+"""The commit backwards, what is done per token: errors again, the gain, and what reaches the outputs at the
 keys and the values.
 
     errors_kernel    grid (B H, memories, C / CT)   e, the unit target and |M(v)|, N in tiles of NT
-    steps_kernel     grid (B H, memories)           the step clip forwards and backwards, from sums over all hidden units
+    gain_kernel      grid (B H, memories)           the step clip forwards and backwards
     targets_kernel   grid (B H, memories, C / CT)   adjoint of e -> adjoints of M(k) and of M(v)
 
-With the sums a2 = |a|^2, d2 = |d|^2, gain' (adjoint of the gain through d), step' (through gain end_t e a^T)
-of a token, S = f m q and q_t = sum_s eta_s m_s (k_s.k_t)^2:
+With the sums a2 = |a|^2, d2 = |d|^2, gain' (adjoint of the gain through d) and gain_after_bar (of
+gain_after = gain decay_after) of a token, S = f m q and q_t = sum_s eta_s m_s (k_s.k_t)^2:
 
-    gain_bar = gain' + end step'      end_bar = gain step'      eta_bar = gain_bar / max(1, S)      S_bar = -gain_bar gain / S where S > 1
-    m_bar = f S_bar q    q_bar = f m S_bar    r_s = sum_t (k_s.k_t)^2 q_bar_t    m_bar += eta r    eta_bar += m r
+    gain_bar = gain' + decay_after gain_after_bar        decay_after_bar = gain gain_after_bar
+    eta_bar = gain_bar / max(1, S)                       S_bar = -gain_bar gain / S where S > 1
+    m_bar = f S_bar q    q_bar = f m S_bar    r_s = sum_t (k_s.k_t)^2 q_bar_t
+    m_bar += eta r       eta_bar += m r
     m^2 = a2 + d2 / (e2 + 1e-9) + 1e-12, so with ratio = m_bar / m
     a_bar += ratio a    d_bar += ratio / (e2 + 1e-9) d    e_bar -= ratio d2 / (e2 + 1e-9)^2 e
 """
@@ -19,6 +21,7 @@ import triton.language as tl
 
 from .backward_common import columns, commits_here
 from .evaluate import evaluate, evaluate_scalar
+from .gain import gradient_size
 
 
 @triton.jit(do_not_specialize=["end", "S"])
@@ -71,7 +74,6 @@ def errors_kernel(
             tl.store(errors.sizes + gm * 2 * C + c, es * es)
 
 
-
 @triton.jit
 def _total(sums_p, which: tl.constexpr, c, TILES: tl.constexpr, C: tl.constexpr):
     total = tl.zeros(c.shape, tl.float32)
@@ -80,21 +82,13 @@ def _total(sums_p, which: tl.constexpr, c, TILES: tl.constexpr, C: tl.constexpr)
     return total
 
 
-@triton.jit
-def _gradient_size(sums_p, sizes_p, c, TILES: tl.constexpr, C: tl.constexpr):
-    """m_t."""
-    return tl.sqrt(
-        _total(sums_p, 0, c, TILES, C) + _total(sums_p, 1, c, TILES, C) / (tl.load(sizes_p + c) + 1e-9) + 1e-12
-    )
-
-
 @triton.jit(do_not_specialize=["end", "S"])
 def gain_kernel(
-    eta_p, place, sums_p, sizes_p, gram_p, vectors_p, factors_p, end: tl.int64, S: tl.int64, factor: tl.float32,
-    shape: tl.constexpr, clock: tl.constexpr, TILES: tl.constexpr, CLIP: tl.constexpr,
+    eta_p, place, sums_p, sizes_p, gram_p, vectors_p, factors_p, end: tl.int64, S: tl.int64,
+    factor: tl.float32, shape: tl.constexpr, clock: tl.constexpr, TILES: tl.constexpr, CLIP: tl.constexpr,
 ):
-    """factors [B H, M, 9, C]: the gain; factors of a, d and e in their adjoints; adjoints of eta, eta before_t
-    and end_t; eta m, and the adjoint of q. The last two only with CLIP."""
+    """factors [B H, M, 9, C]: the gain; factors of a, d and e in their adjoints; adjoints of eta, erase and
+    decay_after; eta m_t, and the adjoint of q. The last two only with CLIP."""
     H: tl.constexpr = shape.H
     M: tl.constexpr = shape.MF + shape.MS
     M0: tl.constexpr = clock.M0
@@ -115,19 +109,19 @@ def gain_kernel(
         gain = eta
         eta_bar = gain_bar
         if CLIP:
-            m = _gradient_size(sums_p, sizes_p, c, TILES, C)
+            size = gradient_size(sums_p, sizes_p, c, 6, TILES, C)
             q = tl.zeros([C], tl.float32)
             for s0 in range(0, C, 16):
                 s = s0 + tl.arange(0, 16)
-                w = tl.load(eta_p + eta_at + s * H) * _gradient_size(sums_p, sizes_p, s, TILES, C)
+                eta_size = tl.load(eta_p + eta_at + s * H) * gradient_size(sums_p, sizes_p, s, 6, TILES, C)
                 dots = tl.load(gram_p + s[:, None] * C + c[None, :])
-                q += tl.sum(w[:, None] * dots * dots, 0)
-            clip = factor * m * q
+                q += tl.sum(eta_size[:, None] * dots * dots, 0)
+            clip = factor * size * q
             gain = eta / tl.maximum(1.0, clip)
             eta_bar = gain_bar / tl.maximum(1.0, clip)
             clip_bar = tl.where(clip > 1.0, -eta_bar * gain, 0.0)
-            q_bar = factor * m * clip_bar
-            tl.store(factors_p + 7 * C + c, eta * m)
+            q_bar = factor * size * clip_bar
+            tl.store(factors_p + 7 * C + c, eta * size)
             tl.store(factors_p + 8 * C + c, q_bar)
             tl.debug_barrier()  # the loop reads what other threads have just written
             r = tl.zeros([C], tl.float32)
@@ -135,8 +129,8 @@ def gain_kernel(
                 t = t0 + tl.arange(0, 16)
                 dots = tl.load(gram_p + t[:, None] * C + c[None, :])
                 r += tl.sum(tl.load(factors_p + 8 * C + t)[:, None] * dots * dots, 0)
-            eta_bar += m * r
-            ratio = (factor * clip_bar * q + eta * r) / m
+            eta_bar += size * r
+            ratio = (factor * clip_bar * q + eta * r) / size
             inverse = 1.0 / (tl.load(sizes_p + c) + 1e-9)
             tl.store(factors_p + C + c, ratio)
             tl.store(factors_p + 2 * C + c, ratio * inverse)
@@ -148,7 +142,6 @@ def gain_kernel(
         tl.store(factors_p + 4 * C + c, eta_bar)
         tl.store(factors_p + 5 * C + c, _total(sums_p, 3, c, TILES, C))
         tl.store(factors_p + 6 * C + c, gain * through_e)
-
 
 
 @triton.jit(do_not_specialize=["end"])

@@ -3,7 +3,7 @@ w_skip x); columns x [D, CT].
 
 With y_bar the adjoint of y and a = sigma(z), z = w2 x:
 
-    z_bar = sigma'(z) (w1^T y_bar)      w1_bar += y_bar a^T      w2_bar += z_bar x^T      x_bar += y_bar + w2^T z_bar
+    z_bar = sigma'(z) (w1^T y_bar)    w1_bar += y_bar a^T    w2_bar += z_bar x^T    x_bar += y_bar + w2^T z_bar
 
 Evaluation walks over N in tiles of NT; backwards a program owns one tile (its part of x's adjoint is one of N
 / NT to be summed).
@@ -17,47 +17,48 @@ from .common import load_w1, load_w1s, load_w2
 
 
 @triton.jit
-def evaluate_scalar(x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: tl.constexpr):
-    """M(x) [CT] of scalar memory m for columns x [D, CT]."""
-    D: tl.constexpr = shape.D
-    N: tl.constexpr = shape.N
-    MF: tl.constexpr = shape.MF
-    MS: tl.constexpr = shape.MS
-    R: tl.constexpr = shape.R
-    f = tl.arange(0, D)
-    s = m - MF
-    y = tl.zeros([x.shape[1]], tl.float32)
-    for n0 in range(0, N, NT):
-        n = n0 + tl.arange(0, NT)
-        off = (m * N + n[:, None]) * D + f[None, :]
-        w2 = load_w2(weights, g * R * D + off, h * R * D + off, rule).to(x.dtype)
-        a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT)
-        w1s = load_w1s(weights, (g * MS + s) * N + n, (h * MS + s) * N + n, rule)
-        y += tl.sum(w1s[:, None] * a, 0)
-    if rule.SKIP:
-        off = ((MF + MS) * N + s) * D + f
-        skip = load_w2(weights, g * R * D + off, h * R * D + off, rule).to(x.dtype)
-        y += tl.sum(skip[:, None].to(tl.float32) * x.to(tl.float32), 0)
-    return y
-
-
-@triton.jit
 def evaluate(x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: tl.constexpr):
-    """M(x) [D, CT] of memory m < MF for columns x [D, CT]."""
+    """M(x) [D, columns], fp32, of memory m < MF."""
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
-    MF: tl.constexpr = shape.MF
-    R: tl.constexpr = shape.R
+    w2_at, w2_base = (g * shape.R + m * N) * D, (h * shape.R + m * N) * D
+    w1_at, w1_base = (g * shape.MF + m) * D * N, (h * shape.MF + m) * D * N
     f = tl.arange(0, D)
     out = x.to(tl.float32)
     for n0 in range(0, N, NT):
         n = n0 + tl.arange(0, NT)
-        off2, off1 = (m * N + n[:, None]) * D + f[None, :], m * D * N + f[:, None] * N + n[None, :]
-        w2 = load_w2(weights, g * R * D + off2, h * R * D + off2, rule).to(x.dtype)
-        w1 = load_w1(weights, g * MF * D * N + off1, h * MF * D * N + off1, rule).to(x.dtype)
+        off2, off1 = n[:, None] * D + f[None, :], f[:, None] * N + n[None, :]
+        w2 = load_w2(weights, w2_at + off2, w2_base + off2, rule).to(x.dtype)
+        w1 = load_w1(weights, w1_at + off1, w1_base + off1, rule).to(x.dtype)
         a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT).to(x.dtype)
         out = tl.dot(w1, a, out, input_precision="ieee")
     return out
+
+
+@triton.jit
+def evaluate_scalar(x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: tl.constexpr):
+    """M(x) [columns], fp32, of scalar memory m >= MF."""
+    D: tl.constexpr = shape.D
+    N: tl.constexpr = shape.N
+    MS: tl.constexpr = shape.MS
+    SKIPS: tl.constexpr = (shape.MF + MS) * N  # skip rows follow the hidden rows of all memories
+    s = m - shape.MF
+    w2_at, w2_base = (g * shape.R + m * N) * D, (h * shape.R + m * N) * D
+    w1_at, w1_base = (g * MS + s) * N, (h * MS + s) * N
+    f = tl.arange(0, D)
+    y = tl.zeros([x.shape[1]], tl.float32)
+    for n0 in range(0, N, NT):
+        n = n0 + tl.arange(0, NT)
+        off = n[:, None] * D + f[None, :]
+        w2 = load_w2(weights, w2_at + off, w2_base + off, rule).to(x.dtype)
+        a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT)
+        w1s = load_w1s(weights, w1_at + n, w1_base + n, rule)
+        y += tl.sum(w1s[:, None] * a, 0)
+    if rule.SKIP:
+        skip_at, skip_base = (g * shape.R + SKIPS + s) * D, (h * shape.R + SKIPS + s) * D
+        skip = load_w2(weights, skip_at + f, skip_base + f, rule).to(x.dtype)
+        y += tl.sum(skip[:, None].to(tl.float32) * x.to(tl.float32), 0)
+    return y
 
 
 @triton.jit

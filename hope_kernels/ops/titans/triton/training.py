@@ -7,7 +7,8 @@ that serves no_grad, cut at the spans; a cut changes no bit of it. Kept: the sta
 The backward goes through the spans from the last one, recomputes each from its state, and hands the adjoint
 of the state on to the span before:
 
-    memory   tokens / span x state, beside inputs and outputs (plain autograd: every activation and state of every chunk)
+    memory   tokens / span x state, beside inputs and outputs (plain autograd: every activation and every
+             chunk's state)
     work     the forward twice, and the backward
 
 ``recompute_span`` differentiates the span as the chunked backend computes it.
