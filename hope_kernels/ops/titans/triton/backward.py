@@ -55,7 +55,7 @@ def span_adjoint(
     call: Call, w_init: FastWeights, inputs: TokenInputs, state: TitansState, span: Span, do: Tensor | None,
     adjoint: dict[str, Tensor | None], needed: tuple[bool, ...],
 ) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
-    """As ``triton_training.recompute_span``; ``needed`` changes nothing."""
+    """As ``training.recompute_span``; ``needed`` changes nothing."""
     with torch.cuda.device_of(state.delta2):
         return _Span(call, w_init, inputs, state, span, do, adjoint).run()
 

@@ -2,7 +2,7 @@
 
 ``hope_kernels::titans_scan`` advances a state in place; ``titans_triton`` gives it copies of what it will
 write. Outputs and states are bit-identical for any split of a sequence and any company in the batch.
-Gradients: ``triton_training.py``.
+Gradients: ``training.py``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def titans_triton(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int],
     *, update: bool = True, constant_memory: bool = False, stats=None, reads: Tensor | None = None,
 ) -> tuple[Tensor, TitansState]:
-    """As ``chunked.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises
+    """As ``scan.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises
     ValueError for ``stats``.
 
     reads [B] int64: ``lengths`` on the device, where they are there already.
