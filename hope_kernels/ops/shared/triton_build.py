@@ -38,7 +38,7 @@ class Specialization:
     "fp32"), or a tuple of them for a group of arguments; "constexpr" may be left out. constexprs: argument ->
     value. wants_mma: the tensor cores must do its products. row: the table row, for people. archs: compute
     capabilities it is offered on (90 is sm_90). attrs: as ``ASTSource`` takes them, {path of indices: [[name,
-    value]]}; None: every pointer is a multiple of 16 bytes (``aligned``), and nothing is known about integers.
+    value]]}; None: every pointer is a multiple of 16 bytes (``aligned``), nothing is known about integers.
     maxnreg: registers a thread may have.
     """
 

@@ -46,7 +46,7 @@ def sum_parts(parts: Tensor, like: Tensor) -> Tensor:
 
 
 def specializations() -> Iterator[Specialization]:
-    """The kernel per dtype; 231 is no multiple of anything."""
+    """The kernel per dtype; 231 columns fill no tile."""
     for dtype, M in (("bf16", 8192), ("fp16", 4000), ("fp32", 231)):
         yield Specialization(
             "sum", sum_kernel, {"parts_p": "*fp32", "out_p": f"*{dtype}", "P": "i64"},

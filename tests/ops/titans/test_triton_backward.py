@@ -24,8 +24,10 @@ from hope_kernels.ops.titans.triton import backward as triton_backward  # noqa: 
 from hope_kernels.ops.titans.triton import operator as triton  # noqa: E402
 from hope_kernels.ops.titans.triton import spans as triton_spans  # noqa: E402
 from hope_kernels.ops.titans.triton.backward_clock import clock_adjoint_kernel, clock_kernel  # noqa: E402
+from hope_kernels.ops.titans.triton.groups import Clock, ClockTerms, Place, Slots  # noqa: E402
 from hope_kernels.ops.titans.triton.operator import titans_triton  # noqa: E402
 from hope_kernels.ops.titans.triton.spans import CARRIED  # noqa: E402
+from hope_kernels.ops.titans.triton.tiles import rule_of, shape_of  # noqa: E402
 from hope_kernels.ops.titans.triton.training import titans_triton_training  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -344,7 +346,7 @@ def test_adjoint_of_the_clock(alpha, dgd):
     """Decays, keys and the clip's Gram entries, against fp64 autograd of ``shared_terms``, with its fp32 as
     the peer."""
     C, D = 32, 32
-    config = TitansConfig(D, 1, dgd=dgd)
+    config = TitansConfig(D, 1, dgd=dgd, retention=alpha is not None)
     torch.manual_seed(0)
     k = torch.randn(1, C, D, dtype=torch.float64) + torch.randn(1, 1, D, dtype=torch.float64)
     given = {"k": (k / k.norm(dim=-1, keepdim=True)).float(), "eta": torch.rand(1, C)}
@@ -371,24 +373,26 @@ def test_adjoint_of_the_clock(alpha, dgd):
     new = lambda *shape: torch.zeros(shape, device=DEVICE)
     at = {n: t.to(DEVICE) for n, t in given.items()}
     place = [torch.tensor([n], device=DEVICE) for n in (0, C)]
-    products, gram, keys, vectors = new(C, C), new(C, C), new(C, D), new(3, C)
-    flags = {"H": 1, "D": D, "C": C, "HAS_ALPHA": alpha is not None, "DGD": dgd}
-    clock_kernel[(1,)](
-        at["k"], at["eta"], at.get("alpha", at["eta"]), *place, products, gram, keys, vectors, C, C, **flags
-    )
-    steps, sums = new(1, 9, C), new(2, 6, C)
-    steps[0, 5], steps[0, 6], steps[0, 7], steps[0, 8] = (
+    terms = ClockTerms(new(C, C), new(C, C), new(C, D), new(3, C))
+    slots = Slots(at["k"], at["k"], at["eta"], at.get("alpha", at["eta"]))
+    call = {"slots": slots, "place": Place(*place), "terms": terms, "end": C, "S": C}
+    model = {"shape": shape_of(config), "rule": rule_of(config, True)}
+    clock_kernel[(1,)](**call, **model, C=C)
+    factors, sums = new(1, 9, C), new(2, 6, C)
+    factors[0, 5], factors[0, 6], factors[0, 7], factors[0, 8] = (
         adjoint[n][0].to(DEVICE) for n in ("carry", "end", "w", "q")
     )
     sums[:, 5, 0] = keep.to(DEVICE)
     ours = {"k": new(C, D), "eta": new(C), "alpha": new(C)}
+    model["shape"] = model["shape"]._replace(MF=1, MS=0)  # one memory
     clock_adjoint_kernel[(1,)](
-        at["k"], at["eta"], *place, products, gram, keys, vectors, steps, sums, adjoint["keys"].to(DEVICE),
-        new(C, D), new(C, C), new(C, C),
-        new(2, C), ours["k"], ours["eta"], ours["alpha"], C, C, M=1, M0=0, M1=1, TILES=2, CLIP=True, **flags)
+        **call, factors_p=factors, sums_p=sums, keys_bar_p=adjoint["keys"].to(DEVICE), solved_p=new(C, D),
+        products_bar_p=new(C, C), gram_bar_p=new(C, C), vectors_bar_p=new(2, C),
+        slots_bar=Slots(ours["k"], new(C, D), ours["eta"], ours["alpha"]), **model, clock=Clock(0, 1, C), TILES=2,
+    )
     exact, clock = autograd(torch.float64)
     peer, clock32 = autograd(torch.float32)
-    within_yardstick(keys.cpu(), clock32.Kg[0].detach(), clock.Kg[0].detach(), "Kg")
+    within_yardstick(terms.keys.cpu(), clock32.Kg[0].detach(), clock.Kg[0].detach(), "Kg")
     for name, g in exact.items():
         if g is None:
             assert not ours[name].any()

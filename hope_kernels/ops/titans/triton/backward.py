@@ -4,7 +4,8 @@ The span is read again, chunk by chunk of the faster clock, with the forward's k
 the start of every chunk are kept; k, v, eta and alpha of its tokens are read again from them. Then the chunks
 in reverse: the commits that close one, and its reads.
 
-    per commit   clock, errors, sums, steps, hidden, targets, inputs, outputs, values, clock_adjoint, collect (twice)
+    per commit   clock, errors, sums, gain, hidden, targets, inputs, outputs, values, clock_adjoint,
+                 collect (twice)
     per chunk    unit_adjoint, read_adjoint, collect (twice)
 
 Adjoints of deviations and of the shared base are fp32 buffers laid out like the state, advanced in place;
@@ -34,8 +35,9 @@ from .backward_read import (
     unit_adjoint_kernel,
     values_kernel,
 )
-from .backward_tiles import constants, group_constants
-from .backward_tokens import errors_kernel, steps_kernel, targets_kernel
+from .backward_tiles import clock_constants, constants
+from .backward_tokens import errors_kernel, gain_kernel, targets_kernel
+from .groups import Biases, Clock, ClockTerms, Errors, Place, Slots, Weights
 from .operator import titans_triton
 from .spans import CARRIED, Call, Span
 from .tiles import clocks
@@ -53,7 +55,7 @@ def span_adjoint(
     call: Call, w_init: FastWeights, inputs: TokenInputs, state: TitansState, span: Span, do: Tensor | None,
     adjoint: dict[str, Tensor | None], needed: tuple[bool, ...],
 ) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
-    """As ``triton_training.recompute_span``; ``needed`` changes nothing."""
+    """As ``training.recompute_span``; ``needed`` changes nothing."""
     with torch.cuda.device_of(state.delta2):
         return _Span(call, w_init, inputs, state, span, do, adjoint).run()
 
@@ -66,8 +68,10 @@ class _Span:
         first = inputs.x if inputs.x is not None else inputs.k
         self.B, self.H, self.D = first.shape[0], *first.shape[2:]
         self.G, self.device, self.dtype = self.B * self.H, first.device, first.dtype
-        self.layout = Layout.of(self.config)
-        self.small, self.big = clocks(self.config)[0].C, max(self.config.chunk_memory, self.config.chunk_other)
+        self.layout, self.clocks = Layout.of(self.config), clocks(self.config)
+        self.constants = constants(self.config, self.dtype.itemsize)
+        self.commit_constants = {c: clock_constants(self.config, self.dtype.itemsize, c) for c in self.clocks}
+        self.small, self.big = self.clocks[0].C, max(self.config.chunk_memory, self.config.chunk_other)
         self.writes = call.update and not call.constant_memory
         self.produces = self.writes and self.config.self_modifying
         self.lo = [p % self.big if n else 0 for p, n in zip(span.pos, span.counts)]
@@ -77,7 +81,7 @@ class _Span:
         alike = len({r[1:] for r in rows}) == 1 and len(rows) == self.B
         self.rows = [(slice(None), *rows[0][1:])] if alike else rows
         lo = torch.where(span.reads > 0, span.at % self.big, 0)
-        self.place = (lo, lo + span.reads)
+        self.place = Place(lo, lo + span.reads)
         base = w_init if self.config.retain_to == "init" else FastWeights(None, None, None)
         self.base = [None if t is None else aligned(t.detach().float()) for t in base]
         self._lay_out(do)
@@ -100,20 +104,21 @@ class _Span:
     def _lay_out(self, do: Tensor | None) -> None:
         """Tokens and their adjoints in slots; deviations' and bases' adjoints. Scalars are absent from some
         layers: then None."""
-        i, wide, self.slots, self.back = self.inputs, (self.H, self.D), {}, {}
+        i, wide, self.slots, self.bar = self.inputs, (self.H, self.D), {}, {}
         self.read = torch.zeros(2, self.B, self.S, *wide, device=self.device, dtype=self.dtype)
-        self.errors = torch.zeros(3, self.B, self.S, *wide, dtype=torch.float32, device=self.device)
+        # of o, k and v, which one kernel reads by memory
+        self.okv_bar = torch.zeros(3, self.B, self.S, *wide, dtype=torch.float32, device=self.device)
         self._to_slots(i.q, self.read[0])
         if self.produces:
             self._to_slots(i.x, self.read[1])
         if do is not None:
-            self._to_slots(do, self.errors[0])
-        self.back |= {n: self._zeros(*wide) for n in ("q", *(("x",) if self.produces else ()))}
+            self._to_slots(do, self.okv_bar[0])
+        self.bar |= {n: self._zeros(*wide) for n in ("q", *(("x",) if self.produces else ()))}
         like = {n: getattr(self.state, n) for n in _DELTAS}
-        self.adj = [None if t is None else self._adjoint_of(n, t) for n, t in like.items()]
-        self.grad = [
-            None if t is None or b is None else torch.zeros_like(a) for t, a,
-            b in zip(like.values(), self.adj, self.base)
+        self.deltas_bar = [None if t is None else self._adjoint_of(n, t) for n, t in like.items()]
+        self.base_bar = [
+            None if t is None or base is None else torch.zeros_like(bar)
+            for t, bar, base in zip(like.values(), self.deltas_bar, self.base)
         ]
         if not self.writes:
             return
@@ -123,16 +128,16 @@ class _Span:
                 continue
             given = getattr(i, short)
             found = self._zeros(*pending.shape[2:], dtype=pending.dtype)
-            back = self.errors[("k", "v").index(short) + 1] if short in ("k", "v") else self._zeros(self.H)
+            bar = self.okv_bar[("k", "v").index(short) + 1] if short in ("k", "v") else self._zeros(self.H)
             if given is not None:
                 self._to_slots(given, found)
             for b, lo, hi in self.rows:
                 found[b, :lo] = pending[b, :lo]
                 if (error := self.adjoint[name]) is not None:
-                    back[b, hi - hi % self.big : hi] = error[b, : hi % self.big]
-            self.slots[short], self.back[short] = found, back
+                    bar[b, hi - hi % self.big : hi] = error[b, : hi % self.big]
+            self.slots[short], self.bar[short] = found, bar
         self.slots.setdefault("alpha", self.slots["eta"])
-        self.back.setdefault("alpha", self.back["eta"])
+        self.bar.setdefault("alpha", self.bar["eta"])
         self.sizes = torch.zeros(3, self.B, self.S, self.H, dtype=torch.float32, device=self.device)
 
     def _adjoint_of(self, name: str, like: Tensor) -> Tensor:
@@ -150,9 +155,9 @@ class _Span:
         for step, deltas in reversed(list(zip(steps, starts))):
             end = (step + 1) * self.small
             if self.writes:
-                for M0, M1, C in clocks(self.config):
-                    if end % C == 0 and any(lo < end <= hi for lo, hi in zip(self.lo, self.hi)):
-                        self._commit(deltas, M0, M1, C, end)
+                for clock in self.clocks:
+                    if end % clock.C == 0 and any(lo < end <= hi for lo, hi in zip(self.lo, self.hi)):
+                        self._commit(deltas, clock, end)
             self._read(deltas, step * self.small)
         return self._found()
 
@@ -170,115 +175,130 @@ class _Span:
                     replace(state, pos=Counters(part.pos), count=part.at), part.counts, reads=part.reads)
         return starts
 
-    def _weights(self, deltas: list[Tensor | None]) -> list[Tensor]:
-        """base2, base1, base1s, delta2, delta1, delta1s."""
-        return filled([*self.base, *deltas], deltas[1])
+    def _weights(self, deltas: list[Tensor | None]) -> Weights:
+        return Weights(*filled([*self.base, *deltas], deltas[1]))
 
-    def _adjoints(self) -> list[Tensor]:
-        return filled([*self.adj, *self.grad], self.adj[1])
+    def _weights_bar(self) -> Weights:
+        return Weights(*filled([*self.base_bar, *self.deltas_bar], self.deltas_bar[1]))
 
     def _scratch(self, *shape) -> Tensor:
         return torch.empty(self.G, *shape, dtype=torch.float32, device=self.device)
 
     def _reread(self, deltas: list[Tensor | None], slot: int) -> None:
-        c, i, s = constants(self.config, self.dtype.itemsize)["reread"], self.inputs, self.slots
+        c, i = self.constants["reread"], self.inputs
         biases = [aligned(t.detach()) for t in filled((i.eta_bias, i.alpha_bias), self.read)]
         reread_kernel[(self.G, len(self.config.memories) - 1, triton.cdiv(self.small, c["CT"]))](
-            self.read[1], *self._weights(deltas), s["k"], s["v"], s["eta"], s["alpha"], self.sizes, *biases,
-            *self.place, slot, self.S, self.config.eta_scale, **c)
+            x_p=self.read[1], weights=self._weights(deltas), slots=Slots(**self.slots), sizes_p=self.sizes,
+            biases=Biases(*biases), place=self.place, slot=slot, S=self.S, eta_scale=self.config.eta_scale,
+            **c,
+        )
 
     def _read(self, deltas: list[Tensor | None], slot: int) -> None:
-        made, s, back = constants(self.config, self.dtype.itemsize), self.slots, self.back
-        c, total, M = made["read_adjoint"], made["collect"], len(self.config.memories) if self.produces else 1
-        parts = self._scratch(len(self.config.memories), self.config.hidden // c["NT"], 2, self.D, self.small)
+        made, bar = self.constants, self.bar
+        c, M = made["read_adjoint"], len(self.config.memories) if self.produces else 1
+        tiles = self.config.hidden // c["NT"]
+        parts = self._scratch(len(self.config.memories), tiles, 2, self.D, self.small)
+        at = {"place": self.place, "slot": slot, "S": self.S}
         if self.produces and self.config.qk_l2norm:
             unit_adjoint_kernel[(self.G, self.small // 16)](
-                s["k"], back["k"], self.sizes, *self.place, slot, self.S, **made["unit_adjoint"])
-        gates = [back["eta"], back["alpha"], self.sizes] if self.produces else [parts] * 3
-        read_adjoint_kernel[(self.G, M, self.config.hidden // c["NT"])](
-            self.read, *self._weights(deltas), *self._adjoints(), self.errors, *gates, parts, *self.place,
-            slot, self.S, **c)
+                k_p=self.slots["k"], k_bar_p=bar["k"], sizes_p=self.sizes, **at, **made["unit_adjoint"]
+            )
+        # a layer that makes no k, v, eta, alpha has nothing to hand back to them
+        slots_bar, sizes = (self._slots_bar(), self.sizes) if self.produces else (Slots(*[parts] * 4), parts)
+        read_adjoint_kernel[(self.G, M, tiles)](
+            read_p=self.read, weights=self._weights(deltas), weights_bar=self._weights_bar(),
+            okv_bar_p=self.okv_bar, slots_bar=slots_bar, sizes_p=sizes, parts_p=parts, **at, **c,
+        )
         for name, M0, M1 in (("q", 0, 1), ("x", 1, M)):
             if M1 > M0:
                 collect_kernel[(self.G, self.small // 16)](
-                    parts, back[name], *self.place, slot, self.S, 0, M0=M0, M1=M1, **total
+                    parts_p=parts, out_p=bar[name], **at, half=0, M0=M0, M1=M1, **made["collect"]
                 )
 
-    def _commit(self, deltas: list[Tensor | None], M0: int, M1: int, C: int, end: int) -> None:
-        made = group_constants(self.config, self.dtype.itemsize, M0, M1, C)
-        s, back, D, M = self.slots, self.back, self.D, len(self.config.memories)
-        NT = made["inputs"]["NT"]
-        tiles, per_token = self.config.hidden // NT, (self.G, M1 - M0)
-        products, gram, products_bar, gram_bar = (self._scratch(C, C) for _ in range(4))
-        keys, solved, vectors, vectors_bar = self._scratch(
-            C, D
-        ), self._scratch(C, D), self._scratch(3, C), self._scratch(2, C)
-        e, target, sizes, steps = self._scratch(
-            M, D, C
-        ), self._scratch(M, D, C), self._scratch(M, 2, C), self._scratch(M, 9, C)
-        sums, parts, outputs_bar = self._scratch(M, tiles, 6, C), self._scratch(
-            M, tiles, 2, D, C
-        ), self._scratch(M, 2, D, C)
-        keys_bar, u_bar = self._scratch(M, tiles, C, D), self._scratch(M, self.config.hidden, C)
-        dot = self.config.objective == "dot"
-        scale = 1.0 if dot else self.config.grad_scale
-        at, weights, adjoints = (end, self.S), self._weights(deltas), self._adjoints()
-        place, own = self.place, (*per_token, tiles)
+    def _slots_bar(self) -> Slots:
+        return Slots(*(self.bar[n] for n in Slots._fields))
 
-        clock_kernel[(self.G,)](
-            s["k"], s["eta"], s["alpha"], *place, products, gram, keys, vectors, *at, **made["clock"]
-        )
+    def _commit(self, deltas: list[Tensor | None], clock: Clock, end: int) -> None:
+        """The adjoint of one clock's commit at slot ``end``."""
+        made, C, D, M = self.commit_constants[clock], clock.C, self.D, len(self.config.memories)
+        tiles, memories = self.config.hidden // made["inputs"]["NT"], clock.M1 - clock.M0
+        new = self._scratch
+        terms = ClockTerms(products=new(C, C), gram=new(C, C), keys=new(C, D), vectors=new(3, C))
+        errors = Errors(e=new(M, D, C), target=new(M, D, C), sizes=new(M, 2, C))
+        factors, sums, u_bar = new(M, 9, C), new(M, tiles, 6, C), new(M, self.config.hidden, C)
+        parts, keys_bar, outputs_bar = new(M, tiles, 2, D, C), new(M, tiles, C, D), new(M, 2, D, C)
+        scale = 1.0 if self.config.objective == "dot" else self.config.grad_scale
+        slots, weights, weights_bar = Slots(**self.slots), self._weights(deltas), self._weights_bar()
+        at = {"place": self.place, "end": end, "S": self.S}
+        of_weights = {"weights": weights, "weights_bar": weights_bar}
+        tile_grid = (self.G, memories, tiles)
+
+        clock_kernel[(self.G,)](slots=slots, terms=terms, **at, **made["clock"])
         c = made["errors"]
-        errors_kernel[(*per_token, C // c["CT"])](
-            *weights, s["k"], s["v"], *place, e, target, sizes, *at, scale, **c
+        errors_kernel[(self.G, memories, C // c["CT"])](
+            weights=weights, slots=slots, errors=errors, grad_scale=scale, **at, **c
         )
-        sums_kernel[own](*weights, *adjoints[:3], s["k"], *place, e, keys, u_bar, sums, *at, **made["sums"])
-        steps_kernel[per_token](s["eta"], *place, sums, sizes, gram, vectors, steps, *at, scale, **made["steps"])
-        hidden_kernel[own](
-            *weights, *adjoints[:3], s["k"], s["eta"], *place, e, keys, vectors, steps, u_bar, parts,
-            keys_bar, *at, **made["hidden"])
+        sums_kernel[tile_grid](
+            **of_weights, k_p=slots.k, e_p=errors.e, keys_p=terms.keys, u_bar_p=u_bar, sums_p=sums, **at,
+            **made["sums"],
+        )
+        gain_kernel[(self.G, memories)](
+            eta_p=slots.eta, sums_p=sums, sizes_p=errors.sizes, gram_p=terms.gram, vectors_p=terms.vectors,
+            factors_p=factors, factor=scale, **at, **made["gain"],
+        )
+        hidden_kernel[tile_grid](
+            **of_weights, slots=slots, e_p=errors.e, keys_p=terms.keys, vectors_p=terms.vectors,
+            factors_p=factors, u_bar_p=u_bar, parts_p=parts, keys_bar_p=keys_bar, **at, **made["hidden"],
+        )
         c = made["targets"]
-        targets_kernel[(*per_token, C // c["CT"])](
-            *place, e, target, sizes, steps, parts, outputs_bar, end, scale, **c
+        targets_kernel[(self.G, memories, C // c["CT"])](
+            errors=errors, factors_p=factors, parts_p=parts, outputs_bar_p=outputs_bar, grad_scale=scale,
+            place=self.place, end=end, **c,
         )
-        inputs_kernel[own](
-            *weights, *adjoints, s["k"], *place, e, vectors, steps, u_bar, outputs_bar, parts, *at,
-            **made["inputs"])
-        if full := min(M1, len(self.layout.full)) - M0:
-            base2, base1, _, delta2, delta1, _ = weights
+        inputs_kernel[tile_grid](
+            **of_weights, k_p=slots.k, e_p=errors.e, vectors_p=terms.vectors, factors_p=factors,
+            u_bar_p=u_bar, outputs_bar_p=outputs_bar, parts_p=parts, **at, **made["inputs"],
+        )
+        if full := min(clock.M1, len(self.layout.full)) - clock.M0:
             outputs_kernel[(self.G, full, tiles)](
-                base2, base1, delta2, delta1, adjoints[1], adjoints[4], s["k"], *place, e, vectors, steps,
-                u_bar, outputs_bar, *at,
-                **made["outputs"])
-        values_kernel[own](*weights, *adjoints, s["v"], *place, outputs_bar, parts, *at, **made["values"])
+                **of_weights, k_p=slots.k, e_p=errors.e, vectors_p=terms.vectors, factors_p=factors,
+                u_bar_p=u_bar, outputs_bar_p=outputs_bar, **at, **made["outputs"],
+            )
+        values_kernel[tile_grid](
+            **of_weights, v_p=slots.v, outputs_bar_p=outputs_bar, parts_p=parts, **at, **made["values"]
+        )
         clock_adjoint_kernel[(self.G,)](
-            s["k"], s["eta"], *place, products, gram, keys, vectors, steps, sums, keys_bar, solved,
-            products_bar, gram_bar, vectors_bar,
-            back["k"], back["eta"], back["alpha"], *at, **made["clock_adjoint"])
+            slots=slots, terms=terms, factors_p=factors, sums_p=sums, keys_bar_p=keys_bar, solved_p=new(C, D),
+            products_bar_p=new(C, C), gram_bar_p=new(C, C), vectors_bar_p=new(2, C),
+            slots_bar=self._slots_bar(), **at, **made["clock_adjoint"],
+        )
         for half, name in enumerate(("k", "v")):
-            collect_kernel[(self.G, C // 16)](parts, back[name], *place, end - C, self.S, half, **made["collect"])
+            collect_kernel[(self.G, C // 16)](
+                parts_p=parts, out_p=self.bar[name], place=self.place, slot=end - C, S=self.S, half=half,
+                **made["collect"],
+            )
 
     # -- what leaves -----------------------------------------------------------------------------------------
 
     def _found(self) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
-        i, back = self.inputs, self.back
-        tokens = {"q": back["q"]}
+        i, bar = self.inputs, self.bar
+        tokens = {"q": bar["q"]}
         biases = [None, None]
         if self.produces:
-            tokens["x"] = back["x"]
-            biases = [(back["eta"] * self.sizes[1]).sum((0, 1)), None]
+            tokens["x"] = bar["x"]
+            biases = [(bar["eta"] * self.sizes[1]).sum((0, 1)), None]
             if self.config.retention:
-                biases[1] = (back["alpha"] * self.sizes[2]).sum((0, 1))
+                biases[1] = (bar["alpha"] * self.sizes[2]).sum((0, 1))
         elif self.writes:
-            tokens |= {n: back[n] for n in ("k", "v", "eta", "alpha")}
+            tokens |= {n: bar[n] for n in ("k", "v", "eta", "alpha")}
         given = [
-            None if n not in tokens or t is None else self._to_tokens(tokens[n], t) for n,
-            t in zip(i._fields[:-2], i)
+            None if n not in tokens or t is None else self._to_tokens(tokens[n], t)
+            for n, t in zip(i._fields[:-2], i)
         ]
-        bases = [None if g is None else g.sum(0) for g in self.grad]
+        bases = [None if bar is None else bar.sum(0) for bar in self.base_bar]
         if self.call.constant_memory:
             return [None, None, None, *given, None, None], dict.fromkeys(CARRIED)
-        before = dict.fromkeys(CARRIED) | dict(zip(_DELTAS, self.adj))
+        before = dict.fromkeys(CARRIED) | dict(zip(_DELTAS, self.deltas_bar))
         for name, short in _PENDING.items():
             error, like = self.adjoint[name], getattr(self.state, name)
             if like is None or not self.writes:
@@ -287,6 +307,6 @@ class _Span:
             found = torch.zeros_like(like, dtype=torch.float32) if error is None else error.float().clone()
             for b, lo, _ in self.rows:
                 found[b] = 0.0
-                found[b, :lo] = back[short][b, :lo]
+                found[b, :lo] = bar[short][b, :lo]
             before[name] = found
         return [*bases, *given, *biases], before

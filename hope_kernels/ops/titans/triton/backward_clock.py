@@ -1,28 +1,32 @@
 """What the memories of one clock share in a chunk, and its adjoint. One program a (row, head), tokens in
 blocks of 16, fp32.
 
-    P[t,s] = prod_{s<j<t} alpha_j (s < t)    before_t = prod_{j<t} alpha_j    end_t = prod_{j>t} alpha_j    keep = prod_j alpha_j
-    L[t,s] = eta_t P[t,s] k_t.k_s (s < t)    (I + L)^T Kg = diag(end) K
+    P[t,s] = prod_{s<j<t} alpha_j = gamma[t-1,s] (s < t)      L[t,s] = eta_t P[t,s] k_t.k_s (s < t)
+    decay_before_t = prod_{j<t} alpha_j    decay_after_t = prod_{j>t} alpha_j    decay_chunk = prod_j alpha_j
+    (I + L)^T Kg = diag(decay_after) K
 
-Adjoint, of Kg: Y = (I + L)^-1 adj Kg by forward substitution, adj L[t,s] = -Kg_t.Y_s, and end_t receives
-Y_t.k_t. From adj L:
+Adjoint, of Kg: Y = (I + L)^-1 Kg_bar by forward substitution, L_bar[t,s] = -Kg_t.Y_s, and decay_after_t
+receives Y_t.k_t. From L_bar:
 
-    adj eta_t += sum_s adj L[t,s] P[t,s] k_t.k_s       Pbar[t,s] = adj L[t,s] eta_t k_t.k_s      adj (k_t.k_s) = adj L[t,s] eta_t P[t,s]
+    eta_bar_t += sum_s L_bar[t,s] P[t,s] k_t.k_s            P_bar[t,s] = L_bar[t,s] eta_t k_t.k_s
+    (k_t.k_s)_bar = L_bar[t,s] eta_t P[t,s]
 
 An entry of P is a product of the alphas between its ends, so the adjoint of alpha_t sums, over every product
 that contains it, the product without it: P[l,s] without alpha_t is P[t,s] P[l,t]. All of it is two products
 of triangular matrices, and nothing is divided by alpha:
 
-    adj alpha_t = sum_{s<t} P[t,s] (sum_{l>t} P[l,t] Pbar[l,s] + end_t adj end_s)
-                  + before_t (sum_{l>t} P[l,t] adj before_l + end_t adj keep)
+    alpha_bar_t = sum_{s<t} P[t,s] (sum_{l>t} P[l,t] P_bar[l,s] + decay_after_t decay_after_bar_s)
+                  + decay_before_t (sum_{l>t} P[l,t] decay_before_bar_l + decay_after_t decay_chunk_bar)
+
+The forward's clock.py has the same terms as products of blocks. Here the decays are one running product and
+all of P is kept, since the adjoint reads it three times; the two share the inverse of a block.
 """
 
 import triton
 import triton.language as tl
 
 from .backward_common import commits_here
-
-BK = tl.constexpr(16)
+from .clock import BK, unit_inverse
 
 
 @triton.jit
@@ -33,22 +37,10 @@ def _tile(p, row, col, C: tl.constexpr):
 
 
 @triton.jit
-def _rows(p, b, h, first, block, S, H: tl.constexpr, D: tl.constexpr):
+def _token_rows(p, b, h, first, block, S, H: tl.constexpr, D: tl.constexpr):
     """Tokens of one block as rows [16, D]."""
     at = (b * S + first + (tl.arange(0, BK) + block * BK)) * H + h
     return tl.load(p + at[:, None] * D + tl.arange(0, D)[None, :])
-
-
-@triton.jit
-def _unit_lower_inverse(L):
-    """(I + L)^-1 for a strictly lower 16 x 16 block: exact merges of blocks of 1, 2, 4, 8."""
-    t, s = tl.arange(0, BK)[:, None], tl.arange(0, BK)[None, :]
-    inverse = tl.where(s == t, 1.0, 0.0)
-    for level in tl.static_range(4):
-        same = (s >> (level + 1)) == (t >> (level + 1))
-        off = tl.where(same & ((t >> level) % 2 == 1) & ((s >> level) % 2 == 0), L, 0.0)
-        inverse -= tl.dot(inverse, tl.dot(off, inverse, input_precision="ieee"), input_precision="ieee")
-    return inverse
 
 
 @triton.jit
@@ -59,173 +51,180 @@ def _coupling(products_p, gram_p, eta, row, col, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["end", "S"])
 def clock_kernel(
-    k_p, eta_p, alpha_p, lo_p, hi_p, products_p, gram_p, keys_p, vectors_p, end: tl.int64, S: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HAS_ALPHA: tl.constexpr, DGD: tl.constexpr,
+    slots, place, terms, end: tl.int64, S: tl.int64, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr,
 ):
     """products (P), gram (k_t.k_s) [B H, C, C]; keys (Kg) [B H, C, D]; vectors [B H, 3, C]: before, end, keep
     in its first place."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
     g = tl.program_id(0).to(tl.int64)
     b, h = g // H, g % H
-    if commits_here(lo_p, hi_p, b, end):
+    if commits_here(place, b, end):
         first = end - C
         i = tl.arange(0, BK)
-        d = tl.arange(0, D)
+        f = tl.arange(0, D)
         BLOCKS: tl.constexpr = C // BK
-        products_p += g * C * C
-        gram_p += g * C * C
-        keys_p += g * C * D
-        vectors_p += g * 3 * C
-        alpha_at = alpha_p + (b * S + first) * H + h
+        products_p = terms.products + g * C * C
+        gram_p = terms.gram + g * C * C
+        keys_p = terms.keys + g * C * D
+        vectors_p = terms.vectors + g * 3 * C
+        alpha_at = slots.alpha + (b * S + first) * H + h
         s = tl.arange(0, C)
         running = tl.full([C], 1.0, tl.float32)  # down the rows: P[t, s] where s < t
         ahead = 1.0
         for t in range(C):
             tl.store(products_p + t * C + s, tl.where(s < t, running, 0.0))
             tl.store(vectors_p + t, ahead)
-            if HAS_ALPHA:
+            if rule.HAS_ALPHA:
                 alpha = tl.load(alpha_at + t * H)
                 running = tl.where(s < t, running * alpha, running)
                 ahead *= alpha
         tl.store(vectors_p + C + s, running)
         tl.store(vectors_p + 2 * C, ahead)
         for col in range(BLOCKS):
-            k_s = _rows(k_p, b, h, first, col, S, H, D)
+            k_s = _token_rows(slots.k, b, h, first, col, S, H, D)
             for row in range(BLOCKS):
-                dots = tl.dot(_rows(k_p, b, h, first, row, S, H, D), tl.trans(k_s), input_precision="ieee")
+                k_t = _token_rows(slots.k, b, h, first, row, S, H, D)
+                dots = tl.dot(k_t, tl.trans(k_s), input_precision="ieee")
                 tl.store(_tile(gram_p, row, col, C), dots)
         tl.debug_barrier()  # what follows reads what other threads have written, here and below
         for back in range(BLOCKS):
             block = BLOCKS - 1 - back
-            x = _rows(
-                k_p, b, h, first, block, S, H, D
+            x = _token_rows(
+                slots.k, b, h, first, block, S, H, D
             ).to(tl.float32) * tl.load(vectors_p + C + i + block * BK)[:, None]
-            if DGD:
+            if rule.DGD:
                 for later in range(block + 1, BLOCKS):
-                    eta = tl.load(eta_p + (b * S + first + i + later * BK) * H + h)
+                    eta = tl.load(slots.eta + (b * S + first + i + later * BK) * H + h)
                     L = _coupling(products_p, gram_p, eta, later, block, C)
                     x -= tl.dot(
-                        tl.trans(L), tl.load(keys_p + (i + later * BK)[:, None] * D + d[None, :]),
+                        tl.trans(L), tl.load(keys_p + (i + later * BK)[:, None] * D + f[None, :]),
                         input_precision="ieee"
                     )
-                eta = tl.load(eta_p + (b * S + first + i + block * BK) * H + h)
-                T = _unit_lower_inverse(_coupling(products_p, gram_p, eta, block, block, C))
+                eta = tl.load(slots.eta + (b * S + first + i + block * BK) * H + h)
+                T = unit_inverse(_coupling(products_p, gram_p, eta, block, block, C), UPPER=False)
                 x = tl.dot(tl.trans(T), x, input_precision="ieee")
-            tl.store(keys_p + (i + block * BK)[:, None] * D + d[None, :], x)
+            tl.store(keys_p + (i + block * BK)[:, None] * D + f[None, :], x)
             tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["end", "S"])
 def clock_adjoint_kernel(
-    k_p, eta_p, lo_p, hi_p, products_p, gram_p, keys_p, vectors_p, steps_p, sums_p, keys_bar_p, solved_p,
-    products_bar_p, gram_bar_p, vectors_bar_p, dk_p, deta_p, dalpha_p, end: tl.int64, S: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, M: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr,
-    TILES: tl.constexpr, HAS_ALPHA: tl.constexpr, DGD: tl.constexpr, CLIP: tl.constexpr,
+    slots, place, terms, factors_p, sums_p, keys_bar_p, solved_p, products_bar_p, gram_bar_p, vectors_bar_p,
+    slots_bar, end: tl.int64, S: tl.int64, shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """Adds to dk [B, S, H, D], deta, dalpha [B, S, H]. keys_bar [B H, M, TILES, C, D], steps [B H, M, 9, C]
+    """Adds to slots_bar. keys_bar [B H, M, TILES, C, D], factors [B H, M, 9, C]
     and sums [B H, M, TILES, 6, C] are what the memories found; solved (Y) [B H, C, D], products_bar, gram_bar
     [B H, C, C], vectors_bar [B H, 2, C] are scratch."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
+    M: tl.constexpr = shape.MF + shape.MS
+    M0: tl.constexpr = clock.M0
+    M1: tl.constexpr = clock.M1
+    C: tl.constexpr = clock.C
     g = tl.program_id(0).to(tl.int64)
     b, h = g // H, g % H
-    if commits_here(lo_p, hi_p, b, end):
+    if commits_here(place, b, end):
         first = end - C
         i = tl.arange(0, BK)
-        d = tl.arange(0, D)
+        f = tl.arange(0, D)
         BLOCKS: tl.constexpr = C // BK
-        products_p += g * C * C
-        gram_p += g * C * C
+        products_p = terms.products + g * C * C
+        gram_p = terms.gram + g * C * C
         products_bar_p += g * C * C
         gram_bar_p += g * C * C
-        keys_p += g * C * D
+        keys_p = terms.keys + g * C * D
         solved_p += g * C * D
-        vectors_p += g * 3 * C
+        vectors_p = terms.vectors + g * 3 * C
         vectors_bar_p += g * 2 * C
-        steps_p += g * M * 9 * C
-        keep_bar = 0.0
+        factors_p += g * M * 9 * C
+        decay_chunk_bar = 0.0
         for m in range(M0, M1):
             for tile in range(TILES):
-                keep_bar += tl.load(sums_p + ((g * M + m) * TILES + tile) * 6 * C + 5 * C)
+                decay_chunk_bar += tl.load(sums_p + ((g * M + m) * TILES + tile) * 6 * C + 5 * C)
 
         for block in range(BLOCKS):
             t = i + block * BK
             at = (b * S + first + t) * H + h
-            eta = tl.load(eta_p + at)
+            eta = tl.load(slots.eta + at)
             y = tl.zeros([BK, D], tl.float32)
             eta_bar = tl.zeros([BK], tl.float32)
-            carry_bar = tl.zeros([BK], tl.float32)
-            end_bar = tl.zeros([BK], tl.float32)
+            erase_bar = tl.zeros([BK], tl.float32)
+            decay_after_bar = tl.zeros([BK], tl.float32)
             for m in range(M0, M1):
                 for tile in range(TILES):
-                    y += tl.load(keys_bar_p + (((g * M + m) * TILES + tile) * C + t[:, None]) * D + d[None, :])
-                eta_bar += tl.load(steps_p + (m * 9 + 4) * C + t)
-                carry_bar += tl.load(steps_p + (m * 9 + 5) * C + t)
-                end_bar += tl.load(steps_p + (m * 9 + 6) * C + t)
-            if DGD:
+                    y += tl.load(keys_bar_p + (((g * M + m) * TILES + tile) * C + t[:, None]) * D + f[None, :])
+                eta_bar += tl.load(factors_p + (m * 9 + 4) * C + t)
+                erase_bar += tl.load(factors_p + (m * 9 + 5) * C + t)
+                decay_after_bar += tl.load(factors_p + (m * 9 + 6) * C + t)
+            if rule.DGD:
                 for other in range(block):
                     L = _coupling(products_p, gram_p, eta, block, other, C)
-                    y -= tl.dot(
-                        L, tl.load(solved_p + (i + other * BK)[:, None] * D + d[None, :]), input_precision="ieee"
-                    )
+                    solved = tl.load(solved_p + (i + other * BK)[:, None] * D + f[None, :])
+                    y -= tl.dot(L, solved, input_precision="ieee")
                 y = tl.dot(
-                    _unit_lower_inverse(_coupling(products_p, gram_p, eta, block, block, C)), y,
+                    unit_inverse(_coupling(products_p, gram_p, eta, block, block, C), UPPER=False), y,
                     input_precision="ieee"
                 )
-                eta_bar += carry_bar * tl.load(vectors_p + t)
-            tl.store(solved_p + t[:, None] * D + d[None, :], y)
+                eta_bar += erase_bar * tl.load(vectors_p + t)
+            tl.store(solved_p + t[:, None] * D + f[None, :], y)
             tl.debug_barrier()  # what follows reads what other threads have written, here and below
-            if DGD:
-                keys = tl.load(keys_p + t[:, None] * D + d[None, :])
+            if rule.DGD:
+                keys = tl.load(keys_p + t[:, None] * D + f[None, :])
                 for other in range(block + 1):
-                    solved = tl.load(solved_p + (i + other * BK)[:, None] * D + d[None, :])
+                    solved = tl.load(solved_p + (i + other * BK)[:, None] * D + f[None, :])
                     s = i + other * BK
                     L_bar = tl.where(
                         t[:, None] > s[None, :], -tl.dot(keys, tl.trans(solved), input_precision="ieee"), 0.0
                     )
-                    P, dots = tl.load(_tile(products_p, block, other, C)), tl.load(_tile(gram_p, block, other, C))
+                    P = tl.load(_tile(products_p, block, other, C))
+                    dots = tl.load(_tile(gram_p, block, other, C))
                     eta_bar += tl.sum(L_bar * P * dots, 1)
                     tl.store(_tile(products_bar_p, block, other, C), L_bar * dots * eta[:, None])
                     tl.store(_tile(gram_bar_p, block, other, C), L_bar * P * eta[:, None])
-            tl.store(deta_p + at, tl.load(deta_p + at) + eta_bar)
-            end_bar += tl.sum(y * _rows(k_p, b, h, first, block, S, H, D).to(tl.float32), 1)
-            tl.store(vectors_bar_p + t, carry_bar * eta if DGD else tl.zeros([BK], tl.float32))
-            tl.store(vectors_bar_p + C + t, end_bar)
+            tl.store(slots_bar.eta + at, tl.load(slots_bar.eta + at) + eta_bar)
+            decay_after_bar += tl.sum(y * _token_rows(slots.k, b, h, first, block, S, H, D).to(tl.float32), 1)
+            tl.store(vectors_bar_p + t, erase_bar * eta if rule.DGD else tl.zeros([BK], tl.float32))
+            tl.store(vectors_bar_p + C + t, decay_after_bar)
         tl.debug_barrier()
 
         for block in range(BLOCKS):
             t = i + block * BK
             at = (b * S + first + t) * H + h
-            k_bar = tl.load(vectors_p + C + t)[:, None] * tl.load(solved_p + t[:, None] * D + d[None, :])
-            if DGD or CLIP:
+            k_bar = tl.load(vectors_p + C + t)[:, None] * tl.load(solved_p + t[:, None] * D + f[None, :])
+            if rule.DGD or rule.CLIP:
                 for other in range(BLOCKS):
                     s = i + other * BK
                     total = tl.zeros([BK, BK], tl.float32)
-                    if DGD:
+                    if rule.DGD:
                         if other <= block:
                             total += tl.load(_tile(gram_bar_p, block, other, C))
                         if other >= block:
                             total += tl.trans(tl.load(_tile(gram_bar_p, other, block, C)))
-                    if CLIP:
+                    if rule.CLIP:
                         for m in range(M0, M1):
-                            here, there = steps_p + m * 9 * C + t, steps_p + m * 9 * C + s
+                            here, there = factors_p + m * 9 * C + t, factors_p + m * 9 * C + s
                             both = tl.load(here + 7 * C)[:, None] * tl.load(there + 8 * C)[None, :]
                             both += tl.load(here + 8 * C)[:, None] * tl.load(there + 7 * C)[None, :]
                             total += 2.0 * tl.load(_tile(gram_p, block, other, C)) * both
-                    k_s = _rows(k_p, b, h, first, other, S, H, D).to(tl.float32)
+                    k_s = _token_rows(slots.k, b, h, first, other, S, H, D).to(tl.float32)
                     k_bar += tl.dot(total, k_s, input_precision="ieee")
-            tl.store(dk_p + at[:, None] * D + d[None, :], tl.load(dk_p + at[:, None] * D + d[None, :]) + k_bar)
-            if HAS_ALPHA:
-                tail = tl.load(vectors_p + C + t)
-                behind = tail * keep_bar
+            k_bar_at = slots_bar.k + at[:, None] * D + f[None, :]
+            tl.store(k_bar_at, tl.load(k_bar_at) + k_bar)
+            if rule.HAS_ALPHA:
+                decay_after = tl.load(vectors_p + C + t)
+                later_bar = decay_after * decay_chunk_bar
                 for later in range(block, BLOCKS):
                     P = tl.load(_tile(products_p, later, block, C))
-                    behind += tl.sum(P * tl.load(vectors_bar_p + i + later * BK)[:, None], 0)
-                alpha_bar = tl.load(vectors_p + t) * behind
+                    later_bar += tl.sum(P * tl.load(vectors_bar_p + i + later * BK)[:, None], 0)
+                alpha_bar = tl.load(vectors_p + t) * later_bar
                 for other in range(block + 1):
-                    inside = tail[:, None] * tl.load(vectors_bar_p + C + i + other * BK)[None, :]
-                    if DGD:
+                    inside = decay_after[:, None] * tl.load(vectors_bar_p + C + i + other * BK)[None, :]
+                    if rule.DGD:
                         for later in range(block, BLOCKS):
                             P = tl.load(_tile(products_p, later, block, C))
-                            inside += tl.dot(
-                                tl.trans(P), tl.load(_tile(products_bar_p, later, other, C)), input_precision="ieee"
-                            )
+                            P_bar = tl.load(_tile(products_bar_p, later, other, C))
+                            inside += tl.dot(tl.trans(P), P_bar, input_precision="ieee")
                     alpha_bar += tl.sum(tl.load(_tile(products_p, block, other, C)) * inside, 1)
-                tl.store(dalpha_p + at, tl.load(dalpha_p + at) + alpha_bar)
+                tl.store(slots_bar.alpha + at, tl.load(slots_bar.alpha + at) + alpha_bar)

@@ -10,9 +10,9 @@ import triton.language as tl
 
 
 @triton.jit
-def commits_here(lo_p, hi_p, b, end):
+def commits_here(place, b, end):
     """Whether row b reads slot ``end - 1`` of the span."""
-    return (tl.load(lo_p + b) < end) & (end <= tl.load(hi_p + b))
+    return (tl.load(place.lo + b) < end) & (end <= tl.load(place.hi + b))
 
 
 @triton.jit

@@ -1,11 +1,13 @@
 """Reads of a span, again and backwards.
 
-    reread_kernel    grid (B H, memories but M_memory, SMALL / CT)   k, v, eta, alpha of one chunk of the faster clock, into the span's
-                                                                     slots; sizes: |k| before it is normalised, and the slopes of the gates
-    unit_adjoint     grid (B H, SMALL / CT)                          the normalisation of k backwards
-    read_adjoint     grid (B H, memories, N / NT)                    y = M(x) of one chunk backwards, on its hidden units
-    values_kernel    grid (B H, memories, N / NT)                    M(v) of a commit backwards, likewise
-    collect_kernel   grid (B H, C / 16)                              sums over memories and tiles, in one order, into the tokens
+    kernel         grid
+    reread         B H, memories but M_memory, C / CT   k, v, eta, alpha of one chunk of the faster clock,
+                                                        into the span's slots; sizes: |k| before it is
+                                                        normalised, and the slopes of the gates
+    unit_adjoint   B H, C / CT                          the normalisation of k backwards
+    read_adjoint   B H, memories, N / NT                y = M(x) of one chunk backwards, on its hidden units
+    values         B H, memories, N / NT                M(v) of a commit backwards, likewise
+    collect        B H, C / 16                          sums over memories and tiles, in one order
 
 FLOPs backwards: 10 D N a token and memory; bytes: 2 D N x 4 (1 + 1 + 2 + 2) a memory and chunk, for
 deviation, base, the adjoint and the shared gradient.
@@ -16,255 +18,262 @@ import triton.language as tl
 
 from ...shared.triton_math import log1p_exp, sigmoid
 from .backward_common import columns, commits_here
-from .common import weight
+from .common import load_w1, load_w1s, load_w2
 from .evaluate import add, add_where, evaluate, evaluate_adjoint, evaluate_scalar, evaluate_scalar_adjoint
 
 
 @triton.jit(do_not_specialize=["slot", "S"])
 def reread_kernel(
-    x_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, k_p, v_p, eta_p, alpha_p, sizes_p,
-    eta_bias_p, alpha_bias_p, lo_p, hi_p, slot: tl.int64, S: tl.int64, eta_scale: tl.float32,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
-    CT: tl.constexpr,
-    NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr, UNIT_K: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    x_p, weights, slots, sizes_p, biases, place, slot: tl.int64, S: tl.int64, eta_scale: tl.float32,
+    shape: tl.constexpr, rule: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
     """x, k, v [B, S, H, D]; eta, alpha [B, S, H]; sizes [3, B, S, H]: |k|, d eta / d y, d alpha / d y. Slots
     from ``slot`` on."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
+    MF: tl.constexpr = shape.MF
+    MS: tl.constexpr = shape.MS
     g = tl.program_id(0).to(tl.int64)
     m = 1 + tl.program_id(1)
     b, h = g // H, g % H
-    lo, hi = tl.load(lo_p + b), tl.load(hi_p + b)
+    lo, hi = tl.load(place.lo + b), tl.load(place.hi + b)
     first = slot + tl.program_id(2) * CT
     if (first < hi) & (first + CT > lo):
         t = first + tl.arange(0, CT)
         live = (t >= lo) & (t < hi)
-        d = tl.arange(0, D)
+        f = tl.arange(0, D)
         at = (b * S + t) * H + h
         plane = tl.num_programs(0) * S
         x = columns(x_p, b, h, t, S, H, D)
         if m < MF:
-            out = evaluate(x, delta2_p, base2_p, delta1_p, base1_p, g, h, m, D, N, NT, MF, R, ACT, HAS_BASE)
+            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
             if m == 1:
-                if UNIT_K:
+                if rule.UNIT_K:
                     size = tl.sqrt(tl.sum(out * out, 0))
                     out /= tl.maximum(size, 1e-6)[None, :]
                     tl.store(sizes_p + at, size, mask=live)
-                tl.store(k_p + at[None, :] * D + d[:, None], out.to(k_p.dtype.element_ty), mask=live[None, :])
+                k_at = slots.k + at[None, :] * D + f[:, None]
+                tl.store(k_at, out.to(slots.k.dtype.element_ty), mask=live[None, :])
             else:
-                tl.store(v_p + at[None, :] * D + d[:, None], out.to(v_p.dtype.element_ty), mask=live[None, :])
+                v_at = slots.v + at[None, :] * D + f[:, None]
+                tl.store(v_at, out.to(slots.v.dtype.element_ty), mask=live[None, :])
         elif MS > 0:
-            y = evaluate_scalar(
-                x, delta2_p, base2_p, delta1s_p, base1s_p, g, h, m, D, N, NT, MF, MS, R, ACT, HAS_BASE, SKIP
-            )
+            y = evaluate_scalar(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
             if m == MF:
-                y += tl.load(eta_bias_p + h).to(tl.float32)
+                y += tl.load(biases.eta + h).to(tl.float32)
                 gate = sigmoid(y)
-                if SOFTPLUS:
-                    tl.store(eta_p + at, eta_scale * log1p_exp(y), mask=live)
+                if rule.SOFTPLUS:
+                    tl.store(slots.eta + at, eta_scale * log1p_exp(y), mask=live)
                     tl.store(sizes_p + plane + at, eta_scale * gate, mask=live)
                 else:
-                    tl.store(eta_p + at, eta_scale * gate, mask=live)
+                    tl.store(slots.eta + at, eta_scale * gate, mask=live)
                     tl.store(sizes_p + plane + at, eta_scale * gate * (1.0 - gate), mask=live)
             else:
-                gate = sigmoid(y + tl.load(alpha_bias_p + h).to(tl.float32))
-                tl.store(alpha_p + at, gate, mask=live)
+                gate = sigmoid(y + tl.load(biases.alpha + h).to(tl.float32))
+                tl.store(slots.alpha + at, gate, mask=live)
                 tl.store(sizes_p + 2 * plane + at, gate * (1.0 - gate), mask=live)
 
 
 @triton.jit(do_not_specialize=["slot", "S"])
 def unit_adjoint_kernel(
-    k_p, dk_p, sizes_p, lo_p, hi_p, slot: tl.int64, S: tl.int64, H: tl.constexpr, D: tl.constexpr, CT: tl.constexpr
+    k_p, k_bar_p, sizes_p, place, slot: tl.int64, S: tl.int64, H: tl.constexpr, D: tl.constexpr,
+    CT: tl.constexpr,
 ):
-    """dk of the slots read in this chunk: from the adjoint of k = y / max(|y|, 1e-6) to that of y. Grid (B H,
-    SMALL / CT)."""
+    """k_bar of the slots read in this chunk: from the adjoint of k = y / max(|y|, 1e-6) to that of y."""
     g = tl.program_id(0).to(tl.int64)
     b, h = g // H, g % H
     t = slot + tl.program_id(1) * CT + tl.arange(0, CT)
-    live = (t >= tl.load(lo_p + b)) & (t < tl.load(hi_p + b))
+    live = (t >= tl.load(place.lo + b)) & (t < tl.load(place.hi + b))
     at = (b * S + t) * H + h
     wide = at[None, :] * D + tl.arange(0, D)[:, None]
-    error = tl.load(dk_p + wide, mask=live[None, :], other=0.0)
+    k_bar = tl.load(k_bar_p + wide, mask=live[None, :], other=0.0)
     unit = tl.load(k_p + wide, mask=live[None, :], other=0.0).to(tl.float32)
     size = tl.load(sizes_p + at, mask=live, other=1.0)
-    along = tl.where(size > 1e-6, tl.sum(unit * error, 0), 0.0)
-    tl.store(dk_p + wide, (error - along[None, :] * unit) / tl.maximum(size, 1e-6)[None, :], mask=live[None, :])
+    along = tl.where(size > 1e-6, tl.sum(unit * k_bar, 0), 0.0)
+    y_bar = (k_bar - along[None, :] * unit) / tl.maximum(size, 1e-6)[None, :]
+    tl.store(k_bar_p + wide, y_bar, mask=live[None, :])
 
 
 @triton.jit(do_not_specialize=["slot", "S"])
 def read_adjoint_kernel(
-    read_p, base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p,
-    grad1_p, grad1s_p, errors_p, deta_p, dalpha_p, sizes_p, parts_p, lo_p, hi_p, slot: tl.int64, S: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr,
-    CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr,
+    read_p, weights, weights_bar, okv_bar_p, slots_bar, sizes_p, parts_p, place, slot: tl.int64, S: tl.int64,
+    shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
     """read [2, B, S, H, D]: q, x; errors [3, B, S, H, D] and deta, dalpha [B, S, H]: what came back to o, k,
     v, eta, alpha. Adds to adj (deviations) and grad (shared base), laid out like the state; parts [B H, M, N
     / NT, 2, D, C], first half: the adjoint of x (of q, from M_memory)."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
+    N: tl.constexpr = shape.N
+    MF: tl.constexpr = shape.MF
+    MS: tl.constexpr = shape.MS
+    R: tl.constexpr = shape.R
     g = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1)
     tile = tl.program_id(2)
     b, h = g // H, g % H
-    lo, hi = tl.load(lo_p + b), tl.load(hi_p + b)
+    lo, hi = tl.load(place.lo + b), tl.load(place.hi + b)
     if (slot < hi) & (slot + C > lo):
-        d = tl.arange(0, D)
+        f = tl.arange(0, D)
         n = tile * NT + tl.arange(0, NT)
-        off2 = (m * N + n[:, None]) * D + d[None, :]
+        off2 = (m * N + n[:, None]) * D + f[None, :]
         dtype = read_p.dtype.element_ty
-        w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(dtype)
-        acc2 = tl.zeros([NT, D], tl.float32)
+        w2 = load_w2(weights, g * R * D + off2, h * R * D + off2, rule).to(dtype)
+        w2_bar = tl.zeros([NT, D], tl.float32)
         plane = tl.num_programs(0) * S
         read_p += tl.minimum(m, 1) * plane * D
-        errors_p += tl.minimum(m, 2) * plane * D
+        okv_bar_p += tl.minimum(m, 2) * plane * D
         parts_p += ((g * (MF + MS) + m) * (N // NT) + tile) * 2 * D * C
         if m < MF:
-            off1 = m * D * N + d[:, None] * N + n[None, :]
-            w1 = weight(delta1_p, base1_p, g * MF * D * N + off1, h * MF * D * N + off1, HAS_BASE).to(dtype)
-            acc1 = tl.zeros([D, NT], tl.float32)
+            off1 = m * D * N + f[:, None] * N + n[None, :]
+            w1 = load_w1(weights, g * MF * D * N + off1, h * MF * D * N + off1, rule).to(dtype)
+            w1_bar = tl.zeros([D, NT], tl.float32)
             for c0 in range(0, C, CT):
                 t = slot + c0 + tl.arange(0, CT)
                 live = (t >= lo) & (t < hi)
                 at = (b * S + t) * H + h
-                wide = at[None, :] * D + d[:, None]
+                wide = at[None, :] * D + f[:, None]
                 x = tl.load(read_p + wide)
-                y_bar = tl.load(errors_p + wide, mask=live[None, :], other=0.0)
-                x_bar, acc2, acc1 = evaluate_adjoint(x, y_bar, w2, w1, acc2, acc1, tile, ACT)
-                tl.store(parts_p + d[:, None] * C + (c0 + tl.arange(0, CT))[None, :], x_bar)
-            add(adj1_p, g * MF * D * N + off1, acc1)
-            if HAS_BASE:
-                add(grad1_p, g * MF * D * N + off1, acc1)
+                y_bar = tl.load(okv_bar_p + wide, mask=live[None, :], other=0.0)
+                x_bar, w2_bar, w1_bar = evaluate_adjoint(x, y_bar, w2, w1, w2_bar, w1_bar, tile, rule.ACT)
+                tl.store(parts_p + f[:, None] * C + (c0 + tl.arange(0, CT))[None, :], x_bar)
+            add(weights_bar.delta1, g * MF * D * N + off1, w1_bar)
+            if rule.HAS_BASE:
+                add(weights_bar.base1, g * MF * D * N + off1, w1_bar)
         elif MS > 0:
             s = m - MF
             off1s = (g * MS + s) * N + n
-            w1s = weight(delta1s_p, base1s_p, off1s, (h * MS + s) * N + n, HAS_BASE)
-            acc1s = tl.zeros([NT], tl.float32)
-            skip_off = ((MF + MS) * N + s) * D + d
+            w1s = load_w1s(weights, off1s, (h * MS + s) * N + n, rule)
+            w1s_bar = tl.zeros([NT], tl.float32)
+            skip_off = ((MF + MS) * N + s) * D + f
             skip = tl.zeros([D], tl.float32)
             skip_bar = tl.zeros([D], tl.float32)
-            if SKIP:
-                skip = weight(
-                    delta2_p, base2_p, g * R * D + skip_off, h * R * D + skip_off, HAS_BASE
-                ).to(dtype).to(tl.float32)
+            if rule.SKIP:
+                skip = load_w2(weights, g * R * D + skip_off, h * R * D + skip_off, rule).to(dtype)
+                skip = skip.to(tl.float32)
             for c0 in range(0, C, CT):
                 t = slot + c0 + tl.arange(0, CT)
                 live = (t >= lo) & (t < hi)
                 at = (b * S + t) * H + h
-                x = tl.load(read_p + at[None, :] * D + d[:, None])
+                x = tl.load(read_p + at[None, :] * D + f[:, None])
                 if s == 0:
-                    y_bar = tl.load(deta_p + at, mask=live, other=0.0) * tl.load(sizes_p + plane + at)
+                    y_bar = tl.load(slots_bar.eta + at, mask=live, other=0.0) * tl.load(sizes_p + plane + at)
                 else:
-                    y_bar = tl.load(dalpha_p + at, mask=live, other=0.0) * tl.load(sizes_p + 2 * plane + at)
-                x_bar, acc2, acc1s, skip_bar = evaluate_scalar_adjoint(
-                    x, y_bar, w2, w1s, skip, acc2, acc1s, skip_bar, tile, ACT, SKIP
+                    y_bar = tl.load(slots_bar.alpha + at, mask=live, other=0.0)
+                    y_bar *= tl.load(sizes_p + 2 * plane + at)
+                x_bar, w2_bar, w1s_bar, skip_bar = evaluate_scalar_adjoint(
+                    x, y_bar, w2, w1s, skip, w2_bar, w1s_bar, skip_bar, tile, rule.ACT, rule.SKIP
                 )
-                tl.store(parts_p + d[:, None] * C + (c0 + tl.arange(0, CT))[None, :], x_bar)
-            add(adj1s_p, off1s, acc1s)
-            if HAS_BASE:
-                add(grad1s_p, off1s, acc1s)
-            if SKIP:
-                add_where(adj2_p, g * R * D + skip_off, skip_bar, tile == 0)
-                if HAS_BASE:
-                    add_where(grad2_p, g * R * D + skip_off, skip_bar, tile == 0)
-        add(adj2_p, g * R * D + off2, acc2)
-        if HAS_BASE:
-            add(grad2_p, g * R * D + off2, acc2)
+                tl.store(parts_p + f[:, None] * C + (c0 + tl.arange(0, CT))[None, :], x_bar)
+            add(weights_bar.delta1s, off1s, w1s_bar)
+            if rule.HAS_BASE:
+                add(weights_bar.base1s, off1s, w1s_bar)
+            if rule.SKIP:
+                add_where(weights_bar.delta2, g * R * D + skip_off, skip_bar, tile == 0)
+                if rule.HAS_BASE:
+                    add_where(weights_bar.base2, g * R * D + skip_off, skip_bar, tile == 0)
+        add(weights_bar.delta2, g * R * D + off2, w2_bar)
+        if rule.HAS_BASE:
+            add(weights_bar.base2, g * R * D + off2, w2_bar)
 
 
 @triton.jit(do_not_specialize=["end", "S"])
 def values_kernel(
-    base2_p, base1_p, base1s_p, delta2_p, delta1_p, delta1s_p, adj2_p, adj1_p, adj1s_p, grad2_p, grad1_p,
-    grad1s_p, v_p, lo_p, hi_p, outputs_bar_p, parts_p, end: tl.int64, S: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
-    M0: tl.constexpr,
-    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr,
-    SKIP: tl.constexpr, OWN: tl.constexpr,
+    weights, weights_bar, v_p, place, outputs_bar_p, parts_p, end: tl.int64, S: tl.int64,
+    shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
     """outputs_bar [B H, M, 2, D, C], second half: adjoint of M(v). Adds to adj and grad; parts [B H, M, N /
     NT, 2, D, C], second half: of v. Without own values it is v that receives outputs_bar, from all but the
     scalar memories."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
+    N: tl.constexpr = shape.N
+    MF: tl.constexpr = shape.MF
+    MS: tl.constexpr = shape.MS
+    R: tl.constexpr = shape.R
+    M0: tl.constexpr = clock.M0
+    C: tl.constexpr = clock.C
     g = tl.program_id(0).to(tl.int64)
     m = M0 + tl.program_id(1)
     tile = tl.program_id(2)
     b, h = g // H, g % H
-    if commits_here(lo_p, hi_p, b, end):
-        d = tl.arange(0, D)
+    if commits_here(place, b, end):
+        f = tl.arange(0, D)
         n = tile * NT + tl.arange(0, NT)
-        off2 = (m * N + n[:, None]) * D + d[None, :]
-        own = g * (MF + MS) + m
-        outputs_bar_p += (own * 2 + 1) * D * C
-        parts_p += ((own * (N // NT) + tile) * 2 + 1) * D * C
-        w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(v_p.dtype.element_ty)
-        acc2 = tl.zeros([NT, D], tl.float32)
+        off2 = (m * N + n[:, None]) * D + f[None, :]
+        gm = g * (MF + MS) + m
+        outputs_bar_p += (gm * 2 + 1) * D * C
+        parts_p += ((gm * (N // NT) + tile) * 2 + 1) * D * C
+        w2 = load_w2(weights, g * R * D + off2, h * R * D + off2, rule).to(v_p.dtype.element_ty)
+        w2_bar = tl.zeros([NT, D], tl.float32)
         if m < MF:
-            off1 = m * D * N + d[:, None] * N + n[None, :]
-            w1 = weight(delta1_p, base1_p, g * MF * D * N + off1, h * MF * D * N + off1, HAS_BASE).to(w2.dtype)
-            acc1 = tl.zeros([D, NT], tl.float32)
+            off1 = m * D * N + f[:, None] * N + n[None, :]
+            w1 = load_w1(weights, g * MF * D * N + off1, h * MF * D * N + off1, rule).to(w2.dtype)
+            w1_bar = tl.zeros([D, NT], tl.float32)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)
-                v_bar = tl.load(outputs_bar_p + d[:, None] * C + c[None, :])
-                if OWN:
+                v_bar = tl.load(outputs_bar_p + f[:, None] * C + c[None, :])
+                if rule.OWN_VALUES:
                     v = columns(v_p, b, h, end - C + c, S, H, D)
-                    v_bar, acc2, acc1 = evaluate_adjoint(v, v_bar, w2, w1, acc2, acc1, tile, ACT)
+                    v_bar, w2_bar, w1_bar = evaluate_adjoint(v, v_bar, w2, w1, w2_bar, w1_bar, tile, rule.ACT)
                 else:
                     v_bar = tl.where(tile == 0, v_bar, 0.0)
-                tl.store(parts_p + d[:, None] * C + c[None, :], v_bar)
-            if OWN:
-                add(adj1_p, g * MF * D * N + off1, acc1)
-                if HAS_BASE:
-                    add(grad1_p, g * MF * D * N + off1, acc1)
+                tl.store(parts_p + f[:, None] * C + c[None, :], v_bar)
+            if rule.OWN_VALUES:
+                add(weights_bar.delta1, g * MF * D * N + off1, w1_bar)
+                if rule.HAS_BASE:
+                    add(weights_bar.base1, g * MF * D * N + off1, w1_bar)
         elif MS > 0:
             s = m - MF
             off1s = (g * MS + s) * N + n
-            w1s = weight(delta1s_p, base1s_p, off1s, (h * MS + s) * N + n, HAS_BASE)
-            acc1s = tl.zeros([NT], tl.float32)
-            skip_off = ((MF + MS) * N + s) * D + d
+            w1s = load_w1s(weights, off1s, (h * MS + s) * N + n, rule)
+            w1s_bar = tl.zeros([NT], tl.float32)
+            skip_off = ((MF + MS) * N + s) * D + f
             skip = tl.zeros([D], tl.float32)
             skip_bar = tl.zeros([D], tl.float32)
-            if SKIP:
-                skip = weight(
-                    delta2_p, base2_p, g * R * D + skip_off, h * R * D + skip_off, HAS_BASE
-                ).to(w2.dtype).to(tl.float32)
+            if rule.SKIP:
+                skip = load_w2(weights, g * R * D + skip_off, h * R * D + skip_off, rule).to(w2.dtype)
+                skip = skip.to(tl.float32)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)
                 v = columns(v_p, b, h, end - C + c, S, H, D)
                 y_bar = tl.load(outputs_bar_p + c)
-                x_bar, acc2, acc1s, skip_bar = evaluate_scalar_adjoint(
-                    v, y_bar, w2, w1s, skip, acc2, acc1s, skip_bar, tile, ACT, SKIP
+                x_bar, w2_bar, w1s_bar, skip_bar = evaluate_scalar_adjoint(
+                    v, y_bar, w2, w1s, skip, w2_bar, w1s_bar, skip_bar, tile, rule.ACT, rule.SKIP
                 )
-                tl.store(parts_p + d[:, None] * C + c[None, :], x_bar)
-            add(adj1s_p, off1s, acc1s)
-            if HAS_BASE:
-                add(grad1s_p, off1s, acc1s)
-            if SKIP:
-                add_where(adj2_p, g * R * D + skip_off, skip_bar, tile == 0)
-                if HAS_BASE:
-                    add_where(grad2_p, g * R * D + skip_off, skip_bar, tile == 0)
-        if OWN or m >= MF:
-            add(adj2_p, g * R * D + off2, acc2)
-            if HAS_BASE:
-                add(grad2_p, g * R * D + off2, acc2)
+                tl.store(parts_p + f[:, None] * C + c[None, :], x_bar)
+            add(weights_bar.delta1s, off1s, w1s_bar)
+            if rule.HAS_BASE:
+                add(weights_bar.base1s, off1s, w1s_bar)
+            if rule.SKIP:
+                add_where(weights_bar.delta2, g * R * D + skip_off, skip_bar, tile == 0)
+                if rule.HAS_BASE:
+                    add_where(weights_bar.base2, g * R * D + skip_off, skip_bar, tile == 0)
+        if rule.OWN_VALUES or m >= MF:
+            add(weights_bar.delta2, g * R * D + off2, w2_bar)
+            if rule.HAS_BASE:
+                add(weights_bar.base2, g * R * D + off2, w2_bar)
 
 
 @triton.jit(do_not_specialize=["slot", "S", "half"])
 def collect_kernel(
-    parts_p, out_p, lo_p, hi_p, slot: tl.int64, S: tl.int64, half: tl.int64,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, M: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr,
-    TILES: tl.constexpr, FULL: tl.constexpr,
+    parts_p, out_p, place, slot: tl.int64, S: tl.int64, half: tl.int64, H: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr, TILES: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Adds the sum of parts [B H, M, TILES, 2, D, C], one ``half`` of it, over memories M0 .. M1 to out [B,
     S, H, D], for rows that read in these C slots, or with FULL for rows that commit them."""
     g = tl.program_id(0).to(tl.int64)
     b, h = g // H, g % H
-    lo, hi = tl.load(lo_p + b), tl.load(hi_p + b)
+    lo, hi = tl.load(place.lo + b), tl.load(place.hi + b)
     if (slot + C <= hi if FULL else slot < hi) & (slot + C > lo):
         c = tl.program_id(1) * 16 + tl.arange(0, 16)
-        d = tl.arange(0, D)
+        f = tl.arange(0, D)
         total = tl.zeros([D, 16], tl.float32)
         for m in range(M0, M1):
             for tile in range(TILES):
                 total += tl.load(
-                    parts_p + ((((g * M + m) * TILES + tile) * 2 + half) * D + d[:, None]) * C + c[None, :]
+                    parts_p + ((((g * M + m) * TILES + tile) * 2 + half) * D + f[:, None]) * C + c[None, :]
                 )
-        to = out_p + ((b * S + slot + c) * H + h)[None, :] * D + d[:, None]
+        to = out_p + ((b * S + slot + c) * H + h)[None, :] * D + f[:, None]
         tl.store(to, tl.load(to) + total)

@@ -1,6 +1,6 @@
 """What all memories of one clock share in a chunk: decays, and the transformed keys Kg of the rank-C update.
 
-    Kg_s = gamma[C,s] k_s - sum_{t>s} gamma[t-1,s] (k_t.k_s) eta_t Kg_t          gamma[t,s] = prod_{s<j<=t} alpha_j
+    Kg_s = gamma[C,s] k_s - sum_{t>s} gamma[t-1,s] (k_t.k_s) eta_t Kg_t      gamma[t,s] = prod_{s<j<=t} alpha_j
 
 Back substitution by blocks of 16 tokens, from the last: products with the later blocks, then the 16 x 16 unit
 triangular inverse by exact merges of blocks of 1, 2, 4, 8. fp32 throughout (the Gram entries are products of
@@ -110,17 +110,23 @@ def clock_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.cons
 
 @triton.jit
 def _inverse(products, alpha_p, H: tl.constexpr, HAS_ALPHA: tl.constexpr):
-    """(I + U)^-1 for U[s, t] = products[s, t] gamma[t-1, s], s < t, of one block: exact merges of blocks of 1, 2,
-    4, 8."""
+    """(I + U)^-1 for U[s, t] = products[s, t] gamma[t-1, s], s < t, of one block."""
     s, t = tl.arange(0, BK)[:, None], tl.arange(0, BK)[None, :]
     if HAS_ALPHA:
         # along t the factor alpha_{t-1} wherever t - 1 > s
         alpha = tl.load(alpha_p + (t - 1) * H, mask=t > 0, other=1.0)
         products *= tl.cumprod(tl.where(t - 1 > s, alpha, 1.0), 1)
-    upper = tl.where(t > s, products, 0.0)
-    inverse = tl.where(s == t, 1.0, 0.0)
+    return unit_inverse(tl.where(t > s, products, 0.0), UPPER=True)
+
+
+@triton.jit
+def unit_inverse(strict, UPPER: tl.constexpr):
+    """(I + strict)^-1 for a strictly triangular 16 x 16 block: exact merges of blocks of 1, 2, 4, 8."""
+    row, col = tl.arange(0, BK)[:, None], tl.arange(0, BK)[None, :]
+    ROW: tl.constexpr = 0 if UPPER else 1  # which of two neighbouring blocks lies on the rows
+    inverse = tl.where(row == col, 1.0, 0.0)
     for level in tl.static_range(4):
-        same = (s >> (level + 1)) == (t >> (level + 1))
-        off = tl.where(same & ((s >> level) % 2 == 0) & ((t >> level) % 2 == 1), upper, 0.0)
+        same = (row >> (level + 1)) == (col >> (level + 1))
+        off = tl.where(same & ((row >> level) % 2 == ROW) & ((col >> level) % 2 == 1 - ROW), strict, 0.0)
         inverse -= tl.dot(inverse, tl.dot(off, inverse, input_precision="ieee"), input_precision="ieee")
     return inverse

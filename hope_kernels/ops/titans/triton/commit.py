@@ -2,9 +2,9 @@
 before it (same row and head).
 
     errors   memories, C / CT   e at the outputs, |e|^2
-    hidden   memories, N / NT   a = sigma(w2 k), d = sigma'(w2 k) (w1^T e), and this tile's part of |a|^2 and |d|^2
-    update   memories, N / NT   delta2 -= u^T Kg and delta1 -= (gain e)^T a on its rows, with the gain of gain.py;
-                                with momentum s2 += (gain d)^T k and s1 += (gain e)^T a as well, and
+    hidden   memories, N / NT   a = sigma(w2 k), d = sigma'(w2 k) (w1^T e), this tile's part of |a|^2 and |d|^2
+    update   memories, N / NT   delta2 -= u^T Kg and delta1 -= (gain e)^T a on its rows, with the gain of
+                                gain.py; with momentum s2 += (gain d)^T k and s1 += (gain e)^T a as well, and
                                 delta -= c_C s (momentum.py)
 
 e needs all of N, and so does the gain. a and d travel through scratch (L2). Partial norms are stored per tile
@@ -16,9 +16,9 @@ and added in one order by everybody who needs them: no atomics.
 import triton
 import triton.language as tl
 
-from ...shared.triton_math import sigma, sigma_and_slope, unit_columns
-from .common import weight
-from .read import scalar_memory
+from ...shared.triton_math import sigma_and_slope, unit_columns
+from .common import load_w1, load_w1s, load_w2
+from .evaluate import evaluate, evaluate_scalar
 
 
 @triton.jit
@@ -36,18 +36,14 @@ def errors_task(
     """e [B H, MF, D, C], es [B H, MS, C], e2 [B H, M, C]."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
-    N: tl.constexpr = shape.N
     MF: tl.constexpr = shape.MF
     MS: tl.constexpr = shape.MS
-    R: tl.constexpr = shape.R
     h = g % H
     c = c0 + tl.arange(0, CT)
     f = tl.arange(0, D)
-    w2_at, w2_base = (g * R + m * N) * D, (h * R + m * N) * D
     if m < MF:
         k = _columns(pending.k, start, h, c0, H, D, CT)
         v = _columns(pending.v, start, h, c0, H, D, CT)
-        w1_at, w1_base = (g * MF + m) * D * N, (h * MF + m) * D * N
         # M is needed at v only for own values, at k only for the l2 objective; if at both, as columns k0 v0
         # k1 v1 ... of one product
         if rule.OWN_VALUES and not rule.DOT:
@@ -56,17 +52,7 @@ def errors_task(
             x = v if rule.OWN_VALUES else k
         out = x.to(tl.float32)
         if rule.OWN_VALUES or not rule.DOT:
-            for n0 in range(0, N, NT):
-                n = n0 + tl.arange(0, NT)
-                off2, off1 = n[:, None] * D + f[None, :], f[:, None] * N + n[None, :]
-                w2 = weight(
-                    weights.delta2, weights.base2, w2_at + off2, w2_base + off2, rule.HAS_BASE
-                ).to(k.dtype)
-                w1 = weight(
-                    weights.delta1, weights.base1, w1_at + off1, w1_base + off1, rule.HAS_BASE
-                ).to(k.dtype)
-                a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT).to(k.dtype)
-                out = tl.dot(w1, a, out, input_precision="ieee")
+            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
         if rule.OWN_VALUES and not rule.DOT:
             at_k, target = tl.split(tl.reshape(out, [D, CT, 2]))
         elif rule.OWN_VALUES:
@@ -83,22 +69,14 @@ def errors_task(
         tl.store(scratch.e2 + (g * (MF + MS) + m) * C + c, tl.sum(e * e, 0))
     elif MS > 0:
         s = m - MF
-        w1_at, w1_base = (g * MS + s) * N, (h * MS + s) * N
-        skip_at, skip_base = (g * R + (MF + MS) * N + s) * D, (h * R + (MF + MS) * N + s) * D
         k = _columns(pending.k, start, h, c0, H, D, CT)
         v = _columns(pending.v, start, h, c0, H, D, CT)
-        target_s = scalar_memory(
-            v, weights, w2_at=w2_at, w2_base=w2_base, w1_at=w1_at, w1_base=w1_base, skip_at=skip_at,
-            skip_base=skip_base, shape=shape, rule=rule, NT=NT,
-        )
+        target_s = evaluate_scalar(v, weights, g, h, m, shape=shape, rule=rule, NT=NT)
         if rule.TARGET_NORM:
             target_s = tl.minimum(tl.maximum(target_s, -1.0), 1.0)
         es = -target_s
         if not rule.DOT:
-            es += scalar_memory(
-                k, weights, w2_at=w2_at, w2_base=w2_base, w1_at=w1_at, w1_base=w1_base, skip_at=skip_at,
-                skip_base=skip_base, shape=shape, rule=rule, NT=NT,
-            )
+            es += evaluate_scalar(k, weights, g, h, m, shape=shape, rule=rule, NT=NT)
             es *= grad_scale
         tl.store(scratch.es + (g * MS + s) * C + c, es)
         tl.store(scratch.e2 + (g * (MF + MS) + m) * C + c, es * es)
@@ -120,9 +98,8 @@ def hidden_task(
     f = tl.arange(0, D)
     n = tile * NT + tl.arange(0, NT)
     off2 = n[:, None] * D + f[None, :]
-    w2 = weight(
-        weights.delta2, weights.base2, (g * R + m * N) * D + off2, (h * R + m * N) * D + off2, rule.HAS_BASE
-    ).to(pending.k.dtype.element_ty)
+    dtype = pending.k.dtype.element_ty
+    w2 = load_w2(weights, (g * R + m * N) * D + off2, (h * R + m * N) * D + off2, rule).to(dtype)
     gm = g * (MF + MS) + m
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
@@ -130,17 +107,13 @@ def hidden_task(
         a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), rule.ACT)
         if m < MF:
             off1 = f[None, :] * N + n[:, None]
-            w1 = weight(
-                weights.delta1, weights.base1, (g * MF + m) * D * N + off1, (h * MF + m) * D * N + off1,
-                rule.HAS_BASE,
-            ).to(k.dtype)
+            at1, base1 = (g * MF + m) * D * N + off1, (h * MF + m) * D * N + off1
+            w1 = load_w1(weights, at1, base1, rule).to(k.dtype)
             e = tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :]).to(k.dtype)
             d = slope * tl.dot(w1, e, input_precision="ieee")
         else:
             s = m - MF
-            w1s = weight(
-                weights.delta1s, weights.base1s, (g * MS + s) * N + n, (h * MS + s) * N + n, rule.HAS_BASE
-            )
+            w1s = load_w1s(weights, (g * MS + s) * N + n, (h * MS + s) * N + n, rule)
             d = slope * (w1s[:, None] * tl.load(scratch.es + (g * MS + s) * C + c)[None, :])
         to = (gm * N + n[:, None]) * C + c[None, :]
         tl.store(scratch.a + to, a.to(scratch.a.dtype.element_ty))

@@ -19,3 +19,19 @@ def weight(delta_p, base_p, at, base_at, HAS_BASE: tl.constexpr):
     if HAS_BASE:
         w += tl.load(base_p + base_at).to(tl.float32)
     return w
+
+
+@triton.jit
+def load_w2(weights, at, base_at, rule: tl.constexpr):
+    """Elements of w2 in force."""
+    return weight(weights.delta2, weights.base2, at, base_at, rule.HAS_BASE)
+
+
+@triton.jit
+def load_w1(weights, at, base_at, rule: tl.constexpr):
+    return weight(weights.delta1, weights.base1, at, base_at, rule.HAS_BASE)
+
+
+@triton.jit
+def load_w1s(weights, at, base_at, rule: tl.constexpr):
+    return weight(weights.delta1s, weights.base1s, at, base_at, rule.HAS_BASE)

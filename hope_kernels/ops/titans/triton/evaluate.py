@@ -3,7 +3,7 @@ w_skip x); columns x [D, CT].
 
 With y_bar the adjoint of y and a = sigma(z), z = w2 x:
 
-    z_bar = sigma'(z) (w1^T y_bar)      w1 += y_bar a^T      w2 += z_bar x^T      x += y_bar + w2^T z_bar
+    z_bar = sigma'(z) (w1^T y_bar)    w1_bar += y_bar a^T    w2_bar += z_bar x^T    x_bar += y_bar + w2^T z_bar
 
 Evaluation walks over N in tiles of NT; backwards a program owns one tile (its part of x's adjoint is one of N
 / NT to be summed).
@@ -13,78 +13,81 @@ import triton
 import triton.language as tl
 
 from ...shared.triton_math import sigma, sigma_and_slope
-from .common import weight
+from .common import load_w1, load_w1s, load_w2
 
 
 @triton.jit
-def evaluate_scalar(
-    x, delta2_p, base2_p, delta1s_p, base1s_p, g, h, m,
-    D: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, MF: tl.constexpr, MS: tl.constexpr, R: tl.constexpr,
-    ACT: tl.constexpr, HAS_BASE: tl.constexpr, SKIP: tl.constexpr,
-):
-    """M(x) [CT] of scalar memory m for columns x [D, CT]."""
-    d = tl.arange(0, D)
-    s = m - MF
+def evaluate(x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: tl.constexpr):
+    """M(x) [D, columns], fp32, of memory m < MF."""
+    D: tl.constexpr = shape.D
+    N: tl.constexpr = shape.N
+    w2_at, w2_base = (g * shape.R + m * N) * D, (h * shape.R + m * N) * D
+    w1_at, w1_base = (g * shape.MF + m) * D * N, (h * shape.MF + m) * D * N
+    f = tl.arange(0, D)
+    out = x.to(tl.float32)
+    for n0 in range(0, N, NT):
+        n = n0 + tl.arange(0, NT)
+        off2, off1 = n[:, None] * D + f[None, :], f[:, None] * N + n[None, :]
+        w2 = load_w2(weights, w2_at + off2, w2_base + off2, rule).to(x.dtype)
+        w1 = load_w1(weights, w1_at + off1, w1_base + off1, rule).to(x.dtype)
+        a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT).to(x.dtype)
+        out = tl.dot(w1, a, out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def evaluate_scalar(x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: tl.constexpr):
+    """M(x) [columns], fp32, of scalar memory m >= MF."""
+    D: tl.constexpr = shape.D
+    N: tl.constexpr = shape.N
+    MS: tl.constexpr = shape.MS
+    SKIPS: tl.constexpr = (shape.MF + MS) * N  # skip rows follow the hidden rows of all memories
+    s = m - shape.MF
+    w2_at, w2_base = (g * shape.R + m * N) * D, (h * shape.R + m * N) * D
+    w1_at, w1_base = (g * MS + s) * N, (h * MS + s) * N
+    f = tl.arange(0, D)
     y = tl.zeros([x.shape[1]], tl.float32)
     for n0 in range(0, N, NT):
         n = n0 + tl.arange(0, NT)
-        off = (m * N + n[:, None]) * D + d[None, :]
-        w2 = weight(delta2_p, base2_p, g * R * D + off, h * R * D + off, HAS_BASE).to(x.dtype)
-        a = sigma(tl.dot(w2, x, input_precision="ieee"), ACT)
-        y += tl.sum(
-            weight(delta1s_p, base1s_p, (g * MS + s) * N + n, (h * MS + s) * N + n, HAS_BASE)[:, None] * a, 0
-        )
-    if SKIP:
-        off = ((MF + MS) * N + s) * D + d
-        skip = weight(delta2_p, base2_p, g * R * D + off, h * R * D + off, HAS_BASE).to(x.dtype)
+        off = n[:, None] * D + f[None, :]
+        w2 = load_w2(weights, w2_at + off, w2_base + off, rule).to(x.dtype)
+        a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT)
+        w1s = load_w1s(weights, w1_at + n, w1_base + n, rule)
+        y += tl.sum(w1s[:, None] * a, 0)
+    if rule.SKIP:
+        skip_at, skip_base = (g * shape.R + SKIPS + s) * D, (h * shape.R + SKIPS + s) * D
+        skip = load_w2(weights, skip_at + f, skip_base + f, rule).to(x.dtype)
         y += tl.sum(skip[:, None].to(tl.float32) * x.to(tl.float32), 0)
     return y
 
 
 @triton.jit
-def evaluate(
-    x, delta2_p, base2_p, delta1_p, base1_p, g, h, m,
-    D: tl.constexpr, N: tl.constexpr, NT: tl.constexpr, MF: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
-    HAS_BASE: tl.constexpr,
-):
-    """M(x) [D, CT] of memory m < MF for columns x [D, CT]."""
-    d = tl.arange(0, D)
-    out = x.to(tl.float32)
-    for n0 in range(0, N, NT):
-        n = n0 + tl.arange(0, NT)
-        off2, off1 = (m * N + n[:, None]) * D + d[None, :], m * D * N + d[:, None] * N + n[None, :]
-        w2 = weight(delta2_p, base2_p, g * R * D + off2, h * R * D + off2, HAS_BASE).to(x.dtype)
-        w1 = weight(delta1_p, base1_p, g * MF * D * N + off1, h * MF * D * N + off1, HAS_BASE).to(x.dtype)
-        out = tl.dot(w1, sigma(tl.dot(w2, x, input_precision="ieee"), ACT).to(x.dtype), out, input_precision="ieee")
-    return out
-
-
-@triton.jit
-def evaluate_adjoint(x, y_bar, w2, w1, acc2, acc1, tile, ACT: tl.constexpr):
-    """(x_bar [D, CT], acc2 [NT, D], acc1 [D, NT]); y_bar [D, CT] fp32, w2 [NT, D] and w1 [D, NT] in the dtype
-    of x."""
+def evaluate_adjoint(x, y_bar, w2, w1, w2_bar, w1_bar, tile, ACT: tl.constexpr):
+    """(x_bar [D, CT], w2_bar [NT, D], w1_bar [D, NT]); y_bar [D, CT] fp32, w2 [NT, D] and w1 [D, NT] in the
+    dtype of x."""
     a, slope = sigma_and_slope(tl.dot(w2, x, input_precision="ieee"), ACT)
-    error = y_bar.to(x.dtype)
-    z_bar = (slope * tl.dot(tl.trans(w1), error, input_precision="ieee")).to(x.dtype)
-    acc1 = tl.dot(error, tl.trans(a.to(x.dtype)), acc1, input_precision="ieee")
-    acc2 = tl.dot(z_bar, tl.trans(x), acc2, input_precision="ieee")
-    return tl.dot(tl.trans(w2), z_bar, input_precision="ieee") + tl.where(tile == 0, y_bar, 0.0), acc2, acc1
+    rounded = y_bar.to(x.dtype)
+    z_bar = (slope * tl.dot(tl.trans(w1), rounded, input_precision="ieee")).to(x.dtype)
+    w1_bar = tl.dot(rounded, tl.trans(a.to(x.dtype)), w1_bar, input_precision="ieee")
+    w2_bar = tl.dot(z_bar, tl.trans(x), w2_bar, input_precision="ieee")
+    x_bar = tl.dot(tl.trans(w2), z_bar, input_precision="ieee") + tl.where(tile == 0, y_bar, 0.0)
+    return x_bar, w2_bar, w1_bar
 
 
 @triton.jit
 def evaluate_scalar_adjoint(
-    x, y_bar, w2, w1s, skip, acc2, acc1s, skip_acc, tile, ACT: tl.constexpr, SKIP: tl.constexpr
+    x, y_bar, w2, w1s, skip, w2_bar, w1s_bar, skip_bar, tile, ACT: tl.constexpr, SKIP: tl.constexpr
 ):
-    """(x_bar [D, CT], acc2 [NT, D], acc1s [NT], skip_acc [D]); y_bar [CT], w1s [NT], skip [D] fp32."""
+    """(x_bar [D, CT], w2_bar [NT, D], w1s_bar [NT], skip_bar [D]); y_bar [CT], w1s [NT], skip [D] fp32."""
     a, slope = sigma_and_slope(tl.dot(w2, x, input_precision="ieee"), ACT)
     z_bar = (slope * w1s[:, None] * y_bar[None, :]).to(x.dtype)
-    acc1s += tl.sum(a * y_bar[None, :], 1)
-    acc2 = tl.dot(z_bar, tl.trans(x), acc2, input_precision="ieee")
+    w1s_bar += tl.sum(a * y_bar[None, :], 1)
+    w2_bar = tl.dot(z_bar, tl.trans(x), w2_bar, input_precision="ieee")
     x_bar = tl.dot(tl.trans(w2), z_bar, input_precision="ieee")
     if SKIP:
         x_bar += tl.where(tile == 0, skip[:, None] * y_bar[None, :], 0.0)
-        skip_acc += tl.sum(x.to(tl.float32) * y_bar[None, :], 1)
-    return x_bar, acc2, acc1s, skip_acc
+        skip_bar += tl.sum(x.to(tl.float32) * y_bar[None, :], 1)
+    return x_bar, w2_bar, w1s_bar, skip_bar
 
 
 @triton.jit

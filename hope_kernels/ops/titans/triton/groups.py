@@ -21,25 +21,33 @@ Writes = namedtuple("Writes", "k v eta alpha beta")
 Weights = namedtuple("Weights", "base2 base1 base1s delta2 delta1 delta1s")
 Momentum = namedtuple("Momentum", "s2 s1 s1s")  # laid out like the deviations
 Biases = namedtuple("Biases", "eta alpha")  # of the gates, [H]
-# Where the rows of a call stand (pos) and how many tokens they read (lengths), [B]; the schedule's counters (sync)
+# Where the rows of a call stand (pos), how many tokens they read (lengths), [B]; the counters of the schedule
 Progress = namedtuple("Progress", "pos lengths sync")
 # What the tasks of one chunk of one clock hand to each other; shapes: tiles.scratch_shapes
 Scratch = namedtuple("Scratch", "e es e2 a d norms keys vectors gram2 gain")
-# Slots lo .. hi that a row reads in a span of the backward, [B]
+
+# Of the backward. Slots lo .. hi that a row reads in a span, [B]
 Place = namedtuple("Place", "lo hi")
+# A span's tokens in its slots, k, v [B, S, H, D], eta, alpha [B, S, H]; or their adjoints
+Slots = namedtuple("Slots", "k v eta alpha")
+# What the memories of one clock share in a chunk: backward_clock.py
+ClockTerms = namedtuple("ClockTerms", "products gram keys vectors")
+# e, target [B H, M, D, C] and sizes [B H, M, 2, C] of a chunk: backward_tokens.py
+Errors = namedtuple("Errors", "e target sizes")
 
 # -- numbers -------------------------------------------------------------------------------------------------
 
 # Heads, their width, hidden units; memories with D outputs and with one; rows of w2
 Shape = namedtuple("Shape", "H D N MF MS R")
 # The write rule and the gates: TitansConfig's switches (HAS_BASE: retain_to "init", SKIP: skip rows in w2,
-# HAS_ALPHA: retention, DOT: objective "dot", CLIP: step_clip, UNIT_K: qk_l2norm, SOFTPLUS: eta's gate). ACT is a
-# code of ``ACTIVATION_CODES``.
+# HAS_ALPHA: retention, DOT: objective "dot", CLIP: step_clip, UNIT_K: qk_l2norm, SOFTPLUS: eta's gate). ACT is
+# one of ``ACTIVATION_CODES``.
 Rule = namedtuple(
-    "Rule", "ACT HAS_BASE SKIP HAS_ALPHA UNIT_K SOFTPLUS OWN_VALUES TARGET_NORM DOT DGD CLIP MOMENTUM ADAPTIVE_Q"
+    "Rule",
+    "ACT HAS_BASE SKIP HAS_ALPHA UNIT_K SOFTPLUS OWN_VALUES TARGET_NORM DOT DGD CLIP MOMENTUM ADAPTIVE_Q",
 )
 # Memories M0 .. M1, which commit every C tokens
 Clock = namedtuple("Clock", "M0 M1 C")
-# Hidden units and tokens a tile, of tasks that walk over all N (read, errors) and of tasks that own a tile of N
-# (hidden, update)
+# Hidden units and tokens a tile, of tasks that walk over all N (read, errors) and of tasks that own a tile of
+# N (hidden, update)
 Tiles = namedtuple("Tiles", "WALK_NT WALK_CT TILE_NT TILE_CT")

@@ -106,7 +106,8 @@ def momentum_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.c
                 arrived = between * arrived_after + c_between * b_after
                 factor = tl.load(vectors_p + 5 * C + token)[None, :] * arrived[:, None]
                 factor += tl.load(vectors_p + 6 * C + token)[None, :] * (b_between * b_after)[:, None]
-                factor *= tl.dot(k, tl.trans(k_t), input_precision="ieee") * tl.load(pending.eta + at_t)[None, :]
+                dots = tl.dot(k, tl.trans(k_t), input_precision="ieee")
+                factor *= dots * tl.load(pending.eta + at_t)[None, :]
                 later = tl.load(keys_p + token[:, None] * D + f[None, :])
                 keys -= tl.dot(factor, later, input_precision="ieee")
                 whole = tl.load(whole_p + 3 * other)

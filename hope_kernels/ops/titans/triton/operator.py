@@ -2,7 +2,7 @@
 
 ``hope_kernels::titans_scan`` advances a state in place; ``titans_triton`` gives it copies of what it will
 write. Outputs and states are bit-identical for any split of a sequence and any company in the batch.
-Gradients: ``triton_training.py``.
+Gradients: ``training.py``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> 
     if config.memory != "mlp":
         return f'serves memory="mlp", not memory="{config.memory}"'
     if config.head_dim not in WIDTHS or config.hidden_mult not in MULTIPLES:
-        return f"serves head widths {WIDTHS} and hidden_mult {MULTIPLES}, not {config.head_dim} and {config.hidden_mult}"
+        return (
+            f"serves head widths {WIDTHS} and hidden_mult {MULTIPLES}, "
+            f"not {config.head_dim} and {config.hidden_mult}"
+        )
     if not {config.chunk_memory, config.chunk_other} <= set(CHUNKS):
         return f"serves chunks of {CHUNKS} tokens, not {config.chunk_memory} and {config.chunk_other}"
     if device.type != "cuda" and not interpreted():
@@ -52,7 +55,7 @@ def titans_triton(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int],
     *, update: bool = True, constant_memory: bool = False, stats=None, reads: Tensor | None = None,
 ) -> tuple[Tensor, TitansState]:
-    """As ``chunked.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises
+    """As ``scan.titans_chunk``, under no_grad; ``constant_memory`` changes nothing there. Raises
     ValueError for ``stats``.
 
     reads [B] int64: ``lengths`` on the device, where they are there already.
@@ -92,10 +95,11 @@ def arguments(
 
 _library = torch.library.Library("hope_kernels", "FRAGMENT")
 _library.define(
-    "titans_scan(Tensor? q, Tensor? x, Tensor? k, Tensor? v, Tensor? eta, Tensor? alpha, Tensor? beta, Tensor? eta_bias, "
-    "Tensor? alpha_bias, Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, Tensor(b!) delta1, Tensor(c!)? delta1s, "
-    "Tensor(d!)? s2, Tensor(e!)? s1, Tensor(f!)? s1s, Tensor(g!) pending_k, Tensor(h!) pending_v, Tensor(i!) pending_eta, "
-    "Tensor(j!)? pending_alpha, Tensor(k!)? pending_beta, Tensor pos, Tensor lengths, bool update, "
+    "titans_scan(Tensor? q, Tensor? x, Tensor? k, Tensor? v, Tensor? eta, Tensor? alpha, Tensor? beta, "
+    "Tensor? eta_bias, Tensor? alpha_bias, Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, "
+    "Tensor(b!) delta1, Tensor(c!)? delta1s, Tensor(d!)? s2, Tensor(e!)? s1, Tensor(f!)? s1s, "
+    "Tensor(g!) pending_k, Tensor(h!) pending_v, Tensor(i!) pending_eta, Tensor(j!)? pending_alpha, "
+    "Tensor(k!)? pending_beta, Tensor pos, Tensor lengths, bool update, "
     + ", ".join(f"{kind} {name}" for name, kind in _SETTINGS.items()) + ") -> Tensor"
 )
 
@@ -111,7 +115,8 @@ class _Plan:
         config = TitansConfig(H * D, H, hidden_mult=N // D, **more, **dict(zip(_SETTINGS, settings)))
         itemsize = dtype.itemsize
         self.arguments = constants(config, itemsize, update) | options(config, itemsize)
-        self.eta_scale, self.grad_scale = config.eta_scale, 1.0 if config.objective == "dot" else config.grad_scale
+        self.eta_scale = config.eta_scale
+        self.grad_scale = 1.0 if config.objective == "dot" else config.grad_scale
         of_clocks = scratch_shapes(config, itemsize)
         shapes = [item for clock in of_clocks for item in clock._asdict().items()]
         # a pure read touches none of it

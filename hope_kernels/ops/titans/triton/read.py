@@ -11,8 +11,8 @@ FLOPs a task: 4 D N CT; bytes: 8 D N (16 with a base) for the weights.
 import triton
 import triton.language as tl
 
-from ...shared.triton_math import log1p_exp, sigma, sigmoid, unit_columns
-from .common import weight
+from ...shared.triton_math import log1p_exp, sigmoid, unit_columns
+from .evaluate import evaluate, evaluate_scalar
 
 
 @triton.jit
@@ -24,10 +24,7 @@ def read_task(
     call; pending has BIG slots a row."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
-    N: tl.constexpr = shape.N
     MF: tl.constexpr = shape.MF
-    MS: tl.constexpr = shape.MS
-    R: tl.constexpr = shape.R
     b, h = g // H, g % H
     if (first < stop) & (first + CT > phase):
         slot = first + tl.arange(0, CT)
@@ -39,24 +36,12 @@ def read_task(
             x = tl.load(reads.q + token[None, :] + f[:, None], mask=live[None, :], other=0.0)
         else:
             x = tl.load(reads.x + token[None, :] + f[:, None], mask=live[None, :], other=0.0)
-        w2_at, w2_base = (g * R + m * N) * D, (h * R + m * N) * D
         if m < MF:
-            w1_at, w1_base = (g * MF + m) * D * N, (h * MF + m) * D * N
-            out = x.to(tl.float32)
-            for n0 in range(0, N, NT):
-                n = n0 + tl.arange(0, NT)
-                off2, off1 = n[:, None] * D + f[None, :], f[:, None] * N + n[None, :]
-                w2 = weight(
-                    weights.delta2, weights.base2, w2_at + off2, w2_base + off2, rule.HAS_BASE
-                ).to(x.dtype)
-                a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT).to(x.dtype)
-                w1 = weight(
-                    weights.delta1, weights.base1, w1_at + off1, w1_base + off1, rule.HAS_BASE
-                ).to(x.dtype)
-                out = tl.dot(w1, a, out, input_precision="ieee")
+            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
             if m == 0:
                 tl.store(
-                    reads.o + token[None, :] + f[:, None], out.to(reads.o.dtype.element_ty), mask=live[None, :]
+                    reads.o + token[None, :] + f[:, None], out.to(reads.o.dtype.element_ty),
+                    mask=live[None, :]
                 )
             elif m == 1:
                 if rule.UNIT_K:
@@ -69,21 +54,17 @@ def read_task(
                 if rule.UNIT_K:
                     out = unit_columns(out)
                 tl.store(
-                    reads.q + token[None, :] + f[:, None], out.to(reads.q.dtype.element_ty), mask=live[None, :]
+                    reads.q + token[None, :] + f[:, None], out.to(reads.q.dtype.element_ty),
+                    mask=live[None, :]
                 )
             else:
                 tl.store(
                     pending.v + kept[None, :] * D + f[:, None], out.to(pending.v.dtype.element_ty),
                     mask=live[None, :]
                 )
-        elif MS > 0:
-            s = m - MF
-            y = scalar_memory(
-                x, weights, w2_at=w2_at, w2_base=w2_base, w1_at=(g * MS + s) * N, w1_base=(h * MS + s) * N,
-                skip_at=(g * R + (MF + MS) * N + s) * D, skip_base=(h * R + (MF + MS) * N + s) * D,
-                shape=shape, rule=rule, NT=NT,
-            )
-            if s == 0:
+        elif shape.MS > 0:
+            y = evaluate_scalar(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+            if m == MF:
                 y += tl.load(biases.eta + h).to(tl.float32)
                 gate = log1p_exp(y) if rule.SOFTPLUS else sigmoid(y)
                 tl.store(pending.eta + kept, eta_scale * gate, mask=live)
@@ -94,28 +75,6 @@ def read_task(
                 tl.store(
                     pending.alpha + kept, sigmoid(y + tl.load(biases.alpha + h).to(tl.float32)), mask=live
                 )
-
-
-@triton.jit
-def scalar_memory(
-    x, weights, w2_at, w2_base, w1_at, w1_base, skip_at, skip_base, shape: tl.constexpr, rule: tl.constexpr,
-    NT: tl.constexpr,
-):
-    """M(x) of a memory with one output, for columns x [D, C]: [C]."""
-    D: tl.constexpr = shape.D
-    f = tl.arange(0, D)
-    y = tl.zeros([x.shape[1]], tl.float32)
-    for n0 in range(0, shape.N, NT):
-        n = n0 + tl.arange(0, NT)
-        off = n[:, None] * D + f[None, :]
-        w2 = weight(weights.delta2, weights.base2, w2_at + off, w2_base + off, rule.HAS_BASE).to(x.dtype)
-        a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT)
-        w1 = weight(weights.delta1s, weights.base1s, w1_at + n, w1_base + n, rule.HAS_BASE)
-        y += tl.sum(w1[:, None] * a, 0)
-    if rule.SKIP:
-        skip = weight(weights.delta2, weights.base2, skip_at + f, skip_base + f, rule.HAS_BASE).to(x.dtype)
-        y += tl.sum(skip[:, None].to(tl.float32) * x.to(tl.float32), 0)
-    return y
 
 
 @triton.jit
@@ -141,7 +100,8 @@ def append_task(
         alpha = tl.load(given.alpha + token, mask=live, other=0.0)
         tl.store(pending.alpha + kept, alpha.to(tl.float32), mask=live)
     if rule.MOMENTUM:
-        tl.store(pending.beta + kept, tl.load(given.beta + token, mask=live, other=0.0).to(tl.float32), mask=live)
+        beta = tl.load(given.beta + token, mask=live, other=0.0)
+        tl.store(pending.beta + kept, beta.to(tl.float32), mask=live)
 
 
 @triton.jit

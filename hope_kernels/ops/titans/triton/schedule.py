@@ -1,11 +1,13 @@
 """A whole call in one launch: every chunk of every row, read and written, in tasks that the programs of a
 persistent kernel take in turn.
 
-    for every chunk of the faster clock:   read     memories x C / CT       o, and k, v, eta, alpha into the open chunk
-    and for each clock that ends there:    clock    1                       decays, transformed keys (clock.py, momentum.py)
-                                           errors   memories x C / CT       e                        (commit.py)
-                                           hidden   memories x N / NT       a, d; a memory's last one its gain (gain.py)
-                                           update   memories x N / NT       the new weights
+    for every chunk of the faster clock:
+        read     memories x C / CT       o, and k, v, eta, alpha into the open chunk (read.py)
+    and for each clock whose chunk ends there:
+        clock    1                       decays and transformed keys (clock.py, momentum.py)
+        errors   memories x C / CT       e (commit.py)
+        hidden   memories x N / NT       a, d; a memory's last one its gain (gain.py)
+        update   memories x N / NT       the new weights
 
 Every task is for one (row, head) g. A task may start when the tasks before it *of its own g* are done: a
 counter per g and kind, released after a task's stores and acquired before a task's loads. So rows and heads
@@ -19,9 +21,9 @@ smaller tickets, and those have been taken by programs that are running: no orde
 of programs can deadlock, and the grid is a matter of speed only. Which program runs a task changes nothing in
 its arithmetic: reductions lie inside a task, in one order.
 
-The device alone decides what there is to do, from pos and length of every row: which chunks, which commits. The
-host knows shapes; a launch is the same whether it reads one token or many, and can be replayed from a CUDA
-graph. States travel through L2 (50 MB on an H100 hold a layer of H = 32, N = 256), scratch likewise: e, a, d,
+The device alone decides what there is to do, from pos and length of every row: which chunks, which commits.
+The host knows shapes; a launch is the same whether it reads one token or many, and can be replayed from a
+CUDA graph. States travel through L2 (50 MB on an H100 hold a layer of H = 32, N = 256), scratch likewise: e, a, d,
 norms of the chunk in flight.
 """
 
@@ -115,8 +117,8 @@ def _commit(
                 m = clock.M0 + (unit - 1) // (C // tiles.WALK_CT)
                 c0 = (unit - 1) % (C // tiles.WALK_CT) * tiles.WALK_CT
                 errors_task(
-                    weights, pending, scratch, g, m, c0=c0, start=(g // H) * BIG + first, grad_scale=grad_scale,
-                    shape=shape, rule=rule, C=C, CT=tiles.WALK_CT, NT=tiles.WALK_NT,
+                    weights, pending, scratch, g, m, c0=c0, start=(g // H) * BIG + first,
+                    grad_scale=grad_scale, shape=shape, rule=rule, C=C, CT=tiles.WALK_CT, NT=tiles.WALK_NT,
                 )
                 _done(counters + KIND + ERRORS)
         else:
@@ -132,8 +134,8 @@ def _commit(
                 if done == chunks * (shape.N // tiles.TILE_NT) - 1:
                     _wait(counters + KIND + CLOCK, chunks)
                     gain_task(
-                        pending.eta, scratch, g, m, start=(g // H) * BIG + first, factor=grad_scale, shape=shape,
-                        C=C, CT=tiles.TILE_CT, TILES=shape.N // tiles.TILE_NT, CLIP=rule.CLIP,
+                        pending.eta, scratch, g, m, start=(g // H) * BIG + first, factor=grad_scale,
+                        shape=shape, C=C, CT=tiles.TILE_CT, TILES=shape.N // tiles.TILE_NT, CLIP=rule.CLIP,
                     )
                 _done(counters + KIND + HIDDEN)
             else:
@@ -185,7 +187,8 @@ def scan_kernel(
     closing = total + (G if UPDATE else 0)
 
     ticket = skipped + tl.atomic_add(progress.sync, 1, sem="relaxed")
-    # hoisting what does not change from task to task (addresses, mostly) out of the loop would take all registers
+    # hoisting what does not change from task to task (addresses, mostly) out of the loop would take all
+    # registers
     while tl.condition(ticket < closing, disable_licm=True):
         if ticket >= total:
             g = (ticket - total).to(tl.int32)
@@ -222,8 +225,8 @@ def scan_kernel(
                                 _wait(counters + QUERIES, (step + 1 - phase // SMALL) * PARTS)
                         read_task(
                             reads, given, weights, pending, biases, g.to(tl.int64), m,
-                            first=step * SMALL + unit % PARTS * fast_tiles.WALK_CT, phase=phase, stop=end, T=T,
-                            eta_scale=eta_scale, shape=shape, rule=rule, BIG=BIG, CT=fast_tiles.WALK_CT,
+                            first=step * SMALL + unit % PARTS * fast_tiles.WALK_CT, phase=phase, stop=end,
+                            T=T, eta_scale=eta_scale, shape=shape, rule=rule, BIG=BIG, CT=fast_tiles.WALK_CT,
                             NT=fast_tiles.WALK_NT,
                         )
                         if rule.ADAPTIVE_Q:
@@ -246,8 +249,8 @@ def scan_kernel(
                     )
                 elif slow.M1 > slow.M0:
                     _commit(
-                        weights, momentum, pending, slow_scratch, progress, task=task - G * FAST_UNITS, G=G, T=T,
-                        end=(turn + 1) * BIG, grad_scale=grad_scale, clock=slow, tiles=slow_tiles, KIND=SLOW,
-                        READ_UNITS=READ_UNITS, SMALL=SMALL, BIG=BIG, shape=shape, rule=rule,
+                        weights, momentum, pending, slow_scratch, progress, task=task - G * FAST_UNITS, G=G,
+                        T=T, end=(turn + 1) * BIG, grad_scale=grad_scale, clock=slow, tiles=slow_tiles,
+                        KIND=SLOW, READ_UNITS=READ_UNITS, SMALL=SMALL, BIG=BIG, shape=shape, rule=rule,
                     )
         ticket = skipped + tl.atomic_add(progress.sync, 1, sem="relaxed")

@@ -39,7 +39,7 @@ class Span:
         return len(set(self.starts)) == 1 and len(set(self.counts)) == 1
 
     def take(self, t: Tensor) -> Tensor:
-        """[B, T, ...] -> [B, max(counts), ...], zeros behind a row's tokens (whatever the padding holds)."""
+        """[B, T, ...] -> [B, max(counts), ...], zeros after a row's tokens (whatever the padding holds)."""
         if self.even:
             return t[:, self.starts[0] : self.starts[0] + self.counts[0]]
         found = t.new_zeros(t.shape[0], max(self.counts), *t.shape[2:])

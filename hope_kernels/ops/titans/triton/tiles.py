@@ -96,16 +96,16 @@ def shape_of(config: TitansConfig) -> Shape:
 
 def rule_of(config: TitansConfig, update: bool) -> Rule:
     return Rule(
-        ACT=ACTIVATION_CODES[config.activation], HAS_BASE=config.retain_to == "init", SKIP=Layout.of(config).skip,
-        HAS_ALPHA=config.retention, UNIT_K=config.qk_l2norm, SOFTPLUS=config.eta_activation == "softplus",
-        OWN_VALUES=config.own_values, TARGET_NORM=config.target_norm, DOT=config.objective == "dot",
-        DGD=config.dgd, CLIP=config.step_clip, MOMENTUM=update and config.momentum is not None,
-        ADAPTIVE_Q=config.adaptive_q,
+        ACT=ACTIVATION_CODES[config.activation], HAS_BASE=config.retain_to == "init",
+        SKIP=Layout.of(config).skip, HAS_ALPHA=config.retention, UNIT_K=config.qk_l2norm,
+        SOFTPLUS=config.eta_activation == "softplus", OWN_VALUES=config.own_values,
+        TARGET_NORM=config.target_norm, DOT=config.objective == "dot", DGD=config.dgd, CLIP=config.step_clip,
+        MOMENTUM=update and config.momentum is not None, ADAPTIVE_Q=config.adaptive_q,
     )
 
 
 def constants(config: TitansConfig, itemsize: int, update: bool) -> dict[str, Any]:
-    """Compile-time arguments of the kernel. They depend on the model only, and on whether anything is learned."""
+    """Compile-time arguments of the kernel. They depend on the model, and on whether anything is learned."""
     fast, *others = clocks(config)
     # without a second clock no memory has it, and its chunk is that of the pending slots
     slow = others[0] if others else Clock(0, 0, max(config.chunk_memory, config.chunk_other))
@@ -126,8 +126,8 @@ def scratch_shapes(config: TitansConfig, itemsize: int) -> list[Scratch]:
     return [
         Scratch(
             e=(MF, D, C), es=(MS, C), e2=(M, C), a=(M, N, C), d=(M, N, C),
-            norms=(M, N // tiles(config, clock, itemsize).TILE_NT, 2, C), keys=(KEYS, C, D), vectors=(VECTORS, C),
-            gram2=(C, C if config.step_clip else 1), gain=(M, C),
+            norms=(M, N // tiles(config, clock, itemsize).TILE_NT, 2, C), keys=(KEYS, C, D),
+            vectors=(VECTORS, C), gram2=(C, C if config.step_clip else 1), gain=(M, C),
         )
         for clock in clocks(config) for C in (clock.C,)
     ]

@@ -7,11 +7,12 @@ that serves no_grad, cut at the spans; a cut changes no bit of it. Kept: the sta
 The backward goes through the spans from the last one, recomputes each from its state, and hands the adjoint
 of the state on to the span before:
 
-    memory   tokens / span x state, beside inputs and outputs (plain autograd: every activation and state of every chunk)
+    memory   tokens / span x state, beside inputs and outputs (plain autograd: every activation and every
+             chunk's state)
     work     the forward twice, and the backward
 
 ``recompute_span`` differentiates the span as the chunked backend computes it.
-``triton_backward.span_adjoint`` does it in kernels, for the configurations they serve.
+``backward.span_adjoint`` does it in kernels, for the configurations they serve.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def titans_triton_training(
     config: TitansConfig, w_init: FastWeights, inputs: TokenInputs, state: TitansState, lengths: list[int],
     *, update: bool = True, constant_memory: bool = False, stats=None,
 ) -> tuple[Tensor, TitansState]:
-    """As ``chunked.titans_chunk`` under grad: o and the new state carry the graph to whatever required a gradient.
+    """As ``scan.titans_chunk`` under grad: o and the new state carry the graph to whatever required a
+    gradient.
 
     ``constant_memory``: the graph runs through q only, and the new state is detached. Raises ValueError for
     ``stats``. Gradients of gradients are not there.
@@ -135,7 +137,7 @@ def recompute_span(
             update=call.update, constant_memory=call.constant_memory)
         if do is not None and not span.even:
             read = torch.arange(o.shape[1], device=o.device) < span.reads.unsqueeze(1)
-            # what lies behind a row's tokens has no meaning, and no gradient
+            # what follows a row's tokens has no meaning, and no gradient
             o = torch.where(read[..., None, None], o, 0.0)
         ends = [(o, do), *((getattr(new, n), adjoint[n]) for n in CARRIED)]
         ends = [(t, g) for t, g in ends if g is not None and t is not None and t.requires_grad]
