@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .tracing import constant_result
+
 NO_GRADIENT, BY_INPUTS, BY_ALL = "none", "inputs", "all"
 
 
@@ -92,7 +94,7 @@ def _listed() -> dict[str, Entry]:
     return found
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def names() -> tuple[str, ...]:
     """The names of all backends."""
     return tuple(sorted(_listed()))

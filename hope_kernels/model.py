@@ -36,6 +36,7 @@ from .model_state import MixerState, ModelState
 from .ops.cms.level import Level
 from .ops.cms.state import CMSState
 from .state import Counters
+from .tracing import constant_result
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
@@ -116,7 +117,8 @@ class HopeForCausalLM(nn.Module):
             "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront
         }
         if torch.compiler.is_compiling() and not traced(self, ids, state, learn, backend):
-            return self._untraced(ids, state, lengths, **options)
+            _prepare()
+            return _untraced(self, ids, state, lengths, **options)
         return self._forward(ids, state, lengths, **options)
 
     def _forward(
@@ -160,8 +162,6 @@ class HopeForCausalLM(nn.Module):
                 check_values(name, "logits (weights, state or learning rates diverged)", logits, lengths)
             new = replace(new, unread=left(state.unread, lengths))
             return logits, given.assign(new) if given is not None and in_place else new
-
-    _untraced: Any = torch.compiler.disable(_forward, reason=REASON)
 
     def claim(self, op: str, state: ModelState) -> None:
         """``state`` belongs to these weights from here on. Raises TypeError or ValueError, in the name of
@@ -290,6 +290,18 @@ class HopeForCausalLM(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"from_pretrained: {weights} does not fit its config.json ({error})") from None
         return model.to(device=device, dtype=dtype).eval()
+
+
+_untraced: Any = None  # ``HopeForCausalLM._forward`` as the compiler runs it without a look inside
+
+
+@constant_result
+def _prepare() -> bool:
+    """Makes ``_untraced``, which the compiler asks for while it traces."""
+    global _untraced
+    if _untraced is None:
+        _untraced = torch.compiler.disable(HopeForCausalLM._forward, reason=REASON)
+    return True
 
 
 def bundled_models() -> list[str]:

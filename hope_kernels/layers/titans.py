@@ -25,6 +25,7 @@ from ..ops.titans.scan import eta_gate
 from ..ops.titans.state import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.unit.backends import ENTRIES as UNIT
 from ..ops.unit.forward import l2norm
+from ..tracing import constant_result
 from .autocast import in_own_dtype
 from .recording import check_recorded, check_whole
 from .titans_pullback import pullback
@@ -192,6 +193,7 @@ class SelfModifyingTitans(nn.Module):
         # without an autograd graph: the gradient by x, where one is asked for, is taken by formulas
         by_formulas = hasattr(compute, "with_pullback") and stats is None and self._is_plain()
         if by_formulas and torch.compiler.is_compiling():
+            _prepare()
             return _untraced(
                 self, x, state, lengths, update=update, backend=backend, constant_memory=constant_memory
             )
@@ -330,7 +332,16 @@ def surroundings(request: Request, backend: str | None) -> tuple[Callable, Calla
     )
 
 
-_untraced: Any = torch.compiler.disable(SelfModifyingTitans.scan, reason="a call through ctypes")
+_untraced: Any = None  # ``SelfModifyingTitans.scan`` as the compiler runs it without a look inside
+
+
+@constant_result
+def _prepare() -> bool:
+    """Makes ``_untraced``, which the compiler asks for while it traces."""
+    global _untraced
+    if _untraced is None:
+        _untraced = torch.compiler.disable(SelfModifyingTitans.scan, reason="a call through ctypes")
+    return True
 
 
 def initial_alpha_bias(config: TitansConfig) -> list[float]:

@@ -28,7 +28,9 @@ def _triton(request: Request) -> ModuleType:
 
 
 def _triton_unserved(request: Request) -> str | None:
-    return TRAINING if request.gradient == BY_ALL else _triton(request).unserved(request.config, request.dtype, request.device)
+    if request.gradient == BY_ALL:
+        return TRAINING
+    return _triton(request).unserved(request.config, request.dtype, request.device)
 
 
 ENTRIES = (

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...tracing import constant_result
+
 LIBRARY = str(Path(__file__).parents[2] / "_titans_cpu.so")
 ABI = 4
 SIZE, POINTER, REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
@@ -41,7 +43,7 @@ def library() -> ctypes.CDLL:
     return found
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use the library, or None."""
     found = _library()

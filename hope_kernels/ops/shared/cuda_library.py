@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ...tracing import constant_result
+
 LIBRARY = str(Path(__file__).parents[2] / "_hope_cuda.so")
 _loaded: dict[str, str | None] = {}  # path -> None, or why it cannot be loaded
 _emulated: str | None = None
@@ -24,13 +26,13 @@ def emulate(path: str | None) -> None:
     _emulated = path
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def emulated() -> str | None:
     """The emulated library's path, if this process is to use it."""
     return _emulated
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def unavailable() -> str | None:
     """Why this process cannot use the kernels, or None: then ``torch.ops.hope_kernels_cuda`` has them."""
     if path := emulated():
@@ -64,7 +66,7 @@ def _titans_scan_fake(x, q, *others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def unserved(D: int, N: int, C: int, device: torch.device) -> str | None:
     """Why the kernels cannot serve heads of width D with N hidden units and chunks of C tokens on a device,
     or None. Needs the library."""

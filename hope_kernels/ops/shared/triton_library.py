@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...tracing import constant_result
 
-@torch.compiler.assume_constant_result
+
+@constant_result
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python on the CPU (TRITON_INTERPRET=1 when it was imported)."""
     import triton
@@ -13,7 +15,7 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use Triton's kernels, or None."""
     try:

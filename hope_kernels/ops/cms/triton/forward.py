@@ -1,8 +1,8 @@
 """A level's products on the way up: the pending part's inner factor, the up product with its activation, the
 down product.
 
-    u_b = x right_b^T                                        [T, R], the pending part applied to the tokens, scale comes later
-    z = n w_up^T + bias      a = gelu(z)                     or, swiglu, g = n w_gate^T + bias beside it and a = silu(g) z
+    u_b = x right_b^T                                        [T, R], pending factors at the tokens, unscaled
+    z = n w_up^T + bias      a = gelu(z)                     or, swiglu, g = n w_gate^T + bias, a = silu(g) z
     y = [x +] a w_down^T + bias
 
 n is the normed input, written once by ``norm.py``: r_t of the RMS norm commutes with the product, but the

@@ -253,11 +253,13 @@ def _product(
 
 _library = torch.library.Library("hope_kernels", "FRAGMENT")
 _library.define(
-    "cms_level_forward(Tensor x, Tensor norm_gain, Tensor? norm_bias, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias, "
+    "cms_level_forward(Tensor x, Tensor norm_gain, Tensor? norm_bias, Tensor? up_bias, Tensor? gate_bias, "
+    "Tensor? down_bias, "
     f"{_MATRICES}, float eps, bool layernorm, bool residual, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"cms_level_backward(Tensor dy, Tensor x, Tensor z, Tensor? g, Tensor norm_gain, {_MATRICES}, float eps, bool layernorm, "
+    f"cms_level_backward(Tensor dy, Tensor x, Tensor z, Tensor? g, Tensor norm_gain, {_MATRICES}, float eps, "
+    "bool layernorm, "
     "bool residual, bool need_dx) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(

@@ -1,7 +1,7 @@
 """The update of a matrix by a segment's factors, in the epilogue of the product that would have been its gradient.
 
     g_b = left_b^T right_b [+ total_b, which becomes 0]        f = g_b, or  m_b = mu m_b + g_b, f = m_b
-    weight_b <- beta weight_b - lr f        copy_b = weight_b, rounded          for the rows b of the batch that are asked for
+    weight_b <- beta weight_b - lr f        copy_b = weight_b, rounded          for the rows b asked for
 
 A program owns a tile of BM outputs by BN inputs of one row's matrix and walks the C tokens in order, BK at a
 time: the gradient is the accumulator in registers and never exists in memory, every master is read once and
