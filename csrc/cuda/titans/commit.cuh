@@ -121,8 +121,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 
   // Where M(k) of a warp's n-th pair of tokens waits for M(v) if there is one buffer.
   HOPE_DEVICE Float4& kept_at_k(const Me& me, int n, int i) const {
-    const int pair = me.warp * (8 / me.role.warps()) + n;
-    return reinterpret_cast<Float4&>(me.weights.own.at(shared.plan.at_k)[32 * (pair * (D / 64) + i)]);
+    return reinterpret_cast<Float4&>(
+        me.weights.own.at(shared.plan.at_k)[32 * ((me.warp * (8 / me.role.warps()) + n) * (D / 64) + i)]);
   }
   HOPE_DEVICE Float4 gathered(const Me& me, int buffer, int r, int i) const {
     return gather(shared.part(me.role.first(), buffer), me.role.warps(), Shared<D, T>::kPart, r,
@@ -460,9 +460,9 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 #pragma unroll 1
     for (int panel = 0; panel < chunk() / kPanel; ++panel) {
       const int slot = panel * kPanel, row = slot + (lane >> 2);
-      const float* decay = shared.decay_after() + row;
-      const float by[2] = {-range.up * (load_shared(gain + row) * load_shared(decay)),
-                           -range.up * (load_shared(gain + row + 8) * load_shared(decay + 8))};
+      const float by[2] = {
+          -range.up * (load_shared(gain + row) * load_shared(shared.decay_after() + row)),
+          -range.up * (load_shared(gain + row + 8) * load_shared(shared.decay_after() + row + 8))};
       uint32_t h[W::kGroups][4];
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) {

@@ -47,10 +47,10 @@ struct Own {
   int warp, lane;
   HOPE_DEVICE Word4* at(int offset) const {
     unsigned char* base = shared_memory() + offset;
-    if (offset < 0) {
-      const int64_t block = load_shared(&call.group) * plan.blocks + load_shared(&call.rank);
-      base = p.scratch + block * plan.scratch_bytes + (-1 - offset);
-    }
+    if (offset < 0)
+      base = p.scratch +
+             (load_shared(&call.group) * plan.blocks + load_shared(&call.rank)) * plan.scratch_bytes +
+             (-1 - offset);
     return reinterpret_cast<Word4*>(base) + lane;
   }
 };
