@@ -1,4 +1,4 @@
-// The layer around the memories (called by hope_kernels/ops/shared/cpu_layer.py). All fp32, row-major,
+// The layer around the memories (called by hope_kernels/ops/{conv,unit,output_gate}/cpp.py). All fp32, row-major,
 // contiguous; d = H D and D are multiples of 8. Each returns 0; or, before anything is written, 1 when memory
 // runs out and 2 for arguments that do not fit each other (check.h).
 #pragma once
