@@ -19,21 +19,20 @@ from .common import add_pending, add_product, matrix_of, tile_of, tokens_of
 
 @triton.jit(do_not_specialize=["S", "T", "groups", "R", "slots"])
 def error_kernel(
-    dy_p, down_p, own_p, owns_p, u_p, right_p, z_p, g_p, d_up_p, d_gate_p, S: tl.int64, T: tl.int64,
-    groups: tl.int64, R: tl.int64,
+    dy_p, down, z_p, g_p, d_up_p, d_gate_p, S: tl.int64, T: tl.int64, groups: tl.int64, R: tl.int64,
     slots: tl.int64, scale, D: tl.constexpr, N: tl.constexpr, PENDING: tl.constexpr, GATED: tl.constexpr,
-    OWN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """dy [groups S, D]; down [D, N]; own [B, D, N], owns [B] int32; u = dy left^T, right as ``add_pending``
-    takes them; z, g, d_up, d_gate [groups S, N]. Grid (tiles)."""
+    """dy [groups S, D]; down: operand [D, N], u = dy left^T, its factor right; z, g, d_up, d_gate
+    [groups S, N]. Grid (tiles)."""
     i_m, i_n = tile_of(tl.program_id(0), groups * tl.cdiv(S, BM), tl.cdiv(N, BN), GROUP)
     b, q, inside = tokens_of(i_m, S, BM)
     c = i_n * BN + tl.arange(0, BN)
-    down_p = matrix_of(down_p, own_p, owns_p, b, D * N, OWN)
+    down_p = matrix_of(down, b, D * N, OWN)
     h = add_product(tl.zeros([BM, BN], tl.float32), dy_p, q, inside, down_p, c, N, D, N, 1, BK)
     if PENDING:
-        h = add_pending(h, u_p, q, inside, T, R, slots, right_p, c, scale, N, BM, BN, BR)
+        h = add_pending(h, down, q, inside, T, R, slots, c, scale, N, BM, BN, BR)
     at, there = q[:, None] * N + c[None, :], inside[:, None] & (c < N)[None, :]
     z = tl.load(z_p + at, mask=there, other=0.0).to(tl.float32)
     if GATED:
@@ -48,27 +47,25 @@ def error_kernel(
 
 @triton.jit(do_not_specialize=["S", "T", "groups", "R", "slots"])
 def back_kernel(
-    d_up_p, up_p, own_up_p, owns_up_p, u_up_p, right_up_p, d_gate_p, gate_p, own_gate_p, owns_gate_p,
-    u_gate_p, right_gate_p, dn_p,
-    S: tl.int64, T: tl.int64, groups: tl.int64, R: tl.int64, slots: tl.int64, scale_up, scale_gate,
-    D: tl.constexpr, N: tl.constexpr,
-    PENDING: tl.constexpr, GATED: tl.constexpr, OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    d_up_p, up, d_gate_p, gate, dn_p, S: tl.int64, T: tl.int64, groups: tl.int64, R: tl.int64,
+    slots: tl.int64, scale_up, scale_gate, D: tl.constexpr, N: tl.constexpr, PENDING: tl.constexpr,
+    GATED: tl.constexpr, OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """d_up, d_gate [groups S, N]; up, gate [N, D]; own [B, N, D], owns [B] int32; u = d left^T, right as
-    ``add_pending`` takes them; dn [groups S, D]. Grid (tiles)."""
+    """d_up, d_gate [groups S, N]; up, gate: operands [N, D], u = d left^T, their factor right; dn
+    [groups S, D]. Grid (tiles)."""
     i_m, i_n = tile_of(tl.program_id(0), groups * tl.cdiv(S, BM), tl.cdiv(D, BN), GROUP)
     b, q, inside = tokens_of(i_m, S, BM)
     c = i_n * BN + tl.arange(0, BN)
-    up_p = matrix_of(up_p, own_up_p, owns_up_p, b, N * D, OWN)
+    up_p = matrix_of(up, b, N * D, OWN)
     dn = add_product(tl.zeros([BM, BN], tl.float32), d_up_p, q, inside, up_p, c, D, N, D, 1, BK)
     if GATED:
-        gate_p = matrix_of(gate_p, own_gate_p, owns_gate_p, b, N * D, OWN)
+        gate_p = matrix_of(gate, b, N * D, OWN)
         dn = add_product(dn, d_gate_p, q, inside, gate_p, c, D, N, D, 1, BK)
     if PENDING:
-        dn = add_pending(dn, u_up_p, q, inside, T, R, slots, right_up_p, c, scale_up, D, BM, BN, BR)
+        dn = add_pending(dn, up, q, inside, T, R, slots, c, scale_up, D, BM, BN, BR)
         if GATED:
-            dn = add_pending(dn, u_gate_p, q, inside, T, R, slots, right_gate_p, c, scale_gate, D, BM, BN, BR)
+            dn = add_pending(dn, gate, q, inside, T, R, slots, c, scale_gate, D, BM, BN, BR)
     tl.store(
         dn_p + q[:, None] * D + c[None, :], dn.to(dn_p.dtype.element_ty), mask=inside[:, None] & (c < D)[None, :]
     )

@@ -13,8 +13,15 @@ other tokens of its tile or whether the row owns its base. The pending part is s
 row by row: a NaN in one row's left or right reaches no other row, and unused slots (zeros) add zeros.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
+
+# Pointers of one matrix [r, c] in a launch: its shared base, the rows' own [B, r, c], which rows have one (owns [B]
+# int32), the bias of its output, and of the pending part the inner product u and the outer factor, as
+# ``add_pending`` takes them. What a launch does not have is a stand-in of the same type.
+Operand = namedtuple("Operand", "base own owns bias u factor")
 
 
 @triton.jit
@@ -37,11 +44,11 @@ def tokens_of(m, S, BM: tl.constexpr):
 
 
 @triton.jit
-def matrix_of(shared_p, own_p, owns_p, g, SIZE: tl.constexpr, OWN: tl.constexpr):
+def matrix_of(operand, g, SIZE: tl.constexpr, OWN: tl.constexpr):
     """The base of group g: its own [SIZE] where owns [B] says so."""
     if OWN:
-        return tl.where(tl.load(owns_p + g) != 0, own_p + g.to(tl.int64) * SIZE, shared_p)
-    return shared_p
+        return tl.where(tl.load(operand.owns + g) != 0, operand.own + g.to(tl.int64) * SIZE, operand.base)
+    return operand.base
 
 
 @triton.jit
@@ -62,7 +69,7 @@ def add_product(
 
 @triton.jit
 def add_pending(
-    acc, u_p, q, inside, T, R, slots, factor_p, n, scale, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    acc, operand, q, inside, T, R, slots, n, scale, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BR: tl.constexpr
 ):
     """acc + scale u_b factor_b, row by row of the batch: u [B T, R up to a multiple of BR] at its rows q
@@ -74,8 +81,8 @@ def add_pending(
         part = tl.zeros([BM, BN], tl.float32)
         for i in tl.range(0, blocks, num_stages=1):
             r = i * BR + s
-            u = tl.load(u_p + q[:, None] * (blocks * BR) + r[None, :], mask=mine, other=0.0)
+            u = tl.load(operand.u + q[:, None] * (blocks * BR) + r[None, :], mask=mine, other=0.0)
             at, there = (b * slots + r)[:, None] * N + n[None, :], (r < R)[:, None] & (n < N)[None, :]
-            part = tl.dot(u, tl.load(factor_p + at, mask=there, other=0.0), part, input_precision="ieee")
+            part = tl.dot(u, tl.load(operand.factor + at, mask=there, other=0.0), part, input_precision="ieee")
         acc = tl.where(mine, acc + scale * part, acc)
     return acc

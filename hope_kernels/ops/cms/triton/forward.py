@@ -44,24 +44,19 @@ def inner_kernel(
 
 @triton.jit(do_not_specialize=["S", "T", "groups", "R", "slots"])
 def up_kernel(
-    n_p, up_p, own_up_p, owns_up_p, up_bias_p, u_up_p, left_up_p, gate_p, own_gate_p, owns_gate_p,
-    gate_bias_p, u_gate_p, left_gate_p,
-    z_p, g_p, a_p, S: tl.int64, T: tl.int64, groups: tl.int64, R: tl.int64, slots: tl.int64, scale_up,
-    scale_gate, D: tl.constexpr,
-    N: tl.constexpr, PENDING: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr,
-    KEEP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    n_p, up, gate, z_p, g_p, a_p, S: tl.int64, T: tl.int64, groups: tl.int64, R: tl.int64, slots: tl.int64,
+    scale_up, scale_gate, D: tl.constexpr, N: tl.constexpr, PENDING: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, OWN: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """n [groups S, D]; up, gate [N, D]; own [B, N, D], owns [B] int32; bias [N]; u, left as ``add_pending``
-    takes them;
-    z, g, a [groups S, N]. Grid (tiles)."""
+    """n [groups S, D]; up, gate: operands [N, D], their factor left; z, g, a [groups S, N]. Grid (tiles)."""
     i_m, i_n = tile_of(tl.program_id(0), groups * tl.cdiv(S, BM), tl.cdiv(N, BN), GROUP)
     b, q, inside = tokens_of(i_m, S, BM)
     c = i_n * BN + tl.arange(0, BN)
-    up_p = matrix_of(up_p, own_up_p, owns_up_p, b, N * D, OWN)
+    up_p = matrix_of(up, b, N * D, OWN)
     z = tl.zeros([BM, BN], tl.float32)
     if GATED:
-        gate_p = matrix_of(gate_p, own_gate_p, owns_gate_p, b, N * D, OWN)
+        gate_p = matrix_of(gate, b, N * D, OWN)
         g = tl.zeros([BM, BN], tl.float32)
         k = tl.arange(0, BK)
         for k0 in range(0, D, BK):
@@ -74,15 +69,15 @@ def up_kernel(
     else:
         z = add_product(z, n_p, q, inside, up_p, c, N, D, 1, D, BK)
     if PENDING:
-        z = add_pending(z, u_up_p, q, inside, T, R, slots, left_up_p, c, scale_up, N, BM, BN, BR)
+        z = add_pending(z, up, q, inside, T, R, slots, c, scale_up, N, BM, BN, BR)
     if BIAS:
-        z += tl.load(up_bias_p + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(up.bias + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
     at, there = q[:, None] * N + c[None, :], inside[:, None] & (c < N)[None, :]
     if GATED:
         if PENDING:
-            g = add_pending(g, u_gate_p, q, inside, T, R, slots, left_gate_p, c, scale_gate, N, BM, BN, BR)
+            g = add_pending(g, gate, q, inside, T, R, slots, c, scale_gate, N, BM, BN, BR)
         if BIAS:
-            g += tl.load(gate_bias_p + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
+            g += tl.load(gate.bias + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
         if KEEP:
             tl.store(g_p + at, g.to(g_p.dtype.element_ty), mask=there)
         a = g * sigmoid(g) * z
@@ -95,23 +90,21 @@ def up_kernel(
 
 @triton.jit(do_not_specialize=["S", "T", "groups", "R", "slots"])
 def down_kernel(
-    a_p, down_p, own_p, owns_p, bias_p, u_p, left_p, x_p, y_p, S: tl.int64, T: tl.int64, groups: tl.int64,
-    R: tl.int64, slots: tl.int64,
-    scale, D: tl.constexpr, N: tl.constexpr, PENDING: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    a_p, down, x_p, y_p, S: tl.int64, T: tl.int64, groups: tl.int64, R: tl.int64, slots: tl.int64, scale,
+    D: tl.constexpr, N: tl.constexpr, PENDING: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr,
+    RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """a [groups S, N]; down [D, N]; own [B, D, N], owns [B] int32; bias [D]; u, left as ``add_pending`` takes
-    them; x, y [groups S, D]. Grid (tiles)."""
+    """a [groups S, N]; down: operand [D, N], its factor left; x, y [groups S, D]. Grid (tiles)."""
     i_m, i_n = tile_of(tl.program_id(0), groups * tl.cdiv(S, BM), tl.cdiv(D, BN), GROUP)
     b, q, inside = tokens_of(i_m, S, BM)
     c = i_n * BN + tl.arange(0, BN)
-    down_p = matrix_of(down_p, own_p, owns_p, b, D * N, OWN)
+    down_p = matrix_of(down, b, D * N, OWN)
     y = add_product(tl.zeros([BM, BN], tl.float32), a_p, q, inside, down_p, c, D, N, 1, N, BK)
     if PENDING:
-        y = add_pending(y, u_p, q, inside, T, R, slots, left_p, c, scale, D, BM, BN, BR)
+        y = add_pending(y, down, q, inside, T, R, slots, c, scale, D, BM, BN, BR)
     if BIAS:
-        y += tl.load(bias_p + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(down.bias + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
     at, there = q[:, None] * D + c[None, :], inside[:, None] & (c < D)[None, :]
     if RESIDUAL:
         y += tl.load(x_p + at, mask=there, other=0.0).to(tl.float32)

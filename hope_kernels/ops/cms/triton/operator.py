@@ -24,6 +24,7 @@ from ...shared.triton_build import DTYPES, aligned, filled
 from ...shared.triton_library import interpreted
 from ..level import NS_COEFFICIENTS, NS_EPS, NS_STEPS, Factors, Level, Saved
 from .backward import back_kernel, error_kernel
+from .common import Operand
 from .forward import down_kernel, inner_kernel, up_kernel
 from .newton_schulz import (
     LANES,
@@ -185,7 +186,7 @@ def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-class _Operand:
+class _Matrix:
     """A matrix [r, c] in a launch: its base, and the pending part's factors [B, slots, .], of which the first
     R count."""
 
@@ -197,12 +198,15 @@ class _Operand:
         self.scale, self.like, self.R = scale, like, 0 if left is None else left.shape[1]
         self.left, self.right = (like if t is None else t if _slots(t) else aligned(t) for t in (left, right))
 
-    def base(self, OWN: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(shared, own, owns) for a launch some of whose matrices have rows of their own."""
+    def operand(self, x: Tensor, side: str, OWN: bool, bias: Tensor | None = None) -> Operand:
+        """In a launch some of whose matrices have rows of their own (OWN). side: the pending factor that x
+        [B, T, .] meets first, "right" on the way up and "left" on the way back."""
         owns = self.owns if self.OWN or not OWN else _on_device((0,) * self.like.shape[0], self.like.device)
-        return self.shared, self.own, owns
+        inner, outer = (self.right, self.left) if side == "right" else (self.left, self.right)
+        u = self._inner(x, inner)
+        return Operand(self.shared, self.own, owns, self.like if bias is None else bias, u, outer)
 
-    def inner(self, x: Tensor, factor: Tensor) -> Tensor:
+    def _inner(self, x: Tensor, factor: Tensor) -> Tensor:
         """x factor^T [B, T, R up to a multiple of RANK]: x [B, T, K], factor left or right; without a pending
         part a stand-in."""
         if not self.R:
@@ -215,9 +219,9 @@ class _Operand:
         return u
 
 
-def _operands(matrices: tuple, like: Tensor) -> list[_Operand]:
+def _operands(matrices: tuple, like: Tensor) -> list[_Matrix]:
     up, gate, down = (
-        _Operand(*matrices[i : i + _PER_MATRIX], like=like) for i in range(0, len(matrices), _PER_MATRIX)
+        _Matrix(*matrices[i : i + _PER_MATRIX], like=like) for i in range(0, len(matrices), _PER_MATRIX)
     )
     for side in ("left", "right") if up.R and gate.R else ():
         a, b = getattr(up, side), getattr(gate, side)
@@ -236,18 +240,14 @@ def _slots(factor: Tensor) -> int:
     return slots if fits and factor.data_ptr() % 16 == 0 else 0
 
 
-def _product(
-    kernel, tile: Tile, width: int, x: Tensor, OWN: bool, R: int, factor: Tensor, pointers: tuple,
-    scales: tuple, **switches
-) -> None:
+def _product(kernel, tile: Tile, width: int, x: Tensor, OWN: bool, R: int, factor: Tensor, **arguments) -> None:
     """Launches a product with an output ``width`` wide over the tokens of x [B, T, .]; factor: the pending
-    part's outer one."""
+    part's outer one, of R slots. arguments: what the kernel takes beyond sizes and tiles."""
     B, T = x.shape[:2]
     groups, S = (B, T) if OWN else (1, B * T)
     kernel[(groups * triton.cdiv(S, tile.BM) * triton.cdiv(width, tile.BN),)](
-        *pointers, S, T, groups, R, _slots(factor) if R else 0, *scales, **switches, PENDING=R > 0, OWN=OWN,
-        BR=RANK, GROUP=GROUP,
-        **tile.sizes(), **tile.options(R > 0),
+        **arguments, S=S, T=T, groups=groups, R=R, slots=_slots(factor) if R else 0, PENDING=R > 0, OWN=OWN,
+        BR=RANK, GROUP=GROUP, **tile.sizes(), **tile.options(R > 0),
     )
 
 
@@ -293,16 +293,15 @@ def _launch_forward(x, norm_gain, norm_bias, up_bias, gate_bias, down_bias, *res
             )
             OWN = up.OWN or gate.OWN
             _product(
-                up_kernel, up_tile(N, size, gate.exists), N, x, OWN, up.R, up.left,
-                (n, *up.base(OWN), up_bias_, up.inner(n, up.right), up.left, *gate.base(OWN), gate_bias_,
-                    gate.inner(n, gate.right),
-                 gate.left, z, g, a), (up.scale, gate.scale),
-                D=d, N=N, GATED=gate.exists, BIAS=up_bias is not None, KEEP=keep,
+                up_kernel, up_tile(N, size, gate.exists), N, x, OWN, up.R, up.left, n_p=n,
+                up=up.operand(n, "right", OWN, up_bias_), gate=gate.operand(n, "right", OWN, gate_bias_),
+                z_p=z, g_p=g, a_p=a, scale_up=up.scale, scale_gate=gate.scale, D=d, N=N, GATED=gate.exists,
+                BIAS=up_bias is not None, KEEP=keep,
             )
             _product(
-                down_kernel, down_tile(d, size), d, x, down.OWN, down.R, down.left,
-                (a, *down.base(down.OWN), down_bias_, down.inner(a, down.right), down.left, x, y), (down.scale,),
-                D=d, N=N, BIAS=down_bias is not None, RESIDUAL=residual,
+                down_kernel, down_tile(d, size), d, x, down.OWN, down.R, down.left, a_p=a,
+                down=down.operand(a, "right", down.OWN, down_bias_), x_p=x, y_p=y, scale=down.scale, D=d, N=N,
+                BIAS=down_bias is not None, RESIDUAL=residual,
             )
     return (y, n, z, g, a) if keep else (y, *(x.new_empty(0) for _ in range(4)))
 
@@ -318,17 +317,16 @@ def _launch_backward(dy, x, z, g, norm_gain, *rest) -> tuple[Tensor, Tensor, Ten
     if B * T:
         with torch.cuda.device_of(x):
             _product(
-                error_kernel, error_tile(N, size, gate.exists), N, x, down.OWN, down.R, down.right,
-                (dy, *down.base(down.OWN), down.inner(dy, down.left), down.right, z, g, d_up, d_gate),
-                (down.scale,), D=d, N=N, GATED=gate.exists,
+                error_kernel, error_tile(N, size, gate.exists), N, x, down.OWN, down.R, down.right, dy_p=dy,
+                down=down.operand(dy, "left", down.OWN), z_p=z, g_p=g, d_up_p=d_up, d_gate_p=d_gate,
+                scale=down.scale, D=d, N=N, GATED=gate.exists,
             )
             if need_dx:
                 dn, OWN, tile = torch.empty_like(x), up.OWN or gate.OWN, norm_tile(d)
                 _product(
-                    back_kernel, down_tile(d, size), d, x, OWN, up.R, up.right,
-                    (d_up, *up.base(OWN), up.inner(d_up, up.left), up.right, d_gate, *gate.base(OWN),
-                        gate.inner(d_gate, gate.left),
-                     gate.right, dn), (up.scale, gate.scale), D=d, N=N, GATED=gate.exists,
+                    back_kernel, down_tile(d, size), d, x, OWN, up.R, up.right, d_up_p=d_up,
+                    up=up.operand(d_up, "left", OWN), d_gate_p=d_gate, gate=gate.operand(d_gate, "left", OWN),
+                    dn_p=dn, scale_up=up.scale, scale_gate=gate.scale, D=d, N=N, GATED=gate.exists,
                 )
                 norm_backward_kernel[(triton.cdiv(B * T, tile["BR"]),)](
                     dn, x, gain, dy, dx, B * T, EPS=eps, D=d, LAYERNORM=layernorm, RESIDUAL=residual, **tile,

@@ -17,6 +17,7 @@ import triton
 from ...shared.triton_build import SHARED_KIB, Specialization
 from ..level import NS_EPS
 from .backward import back_kernel, error_kernel
+from .common import Operand
 from .forward import down_kernel, inner_kernel, up_kernel
 from .newton_schulz import LANES, PARTS, squares_kernel, start_kernel, step_kernel, symmetric_kernel
 from .newton_schulz import NUM_WARPS as NORM_WARPS
@@ -156,7 +157,7 @@ def _newton_schulz() -> Iterator[Specialization]:
 
 
 _FP32 = ("weight_p", "moment_p", "total_p")
-_INT32 = ("owns_p", "owns_up_p", "owns_gate_p", "rows_p")
+_OPERANDS = ("up", "gate", "down")  # groups of pointers
 _COUNTS = ("S", "T", "groups", "R", "slots", "C", "tokens")
 
 
@@ -167,8 +168,10 @@ def _specialization(fn, dtype: str, row: str, archs: tuple[int, ...], tile: Tile
     signature = {}
     for arg in fn.arg_names:
         if arg not in consts:
-            kind = "*fp32" if arg in _FP32 else "*i32" if arg in _INT32 else f"*{dtype}"
+            kind = "*fp32" if arg in _FP32 else "*i32" if arg == "rows_p" else f"*{dtype}"
             signature[arg] = kind if arg.endswith("_p") else "i64" if arg in _COUNTS else "fp32"
+            if arg in _OPERANDS:
+                signature[arg] = Operand(*("*i32" if f == "owns" else f"*{dtype}" for f in Operand._fields))
     products = dtype != "fp32" and "BK" in consts and consts.get("PRODUCT", True)
     name, options = f"cms_{fn.__name__.removesuffix('_kernel')}", tile.options(consts.get("PENDING", False))
     return Specialization(name, fn, signature, consts, wants_mma=products, row=row, archs=archs, **options)
