@@ -78,8 +78,8 @@ def backends() -> list[tuple[str, str, str]]:
     available = available_backends()
     found += [("cpp", "fp32", "cpu")] * (available["cpp"] is None)
     if torch.cuda.is_available():
-        found += [(b, d, "cuda") for b,
-                  d in (("chunked", "bf16"), ("triton", "fp32"), ("triton", "bf16"), ("cuda", "bf16"))
+        found += [(b, d, "cuda")
+                  for b, d in (("chunked", "bf16"), ("triton", "fp32"), ("triton", "bf16"), ("cuda", "bf16"))
                   if available[b] is None]
     return found
 

@@ -5,9 +5,9 @@ one layer, one thread.
 
 The model reads one text, with learning off and on, and stops after 1024, 2048, ... bytes: tokens/s of the
 stretch since the last stop, and ms of a decoded token from there, on a copy of the state. "learning" compares
-both over the longest read. The layer
-(d = 256, one head, chunks of 64, the default backend) reads T tokens in one call. Seconds are those of the
-one thread's CPU clock: what else runs on the machine costs caches, not turns.
+both over the longest read. The layer (d = 256, one head, chunks of 64, the default backend) reads T tokens in
+one call. Seconds are those of the one thread's CPU clock: what else runs on the machine costs caches, not
+turns.
 """
 
 from __future__ import annotations

@@ -8,9 +8,8 @@ outputs compared. "default" is the default configuration, which does more (outpu
 norm, step clip). titans-pytorch's memory, where it is installed, is a two-layer MLP of the same width and
 chunk that computes another function: speed only. Each round times a GEMM of 1024^3, ours (the default
 backend, median of five calls) and the packages, in turn; figures are medians over the rounds, with minimum
-and maximum. FLOPs per token by the count
-H (c D N + 10 C N + 2 C D + 2 C^2) + 8 d^2, c = 80, or 70 for "same" (no deviation from a base, no target
-norm; projections 2 d^2).
+and maximum. FLOPs per token by the count H (c D N + 10 C N + 2 C D + 2 C^2) + 8 d^2, c = 80, or 70 for "same"
+(no deviation from a base, no target norm; projections 2 d^2).
 """
 
 from __future__ import annotations

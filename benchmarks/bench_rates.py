@@ -195,8 +195,8 @@ def search(
             return None  # a ratio needs its baseline
         busy = {name.rpartition(" ")[0] for name, _ in running.values()}
         free = [
-            (len(found := tried(study.cases, c)), i, c, found) for i,
-            c in enumerate(cells) if c.name(0).rpartition(" ")[0] not in busy
+            (len(found := tried(study.cases, c)), i, c, found)
+            for i, c in enumerate(cells) if c.name(0).rpartition(" ")[0] not in busy
         ]
         for _, _, cell, found in sorted(free, key=lambda f: f[:2]):
             octave = next_octave(found, COARSE[cell.optimizer])
@@ -295,8 +295,8 @@ def rules(cases: dict, cells: list[Cell]) -> dict:
             "best_octave": best if served else None,
             "best_base": BASE[optimizer] * 2.0**best if served else None,
             "best": excess(loss(lambda c, best=best: best)),
-            "tried": {name: excess(loss(lambda c, rule=rule: c.octave(rule(c.C)))) for name,
-                rule in RULES[optimizer].items()},
+            "tried": {name: excess(loss(lambda c, rule=rule: c.octave(rule(c.C))))
+                for name, rule in RULES[optimizer].items()},
         }
     return result
 

@@ -6,8 +6,8 @@ comparisons.
 A case checks its result, times itself (CUDA events, inputs in rotation) and returns a record; a result that
 is wrong fails the test and has no time. The times of the record are what pytest-benchmark is told, by a clock
 that moves by them; the rest of the record (FLOPs, bytes, rates, fractions of the ceilings, errors) is in
-``extra_info``. Without --benchmark-only nothing is measured. Unlike benchmarks.gpu it has no
-child process that a hanging kernel may end, no time budget, and does not run the kernels' tests first.
+``extra_info``. Without --benchmark-only nothing is measured. Unlike benchmarks.gpu it has no child process
+that a hanging kernel may end, no time budget, and does not run the kernels' tests first.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def pytest_generate_tests(metafunc) -> None:
 @cache
 def ceilings(quick: bool) -> dict:
     return {
-        name: m.ceiling(name, DEVICE, quick)[unit] for name,
-        unit in CEILINGS.items() if name in ceilings_of(DEVICE)
+        name: m.ceiling(name, DEVICE, quick)[unit]
+        for name, unit in CEILINGS.items() if name in ceilings_of(DEVICE)
     }
 
 

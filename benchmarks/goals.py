@@ -52,8 +52,8 @@ class Key:
         cases = run.get(self.file, {}).get("cases", {})
         matches = [(n, r) for n, r in cases.items() if fnmatchcase(n, self.name)]
         timed = [
-            (lookup(r, self.path), n, r) for n,
-            r in matches if r.get("status") == "ok" and lookup(r, self.path) is not None
+            (lookup(r, self.path), n, r)
+            for n, r in matches if r.get("status") == "ok" and lookup(r, self.path) is not None
         ]
         if not timed:
             raise Missing(

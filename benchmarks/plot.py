@@ -150,8 +150,8 @@ def roofline(run: dict, device: str) -> Chart | None:
     xs = [x for points in found.values() for x, _ in points]
     low, high = min([*xs, *ridges.values()]) / 2, max([*xs, *ridges.values()]) * 2
     lines = [
-        Series(n, ((low, low * copy / 1e3), (ridges[n], rate), (high, rate)), dashed=True) for n,
-        rate in rates.items()
+        Series(n, ((low, low * copy / 1e3), (ridges[n], rate), (high, rate)), dashed=True)
+        for n, rate in rates.items()
     ]
     reached = tuple(Series(n, tuple(p), joined=False) for n, p in found.items())
     return Chart("Roofline", "FLOP per unavoidable byte", "TFLOP/s", (*reached, *lines), stamp(run, device))

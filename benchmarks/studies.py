@@ -47,8 +47,7 @@ def excerpts(data: bytes, length: int, longest: int, seed: int, rows: int = ROWS
 
 def with_cms(model: HopeForCausalLM, cms: CMSConfig, seed: int = 0) -> HopeForCausalLM:
     """The same weights with another CMS in every block. Levels that the model does not have are the identity:
-    w_down = 0, and w_up
-    ~ N(0, 1/d) drawn from ``seed``, so that the first refresh can move w_down."""
+    w_down = 0, and w_up ~ N(0, 1/d) drawn from ``seed``, so that the first refresh can move w_down."""
     other = HopeForCausalLM(HopeConfig.from_dict({**model.config.to_dict(), "cms": cms.to_dict()}))
     kept = {n: p for n, p in model.state_dict().items() if n in other.state_dict()}
     other.load_state_dict(kept, strict=False)
@@ -66,8 +65,7 @@ def bits(
     model: HopeForCausalLM, ids: Tensor, learn: str, state=None, last: Tensor | None = None, piece: int = 4096
 ):
     """(bits per byte of each row of ids [B, T], the reading). A piece holds 8 segments at least: one that
-    ends with its
-    call is read twice, since its last token has no loss before the next call."""
+    ends with its call is read twice, since its last token has no loss before the next call."""
     reading = read(
         model, ids, state, learn=learn, last=last, piece=max(piece, 8 * model.segment), check_finite=False
     )

@@ -3,8 +3,8 @@
     python -m benchmarks.tables [--check]
 
 Rewrites what stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` in DOCUMENTS, for every NAME in
-BLOCKS. --check changes nothing and fails where a block is not what the results give. A
-number in such a block is never typed.
+BLOCKS. --check changes nothing and fails where a block is not what the results give. A number in such a block
+is never typed.
 """
 
 from __future__ import annotations

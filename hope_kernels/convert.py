@@ -53,8 +53,8 @@ def llama(
 
     Returns a new model in eval mode, of the dtype and on the device of ``hf_model``, and with copies of its
     weights (so the memory of two models while both are held; the original is never changed). While it learns,
-    each sequence has its own MLPs in all blocks with
-    lr > 0, and as much again for their gradients, both in fp32 (fp64 for fp64).
+    each sequence has its own MLPs in all blocks with lr > 0, and as much again for their gradients, both in
+    fp32 (fp64 for fp64).
     Raises ValueError, naming the field, for what HOPE-Attention cannot express and for chunks and lr out of
     range.
     Source: Nested Learning section 7.3.

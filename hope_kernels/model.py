@@ -106,12 +106,11 @@ class HopeForCausalLM(nn.Module):
         Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
         advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
         Under ``torch.compile``, ``compiling.py`` says which calls are compiled.
-        Raises ValueError for ids out of range (on a device or compiled only with
-        check_finite: looking costs a sync), shapes, lengths, an unknown ``learn``, a wavefront that is to
-        learn or to carry gradients, a state of another model, ids that do not begin with the state's
-        ``unread`` token (not looked at when compiled), a given state inside an ``autograd.Function``
-        (reentrant activation checkpointing), and with check_finite for non-finite logits; the given state is
-        then as it was.
+        Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs
+        a sync), shapes, lengths, an unknown ``learn``, a wavefront that is to learn or to carry gradients, a
+        state of another model, ids that do not begin with the state's ``unread`` token (not looked at when
+        compiled), a given state inside an ``autograd.Function`` (reentrant activation checkpointing), and
+        with check_finite for non-finite logits; the given state is then as it was.
         """
         options: dict[str, Any] = {
             "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront

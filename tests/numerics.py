@@ -24,8 +24,8 @@ def random_layer(config: TitansConfig, seed: int = 0, spread: float = 0.3) -> Se
 def reference_params(layer: SelfModifyingTitans) -> dict:
     """The layer's parameters under the names of the NumPy reference."""
     params = {
-        n.removesuffix(".weight"): p.detach().double().numpy() for n,
-        p in layer.named_parameters() if n not in ("w2", "w1", "w1s")
+        n.removesuffix(".weight"): p.detach().double().numpy()
+        for n, p in layer.named_parameters() if n not in ("w2", "w1", "w1s")
     }
     for name in layer.layout.names:
         params |= {f"{part}.{name}": w.detach().double().numpy() for part, w in layer.memory_init(name).items()}

@@ -75,9 +75,9 @@ def read(
 
     unread: what ids have to do with the token of each row that ``generate`` returned last and a given state
     has not read. "before": ids are the text after it, so it is read first (also by rows of length 0).
-    "included": ids begin with it. None: "included" if ids are nothing but these tokens
-    (``out.tokens[:, -1:]``), "before" if ids begin otherwise; ids that begin with it and go on could be
-    either, and are a ValueError.
+    "included": ids begin with it. None: "included" if ids are nothing but these tokens (``out.tokens[:,
+    -1:]``), "before" if ids begin otherwise; ids that begin with it and go on could be either, and are a
+    ValueError.
 
     Raises ValueError for arguments out of range, TypeError for ids, last or a state of another kind, and what
     the model raises; the state then stands after the last whole piece.

@@ -149,8 +149,8 @@ class SelfModifyingTitans(nn.Module):
         padded outputs are zero. update=False: a pure read, the state stays as it is. check_finite: refuse an
         x with NaN or infinities (one sync on a device).
         Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself,
-        advanced in place; in
-        grad mode a new one that carries the graph. An error leaves the given state as it was.
+        advanced in place; in grad mode a new one that carries the graph. An error leaves the given state as
+        it was.
         Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a
         given one inside an ``autograd.Function`` (reentrant activation checkpointing), TypeError for
         non-tensors.
@@ -281,10 +281,9 @@ class SelfModifyingTitans(nn.Module):
         """How the memories fare while reading x [B, T, d_model] from ``state`` (not modified): plain numbers.
 
         max_S and clipped_share over all tokens committed; ``deviation``: per memory |delta| / |w_init|
-        (Frobenius, mean over rows
-        and heads); ``half_life``: tokens until a write has decayed to a half, per head, at the mean log alpha
-        of the tokens
-        committed (inf without retention; at the gate's bias if x closes no chunk).
+        (Frobenius, mean over rows and heads); ``half_life``: tokens until a write has decayed to a half, per
+        head, at the mean log alpha of the tokens committed (inf without retention; at the gate's bias if x
+        closes no chunk).
         """
         state = self.init_state(x.shape[0]) if state is None else state
         stats = Stats([], [])

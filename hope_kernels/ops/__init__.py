@@ -37,8 +37,8 @@ def titans_chunk(
 
     w_init: w2 [H, R, D], w1 [H, Mf, D, N], w1s [H, Ms, N] (``Layout.of(config)`` says what is where). inputs:
     see ``TokenInputs``; q and x (or k, v) in one floating dtype, eta, alpha, beta in the same. state: None
-    starts new sequences. lengths: [B], tokens of each
-    row that count; o is zero after them. update=False reads with the memories as they are.
+    starts new sequences. lengths: [B], tokens of each row that count; o is zero after them. update=False
+    reads with the memories as they are.
     Raises ValueError for shapes, dtypes, lengths, a state of another configuration, and a backend that cannot
     serve.
     Source: Nested Learning eq 83-93.

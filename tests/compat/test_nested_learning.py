@@ -232,8 +232,8 @@ def test_low_precision_is_no_worse_than_the_package(dtype, autocast, options):
 
     assert error(y, truth) <= 1.1 * error(z, truth)
     assert all(
-        error(t, tensors(final)[key]) <= 1.1 * error(tensors(b)[key], tensors(final)[key]) + 1e-12 for key,
-        t in tensors(a).items()
+        error(t, tensors(final)[key]) <= 1.1 * error(tensors(b)[key], tensors(final)[key]) + 1e-12
+        for key, t in tensors(a).items()
     )
 
 

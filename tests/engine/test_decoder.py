@@ -55,8 +55,8 @@ def same(a, b) -> bool:
     """Two states: every counter, and every tensor to rounding."""
     counters = [list(x) for x in a._counters()] == [list(x) for x in b._counters()]
     close = all(
-        torch.allclose(x.double(), y.double(), rtol=1e-9, atol=1e-12) for x,
-        y in zip(a.tensors(), b.tensors(), strict=True)
+        torch.allclose(x.double(), y.double(), rtol=1e-9, atol=1e-12)
+        for x, y in zip(a.tensors(), b.tensors(), strict=True)
     )
     return counters and close
 
@@ -163,8 +163,8 @@ def test_generate_through_a_decoder(learn):
     assert min(outs[0].lengths) < max(outs[0].lengths) and outs[0].lengths == outs[1].lengths
     assert torch.equal(outs[0].tokens, outs[1].tokens) and same(outs[0].state, outs[1].state)
     more = [
-        model.generate(None, 9, out.state, learn=learn, graph=graph).tokens for out,
-        graph in zip(outs, (True, False))
+        model.generate(None, 9, out.state, learn=learn, graph=graph).tokens
+        for out, graph in zip(outs, (True, False))
     ]
     assert torch.equal(*more)
 

@@ -13,9 +13,8 @@ class TokenInputs(NamedTuple):
     """What a layer computes statically from its input, per token and head.
 
     q [B, T, H, D], normalised (None with adaptive_q); x [B, T, H, D]: the memories' input (self_modifying),
-    or k, v [B, T, H, D]
-    and eta, alpha [B, T, H] themselves; beta [B, T, H] with momentum; eta_bias, alpha_bias [H] for
-    self_modifying.
+    or k, v [B, T, H, D] and eta, alpha [B, T, H] themselves; beta [B, T, H] with momentum; eta_bias,
+    alpha_bias [H] for self_modifying.
     """
 
     q: MaybeTensor

@@ -2,9 +2,8 @@
 
 Every row of a weight that sees the key as its input (the hidden rows of w2, the skip rows of eta and alpha,
 all rows of a linear memory) obeys the same write rule, so all of them are one tensor ``w2 [.., R, D]`` and
-one GEMM. The output sides are ``w1
-[.., Mf, D, N]`` for the Mf memories with D outputs and ``w1s [.., Ms, N]`` for the Ms scalar ones (eta,
-alpha).
+one GEMM. The output sides are ``w1 [.., Mf, D, N]`` for the Mf memories with D outputs and ``w1s [.., Ms,
+N]`` for the Ms scalar ones (eta, alpha).
 
     mlp:    R = M*N hidden rows, memory by memory in the order of config.memories, then Ms skip rows if scalar_skip
     linear: R = Mf*D rows, then Ms rows; no w1, no w1s

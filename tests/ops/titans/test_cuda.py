@@ -342,8 +342,8 @@ def test_settings_are_numbered_as_the_kernels_number_them():
     ours = {name: getattr(titans, "_" + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper()) for name in bits}
     assert ours == bits and len(bits) == 10
     activations = {
-        name.replace("Tanh", "_tanh").lower(): int(n) for name,
-        n in re.findall(r"k(GeluTanh|Gelu|Silu) = (\d)", text)
+        name.replace("Tanh", "_tanh").lower(): int(n)
+        for name, n in re.findall(r"k(GeluTanh|Gelu|Silu) = (\d)", text)
     }
     assert activations == titans.ACTIVATION_CODES
     plain = TitansConfig(

@@ -72,8 +72,8 @@ def compare(config, layer, x, lengths, theirs, rows) -> None:
         response = max(response, relative(noisy, theirs))
         spread = max(spread, max(
             (abs(a.delta[m][n] - b.delta[m][n]).max() / max(1, abs(b.delta[m][n]).max())
-             for r, s in zip(noisy_rows, rows) for a,
-             b in zip(r.heads, s.heads) for m in b.delta for n in b.delta[m]), default=0.0))
+             for r, s in zip(noisy_rows, rows)
+             for a, b in zip(r.heads, s.heads) for m in b.delta for n in b.delta[m]), default=0.0))
     assert error <= max(1e-12, 10 * response)
     assert state_error <= max(1e-12, 10 * max(spread, response))
 
