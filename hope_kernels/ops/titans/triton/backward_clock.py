@@ -53,8 +53,8 @@ def _coupling(products_p, gram_p, eta, row, col, C: tl.constexpr):
 def clock_kernel(
     slots, place, terms, end: tl.int64, S: tl.int64, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr,
 ):
-    """products (P), gram (k_t.k_s) [B H, C, C]; keys (Kg) [B H, C, D]; vectors [B H, 3, C]: before, end, keep
-    in its first place."""
+    """terms: products (P), gram (k_t.k_s) [B H, C, C]; keys (Kg) [B H, C, D]; vectors [B H, 3, C]:
+    decay_before, decay_after, decay_chunk in its first place."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     g = tl.program_id(0).to(tl.int64)

@@ -56,6 +56,8 @@ def errors_kernel(
                 tl.store(errors.sizes + (gm * 2 + 1) * C + c, size)
                 tl.store(errors.target + (gm * D + f[:, None]) * C + c[None, :], target)
             e = -target
+            # on its own: with v's as columns of one product (errors_task) a tile of 2 CT columns would need
+            # 100 KB of shared memory at D = 128, more than sm_86 has
             if not rule.DOT:
                 at_k = evaluate(k, weights, g, h, m, shape=shape, rule=rule, NT=NT)
                 e = grad_scale * (at_k - target)
