@@ -53,8 +53,8 @@ def _coupling(products_p, gram_p, eta, row, col, C: tl.constexpr):
 def clock_kernel(
     slots, place, terms, end: tl.int64, S: tl.int64, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr,
 ):
-    """products (P), gram (k_t.k_s) [B H, C, C]; keys (Kg) [B H, C, D]; vectors [B H, 3, C]: before, end, keep
-    in its first place."""
+    """terms: products (P), gram (k_t.k_s) [B H, C, C]; keys (Kg) [B H, C, D]; vectors [B H, 3, C]:
+    decay_before, decay_after, decay_chunk in its first place."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     g = tl.program_id(0).to(tl.int64)
@@ -223,8 +223,8 @@ def clock_adjoint_kernel(
                     inside = decay_after[:, None] * tl.load(vectors_bar_p + C + i + other * BK)[None, :]
                     if rule.DGD:
                         for later in range(block, BLOCKS):
-                            P = tl.load(_tile(products_p, later, block, C))
+                            P_t = tl.trans(tl.load(_tile(products_p, later, block, C)))
                             P_bar = tl.load(_tile(products_bar_p, later, other, C))
-                            inside += tl.dot(tl.trans(P), P_bar, input_precision="ieee")
+                            inside += tl.dot(P_t, P_bar, input_precision="ieee")
                     alpha_bar += tl.sum(tl.load(_tile(products_p, block, other, C)) * inside, 1)
                 tl.store(slots_bar.alpha + at, tl.load(slots_bar.alpha + at) + alpha_bar)

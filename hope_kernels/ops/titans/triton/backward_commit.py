@@ -48,9 +48,9 @@ def inputs_kernel(
     end: tl.int64, S: tl.int64, shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr,
     CT: tl.constexpr, NT: tl.constexpr,
 ):
-    """Adds to adj2 (which ``hidden_kernel`` has turned), to grad, and makes adj1s the old deviation's. parts
-    [B H, M, N / NT, 2, D, C]: the second half on entry (with DGD), and with it the first half on return, of
-    k."""
+    """Adds to weights_bar: to delta2 (which ``hidden_kernel`` has turned into the old deviation's) and to the
+    base, and turns delta1s. parts [B H, M, N / NT, 2, D, C]: the second half on entry (with DGD), and with it
+    the first half on return, of k."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
@@ -157,7 +157,8 @@ def outputs_kernel(
     S: tl.int64, shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr, CT: tl.constexpr,
     NT: tl.constexpr,
 ):
-    """adj1 and grad1 of the memories with D outputs, after ``inputs_kernel``, which needs adj1 as it was."""
+    """delta1 and base1 of weights_bar, of the memories with D outputs, after ``inputs_kernel``, which needs
+    delta1 as it was."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N

@@ -99,9 +99,8 @@ def read_adjoint_kernel(
     read_p, weights, weights_bar, okv_bar_p, slots_bar, sizes_p, parts_p, place, slot: tl.int64, S: tl.int64,
     shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
-    """read [2, B, S, H, D]: q, x; errors [3, B, S, H, D] and deta, dalpha [B, S, H]: what came back to o, k,
-    v, eta, alpha. Adds to adj (deviations) and grad (shared base), laid out like the state; parts [B H, M, N
-    / NT, 2, D, C], first half: the adjoint of x (of q, from M_memory)."""
+    """read [2, B, S, H, D]: q, x; okv_bar [3, B, S, H, D]: of o, k and v. Adds to weights_bar; parts [B H, M,
+    N / NT, 2, D, C], first half: the adjoint of x (of q, from M_memory)."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
@@ -182,7 +181,7 @@ def values_kernel(
     weights, weights_bar, v_p, place, outputs_bar_p, parts_p, end: tl.int64, S: tl.int64,
     shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
-    """outputs_bar [B H, M, 2, D, C], second half: adjoint of M(v). Adds to adj and grad; parts [B H, M, N /
+    """outputs_bar [B H, M, 2, D, C], second half: adjoint of M(v). Adds to weights_bar; parts [B H, M, N /
     NT, 2, D, C], second half: of v. Without own values it is v that receives outputs_bar, from all but the
     scalar memories."""
     H: tl.constexpr = shape.H
