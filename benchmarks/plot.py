@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.records import RESULTS, runs
-from benchmarks.sources import ROOT
+from benchmarks.sources import ROOT, at_rest
 from benchmarks.svg import Chart, Series, draw
 
 CONTEXT, ACCURACY = "python -m benchmarks.bench_context", "python -m benchmarks.bench_accuracy"
@@ -192,6 +192,7 @@ def stale(results: Path, documents: Path = ROOT) -> list[str]:
     return [f"docs/{name}" for name in sorted({*want, *have}) if want.get(name) != have.get(name)]
 
 
+@at_rest()
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--check", action="store_true")

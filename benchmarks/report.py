@@ -21,7 +21,7 @@ from benchmarks import plan, plot, tables
 from benchmarks.changes import changes
 from benchmarks.goals import unplanned
 from benchmarks.records import RESULTS, dirty, measured, read, runs
-from benchmarks.sources import ROOT, age
+from benchmarks.sources import ROOT, age, at_rest
 from benchmarks.verdicts import rows, table
 
 # hours of reading; that the code still computes the same is what the tests are for
@@ -92,6 +92,7 @@ def check(results: Path, documents: Path) -> list[str]:
     return problems
 
 
+@at_rest()
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument(

@@ -12,6 +12,8 @@ the whole package: too old is the safe mistake.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -163,10 +165,32 @@ def _digest(found: Code, root: Path, changed: int) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
+_at_rest: dict[Path, int] = {}
+
+
+def _changed(root: Path) -> int:
+    """When the latest file of the code was."""
+    if root in _at_rest:
+        return _at_rest[root]
+    paths = (*(path for _, path in module_files(root)), *root.glob("csrc/**/*.*"))
+    return max(p.stat().st_mtime_ns for p in paths)
+
+
+@contextmanager
+def at_rest(root: Path = ROOT) -> Iterator[None]:
+    """Nobody edits the code meanwhile: the dates of its files are looked up once, not for every record."""
+    before = _at_rest.get(root)
+    _at_rest[root] = _changed(root)
+    try:
+        yield
+    finally:
+        if before is None:
+            del _at_rest[root]
+
+
 def digest(found: Code, root: Path = ROOT) -> str:
     """16 hex digits over what ``found`` reaches."""
-    paths = (*(path for _, path in module_files(root)), *root.glob("csrc/**/*.*"))
-    return _digest(found, root, max(p.stat().st_mtime_ns for p in paths))
+    return _digest(found, root, _changed(root))
 
 
 def kernel_hash(case: dict, root: Path = ROOT) -> str | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks import bench_continual, bench_rates, cms_table, plot, verdicts
 from benchmarks.records import RESULTS, load, runs
-from benchmarks.sources import ROOT
+from benchmarks.sources import ROOT, at_rest
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/continual.md")
 WIDTH = 110
@@ -240,6 +240,7 @@ def stale(results: Path, documents: Path = ROOT) -> list[tuple[str, str]]:
             for block in rewritten((documents / name).read_text(encoding="utf-8"), blocks(results, name))[1]]
 
 
+@at_rest()
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--check", action="store_true")
