@@ -155,9 +155,8 @@ def test_never_the_default():
     torch.manual_seed(0)
     layer, x = SelfModifyingTitans(TitansConfig(32)).to(DEVICE), torch.randn(1, 20, 32, device=DEVICE)
     with torch.no_grad():
-        assert torch.equal(
-            layer(x)[0], layer(x, backend="cpp" if DEVICE == "cpu" and not available_backends()["cpp"] else "chunked")[0]
-        )
+        default = "cpp" if DEVICE == "cpu" and not available_backends()["cpp"] else "chunked"
+        assert torch.equal(layer(x)[0], layer(x, backend=default)[0])
 
 
 STATIC, QUERY = TitansConfig.preset("titans", d_model=32), TitansConfig(32, adaptive_q=True, retain_to="zero")
@@ -183,8 +182,13 @@ def test_in_place_without_the_host(lengths):
     with torch.no_grad():
         state = init_titans_state(NARROW[3], w_init, 2, DEVICE)
         state.pos[:] = [-7, 1000]
-        outputs = [titans_advance_(NARROW[3], w_init, part(inputs, t, t + 1), state, (torch.tensor(lengths, device=DEVICE) > t).long())
-                   for t in range(21)]
+        outputs = [
+            titans_advance_(
+                NARROW[3], w_init, part(inputs, t, t + 1), state,
+                (torch.tensor(lengths, device=DEVICE) > t).long(),
+            )
+            for t in range(21)
+        ]
     assert torch.equal(torch.cat(outputs, 1) * real(lengths, 21), whole)
     assert state.synchronize() is state
     assert same(state, end) and state.count.tolist() == lengths

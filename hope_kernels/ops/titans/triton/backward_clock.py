@@ -223,8 +223,8 @@ def clock_adjoint_kernel(
                     inside = decay_after[:, None] * tl.load(vectors_bar_p + C + i + other * BK)[None, :]
                     if rule.DGD:
                         for later in range(block, BLOCKS):
-                            P = tl.load(_tile(products_p, later, block, C))
+                            P_t = tl.trans(tl.load(_tile(products_p, later, block, C)))
                             P_bar = tl.load(_tile(products_bar_p, later, other, C))
-                            inside += tl.dot(tl.trans(P), P_bar, input_precision="ieee")
+                            inside += tl.dot(P_t, P_bar, input_precision="ieee")
                     alpha_bar += tl.sum(tl.load(_tile(products_p, block, other, C)) * inside, 1)
                 tl.store(slots_bar.alpha + at, tl.load(slots_bar.alpha + at) + alpha_bar)

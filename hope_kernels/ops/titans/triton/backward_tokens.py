@@ -21,7 +21,6 @@ import triton.language as tl
 
 from .backward_common import columns, commits_here
 from .evaluate import evaluate, evaluate_scalar
-from .gain import gradient_size
 
 
 @triton.jit(do_not_specialize=["end", "S"])
@@ -49,7 +48,7 @@ def errors_kernel(
         if m < MF:
             target = v.to(tl.float32)
             if rule.OWN_VALUES:
-                target = evaluate(v, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+                target = evaluate(v, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=not rule.HAS_BASE)
             if rule.TARGET_NORM:
                 size = tl.sqrt(tl.sum(target * target, 0))
                 target /= tl.maximum(size, 1e-6)[None, :]
@@ -59,7 +58,7 @@ def errors_kernel(
             # on its own: with v's as columns of one product (errors_task) a tile of 2 CT columns would need
             # 100 KB of shared memory at D = 128, more than sm_86 has
             if not rule.DOT:
-                at_k = evaluate(k, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+                at_k = evaluate(k, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=not rule.HAS_BASE)
                 e = grad_scale * (at_k - target)
             tl.store(errors.e + (gm * D + f[:, None]) * C + c[None, :], e)
             tl.store(errors.sizes + gm * 2 * C + c, tl.sum(e * e, 0))
@@ -82,6 +81,13 @@ def _total(sums_p, which: tl.constexpr, c, TILES: tl.constexpr, C: tl.constexpr)
     for tile in range(TILES):
         total += tl.load(sums_p + (tile * 6 + which) * C + c)
     return total
+
+
+@triton.jit
+def _gradient_size(sums_p, sizes_p, c, TILES: tl.constexpr, C: tl.constexpr):
+    """m_t, as gain.py has it; its one loop over the tiles for both sums would take 8 registers more."""
+    a2, d2 = _total(sums_p, 0, c, TILES, C), _total(sums_p, 1, c, TILES, C)
+    return tl.sqrt(a2 + d2 / (tl.load(sizes_p + c) + 1e-9) + 1e-12)
 
 
 @triton.jit(do_not_specialize=["end", "S"])
@@ -111,11 +117,11 @@ def gain_kernel(
         gain = eta
         eta_bar = gain_bar
         if CLIP:
-            size = gradient_size(sums_p, sizes_p, c, 6, TILES, C)
+            size = _gradient_size(sums_p, sizes_p, c, TILES, C)
             q = tl.zeros([C], tl.float32)
             for s0 in range(0, C, 16):
                 s = s0 + tl.arange(0, 16)
-                eta_size = tl.load(eta_p + eta_at + s * H) * gradient_size(sums_p, sizes_p, s, 6, TILES, C)
+                eta_size = tl.load(eta_p + eta_at + s * H) * _gradient_size(sums_p, sizes_p, s, TILES, C)
                 dots = tl.load(gram_p + s[:, None] * C + c[None, :])
                 q += tl.sum(eta_size[:, None] * dots * dots, 0)
             clip = factor * size * q

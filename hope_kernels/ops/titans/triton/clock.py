@@ -123,10 +123,12 @@ def _inverse(products, alpha_p, H: tl.constexpr, HAS_ALPHA: tl.constexpr):
 def unit_inverse(strict, UPPER: tl.constexpr):
     """(I + strict)^-1 for a strictly triangular 16 x 16 block: exact merges of blocks of 1, 2, 4, 8."""
     row, col = tl.arange(0, BK)[:, None], tl.arange(0, BK)[None, :]
-    ROW: tl.constexpr = 0 if UPPER else 1  # which of two neighbouring blocks lies on the rows
-    inverse = tl.where(row == col, 1.0, 0.0)
+    # one of two neighbouring blocks lies on the rows, the other on the columns
+    ROW: tl.constexpr = 0 if UPPER else 1
+    early, late = (row, col) if UPPER else (col, row)
+    inverse = tl.where(early == late, 1.0, 0.0)
     for level in tl.static_range(4):
-        same = (row >> (level + 1)) == (col >> (level + 1))
+        same = (early >> (level + 1)) == (late >> (level + 1))
         off = tl.where(same & ((row >> level) % 2 == ROW) & ((col >> level) % 2 == 1 - ROW), strict, 0.0)
         inverse -= tl.dot(inverse, tl.dot(off, inverse, input_precision="ieee"), input_precision="ieee")
     return inverse

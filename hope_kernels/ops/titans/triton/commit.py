@@ -52,7 +52,7 @@ def errors_task(
             x = v if rule.OWN_VALUES else k
         out = x.to(tl.float32)
         if rule.OWN_VALUES or not rule.DOT:
-            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=True)
         if rule.OWN_VALUES and not rule.DOT:
             at_k, target = tl.split(tl.reshape(out, [D, CT, 2]))
         elif rule.OWN_VALUES:

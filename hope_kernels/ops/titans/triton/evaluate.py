@@ -17,8 +17,12 @@ from .common import load_w1, load_w1s, load_w2
 
 
 @triton.jit
-def evaluate(x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: tl.constexpr):
-    """M(x) [D, columns], fp32, of memory m < MF."""
+def evaluate(
+    x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: tl.constexpr, EARLY: tl.constexpr = False
+):
+    """M(x) [D, columns], fp32, of memory m < MF. EARLY: w1 is loaded before the activation. Loaded after it
+    fewer registers are taken, but for the scan's errors (on sm_80) and the backward's kernels without a base
+    (on sm_90 and sm_100)."""
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
     w2_at, w2_base = (g * shape.R + m * N) * D, (h * shape.R + m * N) * D
@@ -29,8 +33,11 @@ def evaluate(x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: t
         n = n0 + tl.arange(0, NT)
         off2, off1 = n[:, None] * D + f[None, :], f[:, None] * N + n[None, :]
         w2 = load_w2(weights, w2_at + off2, w2_base + off2, rule).to(x.dtype)
-        w1 = load_w1(weights, w1_at + off1, w1_base + off1, rule).to(x.dtype)
+        if EARLY:
+            w1 = load_w1(weights, w1_at + off1, w1_base + off1, rule).to(x.dtype)
         a = sigma(tl.dot(w2, x, input_precision="ieee"), rule.ACT).to(x.dtype)
+        if not EARLY:
+            w1 = load_w1(weights, w1_at + off1, w1_base + off1, rule).to(x.dtype)
         out = tl.dot(w1, a, out, input_precision="ieee")
     return out
 

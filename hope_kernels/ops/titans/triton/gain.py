@@ -12,14 +12,14 @@ import triton.language as tl
 
 
 @triton.jit
-def gradient_size(sums_p, e2_p, c, ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr):
-    """m_t of one memory for tokens c; sums [TILES, ROWS, C]: |a|^2 and |d|^2 in their first rows."""
+def _gradient_size(norms_p, e2_p, gm, c, TILES: tl.constexpr, C: tl.constexpr):
+    """m_t of one memory for tokens c."""
     a2 = tl.zeros(c.shape, tl.float32)
     d2 = tl.zeros(c.shape, tl.float32)
     for tile in range(TILES):
-        a2 += tl.load(sums_p + tile * ROWS * C + c)
-        d2 += tl.load(sums_p + tile * ROWS * C + C + c)
-    return tl.sqrt(a2 + d2 / (tl.load(e2_p + c) + 1e-9) + 1e-12)
+        a2 += tl.load(norms_p + (gm * TILES + tile) * 2 * C + c)
+        d2 += tl.load(norms_p + (gm * TILES + tile) * 2 * C + C + c)
+    return tl.sqrt(a2 + d2 / (tl.load(e2_p + gm * C + c) + 1e-9) + 1e-12)
 
 
 @triton.jit
@@ -32,7 +32,6 @@ def gain_task(
     H: tl.constexpr = shape.H
     gm = g * (shape.MF + shape.MS) + m
     eta_p += start * H + g % H
-    norms_p, e2_p = scratch.norms + gm * TILES * 2 * C, scratch.e2 + gm * C
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
         gain = tl.load(eta_p + c * H)
@@ -40,9 +39,9 @@ def gain_task(
             total = tl.zeros([CT], tl.float32)
             for s0 in range(0, C, CT):
                 s = s0 + tl.arange(0, CT)
-                size = tl.load(eta_p + s * H) * gradient_size(norms_p, e2_p, s, 2, TILES, C)
+                size = tl.load(eta_p + s * H) * _gradient_size(scratch.norms, scratch.e2, gm, s, TILES, C)
                 gram2 = tl.load(scratch.gram2 + (g * C + s)[:, None] * C + c[None, :])
                 total += tl.sum(size[:, None] * gram2, 0)
-            size = gradient_size(norms_p, e2_p, c, 2, TILES, C)
+            size = _gradient_size(scratch.norms, scratch.e2, gm, c, TILES, C)
             gain /= tl.maximum(1.0, factor * size * total)
         tl.store(scratch.gain + gm * C + c, gain)
