@@ -51,7 +51,7 @@ def titans_cuda(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int],
     *, update: bool = True, constant_memory: bool = False, stats=None,
 ) -> tuple[Tensor, TitansState]:
-    """As ``chunked.titans_chunk``, without a graph; ``constant_memory`` changes nothing there. Raises
+    """As ``scan.titans_chunk``, without a graph; ``constant_memory`` changes nothing there. Raises
     ValueError for ``stats``, and for arguments that require a gradient where gradients are on."""
     if stats is not None:
         raise ValueError("titans: backend 'cuda' collects no statistics; the chunked backend does")

@@ -46,7 +46,7 @@ def reread_kernel(
         plane = tl.num_programs(0) * S
         x = columns(x_p, b, h, t, S, H, D)
         if m < MF:
-            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=not rule.HAS_BASE)
             if m == 1:
                 if rule.UNIT_K:
                     size = tl.sqrt(tl.sum(out * out, 0))

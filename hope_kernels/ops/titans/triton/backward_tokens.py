@@ -48,7 +48,7 @@ def errors_kernel(
         if m < MF:
             target = v.to(tl.float32)
             if rule.OWN_VALUES:
-                target = evaluate(v, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+                target = evaluate(v, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=not rule.HAS_BASE)
             if rule.TARGET_NORM:
                 size = tl.sqrt(tl.sum(target * target, 0))
                 target /= tl.maximum(size, 1e-6)[None, :]
@@ -58,7 +58,7 @@ def errors_kernel(
             # on its own: with v's as columns of one product (errors_task) a tile of 2 CT columns would need
             # 100 KB of shared memory at D = 128, more than sm_86 has
             if not rule.DOT:
-                at_k = evaluate(k, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+                at_k = evaluate(k, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=not rule.HAS_BASE)
                 e = grad_scale * (at_k - target)
             tl.store(errors.e + (gm * D + f[:, None]) * C + c[None, :], e)
             tl.store(errors.sizes + gm * 2 * C + c, tl.sum(e * e, 0))

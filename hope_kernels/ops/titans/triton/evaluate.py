@@ -20,8 +20,9 @@ from .common import load_w1, load_w1s, load_w2
 def evaluate(
     x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: tl.constexpr, EARLY: tl.constexpr = False
 ):
-    """M(x) [D, columns], fp32, of memory m < MF. EARLY: w1 is loaded before the activation; everywhere but in
-    the scan's errors, on sm_80, that takes more registers."""
+    """M(x) [D, columns], fp32, of memory m < MF. EARLY: w1 is loaded before the activation. Loaded after it
+    fewer registers are taken, but for the scan's errors (on sm_80) and the backward's kernels without a base
+    (on sm_90 and sm_100)."""
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
     w2_at, w2_base = (g * shape.R + m * N) * D, (h * shape.R + m * N) * D
