@@ -43,7 +43,12 @@ def read_books(lines: Iterable[str]) -> dict[str, str]:
     """Book name -> its text, from the lines of `bible -f` ("Ge1:1 In the beginning ...").
 
     >>> print(read_books(["Jude1:1 Jude, the servant", "Rev1:20 The mystery", "Rev2:1 Unto the angel"])["Revelation"])
-    Revelation <BLANKLINE> The mystery <BLANKLINE> Unto the angel <BLANKLINE>
+    Revelation
+    <BLANKLINE>
+    The mystery
+    <BLANKLINE>
+    Unto the angel
+    <BLANKLINE>
     """
     chapters: dict[str, dict[int, list[str]]] = {}
     for number, line in enumerate(lines, 1):

@@ -24,8 +24,8 @@ from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
-from hope_kernels.engine.generation import read
 from hope_kernels.files import write_atomically
+from hope_kernels.generation import read
 
 
 def arguments() -> argparse.Namespace:

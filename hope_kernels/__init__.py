@@ -5,7 +5,13 @@
     y, state = layer(x)
 """
 
-from . import compat, convert, generation, ops
+from . import (
+    compat,
+    convert,
+    earlier,  # noqa: F401
+    generation,
+    ops,
+)
 from .backend import available_backends
 from .config import CMSConfig, HopeConfig, RopeScaling, TitansConfig
 from .engine.decoder import Decoder

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, NamedTuple
@@ -84,20 +85,22 @@ def choose(op: str, entries: Iterable[Entry], request: Request, backend: str | N
 
 @cache
 def _listed() -> dict[str, Entry]:
-    """By name, the first entry of every backend that the folders of ops/ list."""
-    found: dict[str, Entry] = {}
+    """By name, the first entry of every backend that the folders of ops/ list, the longest list first."""
+    lists: list[tuple[Entry, ...]] = []
     for folder in iter_modules([str(Path(__file__).with_name("ops"))]):
         module = f"{__package__}.ops.{folder.name}.backends"
         if folder.ispkg and find_spec(module) is not None:
-            for entry in import_module(module).ENTRIES:
-                found.setdefault(entry.backend, entry)
+            lists.append(import_module(module).ENTRIES)
+    found: dict[str, Entry] = {}
+    for entry in chain.from_iterable(sorted(lists, key=len, reverse=True)):
+        found.setdefault(entry.backend, entry)
     return found
 
 
 @constant_result
 def names() -> tuple[str, ...]:
     """The names of all backends."""
-    return tuple(sorted(_listed()))
+    return tuple(_listed())
 
 
 def available_backends() -> dict[str, str | None]:

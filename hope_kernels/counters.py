@@ -1,8 +1,12 @@
-"""What a state keeps on the host: one integer per row; and the names of states in files."""
+"""What states and their files both need: counters on the host, the names of states, and their base."""
 
 from __future__ import annotations
 
 KINDS: dict[str, type] = {}  # every kind of state by its name in files
+
+
+class AnyState:
+    """Base of all states (``state.State``), where what they can do must not be imported."""
 
 
 class Counters(list):

@@ -101,11 +101,11 @@ class HopeForCausalLM(nn.Module):
         ids: [B, T] int64. state: from ``init_state``, an earlier call or a file; None starts new sequences.
         lengths: [B], tokens of each row that count. learn: "off" reads with the CMS weights as they are;
         "next_token" refreshes every level at its period, from the model's own next-token loss. wavefront: where
-        nothing learns, read with the blocks side by side over pieces of so many tokens (``wavefront.py``).
+        nothing learns, read with the blocks side by side over pieces of so many tokens (``engine/wavefront.py``).
 
         Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
         advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
-        Under ``torch.compile``, ``compiling.py`` says which calls are compiled.
+        Under ``torch.compile``, ``engine/compiling.py`` says which calls are compiled.
         Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs
         a sync), shapes, lengths, an unknown ``learn``, a wavefront that is to learn or to carry gradients, a
         state of another model, ids that do not begin with the state's ``unread`` token (not looked at when
@@ -217,7 +217,7 @@ class HopeForCausalLM(nn.Module):
     def generate(
         self, ids: Tensor | Source | None, max_new_tokens: int, state: ModelState | None = None, **options: Any
     ) -> Generation:
-        """Continues ``ids`` [B, T]; see :func:`hope_kernels.engine.generation.generate`."""
+        """Continues ``ids`` [B, T]; see :func:`hope_kernels.generation.generate`."""
         return generate(self, ids, max_new_tokens, state, **options)
 
     def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
 
 from .check import check_rows, check_state
-from .counters import KINDS, Counters
+from .counters import KINDS, AnyState, Counters
 from .identity import Checksum, checksum, matches
 from .state_file import save_state
 
@@ -106,7 +106,7 @@ def _assign(old: Any, new: Any) -> Any:
 
 
 @dataclass(eq=False)
-class State:
+class State(AnyState):
     """Base of all states. ``pos[b]`` is the number of tokens row b has read since the start of its sequence.
 
     owner: the module that read it last. fingerprint: the checksum of that module's weights as they were then;

@@ -19,7 +19,7 @@ import json
 import os
 import stat
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors.torch import load as _tensors_of
@@ -27,7 +27,7 @@ from safetensors.torch import save as _safetensors_bytes
 from torch import Tensor
 
 from .config import CMSConfig, HopeConfig, TitansConfig
-from .counters import KINDS, Counters
+from .counters import KINDS, AnyState, Counters
 from .files import write_atomically
 from .identity import checksum
 
@@ -74,7 +74,7 @@ def load_state(path: str | os.PathLike, device: torch.device | str = "cpu") -> S
         if "sha256" in meta and meta["sha256"] != _digest(meta, tensors):
             raise ValueError("its contents do not have the SHA-256 they were written with")
         state = _rebuild(json.loads(meta["tree"]), tensors)
-        if not isinstance(state, tuple(KINDS.values())):
+        if not _is_state(state):
             raise ValueError(f"it holds a {type(state).__name__}")
         if tensors:
             raise ValueError(f"it holds tensors that belong to nothing: {sorted(tensors)[:3]}")
@@ -128,6 +128,10 @@ def _opened(path: str | os.PathLike, where: str) -> tuple[bytes, dict[str, str]]
     return data, meta
 
 
+def _is_state(value: Any) -> TypeGuard[State]:
+    return isinstance(value, AnyState)
+
+
 def _digest(meta: dict[str, str], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in _HASHED:
@@ -148,7 +152,7 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"counters": list(value)}
     if isinstance(value, tuple(_CONFIGS.values())):
         return {"config": type(value).__name__, "fields": value.to_dict()}
-    if isinstance(value, tuple(KINDS.values())):
+    if _is_state(value):
         items = [("config", value.config), *value.compact()._fields()]
         return {
             "state": type(value).__name__, "fields": {n: _describe(v, f"{name}.{n}", tensors) for n, v in items}

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 
 import pytest
 import torch
@@ -40,10 +41,10 @@ def test_an_explicit_choice_is_never_replaced_by_another(why, missing, reason):
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    known = r"\('chunked', 'cpp', 'cuda', 'reference', 'triton'\)"
-    with pytest.raises(ValueError, match=f"op: unknown backend 'mps', expected one of {known}"):
+    known = ("reference", "cpp", "chunked", "triton", "cuda")
+    with pytest.raises(ValueError, match=f"op: unknown backend 'mps', expected one of {re.escape(str(known))}"):
         choose("op", entries(), REQUEST, "mps")
-    assert names() == tuple(sorted(available_backends())) == ("chunked", "cpp", "cuda", "reference", "triton")
+    assert names() == tuple(available_backends()) == known
 
 
 def test_a_reason_is_not_asked_for_where_the_process_cannot_use_the_backend():

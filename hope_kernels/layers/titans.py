@@ -190,13 +190,14 @@ class SelfModifyingTitans(nn.Module):
         """
         c = self.config
         compute = resolve(c, x.dtype, x.device, backend, constant_memory)
-        # without an autograd graph: the gradient by x, where one is asked for, is taken by formulas
+        # a backend that builds no graph: where x needs a gradient, ``pullback`` supplies it
         by_formulas = hasattr(compute, "with_pullback") and stats is None and self._is_plain()
         if by_formulas and torch.compiler.is_compiling():
             _prepare()
             return _untraced(
                 self, x, state, lengths, update=update, backend=backend, constant_memory=constant_memory
             )
+        # nothing around the memories has to build a graph where the formulas know its gradient
         request = Request(c, x.dtype, x.device, NO_GRADIENT if by_formulas else BY_ALL)
         causal_conv, unit, output_gate = surroundings(request, backend)
         given, wanted = x, by_formulas and torch.is_grad_enabled() and x.requires_grad

@@ -30,7 +30,7 @@ def pullback(
     layer: all its projections are plain (``wrapped.is_plain``). real [B, T, 1]: which tokens count; None: all.
     raw [B, T, H, D]: W_q u. o [B, T, H, D], gate [B, T, d]: the memory's answers and W_g x. by_q: dL/do -> dL/dq.
     """
-    conv, gain = layer.conv, layer.norm_gain  # a parametrized one is computed at every access
+    conv, gain = layer.conv, layer.norm_gain
 
     def by_x(dy: Tensor) -> Tensor:
         if real is not None:

@@ -1,6 +1,7 @@
 """States and models written by earlier code load, and go on to the outputs that code gave: to 1e-12 in fp64
 on the chunked backend, since another PyTorch or processor may sum in another order."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from numerics import relative
 from safetensors.torch import load_file
 
-from hope_kernels import ContinuumMemory, HopeForCausalLM, SelfModifyingTitans, load_state
+from hope_kernels import CMSConfig, ContinuumMemory, HopeForCausalLM, SelfModifyingTitans, TitansConfig, load_state
 
 EARLIER = Path(__file__).parents[1] / "data" / "earlier"  # its README says of which code
 
@@ -60,3 +61,15 @@ def test_a_model_inside_a_segment_that_has_learned(learn, tmp_path):
     logits, _ = model(found["ids"], state, learn=learn, backend="chunked")
     same = relative(logits, found["logits"])
     assert same < 1e-12 if learn == "next_token" else same > 1e-3
+
+
+@pytest.mark.parametrize("state, now, then", [
+    (lambda: SelfModifyingTitans(TitansConfig(16)).init_state(2), b"ops.titans.state", b"ops.titans.fast_weights"),
+    (lambda: ContinuumMemory(CMSConfig(16, (4,))).init_state(2), b"ops.cms.state", b"layers.cms_state"),
+])
+def test_pickles_find_the_classes_that_have_moved(state, now, then):
+    state = state()
+    text = pickle.dumps(state, protocol=0)
+    assert b"hope_kernels." + now in text
+    found = pickle.loads(text.replace(b"hope_kernels." + now, b"hope_kernels." + then))
+    assert type(found) is type(state) and found.pos == state.pos

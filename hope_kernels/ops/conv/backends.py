@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...backend import NO_GRADIENT, Entry, Request
+from ...backend import Entry, Request
 from ..shared import cpu_library, triton_library
 from . import cpp
 from .forward import causal_conv_chunked
@@ -24,7 +24,7 @@ def _triton_unserved(request: Request) -> str | None:
 
 
 def _cpp_unserved(request: Request) -> str | None:
-    return None if request.gradient == NO_GRADIENT else "has no autograd graph"
+    return cpu_library.unserved(request, request.config.d_model)
 
 
 ENTRIES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...backend import NO_GRADIENT, Entry, Request
+from ...backend import Entry, Request
 from ..shared import cpu_library, triton_library
 from . import cpp
 from .forward import output_gate_chunked
@@ -17,7 +17,7 @@ def _triton(request: Request) -> Callable:
 
 
 def _cpp_unserved(request: Request) -> str | None:
-    return None if request.gradient == NO_GRADIENT else "has no autograd graph"
+    return cpu_library.unserved(request, request.config.head_dim)
 
 
 ENTRIES = (

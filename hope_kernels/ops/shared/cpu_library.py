@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...backend import NO_GRADIENT, Request
 from ...tracing import constant_result
 
 LIBRARY = str(Path(__file__).parents[2] / "_titans_cpu.so")
@@ -67,6 +68,15 @@ class Function:
 
     def __call__(self, *arguments: int | float | None) -> None:
         check_outcome(self.bound()(*arguments), self.op)
+
+
+def unserved(request: Request, width: int) -> str | None:
+    """Why what surrounds the memories cannot be served without a graph, or None. width: of its vectors."""
+    if request.device.type != "cpu" or request.dtype != torch.float32:
+        return f"serves float32 on the CPU, not {request.dtype} on {request.device.type}"
+    if request.gradient != NO_GRADIENT:
+        return "has no autograd graph"
+    return None if width % 8 == 0 else f"serves widths that are multiples of 8, not {width}"
 
 
 def address(

@@ -6,7 +6,7 @@ output, d the error at the hidden layer. With gamma[t,s] = prod_{s<j<=t} alpha_j
 
     delta2_C = gamma[C,0] delta2 - c_C s2 - (K delta2^T)^T Kt - (K s2^T)^T Ks - (gain d)^T Kg
     delta1_C = gamma[C,0] delta1 - c_C s1 - (gain A[C,.] e)^T a
-    X  = (I + L)^-T diag(eta gamma[C,.]) K        L[t,s] = gamma[t-1,s] eta_s k_t.k_s        for s < t
+    X  = (I + L')^-T diag(eta gamma[C,.]) K       L'[t,s] = gamma[t-1,s] eta_s k_t.k_s       for s < t
     Kt = diag(gamma[t-1,0]) X,  Ks = -diag(c_{t-1}) X
     Kg = diag(A[C,.]) K - W^T X               W[t,s] = A[t-1,s] k_t.k_s              for s < t
 
@@ -15,7 +15,7 @@ U^T K = rhs^T (T^T K), one [C, D] solve per head and clock serves every memory. 
 gamma[t-1,0]) Kg, and the update has rank C:
 
     delta2_C = gamma[C,0] delta2 - (gain d + delta2 K^T diag(eta gamma[t-1,0]))^T Kg
-    Kg = (I + L')^-T diag(gamma[C,.]) K      L'[t,s] = eta_t gamma[t-1,s] k_t.k_s
+    Kg = (I + L)^-T diag(gamma[C,.]) K      L[t,s] = eta_t gamma[t-1,s] k_t.k_s
 
 README.md derives it.
 
@@ -107,8 +107,8 @@ def shared_terms(
             Kg = torch.linalg.solve_triangular(L.mT, Kg, upper=True, unitriangular=True)
         else:
             L = gamma[:, :C, 1:] * lower * eta.unsqueeze(1)
-            keys = (eta * gamma[:, C, 1:]).unsqueeze(-1) * k
-            X = torch.linalg.solve_triangular(L.mT, keys, upper=True, unitriangular=True)
+            scaled = (eta * gamma[:, C, 1:]).unsqueeze(-1) * k
+            X = torch.linalg.solve_triangular(L.mT, scaled, upper=True, unitriangular=True)
             Kg = torch.baddbmm(Kg, (arrival[:, :C, 1:] * lower).mT, X, alpha=-1)
             Kt = gamma[:, :C, :1] * X
             Ks = -arrival[:, :C, :1] * X
@@ -232,9 +232,9 @@ def write(
         return FastWeights(w2, w1, w1s), None
     w1 = None if w1 is None else w1.sub_(shared.c_chunk.unsqueeze(-1) * s.w1)
     w1s = None if w1s is None else w1s.sub_(shared.c_chunk * s.w1s)
-    keys = shared.beta_after.unsqueeze(-1) * shared.k
-    keys = keys if gain is not None else keys * (c if common is None else common.unsqueeze(-1))
-    s2 = add_gemm(scale(s.w2, shared.beta_chunk), gradient, keys, dtype)
+    kept = shared.beta_after.unsqueeze(-1) * shared.k
+    kept = kept if gain is not None else kept * (c if common is None else common.unsqueeze(-1))
+    s2 = add_gemm(scale(s.w2, shared.beta_chunk), gradient, kept, dtype)
     return FastWeights(w2, w1, w1s), FastWeights(s2, *outer(s, shared.beta_chunk, shared.beta_after, 1))
 
 

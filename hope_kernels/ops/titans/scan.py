@@ -2,7 +2,7 @@
 through the writes.
 
     reads    every memory is read as it was at the start of its current chunk (Nested Learning eq 90, floor index)
-    writes   memory.write commits a chunk when its last token has been read (eq 86-93 in closed form)
+    writes   commit.write commits a chunk when its last token has been read (eq 86-93 in closed form)
 
 Rows of a batch may stand at different positions and read different numbers of tokens. All rows are laid on
 one axis of slots, slot 0 being the start of each row's open chunk of the longer clock, so that one loop over
@@ -96,7 +96,7 @@ class _Scan:
     def __init__(self, config, w_init, inputs, state, lengths, constant_memory, stats):
         first = inputs.x if inputs.x is not None else inputs.k
         self.config, self.inputs, self.state, self.stats = config, inputs, state, stats
-        self.B, self.T, self.H, self.D = first.shape
+        self.B, self.T, self.H, _ = first.shape
         self.dtype, self.master = first.dtype, master_dtype(first.dtype)
         self.layout = Layout.of(config)
         self.writing = torch.no_grad if constant_memory else nullcontext

@@ -18,7 +18,7 @@ class Slots:
 
     def __init__(self, pos: list[int], lengths: list[int], longest: int, tokens: int, device: torch.device):
         self.phase = [p % longest for p in pos]
-        self.lengths, self.longest, self.tokens, self.device = lengths, longest, tokens, device
+        self.lengths, self.tokens, self.device = lengths, tokens, device
         active = [(p, n) for p, n in zip(self.phase, lengths) if n]
         self.first = min([p for p, _ in active]) if active else 0
         self.last = max([p + n for p, n in active]) if active else 0

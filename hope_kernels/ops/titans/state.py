@@ -40,6 +40,14 @@ class FastWeights(NamedTuple):
         return FastWeights(*(None if t is None else fn(t, *o) for t, *o in zip(self, *others)))
 
 
+class Shapes(NamedTuple):
+    """Of stacked FastWeights; None where the layout has none."""
+
+    w2: Shape
+    w1: Shape
+    w1s: Shape
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each memory of ``names`` lives in stacked FastWeights. D: head width; N: hidden width. full,
@@ -70,11 +78,11 @@ class Layout:
             return len(self.full) * self.D + len(self.scalars)
         return self.hidden_rows + (len(self.scalars) if self.skip else 0)
 
-    def shapes(self, *lead: int) -> tuple[Shape, Shape, Shape]:
-        """Of the stacked tensors w2, w1 and w1s, after ``lead`` dimensions."""
+    def shapes(self, *lead: int) -> Shapes:
+        """Of the stacked tensors, after ``lead`` dimensions."""
         w1 = (*lead, len(self.full), self.D, self.N) if self.mlp and self.full else None
         w1s = (*lead, len(self.scalars), self.N) if self.mlp and self.scalars else None
-        return (*lead, self.rows, self.D), w1, w1s
+        return Shapes((*lead, self.rows, self.D), w1, w1s)
 
     def split(self, w: FastWeights, at: int = 1) -> tuple[FastWeights, FastWeights]:
         """The first ``at`` memories (all with D outputs) and the rest, as views."""

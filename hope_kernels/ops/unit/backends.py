@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ...backend import NO_GRADIENT, Entry, Request
+from ...backend import Entry, Request
 from ..shared import cpu_library
 from . import cpp
 from .forward import l2norm
 
 
 def _cpp_unserved(request: Request) -> str | None:
-    return None if request.gradient == NO_GRADIENT else "has no autograd graph"
+    return cpu_library.unserved(request, request.config.head_dim)
 
 
 ENTRIES = (
