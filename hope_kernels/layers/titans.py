@@ -259,12 +259,9 @@ class SelfModifyingTitans(nn.Module):
         """[B, T, d] as [B, T, H, D]."""
         return t.unflatten(-1, (self.config.num_heads, self.config.head_dim))
 
-    def _inputs(self, u: Tensor, q: Tensor | None = None) -> TokenInputs:
-        """What the memories get of u [B, T, d]; q [B, T, H, D]: the queries, where they are known already."""
+    def _inputs(self, u: Tensor, q: Tensor | None) -> TokenInputs:
+        """What the memories get of u [B, T, d] and the queries q [B, T, H, D] (None with adaptive_q)."""
         c, heads = self.config, self._heads
-        if q is None and not c.adaptive_q:
-            q = heads(project(self.q_proj, u))
-            q = l2norm(q) if c.qk_l2norm else q
         beta = None
         if c.momentum == "learned":
             beta = torch.sigmoid(project(self.beta_proj, u) + self.beta_bias)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import random_layer, relative
 from problems import problem
 
@@ -15,7 +16,8 @@ def case(**options):
     layer = random_layer(config, 3)
     x = torch.randn(2, 21, 8, dtype=torch.float64)
     with torch.no_grad():
-        return layer, x, layer._inputs(x)
+        q = None if config.adaptive_q else F.normalize(layer.q_proj(x).unflatten(-1, (2, 4)), dim=-1, eps=1e-6)
+        return layer, x, layer._inputs(x, q)
 
 
 @pytest.mark.parametrize(
