@@ -99,7 +99,7 @@ class Decoder:
     def predicate(self, operand: str, defined: bool = False) -> Predicate:
         if operand in self.entry.registers:
             return Predicate(operand, defined, not defined)
-        return Predicate({"0": "false", "1": "true", "-1": "true"}[operand])
+        return Predicate({"0": "false", "1": "true", "-1": "true", "false": "false", "true": "true"}[operand])
 
     def address(self, operand: tuple) -> tuple[int, Register | Constant, int]:
         """(whether the base has 8 bytes, base, offset)."""
@@ -303,6 +303,35 @@ class Decoder:
     def _mma(self, i: Instruction, rest: list[str]) -> Decoded:
         to, *sources = i.operands
         return Decoded(i.opcode, [*(self.target(r) for r in to), *(self.source(r, 4) for s in sources for r in s)])
+
+    def _wgmma(self, i: Instruction, rest: list[str]) -> Decoded:
+        if rest[0] in ("fence", "commit_group"):
+            return Decoded(f"wgmma.{rest[0]}")
+        if rest[0] == "wait_group":
+            return Decoded("wgmma.wait_group", [int(i.operands[0], 0)])
+        shape, *kinds = rest[3:]
+        found = re.fullmatch(r"m64n(\d+)k16", shape)
+        if rest[:3] != ["mma_async", "sync", "aligned"] or not found or kinds not in (
+            ["f32", "bf16", "bf16"], ["f32", "f16", "f16"]
+        ):
+            raise ValueError("a product the machine does not have")
+        to, a, b, keep, *scales = i.operands
+        n, in_registers = int(found[1]), isinstance(a, list)
+        scale_a, scale_b, *transposed = (int(s, 0) for s in scales)
+        transposed = [0, *transposed] if in_registers else transposed
+        if len(to) != n // 2 or len(transposed) != 2:
+            raise ValueError("another number of operands than its shape has")
+        of_a = [self.source(r, 4) for r in a] if in_registers else [self.source(a, 8)]
+        return Decoded(f"wgmma.mma_async.{kinds[1]}", [
+            n, int(in_registers), scale_a, scale_b, *transposed,
+            *(Register(self.target(r).name, defined=True, used=True) for r in to), *of_a, self.source(b, 8),
+            self.predicate(keep),
+        ])
+
+    def _fence(self, i: Instruction, rest: list[str]) -> Decoded:
+        if rest[:2] == ["proxy", "async"] and rest[2:] in ([], ["shared::cta"]):
+            return Decoded("fence.proxy.async")
+        raise ValueError("a fence the machine does not have")
 
     # --- control ---------------------------------------------------------------------------------------------
     def _bra(self, i: Instruction, rest: list[str]) -> Decoded:

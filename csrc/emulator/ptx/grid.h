@@ -165,7 +165,7 @@ inline void Grid::slice(Warp& w) {
 inline void Grid::end_warp(Warp& w) {
   for (auto& group : w.copies)
     for (AsyncCopy& c : group) copy_now(w, c);
-  if (!w.products.empty() || !w.open_reads.empty()) fail("ends before its asynchronous products are waited for");
+  if (!w.products.empty() || w.open_products) fail("ends before its asynchronous products are waited for");
   if (w.cluster_arrived) fail("ends between barrier.cluster.arrive and wait");
   meet(w);
   progress();
@@ -182,6 +182,9 @@ inline void Grid::end_warp(Warp& w) {
 
 // The block must know of every store from another one before its memory goes away.
 inline void Grid::end_block(Block& b) {
+  for (const auto& w : b.warps)
+    if (w->products_issued != b.warps[w->index / 4 * 4]->products_issued)
+      fail("the warps of a warpgroup issued different products");
   if (!options.races) return;
   for (const auto& [thread, stamp] : b.remote) {
     bool known = false;

@@ -3,14 +3,14 @@
 
 #include "grid.h"
 #include "special.h"
-#include "tensor.h"
+#include "wgmma.h"
 
 namespace hope::ptx {
 
 const Forms& forms() {
   static const Forms all = [] {
     Forms f;
-    add_arithmetic(f), add_control(f), add_memory(f), add_exchange(f), add_tensor(f);
+    add_arithmetic(f), add_control(f), add_memory(f), add_exchange(f), add_tensor(f), add_warpgroup(f);
     return f;
   }();
   return all;

@@ -84,7 +84,10 @@ struct Warp {
   std::vector<AsyncRead> open_reads;
   std::vector<std::vector<AsyncRead>> products;  // committed groups under way
   bool products_fenced = false;
-  uint32_t proxy_fence = 0;  // writes stamped before it are seen by asynchronous products
+  bool open_products = false;      // issued and not committed
+  uint64_t products_issued = 0;    // which ones: the same by all warps of a warpgroup
+  uint32_t proxy_fence = 0;  // its own writes stamped before it are seen by asynchronous products
+  std::vector<uint32_t> known_at_fence;  // and those of other warps that it knew of then
 
   bool waiting = false;
   int barrier = -1;
@@ -99,6 +102,7 @@ struct Warp {
   void set_predicate(int32_t p, uint32_t value, uint32_t mask) {
     predicates[p] = (predicates[p] & ~mask) | (value & mask);
   }
+  uint32_t knows_at_fence(uint32_t warp) const { return warp < known_at_fence.size() ? known_at_fence[warp] : 0; }
   Accessor accessor(int lane) { return {id * 32 + lane, clock, &knows, any_own ? own[lane].get() : nullptr}; }
 };
 
