@@ -11,6 +11,7 @@ from hope_kernels import CMSConfig
 from hope_kernels.ops.cms import level as chunked
 from hope_kernels.ops.cms.chain import cms_forward, pass_back
 from hope_kernels.ops.cms.matrix import Matrix
+from hope_kernels.ops.shared.triton_library import interpreted
 
 pytest.importorskip("triton")
 from hope_kernels.ops.cms.triton import operator as kernels  # noqa: E402
@@ -41,7 +42,7 @@ def poison(monkeypatch):
 def ordered_products(monkeypatch):
     """The interpreter multiplies tiles by BLAS, where the bits of a row depend on its place in the tile; on a
     GPU's units they do not. Here every number is the sum over k in order."""
-    if not kernels.interpreted():
+    if not interpreted():
         return
     from triton.runtime import interpreter
 
