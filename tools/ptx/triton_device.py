@@ -19,7 +19,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,12 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What was compiled for a launch. types: argument -> Triton's name of its type, a tuple of them for a group;
-    constants: argument -> value of what is known at compile time; aligned: paths of the arguments that are
-    multiples of 16."""
+    """What was compiled for a launch. module: where the kernel is defined; types: argument -> Triton's name of
+    its type, a tuple of them for a group; constants: argument -> value of what is known at compile time; aligned:
+    paths of the arguments that are multiples of 16."""
 
     kernel: str
+    module: str
     arch: int
     types: tuple[tuple[str, Any], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -77,7 +78,8 @@ class PtxBackend(CUDABackend):
 class Device(DriverBase):
     """What Triton asks a driver for, and what a launch needs. ``launches``: how often each kernel was launched;
     ``kernels``: what the machine decoded, with its counts; ``multiprocessors``: what kernels are told of
-    (the memory's takes four programs for each)."""
+    (the memory's takes four programs for each); ``options``: the machine's, of the next launch: the seed of a
+    random schedule goes up by one with every launch."""
 
     def __init__(self, arch: int) -> None:
         super().__init__()
@@ -131,7 +133,7 @@ class Launcher:
         self.device, self.metadata = device, metadata
         self.types, self.names = tuple(source.signature.values()), tuple(source.signature)
         self.launch = Launch(
-            source.fn.__name__, metadata.target.arch, tuple(source.signature.items()),
+            source.fn.__name__, source.fn.__module__, metadata.target.arch, tuple(source.signature.items()),
             tuple((self._name(path), value) for path, value in source.constants.items()),
             tuple(path for path, attrs in source.attrs.items() if attrs), metadata.num_warps, metadata.num_stages,
             metadata.maxnreg, metadata.shared,
@@ -166,9 +168,11 @@ class Launcher:
         if len(block) != last.offset + last.bytes:
             raise RuntimeError(f"{kernel.name} takes {last.offset + last.bytes} bytes of arguments, not {len(block)}")
         self.device.launches[self.launch] += 1
+        options = self.device.options
+        if options.seed:
+            self.device.options = replace(options, seed=options.seed + 1)
         kernel.launch(
-            (x * m.num_ctas, y, z), 32 * m.num_warps, bytes(block), list(regions.values()), m.shared, m.num_ctas,
-            self.device.options
+            (x * m.num_ctas, y, z), 32 * m.num_warps, bytes(block), list(regions.values()), m.shared, m.num_ctas, options
         )
 
 
