@@ -1,0 +1,170 @@
+// Races, found by what is ordered before what (../races.h says how clocks and knowledge work), on any memory:
+// of every 2 bytes (or every byte) the last write, and the reads since then, are known.
+//
+// Atomic operations do not race with each other. Asynchronous copies and products are under way until they
+// are waited for: nobody may touch what they write, nor write what they read.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "../races.h"
+
+namespace hope::ptx {
+
+using emulator::Accessor;
+using emulator::Knowledge;
+
+constexpr uint32_t kPending = 0xffffffffu;  // stamp of what is under way: no thread knows it, not even its own
+
+enum class Access : uint8_t { kPlain, kAtomic, kCopy };
+
+struct Conflict {
+  size_t offset;
+  uint32_t thread;
+  int32_t line;
+  const char* what;
+};
+
+class Shadow {
+ public:
+  explicit Shadow(size_t bytes, bool single_bytes)
+      : shift_(single_bytes ? 0 : 1), count_((bytes >> shift_) + 1),
+        cells_(static_cast<Cell*>(std::calloc(count_, sizeof(Cell)))), more_(1) {
+    if (!cells_) throw std::bad_alloc();
+  }
+
+  bool read(size_t offset, size_t bytes, const Accessor& who, int32_t line, Access kind, Conflict& conflict) {
+    const uint32_t warp = who.thread / 32;
+    uint32_t known_thread = who.thread, known_stamp = 0;
+    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
+      Cell& cell = cells_[c];
+      if (cell.write_stamp && (cell.writer != known_thread || cell.write_stamp != known_stamp) &&
+          !(kind == Access::kAtomic && cell.kind == Access::kAtomic)) {
+        if (cell.write_stamp == kPending || !who.knows(cell.writer, cell.write_stamp)) return fail(conflict, c, cell);
+        known_thread = cell.writer, known_stamp = cell.write_stamp;
+      }
+      Reads& r = reads_of(cell, warp);
+      // reads of the same warp that this one knows of are ordered before all that this one is ordered before
+      const bool fresh = r.warp == warp + 1 && r.stamp >= who.warp->warps[warp] && r.stamp != kPending;
+      r.lanes = (fresh ? r.lanes : 0) | 1u << (who.thread & 31);
+      r.stamp = fresh && r.stamp > who.clock ? r.stamp : who.clock;
+      r.atomic = (fresh ? r.atomic : true) && kind == Access::kAtomic;
+      r.warp = warp + 1;
+      r.line = line;
+    }
+    return true;
+  }
+
+  // `stamp`: the writer's clock, or kPending.
+  bool write(size_t offset, size_t bytes, const Accessor& who, uint32_t stamp, int32_t line, Access kind,
+             Conflict& conflict) {
+    uint32_t known_thread = who.thread, known_stamp = 0;
+    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
+      Cell& cell = cells_[c];
+      const bool both = kind == Access::kAtomic && cell.kind == Access::kAtomic;
+      if (cell.write_stamp && (cell.writer != known_thread || cell.write_stamp != known_stamp) && !both) {
+        if (cell.write_stamp == kPending || !who.knows(cell.writer, cell.write_stamp)) return fail(conflict, c, cell);
+        known_thread = cell.writer, known_stamp = cell.write_stamp;
+      }
+      for (const Reads* r = &cell.reads; r->warp; r = &more_[r->next]) {
+        if (r->atomic && kind == Access::kAtomic) { if (!r->next) break; continue; }
+        if (r->stamp == kPending || who.warp->warps[r->warp - 1] <= r->stamp)
+          for (uint32_t lanes = r->lanes; lanes; lanes &= lanes - 1) {
+            const uint32_t reader = 32 * (r->warp - 1) + __builtin_ctz(lanes);
+            if (r->stamp == kPending || !who.knows(reader, r->stamp)) {
+              conflict = {c << shift_, reader, r->line,
+                          r->stamp == kPending ? "asynchronous read not waited for" : "read"};
+              return false;
+            }
+          }
+        if (!r->next) break;
+      }
+      if (both && cell.write_stamp != kPending) {
+        cell.writer = who.thread, cell.write_stamp = stamp, cell.write_line = line;
+        continue;
+      }
+      cell = {who.thread, stamp, line, kind, {}};
+    }
+    return true;
+  }
+
+  // What this thread wrote there asynchronously has been waited for.
+  void complete_write(size_t offset, size_t bytes, uint32_t clock) {
+    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) cells_[c].write_stamp = clock;
+  }
+
+  // An asynchronous read by the warp of `who`, all of whose lanes know what was written; until complete_read().
+  bool read_pending(size_t offset, size_t bytes, const Accessor& who, int32_t line, Conflict& conflict) {
+    if (!read(offset, bytes, who, line, Access::kPlain, conflict)) return false;
+    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
+      Reads& r = reads_of(cells_[c], who.thread / 32);
+      r.stamp = kPending, r.lanes = 0xffffffffu;
+    }
+    return true;
+  }
+  void complete_read(size_t offset, size_t bytes, uint32_t warp, uint32_t clock) {
+    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
+      Reads& r = reads_of(cells_[c], warp);
+      if (r.warp == warp + 1 && r.stamp == kPending) r.stamp = clock;
+    }
+  }
+
+  // The last plain write of the memory there: false if there was none.
+  bool last_write(size_t offset, uint32_t& thread, uint32_t& stamp, int32_t& line) const {
+    const Cell& cell = cells_[offset >> shift_];
+    thread = cell.writer, stamp = cell.write_stamp, line = cell.write_line;
+    return cell.write_stamp && cell.kind == Access::kPlain;
+  }
+  size_t step() const { return size_t{1} << shift_; }
+
+ private:
+  struct Reads {
+    uint32_t warp, stamp, lanes;  // warp + 1; 0: none
+    int32_t line;
+    uint32_t next;
+    bool atomic;
+  };
+  struct Cell {
+    uint32_t writer, write_stamp;
+    int32_t write_line;
+    Access kind;
+    Reads reads;
+  };
+
+  Reads& reads_of(Cell& cell, uint32_t warp) {
+    Reads* r = &cell.reads;
+    while (r->warp && r->warp != warp + 1) {
+      if (!r->next) {
+        const uint32_t next = static_cast<uint32_t>(more_.size());
+        r->next = next;
+        more_.push_back({});  // may move r
+        return more_[next];
+      }
+      r = &more_[r->next];
+    }
+    return *r;
+  }
+
+  static const char* name_of(const Cell& cell) {
+    if (cell.write_stamp == kPending) return "asynchronous copy not waited for";
+    return cell.kind == Access::kAtomic ? "atomic" : cell.kind == Access::kCopy ? "asynchronous copy" : "write";
+  }
+  bool fail(Conflict& conflict, size_t c, const Cell& cell) const {
+    conflict = {c << shift_, cell.writer, cell.write_line, name_of(cell)};
+    return false;
+  }
+
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  int shift_;
+  size_t count_;
+  std::unique_ptr<Cell[], Free> cells_;
+  std::vector<Reads> more_;  // of further warps; 0 is none
+};
+
+}  // namespace hope::ptx

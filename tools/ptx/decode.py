@@ -1,0 +1,348 @@
+"""PTX instructions as the forms of the machine (csrc/emulator/ptx): a form's name, and operands by their roles.
+
+What a form does not say is an error that names the instruction, never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass, field
+
+from .parse import Entry, Instruction, bytes_of
+
+# changes nothing that the machine knows of
+_HINTS = re.compile(
+    r"\.(uni|nc|L[12]::[\w:]+|level::[\w:]+|volatile|ca|cg|cs|lu|cv|wb|wt|aligned)(?=\.|$)"
+)
+_SPACES = {"global": 1, "shared": 2, "shared::cta": 2, "shared::cluster": 3}
+_ORDERS = {"relaxed": 1, "acquire": 2, "release": 3, "acq_rel": 4, "volatile": 1}
+_SCOPES = ("cta", "cluster", "gpu", "sys")
+_TYPE = re.compile(r"(?:[subf]|bf|tf)(?:8|16|32|64)(?:x2)?$")
+
+
+class UnknownInstruction(Exception):
+    """An instruction, or a form of one, that the machine does not have."""
+
+
+@dataclass(frozen=True)
+class Register:
+    name: str
+    defined: bool = False
+    used: bool = True
+
+
+@dataclass(frozen=True)
+class Predicate:
+    name: str
+    defined: bool = False
+    used: bool = True
+
+
+@dataclass(frozen=True)
+class Constant:
+    bits: int
+    bytes: int
+
+
+@dataclass
+class Decoded:
+    """form: its name. operands: ints as they are, and what becomes a place. target: where it may jump."""
+
+    form: str
+    operands: list = field(default_factory=list)
+    target: int | None = None
+    falls: bool = True
+
+
+class Decoder:
+    """Decodes the instructions of one kernel. addresses: symbol -> its value (shared memory, parameters)."""
+
+    def __init__(self, entry: Entry):
+        self.entry = entry
+        self.parameters = {p.name: p.offset for p in entry.parameters}
+
+    def decode(self, i: Instruction) -> Decoded:
+        try:
+            return self._decode(i)
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise UnknownInstruction(f"{self.entry.name}, line {i.line}: {i.text}: {error}") from error
+
+    # --- operands --------------------------------------------------------------------------------------------
+    def source(self, operand: str, size: int) -> Register | Constant:
+        if isinstance(operand, str) and (operand in self.entry.registers or operand.startswith("%")):
+            return Register(operand)
+        return Constant(self.number(operand, size), size)
+
+    def number(self, operand: str, size: int) -> int:
+        """The bits of an immediate."""
+        if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", operand):
+            bits = int(operand[2:], 16)
+            if size == 8:
+                bits = struct.unpack("<Q", struct.pack("<d", struct.unpack("<f", struct.pack("<I", bits))[0]))[0]
+            return bits
+        if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", operand):
+            return int(operand[2:], 16)
+        if operand in self.entry.shared:
+            return self.entry.shared[operand]
+        if operand in self.parameters:
+            return self.parameters[operand]
+        return int(operand.rstrip("U"), 0) & ((1 << 8 * size) - 1)
+
+    def target(self, operand: str) -> Register:
+        if operand == "_":
+            raise ValueError("a result that nobody takes")
+        if operand not in self.entry.registers:
+            raise ValueError(f"no register {operand}")
+        return Register(operand, defined=True, used=False)
+
+    def predicate(self, operand: str, defined: bool = False) -> Predicate:
+        if operand in self.entry.registers:
+            return Predicate(operand, defined, not defined)
+        return Predicate({"0": "false", "1": "true", "-1": "true"}[operand])
+
+    def address(self, operand: tuple) -> tuple[int, Register | Constant, int]:
+        """(whether the base has 8 bytes, base, offset)."""
+        _, base, offset = operand
+        if base in self.entry.registers:
+            return int(self.entry.registers[base] == 8), Register(base), offset
+        return 0, Constant(self.number(base, 4), 4), offset
+
+    # --- instructions ----------------------------------------------------------------------------------------
+    def _decode(self, i: Instruction) -> Decoded:
+        op, *rest = i.opcode.split(".")
+        special = getattr(self, f"_{op}", None) or getattr(self, f"_{op}_{rest[0] if rest else ''}", None)
+        if special is not None:
+            return special(i, rest)
+        return self._arithmetic(i)
+
+    def _arithmetic(self, i: Instruction) -> Decoded:
+        form = _HINTS.sub("", i.opcode)
+        op, *rest = form.split(".")
+        kinds = [part for part in rest if _TYPE.match(part)]
+        if not kinds:
+            raise ValueError("no type")
+        size = bytes_of(kinds[-1])
+        to, *sources = i.operands
+        sizes = [size] * len(sources)
+        if op in ("shl", "shr", "bfe"):
+            sizes[1:] = [4] * (len(sources) - 1)
+        elif op == "bfi":
+            sizes[2:] = [4, 4]
+        elif op == "mad" and "wide" in rest:
+            sizes[2] = 2 * size
+        elif op == "lop3":
+            sizes[3] = 4
+        return Decoded(form, [self.target(to), *(self.source(s, n) for s, n in zip(sources, sizes, strict=True))])
+
+    def _mov(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, what = i.operands
+        if rest[-1] == "pred":
+            return Decoded("mov.pred", [self.predicate(to, defined=True), self.predicate(what)])
+        size = bytes_of(rest[-1])
+        if isinstance(what, list):
+            return Decoded(f"pack.b{8 * size}", [self.target(to), *(self.source(s, size // 2) for s in what)])
+        if isinstance(to, list):
+            low, high = to
+            if low == "_":
+                return Decoded(f"high.b{8 * size}", [self.target(high), self.source(what, size)])
+            if high == "_":
+                return Decoded(f"low.b{8 * size}", [self.target(low), self.source(what, size)])
+            return Decoded(f"halves.b{8 * size}", [self.target(low), self.target(high), self.source(what, size)])
+        return Decoded(f"mov.{rest[-1]}", [self.target(to), self.source(what, size)])
+
+    def _setp(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, a, b = i.operands
+        size = bytes_of(rest[-1])
+        return Decoded(i.opcode, [self.predicate(to, defined=True), self.source(a, size), self.source(b, size)])
+
+    def _selp(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, a, b, p = i.operands
+        size = bytes_of(rest[-1])
+        return Decoded(i.opcode, [self.target(to), self.source(a, size), self.source(b, size), self.predicate(p)])
+
+    def _logic(self, i: Instruction, rest: list[str]) -> Decoded:
+        if rest[-1] != "pred":
+            return self._arithmetic(i)
+        to, *what = i.operands
+        return Decoded(i.opcode, [self.predicate(to, defined=True), *(self.predicate(p) for p in what)])
+
+    _and = _or = _xor = _not = _logic
+
+    def _cvta(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, what = i.operands
+        if "shared" in rest:
+            return Decoded(i.opcode, [self.target(to), self.source(what, 8)])
+        if "global" in rest:
+            return Decoded("mov.b64", [self.target(to), self.source(what, 8)])
+        raise ValueError("a space the machine does not have")
+
+    def _memory(self, rest: list[str]) -> tuple[list, int, int, str]:
+        """(attributes up to the width of an element, elements, bytes, the type's name)."""
+        kind = rest[-1]
+        space, order, scope, count = 0, 0, 1, 1
+        for part in rest[:-1]:
+            if part in _SPACES:
+                space = _SPACES[part]
+            elif part in _ORDERS:
+                order = _ORDERS[part]
+            elif part in _SCOPES:
+                scope = int(part == "cta")
+                continue
+            elif re.fullmatch(r"v[248]", part):
+                count = int(part[1:])
+            elif not _HINTS.fullmatch("." + part):
+                raise ValueError(f".{part}")
+        return [space, order, int(scope if order and "cta" in rest else 0)], count, bytes_of(kind), kind
+
+    def _ld(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, where = i.operands
+        to = to if isinstance(to, list) else [to]
+        registers = [self.target(name) for name in to]
+        widths = {self.entry.registers[name] for name in to}
+        if rest[0] == "param":
+            kind, count = rest[-1], len(to)
+            _, base, offset = where
+            common = [bytes_of(kind), count, int(kind[0] == "s"), widths.pop()]
+            if base in self.entry.registers:
+                return Decoded("ld.param", [*common, offset, Register(base), *registers])
+            return Decoded("ld.param", [*common, self.parameters[base] + offset, -1, *registers])
+        attributes, count, size, kind = self._memory(rest)
+        if count != len(to) and not (count == 1 and len(to) == 1):
+            raise ValueError("another number of registers than elements")
+        wide, base, offset = self.address(where)
+        return Decoded("ld", [*attributes, size, count, int(kind[0] == "s"), widths.pop(), *_halves(offset), wide, base,
+                              *registers])
+
+    def _st(self, i: Instruction, rest: list[str]) -> Decoded:
+        where, what = i.operands
+        what = what if isinstance(what, list) else [what]
+        attributes, count, size, _ = self._memory(rest)
+        if count != len(what):
+            raise ValueError("another number of registers than elements")
+        sources = [self.source(s, size) for s in what]
+        widths = {s.bytes if isinstance(s, Constant) else self.entry.registers[s.name] for s in sources}
+        wide, base, offset = self.address(where)
+        width = 8 if 8 in widths else 4
+        return Decoded("st", [*attributes, size, count, 0, width, *_halves(offset), wide, base, *sources])
+
+    def _atom(self, i: Instruction, rest: list[str]) -> Decoded:
+        operations = [p for p in rest if p in ("add", "min", "max", "exch", "cas", "and", "or")]
+        return self._atomic(i, rest, operations, *i.operands)
+
+    def _red(self, i: Instruction, rest: list[str]) -> Decoded:
+        operations = [p for p in rest if p in ("add", "min", "max", "and", "or")]
+        return self._atomic(i, rest, operations, "_", *i.operands)
+
+    def _atomic(
+        self, i: Instruction, rest: list[str], operations: list[str], to: str, where: tuple, *what: str
+    ) -> Decoded:
+        (operation,) = operations
+        attributes, _, size, kind = self._memory([p for p in rest if p != operation])
+        attributes[1] = attributes[1] or 1
+        wide, base, offset = self.address(where)
+        sources = [self.source(s, size) for s in what]
+        return Decoded(f"atom.{operation}.{kind}", [
+            *attributes, size, 1, 0, size, *_halves(offset), wide, base,
+            -1 if to == "_" else self.target(to), sources[0], sources[1] if len(sources) > 1 else -1
+        ])
+
+    def _cp(self, i: Instruction, rest: list[str]) -> Decoded:
+        if rest[:2] == ["async", "commit_group"] or rest[:2] == ["async", "wait_all"]:
+            return Decoded(f"cp.async.{rest[1]}")
+        if rest[:2] == ["async", "wait_group"]:
+            return Decoded("cp.async.wait_group", [int(i.operands[0], 0)])
+        if rest[0] != "async" or rest[-2:] != ["shared", "global"] or rest[1] not in ("ca", "cg") or len(rest) != 4:
+            raise ValueError("a copy the machine does not have")
+        to, source, size, *valid = i.operands
+        wide, base, offset = self.address(to)
+        source_wide, source_base, source_offset = self.address(source)
+        if not source_wide:
+            raise ValueError("a source address of 4 bytes")
+        return Decoded("cp.async", [int(size, 0), wide, base, offset, source_base, *_halves(source_offset),
+                                    self.source(valid[0], 4) if valid else -1])
+
+    def _mapa(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, a, rank = i.operands
+        return Decoded(i.opcode, [self.target(to), self.source(a, 4), self.source(rank, 4)])
+
+    def _shfl(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, a, b, c, members = i.operands
+        p: Predicate | int = -1
+        if isinstance(to, tuple):
+            p, to = self.predicate(to[2], defined=True), to[1]
+        return Decoded(i.opcode, [self.target(to), p, *(self.source(s, 4) for s in (a, b, c, members))])
+
+    def _redux(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, a, members = i.operands
+        return Decoded(i.opcode, [self.target(to), self.source(a, 4), self.source(members, 4)])
+
+    def _matrices(self, i: Instruction, rest: list[str]) -> tuple[str, int]:
+        """(".trans" or "", how many)."""
+        if rest[:3] != ["sync", "aligned", "m8n8"] or rest[-1] != "b16" or not {"shared", "shared::cta"} & set(rest):
+            raise ValueError("a shape the machine does not have")
+        (count,) = (int(p[1]) for p in rest if re.fullmatch(r"x[124]", p))
+        return ".trans" if "trans" in rest else "", count
+
+    def _ldmatrix(self, i: Instruction, rest: list[str]) -> Decoded:
+        suffix, count = self._matrices(i, rest)
+        to, where = i.operands
+        wide, base, offset = self.address(where)
+        return Decoded(f"ldmatrix{suffix}", [count, wide, base, offset, *(self.target(r) for r in to)])
+
+    def _stmatrix(self, i: Instruction, rest: list[str]) -> Decoded:
+        suffix, count = self._matrices(i, rest)
+        where, what = i.operands
+        wide, base, offset = self.address(where)
+        return Decoded(f"stmatrix{suffix}", [count, wide, base, offset, *(self.source(r, 4) for r in what)])
+
+    def _movmatrix(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, what = i.operands
+        return Decoded(i.opcode, [self.target(to), self.source(what, 4)])
+
+    def _mma(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, *sources = i.operands
+        return Decoded(i.opcode, [*(self.target(r) for r in to), *(self.source(r, 4) for s in sources for r in s)])
+
+    # --- control ---------------------------------------------------------------------------------------------
+    def _bra(self, i: Instruction, rest: list[str]) -> Decoded:
+        target = self.entry.labels[i.operands[0]]
+        return Decoded("bra", [target], target, falls=i.guard is not None)
+
+    def _ret(self, i: Instruction, rest: list[str]) -> Decoded:
+        return Decoded("ret", falls=i.guard is not None)
+
+    _exit = _ret
+
+    def _trap(self, i: Instruction, rest: list[str]) -> Decoded:
+        return Decoded("trap")
+
+    def _bar(self, i: Instruction, rest: list[str]) -> Decoded:
+        if rest == ["warp", "sync"]:
+            if i.operands != ["-1"] and i.operands != ["0xffffffff"]:
+                raise ValueError("a member mask other than all lanes")
+            return Decoded("bar.warp.sync")
+        return self._barrier(i, rest)
+
+    def _barrier(self, i: Instruction, rest: list[str]) -> Decoded:
+        if rest[0] == "cluster":
+            if rest[1] not in ("arrive", "wait") or "relaxed" in rest:
+                raise ValueError("a barrier the machine does not have")
+            return Decoded(f"barrier.cluster.{rest[1]}")
+        rest = [p for p in rest if p not in ("cta", "aligned")]
+        if rest not in (["sync"], ["arrive"]):
+            raise ValueError("a barrier the machine does not have")
+        count = self.source(i.operands[1], 4) if len(i.operands) > 1 else -1
+        return Decoded("barrier", [self.source(i.operands[0], 4), count, int(rest == ["sync"])])
+
+    def _nanosleep(self, i: Instruction, rest: list[str]) -> Decoded:
+        return Decoded("nanosleep.u32")
+
+
+def _halves(offset: int) -> list[int]:
+    """An offset of 64 bits as two ints of 32."""
+    return [_signed(offset & 0xffffffff), _signed(offset >> 32 & 0xffffffff)]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
