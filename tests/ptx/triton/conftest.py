@@ -6,8 +6,8 @@ start as NaN, and a race, an access outside a tensor or a deadlock raises ``tool
 """
 
 import pytest
-from benchmarks.measure import poisoned
 
+from benchmarks.measure import poisoned
 from tools.ptx import triton_device
 from tools.ptx.machine import Options
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from tools.ptx.machine import Fault
 
 Pair = namedtuple("Pair", "first second")

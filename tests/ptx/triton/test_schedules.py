@@ -3,11 +3,11 @@
 import pytest
 import torch
 from problems import cast, problem, results, run
-from tools.ptx.machine import Options
 
 from hope_kernels import TitansConfig
 from hope_kernels.ops import titans_chunk
 from hope_kernels.ops.titans.triton import operator
+from tools.ptx.machine import Options
 
 CONFIGS = {
     "default": TitansConfig(32, 1),
