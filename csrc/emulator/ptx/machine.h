@@ -162,6 +162,7 @@ class Grid {
   const unsigned char* parameters;
   const size_t parameter_bytes;
   std::vector<Region>& regions;
+  size_t last_region = 0;  // the one accessed last
   Warp* now = nullptr;
   const Instruction* at = nullptr;
 

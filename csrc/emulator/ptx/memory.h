@@ -41,15 +41,14 @@ inline Place find_place(Warp& w, int lane, Space space, uint64_t address, size_t
     else space = kGlobal;
   }
   if (space == kGlobal) {
-    static thread_local Region* last = nullptr;
     if (g.regions.empty()) g.fail("out of bounds: the launch has no global memory", lane);
-    if (last < g.regions.data() || last >= g.regions.data() + g.regions.size()) last = g.regions.data();
+    Region* last = &g.regions[g.last_region];
     if (address - last->address > last->bytes || bytes > last->bytes - (address - last->address)) {
       Region* found = nullptr;
       for (Region& r : g.regions)
         if (address - r.address <= r.bytes && bytes <= r.bytes - (address - r.address)) found = &r;
       if (!found) g.fail("out of bounds: " + std::to_string(bytes) + " bytes " + place(g, address), lane);
-      last = found;
+      last = found, g.last_region = found - g.regions.data();
     }
     if (g.options.races && !last->shadow) last->shadow = std::make_unique<Shadow>(last->bytes, g.program.single_bytes);
     return {reinterpret_cast<unsigned char*>(address), last->shadow.get(), address - last->address, nullptr, last};
