@@ -253,7 +253,7 @@ class Decoder:
         attributes, count, size, _ = self._memory(rest)
         if count != len(what):
             raise ValueError("another number of registers than elements")
-        sources = [self.source(s, size) for s in what]
+        sources = [self.source(s, size, wider=True) for s in what]
         widths = {s.bytes if isinstance(s, Constant) else self.entry.registers[s.name] for s in sources}
         wide, base, offset = self.address(where)
         width = 8 if 8 in widths else 4
