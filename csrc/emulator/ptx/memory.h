@@ -101,6 +101,10 @@ inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access 
     if (!write(same) && !(together() && write(true)))
       race(*w.grid, c, lane, where(p));
   }
+  if (p.block && p.shadow && !p.block->under_product.empty())
+    for (size_t unit = p.offset / 16; unit <= (p.offset + bytes - 1) / 16; ++unit)
+      if (p.block->under_product[unit])
+        w.grid->fail("race at " + where(p) + ": a product that nobody has waited for reads it", lane);
   if (p.block && p.block != w.block) {
     if (!w.cluster_phase) w.grid->fail("stores to a block of the cluster that may not have started", lane);
     if (!p.block->live) w.grid->fail("stores to a block of the cluster that has ended", lane);
