@@ -69,8 +69,16 @@ class Decoder:
             raise UnknownInstruction(f"{self.entry.name}, line {i.line}: {i.text}: {error}") from error
 
     # --- operands --------------------------------------------------------------------------------------------
-    def source(self, operand: str, size: int) -> Register | Constant:
+    def bytes_of(self, register: str) -> int:
+        """Of a register; special ones have 4."""
+        return self.entry.registers.get(register, 4)
+
+    def source(self, operand: str, size: int, wider: bool = False) -> Register | Constant:
+        """An operand of a type of ``size`` bytes. wider: its register may have more, which are not looked at."""
         if isinstance(operand, str) and (operand in self.entry.registers or operand.startswith("%")):
+            has = self.bytes_of(operand)
+            if has != size and not (wider and has > size and (has == 8) == (size == 8)):
+                raise ValueError(f"{operand} has {has} bytes, expected {size}")
             return Register(operand)
         return Constant(self.number(operand, size), size)
 
@@ -89,15 +97,21 @@ class Decoder:
             return self.parameters[operand]
         return int(operand.rstrip("U"), 0) & ((1 << 8 * size) - 1)
 
-    def target(self, operand: str) -> Register:
+    def target(self, operand: str, size: int | None = None) -> Register:
+        """A result, of a type of ``size`` bytes unless None."""
         if operand == "_":
             raise ValueError("a result that nobody takes")
         if operand not in self.entry.registers:
             raise ValueError(f"no register {operand}")
+        has = self.entry.registers[operand]
+        if not has or (size is not None and has != size):
+            raise ValueError(f"{operand} has {has} bytes, expected {size or 'a number'}")
         return Register(operand, defined=True, used=False)
 
     def predicate(self, operand: str, defined: bool = False) -> Predicate:
         if operand in self.entry.registers:
+            if self.entry.registers[operand]:
+                raise ValueError(f"{operand} is no predicate")
             return Predicate(operand, defined, not defined)
         return Predicate({"0": "false", "1": "true", "-1": "true", "false": "false", "true": "true"}[operand])
 
@@ -133,7 +147,22 @@ class Decoder:
             sizes[2] = 2 * size
         elif op == "lop3":
             sizes[3] = 4
-        return Decoded(form, [self.target(to), *(self.source(s, n) for s, n in zip(sources, sizes, strict=True))])
+        result = 4 if op in ("popc", "clz") else 2 * size if "wide" in rest else size
+        return Decoded(form, [self.target(to, result), *(self.source(s, n) for s, n in zip(sources, sizes))])
+
+    def _cvt(self, i: Instruction, rest: list[str]) -> Decoded:
+        form = _HINTS.sub("", i.opcode)
+        to, *sources = i.operands
+        of, size = bytes_of(rest[-1]), bytes_of(rest[-2])
+        has = self.target(to).name and self.entry.registers[to]
+        operands = [self.target(to), *(self.source(s, max(of, 2), wider=True) for s in sources)]
+        integers = rest[-1][0] in "su" and rest[-2][0] in "su"
+        if integers and (has > max(size, 2) or rest[:-2] == ["sat"]):
+            return Decoded("cvt.integer", [*operands, of, int(rest[-1][0] == "s"), size, int(rest[-2][0] == "s"), has,
+                                           int("sat" in rest)])
+        if has != max(size, 2):
+            raise ValueError(f"{to} has {has} bytes, expected {size}")
+        return Decoded(form, operands)
 
     def _mov(self, i: Instruction, rest: list[str]) -> Decoded:
         to, what = i.operands
@@ -141,15 +170,19 @@ class Decoder:
             return Decoded("mov.pred", [self.predicate(to, defined=True), self.predicate(what)])
         size = bytes_of(rest[-1])
         if isinstance(what, list):
-            return Decoded(f"pack.b{8 * size}", [self.target(to), *(self.source(s, size // 2) for s in what)])
+            form = {(4, 2): "pack.b32", (8, 2): "pack.b64", (8, 4): "quarters.b64"}[size, len(what)]
+            return Decoded(form, [self.target(to, size), *(self.source(s, size // len(what)) for s in what)])
         if isinstance(to, list):
-            low, high = to
+            parts = [r if r == "_" else self.target(r, size // len(to)) for r in to]
+            whole = self.source(what, size)
+            if len(to) == 4 and size == 8:
+                return Decoded("split.b64", [*(-1 if r == "_" else r for r in parts), whole])
+            low, high = parts
             if low == "_":
-                return Decoded(f"high.b{8 * size}", [self.target(high), self.source(what, size)])
-            if high == "_":
-                return Decoded(f"low.b{8 * size}", [self.target(low), self.source(what, size)])
-            return Decoded(f"halves.b{8 * size}", [self.target(low), self.target(high), self.source(what, size)])
-        return Decoded(f"mov.{rest[-1]}", [self.target(to), self.source(what, size)])
+                return Decoded(f"high.b{8 * size}", [high, whole])
+            return Decoded(f"low.b{8 * size}", [low, whole]) if high == "_" else Decoded(
+                f"halves.b{8 * size}", [low, high, whole])
+        return Decoded(f"mov.{rest[-1]}", [self.target(to, size), self.source(what, size)])
 
     def _setp(self, i: Instruction, rest: list[str]) -> Decoded:
         to, a, b = i.operands
@@ -220,7 +253,7 @@ class Decoder:
         attributes, count, size, _ = self._memory(rest)
         if count != len(what):
             raise ValueError("another number of registers than elements")
-        sources = [self.source(s, size) for s in what]
+        sources = [self.source(s, size, wider=True) for s in what]
         widths = {s.bytes if isinstance(s, Constant) else self.entry.registers[s.name] for s in sources}
         wide, base, offset = self.address(where)
         width = 8 if 8 in widths else 4

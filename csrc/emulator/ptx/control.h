@@ -1,6 +1,6 @@
 // Branches, ends and barriers.
 #pragma once
-#include "arithmetic.h"
+#include "conversions.h"
 
 namespace hope::ptx {
 

@@ -10,7 +10,7 @@ namespace hope::ptx {
 const Forms& forms() {
   static const Forms all = [] {
     Forms f;
-    add_arithmetic(f), add_control(f), add_memory(f), add_exchange(f), add_tensor(f), add_warpgroup(f);
+    add_arithmetic(f), add_floats(f), add_conversions(f), add_control(f), add_memory(f), add_exchange(f), add_tensor(f), add_warpgroup(f);
     return f;
   }();
   return all;

@@ -55,10 +55,6 @@ struct AsyncCopy {
   bool done;
 };
 
-struct AsyncRead {  // of a product under way
-  size_t at, bytes;
-};
-
 struct FreeBytes {
   void operator()(void* p) const { std::free(p); }
 };
@@ -81,8 +77,8 @@ struct Warp {
   bool any_own = false;
 
   std::vector<std::vector<AsyncCopy>> copies;  // committed groups, and the open one at the end
-  std::vector<AsyncRead> open_reads;
-  std::vector<std::vector<AsyncRead>> products;  // committed groups under way
+  std::vector<uint32_t> open_reads;             // of products: which 16 bytes of shared memory
+  std::vector<std::vector<uint32_t>> products;  // committed groups of them under way
   bool products_fenced = false;
   bool open_products = false;      // issued and not committed
   uint64_t products_issued = 0;    // which ones: the same by all warps of a warpgroup
@@ -120,6 +116,7 @@ struct Block {
   std::unique_ptr<unsigned char, FreeBytes> shared;
   std::vector<std::unique_ptr<Warp>> warps;
   std::unique_ptr<Shadow> shadow;
+  std::vector<uint32_t> under_product;  // of every 16 bytes: how many reads by products are under way
   Barrier barriers[16];
   std::map<uint64_t, struct MBarrier> mbarriers;
   std::map<uint32_t, uint32_t> remote;  // thread of another block -> stamp of its last store to this one

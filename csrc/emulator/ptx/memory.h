@@ -81,14 +81,29 @@ inline void check_read(Warp& w, int lane, const Place& p, size_t bytes, Access k
   if (!p.shadow->read(p.offset, bytes, w.accessor(lane), w.grid->at->line, kind, c)) race(*w.grid, c, lane, where(p));
 }
 
+// `same`: what is written is there already. `addresses`, of all lanes: of lanes that one instruction lets store to one
+// address one wins, "which is undefined" (CUDA's programming guide); here the last one does. Compilers count on it
+// for numbers that lanes hold together: where a * b + c was contracted they differ in the last bit.
 inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access kind, bool pending = false,
-                        bool same = false) {
+                        bool same = false, const uint64_t* addresses = nullptr) {
   if (p.shadow) {
     Conflict c;
-    if (!p.shadow->write(p.offset, bytes, w.accessor(lane), pending ? kPending : w.clock, w.grid->at->line, kind, c,
-                         same))
+    const auto together = [&] {
+      const uint32_t me = w.accessor(lane).thread, other = c.thread;
+      return addresses && other / 32 == me / 32 && other < me && c.line == w.grid->at->line &&
+             addresses[other % 32] == addresses[lane];
+    };
+    const auto write = [&](bool again) {
+      return p.shadow->write(p.offset, bytes, w.accessor(lane), pending ? kPending : w.clock, w.grid->at->line, kind,
+                             c, again);
+    };
+    if (!write(same) && !(together() && write(true)))
       race(*w.grid, c, lane, where(p));
   }
+  if (p.block && p.shadow && !p.block->under_product.empty())
+    for (size_t unit = p.offset / 16; unit <= (p.offset + bytes - 1) / 16; ++unit)
+      if (p.block->under_product[unit])
+        w.grid->fail("race at " + where(p) + ": a product that nobody has waited for reads it", lane);
   if (p.block && p.block != w.block) {
     if (!w.cluster_phase) w.grid->fail("stores to a block of the cluster that may not have started", lane);
     if (!p.block->live) w.grid->fail("stores to a block of the cluster that has ended", lane);
@@ -206,7 +221,8 @@ inline Next store(Warp& w, const Instruction& i, uint32_t mask) {
                                                 : static_cast<uint32_t*>(w.lanes(rest[2 + k]))[lane];
       std::memcpy(values + k * f.bytes, &v, f.bytes);
     }
-    check_write(w, lane, p, bytes, kind, false, kind == Access::kPlain && p.block && !std::memcmp(p.host, values, bytes));
+    const bool same = p.block && kind == Access::kPlain && !std::memcmp(p.host, values, bytes);
+    check_write(w, lane, p, bytes, kind, false, same, p.block && kind == Access::kPlain ? addresses : nullptr);
     if (f.order == kRelease) w.grid->release(w, lane, reinterpret_cast<uint64_t>(p.host), f.of_cta);
     else if (kind == Access::kAtomic) w.grid->forget_released(reinterpret_cast<uint64_t>(p.host));
     std::memcpy(p.host, values, bytes);

@@ -49,7 +49,7 @@ class Shadow {
       }
       Reads& r = reads_of(cell, warp);
       // reads of the same warp that this one knows of are ordered before all that this one is ordered before
-      const bool fresh = r.warp == warp + 1 && r.stamp >= who.warp->warps[warp] && r.stamp != kPending;
+      const bool fresh = r.warp == warp + 1 && r.stamp >= who.warp->warps[warp];
       r.lanes = (fresh ? r.lanes : 0) | 1u << (who.thread & 31);
       r.stamp = fresh && r.stamp > who.clock ? r.stamp : who.clock;
       r.atomic = (fresh ? r.atomic : true) && kind == Access::kAtomic;
@@ -74,12 +74,11 @@ class Shadow {
       }
       for (const Reads* r = &cell.reads; r->warp; r = &more_[r->next]) {
         if (r->atomic && kind == Access::kAtomic) { if (!r->next) break; continue; }
-        if (r->stamp == kPending || who.warp->warps[r->warp - 1] <= r->stamp)
+        if (who.warp->warps[r->warp - 1] <= r->stamp)
           for (uint32_t lanes = r->lanes; lanes; lanes &= lanes - 1) {
             const uint32_t reader = 32 * (r->warp - 1) + __builtin_ctz(lanes);
-            if (r->stamp == kPending || !who.knows(reader, r->stamp)) {
-              conflict = {c << shift_, reader, r->line,
-                          r->stamp == kPending ? "asynchronous read not waited for" : "read"};
+            if (!who.knows(reader, r->stamp)) {
+              conflict = {c << shift_, reader, r->line, "read"};
               return false;
             }
           }
@@ -97,22 +96,6 @@ class Shadow {
   // What this thread wrote there asynchronously has been waited for.
   void complete_write(size_t offset, size_t bytes, uint32_t clock) {
     for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) cells_[c].write_stamp = clock;
-  }
-
-  // An asynchronous read by the warp of `who`, all of whose lanes know what was written; until complete_read().
-  bool read_pending(size_t offset, size_t bytes, const Accessor& who, int32_t line, Conflict& conflict) {
-    if (!read(offset, bytes, who, line, Access::kPlain, conflict)) return false;
-    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
-      Reads& r = reads_of(cells_[c], who.thread / 32);
-      r.stamp = kPending, r.lanes = 0xffffffffu;
-    }
-    return true;
-  }
-  void complete_read(size_t offset, size_t bytes, uint32_t warp, uint32_t clock) {
-    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
-      Reads& r = reads_of(cells_[c], warp);
-      if (r.warp == warp + 1 && r.stamp == kPending) r.stamp = clock;
-    }
   }
 
   // The last plain write of the memory there: false if there was none.
