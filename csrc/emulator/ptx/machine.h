@@ -4,6 +4,7 @@
 // groups, the one with the smallest pc first, and are one group again where they meet; an instruction that
 // wants all lanes waits until they have come.
 #pragma once
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <cstdlib>
@@ -55,6 +56,11 @@ struct AsyncCopy {
   bool done;
 };
 
+struct Result {  // of products under way: lanes of an accumulator, and the group that makes it
+  std::array<uint32_t, 32> lanes;
+  uint64_t group;
+};
+
 struct FreeBytes {
   void operator()(void* p) const { std::free(p); }
 };
@@ -79,6 +85,8 @@ struct Warp {
   std::vector<std::vector<AsyncCopy>> copies;  // committed groups, and the open one at the end
   std::vector<uint32_t> open_reads;             // of products: which 16 bytes of shared memory
   std::vector<std::vector<uint32_t>> products;  // committed groups of them under way
+  std::map<int32_t, Result> results;  // register -> what it becomes when its group is waited for
+  uint64_t committed = 0;             // groups
   bool products_fenced = false;
   bool open_products = false;      // issued and not committed
   uint64_t products_issued = 0;    // which ones: the same by all warps of a warpgroup

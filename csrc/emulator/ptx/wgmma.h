@@ -1,9 +1,9 @@
 // wgmma: products of four warps on operands in shared memory, described by 64-bit descriptors, under way until
 // they are waited for (compute capability 9.0).
 //
-// Every warp computes its own 16 of the 64 rows when it issues the product. What it reads of shared memory may
-// not be written until it has waited, and has to be visible to the asynchronous proxy: a fence.proxy.async lies
-// between the write and the product.
+// Every warp computes its own 16 of the 64 rows when it issues the product. Until it has waited, the sums are not
+// in its registers, and what is read of shared memory may not be written. That has to be visible to the
+// asynchronous proxy: a fence.proxy.async lies between a write and the product.
 #pragma once
 #include "tensor.h"
 
@@ -118,9 +118,11 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
   if (keep && ~keep) g.fail("the lanes of a warp scale d differently");
   float sums[16][256];
   for (int k = 0; k < n / 2; ++k) {
-    const float* from = static_cast<float*>(w.lanes(d[k]));
+    const auto earlier = w.results.find(d[k]);
+    const uint32_t* from = earlier == w.results.end() ? lanes_of<uint32_t>(w, d[k]) : earlier->second.lanes.data();
     for (int lane = 0; lane < 32; ++lane)
-      sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2] = keep ? from[lane] : 0.f;
+      sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2] =
+          keep ? std::bit_cast<float>(from[lane]) : 0.f;
   }
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < 16; ++k) {
@@ -128,9 +130,11 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
       for (int column = 0; column < n; ++column) sums[row][column] += factor * b[k * n + column];
     }
   for (int k = 0; k < n / 2; ++k) {
-    float* to = static_cast<float*>(w.lanes(d[k]));
+    Result& r = w.results[d[k]];
+    r.group = w.committed;
     for (int lane = 0; lane < 32; ++lane)
-      to[lane] = sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2];
+      r.lanes[lane] = std::bit_cast<uint32_t>(sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2]);
+    std::fill_n(lanes_of<uint32_t>(w, d[k]), 32, 0x7fffffffu);  // nobody may look before it is waited for
   }
   w.open_products = true;
   w.products_issued = w.products_issued * 31 + i.index + 1;
@@ -149,6 +153,7 @@ inline void add_warpgroup(Forms& f) {
   f["wgmma.commit_group"] = {[](Warp& w, const Instruction&, uint32_t) {
                                w.products.push_back(std::exchange(w.open_reads, {}));
                                w.open_products = false;
+                               ++w.committed;
                                return Next::kFollowing;
                              },
                              true};
@@ -158,6 +163,11 @@ inline void add_warpgroup(Forms& f) {
                                for (uint32_t unit : w.products.front()) --w.block->under_product[unit];
                                w.products.erase(w.products.begin());
                              }
+                             std::erase_if(w.results, [&](const auto& result) {
+                               if (result.second.group >= w.committed - w.products.size()) return false;
+                               std::memcpy(w.lanes(result.first), result.second.lanes.data(), 128);
+                               return true;
+                             });
                              if (w.products.empty() && !w.open_products) w.products_fenced = false;
                              return Next::kFollowing;
                            },
