@@ -192,6 +192,30 @@ def test_the_same_bits_whatever_the_schedule_and_the_parts(way, dtype):
     assert shards or any(f"titans_decode{template}" in name for name, _ in gpu.ran)
 
 
+def compared():
+    for name, (width, mult, chunk, capability) in WAYS.items():
+        for dtype, activation in product((BF16, FP16), ("gelu_tanh", "gelu", "silu")):
+            quick = (width, dtype, image_of(capability)) in QUICK and activation == "gelu_tanh"
+            if width == 64 or activation == "gelu_tanh":
+                yield pytest.param(
+                    config_of(width, mult, chunk, 2, activation=activation), capability, dtype,
+                    marks=() if quick else pytest.mark.slow, id=f"{name}, {NAMES[dtype]}, {activation}"
+                )
+
+
+@pytest.mark.parametrize("config, capability, dtype", compared())
+def test_compiled_code_has_the_bits_of_its_source(config, capability, dtype):
+    """The fibers of csrc/emulator run the C++ text itself: every rounding is where the text has it, of fp32 and of
+    16 bits. Both machines have the same tanh.approx, ex2.approx, sqrt.approx and div.approx, and add the products
+    of an mma in the same order; a device may have others."""
+    w_init, inputs = (cast(t, dtype) for t in problem(config, 2, 2 * config.chunk_memory + 7, 0.5))
+    emulate(capability, 1)
+    o, state = run(config, w_init, inputs, "cuda", [2 * config.chunk_memory + 7, 9])
+    with gpu.fibers():
+        want, end = run(config, w_init, inputs, "cuda", [2 * config.chunk_memory + 7, 9])
+    assert torch.equal(o, want) and same(state, end)
+
+
 @pytest.mark.parametrize("resident", [1, 2, 5])
 def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
     """Blocks of a head that run late must still find the tokens that others have committed already."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -105,6 +106,15 @@ class Driver:
 
     def __exit__(self, *_: object) -> None:
         torch.ops.hope_kernels_cuda.execute_by(0)
+
+    @contextmanager
+    def fibers(self) -> Iterator[None]:
+        """Meanwhile launches run the sources, as if nobody had entered this."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _execute(self, pointer) -> int | None:
         try:
