@@ -1,4 +1,4 @@
-"""Whether the PTX machine and the yardstick would notice a wrong kernel: nvcc's PTX with one instruction changed
+"""Whether the PTX machine and the tests would notice a wrong kernel: nvcc's PTX with one instruction changed
 is caught, by a fault of the machine or by a wrong result; which changes by which, CHANGES says."""
 
 import re
@@ -30,16 +30,17 @@ def driver():
 
 
 class Judge:
-    """Runs a problem that goes every way through a kernel, and says how a changed kernel is caught: by a fault
-    ("race", "deadlock", ..), the "yardstick", or "bits" that are not those of the source; None if it is not."""
+    """Runs a problem that goes every way through a kernel, and says how a changed kernel is caught: by a
+    fault ("race", "deadlock", ..), by the "yardstick", or by "bits" that are not those of the source; None if
+    it is not."""
 
     def __init__(self, way: str):
         width, mult, self.dtype, self.capability, self.name = KERNELS[way]
         self.config = config_of(width, mult)
         w_init, inputs = problem(self.config, 2, 60)
         # steps are long and little is forgotten: what earlier chunks have written weighs in
-        biases = dict(eta_bias=torch.ones_like(inputs.eta_bias), alpha_bias=torch.full_like(inputs.alpha_bias, 5))
-        self.given = w_init, inputs._replace(**biases)
+        one = torch.ones_like(inputs.eta_bias)
+        self.given = w_init, inputs._replace(eta_bias=one, alpha_bias=5 * one)
         self.exact, self.peer = (self.found("chunked", kind) for kind in (torch.float64, self.dtype))
         cuda_in_ptx.emulate(gpu, self.capability)
         with gpu.fibers():
@@ -55,7 +56,8 @@ class Judge:
         o, state = run(self.config, w_init, part(inputs, 0, 39), backend, [39, 31])
         step, state = run(self.config, w_init, part(inputs, 39, 40), backend, state=state)
         with torch.no_grad():
-            read, state = titans_chunk(self.config, w_init, part(inputs, 40, 60), state, update=False, backend=backend)
+            rest = part(inputs, 40, 60)
+            read, state = titans_chunk(self.config, w_init, rest, state, update=False, backend=backend)
         found = results(o, state) | {"step": step, "read": read}
         found["delta2"] = found["delta2"].unflatten(2, (-1, self.config.hidden))
         memories = {f"{n} {m}": found[n].select(2, m) for n in ("delta2", "delta1", "delta1s")
@@ -86,7 +88,7 @@ class Judge:
         return found
 
     def changed(self, n: int, *lines: str, dropped: int | None = None) -> str | None:
-        """What catches the kernel whose line ``n`` is replaced by others, and whose line ``dropped`` is left out."""
+        """What catches the kernel whose line ``n`` is replaced, and whose line ``dropped`` is left out."""
         text = list(self.lines)
         if dropped is not None:
             text[dropped] = ""
@@ -96,16 +98,17 @@ class Judge:
     def hoisted(self, barrier: int) -> str | None:
         """The same of one whose first load of tokens or sums after a barrier is done before it, with what its
         address is made of. "none": there is no such load."""
-        n = next((n for n in range(barrier + 1, barrier + 700)
-                  if n in self.executed and re.search(r"ldmatrix|ld\.shared\.(v4\.)?f32", self.lines[n])), None)
+        load = r"ldmatrix|ld\.shared\.(v4\.)?f32"
+        after = [n for n in range(barrier + 1, barrier + 700) if n in self.executed]
+        n = next((n for n in after if re.search(load, self.lines[n])), None)
         if n is None:
             return "none"
         needed, made = set(re.findall(r"%\w+", self.lines[n].split("[")[1])), []
         for line in reversed(self.lines[barrier + 1 : n]):
             if re.match(r"\s*([.$@/{}]|bra|st|bar|$)", line):
                 continue
-            written = re.findall(r"%\w+", re.split(r"\}|,", line)[0] if "{" not in line else line.split("}")[0])
-            if needed & set(written):
+            written = line.split("}" if "{" in line else ",")[0]
+            if needed & set(re.findall(r"%\w+", written)):
                 made.append(line)
                 needed |= set(re.findall(r"%\w+", line))
         return self.changed(barrier, *reversed(made), self.lines[n], self.lines[barrier], dropped=n)
