@@ -96,8 +96,8 @@ class Run:
             return
         why = next((r for f, r in self.failures.items() if f and test.startswith(f)), None)
         package = ABSENT.search(why or "")
-        ours = package and (m.ROOT / package[1]).exists() or package and (m.ROOT / "tests" / f"{package[1]}.py").exists()
-        if package and not ours:
+        if package and not any((m.ROOT / place / package[1]).with_suffix(end).exists()
+                               for place in ("", "tests") for end in ("", ".py")):
             self.put(test, {"status": "skipped", "reason": f"needs {package[1]}"})
         else:
             self.put(test, {"status": "failed", "reason": f"not collected: {why or 'there is no such test'}"})
@@ -132,7 +132,8 @@ class Run:
                             continue
                         workers.remove(worker)
                         if status is not None:  # 0 and 1: it has run what it could; 5: nothing was left for it
-                            self.ended(worker, folder, "" if status in (0, 1, 5) else f"pytest ends with status {status}")
+                            usual = status in (0, 1, 5)
+                            self.ended(worker, folder, "" if usual else f"pytest ends with status {status}")
                         elif now >= end:
                             processes.end(worker.process)
                             worker.test = None  # only the time was up

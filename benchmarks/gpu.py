@@ -85,15 +85,15 @@ def on_card(script: Script, module: str, args, results: dict[str, Results], fold
         if where:
             hung[backend] = f"correctness: {where}"
 
+    usable, compiling = False, None
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as beside:
-        compiling = None
         try:
             with clock.step("environment") as end:
                 library = beside.submit(gpu_library.made_usable, script, end, time.time() + gpu_library.BUILD_SECONDS)
                 compiling = Compiling(script, Path(scratch))
                 timed("env", end)
                 put(library.result())
-            usable = gpu_library.usable(tests.cases)
+                usable = gpu_library.usable(tests.cases)
             if tested:
                 clock.shift()
                 with clock.step("CUDA tests") as end:
@@ -103,7 +103,8 @@ def on_card(script: Script, module: str, args, results: dict[str, Results], fold
                     tools = gpu_library.Sanitizers(script, tests.cases) if usable and "cuda" not in hung else None
                     chosen("triton", end)
                     put(tools.finish(end) if tools else {})
-            env.put("precompiled", compiling.finish(clock.end("Triton tests")))
+            if compiling:
+                env.put("precompiled", compiling.finish(clock.end("Triton tests")))
         finally:
             if compiling:
                 processes.end(compiling.process)
@@ -111,13 +112,15 @@ def on_card(script: Script, module: str, args, results: dict[str, Results], fold
         timed("worth", end)
     if not args.quick and not args.only:
         with clock.step("counters") as end:
-            backends = [backend for backend in ("cuda", "triton") if backend not in hung and (usable or backend != "cuda")]
+            backends = [b for b in ("cuda", "triton") if b not in hung and (usable or b != "cuda")]
             env.put("counters", counters.counted(script, backends, end, time.time()))
             print(line("env", "counters", env.cases["counters"]), flush=True)
     for name in ("sweeps", "peers"):
         with clock.step(name) as end:
             timed(name, end)
     env.put("timeline", clock.record())
+    for name, error in clock.errors.items():
+        env.put(f"step {name}", {"status": "failed", "reason": error.strip().splitlines()[-1], "log": error})
     return hung
 
 
@@ -174,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         return child(named(args.script), args, opened(Path(args.out), args))
     if args.plan:
         parts = named(args.rehearse or CARD).parts(args.quick)
-        cases = {part: [(name, seconds(section, name)) for section, name, *_ in items] for part, items in parts.items()}
+        cases = {part: [(name, seconds(section, name)) for section, name, *_ in items]
+                 for part, items in parts.items()}
         print("\n".join(timeline.lines(args.minutes, cases)))
         return 0
     with tempfile.TemporaryDirectory() as unpacked:

@@ -129,13 +129,14 @@ def levels(case: bench_cms.Case) -> None:
 
 
 T, C, X = bench_titans.Case, bench_cms.Case, bench_cms.X
-# In the order in which a run needs them. A model of 1.3 billion weights launches what its layer and its two
-# levels launch.
+# What takes longest first, then as a run needs them. A model of 1.3 billion weights launches what its layer and its
+# two levels launch.
 CASES = (
-    (memory, T("prefill")), (memory, T("prefill", N=64)), (memory, T("prefill", C=16, N=64)),
-    (levels, C("refresh", 4096, 64, **X)), (levels, C("segment", 2048, 512, **X)), (levels, C("segment", 1024, 64, **X)),
-    (layer, bench_layers.Case("layer")), (memory, T("grad")),
-    (memory, T("prefill", C=16)), (levels, C("forward", 1024, 512, K=3, B=8, **X)),
+    (memory, T("grad")), (memory, T("prefill")), (memory, T("prefill", N=64)), (memory, T("prefill", C=16, N=64)),
+    (levels, C("refresh", 1024, 64, **X)), (levels, C("refresh", 4096, 64, **X)),
+    (levels, C("refresh", 4096, 4096, **X)), (levels, C("segment", 2048, 512, **X)),
+    (levels, C("segment", 1024, 64, **X)),
+    (layer, bench_layers.Case("layer")), (memory, T("prefill", C=16)), (levels, C("forward", 1024, 512, K=3, B=8, **X)),
     (levels, C("forward", 1024, 512, K=3, B=8, rows="own", **X)),
     (memory, T("prefill", D=128, N=128, H=16)), (memory, T("prefill", D=128, N=512, H=16)),
     (memory, T("prefill", C=256)),

@@ -28,7 +28,7 @@ class Script:
     load: str = ""
     compiled: tuple[str, ...] | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
-    test_seconds: Mapping[str, float] = field(default_factory=lambda: {"cuda": 30, "triton": 60})
+    test_seconds: Mapping[str, float] = field(default_factory=lambda: {"cuda": 30, "triton": 110})
     case_seconds: Mapping[str, float] = field(default_factory=lambda: {"": 40, "model": 80, "peers": 50})
 
     def limit(self, section: str) -> float:

@@ -8,6 +8,7 @@ not need is there for the later ones; "sweeps" takes what is left.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -23,14 +24,14 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("environment", "card, versions, ceilings; the CUDA library found loads, or is built (up to 150 s more); "
-         "Triton kernels begin to compile in other processes", 28, 40),
+    Step("environment", "card, versions, ceilings; the CUDA library loads, or is built; Triton kernels begin to "
+         "compile beside it", 28, 40),
     Step("CUDA tests", "chosen tests of the CUDA C++ kernels, 8 processes", 40, 110),
-    Step("Triton tests", "chosen tests of the Triton kernels, 6 processes; memcheck and racecheck beside them", 60, 190),
+    Step("Triton tests", "chosen tests of the Triton kernels, 6 processes; memcheck, racecheck beside them", 60, 190),
     Step("worth", "timed cases in the order of their worth, one at a time; nothing else runs", 190, 405),
     Step("counters", "ncu on the prefill kernels: issue slots, stall reasons", 22, 435),
     Step("sweeps", "the other timed cases, as far as the time goes", 100, 480),
-    Step("peers", "other implementations: what is installed, then what has to be compiled", 55, 532),
+    Step("peers", "other implementations: what is installed, then what has to be compiled", 50, 525),
     Step("summary", "what failed, what was measured", 3, 540),
 )
 NAMES = tuple(step.name for step in STEPS)
@@ -43,12 +44,13 @@ class Clock:
     def __init__(self, minutes: float, say: Callable[[str], None] = print):
         self.began, self.minutes, self.say = time.time(), minutes, say
         self.taken: dict[str, tuple[float, float]] = {}
+        self.errors: dict[str, str] = {}
         self.late = 0.0
 
     def end(self, name: str) -> float:
         """Steps up to "worth" are put off by what the first one took too long, at the expense of the sweeps."""
-        end, last = STEPS[NAMES.index(name)].end, STEPS[NAMES.index("counters")].end
-        return self.began + self.minutes / MINUTES * end + min(self.late, max(0.0, self.minutes / MINUTES * (last - end)))
+        end, last = (self.minutes / MINUTES * STEPS[NAMES.index(n)].end for n in (name, "counters"))
+        return self.began + end + min(self.late, max(0.0, last - end))
 
     def shift(self) -> None:
         """The first step is over, maybe late: a library that had to be built."""
@@ -56,11 +58,14 @@ class Clock:
 
     @contextmanager
     def step(self, name: str) -> Iterator[float]:
-        """Yields when the step has to be over."""
+        """Yields when the step has to be over. An error of this program in it is kept; the next step goes on."""
         first = time.time()
         self.say(f"-- {name}: {STEPS[NAMES.index(name)].what} ({first - self.began:.0f} s)")
         try:
             yield self.end(name)
+        except Exception:
+            self.errors[name] = traceback.format_exc()
+            self.say(self.errors[name])
         finally:
             self.taken[name] = first - self.began, time.time() - self.began
 
@@ -78,8 +83,8 @@ def lines(minutes: float, cases: dict[str, list[tuple[str, float]]]) -> Iterator
     at, scale = 0.0, minutes / MINUTES
     for step in STEPS:
         takes = min(step.seconds, scale * step.end - at)
-        if step.name == "sweeps":  # up to the seconds that peers and summary need
-            takes = max(0.0, min(scale * step.end, 60 * minutes - sum(s.seconds for s in STEPS[-2:])) - at)
+        if step.name == "sweeps":  # as long as it may
+            takes = max(0.0, scale * step.end - at)
         yield f"{at:5.0f} {takes:6.0f} {scale * step.end:8.0f}  {step.name}: {step.what}"
         inside = 0.0
         for name, seconds in cases.get(step.name, ()):

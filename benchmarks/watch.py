@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import processes
 from benchmarks.records import Results
-from benchmarks.run import RESTART, line, wanted
+from benchmarks.run import LATE, RESTART, line, wanted
 from benchmarks.script import Script
 
 GRACE = 3  # seconds after a case's limit, in which a child says where it hangs and ends by itself
@@ -42,8 +42,8 @@ def children(
     with tempfile.TemporaryDirectory() as scratch:
         log, beats = Path(scratch, "log"), Path(scratch, "beats")
         while time.time() < until:
-            command = [sys.executable, "-m", "benchmarks.gpu", "--child", part, "--script", module, "--until", str(until),
-                       "--out", str(folder), "--beats", str(beats), *["--quick"] * args.quick]
+            command = [sys.executable, "-m", "benchmarks.gpu", "--child", part, "--script", module,
+                       "--until", str(until), "--out", str(folder), "--beats", str(beats), *["--quick"] * args.quick]
             command += [f"--hung={backend}={where}" for backend, where in hung.items()]
             command += ["--only", *args.only] if args.only else []
             before = sum(len(store.cases) for store in results.values())
@@ -72,7 +72,7 @@ def watched(command: list[str], env: dict[str, str], log: Path, beats: Beats, un
     try:
         while process.poll() is None:
             now, deadline = time.time(), beats.deadline()
-            if deadline > 0 and now > deadline + GRACE or now > until + 15 or (
+            if deadline > 0 and now > deadline + GRACE or now > until + LATE + GRACE or (
                     not beats.path.exists() and now > began + START_SECONDS):
                 return None
             time.sleep(0.05)
