@@ -19,6 +19,7 @@ from benchmarks import measure as m
 from benchmarks import processes
 from benchmarks.records import Results
 from benchmarks.run import line
+from benchmarks.script import Script
 from benchmarks.told import claim
 
 START_SECONDS = 90  # from a process's start to its first test
@@ -26,10 +27,18 @@ OUTCOMES = ("passed", "failed", "skipped", "died")
 ABSENT = re.compile(r"No module named '(\w+)")
 
 
+def lacking(error: str) -> str | None:
+    """The package without which a file cannot be imported, if it is none of this repository's modules."""
+    package = ABSENT.search(error)
+    ours = package and any((m.ROOT / place / package[1]).with_suffix(end).exists()
+                           for place in ("", "tests") for end in ("", ".py"))
+    return package[1] if package and not ours else None
+
+
 class Worker:
     """One process of pytest, and what it has told so far."""
 
-    def __init__(self, number: int, folder: Path, files: list[str], env: dict[str, str]):
+    def __init__(self, number: int, folder: Path, files: list[str], env: dict[str, str], root: Path):
         self.told, self.log = folder / f"{number}.jsonl", folder / f"{number}.log"
         self.moved, self.read, self.test = time.time(), 0, None  # test: the one that runs; moved: when it last told
         self.taken: set[str] = set()  # and not begun
@@ -38,7 +47,8 @@ class Worker:
                    "-o", "minversion=7.0")
         self.process = processes.start(
             (sys.executable, "-m", "pytest", *options, *files),
-            env | {"HOPE_KERNELS_TOLD": str(folder), "HOPE_KERNELS_TOLD_LOG": str(self.told)}, self.log
+            env | {"HOPE_KERNELS_TOLD": str(folder), "HOPE_KERNELS_TOLD_LOG": str(self.told)}, self.log,
+            folder=root
         )
 
     def events(self) -> list[dict]:
@@ -58,12 +68,14 @@ class Worker:
 class Run:
     """The tests of one backend."""
 
-    def __init__(self, store: Results, backend: str, tests: list[str], env: dict[str, str], count: int, limit: float):
-        self.store, self.backend, self.limit = store, backend, limit
-        self.left, self.env = list(tests), env
-        self.failures: dict[str, str] = {}  # what kept tests from running
+    def __init__(self, store: Results, backend: str, script: Script, count: int):
+        self.store, self.backend, self.root = store, backend, script.root
+        self.limit, self.env = script.test_seconds[backend], processes.environment(script.variables)
+        self.left = [test for test in script.tests[backend] if test not in store.cases]
+        self.failures: dict[str, str] = {}  # by file: what kept its tests from running
+        self.lacking: dict[str, str] = {}  # by file: a package that is not installed here
         self.hang: str | None = None
-        self.processes = min(count, len(tests), os.cpu_count() or 1)
+        self.processes = min(count, len(self.left), os.cpu_count() or 1)
         self.counts = dict.fromkeys(OUTCOMES, 0)
 
     def put(self, test: str, record: dict) -> None:
@@ -77,7 +89,8 @@ class Run:
         """One line of a worker."""
         status, test = event.get("status"), event.get("test")
         if "file" in event:
-            self.failures[event["file"]] = event["reason"]
+            package = lacking(event["reason"])
+            (self.lacking if package else self.failures)[event["file"]] = package or event["reason"]
         elif "absent" in event:
             for name in event["absent"]:
                 self.missing(name)
@@ -94,13 +107,12 @@ class Run:
         """A test that no process has found."""
         if test not in self.left:
             return
-        why = next((r for f, r in self.failures.items() if f and test.startswith(f)), None)
-        package = ABSENT.search(why or "")
-        if package and not any((m.ROOT / place / package[1]).with_suffix(end).exists()
-                               for place in ("", "tests") for end in ("", ".py")):
-            self.put(test, {"status": "skipped", "reason": f"needs {package[1]}"})
+        file = test.partition("::")[0]
+        if file in self.lacking:
+            self.put(test, {"status": "skipped", "reason": f"needs {self.lacking[file]}"})
         else:
-            self.put(test, {"status": "failed", "reason": f"not collected: {why or 'there is no such test'}"})
+            why = self.failures.get(file, "there is no such test")
+            self.put(test, {"status": "failed", "reason": f"not collected: {why}"})
 
     def ended(self, worker: Worker, folder: Path, reason: str) -> None:
         """A process is gone: the test it was in has died, what it had taken is anybody's."""
@@ -119,7 +131,7 @@ class Run:
             folder = Path(name)
             (folder / "taken").mkdir()
             (folder / "tests.json").write_text(json.dumps(self.left))
-            workers = [Worker(i, folder, files, self.env) for i in range(self.processes)]
+            workers = [Worker(i, folder, files, self.env, self.root) for i in range(self.processes)]
             started = len(workers)
             try:
                 while workers and self.left:
@@ -132,7 +144,7 @@ class Run:
                             continue
                         workers.remove(worker)
                         if status is not None:  # 0 and 1: it has run what it could; 5: nothing was left for it
-                            usual = status in (0, 1, 5)
+                            usual = status in (0, 1, 5) and worker.test is None
                             self.ended(worker, folder, "" if usual else f"pytest ends with status {status}")
                         elif now >= end:
                             processes.end(worker.process)
@@ -144,9 +156,9 @@ class Run:
                             (folder / "closed").touch()
                             processes.end(worker.process)
                             self.ended(worker, folder, f"hangs: took more than {now - worker.moved:.0f} s")
-                        if self.left and not workers and not self.hang and started < 3 * self.processes and (
-                                worker.finished or worker.test):
-                            workers.append(Worker(started, folder, files, self.env))
+                        more = started < 3 * self.processes and not self.hang and "" not in self.failures
+                        if self.left and not workers and more:  # what a process that died had taken
+                            workers.append(Worker(started, folder, files, self.env, self.root))
                             started += 1
                     time.sleep(0.05)
             finally:
@@ -166,13 +178,11 @@ class Run:
         return found
 
 
-def tests(
-    store: Results, backend: str, chosen: tuple[str, ...], env: dict[str, str], count: int, limit: float, end: float
-) -> str | None:
-    """Runs what of ``chosen`` has no record yet, in ``count`` processes, until ``end``; a test may take ``limit``
-    seconds. Returns where the backend hangs, if it does. Tests for which there was no time get no record: --resume
-    runs them."""
-    run = Run(store, backend, [t for t in chosen if t not in store.cases], env, count, limit)
+def tests(store: Results, backend: str, script: Script, count: int, end: float) -> str | None:
+    """Runs the chosen tests of a backend that have no record yet, in ``count`` processes, until ``end``.
+    Returns where the backend hangs, if it does. Tests for which there was no time get no record: --resume runs
+    them."""
+    run = Run(store, backend, script, count)
     run.until(end)
     record = run.record()
     store.put(f"pytest {backend}", record)

@@ -78,11 +78,7 @@ def on_card(script: Script, module: str, args, results: dict[str, Results], fold
         env.put("timeline", clock.record())
 
     def chosen(backend: str, until: float) -> None:
-        where = correctness.tests(
-            tests, backend, script.tests[backend], processes.environment(script.variables), PROCESSES[backend],
-            script.test_seconds[backend], until
-        )
-        if where:
+        if where := correctness.tests(tests, backend, script, PROCESSES[backend], until):
             hung[backend] = f"correctness: {where}"
 
     usable, compiling = False, None

@@ -26,7 +26,7 @@ WORTH = (
     ("model", bench_model.G("decode", 1000, "cuda"), 40),
 )
 SECONDS = {case.name: seconds for _, case, seconds in WORTH}
-OTHERS = {"model": 30, "peers": 8, "compiled": 30, "long": LONG_SECONDS["cuda"]}  # by section, or kind; else
+OTHERS = {"model": 15, "peers": 8, "compiled": 30, "forward": 20, "long": LONG_SECONDS["cuda"]}  # by kind, section
 USUALLY = 4
 
 

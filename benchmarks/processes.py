@@ -23,13 +23,14 @@ def environment(variables: Mapping[str, str] = {}) -> dict[str, str]:
 
 
 def start(
-    command: tuple[str, ...], env: dict[str, str], log: Path | None = None, errors: Path | None = None
+    command: tuple[str, ...], env: dict[str, str], log: Path | None = None, errors: Path | None = None,
+    folder: Path = m.ROOT
 ) -> subprocess.Popen:
     """log: the file of its output and errors; errors: of its errors alone, its output goes where this
-    process's goes."""
+    process's goes; folder: where it runs."""
     with open(log or errors or os.devnull, "wb") as out:
         outputs = {"stdout": out, "stderr": subprocess.STDOUT} if log else {"stderr": out}
-        return subprocess.Popen(command, cwd=m.ROOT, env=env, process_group=0, **outputs)
+        return subprocess.Popen(command, cwd=folder, env=env, process_group=0, **outputs)
 
 
 def end(process: subprocess.Popen) -> None:

@@ -34,6 +34,7 @@ def measure(
     hung: backends that hang, and where; their cases are skipped. seconds: what a case is expected to take; one for
     which there is no time left is passed over. beats: is told by when the case that begins will be over.
     """
+    passed_over: list[str] = []
     for section, name, case, call in items:
         store = results[section]
         if name in store.cases or not wanted(args.only, section, name):
@@ -44,7 +45,7 @@ def measure(
             print(line(section, name, store.cases[name]), flush=True)
             continue
         if time.time() + seconds(section, name) > until:
-            print(f"  no time left for {section}: {name}", flush=True)
+            passed_over.append(name)
             continue
         store.put(name, {"status": "started", "case": case})
         if limit is not None:
@@ -81,6 +82,8 @@ def measure(
             return RESTART
         if device == "cuda":
             torch.cuda.empty_cache()
+    if passed_over:
+        print(f"  no time left for {len(passed_over)} cases, {passed_over[0]} first", flush=True)
     return 0
 
 

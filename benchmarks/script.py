@@ -6,6 +6,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import measure as m
 
 CARD, REHEARSAL = "benchmarks.card", "benchmarks.rehearsal"
 
@@ -16,8 +19,8 @@ class Script:
     cases as ``plan`` yields them. tests: by backend, the most important first. load: Python code after which the
     library of the CUDA C++ kernels can be used. sanitized: the test that compute-sanitizer watches. capability:
     10 * major + minor. compiled: parts of the names of the cases whose Triton kernels are compiled ahead; None: all.
-    variables: of the environment of all processes. Seconds: after which a test or a case (by section, else "")
-    counts as hanging."""
+    variables: of the environment of all processes. root: what the tests' ids are relative to. Seconds: after which a
+    test or a case (by section, else "") counts as hanging."""
 
     device: str
     folder: Callable[[], str]
@@ -28,6 +31,7 @@ class Script:
     load: str = ""
     compiled: tuple[str, ...] | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
+    root: Path = m.ROOT
     test_seconds: Mapping[str, float] = field(default_factory=lambda: {"cuda": 30, "triton": 110})
     case_seconds: Mapping[str, float] = field(default_factory=lambda: {"": 40, "model": 80, "peers": 50})
 

@@ -58,9 +58,7 @@ def ratios(ops: dict, peers: dict) -> Iterator[str]:
 
 
 def first_line(record: dict) -> str:
-    lines = str(record.get("reason") or "").strip().splitlines() or [""]
-    said = next((line for line in reversed(lines) if line.startswith("E  ")), lines[0])
-    return said.removeprefix("E").strip()
+    return (str(record.get("reason") or "").strip().splitlines() or [""])[0]
 
 
 def row(name: str, record: dict) -> str:

@@ -26,13 +26,23 @@ def tell(**event) -> None:
         f.write(json.dumps(event | {"time": time.time()}) + "\n")
 
 
+def said(report: pytest.CollectReport | pytest.TestReport) -> str:
+    """The error in one line, then the end of what pytest shows of it."""
+    if isinstance(report.longrepr, tuple):  # of a test that was skipped
+        return report.longrepr[2]
+    text, crash = report.longreprtext, getattr(report.longrepr, "reprcrash", None)
+    errors = [line.removeprefix("E").strip() for line in text.splitlines() if line.startswith("E  ")]
+    first = crash.message.splitlines()[0] if crash and crash.message else next(iter(errors), "")
+    return f"{first}\n{text[-1500:]}".strip()
+
+
 def claim(folder: Path, test: str) -> Path:
     return folder / "taken" / hashlib.sha256(test.encode()).hexdigest()
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.failed:
-        tell(file=report.nodeid, reason=report.longreprtext[-2000:])
+        tell(file=report.nodeid, reason=said(report))
 
 
 @pytest.hookimpl(trylast=True)
@@ -75,8 +85,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _found["seconds"] += report.duration
     if report.failed or report.skipped and _found["status"] == "passed":
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext[-1500:]
-        _found.update(status=report.outcome, reason=reason or getattr(report, "wasxfail", "") or report.when)
+        _found.update(status=report.outcome, reason=said(report) or getattr(report, "wasxfail", "") or report.when)
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:

@@ -41,7 +41,9 @@ def children(
     is entered in ``hung``, and has no further case."""
     with tempfile.TemporaryDirectory() as scratch:
         log, beats = Path(scratch, "log"), Path(scratch, "beats")
-        while time.time() < until:
+        items = script.parts(args.quick)[part]
+        while time.time() < until and any(
+                name not in results[section].cases and wanted(args.only, section, name) for section, name, *_ in items):
             command = [sys.executable, "-m", "benchmarks.gpu", "--child", part, "--script", module,
                        "--until", str(until), "--out", str(folder), "--beats", str(beats), *["--quick"] * args.quick]
             command += [f"--hung={backend}={where}" for backend, where in hung.items()]
