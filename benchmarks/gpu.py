@@ -188,7 +188,8 @@ def run(p: argparse.ArgumentParser, args) -> int:
     module = args.rehearse or (CARD if device == "cuda" else None)
     script = named(module) if module else None
     name = script.folder() if script else slug(device)
-    folder = Path(args.out or RESULTS).resolve() / (name + "-quick" * args.quick)
+    out = args.out or (m.ROOT / "build" if args.rehearse else RESULTS)  # a rehearsal is no result
+    folder = Path(out).resolve() / (name + "-quick" * args.quick)
     try:
         earlier = read(Path(args.against)) if args.against else committed(RESULTS / name)
     except ValueError as e:
