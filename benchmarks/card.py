@@ -1,8 +1,8 @@
 """What a run of benchmarks.gpu on a card is made of: the chosen tests, the cases of ``plan``, the limits.
 
-Tests are chosen so that a few processes are through in a minute or two: every shape and type that the kernels serve
-against the yardstick, what a real GPU alone has (CUDA graphs, streams, runs that must repeat bit for bit), and of the
-contract one case a property. ``python -m pytest -m gpu`` has the rest.
+Tests are chosen so that a few processes are through in a minute or two: every shape and type that the kernels
+serve against the yardstick, what a real GPU alone has (CUDA graphs, streams, runs that must repeat bit for
+bit), and of the contract one case a property. ``python -m pytest -m gpu`` has the rest.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ CUDA_TESTS = (
         "test_the_same_bits_from_run_to_run[d512-C16-T500]",
         "test_however_a_call_is_cut[d128-C64-T69-80-1]", "test_however_a_call_is_cut[d64-C32-T69-90-1]",
         "test_token_by_token[d128-C64-T67-80]", "test_token_by_token[d128-C16-T19-90_1]",
-        "test_a_nan_stays_in_its_row_and_head[d128-C16-T20]", "test_in_place_without_the_host[d128-C16-T21-ragged]",
+        "test_a_nan_stays_in_its_row_and_head[d128-C16-T20]",
+        "test_in_place_without_the_host[d128-C16-T21-ragged]",
         "test_correlated_and_repeated_keys[d128-C16-T47-float16-90-1_2]"),
     f"{CUDA}::test_two_streams_at_once", f"{CUDA}::test_tensors_may_lie_anywhere",
 )
@@ -52,9 +53,10 @@ TRITON_TESTS = (
                "d512-C64-T1100-bfloat16_3", "d512-C16-T1100-bfloat16_1"),
     *of(BACKWARD, "", "test_full_sizes[64-4-64-dtype2]", "test_full_sizes[64-1-16-dtype2]"),
     *of(TRITON, CONTRACT, "test_the_same_bits_from_run_to_run[d512-C16-T500-bfloat16]"),
-    "tests/ops/titans/test_triton_momentum.py::TestContract::test_meets_the_yardstick[d512-C64-T1100-bfloat16_0]",
-    *of("tests/ops/cms/test_triton.py", "", "test_refresh[5-True-False-dtype2]", "test_refresh[None-True-False-dtype2]",
-        "test_values_and_factors[swiglu-True-(True, True, True)-5-17-dtype23]", "test_outer_add[dtype2]"),
+    *yardstick("tests/ops/titans/test_triton_momentum.py", "d512-C64-T1100-bfloat16_0"),
+    *of("tests/ops/cms/test_triton.py", "", "test_refresh[5-True-False-dtype2]",
+        "test_refresh[None-True-False-dtype2]", "test_outer_add[dtype2]",
+        "test_values_and_factors[swiglu-True-(True, True, True)-5-17-dtype23]"),
     *of("tests/ops/conv/test_conv.py", "", "test_values[37-130-4-dtype2]"),
     *of("tests/ops/output_gate/test_output_gate.py", "", "test_values[5-3-64-dtype2]"),
     # fp32 from here on

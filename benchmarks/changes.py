@@ -13,7 +13,8 @@ def committed(folder: Path) -> dict[str, dict]:
     found = {}
     for name in (p.name for p in sorted(folder.glob("*.json"))):
         try:
-            done = subprocess.run(("git", "show", f"HEAD:./{name}"), cwd=folder, capture_output=True, text=True)
+            command = ("git", "show", f"HEAD:./{name}")
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             text = done.stdout if done.returncode == 0 else (folder / name).read_text()
         except FileNotFoundError:  # no git on this machine
             text = (folder / name).read_text()

@@ -1,8 +1,9 @@
-"""The tests of one backend's kernels, in several processes (``told`` is their plugin), and their outcomes as records.
+"""The tests of one backend's kernels, in several processes (``told`` is their plugin), and their outcomes as
+records.
 
-A test that takes too long is ended with its process, and no other test of the backend begins: a kernel that hangs
-would hang them too. A process that dies costs the test that it was in; another process takes the rest. Whatever
-could not be run is told with the reason: files that cannot be collected, tests that are in no file.
+A test that takes too long is ended with its process, and no other test of the backend begins: a kernel that
+hangs would hang them too. A process that dies costs the test that it was in; another process takes the rest.
+Whatever could not be run is told with the reason: files that cannot be collected, tests that are in no file.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Worker:
 
     def __init__(self, number: int, folder: Path, files: list[str], env: dict[str, str], root: Path):
         self.told, self.log = folder / f"{number}.jsonl", folder / f"{number}.log"
-        self.moved, self.read, self.test = time.time(), 0, None  # test: the one that runs; moved: when it last told
+        # test: the one that runs; moved: when it last told
+        self.moved, self.read, self.test = time.time(), 0, None
         self.taken: set[str] = set()  # and not begun
         self.finished = 0
         options = ("-q", "-p", "no:cacheprovider", "-p", "benchmarks.told", "--continue-on-collection-errors",
@@ -143,7 +145,7 @@ class Run:
                         if status is None and not late and now < end:
                             continue
                         workers.remove(worker)
-                        if status is not None:  # 0 and 1: it has run what it could; 5: nothing was left for it
+                        if status is not None:  # 0, 1: it has run what it could; 5: nothing was left for it
                             usual = status in (0, 1, 5) and worker.test is None
                             self.ended(worker, folder, "" if usual else f"pytest ends with status {status}")
                         elif now >= end:
@@ -180,8 +182,8 @@ class Run:
 
 def tests(store: Results, backend: str, script: Script, count: int, end: float) -> str | None:
     """Runs the chosen tests of a backend that have no record yet, in ``count`` processes, until ``end``.
-    Returns where the backend hangs, if it does. Tests for which there was no time get no record: --resume runs
-    them."""
+    Returns where the backend hangs, if it does. Tests for which there was no time get no record: --resume
+    runs them."""
     run = Run(store, backend, script, count)
     run.until(end)
     record = run.record()

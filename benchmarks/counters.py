@@ -1,4 +1,5 @@
-"""One look of Nsight Compute at the prefill kernels: how many issue slots they use, and what their warps wait for.
+"""One look of Nsight Compute at the prefill kernels: how many issue slots they use, and what their warps wait
+for.
 
     python -m benchmarks.counters [BACKEND ...]      runs what ncu watches: a prefill of each backend
 
@@ -22,11 +23,13 @@ from benchmarks.script import Script
 CASE = bench_titans.P(T=2048)
 KERNELS = "regex:titans_prefill|scan_kernel"
 SECTIONS = ("SchedulerStats", "WarpStateStats", "SpeedOfLight", "Occupancy", "LaunchStats")
-ABOUT = ("issue", "stall", "warps_active", "throughput", "duration", "registers", "shared_mem", "cluster", "occupancy")
+ABOUT = ("issue", "stall", "warps_active", "throughput", "duration", "registers", "shared_mem", "cluster",
+         "occupancy")
 
 
 def parsed(output: str) -> dict[str, dict[str, str]]:
-    """{kernel: {metric: value and unit}} of ncu's ``--page raw --csv``: a line of names, one of units, one a kernel."""
+    """{kernel: {metric: value and unit}} of ncu's ``--page raw --csv``: a line of names, one of units, one a
+    kernel."""
     lines = [line for line in output.splitlines() if line.startswith('"')]
     rows = list(csv.reader(io.StringIO("\n".join(lines))))
     if len(rows) < 3:
@@ -47,8 +50,9 @@ def counted(script: Script, backends: Iterable[str], until: float, now: float) -
     backends = tuple(backends)
     if not backends:
         return {"status": "skipped", "reason": "no backend to look at"}
-    command = ("ncu", "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", str(len(backends)),
-               *(f"--section={section}" for section in SECTIONS), "--page", "raw", "--csv", "--target-processes", "all",
+    sections = (f"--section={section}" for section in SECTIONS)
+    command = ("ncu", "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", f"{len(backends)}",
+               *sections, "--page", "raw", "--csv", "--target-processes", "all",
                sys.executable, "-m", "benchmarks.counters", *backends)
     record = gpu_library.process(
         *command, seconds=until - now, env=processes.environment(script.variables), keep=400_000)

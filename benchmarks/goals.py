@@ -166,7 +166,7 @@ def gemm_on_cpu(data: dict) -> tuple[float, dict]:
 
 
 def failures(data: dict) -> tuple[float, dict]:
-    """Tests that did not end well, of tests that ran at all; what is said of all tests of a backend is none."""
+    """Tests that did not end well, of tests that ran at all, without what sums up those of a backend."""
     cases = data["cases"].values()
     counted = [r["status"] for r in cases if r["status"] != "skipped" and "not run" not in r]
     if not any(status == "passed" for status in counted):

@@ -1,22 +1,23 @@
-"""One command for any CUDA machine: correctness first, then speed, most important first, inside a time budget.
+"""One command for any CUDA machine: correctness first, then speed, most important first, in a time budget.
 
-    python -m benchmarks.gpu [--minutes 9] [--plan] [--rehearse] [--only NAME ...] [--quick] [--resume] [--out DIR]
-                             [--against DIR] [--wheels DIR] [--commit NAME]
+    python -m benchmarks.gpu [--minutes 9] [--plan] [--rehearse] [--only NAME ...] [--quick] [--resume]
+                             [--out DIR] [--against DIR] [--wheels DIR] [--commit NAME]
 
-A run goes through the steps of ``timeline``; --plan prints them and starts nothing, --rehearse goes the same way
-without a GPU, on tiny cases. Writes DIR/<device>/{env,correctness,ops,layers,model,cms,peers}.json (DIR:
-benchmarks/results). Each file holds "stamp" (commit, source hash, date), "cases", one record a name with a "status":
-ok, refused (wrong result, hence no time), skipped (with the reason), failed, died, started; and, once a run has
-ended, "missing": what it did not measure, and why. A file is rewritten after every case and every test, so a kill
-loses nothing; --resume keeps what is there for the same code and goes on. The exit status is 1 where anything failed.
+A run goes through the steps of ``timeline``; --plan prints them and starts nothing, --rehearse goes the same
+way without a GPU, on tiny cases. Writes DIR/<device>/{env,correctness,ops,layers,model,cms,peers}.json (DIR:
+benchmarks/results). Each file holds "stamp" (commit, source hash, date), "cases", one record a name with a
+"status": ok, refused (wrong result, hence no time), skipped (with the reason), failed, died, started; and,
+once a run has ended, "missing": what it did not measure, and why. A file is rewritten after every case and
+every test, so a kill loses nothing; --resume keeps what is there for the same code and goes on. The exit
+status is 1 where anything failed.
 
-Tests and measurements run in child processes under watchdogs: a kernel that breaks the CUDA context costs its own
-case, one that hangs costs its backend the cases that are left, and nothing else. Nothing else runs beside a case that
-is timed. At the end the command says what is slower, faster or no longer right against the committed results of this
-device (or --against) by more than the spread of the times.
+Tests and measurements run in child processes under watchdogs: a kernel that breaks the CUDA context costs its
+own case, one that hangs costs its backend the cases that are left, and nothing else. Nothing else runs beside
+a case that is timed. At the end the command says what is slower, faster or no longer right against the
+committed results of this device (or --against) by more than the spread of the times.
 
-Without a CUDA device the backends of the CPU are measured (3 minutes suffice on two cores), every case between
-copies and matrix products of the same moment, whose rates are the ceilings in its record.
+Without a CUDA device the backends of the CPU are measured (3 minutes suffice on two cores), every case
+between copies and matrix products of the same moment, whose rates are the ceilings in its record.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def on_card(script: Script, module: str, args, results: dict[str, Results], fold
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as beside:
         try:
             with clock.step("environment") as end:
-                library = beside.submit(gpu_library.made_usable, script, end, time.time() + gpu_library.BUILD_SECONDS)
+                late = time.time() + gpu_library.BUILD_SECONDS
+                library = beside.submit(gpu_library.made_usable, script, end, late)
                 compiling = Compiling(script, Path(scratch))
                 timed("env", end)
                 put(library.result())
@@ -96,7 +98,8 @@ def on_card(script: Script, module: str, args, results: dict[str, Results], fold
                     if usable:
                         chosen("cuda", end)
                 with clock.step("Triton tests") as end:
-                    tools = gpu_library.Sanitizers(script, tests.cases) if usable and "cuda" not in hung else None
+                    able = usable and "cuda" not in hung
+                    tools = gpu_library.Sanitizers(script, tests.cases) if able else None
                     chosen("triton", end)
                     put(tools.finish(end) if tools else {})
             if compiling:
@@ -132,9 +135,9 @@ def child(script: Script, args, results: dict[str, Results]) -> int:
 def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--minutes", type=float, default=timeline.MINUTES)
-    p.add_argument("--plan", action="store_true", help="print the timeline of a run on a card, and run nothing")
+    p.add_argument("--plan", action="store_true", help="print the timeline of a run on a card, no more")
     p.add_argument("--rehearse", nargs="?", const=REHEARSAL, metavar="MODULE",
-                   help="go through a run on a card without one (what a run is made of: benchmarks/rehearsal.py)")
+                   help="go through a run on a card without one (benchmarks/rehearsal.py)")
     p.add_argument(
         "--only", nargs="+", default=[], metavar="NAME",
         help=f"a section ({', '.join(SECTIONS[1:])}), or a part of a name"
@@ -146,7 +149,7 @@ def arguments() -> argparse.ArgumentParser:
         "--against", metavar="DIR",
         help="a device's folder to compare with (default: what is committed for this device)"
     )
-    p.add_argument("--wheels", metavar="DIR", default=str(m.ROOT / "wheels"), help="peers that are not installed here")
+    p.add_argument("--wheels", metavar="DIR", default=str(m.ROOT / "wheels"), help="of peers (default: wheels)")
     p.add_argument("--commit", metavar="NAME", help="of this copy, where git cannot say")
     for name in ("--child", "--script", "--beats"):
         p.add_argument(name, help=argparse.SUPPRESS)
@@ -159,8 +162,7 @@ def opened(folder: Path, args) -> dict[str, Results]:
     mark = stamp(args.quick)
     kept: Callable[[str, str], bool] = lambda section, name: (
         bool(args.child or args.resume) or not wanted(args.only, section, name))
-    return {section: Results(folder / f"{section}.json", mark, lambda name, section=section: kept(section, name))
-            for section in SECTIONS}
+    return {s: Results(folder / f"{s}.json", mark, lambda name, s=s: kept(s, name)) for s in SECTIONS}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,7 +204,8 @@ def run(p: argparse.ArgumentParser, args) -> int:
     if script:
         parts = script.parts(args.quick)
         watch.unfinished(results, args.only)
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with this process
+        # what was started ends with this process
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             hung = on_card(script, module, args, results, folder)
         finally:

@@ -1,5 +1,5 @@
-"""The library of CUDA kernels on a GPU machine: whether the one that is there can be used, whether it builds, and
-what compute-sanitizer finds in it. Every check is a process of its own under a time limit."""
+"""The library of CUDA kernels on a GPU machine: whether the one that is there can be used, whether it builds,
+and what compute-sanitizer finds in it. Every check is a process of its own under a time limit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ sys.exit(reason)
 """
 # The kernels of this project alone; what PyTorch launches is its own affair.
 SANITIZERS = ("memcheck", "racecheck")
-UNABLE = ("Device not supported", "ERR_NVGPUCTRPERM", "LibraryNotLoaded")  # the machine does not let the tool look
+# the machine does not let the tool look
+UNABLE = ("Device not supported", "ERR_NVGPUCTRPERM", "LibraryNotLoaded")
 
 
 def process(*command: str, seconds: float, env: dict[str, str], keep: int = 4000) -> dict:
     """The record of a process: ok, failed, or died where it took longer."""
     with tempfile.TemporaryDirectory() as folder:
         log, began = Path(folder, "log"), time.time()
-        return processes.record(processes.start(command, env, log), log, began, began + max(1.0, seconds), keep)
+        running = processes.start(command, env, log)
+        return processes.record(running, log, began, began + max(1.0, seconds), keep)
 
 
 def loaded(script: Script, until: float) -> dict:
@@ -74,7 +76,8 @@ def usable(found: dict[str, dict]) -> bool:
 
 
 class Sanitizers:
-    """One small test of the CUDA C++ kernels under tools of compute-sanitizer, all at once, while other tests run."""
+    """One small test of the CUDA C++ kernels under tools of compute-sanitizer, all at once, while other tests
+    run."""
 
     def __init__(self, script: Script, known: dict[str, dict]):
         """A tool that has found nothing before (``known``) is not run again."""
@@ -89,16 +92,17 @@ class Sanitizers:
                 self.records[name] = {"status": "skipped", "reason": "compute-sanitizer is not on PATH"}
                 continue
             log = Path(self.scratch.name, tool)
-            command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=titans",
-                       sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "minversion=7.0",
-                       script.sanitized)
+            command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex",
+                       "kns=titans", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o",
+                       "minversion=7.0", script.sanitized)
             env = processes.environment({**script.variables, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
             self.running[name] = processes.start(command, env, log), log, time.time()
 
     def finish(self, until: float) -> dict[str, dict]:
         for name, (process, log, began) in self.running.items():
             record = processes.record(process, log, began, until)
-            if record["status"] == "failed" and (why := next((w for w in UNABLE if w in record["log"]), None)):
+            why = next((w for w in UNABLE if w in record["log"]), None)
+            if record["status"] == "failed" and why:
                 record |= {"status": "skipped", "reason": why}
             elif record["status"] == "ok" and "1 passed" not in record["log"]:
                 record |= {"status": "failed", "reason": "its test did not run"}

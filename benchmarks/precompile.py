@@ -3,9 +3,9 @@
     python -m benchmarks.precompile --arch 90 [--processes 8] [--only NAME ...]
 
 Cases make the calls that they will make on the card, on CPU tensors and with few tokens; every launch goes
-through Triton's own binder and compiler for the architecture, and ends there (``compile_only``). So the key under
-which a kernel is kept is that of the launch on the card: tensors differ in their addresses alone, which are
-multiples of 16 bytes in both places. No CUDA context is made, and no GPU is needed.
+through Triton's own binder and compiler for the architecture, and ends there (``compile_only``). So the key
+under which a kernel is kept is that of the launch on the card: tensors differ in their addresses alone, which
+are multiples of 16 bytes in both places. No CUDA context is made, and no GPU is needed.
 
 Prints one JSON line a case: {"case", "seconds", "kernels": {name: hash}} or {"case", "seconds", "reason"}.
 """
@@ -73,7 +73,8 @@ def compile_only(arch: int) -> Iterator[dict[str, str]]:
     """Launches compile for ``arch`` and do nothing else; yields {kernel: hash of the last one compiled}. What
     they should have written holds anything."""
     found: dict[str, str] = {}
-    run, driver, modules = JITFunction.run, triton.runtime.driver, (triton_library, titans_operator, cms_operator)
+    run, driver = JITFunction.run, triton.runtime.driver
+    modules = (triton_library, titans_operator, cms_operator)
     before = [module.interpreted for module in modules]
 
     def compiled(self, *args, grid, warmup, **options):
@@ -112,7 +113,8 @@ def memory(case: bench_titans.Case) -> None:
 
 @torch.no_grad()
 def layer(case: bench_layers.Case) -> None:
-    bench_layers.read(bench_layers.module_of(case, "cpu"), bench_layers.inputs_of(case, 2, "cpu", 0), "triton")
+    x = bench_layers.inputs_of(case, 2, "cpu", 0)
+    bench_layers.read(bench_layers.module_of(case, "cpu"), x, "triton")
 
 
 @torch.no_grad()
@@ -129,14 +131,16 @@ def levels(case: bench_cms.Case) -> None:
 
 
 T, C, X = bench_titans.Case, bench_cms.Case, bench_cms.X
-# What takes longest first, then as a run needs them. A model of 1.3 billion weights launches what its layer and its
-# two levels launch.
+# What takes longest first, then as a run needs them. A model of 1.3 billion weights launches what its layer
+# and its two levels launch.
 CASES = (
-    (memory, T("grad")), (memory, T("prefill")), (memory, T("prefill", N=64)), (memory, T("prefill", C=16, N=64)),
+    (memory, T("grad")), (memory, T("prefill")), (memory, T("prefill", N=64)),
+    (memory, T("prefill", C=16, N=64)),
     (levels, C("refresh", 1024, 64, **X)), (levels, C("refresh", 4096, 64, **X)),
     (levels, C("refresh", 4096, 4096, **X)), (levels, C("segment", 2048, 512, **X)),
     (levels, C("segment", 1024, 64, **X)),
-    (layer, bench_layers.Case("layer")), (memory, T("prefill", C=16)), (levels, C("forward", 1024, 512, K=3, B=8, **X)),
+    (layer, bench_layers.Case("layer")), (memory, T("prefill", C=16)),
+    (levels, C("forward", 1024, 512, K=3, B=8, **X)),
     (levels, C("forward", 1024, 512, K=3, B=8, rows="own", **X)),
     (memory, T("prefill", D=128, N=128, H=16)), (memory, T("prefill", D=128, N=512, H=16)),
     (memory, T("prefill", C=256)),

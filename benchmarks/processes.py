@@ -61,4 +61,6 @@ def record(process: subprocess.Popen, log: Path, began: float, until: float, kee
     found = {"seconds": round(time.time() - began, 2), "log": text}
     if status is None:
         return {"status": "died", "reason": f"took more than {until - began:.0f} s"} | found
-    return {"status": "ok"} | found if status == 0 else {"status": "failed", "reason": f"exit status {status}"} | found
+    if status != 0:
+        return {"status": "failed", "reason": f"exit status {status}"} | found
+    return {"status": "ok"} | found

@@ -1,13 +1,14 @@
 """What `python -m benchmarks.gpu --rehearse` is made of: a run on a card, on a machine without one.
 
-Everything goes the way of a real run: its steps, processes, limits, files, exit status. Tensors lie in the CPU's
-memory and are tiny, CUDA C++ kernels run on the emulator of csrc/emulator, Triton's in its interpreter, times are the
-host's clock; ncu and compute-sanitizer are used where they are found, which is recorded as anything else is.
+Everything goes the way of a real run: its steps, processes, limits, files, exit status. Tensors lie in the
+CPU's memory and are tiny, CUDA C++ kernels run on the emulator of csrc/emulator, Triton's in its interpreter,
+times are the host's clock; ncu and compute-sanitizer are used where they are found, which is recorded as
+anything else is.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from benchmarks import bench_cms, bench_titans, card, peers
@@ -24,7 +25,8 @@ cuda_library.emulate(str(build_cuda.build_emulated()))
 SECONDS = 0.05
 SMALL = {"C": 16, "N": 64, "H": 1, "B": 1}
 PREFILL = bench_titans.Case("prefill", T=40, dtype="bf16", backend="cuda", **SMALL)
-CONV, GATE = (bench_titans.Case(kind, T=5, dtype="fp32", backend="triton", **SMALL) for kind in ("conv", "gate"))
+CONV = bench_titans.Case("conv", T=5, dtype="fp32", backend="triton", **SMALL)
+GATE = replace(CONV, kind="gate")
 REFRESH = bench_cms.Case("refresh", 32, 16, backend="chunked")
 
 
@@ -36,15 +38,16 @@ def emulated(case: bench_titans.Case, ceilings: dict) -> dict:
 def parts(quick: bool) -> dict[str, list[Item]]:
     copy = partial(m.ceiling, "copy", "cpu", True)
     peer = next(peers.items("cpu", True))
+    small = lambda case: partial(bench_titans.elementwise, case, "cpu", seconds=SECONDS)
     return {
         "env": [("env", "machine", {}, lambda _: describe("cpu")), ("env", "copy", {}, lambda _: copy())],
         "worth": [
             ("ops", PREFILL.name, asdict(PREFILL), partial(emulated, PREFILL)),
-            ("ops", CONV.name, asdict(CONV), partial(bench_titans.elementwise, CONV, "cpu", seconds=SECONDS)),
+            ("ops", CONV.name, asdict(CONV), small(CONV)),
             ("cms", REFRESH.name, asdict(REFRESH),
              partial(bench_cms.measured, REFRESH, "cpu", seconds=SECONDS, quick=True)),
         ],
-        "sweeps": [("ops", GATE.name, asdict(GATE), partial(bench_titans.elementwise, GATE, "cpu", seconds=SECONDS))],
+        "sweeps": [("ops", GATE.name, asdict(GATE), small(GATE))],
         "peers": [("peers", *peer)],
     }
 

@@ -30,9 +30,10 @@ def measure(
     """Every case of ``items`` (as ``plan.plan`` gives them) that is not there yet; returns RESTART when this
     process should not go on.
 
-    limit: this process is one of ``watch``: seconds that a case of a section may take, after which the process ends.
-    hung: backends that hang, and where; their cases are skipped. seconds: what a case is expected to take; one for
-    which there is no time left is passed over. beats: is told by when the case that begins will be over.
+    limit: this process is one of ``watch``: seconds that a case of a section may take, after which the
+    process ends. hung: backends that hang, and where; their cases are skipped. seconds: what a case is
+    expected to take; one for which there is no time left is passed over. beats: is told by when the case that
+    begins will be over.
     """
     passed_over: list[str] = []
     for section, name, case, call in items:
@@ -41,7 +42,8 @@ def measure(
             continue
         case = case and case | {"device": device}
         if (backend := case.get("backend")) in hung:
-            store.put(name, {"case": case, "status": "skipped", "reason": f"{backend} hangs in {hung[backend]}"})
+            reason = f"{backend} hangs in {hung[backend]}"
+            store.put(name, {"case": case, "status": "skipped", "reason": reason})
             print(line(section, name, store.cases[name]), flush=True)
             continue
         if time.time() + seconds(section, name) > until:

@@ -1,5 +1,5 @@
-"""What a run of benchmarks.gpu on a card is made of, so that a rehearsal without one can be made of other things and
-take the same way: a module with a ``SCRIPT``, by default ``benchmarks.card``."""
+"""What a run of benchmarks.gpu on a card is made of, so that a rehearsal without one can be made of other
+things and take the same way: a module with a ``SCRIPT``, by default ``benchmarks.card``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CARD, REHEARSAL = "benchmarks.card", "benchmarks.rehearsal"
 
 @dataclass(frozen=True)
 class Script:
-    """device: of the cases' tensors. folder: of the results. parts(quick): {"env", "worth", "sweeps", "peers"}:
-    cases as ``plan`` yields them. tests: by backend, the most important first. load: Python code after which the
-    library of the CUDA C++ kernels can be used. sanitized: the test that compute-sanitizer watches. capability:
-    10 * major + minor. compiled: parts of the names of the cases whose Triton kernels are compiled ahead; None: all.
-    variables: of the environment of all processes. root: what the tests' ids are relative to. Seconds: after which a
-    test or a case (by section, else "") counts as hanging."""
+    """device: of the cases' tensors. folder: of the results. parts(quick): {"env", "worth", "sweeps",
+    "peers"}: cases as ``plan`` yields them. tests: by backend, the most important first. load: Python code
+    after which the library of the CUDA C++ kernels can be used. sanitized: the test that compute-sanitizer
+    watches. capability: 10 * major + minor. compiled: parts of the names of the cases whose Triton kernels
+    are compiled ahead; None: all. variables: of the environment of all processes. root: what the tests' ids
+    are relative to. Seconds: after which a test or a case (by section, else "") counts as hanging."""
 
     device: str
     folder: Callable[[], str]

@@ -21,8 +21,8 @@ def bad(results: dict[str, Results]) -> list[tuple[str, str, dict]]:
 
 
 def missing(device: str, results: dict[str, Results], args, items=None) -> dict[str, dict[str, str]]:
-    """{section: {name: why}} of every case without a figure: of this device's plan (or of ``items``) and, where
-    there is no CUDA device, of a GPU's."""
+    """{section: {name: why}} of every case without a figure: of this device's plan (or of ``items``) and,
+    where there is no CUDA device, of a GPU's."""
     found: dict[str, dict[str, str]] = {section: {} for section in results}
     items = list(plan(device, args.quick) if items is None else items)
     for section, name, *_ in items:
@@ -66,11 +66,14 @@ def row(name: str, record: dict) -> str:
     if record["status"] != "ok" or ms is None:
         return f"{name:48} {record['status']} {first_line(record)}"
     shares = [f"{record[k]:6.1%} {k}" for k in ("of_matmul", "of_copy") if record.get(k)]
-    shares += [f"{record[k]:.4g} {k}" for k in ("tokens/s", "backward_per_forward", "pairs_at_once") if record.get(k)]
+    others = ("tokens/s", "backward_per_forward", "pairs_at_once")
+    shares += [f"{record[k]:.4g} {k}" for k in others if record.get(k)]
     return f"{name:48} {ms:10.4f} ms  {', '.join(shares)}"
 
 
-def screen(results: dict[str, Results], parts: dict[str, list], hung: dict[str, str], texts: list[str]) -> list[str]:
+def screen(
+    results: dict[str, Results], parts: dict[str, list], hung: dict[str, str], texts: list[str]
+) -> list[str]:
     """At most some forty lines. texts: comparisons, of which the first ones are shown."""
     env, tests = results["env"].cases, results["correctness"].cases
     lines = ["== summary"]
@@ -93,10 +96,10 @@ def screen(results: dict[str, Results], parts: dict[str, list], hung: dict[str, 
         busy = next((v for n, v in values.items() if n.startswith("smsp__issue_active.avg.pct")), "?")
         lines.append(f"  {kernel[:60]}: issue slots {busy}")
     lines += texts[:5]
-    done = {section: sum(r["status"] == "ok" for r in store.cases.values()) for section, store in results.items()}
+    done = {s: sum(r["status"] == "ok" for r in store.cases.values()) for s, store in results.items()}
     lines.append("measured: " + ", ".join(f"{section} {n}" for section, n in done.items() if n))
     lines += [f"{backend} HANGS in {where}: its other cases were skipped" for backend, where in hung.items()]
     found = bad(results)
-    lines += [f"{record['status']:8} {section}: {name}: {first_line(record)}" for section, name, record in found[:10]]
+    lines += [f"{r['status']:8} {section}: {name}: {first_line(r)}" for section, name, r in found[:10]]
     lines.append(f"{len(found)} failed" if found else "nothing failed")
     return [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines]

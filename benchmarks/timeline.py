@@ -1,8 +1,8 @@
 """The steps of a run on a card: their order, how long each is expected to take, and when it has to be over.
 
-Estimates come from counted work and from compile times on a CPU; no GPU has confirmed them. Ends are those of a run
-of nine minutes and scale with --minutes. A step begins as soon as the one before it is over, so what a step does
-not need is there for the later ones; "sweeps" takes what is left.
+Estimates come from counted work and from compile times on a CPU; no GPU has confirmed them. Ends are those of
+a run of nine minutes and scale with --minutes. A step begins as soon as the one before it is over, so what a
+step does not need is there for the later ones; "sweeps" takes what is left.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("environment", "card, versions, ceilings; the CUDA library loads, or is built; Triton kernels begin to "
-         "compile beside it", 28, 40),
+    Step("environment", "card, versions, ceilings; the CUDA library loads, or is built; Triton kernels begin "
+         "to compile beside it", 28, 40),
     Step("CUDA tests", "chosen tests of the CUDA C++ kernels, 8 processes", 40, 110),
-    Step("Triton tests", "chosen tests of the Triton kernels, 6 processes; memcheck, racecheck beside them", 60, 190),
+    Step("Triton tests", "chosen tests of the Triton kernels, 6 processes; memcheck, racecheck beside them",
+         60, 190),
     Step("worth", "timed cases in the order of their worth, one at a time; nothing else runs", 190, 405),
     Step("counters", "ncu on the prefill kernels: issue slots, stall reasons", 22, 435),
     Step("sweeps", "the other timed cases, as far as the time goes", 100, 480),
@@ -48,7 +49,8 @@ class Clock:
         self.late = 0.0
 
     def end(self, name: str) -> float:
-        """Steps up to "worth" are put off by what the first one took too long, at the expense of the sweeps."""
+        """Steps up to "worth" are put off by what the first one took too long, at the expense of the
+        sweeps."""
         end, last = (self.minutes / MINUTES * STEPS[NAMES.index(n)].end for n in (name, "counters"))
         return self.began + end + min(self.late, max(0.0, last - end))
 
@@ -58,7 +60,8 @@ class Clock:
 
     @contextmanager
     def step(self, name: str) -> Iterator[float]:
-        """Yields when the step has to be over. An error of this program in it is kept; the next step goes on."""
+        """Yields when the step has to be over. An error of this program in it is kept; the next step goes
+        on."""
         first = time.time()
         self.say(f"-- {name}: {STEPS[NAMES.index(name)].what} ({first - self.began:.0f} s)")
         try:

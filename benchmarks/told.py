@@ -1,10 +1,12 @@
-"""A plugin of pytest for several processes that share one list of tests: each takes the next test that nobody has
-taken, and tells what becomes of it, a line of JSON an event. ``correctness`` starts the processes and reads the lines.
+"""A plugin of pytest for several processes that share one list of tests: each takes the next test that nobody
+has taken, and tells what becomes of it, a line of JSON an event. ``correctness`` starts the processes and
+reads the lines.
 
-The folder of HOPE_KERNELS_TOLD holds tests.json (a list of ids, in their order), taken/ (an empty file for every test
-that a process has taken) and, once no more tests may begin, a file "closed". HOPE_KERNELS_TOLD_LOG is where this
-process writes its lines: {"test", "status": taken | started | passed | failed | skipped, "seconds", "reason"},
-or {"file", "reason"} of a file that could not be collected, or {"absent": tests that are in no file}.
+The folder of HOPE_KERNELS_TOLD holds tests.json (a list of ids, in their order), taken/ (an empty file for
+every test that a process has taken) and, once no more tests may begin, a file "closed". HOPE_KERNELS_TOLD_LOG
+is where this process writes its lines: {"test", "status": taken | started | passed | failed | skipped,
+"seconds", "reason"}, or {"file", "reason"} of a file that could not be collected, or {"absent": tests that
+are in no file}.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-FOLDER, LOG = Path(os.environ.get("HOPE_KERNELS_TOLD", ".")), os.environ.get("HOPE_KERNELS_TOLD_LOG", os.devnull)
+FOLDER = Path(os.environ.get("HOPE_KERNELS_TOLD", "."))
+LOG = os.environ.get("HOPE_KERNELS_TOLD_LOG", os.devnull)
 _found: dict[str, dict] = {}  # of the test that runs
 
 
@@ -85,7 +88,8 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _found["seconds"] += report.duration
     if report.failed or report.skipped and _found["status"] == "passed":
-        _found.update(status=report.outcome, reason=said(report) or getattr(report, "wasxfail", "") or report.when)
+        reason = said(report) or getattr(report, "wasxfail", "") or report.when
+        _found.update(status=report.outcome, reason=reason)
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:

@@ -1,5 +1,5 @@
-"""Timed cases in child processes under a watchdog: a case that hangs or breaks the CUDA context costs itself, and
-the next child goes on with the following one."""
+"""Timed cases in child processes under a watchdog: a case that hangs or breaks the CUDA context costs itself,
+and the next child goes on with the following one."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ def children(
     part: str, script: Script, module: str, results: dict[str, Results], args, until: float, folder: Path,
     hung: dict[str, str],
 ) -> None:
-    """Runs one part of the script's cases, each child going on where the last one ended. A backend whose case hangs
-    is entered in ``hung``, and has no further case."""
+    """Runs one part of the script's cases, each child going on where the last one ended. A backend whose case
+    hangs is entered in ``hung``, and has no further case."""
     with tempfile.TemporaryDirectory() as scratch:
         log, beats = Path(scratch, "log"), Path(scratch, "beats")
-        items = script.parts(args.quick)[part]
-        while time.time() < until and any(
-                name not in results[section].cases and wanted(args.only, section, name) for section, name, *_ in items):
+        items = [(section, name) for section, name, *_ in script.parts(args.quick)[part]
+                 if wanted(args.only, section, name)]
+        while time.time() < until and any(name not in results[section].cases for section, name in items):
             command = [sys.executable, "-m", "benchmarks.gpu", "--child", part, "--script", module,
-                       "--until", str(until), "--out", str(folder), "--beats", str(beats), *["--quick"] * args.quick]
+                       "--until", str(until), "--out", str(folder), "--beats", str(beats)]
+            command += ["--quick"] * args.quick
             command += [f"--hung={backend}={where}" for backend, where in hung.items()]
             command += ["--only", *args.only] if args.only else []
             before = sum(len(store.cases) for store in results.values())
@@ -61,14 +62,15 @@ def children(
                 print(f"  the measuring process ends with status {status}", flush=True)
             if before == sum(len(store.cases) for store in results.values()):
                 reason = f"the measuring process ends with status {status} before any case"
-                results["env"].put(f"child {part}", {"status": "died", "reason": reason, "log": errors[-3000:]})
+                record = {"status": "died", "reason": reason, "log": errors[-3000:]}
+                results["env"].put(f"child {part}", record)
                 print(f"{reason}:\n{errors[-2000:]}", flush=True)
                 return
 
 
 def watched(command: list[str], env: dict[str, str], log: Path, beats: Beats, until: float) -> int | None:
-    """The child's exit status; None where it did not end by itself after its case's time was up. Its output is
-    passed on, its errors are kept in ``log``."""
+    """The child's exit status; None where it did not end by itself after its case's time was up. Its output
+    is passed on, its errors are kept in ``log``."""
     began = time.time()
     process = processes.start(tuple(command), env, errors=log)
     try:
@@ -86,8 +88,8 @@ def watched(command: list[str], env: dict[str, str], log: Path, beats: Beats, un
 def bury(
     section: str, store: Results, status: int | None, log: str, hung: dict[str, str], late: bool = False
 ) -> None:
-    """The case a child ended in has died; one that took too long hangs, and its backend with it. Where only the
-    time was up (``late``), it counts as not begun."""
+    """The case a child ended in has died; one that took too long hangs, and its backend with it. Where only
+    the time was up (``late``), it counts as not begun."""
     for name in [n for n, r in store.cases.items() if r["status"] == "started"]:
         if late:
             store.drop(name)
@@ -104,5 +106,7 @@ def bury(
 def unfinished(results: dict[str, Results], only: list[str]) -> None:
     """Cases that a killed run left as started count as not begun."""
     for section, store in results.items():
-        for name in [n for n, r in store.cases.items() if r["status"] == "started" and wanted(only, section, n)]:
-            store.drop(name)
+        started = [name for name, record in store.cases.items() if record["status"] == "started"]
+        for name in started:
+            if wanted(only, section, name):
+                store.drop(name)

@@ -1,5 +1,5 @@
-"""Packages that a machine without network is given as a folder of wheels: each is a zip, and is unpacked to where
-this process and its children look for modules last of all."""
+"""Packages that a machine without network is given as a folder of wheels: each is a zip, and is unpacked to
+where this process and its children look for modules last of all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 def use(folder: Path, into: Path) -> list[str]:
-    """Unpacks the wheels of ``folder`` and returns their names; what is installed already goes before them."""
+    """Unpacks the wheels of ``folder`` and returns their names; what is installed already goes before
+    them."""
     wheels = sorted(folder.glob("*.whl"))
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as packed:
@@ -21,6 +22,6 @@ def use(folder: Path, into: Path) -> list[str]:
 
 
 def variables(into: Path) -> dict[str, str]:
-    """The environment in which a child finds them: as they come on PYTHONPATH before what is installed, a folder
-    must not hold another version of what is there."""
+    """The environment in which a child finds them: as they come on PYTHONPATH before what is installed, a
+    folder must not hold another version of what is there."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(into))))}

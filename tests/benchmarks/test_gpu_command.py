@@ -340,5 +340,6 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
     said = {"status": "ok", "log": "sm_90, sources 0123456789abcdef0123, torch 2.11.0"}
     monkeypatch.setattr(gpu_library, "process", lambda *command, **options: dict(said))
     assert gpu_library.loaded(rehearsal.SCRIPT, 0)["reason"] == "it was built from other sources"
-    said["log"] = f"sm_90, sources {gpu_library.build_cuda.hash_of(gpu_library.build_cuda.files())}, torch 2.11.0"
+    sources = gpu_library.build_cuda.hash_of(gpu_library.build_cuda.files())
+    said["log"] = f"sm_90, sources {sources}, torch 2.11.0"
     assert gpu_library.loaded(rehearsal.SCRIPT, 0)["status"] == "ok"

@@ -1,5 +1,5 @@
-"""A run of benchmarks.gpu on a card, rehearsed without one: what it does with tests and cases that fail, hang or
-die, what it writes, what it says. And that what a real run is made of exists."""
+"""A run of benchmarks.gpu on a card, rehearsed without one: what it does with tests and cases that fail, hang
+or die, what it writes, what it says. And that what a real run is made of exists."""
 
 import json
 import os
@@ -58,7 +58,8 @@ SCRIPT = Script(
 FILES = {
     "test_a.py": "import time\ndef test_good(): time.sleep(0.5)\ndef test_bad(): assert 'this' == 'that'\n",
     "test_b.py": "import os\ndef test_good(): pass\ndef test_dies(): os._exit(5)\ndef test_after(): pass\n",
-    "test_broken.py": "def test_x(): pass\n1 / 0\n", "test_needs.py": "import unheard_of\ndef test_x(): pass\n",
+    "test_broken.py": "def test_x(): pass\n1 / 0\n",
+    "test_needs.py": "import unheard_of\ndef test_x(): pass\n",
 }
 TOOL = "#!/bin/sh\nsleep 1\necho '1 passed' $2\n"  # stands for compute-sanitizer
 
@@ -71,7 +72,8 @@ def rehearsed(tmp_path_factory):
         (here / name).write_text(text)
     (here / "compute-sanitizer").chmod(0o755)
     env = os.environ | {"PYTHONPATH": str(here), "PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
-    command = (sys.executable, "-m", "benchmarks.gpu", "--rehearse", "faulty_card", "--out", str(here / "out"))
+    command = (sys.executable, "-m", "benchmarks.gpu", "--rehearse", "faulty_card", "--commit", "given",
+               "--out", str(here / "out"))
     done = subprocess.run(command, cwd=m.ROOT, env=env, capture_output=True, text=True, timeout=300)
     files = {p.stem: json.loads(p.read_text()) for p in (here / "out" / "rehearsal").glob("*.json")}
     assert set(files) == set(plan.SECTIONS), done.stdout + done.stderr
@@ -82,8 +84,10 @@ def test_it_ends_with_an_error_and_names_what_failed(rehearsed):
     status, said, _ = rehearsed
     end = said[said.index("== summary") :]
     assert status == 1 and len(end.splitlines()) <= 45 and "nothing failed" not in end
-    for name in ("test_a.py::test_bad: AssertionError: assert 'this' == 'that'", "test_b.py::test_dies: pytest ends",
-                 "ops: hanging: took too long", "ops: dying: the process ended inside this case with status 7"):
+    for name in (
+        "test_a.py::test_bad: AssertionError: assert 'this' == 'that'", "test_b.py::test_dies: pytest ends",
+        "ops: hanging: took too long", "ops: dying: the process ended inside this case with status 7"
+    ):
         assert name in end, end
     assert "cuda HANGS in ops: hanging: its other cases were skipped" in end
 
@@ -116,7 +120,8 @@ def test_every_chosen_test_is_accounted_for(rehearsed):
     assert "there is no such test" in tests["test_a.py::test_gone"]["reason"]
     assert "ZeroDivisionError" in tests["test_broken.py::test_x"]["reason"]
     assert tests["test_needs.py::test_x"]["reason"] == "needs unheard_of"
-    assert tests["pytest cuda"]["status"] == "failed" and "ZeroDivisionError" in tests["pytest cuda"]["reason"]
+    cuda = tests["pytest cuda"]
+    assert cuda["status"] == "failed" and "ZeroDivisionError" in cuda["reason"]
     assert tests["pytest triton"]["died"] == 1 and tests["pytest triton"]["not run"] == []
 
 
@@ -148,9 +153,11 @@ def test_the_rehearsal_that_is_there_goes_through(tmp_path):
 
 def test_every_chosen_test_exists(tmp_path):
     chosen = [*card.CUDA_TESTS, *card.TRITON_TESTS]
-    assert len(set(chosen)) == len(chosen) and 35 <= len(card.CUDA_TESTS) <= 45 and 20 <= len(card.TRITON_TESTS) <= 30
+    assert len(set(chosen)) == len(chosen)
+    assert 35 <= len(card.CUDA_TESTS) <= 45 and 20 <= len(card.TRITON_TESTS) <= 30
     (tmp_path / "tests.json").write_text(json.dumps([*chosen, "tests/test_no.py::test_such"]))
-    env = processes.environment({"HOPE_KERNELS_TOLD": str(tmp_path), "HOPE_KERNELS_TOLD_LOG": str(tmp_path / "log")})
+    told = {"HOPE_KERNELS_TOLD": str(tmp_path), "HOPE_KERNELS_TOLD_LOG": str(tmp_path / "log")}
+    env = processes.environment(told)
     files = dict.fromkeys(test.partition("::")[0] for test in chosen)
     command = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p",
                "benchmarks.told", *files)
@@ -187,8 +194,8 @@ def test_worth_is_in_the_order_that_was_asked_for():
     assert [name for _, name, *_ in parts["worth"]] == list(plan.SECONDS)
     names = [case.name for _, case, _ in plan.WORTH]
     at = lambda *words: [i for i, name in enumerate(names) if all(word in name for word in words)]
-    order = [at("prefill", "N256", "C64"), at("prefill", "N64", "C64"), at("prefill", "N64", "C16"), at("step graph"),
-             at("refresh"), at("layer"), at("grad"), at("1.3B")]
+    order = [at("prefill", "N256", "C64"), at("prefill", "N64", "C64"), at("prefill", "N64", "C16"),
+             at("step graph"), at("refresh"), at("layer"), at("grad"), at("1.3B")]
     assert all(order) and [i for found in order for i in found] == list(range(len(names)))
     assert sum(plan.SECONDS.values()) <= timeline.STEPS[timeline.NAMES.index("worth")].end - 190
     assert list(parts) == ["env", "worth", "sweeps", "peers"]
@@ -218,7 +225,8 @@ def test_a_test_that_hangs_ends_the_backend(tmp_path):
     store = Results(None, {})
     began = time.time()
     assert correctness.tests(store, "cuda", script, 1, began + 60) == names[0] and time.time() < began + 30
-    assert store.cases[names[0]]["status"] == "died" and "hangs: took more than 1" in store.cases[names[0]]["reason"]
+    assert store.cases[names[0]]["status"] == "died"
+    assert "hangs: took more than 1" in store.cases[names[0]]["reason"]
     assert {store.cases[name]["reason"] for name in names[1:]} == {f"cuda hangs in {names[0]}"}
     late = Results(None, {})
     assert correctness.tests(late, "cuda", script, 1, time.time() + 0.5) is None  # only the time was up
@@ -237,14 +245,12 @@ def test_a_collection_that_cannot_even_begin_is_told(tmp_path):
 
 
 def test_counters_are_read():
-    said = '''==PROF== Connected
-"ID","Kernel Name","smsp__issue_active.avg.pct_of_peak_sustained_active","smsp__average_warps_issue_stalled_wait","dram"
-"","","%","inst","byte"
-"0","titans_prefill","37.5","2.1","7"
-'''
-    assert counters.parsed(said) == {"titans_prefill": {
-        "smsp__issue_active.avg.pct_of_peak_sustained_active": "37.5 %",
-        "smsp__average_warps_issue_stalled_wait": "2.1 inst"}}
+    busy = "smsp__issue_active.avg.pct_of_peak_sustained_active"
+    stalled = "smsp__average_warps_issue_stalled_wait"
+    rows = (["ID", "Kernel Name", busy, stalled, "dram"], ["", "", "%", "inst", "byte"],
+            ["0", "titans_prefill", "37.5", "2.1", "7"])
+    said = "\n".join(["==PROF== Connected", *(",".join(f'"{cell}"' for cell in row) for row in rows)])
+    assert counters.parsed(said) == {"titans_prefill": {busy: "37.5 %", stalled: "2.1 inst"}}
     assert counters.parsed("==ERROR== nothing") == {}
 
 
@@ -256,7 +262,8 @@ def test_wheels_are_unpacked_and_found(tmp_path, monkeypatch):
     assert wheels.use(tmp_path, tmp_path / "into") == ["a_peer-1.0-py3-none-any.whl"]
     code = "import a_peer, importlib.metadata as found; print(a_peer.value, found.version('a-peer'))"
     env = os.environ | wheels.variables(tmp_path / "into")
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "5 1.0\n"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "5 1.0\n"
     assert wheels.use(tmp_path / "none", tmp_path / "into") == []
 
 

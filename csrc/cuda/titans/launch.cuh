@@ -11,12 +11,13 @@ namespace hope {
 #ifdef __CUDACC__
 // What Device::at_once asks for.
 template <class Kernel>
-cudaError_t count(Kernel kernel, const cudaLaunchConfig_t& config, const Plan& plan, int ordinal, int* found) {
+cudaError_t count(Kernel kernel, const cudaLaunchConfig_t& config, const Plan& plan, int device, int* found) {
   if (config.numAttrs) return cudaOccupancyMaxActiveClusters(found, kernel, &config);
   int blocks = 0, multiprocessors = 0;
   cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, config.blockDim.x,
                                                                     config.dynamicSmemBytes);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   *found = blocks * multiprocessors / plan.blocks;
   return error;
 }

@@ -76,8 +76,8 @@ def unserved(D: int, N: int, C: int, device: torch.device) -> str | None:
 
 
 def at_once(D: int, N: int, C: int, device: torch.device) -> int:
-    """How many (row, head) pairs of a prefill the device runs at once; where there are more, they come in turns.
-    Needs the library, and what it serves."""
+    """How many (row, head) pairs of a prefill the device runs at once; where there are more, they come in
+    turns. Needs the library, and what it serves."""
     index = 0 if emulated() else torch.cuda.current_device() if device.index is None else device.index
     return torch.ops.hope_kernels_cuda.at_once(D, N, C, index)
 

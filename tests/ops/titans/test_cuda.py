@@ -186,12 +186,12 @@ def played(gpu: int):
     if DEVICE == "cpu":
         return gpu
     own = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    return gpu if gpu == max(g for g in GPUS if g <= max(own, GPUS[0])) else pytest.param(gpu, marks=emulated_only)
+    nearest = max(g for g in GPUS if g <= max(own, GPUS[0]))
+    return gpu if gpu == nearest else pytest.param(gpu, marks=emulated_only)
 
 
-@pytest.mark.skipif(
-    DEVICE == "cuda" and torch.cuda.get_device_capability() != (8, 6), reason="this GPU has enough shared memory"
-)
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() != (8, 6),
+                    reason="this GPU has enough shared memory")
 @pytest.mark.parametrize("width, mult, chunk", sorted(TOO_MUCH_FOR_99_KB))
 def test_refuses_what_needs_more_shared_memory_than_there_is(width, mult, chunk):
     emulate(86)
