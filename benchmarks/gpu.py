@@ -63,9 +63,11 @@ class Compiling:
         return found | {"status": "ok" if found["status"] == "ok" else "skipped"}
 
 
-def on_card(script: Script, module: str, args, results: dict[str, Results], folder: Path) -> dict[str, str]:
-    """The steps of a run, each under its watchdog. Returns the backends that hang, and where."""
-    clock, hung = timeline.Clock(args.minutes, lambda text: print(text, flush=True)), {}
+def on_card(
+    script: Script, module: str, args, results: dict[str, Results], folder: Path, hung: dict[str, str]
+) -> None:
+    """The steps of a run, each under its watchdog. ``hung`` is told which backends hang, and where."""
+    clock = timeline.Clock(args.minutes, lambda text: print(text, flush=True))
     env, tests = results["env"], results["correctness"]
     tested = not args.quick and wanted(args.only, "correctness", "")
 
@@ -97,6 +99,8 @@ def on_card(script: Script, module: str, args, results: dict[str, Results], fold
                 with clock.step("CUDA tests") as end:
                     if usable:
                         chosen("cuda", end)
+                    else:
+                        put({"pytest cuda": {"status": "skipped", "reason": "the CUDA library cannot be used"}})
                 with clock.step("Triton tests") as end:
                     able = usable and "cuda" not in hung
                     tools = gpu_library.Sanitizers(script, tests.cases) if able else None
@@ -120,7 +124,6 @@ def on_card(script: Script, module: str, args, results: dict[str, Results], fold
     env.put("timeline", clock.record())
     for name, error in clock.errors.items():
         env.put(f"step {name}", {"status": "failed", "reason": error.strip().splitlines()[-1], "log": error})
-    return hung
 
 
 def child(script: Script, args, results: dict[str, Results]) -> int:
@@ -200,14 +203,16 @@ def run(p: argparse.ArgumentParser, args) -> int:
     mark = results["env"].data["stamp"]
     changed = ", changed files" * mark["dirty"]
     print(f"{name}, commit {mark['commit'] or 'unknown'}, source {mark['source']}{changed}")
-    parts, hung = None, {}
+    parts, hung, stopped = None, {}, None
     if script:
         parts = script.parts(args.quick)
         watch.unfinished(results, args.only)
         # what was started ends with this process
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
-            hung = on_card(script, module, args, results, folder)
+            on_card(script, module, args, results, folder, hung)
+        except SystemExit as ended:
+            stopped = ended.code
         finally:
             signal.signal(signal.SIGTERM, before)
     else:
@@ -222,12 +227,12 @@ def run(p: argparse.ArgumentParser, args) -> int:
         results[section].note(cases)
     if script:
         print("\n".join(summary.screen(results, parts, hung, texts)))
-        print(f"results: {folder}")
+        print(f"results: {folder}" + ", stopped before the end" * bool(stopped))
     else:
         print("\n".join([*texts, *summary.told(absent)]))
         for section, _name, record in summary.bad(results):
             print(f"{record['status']} {section}: {_name}: {summary.first_line(record)}")
-    return 1 if summary.bad(results) else 0
+    return stopped or (1 if summary.bad(results) else 0)
 
 
 if __name__ == "__main__":

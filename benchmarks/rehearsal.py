@@ -60,5 +60,5 @@ TESTS = {
 SCRIPT = Script(
     device="cpu", folder=lambda: "rehearsal", parts=parts, tests=TESTS, sanitized=card.SANITIZED,
     capability=lambda: 90, load=LOAD, compiled=("K3 shared",),
-    variables={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    variables={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
 )
