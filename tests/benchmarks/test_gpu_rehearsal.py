@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -135,7 +136,8 @@ def test_nothing_is_timed_while_tests_run(rehearsed):
     assert tools["compute-sanitizer memcheck"]["log"] == "1 passed memcheck"
     seconds = ops["last"]["at"] - ops["first"]["at"]
     assert 2 <= seconds <= steps["worth"][1] - steps["worth"][0]
-    assert env["precompiled"]["status"] == "ok" and env["counters"]["status"] in ("skipped", "ok", "failed")
+    assert env["precompiled"]["status"] == ("ok" if find_spec("triton") else "skipped")
+    assert env["counters"]["status"] in ("skipped", "ok", "failed")
 
 
 @pytest.mark.slow
@@ -270,6 +272,7 @@ def test_wheels_are_unpacked_and_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arch", [90])
 def test_what_is_compiled_ahead_has_the_key_of_the_row_that_is_launched(arch, tmp_path):
     """The binder's key, through the whole call, is that of the compile report's row for the same layer."""
+    pytest.importorskip("triton")
     code = f"""
 import sys, time, torch, triton
 from benchmarks import precompile
