@@ -37,13 +37,6 @@ inline Descriptor descriptor(Warp& w, uint64_t d) {
           static_cast<uint32_t>(d >> 32 & 0x3fff) << 4, units[swizzle], bits[swizzle]};
 }
 
-inline Warp& warp_of(Warp& w, uint32_t thread) {
-  const uint32_t warps = w.grid->shape.threads / 32;
-  for (const auto& b : w.block->cluster->blocks)
-    if (static_cast<uint32_t>(b->index) == thread / 32 / warps) return *b->warps[thread / 32 % warps];
-  return w;
-}
-
 // rows x 16 numbers into `to`, row after row.
 template <class T>
 inline void gather_matrix(Warp& w, uint64_t d, int first_row, int rows, bool transposed, float* to) {
@@ -61,16 +54,15 @@ inline void gather_matrix(Warp& w, uint64_t d, int first_row, int rows, bool tra
       if (!b.shadow || (transposed ? row % 8 : k % 8)) continue;
       const uint32_t unit = at & ~15u;
       Conflict c;
-      if (!b.shadow->read_pending(unit, 16, w.accessor(0), w.grid->at->line, c))
+      if (!b.shadow->read_pending(unit, 16, w.accessor(0), w.id * 32, w.grid->at->line, c))
         race(*w.grid, c, 0, "byte " + std::to_string(c.offset) + " of shared memory");
-      uint32_t thread, stamp;
+      uint32_t thread;
       int32_t line;
       for (uint32_t k2 = 0; k2 < 16; k2 += 2)
-        if (b.shadow->last_write(unit + k2, thread, stamp, line) && stamp >= warp_of(w, thread).proxy_fence &&
-            w.knows_at_fence(thread / 32) <= stamp)
+        if (!passed_to_proxy(w, 0xffffffffu, *b.shadow, unit + k2, kProxyShared, line, thread))
           w.grid->fail("no fence.proxy.async between this product and what it reads, which was written by " +
                        w.grid->thread_name(thread) + "\n    " + w.grid->line_text(line));
-      w.open_reads.push_back({unit, 16});
+      w.open.reads.push_back({unit, 16});
     }
 }
 
@@ -118,8 +110,8 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
       to[lane] = sum;
     }
   }
-  w.open_products = true;
-  w.products_issued = w.products_issued * 31 + i.index + 1;
+  w.in_step = w.in_step * 31 + i.index + 1;
+  w.open.results.insert(w.open.results.end(), d, d + n / 2);
   g.progress();
   return Next::kFollowing;
 }
@@ -127,36 +119,41 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
 inline void add_warpgroup(Forms& f) {
   f["wgmma.mma_async.bf16"] = {warpgroup_product<Brain>, true};
   f["wgmma.mma_async.f16"] = {warpgroup_product<Half>, true};
-  f["wgmma.fence"] = {[](Warp& w, const Instruction&, uint32_t) {
-                        w.products_fenced = true;
+  f["wgmma.fence"] = {[](Warp& w, const Instruction&, uint32_t mask) {
+                        if (mask) want_all(w, mask), w.products_fenced = true;
                         return Next::kFollowing;
                       },
                       true};
-  f["wgmma.commit_group"] = {[](Warp& w, const Instruction&, uint32_t) {
-                               w.products.push_back(std::exchange(w.open_reads, {}));
-                               w.open_products = false;
+  f["wgmma.commit_group"] = {[](Warp& w, const Instruction&, uint32_t mask) {
+                               if (!mask) return Next::kFollowing;
+                               want_all(w, mask);
+                               w.products.push_back(std::exchange(w.open, {}));
                                return Next::kFollowing;
                              },
                              true};
   // operands: groups that may remain under way
-  f["wgmma.wait_group"] = {[](Warp& w, const Instruction& i, uint32_t) {
+  f["wgmma.wait_group"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+                             if (!mask) return Next::kFollowing;
+                             want_all(w, mask);
                              while (w.products.size() > static_cast<size_t>(i.operands[0])) {
                                if (w.block->shadow)
-                                 for (const AsyncRead& r : w.products.front())
-                                   w.block->shadow->complete_read(r.at, r.bytes, w.id, w.clock);
+                                 for (const AsyncRead& r : w.products.front().reads)
+                                   w.block->shadow->complete_read(r.at, r.bytes, w.id, 0xffffffffu, w.clock);
                                w.products.erase(w.products.begin());
                              }
-                             if (w.products.empty() && !w.open_products) w.products_fenced = false;
+                             if (!w.products_under_way()) w.products_fenced = false;
                              return Next::kFollowing;
                            },
                            true};
-  f["fence.proxy.async"] = {[](Warp& w, const Instruction&, uint32_t mask) {
-                              want_all(w, mask);
-                              w.proxy_fence = ++w.clock;
-                              w.known_at_fence = w.knows.warps;
-                              return Next::kFollowing;
-                            },
-                            true};
+  // operands: registers. What it changes is the hardware's; all warps of a warpgroup have to agree.
+  f["setmaxnreg"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+                       if (!mask) return Next::kFollowing;
+                       want_all(w, mask);
+                       if (w.grid->shape.threads % 128) w.grid->fail("setmaxnreg in a block of other than whole warpgroups");
+                       w.in_step = w.in_step * 31 + i.index + 1;
+                       return Next::kFollowing;
+                     },
+                     true};
 }
 
 }  // namespace hope::ptx
