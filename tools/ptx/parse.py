@@ -149,7 +149,7 @@ class _Body:
         for number, text in enumerate(body.split("\n"), line):
             code, _, comment = text.partition("//")
             stripped = code.strip()
-            if not rest and stripped.startswith(".loc"):
+            if not rest and stripped.startswith((".loc ", ".loc\t")):
                 self._locate(stripped, comment.strip())
                 continue
             if not stripped:

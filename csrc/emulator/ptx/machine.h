@@ -86,7 +86,7 @@ struct KnownAtFence {  // other warps' accesses that lanes knew of
 // Of a lane that orders relaxed accesses by fences: what it had released at its last fence, and what it has read of
 // others since.
 struct Fenced {
-  std::unique_ptr<Knowledge> released, read;
+  std::unique_ptr<Knowledge> released, read[3];  // by the scope of the fence to come
   Scope scope = kOfDevice;
 };
 
@@ -244,6 +244,7 @@ class Grid {
   }
   bool random() const { return options.seed != 0; }
   void progress() { idle_ = 0; }
+  void in_vain() { idle_ += 64; }  // a wait that was not over
   // Warps that knowledge is about: the grid's, and some that asynchronous accesses count as.
   static constexpr size_t kAsyncWarps = 8;
   size_t known_warps() const {
@@ -317,12 +318,13 @@ class Grid {
   }
   void relaxed_read(Warp& w, int lane, uint64_t address, Scope scope) {
     if (!options.races) return;
-    acquired(w, address, scope, [&](const Knowledge& k) {
-      if (!w.fences[lane]) w.fences[lane] = std::make_unique<Fenced>();
-      auto& read = w.fences[lane]->read;
-      if (!read) read = std::make_unique<Knowledge>();
-      join(*read, k);
-    });
+    for (const Scope of : {kOfDevice, kOfBlock, kOfCluster})
+      acquired(w, address, narrower(scope, of), [&](const Knowledge& k) {
+        if (!w.fences[lane]) w.fences[lane] = std::make_unique<Fenced>();
+        auto& read = w.fences[lane]->read[of];
+        if (!read) read = std::make_unique<Knowledge>();
+        join(*read, k);
+      });
   }
   void fence(Warp& w, uint32_t lanes, Scope scope) {
     if (!options.races) return;
@@ -330,7 +332,7 @@ class Grid {
       const int lane = std::countr_zero(m);
       if (!w.fences[lane]) w.fences[lane] = std::make_unique<Fenced>();
       Fenced& f = *w.fences[lane];
-      if (f.read) learn(w, lane, *f.read), f.read.reset();
+      if (f.read[scope]) learn(w, lane, *f.read[scope]), f.read[scope].reset();
       f.released = std::make_unique<Knowledge>(known_by(w, lane));
       f.scope = scope;
     }

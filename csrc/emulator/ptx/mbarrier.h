@@ -157,7 +157,9 @@ inline Next wait(Warp& w, const Instruction& i, uint32_t mask) {
     over |= static_cast<uint32_t>(done) << lane;
   }
   w.set_predicate(f.rest[2], over, mask);
-  return over == mask ? Next::kFollowing : Next::kTurn;
+  if (over == mask) return Next::kFollowing;
+  w.grid->in_vain();
+  return Next::kTurn;
 }
 
 // operands: destination (space, wide, base, offset), source (base of 8 bytes, offset in two words), bytes (a register),

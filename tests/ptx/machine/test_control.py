@@ -149,7 +149,7 @@ def test_arrive_hands_over():
         for lane in range(32):
             assert out[32 + lane] == int("".join(str(k) for k in range(5))) + 11111 * lane
     # without waiting for the reader
-    with pytest.raises(Fault, match="race|barrier"):
+    with pytest.raises(Fault, match="race|barrier|deadlock"):
         for seed in range(8):
             run(PIPE.format(before="", filled="bar.arrive 1, 64;", read=""), threads=64, shared=512, seed=seed)
 

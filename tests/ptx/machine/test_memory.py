@@ -74,8 +74,8 @@ def test_parameters():
     text = kernel("""
       ld.param.u8 %r1, [a]; ld.param.s16 %r2, [b]; ld.param.s32 %d1, [c]; ld.param.f32 %r3, [e+4];
       mov.b64 %d2, e; add.s64 %d2, %d2, 16; ld.param.u32 %r4, [%d2+-8]; ld.param.v2.u32 {%r5, %r6}, [e+8];
-      st.global.v4.b32 [%p0], {%r1, %r2, %r3, %r4}; st.global.v2.b32 [%p0+16], {%r5, %r6};
-      st.global.b64 [%p0+24], %d1;
+      mov.u32 %r0, %tid.x; setp.eq.u32 %q0, %r0, 0; @%q0 st.global.v4.b32 [%p0], {%r1, %r2, %r3, %r4};
+      @%q0 st.global.v2.b32 [%p0+16], {%r5, %r6}; @%q0 st.global.b64 [%p0+24], %d1;
     """, [8]).replace("  .param .b64 p0", "  .param .b64 p0,\n  .param .u8 a,\n  .param .u16 b,\n  .param .s32 c,\n"
                       "  .param .align 8 .b8 e[16]")
     built = Kernel(text)
@@ -88,7 +88,7 @@ def test_parameters():
     with pytest.raises(ValueError, match="bytes of parameters"):
         built.launch((1, 1, 1), 32, arguments[:-1], [Region(out.ctypes.data, 32, "out")])
     with pytest.raises(Fault, match="out of bounds: byte 32 of 32 bytes of parameters"):
-        Kernel(kernel("mov.b64 %d2, a; ld.param.u32 %r4, [%d2+28];", [8]).replace(
+        Kernel(kernel("mov.b64 %d2, a; ld.param.u32 %r4, [%d2+24];", [8]).replace(
             ".param .b64 p0", ".param .b64 p0,\n.param .align 8 .b8 a[24]")
         ).launch((1, 1, 1), 32, arguments[:32], [Region(out.ctypes.data, 32, "out")])
 
