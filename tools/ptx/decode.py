@@ -155,11 +155,12 @@ class Decoder:
         to, *sources = i.operands
         of, size = bytes_of(rest[-1]), bytes_of(rest[-2])
         has = self.target(to).name and self.entry.registers[to]
-        operands = [self.target(to), *(self.source(s, max(of, 2), wider=True) for s in sources)]
         integers = rest[-1][0] in "su" and rest[-2][0] in "su"
-        if integers and (has > max(size, 2) or rest[:-2] == ["sat"]):
+        wide = integers and self.entry.registers.get(sources[0]) == 8
+        operands = [self.target(to), *(self.source(s, 8 if wide else max(of, 2), wider=True) for s in sources)]
+        if integers and (has > max(size, 2) or rest[:-2] == ["sat"] or wide and of < 8):
             return Decoded("cvt.integer", [*operands, of, int(rest[-1][0] == "s"), size, int(rest[-2][0] == "s"), has,
-                                           int("sat" in rest)])
+                                           int("sat" in rest), 8 if wide or of == 8 else 4])
         if has != max(size, 2):
             raise ValueError(f"{to} has {has} bytes, expected {size}")
         return Decoded(i.opcode, operands)

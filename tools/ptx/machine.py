@@ -193,6 +193,10 @@ def _assemble(entry: Entry) -> int:
         if kind is Predicate:
             used = [[*u, *([i.guard] if i.guard else [])] for u, i in zip(used, entry.instructions)]
         defined = [names(d, i.guard, kind, True) for i, d in zip(entry.instructions, decoded)]
+        if kind is Register:  # a wait writes the sums of all products before it
+            sums = sorted({o.name for d in decoded if d.form.startswith("wgmma.mma") for o in d.operands
+                           if isinstance(o, Register) and o.defined})
+            used = [[*u, *sums] if d.form == "wgmma.wait_group" else u for u, d in zip(used, decoded)]
         kept_of[kind] = intervals(defined, used, targets, falls)
     fixed = sorted({o.name for d in decoded for o in d.operands if isinstance(o, Register)} - set(entry.registers))
     specials = {name: lib.hope_ptx_special(name.encode()) for name in fixed}

@@ -16,13 +16,14 @@ template <class T> inline T integer(double x) {
   return static_cast<T>(x);
 }
 
-// operands: d, a, bytes and sign of a's type, bytes and sign of d's type, bytes of d's register, whether to saturate
+// operands: d, a, bytes and sign of a's type, bytes and sign of d's type, bytes of d's register, whether to saturate,
+// bytes of a's register, of which the low ones count
 inline Next convert_integer(Warp& w, const Instruction& i, uint32_t mask) {
   const int32_t* o = i.operands;
   for (uint32_t m = mask; m; m &= m - 1) {
     const int lane = std::countr_zero(m);
     const int unused = 128 - 8 * o[2], cut = 128 - 8 * o[4];
-    const unsigned __int128 bits = o[2] == 8 ? lanes_of<uint64_t>(w, o[1])[lane] : lanes_of<uint32_t>(w, o[1])[lane];
+    const unsigned __int128 bits = o[8] == 8 ? lanes_of<uint64_t>(w, o[1])[lane] : lanes_of<uint32_t>(w, o[1])[lane];
     __int128 x = o[3] ? static_cast<__int128>(bits << unused) >> unused : static_cast<__int128>(bits << unused >> unused);
     if (o[7]) {
       const __int128 span = static_cast<__int128>(1) << (8 * o[4] - (o[5] ? 1 : 0));

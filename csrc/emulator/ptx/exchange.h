@@ -89,11 +89,11 @@ template <bool TRANSPOSED> inline Next store_matrix(Warp& w, const Instruction& 
   addresses_of(w, o[2], o[1], o[3], rows);
   for (int r = 0; r < 8 * matrices; ++r) {
     const Place p = find_place(w, r, kShared, rows[r], 16, 16);
-    check_write(w, r, p, 16, Access::kPlain);
     const uint32_t* s = lanes_of<uint32_t>(w, o[4 + r / 8]);
     uint32_t row[4];
     for (int k = 0; k < 4; ++k)
       row[k] = TRANSPOSED ? transposed(4 * (r % 8) + k, [&](int l) { return s[l]; }) : s[4 * (r % 8) + k];
+    check_write(w, r, p, 16, Access::kPlain, false, !std::memcmp(p.host, row, 16));
     std::memcpy(p.host, row, 16);
   }
   for (int m = 0; m < matrices; ++m) measure(w, i, kShared, rows, 16, 0xffu << (8 * m));

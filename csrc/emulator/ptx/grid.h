@@ -163,13 +163,8 @@ inline void Grid::slice(Warp& w) {
 }
 
 inline void Grid::wait_for_results(Warp& w, const Instruction& i) {
-  auto check = [&](const Products& products) {
-    for (int32_t k = 0; k < i.register_count; ++k)
-      if (std::find(products.results.begin(), products.results.end(), i.registers[k]) != products.results.end())
-        fail("uses the result of an asynchronous product that is not waited for");
-  };
-  check(w.open);
-  for (const Products& products : w.products) check(products);
+  for (int32_t k = 0; k < i.register_count; ++k)
+    if (w.results.count(i.registers[k])) fail("uses the result of an asynchronous product that is not waited for");
 }
 
 inline void Grid::end_warp(Warp& w) {

@@ -4,6 +4,7 @@
 // groups, the one with the smallest pc first, and are one group again where they meet; an instruction that
 // wants all lanes waits until they have come.
 #pragma once
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <cstdlib>
@@ -61,13 +62,9 @@ struct AsyncCopy {
   bool done;
 };
 
-struct AsyncRead {  // of a product under way
-  size_t at, bytes;
-};
-
-struct Products {  // of a group
-  std::vector<AsyncRead> reads;
-  std::vector<int32_t> results;  // registers
+struct Result {  // of products under way: lanes of an accumulator, and the group that makes it
+  std::array<uint32_t, 32> lanes;
+  uint64_t group;
 };
 
 struct ProxyFence {
@@ -114,9 +111,11 @@ struct Warp {
   std::unique_ptr<Fenced> fences[32];
 
   std::vector<AsyncCopy> copies;  // under way
-  uint32_t committed[32] = {};    // groups of copies, by every lane
-  Products open;                  // issued and not committed
-  std::vector<Products> products;  // committed groups under way
+  uint32_t copy_groups[32] = {};  // committed, by every lane
+  std::vector<uint32_t> open_reads;             // of products: which 16 bytes of shared memory
+  std::vector<std::vector<uint32_t>> products;  // committed groups of them under way
+  std::map<int32_t, Result> results;  // register -> what it becomes when its group is waited for
+  uint64_t committed = 0;             // groups
   bool products_fenced = false;
   uint64_t in_step = 0;          // what was done that the warps of a warpgroup do alike: the same in all of them
   std::vector<ProxyFence> proxy_fences;
@@ -133,7 +132,7 @@ struct Warp {
     return const_cast<unsigned char*>(bases[static_cast<uint32_t>(operand) >> 30]) +
            size_t{static_cast<uint32_t>(operand) & 0x3fffffffu} * 128;
   }
-  bool products_under_way() const { return !products.empty() || !open.results.empty(); }
+  bool products_under_way() const { return !products.empty() || !results.empty(); }
   void set_predicate(int32_t p, uint32_t value, uint32_t mask) {
     predicates[p] = (predicates[p] & ~mask) | (value & mask);
   }
@@ -164,6 +163,7 @@ struct Block {
   std::unique_ptr<unsigned char, FreeBytes> shared;
   std::vector<std::unique_ptr<Warp>> warps;
   std::unique_ptr<Shadow> shadow;
+  std::vector<uint32_t> under_product;  // of every 16 bytes: how many reads by products are under way
   Barrier barriers[16];
   std::map<size_t, MBarrier> mbarriers;
   std::map<uint32_t, uint32_t> remote;  // thread of another block -> stamp of its last access to this one
@@ -211,6 +211,7 @@ class Grid {
   const unsigned char* parameters;
   const size_t parameter_bytes;
   std::vector<Region>& regions;
+  size_t last_region = 0;  // the one accessed last
   Warp* now = nullptr;
   const Instruction* at = nullptr;
 
@@ -379,7 +380,7 @@ class Grid {
   // Copies of these lanes, but for the last groups of each.
   void wait_copies(Warp& w, uint32_t lanes, uint32_t groups_left) {
     std::erase_if(w.copies, [&](AsyncCopy& c) {
-      if (!(lanes >> c.lane & 1) || c.group + groups_left >= w.committed[c.lane]) return false;
+      if (!(lanes >> c.lane & 1) || c.group + groups_left >= w.copy_groups[c.lane]) return false;
       copy_now(w, c);
       finish(w, c, w.id * 32 + c.lane, w.clock);
       return true;

@@ -50,15 +50,14 @@ inline Place find_place(Warp& w, int lane, Space space, uint64_t address, size_t
     return {w.local.get() + lane * has + address, nullptr, 0, nullptr, nullptr};
   }
   if (space == kGlobal) {
-    static thread_local Region* last = nullptr;
     if (g.regions.empty()) g.fail("out of bounds: the launch has no global memory", lane);
-    if (last < g.regions.data() || last >= g.regions.data() + g.regions.size()) last = g.regions.data();
+    Region* last = &g.regions[g.last_region];
     if (address - last->address > last->bytes || bytes > last->bytes - (address - last->address)) {
       Region* found = nullptr;
       for (Region& r : g.regions)
         if (address - r.address <= r.bytes && bytes <= r.bytes - (address - r.address)) found = &r;
       if (!found) g.fail("out of bounds: " + std::to_string(bytes) + " bytes " + place(g, address), lane);
-      last = found;
+      last = found, g.last_region = found - g.regions.data();
     }
     if (g.options.races && !last->shadow) last->shadow = std::make_unique<Shadow>(last->bytes, g.program.single_bytes);
     return {reinterpret_cast<unsigned char*>(address), last->shadow.get(), address - last->address, nullptr, last};
@@ -99,20 +98,36 @@ inline void check_read(Warp& w, int lane, const Place& p, size_t bytes, Access k
   if (!p.shadow->read(p.offset, bytes, w.accessor(lane), w.grid->at->line, kind, c)) race(*w.grid, c, lane, where(p));
 }
 
+// `same`: what is written is there already. `addresses`, of the lanes in `mask`: of lanes that one instruction lets store to one
+// address one wins, "which is undefined" (CUDA's programming guide); here the last one does. Compilers count on it
+// for numbers that lanes hold together: where a * b + c was contracted they differ in the last bit.
 inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access kind, bool pending = false,
-                        bool same = false) {
+                        bool same = false, const uint64_t* addresses = nullptr, uint32_t mask = 0) {
   if (p.shadow) {
     Conflict c;
-    if (!p.shadow->write(p.offset, bytes, w.accessor(lane), pending ? kPending : w.clock, w.grid->at->line, kind, c,
-                         same))
+    const auto together = [&] {
+      const uint32_t me = w.accessor(lane).thread, other = c.thread;
+      return addresses && other / 32 == me / 32 && other < me && (mask >> other % 32 & 1) &&
+             addresses[other % 32] == addresses[lane];
+    };
+    const auto write = [&](bool again) {
+      return p.shadow->write(p.offset, bytes, w.accessor(lane), pending ? kPending : w.clock, w.grid->at->line, kind,
+                             c, again);
+    };
+    if (!write(same) && !(together() && write(true)))
       race(*w.grid, c, lane, where(p));
   }
+  if (p.block && p.shadow && !p.block->under_product.empty())
+    for (size_t unit = p.offset / 16; unit <= (p.offset + bytes - 1) / 16; ++unit)
+      if (p.block->under_product[unit])
+        w.grid->fail("race at " + where(p) + ": a product that nobody has waited for reads it", lane);
   check_other_block(w, lane, p);
 }
 
 // Async-proxy accesses see a thread's plain writes after a fence.proxy.async: of the writer, known to the reader, or
 // of the reader, who knew of them.
-inline bool passed_to_proxy(Warp& w, uint32_t lanes, const Shadow& shadow, size_t offset, uint32_t spaces, int32_t& line, uint32_t& thread) {
+inline bool passed_to_proxy(Warp& w, uint32_t lanes, const Shadow& shadow, size_t offset, uint32_t spaces,
+                            int32_t& line, uint32_t& thread) {
   uint32_t stamp;
   if (!shadow.last_write(offset, thread, stamp, line)) return true;
   if (w.all_fenced.has(lanes, spaces, thread, stamp) || w.some_fenced.has(lanes, spaces, thread, stamp)) return true;
@@ -239,7 +254,8 @@ inline Next store(Warp& w, const Instruction& i, uint32_t mask) {
                                                 : static_cast<uint32_t*>(w.lanes(rest[2 + k]))[lane];
       std::memcpy(values + k * f.bytes, &v, f.bytes);
     }
-    check_write(w, lane, p, bytes, kind, false, kind == Access::kPlain && p.block && !std::memcmp(p.host, values, bytes));
+    const bool same = p.block && kind == Access::kPlain && !std::memcmp(p.host, values, bytes);
+    check_write(w, lane, p, bytes, kind, false, same, p.block && kind == Access::kPlain ? addresses : nullptr, mask);
     if (kind == Access::kAtomic) w.grid->relaxed_write(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope, true);
     if (f.order == kRelease) w.grid->release(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     std::memcpy(p.host, values, bytes);
@@ -309,7 +325,7 @@ inline Next copy_async(Warp& w, const Instruction& i, uint32_t mask) {
       if (from[lane] % bytes) w.grid->fail("misaligned: source address " + std::to_string(from[lane]), lane);
       region = check_async_read(w, lane, from[lane], valid, w.id * 32 + lane);
     }
-    w.copies.push_back({lane, w.committed[lane], p.offset, from[lane], bytes, valid, region, false});
+    w.copies.push_back({lane, w.copy_groups[lane], p.offset, from[lane], bytes, valid, region, false});
   }
   measure(w, i, kGlobal, from, bytes, mask);
   w.grid->progress();
@@ -360,7 +376,7 @@ inline void add_memory(Forms& f) {
   add_atomics<float>(f, "f32");
   f["cp.async"] = {copy_async};
   f["cp.async.commit_group"] = {[](Warp& w, const Instruction&, uint32_t mask) {
-    for (uint32_t m = mask; m; m &= m - 1) ++w.committed[std::countr_zero(m)];
+    for (uint32_t m = mask; m; m &= m - 1) ++w.copy_groups[std::countr_zero(m)];
     return Next::kFollowing;
   }};
   f["cp.async.wait_group"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
@@ -368,7 +384,7 @@ inline void add_memory(Forms& f) {
     return Next::kFollowing;
   }};
   f["cp.async.wait_all"] = {[](Warp& w, const Instruction&, uint32_t mask) {
-    for (uint32_t m = mask; m; m &= m - 1) ++w.committed[std::countr_zero(m)];
+    for (uint32_t m = mask; m; m &= m - 1) ++w.copy_groups[std::countr_zero(m)];
     w.grid->wait_copies(w, mask, 0);
     return Next::kFollowing;
   }};

@@ -36,6 +36,12 @@ def test_a_narrow_result_fills_a_wide_register(to):
         np.testing.assert_array_equal(evaluate(f"cvt.{to}.s32 d, a;", expected.dtype, x), expected)
 
 
+@pytest.mark.parametrize("of", ["s8", "u8", "s16", "u16", "s32", "u32"])
+def test_the_low_bytes_of_a_wide_register(of):
+    x = samples(np.int64, 128)
+    np.testing.assert_array_equal(evaluate(f"cvt.s64.{of} d, a;", np.int64, x), x.astype(INTEGERS[of]).astype(np.int64))
+
+
 @pytest.mark.parametrize("to", INTEGERS)
 @pytest.mark.parametrize("of", ["s32", "u32", "s64"])
 def test_saturated_integers(of, to):

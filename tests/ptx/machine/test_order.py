@@ -81,6 +81,15 @@ def test_one_value_may_be_written_by_all_to_shared_memory():
     race("st.shared.b32 [%r2], %r0;", threads=64)
 
 
+def test_lanes_of_one_store_do_not_race_but_those_of_two_do():
+    """Where an instruction lets lanes store to one address of shared memory, one of them wins."""
+    run("st.shared.b32 [%r2], %r0;")
+    for found in run("st.shared.b32 [%r2], %r0; bar.warp.sync -1; ld.shared.b32 %r9, [%r2]; st.global.b32 [%d0], %r9;"):
+        assert len(set(found[:32])) == 1 and found[0] < 32
+    race("@%q0 st.shared.b32 [%r2], %r0; @%q1 st.shared.b32 [%r2], %r0;")
+    race("st.global.b32 [%p0], %r0;")
+
+
 def test_a_barrier_orders_only_what_is_before_it():
     race("@%q0 bra A; bar.sync 0; bra B; A: bar.sync 0; B: @%q0 st.shared.b32 [%r2], 1; @%q2 ld.shared.b32 %r9, [%r2];"
          .replace("@%q0 bra A; bar.sync 0; bra B; A: bar.sync 0; B:", "bar.sync 0;"), threads=64)

@@ -36,7 +36,7 @@ UNKNOWN = [  # instructions, or modifiers that would change what they do
     "mbarrier.pending_count.b64 %r0, %d0;", "setmaxnreg.inc.sync.u32 40;", "griddepcontrol.wait;", "brkpt;",
     "mov.u64 %d0, %globaltimer;", "mov.u32 %r0, %smid;", "mov.b32 %r0, {%h0, %h1, %h2, %h3};", "mov.b32 %r0, nowhere;",
     "add.s32 %d0, %r0, %r1;", "add.s32 %r0, %d0, %r1;", "add.s64 %d0, %r0, %d1;", "add.s16 %r0, %r1, %r2;",
-    "cvt.u32.u8 %r0, %d0;", "cvt.f32.bf16 %d0, %h0;", "shl.b64 %d0, %d1, %d2;", "mov.b32 %r0, %q0;",
+    "cvt.f32.bf16 %d0, %h0;", "shl.b64 %d0, %d1, %d2;", "mov.b32 %r0, %q0;",
     "selp.b32 %r0, %r1, %r2, %r3;", "bra NOWHERE;", "call.uni f;", "brx.idx %r0, T;", "cvta.const.u64 %d0, %d1;",
     "isspacep.shared %q0, %d0;", "mapa.u64 %d0, %d1, %r0;", "getctarank.u64 %r0, %d1;", "shfl.sync.idx.b32 %d0, %r1, 0, 31, -1;",
     "createpolicy.fractional.L2::evict_first.b64 %d0;", "prefetch.global.L2 [%d0];", "mov.b64 {%r0, %r1, %r2}, %d0;",
