@@ -14,11 +14,19 @@ if sys.dont_write_bytecode:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
+# tests/ptx/triton: Triton's kernels as PTX on an emulated GPU, in a process of their own, since Triton decides when
+# it is imported whether it interprets them
+EMULATED = bool(os.environ.get("HOPE_KERNELS_PTX"))
+collect_ignore = [] if EMULATED else ["ptx/triton"]
+if EMULATED:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.pop("TRITON_INTERPRET", None)
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and not EMULATED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
     import quick_interpreter
 

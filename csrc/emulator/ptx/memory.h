@@ -82,10 +82,12 @@ inline void check_read(Warp& w, int lane, const Place& p, size_t bytes, Access k
   if (!p.shadow->read(p.offset, bytes, w.accessor(lane), w.grid->at->line, kind, c)) race(*w.grid, c, lane, where(p));
 }
 
-inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access kind, bool pending = false) {
+inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access kind, bool pending = false,
+                        bool same = false) {
   if (p.shadow) {
     Conflict c;
-    if (!p.shadow->write(p.offset, bytes, w.accessor(lane), pending ? kPending : w.clock, w.grid->at->line, kind, c))
+    if (!p.shadow->write(p.offset, bytes, w.accessor(lane), pending ? kPending : w.clock, w.grid->at->line, kind, c,
+                         same))
       race(*w.grid, c, lane, where(p));
   }
   if (p.block && p.block != w.block) {
@@ -199,14 +201,16 @@ inline Next store(Warp& w, const Instruction& i, uint32_t mask) {
   for (uint32_t m = mask; m; m &= m - 1) {
     const int lane = std::countr_zero(m);
     const Place p = find_place(w, lane, f.space, addresses[lane], bytes, bytes);
-    check_write(w, lane, p, bytes, kind);
-    if (f.order == kRelease) w.grid->release(w, lane, reinterpret_cast<uint64_t>(p.host), f.of_cta);
-    else if (kind == Access::kAtomic) w.grid->forget_released(reinterpret_cast<uint64_t>(p.host));
+    unsigned char values[64];
     for (int k = 0; k < f.count; ++k) {
       const uint64_t v = f.register_bytes == 8 ? static_cast<uint64_t*>(w.lanes(rest[2 + k]))[lane]
                                                 : static_cast<uint32_t*>(w.lanes(rest[2 + k]))[lane];
-      std::memcpy(p.host + k * f.bytes, &v, f.bytes);
+      std::memcpy(values + k * f.bytes, &v, f.bytes);
     }
+    check_write(w, lane, p, bytes, kind, false, kind == Access::kPlain && p.block && !std::memcmp(p.host, values, bytes));
+    if (f.order == kRelease) w.grid->release(w, lane, reinterpret_cast<uint64_t>(p.host), f.of_cta);
+    else if (kind == Access::kAtomic) w.grid->forget_released(reinterpret_cast<uint64_t>(p.host));
+    std::memcpy(p.host, values, bytes);
   }
   measure(w, i, f.space, addresses, bytes, mask);
   if (mask) w.grid->progress();

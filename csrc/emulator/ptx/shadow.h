@@ -59,14 +59,16 @@ class Shadow {
     return true;
   }
 
-  // `stamp`: the writer's clock, or kPending.
+  // `stamp`: the writer's clock, or kPending. `same`: it writes what is there. Threads that write one value to one
+  // place do not race: compilers let all threads that hold a number store it.
   bool write(size_t offset, size_t bytes, const Accessor& who, uint32_t stamp, int32_t line, Access kind,
-             Conflict& conflict) {
+             Conflict& conflict, bool same = false) {
     uint32_t known_thread = who.thread, known_stamp = 0;
     for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
       Cell& cell = cells_[c];
       const bool both = kind == Access::kAtomic && cell.kind == Access::kAtomic;
-      if (cell.write_stamp && (cell.writer != known_thread || cell.write_stamp != known_stamp) && !both) {
+      const bool again = same && cell.kind == Access::kPlain && cell.write_stamp != kPending;
+      if (cell.write_stamp && (cell.writer != known_thread || cell.write_stamp != known_stamp) && !both && !again) {
         if (cell.write_stamp == kPending || !who.knows(cell.writer, cell.write_stamp)) return fail(conflict, c, cell);
         known_thread = cell.writer, known_stamp = cell.write_stamp;
       }

@@ -16,10 +16,35 @@ def interpreted() -> bool:
 
 
 @constant_result
+def on_cpu() -> bool:
+    """Whether Triton's kernels take tensors of the CPU: interpreted, or where Triton was given a driver for an
+    emulated GPU (tools/ptx/triton_device.py)."""
+    if interpreted():
+        return True
+    if torch.cuda.is_available():
+        return False
+    from triton.runtime import driver
+
+    try:
+        return driver.active.get_active_torch_device().type == "cpu"
+    except RuntimeError:  # no driver
+        return False
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU, or the emulated one, on which kernels with tensors of ``device`` run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    from triton.runtime import driver
+
+    return driver.active.utils.get_device_properties(driver.active.get_current_device())["multiprocessor_count"]
+
+
+@constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use Triton's kernels, or None."""
     try:
-        if interpreted():
+        if on_cpu():
             return None
     except ImportError as e:
         return f"Triton cannot be imported: {e}"

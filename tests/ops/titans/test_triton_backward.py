@@ -2,23 +2,23 @@
 backend, by the yardstick."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 from numerics import within_yardstick
-from problems import noisy, part, problem, results, rows_of
+from problems import part, problem, results, rows_of
 
 from hope_kernels import TitansConfig, available_backends
 from hope_kernels.ops.titans import scan as chunked
 from hope_kernels.ops.titans.commit import shared_terms
 from hope_kernels.ops.titans.state import init_titans_state
-from hope_kernels.state import master_dtype
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     available_backends()["triton"] is not None, reason=f"triton: {available_backends()['triton']}"
 )
+
+from gradients import gradients, leaves, meets_yardstick, opened  # noqa: E402
 
 from hope_kernels.ops.titans.triton import backward as triton_backward  # noqa: E402
 from hope_kernels.ops.titans.triton import operator as triton  # noqa: E402
@@ -47,70 +47,6 @@ CONFIGS = {
         step_clip=True, hidden_mult=2),
     "static, bare": TitansConfig.preset("titans", d_model=32, momentum=None, retention=False),
 }
-OPEN = {"pos": [20, 7], "lengths": [14, 12]}  # one row closes its second chunk, one its first
-
-
-def leaves(found, dtype):
-    return type(found)(*(None if t is None else t.detach().to(DEVICE, dtype).requires_grad_() for t in found))
-
-
-def start(config, w_init, before, rows, pos, dtype):
-    """The state after ``pos`` tokens of ``before`` in fp64, its tensors leaves in the types of a call in
-    ``dtype``."""
-    state = init_titans_state(config, w_init, rows, "cpu", torch.float64)
-    if before is not None:
-        with torch.no_grad():
-            state = chunked.titans_chunk(config, w_init, before, state, pos)[1]
-    kinds = {n: dtype if n in ("pending_k", "pending_v") else master_dtype(dtype) for n in CARRIED}
-    given = {n: getattr(state, n) for n in CARRIED}
-    return replace(
-        state, **{n: None if t is None else t.to(DEVICE, kinds[n]).requires_grad_() for n, t in given.items()}
-    )
-
-
-def gradients(compute, config, w_init, inputs, dtype, lengths=None, before=None, pos=None, cuts=None, **options):
-    """Gradients, by name, of a fixed random linear function of everything a call returns; the call may be
-    ``cuts``."""
-    w, i = leaves(w_init, dtype), leaves(inputs, dtype)
-    B, T = i.q.shape[:2]
-    lengths, cuts = lengths or [T] * B, cuts or [0, T]
-    first = new = start(config, w_init, before, B, pos, dtype)
-    outputs = []
-    for a, b in zip(cuts, cuts[1:]):
-        counts = [min(max(n - a, 0), b - a) for n in lengths]
-        o, new = compute(config, w, part(i, a, b), new, counts, **options)
-        read = torch.arange(b - a, device=DEVICE) < torch.tensor(counts, device=DEVICE).unsqueeze(1)
-        outputs.append(torch.where(read[..., None, None], o, 0.0))
-    loss, generator = 0.0, torch.Generator().manual_seed(7)
-    for t in (torch.cat(outputs, 1), *(getattr(new, n) for n in CARRIED)):
-        if t is not None and t.requires_grad:
-            loss = loss + (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum()
-    named = dict(zip(w._fields, w)) | dict(zip(i._fields, i)) | {f"state.{n}": getattr(first, n) for n in CARRIED}
-    named = {n: t for n, t in named.items() if t is not None}
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: g.cpu() for n, g in zip(named, grads) if g is not None}
-
-
-def meets_yardstick(config, w_init, inputs, dtype=torch.float32, cuts=None, **call):
-    exact = gradients(chunked.titans_chunk, config, w_init, inputs, torch.float64, **call)
-    peer = gradients(chunked.titans_chunk, config, w_init, inputs, dtype, **call)
-    ours = gradients(titans_triton_training, config, w_init, inputs, dtype, cuts=cuts, **call)
-    # a head's bias has one number for a gradient, a sum of cancelling terms: any backend's error in it is
-    # partly luck
-    shaken = gradients(chunked.titans_chunk, config, noisy(w_init), noisy(inputs), torch.float64, **call)
-    assert exact.keys() <= ours.keys()
-    for name, g in ours.items():
-        if name in exact:
-            noise = [shaken[name]] if name.endswith("bias") and dtype == torch.float32 else []
-            within_yardstick(g, peer[name], exact[name], name, *noise)
-        else:
-            assert not g.any(), f"{name} reaches nothing"
-
-
-def opened(config, correlation=0.5):
-    """A ragged problem whose rows stand inside open chunks at different places."""
-    w_init, inputs = problem(config, 2, OPEN["lengths"][0], correlation)
-    return (config, w_init, inputs), {"before": problem(config, 2, 20, correlation, seed=3)[1], **OPEN}
 
 
 # judged in other tests; the last has no switch that another one lacks

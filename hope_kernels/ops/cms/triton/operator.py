@@ -21,7 +21,7 @@ from torch import Tensor
 from ....check import check_tensor
 from ....config import CMSConfig
 from ...shared.triton_build import DTYPES, aligned, filled
-from ...shared.triton_library import interpreted
+from ...shared.triton_library import on_cpu
 from ..level import NS_COEFFICIENTS, NS_EPS, NS_STEPS, Factors, Level, Saved
 from .backward import back_kernel, error_kernel
 from .common import Operand
@@ -48,7 +48,7 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
         return f"serves d_model up to {MAX_WIDTH}, not {config.d_model}"
     if config.d_model * config.hidden >= 2**31:
         return f"serves matrices below 2^31 elements, not {config.hidden} x {config.d_model}"
-    if device.type != "cuda" and not interpreted():
+    if device.type != "cuda" and not on_cpu():
         return f"needs a CUDA device, not {device.type}"
     return None
 
@@ -412,7 +412,7 @@ for _name, _implementation in (
     ("cms_level_forward", _launch_forward), ("cms_level_backward", _launch_backward),
     ("cms_refresh_", _launch_refresh), ("cms_newton_schulz", _launch_newton_schulz),
 ):
-    _library.impl(_name, _implementation, "CPU")  # Triton's interpreter
+    _library.impl(_name, _implementation, "CPU")  # interpreted or emulated
     _library.impl(_name, _implementation, "CUDA")
 
 

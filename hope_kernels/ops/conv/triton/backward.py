@@ -96,7 +96,7 @@ def _launch(
     return dx, dtail, sum_parts(parts, weight)
 
 
-_library.impl("causal_conv_backward", _launch, "CPU")  # Triton's interpreter
+_library.impl("causal_conv_backward", _launch, "CPU")  # interpreted or emulated
 _library.impl("causal_conv_backward", _launch, "CUDA")
 
 

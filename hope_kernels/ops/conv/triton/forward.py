@@ -89,7 +89,7 @@ def _launch(x: Tensor, tail: Tensor, weight: Tensor, lengths: Tensor) -> tuple[T
     return y, new_tail
 
 
-_library.impl("causal_conv", _launch, "CPU")  # Triton's interpreter
+_library.impl("causal_conv", _launch, "CPU")  # interpreted or emulated
 _library.impl("causal_conv", _launch, "CUDA")
 
 

@@ -107,7 +107,7 @@ def _launch(dy: Tensor, o: Tensor, gain: Tensor | None, gate: Tensor | None) -> 
     return do, o.new_empty(0) if gain is None else sum_parts(parts, gain), dgate
 
 
-_library.impl("output_gate_backward", _launch, "CPU")  # Triton's interpreter
+_library.impl("output_gate_backward", _launch, "CPU")  # interpreted or emulated
 _library.impl("output_gate_backward", _launch, "CUDA")
 
 

@@ -73,7 +73,7 @@ def _launch(o: Tensor, gain: Tensor | None, gate: Tensor | None) -> Tensor:
     return y
 
 
-_library.impl("output_gate", _launch, "CPU")  # Triton's interpreter
+_library.impl("output_gate", _launch, "CPU")  # interpreted or emulated
 _library.impl("output_gate", _launch, "CUDA")
 
 

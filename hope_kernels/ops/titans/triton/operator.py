@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ....config import TitansConfig
 from ...shared.triton_build import DTYPES, aligned, filled
-from ...shared.triton_library import interpreted
+from ...shared.triton_library import interpreted, multiprocessors, on_cpu
 from ..kernel_call import call, call_in_place
 from ..state import FastWeights, TitansState
 from .groups import Biases, Momentum, Progress, Reads, Scratch, Weights, Writes
@@ -46,7 +46,7 @@ def unserved(config: TitansConfig, dtype: torch.dtype, device: torch.device) -> 
         )
     if not {config.chunk_memory, config.chunk_other} <= set(CHUNKS):
         return f"serves chunks of {CHUNKS} tokens, not {config.chunk_memory} and {config.chunk_other}"
-    if device.type != "cuda" and not interpreted():
+    if device.type != "cuda" and not on_cpu():
         return f"needs a CUDA device, not {device.type}"
     return None
 
@@ -172,10 +172,10 @@ def _launch(
 def _programs(device: torch.device) -> int:
     """A few for every multiprocessor; more than fit cost nothing, they start when others have left and find
     no ticket."""
-    return 1 if device.type == "cpu" else 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if interpreted() else 4 * multiprocessors(device)
 
 
-_library.impl("titans_scan", _launch, "CPU")  # Triton's interpreter
+_library.impl("titans_scan", _launch, "CPU")  # interpreted or emulated
 _library.impl("titans_scan", _launch, "CUDA")
 
 

@@ -1,0 +1,124 @@
+"""The CMS's kernels as PTX: outputs, gradients and factors of a level by the yardstick, a row's bits in any
+company, and its updates.
+
+Widths are no multiples of a tile, sums are long enough that the loads of several tiles are under way at once,
+and above 2048 columns the tiles are others.
+"""
+
+import pytest
+import torch
+from cms_level import EPS, MIXED, OWN, both_ways, draw, picked, problem, wide
+from numerics import within_yardstick
+
+from hope_kernels.ops.cms import level as chunked
+from hope_kernels.ops.cms.triton import operator as kernels
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+LEVELS = {
+    "plain": dict(d=72, N=330),
+    "gated": dict(mlp="swiglu", norm="layernorm", bias=True, d=72, N=330),
+    "all on": dict(mlp="swiglu", norm="layernorm", bias=True, rows=MIXED, rank=33, d=72, N=330),
+    "all on, not gated": dict(norm="layernorm", bias=True, rows=OWN, rank=5, d=72, N=330),
+    "wide": dict(d=2064, N=2064),
+    "wide, all on": dict(norm="layernorm", bias=True, rows=MIXED, rank=33, d=2064, N=2064),
+    "one number": dict(d=1, N=1),
+}
+slowly = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+CASES = [
+    ("plain", BF16, 80), ("all on", BF16, 80), ("wide", BF16, 80), ("gated", FP16, 80), ("one number", BF16, 80),
+    ("plain", FP32, 80), ("all on", FP32, 80), ("all on, not gated", BF16, 80),
+    ("plain", BF16, 90), ("all on", BF16, 90), ("wide, all on", BF16, 90), ("all on", FP32, 90),
+    slowly("plain", FP16, 80), slowly("all on", FP16, 80), slowly("gated", BF16, 80), slowly("wide, all on", BF16, 80),
+    slowly("wide", BF16, 90), slowly("gated", BF16, 90), slowly("all on, not gated", BF16, 90),
+    slowly("plain", FP16, 90), slowly("all on", FP16, 90),
+]
+
+
+@pytest.mark.parametrize("name, dtype, arch", CASES)
+def test_a_level_both_ways(name, dtype, arch, device):
+    """17 tokens of each of three rows, in company and split; without a residual where a row owns its base."""
+    device.arch = arch
+    config, level = problem(**LEVELS[name], dtype=dtype)
+    residual = "rows" not in LEVELS[name]
+    x, dy = (draw(3, 17, config.d_model, dtype=dtype, seed=s) for s in (30, 31))
+    x[0] *= 1e-3  # eps counts here
+    exact = both_ways(chunked, x.double(), dy.double(), config, wide(level), residual)
+    peer = both_ways(chunked, x, dy, config, level, residual)
+    ours = both_ways(kernels, x, dy, config, level, residual)
+    for part, t in ours.items():
+        within_yardstick(t, peer[part], exact[part], part)
+    if config.d_model > 1000:
+        return
+    parts = [both_ways(kernels, a, b, config, level, residual) for a, b in zip(x.split((1, 16), 1), dy.split((1, 16), 1))]
+    some = both_ways(kernels, x[[2, 0]], dy[[2, 0]], config, picked(level, [2, 0]), residual)
+    for part, t in ours.items():
+        assert torch.equal(torch.cat([p[part] for p in parts], 1), t), part
+        assert torch.equal(some[part], t[[2, 0]]), part
+    y, none = kernels.level_forward(x, level, config, EPS, residual=residual, keep=False)
+    assert none is None and torch.equal(y, ours["y"])
+
+
+@pytest.mark.parametrize("dtype, arch", [(BF16, 80), slowly(FP16, 80), (FP32, 80), (BF16, 90), slowly(FP32, 90)])
+def test_more_than_a_tile_of_tokens(dtype, arch, device):
+    """A tile holds tokens of several rows, or a row takes several tiles."""
+    device.arch = arch
+    config, level = problem(rows=MIXED, d=24, N=40, dtype=dtype)
+    x, dy = (draw(3, 140, 24, dtype=dtype, seed=s) for s in (30, 31))
+    whole = both_ways(kernels, x, dy, config, level)
+    parts = [both_ways(kernels, a, b, config, level) for a, b in zip(x.split((17, 123), 1), dy.split((17, 123), 1))]
+    for part, t in whole.items():
+        assert torch.equal(torch.cat([p[part] for p in parts], 1), t), part
+    exact, peer = both_ways(chunked, x.double(), dy.double(), config, wide(level)), both_ways(chunked, x, dy, config, level)
+    for part, t in whole.items():
+        within_yardstick(t, peer[part], exact[part], part)
+
+
+@pytest.mark.parametrize("tokens, moment, total, beta, copied, dtype, arch", [
+    (70, False, False, 1.0, True, BF16, 80), (300, True, True, 1.0, True, BF16, 80),
+    (17, False, True, 0.0, False, FP16, 80), (70, True, True, 1.0, True, FP32, 80),
+    (None, False, True, 1.0, True, BF16, 80), (None, True, False, 1.0, True, FP32, 80),
+    (70, False, False, 1.0, True, BF16, 90), (300, True, True, 1.0, True, BF16, 90),
+    (70, False, False, 0.0, False, FP16, 90), (70, True, True, 1.0, True, FP32, 90),
+    (None, False, True, 1.0, True, BF16, 90),
+])
+def test_refresh(tokens, moment, total, beta, copied, dtype, arch, device):
+    """Rows 0 and 2 of three: values, the copy, a total that becomes zero; row 1 keeps its bits."""
+    device.arch = arch
+    r, c, rows = 72, 133, [0, 2]
+    left, right = (None, None) if tokens is None else (
+        draw(3, tokens, r, dtype=dtype), draw(3, tokens, c, dtype=dtype, seed=1)
+    )
+    weight, m, t = (draw(3, r, c, seed=s) for s in (2, 3, 4))
+    copy = torch.zeros(3, r, c, dtype=dtype) if copied else None
+    weight[1] = float("nan")
+    if left is not None:
+        left[1] = float("nan")
+
+    def update(ops, kind):
+        factors = [f if f is None or kind == FP32 else f.double() for f in (left, right)]
+        w, m_, t_ = (f.to(kind, copy=True) if there else None for f, there in ((weight, True), (m, moment), (t, total)))
+        mine = None if copy is None else copy.clone()
+        if beta:
+            ops.refresh_(w, mine, *factors, rows, 0.3, moment=m_, mu=0.9, total=t_)
+        else:
+            ops.outer_add_(w, *factors, rows, -0.3, beta)
+        return w, m_, t_, mine
+
+    exact, peer, ours = update(chunked, torch.float64), update(chunked, FP32), update(kernels, FP32)
+    for name, a, b, e, before in zip(("weight", "moment", "total"), ours, peer, exact, (weight, m, t)):
+        if a is not None:
+            within_yardstick(a[rows], b[rows], e[rows], name)
+            assert torch.equal(a[1].view(torch.int32), before[1].view(torch.int32)), name
+    if copied:
+        assert torch.equal(ours[3][rows], ours[0][rows].to(dtype)) and not ours[3][1].any()
+    assert not (total and beta) or not ours[2][rows].any()
+
+
+@pytest.mark.parametrize("shape, arch", [((2, 66, 80), 80), ((72, 20), 80), ((70, 130), 90), ((72, 20), 90)])
+def test_newton_schulz(shape, arch, device):
+    device.arch = arch
+    g = draw(*shape)
+    ours = kernels.newton_schulz(g)
+    within_yardstick(ours, chunked.newton_schulz(g), chunked.newton_schulz(g.double()), "x")
+    if len(shape) == 3:
+        assert all(torch.equal(a, kernels.newton_schulz(b)) for a, b in zip(ours, g))
