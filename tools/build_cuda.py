@@ -5,6 +5,7 @@ Imports nothing but Python's own modules.
                                  serves PyTorch >= 2.11
     build/cuda/emulated-*.so     the same sources by a host compiler, for CPU tensors: kernels are tested with it
                                  where there is no GPU
+    build/ptx/*.ptx              what nvcc makes of one file of kernels, for tools.ptx
 
     python -m tools.build_cuda [ARCHITECTURE ...]      builds the first and prints its path
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "csrc" / "emulator"
 REGISTRATION = SOURCES / "registration.cpp"
 LIBRARY = ROOT / "hope_kernels" / "_hope_cuda.so"
-KEPT = ROOT / "build" / "cuda"
+KEPT, KEPT_PTX = ROOT / "build" / "cuda", ROOT / "build" / "ptx"
 ARCHITECTURES = (80, 90, 100, 120)  # code for 8.0 runs on all of 8.x; the newest also as PTX, for GPUs to come
 # a fused multiply-add is one where the source says so: all kernels round alike
 DEVICE_FLAGS = ("-std=c++20", "-O3", "-fmad=false")
@@ -63,8 +64,8 @@ def headers() -> list[Path]:
 
 def files(emulated: bool = False) -> list[Path]:
     """Everything the library is made of."""
-    folders = (SOURCES, EMULATOR) if emulated else (SOURCES,)
-    return sorted(p for folder in folders for p in folder.rglob("*") if p.is_file()) + [Path(__file__)]
+    emulator = [p for p in EMULATOR.glob("*") if p.is_file()] if emulated else []
+    return sorted([*(p for p in SOURCES.rglob("*") if p.is_file()), *emulator]) + [Path(__file__)]
 
 
 def architectures(compiler: str) -> tuple[int, ...]:
@@ -130,6 +131,26 @@ def build_emulated() -> Path:
         "emulated", compiler, flags, ["-shared", "-pthread", "-Wl,-z,defs,--no-as-needed"],
         files(emulated=True), "emulated"
     )
+
+
+def ptx(source: Path, arch: int) -> Path:
+    """Where the PTX of one file of kernels for an architecture is kept, with the source lines of instructions;
+    compiles it if need be. Raises BuildError without nvcc, and with its messages where it fails."""
+    compiler = nvcc()
+    if compiler is None:
+        raise BuildError("nvcc was not found, neither on PATH nor in CUDA_HOME")
+    flags = [*DEVICE_FLAGS, "-DNDEBUG", "-lineinfo", "-ptx", f"-arch=compute_{arch}"]
+    about = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    path = KEPT_PTX / f"{source.stem}-{arch}-{hash_of([source, *headers()], flags, about)}.ptx"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([compiler, *flags, source.relative_to(ROOT), "-o", fresh], capture_output=True, text=True,
+                              cwd=ROOT)
+        if done.returncode:
+            raise BuildError(f"nvcc failed: {(done.stderr or done.stdout).strip()[-4000:]}")
+        fresh.replace(path)
+    return path
 
 
 def _compiled(name: str, compiler: str, flags: list[str], link: list[str], contents: list[Path], what: str) -> Path:

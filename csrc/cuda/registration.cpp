@@ -77,11 +77,12 @@ Tensor aligned(const Tensor& t) {
 // copies.
 class Arguments {
  public:
-  const void* read(const std::optional<Tensor>& t) { return t ? kept_.emplace_back(aligned(*t)).data_ptr() : nullptr; }
-  template <class V> V* written(const std::optional<Tensor>& t) {
+  const void* read(const char* name, const std::optional<Tensor>& t) {
+    return t ? lent(name, *t).data_ptr() : nullptr;
+  }
+  template <class V> V* written(const char* name, const std::optional<Tensor>& t) {
     if (!t) return nullptr;
-    Tensor own = aligned(*t);
-    kept_.push_back(own);
+    Tensor own = lent(name, *t);
     if (own.data_ptr() != t->data_ptr()) copies_.push_back({*t, own});
     return static_cast<V*>(own.data_ptr());
   }
@@ -90,6 +91,16 @@ class Arguments {
   }
 
  private:
+  Tensor lent([[maybe_unused]] const char* name, const Tensor& t) {
+    Tensor own = kept_.emplace_back(aligned(t));
+#ifdef HOPE_EMULATED
+    if (kept_.size() == 1) hope::emulator::regions.clear();
+    const int64_t bytes = own.numel() * static_cast<int64_t>(own.element_size());
+    hope::emulator::regions.push_back({own.data_ptr(), bytes, name});
+#endif
+    return own;
+  }
+
   std::vector<Tensor> kept_;
   std::vector<std::pair<Tensor, Tensor>> copies_;
 };
@@ -194,23 +205,26 @@ Tensor titans_scan(Tensor x, Tensor q, std::optional<Tensor> base2, std::optiona
   if (B * T == 0) return o;
   Arguments use;
   TitansParams params{};
-  params.x = use.read(x), params.q = use.read(q), params.o = o.data_ptr();
-  params.base2 = use.read(base2), params.base1 = use.read(base1), params.base1s = use.read(base1s);
-  params.delta2 = use.written<float>(delta2), params.delta1 = use.written<float>(delta1);
-  params.delta1s = use.written<float>(delta1s);
-  params.pending_k = use.written<void>(pending_k), params.pending_v = use.written<void>(pending_v);
-  params.pending_eta = use.written<float>(pending_eta), params.pending_alpha = use.written<float>(pending_alpha);
-  params.eta_bias = use.read(eta_bias), params.alpha_bias = use.read(alpha_bias);
-  params.pos = static_cast<const int64_t*>(use.read(pos));
-  params.lengths = static_cast<const int64_t*>(use.read(lengths));
+  params.x = use.read("x", x), params.q = use.read("q", q), params.o = use.written<void>("o", o);
+  params.base2 = use.read("base2", base2), params.base1 = use.read("base1", base1);
+  params.base1s = use.read("base1s", base1s);
+  params.delta2 = use.written<float>("delta2", delta2), params.delta1 = use.written<float>("delta1", delta1);
+  params.delta1s = use.written<float>("delta1s", delta1s);
+  params.pending_k = use.written<void>("pending_k", pending_k);
+  params.pending_v = use.written<void>("pending_v", pending_v);
+  params.pending_eta = use.written<float>("pending_eta", pending_eta);
+  params.pending_alpha = use.written<float>("pending_alpha", pending_alpha);
+  params.eta_bias = use.read("eta_bias", eta_bias), params.alpha_bias = use.read("alpha_bias", alpha_bias);
+  params.pos = static_cast<const int64_t*>(use.read("pos", pos));
+  params.lengths = static_cast<const int64_t*>(use.read("lengths", lengths));
   params.T = T, params.B = B, params.H = H, params.N = N, params.C = C;
   params.activation = activation, params.flags = flags, params.eta_scale = eta_scale, params.grad_scale = grad_scale;
   const hope::Workspace work = hope::titans_workspace(params, D, device);
   const Shape bytes = {std::max<int64_t>(work.scratch_bytes, 1)}, counters = {std::max<int64_t>(work.arrivals, 1)};
   Tensor scratch = torch::stable::new_empty(x, bytes, ScalarType::Byte);
   Tensor arrivals = torch::stable::new_empty(x, counters, ScalarType::Int);
-  params.scratch = static_cast<unsigned char*>(scratch.data_ptr());
-  params.arrivals = static_cast<unsigned int*>(arrivals.data_ptr());
+  params.scratch = use.written<unsigned char>("scratch", scratch);
+  params.arrivals = use.written<unsigned int>("arrivals", arrivals);
   const hope::Element element = type == ScalarType::Half ? hope::Element::kFp16 : hope::Element::kBf16;
   if (const char* error = hope::titans_scan(params, D, element, device, stream_of(index))) fail(error);
   use.take_back();
@@ -230,6 +244,8 @@ void emulate(int64_t capability, int64_t shared_bytes, int64_t image, int64_t se
   emulated_gpu = {static_cast<int>(capability), static_cast<int>(shared_bytes), static_cast<int>(image)};
   hope::emulator::options() = {static_cast<unsigned>(seed), static_cast<int>(resident), races};
 }
+
+void execute_by(int64_t executor) { hope::emulator::executor = reinterpret_cast<hope::emulator::Executor>(executor); }
 #endif
 
 }  // namespace
@@ -246,6 +262,8 @@ STABLE_TORCH_LIBRARY(hope_kernels_cuda, m) {
   // What the next calls run on. image: the architecture of the code; resident: blocks at a time; seed: the
   // order in which threads run; races: whether unordered accesses fail.
   m.def("emulate(int capability, int shared_bytes, int image, int seed, int resident, bool races) -> ()");
+  // The address of a function that runs the next launches instead (emulator/executor.h); 0: none.
+  m.def("execute_by(int executor) -> ()");
 #endif
 }
 
@@ -260,5 +278,6 @@ STABLE_TORCH_LIBRARY_IMPL(hope_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("build", TORCH_BOX(&build));
 #ifdef HOPE_EMULATED
   m.impl("emulate", TORCH_BOX(&emulate));
+  m.impl("execute_by", TORCH_BOX(&execute_by));
 #endif
 }

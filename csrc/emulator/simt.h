@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "executor.h"
 #include "grid.h"
 #include "numbers.h"
 

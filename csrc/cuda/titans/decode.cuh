@@ -72,6 +72,10 @@ template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p
 
 template <int D, class T, int ACT>
 HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan plan) {
+#ifndef __CUDACC__
+  if constexpr (!in_fibers(D, ACT)) emulator::grid.fail("heads of width 128 run with gelu_tanh only");
+  else
+#endif
   decode<D, T, ACT>(p, plan);
 }
 

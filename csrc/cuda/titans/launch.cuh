@@ -41,18 +41,20 @@ const char* launch(Kernel kernel, std::atomic<uint64_t>& prepared, const TitansP
     return launch(kernel, prepared, p, plan, arguments...); \
   }(__VA_ARGS__)
 #else
-template <class Kernel>
-const char* launch(Kernel kernel, const TitansParams& p, const Plan& plan, int64_t blocks, int threads,
-                   int cluster, const Device& device, void*) {
+inline const char* launch(void (*kernel)(TitansParams, Plan), const TitansParams& p, const Plan& plan,
+                          int64_t blocks, int threads, int cluster, const Device& device, void*) {
   if (plan.shared_bytes > device.shared_bytes) return "more shared memory than the device has";
+  if (emulator::executor) {
+    const struct { TitansParams p; Plan plan; } parameters{p, plan};
+    const emulator::Launch what{emulator::place_of(kernel), &parameters, sizeof parameters,
+                                emulator::regions.data(), static_cast<int64_t>(emulator::regions.size()),
+                                blocks, threads, cluster, plan.shared_bytes};
+    return emulator::executor(&what);
+  }
   emulator::launch(static_cast<int>(blocks), threads, cluster, plan.shared_bytes, [&] { kernel(p, plan); });
   return nullptr;
 }
-#define HOPE_LAUNCH(kernel, ...)                                                                 \
-  [&](auto... arguments) {                                                                       \
-    return launch([](const TitansParams& p_, const Plan& plan_) { kernel(p_, plan_); }, p, plan, \
-                  arguments...);                                                                 \
-  }(__VA_ARGS__)
+#define HOPE_LAUNCH(kernel, ...) launch(kernel, p, plan, __VA_ARGS__)
 #endif
 
 template <int D, class T, int ACT, int MODE, bool SHARDED>
@@ -89,10 +91,6 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
 
 template <int D, class T> const char* launch_activation(const TitansParams& p, const Device& device, void* stream) {
   if (p.activation == kGeluTanh) return launch_call<D, T, kGeluTanh>(p, device, stream);
-#ifdef HOPE_EMULATED  // less to compile: the activation's code is that of width 64
-  if constexpr (D == 128) return "the emulator has heads of width 128 with gelu_tanh only";
-  else
-#endif
   return p.activation == kGelu ? launch_call<D, T, kGelu>(p, device, stream)
                                : launch_call<D, T, kSilu>(p, device, stream);
 }
