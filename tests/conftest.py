@@ -46,6 +46,14 @@ settings.register_profile("repository", deadline=None, print_blob=True, derandom
 settings.load_profile("repository")
 
 
+def pytest_configure(config):
+    folder = os.environ.get("HOPE_KERNELS_EVIDENCE")
+    if folder:
+        import evidence
+
+        config.pluginmanager.register(evidence.Evidence(folder), "evidence")
+
+
 def pytest_report_header():
     return f"new draws of hypothesis: {FRESH[0]}={SEED}; {FRESH[1]} sets their number"
 

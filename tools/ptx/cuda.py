@@ -63,7 +63,7 @@ def alone(ptx: str, name: str) -> str:
     starts = [m.start() for m in ENTRY.finditer(ptx)]
     at = next(i for i, start in enumerate(starts) if ptx.startswith(name + "(", start + len(".visible .entry ")))
     start, stop = starts[at], re.compile(r"^\}", re.M).search(ptx, starts[at]).end()
-    files = "\n".join(re.findall(r"^\s*\.file\s.*", ptx, re.M))
+    files = "\n".join(re.findall(r"^[ \t]*\.file\s.*", ptx, re.M))
     blank = "\n" * ptx.count("\n", starts[0], start)
     return f"{ptx[: starts[0]]}{blank}{ptx[start:stop]}\n{files}\n"
 
