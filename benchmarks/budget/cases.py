@@ -18,6 +18,7 @@ from hope_kernels import CMSConfig, TitansConfig
 from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.cms.matrix import Matrix
 from hope_kernels.ops.titans.state import FastWeights, Layout
+from hope_kernels.ops.titans.triton.tiles import tile_row
 
 BF16 = torch.bfloat16
 
@@ -35,7 +36,12 @@ class Size:
     flops: float
     bytes: float
     launches: int = 1
+    resident: int = 1  # blocks a multiprocessor, by registers
     persistent: bool = False  # any block does any work: chains need not fill the machine
+    memory_first: bool = False  # all bytes are requested before the first is used
+    # stages of a unit that wait for one another, with the tasks that each is cut into
+    tasks: tuple[tuple[str, int], ...] = ()
+    barriers: int = 0  # of several blocks, or from task to task, on the way of a unit
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Case:
     per: float  # units in ``more`` - ``few``
     goal: Size | None = None
     cheap: bool = False
-    note: str = ""
+    measured_as: str = ""  # "file: name of the case" of benchmarks.gpu that measures the call of ``goal``
 
     @property
     def case(self) -> dict:
@@ -170,30 +176,41 @@ def _goal(mult: int, C: int, heads: int, rows: int, tokens: int, blocks: int, wa
     )
 
 
+def _tasks(config: TitansConfig) -> tuple[tuple[str, int], ...]:
+    """Of Triton's schedule; a chunk's clock runs beside its errors."""
+    tile, M = tile_row(config.head_dim, config.chunk_memory, 2).tiles, len(config.memories)
+    parts, tiles = config.chunk_memory // tile.WALK_CT, config.hidden // tile.TILE_NT
+    return ("read", M * parts), ("errors", M * parts), ("hidden", M * tiles), ("gain", M), ("update", M * tiles)
+
+
 def _memories() -> Iterator[Case]:
     chunk = "chunk of a (row, head)"
     for mult, C, (heads, rows, tokens), blocks in (
         (1, 16, (32, 4, 8192), 1), (1, 64, (32, 4, 8192), 1), (4, 64, (32, 1, 32768), 4)
     ):
         config, shape = _config(mult, C), f"C{C} D64 N{64 * mult}"
+        name = f"ops: prefill {shape} H{heads} B{rows} T{tokens} bf16"
         for arch in (90, 80):
-            size = _goal(mult, C, heads, rows, tokens, blocks, 8)
+            size = _goal(mult, C, heads, rows, tokens, blocks, 8, barriers=(C // 16 + 1) * (blocks > 1))
             yield Case(f"prefill {shape} cuda sm_{arch}", "prefill", "cuda", arch, chunk,
-                       partial(prefill, config, "cuda"), 2, 4, 2, size, cheap=arch == 90)
-            size = _goal(mult, C, heads, rows, tokens, 1, 4, persistent=True)
+                       partial(prefill, config, "cuda"), 2, 4, 2, size, arch == 90, f"{name} cuda")
+            size = _goal(mult, C, heads, rows, tokens, 1, 4, persistent=True, resident=3 if C == 16 else 2,
+                         tasks=_tasks(config), barriers=4)
             yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
-                       partial(prefill, config, "triton"), 2, 4, 2, size, cheap=arch == 90 and C == 64)
+                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, f"{name} triton")
     config, whole = _config(4, 64), _config(4, 64, 32)
-    size = Size(32, 32, 4, 8, 0.0, m.step_bytes(whole, 1, 2, commit=False), launches=2)
+    size = Size(32, 32, 4, 8, 0.0, m.step_bytes(whole, 1, 2, commit=False), launches=2, memory_first=True)
     for arch in (90, 80):
         yield Case(f"step C64 D64 N256 cuda sm_{arch}", "step", "cuda", arch, "token of a (row, head)",
-                   partial(decode, config, "cuda"), 1, 3, 2, size, cheap=arch == 90)
-    size = replace(size, blocks=1, warps=4, launches=1, persistent=True)
+                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90,
+                   "ops: step graph C64 D64 N256 H32 B1 T1 bf16 cuda")
+    size = replace(size, blocks=1, warps=4, launches=1, resident=2, persistent=True)
     yield Case("step C64 D64 N256 triton sm_90", "step", "triton", 90, "token of a (row, head)",
-               partial(decode, config, "triton"), 1, 3, 2, size)
-    size = _goal(4, 64, 32, 1, 8192, 1, 4, persistent=True)
+               partial(decode, config, "triton"), 1, 3, 2, size, False,
+               "ops: step graph C64 D64 N256 H32 B1 T1 bf16 triton")
+    size = _goal(4, 64, 32, 1, 8192, 1, 4, persistent=True, resident=2)
     yield Case("grad C64 D64 N256 triton sm_90", "grad", "triton", 90, chunk, partial(grad, config), 2, 4, 2,
-               replace(size, flops=3 * size.flops))
+               replace(size, flops=3 * size.flops), False, "ops: grad C64 D64 N256 H32 B1 T8192 bf16 triton")
 
 
 def _others() -> Iterator[Case]:
@@ -203,18 +220,19 @@ def _others() -> Iterator[Case]:
                 name = "backward" if backward else "forward"
                 yield Case(f"cms {name} d{d} C{tokens} sm_{arch}", "forward", "triton", arch, "call of a level",
                            lambda n, d=d, t=tokens, b=backward: level(d, t, b), 0, 1, 1,
-                           Size(1, 1, 1, 4, (16 if not backward else 16) * d * d * tokens, 2 * 8 * d * d, persistent=True),
+                           Size(1, 1, 1, 8, (16 if not backward else 16) * d * d * tokens, 2 * 8 * d * d, resident=2, persistent=True),
                            cheap=d == 256 and arch == 90)
     for d, tokens in ((256, 64), (4096, 64), (4096, 4096)):
         rows = min(d, 256)
         moved = (8 + 2) * d * d + 2 * 2 * tokens * d
         yield Case(f"cms refresh d{d} C{tokens} sm_90", "refresh", "triton", 90, f"refresh of {rows} of {d} rows",
                    lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1,
-                   Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, persistent=True), cheap=d == 256)
+                   Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True), d == 256,
+                   f"cms: refresh d{d} C{tokens} B1 bf16 gd")
     yield Case("conv d2048 sm_90", "conv", "triton", 90, "1024 tokens", lambda n: conv(2048, 512 * n), 2, 4, 1,
-               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, persistent=True), cheap=True)
+               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=2, persistent=True), cheap=True)
     yield Case("gate H32 D64 sm_90", "gate", "triton", 90, "1024 tokens", lambda n: gate(32, 512 * n), 2, 4, 1,
-               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 6, persistent=True), cheap=True)
+               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 6, resident=2, persistent=True), cheap=True)
 
 
 def cases() -> list[Case]:

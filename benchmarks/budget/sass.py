@@ -55,6 +55,7 @@ _SECTION = re.compile(r"\.section\s+\.text\.([\w$]+)")
 _PTX_LINE = re.compile(r'//## File "\.nv_debug_ptx_txt[^"]*", line (\d+)')
 _LABEL = re.compile(r"\.L_\w+:|[\w$]+:")
 _INSTRUCTION = re.compile(r"\s*(?:\{\s*)?/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_APART = re.compile(r"BRA\.DIV[^`]*`\((\.L_\w+)\)")
 _WORD = re.compile(r"/\* (0x[0-9a-f]{16}) \*/")
 
 
@@ -116,6 +117,7 @@ def assembled(text: Text, arch: int) -> list[Instruction]:
 def parsed(listing: str, name: str) -> list[Instruction]:
     found: list[Instruction] = []
     section, block, line, fresh, pending = "", 0, 0, True, None
+    apart, left_out = set(_APART.findall(listing)), False
     for row in listing.split("\n"):
         if m := _SECTION.search(row):
             section, line = m[1], 0
@@ -126,17 +128,18 @@ def parsed(listing: str, name: str) -> list[Instruction]:
         elif m := _INSTRUCTION.match(row):
             if fresh:
                 block, fresh = block + 1, False
-            pending = Instruction(m[3], "branch" if m[3] == "NOP" else group_of(m[3]), block, line, (0, 7, 7, 0))
-            if pending.opcode != "NOP":
-                found.append(pending)
             word = m[3].split(".")[0]
+            pending = Instruction(m[3], "branch" if word == "NOP" else group_of(m[3]), block, line, (0, 7, 7, 0))
+            if word != "NOP" and not left_out:
+                found.append(pending)
             fresh = word in ("BRA", "EXIT", "BRX", "RET", "CALL", "JMP", "BREAK")
+            left_out = left_out and not (word == "BRA" and not m[2])
         elif pending is not None and (m := _WORD.search(row)):
             high = int(m[1], 16) >> 41
             pending.control = (high & 15, high >> 5 & 7, high >> 8 & 7, high >> 11 & 63)
             pending = None
-        elif _LABEL.match(row.strip()):
-            fresh = True
+        elif m := _LABEL.match(row.strip()):
+            fresh, left_out = True, left_out or m[0][:-1] in apart
     return found
 
 
@@ -163,32 +166,29 @@ def by_group(code: list[Instruction], counts: list[float]) -> Counter:
     return found
 
 
-def by_stage(code: list[Instruction], counts: list[float], stage_of: Callable[[int], str]) -> dict[str, Counter]:
-    found: dict[str, Counter] = {}
-    for i, n in zip(code, counts):
-        if n:
-            found.setdefault(stage_of(i.ptx), Counter())[i.group] += n
-    return found
-
-
-def alone(code: list[Instruction], counts: list[float]) -> float:
-    """Cycles of all warps together if each had its scheduler for itself: the sum over blocks of the time that the
-    block takes, times its trips."""
-    whole, block, at, start, ready = 0.0, None, 0.0, 0.0, [0.0] * 6
-    trip = 0.0
+def by_stage(
+    code: list[Instruction], counts: list[float], stage_of: Callable[[int], str]
+) -> dict[str, tuple[float, float]]:
+    """stage -> (instructions issued, cycles of all warps together if each had its scheduler for itself). Cycles: the
+    sum over blocks of the time that a block takes, times its trips, to the stage of each instruction."""
+    found: dict[str, tuple[float, float]] = {}
+    block, at, ready = None, 0.0, [0.0] * 6
     for i, n in zip(code, counts):
         if i.block != block:
-            whole += trip * (at - start)
-            block, trip, at, start, ready = i.block, n, 0.0, 0.0, [0.0] * 6
+            block, at, ready = i.block, 0.0, [0.0] * 6
         stall, write, read, wait = i.control
+        before = at
         at = max([at, *(ready[b] for b in range(6) if wait >> b & 1)])
-        latency = LATENCY.get(i.group, 15)
         if write < 6:
-            ready[write] = max(ready[write], at + latency)
+            ready[write] = max(ready[write], at + LATENCY.get(i.group, 15))
         if read < 6:
             ready[read] = max(ready[read], at + 15)
         at += max(1, stall)
-    return whole + trip * (at - start)
+        if n:
+            stage = stage_of(i.ptx)
+            issued, cycles = found.get(stage, (0.0, 0.0))
+            found[stage] = issued + n, cycles + n * (at - before)
+    return found
 
 
 def _run(*command: str) -> str:

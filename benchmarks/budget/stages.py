@@ -28,11 +28,10 @@ STAGES = {
     "decays": "decays", "transformed_keys": "transformed keys", "step_sizes": "step sizes",
     "update_inputs": "update inputs", "update_outputs": "update outputs",
     "update_scalar_outputs": "update outputs", "read_shares": "read", "finish_panel": "results",
-    "read_results": "results", "fetch": "fetch", "fetch_panel": "fetch", "round_block": "round weights",
-    "base_block": "round weights", "block": "round weights", "at": "round weights", "put_shares": "shares", "put_norms": "shares", "begin": "exchange",
+    "read_results": "results", "fetch": "fetch", "fetch_panel": "fetch", "round_block": "weights",
+    "base_block": "weights", "block": "weights", "at": "weights", "for_blocks": "weights", "put_shares": "shares", "put_norms": "shares", "begin": "exchange",
     "acquire": "exchange", "release": "exchange", "load_deviations": "state", "load_scalar_weights": "state",
-    "move_pending": "state", "clear_pending": "state", "store_block": "state", "for_blocks": "state",
-    "run": "commit",
+    "move_pending": "state", "clear_pending": "state", "store_block": "state", "run": "commit",
     "prefill": "panel loop", "decode": "decode",
 }
 _LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)([^/]*)(?://\s*(.*))?")
