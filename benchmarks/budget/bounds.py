@@ -4,7 +4,9 @@ by this repository, and a prediction is not a measurement.
     issue     warp instructions (SASS), one a scheduler and cycle, four schedulers a multiprocessor
     tensor    FLOPs of mma.sync and wgmma at their rates
     shared    wavefronts of shared memory, one a cycle and multiprocessor
-    L2        32-byte sectors between multiprocessors and L2, as if nothing hit in L1
+    L2        bytes of global memory that lanes ask for, each once an instruction, as if nothing hit in L1 (and as if
+              every sector of 32 bytes were used up: by sectors it is more)
+    L1        the same at 128 bytes a cycle and multiprocessor, for kernels that read again what they have just read
     memory    bytes that the call cannot avoid to move
     warp      what a warp needs that has its scheduler for itself: stalls and scoreboards of its SASS (sass.alone),
               shared by as many warps as are resident
@@ -39,7 +41,8 @@ class Machine:
         return self.of[name].value
 
 
-_LAUNCH = Assumption(1.5e-6, "s", "from the end of a kernel to the start of the next in a CUDA graph: taken, not looked up")
+_LAUNCH = Assumption(1.5e-6, "s", "from the end of a kernel to the start of the next in a CUDA graph: taken, not "
+                     "looked up")
 _CLUSTER = Assumption(200, "cycles", "a barrier of a cluster or of blocks through L2: taken, between the latencies of "
                       "distributed shared memory (180 cycles) and of L2 in Luo et al., arXiv 2501.12084")
 _HANDOFF = Assumption(700, "cycles", "from a task's last store to another's first load: two round trips to L2 and two "
@@ -48,16 +51,18 @@ _HOST = Assumption(25e-6, "s", "of the host, for a launch of a Triton kernel wit
 MACHINES = {
     90: Machine("H200 SXM", {
         "multiprocessors": Assumption(132, "", "NVIDIA H100 Tensor Core GPU Architecture (H100 SXM5; the same chip)"),
-        "clock": Assumption(1.755e9, "Hz", "boost clock of the H100 as read by chipsandcheese.com, 2 July 2023; an SXM card "
-                            "may run at up to 1.98 GHz"),
+        "clock": Assumption(1.755e9, "Hz", "boost clock of an H100 as chipsandcheese.com read it, 2 July 2023; an SXM "
+                            "card may run at up to 1.98 GHz"),
         "issue": Assumption(4, "warp instructions a cycle and multiprocessor", "H100 whitepaper: four schedulers"),
         "wgmma": Assumption(4096, "FLOP a cycle and multiprocessor", "H100 whitepaper: 989.4 TFLOP/s bf16, dense"),
         "mma": Assumption(2560, "FLOP a cycle and multiprocessor", "63% of wgmma: Luo et al., arXiv 2402.13499"),
-        "shared": Assumption(1, "wavefronts of 128 bytes a cycle and multiprocessor", "CUDA C++ Programming Guide: 32 banks of "
-                             "4 bytes"),
+        "shared": Assumption(1, "wavefronts of 128 bytes a cycle and multiprocessor",
+                             "CUDA C++ Programming Guide: 32 banks of 4 bytes"),
         "L2": Assumption(5.5e12, "B/s", "read by chipsandcheese.com, 2 July 2023 (H100 PCIe)"),
-        "memory": Assumption(4.3e12, "B/s", "copies on an H200: bytes read and written; of 4.8e12 in NVIDIA's data sheet"),
-        "GEMM": Assumption(790e12, "FLOP/s", "torch.matmul in bf16 on an H200; of 989e12 in NVIDIA's data sheet"),
+        "memory": Assumption(4.3e12, "B/s", "copies on an H200, bytes read and written; of 4.8e12 (data sheet)"),
+        "GEMM": Assumption(790e12, "FLOP/s", "torch.matmul in bf16 on an H200; of 989e12 (data sheet)"),
+        "FLA": Assumption(1.241e-3, "s", "FLA's gated delta rule (Triton), width 2048, 32,768 tokens, on an H200: "
+                          "told, not in benchmarks/results"),
         "registers": Assumption(65536, "a multiprocessor", "H100 whitepaper"),
         "launch": _LAUNCH, "cluster": _CLUSTER, "handoff": _HANDOFF, "host": _HOST,
     }),
@@ -87,7 +92,7 @@ class Costs:
     mma: float
     wgmma: float
     wavefronts: float
-    sectors: float
+    l2_bytes: float
     warp: float
     chain: float = 0
     launches: float = 0
@@ -130,7 +135,10 @@ def predict(c: Costs, size: Size, machine: Machine) -> Prediction:
         "chain": per_chain * c.chain,
     }
     bounds = {name: 1e3 * cycle * n for name, n in cycles.items()}
-    bounds["L2"] = 1e3 * size.units * c.sectors * 32 / machine["L2"]
+    if size.reuse:
+        bounds["L1"] = 1e3 * cycle * each * c.l2_bytes / (128 * machine["shared"])
+    else:
+        bounds["L2"] = 1e3 * size.units * c.l2_bytes / machine["L2"]
     bounds["memory"] = 1e3 * size.bytes / machine["memory"]
     if c.launches:
         bounds["host"] = 1e3 * per_chain * c.launches * machine["host"]

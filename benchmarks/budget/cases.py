@@ -39,6 +39,7 @@ class Size:
     resident: int = 1  # blocks a multiprocessor, by registers
     persistent: bool = False  # any block does any work: chains need not fill the machine
     memory_first: bool = False  # all bytes are requested before the first is used
+    reuse: bool = False  # L1 has what is read again
     # stages of a unit that wait for one another, with the tasks that each is cut into
     tasks: tuple[tuple[str, int], ...] = ()
     barriers: int = 0  # of several blocks, or from task to task, on the way of a unit
@@ -220,8 +221,8 @@ def _others() -> Iterator[Case]:
                 name = "backward" if backward else "forward"
                 yield Case(f"cms {name} d{d} C{tokens} sm_{arch}", "forward", "triton", arch, "call of a level",
                            lambda n, d=d, t=tokens, b=backward: level(d, t, b), 0, 1, 1,
-                           Size(1, 1, 1, 8, (16 if not backward else 16) * d * d * tokens, 2 * 8 * d * d, resident=2, persistent=True),
-                           cheap=d == 256 and arch == 90)
+                           Size(1, 1, 1, 8, 16 * d * d * tokens, 2 * 8 * d * d, resident=2, persistent=True),
+                           d == 256 and arch == 90)
     for d, tokens in ((256, 64), (4096, 64), (4096, 4096)):
         rows = min(d, 256)
         moved = (8 + 2) * d * d + 2 * 2 * tokens * d
@@ -230,9 +231,9 @@ def _others() -> Iterator[Case]:
                    Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True), d == 256,
                    f"cms: refresh d{d} C{tokens} B1 bf16 gd")
     yield Case("conv d2048 sm_90", "conv", "triton", 90, "1024 tokens", lambda n: conv(2048, 512 * n), 2, 4, 1,
-               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=2, persistent=True), cheap=True)
+               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=8, reuse=True, persistent=True), cheap=True)
     yield Case("gate H32 D64 sm_90", "gate", "triton", 90, "1024 tokens", lambda n: gate(32, 512 * n), 2, 4, 1,
-               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 6, resident=2, persistent=True), cheap=True)
+               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 6, resident=8, reuse=True, persistent=True), cheap=True)
 
 
 def cases() -> list[Case]:

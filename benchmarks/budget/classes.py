@@ -93,7 +93,8 @@ def _integer(rest: list[str]) -> str:
 
 
 def _memory(what: str, rest: list[str]) -> str:
-    space = next((p.split("::")[0] for p in rest if p.split("::")[0] in ("global", "shared", "param", "local")), "generic")
+    spaces = [p.split("::")[0] for p in rest if p.split("::")[0] in ("global", "shared", "param", "local")]
+    space = spaces[0] if spaces else "generic"
     if space == "param":
         return "parameter"
     if "acquire" in rest or "release" in rest:

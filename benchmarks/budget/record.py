@@ -74,8 +74,8 @@ def check_sass(c: Counted) -> dict:
         agreeing += sass.mapped_share(code, lines, issued) * sum(issued)
         instructions = text.kernel.instructions
         named = dict(zip((i.line for i in instructions),
-                         stages.stages(text.ptx, [i.line for i in instructions], text.name)))
-        for stage, (n, cycles) in sass.by_stage(code, issued, lambda line: named.get(line, stages.UNKNOWN)).items():
+                         stages.stages(text.ptx, [i.line for i in instructions], text.short)))
+        for stage, (n, cycles) in sass.by_stage(code, issued, named).items():
             kept = per_stage.setdefault(stage, [0.0, 0.0])
             kept[0] += n
             kept[1] += cycles
@@ -106,18 +106,20 @@ def costs(c: Counted, of_sass: dict) -> Costs:
         chain = sum(by_stage.get(stage, 0.0) / (tasks * size.warps) for stage, tasks in size.tasks)
     host = c.launches if c.case.kind == "grad" else 0
     return Costs(
-        of_sass["instructions"], products["mma"], products["wgmma"], whole.wavefronts, whole.sectors,
+        of_sass["instructions"], products["mma"], products["wgmma"], whole.wavefronts, whole.l2_bytes,
         of_sass["warp_cycles"], chain, host
     )
 
 
-def prediction_record(p: Prediction, case: Case, machine: Machine) -> dict:
+def prediction_record(p: Prediction, case: Case, machine: Machine, sectors: float) -> dict:
     size, seconds = case.goal, p.ms / 1e3
+    by_sectors = 1e3 * size.units * sectors * 32 / machine["L2"]
     shares = {"of_matmul": size.flops / seconds / machine["GEMM"] if size.flops else None,
               "of_copy": size.bytes / seconds / machine["memory"] if size.bytes else None}
     return {
         "measured_as": case.measured_as, "on": machine.name, "ms": float(f"{p.ms:.4g}"), "limit": p.limit,
         "bounds_ms": {n: float(f"{v:.4g}") for n, v in sorted(p.bounds.items(), key=lambda b: -b[1])},
+        "l2_by_sectors_ms": float(f"{by_sectors:.4g}"),
         "added_ms": {n: float(f"{v:.4g}") for n, v in p.added.items()},
         **{n: round(v, 4) for n, v in shares.items() if v is not None},
     }
@@ -128,11 +130,11 @@ def record(case: Case) -> dict:
     c = count(case)
     found = counts_record(c)
     found["launches"] = c.launches
-    found["kernels"] = sorted({t.name for t in c.texts})
+    found["kernels"] = sorted({t.short for t in c.texts})
     found["sass"] = check_sass(c)
     if case.goal is not None:
         machine = MACHINES[case.arch]
         found["prediction"] = prediction_record(
-            predict(costs(c, found["sass"]), case.goal, machine), case, machine
+            predict(costs(c, found["sass"]), case.goal, machine), case, machine, found["sectors"]
         )
     return found

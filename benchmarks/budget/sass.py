@@ -16,13 +16,13 @@ import statistics
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import triton
 
+from benchmarks.budget.stages import UNKNOWN
 from benchmarks.budget.tally import Text, TextOf
 from tools import build_cuda
 from tools.ptx import cuda
@@ -31,7 +31,7 @@ GROUPS = (  # of SASS opcodes, by their first word
     ("tensor", r"[HIQBD]MMA|[HIQB]GMMA"),
     ("special", r"MUFU"),
     ("convert", r"F2FP?|I2F\w*|F2I\w*|I2I|FRND"),
-    ("float", r"F(?:ADD|MUL|FMA|SETP|SEL|MNMX|SET|CHK|SWZADD)|H(?:ADD2|MUL2|FMA2|SETP2|SET2|MNMX2)|D(?:ADD|MUL|FMA|SETP)"),
+    ("float", r"[FD](?:ADD|MUL|FMA|SETP|SEL|MNMX|SET|CHK|SWZADD)|H(?:ADD2|MUL2|FMA2|SETP2|SET2|MNMX2)"),
     ("shared", r"LDS|STS|LDSM|STSM|ATOMS"),
     ("copy", r"LDGSTS|UBLKCP|UTMALDG"),
     ("global", r"LDG|STG|LD|ST"),
@@ -41,13 +41,15 @@ GROUPS = (  # of SASS opcodes, by their first word
     ("exchange", r"SHFL|MOVM|REDUX|VOTEU?|MATCH"),
     ("barrier", r"BAR|B2R|UCGABAR_\w+|WARPSYNC|SYNCS"),
     ("fence", r"MEMBAR|FENCE|DEPBAR|LDGDEPBAR|ERRBAR|CCTL|WARPGROUP|CGAERRBAR|ARRIVES"),
-    ("branch", r"BRA|BRX|EXIT|BSSY|BSYNC|CALL|RET|BREAK|NANOSLEEP|YIELD|BPT|JMP|KILL|BMOV|WARPGROUPSET|ENDCOLLECTIVE|RPCMOV|BMSK"),
+    ("branch", r"BRA|BRX|EXIT|BSSY|BSYNC|CALL|RET|BREAK|NANOSLEEP|YIELD|BPT|JMP|KILL|BMOV|WARPGROUPSET|"
+               r"ENDCOLLECTIVE|RPCMOV"),
     ("predicate", r"U?ISETP|U?SEL|U?PLOP3|P2R|R2P|U?P2UR|UR2UP|CSEL"),
     ("move", r"U?MOV|R2UR|S2U?R|CS2R|GETLMEMBASE|LEPC|UR2R"),
     ("integer", r"U?IADD3|IADD|U?IMAD|U?LEA|U?SHF|U?LOP3|U?IABS|U?PRMT|V?IMNMX|U?BMSK|U?SGXT|VIADD|U?FLO|U?POPC|"
                 r"U?BREV|IDP|VIADDMNMX|VABSDIFF|SHL|SHR|U?I2I\w*|IMNMX|UIMNMX|LOP|XMAD|ISCADD|VHMNMX"),
 )
 OVERHEAD = ("integer", "predicate", "branch", "move", "parameter")
+ANCHORS = ("tensor", "shared", "copy", "global", "exchange", "atomic")
 # cycles from issue to a result that a scoreboard announces; Luo et al., arXiv 2402.13499 and 2501.12084, rounded
 LATENCY = {"shared": 30, "exchange": 25, "special": 25, "convert": 15, "global": 270, "copy": 20, "atomic": 300,
            "parameter": 25, "tensor": 33, "fence": 20, "barrier": 20, "move": 15, "local": 35}
@@ -144,19 +146,32 @@ def parsed(listing: str, name: str) -> list[Instruction]:
 
 
 def trips(code: list[Instruction], executed: dict[int, float]) -> list[float]:
-    """How often each instruction is issued; executed: PTX line -> how often it ran."""
-    of_block: dict[int, list[float]] = {}
+    """How often each instruction is issued; executed: PTX line -> how often it ran.
+
+    Where a loop was unrolled or a block copied, a PTX line has several instructions, which share what it ran. An
+    instruction of a unit that PTX drives with one instruction (memory, tensor cores, exchanges) tells how many;
+    blocks without one count the blocks that have the same opcode from the same line.
+    """
+    copies = Counter((i.ptx, i.opcode) for i in code)
+    blocks = Counter((ptx, opcode) for ptx, opcode, _ in {(i.ptx, i.opcode, i.block) for i in code})
+    sure: dict[int, list[float]] = {}
+    likely: dict[int, list[float]] = {}
     for i in code:
         if i.ptx in executed:
-            of_block.setdefault(i.block, []).append(executed[i.ptx])
-    chosen = {block: statistics.median_low(values) for block, values in of_block.items()}
+            key = i.ptx, i.opcode
+            if i.group in ANCHORS:
+                sure.setdefault(i.block, []).append(executed[i.ptx] / copies[key])
+            likely.setdefault(i.block, []).append(executed[i.ptx] / blocks[key])
+    chosen = {block: statistics.median_low(sure.get(block) or values) for block, values in likely.items()}
     return [chosen.get(i.block, 0.0) for i in code]
 
 
 def mapped_share(code: list[Instruction], executed: dict[int, float], counts: list[float]) -> float:
-    """Share of the issued instructions whose own PTX line ran as often as their block is taken to."""
+    """Share of the issued instructions whose own PTX line ran as often as their block is taken to, or a whole number
+    of times as often."""
     whole = sum(counts)
-    return sum(n for i, n in zip(code, counts) if executed.get(i.ptx) == n) / whole if whole else 1.0
+    agrees = lambda ran, n: n > 0 and ran >= n and abs(ran / n - round(ran / n)) < 1e-6
+    return sum(n for i, n in zip(code, counts) if agrees(executed.get(i.ptx, 0.0), n)) / whole if whole else 1.0
 
 
 def by_group(code: list[Instruction], counts: list[float]) -> Counter:
@@ -167,7 +182,7 @@ def by_group(code: list[Instruction], counts: list[float]) -> Counter:
 
 
 def by_stage(
-    code: list[Instruction], counts: list[float], stage_of: Callable[[int], str]
+    code: list[Instruction], counts: list[float], stage_of: dict[int, str]
 ) -> dict[str, tuple[float, float]]:
     """stage -> (instructions issued, cycles of all warps together if each had its scheduler for itself). Cycles: the
     sum over blocks of the time that a block takes, times its trips, to the stage of each instruction."""
@@ -185,7 +200,7 @@ def by_stage(
             ready[read] = max(ready[read], at + 15)
         at += max(1, stall)
         if n:
-            stage = stage_of(i.ptx)
+            stage = stage_of.get(i.ptx, UNKNOWN)
             issued, cycles = found.get(stage, (0.0, 0.0))
             found[stage] = issued + n, cycles + n * (at - before)
     return found

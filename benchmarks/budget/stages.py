@@ -29,16 +29,19 @@ STAGES = {
     "update_inputs": "update inputs", "update_outputs": "update outputs",
     "update_scalar_outputs": "update outputs", "read_shares": "read", "finish_panel": "results",
     "read_results": "results", "fetch": "fetch", "fetch_panel": "fetch", "round_block": "weights",
-    "base_block": "weights", "block": "weights", "at": "weights", "for_blocks": "weights", "put_shares": "shares", "put_norms": "shares", "begin": "exchange",
+    "base_block": "weights", "block": "weights", "at": "weights", "for_blocks": "weights",
+    "put_shares": "shares", "put_norms": "shares", "begin": "exchange",
     "acquire": "exchange", "release": "exchange", "load_deviations": "state", "load_scalar_weights": "state",
     "move_pending": "state", "clear_pending": "state", "store_block": "state", "run": "commit",
-    "prefill": "panel loop", "decode": "decode",
+    "prefill": "panel loop", "titans_prefill": "panel loop", "decode": "decode", "titans_decode": "decode",
 }
 _LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)([^/]*)(?://\s*(.*))?")
 _INLINED = re.compile(r"inlined_at\s+(\d+)\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.M)
 _FRAME = re.compile(r"([\w.]+\.py):(\d+):\d+")
-_CUDA_FUNCTION = re.compile(r"^(?:template <[^;{]*> )?\s*(?:HOPE_DEVICE|HOPE_KERNEL\(\w+\))\s+(?:static )?[^;{(]*?(\w+)\(")
+_CUDA_FUNCTION = re.compile(
+    r"^(?:template <[^;{]*> )?\s*(?:HOPE_DEVICE|HOPE_KERNEL\(\w+\))\s+(?:static )?[^;{(]*?(\w+)\("
+)
 _LAMBDA = re.compile(r"^(\s*)const auto (\w+) = \[&\]")
 
 Frame = tuple[str, int]  # a file of the repository, or the name of another one, and a line
@@ -52,7 +55,7 @@ def stage_of(functions: list[str], kernel: str) -> str:
     # the kernel's own code and the schedule's are what is left over: a function further in says more
     outer = ("panel loop", "schedule", "commit", "decode")
     inner = [stage for stage in found if stage not in outer]
-    return inner[0] if inner else found[-1] if found else kernel if functions else UNKNOWN
+    return inner[0] if inner else found[-1] if found else STAGES.get(kernel, kernel) if functions else UNKNOWN
 
 
 def stages(ptx: str, lines: list[int], kernel: str) -> list[str]:

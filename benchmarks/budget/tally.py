@@ -10,17 +10,14 @@ The difference of two lengths is free of what a launch does once.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
-import triton
 
 from benchmarks.budget import stages as stage_names
 from benchmarks.budget.classes import class_of, flops, group_of
@@ -31,6 +28,7 @@ from tools import build_cuda
 from tools.ptx import cuda, triton_device
 from tools.ptx.machine import Counts, Kernel, Options
 
+SUMS = ("wavefronts", "sectors", "shared_bytes", "global_bytes", "l2_bytes", "flops")
 MEASURES = ("executed", "lanes", "bytes", "wavefronts", "sectors")
 
 
@@ -46,6 +44,12 @@ class Text:
     def key(self) -> tuple[str, int]:
         return self.name, hash(self.ptx)
 
+    @property
+    def short(self) -> str:
+        """The name without what a C++ compiler adds."""
+        found = cuda.SYMBOL.fullmatch(self.name)
+        return found[1] if found else self.name
+
 
 @dataclass
 class Stage:
@@ -56,6 +60,7 @@ class Stage:
     sectors: float = 0
     shared_bytes: float = 0
     global_bytes: float = 0
+    l2_bytes: float = 0  # of global memory that lanes ask for, each byte once an instruction
     flops: float = 0
 
     @property
@@ -63,7 +68,7 @@ class Stage:
         return sum(self.classes.values())
 
     def record(self) -> dict:
-        rest = {n: short(getattr(self, n)) for n in ("wavefronts", "sectors", "shared_bytes", "global_bytes", "flops")}
+        rest = {n: short(getattr(self, n)) for n in SUMS}
         kept = {n: short(v) for n, v in sorted(self.classes.items()) if v}
         return {"instructions": short(self.instructions), **rest, "classes": kept}
 
@@ -138,7 +143,7 @@ def recording(arch: int, with_cuda: bool = True) -> Iterator[Recorder]:
 @cache
 def _labels(key: tuple[str, int], text: TextOf) -> tuple[list[str], list[str], list[int]]:
     instructions = text.of.kernel.instructions
-    found = stage_names.stages(text.of.ptx, [i.line for i in instructions], text.of.name)
+    found = stage_names.stages(text.of.ptx, [i.line for i in instructions], text.of.short)
     return found, [class_of(i.opcode) for i in instructions], [flops(i.opcode) for i in instructions]
 
 
@@ -171,6 +176,7 @@ def tally(
                 stage.shared_bytes += delta["bytes"][k] / units
             elif group_of(kind) in ("global", "copy", "atomic"):
                 stage.global_bytes += delta["bytes"][k] / units
+                stage.l2_bytes += min(delta["bytes"][k], 32 * delta["sectors"][k]) / units
     return dict(found)
 
 
@@ -181,7 +187,7 @@ def total(of: dict[str, Stage]) -> Stage:
         if name == stage_names.WAIT:
             continue
         whole.classes.update(stage.classes)
-        for n in ("wavefronts", "sectors", "shared_bytes", "global_bytes", "flops"):
+        for n in SUMS:
             setattr(whole, n, getattr(whole, n) + getattr(stage, n))
     return whole
 
