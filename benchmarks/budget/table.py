@@ -73,10 +73,12 @@ def stages(budget: dict) -> str:
             sass, cycles = r["sass"]["stages"].get(stage, (0, 0))
             rows.append((
                 stage, number(s["instructions"]), f"{s['instructions'] / whole:.1%}", number(sass), number(cycles),
-                *(number(sum(n for kind, n in s["classes"].items() if group_of(kind) in of)) for of in COLUMNS.values()),
+                *(number(sum(n for kind, n in s["classes"].items() if group_of(kind) in g)) for g in COLUMNS.values()),
                 number(s["wavefronts"]), number(s["shared_bytes"] / 128), number(s["l2_bytes"]),
             ))
-        head = " | ".join(["stage | PTX | share | SASS | warp cycles", *COLUMNS, "wavefronts | at the least | L2 bytes"])
+        head = " | ".join([
+            "stage | PTX | share | SASS | warp cycles", *COLUMNS, "wavefronts | of them needed | L2 bytes"
+        ])
         parts.append(f"**{name}**, a {r['unit']}: {number(whole)} PTX instructions of all warps, "
                      f"{number(r['sass']['instructions'])} of SASS\n\n{markdown(head, rows)}")
     kinds = "; ".join(f"{name}: {what}" for name, what in GROUPS.items())
