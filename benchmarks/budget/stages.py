@@ -40,7 +40,7 @@ _INLINED = re.compile(r"inlined_at\s+(\d+)\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.M)
 _FRAME = re.compile(r"([\w.]+\.py):(\d+):\d+")
 _CUDA_FUNCTION = re.compile(
-    r"^(?:template <[^;{]*> )?\s*(?:HOPE_DEVICE|HOPE_KERNEL\(\w+\))\s+(?:static )?[^;{(]*?(\w+)\("
+    r"^\s*(?:template <[^;{]*> )?(?:static )?(?:HOPE_DEVICE|HOPE_KERNEL\(\w+\))\s+(?:static )?[^;{(]*?(operator.|\w+)\("
 )
 _LAMBDA = re.compile(r"^(\s*)const auto (\w+) = \[&\]")
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.budget import gate, predicted
 from benchmarks.budget.classes import GROUPS, UnknownOpcode, class_of, flops, group_of
-from benchmarks.budget.stages import WAIT, stage_of, stages
+from benchmarks.budget.stages import STAGES, WAIT, WAITS, _functions, stage_of, stages
 from benchmarks.goals import GOALS
 from benchmarks.records import RESULTS
 from benchmarks.sources import ROOT
@@ -152,6 +152,16 @@ def test_stages_of_inlined_code():
     line = at(source, "def update_task") + 3
     text += f"\n.loc 3 {line} 4 // commit.py:{line}:4 @[ schedule.py:1:1 ]\nadd.s32 a, b, c;"
     assert stages(text, [text.count("\n") + 1], "k") == ["update"]
+
+
+def test_every_function_of_the_sources_is_found_and_every_stage_has_one():
+    found = {n: [name for _, _, name in _functions(str(n.relative_to(ROOT)))] for n in (
+        *ROOT.glob("csrc/cuda/titans/*.cuh"), *ROOT.glob("hope_kernels/ops/titans/triton/*.py"))}
+    for path, names in found.items():
+        defined = re.findall(r"^.*\bHOPE_(?:DEVICE|KERNEL\(\w+\)) .*\(.*$", path.read_text(), re.M)
+        assert len(names) >= len(defined), path
+    everywhere = {name for names in found.values() for name in names}
+    assert set(STAGES) <= everywhere and set(WAITS) - {"pause"} <= everywhere
 
 
 @pytest.mark.parametrize("name", BUDGET["cases"])
