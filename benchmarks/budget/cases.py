@@ -8,6 +8,7 @@ for a time, as multiples of the unit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +19,8 @@ from hope_kernels import CMSConfig, TitansConfig
 from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.cms.matrix import Matrix
 from hope_kernels.ops.titans.state import FastWeights, Layout
-from hope_kernels.ops.titans.triton.tiles import tile_row
+from hope_kernels.ops.titans.triton import operator, tiles
+from hope_kernels.ops.titans.triton.groups import Tiles
 
 BF16 = torch.bfloat16
 
@@ -58,7 +60,23 @@ class Case:
     per: float  # units in ``more`` - ``few``
     goal: Size | None = None
     cheap: bool = False
+    tiles: tuple[int, int, int, int] | None = None  # of the memory's Triton kernel, in place of its table's
     measured_as: str = ""  # "file: name of the case" of benchmarks.gpu that measures the call of ``goal``
+
+    @contextmanager
+    def with_tiles(self) -> Iterator[None]:
+        """What the table of tiles would have to say."""
+        table = tiles.TABLE
+        if self.tiles is not None:
+            tiles.TABLE = tuple(
+                row._replace(tiles=Tiles(*self.tiles)) if (row.D, row.itemsize) == (64, 2) else row for row in table
+            )
+        operator._plan.cache_clear()
+        try:
+            yield
+        finally:
+            tiles.TABLE = table
+            operator._plan.cache_clear()
 
     @property
     def case(self) -> dict:
@@ -179,9 +197,9 @@ def _goal(mult: int, C: int, heads: int, rows: int, tokens: int, blocks: int, wa
 
 def _tasks(config: TitansConfig) -> tuple[tuple[str, int], ...]:
     """Of Triton's schedule; a chunk's clock runs beside its errors."""
-    tile, M = tile_row(config.head_dim, config.chunk_memory, 2).tiles, len(config.memories)
-    parts, tiles = config.chunk_memory // tile.WALK_CT, config.hidden // tile.TILE_NT
-    return ("read", M * parts), ("errors", M * parts), ("hidden", M * tiles), ("gain", M), ("update", M * tiles)
+    tile, M = tiles.tile_row(config.head_dim, config.chunk_memory, 2).tiles, len(config.memories)
+    parts, cuts = config.chunk_memory // tile.WALK_CT, config.hidden // tile.TILE_NT
+    return ("read", M * parts), ("errors", M * parts), ("hidden", M * cuts), ("gain", M), ("update", M * cuts)
 
 
 def _memories() -> Iterator[Case]:
@@ -194,24 +212,33 @@ def _memories() -> Iterator[Case]:
         for arch in (90, 80):
             size = _goal(mult, C, heads, rows, tokens, blocks, 8, barriers=(C // 16 + 1) * (blocks > 1))
             yield Case(f"prefill {shape} cuda sm_{arch}", "prefill", "cuda", arch, chunk,
-                       partial(prefill, config, "cuda"), 2, 4, 2, size, arch == 90, f"{name} cuda")
+                       partial(prefill, config, "cuda"), 2, 4, 2, size, arch == 90, None, f"{name} cuda")
             size = _goal(mult, C, heads, rows, tokens, 1, 4, persistent=True, resident=3 if C == 16 else 2,
                          tasks=_tasks(config), barriers=4)
             yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
-                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, f"{name} triton")
+                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, None,
+                       f"{name} triton")
+            # as many tokens as a chunk has, so that weights are loaded once: what it would save
+            wide = (64, C, 64, C)
+            if C == 64:
+                changed = Case(f"prefill {shape} triton sm_{arch} tiles {' '.join(map(str, wide))}", "prefill",
+                               "triton", arch, chunk, partial(prefill, config, "triton"), 2, 4, 2, tiles=wide)
+                with changed.with_tiles():
+                    goal = replace(size, tasks=_tasks(config))
+                yield replace(changed, goal=goal)
     config, whole = _config(4, 64), _config(4, 64, 32)
     size = Size(32, 32, 4, 8, 0.0, m.step_bytes(whole, 1, 2, commit=False), launches=2, memory_first=True)
     for arch in (90, 80):
         yield Case(f"step C64 D64 N256 cuda sm_{arch}", "step", "cuda", arch, "token of a (row, head)",
-                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90,
+                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90, None,
                    "ops: step graph C64 D64 N256 H32 B1 T1 bf16 cuda")
     size = replace(size, blocks=1, warps=4, launches=1, resident=2, persistent=True)
     yield Case("step C64 D64 N256 triton sm_90", "step", "triton", 90, "token of a (row, head)",
-               partial(decode, config, "triton"), 1, 3, 2, size, False,
+               partial(decode, config, "triton"), 1, 3, 2, size, False, None,
                "ops: step graph C64 D64 N256 H32 B1 T1 bf16 triton")
     size = _goal(4, 64, 32, 1, 8192, 1, 4, persistent=True, resident=2)
     yield Case("grad C64 D64 N256 triton sm_90", "grad", "triton", 90, chunk, partial(grad, config), 2, 4, 2,
-               replace(size, flops=3 * size.flops), False, "ops: grad C64 D64 N256 H32 B1 T8192 bf16 triton")
+               replace(size, flops=3 * size.flops), False, None, "ops: grad C64 D64 N256 H32 B1 T8192 bf16 triton")
 
 
 def _others() -> Iterator[Case]:
@@ -228,7 +255,7 @@ def _others() -> Iterator[Case]:
         moved = (8 + 2) * d * d + 2 * 2 * tokens * d
         yield Case(f"cms refresh d{d} C{tokens} sm_90", "refresh", "triton", 90, f"refresh of {rows} of {d} rows",
                    lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1,
-                   Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True), d == 256,
+                   Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True), d == 256, None,
                    f"cms: refresh d{d} C{tokens} B1 bf16 gd")
     yield Case("conv d2048 sm_90", "conv", "triton", 90, "1024 tokens", lambda n: conv(2048, 512 * n), 2, 4, 1,
                Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=8, reuse=True, persistent=True), cheap=True)

@@ -29,7 +29,7 @@ class Counted:
 
 def count(case: Case) -> Counted:
     """Raises BuildError where a compiler is missing, Fault where a kernel is wrong."""
-    with recording(case.arch, case.backend == "cuda") as gpu:
+    with case.with_tiles(), recording(case.arch, case.backend == "cuda") as gpu:
         launched = lambda: sum(gpu.device.launches.values())
         few, marks = {}, [launched()]
         if case.few:
@@ -84,6 +84,7 @@ def check_sass(c: Counted) -> dict:
     return {
         "instructions": short(instructions), "of_ptx": round(instructions / total(c.stages).instructions, 3),
         "agreeing": round(agreeing / (sum(whole.values()) or 1), 3), "waiting": short(waited),
+        "spills": short(whole["local"]),
         "warp_cycles": short(sum(cycles for _, cycles in per_stage.values())),
         "overhead": round(sum(whole[g] for g in sass.OVERHEAD) / (sum(whole.values()) or 1), 3),
         "groups": {n: short(v) for n, v in whole.most_common() if v},
