@@ -3,7 +3,7 @@ by this repository, and a prediction is not a measurement.
 
     issue     warp instructions (SASS), one a scheduler and cycle, four schedulers a multiprocessor
     tensor    FLOPs of mma.sync and wgmma at their rates
-    shared    wavefronts of shared memory, one a cycle and multiprocessor
+    shared    wavefronts of shared memory, one a cycle and multiprocessor (without what wgmma reads itself)
     L2        bytes of global memory that lanes ask for, each once an instruction, as if nothing hit in L1 (and as if
               every sector of 32 bytes were used up: by sectors it is more)
     L1        the same at 128 bytes a cycle and multiprocessor, for kernels that read again what they have just read

@@ -248,7 +248,8 @@ def _others() -> Iterator[Case]:
                 name = "backward" if backward else "forward"
                 yield Case(f"cms {name} d{d} C{tokens} sm_{arch}", "forward", "triton", arch, "call of a level",
                            lambda n, d=d, t=tokens, b=backward: level(d, t, b), 0, 1, 1,
-                           Size(1, 1, 1, 8, 16 * d * d * tokens, 2 * 8 * d * d, resident=2, persistent=True),
+                           Size(1, 1, 1, 8, 16 * d * d * tokens, 2 * 8 * d * d, launches=3, resident=2,
+                                persistent=True),
                            d == 256 and arch == 90)
     for d, tokens in ((256, 64), (4096, 64), (4096, 4096)):
         rows = min(d, 256)

@@ -172,6 +172,6 @@ def assumptions(budget: dict) -> str:
 
 
 BLOCKS: dict[str, Callable[[dict], str]] = {
-    "budget_predictions": predictions, "budget_sass": cross_check, "budget_stages": stages, "budget_changes": changes, "budget_claims": claims,
-    "budget_assumptions": assumptions,
+    "budget_claims": claims, "budget_changes": changes, "budget_predictions": predictions,
+    "budget_sass": cross_check, "budget_stages": stages, "budget_assumptions": assumptions,
 }
