@@ -45,15 +45,16 @@ def count(case: Case) -> Counted:
         delta = (counts.executed - before) / case.per
         executed[key] = {i.line: float(n) for i, n in zip(text.kernel.instructions, delta)}
     launches = (marks[2] - marks[1]) - (marks[1] - marks[0])
-    return Counted(case, tally(more, few, case.per), [t for t, _ in more.values()], executed, launches / case.per)
+    texts = [text for text, _ in more.values()]
+    return Counted(case, tally(more, few, case.per), texts, executed, launches / case.per)
 
 
 def counts_record(c: Counted) -> dict:
     """The part that the gate compares: of a unit of work, exact and the same in every run."""
     whole = total(c.stages)
     return {
-        "kernel_of": c.case.case, "kernel": kernel_hash(c.case.case), "arch": c.case.arch, "unit": c.case.unit,
-        "lengths": [c.case.few, c.case.more],
+        "kernel_of": c.case.case, "kernel": kernel_hash(c.case.case), "arch": c.case.arch,
+        "unit": c.case.unit, "lengths": [c.case.few, c.case.more],
         **{k: v for k, v in whole.record().items() if k != "classes"},
         "groups": {n: short(v) for n, v in groups(whole.classes).most_common()},
         "stage_known": round(known_share(c.stages), 4),
