@@ -77,7 +77,8 @@ class PtxBackend(CUDABackend):
 
 class Device(DriverBase):
     """What Triton asks a driver for, and what a launch needs. ``launches``: how often each kernel was launched;
-    ``kernels``: what the machine decoded, with its counts; ``multiprocessors``: what kernels are told of
+    ``kernels``: what the machine decoded, with its counts; ``changed``: kernels to run in the place of others;
+    ``multiprocessors``: what kernels are told of
     (the memory's takes four programs for each); ``options``: the machine's, of the next launch: the seed of a
     random schedule goes up by one with every launch."""
 
@@ -86,6 +87,7 @@ class Device(DriverBase):
         self.arch, self.options, self.multiprocessors = arch, Options(), 1
         self.launches: Counter[Launch] = Counter()
         self.kernels: dict[str, Kernel] = {}
+        self.changed: dict[Kernel, Kernel] = {}
         self.utils, self.launcher_cls = self, self._launcher
 
     @classmethod
@@ -167,6 +169,7 @@ class Launcher:
         last = kernel.parameters[-1]
         if len(block) != last.offset + last.bytes:
             raise RuntimeError(f"{kernel.name} takes {last.offset + last.bytes} bytes of arguments, not {len(block)}")
+        kernel = self.device.changed.get(kernel, kernel)
         self.device.launches[self.launch] += 1
         options = self.device.options
         if options.seed:

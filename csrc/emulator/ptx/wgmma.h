@@ -1,9 +1,9 @@
 // wgmma: products of four warps on operands in shared memory, described by 64-bit descriptors, under way until
 // they are waited for (compute capability 9.0).
 //
-// Every warp computes its own 16 of the 64 rows when it issues the product. What it reads of shared memory may
-// not be written until it has waited, and has to be visible to the asynchronous proxy: a fence.proxy.async lies
-// between the write and the product.
+// Every warp computes its own 16 of the 64 rows when it issues the product. Until it has waited, the sums are not
+// in its registers, and what is read of shared memory may not be written. That has to be visible to the
+// asynchronous proxy: a fence.proxy.async lies between a write and the product.
 #pragma once
 #include "tensor.h"
 
@@ -37,40 +37,39 @@ inline Descriptor descriptor(Warp& w, uint64_t d) {
           static_cast<uint32_t>(d >> 32 & 0x3fff) << 4, units[swizzle], bits[swizzle]};
 }
 
-inline Warp& warp_of(Warp& w, uint32_t thread) {
-  const uint32_t warps = w.grid->shape.threads / 32;
-  for (const auto& b : w.block->cluster->blocks)
-    if (static_cast<uint32_t>(b->index) == thread / 32 / warps) return *b->warps[thread / 32 % warps];
-  return w;
+// The race detector sees what a product reads: 16 bytes at `at`.
+inline void show_product(Warp& w, uint32_t at) {
+  Block& b = *w.block;
+  Conflict c;
+  if (!b.shadow->read(at, 16, w.accessor(0), w.grid->at->line, Access::kPlain, c))
+    race(*w.grid, c, 0, "byte " + std::to_string(c.offset) + " of shared memory");
+  uint32_t thread;
+  int32_t line;
+  for (uint32_t k = 0; k < 16; k += 2)
+    if (!passed_to_proxy(w, 0xffffffffu, *b.shadow, at + k, kProxyShared, line, thread))
+      w.grid->fail("no fence.proxy.async between this product and what it reads, which was written by " +
+                   w.grid->thread_name(thread) + "\n    " + w.grid->line_text(line));
+  ++b.under_product[at / 16];
+  w.open_reads.push_back(at / 16);
 }
 
-// rows x 16 numbers into `to`, row after row.
+// 16 x `rows` numbers into `to`, k after k. A unit of 16 bytes holds 8 of a row, or 8 rows of a k.
 template <class T>
 inline void gather_matrix(Warp& w, uint64_t d, int first_row, int rows, bool transposed, float* to) {
   const Descriptor m = descriptor(w, d);
   Block& b = *w.block;
-  for (int row = 0; row < rows; ++row)
-    for (int k = 0; k < 16; ++k) {
+  if (b.under_product.empty()) b.under_product.resize(b.shared_bytes / 16 + 1);
+  for (int row = 0; row < rows; row += transposed ? 8 : 1)
+    for (int k = 0; k < 16; k += transposed ? 1 : 8) {
       const uint32_t at = m.address(first_row + row, k, transposed);
-      if (at + 2 > b.shared_bytes)
+      if (at + 16 > b.shared_bytes)
         w.grid->fail("out of bounds: a matrix reaches byte " + std::to_string(at) + " of " +
                      std::to_string(b.shared_bytes) + " bytes of shared memory");
-      uint16_t bits;
-      std::memcpy(&bits, b.shared.get() + at, 2);
-      to[row * 16 + k] = value(T{bits});
-      if (!b.shadow || (transposed ? row % 8 : k % 8)) continue;
-      const uint32_t unit = at & ~15u;
-      Conflict c;
-      if (!b.shadow->read_pending(unit, 16, w.accessor(0), w.grid->at->line, c))
-        race(*w.grid, c, 0, "byte " + std::to_string(c.offset) + " of shared memory");
-      uint32_t thread, stamp;
-      int32_t line;
-      for (uint32_t k2 = 0; k2 < 16; k2 += 2)
-        if (b.shadow->last_write(unit + k2, thread, stamp, line) && stamp >= warp_of(w, thread).proxy_fence &&
-            w.knows_at_fence(thread / 32) <= stamp)
-          w.grid->fail("no fence.proxy.async between this product and what it reads, which was written by " +
-                       w.grid->thread_name(thread) + "\n    " + w.grid->line_text(line));
-      w.open_reads.push_back({unit, 16});
+      uint16_t bits[8];
+      std::memcpy(bits, b.shared.get() + at, 16);
+      for (int e = 0; e < 8; ++e)
+        to[(transposed ? k : k + e) * rows + (transposed ? row + e : row)] = value(T{bits[e]});
+      if (b.shadow) show_product(w, at);
     }
 }
 
@@ -86,7 +85,7 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
   if (!w.products_fenced) g.fail("no wgmma.fence before the first product");
   if (g.shape.threads % 128) g.fail("a product of four warps in a block of other than whole warpgroups");
   const int32_t *d = o + 6, *rest = d + n / 2;
-  float a[16 * 16], b[256 * 16];
+  float a[16 * 16], b[16 * 256];
   auto same = [&](int32_t operand) {
     const uint64_t* v = static_cast<uint64_t*>(w.lanes(operand));
     for (int lane = 1; lane < 32; ++lane)
@@ -98,8 +97,8 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
       const uint32_t* s = lanes_of<uint32_t>(w, rest[k]);
       for (int lane = 0; lane < 32; ++lane) {
         const int row = lane / 4 + 8 * (k % 2), column = 2 * (lane % 4) + 8 * (k / 2);
-        a[row * 16 + column] = value(T{static_cast<uint16_t>(s[lane])});
-        a[row * 16 + column + 1] = value(T{static_cast<uint16_t>(s[lane] >> 16)});
+        a[column * 16 + row] = value(T{static_cast<uint16_t>(s[lane])});
+        a[(column + 1) * 16 + row] = value(T{static_cast<uint16_t>(s[lane] >> 16)});
       }
     }
   } else {
@@ -109,17 +108,27 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
   gather_matrix<T>(w, same(rest[0]), 0, n, o[5], b);
   const uint32_t keep = w.predicates[rest[1]];
   if (keep && ~keep) g.fail("the lanes of a warp scale d differently");
+  float sums[16][256];
   for (int k = 0; k < n / 2; ++k) {
-    float* to = static_cast<float*>(w.lanes(d[k]));
-    for (int lane = 0; lane < 32; ++lane) {
-      const int row = lane / 4 + 8 * (k % 4 / 2), column = 8 * (k / 4) + 2 * (lane % 4) + k % 2;
-      float sum = keep ? to[lane] : 0.f;
-      for (int j = 0; j < 16; ++j) sum += scale * a[row * 16 + j] * b[column * 16 + j];
-      to[lane] = sum;
-    }
+    const auto earlier = w.results.find(d[k]);
+    const uint32_t* from = earlier == w.results.end() ? lanes_of<uint32_t>(w, d[k]) : earlier->second.lanes.data();
+    for (int lane = 0; lane < 32; ++lane)
+      sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2] =
+          keep ? std::bit_cast<float>(from[lane]) : 0.f;
   }
-  w.open_products = true;
-  w.products_issued = w.products_issued * 31 + i.index + 1;
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < 16; ++k) {
+      const float factor = scale * a[k * 16 + row];
+      for (int column = 0; column < n; ++column) sums[row][column] += factor * b[k * n + column];
+    }
+  for (int k = 0; k < n / 2; ++k) {
+    Result& r = w.results[d[k]];
+    r.group = w.committed;
+    for (int lane = 0; lane < 32; ++lane)
+      r.lanes[lane] = std::bit_cast<uint32_t>(sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2]);
+    std::fill_n(lanes_of<uint32_t>(w, d[k]), 32, 0x7fffffffu);  // nobody may look before it is waited for
+  }
+  w.in_step = w.in_step * 31 + i.index + 1;
   g.progress();
   return Next::kFollowing;
 }
@@ -127,36 +136,45 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
 inline void add_warpgroup(Forms& f) {
   f["wgmma.mma_async.bf16"] = {warpgroup_product<Brain>, true};
   f["wgmma.mma_async.f16"] = {warpgroup_product<Half>, true};
-  f["wgmma.fence"] = {[](Warp& w, const Instruction&, uint32_t) {
-                        w.products_fenced = true;
+  f["wgmma.fence"] = {[](Warp& w, const Instruction&, uint32_t mask) {
+                        if (mask) want_all(w, mask), w.products_fenced = true;
                         return Next::kFollowing;
                       },
                       true};
-  f["wgmma.commit_group"] = {[](Warp& w, const Instruction&, uint32_t) {
+  f["wgmma.commit_group"] = {[](Warp& w, const Instruction&, uint32_t mask) {
+                               if (!mask) return Next::kFollowing;
+                               want_all(w, mask);
                                w.products.push_back(std::exchange(w.open_reads, {}));
-                               w.open_products = false;
+                               ++w.committed;
                                return Next::kFollowing;
                              },
                              true};
   // operands: groups that may remain under way
-  f["wgmma.wait_group"] = {[](Warp& w, const Instruction& i, uint32_t) {
+  f["wgmma.wait_group"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+                             if (!mask) return Next::kFollowing;
+                             want_all(w, mask);
                              while (w.products.size() > static_cast<size_t>(i.operands[0])) {
-                               if (w.block->shadow)
-                                 for (const AsyncRead& r : w.products.front())
-                                   w.block->shadow->complete_read(r.at, r.bytes, w.id, w.clock);
+                               for (uint32_t unit : w.products.front()) --w.block->under_product[unit];
                                w.products.erase(w.products.begin());
                              }
-                             if (w.products.empty() && !w.open_products) w.products_fenced = false;
+                             std::erase_if(w.results, [&](const auto& result) {
+                               if (result.second.group >= w.committed - w.products.size()) return false;
+                               std::memcpy(w.lanes(result.first), result.second.lanes.data(), 128);
+                               return true;
+                             });
+                             if (!w.products_under_way()) w.products_fenced = false;
                              return Next::kFollowing;
                            },
                            true};
-  f["fence.proxy.async"] = {[](Warp& w, const Instruction&, uint32_t mask) {
-                              want_all(w, mask);
-                              w.proxy_fence = ++w.clock;
-                              w.known_at_fence = w.knows.warps;
-                              return Next::kFollowing;
-                            },
-                            true};
+  // operands: registers. What it changes is the hardware's; all warps of a warpgroup have to agree.
+  f["setmaxnreg"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+                       if (!mask) return Next::kFollowing;
+                       want_all(w, mask);
+                       if (w.grid->shape.threads % 128) w.grid->fail("setmaxnreg in a block of other than whole warpgroups");
+                       w.in_step = w.in_step * 31 + i.index + 1;
+                       return Next::kFollowing;
+                     },
+                     true};
 }
 
 }  // namespace hope::ptx

@@ -99,10 +99,17 @@ def evaluate_scalar_adjoint(
 
 @triton.jit
 def add(p, at, x):
-    tl.store(p + at, tl.load(p + at) + x)
+    """Several threads hold a number of a vector, all of them load it, and one stores the sum: not before all have
+    loaded."""
+    total = tl.load(p + at) + x
+    if len(x.shape) == 1:
+        tl.debug_barrier()
+    tl.store(p + at, total)
 
 
 @triton.jit
 def add_where(p, at, x, condition):
-    """``add`` if the scalar ``condition`` holds."""
-    tl.store(p + at, tl.load(p + at, mask=condition, other=0.0) + x, mask=condition)
+    """``add`` of a vector, if the scalar ``condition`` holds."""
+    total = tl.load(p + at, mask=condition, other=0.0) + x
+    tl.debug_barrier()
+    tl.store(p + at, total, mask=condition)
