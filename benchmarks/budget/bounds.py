@@ -53,7 +53,8 @@ _CLUSTER = Assumption(
     "distributed shared memory and of L2 (Luo et al., arXiv 2501.12084: some 180 and 260 cycles)"
 )
 _HANDOFF = Assumption(
-    700, "cycles", "from a task's last store to another's first load: two round trips to L2, two barriers; taken"
+    700, "cycles", "from a task's last store to another's first load: two round trips to L2, two barriers; "
+    "taken"
 )
 _HOST = Assumption(25e-6, "s", "of the host, for a launch of a Triton kernel with groups of arguments: taken")
 MACHINES = {

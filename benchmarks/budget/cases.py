@@ -226,8 +226,8 @@ def _memories() -> Iterator[Case]:
             wide = (64, C, 64, C)
             if C == 64:
                 title = f"prefill {shape} triton sm_{arch} tiles {' '.join(map(str, wide))}"
-                changed = Case(title, "prefill", "triton", arch, chunk, partial(prefill, config, "triton"), 2, 4,
-                               2, tiles=wide)
+                call = partial(prefill, config, "triton")
+                changed = Case(title, "prefill", "triton", arch, chunk, call, 2, 4, 2, tiles=wide)
                 with changed.with_tiles():
                     goal = replace(size, tasks=_tasks(config))
                 yield replace(changed, goal=goal)

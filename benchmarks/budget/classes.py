@@ -37,7 +37,8 @@ _WORDS = {
     "rcp": "special", "tanh": "special", "sin": "special", "cos": "special", "fma": "float",
     "copysign": "float", "selp": "predicate", "bra": "branch", "ret": "branch", "exit": "branch",
     "trap": "branch", "call": "branch", "nanosleep": "branch", "cvta": "address", "mapa": "address",
-    "atom": "atomic", "red": "atomic", "barrier": "barrier", "bar": "barrier", "fence": "fence", "membar": "fence",
+    "atom": "atomic", "red": "atomic", "barrier": "barrier", "bar": "barrier", "fence": "fence",
+    "membar": "fence",
 }
 _PLAIN = {
     "add", "sub", "mul", "mad", "div", "rem", "min", "max", "abs", "neg", "not", "and", "or", "xor", "lop3",

@@ -58,8 +58,8 @@ def cross_check(budget: dict) -> str:
     head = ("kernel | unit of work | PTX instructions | SASS instructions | SASS per PTX | agreeing "
             "| integers, predicates, branches, moves | spilled | wavefronts | sectors")
     return (f"{markdown(head, rows)}\n\nWarp instructions of all warps. Agreeing: SASS instructions whose "
-            "own PTX line ran as often as their basic block is taken to have run, or a whole number of times as "
-            "often. "
+            "own PTX line ran as often as their basic block is taken to have run, or a whole number of times "
+            "as often. "
             f"{COMMAND}")
 
 
