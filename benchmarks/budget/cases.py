@@ -1,13 +1,13 @@
 """What is counted: calls of the package's own operators at the shapes of the goals, on few rows and heads.
 
-A case runs twice, with ``few`` and ``more`` units of length, and the difference is what a unit costs: a chunk of
-one (row, head) of the memory, or a whole call where nothing repeats. ``goal`` says at which size the goals ask
-for a time, as multiples of the unit.
-"""
+A case runs twice, with ``few`` and ``more`` units of length, and the difference is what a unit costs: a chunk
+of one (row, head) of the memory, or a whole call where nothing repeats. ``goal`` says at which size the goals
+ask for a time, as multiples of the unit. """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,16 +18,18 @@ from hope_kernels import CMSConfig, TitansConfig
 from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.cms.matrix import Matrix
 from hope_kernels.ops.titans.state import FastWeights, Layout
-from hope_kernels.ops.titans.triton.tiles import tile_row
+from hope_kernels.ops.titans.triton import operator, tiles
+from hope_kernels.ops.titans.triton.groups import Tiles
 
 BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Size:
-    """The call that a goal asks for. units: of the case, in the whole call, of which ``chains`` run side by side
-    and the units of a chain one after the other. blocks, warps: of a chain's kernel at work at one time, and of a
-    block. flops: of the call; bytes: that it cannot avoid moving to and from memory. launches: one after the other."""
+    """The call that a goal asks for. units: of the case, in the whole call, of which ``chains`` run side by
+    side and the units of a chain one after the other. blocks, warps: of a chain's kernel at work at one time,
+    and of a block. flops: of the call; bytes: that it cannot avoid moving to and from memory. launches: one
+    after the other."""
 
     units: float
     chains: int
@@ -58,7 +60,24 @@ class Case:
     per: float  # units in ``more`` - ``few``
     goal: Size | None = None
     cheap: bool = False
+    tiles: tuple[int, int, int, int] | None = None  # of the memory's Triton kernel, in place of its table's
     measured_as: str = ""  # "file: name of the case" of benchmarks.gpu that measures the call of ``goal``
+
+    @contextmanager
+    def with_tiles(self) -> Iterator[None]:
+        """What the table of tiles would have to say."""
+        table = tiles.TABLE
+        if self.tiles is not None:
+            other = Tiles(*self.tiles)
+            tiles.TABLE = tuple(
+                row._replace(tiles=other) if (row.D, row.itemsize) == (64, 2) else row for row in table
+            )
+        operator._plan.cache_clear()
+        try:
+            yield
+        finally:
+            tiles.TABLE = table
+            operator._plan.cache_clear()
 
     @property
     def case(self) -> dict:
@@ -77,8 +96,8 @@ def _weights(config: TitansConfig) -> FastWeights:
 def _inputs(config: TitansConfig, tokens: int) -> TokenInputs:
     g, shape = torch.Generator().manual_seed(1), (1, tokens, config.num_heads, config.head_dim)
     q, x = (torch.randn(shape, generator=g) for _ in range(2))
-    bias = torch.zeros(config.num_heads, dtype=BF16)
-    return TokenInputs((q / q.norm(dim=-1, keepdim=True)).to(BF16), x=x.to(BF16), eta_bias=bias, alpha_bias=bias + 2)
+    q, bias = q / q.norm(dim=-1, keepdim=True), torch.zeros(config.num_heads, dtype=BF16)
+    return TokenInputs(q.to(BF16), x=x.to(BF16), eta_bias=bias, alpha_bias=bias + 2)
 
 
 def prefill(config: TitansConfig, backend: str, chunks: int) -> Callable[[], object]:
@@ -125,7 +144,8 @@ def level(d: int, tokens: int, backward: bool) -> Callable[[], object]:
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=g).to(BF16)
     N = config.hidden
-    of = {"norm_gain": 1 + 0.1 * draw(d), "up": Matrix(draw(N, d) / d**0.5), "down": Matrix(draw(d, N) / N**0.5)}
+    up, down = Matrix(draw(N, d) / d**0.5), Matrix(draw(d, N) / N**0.5)
+    of = {"norm_gain": 1 + 0.1 * draw(d), "up": up, "down": down}
     x, dy = draw(1, tokens, d), draw(1, tokens, d)
     _, saved = kernels.level_forward(x, of, config, 1e-6, residual=True, keep=True)
 
@@ -162,7 +182,8 @@ def gate(heads: int, tokens: int) -> Callable[[], object]:
     return lambda: output_gate_triton(o, torch.ones(heads, 64, dtype=BF16), z.flatten(2))
 
 
-# -- the list --------------------------------------------------------------------------------------------------
+# -- the list
+# --------------------------------------------------------------------------------------------------
 
 
 def _config(mult: int, C: int, heads: int = 1) -> TitansConfig:
@@ -173,15 +194,16 @@ def _goal(mult: int, C: int, heads: int, rows: int, tokens: int, blocks: int, wa
     config = _config(mult, C, heads)
     return Size(
         units=rows * heads * tokens / C, chains=rows * heads, blocks=blocks, warps=warps,
-        flops=rows * tokens * m.flops_per_token(config), bytes=m.prefill_bytes(config, rows, tokens, 2), **more
+        flops=rows * tokens * m.flops_per_token(config), bytes=m.prefill_bytes(config, rows, tokens, 2),
+        **more
     )
 
 
 def _tasks(config: TitansConfig) -> tuple[tuple[str, int], ...]:
     """Of Triton's schedule; a chunk's clock runs beside its errors."""
-    tile, M = tile_row(config.head_dim, config.chunk_memory, 2).tiles, len(config.memories)
-    parts, tiles = config.chunk_memory // tile.WALK_CT, config.hidden // tile.TILE_NT
-    return ("read", M * parts), ("errors", M * parts), ("hidden", M * tiles), ("gain", M), ("update", M * tiles)
+    tile, M = tiles.tile_row(config.head_dim, config.chunk_memory, 2).tiles, len(config.memories)
+    parts, cuts = config.chunk_memory // tile.WALK_CT, config.hidden // tile.TILE_NT
+    return ("read", M * parts), ("errors", M * parts), ("hidden", M * cuts), ("gain", M), ("update", M * cuts)
 
 
 def _memories() -> Iterator[Case]:
@@ -194,24 +216,35 @@ def _memories() -> Iterator[Case]:
         for arch in (90, 80):
             size = _goal(mult, C, heads, rows, tokens, blocks, 8, barriers=(C // 16 + 1) * (blocks > 1))
             yield Case(f"prefill {shape} cuda sm_{arch}", "prefill", "cuda", arch, chunk,
-                       partial(prefill, config, "cuda"), 2, 4, 2, size, arch == 90, f"{name} cuda")
+                       partial(prefill, config, "cuda"), 2, 4, 2, size, arch == 90, None, f"{name} cuda")
             size = _goal(mult, C, heads, rows, tokens, 1, 4, persistent=True, resident=3 if C == 16 else 2,
                          tasks=_tasks(config), barriers=4)
             yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
-                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, f"{name} triton")
+                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, None,
+                       f"{name} triton")
+            # as many tokens as a chunk has, so that weights are loaded once: what it would save
+            wide = (64, C, 64, C)
+            if C == 64:
+                title = f"prefill {shape} triton sm_{arch} tiles {' '.join(map(str, wide))}"
+                call = partial(prefill, config, "triton")
+                changed = Case(title, "prefill", "triton", arch, chunk, call, 2, 4, 2, tiles=wide)
+                with changed.with_tiles():
+                    goal = replace(size, tasks=_tasks(config))
+                yield replace(changed, goal=goal)
     config, whole = _config(4, 64), _config(4, 64, 32)
     size = Size(32, 32, 4, 8, 0.0, m.step_bytes(whole, 1, 2, commit=False), launches=2, memory_first=True)
     for arch in (90, 80):
         yield Case(f"step C64 D64 N256 cuda sm_{arch}", "step", "cuda", arch, "token of a (row, head)",
-                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90,
+                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90, None,
                    "ops: step graph C64 D64 N256 H32 B1 T1 bf16 cuda")
     size = replace(size, blocks=1, warps=4, launches=1, resident=2, persistent=True)
     yield Case("step C64 D64 N256 triton sm_90", "step", "triton", 90, "token of a (row, head)",
-               partial(decode, config, "triton"), 1, 3, 2, size, False,
+               partial(decode, config, "triton"), 1, 3, 2, size, False, None,
                "ops: step graph C64 D64 N256 H32 B1 T1 bf16 triton")
     size = _goal(4, 64, 32, 1, 8192, 1, 4, persistent=True, resident=2)
     yield Case("grad C64 D64 N256 triton sm_90", "grad", "triton", 90, chunk, partial(grad, config), 2, 4, 2,
-               replace(size, flops=3 * size.flops), False, "ops: grad C64 D64 N256 H32 B1 T8192 bf16 triton")
+               replace(size, flops=3 * size.flops), False, None,
+               "ops: grad C64 D64 N256 H32 B1 T8192 bf16 triton")
 
 
 def _others() -> Iterator[Case]:
@@ -219,21 +252,24 @@ def _others() -> Iterator[Case]:
         for arch in (90, 80):
             for backward in (False, True):
                 name = "backward" if backward else "forward"
-                yield Case(f"cms {name} d{d} C{tokens} sm_{arch}", "forward", "triton", arch, "call of a level",
+                yield Case(f"cms {name} d{d} C{tokens} sm_{arch}", "forward", "triton", arch, "call",
                            lambda n, d=d, t=tokens, b=backward: level(d, t, b), 0, 1, 1,
-                           Size(1, 1, 1, 8, 16 * d * d * tokens, 2 * 8 * d * d, resident=2, persistent=True),
+                           Size(1, 1, 1, 8, 16 * d * d * tokens, 2 * 8 * d * d, launches=3, resident=2,
+                                persistent=True),
                            d == 256 and arch == 90)
     for d, tokens in ((256, 64), (4096, 64), (4096, 4096)):
         rows = min(d, 256)
         moved = (8 + 2) * d * d + 2 * 2 * tokens * d
-        yield Case(f"cms refresh d{d} C{tokens} sm_90", "refresh", "triton", 90, f"refresh of {rows} of {d} rows",
+        unit = f"refresh of {rows} of {d} rows"
+        yield Case(f"cms refresh d{d} C{tokens} sm_90", "refresh", "triton", 90, unit,
                    lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1,
                    Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True), d == 256,
-                   f"cms: refresh d{d} C{tokens} B1 bf16 gd")
-    yield Case("conv d2048 sm_90", "conv", "triton", 90, "1024 tokens", lambda n: conv(2048, 512 * n), 2, 4, 1,
-               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=8, reuse=True, persistent=True), cheap=True)
-    yield Case("gate H32 D64 sm_90", "gate", "triton", 90, "1024 tokens", lambda n: gate(32, 512 * n), 2, 4, 1,
-               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 6, resident=8, reuse=True, persistent=True), cheap=True)
+                   None, f"cms: refresh d{d} C{tokens} B1 bf16 gd")
+    size = Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=8, reuse=True, persistent=True)
+    yield Case("conv d2048 sm_90", "conv", "triton", 90, "1024 tokens", lambda n: conv(2048, 512 * n), 2, 4,
+               1, size, cheap=True)
+    yield Case("gate H32 D64 sm_90", "gate", "triton", 90, "1024 tokens", lambda n: gate(32, 512 * n), 2, 4,
+               1, replace(size, bytes=8 * 1024 * 2048 * 6), cheap=True)
 
 
 def cases() -> list[Case]:

@@ -1,8 +1,7 @@
 """The class of every PTX instruction: which part of a multiprocessor it keeps busy.
 
-A class is a group, and for memory the bytes a lane: "shared load 16". An opcode that no rule names is an error,
-so that nothing new is counted as something else.
-"""
+A class is a group, and for memory the bytes a lane: "shared load 16". An opcode that no rule names is an
+error, so that nothing new is counted as something else. """
 
 from __future__ import annotations
 
@@ -35,14 +34,15 @@ _FLOAT = re.compile(r"\.(?:f16|f32|f64|bf16|tf32)(?:x2)?\b")
 _WORDS = {
     "mma": "tensor", "movmatrix": "exchange", "shfl": "exchange", "redux": "exchange", "vote": "exchange",
     "activemask": "exchange", "ex2": "special", "lg2": "special", "rsqrt": "special", "sqrt": "special",
-    "rcp": "special", "tanh": "special", "sin": "special", "cos": "special", "fma": "float", "copysign": "float",
-    "selp": "predicate", "bra": "branch", "ret": "branch", "exit": "branch", "trap": "branch", "call": "branch",
-    "nanosleep": "branch", "cvta": "address", "mapa": "address", "atom": "atomic", "red": "atomic",
-    "barrier": "barrier", "bar": "barrier", "fence": "fence", "membar": "fence",
+    "rcp": "special", "tanh": "special", "sin": "special", "cos": "special", "fma": "float",
+    "copysign": "float", "selp": "predicate", "bra": "branch", "ret": "branch", "exit": "branch",
+    "trap": "branch", "call": "branch", "nanosleep": "branch", "cvta": "address", "mapa": "address",
+    "atom": "atomic", "red": "atomic", "barrier": "barrier", "bar": "barrier", "fence": "fence",
+    "membar": "fence",
 }
 _PLAIN = {
-    "add", "sub", "mul", "mad", "div", "rem", "min", "max", "abs", "neg", "not", "and", "or", "xor", "lop3", "shl",
-    "shr", "shf", "bfe", "bfi", "prmt", "popc", "clz", "brev", "sad",
+    "add", "sub", "mul", "mad", "div", "rem", "min", "max", "abs", "neg", "not", "and", "or", "xor", "lop3",
+    "shl", "shr", "shf", "bfe", "bfi", "prmt", "popc", "clz", "brev", "sad",
 }
 
 

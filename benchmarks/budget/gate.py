@@ -7,15 +7,15 @@ LIMITS = ("instructions", "wavefronts", "sectors")
 
 
 def dearer(name: str, budget: dict, now: dict, allowed: float = ALLOWED) -> list[str]:
-    """One sentence for every count of a case that has grown by more than ``allowed``, with the stages that did it."""
+    """One sentence for every count of a case that has grown by more than ``allowed``, with the stages that
+    did it."""
     found = []
     for what in LIMITS:
         before, after = budget[what], now[what]
         if after <= before * (1 + allowed):
             continue
-        grown = {
-            stage: of[what] - budget["stages"].get(stage, {}).get(what, 0) for stage, of in now["stages"].items()
-        }
+        old = budget["stages"]
+        grown = {stage: of[what] - old.get(stage, {}).get(what, 0) for stage, of in now["stages"].items()}
         worst = sorted((s for s, d in grown.items() if d > 0), key=lambda s: -grown[s])[:3]
         where = ", ".join(f"{s} +{grown[s]:.0f}" for s in worst)
         rise = f"{after / before - 1:+.1%}" if before else "from none"

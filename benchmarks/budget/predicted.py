@@ -1,4 +1,5 @@
-"""The budget's predictions in the form of a run of benchmarks.gpu, so that goals look into them as into results.
+"""The budget's predictions in the form of a run of benchmarks.gpu, so that goals look into them as into
+results.
 
 They are never written among results: only the goals table shows them, in a column of their own.
 """
@@ -8,7 +9,8 @@ from __future__ import annotations
 from benchmarks.goals import Goal, Missing, lookup
 
 MACHINE = "H200 SXM"
-FLA = "fla C64 D64 N64 H32 B4 T8192 bf16", "fla C64 D64 N256 H32 B1 T32768 bf16"  # of one width: the same time
+# of one width, and as many tokens: the same time
+FLA = "fla C64 D64 N64 H32 B4 T8192 bf16", "fla C64 D64 N256 H32 B1 T32768 bf16"
 
 
 def run(budget: dict) -> dict[str, dict]:

@@ -29,7 +29,7 @@ class Counted:
 
 def count(case: Case) -> Counted:
     """Raises BuildError where a compiler is missing, Fault where a kernel is wrong."""
-    with recording(case.arch, case.backend == "cuda") as gpu:
+    with case.with_tiles(), recording(case.arch, case.backend == "cuda") as gpu:
         launched = lambda: sum(gpu.device.launches.values())
         few, marks = {}, [launched()]
         if case.few:
@@ -45,15 +45,16 @@ def count(case: Case) -> Counted:
         delta = (counts.executed - before) / case.per
         executed[key] = {i.line: float(n) for i, n in zip(text.kernel.instructions, delta)}
     launches = (marks[2] - marks[1]) - (marks[1] - marks[0])
-    return Counted(case, tally(more, few, case.per), [t for t, _ in more.values()], executed, launches / case.per)
+    texts = [text for text, _ in more.values()]
+    return Counted(case, tally(more, few, case.per), texts, executed, launches / case.per)
 
 
 def counts_record(c: Counted) -> dict:
     """The part that the gate compares: of a unit of work, exact and the same in every run."""
     whole = total(c.stages)
     return {
-        "kernel_of": c.case.case, "kernel": kernel_hash(c.case.case), "arch": c.case.arch, "unit": c.case.unit,
-        "lengths": [c.case.few, c.case.more],
+        "kernel_of": c.case.case, "kernel": kernel_hash(c.case.case), "arch": c.case.arch,
+        "unit": c.case.unit, "lengths": [c.case.few, c.case.more],
         **{k: v for k, v in whole.record().items() if k != "classes"},
         "groups": {n: short(v) for n, v in groups(whole.classes).most_common()},
         "stage_known": round(known_share(c.stages), 4),
@@ -84,6 +85,7 @@ def check_sass(c: Counted) -> dict:
     return {
         "instructions": short(instructions), "of_ptx": round(instructions / total(c.stages).instructions, 3),
         "agreeing": round(agreeing / (sum(whole.values()) or 1), 3), "waiting": short(waited),
+        "spills": short(whole["local"]),
         "warp_cycles": short(sum(cycles for _, cycles in per_stage.values())),
         "overhead": round(sum(whole[g] for g in sass.OVERHEAD) / (sum(whole.values()) or 1), 3),
         "groups": {n: short(v) for n, v in whole.most_common() if v},

@@ -45,14 +45,15 @@ GROUPS = (  # of SASS opcodes, by their first word
                r"ENDCOLLECTIVE|RPCMOV"),
     ("predicate", r"U?ISETP|U?SEL|U?PLOP3|P2R|R2P|U?P2UR|UR2UP|CSEL"),
     ("move", r"U?MOV|R2UR|S2U?R|CS2R|GETLMEMBASE|LEPC|UR2R"),
-    ("integer", r"U?IADD3|IADD|U?IMAD|U?LEA|U?SHF|U?LOP3|U?IABS|U?PRMT|V?IMNMX|U?BMSK|U?SGXT|VIADD|U?FLO|U?POPC|"
-                r"U?BREV|IDP|VIADDMNMX|VABSDIFF|SHL|SHR|U?I2I\w*|IMNMX|UIMNMX|LOP|XMAD|ISCADD|VHMNMX"),
+    ("integer", r"U?IADD3|IADD|U?IMAD|U?LEA|U?SHF|U?LOP3|U?IABS|U?PRMT|V?IMNMX|U?BMSK|U?SGXT|VIADD|U?FLO|"
+                r"U?POPC|U?BREV|IDP|VIADDMNMX|VABSDIFF|SHL|SHR|U?I2I\w*|IMNMX|UIMNMX|LOP|XMAD|ISCADD|VHMNMX"),
 )
 OVERHEAD = ("integer", "predicate", "branch", "move", "parameter")
 ANCHORS = ("tensor", "shared", "copy", "global", "exchange", "atomic")
-# cycles from issue to a result that a scoreboard announces; Luo et al., arXiv 2402.13499 and 2501.12084, rounded
-LATENCY = {"shared": 30, "exchange": 25, "special": 25, "convert": 15, "global": 270, "copy": 20, "atomic": 300,
-           "parameter": 25, "tensor": 33, "fence": 20, "barrier": 20, "move": 15, "local": 35}
+# cycles from issue to a result that a scoreboard announces; Luo et al., arXiv 2402.13499 and 2501.12084,
+# rounded
+LATENCY = {"shared": 30, "exchange": 25, "special": 25, "convert": 15, "global": 270, "copy": 20,
+           "atomic": 300, "parameter": 25, "tensor": 33, "fence": 20, "barrier": 20, "move": 15, "local": 35}
 _SECTION = re.compile(r"\.section\s+\.text\.([\w$]+)")
 _PTX_LINE = re.compile(r'//## File "\.nv_debug_ptx_txt[^"]*", line (\d+)')
 _LABEL = re.compile(r"\.L_\w+:|[\w$]+:")
@@ -63,8 +64,8 @@ _WORD = re.compile(r"/\* (0x[0-9a-f]{16}) \*/")
 
 @dataclass
 class Instruction:
-    """block: number of its basic block. ptx: line of the PTX it was made of, 0 where none is said. control: stall,
-    scoreboards set at the end of writing and reading (7: none), mask of those waited for."""
+    """block: number of its basic block. ptx: line of the PTX it was made of, 0 where none is said. control:
+    stall, scoreboards set at the end of writing and reading (7: none), mask of those waited for."""
 
     opcode: str
     group: str
@@ -131,7 +132,8 @@ def parsed(listing: str, name: str) -> list[Instruction]:
             if fresh:
                 block, fresh = block + 1, False
             word = m[3].split(".")[0]
-            pending = Instruction(m[3], "branch" if word == "NOP" else group_of(m[3]), block, line, (0, 7, 7, 0))
+            group = "branch" if word == "NOP" else group_of(m[3])
+            pending = Instruction(m[3], group, block, line, (0, 7, 7, 0))
             if word != "NOP" and not left_out:
                 found.append(pending)
             fresh = word in ("BRA", "EXIT", "BRX", "RET", "CALL", "JMP", "BREAK")
@@ -148,10 +150,9 @@ def parsed(listing: str, name: str) -> list[Instruction]:
 def trips(code: list[Instruction], executed: dict[int, float]) -> list[float]:
     """How often each instruction is issued; executed: PTX line -> how often it ran.
 
-    Where a loop was unrolled or a block copied, a PTX line has several instructions, which share what it ran. An
-    instruction of a unit that PTX drives with one instruction (memory, tensor cores, exchanges) tells how many;
-    blocks without one count the blocks that have the same opcode from the same line.
-    """
+    Where a loop was unrolled or a block copied, a PTX line has several instructions, which share what it ran.
+    An instruction of a unit that PTX drives with one instruction (memory, tensor cores, exchanges) tells how
+    many; blocks without one count the blocks that have the same opcode from the same line. """
     copies = Counter((i.ptx, i.opcode) for i in code)
     blocks = Counter((ptx, opcode) for ptx, opcode, _ in {(i.ptx, i.opcode, i.block) for i in code})
     sure: dict[int, list[float]] = {}
@@ -167,11 +168,12 @@ def trips(code: list[Instruction], executed: dict[int, float]) -> list[float]:
 
 
 def mapped_share(code: list[Instruction], executed: dict[int, float], counts: list[float]) -> float:
-    """Share of the issued instructions whose own PTX line ran as often as their block is taken to, or a whole number
-    of times as often."""
+    """Share of the issued instructions whose own PTX line ran as often as their block is taken to, or a whole
+    number of times as often."""
     whole = sum(counts)
     agrees = lambda ran, n: n > 0 and ran >= n and abs(ran / n - round(ran / n)) < 1e-6
-    return sum(n for i, n in zip(code, counts) if agrees(executed.get(i.ptx, 0.0), n)) / whole if whole else 1.0
+    agreeing = sum(n for i, n in zip(code, counts) if agrees(executed.get(i.ptx, 0.0), n))
+    return agreeing / whole if whole else 1.0
 
 
 def by_group(code: list[Instruction], counts: list[float]) -> Counter:
@@ -184,8 +186,9 @@ def by_group(code: list[Instruction], counts: list[float]) -> Counter:
 def by_stage(
     code: list[Instruction], counts: list[float], stage_of: dict[int, str]
 ) -> dict[str, tuple[float, float]]:
-    """stage -> (instructions issued, cycles of all warps together if each had its scheduler for itself). Cycles: the
-    sum over blocks of the time that a block takes, times its trips, to the stage of each instruction."""
+    """stage -> (instructions issued, cycles of all warps together if each had its scheduler for itself).
+    Cycles: the sum over blocks of the time that a block takes, times its trips, to the stage of each
+    instruction."""
     found: dict[str, tuple[float, float]] = {}
     block, at, ready = None, 0.0, [0.0] * 6
     for i, n in zip(code, counts):

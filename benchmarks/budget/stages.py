@@ -2,9 +2,8 @@
 
 An instruction comes from a line of a function that was inlined into another, and so on up to the kernel: the
 compilers write this into PTX as .loc. The stage is that of the outermost function that has one in STAGES, or
-"wait" where one of the functions waits for other programs: those loops run as often as a schedule likes, and are
-counted apart.
-"""
+"wait" where one of the functions waits for other programs: those loops run as often as a schedule likes, and
+are counted apart. """
 
 from __future__ import annotations
 
@@ -40,7 +39,8 @@ _INLINED = re.compile(r"inlined_at\s+(\d+)\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.M)
 _FRAME = re.compile(r"([\w.]+\.py):(\d+):\d+")
 _CUDA_FUNCTION = re.compile(
-    r"^\s*(?:template <[^;{]*> )?(?:static )?(?:HOPE_DEVICE|HOPE_KERNEL\(\w+\))\s+(?:static )?[^;{(]*?(operator.|\w+)\("
+    r"^\s*(?:template <[^;{]*> )?(?:static )?(?:HOPE_DEVICE|HOPE_KERNEL\(\w+\))\s+(?:static )?"
+    r"[^;{(]*?(operator.|\w+)\("
 )
 _LAMBDA = re.compile(r"^(\s*)const auto (\w+) = \[&\]")
 
@@ -59,8 +59,8 @@ def stage_of(functions: list[str], kernel: str) -> str:
 
 
 def stages(ptx: str, lines: list[int], kernel: str) -> list[str]:
-    """Of the instructions at these lines of a PTX text, in ascending order. kernel: the stage of what belongs to
-    no function in STAGES."""
+    """Of the instructions at these lines of a PTX text, in ascending order. kernel: the stage of what belongs
+    to no function in STAGES."""
     return [stage_of([function_at(*frame) for frame in reversed(f)], kernel) for f in frames(ptx, lines)]
 
 

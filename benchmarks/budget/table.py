@@ -39,10 +39,10 @@ def predictions(budget: dict) -> str:
             continue
         bounds = ", ".join(f"{n} {v:.3g}" for n, v in p["bounds_ms"].items())
         added = ", ".join(f"{n} {v:.3g}" for n, v in p["added_ms"].items())
-        share = [f"{p[n]:.1%} of {what}" for n, what in (("of_matmul", "GEMM"), ("of_copy", "copy")) if n in p]
-        told = share[0] if share and "of_matmul" in p and r["kernel_of"]["kind"] in ("prefill", "grad") else share[-1]
+        products = "of_matmul" in p and r["kernel_of"]["kind"] in ("prefill", "grad")
+        told = f"{p['of_matmul']:.1%} of GEMM" if products else f"{p['of_copy']:.1%} of copy"
         rows.append((name, p["on"], f"{p['ms']:.3g}", p["limit"], told, bounds, added))
-    head = "kernel, at the size of its goal | on | predicted, ms | limit | of the rate of | bounds, ms | added, ms"
+    head = "kernel, at its goal's size | on | predicted, ms | limit | of the rate of | bounds, ms | added, ms"
     return f"{markdown(head, rows)}\n\nPredictions, none of them measured. {COMMAND}"
 
 
@@ -50,12 +50,16 @@ def cross_check(budget: dict) -> str:
     rows = []
     for name, r in budget["cases"].items():
         s = r["sass"]
-        rows.append((name, r["unit"], number(r["instructions"]), number(s["instructions"]), f"{s['of_ptx']:.2f}",
-                     f"{s['agreeing']:.1%}", f"{s['overhead']:.0%}", number(r["wavefronts"]), number(r["sectors"])))
+        rows.append((
+            name, r["unit"], number(r["instructions"]), number(s["instructions"]), f"{s['of_ptx']:.2f}",
+            f"{s['agreeing']:.1%}", f"{s['overhead']:.0%}", number(s["spills"]), number(r["wavefronts"]),
+            number(r["sectors"]),
+        ))
     head = ("kernel | unit of work | PTX instructions | SASS instructions | SASS per PTX | agreeing "
-            "| integers, predicates, branches, moves | wavefronts | sectors")
-    return (f"{markdown(head, rows)}\n\nWarp instructions of all warps. Agreeing: SASS instructions whose own PTX line "
-            "ran as often as their basic block is taken to have run, or a whole number of times as often. "
+            "| integers, predicates, branches, moves | spilled | wavefronts | sectors")
+    return (f"{markdown(head, rows)}\n\nWarp instructions of all warps. Agreeing: SASS instructions whose "
+            "own PTX line ran as often as their basic block is taken to have run, or a whole number of times "
+            "as often. "
             f"{COMMAND}")
 
 
@@ -70,10 +74,13 @@ def stages(budget: dict) -> str:
         for stage, s in r["stages"].items():
             if s["instructions"] < whole / 200:
                 continue
-            sass, cycles = r["sass"]["stages"].get(stage, (0, 0))
+            issued = r["sass"]["stages"].get(stage, (0, 0))
+            in_groups = [
+                sum(n for kind, n in s["classes"].items() if group_of(kind) in of) for of in COLUMNS.values()
+            ]
             rows.append((
-                stage, number(s["instructions"]), f"{s['instructions'] / whole:.1%}", number(sass), number(cycles),
-                *(number(sum(n for kind, n in s["classes"].items() if group_of(kind) in g)) for g in COLUMNS.values()),
+                stage, number(s["instructions"]), f"{s['instructions'] / whole:.1%}",
+                *map(number, (*issued, *in_groups)),
                 number(s["wavefronts"]), number(s["shared_bytes"] / 128), number(s["l2_bytes"]),
             ))
         head = " | ".join([
@@ -85,14 +92,97 @@ def stages(budget: dict) -> str:
     return "\n\n".join([*parts, f"Groups: {kinds}. Stages below 0.5% are left out. {COMMAND}"])
 
 
+def changed(record: dict, saved: dict[str, float], warps: int = 1) -> tuple[float, str]:
+    """(ms, limit) of a prediction if stages lost these shares of what they issue and take, and ``warps``
+    times as many warps were resident."""
+    s, p = record["sass"], record["prediction"]
+    of = s["stages"]
+    issued = sum(share * of[stage][0] for stage, share in saved.items()) / s["instructions"]
+    cycles = sum(share * of[stage][1] for stage, share in saved.items()) / s["warp_cycles"]
+    passes = sum(share * record["stages"][stage]["wavefronts"] for stage, share in saved.items())
+    passes /= record["wavefronts"]
+    left = {"issue": 1 - issued, "warp": (1 - cycles) / warps, "shared": 1 - passes}
+    bounds = {name: ms * left.get(name, 1.0) for name, ms in p["bounds_ms"].items()}
+    limit = max(bounds, key=lambda name: bounds[name])
+    return bounds[limit] + sum(p["added_ms"].values()), limit
+
+
+def changes(budget: dict) -> str:
+    """What the CUDA kernels would take after changes that the counts suggest."""
+    once, shared = {"step sizes": 7 / 8}, {"transformed keys": 3 / 4}
+    plans = (
+        ("as it is", {}, 1),
+        ("step sizes once a memory, its 8 warps taking a share each", once, 1),
+        ("transformed keys once a (row, head), its 4 blocks taking a share each", shared, 1),
+        ("both", once | shared, 1),
+        ("twice as many warps, with half the state each", {}, 2),
+        ("all three", once | shared, 2),
+    )
+    rows = []
+    record = budget["cases"].get("prefill C64 D64 N256 cuda sm_90")
+    for what, saved, warps in plans if record else ():
+        ms, limit = changed(record, saved, warps)
+        rate = record["prediction"]["of_matmul"] * record["prediction"]["ms"] / ms
+        rows.append((what, f"{ms:.3g}", limit, f"{rate:.1%}"))
+    head = "CUDA C++, N = 256, C = 64, sm_90 | predicted, ms | limit | of the GEMM rate"
+    return (f"{markdown(head, rows)}\n\n"
+            f"What a change itself costs (a barrier, an exchange) is not in it. {COMMAND}")
+
+
+def verdict(value: float, low: float, high: float) -> str:
+    """Of an earlier estimate ``low`` to ``high``; a tenth beyond is near."""
+    if low <= value <= high:
+        return "confirmed"
+    return "nearly" if 0.9 * low <= value <= 1.1 * high else "refuted"
+
+
+def claims(budget: dict) -> str:
+    """What had been said of these kernels before they were counted."""
+    of = budget["cases"]
+    sass = lambda name: of[name]["sass"]
+    predicted_ms = lambda name: of[name]["prediction"]["ms"]
+    cuda, small = "prefill C64 D64 N256 cuda sm_90", "prefill C64 D64 N64 cuda sm_90"
+    best, step = "prefill C16 D64 N64 cuda sm_90", "step C64 D64 N256 cuda sm_90"
+    triton = "prefill C64 D64 N256 triton sm_90"
+    share = lambda name, what: of[name]["prediction"][what]
+    fla = 1e3 * budget["assumptions"]["H200 SXM"]["FLA"]["value"]
+    grad = of["grad C64 D64 N256 triton sm_90"]
+    backward = grad["instructions"] / of[triton]["instructions"] - 1
+    backward_ms = predicted_ms("grad C64 D64 N256 triton sm_90") / (predicted_ms(triton) / 4) - 1
+    rows = [
+        (what, said, shown.format(value), verdict(value, low, high))
+        for what, said, shown, value, low, high in (
+            ("CUDA C++, N = 64, C = 16: SASS instructions a chunk and warp", "5,143", "{:,.0f}",
+             sass(best)["instructions"] / 8, 5143, 5143),
+            ("of them integers, addresses, predicates, branches, moves", "55%", "{:.0%}",
+             sass(best)["overhead"], 0.55, 0.55),
+            ("CUDA C++, N = 256, C = 64: SASS instructions a chunk and warp", "15,225", "{:,.0f}",
+             sass(cuda)["instructions"] / 32, 15225, 15225),
+            ("CUDA C++, N = 256, C = 64: of the GEMM rate", "11 to 13%", "{:.1%}", share(cuda, "of_matmul"),
+             0.11, 0.13),
+            ("CUDA C++, N = 64, C = 64: time of FLA's", "3.5 to 4", "{:.1f}", predicted_ms(small) / fla,
+             3.5, 4),
+            ("CUDA C++, decode, N = 256: of the copy rate", "40 to 50%", "{:.0%}", share(step, "of_copy"),
+             0.40, 0.50),
+            ("Triton, N = 256, C = 64: of the GEMM rate", "6 to 8%", "{:.1%}", share(triton, "of_matmul"),
+             0.06, 0.08),
+            ("Triton, backward for a forward: PTX instructions", "15 to 20", "{:.1f}", backward, 15, 20),
+            (f"the same: time, with {grad['launches']:.0f} launches a chunk", "15 to 20", "{:.1f}",
+             backward_ms, 15, 20),
+        )
+    ]
+    return f"{markdown('what | said before | by count | verdict', rows)}\n\nNearly: within a tenth. {COMMAND}"
+
+
 def assumptions(budget: dict) -> str:
     rows = []
     for machine, of in budget["assumptions"].items():
-        rows += [(machine, name, f"{a['value']:g} {a['unit']}".strip(), a["source"]) for name, a in of.items()]
+        for name, a in of.items():
+            rows.append((machine, name, f"{a['value']:g} {a['unit']}".strip(), a["source"]))
     return f"{markdown('machine | what | taken as | from', rows)}\n\n`benchmarks/budget/bounds.py`."
 
 
 BLOCKS: dict[str, Callable[[dict], str]] = {
-    "budget_predictions": predictions, "budget_sass": cross_check, "budget_stages": stages,
-    "budget_assumptions": assumptions,
+    "budget_claims": claims, "budget_changes": changes, "budget_predictions": predictions,
+    "budget_sass": cross_check, "budget_stages": stages, "budget_assumptions": assumptions,
 }

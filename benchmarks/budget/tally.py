@@ -119,8 +119,8 @@ def _device(arch: int) -> triton_device.Device:
 
 @contextmanager
 def recording(arch: int, with_cuda: bool = True) -> Iterator[Recorder]:
-    """A GPU of this compute capability. Of Triton's persistent kernels one program runs at a time, so that none
-    waits; of the CUDA kernels as many blocks as work together. Raises BuildError without nvcc."""
+    """A GPU of this compute capability. Of Triton's persistent kernels one program runs at a time, so that
+    none waits; of the CUDA kernels as many blocks as work together. Raises BuildError without nvcc."""
     device = _device(80)
     device.arch, device.multiprocessors = arch, 1
     device.options = Options(resident=1, races=False, measure=True)
@@ -155,7 +155,8 @@ class TextOf:
 
 
 def tally(
-    more: dict[tuple[str, int], tuple[Text, Counts]], less: dict[tuple[str, int], tuple[Text, Counts]], units: float
+    more: dict[tuple[str, int], tuple[Text, Counts]], less: dict[tuple[str, int], tuple[Text, Counts]],
+    units: float,
 ) -> dict[str, Stage]:
     """Per unit of work, stage by stage, what ``more`` executed beyond ``less``."""
     found: dict[str, Stage] = defaultdict(Stage)

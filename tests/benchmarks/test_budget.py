@@ -1,7 +1,7 @@
 """Counts, bounds and the gate of benchmarks/budget, on kernels written here and on the committed file.
 
-Counting itself runs in a process of its own: Triton decides when it is imported whether it interprets kernels.
-"""
+Counting itself runs in a process of its own: Triton decides when it is imported whether it interprets
+kernels. """
 
 import json
 import os
@@ -63,14 +63,15 @@ $L_loop:
 
 
 def counted(stride=4, spread=4, turns=3, more=""):
-    """Counts of one warp that stores to shared memory ``turns`` times, every lane ``stride`` bytes on, and once to
-    global memory, ``spread`` bytes on."""
+    """Counts of one warp that stores to shared memory ``turns`` times, every lane ``stride`` bytes on, and
+    once to global memory, ``spread`` bytes on."""
     from tools.ptx.machine import Kernel, Options, Region
 
     text = TEXT.replace("STRIDE", str(stride)).replace("SPREAD", str(spread)).replace("MORE", more)
     kernel, out = Kernel(text), torch.zeros(4096, dtype=torch.uint8)
-    kernel.launch((1, 1, 1), 32, struct.pack("<QI", out.data_ptr(), turns), [Region(out.data_ptr(), 4096, "out")],
-                  shared=4096, options=Options(races=False, measure=True))
+    kernel.launch((1, 1, 1), 32, struct.pack("<QI", out.data_ptr(), turns),
+                  [Region(out.data_ptr(), 4096, "out")], shared=4096,
+                  options=Options(races=False, measure=True))
     return kernel, kernel.counts
 
 
@@ -79,13 +80,15 @@ def of(kernel, counts, opcode):
     return int(counts.executed[k]), int(counts.wavefronts[k]), int(counts.sectors[k])
 
 
-# -- counts ----------------------------------------------------------------------------------------------------
+# -- counts
+# ----------------------------------------------------------------------------------------------------
 
 
 @needs_compiler
 @pytest.mark.parametrize("stride, wavefronts", [(4, 1), (8, 2), (12, 1), (16, 4), (128, 32), (0, 1)])
 def test_bank_conflicts(stride, wavefronts):
-    """32 banks of 4 bytes: a lane 12 bytes on is in a bank of its own, one 128 bytes on in the same as all."""
+    """32 banks of 4 bytes: a lane 12 bytes on is in a bank of its own, one 128 bytes on in the same as
+    all."""
     assert of(*counted(stride=stride), "st.shared.b32") == (3, 3 * wavefronts, 0)
 
 
@@ -100,7 +103,8 @@ def test_sectors(spread, sectors):
     ("cvt.s64.s32", "address"), ("cvt.rn.bf16x2.f32", "convert"), ("setp.lt.f32", "float"),
     ("setp.lt.s32", "predicate"), ("and.pred", "predicate"), ("ld.shared.v4.b32", "shared load 16"),
     ("st.global.b16", "global store 2"), ("ld.v2.u32", "generic load 8"), ("ld.param.u64", "parameter"),
-    ("ld.global.gpu.acquire.b64", "atomic"), ("cp.async.cg.shared.global", "copy"), ("cp.async.wait_group", "fence"),
+    ("ld.global.gpu.acquire.b64", "atomic"), ("cp.async.cg.shared.global", "copy"),
+    ("cp.async.wait_group", "fence"),
     ("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", "shared load 16"), ("div.full.f32", "special"),
     ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "tensor"), ("wgmma.fence.sync.aligned", "fence"),
     ("st.shared::cluster.u32", "shared store 4"), ("div.s32", "integer"), ("bar.sync", "barrier"),
@@ -122,7 +126,8 @@ def test_flops_of_products():
     assert flops("fma.rn.f32") == flops("wgmma.fence.sync.aligned") == 0
 
 
-# -- stages ----------------------------------------------------------------------------------------------------
+# -- stages
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_the_stage_is_that_of_the_outermost_function_that_has_one():
@@ -133,7 +138,8 @@ def test_the_stage_is_that_of_the_outermost_function_that_has_one():
 
 
 def test_stages_of_inlined_code():
-    """nvcc names the line that a function was inlined at, and the .loc of that line the next; LLVM writes all."""
+    """nvcc names the line that a function was inlined at, and the .loc of that line the next; LLVM writes
+    all."""
     commit = (ROOT / "csrc/cuda/titans/commit.cuh").read_text().split("\n")
     prefill = (ROOT / "csrc/cuda/titans/prefill.cuh").read_text().split("\n")
     at = lambda lines, text: next(k for k, line in enumerate(lines, 1) if text in line)
@@ -173,7 +179,8 @@ def test_nearly_every_instruction_has_a_stage(name):
     )
 
 
-# -- SASS ------------------------------------------------------------------------------------------------------
+# -- SASS
+# ------------------------------------------------------------------------------------------------------
 
 
 def listing(rows):
@@ -185,7 +192,8 @@ def listing(rows):
             continue
         ptx, text, stall, write, wait = row
         control = (stall | write << 5 | 7 << 8 | wait << 11) << 41
-        lines += [f'	//## File ".nv_debug_ptx_txt", line {ptx}', f"        /*0000*/    {text} ;   /* 0x{0:016x} */",
+        lines += [f'	//## File ".nv_debug_ptx_txt", line {ptx}',
+                  f"        /*0000*/    {text} ;   /* 0x{0:016x} */",
                   f"     /* 0x{control:016x} */"]
     return "\n".join(lines)
 
@@ -217,15 +225,16 @@ def test_copies_of_exchanges_for_lanes_apart_do_not_count():
     assert [i.opcode.split(".")[0] for i in code] == ["BRA", "SHFL", "EXIT"]
 
 
-# -- bounds ----------------------------------------------------------------------------------------------------
+# -- bounds
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_bounds_by_hand():
     from benchmarks.budget.bounds import Assumption, Costs, Machine, predict
     from benchmarks.budget.cases import Size
 
-    values = {"multiprocessors": 4, "clock": 1e6, "issue": 4, "wgmma": 200, "mma": 100, "shared": 1, "L2": 1e6,
-              "memory": 1e5, "GEMM": 1e9, "launch": 1e-3, "cluster": 10, "handoff": 20, "host": 0}
+    values = {"multiprocessors": 4, "clock": 1e6, "issue": 4, "wgmma": 200, "mma": 100, "shared": 1,
+              "L2": 1e6, "memory": 1e5, "GEMM": 1e9, "launch": 1e-3, "cluster": 10, "handoff": 20, "host": 0}
     machine = Machine("small", {n: Assumption(v, "", "here") for n, v in values.items()})
     # 6 chains of 10 units, two multiprocessors each: two at a time, so three waves
     size = Size(units=60, chains=6, blocks=2, warps=8, flops=0, bytes=1000, launches=2, barriers=3)
@@ -233,8 +242,9 @@ def test_bounds_by_hand():
     p = predict(costs, size, machine)
     units = 10 * 3  # one after the other; a cycle is 1e-3 ms
     assert p.bounds == pytest.approx({
-        "issue": units * 800 / 2 / 4 * 1e-3, "tensor": units * (10 + 10) / 2 * 1e-3, "shared": units * 40 / 2 * 1e-3,
-        "warp": units * 1600 / 16 * 1e-3, "L2": 60 * 50 / 1e6 * 1e3, "memory": 10.0,
+        "issue": units * 800 / 2 / 4 * 1e-3, "tensor": units * (10 + 10) / 2 * 1e-3,
+        "shared": units * 40 / 2 * 1e-3, "warp": units * 1600 / 16 * 1e-3, "L2": 60 * 50 / 1e6 * 1e3,
+        "memory": 10.0,
     })
     assert p.added == pytest.approx({"launches": 2.0, "barriers": 10 * 3 * 10 * 1e-3})
     assert p.limit == "memory" and p.ms == pytest.approx(10 + 2 + 0.3)
@@ -253,15 +263,16 @@ def test_goals_see_predictions_and_results_do_not():
     assert all(set(r) & {"status", "ms", "host_ms"} == set() for r in BUDGET["cases"].values())
 
 
-# -- the gate --------------------------------------------------------------------------------------------------
+# -- the gate
+# --------------------------------------------------------------------------------------------------
 
 
 def test_two_per_cent_pass_and_more_fails_with_the_stage():
     before = {"instructions": 1000, "wavefronts": 0, "sectors": 50, "unit": "chunk", "stages": {
         "read": {"instructions": 400, "sectors": 50}, "update": {"instructions": 600}}}
     now = lambda read: {**before, "instructions": 600 + read, "stages": {
-        "read": {"instructions": read, "wavefronts": 0, "sectors": 50}, "update": {"instructions": 600, "wavefronts": 0,
-                                                                                   "sectors": 0}}}
+        "read": {"instructions": read, "wavefronts": 0, "sectors": 50},
+        "update": {"instructions": 600, "wavefronts": 0, "sectors": 0}}}
     assert gate.dearer("k", before, now(420)) == []
     (said,) = gate.dearer("k", before, now(421))
     assert "instructions 1000 -> 1021 (+2.1%) a chunk: read +21" in said
@@ -299,8 +310,8 @@ def test_the_command_counts_the_same_twice_and_fails_for_less(tmp_path):
 
     def run(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", "benchmarks.budget", *arguments, "--only", name, "--out", str(path)], cwd=ROOT,
-            env=environment, capture_output=True, text=True
+            [sys.executable, "-m", "benchmarks.budget", *arguments, "--only", name, "--out", str(path)],
+            cwd=ROOT, env=environment, capture_output=True, text=True
         )
 
     done = run()
