@@ -181,13 +181,8 @@ inline Next copy_bulk(Warp& w, const Instruction& i, uint32_t mask) {
     if (!p.block || object.block != p.block) g.fail("a bulk copy whose mbarrier is not in the block it writes to", lane);
     check_write(w, lane, p, bytes, Access::kCopy, true);
     Region* region = check_async_read(w, lane, from[lane], bytes, object.barrier->thread);
-    uint32_t thread;
-    int32_t line;
-    for (size_t k = 0; region->shadow && k < bytes; k += 2)
-      if (!passed_to_proxy(w, 1u << lane, *region->shadow, from[lane] - region->address + k, kProxyGlobal, line, thread))
-        g.fail("no fence.proxy.async between this copy and what it reads, which was written by " + g.thread_name(thread) +
-                   "\n    " + g.line_text(line),
-               lane);
+    if (region->shadow)
+      check_passed_to_proxy(w, 1u << lane, *region->shadow, from[lane] - region->address, bytes, kProxyGlobal);
     g.transfers.push_back({&w, lane, p.block, object.at, p.offset, bytes, from[lane], region, &i});
   }
   measure(w, i, kGlobal, from, 16, mask);

@@ -126,20 +126,24 @@ inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access 
 
 // Async-proxy accesses see a thread's plain writes after a fence.proxy.async: of the writer, known to the reader, or
 // of the reader, who knew of them.
-inline bool passed_to_proxy(Warp& w, uint32_t lanes, const Shadow& shadow, size_t offset, uint32_t spaces,
-                            int32_t& line, uint32_t& thread) {
-  uint32_t stamp;
-  if (!shadow.last_write(offset, thread, stamp, line)) return true;
-  if (w.all_fenced.has(lanes, spaces, thread, stamp) || w.some_fenced.has(lanes, spaces, thread, stamp)) return true;
-  const uint32_t warps = w.grid->shape.threads / 32;
-  for (const auto& b : w.block->cluster->blocks) {
-    if (static_cast<uint32_t>(b->index) != thread / 32 / warps) continue;
-    const Accessor who = w.accessor(std::countr_zero(lanes));
-    for (const ProxyFence& f : b->warps[thread / 32 % warps]->proxy_fences)
-      if (f.clock > stamp && (f.spaces & spaces) && (f.lanes >> thread % 32 & 1)) return who.knows(thread, f.clock);
-    return false;
-  }
-  return true;  // by a cluster that has ended, or runs beside this one and is ordered before it
+inline void check_passed_to_proxy(Warp& w, uint32_t lanes, Shadow& shadow, size_t offset, size_t bytes, uint32_t spaces) {
+  Grid& g = *w.grid;
+  const Accessor who = w.accessor(std::countr_zero(lanes));
+  const uint32_t warps = g.shape.threads / 32;
+  shadow.each_write(offset, bytes, [&](uint32_t thread, uint32_t stamp, int32_t line) {
+    if (w.all_fenced.has(lanes, spaces, thread, stamp) || w.some_fenced.has(lanes, spaces, thread, stamp)) return true;
+    for (const auto& b : w.block->cluster->blocks) {  // a cluster that has ended is ordered before this one
+      if (static_cast<uint32_t>(b->index) != thread / 32 / warps) continue;
+      const auto& fences = b->warps[thread / 32 % warps]->proxy_fences;
+      const auto fence = std::find_if(fences.begin(), fences.end(), [&](const ProxyFence& f) {
+        return f.clock > stamp && (f.spaces & spaces) && (f.lanes >> thread % 32 & 1);
+      });
+      if (fence == fences.end() || !who.knows(thread, fence->clock))
+        g.fail("no fence.proxy.async between this and what it reads, which was written by " + g.thread_name(thread) +
+               "\n    " + g.line_text(line));
+    }
+    return true;
+  });
 }
 
 // --- counts --------------------------------------------------------------------------------------------------

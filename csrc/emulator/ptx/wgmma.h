@@ -43,12 +43,7 @@ inline void show_product(Warp& w, uint32_t at) {
   Conflict c;
   if (!b.shadow->read(at, 16, w.accessor(0), w.grid->at->line, Access::kPlain, c))
     race(*w.grid, c, 0, "byte " + std::to_string(c.offset) + " of shared memory");
-  uint32_t thread;
-  int32_t line;
-  for (uint32_t k = 0; k < 16; k += 2)
-    if (!passed_to_proxy(w, 0xffffffffu, *b.shadow, at + k, kProxyShared, line, thread))
-      w.grid->fail("no fence.proxy.async between this product and what it reads, which was written by " +
-                   w.grid->thread_name(thread) + "\n    " + w.grid->line_text(line));
+  check_passed_to_proxy(w, 0xffffffffu, *b.shadow, at, 16, kProxyShared);
   ++b.under_product[at / 16];
   w.open_reads.push_back(at / 16);
 }

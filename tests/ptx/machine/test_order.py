@@ -251,3 +251,41 @@ def test_blocks_of_a_cluster_read_each_other_generically():
 
 def test_races_can_be_left_unwatched():
     run("st.shared.b32 [%r2], %r0; st.global.b32 [%p0], %r0;", threads=64, races=False)
+
+
+def test_random_accesses():
+    """Straight programs of a few accesses of any width by single lanes, barriers between some: a race is found exactly
+    where two of different lanes overlap, one writes, and nothing between them orders the two."""
+    races = 0
+    for seed in range(160):
+        random = np.random.default_rng(seed)
+        space, at = (("shared", "%r2"), ("global", "%p0"))[seed % 2]
+        widths = (1, 2, 4, 8, 16) if seed % 3 else (2, 4, 8, 16)
+        done, code, expected = [], "", False
+        for k in range(14):
+            if random.random() < 0.45:
+                whole = random.random() < 0.6
+                code += "bar.sync 0;\n" if whole else "bar.warp.sync -1;\n"
+                done = [] if whole else [(*access, True) if len(access) == 4 else access for access in done]
+                continue
+            thread, width = random.choice([0, 1, 31, 33, 64]), random.choice(widths)
+            where, writes = random.integers(0, 32 // width) * width, random.random() < 0.5
+            for other, first, last, wrote, *met in done:
+                if other != thread and first < where + width and where < last and (writes or wrote):
+                    expected = expected or not (met and other // 32 == thread // 32)
+            done.append((thread, where, where + width, writes))
+            t = {1: "b8", 2: "b16", 4: "b32", 8: "b64", 16: "v2.b64"}[width]
+            register = {1: "%h1", 2: "%h1", 4: "%r9", 8: "%d9", 16: "{%d9, %d8}"}[width]
+            value = {16: f"{{{k + 1}, {k + 2}}}"}.get(width, str(k + 1))
+            code += f"setp.eq.u32 %q5, %r0, {thread};\n"
+            code += f"@%q5 st.{space}.{t} [{at}+{where}], {value};\n" if writes else f"@%q5 ld.{space}.{t} {register}, [{at}+{where}];\n"
+        races += expected
+        for schedule in range(3):
+            try:
+                run(code, threads=96, seeds=[schedule])
+                found = False
+            except Fault as fault:
+                assert "race" in str(fault)
+                found = True
+            assert found == expected, (seed, schedule, code)
+    assert 30 < races < 130
