@@ -215,6 +215,19 @@ inline void addresses_of(Warp& w, int32_t base, bool wide, int64_t offset, uint6
   }
 }
 
+// A number of 1, 2, 4 or 8 bytes, extended to 8.
+inline uint64_t number_at(const unsigned char* from, int bytes, bool is_signed) {
+  auto as = [&](auto x) {
+    std::memcpy(&x, from, sizeof x);
+    return is_signed ? static_cast<uint64_t>(static_cast<int64_t>(static_cast<std::make_signed_t<decltype(x)>>(x))) : x;
+  };
+  return bytes == 4 ? as(uint32_t{}) : bytes == 8 ? as(uint64_t{}) : bytes == 2 ? as(uint16_t{}) : as(uint8_t{});
+}
+inline void put_number(Warp& w, int32_t operand, int register_bytes, int lane, uint64_t v) {
+  if (register_bytes == 8) static_cast<uint64_t*>(w.lanes(operand))[lane] = v;
+  else static_cast<uint32_t*>(w.lanes(operand))[lane] = static_cast<uint32_t>(register_bytes == 2 ? v & 0xffff : v);
+}
+
 // operands: attributes, wide, base, registers
 inline Next load(Warp& w, const Instruction& i, uint32_t mask) {
   const MemoryForm f = memory_form(i);
@@ -229,14 +242,8 @@ inline Next load(Warp& w, const Instruction& i, uint32_t mask) {
     if (f.order == kAcquire) w.grid->acquire(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     else if (f.order == kRelaxed) w.grid->relaxed_read(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     check_read(w, lane, p, bytes, kind);
-    for (int k = 0; k < f.count; ++k) {
-      uint64_t v = 0;
-      std::memcpy(&v, p.host + k * f.bytes, f.bytes);
-      if (f.is_signed && f.bytes < 8) v = static_cast<uint64_t>(static_cast<int64_t>(v << (64 - 8 * f.bytes)) >> (64 - 8 * f.bytes));
-      if (f.register_bytes == 8) static_cast<uint64_t*>(w.lanes(rest[2 + k]))[lane] = v;
-      else static_cast<uint32_t*>(w.lanes(rest[2 + k]))[lane] =
-          static_cast<uint32_t>(f.register_bytes == 2 ? v & 0xffff : v);
-    }
+    for (int k = 0; k < f.count; ++k)
+      put_number(w, rest[2 + k], f.register_bytes, lane, number_at(p.host + k * f.bytes, f.bytes, f.is_signed));
   }
   measure(w, i, f.space, addresses, bytes, mask);
   return f.order != kWeak ? Next::kTurn : Next::kFollowing;
@@ -348,13 +355,8 @@ inline Next load_parameter(Warp& w, const Instruction& i, uint32_t mask) {
       w.grid->fail("out of bounds: byte " + std::to_string(at) + " of " + std::to_string(g.parameter_bytes) +
                        " bytes of parameters",
                    lane);
-    for (int k = 0; k < o[1]; ++k) {
-      uint64_t v = 0;
-      std::memcpy(&v, g.parameters + at + k * o[0], o[0]);
-      if (o[2]) v = static_cast<uint64_t>(static_cast<int64_t>(v << (64 - 8 * o[0])) >> (64 - 8 * o[0]));
-      if (o[3] == 8) static_cast<uint64_t*>(w.lanes(o[6 + k]))[lane] = v;
-      else static_cast<uint32_t*>(w.lanes(o[6 + k]))[lane] = static_cast<uint32_t>(o[3] == 2 ? v & 0xffff : v);
-    }
+    for (int k = 0; k < o[1]; ++k)
+      put_number(w, o[6 + k], o[3], lane, number_at(g.parameters + at + k * o[0], o[0], o[2]));
   }
   return Next::kFollowing;
 }
