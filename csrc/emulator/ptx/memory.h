@@ -153,7 +153,10 @@ inline void measure(Warp& w, const Instruction& i, Space space, const uint64_t* 
   count.bytes += bytes * std::popcount(mask);
   if (!w.grid->options.measure || !mask) return;
   if (space == kLocal) return;
-  if (space == kGlobal || space == kGeneric) {
+  // a warp's generic addresses are all of the space of its first one
+  if (space == kGeneric)
+    space = addresses[std::countr_zero(mask)] >> 56 == kSharedWindow >> 56 ? kSharedCluster : kGlobal;
+  if (space == kGlobal) {
     std::array<uint64_t, 32 * 16> found;
     size_t n = 0;
     for (uint32_t m = mask; m; m &= m - 1) {
