@@ -1,5 +1,6 @@
 // Races, found by what is ordered before what (../races.h says how clocks and knowledge work), on any memory:
-// of every word of 4 bytes the last write, and the reads since then, are known. A word of which a part was accessed
+// of every word of 4 bytes the last write, and the reads since then, are known. A word of which a part was
+// accessed
 // has them of every 2 bytes (or every byte) apart, until it is written as a whole.
 //
 // Atomic operations do not race with each other. Asynchronous copies and products are under way until they
@@ -19,7 +20,8 @@ namespace hope::ptx {
 using emulator::Accessor;
 using emulator::Knowledge;
 
-constexpr uint32_t kPending = 0xffffffffu;  // stamp of what is under way: no thread knows it, not even its own
+constexpr uint32_t kPending =
+    0xffffffffu;  // stamp of what is under way: no thread knows it, not even its own
 
 enum class Access : uint8_t { kPlain, kAtomic, kCopy };
 
@@ -56,7 +58,8 @@ class Shadow {
     });
   }
 
-  // `stamp`: the writer's clock, or kPending. `same`: it writes what is there. Threads that write one value to one
+  // `stamp`: the writer's clock, or kPending. `same`: it writes what is there. Threads that write one value
+  // to one
   // place do not race: compilers let all threads that hold a number store it.
   bool write(size_t offset, size_t bytes, const Accessor& who, uint32_t stamp, int32_t line, Access kind,
              Conflict& conflict, bool same = false) {
@@ -67,7 +70,8 @@ class Shadow {
       if (!both && !again && !known.orders(cell)) return fail(conflict, at, cell);
       for (const Reads* r = &cell.reads; r->warp; r = &more_[r->next]) {
         if (!(r->atomic && kind == Access::kAtomic) && !ordered(*r, who)) {
-          conflict = {at, reader_of(*r, who), r->line, r->under_way ? "asynchronous read not waited for" : "read"};
+          conflict = {at, reader_of(*r, who), r->line,
+                      r->under_way ? "asynchronous read not waited for" : "read"};
           return false;
         }
         if (!r->next) break;
@@ -77,7 +81,8 @@ class Shadow {
     if (!each(offset, bytes, [&](Cell& cell, size_t at) {
           if (!ordered_before(cell, at)) return false;
           if (kind == Access::kAtomic && cell.kind == Access::kAtomic && cell.write_stamp != kPending) {
-            cell.writer = who.thread, cell.write_stamp = stamp, cell.write_line = line;  // who has read it remains known
+            cell.writer = who.thread, cell.write_stamp = stamp,
+            cell.write_line = line;  // who has read it remains known
             return true;
           }
           forget_reads(cell);
@@ -98,8 +103,10 @@ class Shadow {
     });
   }
 
-  // An asynchronous read, issued by `who` and completed as one of `as` (a thread): nobody may write there before.
-  bool read_pending(size_t offset, size_t bytes, const Accessor& who, uint32_t as, int32_t line, Conflict& conflict) {
+  // An asynchronous read, issued by `who` and completed as one of `as` (a thread): nobody may write there
+  // before.
+  bool read_pending(size_t offset, size_t bytes, const Accessor& who, uint32_t as, int32_t line,
+                    Conflict& conflict) {
     Known known(who);
     return each(offset, bytes, [&](Cell& cell, size_t at) {
       if (!known.orders(cell)) return fail(conflict, at, cell);
@@ -261,7 +268,9 @@ class Shadow {
 
   static const char* name_of(const Cell& cell) {
     if (cell.write_stamp == kPending) return "asynchronous copy not waited for";
-    return cell.kind == Access::kAtomic ? "atomic" : cell.kind == Access::kCopy ? "asynchronous copy" : "write";
+    return cell.kind == Access::kAtomic ? "atomic"
+           : cell.kind == Access::kCopy ? "asynchronous copy"
+                                        : "write";
   }
   bool fail(Conflict& conflict, size_t at, const Cell& cell) const {
     conflict = {at, cell.writer, cell.write_line, name_of(cell)};
