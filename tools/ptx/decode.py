@@ -13,10 +13,10 @@ from .parse import Entry, Instruction, bytes_of
 
 # changes nothing that the machine knows of
 _HINTS = re.compile(
-    r"\.(uni|nc|L[12]::[\w:]+|level::[\w:]+|volatile|ca|cg|cs|lu|cv|wb|wt|aligned)(?=\.|$)"
+    r"\.(uni|L[12]::[\w:]+|level::[\w:]+|volatile|ca|cg|cs|lu|cv|wb|wt|aligned)(?=\.|$)"
 )
 _SPACES = {"global": 1, "shared": 2, "shared::cta": 2, "shared::cluster": 3, "local": 4}
-_ORDERS = {"relaxed": 1, "acquire": 2, "release": 3, "acq_rel": 4, "volatile": 1}
+_ORDERS = {"relaxed": 1, "acquire": 2, "release": 3, "acq_rel": 4, "volatile": 1, "nc": 5}
 _SCOPES = {"gpu": 0, "sys": 0, "cta": 1, "cluster": 2}
 _TYPE = re.compile(r"(?:[subf]|bf|tf)(?:8|16|32|64)(?:x2)?$")
 

@@ -190,12 +190,12 @@ inline Next copy_bulk(Warp& w, const Instruction& i, uint32_t mask) {
       g.fail("a bulk copy whose mbarrier is not in the block it writes to", lane);
     check_write(w, lane, p, bytes, Access::kCopy, true);
     Region* region = check_async_read(w, lane, from[lane], bytes, object.barrier->thread);
+    g.count(i).bytes += bytes, g.count(i).sectors += g.options.measure ? bytes / 32 : 0;
     if (region->shadow)
       check_passed_to_proxy(w, 1u << lane, *region->shadow, from[lane] - region->address, bytes,
                             kProxyGlobal);
     g.transfers.push_back({&w, lane, p.block, object.at, p.offset, bytes, from[lane], region, &i});
   }
-  measure(w, i, kGlobal, from, 16, mask);
   g.progress();
   return Next::kFollowing;
 }

@@ -7,7 +7,7 @@
 namespace hope::ptx {
 
 enum Space : int32_t { kGeneric = 0, kGlobal = 1, kShared = 2, kSharedCluster = 3, kLocal = 4 };
-enum Order : int32_t { kWeak = 0, kRelaxed = 1, kAcquire = 2, kRelease = 3, kAcquireRelease = 4 };
+enum Order : int32_t { kWeak = 0, kRelaxed = 1, kAcquire = 2, kRelease = 3, kAcquireRelease = 4, kReadOnly = 5 };
 
 inline std::string place(const Grid& g, uint64_t address) {
   const Region* below = nullptr;
@@ -265,10 +265,13 @@ inline Next load(Warp& w, const Instruction& i, uint32_t mask) {
   uint64_t addresses[32];
   addresses_of(w, rest[1], rest[0], f.offset, addresses);
   const size_t bytes = size_t(f.bytes) * f.count;
-  const Access kind = f.order == kWeak ? Access::kPlain : Access::kAtomic;
+  const bool weak = f.order == kWeak || f.order == kReadOnly;
+  const Access kind = weak ? Access::kPlain : Access::kAtomic;
   for (uint32_t m = mask; m; m &= m - 1) {
     const int lane = std::countr_zero(m);
     const Place p = find_place(w, lane, f.space, addresses[lane], bytes, bytes);
+    if (f.order == kReadOnly && p.shadow && p.shadow->written(p.offset, bytes))
+      w.grid->fail("reads with .nc what this launch has written: " + where(p), lane);
     if (f.order == kAcquire) w.grid->acquire(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     else if (f.order == kRelaxed) w.grid->relaxed_read(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     check_read(w, lane, p, bytes, kind);
@@ -277,7 +280,7 @@ inline Next load(Warp& w, const Instruction& i, uint32_t mask) {
                  number_at(p.host + k * f.bytes, f.bytes, f.is_signed));
   }
   measure(w, i, f.space, addresses, bytes, mask);
-  return f.order != kWeak ? Next::kTurn : Next::kFollowing;
+  return weak ? Next::kFollowing : Next::kTurn;
 }
 
 inline Next store(Warp& w, const Instruction& i, uint32_t mask) {

@@ -130,6 +130,10 @@ class Shadow {
     });
   }
 
+  bool written(size_t offset, size_t bytes) {
+    return !each(offset, bytes, [](Cell& cell, size_t) { return !cell.write_stamp; });
+  }
+
   // f(thread, stamp, line) of the plain writes that were the last ones there; false as soon as it is.
   template <class F> bool each_write(size_t offset, size_t bytes, F f) {
     const Cell* before = nullptr;

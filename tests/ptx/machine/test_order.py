@@ -79,6 +79,11 @@ def test_atomics_do_not_race_with_each_other():
         assert found[0] == 2 * 192 and found[1] == 3
 
 
+def test_memory_read_through_the_read_only_cache_is_not_written():
+    run("ld.global.nc.b32 %r9, [%p0+64]; st.global.b32 [%d0+512], 1;")
+    race("st.global.b32 [%d0], 1; bar.sync 0; ld.global.nc.b32 %r9, [%p0];", message="reads with .nc what this launch")
+
+
 def test_one_value_may_be_written_by_all_to_shared_memory():
     run("st.shared.b32 [%r2], 5; bar.sync 0; ld.shared.b32 %r9, [%r2];", threads=64)
     race("st.shared.b32 [%r2], %r0;", threads=64)
