@@ -1,4 +1,4 @@
-"""backend="cuda" in the PTX machine, for tests: which GPU, in which order its warps run, and how to reach it."""
+"""backend="cuda" in the PTX machine, for tests: which GPU, in which order its warps run, how to reach it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,4 +48,5 @@ def emulate(gpu: ptx.Driver, capability: int, seed: int = 0, resident: int = 9) 
 
 
 def config_of(width: int, mult: int, chunk: int = 16, heads: int = 1, **switches) -> TitansConfig:
-    return TitansConfig(width * heads, heads, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk, **switches)
+    both = dict(chunk_memory=chunk, chunk_other=chunk)
+    return TitansConfig(width * heads, heads, hidden_mult=mult, **both, **switches)

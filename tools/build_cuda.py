@@ -134,8 +134,9 @@ def build_emulated() -> Path:
 
 
 def ptx(source: Path, arch: int) -> Path:
-    """Where the PTX of one file of kernels for an architecture is kept, with the source lines of instructions;
-    compiles it if need be. Raises BuildError without nvcc, and with its messages where it fails."""
+    """Where the PTX of one file of kernels for an architecture is kept, with the source lines of
+    instructions; compiles it if need be. Raises BuildError without nvcc, and with its messages where it
+    fails."""
     compiler = nvcc()
     if compiler is None:
         raise BuildError("nvcc was not found, neither on PATH nor in CUDA_HOME")
@@ -145,8 +146,8 @@ def ptx(source: Path, arch: int) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([compiler, *flags, source.relative_to(ROOT), "-o", fresh], capture_output=True, text=True,
-                              cwd=ROOT)
+        command = [compiler, *flags, source.relative_to(ROOT), "-o", fresh]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             raise BuildError(f"nvcc failed: {(done.stderr or done.stdout).strip()[-4000:]}")
         fresh.replace(path)

@@ -257,7 +257,9 @@ void emulate(int64_t capability, int64_t shared_bytes, int64_t image, int64_t se
   hope::emulator::options() = {static_cast<unsigned>(seed), static_cast<int>(resident), races};
 }
 
-void execute_by(int64_t executor) { hope::emulator::executor = reinterpret_cast<hope::emulator::Executor>(executor); }
+void execute_by(int64_t address) {
+  hope::emulator::executor = reinterpret_cast<hope::emulator::Executor>(address);
+}
 #endif
 
 }  // namespace
@@ -276,7 +278,7 @@ STABLE_TORCH_LIBRARY(hope_kernels_cuda, m) {
   // order in which threads run; races: whether unordered accesses fail.
   m.def("emulate(int capability, int shared_bytes, int image, int seed, int resident, bool races) -> ()");
   // The address of a function that runs the next launches instead (emulator/executor.h); 0: none.
-  m.def("execute_by(int executor) -> ()");
+  m.def("execute_by(int address) -> ()");
 #endif
 }
 

@@ -1,7 +1,7 @@
-// Who runs a launch: the fibers of grid.h, or whoever has set `executor`. That one is told what a driver would be
-// told: which kernel, by its place in the library (the symbol there is its name, the same for nvcc and for a host
-// compiler, which both mangle as the Itanium C++ ABI says), and the bytes of its parameters; and which memory the
-// call has lent it. tools/ptx runs the PTX that nvcc made of the kernel there.
+// Who runs a launch: the fibers of grid.h, or whoever has set `executor`. That one is told what a driver would
+// be told: which kernel, by its place in the library (the symbol there is its name, the same for nvcc and for a
+// host compiler, since both mangle as the Itanium C++ ABI says), and the bytes of its parameters; and which
+// memory the call has lent it. tools/ptx runs the PTX that nvcc made of the kernel there.
 #pragma once
 #include <dlfcn.h>
 

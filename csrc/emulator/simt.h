@@ -192,7 +192,7 @@ inline float tanh_fast(float x) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return x;
   return emulator::float_of((u + 0x7ffu + ((u >> 12) & 1)) & ~0xfffu);
 }
-inline float exp_(float x) { return std::exp(x); }
+inline float exp_(float x) { return std::exp2(x * 1.442695041f); }  // as the device has it
 inline float log1p_(float x) { return std::log1p(x); }
 inline float sqrt_(float x) { return std::sqrt(x); }
 inline float divide(float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.f : a / b; }  // 0, as on the device

@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -60,12 +61,12 @@ def _ptx(source: Path, arch: int) -> str:
 def alone(ptx: str, name: str) -> str:
     """The PTX without the other kernels, every line where it was: what is left is fast to read, and its line
     numbers are those of the file."""
-    starts = [m.start() for m in ENTRY.finditer(ptx)]
-    at = next(i for i, start in enumerate(starts) if ptx.startswith(name + "(", start + len(".visible .entry ")))
-    start, stop = starts[at], re.compile(r"^\}", re.M).search(ptx, starts[at]).end()
+    found = list(ENTRY.finditer(ptx))
+    first, start = found[0].start(), next(m.start() for m in found if m[1] == name)
+    stop = re.compile(r"^\}", re.M).search(ptx, start).end()
     files = "\n".join(re.findall(r"^[ \t]*\.file\s.*", ptx, re.M))
-    blank = "\n" * ptx.count("\n", starts[0], start)
-    return f"{ptx[: starts[0]]}{blank}{ptx[start:stop]}\n{files}\n"
+    blank = "\n" * ptx.count("\n", first, start)
+    return f"{ptx[:first]}{blank}{ptx[start:stop]}\n{files}\n"
 
 
 def text(name: str, arch: int) -> str:
@@ -81,8 +82,8 @@ def kernel(name: str, arch: int) -> Kernel:
 
 def symbols(library: Path) -> dict[int, str]:
     """The kernels that the library launches: their places in it, and their names."""
-    listed = subprocess.run(["nm", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
-    found = (line.split() for line in listed.splitlines())
+    done = subprocess.run(["nm", "--defined-only", str(library)], capture_output=True, text=True, check=True)
+    found = (line.split() for line in done.stdout.splitlines())
     return {int(at, 16): name for at, _, name in found if SYMBOL.fullmatch(name)}
 
 
@@ -106,6 +107,15 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         torch.ops.hope_kernels_cuda.execute_by(0)
 
+    @contextmanager
+    def fibers(self) -> Iterator[None]:
+        """Meanwhile launches run the sources, as if nobody had entered this."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
     def _execute(self, pointer) -> int | None:
         try:
             self.launch(pointer.contents)
@@ -120,10 +130,11 @@ class Driver:
         self.ran[name, self.arch] = self.ran.get((name, self.arch), 0) + 1
         kernel = self.kernel(name, self.arch)
         last = kernel.parameters[-1]
-        if last.offset + last.bytes != what.parameter_bytes:
-            raise ValueError(f"{name} takes {last.offset + last.bytes} bytes, the host has {what.parameter_bytes}")
-        lent = [Region(r.address, r.bytes, r.name.decode()) for r in what.regions[: what.region_count] if r.bytes]
+        wanted, given = last.offset + last.bytes, what.parameter_bytes
+        if wanted != given:
+            raise ValueError(f"{name} takes {wanted} bytes of parameters, the host has {given}")
+        lent = [Region(r.address, r.bytes, r.name.decode()) for r in what.regions[: what.region_count]]
+        parameters = ctypes.string_at(what.parameters, given)
         kernel.launch(
-            (what.blocks, 1, 1), what.threads, ctypes.string_at(what.parameters, what.parameter_bytes), lent,
-            what.shared_bytes, what.cluster, self.options
+            (what.blocks, 1, 1), what.threads, parameters, lent, what.shared_bytes, what.cluster, self.options
         )

@@ -491,9 +491,9 @@ class Decoder:
 
     def _barrier(self, i: Instruction, rest: list[str]) -> Decoded:
         if rest[0] == "cluster":
-            if rest[1] not in ("arrive", "wait") or "relaxed" in rest:
+            if rest[1] not in ("arrive", "wait"):
                 raise ValueError("a barrier the machine does not have")
-            return Decoded(f"barrier.cluster.{rest[1]}")
+            return Decoded(f"barrier.cluster.{rest[1]}{'.relaxed' if 'relaxed' in rest else ''}")
         rest = [p for p in rest if p not in ("cta", "aligned")]
         if rest not in (["sync"], ["arrive"]):
             raise ValueError("a barrier the machine does not have")

@@ -66,7 +66,8 @@ inline Next barrier(Warp& w, const Instruction& i, uint32_t mask) {
 // A phase of a cluster's barrier is over when every warp that has not ended has arrived. Phases alternate
 // between
 // two barriers: a warp that arrives at the next but one knows that all have waited for this one.
-inline Next cluster_arrive(Warp& w, const Instruction&, uint32_t mask) {
+// RELAXED: what was done before arriving is not ordered before what others do after waiting.
+template <bool RELAXED> inline Next cluster_arrive(Warp& w, const Instruction&, uint32_t mask) {
   if (!mask) return Next::kFollowing;
   want_all(w, mask);
   Grid& g = *w.grid;
@@ -78,7 +79,8 @@ inline Next cluster_arrive(Warp& w, const Instruction&, uint32_t mask) {
     b.arrived = 0;
     b.joined.clear();
   }
-  g.arrive(b, w);
+  if (RELAXED) ++b.arrived, b.joined.warps.resize(w.knows.warps.size());
+  else g.arrive(b, w);
   if (b.arrived == w.block->cluster->live) g.release_all(b, false);
   return Next::kFollowing;
 }
@@ -115,7 +117,8 @@ inline void add_control(Forms& f) {
                           return Next::kFollowing;
                         },
                         true};
-  f["barrier.cluster.arrive"] = {cluster_arrive, true};
+  f["barrier.cluster.arrive"] = {cluster_arrive<false>, true};
+  f["barrier.cluster.arrive.relaxed"] = {cluster_arrive<true>, true};
   f["barrier.cluster.wait"] = {cluster_wait, true};
   f["nanosleep.u32"] = {[](Warp&, const Instruction&, uint32_t) { return Next::kTurn; }};
   f["nop"] = {nothing};
