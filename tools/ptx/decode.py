@@ -491,7 +491,7 @@ class Decoder:
 
     def _barrier(self, i: Instruction, rest: list[str]) -> Decoded:
         if rest[0] == "cluster":
-            if rest[1] not in ("arrive", "wait"):
+            if rest[1] not in ("arrive", "wait") or {*rest[2:]} - {"release", "relaxed", "acquire", "aligned"}:
                 raise ValueError("a barrier the machine does not have")
             return Decoded(f"barrier.cluster.{rest[1]}{'.relaxed' if 'relaxed' in rest else ''}")
         rest = [p for p in rest if p not in ("cta", "aligned")]

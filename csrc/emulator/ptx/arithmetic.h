@@ -1,6 +1,5 @@
 // Forms of arithmetic on integers, bits and predicates: a PTX opcode without what changes nothing here, and
-// the
-// function it is.
+// the function it is.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -64,8 +64,7 @@ inline Next barrier(Warp& w, const Instruction& i, uint32_t mask) {
 }
 
 // A phase of a cluster's barrier is over when every warp that has not ended has arrived. Phases alternate
-// between
-// two barriers: a warp that arrives at the next but one knows that all have waited for this one.
+// between two barriers: a warp that arrives at the next but one knows that all have waited for this one.
 // RELAXED: what was done before arriving is not ordered before what others do after waiting.
 template <bool RELAXED> inline Next cluster_arrive(Warp& w, const Instruction&, uint32_t mask) {
   if (!mask) return Next::kFollowing;

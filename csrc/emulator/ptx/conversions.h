@@ -20,8 +20,7 @@ template <class T> inline T integer(double x) {
 }
 
 // operands: d, a, bytes and sign of a's type, bytes and sign of d's type, bytes of d's register, whether to
-// saturate,
-// bytes of a's register, of which the low ones count
+// saturate, bytes of a's register, of which the low ones count
 inline Next convert_integer(Warp& w, const Instruction& i, uint32_t mask) {
   const int32_t* o = i.operands;
   for (uint32_t m = mask; m; m &= m - 1) {

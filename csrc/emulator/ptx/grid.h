@@ -74,8 +74,7 @@ inline void Grid::choose_group(Warp& w) {
 }
 
 // Where control may have arrived from elsewhere while lanes are apart: lanes that are here join; others that
-// are
-// behind go first. False: another instruction is next.
+// are behind go first. False: another instruction is next.
 inline bool Grid::settle(Warp& w, const Instruction& i) {
   for (size_t g = 0; g < w.groups.size();) {
     if (w.groups[g].pc == w.pc) {

@@ -1,8 +1,7 @@
 // A grid of warps on one host thread: who runs next, barriers, shared memory, what a launch may touch.
 //
 // A warp is a state: 32-lane registers, predicates, and where its lanes are. Lanes that branch apart run on
-// in
-// groups, the one with the smallest pc first, and are one group again where they meet; an instruction that
+// in groups, the one with the smallest pc first, and are one group again where they meet; an instruction that
 // wants all lanes waits until they have come.
 #pragma once
 #include <array>
@@ -82,8 +81,7 @@ struct KnownAtFence {  // other warps' accesses that lanes knew of
 };
 
 // Of a lane that orders relaxed accesses by fences: what it had released at its last fence, and what it has
-// read of
-// others since.
+// read of others since.
 struct Fenced {
   std::unique_ptr<Knowledge> released, read[3];  // by the scope of the fence to come
   Scope scope = kOfDevice;
@@ -321,8 +319,7 @@ class Grid {
     acquired(w, address, scope, [&](const Knowledge& k) { learn(w, lane, k); });
   }
   // A relaxed write, or one that others read first: what was released there by whom it replaces is lost, and
-  // what its
-  // lane had fenced is released.
+  // what its lane had fenced is released.
   void relaxed_write(Warp& w, int lane, uint64_t address, Scope scope, bool replaces) {
     if (!options.races) return;
     if (replaces) locations_.erase(address);

@@ -1,11 +1,9 @@
 // Objects in shared memory that count arrivals and bytes of asynchronous copies: mbarrier, and the copies
-// that tell
-// one when they are done.
+// that tell one when they are done.
 //
 // An arrival releases what its thread knows, a wait that finds its phase over acquires what all of the phase
 // released. A copy's accesses count as those of a thread of the object's own: whoever has seen the phase end
-// in which
-// the copy was completed knows of them, and nobody else, not even the thread that issued it.
+// in which the copy was completed knows of them, and nobody else, not even the thread that issued it.
 #pragma once
 #include "exchange.h"
 
@@ -168,8 +166,7 @@ inline Next wait(Warp& w, const Instruction& i, uint32_t mask) {
 }
 
 // operands: destination (space, wide, base, offset), source (base of 8 bytes, offset in two words), bytes (a
-// register),
-// mbarrier (space, wide, base, offset)
+// register), mbarrier (space, wide, base, offset)
 inline Next copy_bulk(Warp& w, const Instruction& i, uint32_t mask) {
   const int32_t* o = i.operands;
   Grid& g = *w.grid;

@@ -104,10 +104,9 @@ inline void check_read(Warp& w, int lane, const Place& p, size_t bytes, Access k
 }
 
 // `same`: what is written is there already. `addresses`, of the lanes in `mask`: of lanes that one
-// instruction lets store to one
-// address one wins, "which is undefined" (CUDA's programming guide); here the last one does. Compilers count
-// on it
-// for numbers that lanes hold together: where a * b + c was contracted they differ in the last bit.
+// instruction lets store to one address one wins, "which is undefined" (CUDA's programming guide); here the
+// last one does. Compilers count on it for numbers that lanes hold together: where a * b + c was contracted
+// they differ in the last bit.
 inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access kind, bool pending = false,
                         bool same = false, const uint64_t* addresses = nullptr, uint32_t mask = 0) {
   if (p.shadow) {
@@ -132,8 +131,7 @@ inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access 
 }
 
 // Async-proxy accesses see a thread's plain writes after a fence.proxy.async: of the writer, known to the
-// reader, or
-// of the reader, who knew of them.
+// reader, or of the reader, who knew of them.
 inline void check_passed_to_proxy(Warp& w, uint32_t lanes, Shadow& shadow, size_t offset, size_t bytes,
                                   uint32_t spaces) {
   Grid& g = *w.grid;
@@ -179,8 +177,7 @@ inline void measure(Warp& w, const Instruction& i, Space space, const uint64_t* 
     return;
   }
   // 32 banks of 4 bytes; 8-byte accesses go by halves of a warp, 16-byte ones by quarters; a word asked for
-  // by
-  // several lanes is sent once
+  // by several lanes is sent once
   const int lanes_at_once = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   for (int first = 0; first < 32; first += lanes_at_once) {
     uint64_t words[32][4];

@@ -1,7 +1,6 @@
 // Races, found by what is ordered before what (../races.h says how clocks and knowledge work), on any memory:
 // of every word of 4 bytes the last write, and the reads since then, are known. A word of which a part was
-// accessed
-// has them of every 2 bytes (or every byte) apart, until it is written as a whole.
+// accessed has them of every 2 bytes (or every byte) apart, until it is written as a whole.
 //
 // Atomic operations do not race with each other. Asynchronous copies and products are under way until they
 // are waited for: nobody may touch what they write, nor write what they read.
@@ -59,8 +58,7 @@ class Shadow {
   }
 
   // `stamp`: the writer's clock, or kPending. `same`: it writes what is there. Threads that write one value
-  // to one
-  // place do not race: compilers let all threads that hold a number store it.
+  // to one place do not race: compilers let all threads that hold a number store it.
   bool write(size_t offset, size_t bytes, const Accessor& who, uint32_t stamp, int32_t line, Access kind,
              Conflict& conflict, bool same = false) {
     Known known(who);

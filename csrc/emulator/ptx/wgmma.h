@@ -1,10 +1,8 @@
 // wgmma: products of four warps on operands in shared memory, described by 64-bit descriptors, under way
-// until
-// they are waited for (compute capability 9.0).
+// until they are waited for (compute capability 9.0).
 //
-// Every warp computes its own 16 of the 64 rows when it issues the product. Until it has waited, the sums
-// are not
-// in its registers, and what is read of shared memory may not be written. That has to be visible to the
+// Every warp computes its own 16 of the 64 rows when it issues the product. Until it has waited, the sums are
+// not in its registers, and what is read of shared memory may not be written. That has to be visible to the
 // asynchronous proxy: a fence.proxy.async lies between a write and the product.
 #pragma once
 #include "tensor.h"
@@ -12,8 +10,7 @@
 namespace hope::ptx {
 
 // Bytes of a matrix of 16-bit numbers, by its descriptor: 8 rows (or 8 steps of k) of 16-byte units are an
-// atom,
-// as wide as the swizzle.
+// atom, as wide as the swizzle.
 struct Descriptor {
   uint32_t start, leading, stride, units, swizzle_bits;
 

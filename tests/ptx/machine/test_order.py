@@ -249,6 +249,13 @@ def test_stores_to_other_blocks_of_a_cluster():
     race(WAIT, grid=2, cluster=2, message="without having arrived")
 
 
+def test_an_arrival_that_releases_nothing():
+    both = f"{ARRIVE} {WAIT}"
+    relaxed = f"barrier.cluster.arrive.relaxed.aligned; {WAIT}"
+    run(CLUSTER.format(start=relaxed, store=REMOTE, sync=both), grid=2, cluster=2)
+    race(CLUSTER.format(start=both, store=REMOTE, sync=relaxed), grid=2, cluster=2)
+
+
 def test_work_between_arriving_and_waiting():
     """Stores before the arrival are seen after the wait, stores in between are not."""
     both = f"{ARRIVE} {WAIT}"
