@@ -13,10 +13,10 @@ from .parse import Entry, Instruction, bytes_of
 
 # changes nothing that the machine knows of
 _HINTS = re.compile(
-    r"\.(uni|nc|L[12]::[\w:]+|level::[\w:]+|volatile|ca|cg|cs|lu|cv|wb|wt|aligned)(?=\.|$)"
+    r"\.(uni|L[12]::[\w:]+|level::[\w:]+|volatile|ca|cg|cs|lu|cv|wb|wt|aligned)(?=\.|$)"
 )
 _SPACES = {"global": 1, "shared": 2, "shared::cta": 2, "shared::cluster": 3, "local": 4}
-_ORDERS = {"relaxed": 1, "acquire": 2, "release": 3, "acq_rel": 4, "volatile": 1}
+_ORDERS = {"relaxed": 1, "acquire": 2, "release": 3, "acq_rel": 4, "volatile": 1, "nc": 5}
 _SCOPES = {"gpu": 0, "sys": 0, "cta": 1, "cluster": 2}
 _TYPE = re.compile(r"(?:[subf]|bf|tf)(?:8|16|32|64)(?:x2)?$")
 
@@ -491,7 +491,7 @@ class Decoder:
 
     def _barrier(self, i: Instruction, rest: list[str]) -> Decoded:
         if rest[0] == "cluster":
-            if rest[1] not in ("arrive", "wait"):
+            if rest[1] not in ("arrive", "wait") or {*rest[2:]} - {"release", "relaxed", "acquire", "aligned"}:
                 raise ValueError("a barrier the machine does not have")
             return Decoded(f"barrier.cluster.{rest[1]}{'.relaxed' if 'relaxed' in rest else ''}")
         rest = [p for p in rest if p not in ("cta", "aligned")]

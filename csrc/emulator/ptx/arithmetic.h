@@ -1,5 +1,5 @@
-// Forms of arithmetic on integers, bits and predicates: a PTX opcode without what changes nothing here, and the
-// function it is.
+// Forms of arithmetic on integers, bits and predicates: a PTX opcode without what changes nothing here, and
+// the function it is.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,10 @@ struct Form {
 };
 using Forms = std::unordered_map<std::string, Form>;
 
-template <class T> inline T shift_left(T a, uint32_t n) { return n >= 8 * sizeof(T) ? 0 : static_cast<T>(a << n); }
+template <class T>
+inline T shift_left(T a, uint32_t n) {
+  return n >= 8 * sizeof(T) ? 0 : static_cast<T>(a << n);
+}
 template <class T> inline T shift_right(T a, uint32_t n) {
   if (n >= 8 * sizeof(T)) n = 8 * sizeof(T) - 1, a = std::is_signed_v<T> ? a : T{0};
   return static_cast<T>(a >> n);
@@ -73,8 +76,8 @@ template <class T> inline void add_integers(Forms& f, const std::string& t) {
   f["add." + t] = {each_lane<T, T, T>([](T a, T b) { return static_cast<T>(U(a) + U(b)); })};
   f["sub." + t] = {each_lane<T, T, T>([](T a, T b) { return static_cast<T>(U(a) - U(b)); })};
   f["mul.lo." + t] = {each_lane<T, T, T>([](T a, T b) { return static_cast<T>(uint64_t(a) * uint64_t(b)); })};
-  f["mad.lo." + t] = {
-      each_lane<T, T, T, T>([](T a, T b, T c) { return static_cast<T>(uint64_t(a) * uint64_t(b) + uint64_t(c)); })};
+  f["mad.lo." + t] = {each_lane<T, T, T, T>(
+      [](T a, T b, T c) { return static_cast<T>(uint64_t(a) * uint64_t(b) + uint64_t(c)); })};
   f["mul.hi." + t] = {each_lane<T, T, T>([](T a, T b) {
     using Wide = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
     return static_cast<T>((Wide(a) * Wide(b)) >> (8 * sizeof(T)));
@@ -90,7 +93,9 @@ template <class T> inline void add_integers(Forms& f, const std::string& t) {
   f["setp.le." + t] = {compare<T>([](T a, T b) { return a <= b; })};
   f["setp.gt." + t] = {compare<T>([](T a, T b) { return a > b; })};
   f["setp.ge." + t] = {compare<T>([](T a, T b) { return a >= b; })};
-  if constexpr (sizeof(T) >= 4) f["bfe." + t] = {each_lane<T, T, uint32_t, uint32_t>([](T a, uint32_t p, uint32_t n) { return extracted(a, p, n); })};
+  if constexpr (sizeof(T) >= 4)
+    f["bfe." + t] = {
+        each_lane<T, T, uint32_t, uint32_t>([](T a, uint32_t p, uint32_t n) { return extracted(a, p, n); })};
   if constexpr (std::is_unsigned_v<T>)  // other names of the same comparisons
     for (const auto& [name, same] : {std::pair{"lo", "lt"}, {"ls", "le"}, {"hi", "gt"}, {"hs", "ge"}})
       f["setp." + (name + ("." + t))] = f["setp." + (same + ("." + t))];
@@ -156,17 +161,23 @@ inline void add_arithmetic(Forms& f) {
   add_integers<int32_t>(f, "s32"), add_integers<uint32_t>(f, "u32");
   add_integers<int64_t>(f, "s64"), add_integers<uint64_t>(f, "u64");
   for (const char* op : {"setp.eq.", "setp.ne."})
-    for (const char* bits : {"16", "32", "64"}) f[op + ("b" + std::string(bits))] = f[op + ("u" + std::string(bits))];
+    for (const char* bits : {"16", "32", "64"})
+      f[op + ("b" + std::string(bits))] = f[op + ("u" + std::string(bits))];
   add_bits<uint16_t>(f, "b16"), add_bits<uint32_t>(f, "b32"), add_bits<uint64_t>(f, "b64");
   for (const char* op : {"mov.", "selp."})
-    for (const auto& [name, same] : {std::pair{"u16", "b16"}, {"s16", "b16"}, {"f16", "b16"}, {"bf16", "b16"}, {"u32", "b32"},
-                                     {"s32", "b32"}, {"f32", "b32"}, {"u64", "b64"}, {"s64", "b64"}, {"f64", "b64"}})
+    for (const auto& [name, same] : {
+             std::pair{"u16", "b16"}, {"s16", "b16"}, {"f16", "b16"}, {"bf16", "b16"}, {"u32", "b32"},
+             {"s32", "b32"}, {"f32", "b32"}, {"u64", "b64"}, {"s64", "b64"}, {"f64", "b64"}})
       f[op + std::string(name)] = f[op + std::string(same)];
 
-  f["mul.wide.s16"] = {each_lane<int32_t, int16_t, int16_t>([](int16_t a, int16_t b) { return int32_t(a) * b; })};
-  f["mul.wide.u16"] = {each_lane<uint32_t, uint16_t, uint16_t>([](uint16_t a, uint16_t b) { return uint32_t(a) * b; })};
-  f["mul.wide.s32"] = {each_lane<int64_t, int32_t, int32_t>([](int32_t a, int32_t b) { return int64_t(a) * b; })};
-  f["mul.wide.u32"] = {each_lane<uint64_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b) { return uint64_t(a) * b; })};
+  f["mul.wide.s16"] = {
+      each_lane<int32_t, int16_t, int16_t>([](int16_t a, int16_t b) { return int32_t(a) * b; })};
+  f["mul.wide.u16"] = {
+      each_lane<uint32_t, uint16_t, uint16_t>([](uint16_t a, uint16_t b) { return uint32_t(a) * b; })};
+  f["mul.wide.s32"] = {
+      each_lane<int64_t, int32_t, int32_t>([](int32_t a, int32_t b) { return int64_t(a) * b; })};
+  f["mul.wide.u32"] = {
+      each_lane<uint64_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b) { return uint64_t(a) * b; })};
   f["mad.wide.s16"] = {each_lane<int32_t, int16_t, int16_t, int32_t>(
       [](int16_t a, int16_t b, int32_t c) { return int32_t(uint32_t(int32_t(a) * b) + uint32_t(c)); })};
   f["mad.wide.u16"] = {each_lane<uint32_t, uint16_t, uint16_t, uint32_t>(
@@ -184,16 +195,22 @@ inline void add_arithmetic(Forms& f) {
           if (table >> k & 1) r |= (k & 4 ? a : ~a) & (k & 2 ? b : ~b) & (k & 1 ? c : ~c);
         return r;
       })};
-  f["shf.l.wrap.b32"] = {each_lane<uint32_t, uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t n) {
-    return static_cast<uint32_t>(((uint64_t(b) << 32 | a) << (n & 31)) >> 32);
-  })};
-  f["shf.r.wrap.b32"] = {each_lane<uint32_t, uint32_t, uint32_t, uint32_t>(
-      [](uint32_t a, uint32_t b, uint32_t n) { return static_cast<uint32_t>((uint64_t(b) << 32 | a) >> (n & 31)); })};
-  f["shf.l.clamp.b32"] = {each_lane<uint32_t, uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t n) {
-    return static_cast<uint32_t>((uint64_t(b) << 32 | a) << std::min(n, 32u) >> 32);
-  })};
-  f["shf.r.clamp.b32"] = {each_lane<uint32_t, uint32_t, uint32_t, uint32_t>(
-      [](uint32_t a, uint32_t b, uint32_t n) { return static_cast<uint32_t>((uint64_t(b) << 32 | a) >> std::min(n, 32u)); })};
+  f["shf.l.wrap.b32"] = {
+      each_lane<uint32_t, uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t n) {
+        return static_cast<uint32_t>(((uint64_t(b) << 32 | a) << (n & 31)) >> 32);
+      })};
+  f["shf.r.wrap.b32"] = {
+      each_lane<uint32_t, uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t n) {
+        return static_cast<uint32_t>((uint64_t(b) << 32 | a) >> (n & 31));
+      })};
+  f["shf.l.clamp.b32"] = {
+      each_lane<uint32_t, uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t n) {
+        return static_cast<uint32_t>((uint64_t(b) << 32 | a) << std::min(n, 32u) >> 32);
+      })};
+  f["shf.r.clamp.b32"] = {
+      each_lane<uint32_t, uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t n) {
+        return static_cast<uint32_t>((uint64_t(b) << 32 | a) >> std::min(n, 32u));
+      })};
   f["mul24.lo.s32"] = {each_lane<int32_t, int32_t, int32_t>(
       [](int32_t a, int32_t b) { return static_cast<int32_t>(of_24_bits(a) * of_24_bits(b)); })};
   f["mul24.lo.u32"] = {each_lane<uint32_t, uint32_t, uint32_t>(
@@ -211,11 +228,14 @@ inline void add_arithmetic(Forms& f) {
     return Next::kFollowing;
   }};
   // {two halves} and a whole; operands in the order of the text
-  f["pack.b32"] = {each_lane<uint32_t, uint32_t, uint32_t>([](uint32_t lo, uint32_t hi) { return (lo & 0xffff) | hi << 16; })};
-  f["pack.b64"] = {each_lane<uint64_t, uint32_t, uint32_t>([](uint32_t lo, uint32_t hi) { return lo | uint64_t(hi) << 32; })};
-  f["quarters.b64"] = {each_lane<uint64_t, uint32_t, uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    return (a & 0xffff) | uint64_t(b & 0xffff) << 16 | uint64_t(c & 0xffff) << 32 | uint64_t(d) << 48;
-  })};
+  f["pack.b32"] = {each_lane<uint32_t, uint32_t, uint32_t>(
+      [](uint32_t lo, uint32_t hi) { return (lo & 0xffff) | hi << 16; })};
+  f["pack.b64"] = {each_lane<uint64_t, uint32_t, uint32_t>(
+      [](uint32_t lo, uint32_t hi) { return lo | uint64_t(hi) << 32; })};
+  f["quarters.b64"] = {each_lane<uint64_t, uint32_t, uint32_t, uint32_t, uint32_t>(
+      [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+        return (a & 0xffff) | uint64_t(b & 0xffff) << 16 | uint64_t(c & 0xffff) << 32 | uint64_t(d) << 48;
+      })};
   // operands: four results (-1: nobody takes it), a whole
   f["split.b64"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
     uint64_t a[32];

@@ -50,8 +50,8 @@ inline Next barrier(Warp& w, const Instruction& i, uint32_t mask) {
   }
   const bool counted = i.operands[1] >= 0;
   if (b.arrived && b.needed != needed && (counted || b.counted))
-    g.fail("barrier " + std::to_string(id) + " of " + std::to_string(32 * needed) + " threads, where others wait for " +
-           std::to_string(32 * b.needed));
+    g.fail("barrier " + std::to_string(id) + " of " + std::to_string(32 * needed) +
+           " threads, where others wait for " + std::to_string(32 * b.needed));
   b.needed = needed, b.counted = counted;
   g.arrive(b, w);
   if (!i.operands[2]) {
@@ -63,8 +63,8 @@ inline Next barrier(Warp& w, const Instruction& i, uint32_t mask) {
   return Next::kWait;
 }
 
-// A phase of a cluster's barrier is over when every warp that has not ended has arrived. Phases alternate between
-// two barriers: a warp that arrives at the next but one knows that all have waited for this one.
+// A phase of a cluster's barrier is over when every warp that has not ended has arrived. Phases alternate
+// between two barriers: a warp that arrives at the next but one knows that all have waited for this one.
 // RELAXED: what was done before arriving is not ordered before what others do after waiting.
 template <bool RELAXED> inline Next cluster_arrive(Warp& w, const Instruction&, uint32_t mask) {
   if (!mask) return Next::kFollowing;

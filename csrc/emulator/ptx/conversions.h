@@ -5,9 +5,12 @@
 namespace hope::ptx {
 
 // A result of 8 bits fills a register of 16 by its sign.
-template <class D> using Filled = std::conditional_t<sizeof(D) == 1, std::conditional_t<std::is_signed_v<D>, int16_t, uint16_t>, D>;
+template <class D>
+using Filled =
+    std::conditional_t<sizeof(D) == 1, std::conditional_t<std::is_signed_v<D>, int16_t, uint16_t>, D>;
 
-// To an integer: what is outside its range becomes the nearest that is inside. NaN becomes 0, and the number of
+// To an integer: what is outside its range becomes the nearest that is inside. NaN becomes 0, and the number
+// of
 // 64 bits whose highest alone is set.
 template <class T> inline T integer(double x) {
   if (std::isnan(x)) return sizeof(T) == 8 ? static_cast<T>(uint64_t{1} << 63) : 0;
@@ -16,15 +19,17 @@ template <class T> inline T integer(double x) {
   return static_cast<T>(x);
 }
 
-// operands: d, a, bytes and sign of a's type, bytes and sign of d's type, bytes of d's register, whether to saturate,
-// bytes of a's register, of which the low ones count
+// operands: d, a, bytes and sign of a's type, bytes and sign of d's type, bytes of d's register, whether to
+// saturate, bytes of a's register, of which the low ones count
 inline Next convert_integer(Warp& w, const Instruction& i, uint32_t mask) {
   const int32_t* o = i.operands;
   for (uint32_t m = mask; m; m &= m - 1) {
     const int lane = std::countr_zero(m);
     const int unused = 128 - 8 * o[2], cut = 128 - 8 * o[4];
-    const unsigned __int128 bits = o[8] == 8 ? lanes_of<uint64_t>(w, o[1])[lane] : lanes_of<uint32_t>(w, o[1])[lane];
-    __int128 x = o[3] ? static_cast<__int128>(bits << unused) >> unused : static_cast<__int128>(bits << unused >> unused);
+    const unsigned __int128 bits =
+        o[8] == 8 ? lanes_of<uint64_t>(w, o[1])[lane] : lanes_of<uint32_t>(w, o[1])[lane];
+    __int128 x = o[3] ? static_cast<__int128>(bits << unused) >> unused
+                      : static_cast<__int128>(bits << unused >> unused);
     if (o[7]) {
       const __int128 span = static_cast<__int128>(1) << (8 * o[4] - (o[5] ? 1 : 0));
       x = std::min<__int128>(std::max<__int128>(x, o[5] ? -span : 0), span - 1);
@@ -38,7 +43,8 @@ inline Next convert_integer(Warp& w, const Instruction& i, uint32_t mask) {
 }
 
 template <class D, class S> inline void add_conversion(Forms& f, const std::string& d, const std::string& s) {
-  f["cvt." + d + "." + s] = {each_lane<Filled<D>, S>([](S a) { return static_cast<Filled<D>>(static_cast<D>(a)); })};
+  f["cvt." + d + "." + s] = {
+      each_lane<Filled<D>, S>([](S a) { return static_cast<Filled<D>>(static_cast<D>(a)); })};
 }
 template <class D> inline void add_conversions_to(Forms& f, const std::string& d) {
   add_conversion<D, int8_t>(f, d, "s8"), add_conversion<D, uint8_t>(f, d, "u8");
@@ -50,7 +56,8 @@ template <class D> inline void add_conversions_to(Forms& f, const std::string& d
     using R = decltype(round);
     auto form = [](auto in) -> Form {
       using In = decltype(in);
-      return {each_lane<Filled<D>, float>([](float a) { return static_cast<Filled<D>>(integer<D>(R{}(In{}(a)))); })};
+      return {each_lane<Filled<D>, float>(
+          [](float a) { return static_cast<Filled<D>>(integer<D>(R{}(In{}(a)))); })};
     };
     f["cvt." + rounding + "." + d + ".f32"] = form([](float x) { return x; });
     f["cvt." + rounding + ".ftz." + d + ".f32"] = form([](float x) { return flushed(x); });
@@ -69,8 +76,9 @@ template <class T> inline void add_conversions_of_16_bits(Forms& f, const std::s
   // the first source is the upper half
   f["cvt.rn." + t + "x2.f32"] = {each_lane<uint32_t, float, float>(
       [](float hi, float lo) { return uint32_t(narrow<T>(hi).bits) << 16 | narrow<T>(lo).bits; })};
-  f["cvt.rn.relu." + t + "x2.f32"] = {each_lane<uint32_t, float, float>(
-      [](float hi, float lo) { return uint32_t(narrow<T>(Relu{}(hi)).bits) << 16 | narrow<T>(Relu{}(lo)).bits; })};
+  f["cvt.rn.relu." + t + "x2.f32"] = {each_lane<uint32_t, float, float>([](float hi, float lo) {
+    return uint32_t(narrow<T>(Relu{}(hi)).bits) << 16 | narrow<T>(Relu{}(lo)).bits;
+  })};
   f["cvt.f32." + t] = {each_lane<float, T>([](T a) { return value(a); })};
 }
 

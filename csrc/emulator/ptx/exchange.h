@@ -8,7 +8,8 @@ namespace hope::ptx {
 inline void want_members(Warp& w, int32_t operand, uint32_t mask) {
   const uint32_t* members = static_cast<uint32_t*>(w.lanes(operand));
   for (uint32_t m = mask; m; m &= m - 1)
-    if (members[std::countr_zero(m)] != 0xffffffffu) w.grid->fail("a member mask other than all lanes", std::countr_zero(m));
+    if (members[std::countr_zero(m)] != 0xffffffffu)
+      w.grid->fail("a member mask other than all lanes", std::countr_zero(m));
   want_all(w, mask);
 }
 
@@ -19,12 +20,16 @@ template <Shuffle MODE> inline Next shuffle(Warp& w, const Instruction& i, uint3
   if (!mask) return Next::kFollowing;
   const int32_t* o = i.operands;
   want_members(w, o[5], mask);
-  const uint32_t *a = lanes_of<uint32_t>(w, o[2]), *b = lanes_of<uint32_t>(w, o[3]), *c = lanes_of<uint32_t>(w, o[4]);
+  const uint32_t *a = lanes_of<uint32_t>(w, o[2]), *b = lanes_of<uint32_t>(w, o[3]),
+                 *c = lanes_of<uint32_t>(w, o[4]);
   uint32_t result[32], valid = 0;
   for (int lane = 0; lane < 32; ++lane) {
     const int by = b[lane] & 31, clamp = c[lane] & 31, segment = c[lane] >> 8 & 31;
     const int largest = (lane & segment) | (clamp & ~segment), least = lane & segment;
-    int from = MODE == kUp ? lane - by : MODE == kDown ? lane + by : MODE == kButterfly ? lane ^ by : least | (by & ~segment);
+    int from = MODE == kUp          ? lane - by
+               : MODE == kDown      ? lane + by
+               : MODE == kButterfly ? lane ^ by
+                                    : least | (by & ~segment);
     const bool inside = MODE == kUp ? from >= largest : from <= largest;
     if (!inside) from = lane;
     valid |= static_cast<uint32_t>(inside) << lane;
@@ -50,7 +55,8 @@ template <class T, class F> constexpr Run reduce(F) {
   };
 }
 
-// Element pairs of 8 x 8 numbers of 16 bits, transposed; `word(lane)` holds row lane / 4, columns 2 (lane % 4) and + 1.
+// Element pairs of 8 x 8 numbers of 16 bits, transposed; `word(lane)` holds row lane / 4, columns 2 (lane %
+// 4) and + 1.
 template <class W> inline uint32_t transposed(int lane, W word) {
   const int row = lane / 4, column = 2 * (lane % 4);
   auto at = [&](int r, int c) { return word(4 * r + c / 2) >> (16 * (c % 2)) & 0xffffu; };
@@ -127,7 +133,8 @@ inline void add_exchange(Forms& f) {
   f["vote.sync.ballot"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
                              if (!mask) return Next::kFollowing;
                              want_members(w, i.operands[2], mask);
-                             put_one(w, i.operands[0], w.predicates[i.operands[1]] ^ (i.operands[3] ? 0xffffffffu : 0), mask);
+                             put_one(w, i.operands[0],
+                                     w.predicates[i.operands[1]] ^ (i.operands[3] ? 0xffffffffu : 0), mask);
                              return Next::kFollowing;
                            },
                            true};
@@ -168,7 +175,8 @@ inline void add_exchange(Forms& f) {
                                                    std::memcpy(given, w.lanes(i.operands[1]), sizeof given);
                                                    uint32_t* d = lanes_of<uint32_t>(w, i.operands[0]);
                                                    for (int lane = 0; lane < 32; ++lane)
-                                                     d[lane] = transposed(lane, [&](int l) { return given[l]; });
+                                                     d[lane] =
+                                                         transposed(lane, [&](int l) { return given[l]; });
                                                    return Next::kFollowing;
                                                  },
                                                  true};

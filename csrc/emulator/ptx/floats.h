@@ -39,7 +39,8 @@ inline Sum exact_sum(double a, double b) {
 inline float toward_zero(Sum s) {
   if (!std::isfinite(s.near)) return static_cast<float>(s.near);
   float f = static_cast<float>(s.near);
-  const double over = std::fabs(f) == std::fabs(s.near) ? (s.near < 0 ? s.rest : -s.rest) : std::fabs(f) - std::fabs(s.near);
+  const double over =
+      std::fabs(f) == std::fabs(s.near) ? (s.near < 0 ? s.rest : -s.rest) : std::fabs(f) - std::fabs(s.near);
   return over > 0 ? std::nextafterf(f, 0.f) : f;
 }
 // Toward zero, the last bit set if anything was lost: rounds to fewer bits as the exact sum would.
@@ -63,7 +64,8 @@ template <bool FLUSH> struct Fp32 {
 
 template <bool FLUSH, class F> inline void add_unary(Forms& f, const std::string& name, F) {
   using P = Fp32<FLUSH>;
-  f[name + (FLUSH ? ".ftz" : "") + ".f32"] = {each_lane<float, float>([](float a) { return P::out(F{}(P::in(a))); })};
+  f[name + (FLUSH ? ".ftz" : "") + ".f32"] = {
+      each_lane<float, float>([](float a) { return P::out(F{}(P::in(a))); })};
 }
 template <bool FLUSH, class F> inline void add_binary(Forms& f, const std::string& name, F) {
   using P = Fp32<FLUSH>;
@@ -87,14 +89,18 @@ template <bool FLUSH> inline void add_fp32(Forms& f) {
   add_binary<FLUSH>(f, "add.rz", [](float a, float b) { return toward_zero(exact_sum(a, b)); });
   f["fma.rn" + z + ".f32"] = {each_lane<float, float, float, float>(
       [](float a, float b, float c) { return P::out(__builtin_fmaf(P::in(a), P::in(b), P::in(c))); })};
-  f["add" + z + ".sat.f32"] = {each_lane<float, float, float>([](float a, float b) { return saturated(P::out(P::in(a) + P::in(b))); })};
-  f["mul" + z + ".sat.f32"] = {each_lane<float, float, float>([](float a, float b) { return saturated(P::out(P::in(a) * P::in(b))); })};
-  f["fma.rn" + z + ".sat.f32"] = {each_lane<float, float, float, float>(
-      [](float a, float b, float c) { return saturated(P::out(__builtin_fmaf(P::in(a), P::in(b), P::in(c)))); })};
+  f["add" + z + ".sat.f32"] = {each_lane<float, float, float>(
+      [](float a, float b) { return saturated(P::out(P::in(a) + P::in(b))); })};
+  f["mul" + z + ".sat.f32"] = {each_lane<float, float, float>(
+      [](float a, float b) { return saturated(P::out(P::in(a) * P::in(b))); })};
+  f["fma.rn" + z + ".sat.f32"] = {each_lane<float, float, float, float>([](float a, float b, float c) {
+    return saturated(P::out(__builtin_fmaf(P::in(a), P::in(b), P::in(c))));
+  })};
   add_binary<FLUSH>(f, "div.full", [](float a, float b) { return a / b; });
   add_binary<FLUSH>(f, "div.rn", [](float a, float b) { return a / b; });
   // beyond 2^126 this one's quotient is 0
-  add_binary<FLUSH>(f, "div.approx", [](float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.f : a / b; });
+  add_binary<FLUSH>(f, "div.approx",
+                    [](float a, float b) { return std::fabs(b) > 0x1p126f ? a * 0.f : a / b; });
   for (const char* r : {".approx", ".rn"}) {
     add_unary<FLUSH>(f, std::string("rcp") + r, [](float a) { return 1.f / a; });
     add_unary<FLUSH>(f, std::string("sqrt") + r, [](float a) { return std::sqrt(a); });
@@ -130,7 +136,8 @@ template <bool FLUSH> inline void add_fp32(Forms& f) {
   add_comparison<FLUSH>(f, "num", [](float a, float b) { return !std::isnan(a) && !std::isnan(b); });
 }
 
-// Both halves of a word: g of numbers, rounded once more to 16 bits. fp32 has more than twice their bits and two:
+// Both halves of a word: g of numbers, rounded once more to 16 bits. fp32 has more than twice their bits and
+// two:
 // of a sum, difference or product the two roundings are one.
 template <class T, class... S, class G> inline Form of_pairs(G) {
   return {each_lane<uint32_t, S...>([](S... words) {

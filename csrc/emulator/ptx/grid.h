@@ -73,8 +73,8 @@ inline void Grid::choose_group(Warp& w) {
   w.groups.erase(w.groups.begin() + best);
 }
 
-// Where control may have arrived from elsewhere while lanes are apart: lanes that are here join; others that are
-// behind go first. False: another instruction is next.
+// Where control may have arrived from elsewhere while lanes are apart: lanes that are here join; others that
+// are behind go first. False: another instruction is next.
 inline bool Grid::settle(Warp& w, const Instruction& i) {
   for (size_t g = 0; g < w.groups.size();) {
     if (w.groups[g].pc == w.pc) {

@@ -29,7 +29,10 @@ template <class T> inline Word<T> word(T x) {
   else return static_cast<std::make_unsigned_t<T>>(x);
 }
 
-template <class T> inline Word<T>* lanes_of(Warp& w, int32_t operand) { return static_cast<Word<T>*>(w.lanes(operand)); }
+template <class T>
+inline Word<T>* lanes_of(Warp& w, int32_t operand) {
+  return static_cast<Word<T>*>(w.lanes(operand));
+}
 
 // Puts 32 words into a register where the mask says so.
 template <class W> inline void put(W* d, const W* value, uint32_t mask) {
@@ -46,7 +49,8 @@ template <class D, class... S, class F> constexpr Run each_lane(F) {
     alignas(64) Word<D> result[32];
     [&]<size_t... k>(std::index_sequence<k...>) {
       const auto sources = std::make_tuple(lanes_of<S>(w, i.operands[k + 1])...);
-      for (int lane = 0; lane < 32; ++lane) result[lane] = word<D>(F{}(number<S>(std::get<k>(sources)[lane])...));
+      for (int lane = 0; lane < 32; ++lane)
+        result[lane] = word<D>(F{}(number<S>(std::get<k>(sources)[lane])...));
     }(std::index_sequence_for<S...>{});
     put(lanes_of<D>(w, i.operands[0]), result, mask);
     return Next::kFollowing;

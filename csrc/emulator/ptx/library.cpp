@@ -11,7 +11,8 @@ namespace hope::ptx {
 const Forms& forms() {
   static const Forms all = [] {
     Forms f;
-    add_arithmetic(f), add_floats(f), add_conversions(f), add_control(f), add_memory(f), add_exchange(f), add_tensor(f), add_warpgroup(f);
+    add_arithmetic(f), add_floats(f), add_conversions(f), add_control(f), add_memory(f), add_exchange(f),
+        add_tensor(f), add_warpgroup(f);
     add_mbarriers(f);
     return f;
   }();
@@ -43,10 +44,11 @@ struct Record {  // an instruction, from Python
   int32_t first_register, register_count;  // that have to be no results of products under way
 };
 
-void* hope_ptx_program(const char* name, const Record* records, int n, const int32_t* operands, int operand_count,
-                       const uint32_t* constants, int constant_slots, const int32_t* specials, int special_count,
-                       const int32_t* true_predicates, int true_count, const int32_t* registers, int register_count,
-                       int slots, int predicates, int single_bytes, int has_mbarriers, int local_bytes,
+void* hope_ptx_program(const char* name, const Record* records, int n, const int32_t* operands,
+                       int operand_count, const uint32_t* constants, int constant_slots,
+                       const int32_t* specials, int special_count, const int32_t* true_predicates,
+                       int true_count, const int32_t* registers, int register_count, int slots,
+                       int predicates, int single_bytes, int has_mbarriers, int local_bytes,
                        const char* const* texts) {
   auto p = std::make_unique<Program>();
   p->name = name;
@@ -61,9 +63,9 @@ void* hope_ptx_program(const char* name, const Record* records, int n, const int
   for (int k = 0; k < n; ++k) {
     const Record& r = records[k];
     const Form& form = *static_cast<const Form*>(r.form);
-    p->instructions.push_back({form.run, p->operands.data() + r.first, r.count, r.guard, r.negated != 0, r.starts != 0,
-                               form.together, r.register_count > 0, p->registers.data() + r.first_register,
-                               r.register_count, k, r.line});
+    p->instructions.push_back({form.run, p->operands.data() + r.first, r.count, r.guard, r.negated != 0,
+                               r.starts != 0, form.together, r.register_count > 0,
+                               p->registers.data() + r.first_register, r.register_count, k, r.line});
     p->texts.push_back(texts[k]);
   }
   p->counts.resize(n);

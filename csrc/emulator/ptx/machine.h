@@ -1,7 +1,7 @@
 // A grid of warps on one host thread: who runs next, barriers, shared memory, what a launch may touch.
 //
-// A warp is a state: 32-lane registers, predicates, and where its lanes are. Lanes that branch apart run on in
-// groups, the one with the smallest pc first, and are one group again where they meet; an instruction that
+// A warp is a state: 32-lane registers, predicates, and where its lanes are. Lanes that branch apart run on
+// in groups, the one with the smallest pc first, and are one group again where they meet; an instruction that
 // wants all lanes waits until they have come.
 #pragma once
 #include <array>
@@ -80,8 +80,8 @@ struct KnownAtFence {  // other warps' accesses that lanes knew of
   }
 };
 
-// Of a lane that orders relaxed accesses by fences: what it had released at its last fence, and what it has read of
-// others since.
+// Of a lane that orders relaxed accesses by fences: what it had released at its last fence, and what it has
+// read of others since.
 struct Fenced {
   std::unique_ptr<Knowledge> released, read[3];  // by the scope of the fence to come
   Scope scope = kOfDevice;
@@ -117,7 +117,7 @@ struct Warp {
   std::map<int32_t, Result> results;  // register -> what it becomes when its group is waited for
   uint64_t committed = 0;             // groups
   bool products_fenced = false;
-  uint64_t in_step = 0;          // what was done that the warps of a warpgroup do alike: the same in all of them
+  uint64_t in_step = 0;  // what was done that the warps of a warpgroup do alike: the same in all of them
   std::vector<ProxyFence> proxy_fences;
   KnownAtFence all_fenced, some_fenced;  // the last one of all lanes, and of some
   std::unique_ptr<unsigned char[]> local;  // memory of the lanes, one after another
@@ -150,7 +150,8 @@ struct MBarrier {
   uint32_t expected = 0, pending = 0;  // arrivals
   int64_t bytes = 0;                   // expected and not here
   uint32_t phase = 0;
-  uint32_t thread = 0;  // that asynchronous accesses count as; who has seen a phase end knows those of its stamp
+  uint32_t thread =
+      0;  // that asynchronous accesses count as; who has seen a phase end knows those of its stamp
   uint32_t stamp = 0;
   Knowledge joined, released;
 };
@@ -202,8 +203,13 @@ class Grid {
  public:
   Grid(Program& program, const Shape& shape, const Options& options, const unsigned char* parameters,
        size_t parameter_bytes, std::vector<Region>& regions)
-      : program(program), shape(shape), options(options), parameters(parameters), parameter_bytes(parameter_bytes),
-        regions(regions), state_(0x9e3779b97f4a7c15ull * (options.seed + 1)) {}
+      : program(program),
+        shape(shape),
+        options(options),
+        parameters(parameters),
+        parameter_bytes(parameter_bytes),
+        regions(regions),
+        state_(0x9e3779b97f4a7c15ull * (options.seed + 1)) {}
 
   Program& program;
   const Shape shape;
@@ -229,9 +235,10 @@ class Grid {
   }
   std::string thread_name(uint32_t thread) const {
     const uint32_t warps = shape.threads / 32;
-    if (thread >= static_cast<uint32_t>(blocks() * shape.threads)) return "a copy that an mbarrier is told of";
-    return "block " + std::to_string(thread / 32 / warps) + " warp " + std::to_string(thread / 32 % warps) + " lane " +
-           std::to_string(thread % 32);
+    if (thread >= static_cast<uint32_t>(blocks() * shape.threads))
+      return "a copy that an mbarrier is told of";
+    return "block " + std::to_string(thread / 32 / warps) + " warp " + std::to_string(thread / 32 % warps) +
+           " lane " + std::to_string(thread % 32);
   }
   std::string line_text(int32_t line) const {
     for (const Instruction& i : program.instructions)
@@ -258,7 +265,8 @@ class Grid {
   int blocks() const { return static_cast<int>(shape.grid[0] * shape.grid[1] * shape.grid[2]); }
   Count& count(const Instruction& i) { return program.counts[i.index]; }
 
-  // --- order -------------------------------------------------------------------------------------------------
+  // --- order
+  // -------------------------------------------------------------------------------------------------
   // The lanes of a warp know of each other's accesses up to now.
   void meet(Warp& w) {
     if (!options.races) return;
@@ -289,7 +297,8 @@ class Grid {
     join(l.block[w.block->index], k);
     if (!given) ++w.clock;
   }
-  // What an acquire at this address may know: of releases whose scope this thread is in, by threads in its own.
+  // What an acquire at this address may know: of releases whose scope this thread is in, by threads in its
+  // own.
   template <class F> void acquired(Warp& w, uint64_t address, Scope scope, F take) {
     const auto found = locations_.find(address);
     if (found == locations_.end()) return;
@@ -309,8 +318,8 @@ class Grid {
     if (!options.races) return;
     acquired(w, address, scope, [&](const Knowledge& k) { learn(w, lane, k); });
   }
-  // A relaxed write, or one that others read first: what was released there by whom it replaces is lost, and what its
-  // lane had fenced is released.
+  // A relaxed write, or one that others read first: what was released there by whom it replaces is lost, and
+  // what its lane had fenced is released.
   void relaxed_write(Warp& w, int lane, uint64_t address, Scope scope, bool replaces) {
     if (!options.races) return;
     if (replaces) locations_.erase(address);
@@ -339,12 +348,15 @@ class Grid {
     }
     ++w.clock;
   }
-  static Scope narrower(Scope a, Scope b) { return a == kOfBlock || b == kOfBlock ? kOfBlock : std::max(a, b); }
+  static Scope narrower(Scope a, Scope b) {
+    return a == kOfBlock || b == kOfBlock ? kOfBlock : std::max(a, b);
+  }
   void forget_released(uint64_t from, size_t bytes) {  // memory that goes away
     locations_.erase(locations_.lower_bound(from), locations_.lower_bound(from + bytes));
   }
 
-  // --- barriers ----------------------------------------------------------------------------------------------
+  // --- barriers
+  // ----------------------------------------------------------------------------------------------
   void arrive(Barrier& b, Warp& w) {
     meet(w);
     if (options.races) join(b.joined, w.knows);
@@ -369,7 +381,8 @@ class Grid {
     progress();
   }
 
-  // --- copies ------------------------------------------------------------------------------------------------
+  // --- copies
+  // ------------------------------------------------------------------------------------------------
   void copy_now(Warp& w, AsyncCopy& c) {
     if (c.done) return;
     unsigned char* to = w.block->shared.get() + c.to;
@@ -390,7 +403,8 @@ class Grid {
   void finish(Warp& w, const AsyncCopy& c, uint32_t thread, uint32_t stamp) {
     if (!options.races) return;
     w.block->shadow->complete_write(c.to, c.bytes, thread, stamp);
-    if (c.valid) c.region->shadow->complete_read(c.from - c.region->address, c.valid, w.id, 1u << c.lane, w.clock);
+    if (c.valid)
+      c.region->shadow->complete_read(c.from - c.region->address, c.valid, w.id, 1u << c.lane, w.clock);
   }
 
   void end_lanes(Warp& w, uint32_t mask);

@@ -1,9 +1,9 @@
-// Objects in shared memory that count arrivals and bytes of asynchronous copies: mbarrier, and the copies that tell
-// one when they are done.
+// Objects in shared memory that count arrivals and bytes of asynchronous copies: mbarrier, and the copies
+// that tell one when they are done.
 //
 // An arrival releases what its thread knows, a wait that finds its phase over acquires what all of the phase
-// released. A copy's accesses count as those of a thread of the object's own: whoever has seen the phase end in which
-// the copy was completed knows of them, and nobody else, not even the thread that issued it.
+// released. A copy's accesses count as those of a thread of the object's own: whoever has seen the phase end
+// in which the copy was completed knows of them, and nobody else, not even the thread that issued it.
 #pragma once
 #include "exchange.h"
 
@@ -54,13 +54,15 @@ inline void Grid::arrive_late(Transfer& t) {
   const auto before = std::pair{now, at};
   now = t.warp, at = t.at;
   const auto found = t.block->mbarriers.find(t.barrier);
-  if (found == t.block->mbarriers.end()) fail("the mbarrier of a copy is gone before the copy is complete", t.lane);
+  if (found == t.block->mbarriers.end())
+    fail("the mbarrier of a copy is gone before the copy is complete", t.lane);
   MBarrier& b = found->second;
   if (t.bytes) {
     std::memcpy(t.block->shared.get() + t.to, reinterpret_cast<const void*>(t.from), t.bytes);
     if (options.races) {
       t.block->shadow->complete_write(t.to, t.bytes, b.thread, b.stamp);
-      t.region->shadow->complete_read(t.from - t.region->address, t.bytes, b.thread / 32, 1u << b.thread % 32, b.stamp);
+      t.region->shadow->complete_read(t.from - t.region->address, t.bytes, b.thread / 32, 1u << b.thread % 32,
+                                      b.stamp);
     }
     b.bytes -= static_cast<int64_t>(t.bytes);
     progress();
@@ -134,7 +136,8 @@ inline void arrive(Warp& w, const Instruction&, int lane, const Object& o, const
   arrive_at(g, o, of_lane(w, rest[3], lane, 1));
 }
 
-// own operands: whether it acquires, scope, p, whether by parity, phase (a register of 4 bytes, or the 8 of a state)
+// own operands: whether it acquires, scope, p, whether by parity, phase (a register of 4 bytes, or the 8 of
+// a state)
 inline Next wait(Warp& w, const Instruction& i, uint32_t mask) {
   const MBarrierForm f = mbarrier_form(w, i);
   uint32_t over = 0;
@@ -162,35 +165,34 @@ inline Next wait(Warp& w, const Instruction& i, uint32_t mask) {
   return Next::kTurn;
 }
 
-// operands: destination (space, wide, base, offset), source (base of 8 bytes, offset in two words), bytes (a register),
-// mbarrier (space, wide, base, offset)
+// operands: destination (space, wide, base, offset), source (base of 8 bytes, offset in two words), bytes (a
+// register), mbarrier (space, wide, base, offset)
 inline Next copy_bulk(Warp& w, const Instruction& i, uint32_t mask) {
   const int32_t* o = i.operands;
   Grid& g = *w.grid;
   uint64_t to[32], from[32], barriers[32];
   addresses_of(w, o[2], o[1], o[3], to);
-  addresses_of(w, o[4], true, static_cast<int64_t>(static_cast<uint32_t>(o[5])) | static_cast<int64_t>(o[6]) << 32, from);
+  addresses_of(w, o[4], true,
+               static_cast<int64_t>(static_cast<uint32_t>(o[5])) | static_cast<int64_t>(o[6]) << 32, from);
   addresses_of(w, o[10], o[9], o[11], barriers);
   for (uint32_t m = mask; m; m &= m - 1) {
     const int lane = std::countr_zero(m);
     const uint32_t bytes = lanes_of<uint32_t>(w, o[7])[lane];
-    if (bytes % 16 || !bytes) g.fail("a bulk copy of " + std::to_string(bytes) + " bytes: expected a multiple of 16", lane);
+    if (bytes % 16 || !bytes)
+      g.fail("a bulk copy of " + std::to_string(bytes) + " bytes: expected a multiple of 16", lane);
     const Place p = find_place(w, lane, static_cast<Space>(o[0]), to[lane], bytes, 16);
     if (from[lane] % 16) g.fail("misaligned: source address " + std::to_string(from[lane]), lane);
     const Object object = object_at(w, lane, static_cast<Space>(o[8]), barriers[lane]);
-    if (!p.block || object.block != p.block) g.fail("a bulk copy whose mbarrier is not in the block it writes to", lane);
+    if (!p.block || object.block != p.block)
+      g.fail("a bulk copy whose mbarrier is not in the block it writes to", lane);
     check_write(w, lane, p, bytes, Access::kCopy, true);
     Region* region = check_async_read(w, lane, from[lane], bytes, object.barrier->thread);
-    uint32_t thread;
-    int32_t line;
-    for (size_t k = 0; region->shadow && k < bytes; k += 2)
-      if (!passed_to_proxy(w, 1u << lane, *region->shadow, from[lane] - region->address + k, kProxyGlobal, line, thread))
-        g.fail("no fence.proxy.async between this copy and what it reads, which was written by " + g.thread_name(thread) +
-                   "\n    " + g.line_text(line),
-               lane);
+    g.count(i).bytes += bytes, g.count(i).sectors += g.options.measure ? bytes / 32 : 0;
+    if (region->shadow)
+      check_passed_to_proxy(w, 1u << lane, *region->shadow, from[lane] - region->address, bytes,
+                            kProxyGlobal);
     g.transfers.push_back({&w, lane, p.block, object.at, p.offset, bytes, from[lane], region, &i});
   }
-  measure(w, i, kGlobal, from, 16, mask);
   g.progress();
   return Next::kFollowing;
 }
@@ -203,7 +205,8 @@ inline void add_mbarriers(Forms& f) {
       const int lane = std::countr_zero(m);
       const Object o = object_at(w, lane, form.space, form.addresses[lane], false);
       const uint32_t count = of_lane(w, form.rest[0], lane, 0);
-      if (!count || count > (1 << 20) - 1) w.grid->fail("an mbarrier of " + std::to_string(count) + " arrivals", lane);
+      if (!count || count > (1 << 20) - 1)
+        w.grid->fail("an mbarrier of " + std::to_string(count) + " arrivals", lane);
       MBarrier& b = o.block->mbarriers[o.at] = {};
       b.expected = b.pending = count;
       b.thread = w.grid->async_thread(), b.stamp = w.grid->async_stamp();
@@ -221,26 +224,28 @@ inline void add_mbarriers(Forms& f) {
     }
     return Next::kFollowing;
   }};
-  f["mbarrier.arrive"] = {each_object([](Warp& w, const Instruction& i, int lane, const Object& o, const int32_t* rest) {
-    arrive(w, i, lane, o, rest);
-  })};
+  f["mbarrier.arrive"] = {each_object([](Warp& w, const Instruction& i, int lane, const Object& o,
+                                         const int32_t* rest) { arrive(w, i, lane, o, rest); })};
   // own operands: bytes
-  f["mbarrier.expect_tx"] = {each_object([](Warp& w, const Instruction&, int lane, const Object& o, const int32_t* rest) {
-    expect_bytes(*w.grid, o, of_lane(w, rest[0], lane, 0));
-  })};
-  f["mbarrier.complete_tx"] = {each_object([](Warp& w, const Instruction&, int lane, const Object& o, const int32_t* rest) {
-    o.barrier->bytes -= of_lane(w, rest[0], lane, 0);
-    w.grid->progress();
-    end_phase_if_due(*w.grid, *o.barrier);
-  })};
+  f["mbarrier.expect_tx"] = {
+      each_object([](Warp& w, const Instruction&, int lane, const Object& o, const int32_t* rest) {
+        expect_bytes(*w.grid, o, of_lane(w, rest[0], lane, 0));
+      })};
+  f["mbarrier.complete_tx"] = {
+      each_object([](Warp& w, const Instruction&, int lane, const Object& o, const int32_t* rest) {
+        o.barrier->bytes -= of_lane(w, rest[0], lane, 0);
+        w.grid->progress();
+        end_phase_if_due(*w.grid, *o.barrier);
+      })};
   f["mbarrier.wait"] = {wait};
   // own operands: whether the arrival is one of those expected
-  f["cp.async.mbarrier.arrive"] = {each_object([](Warp& w, const Instruction& i, int lane, const Object& o, const int32_t* rest) {
-    Transfer t{&w, lane, o.block, o.at};
-    t.at = &i;
-    if (!rest[0]) ++o.barrier->pending;
-    w.grid->transfers.push_back(t);
-  })};
+  f["cp.async.mbarrier.arrive"] = {
+      each_object([](Warp& w, const Instruction& i, int lane, const Object& o, const int32_t* rest) {
+        Transfer t{&w, lane, o.block, o.at};
+        t.at = &i;
+        if (!rest[0]) ++o.barrier->pending;
+        w.grid->transfers.push_back(t);
+      })};
   f["cp.async.bulk"] = {copy_bulk};
 }
 

@@ -7,7 +7,7 @@
 namespace hope::ptx {
 
 enum Space : int32_t { kGeneric = 0, kGlobal = 1, kShared = 2, kSharedCluster = 3, kLocal = 4 };
-enum Order : int32_t { kWeak = 0, kRelaxed = 1, kAcquire = 2, kRelease = 3, kAcquireRelease = 4 };
+enum Order : int32_t { kWeak = 0, kRelaxed = 1, kAcquire = 2, kRelease = 3, kAcquireRelease = 4, kReadOnly = 5 };
 
 inline std::string place(const Grid& g, uint64_t address) {
   const Region* below = nullptr;
@@ -19,8 +19,8 @@ inline std::string place(const Grid& g, uint64_t address) {
 }
 
 [[noreturn]] inline void race(Grid& g, const Conflict& c, int lane, const std::string& where) {
-  g.fail("race at " + where + ": " + c.what + " by " + g.thread_name(c.thread) + " is not ordered before\n    " +
-             g.line_text(c.line),
+  g.fail("race at " + where + ": " + c.what + " by " + g.thread_name(c.thread) +
+             " is not ordered before\n    " + g.line_text(c.line),
          lane);
 }
 
@@ -44,8 +44,8 @@ inline Place find_place(Warp& w, int lane, Space space, uint64_t address, size_t
   if (space == kLocal) {
     const size_t has = g.program.local_bytes;
     if (address > has || bytes > has - address)
-      g.fail("out of bounds: " + std::to_string(bytes) + " bytes at byte " + std::to_string(address) + " of " +
-                 std::to_string(has) + " bytes of local memory",
+      g.fail("out of bounds: " + std::to_string(bytes) + " bytes at byte " + std::to_string(address) +
+                 " of " + std::to_string(has) + " bytes of local memory",
              lane);
     return {w.local.get() + lane * has + address, nullptr, 0, nullptr, nullptr};
   }
@@ -59,15 +59,19 @@ inline Place find_place(Warp& w, int lane, Space space, uint64_t address, size_t
       if (!found) g.fail("out of bounds: " + std::to_string(bytes) + " bytes " + place(g, address), lane);
       last = found, g.last_region = found - g.regions.data();
     }
-    if (g.options.races && !last->shadow) last->shadow = std::make_unique<Shadow>(last->bytes, g.program.single_bytes);
-    return {reinterpret_cast<unsigned char*>(address), last->shadow.get(), address - last->address, nullptr, last};
+    if (g.options.races && !last->shadow)
+      last->shadow = std::make_unique<Shadow>(last->bytes, g.program.single_bytes);
+    return {reinterpret_cast<unsigned char*>(address), last->shadow.get(), address - last->address, nullptr,
+            last};
   }
   Block* b = w.block;
   if (space == kSharedCluster && address >> 32 == 0) {
     const uint32_t rank = static_cast<uint32_t>(address) >> kRankShift;
-    // addresses of the block itself are those of the cluster too: rank 0 is "this block", rank r + 1 is block r
+    // addresses of the block itself are those of the cluster too: rank 0 is "this block", rank r + 1 is
+    // block r
     if (rank) {
-      if (rank > b->cluster->blocks.size()) g.fail("no block " + std::to_string(rank - 1) + " in the cluster", lane);
+      if (rank > b->cluster->blocks.size())
+        g.fail("no block " + std::to_string(rank - 1) + " in the cluster", lane);
       b = b->cluster->blocks[rank - 1].get();
     }
     address &= (1u << kRankShift) - 1;
@@ -95,12 +99,14 @@ inline void check_read(Warp& w, int lane, const Place& p, size_t bytes, Access k
   check_other_block(w, lane, p);
   if (!p.shadow) return;
   Conflict c;
-  if (!p.shadow->read(p.offset, bytes, w.accessor(lane), w.grid->at->line, kind, c)) race(*w.grid, c, lane, where(p));
+  if (!p.shadow->read(p.offset, bytes, w.accessor(lane), w.grid->at->line, kind, c))
+    race(*w.grid, c, lane, where(p));
 }
 
-// `same`: what is written is there already. `addresses`, of the lanes in `mask`: of lanes that one instruction lets store to one
-// address one wins, "which is undefined" (CUDA's programming guide); here the last one does. Compilers count on it
-// for numbers that lanes hold together: where a * b + c was contracted they differ in the last bit.
+// `same`: what is written is there already. `addresses`, of the lanes in `mask`: of lanes that one
+// instruction lets store to one address one wins, "which is undefined" (CUDA's programming guide); here the
+// last one does. Compilers count on it for numbers that lanes hold together: where a * b + c was contracted
+// they differ in the last bit.
 inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access kind, bool pending = false,
                         bool same = false, const uint64_t* addresses = nullptr, uint32_t mask = 0) {
   if (p.shadow) {
@@ -111,8 +117,8 @@ inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access 
              addresses[other % 32] == addresses[lane];
     };
     const auto write = [&](bool again) {
-      return p.shadow->write(p.offset, bytes, w.accessor(lane), pending ? kPending : w.clock, w.grid->at->line, kind,
-                             c, again);
+      return p.shadow->write(p.offset, bytes, w.accessor(lane), pending ? kPending : w.clock,
+                             w.grid->at->line, kind, c, again);
     };
     if (!write(same) && !(together() && write(true)))
       race(*w.grid, c, lane, where(p));
@@ -124,25 +130,32 @@ inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access 
   check_other_block(w, lane, p);
 }
 
-// Async-proxy accesses see a thread's plain writes after a fence.proxy.async: of the writer, known to the reader, or
-// of the reader, who knew of them.
-inline bool passed_to_proxy(Warp& w, uint32_t lanes, const Shadow& shadow, size_t offset, uint32_t spaces,
-                            int32_t& line, uint32_t& thread) {
-  uint32_t stamp;
-  if (!shadow.last_write(offset, thread, stamp, line)) return true;
-  if (w.all_fenced.has(lanes, spaces, thread, stamp) || w.some_fenced.has(lanes, spaces, thread, stamp)) return true;
-  const uint32_t warps = w.grid->shape.threads / 32;
-  for (const auto& b : w.block->cluster->blocks) {
-    if (static_cast<uint32_t>(b->index) != thread / 32 / warps) continue;
-    const Accessor who = w.accessor(std::countr_zero(lanes));
-    for (const ProxyFence& f : b->warps[thread / 32 % warps]->proxy_fences)
-      if (f.clock > stamp && (f.spaces & spaces) && (f.lanes >> thread % 32 & 1)) return who.knows(thread, f.clock);
-    return false;
-  }
-  return true;  // by a cluster that has ended, or runs beside this one and is ordered before it
+// Async-proxy accesses see a thread's plain writes after a fence.proxy.async: of the writer, known to the
+// reader, or of the reader, who knew of them.
+inline void check_passed_to_proxy(Warp& w, uint32_t lanes, Shadow& shadow, size_t offset, size_t bytes,
+                                  uint32_t spaces) {
+  Grid& g = *w.grid;
+  const Accessor who = w.accessor(std::countr_zero(lanes));
+  const uint32_t warps = g.shape.threads / 32;
+  shadow.each_write(offset, bytes, [&](uint32_t thread, uint32_t stamp, int32_t line) {
+    if (w.all_fenced.has(lanes, spaces, thread, stamp) || w.some_fenced.has(lanes, spaces, thread, stamp))
+      return true;
+    for (const auto& b : w.block->cluster->blocks) {  // a cluster that has ended is ordered before this one
+      if (static_cast<uint32_t>(b->index) != thread / 32 / warps) continue;
+      const auto& fences = b->warps[thread / 32 % warps]->proxy_fences;
+      const auto fence = std::find_if(fences.begin(), fences.end(), [&](const ProxyFence& f) {
+        return f.clock > stamp && (f.spaces & spaces) && (f.lanes >> thread % 32 & 1);
+      });
+      if (fence == fences.end() || !who.knows(thread, fence->clock))
+        g.fail("no fence.proxy.async between this and what it reads, which was written by " +
+               g.thread_name(thread) + "\n    " + g.line_text(line));
+    }
+    return true;
+  });
 }
 
-// --- counts --------------------------------------------------------------------------------------------------
+// --- counts
+// --------------------------------------------------------------------------------------------------
 inline void measure(Warp& w, const Instruction& i, Space space, const uint64_t* addresses, size_t bytes,
                     uint32_t mask) {
   Count& count = w.grid->count(i);
@@ -163,8 +176,8 @@ inline void measure(Warp& w, const Instruction& i, Space space, const uint64_t* 
     count.sectors += std::unique(found.begin(), found.begin() + n) - found.begin();
     return;
   }
-  // 32 banks of 4 bytes; 8-byte accesses go by halves of a warp, 16-byte ones by quarters; a word asked for by
-  // several lanes is sent once
+  // 32 banks of 4 bytes; 8-byte accesses go by halves of a warp, 16-byte ones by quarters; a word asked for
+  // by several lanes is sent once
   const int lanes_at_once = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   for (int first = 0; first < 32; first += lanes_at_once) {
     uint64_t words[32][4];
@@ -184,7 +197,8 @@ inline void measure(Warp& w, const Instruction& i, Space space, const uint64_t* 
   }
 }
 
-// --- loads and stores ------------------------------------------------------------------------------------------
+// --- loads and stores
+// ------------------------------------------------------------------------------------------
 struct MemoryForm {  // attributes before an instruction's registers
   Space space;
   Order order;
@@ -199,7 +213,13 @@ constexpr int kMemoryAttributes = 9;
 
 inline MemoryForm memory_form(const Instruction& i) {
   const int32_t* o = i.operands;
-  return {static_cast<Space>(o[0]), static_cast<Order>(o[1]), static_cast<Scope>(o[2]), o[3], o[4], o[5] != 0, o[6],
+  return {static_cast<Space>(o[0]),
+          static_cast<Order>(o[1]),
+          static_cast<Scope>(o[2]),
+          o[3],
+          o[4],
+          o[5] != 0,
+          o[6],
           static_cast<int64_t>(static_cast<uint32_t>(o[7])) | static_cast<int64_t>(o[8]) << 32};
 }
 
@@ -210,8 +230,29 @@ inline void addresses_of(Warp& w, int32_t base, bool wide, int64_t offset, uint6
     for (int lane = 0; lane < 32; ++lane) to[lane] = a[lane] + offset;
   } else {
     const uint32_t* a = static_cast<const uint32_t*>(w.lanes(base));
-    for (int lane = 0; lane < 32; ++lane) to[lane] = static_cast<uint32_t>(a[lane] + static_cast<uint32_t>(offset));
+    for (int lane = 0; lane < 32; ++lane)
+      to[lane] = static_cast<uint32_t>(a[lane] + static_cast<uint32_t>(offset));
   }
+}
+
+// A number of 1, 2, 4 or 8 bytes, extended to 8.
+inline uint64_t number_at(const unsigned char* from, int bytes, bool is_signed) {
+  auto as = [&](auto x) {
+    std::memcpy(&x, from, sizeof x);
+    return is_signed
+               ? static_cast<uint64_t>(static_cast<int64_t>(static_cast<std::make_signed_t<decltype(x)>>(x)))
+               : x;
+  };
+  return bytes == 4   ? as(uint32_t{})
+         : bytes == 8 ? as(uint64_t{})
+         : bytes == 2 ? as(uint16_t{})
+                      : as(uint8_t{});
+}
+inline void put_number(Warp& w, int32_t operand, int register_bytes, int lane, uint64_t v) {
+  if (register_bytes == 8) static_cast<uint64_t*>(w.lanes(operand))[lane] = v;
+  else
+    static_cast<uint32_t*>(w.lanes(operand))[lane] =
+        static_cast<uint32_t>(register_bytes == 2 ? v & 0xffff : v);
 }
 
 // operands: attributes, wide, base, registers
@@ -221,24 +262,22 @@ inline Next load(Warp& w, const Instruction& i, uint32_t mask) {
   uint64_t addresses[32];
   addresses_of(w, rest[1], rest[0], f.offset, addresses);
   const size_t bytes = size_t(f.bytes) * f.count;
-  const Access kind = f.order == kWeak ? Access::kPlain : Access::kAtomic;
+  const bool weak = f.order == kWeak || f.order == kReadOnly;
+  const Access kind = weak ? Access::kPlain : Access::kAtomic;
   for (uint32_t m = mask; m; m &= m - 1) {
     const int lane = std::countr_zero(m);
     const Place p = find_place(w, lane, f.space, addresses[lane], bytes, bytes);
+    if (f.order == kReadOnly && p.shadow && p.shadow->written(p.offset, bytes))
+      w.grid->fail("reads with .nc what this launch has written: " + where(p), lane);
     if (f.order == kAcquire) w.grid->acquire(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     else if (f.order == kRelaxed) w.grid->relaxed_read(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     check_read(w, lane, p, bytes, kind);
-    for (int k = 0; k < f.count; ++k) {
-      uint64_t v = 0;
-      std::memcpy(&v, p.host + k * f.bytes, f.bytes);
-      if (f.is_signed && f.bytes < 8) v = static_cast<uint64_t>(static_cast<int64_t>(v << (64 - 8 * f.bytes)) >> (64 - 8 * f.bytes));
-      if (f.register_bytes == 8) static_cast<uint64_t*>(w.lanes(rest[2 + k]))[lane] = v;
-      else static_cast<uint32_t*>(w.lanes(rest[2 + k]))[lane] =
-          static_cast<uint32_t>(f.register_bytes == 2 ? v & 0xffff : v);
-    }
+    for (int k = 0; k < f.count; ++k)
+      put_number(w, rest[2 + k], f.register_bytes, lane,
+                 number_at(p.host + k * f.bytes, f.bytes, f.is_signed));
   }
   measure(w, i, f.space, addresses, bytes, mask);
-  return f.order != kWeak ? Next::kTurn : Next::kFollowing;
+  return weak ? Next::kFollowing : Next::kTurn;
 }
 
 inline Next store(Warp& w, const Instruction& i, uint32_t mask) {
@@ -258,8 +297,10 @@ inline Next store(Warp& w, const Instruction& i, uint32_t mask) {
       std::memcpy(values + k * f.bytes, &v, f.bytes);
     }
     const bool same = p.block && kind == Access::kPlain && !std::memcmp(p.host, values, bytes);
-    check_write(w, lane, p, bytes, kind, false, same, p.block && kind == Access::kPlain ? addresses : nullptr, mask);
-    if (kind == Access::kAtomic) w.grid->relaxed_write(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope, true);
+    check_write(w, lane, p, bytes, kind, false, same, p.block && kind == Access::kPlain ? addresses : nullptr,
+                mask);
+    if (kind == Access::kAtomic)
+      w.grid->relaxed_write(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope, true);
     if (f.order == kRelease) w.grid->release(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     std::memcpy(p.host, values, bytes);
   }
@@ -316,7 +357,8 @@ inline Next copy_async(Warp& w, const Instruction& i, uint32_t mask) {
   const uint32_t bytes = o[0];
   uint64_t to[32], from[32];
   addresses_of(w, o[2], o[1], o[3], to);
-  addresses_of(w, o[4], true, static_cast<int64_t>(static_cast<uint32_t>(o[5])) | static_cast<int64_t>(o[6]) << 32, from);
+  addresses_of(w, o[4], true,
+               static_cast<int64_t>(static_cast<uint32_t>(o[5])) | static_cast<int64_t>(o[6]) << 32, from);
   for (uint32_t m = mask; m; m &= m - 1) {
     const int lane = std::countr_zero(m);
     const uint32_t valid = o[7] < 0 ? bytes : static_cast<uint32_t*>(w.lanes(o[7]))[lane];
@@ -347,13 +389,8 @@ inline Next load_parameter(Warp& w, const Instruction& i, uint32_t mask) {
       w.grid->fail("out of bounds: byte " + std::to_string(at) + " of " + std::to_string(g.parameter_bytes) +
                        " bytes of parameters",
                    lane);
-    for (int k = 0; k < o[1]; ++k) {
-      uint64_t v = 0;
-      std::memcpy(&v, g.parameters + at + k * o[0], o[0]);
-      if (o[2]) v = static_cast<uint64_t>(static_cast<int64_t>(v << (64 - 8 * o[0])) >> (64 - 8 * o[0]));
-      if (o[3] == 8) static_cast<uint64_t*>(w.lanes(o[6 + k]))[lane] = v;
-      else static_cast<uint32_t*>(w.lanes(o[6 + k]))[lane] = static_cast<uint32_t>(o[3] == 2 ? v & 0xffff : v);
-    }
+    for (int k = 0; k < o[1]; ++k)
+      put_number(w, o[6 + k], o[3], lane, number_at(g.parameters + at + k * o[0], o[0], o[2]));
   }
   return Next::kFollowing;
 }

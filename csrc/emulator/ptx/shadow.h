@@ -1,5 +1,6 @@
 // Races, found by what is ordered before what (../races.h says how clocks and knowledge work), on any memory:
-// of every 2 bytes (or every byte) the last write, and the reads since then, are known.
+// of every word of 4 bytes the last write, and the reads since then, are known. A word of which a part was
+// accessed has them of every 2 bytes (or every byte) apart, until it is written as a whole.
 //
 // Atomic operations do not race with each other. Asynchronous copies and products are under way until they
 // are waited for: nobody may touch what they write, nor write what they read.
@@ -18,7 +19,8 @@ namespace hope::ptx {
 using emulator::Accessor;
 using emulator::Knowledge;
 
-constexpr uint32_t kPending = 0xffffffffu;  // stamp of what is under way: no thread knows it, not even its own
+constexpr uint32_t kPending =
+    0xffffffffu;  // stamp of what is under way: no thread knows it, not even its own
 
 enum class Access : uint8_t { kPlain, kAtomic, kCopy };
 
@@ -32,95 +34,114 @@ struct Conflict {
 class Shadow {
  public:
   explicit Shadow(size_t bytes, bool single_bytes)
-      : shift_(single_bytes ? 0 : 1), count_((bytes >> shift_) + 1),
-        cells_(static_cast<Cell*>(std::calloc(count_, sizeof(Cell)))), more_(1) {
+      : part_(single_bytes ? 1 : 2), parts_(4 / part_), count_(bytes / 4 + 1),
+        cells_(static_cast<Cell*>(std::calloc(count_, sizeof(Cell)))), apart_(parts_), more_(1) {
     if (!cells_) throw std::bad_alloc();
   }
 
   bool read(size_t offset, size_t bytes, const Accessor& who, int32_t line, Access kind, Conflict& conflict) {
-    const uint32_t warp = who.thread / 32;
+    const uint32_t warp = who.thread / 32, known_warp = who.warp->warps[warp];
     Known known(who);
-    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
-      Cell& cell = cells_[c];
+    return each(offset, bytes, [&](Cell& cell, size_t at) {
       if (!known.orders(cell) && !(kind == Access::kAtomic && cell.kind == Access::kAtomic))
-        return fail(conflict, c, cell);
+        return fail(conflict, at, cell);
       Reads& r = reads_of(cell, warp);
       // reads of the same warp that this one knows of are ordered before all that this one is ordered before
-      const bool fresh = r.warp == warp + 1 && r.lanes && r.stamp >= who.warp->warps[warp];
+      const bool fresh = r.warp == warp + 1 && r.lanes && r.stamp >= known_warp;
       r.lanes = (fresh ? r.lanes : 0) | 1u << (who.thread & 31);
       r.stamp = fresh && r.stamp > who.clock ? r.stamp : who.clock;
       r.atomic = (fresh ? r.atomic : true) && kind == Access::kAtomic;
       r.warp = warp + 1;
       r.line = line;
-    }
-    return true;
+      return true;
+    });
   }
 
-  // `stamp`: the writer's clock, or kPending. `same`: it writes what is there. Threads that write one value to one
-  // place do not race: compilers let all threads that hold a number store it.
+  // `stamp`: the writer's clock, or kPending. `same`: it writes what is there. Threads that write one value
+  // to one place do not race: compilers let all threads that hold a number store it.
   bool write(size_t offset, size_t bytes, const Accessor& who, uint32_t stamp, int32_t line, Access kind,
              Conflict& conflict, bool same = false) {
     Known known(who);
-    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
-      Cell& cell = cells_[c];
+    const auto ordered_before = [&](Cell& cell, size_t at) {
       const bool both = kind == Access::kAtomic && cell.kind == Access::kAtomic;
       const bool again = same && cell.kind == Access::kPlain && cell.write_stamp != kPending;
-      if (!both && !again && !known.orders(cell)) return fail(conflict, c, cell);
+      if (!both && !again && !known.orders(cell)) return fail(conflict, at, cell);
       for (const Reads* r = &cell.reads; r->warp; r = &more_[r->next]) {
         if (!(r->atomic && kind == Access::kAtomic) && !ordered(*r, who)) {
-          conflict = {c << shift_, reader_of(*r, who), r->line, r->under_way ? "asynchronous read not waited for" : "read"};
+          conflict = {at, reader_of(*r, who), r->line,
+                      r->under_way ? "asynchronous read not waited for" : "read"};
           return false;
         }
         if (!r->next) break;
       }
-      if (both && cell.write_stamp != kPending) {
-        cell.writer = who.thread, cell.write_stamp = stamp, cell.write_line = line;
-        continue;
-      }
-      forget_reads(cell);
-      cell = {who.thread, stamp, line, kind, {}};
-    }
+      return true;
+    };
+    if (!each(offset, bytes, [&](Cell& cell, size_t at) {
+          if (!ordered_before(cell, at)) return false;
+          if (kind == Access::kAtomic && cell.kind == Access::kAtomic && cell.write_stamp != kPending) {
+            cell.writer = who.thread, cell.write_stamp = stamp,
+            cell.write_line = line;  // who has read it remains known
+            return true;
+          }
+          forget_reads(cell);
+          cell = {who.thread, stamp, line, kind, false, {}};
+          return true;
+        }))
+      return false;
+    if (kind != Access::kAtomic)
+      for (size_t w = (offset + 3) / 4; w < (offset + bytes) / 4; ++w) join(cells_[w]);
     return true;
   }
 
   // What is being written there is complete: `thread` wrote it, at `stamp`.
   void complete_write(size_t offset, size_t bytes, uint32_t thread, uint32_t stamp) {
-    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c)
-      cells_[c].writer = thread, cells_[c].write_stamp = stamp;
+    each(offset, bytes, [&](Cell& cell, size_t) {
+      cell.writer = thread, cell.write_stamp = stamp;
+      return true;
+    });
   }
 
-  // An asynchronous read, issued by `who` and completed as one of `as` (a thread): nobody may write there before.
-  bool read_pending(size_t offset, size_t bytes, const Accessor& who, uint32_t as, int32_t line, Conflict& conflict) {
+  // An asynchronous read, issued by `who` and completed as one of `as` (a thread): nobody may write there
+  // before.
+  bool read_pending(size_t offset, size_t bytes, const Accessor& who, uint32_t as, int32_t line,
+                    Conflict& conflict) {
     Known known(who);
-    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
-      Cell& cell = cells_[c];
-      if (!known.orders(cell)) return fail(conflict, c, cell);
+    return each(offset, bytes, [&](Cell& cell, size_t at) {
+      if (!known.orders(cell)) return fail(conflict, at, cell);
       Reads& r = reads_of(cell, as / 32);
       if (r.warp != as / 32 + 1) r = {as / 32 + 1, 0, 0, line, r.next, false, 0};
       ++r.under_way;
       r.atomic = false;
       r.line = line;
-    }
-    return true;
+      return true;
+    });
   }
   // `lanes` of the warp have read, at `stamp`.
   void complete_read(size_t offset, size_t bytes, uint32_t warp, uint32_t lanes, uint32_t stamp) {
-    for (size_t c = offset >> shift_, end = (offset + bytes - 1) >> shift_; c <= end; ++c) {
-      Reads& r = reads_of(cells_[c], warp);
-      if (r.warp != warp + 1 || !r.under_way) continue;
+    each(offset, bytes, [&](Cell& cell, size_t) {
+      Reads& r = reads_of(cell, warp);
+      if (r.warp != warp + 1 || !r.under_way) return true;
       --r.under_way;
       r.lanes |= lanes;
       r.stamp = r.stamp > stamp ? r.stamp : stamp;
-    }
+      return true;
+    });
   }
 
-  // The last plain write of the memory there: false if there was none.
-  bool last_write(size_t offset, uint32_t& thread, uint32_t& stamp, int32_t& line) const {
-    const Cell& cell = cells_[offset >> shift_];
-    thread = cell.writer, stamp = cell.write_stamp, line = cell.write_line;
-    return cell.write_stamp && cell.kind == Access::kPlain;
+  bool written(size_t offset, size_t bytes) {
+    return !each(offset, bytes, [](Cell& cell, size_t) { return !cell.write_stamp; });
   }
-  size_t step() const { return size_t{1} << shift_; }
+
+  // f(thread, stamp, line) of the plain writes that were the last ones there; false as soon as it is.
+  template <class F> bool each_write(size_t offset, size_t bytes, F f) {
+    const Cell* before = nullptr;
+    return each(offset, bytes, [&](Cell& cell, size_t) {
+      if (!cell.write_stamp || cell.kind != Access::kPlain) return true;
+      if (before && before->writer == cell.writer && before->write_stamp == cell.write_stamp) return true;
+      before = &cell;
+      return f(cell.writer, cell.write_stamp, cell.write_line);
+    });
+  }
 
  private:
   struct Reads {
@@ -134,8 +155,60 @@ class Shadow {
     uint32_t writer, write_stamp;
     int32_t write_line;
     Access kind;
+    bool apart;  // its parts have cells of their own, from apart_[writer] on
     Reads reads;
   };
+
+  // f(cell, offset) of all that lies there, words or parts of words; false as soon as f is.
+  template <class F> bool each(size_t offset, size_t bytes, F f) {
+    const size_t end = offset + bytes;
+    for (size_t at = offset; at < end;) {
+      Cell& cell = cells_[at / 4];
+      const size_t next = at / 4 * 4 + 4;
+      if (!cell.apart && at % 4 == 0 && next <= end) {
+        if (!f(cell, at)) return false;
+        at = next;
+        continue;
+      }
+      if (!cell.apart) part(cell);
+      for (const size_t first = cell.writer; at < next && at < end; at = (at / part_ + 1) * part_)
+        if (!f(apart_[first + at % 4 / part_], at)) return false;
+    }
+    return true;
+  }
+
+  // From now on the parts of a word are watched one by one: each was accessed as the whole.
+  void part(Cell& cell) {
+    uint32_t first;
+    if (free_apart_) {
+      first = free_apart_, free_apart_ = apart_[first].writer;
+    } else {
+      first = static_cast<uint32_t>(apart_.size());
+      apart_.resize(first + parts_);
+    }
+    for (size_t k = 0; k < parts_; ++k) {
+      Cell& own = apart_[first + k];
+      own = {cell.writer, cell.write_stamp, cell.write_line, cell.kind, false, cell.reads};
+      own.reads.next = 0;
+      uint32_t last = 0;
+      for (uint32_t r = cell.reads.next; r; r = more_[r].next) {
+        const uint32_t copy = place_for_reads();
+        more_[copy] = more_[r];
+        more_[copy].next = 0;
+        (last ? more_[last].next : own.reads.next) = copy;
+        last = copy;
+      }
+    }
+    forget_reads(cell);
+    cell = {first, 0, 0, Access::kPlain, true, {}};
+  }
+  void join(Cell& cell) {
+    if (!cell.apart) return;
+    const uint32_t first = cell.writer;
+    cell = apart_[first];  // all are alike: just written
+    apart_[first].writer = free_apart_;
+    free_apart_ = first;
+  }
 
   // Whether writes are ordered before what a thread does; neighbours have mostly one writer.
   struct Known {
@@ -168,22 +241,24 @@ class Shadow {
     Reads* r = &cell.reads;
     while (r->warp && r->warp != warp + 1) {
       if (!r->next) {
-        uint32_t place;
-        if (free_) {
-          place = free_, free_ = more_[place].next;
-          more_[place] = {};
-        } else {
-          place = static_cast<uint32_t>(more_.size());
-          more_.push_back({});  // may move what r points to
-          r = &cell.reads;
-          while (r->next) r = &more_[r->next];
-        }
+        const uint32_t place = place_for_reads();  // may move what r points to
+        for (r = &cell.reads; r->next;) r = &more_[r->next];
         r->next = place;
         return more_[place];
       }
       r = &more_[r->next];
     }
     return *r;
+  }
+  uint32_t place_for_reads() {
+    const uint32_t place = free_;
+    if (!place) {
+      more_.push_back({});
+      return static_cast<uint32_t>(more_.size() - 1);
+    }
+    free_ = more_[place].next;
+    more_[place] = {};
+    return place;
   }
   void forget_reads(const Cell& cell) {
     if (!cell.reads.next) return;
@@ -195,19 +270,23 @@ class Shadow {
 
   static const char* name_of(const Cell& cell) {
     if (cell.write_stamp == kPending) return "asynchronous copy not waited for";
-    return cell.kind == Access::kAtomic ? "atomic" : cell.kind == Access::kCopy ? "asynchronous copy" : "write";
+    return cell.kind == Access::kAtomic ? "atomic"
+           : cell.kind == Access::kCopy ? "asynchronous copy"
+                                        : "write";
   }
-  bool fail(Conflict& conflict, size_t c, const Cell& cell) const {
-    conflict = {c << shift_, cell.writer, cell.write_line, name_of(cell)};
+  bool fail(Conflict& conflict, size_t at, const Cell& cell) const {
+    conflict = {at, cell.writer, cell.write_line, name_of(cell)};
     return false;
   }
 
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  int shift_;
+  const size_t part_, parts_;  // bytes of a part of a word, and how many a word has
   size_t count_;
   std::unique_ptr<Cell[], Free> cells_;
+  std::vector<Cell> apart_;  // of parts of words; the first ones are nobody's
+  uint32_t free_apart_ = 0;
   std::vector<Reads> more_;  // of further warps; 0 is none
   uint32_t free_ = 0;        // the first of those not in use
 };

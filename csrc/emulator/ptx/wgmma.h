@@ -1,16 +1,16 @@
-// wgmma: products of four warps on operands in shared memory, described by 64-bit descriptors, under way until
-// they are waited for (compute capability 9.0).
+// wgmma: products of four warps on operands in shared memory, described by 64-bit descriptors, under way
+// until they are waited for (compute capability 9.0).
 //
-// Every warp computes its own 16 of the 64 rows when it issues the product. Until it has waited, the sums are not
-// in its registers, and what is read of shared memory may not be written. That has to be visible to the
+// Every warp computes its own 16 of the 64 rows when it issues the product. Until it has waited, the sums are
+// not in its registers, and what is read of shared memory may not be written. That has to be visible to the
 // asynchronous proxy: a fence.proxy.async lies between a write and the product.
 #pragma once
 #include "tensor.h"
 
 namespace hope::ptx {
 
-// Bytes of a matrix of 16-bit numbers, by its descriptor: 8 rows (or 8 steps of k) of 16-byte units are an atom,
-// as wide as the swizzle.
+// Bytes of a matrix of 16-bit numbers, by its descriptor: 8 rows (or 8 steps of k) of 16-byte units are an
+// atom, as wide as the swizzle.
 struct Descriptor {
   uint32_t start, leading, stride, units, swizzle_bits;
 
@@ -43,12 +43,7 @@ inline void show_product(Warp& w, uint32_t at) {
   Conflict c;
   if (!b.shadow->read(at, 16, w.accessor(0), w.grid->at->line, Access::kPlain, c))
     race(*w.grid, c, 0, "byte " + std::to_string(c.offset) + " of shared memory");
-  uint32_t thread;
-  int32_t line;
-  for (uint32_t k = 0; k < 16; k += 2)
-    if (!passed_to_proxy(w, 0xffffffffu, *b.shadow, at + k, kProxyShared, line, thread))
-      w.grid->fail("no fence.proxy.async between this product and what it reads, which was written by " +
-                   w.grid->thread_name(thread) + "\n    " + w.grid->line_text(line));
+  check_passed_to_proxy(w, 0xffffffffu, *b.shadow, at, 16, kProxyShared);
   ++b.under_product[at / 16];
   w.open_reads.push_back(at / 16);
 }
@@ -111,7 +106,8 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
   float sums[16][256];
   for (int k = 0; k < n / 2; ++k) {
     const auto earlier = w.results.find(d[k]);
-    const uint32_t* from = earlier == w.results.end() ? lanes_of<uint32_t>(w, d[k]) : earlier->second.lanes.data();
+    const uint32_t* from =
+        earlier == w.results.end() ? lanes_of<uint32_t>(w, d[k]) : earlier->second.lanes.data();
     for (int lane = 0; lane < 32; ++lane)
       sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2] =
           keep ? std::bit_cast<float>(from[lane]) : 0.f;
@@ -125,7 +121,8 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
     Result& r = w.results[d[k]];
     r.group = w.committed;
     for (int lane = 0; lane < 32; ++lane)
-      r.lanes[lane] = std::bit_cast<uint32_t>(sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2]);
+      r.lanes[lane] =
+          std::bit_cast<uint32_t>(sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2]);
     std::fill_n(lanes_of<uint32_t>(w, d[k]), 32, 0x7fffffffu);  // nobody may look before it is waited for
   }
   w.in_step = w.in_step * 31 + i.index + 1;
@@ -170,7 +167,8 @@ inline void add_warpgroup(Forms& f) {
   f["setmaxnreg"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
                        if (!mask) return Next::kFollowing;
                        want_all(w, mask);
-                       if (w.grid->shape.threads % 128) w.grid->fail("setmaxnreg in a block of other than whole warpgroups");
+                       if (w.grid->shape.threads % 128)
+                         w.grid->fail("setmaxnreg in a block of other than whole warpgroups");
                        w.in_step = w.in_step * 31 + i.index + 1;
                        return Next::kFollowing;
                      },

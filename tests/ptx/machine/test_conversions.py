@@ -24,7 +24,8 @@ def test_integers(of, to):
     d, s = INTEGERS[to], INTEGERS[of]
     register = np.dtype(f"{d.kind}{max(2, d.itemsize)}")
     expected = x.astype(d).astype(register)
-    given = x if s.itemsize > 1 else x.view(np.uint8).astype(np.uint16) | np.uint16(0x5a00)  # only the low byte counts
+    # only the low byte counts
+    given = x if s.itemsize > 1 else x.view(np.uint8).astype(np.uint16) | np.uint16(0x5a00)
     np.testing.assert_array_equal(evaluate(f"cvt.{to}.{of} d, a;", register, given), expected)
 
 
@@ -39,7 +40,8 @@ def test_a_narrow_result_fills_a_wide_register(to):
 @pytest.mark.parametrize("of", ["s8", "u8", "s16", "u16", "s32", "u32"])
 def test_the_low_bytes_of_a_wide_register(of):
     x = samples(np.int64, 128)
-    np.testing.assert_array_equal(evaluate(f"cvt.s64.{of} d, a;", np.int64, x), x.astype(INTEGERS[of]).astype(np.int64))
+    expected = x.astype(INTEGERS[of]).astype(np.int64)
+    np.testing.assert_array_equal(evaluate(f"cvt.s64.{of} d, a;", np.int64, x), expected)
 
 
 @pytest.mark.parametrize("to", INTEGERS)
@@ -83,7 +85,9 @@ def test_integers_to_floats(of):
     np.testing.assert_array_equal(evaluate(f"cvt.rn.f32.{of} d, a;", F32, x), x.astype(F32))
 
 
-@pytest.mark.parametrize("rounding,function", [("rni", np.rint), ("rmi", np.floor), ("rpi", np.ceil), ("rzi", np.trunc)])
+@pytest.mark.parametrize(
+    "rounding,function", [("rni", np.rint), ("rmi", np.floor), ("rpi", np.ceil), ("rzi", np.trunc)]
+)
 def test_floats_to_whole_floats(rounding, function):
     x = floats()
     x = x[~np.isnan(x)]
@@ -103,7 +107,8 @@ KINDS = {"bf16": torch.bfloat16, "f16": torch.float16}
 @pytest.mark.parametrize("t", KINDS)
 def test_to_16_bits(t):
     half_way = (np.arange(0x3f80, 0x3fa0, dtype=np.uint32) << 16 | 0x8000).view(F32)
-    x = np.concatenate([floats(), half_way, samples(F32, 64) * F32(2.0 ** -20), F32([65504, 65519.99, 65520, 2 ** -25])])
+    ends = F32([65504, 65519.99, 65520, 2 ** -25])
+    x = np.concatenate([floats(), half_way, samples(F32, 64) * F32(2.0 ** -20), ends])
     np.testing.assert_array_equal(evaluate(f"cvt.rn.{t}.f32 d, a;", np.uint16, x), rounded(x, KINDS[t]))
 
 

@@ -75,7 +75,10 @@ def test_votes():
     for bits in (0, 0xffffffff, 0x80000001, 0x7fffffff, 0x12345678):
         x = np.array([bits >> lane & 1 for lane in range(32)], np.uint32)
         head = ".reg .pred q, p; setp.ne.u32 q, a, 0;"
-        ask = lambda op, q="q": evaluate(f"{head} vote.sync.{op}.pred p, {q}, -1; selp.b32 d, 1, 0, p;", np.uint32, x)
+
+        def ask(op, q="q", head=head, x=x):
+            return evaluate(f"{head} vote.sync.{op}.pred p, {q}, -1; selp.b32 d, 1, 0, p;", np.uint32, x)
+
         assert (ask("all") == (bits == 0xffffffff)).all() and (ask("any") == (bits != 0)).all()
         assert (ask("uni") == (bits in (0, 0xffffffff))).all() and (ask("all", "!q") == (bits == 0)).all()
         assert (evaluate(f"{head} vote.sync.ballot.b32 d, q, -1;", np.uint32, x) == bits).all()
@@ -93,7 +96,8 @@ def test_one_lane_is_elected():
 
 def test_active_lanes():
     x = np.arange(32, dtype=np.uint32)
-    code = """.reg .pred p, q; setp.lt.u32 p, a, 5; setp.eq.u32 q, a, 9; mov.u32 d, 0; @p bra LOW; activemask.b32 d;
+    code = """.reg .pred p, q; setp.lt.u32 p, a, 5; setp.eq.u32 q, a, 9; mov.u32 d, 0; @p bra LOW;
+      activemask.b32 d;
       @q activemask.b32 d; bra END; LOW: activemask.b32 d; END:"""
     found = evaluate(code, np.uint32, x)
     assert (found[:5] == 31).all() and found[9] == 1 << 9 and (np.delete(found[5:], 4) == 0xffffffff ^ 31).all()
@@ -117,8 +121,10 @@ def test_ldmatrix_and_stmatrix(count, transposed):
     registers, stored = np.zeros((32, count), np.uint32), np.zeros((32, 8), np.uint16)
     names = ", ".join(f"%r{10 + k}" for k in range(count))
     vector = {1: ".b32", 2: ".v2.b32", 4: ".v4.b32"}[count]
-    launch(f"""mov.u32 %r0, %tid.x; mov.u32 %r1, sm; mad.lo.u32 %r2, %r0, 16, %r1; mad.wide.u32 %d0, %r0, 16, %p0;
-      ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%d0]; st.shared.v4.b32 [%r2], {{%r4, %r5, %r6, %r7}}; bar.sync 0;
+    launch(f"""mov.u32 %r0, %tid.x; mov.u32 %r1, sm; mad.lo.u32 %r2, %r0, 16, %r1;
+      mad.wide.u32 %d0, %r0, 16, %p0;
+      ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%d0]; st.shared.v4.b32 [%r2], {{%r4, %r5, %r6, %r7}};
+      bar.sync 0;
       sub.u32 %r3, 31, %r0; mad.lo.u32 %r3, %r3, 16, %r1;
       ldmatrix.sync.aligned.m8n8.x{count}{transposed}.shared.b16 {{{names}}}, [%r3];
       mad.wide.u32 %d1, %r0, {4 * count}, %p1; st.global{vector} [%d1], {{{names}}}; bar.sync 0;

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from ptx_kernels import EDGES, evaluate, pairs, samples
+from ptx_kernels import evaluate, pairs, samples
 
 F32 = np.float32
 NAN = np.uint32(0x7fffffff)

@@ -54,7 +54,8 @@ def test_arrivals_release_and_waits_acquire(count):
 
 
 def test_several_arrivals_at_once_and_by_state():
-    code = """@%q0 mbarrier.arrive.shared.b64 %d9, [%r1+1024], 3; @!%q0 mbarrier.arrive.shared.b64 %d9, [%r1+1024];
+    code = """@%q0 mbarrier.arrive.shared.b64 %d9, [%r1+1024], 3;
+      @!%q0 mbarrier.arrive.shared.b64 %d9, [%r1+1024];
       AGAIN: mbarrier.test_wait.shared.b64 %q5, [%r1+1024], %d9; @!%q5 bra AGAIN; st.global.b32 [%d1], 1;"""
     assert all((found[:64] == 1).all() for found in run(INIT.format(66) + code))
     fault("deadlock", INIT.format(67) + code, seeds=[0])
@@ -70,7 +71,8 @@ def test_phases():
       mad.lo.u32 %r9, %r6, 8, %r1; mad.lo.u32 %r10, %r6, 128, %r1;
       mad.lo.u32 %r10, %r11, 4, %r10; @!%q1 bra CONSUME;
       E: mbarrier.try_wait.parity.shared.b64 %q5, [%r9+1040], %r8; @!%q5 bra E;
-      mad.lo.u32 %r12, %r5, 100, %r11; st.shared.b32 [%r10], %r12; mbarrier.arrive.shared.b64 _, [%r9+1024]; bra NEXT;
+      mad.lo.u32 %r12, %r5, 100, %r11; st.shared.b32 [%r10], %r12;
+      mbarrier.arrive.shared.b64 _, [%r9+1024]; bra NEXT;
       CONSUME: mbarrier.try_wait.parity.shared.b64 %q5, [%r9+1024], %r7, 1000; @!%q5 bra CONSUME;
       xor.b32 %r13, %r10, 124; ld.shared.b32 %r12, [%r13]; mad.lo.u32 %r20, %r20, 3, %r12;
       mbarrier.arrive.shared.b64 _, [%r9+1040];
@@ -175,15 +177,16 @@ def test_objects_end():
     run(code + "@%q0 st.shared.b64 [%r1+1024], 5;")
     fault("no mbarrier", code + "@%q0 mbarrier.arrive.shared.b64 _, [%r1+1024];", seeds=[0])
     fault("no mbarrier", "@%q0 mbarrier.inval.shared.b64 [%r1+1024];", seeds=[0])
-    fault("no mbarrier", INIT.format(1) + "@%q0 st.shared.b64 [%r1+1024], 5; @%q0 mbarrier.arrive.shared.b64 _, [%r1+1024];",
-          seeds=[0])
+    fault("no mbarrier", INIT.format(1) + "@%q0 st.shared.b64 [%r1+1024], 5;"
+          "@%q0 mbarrier.arrive.shared.b64 _, [%r1+1024];", seeds=[0])
     fault("outside of shared", "@%q0 mbarrier.init.b64 [%p0], 1;", seeds=[0])
     fault("mbarrier of 0 arrivals", INIT.format(0), seeds=[0])
 
 
 def test_bytes_are_counted():
     code = "@%q0 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r1+1024], 48; bar.sync 0;"
-    code += "mbarrier.arrive.shared.b64 _, [%r1+1024]; {0} mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%r1+1024], 32;"
+    code += "mbarrier.arrive.shared.b64 _, [%r1+1024];"
+    code += "{0} mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%r1+1024], 32;"
     code += "{0} mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%r1+1024], {1};\n"
     run(INIT.format(64) + code.format("@%q0", 16) + wait(0))
     fault("deadlock", INIT.format(64) + code.format("@%q0", 8) + wait(0), seeds=[0])

@@ -99,10 +99,10 @@ def test_parameters():
     ("ld.global.b32 %r0, [%p0+-4];", "out of bounds"),
     ("add.s64 %d0, %p0, 4; ld.global.v2.b32 {%r0, %r1}, [%d0];", "misaligned"),
     ("ld.global.b16 %h0, [%p0+1];", "misaligned"),
-    ("mov.u32 %r0, sm; st.shared.b32 [%r0+256], 1;", "out of bounds: 4 bytes at byte 256 of 256 bytes of shared memory"),
+    ("mov.u32 %r0, sm; st.shared.b32 [%r0+256], 1;", "4 bytes at byte 256 of 256 bytes of shared memory"),
     ("mov.u32 %r0, sm; st.shared.b32 [%r0+-4], 1;", "out of bounds"),
     ("mov.u32 %r0, sm; st.shared.b32 [%r0+2], 1;", "misaligned"),
-    ("mov.u64 %d0, depot; st.local.b32 [%d0+16], 1;", "out of bounds: 4 bytes at byte 16 of 16 bytes of local memory"),
+    ("mov.u64 %d0, depot; st.local.b32 [%d0+16], 1;", "4 bytes at byte 16 of 16 bytes of local memory"),
     ("mov.u64 %d0, 12345678; ld.b64 %d1, [%d0];", "misaligned|out of bounds"),
     ("cvta.shared.u64 %d0, 256; ld.b32 %r1, [%d0];", "out of bounds: 4 bytes at byte 256"),
     ("cp.async.ca.shared.global [sm], [%p0+126], 4;", "misaligned: source"),
@@ -178,7 +178,8 @@ def test_copies_fill_up_with_zeros(size, seed):
     names = {4: "%r10", 8: "%d10", 16: "{%d10, %d11}"}[size]
     t = {4: "b32", 8: "b64", 16: "v2.b64"}[size]
     launch(COPY.format(size=size) + f"""
-      mul.lo.u32 %r2, %r0, 7; rem.u32 %r2, %r2, {size + 1}; setp.eq.u32 %q0, %r0, 31; selp.b32 %r2, 0, %r2, %q0;
+      mul.lo.u32 %r2, %r0, 7; rem.u32 %r2, %r2, {size + 1}; setp.eq.u32 %q0, %r0, 31;
+      selp.b32 %r2, 0, %r2, %q0;
       cp.async.ca.shared.global [%r1], [%d1], {size}, %r2; cp.async.commit_group; cp.async.wait_group 0;
       ld.shared.{t} {names}, [%r1]; st.global.{t} [%d2], {names};""", x, y, shared=512, seed=seed)
     expected = np.zeros((32, size), np.uint8)
@@ -253,20 +254,23 @@ def test_counts():
     for stride, sectors, passes in ((1, 4, 1), (2, 8, 2), (8, 32, 8), (32, 32, 32)):
         built = launch(f"""mov.u32 %r0, %tid.x; mul.lo.u32 %r0, %r0, {4 * stride}; cvt.u64.u32 %d0, %r0;
           add.s64 %d0, %p0, %d0; ld.global.b32 %r1, [%d0]; mov.u32 %r2, sm; add.u32 %r2, %r2, %r0;
-          st.shared.b32 [%r2], %r1; @%q0 ld.global.b32 %r1, [%d0];""".replace("@%q0", "setp.lt.u32 %q0, %r0, 12; @%q0"),
+          st.shared.b32 [%r2], %r1;
+          @%q0 ld.global.b32 %r1, [%d0];""".replace("@%q0", "setp.lt.u32 %q0, %r0, 12; @%q0"),
                        x, shared=4096, measure=True)
         at = {i.opcode: k for k, i in enumerate(built.instructions)}
         counts = built.counts
         first = [k for k, i in enumerate(built.instructions) if i.opcode == "ld.global.b32"]
         assert counts.sectors[first[0]] == sectors and counts.wavefronts[at["st.shared.b32"]] == passes
         assert counts.lanes[first[0]] == 32 and counts.bytes[first[0]] == 128 and counts.executed[first[0]] == 1
-        assert counts.lanes[first[1]] == -(-12 // (4 * stride)) and counts.bytes[first[1]] == 4 * counts.lanes[first[1]]
+        assert counts.lanes[first[1]] == -(-12 // (4 * stride))
+        assert counts.bytes[first[1]] == 4 * counts.lanes[first[1]]
         built.reset_counts()
         assert not built.counts.executed.any()
 
 
 def test_options_are_checked():
     text = Kernel(kernel("", []))
-    for threads, grid, cluster, resident in ((33, 1, 1, 8), (0, 1, 1, 8), (2048, 1, 1, 8), (32, 3, 2, 8), (32, 2, 2, 1)):
+    bad = (33, 1, 1, 8), (0, 1, 1, 8), (2048, 1, 1, 8), (32, 3, 2, 8), (32, 2, 2, 1)
+    for threads, grid, cluster, resident in bad:
         with pytest.raises(ValueError, match="launch"):
             text.launch((grid, 1, 1), threads, b"", [], 0, cluster, Options(resident=resident))

@@ -7,7 +7,8 @@ from ptx_kernels import launch
 from tools.ptx.machine import Fault
 
 SEEDS = range(8)
-HEAD = """mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, sm; setp.eq.u32 %q0, %r0, 0; setp.eq.u32 %q1, %r0, 1;
+HEAD = """mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, sm; setp.eq.u32 %q0, %r0, 0;
+      setp.eq.u32 %q1, %r0, 1;
   setp.eq.u32 %q2, %r0, 32; setp.eq.u32 %q3, %r1, 0; setp.eq.u32 %q4, %r1, 1;
   mad.lo.u32 %r3, %r0, 4, %r2; mad.wide.u32 %d0, %r0, 4, %p0;
 """
@@ -51,7 +52,8 @@ def test_accesses_that_nothing_orders(space, what, other):
         return
     at2 = PLACES[space].replace("]", "+6]")
     first, second = (x.format(s=space, at=PLACES[space], at2=at2) for x in PAIRS[what])
-    who = {"lane": ("%q0", "%q1", "bar.warp.sync -1;"), "warp": ("%q0", "%q2", "bar.sync 0;"), "block": ("%q3", "%q4", "")}
+    who = {"lane": ("%q0", "%q1", "bar.warp.sync -1;"), "warp": ("%q0", "%q2", "bar.sync 0;"),
+           "block": ("%q3", "%q4", "")}
     one, two, sync = who[other]
     text = {"first": f"@!{one} bra A; {{only}} {first} A:", "second": f"@!{two} bra B; {{only}} {second} B:"}
     only = "@!%q0 bra END;" if other == "block" else ""
@@ -71,9 +73,15 @@ def test_neighbours_do_not_race():
 
 
 def test_atomics_do_not_race_with_each_other():
-    for found in run("atom.shared.add.u32 %r9, [%r2], 1; red.global.add.u32 [%p0], 2; st.relaxed.gpu.global.b32 [%p0+4], 3;"
+    for found in run("atom.shared.add.u32 %r9, [%r2], 1; red.global.add.u32 [%p0], 2;"
+                     "st.relaxed.gpu.global.b32 [%p0+4], 3;"
                      "ld.relaxed.gpu.global.b32 %r9, [%p0+4]; ld.volatile.global.b32 %r9, [%p0];", threads=64, grid=3):
         assert found[0] == 2 * 192 and found[1] == 3
+
+
+def test_memory_read_through_the_read_only_cache_is_not_written():
+    run("ld.global.nc.b32 %r9, [%p0+64]; st.global.b32 [%d0+512], 1;")
+    race("st.global.b32 [%d0], 1; bar.sync 0; ld.global.nc.b32 %r9, [%p0];", message="reads with .nc what this launch")
 
 
 def test_one_value_may_be_written_by_all_to_shared_memory():
@@ -109,13 +117,15 @@ def test_a_later_read_of_the_warp_does_not_hide_an_earlier_one():
 
 MESSAGE = """@!%q0 bra END; @!%q3 bra B;
   st.global.b32 [%p0+64], 42; {write} bra END;
-  B: {read} setp.eq.u32 %q5, %r8, 0; @%q5 bra B; {after} ld.global.b32 %r9, [%p0+64]; st.global.b32 [%p0+128], %r9; END:
+  B: {read} setp.eq.u32 %q5, %r8, 0; @%q5 bra B; {after} ld.global.b32 %r9, [%p0+64];
+      st.global.b32 [%p0+128], %r9; END:
 """
 WRITES = {  # of a flag; the last word says whether it releases, and to whom
     "st.release.gpu.global.b32 [%p0], 1;": "gpu", "st.release.sys.global.b32 [%p0], 1;": "gpu",
     "st.release.cta.global.b32 [%p0], 1;": "cta", "st.release.cluster.global.b32 [%p0], 1;": "cluster",
     "st.relaxed.gpu.global.b32 [%p0], 1;": "", "st.volatile.global.b32 [%p0], 1;": "",
-    "fence.acq_rel.gpu; st.relaxed.gpu.global.b32 [%p0], 1;": "gpu", "membar.gl; st.volatile.global.b32 [%p0], 1;": "gpu",
+    "fence.acq_rel.gpu; st.relaxed.gpu.global.b32 [%p0], 1;": "gpu",
+    "membar.gl; st.volatile.global.b32 [%p0], 1;": "gpu",
     "fence.sc.gpu; red.relaxed.gpu.global.add.u32 [%p0], 1;": "gpu",
     "fence.acq_rel.cta; st.relaxed.gpu.global.b32 [%p0], 1;": "cta",
     "st.relaxed.gpu.global.b32 [%p0], 1; fence.acq_rel.gpu;": "",
@@ -165,8 +175,10 @@ def test_messages_in_a_cluster(write):
 
 def test_messages_in_a_block():
     """Lane 0 of warp 0 to lane 0 of warp 1, at the block's scope."""
-    code = """@!%q0 bra A; st.shared.b32 [%r2+64], 42; st.release.cta.global.b32 [%p0], 1; bra END; A: @!%q2 bra END;
-      B: ld.acquire.cta.global.b32 %r8, [%p0]; setp.eq.u32 %q5, %r8, 0; @%q5 bra B; ld.shared.b32 %r9, [%r2+64]; END:"""
+    code = """@!%q0 bra A; st.shared.b32 [%r2+64], 42; st.release.cta.global.b32 [%p0], 1; bra END;
+      A: @!%q2 bra END;
+      B: ld.acquire.cta.global.b32 %r8, [%p0]; setp.eq.u32 %q5, %r8, 0; @%q5 bra B;
+      ld.shared.b32 %r9, [%r2+64]; END:"""
     run(code, threads=64)
     race(code.replace("release", "relaxed"), threads=64)
     race(code.replace("acquire", "relaxed"), threads=64)
@@ -183,7 +195,8 @@ def test_what_one_lane_acquires_others_know_after_they_meet():
 
 
 def test_what_the_block_wrote_is_released_by_one_lane_after_a_barrier():
-    code = """@!%q3 bra B; st.global.b32 [%d0+256], 42; {0} @%q0 red.release.gpu.global.add.u32 [%p0], 1; bra END;
+    code = """@!%q3 bra B; st.global.b32 [%d0+256], 42; {0} @%q0 red.release.gpu.global.add.u32 [%p0], 1;
+      bra END;
       B: SPIN: ld.acquire.gpu.global.b32 %r8, [%p0]; setp.eq.u32 %q5, %r8, 0; @%q5 bra SPIN;
       ld.global.b32 %r9, [%d0+256]; END:"""
     run(code.replace("{0}", "bar.sync 0;"), grid=2, threads=64)
@@ -196,19 +209,22 @@ def test_messages_pass_on():
       st.global.b32 [%p0+64], 42; st.release.gpu.global.b32 [%p0], 1; bra END;
       B: ld.acquire.gpu.global.b32 %r8, [%p0]; setp.eq.u32 %q6, %r8, 0; @%q6 bra B;
       st.{0}.gpu.global.b32 [%p0+4], 1; bra END;
-      C: ld.acquire.gpu.global.b32 %r8, [%p0+4]; setp.eq.u32 %q6, %r8, 0; @%q6 bra C; ld.global.b32 %r9, [%p0+64]; END:"""
+      C: ld.acquire.gpu.global.b32 %r8, [%p0+4]; setp.eq.u32 %q6, %r8, 0; @%q6 bra C;
+      ld.global.b32 %r9, [%p0+64]; END:"""
     run(code.replace("{0}", "release"), grid=3)
     race(code.replace("{0}", "relaxed"), grid=3)
 
 
 def test_memory_of_a_block_that_has_ended_is_forgotten():
     """Shared memory of later blocks may lie where a flag was: an acquire there learns nothing of earlier blocks."""
-    code = """@!%q0 bra END; @!%q3 bra B; st.global.b32 [%p0+64], 42; st.release.gpu.shared.b32 [%r2], 1; bra END;
+    code = """@!%q0 bra END; @!%q3 bra B; st.global.b32 [%p0+64], 42; st.release.gpu.shared.b32 [%r2], 1;
+      bra END;
       B: ld.acquire.gpu.shared.b32 %r8, [%r2]; ld.global.b32 %r9, [%p0+64]; END:"""
     race(code, grid=2, resident=1, seeds=range(2))
 
 
-CLUSTER = """mov.u32 %r4, %cluster_ctarank; xor.b32 %r5, %r4, 1; mapa.shared::cluster.u32 %r6, %r3, %r5; {start}
+CLUSTER = """mov.u32 %r4, %cluster_ctarank; xor.b32 %r5, %r4, 1; mapa.shared::cluster.u32 %r6, %r3, %r5;
+      {start}
   {store} {sync} ld.shared.b32 %r9, [%r3]; mad.lo.u32 %r7, %r1, 64, %r0; mad.wide.u32 %d1, %r7, 4, %p0;
   st.global.b32 [%d1], %r9;
 """
@@ -233,6 +249,13 @@ def test_stores_to_other_blocks_of_a_cluster():
     race(WAIT, grid=2, cluster=2, message="without having arrived")
 
 
+def test_an_arrival_that_releases_nothing():
+    both = f"{ARRIVE} {WAIT}"
+    relaxed = f"barrier.cluster.arrive.relaxed.aligned; {WAIT}"
+    run(CLUSTER.format(start=relaxed, store=REMOTE, sync=both), grid=2, cluster=2)
+    race(CLUSTER.format(start=both, store=REMOTE, sync=relaxed), grid=2, cluster=2)
+
+
 def test_work_between_arriving_and_waiting():
     """Stores before the arrival are seen after the wait, stores in between are not."""
     both = f"{ARRIVE} {WAIT}"
@@ -244,10 +267,51 @@ def test_blocks_of_a_cluster_read_each_other_generically():
     both = f"{ARRIVE} {WAIT}"
     code = f"""mov.u32 %r4, %cluster_ctarank; xor.b32 %r5, %r4, 1; mapa.shared::cluster.u32 %r6, %r3, %r5;
       add.u32 %r7, %r0, %r1; st.shared.b32 [%r3], %r7; {both} cvt.u64.u32 %d2, %r6; cvta.shared.u64 %d2, %d2;
-      ld.b32 %r9, [%d2]; {both} mad.lo.u32 %r7, %r1, 32, %r0; mad.wide.u32 %d1, %r7, 4, %p0; st.global.b32 [%d1], %r9;"""
+      ld.b32 %r9, [%d2]; {both} mad.lo.u32 %r7, %r1, 32, %r0; mad.wide.u32 %d1, %r7, 4, %p0;
+      st.global.b32 [%d1], %r9;"""
     for found in run(code, grid=4, cluster=2):
         np.testing.assert_array_equal(found[:128].reshape(4, 32), [np.arange(32) + (b ^ 1) for b in range(4)])
 
 
 def test_races_can_be_left_unwatched():
     run("st.shared.b32 [%r2], %r0; st.global.b32 [%p0], %r0;", threads=64, races=False)
+
+
+def test_random_accesses():
+    """Straight programs of a few accesses of any width by single lanes, barriers between some: a race is found exactly
+    where two of different lanes overlap, one writes, and nothing between them orders the two."""
+    races = 0
+    for seed in range(160):
+        random = np.random.default_rng(seed)
+        space, at = (("shared", "%r2"), ("global", "%p0"))[seed % 2]
+        widths = (1, 2, 4, 8, 16) if seed % 3 else (2, 4, 8, 16)
+        done, code, expected = [], "", False
+        for k in range(14):
+            if random.random() < 0.45:
+                whole = random.random() < 0.6
+                code += "bar.sync 0;\n" if whole else "bar.warp.sync -1;\n"
+                done = [] if whole else [(*access, True) if len(access) == 4 else access for access in done]
+                continue
+            thread, width = random.choice([0, 1, 31, 33, 64]), random.choice(widths)
+            where, writes = random.integers(0, 32 // width) * width, random.random() < 0.5
+            for other, first, last, wrote, *met in done:
+                if other != thread and first < where + width and where < last and (writes or wrote):
+                    expected = expected or not (met and other // 32 == thread // 32)
+            done.append((thread, where, where + width, writes))
+            t = {1: "b8", 2: "b16", 4: "b32", 8: "b64", 16: "v2.b64"}[width]
+            register = {1: "%h1", 2: "%h1", 4: "%r9", 8: "%d9", 16: "{%d9, %d8}"}[width]
+            value = {16: f"{{{k + 1}, {k + 2}}}"}.get(width, str(k + 1))
+            code += f"setp.eq.u32 %q5, %r0, {thread};\n"
+            place = f"[{at}+{where}]"
+            does = f"st.{space}.{t} {place}, {value};" if writes else f"ld.{space}.{t} {register}, {place};"
+            code += f"@%q5 {does}\n"
+        races += expected
+        for schedule in range(3):
+            try:
+                run(code, threads=96, seeds=[schedule])
+                found = False
+            except Fault as fault:
+                assert "race" in str(fault)
+                found = True
+            assert found == expected, (seed, schedule, code)
+    assert 30 < races < 130

@@ -79,13 +79,15 @@ class Operand:
 
 def spot(thread, value):
     """(row, column) of a fragment's number."""
-    at = (thread % 4 * 128 + thread // 4 % 8 + thread // 32 * 16 + value % 2 * 64 + value // 2 % 2 * 8 + value // 4 * 512)
+    at = thread % 4 * 128 + thread // 4 % 8 + thread // 32 * 16
+    at += value % 2 * 64 + value // 2 % 2 * 8 + value // 4 * 512
     return at % 64, at // 64
 
 
 FILL = """mov.u32 %r0, %tid.x; mov.u32 %r1, sm; mov.u32 %r2, %r0;
   FILL: mul.lo.u32 %r3, %r2, 16; cvt.u64.u32 %d0, %r3; add.s64 %d0, %p0, %d0; add.u32 %r3, %r3, %r1;
-  ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%d0]; st.shared.v4.b32 [%r3], {{%r4, %r5, %r6, %r7}}; add.u32 %r2, %r2, {threads};
+  ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%d0]; st.shared.v4.b32 [%r3], {{%r4, %r5, %r6, %r7}};
+      add.u32 %r2, %r2, {threads};
   setp.lt.u32 %q0, %r2, {words}; @%q0 bra FILL;
 """
 PROXY = "fence.proxy.async.shared::cta; bar.sync 0;\n"
@@ -100,7 +102,8 @@ def product(n, t, a, b, scales="1, 1", trans=", 0, 0", keep="1"):
 
 
 def store(n):
-    return f"mad.wide.u32 %d9, %r0, {2 * n}, %p1;\n" + "".join(f"st.global.b32 [%d9+{4 * k}], v{k};\n" for k in range(n // 2))
+    stores = "".join(f"st.global.b32 [%d9+{4 * k}], v{k};\n" for k in range(n // 2))
+    return f"mad.wide.u32 %d9, %r0, {2 * n}, %p1;\n{stores}"
 
 
 def declare(n):
