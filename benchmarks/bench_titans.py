@@ -26,6 +26,7 @@ from hope_kernels.ops import (
     titans_chunk,
     titans_step,
 )
+from hope_kernels.ops.shared import cuda_library
 from hope_kernels.ops.titans.backends import resolve
 
 STATE = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
@@ -157,6 +158,9 @@ def prefill(case: Case, device: str, ceilings: dict, seconds: float = 1.0, op: C
         "check": check, "sets": len(problems), "flops_per_token": per_token
     }
     record["ns_per_token"] = 1e6 * record["ms"]["median"] / (case.B * case.T)
+    if case.backend == "cuda":  # more pairs than run at once come in turns
+        at_once = cuda_library.at_once(case.D, case.N, case.C, torch.device(device))
+        record |= {"pairs": case.B * case.H, "pairs_at_once": at_once}
     record["bytes_if_state_in_memory"] = case.T // case.C * m.state_bytes_per_chunk(c, case.B)
     nbytes = m.prefill_bytes(c, case.B, case.T, case.itemsize)
     return m.rates(record, ceilings, case.dtype, case.B * case.T * per_token, nbytes)

@@ -12,11 +12,14 @@ def committed(folder: Path) -> dict[str, dict]:
     """A folder of results as the last commit has it; as it is on disk where git cannot say."""
     found = {}
     for name in (p.name for p in sorted(folder.glob("*.json"))):
-        done = subprocess.run(("git", "show", f"HEAD:./{name}"), cwd=folder, capture_output=True, text=True)
         try:
-            found[name.removesuffix(".json")] = json.loads(
-                done.stdout if done.returncode == 0 else (folder / name).read_text()
-            )
+            command = ("git", "show", f"HEAD:./{name}")
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            text = done.stdout if done.returncode == 0 else (folder / name).read_text()
+        except FileNotFoundError:  # no git on this machine
+            text = (folder / name).read_text()
+        try:
+            found[name.removesuffix(".json")] = json.loads(text)
         except ValueError:
             continue
     return found

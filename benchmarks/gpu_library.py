@@ -1,106 +1,111 @@
-"""The library of CUDA kernels on a GPU machine: whether the one that is there loads, whether it builds, and what
-compute-sanitizer finds in it.
-
-Every check is a process of its own under a time limit, and yields (name, record) as ``gpu`` keeps them.
-"""
+"""The library of CUDA kernels on a GPU machine: whether the one that is there can be used, whether it builds,
+and what compute-sanitizer finds in it. Every check is a process of its own under a time limit."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from benchmarks import measure as m
+from benchmarks import processes
+from benchmarks.script import Script
 from tools import build_cuda
 
-BUILD_SECONDS, TOOL_SECONDS = 240, 120
+BUILD_SECONDS = 150
 LOAD = """
 import sys
-import torch
 from hope_kernels.ops.shared import cuda_library
 reason = cuda_library.unavailable()
-print(reason or torch.ops.hope_kernels_cuda.build())
-sys.exit(reason is not None)
+if reason is None:
+    import torch
+    print(torch.ops.hope_kernels_cuda.build())
+sys.exit(reason)
 """
-SANITIZED = "tests/ops/titans/test_cuda.py::test_small_enough_for_a_sanitizer"
-# initcheck has to see who wrote what a kernel reads: all kernels. The others look at ours only.
-SANITIZERS = {
-    tool: ("--kernel-regex", "kns=titans") for tool in ("memcheck", "racecheck", "synccheck")
-} | {"initcheck": ()}
+# The kernels of this project alone; what PyTorch launches is its own affair.
+SANITIZERS = ("memcheck", "racecheck")
+# the machine does not let the tool look
+UNABLE = ("Device not supported", "ERR_NVGPUCTRPERM", "LibraryNotLoaded")
 
 
-def environment() -> dict[str, str]:
-    """Of processes that run kernels."""
-    return {
-        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
-    } | {"PYTHONPATH": str(m.ROOT), "PYTHONUNBUFFERED": "1"}
-
-
-def process(*command: str, seconds: float, **variables: str) -> dict:
+def process(*command: str, seconds: float, env: dict[str, str], keep: int = 4000) -> dict:
     """The record of a process: ok, failed, or died where it took longer."""
-    began = time.time()
-    try:
-        done = subprocess.run(
-            command, cwd=m.ROOT, env=environment() | variables, capture_output=True, text=True,
-            timeout=max(1.0, seconds)
-        )
-    except subprocess.TimeoutExpired as e:
-        return {
-            "status": "died", "reason": f"took more than {e.timeout:.0f} s",
-            "log": (e.stdout or b"").decode(errors="replace")[-4000:]
-        }
-    found = {"seconds": round(time.time() - began, 2), "log": (done.stdout + done.stderr).strip()[-4000:]}
-    return (
-        {"status": "ok"} | found if done.returncode == 0
-        else {"status": "failed", "reason": f"exit status {done.returncode}"} | found
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        log, began = Path(folder, "log"), time.time()
+        running = processes.start(command, env, log)
+        return processes.record(running, log, began, began + max(1.0, seconds), keep)
 
 
-def loaded(until: float) -> dict:
-    """Whether the library loads with this PyTorch; "log" says against which one it was built."""
-    return process(sys.executable, "-c", LOAD, seconds=until - time.time()) | {"torch": torch.__version__}
-
-
-def built(capability: int, until: float) -> Iterator[tuple[str, dict]]:
-    """A library that is there has to load, wherever it was built and against whichever PyTorch; then one is
-    built here, for this GPU only."""
-    absent = {"status": "skipped", "reason": "there was none"}
-    yield "CUDA library as found", loaded(until) if build_cuda.LIBRARY.exists() else absent
-    if build_cuda.nvcc() is None:
-        yield "CUDA library, build", {"status": "skipped", "reason": "nvcc was not found"}
-        return
+def loaded(script: Script, until: float) -> dict:
+    """Whether the library loads, and is that of these sources; "log" says what it was built from."""
     record = process(
-        sys.executable, "-m", "tools.build_cuda", str(capability), seconds=min(BUILD_SECONDS, until - time.time())
+        sys.executable, "-c", script.load + LOAD, seconds=until - time.time(),
+        env=processes.environment(script.variables)
+    ) | {"torch": torch.__version__}
+    sources = build_cuda.hash_of(build_cuda.files(emulated="emulated" in record["log"]))
+    if record["status"] == "ok" and sources not in record["log"]:
+        record |= {"status": "failed", "reason": "it was built from other sources"}
+    return record
+
+
+def made_usable(script: Script, until: float, build_until: float) -> dict[str, dict]:
+    """The library as found; where that cannot be used, it is built here, for this GPU only."""
+    if script.load or build_cuda.LIBRARY.exists():
+        found = {"CUDA library as found": loaded(script, until)}
+        if found["CUDA library as found"]["status"] == "ok" or script.load:
+            return found
+        found["CUDA library as found"]["status"] = "skipped"  # what is built here takes its place
+    else:
+        found = {"CUDA library as found": {"status": "skipped", "reason": "there was none"}}
+    if build_cuda.nvcc() is None:
+        return found | {"CUDA library, build": {"status": "failed", "reason": "nvcc was not found"}}
+    found["CUDA library, build"] = process(
+        sys.executable, "-m", "tools.build_cuda", str(script.capability()),
+        seconds=min(BUILD_SECONDS, build_until - time.time()), env=processes.environment(script.variables)
     )
-    yield "CUDA library, build", record
-    if record["status"] == "ok":
-        yield "CUDA library as built", loaded(until)
+    if found["CUDA library, build"]["status"] == "ok":
+        found["CUDA library as built"] = loaded(script, time.time() + 30)
+    return found
 
 
-def sanitized(known: dict[str, dict], until: float) -> Iterator[tuple[str, dict]]:
-    """One small test of the kernels under every tool of compute-sanitizer; a tool that has found nothing before
-    (``known``) is not run again."""
-    for tool, options in SANITIZERS.items():
-        name = f"compute-sanitizer {tool}"
-        if known.get(name, {}).get("status") == "ok":
-            continue
-        if shutil.which("compute-sanitizer") is None:
-            yield name, {"status": "skipped", "reason": "compute-sanitizer is not on PATH"}
-        elif not build_cuda.LIBRARY.exists():
-            yield name, {"status": "skipped", "reason": "the CUDA library was not built"}
-        elif time.time() > until:
-            yield name, {"status": "died", "reason": "the time was up"}
-        else:
-            record = process(
-                "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *options, sys.executable, "-m",
-                "pytest", "-q", "-p",
-                "no:cacheprovider", SANITIZED, seconds=min(TOOL_SECONDS, until - time.time()),
-                PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-            if record["status"] == "ok" and "1 passed" not in record["log"]:
+def usable(found: dict[str, dict]) -> bool:
+    return any(found.get(f"CUDA library as {how}", {}).get("status") == "ok" for how in ("found", "built"))
+
+
+class Sanitizers:
+    """One small test of the CUDA C++ kernels under tools of compute-sanitizer, all at once, while other tests
+    run."""
+
+    def __init__(self, script: Script, known: dict[str, dict]):
+        """A tool that has found nothing before (``known``) is not run again."""
+        self.records: dict[str, dict] = {}
+        self.running: dict[str, tuple] = {}
+        self.scratch = tempfile.TemporaryDirectory()
+        for tool in SANITIZERS:
+            name = f"compute-sanitizer {tool}"
+            if known.get(name, {}).get("status") == "ok":
+                continue
+            if shutil.which("compute-sanitizer") is None:
+                self.records[name] = {"status": "skipped", "reason": "compute-sanitizer is not on PATH"}
+                continue
+            log = Path(self.scratch.name, tool)
+            command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex",
+                       "kns=titans", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o",
+                       "minversion=7.0", script.sanitized)
+            env = processes.environment({**script.variables, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+            self.running[name] = processes.start(command, env, log), log, time.time()
+
+    def finish(self, until: float) -> dict[str, dict]:
+        for name, (process, log, began) in self.running.items():
+            record = processes.record(process, log, began, until)
+            why = next((w for w in UNABLE if w in record["log"]), None)
+            if record["status"] == "failed" and why:
+                record |= {"status": "skipped", "reason": why}
+            elif record["status"] == "ok" and "1 passed" not in record["log"]:
                 record |= {"status": "failed", "reason": "its test did not run"}
-            yield name, record
+            self.records[name] = record
+        self.scratch.cleanup()
+        return self.records

@@ -33,11 +33,14 @@ def machine() -> dict:
         except (OSError, subprocess.CalledProcessError):
             return ""
 
+    given = os.environ.get("HOPE_KERNELS_COMMIT", "")  # of a copy without git
+
     return {
         "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *CODE)),
+        "commit": git("rev-parse", "--short", "HEAD") or given,
+        "dirty": bool(git("status", "--porcelain", "--", *CODE)),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

@@ -6,7 +6,8 @@ Prints a row for each goal (``goals.py``): met, missed by how much, or not measu
 would be. Then: results measured in a working tree with changed files, results older than the code they
 measured (``sources.py``), results that do not say which code that was. --check fails, naming them, for
 results that are older, and for tables or plots in README and docs that are not what the results give. Of
-studies, whose figures are what a model predicted and not how fast, it only says that they are older.
+studies, whose figures are what a model predicted and not how fast, and of the budget, it only says that they are
+older.
 --against compares two runs, files or folders: what got slower or faster beyond its spread (with --check,
 slower fails).
 """
@@ -24,8 +25,9 @@ from benchmarks.records import RESULTS, dirty, measured, read, runs
 from benchmarks.sources import ROOT, age, at_rest
 from benchmarks.verdicts import rows, table
 
-# hours of reading; that the code still computes the same is what the tests are for
-STUDIES = ("rates.json", "continual.json", "learning.json", "recall.json")
+# hours of reading; that the code still computes the same is what the tests are for. The budget is counts, which
+# `python -m benchmarks.budget --check` compares with the code's.
+STUDIES = ("rates.json", "continual.json", "learning.json", "recall.json", "budget.json")
 
 
 def ages(results: Path) -> dict[str, list[tuple[str, str]]]:
@@ -52,7 +54,7 @@ def columns(lines: list[tuple[str, ...]]) -> str:
 def goals(results: Path) -> str:
     """The table, what there is to say about its figures, and what would measure the others."""
     found, planned = rows(results), plan.names("cuda", False)
-    lines = [columns([("what", "goal", "measured", "verdict", "on"), *table(found)]), ""]
+    lines = [columns([("what", "goal", "predicted", "measured", "verdict", "on"), *table(found)]), ""]
     for r in found:
         notes = [{"older": "older than the code", "unknown": "of unknown age"}[r.age]] if r.age else []
         if notes := [*notes, *["measured with changed files"] * r.dirty]:

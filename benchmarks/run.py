@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -13,8 +13,8 @@ from benchmarks.device import CEILINGS
 from benchmarks.records import Results
 from benchmarks.sources import kernel_hash
 
-CASE_SECONDS = 150  # compilation included; what takes longer hangs
 RESTART = 3  # exit status of a child process that asks for a fresh one to go on
+LATE = 8  # seconds that a case may go on after the time is up
 
 
 def wanted(only: list[str], section: str, name: str) -> bool:
@@ -23,23 +23,39 @@ def wanted(only: list[str], section: str, name: str) -> bool:
 
 def measure(
     device: str, results: dict[str, Results], args, until: float,
-    items: Iterable[tuple[str, str, dict, Callable]],
+    items: Iterable[tuple[str, str, dict, Callable]], *, limit: Callable[[str], float] | None = None,
+    hung: Mapping[str, str] = {}, seconds: Callable[[str, str], float] = lambda section, name: 0.0,
+    beats: Callable[[float], None] = lambda deadline: None,
 ) -> int:
     """Every case of ``items`` (as ``plan.plan`` gives them) that is not there yet; returns RESTART when this
-    process should not go on."""
+    process should not go on.
+
+    limit: this process is one of ``watch``: seconds that a case of a section may take, after which the
+    process ends. hung: backends that hang, and where; their cases are skipped. seconds: what a case is
+    expected to take; one for which there is no time left is passed over. beats: is told by when the case that
+    begins will be over.
+    """
+    passed_over: list[str] = []
     for section, name, case, call in items:
         store = results[section]
         if name in store.cases or not wanted(args.only, section, name):
             continue
         case = case and case | {"device": device}
-        if time.time() > until:
-            print(f"  the time is up before {section}: {name}")
-            return 0
+        if (backend := case.get("backend")) in hung:
+            reason = f"{backend} hangs in {hung[backend]}"
+            store.put(name, {"case": case, "status": "skipped", "reason": reason})
+            print(line(section, name, store.cases[name]), flush=True)
+            continue
+        if time.time() + seconds(section, name) > until:
+            passed_over.append(name)
+            continue
         store.put(name, {"status": "started", "case": case})
-        if device == "cuda":
-            faulthandler.dump_traceback_later(min(CASE_SECONDS, until - time.time() + 20), exit=True)
+        if limit is not None:
+            most = min(limit(section), max(1.0, until + LATE - time.time()))
+            beats(time.time() + most)
+            faulthandler.dump_traceback_later(most, exit=True)
         ceilings = {n: results["env"].cases.get(n, {}).get(unit) for n, unit in CEILINGS.items()}
-        now = m.Beside(args.quick) if device == "cpu" and section != "env" else {}
+        now = m.Beside(args.quick) if device == "cpu" and limit is None and section != "env" else {}
         began, restart = time.time(), False
         try:
             record = {"status": "ok"} | call(now or ceilings) | ({"ceilings": dict(now)} if now else {})
@@ -55,8 +71,9 @@ def measure(
             record = {"status": "skipped", "reason": f"out of memory: {e}".splitlines()[0]}
         except Exception as e:  # whatever else: recorded, and the CUDA context may be broken
             record = {"status": "failed", "reason": f"{type(e).__name__}: {e}"[:2000]}
-            restart = device == "cuda"
+            restart = limit is not None
         faulthandler.cancel_dump_traceback_later()
+        beats(0.0)
         kernel = kernel_hash(case)
         store.put(
             name, {"case": case} | record | {"seconds": round(time.time() - began, 2)}
@@ -67,6 +84,8 @@ def measure(
             return RESTART
         if device == "cuda":
             torch.cuda.empty_cache()
+    if passed_over:
+        print(f"  no time left for {len(passed_over)} cases, {passed_over[0]} first", flush=True)
     return 0
 
 

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import bench_continual, bench_rates, cms_table, plot, verdicts
+from benchmarks.budget import table as budget_table
 from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT, at_rest
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/continual.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/continual.md")
 WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
@@ -148,8 +149,10 @@ def accuracy(run: dict) -> str:
 
 def goals(results: Path) -> str:
     """Ages and changed files are left to the command: they change without the results."""
-    rows = [(*line[:3], line[3], line[4]) for line in verdicts.table(verdicts.rows(results))]
-    return markdown("what | goal | measured | verdict | on", rows) + "\n\n`python -m benchmarks.report`"
+    rows = verdicts.table(verdicts.rows(results))
+    return markdown("what | goal | predicted | measured | verdict | on", rows) + (
+        "\n\n`python -m benchmarks.report`. Predicted: from counted instructions and bytes and the assumptions of "
+        "docs/budget.md, for an H200; nobody has measured these.")
 
 
 def gpu(results: Path) -> str:
@@ -195,10 +198,12 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy,
+                **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}
     absent = lambda name: (f"Not measured yet: `python -m benchmarks.bench_{name}` writes "
                            f"`benchmarks/results/{name}.json`.")
-    file = {"figures": "cpu", "forgetting": "continual"}  # what is not called as the block
+    # what is not called as the block
+    file = {"figures": "cpu", "forgetting": "continual", **dict.fromkeys(budget_table.BLOCKS, "budget")}
     made = lambda name, make: make(run) if (of := file.get(name, name)) in run else absent(of)
     return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
         "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}

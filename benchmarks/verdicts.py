@@ -1,10 +1,12 @@
-"""The goals (goals.py) beside what was measured: met, missed by how much, or not measured."""
+"""The goals (goals.py) beside what was measured: met, missed by how much, or not measured; and beside what counts
+predict (benchmarks/budget), which is no measurement."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.budget import predicted
 from benchmarks.goals import GOALS, Goal, Missing
 from benchmarks.records import origins, runs
 from benchmarks.sources import age
@@ -22,13 +24,16 @@ class Row:
     why: str = ""
     age: str = ""
     dirty: bool = False
+    predicted: float | None = None
 
 
 def rows(results: Path, goals: tuple[Goal, ...] = GOALS) -> list[Row]:
     """Every goal once for each device that has its figure; once without a device where none has."""
     found: list[Row] = []
     everywhere = runs(results)
+    budget = everywhere[""].get("budget")
     for goal in goals:
+        guess = predicted.value(goal, budget)
         chosen = (
             {"": everywhere[""]} if goal.on == "cpu"
             else {d: r for d, r in everywhere.items() if d and not d.startswith("cpu-")}
@@ -43,14 +48,15 @@ def rows(results: Path, goals: tuple[Goal, ...] = GOALS) -> list[Row]:
             seen = {age(record) for _, _, record in figure.sources if record}
             old = next((how for how in ("older", "unknown") if how in seen), "")
             stale = any(o.get("dirty") for file, _, _ in figure.sources for o in origins(run[file]))
-            mine.append(Row(goal, device or "cpu", figure.value, goal.verdict(figure.value), "", old, stale))
-        found += mine or [Row(goal, "", None, "not measured", "; ".join(reasons) or "no run on a GPU")]
+            mine.append(Row(goal, device or "cpu", figure.value, goal.verdict(figure.value), "", old, stale, guess))
+        why = "; ".join(reasons) or "no run on a GPU"
+        found += mine or [Row(goal, "", None, "not measured", why, predicted=guess)]
     return found
 
 
 def table(found: list[Row]) -> list[tuple[str, ...]]:
-    """(what, goal, measured, verdict, device) as text."""
+    """(what, goal, predicted, measured, verdict, device) as text."""
     sign = {">=": "at least ", "<=": "at most "}
-    shown = lambda r: "" if r.value is None else r.goal.text(r.value)
-    return [(r.goal.what, sign[r.goal.better] + r.goal.text(r.goal.target), shown(r), r.verdict, r.device)
-            for r in found]
+    shown = lambda goal, value: "" if value is None else goal.text(value)
+    return [(r.goal.what, sign[r.goal.better] + r.goal.text(r.goal.target), shown(r.goal, r.predicted),
+             shown(r.goal, r.value), r.verdict, r.device) for r in found]

@@ -12,6 +12,7 @@ struct Device {
   int capability;    // 80, 86, 90, 100, ..
   int shared_bytes;  // the most dynamic shared memory a block may have
   int image;         // the architecture that its code was compiled for, as capability (titans_image); 0: no code
+  int* at_once = nullptr;  // a launch only answers here: how many (row, head) pairs it would run at once
 };
 
 // Of the current device.
@@ -27,6 +28,10 @@ struct Workspace {
 const char* titans_unserved(int D, int N, int C, const Device& device);
 
 Workspace titans_workspace(const TitansParams& params, int D, const Device& device);
+
+// How many (row, head) pairs of a prefill the device runs at once; their blocks are a cluster each where the
+// architecture has clusters. For what titans_unserved does not refuse. Null, or CUDA's error.
+const char* titans_at_once(int D, int N, int C, Device device, int* found);
 
 // One call: T tokens of every row are read and written. One token a row goes through the decode kernel, which
 // has the same bits. For what titans_unserved does not refuse. Null, or CUDA's error.

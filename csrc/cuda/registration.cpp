@@ -1,4 +1,4 @@
-// What PyTorch sees of the kernels: three operators through LibTorch's stable ABI (2.11 and later, one
+// What PyTorch sees of the kernels: four operators through LibTorch's stable ABI (2.11 and later, one
 // library for all of them).
 //
 // Every argument that could lead to a wrong address is checked here; launch.h declares the launch itself. With
@@ -237,6 +237,18 @@ std::string unserved(int64_t D, int64_t N, int64_t C, int64_t device) {
   return reason ? reason : "";
 }
 
+// How many (row, head) pairs of a prefill with bf16 a device runs at once.
+int64_t at_once(int64_t D, int64_t N, int64_t C, int64_t index) {
+  const hope::Device device = device_of(index);
+  if (const char* reason = hope::titans_unserved(D, N, C, device)) fail(reason);
+#ifndef HOPE_EMULATED
+  torch::stable::accelerator::DeviceGuard guard(index);
+#endif
+  int found = 0;
+  if (const char* error = hope::titans_at_once(D, N, C, device, &found)) fail(error);
+  return found;
+}
+
 std::string build() { return HOPE_BUILD; }
 
 #ifdef HOPE_EMULATED
@@ -257,6 +269,7 @@ STABLE_TORCH_LIBRARY(hope_kernels_cuda, m) {
       "Tensor(f!) pending_eta, Tensor(g!)? pending_alpha, Tensor eta_bias, Tensor? alpha_bias, Tensor pos, "
       "Tensor lengths, int activation, int flags, float eta_scale, float grad_scale) -> Tensor");
   m.def("unserved(int D, int N, int C, int device) -> str");
+  m.def("at_once(int D, int N, int C, int device) -> int");
   m.def("build() -> str");
 #ifdef HOPE_EMULATED
   // What the next calls run on. image: the architecture of the code; resident: blocks at a time; seed: the
@@ -275,6 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(hope_kernels_cuda, CUDA, m) { m.impl("titans_scan", TO
 
 STABLE_TORCH_LIBRARY_IMPL(hope_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("unserved", TORCH_BOX(&unserved));
+  m.impl("at_once", TORCH_BOX(&at_once));
   m.impl("build", TORCH_BOX(&build));
 #ifdef HOPE_EMULATED
   m.impl("emulate", TORCH_BOX(&emulate));

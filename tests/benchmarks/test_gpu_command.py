@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 import types
@@ -18,10 +16,14 @@ from benchmarks import (
     bench_layers,
     bench_model,
     bench_titans,
-    correctness,
+    counters,
     gpu,
     gpu_library,
     peers,
+    processes,
+    rehearsal,
+    summary,
+    watch,
 )
 from benchmarks import measure as m
 from benchmarks.plan import SECTIONS, plan
@@ -116,7 +118,7 @@ def test_it_names_what_it_could_not_measure(written):
     assert found["correctness"] and "matmul bf16" in found["env"]
     grad = next(c.name for c in bench_titans.QUICK_CPU if (c.kind, c.backend) == ("grad", "cpp"))
     assert found["ops"][grad].startswith("skipped: ")
-    lines = list(gpu.told(found))
+    lines = list(summary.told(found))
     assert sum(len(cases) for cases in found.values()) == sum(
         int(line.split(", ")[2].split(" (")[0]) for line in lines
     )
@@ -170,9 +172,9 @@ def test_results_of_other_code_are_not_continued(tmp_path):
 def test_a_case_the_process_died_in_is_not_run_again(tmp_path):
     store = Results(tmp_path / "ops.json", {"commit": "a", "source": "s", "quick": False})
     store.put("one", {"status": "started"})
-    gpu.bury("ops", store, -11, "the log", late=False)
+    watch.bury("ops", store, -11, "the log", {})
     store.put("two", {"status": "started"})
-    gpu.bury("ops", store, 1, "", late=True)  # only the time was up
+    watch.bury("ops", store, 1, "", {}, late=True)  # only the time was up
     store.reload()
     assert set(
         store.cases
@@ -264,29 +266,6 @@ def test_nan_and_other_dtypes_never_pass():
     )["ok"]
 
 
-def test_outcomes_with_and_without_a_junit_file(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_good(x): pass\ndef test_bad(): assert 0\n"
-        "@pytest.mark.skip(reason='why')\ndef test_out(): pass\ndef test_last(): pass\n")
-    junit, nothing = tmp_path / "junit.xml", tmp_path / "none.xml"
-    command = (
-        sys.executable, "-m", "pytest", "-v", "-c", "/dev/null", "--rootdir", ".", f"--junit-xml={junit}",
-        "test_it.py"
-    )
-    log = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
-    want = {
-        "test_good[a b]": "passed", "test_good[c]": "passed", "test_bad": "failed", "test_out": "skipped",
-        "test_last": "passed"
-    }
-    want = {f"test_it::{k}": v for k, v in want.items()}
-    found = correctness.outcomes(junit, "")
-    assert {k: r["status"] for k, r in found.items()} == want and "assert 0" in found["test_it::test_bad"]["reason"]
-    assert {k: r["status"] for k, r in correctness.outcomes(nothing, log).items()} == want
-    cut = log[: log.index("test_last") + len("test_last ")]  # pytest names a test before it runs
-    found = correctness.outcomes(nothing, cut)
-    assert {k: r["status"] for k, r in found.items()} == want | {"test_it::test_last": "died"}
-
-
 PAIRED = (*peers.FLA_CASES, *peers.COMPILED_CASES, *peers.SDPA_CASES, *peers.TTT_CASES, *peers.TITANS_CASES)
 
 
@@ -295,7 +274,7 @@ def test_plans_for_a_gpu_name_every_case_once_and_pair_peers_with_ours():
     names = [name for name, _, _ in ops]
     assert len(set(names)) == len(names) and len({name for name, _, _ in others}) == len(others)
     timed = {"status": "ok", "ms": {"median": 3.0}}
-    lines = list(gpu.ratios(dict.fromkeys(names, timed), {name: timed for name, _, _ in others}))
+    lines = list(summary.ratios(dict.fromkeys(names, timed), {name: timed for name, _, _ in others}))
     shapes = [replace(c, kind="prefill", backend=b).name for c in PAIRED for b in ("triton", "cuda")]
     assert len(lines) == sum(name in names for name in shapes) and all(": 1.000 of" in line for line in lines)
     assert len(lines) > len(peers.FLA_CASES) + len(peers.COMPILED_CASES)
@@ -336,27 +315,31 @@ def test_checks_of_the_cuda_library_say_what_kept_them(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setattr(gpu_library.build_cuda, "LIBRARY", tmp_path / "none.so")
-    soon = time.time() + 60
-    found = dict(gpu_library.built(90, soon)) | dict(gpu_library.sanitized({}, soon))
-    assert len(found) == 6 and {r["status"] for r in found.values()} == {"skipped"}
-    assert found["CUDA library, build"]["reason"] == "nvcc was not found"
-    assert found["compute-sanitizer racecheck"]["reason"] == "compute-sanitizer is not on PATH"
-    loaded = gpu_library.loaded(soon)
-    assert loaded["status"] == "ok" or "Error" not in loaded["log"]  # it has found whom to ask
-    assert gpu_library.process(sys.executable, "-c", "print(1)", seconds=30)["status"] == "ok"
-    failed = gpu_library.process(sys.executable, "-c", "import sys; sys.exit('the reason')", seconds=30)
+    soon, script = time.time() + 60, replace(rehearsal.SCRIPT, load="")
+    found = gpu_library.made_usable(script, soon, soon)
+    assert found["CUDA library as found"] == {"status": "skipped", "reason": "there was none"}
+    assert found["CUDA library, build"] == {"status": "failed", "reason": "nvcc was not found"}
+    assert not gpu_library.usable(found)
+    tools = gpu_library.Sanitizers(script, {"compute-sanitizer memcheck": {"status": "ok"}}).finish(soon)
+    assert tools == {
+        "compute-sanitizer racecheck": {"status": "skipped", "reason": "compute-sanitizer is not on PATH"}
+    }
+    assert counters.counted(script, ["cuda"], soon, time.time())["reason"] == "ncu is not on PATH"
+
+
+def test_a_process_is_recorded_and_ends_in_time():
+    env = processes.environment()
+    run = lambda code, seconds=30: gpu_library.process(sys.executable, "-c", code, seconds=seconds, env=env)
+    assert run("print(1)")["status"] == "ok"
+    failed = run("import sys; sys.exit('the reason')")
     assert failed["status"] == "failed" and failed["log"] == "the reason"
-    assert gpu_library.process(sys.executable, "-c", "import time; time.sleep(30)", seconds=1)["status"] == "died"
+    assert run("import time; print('begun', flush=True); time.sleep(30)", 1.5)["status"] == "died"
 
 
-def test_tests_are_named_as_junit_files_name_them(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n@pytest.mark.parametrize('x', ['a b', '1/2::'])\ndef test_x(x):\n    pass\n"
-        "class TestOfAClass:\n    def test_y(self):\n        pass\n"
-    )
-    env = dict(os.environ)
-    ids = correctness.collected([str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path), "-c", os.devnull], env)
-    junit = tmp_path / "junit.xml"
-    command = (sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={tmp_path}", f"--junit-xml={junit}")
-    subprocess.run((*command, "test_it.py"), cwd=tmp_path, check=True, capture_output=True)
-    assert {correctness.recorded_as(name) for name in ids} == set(correctness.outcomes(junit, "")) and len(ids) == 3
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    said = {"status": "ok", "log": "sm_90, sources 0123456789abcdef0123, torch 2.11.0"}
+    monkeypatch.setattr(gpu_library, "process", lambda *command, **options: dict(said))
+    assert gpu_library.loaded(rehearsal.SCRIPT, 0)["reason"] == "it was built from other sources"
+    sources = gpu_library.build_cuda.hash_of(gpu_library.build_cuda.files())
+    said["log"] = f"sm_90, sources {sources}, torch 2.11.0"
+    assert gpu_library.loaded(rehearsal.SCRIPT, 0)["status"] == "ok"

@@ -269,9 +269,9 @@ needs_cpp = pytest.mark.skipif(
 )
 
 
-def measured(folder: Path, *more: str) -> Path:
+def measured(folder: Path, *more: str, status: int = 0) -> Path:
     """The real command, for one case of the C++ kernel: its device's folder."""
-    assert gpu.main(["--quick", "--only", CASE.name, "--out", str(folder), *more]) == 0
+    assert gpu.main(["--quick", "--only", CASE.name, "--out", str(folder), *more]) == status
     (found,) = folder.iterdir()
     return found
 
@@ -308,7 +308,7 @@ def test_a_wrong_kernel_gets_no_speed(before, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cpp, "titans_cpp", wrong)
     capsys.readouterr()
-    after = measured(tmp_path, "--against", str(before))
+    after = measured(tmp_path, "--against", str(before), status=1)
     record = json.loads((after / "ops.json").read_text())["cases"][CASE.name]
     assert record["status"] == "refused" and "ms" not in record and "TFLOP/s" not in record
     out = capsys.readouterr().out

@@ -15,9 +15,9 @@ from .parse import Entry, Instruction, bytes_of
 _HINTS = re.compile(
     r"\.(uni|nc|L[12]::[\w:]+|level::[\w:]+|volatile|ca|cg|cs|lu|cv|wb|wt|aligned)(?=\.|$)"
 )
-_SPACES = {"global": 1, "shared": 2, "shared::cta": 2, "shared::cluster": 3}
+_SPACES = {"global": 1, "shared": 2, "shared::cta": 2, "shared::cluster": 3, "local": 4}
 _ORDERS = {"relaxed": 1, "acquire": 2, "release": 3, "acq_rel": 4, "volatile": 1}
-_SCOPES = ("cta", "cluster", "gpu", "sys")
+_SCOPES = {"gpu": 0, "sys": 0, "cta": 1, "cluster": 2}
 _TYPE = re.compile(r"(?:[subf]|bf|tf)(?:8|16|32|64)(?:x2)?$")
 
 
@@ -91,8 +91,9 @@ class Decoder:
             return bits
         if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", operand):
             return int(operand[2:], 16)
-        if operand in self.entry.shared:
-            return self.entry.shared[operand]
+        for symbols in (self.entry.shared, self.entry.local):
+            if operand in symbols:
+                return symbols[operand]
         if operand in self.parameters:
             return self.parameters[operand]
         return int(operand.rstrip("U"), 0) & ((1 << 8 * size) - 1)
@@ -131,7 +132,7 @@ class Decoder:
         return self._arithmetic(i)
 
     def _arithmetic(self, i: Instruction) -> Decoded:
-        form = _HINTS.sub("", i.opcode)
+        form = i.opcode
         op, *rest = form.split(".")
         kinds = [part for part in rest if _TYPE.match(part)]
         if not kinds:
@@ -151,7 +152,6 @@ class Decoder:
         return Decoded(form, [self.target(to, result), *(self.source(s, n) for s, n in zip(sources, sizes))])
 
     def _cvt(self, i: Instruction, rest: list[str]) -> Decoded:
-        form = _HINTS.sub("", i.opcode)
         to, *sources = i.operands
         of, size = bytes_of(rest[-1]), bytes_of(rest[-2])
         has = self.target(to).name and self.entry.registers[to]
@@ -163,7 +163,7 @@ class Decoder:
                                            int("sat" in rest), 8 if wide or of == 8 else 4])
         if has != max(size, 2):
             raise ValueError(f"{to} has {has} bytes, expected {size}")
-        return Decoded(form, operands)
+        return Decoded(i.opcode, operands)
 
     def _mov(self, i: Instruction, rest: list[str]) -> Decoded:
         to, what = i.operands
@@ -205,41 +205,44 @@ class Decoder:
 
     def _cvta(self, i: Instruction, rest: list[str]) -> Decoded:
         to, what = i.operands
-        if "shared" in rest:
-            return Decoded(i.opcode, [self.target(to), self.source(what, 8)])
-        if "global" in rest:
+        if "shared" in rest or "local" in rest:
+            return Decoded(i.opcode, [self.target(to, 8), self.source(what, 8)])
+        if rest in (["global", "u64"], ["to", "global", "u64"]):
             return Decoded("mov.b64", [self.target(to), self.source(what, 8)])
         raise ValueError("a space the machine does not have")
 
     def _memory(self, rest: list[str]) -> tuple[list, int, int, str]:
         """(attributes up to the width of an element, elements, bytes, the type's name)."""
         kind = rest[-1]
-        space, order, scope, count = 0, 0, 1, 1
+        space, order, scope, count = 0, 0, 0, 1
         for part in rest[:-1]:
             if part in _SPACES:
                 space = _SPACES[part]
             elif part in _ORDERS:
                 order = _ORDERS[part]
             elif part in _SCOPES:
-                scope = int(part == "cta")
-                continue
+                scope = _SCOPES[part]
             elif re.fullmatch(r"v[248]", part):
                 count = int(part[1:])
             elif not _HINTS.fullmatch("." + part):
                 raise ValueError(f".{part}")
-        return [space, order, int(scope if order and "cta" in rest else 0)], count, bytes_of(kind), kind
+        return [space, order, scope], count, bytes_of(kind), kind
 
     def _ld(self, i: Instruction, rest: list[str]) -> Decoded:
         to, where = i.operands
         to = to if isinstance(to, list) else [to]
         registers = [self.target(name) for name in to]
         widths = {self.entry.registers[name] for name in to}
+        if len(widths) > 1 or min(widths) < bytes_of(rest[-1]):
+            raise ValueError("registers of other widths")
         if rest[0] == "param":
             kind, count = rest[-1], len(to)
+            if rest[1:-1] != ([f"v{count}"] if count > 1 else []):
+                raise ValueError("a form the machine does not have")
             _, base, offset = where
             common = [bytes_of(kind), count, int(kind[0] == "s"), widths.pop()]
             if base in self.entry.registers:
-                return Decoded("ld.param", [*common, offset, Register(base), *registers])
+                return Decoded("ld.param", [*common, offset, self.source(base, 8), *registers])
             return Decoded("ld.param", [*common, self.parameters[base] + offset, -1, *registers])
         attributes, count, size, kind = self._memory(rest)
         if count != len(to) and not (count == 1 and len(to) == 1):
@@ -254,10 +257,13 @@ class Decoder:
         attributes, count, size, _ = self._memory(rest)
         if count != len(what):
             raise ValueError("another number of registers than elements")
-        sources = [self.source(s, size, wider=True) for s in what]
-        widths = {s.bytes if isinstance(s, Constant) else self.entry.registers[s.name] for s in sources}
+        sources = [self.source(s, size, wider=True) if size == 8 or s not in self.entry.registers
+                   else Register(s) for s in what]
+        widths = {8 if (s.bytes if isinstance(s, Constant) else self.bytes_of(s.name)) == 8 else 4 for s in sources}
+        if len(widths) > 1:
+            raise ValueError("registers of other widths")
         wide, base, offset = self.address(where)
-        width = 8 if 8 in widths else 4
+        width = widths.pop()
         return Decoded("st", [*attributes, size, count, 0, width, *_halves(offset), wide, base, *sources])
 
     def _atom(self, i: Instruction, rest: list[str]) -> Decoded:
@@ -272,13 +278,15 @@ class Decoder:
         self, i: Instruction, rest: list[str], operations: list[str], to: str, where: tuple, *what: str
     ) -> Decoded:
         (operation,) = operations
-        attributes, _, size, kind = self._memory([p for p in rest if p != operation])
+        attributes, count, size, kind = self._memory([p for p in rest if p != operation])
+        if count != 1 or len(what) != 1 + (operation == "cas"):
+            raise ValueError("a form the machine does not have")
         attributes[1] = attributes[1] or 1
         wide, base, offset = self.address(where)
         sources = [self.source(s, size) for s in what]
         return Decoded(f"atom.{operation}.{kind}", [
             *attributes, size, 1, 0, size, *_halves(offset), wide, base,
-            -1 if to == "_" else self.target(to), sources[0], sources[1] if len(sources) > 1 else -1
+            -1 if to == "_" else self.target(to, size), sources[0], sources[1] if len(sources) > 1 else -1
         ])
 
     def _cp(self, i: Instruction, rest: list[str]) -> Decoded:
@@ -286,9 +294,21 @@ class Decoder:
             return Decoded(f"cp.async.{rest[1]}")
         if rest[:2] == ["async", "wait_group"]:
             return Decoded("cp.async.wait_group", [int(i.operands[0], 0)])
-        if rest[0] != "async" or rest[-2:] != ["shared", "global"] or rest[1] not in ("ca", "cg") or len(rest) != 4:
+        if rest[:2] == ["async", "bulk"]:
+            return self._bulk(i, rest)
+        if rest[:3] == ["async", "mbarrier", "arrive"]:
+            counted = "noinc" in rest
+            if [p for p in rest[3:] if p != "noinc"] not in (["shared", "b64"], ["shared::cta", "b64"]):
+                raise ValueError("a form the machine does not have")
+            return Decoded("cp.async.mbarrier.arrive", [*self._object(i.operands[0], ["shared"]), int(counted)])
+        spaces = [p for p in rest[2:] if not _HINTS.fullmatch("." + p)]
+        if rest[0] != "async" or rest[1] not in ("ca", "cg") or spaces not in (
+            ["shared", "global"], ["shared::cta", "global"]
+        ):
             raise ValueError("a copy the machine does not have")
         to, source, size, *valid = i.operands
+        if int(size, 0) not in ((4, 8, 16) if rest[1] == "ca" else (16,)) or len(valid) > 1:
+            raise ValueError("a copy the machine does not have")
         wide, base, offset = self.address(to)
         source_wide, source_base, source_offset = self.address(source)
         if not source_wide:
@@ -296,16 +316,90 @@ class Decoder:
         return Decoded("cp.async", [int(size, 0), wide, base, offset, source_base, *_halves(source_offset),
                                     self.source(valid[0], 4) if valid else -1])
 
+    def _object(self, where: tuple, rest: list[str]) -> list:
+        """Where an mbarrier is: space, and address."""
+        spaces = [_SPACES[p] for p in rest if p in _SPACES]
+        wide, base, offset = self.address(where)
+        return [spaces[0] if spaces else 0, wide, base, offset]
+
+    def _bulk(self, i: Instruction, rest: list[str]) -> Decoded:
+        if rest[2:] not in (["shared::cluster", "global", "mbarrier::complete_tx::bytes"],
+                            ["shared::cta", "global", "mbarrier::complete_tx::bytes"]):
+            raise ValueError("a bulk copy the machine does not have")
+        to, source, size, barrier = i.operands
+        source_wide, source_base, source_offset = self.address(source)
+        if not source_wide:
+            raise ValueError("a source address of 4 bytes")
+        return Decoded("cp.async.bulk", [*self._object(to, [rest[2]]), source_base, *_halves(source_offset),
+                                         self.source(size, 4), *self._object(barrier, [rest[2]])])
+
+    def _mbarrier(self, i: Instruction, rest: list[str]) -> Decoded:
+        what, *qualifiers = rest[:-1]
+        spaces = [p for p in qualifiers if p in ("shared", "shared::cta", "shared::cluster")]
+        orders = [p for p in qualifiers if p in ("release", "acquire", "relaxed")]
+        scopes = [p for p in qualifiers if p in ("cta", "cluster")]
+        others = [p for p in qualifiers if p not in (*spaces, *orders, *scopes)]
+        if rest[-1] != "b64" or max(len(spaces), len(orders), len(scopes)) > 1:
+            raise ValueError("a form the machine does not have")
+        scope = _SCOPES[scopes[0] if scopes else "cta"]
+        if what in ("init", "expect_tx", "complete_tx", "inval") and not others:
+            where, *count = i.operands
+            counts = [] if what == "inval" else [self.source(*count, 4)]
+            return Decoded(f"mbarrier.{what}", [*self._object(where, spaces), *counts])
+        if what == "arrive" and others in ([], ["expect_tx"]) and orders != ["acquire"]:
+            state = i.operands[0] if not isinstance(i.operands[0], tuple) else "_"
+            where, *numbers = i.operands[1:] if not isinstance(i.operands[0], tuple) else i.operands
+            bytes_ = self.source(numbers.pop(0), 4) if others else -1
+            count = self.source(numbers.pop(0), 4) if numbers else -1
+            if numbers or (others and count != -1):
+                raise ValueError("a form the machine does not have")
+            return Decoded("mbarrier.arrive", [
+                *self._object(where, spaces), int(orders != ["relaxed"]), scope,
+                -1 if state == "_" else self.target(state, 8), count, bytes_
+            ])
+        if what in ("test_wait", "try_wait") and others in ([], ["parity"]) and orders != ["release"]:
+            over, where, phase, *_ = i.operands  # the last may be how long to wait at most
+            return Decoded("mbarrier.wait", [
+                *self._object(where, spaces), int(orders != ["relaxed"]), scope, self.predicate(over, defined=True),
+                int(others == ["parity"]), self.source(phase, 4 if others else 8)
+            ])
+        raise ValueError("a form the machine does not have")
+
+    def _elect(self, i: Instruction, rest: list[str]) -> Decoded:
+        (_, leader, p), members = i.operands
+        if rest != ["sync"]:
+            raise ValueError("a form the machine does not have")
+        return Decoded("elect.sync", [-1 if leader == "_" else self.target(leader, 4), self.predicate(p, defined=True),
+                                      self.source(members, 4)])
+
+    def _vote(self, i: Instruction, rest: list[str]) -> Decoded:
+        to, q, members = i.operands
+        negated = q.startswith("!")
+        q, members = self.predicate(q.lstrip("!")), self.source(members, 4)
+        if rest == ["sync", "ballot", "b32"]:
+            return Decoded("vote.sync.ballot", [self.target(to, 4), q, members, int(negated)])
+        if rest[0] != "sync" or rest[1] not in ("all", "any", "uni") or rest[2:] != ["pred"]:
+            raise ValueError("a vote the machine does not have")
+        return Decoded(f"vote.sync.{rest[1]}", [self.predicate(to, defined=True), q, members, int(negated)])
+
+    def _activemask(self, i: Instruction, rest: list[str]) -> Decoded:
+        return Decoded("activemask", [self.target(i.operands[0], 4)])
+
+    def _setmaxnreg(self, i: Instruction, rest: list[str]) -> Decoded:
+        if rest not in (["inc", "sync", "aligned", "u32"], ["dec", "sync", "aligned", "u32"]):
+            raise ValueError("a form the machine does not have")
+        return Decoded("setmaxnreg", [int(i.operands[0], 0)])
+
     def _mapa(self, i: Instruction, rest: list[str]) -> Decoded:
         to, a, rank = i.operands
-        return Decoded(i.opcode, [self.target(to), self.source(a, 4), self.source(rank, 4)])
+        return Decoded(i.opcode, [self.target(to, 4), self.source(a, 4), self.source(rank, 4)])
 
     def _shfl(self, i: Instruction, rest: list[str]) -> Decoded:
         to, a, b, c, members = i.operands
         p: Predicate | int = -1
         if isinstance(to, tuple):
             p, to = self.predicate(to[2], defined=True), to[1]
-        return Decoded(i.opcode, [self.target(to), p, *(self.source(s, 4) for s in (a, b, c, members))])
+        return Decoded(i.opcode, [self.target(to, 4), p, *(self.source(s, 4) for s in (a, b, c, members))])
 
     def _redux(self, i: Instruction, rest: list[str]) -> Decoded:
         to, a, members = i.operands
@@ -353,7 +447,7 @@ class Decoder:
         n, in_registers = int(found[1]), isinstance(a, list)
         scale_a, scale_b, *transposed = (int(s, 0) for s in scales)
         transposed = [0, *transposed] if in_registers else transposed
-        if len(to) != n // 2 or len(transposed) != 2:
+        if len(to) != n // 2 or len(transposed) != 2 or n % 8 or not 8 <= n <= 256 or {scale_a, scale_b} - {1, -1}:
             raise ValueError("another number of operands than its shape has")
         of_a = [self.source(r, 4) for r in a] if in_registers else [self.source(a, 8)]
         return Decoded(f"wgmma.mma_async.{kinds[1]}", [
@@ -363,9 +457,17 @@ class Decoder:
         ])
 
     def _fence(self, i: Instruction, rest: list[str]) -> Decoded:
-        if rest[:2] == ["proxy", "async"] and rest[2:] in ([], ["shared::cta"]):
-            return Decoded("fence.proxy.async")
-        raise ValueError("a fence the machine does not have")
+        if rest[:2] == ["proxy", "async"]:
+            spaces = {(): 3, ("shared::cta",): 1, ("shared::cluster",): 1, ("global",): 2}[tuple(rest[2:])]
+            return Decoded("fence.proxy.async", [spaces])
+        if rest == ["mbarrier_init", "release", "cluster"]:
+            return Decoded("nop")
+        if rest[:-1] not in (["acq_rel"], ["sc"]):
+            raise ValueError("a fence the machine does not have")
+        return Decoded("fence", [_SCOPES[rest[-1]]])
+
+    def _membar(self, i: Instruction, rest: list[str]) -> Decoded:
+        return Decoded("fence", [{"cta": 1, "gl": 0, "sys": 0}[rest[0]]])
 
     # --- control ---------------------------------------------------------------------------------------------
     def _bra(self, i: Instruction, rest: list[str]) -> Decoded:
@@ -378,7 +480,7 @@ class Decoder:
     _exit = _ret
 
     def _trap(self, i: Instruction, rest: list[str]) -> Decoded:
-        return Decoded("trap")
+        return Decoded("trap", falls=i.guard is not None)
 
     def _bar(self, i: Instruction, rest: list[str]) -> Decoded:
         if rest == ["warp", "sync"]:

@@ -78,7 +78,7 @@ class Counts:
 
 class _Record(ctypes.Structure):
     _fields_ = [("form", ctypes.c_void_p), *((n, ctypes.c_int32) for n in (
-        "first", "count", "guard", "negated", "starts", "line"))]
+        "first", "count", "guard", "negated", "starts", "line", "first_register", "register_count"))]
 
 
 class _Launch(ctypes.Structure):
@@ -145,7 +145,7 @@ class Kernel:
         if threads % 32 or not 0 < threads <= 1024:
             raise ValueError(f"launch: a block of {threads} threads, expected 1 to 32 whole warps")
         blocks = grid[0] * grid[1] * grid[2]
-        if blocks % cluster or options.resident < cluster:
+        if grid[0] % cluster or options.resident < cluster:
             raise ValueError(f"launch: {blocks} blocks in clusters of {cluster}, {options.resident} resident")
         if len(arguments) < self.parameter_bytes:
             raise ValueError(f"launch: {len(arguments)} bytes of parameters, {self.name} has {self.parameter_bytes}")
@@ -193,6 +193,10 @@ def _assemble(entry: Entry) -> int:
         if kind is Predicate:
             used = [[*u, *([i.guard] if i.guard else [])] for u, i in zip(used, entry.instructions)]
         defined = [names(d, i.guard, kind, True) for i, d in zip(entry.instructions, decoded)]
+        if kind is Register:  # a wait writes the sums of all products before it
+            sums = sorted({o.name for d in decoded if d.form.startswith("wgmma.mma") for o in d.operands
+                           if isinstance(o, Register) and o.defined})
+            used = [[*u, *sums] if d.form == "wgmma.wait_group" else u for u, d in zip(used, decoded)]
         kept_of[kind] = intervals(defined, used, targets, falls)
     fixed = sorted({o.name for d in decoded for o in d.operands if isinstance(o, Register)} - set(entry.registers))
     specials = {name: lib.hope_ptx_special(name.encode()) for name in fixed}
@@ -209,7 +213,8 @@ def _assemble(entry: Entry) -> int:
 
     constants: dict[Constant, int] = {}
     constant_slots = 0
-    records, flat = (_Record * len(decoded))(), []
+    records, flat, waited = (_Record * len(decoded))(), [], []
+    products = any(d.form.startswith("wgmma.mma_async") for d in decoded)
     starts = {t for t in targets if t is not None} | {
         k + 1 for k, d in enumerate(decoded) if d.target is not None or not d.falls
     }
@@ -229,7 +234,12 @@ def _assemble(entry: Entry) -> int:
                 flat.append(o)
         guard = -1 if i.guard is None else predicate_place[i.guard]
         form = lib.hope_ptx_form(d.form.encode())
-        records[k] = _Record(form, first, len(flat) - first, guard, i.negated, k in starts, i.line)
+        first_waited = len(waited)
+        # a copy of a register is the compiler's way to name what the next wait is for
+        if products and d.form != "mov.b32" and not d.form.startswith("wgmma.mma_async"):
+            waited += [place[o.name] for o in d.operands if isinstance(o, Register)]
+        records[k] = _Record(form, first, len(flat) - first, guard, i.negated, k in starts, i.line, first_waited,
+                             len(waited) - first_waited)
     words = np.zeros((max(1, constant_slots), 32), np.uint32)
     for c, at in constants.items():
         if c.bytes == 8:
@@ -243,6 +253,7 @@ def _assemble(entry: Entry) -> int:
     return lib.hope_ptx_program(
         entry.name.encode(), records, len(decoded), (ints * max(1, len(flat)))(*flat), len(flat),
         words.ctypes.data_as(ctypes.c_void_p), constant_slots, (ints * max(1, len(of_specials)))(*of_specials),
-        len(fixed), (ints * 1)(predicate_count), 1, slots, predicate_count + 2, int(single),
+        len(fixed), (ints * 1)(predicate_count), 1, (ints * max(1, len(waited)))(*waited), len(waited), slots,
+        predicate_count + 2, int(single), int(any("mbarrier" in d.form for d in decoded)), entry.local_bytes,
         (ctypes.c_char_p * len(texts))(*texts),
     )

@@ -10,6 +10,7 @@ _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\b[^\s]*\s*(?:\.\w+\s+)*(?:\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
 )
 _SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\[(\d*)\]")
+_LOCAL = re.compile(r"\.local\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\[(\d+)\]")
 _GUARD = re.compile(r"@(!?)([%\w$]+)\s+")
 _LABEL = re.compile(r"([\w$]+):\s*")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
@@ -56,7 +57,8 @@ class Instruction:
 @dataclass
 class Entry:
     """One kernel of a PTX file. registers: name -> bytes, 0 for predicates; families ("%r<9>") by their
-    stem. labels: name -> index of the instruction it stands before. shared: symbol -> offset."""
+    stem. labels: name -> index of the instruction it stands before. shared, local: symbol -> offset.
+    static_shared: bytes before dynamic shared memory."""
 
     name: str
     parameters: list[Parameter]
@@ -65,6 +67,8 @@ class Entry:
     labels: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     static_shared: int = 0
+    local: dict[str, int] = field(default_factory=dict)
+    local_bytes: int = 0
     files: dict[int, str] = field(default_factory=dict)
 
 
@@ -85,8 +89,12 @@ def parse(ptx: str, name: str | None = None) -> Entry:
     end = _closing(ptx, start)
     for number, folder, path in _FILE.findall(ptx):
         entry.files[int(number)] = path or folder
-    _lay_out_shared(entry, ptx[:ENTRY.search(ptx).start()])
+    dynamic = _lay_out_shared(entry, ptx[:ENTRY.search(ptx).start()])
     _Body(entry).read(ptx[start + 1:end], ptx.count("\n", 0, start + 1) + 1)
+    # dynamic shared memory lies behind all that has a size
+    for alignment in dynamic.values():
+        entry.static_shared = -(-entry.static_shared // alignment) * alignment
+    entry.shared |= dict.fromkeys(dynamic, entry.static_shared)
     return entry
 
 
@@ -111,19 +119,18 @@ def _closing(text: str, start: int) -> int:
     raise ValueError("PTX: a kernel's body does not end")
 
 
-def _lay_out_shared(entry: Entry, text: str) -> None:
-    """Static shared memory first, each array at its alignment; dynamic shared memory (no size) after it."""
-    dynamic = []
+def _lay_out_shared(entry: Entry, text: str) -> dict[str, int]:
+    """Static shared memory, each array at its alignment. Returns the dynamic arrays (no size), and their alignments."""
+    dynamic = {}
     for align, kind, name, count in _SHARED.findall(text):
         alignment = int(align or bytes_of(kind))
         if not count:
-            dynamic.append((name, alignment))
+            dynamic[name] = alignment
             continue
         offset = -(-entry.static_shared // alignment) * alignment
         entry.shared[name] = offset
         entry.static_shared = offset + bytes_of(kind) * int(count)
-    for name, alignment in dynamic:
-        entry.shared[name] = -(-entry.static_shared // alignment) * alignment
+    return dynamic
 
 
 class _Body:
@@ -133,6 +140,7 @@ class _Body:
         self.entry = entry
         self.scopes: list[dict[str, str]] = [{}]  # name -> name that is unique in the kernel
         self.opened = 0
+        self.jumps: list[tuple[Instruction, list[dict[str, str]]]] = []
         self.location: tuple[int, int] | None = None
         self.stack = ""
 
@@ -141,7 +149,7 @@ class _Body:
         for number, text in enumerate(body.split("\n"), line):
             code, _, comment = text.partition("//")
             stripped = code.strip()
-            if not rest and stripped.startswith(".loc"):
+            if not rest and stripped.startswith((".loc ", ".loc\t")):
                 self._locate(stripped, comment.strip())
                 continue
             if not stripped:
@@ -149,6 +157,10 @@ class _Body:
             if not rest:
                 first = number
             rest = self._consume(f"{rest} {stripped}".strip(), first, last=number)
+        if rest:
+            raise ValueError(f"PTX: {rest!r} does not end")
+        for i, scopes in self.jumps:  # a label may stand behind the jump to it
+            i.operands = [_found(o, scopes) if isinstance(o, str) else o for o in i.operands]
 
     def _consume(self, text: str, line: int, last: int) -> str:
         """Reads what is complete of ``text`` and returns the rest."""
@@ -192,26 +204,37 @@ class _Body:
             for name in (part.strip() for part in found[2].split(",")):
                 family = re.fullmatch(r"([%\w$]+)<(\d+)>", name)
                 if family:
-                    self.entry.registers |= {f"{family[1]}{k}": size for k in range(int(family[2]))}
-                    continue
-                unique = name if len(self.scopes) == 1 else f"{name}#{self.opened}"
-                self.scopes[-1][name] = unique
-                self.entry.registers[unique] = size
+                    for k in range(int(family[2])):
+                        self._declare(f"{family[1]}{k}", size)
+                else:
+                    self._declare(name, size)
         elif shared := _SHARED.match(text):
             alignment = int(shared[1] or bytes_of(shared[2]))
             offset = -(-self.entry.static_shared // alignment) * alignment
             self.entry.shared[shared[3]] = offset
             self.entry.static_shared = offset + bytes_of(shared[2]) * int(shared[4])
-        elif not text.startswith((".pragma", ".loc", ".file")):
+        elif local := _LOCAL.match(text):
+            alignment = int(local[1] or bytes_of(local[2]))
+            offset = -(-self.entry.local_bytes // alignment) * alignment
+            self.entry.local[local[3]] = offset
+            self.entry.local_bytes = offset + bytes_of(local[2]) * int(local[4])
+        elif not text.startswith((".pragma", ".file")):
             raise ValueError(f"PTX: the directive {text!r} is not understood")
 
+    def _declare(self, name: str, size: int) -> None:
+        """A register; one of inline assembly is known in its scope only."""
+        unique = name
+        if len(self.scopes) > 1:
+            self.opened += 1
+            unique = f"{name}#{self.opened}"
+            self.scopes[-1][name] = unique
+        self.entry.registers[unique] = size
+
     def _name(self, name: str, label: bool = False) -> str:
-        if label and len(self.scopes) > 1:  # a label of inline assembly is known in its scope only
-            self.scopes[-1].setdefault(name, f"{name}#{self.opened}")
-        for scope in reversed(self.scopes):
-            if name in scope:
-                return scope[name]
-        return name
+        if label and len(self.scopes) > 1:  # likewise
+            self.opened += 1
+            self.scopes[-1][name] = f"{name}#{self.opened}"
+        return _found(name, self.scopes)
 
     def _instruction(self, statement: str, line: int) -> None:
         text, negated, guard = statement, False, None
@@ -223,6 +246,10 @@ class _Body:
             Instruction(line, " ".join(text.split()), opcode, self._operands(rest), guard, negated, self.location,
                         self.stack)
         )
+        if opcode.split(".")[0] == "bra":
+            found = self.entry.instructions[-1]
+            found.operands = [rest.strip()]
+            self.jumps.append((found, self.scopes[:]))
 
     def _operands(self, text: str) -> list:
         found, depth, part = [], 0, ""
@@ -246,3 +273,8 @@ class _Body:
         if "|" in text:
             return tuple(["|", *(self._operand(part.strip()) for part in text.split("|"))])
         return self._name(text)
+
+
+def _found(name: str, scopes: list[dict[str, str]]) -> str:
+    """The name that is unique in the kernel, of the innermost scope that has it."""
+    return next((scope[name] for scope in reversed(scopes) if name in scope), name)

@@ -9,6 +9,19 @@
 namespace hope {
 
 #ifdef __CUDACC__
+// What Device::at_once asks for.
+template <class Kernel>
+cudaError_t count(Kernel kernel, const cudaLaunchConfig_t& config, const Plan& plan, int device, int* found) {
+  if (config.numAttrs) return cudaOccupancyMaxActiveClusters(found, kernel, &config);
+  int blocks = 0, multiprocessors = 0;
+  cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, config.blockDim.x,
+                                                                    config.dynamicSmemBytes);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  *found = blocks * multiprocessors / plan.blocks;
+  return error;
+}
+
 // A kernel of `blocks` blocks, in clusters of `cluster` if that is more than one. Null, or CUDA's error.
 template <class Kernel>
 const char* launch(Kernel kernel, std::atomic<uint64_t>& prepared, const TitansParams& p, const Plan& plan,
@@ -31,7 +44,8 @@ const char* launch(Kernel kernel, std::atomic<uint64_t>& prepared, const TitansP
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
     config.numAttrs = cluster > 1 ? 1 : 0;
-    error = cudaLaunchKernelEx(&config, kernel, p, plan);
+    error = device.at_once ? count(kernel, config, plan, ordinal, device.at_once)
+                           : cudaLaunchKernelEx(&config, kernel, p, plan);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -44,6 +58,10 @@ const char* launch(Kernel kernel, std::atomic<uint64_t>& prepared, const TitansP
 inline const char* launch(void (*kernel)(TitansParams, Plan), const TitansParams& p, const Plan& plan,
                           int64_t blocks, int threads, int cluster, const Device& device, void*) {
   if (plan.shared_bytes > device.shared_bytes) return "more shared memory than the device has";
+  if (device.at_once) {
+    *device.at_once = emulator::options().resident / plan.blocks;
+    return nullptr;
+  }
   if (emulator::executor) {
     const struct { TitansParams p; Plan plan; } parameters{p, plan};
     const emulator::Launch what{emulator::place_of(kernel), &parameters, sizeof parameters,

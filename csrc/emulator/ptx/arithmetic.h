@@ -233,6 +233,8 @@ inline void add_arithmetic(Forms& f) {
   f["high.b32"] = {each_lane<uint16_t, uint32_t>([](uint32_t a) { return uint16_t(a >> 16); })};
   f["low.b64"] = {each_lane<uint32_t, uint64_t>([](uint64_t a) { return uint32_t(a); })};
   f["high.b64"] = {each_lane<uint32_t, uint64_t>([](uint64_t a) { return uint32_t(a >> 32); })};
+  f["cvta.local.u64"] = {each_lane<uint64_t, uint64_t>([](uint64_t a) { return a + kLocalWindow; })};
+  f["cvta.to.local.u64"] = {each_lane<uint64_t, uint64_t>([](uint64_t a) { return a - kLocalWindow; })};
   f["cvta.shared.u64"] = {each_lane<uint64_t, uint64_t>([](uint64_t a) { return a + kSharedWindow; })};
   f["cvta.to.shared.u64"] = {each_lane<uint64_t, uint64_t>([](uint64_t a) { return a - kSharedWindow; })};
 }

@@ -48,10 +48,11 @@ inline Next barrier(Warp& w, const Instruction& i, uint32_t mask) {
       g.fail("barrier of " + std::to_string(count) + " threads: counts are whole warps of the block");
     needed = count / 32;
   }
-  if (b.arrived && b.needed != needed && i.operands[1] >= 0)
+  const bool counted = i.operands[1] >= 0;
+  if (b.arrived && b.needed != needed && (counted || b.counted))
     g.fail("barrier " + std::to_string(id) + " of " + std::to_string(32 * needed) + " threads, where others wait for " +
            std::to_string(32 * b.needed));
-  b.needed = needed;
+  b.needed = needed, b.counted = counted;
   g.arrive(b, w);
   if (!i.operands[2]) {
     if (b.arrived == needed) g.release_all(b, true);
@@ -65,6 +66,7 @@ inline Next barrier(Warp& w, const Instruction& i, uint32_t mask) {
 // A phase of a cluster's barrier is over when every warp that has not ended has arrived. Phases alternate between
 // two barriers: a warp that arrives at the next but one knows that all have waited for this one.
 inline Next cluster_arrive(Warp& w, const Instruction&, uint32_t mask) {
+  if (!mask) return Next::kFollowing;
   want_all(w, mask);
   Grid& g = *w.grid;
   if (w.cluster_arrived) g.fail("arrives twice without waiting");
@@ -81,6 +83,7 @@ inline Next cluster_arrive(Warp& w, const Instruction&, uint32_t mask) {
 }
 
 inline Next cluster_wait(Warp& w, const Instruction&, uint32_t mask) {
+  if (!mask) return Next::kFollowing;
   want_all(w, mask);
   Grid& g = *w.grid;
   if (!w.cluster_arrived) g.fail("waits without having arrived");
@@ -105,6 +108,7 @@ inline void add_control(Forms& f) {
   }};
   f["barrier"] = {barrier, true};
   f["bar.warp.sync"] = {[](Warp& w, const Instruction&, uint32_t mask) {
+                          if (!mask) return Next::kFollowing;
                           want_all(w, mask);
                           w.grid->meet(w);
                           return Next::kFollowing;

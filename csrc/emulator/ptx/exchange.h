@@ -16,6 +16,7 @@ enum Shuffle { kUp, kDown, kButterfly, kIndex };
 
 // operands: d, p (or -1), a, b, c, members
 template <Shuffle MODE> inline Next shuffle(Warp& w, const Instruction& i, uint32_t mask) {
+  if (!mask) return Next::kFollowing;
   const int32_t* o = i.operands;
   want_members(w, o[5], mask);
   const uint32_t *a = lanes_of<uint32_t>(w, o[2]), *b = lanes_of<uint32_t>(w, o[3]), *c = lanes_of<uint32_t>(w, o[4]);
@@ -37,6 +38,7 @@ template <Shuffle MODE> inline Next shuffle(Warp& w, const Instruction& i, uint3
 // operands: d, a, members
 template <class T, class F> constexpr Run reduce(F) {
   return [](Warp& w, const Instruction& i, uint32_t mask) {
+    if (!mask) return Next::kFollowing;
     want_members(w, i.operands[2], mask);
     const uint32_t* a = lanes_of<T>(w, i.operands[1]);
     T r = number<T>(a[0]);
@@ -99,7 +101,49 @@ template <bool TRANSPOSED> inline Next store_matrix(Warp& w, const Instruction& 
   return Next::kFollowing;
 }
 
+enum Vote { kAll, kAny, kUniform };
+
+// operands: p, q, members
+template <Vote MODE> inline Next vote(Warp& w, const Instruction& i, uint32_t mask) {
+  if (!mask) return Next::kFollowing;
+  want_members(w, i.operands[2], mask);
+  const uint32_t q = w.predicates[i.operands[1]] ^ (i.operands[3] ? 0xffffffffu : 0);
+  const bool found = MODE == kAll ? q == 0xffffffffu : MODE == kAny ? q != 0 : q == 0 || q == 0xffffffffu;
+  w.set_predicate(i.operands[0], found ? 0xffffffffu : 0, mask);
+  return Next::kFollowing;
+}
+
+inline void put_one(Warp& w, int32_t operand, uint32_t value, uint32_t mask) {
+  uint32_t result[32];
+  std::fill(result, result + 32, value);
+  put(lanes_of<uint32_t>(w, operand), result, mask);
+}
+
 inline void add_exchange(Forms& f) {
+  f["vote.sync.all"] = {vote<kAll>, true};
+  f["vote.sync.any"] = {vote<kAny>, true};
+  f["vote.sync.uni"] = {vote<kUniform>, true};
+  // operands: d, q, members, whether q is negated
+  f["vote.sync.ballot"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+                             if (!mask) return Next::kFollowing;
+                             want_members(w, i.operands[2], mask);
+                             put_one(w, i.operands[0], w.predicates[i.operands[1]] ^ (i.operands[3] ? 0xffffffffu : 0), mask);
+                             return Next::kFollowing;
+                           },
+                           true};
+  f["activemask"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+    put_one(w, i.operands[0], mask, mask);
+    return Next::kFollowing;
+  }};
+  // operands: d (or -1), p, members. The leader is the lowest lane.
+  f["elect.sync"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+                       if (!mask) return Next::kFollowing;
+                       want_members(w, i.operands[2], mask);
+                       if (i.operands[0] >= 0) put_one(w, i.operands[0], 0, mask);
+                       w.set_predicate(i.operands[1], 1, mask);
+                       return Next::kFollowing;
+                     },
+                     true};
   f["shfl.sync.up.b32"] = {shuffle<kUp>, true};
   f["shfl.sync.down.b32"] = {shuffle<kDown>, true};
   f["shfl.sync.bfly.b32"] = {shuffle<kButterfly>, true};
@@ -109,12 +153,16 @@ inline void add_exchange(Forms& f) {
   f["redux.sync.max.u32"] = {reduce<uint32_t>([](uint32_t a, uint32_t b) { return std::max(a, b); }), true};
   f["redux.sync.min.u32"] = {reduce<uint32_t>([](uint32_t a, uint32_t b) { return std::min(a, b); }), true};
   f["redux.sync.add.s32"] = {reduce<uint32_t>([](uint32_t a, uint32_t b) { return a + b; }), true};
+  f["redux.sync.add.u32"] = f["redux.sync.add.s32"];
+  f["redux.sync.and.b32"] = {reduce<uint32_t>([](uint32_t a, uint32_t b) { return a & b; }), true};
+  f["redux.sync.xor.b32"] = {reduce<uint32_t>([](uint32_t a, uint32_t b) { return a ^ b; }), true};
   f["redux.sync.or.b32"] = {reduce<uint32_t>([](uint32_t a, uint32_t b) { return a | b; }), true};
   f["ldmatrix"] = {load_matrix<false>, true};
   f["ldmatrix.trans"] = {load_matrix<true>, true};
   f["stmatrix"] = {store_matrix<false>, true};
   f["stmatrix.trans"] = {store_matrix<true>, true};
   f["movmatrix.sync.aligned.m8n8.trans.b16"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+                                                   if (!mask) return Next::kFollowing;
                                                    want_all(w, mask);
                                                    uint32_t given[32];
                                                    std::memcpy(given, w.lanes(i.operands[1]), sizeof given);

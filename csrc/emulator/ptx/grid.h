@@ -43,11 +43,11 @@ inline void Grid::start_cluster(int index) {
       w->predicates.assign(program.predicates + 1, 0);
       for (int32_t p : program.true_predicates) w->predicates[p] = 0xffffffffu;
       for (const Special& s : program.specials) fill_special(*w, s);
+      if (program.local_bytes) w->local = std::make_unique<unsigned char[]>(size_t{32} * program.local_bytes);
       if (options.races) {
-        w->knows.warps.resize(size_t(blocks()) * warps);
+        w->knows.warps.resize(known_warps());
         w->knows.warps[w->id] = 1;
       }
-      w->copies.emplace_back();
       ready_.push_back(w.get());
       b->warps.push_back(std::move(w));
     }
@@ -116,10 +116,9 @@ inline void Grid::slice(Warp& w) {
   now = &w;
   const Instruction* const program_begin = program.instructions.data();
   Count* const counts = program.counts.data();
-  if (random() && w.copies.size() > 0)
-    for (auto& group : w.copies)
-      for (AsyncCopy& c : group)
-        if (draw() % 8 == 0) copy_now(w, c);
+  if (random())
+    for (AsyncCopy& c : w.copies)
+      if (draw() % 8 == 0) copy_now(w, c);
   // lanes of a warp run apart in any order: another group's turn now and then
   if (!w.groups.empty() && (random() ? draw() % 4 == 0 : idle_ > kIdle / 2)) {
     const size_t g = draw() % w.groups.size();
@@ -138,6 +137,7 @@ inline void Grid::slice(Warp& w) {
       const uint32_t p = w.predicates[i.guard];
       mask &= i.negated ? ~p : p;
     }
+    if (i.waits && w.products_under_way()) wait_for_results(w, i);
     Count& count = counts[i.index];
     ++count.executed;
     count.lanes += std::popcount(mask);
@@ -162,18 +162,23 @@ inline void Grid::slice(Warp& w) {
   ready_.push_back(&w);
 }
 
+inline void Grid::wait_for_results(Warp& w, const Instruction& i) {
+  for (int32_t k = 0; k < i.register_count; ++k)
+    if (w.results.count(i.registers[k])) fail("uses the result of an asynchronous product that is not waited for");
+}
+
 inline void Grid::end_warp(Warp& w) {
-  for (auto& group : w.copies)
-    for (AsyncCopy& c : group) copy_now(w, c);
-  if (!w.products.empty() || w.open_products) fail("ends before its asynchronous products are waited for");
+  std::erase_if(transfers, [&](Transfer& t) { return t.warp == &w && !t.bytes && (arrive_late(t), true); });
+  for (AsyncCopy& c : w.copies) copy_now(w, c);
+  if (w.products_under_way()) fail("ends before its asynchronous products are waited for");
   if (w.cluster_arrived) fail("ends between barrier.cluster.arrive and wait");
   meet(w);
   progress();
   Block& b = *w.block;
   Cluster& c = *b.cluster;
   --b.live, --c.live;
-  Barrier& whole = b.barriers[0];
-  if (!whole.waiting.empty() && whole.arrived >= b.live) release_all(whole, true);
+  for (Barrier& whole : b.barriers)
+    if (!whole.counted && !whole.waiting.empty() && whole.arrived >= b.live) release_all(whole, true);
   for (Barrier& phase : c.barriers)
     if (!phase.waiting.empty() && phase.arrived >= c.live) release_all(phase, false);
   if (!b.live) end_block(b);
@@ -183,14 +188,19 @@ inline void Grid::end_warp(Warp& w) {
 // The block must know of every store from another one before its memory goes away.
 inline void Grid::end_block(Block& b) {
   for (const auto& w : b.warps)
-    if (w->products_issued != b.warps[w->index / 4 * 4]->products_issued)
-      fail("the warps of a warpgroup issued different products");
+    if (w->in_step != b.warps[w->index / 4 * 4]->in_step)
+      fail("the warps of a warpgroup issued different products, or set registers differently");
+  for (const Transfer& t : transfers)
+    if (t.block == &b) {
+      at = t.at;
+      fail("the block ends while this copy to its shared memory is under way");
+    }
   if (!options.races) return;
   for (const auto& [thread, stamp] : b.remote) {
     bool known = false;
     for (const auto& w : b.warps) known = known || w->knows.of(thread, stamp);
     if (!known)
-      fail("race: the block ends without a barrier after a store to its shared memory by " + thread_name(thread));
+      fail("race: the block ends without a barrier after an access to its shared memory by " + thread_name(thread));
   }
 }
 
@@ -215,16 +225,20 @@ inline void Grid::run() {
     for (; started < clusters && (static_cast<int>(live_.size()) + 1) * shape.cluster <= options.resident; ++started)
       start_cluster(started);
     if (live_.empty()) break;
+    if (ready_.empty() && !transfers.empty()) advance(true);
     if (ready_.empty()) {
       now = nullptr, at = nullptr;
       fail("deadlock: no warp can run. Waiting:\n" + waiting());
     }
+    if (!transfers.empty()) advance(!random());
     const size_t pick = random() ? draw() % ready_.size() : 0;
     Warp* w = ready_[pick];
     ready_.erase(ready_.begin() + pick);
     slice(*w);
     now = nullptr;
     if (finished_) {
+      for (const auto& b : finished_->blocks)
+        forget_released(reinterpret_cast<uint64_t>(b->shared.get()), b->shared_bytes);
       live_.erase(std::find_if(live_.begin(), live_.end(), [&](const auto& c) { return c.get() == finished_; }));
       finished_ = nullptr;
     }

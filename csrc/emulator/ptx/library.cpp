@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "grid.h"
+#include "mbarrier.h"
 #include "special.h"
 #include "wgmma.h"
 
@@ -11,6 +12,7 @@ const Forms& forms() {
   static const Forms all = [] {
     Forms f;
     add_arithmetic(f), add_floats(f), add_conversions(f), add_control(f), add_memory(f), add_exchange(f), add_tensor(f), add_warpgroup(f);
+    add_mbarriers(f);
     return f;
   }();
   return all;
@@ -29,8 +31,8 @@ const void* hope_ptx_form(const char* name) {
 }
 
 int hope_ptx_special(const char* name) {
-  for (int k = 0; k < kSpecials; ++k)
-    if (!std::strcmp(kSpecialNames[k], name)) return k;
+  for (size_t k = 0; k < std::size(kSpecials); ++k)
+    if (!std::strcmp(kSpecials[k].name, name)) return static_cast<int>(k);
   return -1;
 }
 
@@ -38,11 +40,13 @@ struct Record {  // an instruction, from Python
   const void* form;
   int32_t first, count;  // of its operands
   int32_t guard, negated, starts, line;
+  int32_t first_register, register_count;  // that have to be no results of products under way
 };
 
 void* hope_ptx_program(const char* name, const Record* records, int n, const int32_t* operands, int operand_count,
                        const uint32_t* constants, int constant_slots, const int32_t* specials, int special_count,
-                       const int32_t* true_predicates, int true_count, int slots, int predicates, int single_bytes,
+                       const int32_t* true_predicates, int true_count, const int32_t* registers, int register_count,
+                       int slots, int predicates, int single_bytes, int has_mbarriers, int local_bytes,
                        const char* const* texts) {
   auto p = std::make_unique<Program>();
   p->name = name;
@@ -51,12 +55,15 @@ void* hope_ptx_program(const char* name, const Record* records, int n, const int
   p->constants.assign(constants, constants + size_t(constant_slots) * 32);
   for (int k = 0; k < special_count; ++k) p->specials.push_back({specials[2 * k], specials[2 * k + 1]});
   p->true_predicates.assign(true_predicates, true_predicates + true_count);
+  p->registers.assign(registers, registers + register_count);
   p->slots = slots, p->predicates = predicates, p->single_bytes = single_bytes;
+  p->has_mbarriers = has_mbarriers, p->local_bytes = local_bytes;
   for (int k = 0; k < n; ++k) {
     const Record& r = records[k];
     const Form& form = *static_cast<const Form*>(r.form);
     p->instructions.push_back({form.run, p->operands.data() + r.first, r.count, r.guard, r.negated != 0, r.starts != 0,
-                               form.together, k, r.line});
+                               form.together, r.register_count > 0, p->registers.data() + r.first_register,
+                               r.register_count, k, r.line});
     p->texts.push_back(texts[k]);
   }
   p->counts.resize(n);

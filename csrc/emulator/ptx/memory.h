@@ -38,24 +38,32 @@ inline Place find_place(Warp& w, int lane, Space space, uint64_t address, size_t
   if (address % alignment) g.fail("misaligned: address " + std::to_string(address), lane);
   if (space == kGeneric) {
     if (address >> 56 == kSharedWindow >> 56) space = kSharedCluster, address -= kSharedWindow;
+    else if (address >> 56 == kLocalWindow >> 56) space = kLocal, address -= kLocalWindow;
     else space = kGlobal;
   }
+  if (space == kLocal) {
+    const size_t has = g.program.local_bytes;
+    if (address > has || bytes > has - address)
+      g.fail("out of bounds: " + std::to_string(bytes) + " bytes at byte " + std::to_string(address) + " of " +
+                 std::to_string(has) + " bytes of local memory",
+             lane);
+    return {w.local.get() + lane * has + address, nullptr, 0, nullptr, nullptr};
+  }
   if (space == kGlobal) {
-    static thread_local Region* last = nullptr;
     if (g.regions.empty()) g.fail("out of bounds: the launch has no global memory", lane);
-    if (last < g.regions.data() || last >= g.regions.data() + g.regions.size()) last = g.regions.data();
+    Region* last = &g.regions[g.last_region];
     if (address - last->address > last->bytes || bytes > last->bytes - (address - last->address)) {
       Region* found = nullptr;
       for (Region& r : g.regions)
         if (address - r.address <= r.bytes && bytes <= r.bytes - (address - r.address)) found = &r;
       if (!found) g.fail("out of bounds: " + std::to_string(bytes) + " bytes " + place(g, address), lane);
-      last = found;
+      last = found, g.last_region = found - g.regions.data();
     }
     if (g.options.races && !last->shadow) last->shadow = std::make_unique<Shadow>(last->bytes, g.program.single_bytes);
     return {reinterpret_cast<unsigned char*>(address), last->shadow.get(), address - last->address, nullptr, last};
   }
   Block* b = w.block;
-  if (space == kSharedCluster) {
+  if (space == kSharedCluster && address >> 32 == 0) {
     const uint32_t rank = static_cast<uint32_t>(address) >> kRankShift;
     // addresses of the block itself are those of the cluster too: rank 0 is "this block", rank r + 1 is block r
     if (rank) {
@@ -76,22 +84,30 @@ inline std::string where(const Place& p) {
                   : "byte " + std::to_string(p.offset) + " of shared memory";
 }
 
+inline void check_other_block(Warp& w, int lane, const Place& p) {
+  if (!p.block || p.block == w.block) return;
+  if (!w.cluster_phase) w.grid->fail("accesses a block of the cluster that may not have started", lane);
+  if (!p.block->live) w.grid->fail("accesses a block of the cluster that has ended", lane);
+  p.block->remote[w.id * 32 + lane] = w.clock;
+}
+
 inline void check_read(Warp& w, int lane, const Place& p, size_t bytes, Access kind) {
+  check_other_block(w, lane, p);
   if (!p.shadow) return;
   Conflict c;
   if (!p.shadow->read(p.offset, bytes, w.accessor(lane), w.grid->at->line, kind, c)) race(*w.grid, c, lane, where(p));
 }
 
-// `same`: what is written is there already. `addresses`, of all lanes: of lanes that one instruction lets store to one
+// `same`: what is written is there already. `addresses`, of the lanes in `mask`: of lanes that one instruction lets store to one
 // address one wins, "which is undefined" (CUDA's programming guide); here the last one does. Compilers count on it
 // for numbers that lanes hold together: where a * b + c was contracted they differ in the last bit.
 inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access kind, bool pending = false,
-                        bool same = false, const uint64_t* addresses = nullptr) {
+                        bool same = false, const uint64_t* addresses = nullptr, uint32_t mask = 0) {
   if (p.shadow) {
     Conflict c;
     const auto together = [&] {
       const uint32_t me = w.accessor(lane).thread, other = c.thread;
-      return addresses && other / 32 == me / 32 && other < me && c.line == w.grid->at->line &&
+      return addresses && other / 32 == me / 32 && other < me && (mask >> other % 32 & 1) &&
              addresses[other % 32] == addresses[lane];
     };
     const auto write = [&](bool again) {
@@ -105,11 +121,25 @@ inline void check_write(Warp& w, int lane, const Place& p, size_t bytes, Access 
     for (size_t unit = p.offset / 16; unit <= (p.offset + bytes - 1) / 16; ++unit)
       if (p.block->under_product[unit])
         w.grid->fail("race at " + where(p) + ": a product that nobody has waited for reads it", lane);
-  if (p.block && p.block != w.block) {
-    if (!w.cluster_phase) w.grid->fail("stores to a block of the cluster that may not have started", lane);
-    if (!p.block->live) w.grid->fail("stores to a block of the cluster that has ended", lane);
-    p.block->remote[w.id * 32 + lane] = w.clock;
+  check_other_block(w, lane, p);
+}
+
+// Async-proxy accesses see a thread's plain writes after a fence.proxy.async: of the writer, known to the reader, or
+// of the reader, who knew of them.
+inline bool passed_to_proxy(Warp& w, uint32_t lanes, const Shadow& shadow, size_t offset, uint32_t spaces,
+                            int32_t& line, uint32_t& thread) {
+  uint32_t stamp;
+  if (!shadow.last_write(offset, thread, stamp, line)) return true;
+  if (w.all_fenced.has(lanes, spaces, thread, stamp) || w.some_fenced.has(lanes, spaces, thread, stamp)) return true;
+  const uint32_t warps = w.grid->shape.threads / 32;
+  for (const auto& b : w.block->cluster->blocks) {
+    if (static_cast<uint32_t>(b->index) != thread / 32 / warps) continue;
+    const Accessor who = w.accessor(std::countr_zero(lanes));
+    for (const ProxyFence& f : b->warps[thread / 32 % warps]->proxy_fences)
+      if (f.clock > stamp && (f.spaces & spaces) && (f.lanes >> thread % 32 & 1)) return who.knows(thread, f.clock);
+    return false;
   }
+  return true;  // by a cluster that has ended, or runs beside this one and is ordered before it
 }
 
 // --- counts --------------------------------------------------------------------------------------------------
@@ -118,7 +148,11 @@ inline void measure(Warp& w, const Instruction& i, Space space, const uint64_t* 
   Count& count = w.grid->count(i);
   count.bytes += bytes * std::popcount(mask);
   if (!w.grid->options.measure || !mask) return;
-  if (space == kGlobal || space == kGeneric) {
+  if (space == kLocal) return;
+  // a warp's generic addresses are all of the space of its first one
+  if (space == kGeneric)
+    space = addresses[std::countr_zero(mask)] >> 56 == kSharedWindow >> 56 ? kSharedCluster : kGlobal;
+  if (space == kGlobal) {
     std::array<uint64_t, 32 * 16> found;
     size_t n = 0;
     for (uint32_t m = mask; m; m &= m - 1) {
@@ -154,7 +188,7 @@ inline void measure(Warp& w, const Instruction& i, Space space, const uint64_t* 
 struct MemoryForm {  // attributes before an instruction's registers
   Space space;
   Order order;
-  bool of_cta;  // the scope of the order
+  Scope scope;  // of the order
   int bytes, count;
   bool is_signed;
   int register_bytes;
@@ -165,7 +199,7 @@ constexpr int kMemoryAttributes = 9;
 
 inline MemoryForm memory_form(const Instruction& i) {
   const int32_t* o = i.operands;
-  return {static_cast<Space>(o[0]), static_cast<Order>(o[1]), o[2] != 0, o[3], o[4], o[5] != 0, o[6],
+  return {static_cast<Space>(o[0]), static_cast<Order>(o[1]), static_cast<Scope>(o[2]), o[3], o[4], o[5] != 0, o[6],
           static_cast<int64_t>(static_cast<uint32_t>(o[7])) | static_cast<int64_t>(o[8]) << 32};
 }
 
@@ -191,7 +225,8 @@ inline Next load(Warp& w, const Instruction& i, uint32_t mask) {
   for (uint32_t m = mask; m; m &= m - 1) {
     const int lane = std::countr_zero(m);
     const Place p = find_place(w, lane, f.space, addresses[lane], bytes, bytes);
-    if (f.order == kAcquire) w.grid->acquire(w, lane, reinterpret_cast<uint64_t>(p.host), f.of_cta);
+    if (f.order == kAcquire) w.grid->acquire(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
+    else if (f.order == kRelaxed) w.grid->relaxed_read(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     check_read(w, lane, p, bytes, kind);
     for (int k = 0; k < f.count; ++k) {
       uint64_t v = 0;
@@ -223,9 +258,9 @@ inline Next store(Warp& w, const Instruction& i, uint32_t mask) {
       std::memcpy(values + k * f.bytes, &v, f.bytes);
     }
     const bool same = p.block && kind == Access::kPlain && !std::memcmp(p.host, values, bytes);
-    check_write(w, lane, p, bytes, kind, false, same, p.block && kind == Access::kPlain ? addresses : nullptr);
-    if (f.order == kRelease) w.grid->release(w, lane, reinterpret_cast<uint64_t>(p.host), f.of_cta);
-    else if (kind == Access::kAtomic) w.grid->forget_released(reinterpret_cast<uint64_t>(p.host));
+    check_write(w, lane, p, bytes, kind, false, same, p.block && kind == Access::kPlain ? addresses : nullptr, mask);
+    if (kind == Access::kAtomic) w.grid->relaxed_write(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope, true);
+    if (f.order == kRelease) w.grid->release(w, lane, reinterpret_cast<uint64_t>(p.host), f.scope);
     std::memcpy(p.host, values, bytes);
   }
   measure(w, i, f.space, addresses, bytes, mask);
@@ -245,9 +280,11 @@ template <class T, class F> constexpr Run atomic(F) {
       const int lane = std::countr_zero(m);
       const Place p = find_place(w, lane, f.space, addresses[lane], sizeof(T), sizeof(T));
       const uint64_t key = reinterpret_cast<uint64_t>(p.host);
-      if (f.order == kAcquire || f.order == kAcquireRelease) w.grid->acquire(w, lane, key, f.of_cta);
+      if (f.order == kAcquire || f.order == kAcquireRelease) w.grid->acquire(w, lane, key, f.scope);
+      else w.grid->relaxed_read(w, lane, key, f.scope);
       check_write(w, lane, p, sizeof(T), Access::kAtomic);
-      if (f.order == kRelease || f.order == kAcquireRelease) w.grid->release(w, lane, key, f.of_cta);
+      if (f.order == kRelease || f.order == kAcquireRelease) w.grid->release(w, lane, key, f.scope);
+      else w.grid->relaxed_write(w, lane, key, f.scope, false);
       T old;
       std::memcpy(&old, p.host, sizeof(T));
       const T a = number<T>(lanes_of<T>(w, rest[3])[lane]);
@@ -261,6 +298,15 @@ template <class T, class F> constexpr Run atomic(F) {
     if (changed) w.grid->progress();
     return Next::kTurn;
   };
+}
+
+// A read of global memory that is under way until it is completed as one of the thread `as`.
+inline Region* check_async_read(Warp& w, int lane, uint64_t from, size_t bytes, uint32_t as) {
+  const Place p = find_place(w, lane, kGlobal, from, bytes, 1);
+  Conflict c;
+  if (p.shadow && !p.shadow->read_pending(p.offset, bytes, w.accessor(lane), as, w.grid->at->line, c))
+    race(*w.grid, c, lane, where(p));
+  return p.region;
 }
 
 // operands: bytes, shared wide, shared base, shared offset, global base (8 bytes), global offset (two words),
@@ -277,11 +323,12 @@ inline Next copy_async(Warp& w, const Instruction& i, uint32_t mask) {
     if (valid > bytes) w.grid->fail("more source bytes than the copy has", lane);
     const Place p = find_place(w, lane, kShared, to[lane], bytes, bytes);
     check_write(w, lane, p, bytes, Access::kCopy, true);
+    Region* region = nullptr;
     if (valid) {
       if (from[lane] % bytes) w.grid->fail("misaligned: source address " + std::to_string(from[lane]), lane);
-      check_read(w, lane, find_place(w, lane, kGlobal, from[lane], valid, 1), valid, Access::kPlain);
+      region = check_async_read(w, lane, from[lane], valid, w.id * 32 + lane);
     }
-    w.copies.back().push_back({lane, p.offset, from[lane], bytes, valid, false});
+    w.copies.push_back({lane, w.copy_groups[lane], p.offset, from[lane], bytes, valid, region, false});
   }
   measure(w, i, kGlobal, from, bytes, mask);
   w.grid->progress();
@@ -332,17 +379,29 @@ inline void add_memory(Forms& f) {
   add_atomics<float>(f, "f32");
   f["cp.async"] = {copy_async};
   f["cp.async.commit_group"] = {[](Warp& w, const Instruction&, uint32_t mask) {
-    if (mask) w.copies.emplace_back();
+    for (uint32_t m = mask; m; m &= m - 1) ++w.copy_groups[std::countr_zero(m)];
     return Next::kFollowing;
   }};
   f["cp.async.wait_group"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
-    if (mask) w.grid->wait_copies(w, i.operands[0]);
+    w.grid->wait_copies(w, mask, i.operands[0]);
     return Next::kFollowing;
   }};
   f["cp.async.wait_all"] = {[](Warp& w, const Instruction&, uint32_t mask) {
+    for (uint32_t m = mask; m; m &= m - 1) ++w.copy_groups[std::countr_zero(m)];
+    w.grid->wait_copies(w, mask, 0);
+    return Next::kFollowing;
+  }};
+  // operands: scope
+  f["fence"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+    if (mask) w.grid->fence(w, mask, static_cast<Scope>(i.operands[0]));
+    return Next::kFollowing;
+  }};
+  // operands: spaces
+  f["fence.proxy.async"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
     if (!mask) return Next::kFollowing;
-    w.copies.emplace_back();
-    w.grid->wait_copies(w, 0);
+    const uint32_t spaces = i.operands[0];
+    w.proxy_fences.push_back({++w.clock, mask, spaces});
+    (mask == 0xffffffffu ? w.all_fenced : w.some_fenced) = {mask, spaces, w.knows.warps};
     return Next::kFollowing;
   }};
   f["mapa.shared::cluster.u32"] = {each_lane<uint32_t, uint32_t, uint32_t>(

@@ -27,6 +27,9 @@ struct Instruction {
   bool negated;     // runs where the guard is false
   bool starts;      // a block of instructions starts here: control may arrive from elsewhere
   bool together;    // all lanes of the warp have to be here
+  bool waits;       // for its registers to be no results of asynchronous products under way
+  const int32_t* registers;  // places that it reads or writes, if it waits
+  int32_t register_count;
   int32_t index, line;
 };
 
@@ -44,7 +47,7 @@ struct Special {  // a special register, filled in when a warp starts
 
 struct Program {
   std::vector<Instruction> instructions;
-  std::vector<int32_t> operands;
+  std::vector<int32_t> operands, registers;
   std::vector<uint32_t> constants;   // lanes of the immediates
   std::vector<Special> specials;
   std::vector<int32_t> true_predicates;
@@ -52,8 +55,9 @@ struct Program {
   std::vector<std::string> texts;
   std::string name;
   int slots = 0, predicates = 0;  // of a warp: 128-byte registers, and predicates
-  int static_shared = 0;
+  int local_bytes = 0;  // memory of a lane
   bool single_bytes = false;  // single bytes of memory are accessed
+  bool has_mbarriers = false;
 };
 
 }  // namespace hope::ptx

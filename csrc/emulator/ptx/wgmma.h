@@ -1,9 +1,9 @@
 // wgmma: products of four warps on operands in shared memory, described by 64-bit descriptors, under way until
 // they are waited for (compute capability 9.0).
 //
-// Every warp computes its own 16 of the 64 rows when it issues the product. What it reads of shared memory may
-// not be written until it has waited, and has to be visible to the asynchronous proxy: a fence.proxy.async lies
-// between the write and the product.
+// Every warp computes its own 16 of the 64 rows when it issues the product. Until it has waited, the sums are not
+// in its registers, and what is read of shared memory may not be written. That has to be visible to the
+// asynchronous proxy: a fence.proxy.async lies between a write and the product.
 #pragma once
 #include "tensor.h"
 
@@ -37,24 +37,16 @@ inline Descriptor descriptor(Warp& w, uint64_t d) {
           static_cast<uint32_t>(d >> 32 & 0x3fff) << 4, units[swizzle], bits[swizzle]};
 }
 
-inline Warp& warp_of(Warp& w, uint32_t thread) {
-  const uint32_t warps = w.grid->shape.threads / 32;
-  for (const auto& b : w.block->cluster->blocks)
-    if (static_cast<uint32_t>(b->index) == thread / 32 / warps) return *b->warps[thread / 32 % warps];
-  return w;
-}
-
 // The race detector sees what a product reads: 16 bytes at `at`.
 inline void show_product(Warp& w, uint32_t at) {
   Block& b = *w.block;
   Conflict c;
   if (!b.shadow->read(at, 16, w.accessor(0), w.grid->at->line, Access::kPlain, c))
     race(*w.grid, c, 0, "byte " + std::to_string(c.offset) + " of shared memory");
-  uint32_t thread, stamp;
+  uint32_t thread;
   int32_t line;
   for (uint32_t k = 0; k < 16; k += 2)
-    if (b.shadow->last_write(at + k, thread, stamp, line) && stamp >= warp_of(w, thread).proxy_fence &&
-        w.knows_at_fence(thread / 32) <= stamp)
+    if (!passed_to_proxy(w, 0xffffffffu, *b.shadow, at + k, kProxyShared, line, thread))
       w.grid->fail("no fence.proxy.async between this product and what it reads, which was written by " +
                    w.grid->thread_name(thread) + "\n    " + w.grid->line_text(line));
   ++b.under_product[at / 16];
@@ -118,9 +110,11 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
   if (keep && ~keep) g.fail("the lanes of a warp scale d differently");
   float sums[16][256];
   for (int k = 0; k < n / 2; ++k) {
-    const float* from = static_cast<float*>(w.lanes(d[k]));
+    const auto earlier = w.results.find(d[k]);
+    const uint32_t* from = earlier == w.results.end() ? lanes_of<uint32_t>(w, d[k]) : earlier->second.lanes.data();
     for (int lane = 0; lane < 32; ++lane)
-      sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2] = keep ? from[lane] : 0.f;
+      sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2] =
+          keep ? std::bit_cast<float>(from[lane]) : 0.f;
   }
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < 16; ++k) {
@@ -128,12 +122,13 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
       for (int column = 0; column < n; ++column) sums[row][column] += factor * b[k * n + column];
     }
   for (int k = 0; k < n / 2; ++k) {
-    float* to = static_cast<float*>(w.lanes(d[k]));
+    Result& r = w.results[d[k]];
+    r.group = w.committed;
     for (int lane = 0; lane < 32; ++lane)
-      to[lane] = sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2];
+      r.lanes[lane] = std::bit_cast<uint32_t>(sums[lane / 4 + 8 * (k % 4 / 2)][8 * (k / 4) + 2 * (lane % 4) + k % 2]);
+    std::fill_n(lanes_of<uint32_t>(w, d[k]), 32, 0x7fffffffu);  // nobody may look before it is waited for
   }
-  w.open_products = true;
-  w.products_issued = w.products_issued * 31 + i.index + 1;
+  w.in_step = w.in_step * 31 + i.index + 1;
   g.progress();
   return Next::kFollowing;
 }
@@ -141,34 +136,45 @@ template <class T> inline Next warpgroup_product(Warp& w, const Instruction& i, 
 inline void add_warpgroup(Forms& f) {
   f["wgmma.mma_async.bf16"] = {warpgroup_product<Brain>, true};
   f["wgmma.mma_async.f16"] = {warpgroup_product<Half>, true};
-  f["wgmma.fence"] = {[](Warp& w, const Instruction&, uint32_t) {
-                        w.products_fenced = true;
+  f["wgmma.fence"] = {[](Warp& w, const Instruction&, uint32_t mask) {
+                        if (mask) want_all(w, mask), w.products_fenced = true;
                         return Next::kFollowing;
                       },
                       true};
-  f["wgmma.commit_group"] = {[](Warp& w, const Instruction&, uint32_t) {
+  f["wgmma.commit_group"] = {[](Warp& w, const Instruction&, uint32_t mask) {
+                               if (!mask) return Next::kFollowing;
+                               want_all(w, mask);
                                w.products.push_back(std::exchange(w.open_reads, {}));
-                               w.open_products = false;
+                               ++w.committed;
                                return Next::kFollowing;
                              },
                              true};
   // operands: groups that may remain under way
-  f["wgmma.wait_group"] = {[](Warp& w, const Instruction& i, uint32_t) {
+  f["wgmma.wait_group"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+                             if (!mask) return Next::kFollowing;
+                             want_all(w, mask);
                              while (w.products.size() > static_cast<size_t>(i.operands[0])) {
                                for (uint32_t unit : w.products.front()) --w.block->under_product[unit];
                                w.products.erase(w.products.begin());
                              }
-                             if (w.products.empty() && !w.open_products) w.products_fenced = false;
+                             std::erase_if(w.results, [&](const auto& result) {
+                               if (result.second.group >= w.committed - w.products.size()) return false;
+                               std::memcpy(w.lanes(result.first), result.second.lanes.data(), 128);
+                               return true;
+                             });
+                             if (!w.products_under_way()) w.products_fenced = false;
                              return Next::kFollowing;
                            },
                            true};
-  f["fence.proxy.async"] = {[](Warp& w, const Instruction&, uint32_t mask) {
-                              want_all(w, mask);
-                              w.proxy_fence = ++w.clock;
-                              w.known_at_fence = w.knows.warps;
-                              return Next::kFollowing;
-                            },
-                            true};
+  // operands: registers. What it changes is the hardware's; all warps of a warpgroup have to agree.
+  f["setmaxnreg"] = {[](Warp& w, const Instruction& i, uint32_t mask) {
+                       if (!mask) return Next::kFollowing;
+                       want_all(w, mask);
+                       if (w.grid->shape.threads % 128) w.grid->fail("setmaxnreg in a block of other than whole warpgroups");
+                       w.in_step = w.in_step * 31 + i.index + 1;
+                       return Next::kFollowing;
+                     },
+                     true};
 }
 
 }  // namespace hope::ptx

@@ -75,6 +75,13 @@ def unserved(D: int, N: int, C: int, device: torch.device) -> str | None:
     return _unserved(D, N, C, torch.cuda.current_device() if device.index is None else device.index)
 
 
+def at_once(D: int, N: int, C: int, device: torch.device) -> int:
+    """How many (row, head) pairs of a prefill the device runs at once; where there are more, they come in
+    turns. Needs the library, and what it serves."""
+    index = 0 if emulated() else torch.cuda.current_device() if device.index is None else device.index
+    return torch.ops.hope_kernels_cuda.at_once(D, N, C, index)
+
+
 @cache
 def _unserved(D: int, N: int, C: int, index: int) -> str | None:
     return torch.ops.hope_kernels_cuda.unserved(D, N, C, index) or None

@@ -32,6 +32,7 @@ from tools import build_cuda
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPUS = (80, 86, 90)  # blocks exchange through memory, with much shared memory and with little; blocks form clusters
 NARROW = 120  # clusters with little shared memory
+emulated_only = pytest.mark.skipif(DEVICE == "cuda", reason="a real GPU cannot play another one")
 WIDE = TitansConfig(128, 2)  # two heads of 64
 CONFIGS = [
     WIDE, TitansConfig(64, hidden_mult=2, chunk_memory=32, chunk_other=32, activation="silu", retain_to="zero"),
@@ -180,14 +181,24 @@ class TestContract(Accurate, Streaming, Partial, OnTheDevice):
         emulate(*case.setting)
 
 
+def played(gpu: int):
+    """A GPU as a parameter: the emulator plays every one, a real GPU only the nearest to what it is."""
+    if DEVICE == "cpu":
+        return gpu
+    own = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    nearest = max(g for g in GPUS if g <= max(own, GPUS[0]))
+    return gpu if gpu == nearest else pytest.param(gpu, marks=emulated_only)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() != (8, 6),
+                    reason="this GPU has enough shared memory")
 @pytest.mark.parametrize("width, mult, chunk", sorted(TOO_MUCH_FOR_99_KB))
 def test_refuses_what_needs_more_shared_memory_than_there_is(width, mult, chunk):
     emulate(86)
     config = TitansConfig(width, hidden_mult=mult, chunk_memory=chunk, chunk_other=chunk)
     w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 2, 5))
-    if DEVICE == "cpu" or torch.cuda.get_device_capability() == (8, 6):
-        with pytest.raises(ValueError, match="needs more shared memory a block than the device has"):
-            run(config, w_init, inputs, "cuda")
+    with pytest.raises(ValueError, match="needs more shared memory a block than the device has"):
+        run(config, w_init, inputs, "cuda")
 
 
 def test_biases_in_fp32_keep_their_digits():
@@ -205,7 +216,7 @@ def test_biases_in_fp32_keep_their_digits():
     torch.testing.assert_close(rounded, pending, rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("capability", GPUS)
+@pytest.mark.parametrize("capability", map(played, GPUS), ids=GPUS)
 def test_outputs_depend_on_no_later_token(capability):
     emulate(capability)
     w_init, inputs = (cast(t, torch.bfloat16) for t in problem(WIDE, 1, 40))
@@ -214,6 +225,7 @@ def test_outputs_depend_on_no_later_token(capability):
         assert torch.equal(run(WIDE, w_init, part(inputs, 0, tokens), "cuda")[0], whole[:, :tokens]), tokens
 
 
+@emulated_only  # a real GPU runs as many blocks as fit
 @pytest.mark.parametrize("resident", [1, 2, 5])
 def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
     """Blocks of a head that run late must still find the tokens that others have committed already."""
@@ -225,7 +237,7 @@ def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
     assert same(run(config, w_init, part(inputs, 15, 16), "cuda", state=state)[1], end)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a real GPU cannot play another one")
+@emulated_only
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 def test_order_of_threads_and_kind_of_gpu_are_not_in_the_bits(config):
     w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 2, config.chunk_memory + 7))
@@ -261,17 +273,33 @@ def test_tensors_may_lie_anywhere():
     assert torch.equal(o, want) and same(state, end)
 
 
-def test_what_is_served_is_what_the_library_says():
+@pytest.mark.parametrize("capability", map(played, GPUS), ids=GPUS)
+def test_what_is_served_is_what_the_library_says(capability):
+    emulate(capability)
+    if DEVICE == "cuda":
+        little = torch.cuda.get_device_properties(0).shared_memory_per_block_optin < 1024 * SHARED_KIB[80]
+    else:
+        little = SHARED_KIB[capability] < SHARED_KIB[80]
     for D, mult, C in product((16, 32, 64, 96, 128, 256), (1, 2, 3, 4, 8), (1, 8, 16, 32, 48, 64, 128)):
         config = TitansConfig(D, hidden_mult=mult, chunk_memory=C, chunk_other=C)
-        for capability in GPUS:
-            emulate(capability)
-            theirs = torch.ops.hope_kernels_cuda.unserved(D, mult * D, C, 0)
-            ours = titans.unserved(config, torch.bfloat16, torch.device(DEVICE))
-            fits = capability != 86 or (D, mult, C) not in TOO_MUCH_FOR_99_KB
-            assert (ours is None) == (theirs == "") == (
-                (D, mult) in titans.SHAPES and C in titans.CHUNKS and fits
-            ), (D, mult, C, theirs)
+        theirs = torch.ops.hope_kernels_cuda.unserved(D, mult * D, C, 0)
+        ours = titans.unserved(config, torch.bfloat16, torch.device(DEVICE))
+        fits = not little or (D, mult, C) not in TOO_MUCH_FOR_99_KB
+        assert (ours is None) == (theirs == "") == (
+            (D, mult) in titans.SHAPES and C in titans.CHUNKS and fits
+        ), (D, mult, C, theirs)
+
+
+def test_how_many_rows_and_heads_run_at_once():
+    device = torch.device(DEVICE)
+    found = {mult: library.at_once(64, 64 * mult, 64, device) for mult in (1, 2, 4)}
+    assert found[1] >= 2 * found[2] >= 4 * found[4] > 0  # of 1, 2 and 4 blocks each
+    with pytest.raises(RuntimeError, match="serves chunks of 16, 32 and 64 tokens"):
+        library.at_once(64, 64, 48, device)
+    if DEVICE == "cpu":
+        assert found == {1: 9, 2: 4, 4: 2}  # of the emulator's nine blocks
+        emulate(80, resident=12)  # blocks without clusters
+        assert library.at_once(128, 256, 16, device) == 1
 
 
 def test_refuses_other_dtypes_gradients_and_statistics():

@@ -31,8 +31,15 @@ def test_integers(of, to):
 @pytest.mark.parametrize("to", ["s8", "s16", "u8", "u16"])
 def test_a_narrow_result_fills_a_wide_register(to):
     x = samples(np.int32, 128)
-    expected = x.astype(INTEGERS[to]).astype("i4" if to[0] == "s" else "u4")
-    np.testing.assert_array_equal(evaluate(f"cvt.{to}.s32 d, a;", expected.dtype, x), expected)
+    for size in "48":
+        expected = x.astype(INTEGERS[to]).astype(("i" if to[0] == "s" else "u") + size)
+        np.testing.assert_array_equal(evaluate(f"cvt.{to}.s32 d, a;", expected.dtype, x), expected)
+
+
+@pytest.mark.parametrize("of", ["s8", "u8", "s16", "u16", "s32", "u32"])
+def test_the_low_bytes_of_a_wide_register(of):
+    x = samples(np.int64, 128)
+    np.testing.assert_array_equal(evaluate(f"cvt.s64.{of} d, a;", np.int64, x), x.astype(INTEGERS[of]).astype(np.int64))
 
 
 @pytest.mark.parametrize("to", INTEGERS)

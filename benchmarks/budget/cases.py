@@ -1,0 +1,240 @@
+"""What is counted: calls of the package's own operators at the shapes of the goals, on few rows and heads.
+
+A case runs twice, with ``few`` and ``more`` units of length, and the difference is what a unit costs: a chunk of
+one (row, head) of the memory, or a whole call where nothing repeats. ``goal`` says at which size the goals ask
+for a time, as multiples of the unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from benchmarks import measure as m
+from hope_kernels import CMSConfig, TitansConfig
+from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_, titans_chunk
+from hope_kernels.ops.cms.matrix import Matrix
+from hope_kernels.ops.titans.state import FastWeights, Layout
+from hope_kernels.ops.titans.triton.tiles import tile_row
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Size:
+    """The call that a goal asks for. units: of the case, in the whole call, of which ``chains`` run side by side
+    and the units of a chain one after the other. blocks, warps: of a chain's kernel at work at one time, and of a
+    block. flops: of the call; bytes: that it cannot avoid moving to and from memory. launches: one after the other."""
+
+    units: float
+    chains: int
+    blocks: int
+    warps: int
+    flops: float
+    bytes: float
+    launches: int = 1
+    resident: int = 1  # blocks a multiprocessor, by registers
+    persistent: bool = False  # any block does any work: chains need not fill the machine
+    memory_first: bool = False  # all bytes are requested before the first is used
+    reuse: bool = False  # L1 has what is read again
+    # stages of a unit that wait for one another, with the tasks that each is cut into
+    tasks: tuple[tuple[str, int], ...] = ()
+    barriers: int = 0  # of several blocks, or from task to task, on the way of a unit
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kind: str
+    backend: str
+    arch: int
+    unit: str
+    run: Callable[[int], Callable[[], object]]  # length -> the call
+    few: int
+    more: int
+    per: float  # units in ``more`` - ``few``
+    goal: Size | None = None
+    cheap: bool = False
+    measured_as: str = ""  # "file: name of the case" of benchmarks.gpu that measures the call of ``goal``
+
+    @property
+    def case(self) -> dict:
+        """As benchmarks/sources.py wants it."""
+        return {"kind": self.kind, "backend": self.backend}
+
+
+def _weights(config: TitansConfig) -> FastWeights:
+    g = torch.Generator().manual_seed(0)
+    return FastWeights(*(
+        None if s is None else (torch.randn(s, generator=g) / s[-1] ** 0.5).to(BF16)
+        for s in Layout.of(config).shapes(config.num_heads)
+    ))
+
+
+def _inputs(config: TitansConfig, tokens: int) -> TokenInputs:
+    g, shape = torch.Generator().manual_seed(1), (1, tokens, config.num_heads, config.head_dim)
+    q, x = (torch.randn(shape, generator=g) for _ in range(2))
+    bias = torch.zeros(config.num_heads, dtype=BF16)
+    return TokenInputs((q / q.norm(dim=-1, keepdim=True)).to(BF16), x=x.to(BF16), eta_bias=bias, alpha_bias=bias + 2)
+
+
+def prefill(config: TitansConfig, backend: str, chunks: int) -> Callable[[], object]:
+    w, i = _weights(config), _inputs(config, chunks * config.chunk_memory)
+
+    def call():
+        with torch.no_grad():
+            return titans_chunk(config, w, i, backend=backend)
+
+    return call
+
+
+def decode(config: TitansConfig, backend: str, tokens: int) -> Callable[[], object]:
+    """Some tokens, one a call, in an open chunk."""
+    w = _weights(config)
+    one = torch.ones(1, dtype=torch.int64)
+
+    def call():
+        state = init_titans_state(config, w, 1, "cpu", BF16)
+        for _ in range(tokens):
+            titans_advance_(config, w, _inputs(config, 1), state, one, backend=backend)
+
+    return call
+
+
+def grad(config: TitansConfig, chunks: int) -> Callable[[], object]:
+    from hope_kernels.ops.titans.triton.training import titans_triton_training
+
+    w, i = _weights(config), _inputs(config, chunks * config.chunk_memory)
+    leaf = lambda found: type(found)(*(None if t is None else t.detach().requires_grad_() for t in found))
+
+    def call():
+        state = init_titans_state(config, w, 1, "cpu", BF16)
+        o, _ = titans_triton_training(config, leaf(w), leaf(i), state, [i.x.shape[1]])
+        o.float().sum().backward()
+
+    return call
+
+
+def level(d: int, tokens: int, backward: bool) -> Callable[[], object]:
+    from hope_kernels.ops.cms.triton import operator as kernels
+
+    config = CMSConfig(d, (8,))
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g).to(BF16)
+    N = config.hidden
+    of = {"norm_gain": 1 + 0.1 * draw(d), "up": Matrix(draw(N, d) / d**0.5), "down": Matrix(draw(d, N) / N**0.5)}
+    x, dy = draw(1, tokens, d), draw(1, tokens, d)
+    _, saved = kernels.level_forward(x, of, config, 1e-6, residual=True, keep=True)
+
+    def call():
+        if backward:
+            return kernels.level_backward(dy, saved, of, config, 1e-6, residual=True, need_dx=True)
+        return kernels.level_forward(x, of, config, 1e-6, residual=True, keep=True)
+
+    return call
+
+
+def refresh(rows: int, columns: int, tokens: int) -> Callable[[], object]:
+    from hope_kernels.ops.cms.triton import operator as kernels
+
+    g = torch.Generator().manual_seed(0)
+    weight, copy = torch.randn(1, rows, columns, generator=g), torch.zeros(1, rows, columns, dtype=BF16)
+    left, right = (torch.randn(1, tokens, n, generator=g).to(BF16) for n in (rows, columns))
+    return lambda: kernels.refresh_(weight, copy, left, right, [0], 0.1)
+
+
+def conv(d: int, tokens: int) -> Callable[[], object]:
+    from hope_kernels.ops.conv.triton.forward import causal_conv_triton
+
+    g = torch.Generator().manual_seed(0)
+    x, tail, weight = (torch.randn(s, generator=g).to(BF16) for s in ((1, tokens, d), (1, 3, d), (d, 4)))
+    return lambda: causal_conv_triton(x, tail, weight, None)
+
+
+def gate(heads: int, tokens: int) -> Callable[[], object]:
+    from hope_kernels.ops.output_gate.triton.forward import output_gate_triton
+
+    g = torch.Generator().manual_seed(0)
+    o, z = (torch.randn(1, tokens, heads, 64, generator=g).to(BF16) for _ in range(2))
+    return lambda: output_gate_triton(o, torch.ones(heads, 64, dtype=BF16), z.flatten(2))
+
+
+# -- the list --------------------------------------------------------------------------------------------------
+
+
+def _config(mult: int, C: int, heads: int = 1) -> TitansConfig:
+    return TitansConfig(64 * heads, heads, hidden_mult=mult, chunk_memory=C, chunk_other=C)
+
+
+def _goal(mult: int, C: int, heads: int, rows: int, tokens: int, blocks: int, warps: int, **more) -> Size:
+    config = _config(mult, C, heads)
+    return Size(
+        units=rows * heads * tokens / C, chains=rows * heads, blocks=blocks, warps=warps,
+        flops=rows * tokens * m.flops_per_token(config), bytes=m.prefill_bytes(config, rows, tokens, 2), **more
+    )
+
+
+def _tasks(config: TitansConfig) -> tuple[tuple[str, int], ...]:
+    """Of Triton's schedule; a chunk's clock runs beside its errors."""
+    tile, M = tile_row(config.head_dim, config.chunk_memory, 2).tiles, len(config.memories)
+    parts, tiles = config.chunk_memory // tile.WALK_CT, config.hidden // tile.TILE_NT
+    return ("read", M * parts), ("errors", M * parts), ("hidden", M * tiles), ("gain", M), ("update", M * tiles)
+
+
+def _memories() -> Iterator[Case]:
+    chunk = "chunk of a (row, head)"
+    for mult, C, (heads, rows, tokens), blocks in (
+        (1, 16, (32, 4, 8192), 1), (1, 64, (32, 4, 8192), 1), (4, 64, (32, 1, 32768), 4)
+    ):
+        config, shape = _config(mult, C), f"C{C} D64 N{64 * mult}"
+        name = f"ops: prefill {shape} H{heads} B{rows} T{tokens} bf16"
+        for arch in (90, 80):
+            size = _goal(mult, C, heads, rows, tokens, blocks, 8, barriers=(C // 16 + 1) * (blocks > 1))
+            yield Case(f"prefill {shape} cuda sm_{arch}", "prefill", "cuda", arch, chunk,
+                       partial(prefill, config, "cuda"), 2, 4, 2, size, arch == 90, f"{name} cuda")
+            size = _goal(mult, C, heads, rows, tokens, 1, 4, persistent=True, resident=3 if C == 16 else 2,
+                         tasks=_tasks(config), barriers=4)
+            yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
+                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, f"{name} triton")
+    config, whole = _config(4, 64), _config(4, 64, 32)
+    size = Size(32, 32, 4, 8, 0.0, m.step_bytes(whole, 1, 2, commit=False), launches=2, memory_first=True)
+    for arch in (90, 80):
+        yield Case(f"step C64 D64 N256 cuda sm_{arch}", "step", "cuda", arch, "token of a (row, head)",
+                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90,
+                   "ops: step graph C64 D64 N256 H32 B1 T1 bf16 cuda")
+    size = replace(size, blocks=1, warps=4, launches=1, resident=2, persistent=True)
+    yield Case("step C64 D64 N256 triton sm_90", "step", "triton", 90, "token of a (row, head)",
+               partial(decode, config, "triton"), 1, 3, 2, size, False,
+               "ops: step graph C64 D64 N256 H32 B1 T1 bf16 triton")
+    size = _goal(4, 64, 32, 1, 8192, 1, 4, persistent=True, resident=2)
+    yield Case("grad C64 D64 N256 triton sm_90", "grad", "triton", 90, chunk, partial(grad, config), 2, 4, 2,
+               replace(size, flops=3 * size.flops), False, "ops: grad C64 D64 N256 H32 B1 T8192 bf16 triton")
+
+
+def _others() -> Iterator[Case]:
+    for d, tokens in ((256, 64), (1024, 64)):
+        for arch in (90, 80):
+            for backward in (False, True):
+                name = "backward" if backward else "forward"
+                yield Case(f"cms {name} d{d} C{tokens} sm_{arch}", "forward", "triton", arch, "call of a level",
+                           lambda n, d=d, t=tokens, b=backward: level(d, t, b), 0, 1, 1,
+                           Size(1, 1, 1, 8, 16 * d * d * tokens, 2 * 8 * d * d, resident=2, persistent=True),
+                           d == 256 and arch == 90)
+    for d, tokens in ((256, 64), (4096, 64), (4096, 4096)):
+        rows = min(d, 256)
+        moved = (8 + 2) * d * d + 2 * 2 * tokens * d
+        yield Case(f"cms refresh d{d} C{tokens} sm_90", "refresh", "triton", 90, f"refresh of {rows} of {d} rows",
+                   lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1,
+                   Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True), d == 256,
+                   f"cms: refresh d{d} C{tokens} B1 bf16 gd")
+    yield Case("conv d2048 sm_90", "conv", "triton", 90, "1024 tokens", lambda n: conv(2048, 512 * n), 2, 4, 1,
+               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=8, reuse=True, persistent=True), cheap=True)
+    yield Case("gate H32 D64 sm_90", "gate", "triton", 90, "1024 tokens", lambda n: gate(32, 512 * n), 2, 4, 1,
+               Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 6, resident=8, reuse=True, persistent=True), cheap=True)
+
+
+def cases() -> list[Case]:
+    return [*_memories(), *_others()]
