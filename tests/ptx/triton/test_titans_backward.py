@@ -40,16 +40,15 @@ CONFIGS = {
     "bare": TitansConfig.preset("titans", d_model=32, momentum=None, retention=False),
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-slowly = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
-CASES = [
-    ("default", BF16, 80), ("default", FP16, 80), ("small, from zero", FP32, 80), ("static", FP32, 80),
-    ("two clocks", BF16, 80), ("dot", BF16, 80), ("titans", BF16, 80), ("D=128, short", BF16, 80),
-    ("default", BF16, 90), ("titans", BF16, 90), ("static", FP32, 90),
-    *(slowly(name, BF16, 80) for name in CONFIGS if name not in (
-        "default", "two clocks", "dot", "titans", "D=128, short")),
-    *(slowly(name, BF16, 90) for name in CONFIGS if name not in ("default", "titans")),
-    slowly("default", FP16, 90),
+QUICK = [
+    ("default", BF16, 80), ("default", FP16, 80), ("small, from zero", FP32, 80), ("slow others", BF16, 80),
+    ("titans", BF16, 90),
 ]
+MORE = [
+    *((name, BF16, arch) for arch in (80, 90) for name in CONFIGS), ("default", FP16, 90), ("static", FP32, 80),
+    ("static", FP32, 90),
+]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in QUICK)]
 
 
 @pytest.mark.parametrize("name, dtype, arch", CASES)
