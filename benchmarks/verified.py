@@ -113,7 +113,8 @@ def current(records: list[dict]) -> list[dict]:
 def page(records: list[dict], on_gpus: dict[str, list[dict]]) -> str:
     """The Markdown. on_gpus: device -> its records."""
     by = {(r["how"], r["arch"], r["kernel"], r["dtype"]): r["tests"] for r in records}
-    titles = ["kernel", "operands", "interpreted", "emulated source", "emulated PTX, sm_80", "emulated PTX, sm_90", "GPU"]
+    titles = ["kernel", "operands", "interpreted", "emulated source", "emulated PTX, sm_80", "emulated PTX, sm_90",
+              "GPU"]
     rows = []
     for k in offered():
         cells = [by.get(("interpreted", 0, k.name, k.dtype)) if k.entry else "",
