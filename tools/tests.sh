@@ -11,7 +11,7 @@ run() {
   local name=$1
   shift
   .venv/bin/python -m pytest --color=$color "$@" 2>&1 | tee "$log"
-  [ "${PIPESTATUS[0]}" = 0 ] || failed=1
+  case ${PIPESTATUS[0]} in 0 | 5) ;; *) failed=1 ;; esac # 5: arguments that leave no test of this process
   summary+=("$name: $(tail -n 1 "$log")")
 }
 

@@ -8,8 +8,9 @@ kernel. Buffers start as NaN, and a race, an access outside a tensor or a deadlo
 
 import pytest
 
+from benchmarks import launched_rows
 from benchmarks.measure import poisoned
-from tools.ptx import coverage, triton_device
+from tools.ptx import triton_device
 from tools.ptx.machine import Options
 
 DEVICE = triton_device.install(80)
@@ -23,6 +24,6 @@ def device():
 
 
 def pytest_terminal_summary(terminalreporter):
-    rows = sum(map(len, coverage.rows((80, 90)).values()))
-    launched = rows - len(coverage.missing(DEVICE.launches, (80, 90)))
+    rows = sum(map(len, launched_rows.rows((80, 90)).values()))
+    launched = rows - len(launched_rows.missing(DEVICE.launches, (80, 90)))
     terminalreporter.write_line(f"rows of Triton's tile tables launched on sm_80 and sm_90: {launched} of {rows}")

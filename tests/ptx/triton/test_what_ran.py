@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.ptx import coverage
+from benchmarks import launched_rows
 
 HERE = Path(__file__).parent
 
@@ -18,4 +18,4 @@ def test_every_row_of_the_tables_has_run(device, request):
     files = {item.path for item in request.session.items}
     if files != set(HERE.glob("test_*.py")) or config.option.keyword or config.option.markexpr:
         pytest.skip("needs all tests of this folder in one run, the slow ones included")
-    assert not coverage.missing(device.launches, (80, 90))
+    assert not launched_rows.missing(device.launches, (80, 90))

@@ -1,5 +1,5 @@
 """Which rows of the tile tables an emulated GPU has launched: what the compile report compiles
-(benchmarks/compile_report.py), against what triton_device.py has noted.
+(compile_report.py), against what tools/ptx/triton_device.py has noted.
 
 A launch and a row are the same path of a kernel if they differ in sizes of the problem alone: the same operands,
 switches, tiles and warps, whatever the number of heads, hidden units or tokens of a chunk. (What a kernel never
