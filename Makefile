@@ -11,10 +11,10 @@ demo: venv
 	@.venv/bin/python -m hope_kernels demo
 
 test: venv
-	@.venv/bin/python -m pytest
+	@tools/tests.sh
 
 test-full: venv
-	@.venv/bin/python -m pytest -m ''
+	@tools/tests.sh -m ''
 
 lint: venv
 	@.venv/bin/python -m ruff check .

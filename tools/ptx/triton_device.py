@@ -78,9 +78,8 @@ class PtxBackend(CUDABackend):
 class Device(DriverBase):
     """What Triton asks a driver for, and what a launch needs. ``launches``: how often each kernel was launched;
     ``kernels``: what the machine decoded, with its counts; ``changed``: kernels to run in the place of others;
-    ``multiprocessors``: what kernels are told of
-    (the memory's takes four programs for each); ``options``: the machine's, of the next launch: the seed of a
-    random schedule goes up by one with every launch."""
+    ``multiprocessors``: what kernels are told of (the memory's takes four programs for each); ``options``: the
+    machine's, of the next launch: the seed of a random schedule goes up by one with every launch."""
 
     def __init__(self, arch: int) -> None:
         super().__init__()
@@ -174,9 +173,8 @@ class Launcher:
         options = self.device.options
         if options.seed:
             self.device.options = replace(options, seed=options.seed + 1)
-        kernel.launch(
-            (x * m.num_ctas, y, z), 32 * m.num_warps, bytes(block), list(regions.values()), m.shared, m.num_ctas, options
-        )
+        grid, threads = (x * m.num_ctas, y, z), 32 * m.num_warps
+        kernel.launch(grid, threads, bytes(block), list(regions.values()), m.shared, m.num_ctas, options)
 
 
 def flattened(names: Any, types: Any, values: Any) -> Iterator[tuple[str, str, Any]]:

@@ -392,10 +392,12 @@ def _launch_newton_schulz(grad: Tensor) -> Tensor:
     halves, launch = (triangle * (triangle + 1) // 2, M), tile.options()
     strides = (1, R) if tall else (L, 1)  # of element (i, j) of the wide matrix in grad and out
     with torch.cuda.device_of(grad):
-        squares_kernel[(parts.shape[1], M)](grad, parts, SIZE=R * L, BLOCK=PARTS, num_warps=NUM_WARPS)
+        squares_kernel[(parts.shape[1], M)](
+            grad, parts, SIZE=R * L, BLOCK=PARTS, num_warps=NUM_WARPS, num_stages=1
+        )
         start_kernel[(triton.cdiv(R, 32) * triton.cdiv(L, 32), M)](
             grad, parts, xs[0], EPS=NS_EPS, R=R, L=L, G_R=strides[0], G_L=strides[1], COUNT=parts.shape[1],
-            BP=LANES, BM=32, BN=32, num_warps=NUM_WARPS,
+            BP=LANES, BM=32, BN=32, num_warps=NUM_WARPS, num_stages=1,
         )
         for i in range(NS_STEPS):
             last, (x, new), (s, p) = i == NS_STEPS - 1, (xs[i % 2], xs[1 - i % 2]), grams

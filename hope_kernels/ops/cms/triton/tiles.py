@@ -138,7 +138,7 @@ def _refreshes() -> Iterator[Specialization]:
         row = f"{dtype} {rows} x {cols}" + "".join(
             f" {name.lower()}" for name, on in switches.items() if on and name != "READ"
         )
-        tile = REFRESH[4 if dtype == "fp32" else 2]
+        tile = REFRESH[2 if dtype != "fp32" and switches["PRODUCT"] else 4]
         yield _specialization(
             refresh_kernel, dtype, row, archs, tile, ROWS=rows, COLS=cols, GROUP=GROUP, **switches
         )

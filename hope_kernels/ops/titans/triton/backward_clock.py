@@ -27,6 +27,7 @@ import triton.language as tl
 
 from .backward_common import commits_here
 from .clock import BK, unit_inverse
+from .evaluate import add
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def clock_adjoint_kernel(
                     eta_bar += tl.sum(L_bar * P * dots, 1)
                     tl.store(_tile(products_bar_p, block, other, C), L_bar * dots * eta[:, None])
                     tl.store(_tile(gram_bar_p, block, other, C), L_bar * P * eta[:, None])
-            tl.store(slots_bar.eta + at, tl.load(slots_bar.eta + at) + eta_bar)
+            add(slots_bar.eta, at, eta_bar)
             decay_after_bar += tl.sum(y * _token_rows(slots.k, b, h, first, block, S, H, D).to(tl.float32), 1)
             tl.store(vectors_bar_p + t, erase_bar * eta if rule.DGD else tl.zeros([BK], tl.float32))
             tl.store(vectors_bar_p + C + t, decay_after_bar)
@@ -210,8 +211,7 @@ def clock_adjoint_kernel(
                             total += 2.0 * tl.load(_tile(gram_p, block, other, C)) * both
                     k_s = _token_rows(slots.k, b, h, first, other, S, H, D).to(tl.float32)
                     k_bar += tl.dot(total, k_s, input_precision="ieee")
-            k_bar_at = slots_bar.k + at[:, None] * D + f[None, :]
-            tl.store(k_bar_at, tl.load(k_bar_at) + k_bar)
+            add(slots_bar.k, at[:, None] * D + f[None, :], k_bar)
             if rule.HAS_ALPHA:
                 decay_after = tl.load(vectors_p + C + t)
                 later_bar = decay_after * decay_chunk_bar
@@ -227,4 +227,4 @@ def clock_adjoint_kernel(
                             P_bar = tl.load(_tile(products_bar_p, later, other, C))
                             inside += tl.dot(P_t, P_bar, input_precision="ieee")
                     alpha_bar += tl.sum(tl.load(_tile(products_p, block, other, C)) * inside, 1)
-                tl.store(slots_bar.alpha + at, tl.load(slots_bar.alpha + at) + alpha_bar)
+                add(slots_bar.alpha, at, alpha_bar)

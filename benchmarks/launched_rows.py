@@ -1,8 +1,9 @@
 """Which rows of the tile tables an emulated GPU has launched: what the compile report compiles
-(benchmarks/compile_report.py), against what triton_device.py has noted.
+(compile_report.py), against what tools/ptx/triton_device.py has noted.
 
-A launch and a row are the same path of a kernel if they differ in sizes of the problem alone: the same types,
-switches, tiles and warps, whatever the number of heads, hidden units or tokens of a chunk.
+A launch and a row are the same path of a kernel if they differ in sizes of the problem alone: the same operands,
+switches, tiles and warps, whatever the number of heads, hidden units or tokens of a chunk. (What a kernel never
+looks at may have another type in a launch: a stand-in.)
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Path:
-    """One kernel as rows of a table that differ in sizes alone compile it."""
+    """One kernel as rows of a table that differ in sizes alone compile it. operands: their type."""
 
     kernel: str
     arch: int
-    types: tuple[str, ...]
+    operands: str
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
@@ -72,8 +73,14 @@ def _path(
     family = module.removeprefix("hope_kernels.ops.").split(".")[0]
     values = {name: value for name, value in _flat("", constants) if name not in SIZES.get(family, ())}
     return Path(
-        f"{family}.{kernel}", arch, tuple(_leaves(types)), tuple(sorted(values.items())), *options
+        f"{family}.{kernel}", arch, _operands(types), tuple(sorted(values.items())), *options
     )
+
+
+def _operands(types: Iterable) -> str:
+    """The narrowest floating type among the pointers: what products are computed in."""
+    found = set(_leaves(types))
+    return next((kind for kind in ("bf16", "fp16") if f"*{kind}" in found), "fp32")
 
 
 def _leaves(types: Iterable) -> Iterator[str]:
