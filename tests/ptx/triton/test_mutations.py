@@ -36,7 +36,9 @@ class Judge:
         before = set(device.kernels)
         assert self.verdict() is None
         new = [t for t in device.kernels if t not in before or f".target sm_{arch}" in t]
-        self.text = next(t for t in reversed(new) if "entry scan_kernel(" in t and device.kernels[t].counts.executed.any())
+        self.text = next(
+            t for t in reversed(new) if "entry scan_kernel(" in t and device.kernels[t].counts.executed.any()
+        )
         self.kernel, self.lines = device.kernels[self.text], self.text.split("\n")
         self.executed = {
             i.line - 1 for i, n in zip(self.kernel.instructions, self.kernel.counts.executed) if n
@@ -88,7 +90,8 @@ class Judge:
             if re.match(r"\$L|bra|@|bar|ret|\}", line):
                 return None
             if re.match(r"ld\.shared|ldmatrix", line) and not made & set(re.findall(r"%\w+", line.split("[")[1])):
-                return "\n".join([*self.lines[:barrier], self.lines[n], *self.lines[barrier:n], "", *self.lines[n + 1 :]])
+                before, between, after = self.lines[:barrier], self.lines[barrier:n], self.lines[n + 1 :]
+                return "\n".join([*before, self.lines[n], *between, "", *after])
             made |= set(re.findall(r"%\w+", line))
         return None
 
