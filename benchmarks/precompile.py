@@ -74,8 +74,10 @@ def compile_only(arch: int) -> Iterator[dict[str, str]]:
     they should have written holds anything."""
     found: dict[str, str] = {}
     run, driver = JITFunction.run, triton.runtime.driver
-    modules = (triton_library, titans_operator, cms_operator)
-    before = [module.interpreted for module in modules]
+    # tensors of the CPU are let through as they are for Triton's interpreter
+    places = ((triton_library, "on_cpu"), (titans_operator, "on_cpu"), (titans_operator, "interpreted"),
+              (cms_operator, "on_cpu"))
+    before = [getattr(*place) for place in places]
 
     def compiled(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
@@ -84,15 +86,15 @@ def compile_only(arch: int) -> Iterator[dict[str, str]]:
 
     driver.set_active(Absent(arch))
     JITFunction.run = compiled
-    for module in modules:  # CPU tensors are let through as they are for Triton's interpreter
-        module.interpreted = lambda: True
+    for place in places:
+        setattr(*place, lambda: True)
     try:
         yield found
     finally:
         JITFunction.run = run
         driver.set_active(None)  # the default one again, looked for when it is needed
-        for module, old in zip(modules, before):
-            module.interpreted = old
+        for place, old in zip(places, before):
+            setattr(*place, old)
 
 
 # -- what the timed cases launch -----------------------------------------------------------------------------

@@ -250,7 +250,8 @@ def test_static_and_dynamic_shared_memory_do_not_overlap():
 
 def test_counts():
     """Lanes, bytes, sectors of 32 bytes, and passes of shared memory with 32 banks of 4 bytes."""
-    x = np.zeros(32 * 32, np.uint32)
+    room = np.zeros(32 * 32 + 8, np.uint32)
+    x = room[-room.ctypes.data % 32 // 4 :][: 32 * 32]  # from the start of a sector
     for stride, sectors, passes in ((1, 4, 1), (2, 8, 2), (8, 32, 8), (32, 32, 32)):
         built = launch(f"""mov.u32 %r0, %tid.x; mul.lo.u32 %r0, %r0, {4 * stride}; cvt.u64.u32 %d0, %r0;
           add.s64 %d0, %p0, %d0; ld.global.b32 %r1, [%d0]; mov.u32 %r2, sm; add.u32 %r2, %r2, %r0;
