@@ -1,9 +1,9 @@
 """The memory's backward as PTX: every kernel's gradients against fp64 autograd of the chunked backend, by the
 yardstick, and a row's bits in any company.
 
-In fp32 the peer is PyTorch on a CPU, whose products are sums of many partial sums; a GPU's FMA units add along K
-in order, and the gradients of an open chunk's tokens come within a few percent of what is allowed with more
-memories than these cases have.
+In fp32 the peer is PyTorch on a CPU, whose products are sums of many partial sums, where a GPU's FMA units add along
+K in order: gradients of an open chunk's tokens are then up to 1.4 times as wrong as the yardstick allows with the
+default configuration and with the dot objective, which are therefore not among the fp32 cases here. An open fault.
 """
 
 import pytest
