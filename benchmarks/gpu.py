@@ -210,6 +210,7 @@ def run(p: argparse.ArgumentParser, args) -> int:
         # what was started ends with this process
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
+            os.environ.setdefault("HOPE_KERNELS_EVIDENCE", str(folder / "evidence"))  # for benchmarks.verified
             on_card(script, module, args, results, folder, hung)
         except SystemExit as ended:
             stopped = ended.code

@@ -1,12 +1,14 @@
 """Which kernel has run where: docs/verified.md.
 
     python -m benchmarks.verified                    the page from what is committed
-    python -m benchmarks.verified FOLDER ...         takes in the evidence that test runs left there
-                                                     (HOPE_KERNELS_EVIDENCE=FOLDER python -m pytest ...)
+    python -m benchmarks.verified FOLDER ... [--device NAME]
+                                                     takes in the evidence that test runs left there
+                                                     (HOPE_KERNELS_EVIDENCE=FOLDER python -m pytest ...;
+                                                     benchmarks.gpu leaves it in evidence/ of its results, and
+                                                     --device is the card's name)
 
 A record of benchmarks/results/verified.json says that tests which passed launched a kernel: how, with which
-operands, for which architecture, with a hash of the kernel's code. It is taken out where its code has changed;
-kernels on a GPU are read from the folders of the devices.
+operands, for which architecture, with a hash of the kernel's code. It is taken out where its code has changed.
 """
 
 from __future__ import annotations
@@ -24,16 +26,15 @@ from benchmarks.compile_report import PROVIDERS, provided  # noqa: E402
 from benchmarks.machine import write_json  # noqa: E402
 from benchmarks.records import RESULTS  # noqa: E402
 from benchmarks.sources import Code, at_rest, digest  # noqa: E402
-from tools import build_cuda  # noqa: E402
 
 FILE, PAGE = RESULTS / "verified.json", RESULTS.parents[1] / "docs" / "verified.md"
 CUDA = ("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp")
-ARCHITECTURES = (80, 90, 100)
 HEAD = """# Where every kernel has run
 
-Made by `python -m benchmarks.verified` from test runs ({file}); not typed. A number is how many tests that passed
-launched the kernel with operands of that type; a dash: none. Architectures are sm_80 and sm_90; all kernels are
-compiled for sm_100 too, and nothing of that has run.
+Made by `python -m benchmarks.verified` from test runs ({file}); not typed. A number is
+how many tests that passed launched the kernel with operands of that type; a dash: none. `make test` runs a third
+of the rows of Triton's tables as PTX, `make test-full` all of them; where the numbers come from the former, rows of
+the latter are missing here. All kernels are compiled for sm_100 too, and nothing of that has run.
 
 - **interpreted**: Triton's source, by its interpreter, in NumPy: no layouts, barriers or tensor cores. It has no
   bf16 products.
@@ -49,23 +50,21 @@ class Kernel(NamedTuple):
     name: str  # family.function
     dtype: str
     entry: str  # as sources.py names code, "" for CUDA C++
-    archs: tuple[int, ...]
 
 
 def offered() -> list[Kernel]:
     """Every kernel and type that the tables offer."""
-    found: dict[tuple[str, str], tuple[str, set[int]]] = {}
+    found: dict[tuple[str, str], str] = {}
     for spec in (s for module in PROVIDERS for s in provided(module)):
         module = spec.fn.__module__.removeprefix("hope_kernels.")
         kinds = set(leaves(spec.source()[0].values()))
         dtype = next((d for d in ("bf16", "fp16") if f"*{d}" in kinds), "fp32")
         key = f"{module.removeprefix('ops.').split('.')[0]}.{spec.fn.__name__}", dtype
-        found.setdefault(key, (f"{module}:{spec.fn.__name__}", set()))[1].update(spec.archs)
-    kernels = [Kernel(*key, entry, tuple(sorted(archs))) for key, (entry, archs) in found.items()]
+        found[key] = f"{module}:{spec.fn.__name__}"
+    kernels = [Kernel(*key, entry) for key, entry in found.items()]
     for width in (64, 128):
         for name in ("prefill", "decode"):
-            kernels += [Kernel(f"cuda.titans_{name}<{width}>", dtype, "", build_cuda.ARCHITECTURES)
-                        for dtype in ("bf16", "fp16")]
+            kernels += [Kernel(f"cuda.titans_{name}<{width}>", dtype, "") for dtype in ("bf16", "fp16")]
     order = {"bf16": 0, "fp16": 1, "fp32": 2}
     return sorted(kernels, key=lambda k: (k.name, order[k.dtype]))
 
@@ -89,8 +88,11 @@ def gathered(folders: Iterable[Path]) -> dict[tuple[str, int, str, str], int]:
     return found
 
 
-def taken_in(old: list[dict], seen: dict[tuple[str, int, str, str], int], date: str) -> list[dict]:
-    """Records of kernels as they are now: a new one replaces an old one of the same kernel and kind."""
+def taken_in(
+    old: list[dict], seen: dict[tuple[str, int, str, str], int], date: str, device: str = "a GPU"
+) -> list[dict]:
+    """Records of kernels as they are now: a new one replaces an old one of the same kernel and kind. device: the
+    GPU on which ``seen`` was seen, where it was one."""
     known = {(k.name, k.dtype): k for k in offered()}
     records = {(r["how"], r["arch"], r["kernel"], r["dtype"]): r for r in old}
     with at_rest():
@@ -99,7 +101,7 @@ def taken_in(old: list[dict], seen: dict[tuple[str, int, str, str], int], date: 
                 records[how, arch, name, dtype] = {
                     "how": how, "arch": arch, "kernel": name, "dtype": dtype, "tests": count, "date": date,
                     "code": hash_of(known[name, dtype]),
-                }
+                } | ({"device": device} if how == "gpu" else {})
     return [records[key] for key in sorted(records)]
 
 
@@ -110,8 +112,8 @@ def current(records: list[dict]) -> list[dict]:
     return [r for r in records if codes.get((r["kernel"], r["dtype"])) == r["code"]]
 
 
-def page(records: list[dict], on_gpus: dict[str, list[dict]]) -> str:
-    """The Markdown. on_gpus: device -> its records."""
+def page(records: list[dict]) -> str:
+    """The Markdown."""
     by = {(r["how"], r["arch"], r["kernel"], r["dtype"]): r["tests"] for r in records}
     titles = ["kernel", "operands", "interpreted", "emulated source", "emulated PTX, sm_80", "emulated PTX, sm_90",
               "GPU"]
@@ -119,9 +121,9 @@ def page(records: list[dict], on_gpus: dict[str, list[dict]]) -> str:
     for k in offered():
         cells = [by.get(("interpreted", 0, k.name, k.dtype)) if k.entry else "",
                  "" if k.entry else by.get(("source", 0, k.name, k.dtype)),
-                 *(by.get(("ptx", arch, k.name, k.dtype)) if arch in k.archs else "" for arch in (80, 90))]
-        gpus = [f"{device}, {r['date']}" for device, found in on_gpus.items() for r in found
-                if (r["kernel"], r["dtype"]) == (k.name, k.dtype)]
+                 *(by.get(("ptx", arch, k.name, k.dtype)) for arch in (80, 90))]
+        gpus = [f"{r['tests']} on {r['device']}, {r['date']}" for r in records
+                if (r["how"], r["kernel"], r["dtype"]) == ("gpu", k.name, k.dtype)]
         rows.append([f"`{k.name}`", k.dtype, *("–" if c is None else str(c) for c in cells), "; ".join(gpus) or "–"])
     lines = ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
     return HEAD.format(file="`" + FILE.relative_to(RESULTS.parents[1]).as_posix() + "`") + "\n".join(lines) + "\n"
@@ -130,19 +132,18 @@ def page(records: list[dict], on_gpus: dict[str, list[dict]]) -> str:
 def present() -> str:
     """The page of what is committed."""
     records = json.loads(FILE.read_text())["kernels"] if FILE.exists() else []
-    on_gpus = {path.parent.name: current(json.loads(path.read_text())["kernels"])
-               for path in sorted(RESULTS.glob("*/verified.json"))}
-    return page(current(records), on_gpus)
+    return page(current(records))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("evidence", nargs="*", type=Path, help="folders that test runs have left")
+    parser.add_argument("--device", default="a GPU", help="the GPU on which they ran, where it was one")
     args = parser.parse_args(argv)
     if args.evidence:
         old = json.loads(FILE.read_text())["kernels"] if FILE.exists() else []
-        seen = {key: n for key, n in gathered(args.evidence).items() if key[0] != "gpu"}
-        records = current(taken_in(old, seen, datetime.date.today().isoformat()))
+        today = datetime.date.today().isoformat()
+        records = current(taken_in(old, gathered(args.evidence), today, args.device))
         write_json(str(FILE), {"kernels": records})
     PAGE.write_text(present(), encoding="utf-8")
     print(f"{PAGE}: {sum(line.startswith('| `') for line in PAGE.read_text().splitlines())} kernels and types")
