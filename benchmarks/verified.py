@@ -94,12 +94,12 @@ def taken_in(
     """Records of kernels as they are now: a new one replaces an old one of the same kernel and kind. device: the
     GPU on which ``seen`` was seen, where it was one."""
     known = {(k.name, k.dtype): k for k in offered()}
-    records = {(r["how"], r["arch"], r["kernel"], r["dtype"]): r for r in old}
+    records = {(r["how"], r["arch"], r["name"], r["dtype"]): r for r in old}
     with at_rest():
         for (how, arch, name, dtype), count in seen.items():
             if (name, dtype) in known:
                 records[how, arch, name, dtype] = {
-                    "how": how, "arch": arch, "kernel": name, "dtype": dtype, "tests": count, "date": date,
+                    "how": how, "arch": arch, "name": name, "dtype": dtype, "tests": count, "date": date,
                     "code": hash_of(known[name, dtype]),
                 } | ({"device": device} if how == "gpu" else {})
     return [records[key] for key in sorted(records)]
@@ -109,12 +109,12 @@ def current(records: list[dict]) -> list[dict]:
     known = {(k.name, k.dtype): k for k in offered()}
     with at_rest():
         codes = {key: hash_of(k) for key, k in known.items()}
-    return [r for r in records if codes.get((r["kernel"], r["dtype"])) == r["code"]]
+    return [r for r in records if codes.get((r["name"], r["dtype"])) == r["code"]]
 
 
 def page(records: list[dict]) -> str:
     """The Markdown."""
-    by = {(r["how"], r["arch"], r["kernel"], r["dtype"]): r["tests"] for r in records}
+    by = {(r["how"], r["arch"], r["name"], r["dtype"]): r["tests"] for r in records}
     titles = ["kernel", "operands", "interpreted", "emulated source", "emulated PTX, sm_80", "emulated PTX, sm_90",
               "GPU"]
     rows = []
@@ -123,7 +123,7 @@ def page(records: list[dict]) -> str:
                  "" if k.entry else by.get(("source", 0, k.name, k.dtype)),
                  *(by.get(("ptx", arch, k.name, k.dtype)) for arch in (80, 90))]
         gpus = [f"{r['tests']} on {r['device']}, {r['date']}" for r in records
-                if (r["how"], r["kernel"], r["dtype"]) == ("gpu", k.name, k.dtype)]
+                if (r["how"], r["name"], r["dtype"]) == ("gpu", k.name, k.dtype)]
         rows.append([f"`{k.name}`", k.dtype, *("–" if c is None else str(c) for c in cells), "; ".join(gpus) or "–"])
     lines = ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
     return HEAD.format(file="`" + FILE.relative_to(RESULTS.parents[1]).as_posix() + "`") + "\n".join(lines) + "\n"
