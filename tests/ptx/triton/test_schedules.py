@@ -22,9 +22,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize(
     "name, dtype, arch", [
-        ("default", torch.bfloat16, 80), ("two clocks", torch.bfloat16, 80), ("momentum", torch.bfloat16, 80),
-        ("adaptive_q", torch.bfloat16, 80), ("default", torch.float32, 80), ("default", torch.bfloat16, 90),
-        pytest.param("everything", torch.bfloat16, 80, marks=pytest.mark.slow),
+        ("default", torch.bfloat16, 80), ("momentum", torch.bfloat16, 80), ("adaptive_q", torch.bfloat16, 80),
+        ("default", torch.float32, 80), ("default", torch.bfloat16, 90),
+        *(pytest.param(name, torch.bfloat16, 80, marks=pytest.mark.slow) for name in ("two clocks", "everything")),
     ]
 )
 def test_any_schedule_and_number_of_programs_has_the_same_bits(name, dtype, arch, device, monkeypatch):
