@@ -16,16 +16,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
-import importlib.util
-import inspect
 import json
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -38,32 +34,15 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks import compile_cuda, cubin  # noqa: E402
 from benchmarks.machine import machine, write_json  # noqa: E402
+from benchmarks.rows import PROVIDERS, provided  # noqa: E402
 from hope_kernels.files import write_atomically  # noqa: E402
 from hope_kernels.ops.shared.triton_build import SHARED_KIB, Specialization  # noqa: E402
 
-PROVIDERS = (
-    "hope_kernels.ops.conv.triton.forward", "hope_kernels.ops.output_gate.triton.forward",
-    "hope_kernels.ops.shared.triton_sum",
-    "hope_kernels.ops.titans.triton.tiles", "hope_kernels.ops.titans.triton.backward_tiles",
-    "hope_kernels.ops.cms.triton.tiles",
-)
 CACHE = compile_cuda.CACHE
 COLUMNS = (
     ("shared", "smem"), ("registers", "regs"), ("spill_stores", "st"), ("spill_loads", "ld"),
     ("stack", "stack"), ("wgmma", "wgmma"), ("tcgen05", "tcgen05"), ("mma", "mma"), ("barriers", "barr"),
 )
-
-
-def provided(module: str, full: bool = False) -> Iterator[Specialization]:
-    """The rows of one provider, all of them if ``full``; raises ModuleNotFoundError where there is no such
-    module."""
-    if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(module)
-    offered = importlib.import_module(module).specializations
-    return map(
-        Specialization.of, offered(full=True) if full and "full" in inspect.signature(offered).parameters
-        else offered()
-    )
 
 
 def compile_row(spec: Specialization, arch: int) -> dict:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.compile_report import PROVIDERS, provided
+from benchmarks.rows import PROVIDERS, provided
 from hope_kernels.ops.shared.triton_build import Specialization
 from tools.ptx.triton_device import Launch
 

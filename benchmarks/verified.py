@@ -16,16 +16,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)
-from benchmarks.compile_report import PROVIDERS, provided  # noqa: E402
-from benchmarks.machine import write_json  # noqa: E402
-from benchmarks.records import RESULTS  # noqa: E402
-from benchmarks.sources import Code, at_rest, digest  # noqa: E402
+from benchmarks.machine import write_json
+from benchmarks.records import RESULTS
+from benchmarks.rows import PROVIDERS, provided
+from benchmarks.sources import Code, at_rest, digest
 
 FILE, PAGE = RESULTS / "verified.json", RESULTS.parents[1] / "docs" / "verified.md"
 CUDA = ("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp")
@@ -56,11 +54,12 @@ def offered() -> list[Kernel]:
     """Every kernel and type that the tables offer."""
     found: dict[tuple[str, str], str] = {}
     for spec in (s for module in PROVIDERS for s in provided(module)):
-        module = spec.fn.__module__.removeprefix("hope_kernels.")
+        function = spec.fn.fn
+        module = function.__module__.removeprefix("hope_kernels.")
         kinds = set(leaves(spec.source()[0].values()))
         dtype = next((d for d in ("bf16", "fp16") if f"*{d}" in kinds), "fp32")
-        key = f"{module.removeprefix('ops.').split('.')[0]}.{spec.fn.__name__}", dtype
-        found[key] = f"{module}:{spec.fn.__name__}"
+        key = f"{module.removeprefix('ops.').split('.')[0]}.{function.__name__}", dtype
+        found[key] = f"{module}:{function.__name__}"
     kernels = [Kernel(*key, entry) for key, entry in found.items()]
     for width in (64, 128):
         for name in ("prefill", "decode"):
