@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.rows import PROVIDERS, provided
+from benchmarks.rows import PROVIDERS, leaves, provided
 from hope_kernels.ops.shared.triton_build import Specialization
 from tools.ptx.triton_device import Launch
 
@@ -79,16 +79,8 @@ def _path(
 
 def _operands(types: Iterable) -> str:
     """The narrowest floating type among the pointers: what products are computed in."""
-    found = set(_leaves(types))
+    found = set(leaves(types))
     return next((kind for kind in ("bf16", "fp16") if f"*{kind}" in found), "fp32")
-
-
-def _leaves(types: Iterable) -> Iterator[str]:
-    for kind in types:
-        if isinstance(kind, tuple):
-            yield from _leaves(kind)
-        elif kind != "constexpr":
-            yield kind
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

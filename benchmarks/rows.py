@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from hope_kernels.ops.shared.triton_build import Specialization
 
@@ -27,3 +27,12 @@ def provided(module: str, full: bool = False) -> Iterator[Specialization]:
         Specialization.of, offered(full=True) if full and "full" in inspect.signature(offered).parameters
         else offered()
     )
+
+
+def leaves(types: Iterable) -> Iterator[str]:
+    """The types of a signature's run-time arguments, groups of them flattened."""
+    for kind in types:
+        if isinstance(kind, tuple):
+            yield from leaves(kind)
+        elif kind != "constexpr":
+            yield kind

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from benchmarks.machine import write_json
 from benchmarks.records import RESULTS
-from benchmarks.rows import PROVIDERS, provided
+from benchmarks.rows import PROVIDERS, leaves, provided
 from benchmarks.sources import Code, at_rest, digest
 
 FILE, PAGE = RESULTS / "verified.json", RESULTS.parents[1] / "docs" / "verified.md"
@@ -66,11 +66,6 @@ def offered() -> list[Kernel]:
             kernels += [Kernel(f"cuda.titans_{name}<{width}>", dtype, "") for dtype in ("bf16", "fp16")]
     order = {"bf16": 0, "fp16": 1, "fp32": 2}
     return sorted(kernels, key=lambda k: (k.name, order[k.dtype]))
-
-
-def leaves(kinds: Iterable) -> Iterable[str]:
-    for kind in kinds:
-        yield from leaves(kind) if isinstance(kind, tuple) else (kind,)
 
 
 def hash_of(kernel: Kernel) -> str:

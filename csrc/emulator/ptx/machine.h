@@ -123,7 +123,6 @@ struct Warp {
   std::unique_ptr<unsigned char[]> local;  // memory of the lanes, one after another
 
   bool waiting = false;
-  int barrier = -1;
   int32_t wait_line = 0;
   int cluster_phase = 0;
   bool cluster_arrived = false;
@@ -425,7 +424,6 @@ class Grid {
   int64_t idle_ = 0;
   uint32_t async_threads_ = 0, async_stamps_ = 0;
   std::vector<Warp*> ready_;
-  size_t head_ = 0;
   std::vector<std::unique_ptr<Cluster>> live_;
   Cluster* finished_ = nullptr;
   std::map<uint64_t, Location> locations_;
