@@ -235,7 +235,7 @@ class ContinuumMemory(nn.Module):
     def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for:
         ``weights`` (fp32, or fp64), ``copies`` in the input dtype, ``grads`` of levels slower than a segment,
-        ``moments``, ``pending`` factors. segment: tokens between two boundaries, ``model.segment`` in a
+        ``moments`` (Adam's squares among them), ``pending`` factors. segment: tokens between two boundaries, ``model.segment`` in a
         model; None: chunks[0]."""
         dtype, found = self._like.dtype, []
         segment = self.config.chunks[0] if segment is None else segment
@@ -249,7 +249,7 @@ class ContinuumMemory(nn.Module):
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,
-                "moments": numbers * wide if self.config.optimizer == "momentum" else 0,
+                "moments": numbers * wide * {"momentum": 1, "adam": 2}.get(self.config.optimizer, 0),
                 "pending": slots * sides * size,
             })
         return found
@@ -279,7 +279,7 @@ class ContinuumMemory(nn.Module):
         new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
-                add_gradients(new, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
+                add_gradients(new, self.config, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
         return new.finished()
 
     @torch.no_grad()
