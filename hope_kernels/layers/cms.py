@@ -235,8 +235,8 @@ class ContinuumMemory(nn.Module):
     def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for:
         ``weights`` (fp32, or fp64), ``copies`` in the input dtype, ``grads`` of levels slower than a segment,
-        ``moments`` (Adam's squares among them), ``pending`` factors. segment: tokens between two boundaries, ``model.segment`` in a
-        model; None: chunks[0]."""
+        ``moments`` (Adam's squares among them), ``pending`` factors. segment: tokens between two boundaries,
+        ``model.segment`` in a model; None: chunks[0]."""
         dtype, found = self._like.dtype, []
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize

@@ -139,7 +139,8 @@ class Row:
         self.segment = self._zeros()  # gradients of the open segment
         self.total = self._zeros()  # gradients of finished segments, until their level commits
         self.moment, self.square = self._zeros(), self._zeros()
-        self.tokens, self.steps = [0] * len(self.levels), [0] * len(self.levels)  # of ``total``, of the averages
+        self.tokens = [0] * len(self.levels)  # whose gradients ``total`` sums up
+        self.steps = [0] * len(self.levels)  # that ``moment`` and ``square`` are averages over
 
     def _zeros(self):
         return [{n: np.zeros_like(level[n]) for n in self.names} for level in self.levels]

@@ -17,7 +17,7 @@ def cms_refresh(
     config: CMSConfig, level: int, weight: Tensor, left: Tensor, right: Tensor, *, moment: Tensor | None = None,
     total: Tensor | None = None, rows: list[int] | None = None, backend: str | None = None,
     square: Tensor | None = None, step: int = 1, tokens: int | None = None,
-) -> tuple[Tensor, ...] | tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor]:
     """``cms_refresh_`` on copies: returns (weight, moment), or (weight, moment, square) for Adam, new
     tensors; no argument is modified."""
     weight = weight.clone()
@@ -40,11 +40,11 @@ def cms_refresh_(
     right: [B, C, c], the factors of a segment of C tokens (errors at the matrix's outputs, its inputs).
     moment: [B, r, c], needed by optimizer="momentum" and "adam" (zeros at the start).  total: [B, r, c],
     gradients of earlier segments of the period.  copy: [B, r, c], ``weight`` in the factors' dtype.
-    square: [B, r, c], adam's average of g^2 (zeros at the start).  step: its t, 1 for the first step.  tokens:
-    how many g is a sum over (None: C), which adam makes a mean.
-    f: gd g;  momentum m = mu m + g, f = m;  muon 0.2 sqrt(max(r, c)) newton_schulz(g);  adam, with g their
-    mean: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, f = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + 1e-8).
-    lr = 0 changes nothing.
+    square: [B, r, c], adam's average of g^2 (zeros at the start).  step: its t, 1 for the first step.
+    tokens: how many g is a sum over (None: C), which adam makes a mean.
+    f: gd g;  momentum m = mu m + g, f = m;  muon 0.2 sqrt(max(r, c)) newton_schulz(g);  adam, with the mean
+    for g: m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
+    f = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + 1e-8).  lr = 0 changes nothing.
     Raises ValueError for shapes, dtypes, rows, a missing moment or square, a step or number of tokens below
     1, and an unknown backend.
     Source: Nested Learning eq 71.
@@ -74,7 +74,9 @@ def cms_refresh_(
         return
     if config.optimizer != "muon":
         adam = None if square is None else Adam(square, config.betas, step, tokens)
-        ops.refresh_(weight, copy, left, right, rows, lr, moment=moment, mu=config.momentum, total=total, adam=adam)
+        ops.refresh_(
+            weight, copy, left, right, rows, lr, moment=moment, mu=config.momentum, total=total, adam=adam
+        )
         return
     grad = torch.zeros_like(weight) if total is None else total
     ops.outer_add_(grad, left, right, rows)

@@ -60,7 +60,7 @@ class CMSState(State):
     own          1 from the row's first (folded) refresh of the level on, 0 again after a nested reset
     rank         slots of ``left`` and ``right`` that count; the others are zero
     dirty        1 where ``grads`` counts
-    tokens       how many tokens' gradients ``grads`` is a sum of
+    tokens       whose gradients ``grads`` is a sum of
     steps        steps that ``moments`` and ``squares`` are averages over, for optimizer="adam"
 
     The open segment, which a model with a loss of its own does not keep here.

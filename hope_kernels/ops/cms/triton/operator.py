@@ -105,8 +105,8 @@ def refresh_(
 ) -> None:
     """As ``level.refresh_``: one optimizer step in ``rows``, in place and in one launch.
 
-    weight, moment, adam.square, total: [B, r, c] fp32 and copy: [B, r, c], contiguous, at multiples of 16 bytes.  left:
-    [B, C, r], right: [B, C, c]. Raises ValueError for other shapes, dtypes, devices or rows.
+    weight, moment, adam.square, total: [B, r, c] fp32 and copy: [B, r, c], contiguous, at multiples of 16
+    bytes.  left: [B, C, r], right: [B, C, c]. Raises ValueError for other shapes, dtypes, devices or rows.
     """
     _refresh("cms refresh_", weight, copy, left, right, rows, lr, 1.0, moment, mu, total, adam)
 
@@ -264,8 +264,8 @@ _library.define(
 )
 _library.define(
     "cms_refresh_(Tensor(a!) weight, Tensor(b!)? copy, Tensor? left, Tensor? right, int[] rows, float lr, float beta, "
-    "Tensor(c!)? moment, float mu, Tensor(d!)? total, Tensor(e!)? square=None, float scale=1.0, float beta2=0.0, "
-    "float root=1.0) -> ()"
+    "Tensor(c!)? moment, float mu, Tensor(d!)? total, Tensor(e!)? square=None, float scale=1.0, "
+    "float beta2=0.0, float root=1.0) -> ()"
 )
 _library.define("cms_newton_schulz(Tensor grad) -> Tensor")
 
@@ -382,8 +382,8 @@ def _launch_refresh(
     factors = [aligned(t) for t in filled((left, right), weight)]
     with torch.cuda.device_of(weight):
         refresh_kernel[(triton.cdiv(r, tile.BM) * triton.cdiv(c, tile.BN), len(rows))](
-            *filled((weight, copy, moment, square, total), weight), *factors, _on_device(tuple(rows), weight.device),
-            C, lr, mu, beta, scale, beta2, root,
+            *filled((weight, copy, moment, square, total), weight), *factors,
+            _on_device(tuple(rows), weight.device), C, lr, mu, beta, scale, beta2, root,
             ROWS=r, COLS=c, PRODUCT=left is not None, MOMENT=moment is not None, ADAM=square is not None,
             TOTAL=total is not None, COPY=copy is not None, READ=beta != 0, EPS=ADAM_EPS, GROUP=GROUP,
             **tile.sizes(), **tile.options(),
@@ -455,7 +455,7 @@ def _(dy, x, z, g, norm_gain, *rest):
 
 
 @torch.library.register_fake("hope_kernels::cms_refresh_", lib=_library)
-def _(weight, copy, left, right, rows, lr, beta, moment, mu, total, square=None, scale=1.0, beta2=0.0, root=1.0):
+def _(weight, *rest):
     return None
 
 

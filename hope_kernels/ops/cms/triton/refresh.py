@@ -35,8 +35,8 @@ def refresh_kernel(
     READ: tl.constexpr, EPS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """weight, moment, square, total [B, ROWS, COLS] fp32, copy in another type; left [B, C, ROWS], right [B, C,
-    COLS]; rows int32: the row of the batch that program (., i) works for. READ: beta is not 0. Grid (tiles,
+    """weight, moment, square, total [B, ROWS, COLS] fp32, copy in another type; left [B, C, ROWS], right
+    [B, C, COLS]; rows int32: the row of the batch that program (., i) works for. READ: beta is not 0. Grid (tiles,
     rows)."""
     i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(ROWS, BM), tl.cdiv(COLS, BN), GROUP)
     b = tl.load(rows_p + tl.program_id(1)).to(tl.int64)
