@@ -241,6 +241,7 @@ class CMSConfig(_Config):
     optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
+    precondition: float | None = None  # rho of ops/cms/precondition.py: steps keep what was learned; None: off
 
     def __post_init__(self) -> None:
         w = "CMSConfig"
@@ -275,6 +276,9 @@ class CMSConfig(_Config):
         for beta in self.betas:
             _finite(w, "betas", beta)
             _require(0 <= beta < 1, w, "betas", self.betas, "two floats in [0, 1)")
+        if self.precondition is not None:
+            _finite(w, "precondition", self.precondition)
+            _require(self.precondition > 0, w, "precondition", self.precondition, "None or a positive number")
         if self.lr is not None and not isinstance(self.lr, (int, float)):
             object.__setattr__(self, "lr", _items(w, "lr", self.lr, "None, a number or one per level"))
             _require(len(self.lr) == len(chunks), w, "lr", self.lr, f"one value per level ({len(chunks)})")
