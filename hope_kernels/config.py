@@ -233,10 +233,12 @@ class CMSConfig(_Config):
     chunks: tuple[int, ...]  # periods in tokens, fastest level first; each divides the next (NL eq 71)
     variant: str = "sequential"  # NL eq 73; "independent": learned mixture (eq 74); "nested": resets (eq 72)
     expansion: float = 4.0  # hidden units of a level per unit of d_model
-    mlp: str = "gelu"  # w_down gelu(w_up n), tanh form; "swiglu": w_down (silu(w_gate n) * (w_up n))
+    mlp: str = "gelu"  # w_down gelu(w_up n), tanh form; "swiglu": w_down (silu(w_gate n) * (w_up n));
+    #                    "geglu": gelu in place of silu
     bias: bool = False  # biases in the levels: trained from outside, never refreshed
     intermediate_size: int | None = None  # hidden units, in place of ``expansion``: for pre-trained MLPs
     norm: str = "rmsnorm"  # of a level's input; or "layernorm"
+    post_norm: bool = False  # an RMSNorm of a level's output, before the residual, as in Gemma
     lr: float | tuple[float, ...] | None = None  # inner rate, or one a level; 0 freezes; None: ``default_rate``
     optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
@@ -258,10 +260,10 @@ class CMSConfig(_Config):
                 a < b and b % a == 0, w, "chunks", chunks, "strictly increasing periods, each dividing the next"
             )
         _one_of(w, "variant", self.variant, ("sequential", "independent", "nested"))
-        _one_of(w, "mlp", self.mlp, ("gelu", "swiglu"))
+        _one_of(w, "mlp", self.mlp, ("gelu", "swiglu", "geglu"))
         _one_of(w, "norm", self.norm, ("rmsnorm", "layernorm"))
         _one_of(w, "optimizer", self.optimizer, ("gd", "momentum", "muon", "adam"))
-        _flags(self, w, "bias")
+        _flags(self, w, "bias", "post_norm")
         _finite(w, "expansion", self.expansion)
         _require(self.expansion > 0, w, "expansion", self.expansion, "a positive number")
         if self.intermediate_size is not None:
@@ -281,6 +283,11 @@ class CMSConfig(_Config):
         for value in self.learning_rates:
             _finite(w, "lr", value)
             _require(value >= 0, w, "lr", value, "a number >= 0")
+
+    @property
+    def gated(self) -> bool:
+        """Whether a level has a gate beside ``up``."""
+        return self.mlp in ("swiglu", "geglu")
 
     @property
     def num_levels(self) -> int:

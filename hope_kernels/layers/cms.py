@@ -53,9 +53,9 @@ class ContinuumMemory(nn.Module):
     a segment its gradient is taken and the levels that are due commit. A call with learn=True therefore reads
     at most up to the next multiple of C1.
 
-    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (swiglu);
-    ``.norm_bias`` [d] (layernorm); ``.up_bias``, ``.gate_bias``, ``.down_bias`` (bias=True); ``mix`` [K]
-    (independent).
+    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (gated);
+    ``.norm_bias`` [d] (layernorm); ``.post_gain`` [d] (post_norm); ``.up_bias``, ``.gate_bias``, ``.down_bias``
+    (bias=True); ``mix`` [K] (independent).
 
     ``pending`` (an attribute; None: as the table in ``ops/cms/pending.py`` has it): tokens whose factors a
     row may hold per level before they become weights of its own. Until then rows share one base, and a row
@@ -69,7 +69,9 @@ class ContinuumMemory(nn.Module):
         shapes = {"norm_gain": (d,), "up": (n, d), "down": (d, n)}
         if config.norm == "layernorm":
             shapes["norm_bias"] = (d,)
-        if config.mlp == "swiglu":
+        if config.post_norm:
+            shapes["post_gain"] = (d,)
+        if config.gated:
             shapes["gate"] = (n, d)
         if config.bias:
             shapes.update({f"{name}_bias": (shapes[name][0],) for name in matrices(config)})
@@ -89,7 +91,7 @@ class ContinuumMemory(nn.Module):
                 if name in matrices(self.config):
                     nn.init.normal_(p, std=p.shape[1] ** -0.5)
                 else:
-                    nn.init.constant_(p, 1.0 if name == "norm_gain" else 0.0)
+                    nn.init.constant_(p, 1.0 if name in ("norm_gain", "post_gain") else 0.0)
         if self.mix is not None:
             nn.init.zeros_(self.mix)
 

@@ -22,7 +22,7 @@ from hope_kernels.state_file import load_state
 CHUNKS = [(2,), (2, 4, 8), (3, 6)]
 VARIANTS = ("sequential", "independent", "nested")
 OPTIMIZERS = ("gd", "momentum", "muon", "adam")
-GRID = list(itertools.product(VARIANTS, ("gelu", "swiglu"), ("rmsnorm", "layernorm"), OPTIMIZERS))
+GRID = list(itertools.product(VARIANTS, ("gelu", "swiglu", "geglu"), ("rmsnorm", "layernorm"), OPTIMIZERS))
 
 
 def picker(seed):
@@ -34,7 +34,8 @@ def picker(seed):
 def test_layer_equals_the_token_loop_over_random_splits(case):
     variant, mlp, norm, optimizer = GRID[case]
     layer = make(
-        case, variant=variant, mlp=mlp, norm=norm, optimizer=optimizer, chunks=CHUNKS[case % 3], bias=case % 2 == 1
+        case, variant=variant, mlp=mlp, norm=norm, optimizer=optimizer, chunks=CHUNKS[case % 3], bias=case % 2 == 1,
+        post_norm=case % 5 < 2
     )
     stream = Stream(layer, 3, 19, seed=case)
     with torch.no_grad():
@@ -66,9 +67,12 @@ def test_any_split_any_raggedness(choices, variant, chunks, batch, grad, pending
 
 
 @pytest.mark.parametrize("variant", ["sequential", "independent"])
-@pytest.mark.parametrize("mlp,norm", [("gelu", "rmsnorm"), ("swiglu", "layernorm")])
-def test_hand_written_gradients_equal_autograd(variant, mlp, norm):
-    layer = make(3, variant=variant, mlp=mlp, norm=norm, chunks=(2, 4, 8), bias=True)
+@pytest.mark.parametrize("mlp,norm,post_norm", [
+    ("gelu", "rmsnorm", False), ("gelu", "layernorm", True), ("swiglu", "layernorm", False),
+    ("geglu", "rmsnorm", True),
+])
+def test_hand_written_gradients_equal_autograd(variant, mlp, norm, post_norm):
+    layer = make(3, variant=variant, mlp=mlp, norm=norm, post_norm=post_norm, chunks=(2, 4, 8), bias=True)
     x = torch.randn(1, 1, D, dtype=torch.float64, requires_grad=True)
     error = torch.randn(1, 1, D, dtype=torch.float64)
     row = reference_row(layer)
