@@ -354,6 +354,8 @@ class HopeConfig(_Config):
     out of range and for parts that do not fit together.
     """
 
+    _block_cms: ClassVar[tuple[CMSConfig | None, ...] | None] = None  # an instance's own, with ``learn_blocks``
+
     vocab_size: int  # token ids are 0 .. vocab_size - 1
     d_model: int  # width of the residual stream; those of ``titans`` and ``cms`` are the same
     num_layers: int  # blocks
@@ -369,6 +371,7 @@ class HopeConfig(_Config):
     tie_embeddings: bool = True  # the head multiplies by the embedding; False: by weights of its own
     rope_scaling: RopeScaling | None = None  # attention: frequencies for contexts longer than trained on
     rope_dtype: str = "float64"  # of RoPE's angles; "float32": other programs' bits, coarse at far positions
+    learn_blocks: tuple[int, ...] | None = None  # blocks whose CMS learns, -1 the last; None: all; others have lr 0
 
     def __post_init__(self) -> None:
         w = "HopeConfig"
@@ -448,6 +451,28 @@ class HopeConfig(_Config):
                     c.chunks[0] % self.segment == 0, w, "cms.chunks", c.chunks,
                     f"multiples of the shortest period, {self.segment}"
                 )
+        self._freeze(w)
+
+    def _freeze(self, w: str) -> None:
+        """``learn_blocks`` as ascending indices from 0, and ``block_cms`` with rates of 0 in all other blocks."""
+        if self.learn_blocks is None:
+            return
+        L, blocks = self.num_layers, _items(w, "learn_blocks", self.learn_blocks, "None, or a tuple of block indices")
+        for b in blocks:
+            ok = isinstance(b, int) and not isinstance(b, bool) and -L <= b < L
+            _require(ok, w, "learn_blocks", self.learn_blocks, f"indices from {-L} to {L - 1}")
+        chosen = sorted({b % L for b in blocks})
+        _require(len(chosen) == len(blocks), w, "learn_blocks", self.learn_blocks, "every block once")
+        for b in chosen:
+            _require(self.block_cms[b] is not None, w, "learn_blocks", self.learn_blocks,
+                     f"blocks with a CMS, which block {b} has not")
+        frozen: dict[CMSConfig, CMSConfig] = {}  # one object for equal ones: states are compared by identity first
+        held = tuple(
+            c if c is None or b in chosen else frozen.setdefault(c, c.replace(lr=0.0))
+            for b, c in enumerate(self.block_cms)
+        )
+        object.__setattr__(self, "learn_blocks", tuple(chosen))
+        object.__setattr__(self, "_block_cms", held)
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -458,7 +483,9 @@ class HopeConfig(_Config):
 
     @property
     def block_cms(self) -> tuple[CMSConfig | None, ...]:
-        """The CMS of every block, first block first."""
+        """The CMS of every block, first block first; with rates of 0 where ``learn_blocks`` leaves a block out."""
+        if self._block_cms is not None:
+            return self._block_cms
         return self.cms if isinstance(self.cms, tuple) else (self.cms,) * self.num_layers
 
     @property
