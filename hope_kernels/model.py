@@ -30,6 +30,7 @@ from .layers.autocast import in_own_dtype
 from .layers.block import Block, HopeAttentionBlock, HopeBlock
 from .layers.cms import Inner
 from .layers.cms_consolidate import check_consolidation, consolidate
+from .layers.embedding import ScaledEmbedding
 from .layers.recording import check_recorded, check_whole
 from .layers.wrapped import placement, project, token_vectors
 from .model_state import MixerState, ModelState
@@ -54,8 +55,11 @@ class HopeForCausalLM(nn.Module):
         self.config = config
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         block = HopeAttentionBlock if config.mixer == "attention" else HopeBlock
-        self.embed = nn.Embedding(config.vocab_size, config.d_model, **kw)
-        blocks = nn.ModuleList(block(config, cms, **kw) for cms in config.block_cms)
+        self.embed = (
+            nn.Embedding(config.vocab_size, config.d_model, **kw) if config.embed_scale == 1
+            else ScaledEmbedding(config.vocab_size, config.d_model, config.embed_scale, **kw)
+        )
+        blocks = nn.ModuleList(block(own, cms, **kw) for own, cms in zip(config.blocks, config.block_cms))
         self.blocks = cast("Sequence[Block]", blocks)  # which PyTorch knows as modules of any kind
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, **kw)
         self.head = (
@@ -204,7 +208,7 @@ class HopeForCausalLM(nn.Module):
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
         h = self.norm(h)
         if self.head is None:
-            logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size))
+            logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size, self.config.embed_scale))
         else:
             logits = project(self.head, h)
         T = h.shape[1]

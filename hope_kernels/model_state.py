@@ -96,7 +96,7 @@ class ModelState(State):
         values: bool,
     ) -> None:
         c = self.config
-        wanted = c.block_cms[i] if name == "cms" else c if c.mixer == "attention" else c.titans
+        wanted = c.block_cms[i] if name == "cms" else c.blocks[i] if c.mixer == "attention" else c.titans
         if state.config is not wanted and state.config != wanted:
             raise ValueError(f"{where} of state belongs to {state.config}, expected {wanted}")
         if not isinstance(state.pos, list):
