@@ -30,7 +30,7 @@ def _one_of(where: str, field: str, value: Any, options: tuple) -> None:
 SIZE, PERIOD, LAYERS = 2**31 - 1, 2**62, 2**16
 
 
-def _flags(config: _Config, where: str, *fields: str) -> None:
+def _flags(config: Configuration, where: str, *fields: str) -> None:
     """Checks switches; 0, 1 and NumPy's become bools."""
     for field in fields:
         _require(
@@ -57,10 +57,13 @@ def _items(where: str, field: str, value: Any, expected: str) -> tuple:
 
 
 @dataclass(frozen=True)
-class _Config:
+class Configuration:
     """What the configurations share: presets, overrides, and plain-data form for files."""
 
     PRESETS: ClassVar[dict[str, dict]] = {}
+    # Fields that say what the next step does, and nothing about what a state holds: a sequence may be continued
+    # with other values of them (``differences.py``). All others are of the sequence.
+    NEXT_STEP: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -95,7 +98,7 @@ class _Config:
 
 
 @dataclass(frozen=True)
-class TitansConfig(_Config):
+class TitansConfig(Configuration):
     """One self-modifying Titans layer (NL eq 83-93), or with ``self_modifying=False`` a Titans LMM.
 
     The layer has the memories M_memory, M_k, M_v, M_eta and M_alpha, each for every head. Raises ValueError
@@ -217,7 +220,7 @@ def default_rate(optimizer: str, C: int) -> float:
 
 
 @dataclass(frozen=True)
-class CMSConfig(_Config):
+class CMSConfig(Configuration):
     """A Continuum Memory System (NL eq 70-74): K MLPs, of which level l takes a step every ``chunks[l-1]`` tokens.
 
     Raises ValueError on any value outside the documented range.
@@ -234,6 +237,8 @@ class CMSConfig(_Config):
     lr: float | tuple[float, ...] | None = None  # inner rate, or one a level; 0 freezes; None: ``default_rate``
     optimizer: str = "gd"  # of a refresh: gradient descent, "momentum" or "muon" (orthogonalised gradient)
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
+
+    NEXT_STEP = frozenset({"lr", "optimizer", "momentum"})
 
     def __post_init__(self) -> None:
         w = "CMSConfig"
@@ -289,7 +294,7 @@ class CMSConfig(_Config):
 
 
 @dataclass(frozen=True)
-class RopeScaling(_Config):
+class RopeScaling(Configuration):
     """A change of RoPE's frequencies for longer contexts, with the field names of Llama's config.json.
 
     Raises ValueError for another type, numbers out of range, and llama3's numbers missing or given to another
@@ -328,7 +333,7 @@ class RopeScaling(_Config):
 
 
 @dataclass(frozen=True)
-class HopeConfig(_Config):
+class HopeConfig(Configuration):
     """A HOPE language model: ``num_layers`` blocks, each a mixer and a CMS chain.
 
     Dicts of their fields may stand for ``titans``, ``cms`` and ``rope_scaling``. Raises ValueError for values
@@ -353,6 +358,8 @@ class HopeConfig(_Config):
     rope_scaling: RopeScaling | None = None  # attention: frequencies for contexts longer than trained on
     rope_dtype: str = "float64"  # of RoPE's angles; "float32": other programs' bits, coarse at far positions
     learn_blocks: tuple[int, ...] | None = None  # blocks whose CMS learns, -1 the last; None: all; others have lr 0
+
+    NEXT_STEP = frozenset({"window", "learn_blocks"})
 
     def __post_init__(self) -> None:
         w = "HopeConfig"
