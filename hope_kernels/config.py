@@ -207,13 +207,19 @@ class TitansConfig(Configuration):
         return full + ("eta",) + (("alpha",) if self.retention else ())
 
 
+ADAM_RATE = 1e-4  # about what a weight moves in a step
+
+
 def default_rate(optimizer: str, C: int) -> float:
     """Inner learning rate of a level with period C.
 
     1 / (8 sqrt(C)) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon, which
     normalises the gradient, a sum over C tokens. Searched by ``benchmarks.bench_rates`` on the bundled model,
-    for periods of 16 to 8192 tokens; beyond that, gd and momentum fall as 1 / C.
+    for periods of 16 to 8192 tokens; beyond that, gd and momentum fall as 1 / C. ``ADAM_RATE`` for adam,
+    whatever C.
     """
+    if optimizer == "adam":
+        return ADAM_RATE
     if optimizer == "muon":
         return 0.03 * min(2.0, math.sqrt(C / 256))
     return min(1.0, math.sqrt(8192 / C)) / ((64 if optimizer == "momentum" else 8) * math.sqrt(C))
@@ -230,13 +236,16 @@ class CMSConfig(Configuration):
     chunks: tuple[int, ...]  # periods in tokens, fastest level first; each divides the next (NL eq 71)
     variant: str = "sequential"  # NL eq 73; "independent": learned mixture (eq 74); "nested": resets (eq 72)
     expansion: float = 4.0  # hidden units of a level per unit of d_model
-    mlp: str = "gelu"  # w_down gelu(w_up n), tanh form; "swiglu": w_down (silu(w_gate n) * (w_up n))
+    mlp: str = "gelu"  # w_down gelu(w_up n), tanh form; "swiglu": w_down (silu(w_gate n) * (w_up n));
+    #                    "geglu": gelu in place of silu
     bias: bool = False  # biases in the levels: trained from outside, never refreshed
     intermediate_size: int | None = None  # hidden units, in place of ``expansion``: for pre-trained MLPs
     norm: str = "rmsnorm"  # of a level's input; or "layernorm"
+    post_norm: bool = False  # an RMSNorm of a level's output, before the residual, as in Gemma
     lr: float | tuple[float, ...] | None = None  # inner rate, or one a level; 0 freezes; None: ``default_rate``
-    optimizer: str = "gd"  # of a refresh: gradient descent, "momentum" or "muon" (orthogonalised gradient)
+    optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
 
     NEXT_STEP = frozenset({"lr", "optimizer", "momentum"})
 
@@ -256,10 +265,10 @@ class CMSConfig(Configuration):
                 a < b and b % a == 0, w, "chunks", chunks, "strictly increasing periods, each dividing the next"
             )
         _one_of(w, "variant", self.variant, ("sequential", "independent", "nested"))
-        _one_of(w, "mlp", self.mlp, ("gelu", "swiglu"))
+        _one_of(w, "mlp", self.mlp, ("gelu", "swiglu", "geglu"))
         _one_of(w, "norm", self.norm, ("rmsnorm", "layernorm"))
-        _one_of(w, "optimizer", self.optimizer, ("gd", "momentum", "muon"))
-        _flags(self, w, "bias")
+        _one_of(w, "optimizer", self.optimizer, ("gd", "momentum", "muon", "adam"))
+        _flags(self, w, "bias", "post_norm")
         _finite(w, "expansion", self.expansion)
         _require(self.expansion > 0, w, "expansion", self.expansion, "a positive number")
         if self.intermediate_size is not None:
@@ -268,12 +277,22 @@ class CMSConfig(Configuration):
         _require(fits, w, "expansion", self.expansion, f"at least one hidden unit and at most {SIZE}")
         _finite(w, "momentum", self.momentum)
         _require(0 <= self.momentum < 1, w, "momentum", self.momentum, "a float in [0, 1)")
+        object.__setattr__(self, "betas", _items(w, "betas", self.betas, "two floats in [0, 1)"))
+        _require(len(self.betas) == 2, w, "betas", self.betas, "two floats in [0, 1)")
+        for beta in self.betas:
+            _finite(w, "betas", beta)
+            _require(0 <= beta < 1, w, "betas", self.betas, "two floats in [0, 1)")
         if self.lr is not None and not isinstance(self.lr, (int, float)):
             object.__setattr__(self, "lr", _items(w, "lr", self.lr, "None, a number or one per level"))
             _require(len(self.lr) == len(chunks), w, "lr", self.lr, f"one value per level ({len(chunks)})")
         for value in self.learning_rates:
             _finite(w, "lr", value)
             _require(value >= 0, w, "lr", value, "a number >= 0")
+
+    @property
+    def gated(self) -> bool:
+        """Whether a level has a gate beside ``up``."""
+        return self.mlp in ("swiglu", "geglu")
 
     @property
     def num_levels(self) -> int:

@@ -54,9 +54,9 @@ class ContinuumMemory(nn.Module):
     a segment its gradient is taken and the levels that are due commit. A call with learn=True therefore reads
     at most up to the next multiple of C1.
 
-    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (swiglu);
-    ``.norm_bias`` [d] (layernorm); ``.up_bias``, ``.gate_bias``, ``.down_bias`` (bias=True); ``mix`` [K]
-    (independent).
+    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (gated);
+    ``.norm_bias`` [d] (layernorm); ``.post_gain`` [d] (post_norm); ``.up_bias``, ``.gate_bias``, ``.down_bias``
+    (bias=True); ``mix`` [K] (independent).
 
     ``pending`` (an attribute; None: as the table in ``ops/cms/pending.py`` has it): tokens whose factors a
     row may hold per level before they become weights of its own. Until then rows share one base, and a row
@@ -70,7 +70,9 @@ class ContinuumMemory(nn.Module):
         shapes = {"norm_gain": (d,), "up": (n, d), "down": (d, n)}
         if config.norm == "layernorm":
             shapes["norm_bias"] = (d,)
-        if config.mlp == "swiglu":
+        if config.post_norm:
+            shapes["post_gain"] = (d,)
+        if config.gated:
             shapes["gate"] = (n, d)
         if config.bias:
             shapes.update({f"{name}_bias": (shapes[name][0],) for name in matrices(config)})
@@ -90,7 +92,7 @@ class ContinuumMemory(nn.Module):
                 if name in matrices(self.config):
                     nn.init.normal_(p, std=p.shape[1] ** -0.5)
                 else:
-                    nn.init.constant_(p, 1.0 if name == "norm_gain" else 0.0)
+                    nn.init.constant_(p, 1.0 if name in ("norm_gain", "post_gain") else 0.0)
         if self.mix is not None:
             nn.init.zeros_(self.mix)
 
@@ -244,8 +246,8 @@ class ContinuumMemory(nn.Module):
     def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for:
         ``weights`` (fp32, or fp64), ``copies`` in the input dtype, ``grads`` of levels slower than a segment,
-        ``moments``, ``pending`` factors. segment: tokens between two boundaries, ``model.segment`` in a
-        model; None: chunks[0]."""
+        ``moments`` (Adam's squares among them), ``pending`` factors. segment: tokens between two boundaries,
+        ``model.segment`` in a model; None: chunks[0]."""
         dtype, found = self._like.dtype, []
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
@@ -258,7 +260,7 @@ class ContinuumMemory(nn.Module):
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,
-                "moments": numbers * wide if self.config.optimizer == "momentum" else 0,
+                "moments": numbers * wide * {"momentum": 1, "adam": 2}.get(self.config.optimizer, 0),
                 "pending": slots * sides * size,
             })
         return found
@@ -288,7 +290,7 @@ class ContinuumMemory(nn.Module):
         new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
-                add_gradients(new, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
+                add_gradients(new, self.config, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
         return new.finished()
 
     @torch.no_grad()
