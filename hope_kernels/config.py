@@ -247,7 +247,7 @@ class CMSConfig(Configuration):
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
 
-    NEXT_STEP = frozenset({"lr", "optimizer", "momentum"})
+    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas"})
 
     def __post_init__(self) -> None:
         w = "CMSConfig"

@@ -20,6 +20,9 @@ CHANGES = {
     "momentum ends": (dict(cms=CMS.replace(optimizer="momentum")), {}),
     "another momentum": (dict(cms=CMS.replace(optimizer="momentum")),
                          dict(cms=CMS.replace(optimizer="momentum", momentum=0.5))),
+    "adam begins": (dict(cms=CMS.replace(optimizer="momentum")), dict(cms=CMS.replace(optimizer="adam"))),
+    "adam with other betas": (dict(cms=CMS.replace(optimizer="adam")),
+                              dict(cms=CMS.replace(optimizer="adam", betas=(0.8, 0.9)))),
     "muon": ({}, dict(cms=CMS.replace(optimizer="muon"))),
     "fewer blocks": ({}, dict(learn_blocks=(-1,))),
     "other blocks": (dict(learn_blocks=(0,)), dict(learn_blocks=(2,))),
@@ -196,6 +199,32 @@ def test_a_state_whose_parts_disagree_names_the_field(tmp_path):
     with pytest.raises(ValueError, match=r"cms\[1\] of state belongs to CMSConfig\(lr=0.5, ...\)") as error:
         load_state(tmp_path / "s")
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("before, after, kept", [
+    (dict(optimizer="adam"), dict(optimizer="adam", lr=0.2), ["grads", "moments", "squares"]),
+    (dict(optimizer="adam"), dict(optimizer="adam", betas=(0.5, 0.9)), ["grads"]),
+    (dict(optimizer="adam"), dict(optimizer="momentum"), ["grads"]),
+    (dict(optimizer="momentum"), dict(optimizer="momentum", momentum=0.2), ["grads", "moments"]),
+    (dict(optimizer="momentum"), dict(), ["grads"]),
+    (dict(optimizer="adam"), dict(optimizer="adam", lr=0.0), []),
+])
+def test_what_the_next_step_starts_from(before, after, kept):
+    """What another optimizer would misread is gone, what it reads the same way is there; what was learned is."""
+    torch.manual_seed(0)
+    one, other = (ContinuumMemory(CMSConfig(8, (4, 16), lr=0.1).replace(**c)) for c in (before, after))
+    other.load_state_dict(one.state_dict())
+    state = one.init_state(1)
+    with torch.no_grad():
+        for _ in range(7):
+            one.refresh(one(torch.randn(1, 4, 8), state)[1], torch.randn(1, 4, 8))
+        new = other.continued(state)
+    assert new.config is other.config and [w is v for w, v in zip(new.weights, state.weights)] == [True, True]
+    held = [n for n in ("grads", "moments", "squares") if getattr(new, n)[1] is not None]
+    assert held == kept and all(getattr(new, n)[1] is getattr(state, n)[1] for n in kept)
+    assert new.steps == (state.steps if "squares" in kept else [[0], [0]])
+    assert new.tokens == (state.tokens if "grads" in kept else [[0], [0]])
+    new.validate("x", values=True)
 
 
 def test_consolidation_takes_a_state_with_other_settings():
