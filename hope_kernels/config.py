@@ -31,7 +31,7 @@ def _one_of(where: str, field: str, value: Any, options: tuple) -> None:
 SIZE, PERIOD, LAYERS = 2**31 - 1, 2**62, 2**16
 
 
-def _flags(config: _Config, where: str, *fields: str) -> None:
+def _flags(config: Configuration, where: str, *fields: str) -> None:
     """Checks switches; 0, 1 and NumPy's become bools."""
     for field in fields:
         _require(
@@ -58,10 +58,13 @@ def _items(where: str, field: str, value: Any, expected: str) -> tuple:
 
 
 @dataclass(frozen=True)
-class _Config:
+class Configuration:
     """What the configurations share: presets, overrides, and plain-data form for files."""
 
     PRESETS: ClassVar[dict[str, dict]] = {}
+    # Fields that say what the next step does, and nothing about what a state holds: a sequence may be continued
+    # with other values of them (``differences.py``). All others are of the sequence.
+    NEXT_STEP: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -96,7 +99,7 @@ class _Config:
 
 
 @dataclass(frozen=True)
-class TitansConfig(_Config):
+class TitansConfig(Configuration):
     """One self-modifying Titans layer (NL eq 83-93), or with ``self_modifying=False`` a Titans LMM.
 
     The layer has the memories M_memory, M_k, M_v, M_eta and M_alpha, each for every head. Raises ValueError
@@ -224,7 +227,7 @@ def default_rate(optimizer: str, C: int) -> float:
 
 
 @dataclass(frozen=True)
-class CMSConfig(_Config):
+class CMSConfig(Configuration):
     """A Continuum Memory System (NL eq 70-74): K MLPs, of which level l takes a step every ``chunks[l-1]`` tokens.
 
     Raises ValueError on any value outside the documented range.
@@ -244,6 +247,8 @@ class CMSConfig(_Config):
     optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
+
+    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas"})
 
     def __post_init__(self) -> None:
         w = "CMSConfig"
@@ -309,7 +314,7 @@ class CMSConfig(_Config):
 
 
 @dataclass(frozen=True)
-class RopeScaling(_Config):
+class RopeScaling(Configuration):
     """A change of RoPE's frequencies for longer contexts, with the field names of Llama's config.json.
 
     Raises ValueError for another type, numbers out of range, and llama3's numbers missing or given to another
@@ -351,7 +356,7 @@ PER_BLOCK = ("window", "sinks", "rope_theta", "rope_scaling")  # of HopeConfig: 
 
 
 @dataclass(frozen=True)
-class HopeConfig(_Config):
+class HopeConfig(Configuration):
     """A HOPE language model: ``num_layers`` blocks, each a mixer and a CMS chain.
 
     Dicts of their fields may stand for ``titans``, ``cms`` and ``rope_scaling``, lists for tuples. Raises
@@ -384,6 +389,8 @@ class HopeConfig(_Config):
     attention_scale: float | None = None  # attention: factor of the scores; None: 1 / sqrt(width of a head)
     post_norm: bool = False  # an RMSNorm of the mixer's output, before the residual; of levels: CMSConfig's
     embed_scale: float = 1.0  # factor of the embedding as it is read, not of a tied head; rounded to the dtype
+
+    NEXT_STEP = frozenset({"window", "learn_blocks"})
 
     def __post_init__(self) -> None:
         w = "HopeConfig"

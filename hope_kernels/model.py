@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
 from .config import HopeConfig
+from .continued import continued
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, Source, generate
 from .engine.learning import read_learning, read_off
@@ -154,6 +155,7 @@ class HopeForCausalLM(nn.Module):
         with state.reading(name, self, in_place or given is None):
             if given is not None and not in_place:
                 state = given.apart()
+            state = continued(self, state)
             if learning:
                 for block in self.blocks:
                     check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one "
@@ -170,6 +172,7 @@ class HopeForCausalLM(nn.Module):
         """``state`` belongs to these weights from here on. Raises TypeError or ValueError, in the name of
         ``op``, where this model may not read it."""
         self._admit(op, state, state.batch)
+        self._settle(state)
         state.owned_by(self)
         state.fingerprint = checksum(self)
 
@@ -182,6 +185,12 @@ class HopeForCausalLM(nn.Module):
         check_state(op, state, ModelState, self.config, batch)
         like = placement(self.embed)
         state.admit(op, self, like.dtype, like.device)
+
+    def _settle(self, state: ModelState) -> None:
+        """An admitted ``state`` has this model's settings from here on, in place."""
+        new = continued(self, state)
+        if new is not state:
+            state.assign(new)
 
     def levels(self, state: ModelState) -> list[list[Level] | None]:
         """The CMS weights in force, per block."""
@@ -233,6 +242,7 @@ class HopeForCausalLM(nn.Module):
         most = max((c.num_levels for c in self.config.block_cms if c is not None), default=0)
         for l in levels or ():
             check_index("HopeForCausalLM.consolidate", "levels", l, most)
+        self._settle(state)
         # all blocks are asked before the first one is changed
         for act, block, cms in [
             (act, *of) for act in (check_consolidation, consolidate) for of in zip(self.blocks, state.cms)

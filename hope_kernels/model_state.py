@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .check import check_counters, check_part
+from .differences import described, differences
 from .layers.attention import AttentionState
 from .layers.block import Block
 from .ops.cms.state import CMSState
@@ -98,7 +99,8 @@ class ModelState(State):
         c = self.config
         wanted = c.block_cms[i] if name == "cms" else c.blocks[i] if c.mixer == "attention" else c.titans
         if state.config is not wanted and state.config != wanted:
-            raise ValueError(f"{where} of state belongs to {state.config}, expected {wanted}")
+            found = differences(state.config, wanted, every=True)
+            raise ValueError(f"{where} of state {described(found, state.config, wanted)}, its model's")
         if not isinstance(state.pos, list):
             raise ValueError(f"{where} of state has pos {state.pos!r}, expected one integer per row")
         compiling = torch.compiler.is_compiling()
