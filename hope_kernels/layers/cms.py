@@ -246,22 +246,25 @@ class ContinuumMemory(nn.Module):
     def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for:
         ``weights`` (fp32, or fp64), ``copies`` in the input dtype, ``grads`` of levels slower than a segment,
-        ``moments`` (Adam's squares among them), ``pending`` factors. segment: tokens between two boundaries,
-        ``model.segment`` in a model; None: chunks[0]."""
+        ``moments`` (Adam's squares among them), ``pending`` factors, ``preconditioners``. segment: tokens
+        between two boundaries, ``model.segment`` in a model; None: chunks[0]."""
         dtype, found = self._like.dtype, []
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
         for l, period in enumerate(self.config.chunks):
-            shapes = [t.shape for t in self._matrices(l).values()]
+            held = self._matrices(l)
+            shapes, inputs = [t.shape for t in held.values()], [held[n].shape[1] for n in ("up", "down")]
             numbers = batch * sum(s.numel() for s in shapes) * (self.config.learning_rates[l] > 0)
             slots = self._slots(l) if period == segment else 0
             sides = batch * sum(sum(s) for s in shapes) * (self.config.learning_rates[l] > 0)
+            known = self.config.precondition is not None and self.config.learning_rates[l] > 0
+            squares = batch * sum(c * c for c in inputs) * known
             waits = period > segment or self.config.optimizer == "muon"
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,
                 "moments": numbers * wide * {"momentum": 1, "adam": 2}.get(self.config.optimizer, 0),
-                "pending": slots * sides * size,
+                "pending": slots * sides * size, "preconditioners": squares * (2 if waits else 1) * wide,
             })
         return found
 
