@@ -21,7 +21,8 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_facto
 LINEAR = dict(rope_type="linear", rope_theta=5e5, factor=3.0)
 TYPES = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config,
          "mistral": transformers.MistralConfig,
-         "qwen3": transformers.Qwen3Config}
+         "qwen3": transformers.Qwen3Config, "gemma2": transformers.Gemma2Config,
+         "gemma3": transformers.Gemma3TextConfig}
 
 
 def original(kind="llama", seed=0, dtype=torch.float32, **options):
@@ -30,6 +31,11 @@ def original(kind="llama", seed=0, dtype=torch.float32, **options):
                  num_attention_heads=4, num_key_value_heads=2,
                  max_position_embeddings=512, attn_implementation="sdpa", pad_token_id=None,
                  bos_token_id=None, eos_token_id=None)
+    if kind == "gemma3":  # whose width of a head, and whose queries' scale, are numbers of their own
+        shape |= dict(head_dim=12, query_pre_attn_scalar=10, sliding_window=9, num_hidden_layers=4,
+                      layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"])
+    elif kind == "qwen3":
+        shape |= dict(head_dim=12)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(TYPES[kind](**{**shape, **options}), dtype=dtype)
     with torch.no_grad():
@@ -46,10 +52,23 @@ MODELS = {
     "all key heads": dict(kind="qwen2", num_key_value_heads=4, tie_word_embeddings=True),
     "biases": dict(kind="qwen2"),
     "mistral": dict(kind="mistral", sliding_window=None),
+    "head width": dict(head_dim=16),
+    "qwen3": dict(kind="qwen3"),
+    "qwen3, narrow heads, tied": dict(kind="qwen3", head_dim=6, tie_word_embeddings=True, num_key_value_heads=1),
+    "gemma3": dict(kind="gemma3", layer_types=["full_attention"] * 4),
+    "gemma3, linear": dict(kind="gemma3", layer_types=["full_attention"] * 4, rms_norm_eps=1e-3,
+                           rope_parameters={"full_attention": LINEAR}),
 }
 WINDOWS = {
     "mistral": dict(kind="mistral", sliding_window=9),
     "qwen2": dict(kind="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=0),
+    "qwen3": dict(kind="qwen3", use_sliding_window=True, sliding_window=9, max_window_layers=0),
+}
+MIXED = {  # windows in some layers only
+    "qwen2": dict(kind="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "gemma3": dict(kind="gemma3"),
+    "gemma3, linear": dict(kind="gemma3", rope_parameters={
+        "full_attention": LINEAR, "sliding_attention": dict(rope_type="default", rope_theta=500.0)}),
 }
 named = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
 windowed = pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS.keys())
@@ -94,7 +113,7 @@ def test_bits_need_the_angles_of_the_original(tmp_path):
     assert relative(logits(exact, x), logits(theirs, x)) < 1e-4
 
 
-@pytest.mark.parametrize("options", [*MODELS.values(), *WINDOWS.values()])
+@pytest.mark.parametrize("options", [*MODELS.values(), *WINDOWS.values(), *MIXED.values()])
 def test_splits_and_decoding_give_the_original_to_rounding(options):
     theirs, sequence = original(**options), ids(2, 41)
     ours, expected = hk.convert.llama(theirs, (4, 8), lr=0.0), logits(theirs, sequence)
@@ -258,13 +277,17 @@ def test_the_original_is_not_touched(tied):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(kind="qwen3"), "config.model_type is 'qwen3'"),
-    (dict(head_dim=16), "config.head_dim is 16"),
+    (dict(kind="gemma2", attn_implementation="eager"), "config.model_type is 'gemma2'"),
     (dict(hidden_act="gelu"), "config.hidden_act is 'gelu'"),
     (dict(attention_bias=True), "self_attn.o_proj.bias"),
     (dict(rope_parameters={**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 64}),
         "'rope_type'.* is 'yarn'"),
-    (dict(kind="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1), "config.layer_types"),
+    (dict(kind="gemma3", hidden_activation="silu"), "config.hidden_activation is 'silu'"),
+    (dict(kind="gemma3", attn_logit_softcapping=50.0), "config.attn_logit_softcapping is 50.0"),
+    (dict(kind="gemma3", final_logit_softcapping=30.0), "config.final_logit_softcapping is 30.0"),
+    (dict(kind="gemma3", use_bidirectional_attention=True), "config.use_bidirectional_attention is True"),
+    (dict(kind="gemma3", rope_parameters={"full_attention": LINEAR, "sliding_attention": {
+        **LINEAR, "rope_type": "dynamic"}}), r"config.rope_parameters\['sliding_attention'\].* is 'dynamic'"),
 ])
 def test_refuses_what_it_cannot_express(options, message):
     with pytest.raises(ValueError, match=f"convert.llama: .*{message}.*expected"):
