@@ -19,7 +19,6 @@ Bits are means over ranges of positions; the last ranges lie past the context th
 from __future__ import annotations
 
 import argparse
-import argparse as module_argparse
 import gzip
 import math
 import sys
