@@ -31,7 +31,7 @@ def _one_of(where: str, field: str, value: Any, options: tuple) -> None:
 SIZE, PERIOD, LAYERS = 2**31 - 1, 2**62, 2**16
 
 
-def _flags(config: _Config, where: str, *fields: str) -> None:
+def _flags(config: Configuration, where: str, *fields: str) -> None:
     """Checks switches; 0, 1 and NumPy's become bools."""
     for field in fields:
         _require(
@@ -58,10 +58,13 @@ def _items(where: str, field: str, value: Any, expected: str) -> tuple:
 
 
 @dataclass(frozen=True)
-class _Config:
+class Configuration:
     """What the configurations share: presets, overrides, and plain-data form for files."""
 
     PRESETS: ClassVar[dict[str, dict]] = {}
+    # Fields that say what the next step does, and nothing about what a state holds: a sequence may be continued
+    # with other values of them (``differences.py``). All others are of the sequence.
+    NEXT_STEP: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -96,7 +99,7 @@ class _Config:
 
 
 @dataclass(frozen=True)
-class TitansConfig(_Config):
+class TitansConfig(Configuration):
     """One self-modifying Titans layer (NL eq 83-93), or with ``self_modifying=False`` a Titans LMM.
 
     The layer has the memories M_memory, M_k, M_v, M_eta and M_alpha, each for every head. Raises ValueError
@@ -205,20 +208,26 @@ class TitansConfig(_Config):
         return full + ("eta",) + (("alpha",) if self.retention else ())
 
 
+ADAM_RATE = 1e-4  # about what a weight moves in a step
+
+
 def default_rate(optimizer: str, C: int) -> float:
     """Inner learning rate of a level with period C.
 
     1 / (8 sqrt(C)) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon, which
     normalises the gradient, a sum over C tokens. Searched by ``benchmarks.bench_rates`` on the bundled model,
-    for periods of 16 to 8192 tokens; beyond that, gd and momentum fall as 1 / C.
+    for periods of 16 to 8192 tokens; beyond that, gd and momentum fall as 1 / C. ``ADAM_RATE`` for adam,
+    whatever C.
     """
+    if optimizer == "adam":
+        return ADAM_RATE
     if optimizer == "muon":
         return 0.03 * min(2.0, math.sqrt(C / 256))
     return min(1.0, math.sqrt(8192 / C)) / ((64 if optimizer == "momentum" else 8) * math.sqrt(C))
 
 
 @dataclass(frozen=True)
-class CMSConfig(_Config):
+class CMSConfig(Configuration):
     """A Continuum Memory System (NL eq 70-74): K MLPs, of which level l takes a step every ``chunks[l-1]`` tokens.
 
     Raises ValueError on any value outside the documented range.
@@ -235,8 +244,11 @@ class CMSConfig(_Config):
     norm: str = "rmsnorm"  # of a level's input; or "layernorm"
     post_norm: bool = False  # an RMSNorm of a level's output, before the residual, as in Gemma
     lr: float | tuple[float, ...] | None = None  # inner rate, or one a level; 0 freezes; None: ``default_rate``
-    optimizer: str = "gd"  # of a refresh: gradient descent, "momentum" or "muon" (orthogonalised gradient)
+    optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
+
+    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas"})
 
     def __post_init__(self) -> None:
         w = "CMSConfig"
@@ -256,7 +268,7 @@ class CMSConfig(_Config):
         _one_of(w, "variant", self.variant, ("sequential", "independent", "nested"))
         _one_of(w, "mlp", self.mlp, ("gelu", "swiglu", "geglu"))
         _one_of(w, "norm", self.norm, ("rmsnorm", "layernorm"))
-        _one_of(w, "optimizer", self.optimizer, ("gd", "momentum", "muon"))
+        _one_of(w, "optimizer", self.optimizer, ("gd", "momentum", "muon", "adam"))
         _flags(self, w, "bias", "post_norm")
         _finite(w, "expansion", self.expansion)
         _require(self.expansion > 0, w, "expansion", self.expansion, "a positive number")
@@ -266,6 +278,11 @@ class CMSConfig(_Config):
         _require(fits, w, "expansion", self.expansion, f"at least one hidden unit and at most {SIZE}")
         _finite(w, "momentum", self.momentum)
         _require(0 <= self.momentum < 1, w, "momentum", self.momentum, "a float in [0, 1)")
+        object.__setattr__(self, "betas", _items(w, "betas", self.betas, "two floats in [0, 1)"))
+        _require(len(self.betas) == 2, w, "betas", self.betas, "two floats in [0, 1)")
+        for beta in self.betas:
+            _finite(w, "betas", beta)
+            _require(0 <= beta < 1, w, "betas", self.betas, "two floats in [0, 1)")
         if self.lr is not None and not isinstance(self.lr, (int, float)):
             object.__setattr__(self, "lr", _items(w, "lr", self.lr, "None, a number or one per level"))
             _require(len(self.lr) == len(chunks), w, "lr", self.lr, f"one value per level ({len(chunks)})")
@@ -297,7 +314,7 @@ class CMSConfig(_Config):
 
 
 @dataclass(frozen=True)
-class RopeScaling(_Config):
+class RopeScaling(Configuration):
     """A change of RoPE's frequencies for longer contexts, with the field names of Llama's config.json.
 
     Raises ValueError for another type, numbers out of range, and llama3's numbers missing or given to another
@@ -339,12 +356,14 @@ PER_BLOCK = ("window", "sinks", "rope_theta", "rope_scaling")  # of HopeConfig: 
 
 
 @dataclass(frozen=True)
-class HopeConfig(_Config):
+class HopeConfig(Configuration):
     """A HOPE language model: ``num_layers`` blocks, each a mixer and a CMS chain.
 
     Dicts of their fields may stand for ``titans``, ``cms`` and ``rope_scaling``, lists for tuples. Raises
     ValueError for values out of range and for parts that do not fit together.
     """
+
+    _block_cms: ClassVar[tuple[CMSConfig | None, ...] | None] = None  # an instance's own, with ``learn_blocks``
 
     vocab_size: int  # token ids are 0 .. vocab_size - 1
     d_model: int  # width of the residual stream; those of ``titans`` and ``cms`` are the same
@@ -363,12 +382,15 @@ class HopeConfig(_Config):
     # attention: frequencies for contexts longer than trained on, or one per block
     rope_scaling: RopeScaling | None | tuple[RopeScaling | None, ...] = None
     rope_dtype: str = "float64"  # of RoPE's angles; "float32": other programs' bits, coarse at far positions
+    learn_blocks: tuple[int, ...] | None = None  # blocks whose CMS learns, -1 the last; None: all; others have lr 0
     sinks: int | tuple[int, ...] = 0  # attention: first tokens that stay visible beside a window, or one per block
     head_dim: int | None = None  # attention: width of a head; None: d_model / num_heads
     qk_norm: bool = False  # attention: an RMSNorm of every head's query and key, before RoPE
     attention_scale: float | None = None  # attention: factor of the scores; None: 1 / sqrt(width of a head)
     post_norm: bool = False  # an RMSNorm of the mixer's output, before the residual; of levels: CMSConfig's
     embed_scale: float = 1.0  # factor of the embedding as it is read, not of a tied head; rounded to the dtype
+
+    NEXT_STEP = frozenset({"window", "learn_blocks"})
 
     def __post_init__(self) -> None:
         w = "HopeConfig"
@@ -482,6 +504,28 @@ class HopeConfig(_Config):
                     c.chunks[0] % self.segment == 0, w, "cms.chunks", c.chunks,
                     f"multiples of the shortest period, {self.segment}"
                 )
+        self._freeze(w)
+
+    def _freeze(self, w: str) -> None:
+        """``learn_blocks`` as ascending indices from 0, and ``block_cms`` with rates of 0 in all other blocks."""
+        if self.learn_blocks is None:
+            return
+        L, blocks = self.num_layers, _items(w, "learn_blocks", self.learn_blocks, "None, or a tuple of block indices")
+        for b in blocks:
+            ok = isinstance(b, int) and not isinstance(b, bool) and -L <= b < L
+            _require(ok, w, "learn_blocks", self.learn_blocks, f"indices from {-L} to {L - 1}")
+        chosen = sorted({b % L for b in blocks})
+        _require(len(chosen) == len(blocks), w, "learn_blocks", self.learn_blocks, "every block once")
+        for b in chosen:
+            _require(self.block_cms[b] is not None, w, "learn_blocks", self.learn_blocks,
+                     f"blocks with a CMS, which block {b} has not")
+        frozen: dict[CMSConfig, CMSConfig] = {}  # one object for equal ones: states are compared by identity first
+        held = tuple(
+            c if c is None or b in chosen else frozen.setdefault(c, c.replace(lr=0.0))
+            for b, c in enumerate(self.block_cms)
+        )
+        object.__setattr__(self, "learn_blocks", tuple(chosen))
+        object.__setattr__(self, "_block_cms", held)
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -527,7 +571,9 @@ class HopeConfig(_Config):
 
     @property
     def block_cms(self) -> tuple[CMSConfig | None, ...]:
-        """The CMS of every block, first block first."""
+        """The CMS of every block, first block first; with rates of 0 where ``learn_blocks`` leaves a block out."""
+        if self._block_cms is not None:
+            return self._block_cms
         return self.cms if isinstance(self.cms, tuple) else (self.cms,) * self.num_layers
 
     @property

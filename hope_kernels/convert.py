@@ -46,7 +46,8 @@ _FIXED = ("d_model", "chunks", "variant", "expansion", "mlp", "bias", "intermedi
 
 def llama(
     hf_model: nn.Module, chunks: int | Sequence[int], lr: float | Sequence[float] | None = None,
-    optimizer: str = "gd", *, window: int | None = None, sinks: int = 0, **cms_options: Any,
+    optimizer: str = "gd", learn_blocks: Sequence[int] | None = None, *, window: int | None = None, sinks: int = 0,
+    **cms_options: Any,
 ) -> HopeForCausalLM:
     """HOPE-Attention with the weights of ``hf_model``; its own MLPs are the initial states of the CMS.
 
@@ -58,6 +59,8 @@ def llama(
     level with period chunks[b * K // L], so the first blocks get the first period. lr: None (the default of
     CMSConfig at that period), one for all, or one per period; 0 freezes its blocks. optimizer and
     cms_options: as in CMSConfig, but for what the original decides (sizes, gate, norms).
+    learn_blocks: indices of the blocks that learn, -1 the last; None: all. The others cost a session nothing,
+    and below the first of them nothing is computed for learning.
     window: tokens that a token sees, in place of the original's window; None: the original's. Where only some
     layers have a window of their own, those keep it if it is smaller. sinks: the first tokens stay visible
     beside the window, in the layers that ``window`` is for; docs/llama.md says what that is worth.
@@ -107,7 +110,8 @@ def llama(
         rope_scaling=scaling, rope_dtype="float32", attention_bias="blocks.0.mixer.q_proj.bias" in tensors,
         norm_eps=config.rms_norm_eps, tie_embeddings="head.weight" not in tensors,
         head_dim=None if heads * head_dim == d else head_dim, qk_norm="blocks.0.mixer.q_norm.weight" in tensors,
-        cms=_levels(d, layers, chunks, lr, levels, cms_options), **own,
+        cms=_levels(d, layers, chunks, lr, levels, cms_options),
+        learn_blocks=None if learn_blocks is None else tuple(learn_blocks), **own,
     )
     model = HopeForCausalLM(ours, device="meta", dtype=embed.dtype)
     with torch.inference_mode(False):

@@ -32,11 +32,15 @@ class AttentionState(State):
     new storage. So ``snapshot`` and ``detach`` copy nothing, and both sides may be read on, in any mode:
     ``filled[b]``, the slots of row b ever written, is one list for all states on a storage, and a state that
     does not end there appends to new storage. ``clone`` and ``select`` copy.
+
+    lost[b]: tokens of row b, of those after the first S, that a narrower window had passed when a wider one took
+    its place (``continued``): none of them is seen again.
     """
 
     k: Tensor
     v: Tensor
     base: Counters
+    lost: Counters = field(default_factory=lambda: Counters([]), kw_only=True)
     filled: list[int] = field(default_factory=list, repr=False, kw_only=True)  # empty: the slots that count
 
     INPUT_DTYPE = frozenset({"k", "v"})
@@ -44,6 +48,8 @@ class AttentionState(State):
     def __post_init__(self) -> None:
         if not self.filled:
             self.filled = self.used()
+        if len(self.lost) != len(self.pos):  # new, or from a file written before there was one
+            self.lost = Counters([0] * len(self.pos))
 
     def _fields(self):
         # filled says nothing about the sequences: no file, cast or row selection knows it
@@ -77,10 +83,14 @@ class AttentionState(State):
             return
         check_counters(where, "pos", self.pos, self.batch, 0)
         check_counters(where, "base", self.base, self.batch, 0)
+        check_counters(where, "lost", self.lost, self.batch, 0)
         window, sinks = c.sight
         for b in range(self.batch) if rows is None else rows:
-            pos, used = self.pos[b], self.pos[b] - self.base[b]
-            least = pos if window is None else min(pos, window + sinks)
+            pos, used, lost = self.pos[b], self.pos[b] - self.base[b], self.lost[b]
+            if lost > self.base[b]:
+                raise ValueError(f"{where}: state.lost says that row {b} sees none of {lost} tokens again, and "
+                                 f"state.base that it has dropped {self.base[b]}")
+            least = pos - lost if window is None else min(pos - lost, window + sinks)
             if not least <= used <= slots:
                 raise ValueError(f"{where}: state.base says that row {b}, which has read {pos} tokens, keeps {used} of "
                                  f"them in {slots} slots; expected at least {least}, and slots for all")
@@ -102,7 +112,43 @@ class AttentionState(State):
 
     def snapshot(self):
         """The state as it is now, in O(B): it shares the storage; either side may be read on."""
-        return replace(self, pos=Counters(self.pos), base=Counters(self.base))
+        return replace(self, pos=Counters(self.pos), base=Counters(self.base), lost=Counters(self.lost))
+
+    def unreachable(self) -> list[int]:
+        """Tokens of each row, of those after the sinks, that no later token sees, even if a wider window comes."""
+        window, sinks = self.config.sight
+        if window is None:
+            return list(self.lost)
+        return [max(p - window - sinks, lost) for p, lost in zip(self.pos, self.lost)]
+
+    def continued(self, config: HopeConfig, unreachable: list[int]) -> AttentionState:
+        """The same sequences under ``config``, which may have another window; shares storage where it can.
+
+        A narrower window sees less. A wider one sees, from here on, what the narrower one would still have:
+        its cache may hold more, by how the calls were split, and what is seen must not depend on that. So
+        the first ``unreachable`` tokens after the sinks leave the storage (of the sequences as they are now: a
+        snapshot stands before them).
+        """
+        new, (before, sinks), after = replace(self.snapshot(), config=config), self.config.sight, config.window
+        if before is None or after is not None and after <= before:
+            return new
+        lost = [min(u, max(p - sinks, 0)) for u, p in zip(unreachable, self.pos)]
+        gone = [max(n - b, 0) for n, b in zip(lost, self.base)]
+        new.lost = Counters(lost)
+        if not any(gone):
+            return new
+        new.base = Counters([b + g for b, g in zip(self.base, gone)])
+        used, slots = new.used(), self.k.shape[1]
+        width = max(used)
+        first = torch.tensor(gone, dtype=torch.long, device=self.k.device).unsqueeze(1)
+        slot = torch.arange(width, device=self.k.device)
+        index = torch.where(slot < sinks, slot, first + slot).clamp(max=slots - 1)[..., None, None]
+        counted = _before(used, width, self.k.device)
+
+        def moved(t: Tensor) -> Tensor:
+            return torch.where(counted, t.gather(1, index.expand(-1, -1, *t.shape[2:])), 0.0)
+
+        return replace(new, k=moved(self.k), v=moved(self.v), filled=[])
 
     def compact(self):
         """The same sequences in storage of exactly the slots that count (zero after a shorter row): what a
@@ -119,12 +165,13 @@ class AttentionState(State):
     def merge(self, other, rows: list[bool]):
         """Of two states of one history: the storage of ``other``, the later one, which holds the tokens of both."""
         pos = Counters([o if r else p for p, o, r in zip(self.pos, other.pos, rows)])
-        return replace(other, pos=pos, base=Counters(other.base))
+        return replace(other, pos=pos, base=Counters(other.base), lost=Counters(other.lost))
 
     def assign(self, new: State):
         """By reference: a snapshot may share the old storage."""
         assert isinstance(new, AttentionState)
         self.pos[:], self.base[:], self.k, self.v, self.filled = new.pos, new.base, new.k, new.v, new.filled
+        self.lost, self.config = new.lost, new.config
         return self
 
 
@@ -208,7 +255,11 @@ class CausalAttention(nn.Module):
             state.admit(name, self, x.dtype, x.device)
         in_place = given is not None and update and not torch.is_grad_enabled()
         with state.reading(name, self, in_place or given is None):
+            if state.config is not self.config and state.config != self.config:
+                state = state.continued(self.config, state.unreachable())
             y, new = self.scan(x, state, lengths, update=update)
+            if given is not None and not update:
+                return y, given
             return y, given.assign(new) if given is not None and in_place else new
 
     def scan(

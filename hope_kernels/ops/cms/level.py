@@ -31,9 +31,32 @@ from .matrix import times, times_transposed
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 NS_EPS = 1e-7
+ADAM_EPS = 1e-8
 
 Level = dict[str, Any]  # a tensor, or for a matrix a ``Matrix`` or a tensor
 Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix [r, c]: errors at its outputs [B, T, r], inputs [B, T, c]
+
+
+class Adam(NamedTuple):
+    """What Adam's step needs beside the first moment m, for rows that are at the same step.
+
+    square: v [B, r, c], master dtype.  betas: of m and v.  step: t, this step's number, 1 at first.  tokens:
+    how many the gradient is a sum over; it enters as their mean."""
+
+    square: Tensor
+    betas: tuple[float, float]
+    step: int
+    tokens: int
+
+    @property
+    def scale(self) -> float:
+        """Of the gradient."""
+        return 1 / max(self.tokens, 1)
+
+    def rates(self, lr: float) -> tuple[float, float]:
+        """(a, b) of theta <- theta - a m / (b sqrt(v) + eps), which is the step with corrected averages."""
+        first, second = (1 - beta**self.step for beta in self.betas)
+        return lr / first, second**-0.5
 
 
 class Saved(NamedTuple):
@@ -129,15 +152,26 @@ def outer_add_(
 
 def refresh_(
     weight: Tensor, copy: Tensor | None, left: Tensor | None, right: Tensor | None, rows: list[int], lr: float, *,
-    moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None,
+    moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None, adam: Adam | None = None,
 ) -> None:
     """One optimizer step in ``rows`` (ascending), in place: theta <- theta - lr f(g), g = left^T right +
     total; ``total`` becomes zero.
 
-    f(g) = g, or with ``moment``: m <- mu m + g, f = m.  weight, moment, total: [B, r, c], master dtype.
-    copy: weight in the dtype of the inputs, rewritten.  left: [B, C, r] and right: [B, C, c], or None: g is
-    ``total`` alone.  Source: Nested Learning eq 71.
+    f(g) = g, or with ``moment``: m <- mu m + g, f = m.  With ``adam`` as well, in place of mu: g is the mean
+    over its tokens, m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2,
+    f = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+    weight, moment, total: [B, r, c], master dtype.  copy: weight in the dtype of the inputs, rewritten.
+    left: [B, C, r] and right: [B, C, c], or None: g is ``total`` alone.  Source: Nested Learning eq 71.
     """
+    if adam is not None:
+        assert moment is not None
+        _adam_(weight, moment, adam, _gradients(weight, left, right, total, rows), rows, lr)
+        for b in rows:
+            if total is not None:
+                total[b].zero_()
+            if copy is not None:
+                copy[b].copy_(weight[b])
+        return
     if total is not None:
         if left is not None and right is not None:
             outer_add_(total, left, right, rows)
@@ -160,6 +194,29 @@ def refresh_(
             weight[b].add_(moment[b], alpha=-lr)
         if copy is not None:
             copy[b].copy_(weight[b])
+
+
+def _gradients(
+    like: Tensor, left: Tensor | None, right: Tensor | None, total: Tensor | None, rows: list[int]
+) -> Tensor:
+    """g of ``refresh_``, [B, r, c] as ``like``, in ``rows``; in ``total`` where there is one."""
+    if left is None or right is None:
+        return torch.zeros_like(like) if total is None else total
+    if total is not None:
+        outer_add_(total, left, right, rows)
+        return total
+    grad = torch.empty_like(like)
+    outer_add_(grad, left, right, rows, beta=0.0)
+    return grad
+
+
+def _adam_(weight: Tensor, moment: Tensor, adam: Adam, grad: Tensor, rows: list[int], lr: float) -> None:
+    (a, b), (beta1, beta2) = adam.rates(lr), adam.betas
+    for row in rows:
+        g, m, v = grad[row] * adam.scale, moment[row], adam.square[row]
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        weight[row].addcdiv_(m, v.sqrt().mul_(b).add_(ADAM_EPS), value=-a)
 
 
 def newton_schulz(grad: Tensor) -> Tensor:

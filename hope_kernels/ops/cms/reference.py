@@ -148,7 +148,9 @@ class Row:
         self.levels = [{n: np.array(v, dtype=np.float64) for n, v in level.items()} for level in self.initial]
         self.segment = self._zeros()  # gradients of the open segment
         self.total = self._zeros()  # gradients of finished segments, until their level commits
-        self.moment = self._zeros()
+        self.moment, self.square = self._zeros(), self._zeros()
+        self.tokens = [0] * len(self.levels)  # whose gradients ``total`` sums up
+        self.steps = [0] * len(self.levels)  # that ``moment`` and ``square`` are averages over
 
     def _zeros(self):
         return [{n: np.zeros_like(level[n]) for n in self.names} for level in self.levels]
@@ -171,6 +173,7 @@ class Row:
     def _finish_segment(self):
         if not self.off:
             for l in range(len(self.levels)):
+                self.tokens[l] += self.config.chunks[0]
                 for n in self.names:
                     self.total[l][n] += self.segment[l][n]
             self._commit()
@@ -180,8 +183,10 @@ class Row:
         due = [self.count % c == 0 for c in self.config.chunks]
         for l, rate in enumerate(self.config.learning_rates):
             if due[l] and rate > 0:
+                self.steps[l] += 1
                 for n in self.names:
                     self._step(l, n, rate)
+                self.tokens[l] = 0
                 self.refreshed.add(l)
         if self.config.variant == "nested":
             for l in range(len(due) - 1):
@@ -189,6 +194,8 @@ class Row:
                     for n in self.names:
                         self.levels[l][n] = np.array(self.initial[l][n], dtype=np.float64)
                         self.moment[l][n] = np.zeros_like(self.levels[l][n])
+                        self.square[l][n] = np.zeros_like(self.levels[l][n])
+                    self.steps[l] = 0
                     self.refreshed.discard(l)
 
     def _step(self, l, n, rate):
@@ -197,6 +204,11 @@ class Row:
             self.moment[l][n] = f = self.config.momentum * self.moment[l][n] + g
         elif self.config.optimizer == "muon":
             f = 0.2 * np.sqrt(max(g.shape)) * newton_schulz(g)
+        elif self.config.optimizer == "adam":
+            (b1, b2), t, mean = self.config.betas, self.steps[l], g / self.tokens[l]
+            self.moment[l][n] = b1 * self.moment[l][n] + (1 - b1) * mean
+            self.square[l][n] = b2 * self.square[l][n] + (1 - b2) * mean**2
+            f = self.moment[l][n] / (1 - b1**t) / (np.sqrt(self.square[l][n] / (1 - b2**t)) + 1e-8)
         else:
             f = g
         self.levels[l][n] = self.levels[l][n] - rate * f

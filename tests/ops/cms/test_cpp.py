@@ -100,7 +100,8 @@ def test_bits_do_not_depend_on_threads_or_on_what_is_kept():
 
 
 @pytest.mark.parametrize(
-    "optimizer, variant", [("gd", "sequential"), ("momentum", "nested"), ("muon", "independent")]
+    "optimizer, variant",
+    [("gd", "sequential"), ("momentum", "nested"), ("muon", "independent"), ("adam", "sequential")],
 )
 def test_a_layer_learns_alike(optimizer, variant):
     found = []
