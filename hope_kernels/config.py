@@ -543,12 +543,16 @@ class HopeConfig(Configuration):
         """Numbers of a head of attention."""
         return self.d_model // self.heads[0] if self.head_dim is None else self.head_dim
 
-    @cached_property
+    @property
     def blocks(self) -> tuple[HopeConfig, ...]:
         """The configuration as each block's mixer has it, first block first: with that block's own value
         in every field that may hold one per block."""
-        if not any(isinstance(getattr(self, field), tuple) for field in PER_BLOCK):
-            return (self,) * self.num_layers
+        if any(isinstance(getattr(self, field), tuple) for field in PER_BLOCK):
+            return self._blocks
+        return (self,) * self.num_layers
+
+    @cached_property
+    def _blocks(self) -> tuple[HopeConfig, ...]:
         own = [{field: self._of_block(field, b) for field in PER_BLOCK} for b in range(self.num_layers)]
         made = {tuple(fields.values()): self.replace(**fields) for fields in own}
         return tuple(made[tuple(fields.values())] for fields in own)
