@@ -269,19 +269,30 @@ class ContinuumMemory(nn.Module):
         return found
 
     def sink(
-        self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None
+        self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None,
+        tokens: list[int] | None = None,
     ) -> Sink:
         """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
         ``absorb``.
 
-        among: the rows of the batch that the factors are of; None: all.
+        among: the rows of the batch that the factors are of; None: all. tokens: how many of each of these rows
+        count, the first ones; None: all.
         """
+        of = None if tokens is None else dict(zip(range(state.batch) if among is None else among, tokens))
+        counted = None if of is None else [of.get(b, 0) for b in range(state.batch)]
+
         def learned(l: int, factors: Factors) -> None:
+            if tokens is not None:
+                # errors of padding are zero, and its inputs are whatever the blocks make of it
+                left, _ = factors["down"]
+                count = torch.tensor(tokens, dtype=torch.long, device=left.device).unsqueeze(1)
+                real = (torch.arange(left.shape[1], device=left.device) < count).unsqueeze(-1)
+                factors = {n: (left, torch.where(real, right, 0)) for n, (left, right) in factors.items()}
             if among is not None:
                 pairs, B = factors.items(), state.batch
                 factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
             slots = self._slots(l)
-            absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
+            absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops, counted)
 
         return learned
 
