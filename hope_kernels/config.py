@@ -246,6 +246,7 @@ class CMSConfig(Configuration):
     optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
+    rank: int | None = None  # a sequence learns W + L A, L [r, rank], A fixed (ops/cms/low_rank.py); None: all of W
 
     NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas"})
 
@@ -282,6 +283,8 @@ class CMSConfig(Configuration):
         for beta in self.betas:
             _finite(w, "betas", beta)
             _require(0 <= beta < 1, w, "betas", self.betas, "two floats in [0, 1)")
+        if self.rank is not None:
+            _positive_int(w, "rank", self.rank, min(self.d_model, self.hidden))
         if self.lr is not None and not isinstance(self.lr, (int, float)):
             object.__setattr__(self, "lr", _items(w, "lr", self.lr, "None, a number or one per level"))
             _require(len(self.lr) == len(chunks), w, "lr", self.lr, f"one value per level ({len(chunks)})")
