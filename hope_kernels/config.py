@@ -12,6 +12,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu")
@@ -354,12 +355,15 @@ class RopeScaling(Configuration):
         return context, low, high
 
 
+PER_BLOCK = ("window", "sinks", "rope_theta", "rope_scaling")  # of HopeConfig: one value, or one per block
+
+
 @dataclass(frozen=True)
 class HopeConfig(Configuration):
     """A HOPE language model: ``num_layers`` blocks, each a mixer and a CMS chain.
 
-    Dicts of their fields may stand for ``titans``, ``cms`` and ``rope_scaling``. Raises ValueError for values
-    out of range and for parts that do not fit together.
+    Dicts of their fields may stand for ``titans``, ``cms`` and ``rope_scaling``, lists for tuples. Raises
+    ValueError for values out of range and for parts that do not fit together.
     """
 
     _block_cms: ClassVar[tuple[CMSConfig | None, ...] | None] = None  # an instance's own, with ``learn_blocks``
@@ -372,14 +376,22 @@ class HopeConfig(Configuration):
     cms: CMSConfig | tuple[CMSConfig, ...] | None = None  # of every block, or one per block; None: no CMS
     num_heads: int | None = None  # of attention, or of the memories; None: ``titans.num_heads``, or 1
     num_kv_heads: int | None = None  # attention: heads of keys and values, for groups of queries; None: all
-    window: int | None = None  # attention: how many tokens a token sees, itself included; None: all
-    rope_theta: float = 10000.0  # attention: base of RoPE's frequencies
+    # attention: how many tokens a token sees, itself included (None: all), or one per block
+    window: int | None | tuple[int | None, ...] = None
+    rope_theta: float | tuple[float, ...] = 10000.0  # attention: base of RoPE's frequencies, or one per block
     attention_bias: bool = False  # attention: biases of the query, key and value projections
     norm_eps: float = 1e-6  # eps of the norms of blocks, CMS levels and head
     tie_embeddings: bool = True  # the head multiplies by the embedding; False: by weights of its own
-    rope_scaling: RopeScaling | None = None  # attention: frequencies for contexts longer than trained on
+    # attention: frequencies for contexts longer than trained on, or one per block
+    rope_scaling: RopeScaling | None | tuple[RopeScaling | None, ...] = None
     rope_dtype: str = "float64"  # of RoPE's angles; "float32": other programs' bits, coarse at far positions
     learn_blocks: tuple[int, ...] | None = None  # blocks whose CMS learns, -1 the last; None: all; others have lr 0
+    sinks: int | tuple[int, ...] = 0  # attention: first tokens that stay visible beside a window, or one per block
+    head_dim: int | None = None  # attention: width of a head; None: d_model / num_heads
+    qk_norm: bool = False  # attention: an RMSNorm of every head's query and key, before RoPE
+    attention_scale: float | None = None  # attention: factor of the scores; None: 1 / sqrt(width of a head)
+    post_norm: bool = False  # an RMSNorm of the mixer's output, before the residual; of levels: CMSConfig's
+    embed_scale: float = 1.0  # factor of the embedding as it is read, not of a tied head; rounded to the dtype
 
     NEXT_STEP = frozenset({"window", "learn_blocks"})
 
@@ -387,7 +399,7 @@ class HopeConfig(Configuration):
         w = "HopeConfig"
         for field, most in (("vocab_size", SIZE), ("d_model", SIZE), ("num_layers", LAYERS)):
             _positive_int(w, field, getattr(self, field), most)
-        _flags(self, w, "attention_bias", "tie_embeddings")
+        _flags(self, w, "attention_bias", "tie_embeddings", "qk_norm", "post_norm")
         _one_of(w, "mixer", self.mixer, ("self_modifying", "titans", "attention"))
         if isinstance(self.titans, dict):
             object.__setattr__(self, "titans", TitansConfig.from_dict(self.titans))
@@ -415,7 +427,13 @@ class HopeConfig(Configuration):
         heads = self.num_heads
         _positive_int(w, "num_heads", heads)
         assert heads is not None
-        _require(self.d_model % heads == 0, w, "d_model", self.d_model, f"a multiple of num_heads={heads}")
+        if self.head_dim is None:
+            ok = self.d_model % heads == 0
+            _require(ok, w, "d_model", self.d_model, f"a multiple of num_heads={heads}")
+        else:
+            _positive_int(w, "head_dim", self.head_dim)
+            ok = self.mixer == "attention"
+            _require(ok, w, "head_dim", self.head_dim, f"None for mixer={self.mixer!r}")
         if self.titans is not None and self.mixer != "attention":
             _require(
                 self.titans.num_heads == self.num_heads, w, "titans.num_heads", self.titans.num_heads,
@@ -427,19 +445,47 @@ class HopeConfig(Configuration):
         heads, kv_heads = self.heads
         _require(heads % kv_heads == 0, w, "num_heads", heads, f"a multiple of num_kv_heads={kv_heads}")
         if self.mixer == "attention":
-            width = self.d_model // heads
-            _require(width % 2 == 0, w, "d_model / num_heads", width, "an even width (RoPE)")
-        if self.window is not None:
-            _positive_int(w, "window", self.window, PERIOD)
-        for field in ("rope_theta", "norm_eps"):
-            _finite(w, field, getattr(self, field))
-            _require(getattr(self, field) > 0, w, field, getattr(self, field), "a positive number")
-        if isinstance(self.rope_scaling, dict):
-            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
-        ok = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
-        _require(ok, w, "rope_scaling", self.rope_scaling, "None, a RopeScaling or its fields as a dict")
+            field = "d_model / num_heads" if self.head_dim is None else "head_dim"
+            _require(self.head_width % 2 == 0, w, field, self.head_width, "an even width (RoPE)")
+        positive = {"norm_eps": self.norm_eps, "embed_scale": self.embed_scale}
+        if self.attention_scale is not None:
+            positive["attention_scale"] = self.attention_scale
+        for field, value in positive.items():
+            _finite(w, field, value)
+            _require(value > 0, w, field, value, "a positive number")
         _one_of(w, "rope_dtype", self.rope_dtype, ("float64", "float32"))
+        self._normalise_per_block(w)
         self._normalise_cms(w)
+
+    def _normalise_per_block(self, w: str) -> None:
+        """The fields that may hold one value per block."""
+        def scaling(value: Any) -> Any:
+            return RopeScaling.from_dict(value) if isinstance(value, dict) else value
+
+        for field in PER_BLOCK:
+            given = getattr(self, field)
+            if isinstance(given, (list, tuple)):
+                expected = f"one value, or one per block ({self.num_layers})"
+                _require(len(given) == self.num_layers, w, field, given, expected)
+                object.__setattr__(self, field, tuple(map(scaling, given)))
+            else:
+                object.__setattr__(self, field, scaling(given))
+        for b in range(self.num_layers):
+            window, sinks, theta, scaled = (self._of_block(field, b) for field in PER_BLOCK)
+            if window is not None:
+                _positive_int(w, "window", window, PERIOD)
+            ok = isinstance(sinks, int) and not isinstance(sinks, bool) and 0 <= sinks <= PERIOD
+            _require(ok, w, "sinks", sinks, "an integer >= 0")
+            _require(sinks == 0 or window is not None, w, "sinks", self.sinks,
+                     f"0 where nothing is cut off: window of block {b} is None")
+            _finite(w, "rope_theta", theta)
+            _require(theta > 0, w, "rope_theta", theta, "a positive number")
+            _require(scaled is None or isinstance(scaled, RopeScaling), w, "rope_scaling", scaled,
+                     "None, a RopeScaling or its fields as a dict")
+
+    def _of_block(self, field: str, b: int) -> Any:
+        value = getattr(self, field)
+        return value[b] if isinstance(value, tuple) else value
 
     def _normalise_cms(self, w: str) -> None:
         cms = self.cms
@@ -490,6 +536,37 @@ class HopeConfig(Configuration):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         assert heads is not None and kv_heads is not None
         return heads, kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Numbers of a head of attention."""
+        return self.d_model // self.heads[0] if self.head_dim is None else self.head_dim
+
+    @cached_property
+    def blocks(self) -> tuple[HopeConfig, ...]:
+        """The configuration as each block's mixer has it, first block first: with that block's own value
+        in every field that may hold one per block."""
+        if not any(isinstance(getattr(self, field), tuple) for field in PER_BLOCK):
+            return (self,) * self.num_layers
+        own = [{field: self._of_block(field, b) for field in PER_BLOCK} for b in range(self.num_layers)]
+        made = {tuple(fields.values()): self.replace(**fields) for fields in own}
+        return tuple(made[tuple(fields.values())] for fields in own)
+
+    @property
+    def sight(self) -> tuple[int | None, int]:
+        """window and sinks of one of ``blocks``. Raises ValueError for the configuration of several."""
+        return self._one("window"), self._one("sinks")
+
+    @property
+    def rope(self) -> tuple[float, RopeScaling | None]:
+        """rope_theta and rope_scaling, as ``sight``."""
+        return self._one("rope_theta"), self._one("rope_scaling")
+
+    def _one(self, field: str) -> Any:
+        value = getattr(self, field)
+        _require(not isinstance(value, tuple), "HopeConfig", field, value,
+                 "one value, as in the configuration of one block (config.blocks)")
+        return value
 
     @property
     def block_cms(self) -> tuple[CMSConfig | None, ...]:

@@ -30,7 +30,8 @@ def continued(model: Model, state: ModelState) -> ModelState:
     lost = [_lost(m) for m in state.mixers]
 
     def under(mixers: list[MixerState]) -> list[MixerState]:
-        return [m.continued(config, at) if isinstance(m, AttentionState) else m for m, at in zip(mixers, lost)]
+        of = zip(mixers, config.blocks, lost)
+        return [m.continued(one, at) if isinstance(m, AttentionState) else m for m, one, at in of]
 
     mixers = under(state.mixers)
     new = replace(state, config=config, mixers=mixers, cms=cms)

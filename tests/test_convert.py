@@ -311,7 +311,7 @@ def test_refuses_chunks(chunks):
 @pytest.mark.parametrize("options",
                                      [{"lr": (0.1,)}, {"lr": (0.1, 0.1, 0.1)}, {"lr": -1.0},
                                          {"lr": float("nan")}, {"lr": "fast"},
-                                     {"optimizer": "adam"}])
+                                     {"optimizer": "sgd"}])
 def test_refuses_rates(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         hk.convert.llama(original(), (4, 8), **options)
