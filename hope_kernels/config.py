@@ -393,7 +393,7 @@ class HopeConfig(Configuration):
     post_norm: bool = False  # an RMSNorm of the mixer's output, before the residual; of levels: CMSConfig's
     embed_scale: float = 1.0  # factor of the embedding as it is read, not of a tied head; rounded to the dtype
 
-    NEXT_STEP = frozenset({"window", "learn_blocks"})
+    NEXT_STEP = frozenset({"window", "sinks", "learn_blocks"})
 
     def __post_init__(self) -> None:
         w = "HopeConfig"
