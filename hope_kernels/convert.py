@@ -34,7 +34,7 @@ _LINEARS = {**{f"self_attn.{n}_proj": f"mixer.{n}_proj" for n in "qkvo"},
 
 def llama(
     hf_model: nn.Module, chunks: int | Sequence[int], lr: float | Sequence[float] | None = None,
-    optimizer: str = "gd"
+    optimizer: str = "gd", learn_blocks: Sequence[int] | None = None
 ) -> HopeForCausalLM:
     """HOPE-Attention with the weights of ``hf_model``; its own MLPs are the initial states of the CMS.
 
@@ -44,6 +44,8 @@ def llama(
     chunks: K periods in tokens, each a multiple of the smallest, K <= number of layers L: block b is one
     level with period chunks[b * K // L], so the first blocks get the first period. lr: None (the default of
     CMSConfig at that period), one for all, or one per period; 0 freezes its blocks. optimizer: as in CMSConfig.
+    learn_blocks: indices of the blocks that learn, -1 the last; None: all. The others cost a session nothing,
+    and below the first of them nothing is computed for learning.
 
     Without learning, or with every lr 0, the logits are the original's: bit for bit in fp32 on the CPU where
     both read all tokens in one call without a window (attn_implementation="sdpa"), else to rounding: other
@@ -79,6 +81,7 @@ def llama(
         cms=_levels(
             d, layers, config.intermediate_size, "blocks.0.cms.levels.0.up_bias" in tensors, chunks, lr, optimizer
         ),
+        learn_blocks=None if learn_blocks is None else tuple(learn_blocks),
     )
     model = HopeForCausalLM(ours, device="meta", dtype=embed.dtype)
     with torch.inference_mode(False):

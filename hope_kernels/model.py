@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from .check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
+from .check import check_batch, check_index, check_lengths, check_state, check_tensor
 from .config import HopeConfig
+from .continued import continued
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, Source, generate
-from .engine.learning import read_learning, read_off
+from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
 from .engine.unread import check_read_next, left
 from .files import write_atomically
@@ -31,6 +32,7 @@ from .layers.autocast import in_own_dtype
 from .layers.block import Block, HopeAttentionBlock, HopeBlock
 from .layers.cms import Inner
 from .layers.cms_consolidate import check_consolidation, consolidate
+from .layers.embedding import ScaledEmbedding
 from .layers.recording import check_recorded, check_whole
 from .layers.wrapped import placement, project, token_vectors
 from .model_state import MixerState, ModelState
@@ -51,14 +53,19 @@ class HopeForCausalLM(nn.Module):
     weights.
     """
 
+    holds: bool = True  # whether a segment that ends with a call keeps its activations until the next one
+
     def __init__(self, config: HopeConfig, device=None, dtype=None):
         super().__init__()
         self.config = config
         self.text_files: dict[str, bytes] = {}
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         block = HopeAttentionBlock if config.mixer == "attention" else HopeBlock
-        self.embed = nn.Embedding(config.vocab_size, config.d_model, **kw)
-        blocks = nn.ModuleList(block(config, cms, **kw) for cms in config.block_cms)
+        self.embed = (
+            nn.Embedding(config.vocab_size, config.d_model, **kw) if config.embed_scale == 1
+            else ScaledEmbedding(config.vocab_size, config.d_model, config.embed_scale, **kw)
+        )
+        blocks = nn.ModuleList(block(own, cms, **kw) for own, cms in zip(config.blocks, config.block_cms))
         self.blocks = cast("Sequence[Block]", blocks)  # which PyTorch knows as modules of any kind
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, **kw)
         self.head = (
@@ -97,46 +104,60 @@ class HopeForCausalLM(nn.Module):
     def forward(
         self, ids: Tensor, state: ModelState | None = None, lengths=None, learn: str = "off",
         backend: str | None = None,
-        *, check_finite: bool = False, wavefront: int | None = None,
-    ) -> tuple[Tensor, ModelState]:
+        *, check_finite: bool = False, wavefront: int | None = None, output: str = "logits",
+        following: Tensor | None = None,
+    ) -> tuple[Any, ModelState]:
         """Reads T tokens per row.
 
         ids: [B, T] int64. state: from ``init_state``, an earlier call or a file; None starts new sequences.
         lengths: [B], tokens of each row that count. learn: "off" reads with the CMS weights as they are;
         "next_token" refreshes every level at its period, from the model's own next-token loss. wavefront: where
         nothing learns, read with the blocks side by side over pieces of so many tokens (``engine/wavefront.py``).
+        following: [B] int64, the token after each row's ids where that is known already, -1 where it is not; it
+        is taken at its word. A segment that ends with ids is then learned at once. output: "losses" returns,
+        in place of logits, ``Losses``: nats [B, T], fp32 (fp64 for fp64), the loss of predicting the token
+        after each one (of a row's last one: ``following``; 0 where it is unknown), and last [B, vocab_size],
+        the logits after each row's last token. Logits of a whole call then are never held.
 
         Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
         advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
+        With learn="next_token" under no_grad, a segment that is read whole and ends with ids without a
+        ``following`` is learned by the next call, from the activations kept beside the state until then; set
+        the model's ``holds`` to False, and they are computed again.
         Under ``torch.compile``, ``engine/compiling.py`` says which calls are compiled.
         Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs
-        a sync), shapes, lengths, an unknown ``learn``, a wavefront that is to learn or to carry gradients, a
-        state of another model, ids that do not begin with the state's ``unread`` token (not looked at when
-        compiled), a given state inside an ``autograd.Function`` (reentrant activation checkpointing), and
-        with check_finite for non-finite logits; the given state is then as it was.
+        a sync), shapes, lengths, an unknown ``learn`` or ``output``, a wavefront that is to learn or to carry
+        gradients, a state of another model, ids that do not begin with the state's ``unread`` token (not
+        looked at when compiled), a given state inside an ``autograd.Function`` (reentrant activation
+        checkpointing), and with check_finite for non-finite logits; the given state is then as it was.
         """
         options: dict[str, Any] = {
-            "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront
+            "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront,
+            "output": output, "following": following,
         }
-        if torch.compiler.is_compiling() and not traced(self, ids, state, learn, backend):
+        if torch.compiler.is_compiling() and (
+            output != "logits" or not traced(self, ids, state, learn, backend)
+        ):
             _prepare()
             return _untraced(self, ids, state, lengths, **options)
         return self._forward(ids, state, lengths, **options)
 
     def _forward(
         self, ids: Tensor, state: ModelState | None, lengths: Any, *, learn: str, backend: str | None,
-        check_finite: bool, wavefront: int | None,
-    ) -> tuple[Tensor, ModelState]:
+        check_finite: bool, wavefront: int | None, output: str, following: Tensor | None,
+    ) -> tuple[Any, ModelState]:
         name, given = "HopeForCausalLM", state
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
+        if output not in ("logits", "losses"):
+            raise ValueError(f"{name}: argument output is {output!r}, expected 'logits' or 'losses'")
+        if following is not None:
+            check_tensor(name, "following", following, ids.shape[:1], torch.int64, ids.device)
+            self._check_tokens(name, "following", following, -1)
         if ids.numel() and (check_finite or ids.device.type == "cpu" and not torch.compiler.is_compiling()):
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                token, size = low if low < 0 else high, self.config.vocab_size
-                raise ValueError(f"{name}: argument ids has token {token}, expected 0 to {size - 1}")
+            self._check_tokens(name, "ids", ids, 0)
         check_recorded(name, given)
         if state is None:
             state = self.init_state(ids.shape[0])
@@ -150,25 +171,38 @@ class HopeForCausalLM(nn.Module):
                              "a segment's loss is known after the last block has read it, and the first one may "
                              "not read on before")
         in_place = given is not None and not torch.is_grad_enabled()
+        tokens, known = with_following(ids, lengths, following)
+        call = Call(ids, lengths, tokens, known, output == "losses", backend, check_finite, wavefront)
         with state.reading(name, self, in_place or given is None):
+            held = state.take_held(self) if in_place else None
             if given is not None and not in_place:
                 state = given.apart()
+            state = continued(self, state)
             if learning:
                 for block in self.blocks:
                     check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one "
                                              "unit, or pass learn='off'")
-                logits, new = read_learning(self, ids, state, lengths, backend)
+                found, new, held = read_learning(self, call, state, held)
             else:
-                logits, new = read_off(self, ids, state, lengths, backend, wavefront)
-            if check_finite:
-                check_values(name, "logits (weights, state or learning rates diverged)", logits, lengths)
+                found, new = read_off(self, call, state)
+                held = None
             new = replace(new, unread=left(state.unread, lengths))
-            return logits, given.assign(new) if given is not None and in_place else new
+            new = given.assign(new) if given is not None and in_place else new
+            if held is not None:
+                new.hold(self, held)
+            return found, new
+
+    def _check_tokens(self, name: str, argument: str, ids: Tensor, least: int) -> None:
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (least, least)
+        if low < least or high >= self.config.vocab_size:
+            token, size = low if low < least else high, self.config.vocab_size
+            raise ValueError(f"{name}: argument {argument} has token {token}, expected {least} to {size - 1}")
 
     def claim(self, op: str, state: ModelState) -> None:
         """``state`` belongs to these weights from here on. Raises TypeError or ValueError, in the name of
         ``op``, where this model may not read it."""
         self._admit(op, state, state.batch)
+        self._settle(state)
         state.owned_by(self)
         state.fingerprint = checksum(self)
 
@@ -181,6 +215,12 @@ class HopeForCausalLM(nn.Module):
         check_state(op, state, ModelState, self.config, batch)
         like = placement(self.embed)
         state.admit(op, self, like.dtype, like.device)
+
+    def _settle(self, state: ModelState) -> None:
+        """An admitted ``state`` has this model's settings from here on, in place."""
+        new = continued(self, state)
+        if new is not state:
+            state.assign(new)
 
     def levels(self, state: ModelState) -> list[list[Level] | None]:
         """The CMS weights in force, per block."""
@@ -207,7 +247,7 @@ class HopeForCausalLM(nn.Module):
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
         h = self.norm(h)
         if self.head is None:
-            logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size))
+            logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size, self.config.embed_scale))
         else:
             logits = project(self.head, h)
         T = h.shape[1]
@@ -232,6 +272,7 @@ class HopeForCausalLM(nn.Module):
         most = max((c.num_levels for c in self.config.block_cms if c is not None), default=0)
         for l in levels or ():
             check_index("HopeForCausalLM.consolidate", "levels", l, most)
+        self._settle(state)
         # all blocks are asked before the first one is changed
         for act, block, cms in [
             (act, *of) for act in (check_consolidation, consolidate) for of in zip(self.blocks, state.cms)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .check import check_counters, check_part
+from .differences import described, differences
+from .identity import checksum
 from .layers.attention import AttentionState
 from .layers.block import Block
 from .ops.cms.state import CMSState
@@ -37,6 +39,28 @@ class ModelState(State):
     ids: Tensor
     snapshot: list[MixerState]
     unread: Tensor | None = None
+
+    # The graph of open segments that were read whole, for the next call alone: no field, so no copy has it.
+    _held = None
+
+    def hold(self, module: nn.Module, graph: Any) -> None:
+        """Keeps ``graph``, which belongs to this state as it is and to ``module``'s weights as they are."""
+        self._held = graph, module, checksum(module), self._marks()
+
+    def take_held(self, module: nn.Module) -> Any:
+        """What ``hold`` was given, once; None where the state or the weights have changed since."""
+        if torch.compiler.is_compiling():
+            return None
+        held, self._held = self._held, None
+        if held is None:
+            return None
+        graph, owner, mark, marks = held
+        same = owner is module and mark is not None and checksum(module) is mark and self._marks() == marks
+        return graph if same else None
+
+    def _marks(self) -> tuple:
+        versions = [(id(t), -1 if t.is_inference() else t._version) for t in self.tensors()]
+        return versions, list(self.pos), list(self.seen)
 
     def owned_by(self, module: nn.Module) -> None:
         self.owner = module
@@ -96,9 +120,10 @@ class ModelState(State):
         values: bool,
     ) -> None:
         c = self.config
-        wanted = c.block_cms[i] if name == "cms" else c if c.mixer == "attention" else c.titans
+        wanted = c.block_cms[i] if name == "cms" else c.blocks[i] if c.mixer == "attention" else c.titans
         if state.config is not wanted and state.config != wanted:
-            raise ValueError(f"{where} of state belongs to {state.config}, expected {wanted}")
+            found = differences(state.config, wanted, every=True)
+            raise ValueError(f"{where} of state {described(found, state.config, wanted)}, its model's")
         if not isinstance(state.pos, list):
             raise ValueError(f"{where} of state has pos {state.pos!r}, expected one integer per row")
         compiling = torch.compiler.is_compiling()

@@ -93,7 +93,12 @@ class Stream:
                 np.testing.assert_allclose(w[b].double().numpy(), row.levels[l][name], **close)
                 assert bool(self.state.own[l][b] or self.state.rank[l][b]) == (l in row.refreshed)
                 if self.layer.config.learning_rates[l] > 0:
-                    for held, want in ((self.state.grads[l], row.total[l]), (self.state.moments[l], row.moment[l])):
+                    s = self.state
+                    adam = self.layer.config.optimizer == "adam"
+                    assert s.tokens[l][b] == row.tokens[l] and s.steps[l][b] == (row.steps[l] if adam else 0)
+                    for held, want in (
+                        (s.grads[l], row.total[l]), (s.moments[l], row.moment[l]), (s.squares[l], row.square[l])
+                    ):
                         np.testing.assert_allclose(
                             0 * want[name] if held is None else held[name][b].numpy(), want[name], **close
                         )

@@ -18,6 +18,7 @@ from ..layers.wrapped import placement
 from ..model_state import ModelState
 from . import unread as unread_token
 from .decoder import Decoder
+from .head import mask
 from .protocol import Model
 from .sampling import draw
 
@@ -171,23 +172,22 @@ def _read(
             finished = False
             break
         step = [end - at] * B if lengths is None else [min(max(n - at, 0), end - at) for n in lengths]
-        logits, state = model(
-            now, state, step, learn=learn, backend=backend, check_finite=check_finite, wavefront=wavefront
+        following = None
+        if ahead.shape[1]:
+            known = [lengths is None or n > end for n in lengths or [0] * B]
+            following = torch.where(torch.tensor(known, device=now.device), ahead[:, 0], -1)
+        found, state = model(
+            now, state, step, learn=learn, backend=backend, check_finite=check_finite, wavefront=wavefront,
+            output="losses", following=following
         )
-        before = torch.zeros_like(logits[:, 0]) if last is None else last
-        guesses = torch.cat([before.unsqueeze(1), logits[:, :-1]], 1)
-        loss = F.cross_entropy(guesses.flatten(0, 1).float(), now.flatten(), reduction="none")
-        loss = loss.unflatten(0, (B, -1)).double()
-        count = torch.tensor(step, dtype=torch.long, device=now.device).unsqueeze(1)
-        counted = torch.arange(end - at, device=now.device) < count
-        if last is None:
-            counted[:, 0] = False
-        nats += (loss * counted).sum(1)
+        # the loss of what follows is counted with the piece that reads it
+        nats += torch.where(mask([n - 1 for n in step], end - at, now.device), found.nats, 0).double().sum(1)
+        some = torch.tensor([n > 0 for n in step], dtype=torch.bool, device=now.device)
+        if last is not None:
+            first = F.cross_entropy(last.to(found.nats.dtype), now[:, 0], reduction="none")
+            nats += torch.where(some, first, 0)
         predicted = [p + (n - (last is None) if n else 0) for p, n in zip(predicted, step)]
-        pick = torch.tensor([max(n - 1, 0) for n in step], dtype=torch.long, device=now.device)
-        final = logits[torch.arange(B, device=now.device), pick]
-        empty = torch.tensor([n == 0 for n in step], dtype=torch.bool, device=now.device).unsqueeze(1)
-        last = final if last is None else torch.where(empty, last, final)
+        last = found.last if last is None else torch.where(some.unsqueeze(1), found.last, last)
         now, at = ahead, end
         if on_piece is not None:
             on_piece(max(at - lead, 0), float(nats[0]) if B else 0.0)

@@ -15,6 +15,7 @@ from ..config import CMSConfig
 from ..ops.cms.absorb import absorb, add_gradients
 from ..ops.cms.backends import resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
+from ..ops.cms.continued import continued
 from ..ops.cms.level import Factors, Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
@@ -53,9 +54,9 @@ class ContinuumMemory(nn.Module):
     a segment its gradient is taken and the levels that are due commit. A call with learn=True therefore reads
     at most up to the next multiple of C1.
 
-    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (swiglu);
-    ``.norm_bias`` [d] (layernorm); ``.up_bias``, ``.gate_bias``, ``.down_bias`` (bias=True); ``mix`` [K]
-    (independent).
+    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (gated);
+    ``.norm_bias`` [d] (layernorm); ``.post_gain`` [d] (post_norm); ``.up_bias``, ``.gate_bias``, ``.down_bias``
+    (bias=True); ``mix`` [K] (independent).
 
     ``pending`` (an attribute; None: as the table in ``ops/cms/pending.py`` has it): tokens whose factors a
     row may hold per level before they become weights of its own. Until then rows share one base, and a row
@@ -69,7 +70,9 @@ class ContinuumMemory(nn.Module):
         shapes = {"norm_gain": (d,), "up": (n, d), "down": (d, n)}
         if config.norm == "layernorm":
             shapes["norm_bias"] = (d,)
-        if config.mlp == "swiglu":
+        if config.post_norm:
+            shapes["post_gain"] = (d,)
+        if config.gated:
             shapes["gate"] = (n, d)
         if config.bias:
             shapes.update({f"{name}_bias": (shapes[name][0],) for name in matrices(config)})
@@ -89,7 +92,7 @@ class ContinuumMemory(nn.Module):
                 if name in matrices(self.config):
                     nn.init.normal_(p, std=p.shape[1] ** -0.5)
                 else:
-                    nn.init.constant_(p, 1.0 if name == "norm_gain" else 0.0)
+                    nn.init.constant_(p, 1.0 if name in ("norm_gain", "post_gain") else 0.0)
         if self.mix is not None:
             nn.init.zeros_(self.mix)
 
@@ -142,10 +145,10 @@ class ContinuumMemory(nn.Module):
         check_tensor(NAME, "x", x, ("B", "T", self.config.d_model), like.dtype, like.device)
         lengths = check_lengths(NAME, lengths, x.shape[0], x.shape[1])
         state = self._admitted(NAME, state, x)
-        learn = bool(learn) and self.learns
-        self._check_reading(state, lengths, learn)
+        learn, now = bool(learn) and self.learns, self.continued(state)
+        self._check_reading(now, lengths, learn)
         with state.reading(NAME, self, not torch.is_grad_enabled()):
-            base = state.clone() if torch.is_grad_enabled() else state
+            base = self.continued(state.clone() if torch.is_grad_enabled() else state)
             y = self._forward(x, base, lengths, backend)
             new = self._with_tokens(base, x.detach(), lengths, learn)
             return y, new if torch.is_grad_enabled() else state.assign(new)
@@ -179,17 +182,25 @@ class ContinuumMemory(nn.Module):
             )
         state = self._admitted(where, state, error)
         ops = resolve(self.config, error.dtype, error.device, backend, inner=True)
+        now = self.continued(state)
         if not self.learns:
-            return state.clone() if torch.is_grad_enabled() else state
+            return now.clone() if torch.is_grad_enabled() else state
         for b, n in enumerate(lengths):
-            owed = state.seen[b] - state.delivered[b]
+            owed = now.seen[b] - now.delivered[b]
             if n > owed:
                 raise ValueError(f"{where}: argument error has {n} tokens for row {b}, expected at most {owed}: "
                                  "the tokens of its open segment that were read with learn=True and have no error yet")
         with state.reading(where, self, not torch.is_grad_enabled()):
-            base = state.clone() if torch.is_grad_enabled() else state
+            base = self.continued(state.clone() if torch.is_grad_enabled() else state)
             new = self._refreshed(base.draft("all"), error.detach(), lengths, ops).finished()
             return new if torch.is_grad_enabled() else state.assign(new)
+
+    def continued(self, state: CMSState) -> CMSState:
+        """``state``, which may have other rates or another optimizer, under this layer's configuration: see
+        ``ops/cms/continued.py``. Itself where there is no difference; it stays as it is."""
+        if state.config is self.config or state.config == self.config:
+            return state
+        return continued(state, self.config, self._matrices)
 
     def effective_levels(self, state: CMSState, dtype: torch.dtype | None = None) -> list[Level]:
         """The levels as ``cms_forward`` takes them, in ``dtype`` (None: that of the parameters).
@@ -225,7 +236,7 @@ class ContinuumMemory(nn.Module):
                 None if not rank else usable(part[l][name][:, :rank], shared.dtype)
                 for part in (state.left, state.right)
             ]
-            tensors[name] = Matrix(shared, mine, rows, *pending, scale=-self.config.learning_rates[l])
+            tensors[name] = Matrix(shared, mine, rows, *pending, scale=-state.config.learning_rates[l])
             if rank and shared.requires_grad and torch.is_grad_enabled():
                 # rows that learned are constants: their base is not the parameter, but its value
                 learned = tuple(bool(o or r) for o, r in zip(own, state.rank[l]))
@@ -235,8 +246,8 @@ class ContinuumMemory(nn.Module):
     def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for:
         ``weights`` (fp32, or fp64), ``copies`` in the input dtype, ``grads`` of levels slower than a segment,
-        ``moments``, ``pending`` factors. segment: tokens between two boundaries, ``model.segment`` in a
-        model; None: chunks[0]."""
+        ``moments`` (Adam's squares among them), ``pending`` factors. segment: tokens between two boundaries,
+        ``model.segment`` in a model; None: chunks[0]."""
         dtype, found = self._like.dtype, []
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
@@ -249,7 +260,7 @@ class ContinuumMemory(nn.Module):
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,
-                "moments": numbers * wide if self.config.optimizer == "momentum" else 0,
+                "moments": numbers * wide * {"momentum": 1, "adam": 2}.get(self.config.optimizer, 0),
                 "pending": slots * sides * size,
             })
         return found
@@ -279,7 +290,7 @@ class ContinuumMemory(nn.Module):
         new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
-                add_gradients(new, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
+                add_gradients(new, self.config, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
         return new.finished()
 
     @torch.no_grad()

@@ -61,7 +61,9 @@ def test_titans_config(fields, words):
     ({"chunks": (4, 6)}, "each dividing the next"), ({"chunks": (8, 4)}, "strictly increasing"),
     ({"chunks": ()}, "at least one period"),
     ({"chunks": (4, 8), "lr": (0.1,)}, "one value per level"), ({"lr": -1.0}, "lr is -1.0"),
-    ({"optimizer": "adam"}, "expected one of"),
+    ({"optimizer": "adagrad"}, "expected one of"), ({"betas": 0.9}, "expected two floats"),
+    ({"betas": (0.9,)}, "expected two floats"), ({"betas": (0.9, 1.0)}, "expected two floats in [0, 1)"),
+    ({"betas": (0.9, "x")}, "betas is 'x', expected a finite number"),
 ])
 def test_cms_config(fields, words):
     with pytest.raises(ValueError, match="CMSConfig: ") as error:

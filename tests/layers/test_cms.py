@@ -21,7 +21,8 @@ from hope_kernels.state_file import load_state
 
 CHUNKS = [(2,), (2, 4, 8), (3, 6)]
 VARIANTS = ("sequential", "independent", "nested")
-GRID = list(itertools.product(VARIANTS, ("gelu", "swiglu"), ("rmsnorm", "layernorm"), ("gd", "momentum", "muon")))
+OPTIMIZERS = ("gd", "momentum", "muon", "adam")
+GRID = list(itertools.product(VARIANTS, ("gelu", "swiglu", "geglu"), ("rmsnorm", "layernorm"), OPTIMIZERS))
 
 
 def picker(seed):
@@ -33,7 +34,8 @@ def picker(seed):
 def test_layer_equals_the_token_loop_over_random_splits(case):
     variant, mlp, norm, optimizer = GRID[case]
     layer = make(
-        case, variant=variant, mlp=mlp, norm=norm, optimizer=optimizer, chunks=CHUNKS[case % 3], bias=case % 2 == 1
+        case, variant=variant, mlp=mlp, norm=norm, optimizer=optimizer, chunks=CHUNKS[case % 3], bias=case % 2 == 1,
+        post_norm=case % 5 < 2
     )
     stream = Stream(layer, 3, 19, seed=case)
     with torch.no_grad():
@@ -52,10 +54,10 @@ def chooser(choices):
 @given(
     choices=st.lists(st.integers(0, 11), max_size=60), variant=st.sampled_from(VARIANTS),
     chunks=st.sampled_from(CHUNKS), batch=st.integers(1, 3), grad=st.booleans(),
-    pending=st.sampled_from([None, 2, 6, 7]),
+    pending=st.sampled_from([None, 2, 6, 7]), averaged=st.sampled_from(["momentum", "adam"]),
 )
-def test_any_split_any_raggedness(choices, variant, chunks, batch, grad, pending):
-    layer = make(1, variant=variant, chunks=chunks, optimizer="momentum" if pending is None else "gd")
+def test_any_split_any_raggedness(choices, variant, chunks, batch, grad, pending, averaged):
+    layer = make(1, variant=variant, chunks=chunks, optimizer=averaged if pending is None else "gd")
     layer.pending = pending
     stream = Stream(layer, batch, 14, seed=2)
     with torch.set_grad_enabled(grad):
@@ -65,9 +67,12 @@ def test_any_split_any_raggedness(choices, variant, chunks, batch, grad, pending
 
 
 @pytest.mark.parametrize("variant", ["sequential", "independent"])
-@pytest.mark.parametrize("mlp,norm", [("gelu", "rmsnorm"), ("swiglu", "layernorm")])
-def test_hand_written_gradients_equal_autograd(variant, mlp, norm):
-    layer = make(3, variant=variant, mlp=mlp, norm=norm, chunks=(2, 4, 8), bias=True)
+@pytest.mark.parametrize("mlp,norm,post_norm", [
+    ("gelu", "rmsnorm", False), ("gelu", "layernorm", True), ("swiglu", "layernorm", False),
+    ("geglu", "rmsnorm", True),
+])
+def test_hand_written_gradients_equal_autograd(variant, mlp, norm, post_norm):
+    layer = make(3, variant=variant, mlp=mlp, norm=norm, post_norm=post_norm, chunks=(2, 4, 8), bias=True)
     x = torch.randn(1, 1, D, dtype=torch.float64, requires_grad=True)
     error = torch.randn(1, 1, D, dtype=torch.float64)
     row = reference_row(layer)
@@ -105,8 +110,9 @@ def test_cms_gradients_in_every_mode_and_with_weights_per_row(mode):
             np.testing.assert_allclose(g[b].numpy(), want[n], rtol=1e-11, atol=1e-12)
 
 
-def test_nested_reset_returns_to_the_shared_weights_and_zero_momentum():
-    layer = make(5, variant="nested", chunks=(2, 4, 8), optimizer="momentum")
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_nested_reset_returns_to_the_shared_weights_and_zero_averages(optimizer):
+    layer = make(5, variant="nested", chunks=(2, 4, 8), optimizer=optimizer)
     stream = Stream(layer, 2, 8)
     with torch.no_grad():
         for step in range(4):
@@ -115,7 +121,9 @@ def test_nested_reset_returns_to_the_shared_weights_and_zero_momentum():
             own = [o[0] for o in stream.state.own]
             assert own == [[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]][step]
             for l, o in enumerate(own[:2]):
-                assert stream.state.moments[l] is None or bool(stream.state.moments[l]["up"].any()) == bool(o)
+                for average in (stream.state.moments[l], stream.state.squares[l]):
+                    assert average is None or bool(average["up"].any()) == bool(o)
+                assert stream.state.steps[l][0] == (o if optimizer == "adam" else 0)
                 if not o:
                     assert layer.effective_levels(stream.state)[l]["up"] is layer.levels[l]["up"]
     stream.check()
@@ -164,7 +172,7 @@ def test_rows_that_never_refreshed_follow_the_shared_weights_and_carry_gradients
         assert torch.equal(moved[0], y[0]) and not torch.allclose(moved[1], y[1])
 
 
-@pytest.mark.parametrize("optimizer", ["gd", "momentum", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_lr_zero_is_untouched_bit_for_bit_even_by_nan(optimizer):
     layer = make(8, chunks=(2, 4, 8), lr=(0.1, 0.0, 0.1), optimizer=optimizer)
     x, error = torch.randn(1, 8, D, dtype=torch.float64), torch.full((1, 2, D), math.nan, dtype=torch.float64)
@@ -178,8 +186,9 @@ def test_lr_zero_is_untouched_bit_for_bit_even_by_nan(optimizer):
         assert state.weights[0]["up"].isnan().any() and state.weights[2]["up"].isnan().any()
 
 
-def test_nan_stays_in_its_row():
-    layer = make(9, chunks=(2, 4), optimizer="muon")
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_nan_stays_in_its_row(optimizer):
+    layer = make(9, chunks=(2, 4), optimizer=optimizer)
     clean, dirty = Stream(layer, 3, 8, seed=3), Stream(layer, 3, 8, seed=3)
     dirty.x[1], dirty.e[1] = math.nan, math.nan
     with torch.no_grad():
@@ -262,8 +271,9 @@ def test_accumulate_and_commit_for_a_model_with_its_own_gradients():
     assert layer.commit(state, [False] * 3, [4, 4, 4]) is state
 
 
-def test_select_reorder_save_load_mid_segment(tmp_path):
-    layer = make(13, chunks=(2, 4, 8), optimizer="momentum", variant="nested")
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_select_reorder_save_load_mid_segment(optimizer, tmp_path):
+    layer = make(13, chunks=(2, 4, 8), optimizer=optimizer, variant="nested")
     order = [2, 0, 1]
     straight, moved = Stream(layer, 3, 16, seed=1), Stream(layer, 3, 16, seed=1)
 
@@ -321,8 +331,9 @@ def test_grad_mode_leaves_the_given_state_and_no_grad_advances_it():
     assert all(g.isfinite().all() and g.any() for g in grads)
 
 
-def test_a_state_moves_between_modes():
-    layer = make(17, chunks=(2, 4), optimizer="momentum")
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_a_state_moves_between_modes(optimizer):
+    layer = make(17, chunks=(2, 4), optimizer=optimizer)
     modes = [
         torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad,
         torch.no_grad
@@ -369,9 +380,10 @@ def test_zero_length_rows_and_empty_calls():
         assert y.shape == (0, 3, D) and state.batch == 0
 
 
-def test_bf16_and_fp32_masters():
+@pytest.mark.parametrize("optimizer, held_by_two_levels", [("momentum", 10), ("adam", 14)])
+def test_bf16_and_fp32_masters(optimizer, held_by_two_levels):
     for dtype in (torch.bfloat16, torch.float32):
-        layer = make(20, dtype=dtype, chunks=(2, 4), optimizer="momentum")
+        layer = make(20, dtype=dtype, chunks=(2, 4), optimizer=optimizer)
         stream = Stream(layer, 2, 8)
         with torch.no_grad():
             stream.finish(lambda low, high: high)
@@ -379,10 +391,10 @@ def test_bf16_and_fp32_masters():
         assert s.inputs.dtype == s.errors.dtype == dtype
         assert s.grads[0] is None  # a level that steps at every segment's end never has a gradient
         held = [
-            t for part in (s.weights, s.grads, s.moments) for level in part if level is not None
+            t for part in (s.weights, s.grads, s.moments, s.squares) for level in part if level is not None
             for t in level.values()
         ]
-        assert len(held) == 10 and {t.dtype for t in held} == {torch.float32}
+        assert len(held) == held_by_two_levels and {t.dtype for t in held} == {torch.float32}
         for l in range(2):
             for name, w in s.weights[l].items():
                 assert torch.equal(
@@ -423,6 +435,50 @@ def test_refresh_equals_torch_optim():
             theirs.step()
             mine, moment = cms_refresh(config, 0, mine, l, r, moment=moment)
         torch.testing.assert_close(mine, p.detach(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunks", [(3,), (3, 6)])
+def test_a_level_equals_torch_optim_adam(chunks):
+    """The slowest level of a layer against torch.optim.Adam on the mean loss of its period, by autograd: for
+    rows that learn at different times, one of which pauses."""
+    layer = make(30, chunks=chunks, optimizer="adam", lr=(0.0,) * (len(chunks) - 1) + (0.01,), betas=(0.8, 0.95))
+    last, period = len(chunks) - 1, chunks[-1]
+    x, error = (torch.randn(2, 24, D, dtype=torch.float64) for _ in range(2))
+    with torch.no_grad():
+        state = None
+        for step in range(8):
+            for lengths in ([3, 3 * (step % 4 < 2)], [0, 3 * (step % 4 >= 2)]):
+                part = [torch.stack([t[b, p : p + 3] if n else t[b, :3] for b, (n, p) in enumerate(
+                    zip(lengths, state.pos if state else [0, 0]))]) for t in (x, error)]
+                _, state = layer(part[0], state, lengths=lengths)
+                state = layer.refresh(state, part[1], lengths=lengths)
+    for b in range(2):
+        mine = [{n: p.detach().clone().requires_grad_(n in ("up", "down")) for n, p in layer.levels[l].items()}
+                for l in range(len(chunks))]
+        theirs = torch.optim.Adam([mine[last][n] for n in ("up", "down")], 0.01, betas=(0.8, 0.95))
+        for start in range(0, 24, period):
+            piece = slice(start, start + period)
+            y = chain.cms_forward(x[b : b + 1, piece], mine, layer.config)
+            theirs.zero_grad()
+            (y * error[b, piece]).sum(-1).mean().backward()
+            theirs.step()
+        assert state.steps[last][b] == 24 // period
+        for n in ("up", "down"):
+            torch.testing.assert_close(state.weights[last][n][b], mine[last][n].detach(), rtol=1e-11, atol=1e-12)
+
+
+def test_the_mean_is_over_the_tokens_that_contributed():
+    """A segment read with learn=False leaves a level's sum for its next commit, which is then over fewer tokens
+    than the time that has passed, or more than a period."""
+    layer = make(31, chunks=(2, 4), optimizer="adam", lr=1e-3)
+    stream = Stream(layer, 1, 12)
+    with torch.no_grad():
+        for learn, tokens in ((True, 2), (False, 2), (True, 4), (True, 0), (True, 2), (True, 0)):
+            stream.read([2], learn)
+            stream.deliver([0 if stream.state.tainted[0] else n for n in stream.owed()])
+            assert stream.state.tokens[1] == [tokens]
+    assert stream.state.steps == [[5], [2]]
+    stream.check()
 
 
 def test_initial_scale():
@@ -512,7 +568,8 @@ def test_wrong_types():
 
 def test_default_rates():
     rates = {
-        "gd": (1 / 32, 1 / 64, 1 / 128), "momentum": (1 / 256, 1 / 512, 1 / 1024), "muon": (0.0075, 0.015, 0.03)
+        "gd": (1 / 32, 1 / 64, 1 / 128), "momentum": (1 / 256, 1 / 512, 1 / 1024), "muon": (0.0075, 0.015, 0.03),
+        "adam": (1e-4,) * 3,
     }
     for optimizer, want in rates.items():
         np.testing.assert_allclose(

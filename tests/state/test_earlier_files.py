@@ -73,3 +73,20 @@ def test_pickles_find_the_classes_that_have_moved(state, now, then):
     assert b"hope_kernels." + now in text
     found = pickle.loads(text.replace(b"hope_kernels." + now, b"hope_kernels." + then))
     assert type(found) is type(state) and found.pos == state.pos
+
+
+def test_pickles_from_before_adam_have_its_fields():
+    layer = ContinuumMemory(CMSConfig(16, (4, 8), optimizer="momentum"))
+    with torch.no_grad():
+        _, state = layer(torch.randn(2, 4, 16))
+        state = layer.refresh(state, torch.randn(2, 4, 16))
+        fields = {n: v for n, v in state.clone().__getstate__().items() if n not in ("squares", "tokens", "steps")}
+        found = type(state).__new__(type(state))
+        found.__setstate__(fields)
+        x, error = torch.randn(2, 4, 16), torch.randn(2, 4, 16)
+        a, _ = layer(x, found)
+        b, _ = layer(x, state)
+        found.owned_by(layer)
+        layer.refresh(found, error)
+        layer.refresh(state, error)
+    assert torch.equal(a, b) and all(map(torch.equal, found.tensors(), state.tensors()))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...config import CMSConfig
 from ...state import master_dtype
 from . import level
-from .level import Factors
+from .level import Adam, Factors
 from .muon import muon_step_
 from .schedule import due, matrices
 from .state import CMSState
@@ -27,33 +27,44 @@ Shared = dict[str, Tensor]  # a level's matrices in the layer: name -> [r, c]
 
 def absorb(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
-    counts: list[int] | None, pending: int = 0, ops=level,
+    counts: list[int] | None, pending: int = 0, ops=level, tokens: list[int] | None = None,
 ) -> None:
     """Level ``l`` of the draft ``state`` learns one segment in ``rows`` of the batch (ascending), and commits
     in those that are due at ``counts``.
 
     factors: [B, C, r] and [B, C, c] for each matrix, or None: there is no new segment. counts: tokens each
     row has read; None: nothing commits. pending: tokens whose factors a row may hold before they are folded
-    (optimizer="gd").
+    (optimizer="gd"). tokens: how many of the segment count, for each row of the batch (None: all C); the
+    factors of the others are zero.
     """
     if config.learning_rates[l] == 0:
         return
     step, back, wait = due(config, l, rows, counts)
+    if factors is not None:
+        C = factors["down"][0].shape[1]
+        for b in rows:
+            state.tokens[l][b] += C if tokens is None else tokens[b]
     if wait and factors is not None:
         _accumulate(state, shared, l, factors, wait, ops)
     if step:
         _step(state, config, shared, l, factors, step, pending, ops)
+        _mark(state.tokens[l], step, 0)
     if back:
         reset(state, l, back)
 
 
-def add_gradients(state: CMSState, l: int, grads: dict[str, Tensor], rows: list[int]) -> None:
-    """Gradients [B, r, c] by the name of their matrix join the accumulator in ``rows``."""
+def add_gradients(
+    state: CMSState, config: CMSConfig, l: int, grads: dict[str, Tensor], rows: list[int]
+) -> None:
+    """Gradients [B, r, c] by the name of their matrix, of a segment of C1 tokens, join the accumulator in
+    ``rows``."""
     total = _grads(state, {n: g[0] for n, g in grads.items()}, l)
     for name, g in grads.items():
         for b in rows:
             total[name][b].add_(g[b])
     _mark(state.dirty[l], rows, 1)
+    for b in rows:
+        state.tokens[l][b] += config.chunks[0]
 
 
 def fold(state: CMSState, config: CMSConfig, shared: Shared, l: int, rows: list[int], ops=level) -> None:
@@ -105,10 +116,11 @@ def share(state: CMSState, l: int, rows: list[int]) -> None:
 def reset(state: CMSState, l: int, rows: list[int]) -> None:
     """``rows`` have the layer's weights again, and have learned and accumulated nothing."""
     share(state, l, rows)
-    for part in ("grads", "moments"):
+    for part in ("grads", "moments", "squares"):
         if getattr(state, part)[l] is not None:
             _zero(state.writable(part, l), rows)
-    _mark(state.dirty[l], rows, 0)
+    for counters in (state.dirty, state.tokens, state.steps):
+        _mark(counters[l], rows, 0)
 
 
 def _step(
@@ -131,13 +143,26 @@ def _step(
         for name, w in weights.items():
             muon_step_(w, copies.get(name), total[name], rows, lr, ops)
     else:
-        moments = _moments(state, config, l)
+        moments, squares = _averages(state, config, l, "moments"), _averages(state, config, l, "squares")
+        for b in rows if squares else ():
+            state.steps[l][b] += 1
         for group, total in ((clean, {}), (dirty, _grads(state, shared, l) if dirty else {})):
-            for name, w in weights.items() if group else ():
-                left, right = (None, None) if factors is None else factors[name]
-                ops.refresh_(w, copies.get(name), left, right, group, lr, moment=moments.get(name),
-                             mu=config.momentum, total=total.get(name))
+            for alike in _at_one_step(state, l, group) if squares else [group] if group else []:
+                at = state.steps[l][alike[0]], state.tokens[l][alike[0]]
+                for name, w in weights.items():
+                    left, right = (None, None) if factors is None else factors[name]
+                    adam = Adam(squares[name], config.betas, *at) if squares else None
+                    ops.refresh_(w, copies.get(name), left, right, alike, lr, moment=moments.get(name),
+                                 mu=config.momentum, total=total.get(name), adam=adam)
     _mark(state.dirty[l], rows, 0)
+
+
+def _at_one_step(state: CMSState, l: int, rows: list[int]) -> list[list[int]]:
+    """``rows`` by the number of Adam's step that they take, and of the tokens that it is for."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for b in rows:
+        groups.setdefault((state.steps[l][b], state.tokens[l][b]), []).append(b)
+    return list(groups.values())
 
 
 def _keep(
@@ -183,12 +208,13 @@ def _grads(state: CMSState, like: Shared, l: int) -> dict[str, Tensor]:
     return state.put("grads", l, zero)
 
 
-def _moments(state: CMSState, config: CMSConfig, l: int) -> dict[str, Tensor]:
-    if config.optimizer != "momentum":
+def _averages(state: CMSState, config: CMSConfig, l: int, part: str) -> dict[str, Tensor]:
+    """``moments`` or ``squares`` of a level whose optimizer has any."""
+    if config.optimizer not in {"moments": ("momentum", "adam"), "squares": ("adam",)}[part]:
         return {}
-    if state.moments[l] is not None:
-        return state.writable("moments", l)
-    return state.put("moments", l, {n: torch.zeros_like(w) for n, w in state.weights[l].items()})
+    if getattr(state, part)[l] is not None:
+        return state.writable(part, l)
+    return state.put(part, l, {n: torch.zeros_like(w) for n, w in state.weights[l].items()})
 
 
 def _copies(state: CMSState, l: int) -> dict[str, Tensor]:

@@ -2,13 +2,14 @@
 factors make.
 
     branch(x) = w_down sigma(w_up norm(x))                      mlp="gelu"    (sigma: tanh form of gelu)
-                w_down (silu(w_gate norm(x)) * (w_up norm(x)))  mlp="swiglu"
+                w_down (silu(w_gate norm(x)) * (w_up norm(x)))  mlp="swiglu"; "geglu": gelu in place of silu
 
-A level is a dict: ``norm_gain`` [d], ``norm_bias`` [d] (layernorm), the matrices ``up`` [N, d], ``gate`` [N,
-d] (swiglu) and ``down`` [d, N], each a ``Matrix``, and with biases ``up_bias`` [N], ``gate_bias`` [N],
-``down_bias`` [d]. The gradient of a segment is never formed as such: the backward hands over its two factors
-per matrix, tokens by outputs and tokens by inputs, and ``refresh_`` or ``outer_add_`` multiply them into what
-they change. B rows, T tokens, C tokens of a segment, d width, N hidden units.
+and with ``post_norm`` an RMSNorm of that. A level is a dict: ``norm_gain`` [d], ``norm_bias`` [d] (layernorm),
+``post_gain`` [d] (post_norm), the matrices ``up`` [N, d], ``gate`` [N, d] (gated) and ``down`` [d, N], each a
+``Matrix``, and with biases ``up_bias`` [N], ``gate_bias`` [N], ``down_bias`` [d]. The gradient of a segment is
+never formed as such: the backward hands over its two factors per matrix, tokens by outputs and tokens by
+inputs, and ``refresh_`` or ``outer_add_`` multiply them into what they change. B rows, T tokens, C tokens of a
+segment, d width, N hidden units.
 
 A backend of the CMS is a module with these functions: ``cpp.py`` and ``triton/operator.py`` are the others.
 """
@@ -30,20 +31,45 @@ from .matrix import times, times_transposed
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 NS_EPS = 1e-7
+ADAM_EPS = 1e-8
 
 Level = dict[str, Any]  # a tensor, or for a matrix a ``Matrix`` or a tensor
 Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix [r, c]: errors at its outputs [B, T, r], inputs [B, T, c]
 
 
+class Adam(NamedTuple):
+    """What Adam's step needs beside the first moment m, for rows that are at the same step.
+
+    square: v [B, r, c], master dtype.  betas: of m and v.  step: t, this step's number, 1 at first.  tokens:
+    how many the gradient is a sum over; it enters as their mean."""
+
+    square: Tensor
+    betas: tuple[float, float]
+    step: int
+    tokens: int
+
+    @property
+    def scale(self) -> float:
+        """Of the gradient."""
+        return 1 / max(self.tokens, 1)
+
+    def rates(self, lr: float) -> tuple[float, float]:
+        """(a, b) of theta <- theta - a m / (b sqrt(v) + eps), which is the step with corrected averages."""
+        first, second = (1 - beta**self.step for beta in self.betas)
+        return lr / first, second**-0.5
+
+
 class Saved(NamedTuple):
     """What the backward of one level needs. x: its input [B, T, d].  n: norm(x) [B, T, d].  z, g: w_up n and
-    w_gate n [B, T, N] (g None for gelu).  a: hidden units [B, T, N]."""
+    w_gate n [B, T, N] (g None for gelu).  a: hidden units [B, T, N].  out: w_down a [B, T, d] (None without
+    post_norm)."""
 
     x: Tensor
     n: Tensor
     z: Tensor
     g: Tensor | None
     a: Tensor
+    out: Tensor | None = None
 
 
 def level_forward(
@@ -57,13 +83,15 @@ def level_forward(
     else:
         n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
     z, g = times_transposed(n, level["up"], level.get("up_bias")), None
-    if config.mlp == "swiglu":
+    if config.gated:
         g = times_transposed(n, level["gate"], level.get("gate_bias"))
-        a = F.silu(g) * z
+        a = (F.silu(g) if config.mlp == "swiglu" else F.gelu(g, approximate="tanh")) * z
     else:
         a = F.gelu(z, approximate="tanh")
-    y = times_transposed(a, level["down"], level.get("down_bias"))
-    return x + y if residual else y, Saved(x, n, z, g, a) if keep else None
+    y, out = times_transposed(a, level["down"], level.get("down_bias")), None
+    if config.post_norm:
+        y, out = F.rms_norm(y, width, level["post_gain"], eps), y
+    return x + y if residual else y, Saved(x, n, z, g, a, out) if keep else None
 
 
 def level_backward(
@@ -72,15 +100,19 @@ def level_backward(
     """dy = dL/d(result of ``level_forward``) [B, T, d] -> (dL/dx or None, the factors of dL/dW per matrix:
     dW_b = left_b^T right_b).
 
-    h = dy w_down;  gelu: d_up = sigma'(z) h;  swiglu: d_up = silu(g) h, d_gate = silu'(g) z h;
-    dx = norm'(x)^T (d_up w_up + d_gate w_gate).
+    h = d_out w_down, d_out = dy, or behind a post_norm what it makes of dy;  gelu: d_up = sigma'(z) h;
+    swiglu: d_up = silu(g) h, d_gate = silu'(g) z h;  dx = norm'(x)^T (d_up w_up + d_gate w_gate).
     """
-    h = times(dy, level["down"])
-    if saved.g is not None:
+    d_out = dy if saved.out is None else norm_backward(dy, saved.out, level["post_gain"], "rmsnorm", eps)
+    h = times(d_out, level["down"])
+    if saved.g is None:
+        lefts = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
+    elif config.mlp == "swiglu":
         lefts = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
     else:
-        lefts = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
-    factors = {name: (left, saved.n) for name, left in lefts.items()} | {"down": (dy, saved.a)}
+        d_gate = torch.ops.aten.gelu_backward(saved.z * h, saved.g, approximate="tanh")
+        lefts = {"up": F.gelu(saved.g, approximate="tanh") * h, "gate": d_gate}
+    factors = {name: (left, saved.n) for name, left in lefts.items()} | {"down": (d_out, saved.a)}
     if not need_dx:
         return None, factors
     dn = sum(times(left, level[name]) for name, left in lefts.items())
@@ -120,15 +152,26 @@ def outer_add_(
 
 def refresh_(
     weight: Tensor, copy: Tensor | None, left: Tensor | None, right: Tensor | None, rows: list[int], lr: float, *,
-    moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None,
+    moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None, adam: Adam | None = None,
 ) -> None:
     """One optimizer step in ``rows`` (ascending), in place: theta <- theta - lr f(g), g = left^T right +
     total; ``total`` becomes zero.
 
-    f(g) = g, or with ``moment``: m <- mu m + g, f = m.  weight, moment, total: [B, r, c], master dtype.
-    copy: weight in the dtype of the inputs, rewritten.  left: [B, C, r] and right: [B, C, c], or None: g is
-    ``total`` alone.  Source: Nested Learning eq 71.
+    f(g) = g, or with ``moment``: m <- mu m + g, f = m.  With ``adam`` as well, in place of mu: g is the mean
+    over its tokens, m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2,
+    f = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+    weight, moment, total: [B, r, c], master dtype.  copy: weight in the dtype of the inputs, rewritten.
+    left: [B, C, r] and right: [B, C, c], or None: g is ``total`` alone.  Source: Nested Learning eq 71.
     """
+    if adam is not None:
+        assert moment is not None
+        _adam_(weight, moment, adam, _gradients(weight, left, right, total, rows), rows, lr)
+        for b in rows:
+            if total is not None:
+                total[b].zero_()
+            if copy is not None:
+                copy[b].copy_(weight[b])
+        return
     if total is not None:
         if left is not None and right is not None:
             outer_add_(total, left, right, rows)
@@ -151,6 +194,29 @@ def refresh_(
             weight[b].add_(moment[b], alpha=-lr)
         if copy is not None:
             copy[b].copy_(weight[b])
+
+
+def _gradients(
+    like: Tensor, left: Tensor | None, right: Tensor | None, total: Tensor | None, rows: list[int]
+) -> Tensor:
+    """g of ``refresh_``, [B, r, c] as ``like``, in ``rows``; in ``total`` where there is one."""
+    if left is None or right is None:
+        return torch.zeros_like(like) if total is None else total
+    if total is not None:
+        outer_add_(total, left, right, rows)
+        return total
+    grad = torch.empty_like(like)
+    outer_add_(grad, left, right, rows, beta=0.0)
+    return grad
+
+
+def _adam_(weight: Tensor, moment: Tensor, adam: Adam, grad: Tensor, rows: list[int], lr: float) -> None:
+    (a, b), (beta1, beta2) = adam.rates(lr), adam.betas
+    for row in rows:
+        g, m, v = grad[row] * adam.scale, moment[row], adam.square[row]
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        weight[row].addcdiv_(m, v.sqrt().mul_(b).add_(ADAM_EPS), value=-a)
 
 
 def newton_schulz(grad: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 is tested against.
 
     branch_l(x) = w_down sigma(w_up norm(x))  or  w_down (silu(w_gate norm(x)) * (w_up norm(x)))
+                  (geglu: gelu for silu; with post_norm: post_gain * that / its RMS)
     MLP_l(x) = x + branch_l(x)
     sequential, nested: y = MLP_K(... MLP_1(x));   independent: y = sum_l softmax(mix)_l MLP_l(x)
     refresh of level l at counts i = 0 mod C^(l):  theta <- theta - lr_l f(sum of dL_t/dtheta)
@@ -34,12 +35,17 @@ def silu(z):
     return z * s, s * (1 + z * (1 - s))
 
 
+def rms_norm(x, gain, eps):
+    """Returns (n, pullback), as ``norm``."""
+    r = 1 / np.sqrt(np.mean(x**2) + eps)
+    return gain * x * r, lambda dn: r * gain * dn - x * r**3 * np.mean(x * gain * dn)
+
+
 def norm(x, level, config, eps):
     """Returns (n, pullback): the normalised x, and the map from dL/dn to dL/dx."""
     gain = level["norm_gain"]
     if config.norm == "rmsnorm":
-        r = 1 / np.sqrt(np.mean(x**2) + eps)
-        return gain * x * r, lambda dn: r * gain * dn - x * r**3 * np.mean(x * gain * dn)
+        return rms_norm(x, gain, eps)
     centred = x - np.mean(x)
     r = 1 / np.sqrt(np.mean(centred**2) + eps)
     h = centred * r
@@ -58,10 +64,14 @@ def branch(x, level, config, eps=NORM_EPS):
     if config.mlp == "gelu":
         a, slope = gelu(z)
     else:
-        gated, slope = silu(level["gate"] @ n + level.get("gate_bias", 0.0))
+        sigma = silu if config.mlp == "swiglu" else gelu
+        gated, slope = sigma(level["gate"] @ n + level.get("gate_bias", 0.0))
         a = gated * z
+    out = level["down"] @ a + level.get("down_bias", 0.0)
+    y, post_pullback = rms_norm(out, level["post_gain"], eps) if config.post_norm else (out, lambda error: error)
 
     def pullback(error):
+        error = post_pullback(error)
         h = level["down"].T @ error
         grads = {"down": np.outer(error, a)}
         if config.mlp == "gelu":
@@ -74,7 +84,7 @@ def branch(x, level, config, eps=NORM_EPS):
         grads["up"] = np.outer(d_up, n)
         return norm_pullback(dn), grads
 
-    return level["down"] @ a + level.get("down_bias", 0.0), pullback
+    return y, pullback
 
 
 def forward(x, levels, config: CMSConfig, mix=None, eps=NORM_EPS):
@@ -134,11 +144,13 @@ class Row:
     refreshed: set = field(default_factory=set)
 
     def __post_init__(self):
-        self.names = ("up", "gate", "down") if self.config.mlp == "swiglu" else ("up", "down")
+        self.names = ("up", "gate", "down") if self.config.gated else ("up", "down")
         self.levels = [{n: np.array(v, dtype=np.float64) for n, v in level.items()} for level in self.initial]
         self.segment = self._zeros()  # gradients of the open segment
         self.total = self._zeros()  # gradients of finished segments, until their level commits
-        self.moment = self._zeros()
+        self.moment, self.square = self._zeros(), self._zeros()
+        self.tokens = [0] * len(self.levels)  # whose gradients ``total`` sums up
+        self.steps = [0] * len(self.levels)  # that ``moment`` and ``square`` are averages over
 
     def _zeros(self):
         return [{n: np.zeros_like(level[n]) for n in self.names} for level in self.levels]
@@ -161,6 +173,7 @@ class Row:
     def _finish_segment(self):
         if not self.off:
             for l in range(len(self.levels)):
+                self.tokens[l] += self.config.chunks[0]
                 for n in self.names:
                     self.total[l][n] += self.segment[l][n]
             self._commit()
@@ -170,8 +183,10 @@ class Row:
         due = [self.count % c == 0 for c in self.config.chunks]
         for l, rate in enumerate(self.config.learning_rates):
             if due[l] and rate > 0:
+                self.steps[l] += 1
                 for n in self.names:
                     self._step(l, n, rate)
+                self.tokens[l] = 0
                 self.refreshed.add(l)
         if self.config.variant == "nested":
             for l in range(len(due) - 1):
@@ -179,6 +194,8 @@ class Row:
                     for n in self.names:
                         self.levels[l][n] = np.array(self.initial[l][n], dtype=np.float64)
                         self.moment[l][n] = np.zeros_like(self.levels[l][n])
+                        self.square[l][n] = np.zeros_like(self.levels[l][n])
+                    self.steps[l] = 0
                     self.refreshed.discard(l)
 
     def _step(self, l, n, rate):
@@ -187,6 +204,11 @@ class Row:
             self.moment[l][n] = f = self.config.momentum * self.moment[l][n] + g
         elif self.config.optimizer == "muon":
             f = 0.2 * np.sqrt(max(g.shape)) * newton_schulz(g)
+        elif self.config.optimizer == "adam":
+            (b1, b2), t, mean = self.config.betas, self.steps[l], g / self.tokens[l]
+            self.moment[l][n] = b1 * self.moment[l][n] + (1 - b1) * mean
+            self.square[l][n] = b2 * self.square[l][n] + (1 - b2) * mean**2
+            f = self.moment[l][n] / (1 - b1**t) / (np.sqrt(self.square[l][n] / (1 - b2**t)) + 1e-8)
         else:
             f = g
         self.levels[l][n] = self.levels[l][n] - rate * f

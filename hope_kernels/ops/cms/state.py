@@ -14,8 +14,9 @@ from ...config import CMSConfig
 from ...state import Counters, State, master_dtype
 from .schedule import matrices
 
-_LISTS = ("weights", "copies", "grads", "moments", "left", "right")
-_FLAGS = ("own", "rank", "dirty")
+_LISTS = ("weights", "copies", "grads", "moments", "squares", "left", "right")
+_FLAGS = ("own", "rank", "dirty", "tokens", "steps")
+_MOST = 2**62  # of a counter
 
 
 def _no_counters() -> Counters:
@@ -50,7 +51,8 @@ class CMSState(State):
     weights      [B, r, c], master dtype, in force where ``own`` is 1; None: all rows share the layer's
     copies       ``weights`` in the input dtype, where that is another one; no file has them
     grads        [B, r, c]: sum since the level's last commit, zero where ``dirty`` is 0; None: zero
-    moments      [B, r, c]: momentum, for optimizer="momentum" only; None: zero
+    moments      [B, r, c]: momentum, or Adam's average of gradients; None: zero
+    squares      [B, r, c]: Adam's average of squared gradients; None: zero
     left, right  [B, R, r], [B, R, c]: factors of refreshes not yet folded into ``weights``, input dtype
 
     Lists with an entry for every level: one integer for every row of the batch.
@@ -58,6 +60,8 @@ class CMSState(State):
     own          1 from the row's first (folded) refresh of the level on, 0 again after a nested reset
     rank         slots of ``left`` and ``right`` that count; the others are zero
     dirty        1 where ``grads`` counts
+    tokens       whose gradients ``grads`` is a sum of
+    steps        steps that ``moments`` and ``squares`` are averages over, for optimizer="adam"
 
     The open segment, which a model with a loss of its own does not keep here.
 
@@ -83,6 +87,9 @@ class CMSState(State):
     right: list = field(default_factory=list)
     rank: list = field(default_factory=list)
     dirty: list = field(default_factory=list)
+    squares: list = field(default_factory=list)
+    tokens: list = field(default_factory=list)
+    steps: list = field(default_factory=list)
     private: Private | None = field(default=None, repr=False, kw_only=True)
 
     INPUT_DTYPE = frozenset({"inputs", "errors", "copies", "left", "right"})
@@ -99,6 +106,12 @@ class CMSState(State):
             if len(getattr(self, name)) != self.batch:
                 setattr(self, name, Counters([0] * self.batch))
 
+    def __setstate__(self, fields: dict) -> None:
+        super().__setstate__(fields)
+        for name in ("squares", "tokens", "steps"):  # pickles from before there were any
+            self.__dict__.setdefault(name, [])
+        self.__post_init__()
+
     def _fields(self):
         return [(n, v) for n, v in super()._fields() if n != "private"]
 
@@ -108,7 +121,7 @@ class CMSState(State):
                 if isinstance(t, Tensor):
                     return t.dtype
         masters = [
-            t for part in (*self.weights, *self.grads, *self.moments) if isinstance(part, dict)
+            t for part in (*self.weights, *self.grads, *self.moments, *self.squares) if isinstance(part, dict)
             for t in part.values()
         ]
         return torch.float64 if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in masters) else None
@@ -163,7 +176,8 @@ class CMSState(State):
         for l in range(self.config.num_levels):
             slots = self._slots(where, l)
             for name, high, part in (
-                ("own", 1, self.weights), ("dirty", 1, self.grads), ("rank", slots, self.left)
+                ("own", 1, self.weights), ("dirty", 1, self.grads), ("rank", slots, self.left),
+                ("tokens", _MOST, self.grads), ("steps", _MOST, self.squares),
             ):
                 check_counters(where, f"{name}[{l}]", getattr(self, name)[l], self.batch, 0, high)
                 if any(getattr(self, name)[l]) and part[l] is None:

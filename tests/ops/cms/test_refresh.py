@@ -87,7 +87,7 @@ def test_rows_with_pending_factors_are_constants_of_the_outer_graph():
     assert not learned.any() and shared.any()
 
 
-@pytest.mark.parametrize("optimizer, pending", [("gd", 0), ("gd", 8), ("momentum", 0), ("muon", 0)])
+@pytest.mark.parametrize("optimizer, pending", [("gd", 0), ("gd", 8), ("momentum", 0), ("muon", 0), ("adam", 0)])
 def test_a_call_that_fails_has_learned_nothing(optimizer, pending):
     """The last segment's logits are not finite, after two refreshes of the same call."""
     torch.manual_seed(0)
@@ -138,8 +138,7 @@ def test_long_periods_equal_the_token_loop():
     stream.check()
 
 
-@pytest.mark.parametrize("pending", [0, 6])
-@pytest.mark.parametrize("optimizer", ["gd", "momentum"])
+@pytest.mark.parametrize("optimizer, pending", [("gd", 0), ("gd", 6), ("momentum", 0), ("momentum", 6), ("adam", 0)])
 def test_consolidation_leaves_every_output_as_it_was(optimizer, pending):
     layer = make(5, chunks=(2, 4), lr=0.1, optimizer=optimizer)
     layer.pending = pending
@@ -170,8 +169,9 @@ def finish(stream) -> None:
         stream.deliver(stream.owed())
 
 
-def test_a_detached_level_is_what_was_learned():
-    layer = make(6, chunks=(2, 4), lr=0.1, optimizer="momentum")
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_a_detached_level_is_what_was_learned(optimizer):
+    layer = make(6, chunks=(2, 4), lr=0.1, optimizer=optimizer)
     stream = Stream(layer, 2, 8)
     with torch.no_grad():
         for _ in range(2):
@@ -221,7 +221,8 @@ def test_what_is_detached_has_the_masters_precision():
 
 def test_bytes_of_a_state_by_formula():
     for optimizer, pending, dtype in (
-        ("gd", None, torch.float32), ("momentum", None, torch.bfloat16), ("gd", 16, torch.bfloat16)
+        ("gd", None, torch.float32), ("momentum", None, torch.bfloat16), ("gd", 16, torch.bfloat16),
+        ("adam", None, torch.bfloat16),
     ):
         layer = make(7, dtype=dtype, chunks=(8, 16, 32), lr=(0.1, 0.1, 0.0), optimizer=optimizer)
         layer.pending = pending
@@ -238,11 +239,18 @@ def test_the_refresh_operator():
     torch.manual_seed(0)
     w, left, right = torch.randn(3, 6, 4), torch.randn(3, 5, 6), torch.randn(3, 5, 4)
     total, moment, g = torch.randn(3, 6, 4), torch.randn(3, 6, 4), torch.einsum("bcr,bcs->brs", left, right)
-    gd, momentum, muon = (CMSConfig(4, (2,), lr=0.1, optimizer=o, momentum=0.8) for o in ("gd", "momentum", "muon"))
+    gd, momentum, muon, adam = (
+        CMSConfig(4, (2,), lr=0.1, optimizer=o, momentum=0.8) for o in ("gd", "momentum", "muon", "adam")
+    )
     torch.testing.assert_close(cms_refresh(gd, 0, w, left, right)[0], w - 0.1 * g)
     new, m = cms_refresh(momentum, 0, w, left, right, moment=moment, total=total)
     torch.testing.assert_close(m, 0.8 * moment + g + total)
     torch.testing.assert_close(new, w - 0.1 * m)
+    square, mean = torch.rand(3, 6, 4), (g + total) / 12
+    new, m, v = cms_refresh(adam, 0, w, left, right, moment=moment, square=square, total=total, step=3, tokens=12)
+    torch.testing.assert_close(m, 0.9 * moment + 0.1 * mean)
+    torch.testing.assert_close(v, 0.999 * square + 0.001 * mean**2)
+    torch.testing.assert_close(new, w - 0.1 * m / (1 - 0.9**3) / ((v / (1 - 0.999**3)).sqrt() + 1e-8))
     step = 0.1 * 0.2 * 6**0.5 * torch.stack([chunked.newton_schulz(t) for t in g])
     torch.testing.assert_close(cms_refresh(muon, 0, w, left, right)[0], w - step)
     before, kept, copy = w.clone(), total.clone(), w.half()
@@ -255,6 +263,11 @@ def test_the_refresh_operator():
         r"left has shape \[3, 5, 6\], expected \[3, C, 4\]": lambda: cms_refresh(gd, 0, w.mT, left, right),
         "weight has dtype": lambda: cms_refresh(gd, 0, w.half(), left, right),
         "moment is None": lambda: cms_refresh(momentum, 0, w, left, right),
+        "square is None": lambda: cms_refresh(adam, 0, w, left, right, moment=moment),
+        "square is a tensor": lambda: cms_refresh(momentum, 0, w, left, right, moment=moment, square=square),
+        "step is 0, expected a positive": lambda: cms_refresh(
+            adam, 0, w, left, right, moment=moment, square=square, step=0),
+        "tokens is 0": lambda: cms_refresh(adam, 0, w, left, right, moment=moment, square=square, tokens=0),
         "level is 1, expected 0 to 0": lambda: cms_refresh(gd, 1, w, left, right),
         "level is '0', expected": lambda: cms_refresh(gd, "0", w, left, right),
         "row 3 does not exist in a batch of 3": lambda: cms_refresh(gd, 0, w, left, right, rows=[3]),

@@ -11,6 +11,7 @@ from numerics import within_yardstick
 from hope_kernels import CMSConfig
 from hope_kernels.ops.cms import level as chunked
 from hope_kernels.ops.cms.chain import cms_forward, pass_back
+from hope_kernels.ops.cms.level import Adam
 from hope_kernels.ops.cms.matrix import Matrix
 from hope_kernels.ops.shared.triton_library import interpreted
 
@@ -169,34 +170,37 @@ def test_rows_without_a_shared_base_and_no_tokens():
 @pytest.mark.parametrize("C, moment, total",
                                               [(1, False, False), (5, True, False), (70, False, True),
                                                   (17, True, True), (None, False, True),
-                                              (None, True, False)])
+                                              (None, True, False), (5, "adam", False), (70, "adam", True),
+                                              (None, "adam", True)])
 def test_refresh(C, moment, total, dtype):
     """Rows 0 and 2 of three: values, the copy, a total that becomes zero; row 1 and what only it holds keep
     their bits."""
     r, c, rows = 72, 133, [0, 2]
     left, right = (None, None) if C is None else (draw(3, C, r, dtype=dtype), draw(3, C, c, dtype=dtype, seed=1))
-    weight, m, t = (draw(3, r, c, seed=s) for s in (2, 3, 4))
+    weight, m, t, v = (draw(3, r, c, seed=s) for s in (2, 3, 4, 5))
+    v = 0.1 + v.square() if moment == "adam" else None  # a small v multiplies the error of m
     copy, m, t = torch.zeros(3, r, c, dtype=dtype, device=DEVICE), m if moment else None, t if total else None
     weight[1], copy[1] = float("nan"), float("nan")
     if C is not None:
         left[1] = float("nan")
 
     def run(ops, kind):
-        given = [None if a is None else a.to(kind, copy=True) for a in (weight, m, t)]
+        given = [None if a is None else a.to(kind, copy=True) for a in (weight, m, t, v)]
         factors = [None if a is None or kind == torch.float32 else a.double() for a in (left, right)]
         factors = [left, right] if kind == torch.float32 else factors
         mine = copy.clone()
-        ops.refresh_(given[0], mine, *factors, rows, 0.3, moment=given[1], mu=0.9, total=given[2])
+        adam = None if v is None else Adam(given[3], (0.9, 0.99), 3, 70)
+        ops.refresh_(given[0], mine, *factors, rows, 0.3, moment=given[1], mu=0.9, total=given[2], adam=adam)
         return [*given, mine]
 
     exact, peer, ours = run(chunked, torch.float64), run(chunked, torch.float32), run(kernels, torch.float32)
-    for name, a, b, e in zip(("weight", "moment", "total"), ours, peer, exact):
+    for name, a, b, e in zip(("weight", "moment", "total", "square"), ours, peer, exact):
         if a is not None:
             within_yardstick(a[rows], b[rows], e[rows], name)
             assert torch.equal(
-                a[1], {"weight": weight, "moment": m, "total": t}[name][1]
+                a[1], {"weight": weight, "moment": m, "total": t, "square": v}[name][1]
             ) or name == "weight" and a[1].isnan().all()
-    assert torch.equal(ours[3][rows], ours[0][rows].to(dtype)) and ours[3][1].isnan().all()
+    assert torch.equal(ours[4][rows], ours[0][rows].to(dtype)) and ours[4][1].isnan().all()
     assert not total or not ours[2][rows].any()
 
 
@@ -273,6 +277,8 @@ def test_opcheck(mlp, rows, rank, monkeypatch):
             ops.cms_refresh_, (weight, weight.half(), *factors, [0, 1], 0.1, 1.0, weight.clone(), 0.9,
                 weight.clone())
         )
+        averages = {"square": weight.square(), "scale": 0.2, "beta2": 0.9, "root": 2.0}
+        check(ops.cms_refresh_, (weight, None, *factors, [0], 0.1, 1.0, weight.clone(), 0.9, None), averages)
     else:
         check(ops.cms_refresh_, (weight, None, None, None, [1], 0.1, 1.0, None, 0.0, weight.clone()))
         check(ops.cms_newton_schulz, (weight,))
@@ -329,10 +335,17 @@ def test_refuses():
     for rows in ([2], [0, 0], [-1]):
         with pytest.raises(ValueError, match="cms outer_add_: argument rows is"):
             kernels.outer_add_(weight, left, right, rows)
+    with pytest.raises(ValueError, match="argument moment is None, expected a tensor with adam"):
+        kernels.refresh_(weight, None, left, right, [0], 0.1, adam=Adam(weight.square(), (0.9, 0.99), 1, 3))
+    with pytest.raises(ValueError, match="argument adam.square has shape"):
+        kernels.refresh_(
+            weight, None, left, right, [0], 0.1, moment=weight.clone(), adam=Adam(left, (0.9, 0.99), 1, 3))
     with pytest.raises(ValueError, match="contiguous"):
         kernels.refresh_(draw(2, 8, 4).mT, None, left, right, [0], 0.1)
     with pytest.raises(ValueError, match="cms newton_schulz: argument grad"):
         kernels.newton_schulz(weight.double())
     assert "float64" in kernels.unserved(config, torch.float64, x.device)
     assert "8192" in kernels.unserved(CMSConfig(8193, (8,)), x.dtype, x.device)
+    assert "geglu" in kernels.unserved(CMSConfig(24, (8,), mlp="geglu"), x.dtype, x.device)
+    assert "post_norm" in kernels.unserved(CMSConfig(24, (8,), post_norm=True), x.dtype, x.device)
     assert kernels.unserved(config, x.dtype, x.device) is None

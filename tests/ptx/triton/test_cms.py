@@ -11,6 +11,7 @@ from cms_level import EPS, MIXED, OWN, both_ways, draw, picked, problem, wide
 from numerics import within_yardstick
 
 from hope_kernels.ops.cms import level as chunked
+from hope_kernels.ops.cms.level import Adam
 from hope_kernels.ops.cms.triton import operator as kernels
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -83,6 +84,8 @@ def test_more_than_a_tile_of_tokens(dtype, arch, device):
     (70, False, False, 1.0, True, BF16, 90), (300, True, True, 1.0, True, BF16, 90),
     (70, False, False, 0.0, False, FP16, 90), (70, True, True, 1.0, True, FP32, 90),
     (None, False, True, 1.0, True, BF16, 90),
+    (70, "adam", False, 1.0, True, BF16, 80), (300, "adam", True, 1.0, True, BF16, 90),
+    (70, "adam", True, 1.0, False, FP32, 80), (None, "adam", True, 1.0, True, BF16, 90),
 ])
 def test_refresh(tokens, moment, total, beta, copied, dtype, arch, device):
     """Rows 0 and 2 of three: values, the copy, a total that becomes zero; row 1 keeps its bits."""
@@ -91,7 +94,8 @@ def test_refresh(tokens, moment, total, beta, copied, dtype, arch, device):
     left, right = (None, None) if tokens is None else (
         draw(3, tokens, r, dtype=dtype), draw(3, tokens, c, dtype=dtype, seed=1)
     )
-    weight, m, t = (draw(3, r, c, seed=s) for s in (2, 3, 4))
+    weight, m, t, v = (draw(3, r, c, seed=s) for s in (2, 3, 4, 5))
+    v, adaptive = 0.1 + v.square(), moment == "adam"  # a small v multiplies the error of m
     copy = torch.zeros(3, r, c, dtype=dtype) if copied else None
     weight[1] = float("nan")
     if left is not None:
@@ -99,21 +103,23 @@ def test_refresh(tokens, moment, total, beta, copied, dtype, arch, device):
 
     def update(ops, kind):
         factors = [f if f is None or kind == FP32 else f.double() for f in (left, right)]
-        w, m_, t_ = (f.to(kind, copy=True) if there else None for f, there in ((weight, True), (m, moment), (t, total)))
+        given = ((weight, True), (m, moment), (t, total), (v, adaptive))
+        w, m_, t_, v_ = (f.to(kind, copy=True) if there else None for f, there in given)
+        adam = Adam(v_, (0.9, 0.99), 3, 70) if adaptive else None
         mine = None if copy is None else copy.clone()
         if beta:
-            ops.refresh_(w, mine, *factors, rows, 0.3, moment=m_, mu=0.9, total=t_)
+            ops.refresh_(w, mine, *factors, rows, 0.3, moment=m_, mu=0.9, total=t_, adam=adam)
         else:
             ops.outer_add_(w, *factors, rows, -0.3, beta)
-        return w, m_, t_, mine
+        return w, m_, t_, v_, mine
 
     exact, peer, ours = update(chunked, torch.float64), update(chunked, FP32), update(kernels, FP32)
-    for name, a, b, e, before in zip(("weight", "moment", "total"), ours, peer, exact, (weight, m, t)):
+    for name, a, b, e, before in zip(("weight", "moment", "total", "square"), ours, peer, exact, (weight, m, t, v)):
         if a is not None:
             within_yardstick(a[rows], b[rows], e[rows], name)
             assert torch.equal(a[1].view(torch.int32), before[1].view(torch.int32)), name
     if copied:
-        assert torch.equal(ours[3][rows], ours[0][rows].to(dtype)) and not ours[3][1].any()
+        assert torch.equal(ours[4][rows], ours[0][rows].to(dtype)) and not ours[4][1].any()
     assert not (total and beta) or not ours[2][rows].any()
 
 

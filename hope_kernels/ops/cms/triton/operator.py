@@ -22,7 +22,7 @@ from ....check import check_tensor
 from ....config import CMSConfig
 from ...shared.triton_build import DTYPES, aligned, filled
 from ...shared.triton_library import on_cpu
-from ..level import NS_COEFFICIENTS, NS_EPS, NS_STEPS, Factors, Level, Saved
+from ..level import ADAM_EPS, NS_COEFFICIENTS, NS_EPS, NS_STEPS, Adam, Factors, Level, Saved
 from .backward import back_kernel, error_kernel
 from .common import Operand
 from .forward import down_kernel, inner_kernel, up_kernel
@@ -44,6 +44,10 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
     """Why the backend cannot serve a layer, or None."""
     if dtype not in DTYPES:
         return f"serves {', '.join(str(d) for d in DTYPES)}, not {dtype}"
+    if config.mlp not in ("gelu", "swiglu"):
+        return f'serves mlp="gelu" and "swiglu", not "{config.mlp}"'
+    if config.post_norm:
+        return "serves levels without post_norm"
     if config.d_model > MAX_WIDTH:
         return f"serves d_model up to {MAX_WIDTH}, not {config.d_model}"
     if config.d_model * config.hidden >= 2**31:
@@ -101,14 +105,14 @@ def outer_add_(
 
 def refresh_(
     weight: Tensor, copy: Tensor | None, left: Tensor | None, right: Tensor | None, rows: list[int], lr: float, *,
-    moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None,
+    moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None, adam: Adam | None = None,
 ) -> None:
     """As ``level.refresh_``: one optimizer step in ``rows``, in place and in one launch.
 
-    weight, moment, total: [B, r, c] fp32 and copy: [B, r, c], contiguous, at multiples of 16 bytes.  left:
-    [B, C, r], right: [B, C, c]. Raises ValueError for other shapes, dtypes, devices or rows.
+    weight, moment, adam.square, total: [B, r, c] fp32 and copy: [B, r, c], contiguous, at multiples of 16
+    bytes.  left: [B, C, r], right: [B, C, c]. Raises ValueError for other shapes, dtypes, devices or rows.
     """
-    _refresh("cms refresh_", weight, copy, left, right, rows, lr, 1.0, moment, mu, total)
+    _refresh("cms refresh_", weight, copy, left, right, rows, lr, 1.0, moment, mu, total, adam)
 
 
 def newton_schulz(grad: Tensor) -> Tensor:
@@ -264,7 +268,8 @@ _library.define(
 )
 _library.define(
     "cms_refresh_(Tensor(a!) weight, Tensor(b!)? copy, Tensor? left, Tensor? right, int[] rows, float lr, float beta, "
-    "Tensor(c!)? moment, float mu, Tensor(d!)? total) -> ()"
+    "Tensor(c!)? moment, float mu, Tensor(d!)? total, Tensor(e!)? square=None, float scale=1.0, "
+    "float beta2=0.0, float root=1.0) -> ()"
 )
 _library.define("cms_newton_schulz(Tensor grad) -> Tensor")
 
@@ -335,13 +340,16 @@ def _launch_backward(dy, x, z, g, norm_gain, *rest) -> tuple[Tensor, Tensor, Ten
     return dx, d_up, d_gate
 
 
-def _refresh(op: str, weight, copy, left, right, rows, lr, beta, moment, mu, total) -> None:
+def _refresh(op: str, weight, copy, left, right, rows, lr, beta, moment, mu, total, adam=None) -> None:
     """Checks the arguments and calls ``cms_refresh_``."""
     sizes = check_tensor(
         op, "target" if op.endswith("outer_add_") else "weight", weight, ("B", "r", "c"), dtype=torch.float32
     )
     B, r, c = sizes["B"], sizes["r"], sizes["c"]
-    for name, t in (("moment", moment), ("total", total)):
+    if adam is not None and moment is None:
+        raise ValueError(f"{op}: argument moment is None, expected a tensor with adam")
+    square = None if adam is None else adam.square
+    for name, t in (("moment", moment), ("adam.square", square), ("total", total)):
         if t is not None:
             check_tensor(op, name, t, (B, r, c), dtype=torch.float32, device=weight.device)
     if copy is not None:
@@ -356,11 +364,19 @@ def _refresh(op: str, weight, copy, left, right, rows, lr, beta, moment, mu, tot
             raise ValueError(f"{op}: argument {name} has dtype {t.dtype}, expected one of {list(DTYPES)}")
     if any(not 0 <= b < B for b in rows) or len(set(rows)) != len(rows):
         raise ValueError(f"{op}: argument rows is {list(rows)}, expected different rows below {B}")
-    torch.ops.hope_kernels.cms_refresh_(weight, copy, left, right, list(rows), lr, beta, moment, mu, total)
+    scale = root = 1.0
+    beta2 = 0.0
+    if adam is not None:
+        (lr, root), (mu, beta2), scale = adam.rates(lr), adam.betas, adam.scale
+    torch.ops.hope_kernels.cms_refresh_(
+        weight, copy, left, right, list(rows), lr, beta, moment, mu, total, square, scale, beta2, root
+    )
 
 
-def _launch_refresh(weight, copy, left, right, rows, lr, beta, moment, mu, total) -> None:
-    (_, r, c), stated = weight.shape, [weight, copy, moment, total]
+def _launch_refresh(
+    weight, copy, left, right, rows, lr, beta, moment, mu, total, square=None, scale=1.0, beta2=0.0, root=1.0
+) -> None:
+    (_, r, c), stated = weight.shape, [weight, copy, moment, square, total]
     if any(t is not None and (not t.is_contiguous() or t.data_ptr() % 16) for t in stated):
         raise ValueError("cms refresh_: what is updated in place is expected contiguous, at a multiple of 16 bytes")
     if not rows or not r * c:
@@ -370,10 +386,11 @@ def _launch_refresh(weight, copy, left, right, rows, lr, beta, moment, mu, total
     factors = [aligned(t) for t in filled((left, right), weight)]
     with torch.cuda.device_of(weight):
         refresh_kernel[(triton.cdiv(r, tile.BM) * triton.cdiv(c, tile.BN), len(rows))](
-            *filled((weight, copy, moment, total), weight), *factors, _on_device(tuple(rows), weight.device),
-            C, lr, mu, beta,
-            ROWS=r, COLS=c, PRODUCT=left is not None, MOMENT=moment is not None, TOTAL=total is not None,
-            COPY=copy is not None, READ=beta != 0, GROUP=GROUP, **tile.sizes(), **tile.options(),
+            *filled((weight, copy, moment, square, total), weight), *factors,
+            _on_device(tuple(rows), weight.device), C, lr, mu, beta, scale, beta2, root,
+            ROWS=r, COLS=c, PRODUCT=left is not None, MOMENT=moment is not None, ADAM=square is not None,
+            TOTAL=total is not None, COPY=copy is not None, READ=beta != 0, EPS=ADAM_EPS, GROUP=GROUP,
+            **tile.sizes(), **tile.options(),
         )
 
 
@@ -442,7 +459,7 @@ def _(dy, x, z, g, norm_gain, *rest):
 
 
 @torch.library.register_fake("hope_kernels::cms_refresh_", lib=_library)
-def _(weight, copy, left, right, rows, lr, beta, moment, mu, total):
+def _(weight, *rest):
     return None
 
 

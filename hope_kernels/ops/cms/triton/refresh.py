@@ -3,13 +3,16 @@
     g_b = left_b^T right_b [+ total_b, which becomes 0]        f = g_b, or  m_b = mu m_b + g_b, f = m_b
     weight_b <- beta weight_b - lr f        copy_b = weight_b, rounded          for the rows b asked for
 
+    adam: g_b = scale (as above), m_b = mu m_b + (1 - mu) g_b, v_b = beta2 v_b + (1 - beta2) g_b^2,
+          f = m_b / (root sqrt(v_b) + eps); lr and root hold the corrections of the averages
+
 A program owns a tile of BM outputs by BN inputs of one row's matrix and walks the C tokens in order, BK at a
 time: the gradient is the accumulator in registers and never exists in memory, every master is read once and
 written once by the program that owns it. left and right are read as they lie, [C, r] and [C, c]: the tile of
 left stands transposed in shared memory (16-bit tensor cores take it so).
 
     gd              4 (read) + 4 (write) bytes a weight, + 2 for the 16-bit copy              8 or 10
-    with momentum   + 8         with a total   + 8
+    with momentum   + 8         with a total   + 8         adam   + 16
 
 FLOPs: 2 C a weight: with 10 bytes a weight and the H100's 300 FLOPs a byte, memory is the limit below C =
 1500 tokens. left and right come from L2, C (BM + BN) / (BM BN) numbers a weight (16-bit tile: 3 C / 64 bytes,
@@ -25,13 +28,15 @@ from .common import tile_of
 
 @triton.jit(do_not_specialize=["C"])
 def refresh_kernel(
-    weight_p, copy_p, moment_p, total_p, left_p, right_p, rows_p, C: tl.int64, lr, mu, beta,
+    weight_p, copy_p, moment_p, square_p, total_p, left_p, right_p, rows_p, C: tl.int64, lr, mu, beta, scale,
+    beta2, root,
     ROWS: tl.constexpr, COLS: tl.constexpr,
-    PRODUCT: tl.constexpr, MOMENT: tl.constexpr, TOTAL: tl.constexpr, COPY: tl.constexpr, READ: tl.constexpr,
+    PRODUCT: tl.constexpr, MOMENT: tl.constexpr, ADAM: tl.constexpr, TOTAL: tl.constexpr, COPY: tl.constexpr,
+    READ: tl.constexpr, EPS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """weight, moment, total [B, ROWS, COLS] fp32, copy in another type; left [B, C, ROWS], right [B, C,
-    COLS]; rows int32: the row of the batch that program (., i) works for. READ: beta is not 0. Grid (tiles,
+    """weight, moment, square, total [B, ROWS, COLS] fp32, copy in another type; left [B, C, ROWS], right
+    [B, C, COLS]; rows int32: the row of the batch that program (., i) works for. READ: beta is not 0. Grid (tiles,
     rows)."""
     i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(ROWS, BM), tl.cdiv(COLS, BN), GROUP)
     b = tl.load(rows_p + tl.program_id(1)).to(tl.int64)
@@ -48,7 +53,14 @@ def refresh_kernel(
     at, inside = b * ROWS * COLS + i[:, None] * COLS + j[None, :], (i < ROWS)[:, None] & (j < COLS)[None, :]
     if TOTAL:
         f += tl.load(total_p + at, mask=inside, other=0.0)
-    if MOMENT:
+    if ADAM:
+        f *= scale
+        v = beta2 * tl.load(square_p + at, mask=inside, other=0.0) + (1 - beta2) * f * f
+        tl.store(square_p + at, v, mask=inside)
+        f = mu * tl.load(moment_p + at, mask=inside, other=0.0) + (1 - mu) * f
+        tl.store(moment_p + at, f, mask=inside)
+        f /= root * tl.sqrt(v) + EPS
+    elif MOMENT:
         f += mu * tl.load(moment_p + at, mask=inside, other=0.0)
         tl.store(moment_p + at, f, mask=inside)
     w = -lr * f

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 
 from ...shared.triton_build import SHARED_KIB, Specialization
-from ..level import NS_EPS
+from ..level import ADAM_EPS, NS_EPS
 from .backward import back_kernel, error_kernel
 from .common import Operand
 from .forward import down_kernel, inner_kernel, up_kernel
@@ -126,11 +126,17 @@ def _level(D: int, N: int, dtype: str, archs: tuple[int, ...], **switches) -> It
 
 
 def _refreshes() -> Iterator[Specialization]:
-    """The updates that occur: gd, momentum with a total, a sum on its own, a step from a total alone."""
-    gd = {"PRODUCT": True, "MOMENT": False, "TOTAL": False, "COPY": True, "READ": True}
+    """The updates that occur: gd, momentum with a total, adam with and without one, a sum on its own, a step
+    from a total alone."""
+    gd = {"PRODUCT": True, "MOMENT": False, "ADAM": False, "TOTAL": False, "COPY": True, "READ": True}
+    adam = gd | {"MOMENT": True, "ADAM": True}
     for dtype, rows, cols, archs, switches in (
         ("bf16", 8192, 2048, (80, 86, 90, 100), gd),
         ("bf16", 8192, 2048, (80, 90, 100), gd | {"MOMENT": True, "TOTAL": True}),
+        ("bf16", 8192, 2048, (80, 90, 100), adam),
+        ("bf16", 8192, 2048, (80, 90, 100), adam | {"TOTAL": True}),
+        ("bf16", 8192, 2048, (90,), adam | {"PRODUCT": False, "TOTAL": True}),
+        ("fp32", 231, 77, (90,), adam | {"TOTAL": True, "COPY": False}),
         ("fp16", 1000, 77, (90,), gd | {"COPY": False, "READ": False}),
         ("bf16", 8192, 2048, (90,), gd | {"PRODUCT": False, "TOTAL": True}),
         ("fp32", 231, 77, (90,), gd | {"MOMENT": True, "TOTAL": True}),
@@ -140,7 +146,7 @@ def _refreshes() -> Iterator[Specialization]:
         )
         tile = REFRESH[2 if dtype != "fp32" and switches["PRODUCT"] else 4]
         yield _specialization(
-            refresh_kernel, dtype, row, archs, tile, ROWS=rows, COLS=cols, GROUP=GROUP, **switches
+            refresh_kernel, dtype, row, archs, tile, ROWS=rows, COLS=cols, GROUP=GROUP, EPS=ADAM_EPS, **switches
         )
 
 
@@ -156,7 +162,7 @@ def _newton_schulz() -> Iterator[Specialization]:
         yield _specialization(fn, "fp32", f"fp32 {R} x {L}", (90,), small, **sizes, **size, EPS=NS_EPS)
 
 
-_FP32 = ("weight_p", "moment_p", "total_p")
+_FP32 = ("weight_p", "moment_p", "square_p", "total_p")
 _OPERANDS = ("up", "gate", "down")  # groups of pointers
 _COUNTS = ("S", "T", "groups", "R", "slots", "C", "tokens")
 
