@@ -250,7 +250,7 @@ class CMSConfig(Configuration):
     precondition: float | None = None  # rho of ops/cms/precondition.py: steps keep what was learned; None: off
     rank: int | None = None  # a sequence learns W + L A, L [r, rank], A fixed (ops/cms/low_rank.py); None: all of W
 
-    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas"})
+    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas", "precondition"})
 
     def __post_init__(self) -> None:
         w = "CMSConfig"
