@@ -24,11 +24,14 @@ from .schedule import due, matrices
 from .state import CMSState
 
 Shared = dict[str, Tensor]  # a level's matrices in the layer: name -> [r, c]
+TINY = 1e-30  # gradients of this size or below count as zero
+Sizes = dict[str, float]  # the RMS of their elements, by name
 
 
 def absorb(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
     counts: list[int] | None, pending: int = 0, ops=level, tokens: list[int] | None = None,
+    sizes: Sizes | None = None,
 ) -> None:
     """Level ``l`` of the draft ``state`` learns one segment in ``rows`` of the batch (ascending), and commits
     in those that are due at ``counts``.
@@ -36,7 +39,7 @@ def absorb(
     factors: [B, C, r] and [B, C, c] for each matrix, or None: there is no new segment. counts: tokens each
     row has read; None: nothing commits. pending: tokens whose factors a row may hold before they are folded
     (optimizer="gd"). tokens: how many of the segment count, for each row of the batch (None: all C); the
-    factors of the others, errors and inputs, are zero.
+    factors of the others, errors and inputs, are zero. sizes: what relative rates are relative to.
     """
     if config.learning_rates[l] == 0:
         return
@@ -48,7 +51,7 @@ def absorb(
     if wait and factors is not None:
         _accumulate(state, config, shared, l, factors, wait, ops)
     if step:
-        _step(state, config, shared, l, factors, step, pending, ops)
+        _step(state, config, shared, l, factors, step, pending, ops, sizes)
         _mark(state.tokens[l], step, 0)
     if back:
         reset(state, l, back)
@@ -127,17 +130,22 @@ def reset(state: CMSState, l: int, rows: list[int]) -> None:
 
 def _step(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
-    pending: int, ops
+    pending: int, ops, sizes: Sizes | None
 ) -> None:
-    """An optimizer step in ``rows``; for those that have accumulated nothing no gradient is formed."""
-    lr, dirty = config.learning_rates[l], [b for b in rows if state.dirty[l][b]]
+    """An optimizer step in ``rows``; for those that have accumulated nothing no gradient is formed, but where
+    the optimizer needs its size or its singular values."""
+    dirty = [b for b in rows if state.dirty[l][b]]
     clean = [b for b in rows if b not in dirty]
+    rates = {n: config.learning_rates[l] * (1.0 if sizes is None else sizes[n]) for n in matrices(config)}
+    normalised = config.relative and config.optimizer in ("gd", "momentum")
     rest = factors  # what is new in dirty rows
-    if config.optimizer == "muon":
+    if config.optimizer == "muon" or normalised:
         dirty, clean = rows, []
-    if config.optimizer == "muon" or config.precondition is not None and dirty:
+    if config.optimizer == "muon" or normalised or config.precondition is not None and dirty:
         if factors is not None:
             _accumulate(state, config, shared, l, factors, dirty, ops)
+        if normalised and state.grads[l] is not None:
+            _normalise(_grads(state, shared, l), dirty)
         if config.precondition is not None and state.grads[l] is not None:
             precondition_total_(state, l, _grads(state, shared, l), dirty)
         rest = None
@@ -153,7 +161,7 @@ def _step(
     if config.optimizer == "muon":
         total = _grads(state, shared, l)
         for name, w in weights.items():
-            muon_step_(w, copies.get(name), total[name], rows, lr, ops)
+            muon_step_(w, copies.get(name), total[name], rows, rates[name] * (5.0 if config.relative else 1.0), ops)
     else:
         moments, squares = _averages(state, config, l, "moments"), _averages(state, config, l, "squares")
         for b in rows if squares else ():
@@ -165,9 +173,16 @@ def _step(
                 for name, w in weights.items():
                     left, right = (None, None) if new is None else new[name]
                     adam = Adam(squares[name], config.betas, *at) if squares else None
-                    ops.refresh_(w, copies.get(name), left, right, alike, lr, moment=moments.get(name),
+                    ops.refresh_(w, copies.get(name), left, right, alike, rates[name], moment=moments.get(name),
                                  mu=config.momentum, total=total.get(name), adam=adam)
     _mark(state.dirty[l], rows, 0)
+
+
+def _normalise(total: dict[str, Tensor], rows: list[int]) -> None:
+    """Gradients of RMS 1."""
+    for g in total.values():
+        for b in rows:
+            g[b].div_(g[b].square().mean().sqrt().clamp(min=TINY))
 
 
 def _at_one_step(state: CMSState, l: int, rows: list[int]) -> list[list[int]]:
