@@ -39,6 +39,7 @@ from .layers.wrapped import placement, project, token_vectors
 from .model_state import MixerState, ModelState
 from .ops.cms.level import Level
 from .ops.cms.state import CMSState
+from .session_bytes import session_bytes
 from .state import Counters
 from .text.files import read_files, write_files
 from .tracing import constant_result
@@ -248,6 +249,16 @@ class HopeForCausalLM(nn.Module):
         new = continued(self, state)
         if new is not state:
             state.assign(new)
+
+    def state_bytes(self, batch: int = 1, tokens: int = 0) -> dict[str, int]:
+        """Bytes of a state of ``batch`` sequences that have read ``tokens`` tokens and learned in every level,
+        by what they are for: what the CMS of all blocks hold (see ``ContinuumMemory.state_bytes``), ``mixers``
+        (memories, and their copy at a segment's start; keys and values, whose buffers grow ahead of need, to
+        twice that at most) and the token ids of the open ``segment``. Raises ValueError."""
+        check_batch("HopeForCausalLM.state_bytes", batch)
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            raise ValueError(f"HopeForCausalLM.state_bytes: argument tokens is {tokens!r}, expected an integer >= 0")
+        return session_bytes(self, batch, tokens)
 
     def levels(self, state: ModelState) -> list[list[Level] | None]:
         """The CMS weights in force, per block."""
