@@ -247,8 +247,10 @@ class CMSConfig(Configuration):
     optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
+    precondition: float | None = None  # rho of ops/cms/precondition.py: steps keep what was learned; None: off
+    rank: int | None = None  # a sequence learns W + L A, L [r, rank], A fixed (ops/cms/low_rank.py); None: all of W
 
-    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas"})
+    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas", "precondition"})
 
     def __post_init__(self) -> None:
         w = "CMSConfig"
@@ -283,6 +285,11 @@ class CMSConfig(Configuration):
         for beta in self.betas:
             _finite(w, "betas", beta)
             _require(0 <= beta < 1, w, "betas", self.betas, "two floats in [0, 1)")
+        if self.precondition is not None:
+            _finite(w, "precondition", self.precondition)
+            _require(self.precondition > 0, w, "precondition", self.precondition, "None or a positive number")
+        if self.rank is not None:
+            _positive_int(w, "rank", self.rank, min(self.d_model, self.hidden))
         if self.lr is not None and not isinstance(self.lr, (int, float)):
             object.__setattr__(self, "lr", _items(w, "lr", self.lr, "None, a number or one per level"))
             _require(len(self.lr) == len(chunks), w, "lr", self.lr, f"one value per level ({len(chunks)})")
@@ -390,7 +397,7 @@ class HopeConfig(Configuration):
     post_norm: bool = False  # an RMSNorm of the mixer's output, before the residual; of levels: CMSConfig's
     embed_scale: float = 1.0  # factor of the embedding as it is read, not of a tied head; rounded to the dtype
 
-    NEXT_STEP = frozenset({"window", "learn_blocks"})
+    NEXT_STEP = frozenset({"window", "sinks", "learn_blocks"})
 
     def __post_init__(self) -> None:
         w = "HopeConfig"
@@ -539,12 +546,16 @@ class HopeConfig(Configuration):
         """Numbers of a head of attention."""
         return self.d_model // self.heads[0] if self.head_dim is None else self.head_dim
 
-    @cached_property
+    @property
     def blocks(self) -> tuple[HopeConfig, ...]:
         """The configuration as each block's mixer has it, first block first: with that block's own value
         in every field that may hold one per block."""
-        if not any(isinstance(getattr(self, field), tuple) for field in PER_BLOCK):
-            return (self,) * self.num_layers
+        if any(isinstance(getattr(self, field), tuple) for field in PER_BLOCK):
+            return self._blocks
+        return (self,) * self.num_layers
+
+    @cached_property
+    def _blocks(self) -> tuple[HopeConfig, ...]:
         own = [{field: self._of_block(field, b) for field in PER_BLOCK} for b in range(self.num_layers)]
         made = {tuple(fields.values()): self.replace(**fields) for fields in own}
         return tuple(made[tuple(fields.values())] for fields in own)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .check import check_batch, check_index, check_lengths, check_state, check_tensor
 from .config import HopeConfig
 from .continued import continued
+from .engine import segments
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, Source, generate
 from .engine.learning import Call, read_learning, read_off, with_following
@@ -177,12 +178,10 @@ class HopeForCausalLM(nn.Module):
             held = state.take_held(self) if in_place else None
             if given is not None and not in_place:
                 state = given.apart()
-            state = continued(self, state)
+            before, state = state, continued(self, state)
             if learning:
-                for block in self.blocks:
-                    check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one "
-                                             "unit, or pass learn='off'")
-                found, new, held = read_learning(self, call, state, held)
+                self._check_whole(name)
+                found, new, held = read_learning(self, call, state, held if before is state else None)
             else:
                 found, new = read_off(self, call, state)
                 held = None
@@ -191,6 +190,34 @@ class HopeForCausalLM(nn.Module):
             if held is not None:
                 new.hold(self, held)
             return found, new
+
+    @torch.no_grad()
+    def flush(self, state: ModelState, backend: str | None = None) -> list[int]:
+        """Learns the open segment of every row now, at the end of a document say, in place: how many tokens of
+        each row have contributed.
+
+        Of a segment's n tokens the losses of n - 1 are known, those that predict its other tokens; with less
+        than two tokens nothing happens, nor where a token of it was read with learn="off". At a multiple of
+        the segment everything is done that is due there; elsewhere the levels take a step whose period is the
+        segment, and the others keep the gradient. What is read afterwards, up to the next multiple, is a
+        segment of its own, and learned there. Raises as ``forward`` does; the state is then as it was.
+        """
+        name = "HopeForCausalLM.flush"
+        check_recorded(name, state)
+        self._admit(name, state, getattr(state, "batch", 0))
+        if not self.learns:
+            return [0] * state.batch
+        with state.reading(name, self):
+            state.take_held(self)
+            self._check_whole(name)
+            draft, count = segments.flush(self, segments.draft(continued(self, state)), backend)
+            state.assign(segments.finished(draft))
+        return count
+
+    def _check_whole(self, name: str) -> None:
+        for block in self.blocks:
+            check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one unit, or "
+                                     "pass learn='off'")
 
     def _check_tokens(self, name: str, argument: str, ids: Tensor, least: int) -> None:
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (least, least)

@@ -127,9 +127,13 @@ class AttentionState(State):
         A narrower window sees less. A wider one sees, from here on, what the narrower one would still have:
         its cache may hold more, by how the calls were split, and what is seen must not depend on that. So
         the first ``unreachable`` tokens after the sinks leave the storage (of the sequences as they are now: a
-        snapshot stands before them).
+        snapshot stands before them). Raises ValueError for other sinks where a window has dropped tokens: the
+        first of a sequence cannot be kept afterwards.
         """
-        new, (before, sinks), after = replace(self.snapshot(), config=config), self.config.sight, config.window
+        new, (before, sinks), (after, other) = replace(self.snapshot(), config=config), self.config.sight, config.sight
+        if sinks != other and any(unreachable):
+            raise ValueError(f"AttentionState: sinks is {other} and was {sinks} when tokens left the window, expected "
+                             "the same")
         if before is None or after is not None and after <= before:
             return new
         lost = [min(u, max(p - sinks, 0)) for u, p in zip(unreachable, self.pos)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..config import CMSConfig
+from ..ops.cms import low_rank
 from ..ops.cms.absorb import absorb, add_gradients
 from ..ops.cms.backends import resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
@@ -200,13 +201,14 @@ class ContinuumMemory(nn.Module):
         ``ops/cms/continued.py``. Itself where there is no difference; it stays as it is."""
         if state.config is self.config or state.config == self.config:
             return state
-        return continued(state, self.config, self._matrices)
+        return continued(state, self.config, self._start)
 
     def effective_levels(self, state: CMSState, dtype: torch.dtype | None = None) -> list[Level]:
         """The levels as ``cms_forward`` takes them, in ``dtype`` (None: that of the parameters).
 
         A matrix is the parameter [rows, cols] while no row has refreshed its level, then a ``Matrix``: the
-        row's own constants where it has any, the parameter (with its graph) elsewhere.
+        row's own constants where it has any, the parameter (with its graph) elsewhere; with ``rank`` the
+        parameter (with its graph) and the row's own part, a constant.
         """
         return [self._effective(l, state, self._parameters_of(l), dtype) for l in range(self.config.num_levels)]
 
@@ -228,6 +230,14 @@ class ContinuumMemory(nn.Module):
             None, next(iter(state.copies[l].values())).dtype
         ):
             held = state.copies[l]
+        if held is not None and self.config.rank is not None:
+            where = None if all(own) else torch.tensor(own, dtype=torch.bool, device=self._like.device)
+            for name in matrices(self.config):
+                shared, L = tensors[name], usable(held[name], tensors[name].dtype)
+                L = L if where is None else torch.where(where[:, None, None], L, 0.0)
+                A = low_rank.directions(self.config, l, name, shared).expand(state.batch, -1, -1)
+                tensors[name] = Matrix(shared, left=L.mT, right=A, scale=1.0)
+            return tensors
         for name in matrices(self.config):
             shared = tensors[name]
             mine = None if held is None else usable(held[name], shared.dtype)
@@ -246,39 +256,55 @@ class ContinuumMemory(nn.Module):
     def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for:
         ``weights`` (fp32, or fp64), ``copies`` in the input dtype, ``grads`` of levels slower than a segment,
-        ``moments`` (Adam's squares among them), ``pending`` factors. segment: tokens between two boundaries,
-        ``model.segment`` in a model; None: chunks[0]."""
+        ``moments`` (Adam's squares among them), ``pending`` factors, ``preconditioners``. segment: tokens
+        between two boundaries, ``model.segment`` in a model; None: chunks[0]."""
         dtype, found = self._like.dtype, []
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
         for l, period in enumerate(self.config.chunks):
-            shapes = [t.shape for t in self._matrices(l).values()]
+            held = self._start(l)
+            shapes, inputs = [t.shape for t in held.values()], [held[n].shape[1] for n in ("up", "down")]
             numbers = batch * sum(s.numel() for s in shapes) * (self.config.learning_rates[l] > 0)
             slots = self._slots(l) if period == segment else 0
             sides = batch * sum(sum(s) for s in shapes) * (self.config.learning_rates[l] > 0)
+            known = self.config.precondition is not None and self.config.learning_rates[l] > 0
+            squares = batch * sum(c * c for c in inputs) * known
             waits = period > segment or self.config.optimizer == "muon"
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,
                 "moments": numbers * wide * {"momentum": 1, "adam": 2}.get(self.config.optimizer, 0),
-                "pending": slots * sides * size,
+                "pending": slots * sides * size, "preconditioners": squares * (2 if waits else 1) * wide,
             })
         return found
 
     def sink(
-        self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None
+        self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None,
+        tokens: list[int] | None = None,
     ) -> Sink:
         """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
         ``absorb``.
 
-        among: the rows of the batch that the factors are of; None: all.
+        among: the rows of the batch that the factors are of; None: all. tokens: how many of each of these rows
+        count, the first ones; None: all.
         """
+        of = None if tokens is None else dict(zip(range(state.batch) if among is None else among, tokens))
+        counted = None if of is None else [of.get(b, 0) for b in range(state.batch)]
+
         def learned(l: int, factors: Factors) -> None:
+            if tokens is not None:
+                # errors of padding are zero, and its inputs are whatever the blocks make of it
+                left, _ = factors["down"]
+                count = torch.tensor(tokens, dtype=torch.long, device=left.device).unsqueeze(1)
+                real = (torch.arange(left.shape[1], device=left.device) < count).unsqueeze(-1)
+                factors = {n: (left, torch.where(real, right, 0)) for n, (left, right) in factors.items()}
+            if self.config.rank is not None:
+                factors = low_rank.projected(self.config, l, factors)
             if among is not None:
                 pairs, B = factors.items(), state.batch
                 factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
             slots = self._slots(l)
-            absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
+            absorb(state, self.config, self._start(l), l, factors, rows, counts, slots, ops, counted)
 
         return learned
 
@@ -290,7 +316,10 @@ class ContinuumMemory(nn.Module):
         new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
-                add_gradients(new, self.config, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
+                grads = {n: g.detach() for n, g in level_grads[l].items()}
+                if self.config.rank is not None:
+                    grads = low_rank.projected_gradients(self.config, l, grads)
+                add_gradients(new, self.config, l, grads, marked)
         return new.finished()
 
     @torch.no_grad()
@@ -303,7 +332,7 @@ class ContinuumMemory(nn.Module):
         new = state.draft()
         for l in learning_levels(self.config):
             absorb(
-                new, self.config, self._matrices(l), l, None, marked, state.pos if counts is None else counts
+                new, self.config, self._start(l), l, None, marked, state.pos if counts is None else counts
             )
         return new.finished()
 
@@ -340,6 +369,11 @@ class ContinuumMemory(nn.Module):
     def _matrices(self, l: int) -> dict[str, Tensor]:
         held = self._parameters_of(l)
         return {name: held[name].detach() for name in matrices(self.config)}
+
+    def _start(self, l: int) -> dict[str, Tensor]:
+        """What a row's weights start from: the matrices, or with ``rank`` zeros in the shape of L."""
+        held = self._matrices(l)
+        return held if self.config.rank is None else low_rank.nothing(self.config, held)
 
     def _parameters_of(self, l: int) -> dict[str, Tensor]:
         """``levels[l]`` as a plain dict, as whatever parametrizes or wraps it has it. A module's own access

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..check import check_index, check_state
+from ..ops.cms import low_rank
 from ..ops.cms.absorb import fold, reset, share
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.schedule import matrices
@@ -45,7 +46,9 @@ def consolidate(layer, state: CMSState, row: int, levels: Sequence[int] | None) 
     for level in _learned(state, row, levels):
         learned = _in_force(layer, state, level, row)
         others = [b for b in range(state.batch) if b != row]
-        fold(draft, layer.config, layer._matrices(level), level, others)
+        fold(draft, layer.config, layer._start(level), level, others)
+        if layer.config.rank is not None:
+            low_rank.rebase(draft, level, row, others)
         for name, value in learned.items():
             write_weight(f"{NAME}.consolidate", layer.levels[level], name, value)
         share(draft, level, [row])

@@ -34,8 +34,8 @@ def picker(seed):
 def test_layer_equals_the_token_loop_over_random_splits(case):
     variant, mlp, norm, optimizer = GRID[case]
     layer = make(
-        case, variant=variant, mlp=mlp, norm=norm, optimizer=optimizer, chunks=CHUNKS[case % 3], bias=case % 2 == 1,
-        post_norm=case % 5 < 2
+        case, variant=variant, mlp=mlp, norm=norm, optimizer=optimizer, chunks=CHUNKS[case % 3],
+        bias=case % 2 == 1, post_norm=case % 5 < 2, precondition=0.5 if case // 4 % 2 else None,
     )
     stream = Stream(layer, 3, 19, seed=case)
     with torch.no_grad():
@@ -55,9 +55,11 @@ def chooser(choices):
     choices=st.lists(st.integers(0, 11), max_size=60), variant=st.sampled_from(VARIANTS),
     chunks=st.sampled_from(CHUNKS), batch=st.integers(1, 3), grad=st.booleans(),
     pending=st.sampled_from([None, 2, 6, 7]), averaged=st.sampled_from(["momentum", "adam"]),
+    rho=st.sampled_from([None, 0.5]),
 )
-def test_any_split_any_raggedness(choices, variant, chunks, batch, grad, pending, averaged):
-    layer = make(1, variant=variant, chunks=chunks, optimizer=averaged if pending is None else "gd")
+def test_any_split_any_raggedness(choices, variant, chunks, batch, grad, pending, averaged, rho):
+    optimizer = averaged if pending is None else "gd"
+    layer = make(1, variant=variant, chunks=chunks, optimizer=optimizer, precondition=rho)
     layer.pending = pending
     stream = Stream(layer, batch, 14, seed=2)
     with torch.set_grad_enabled(grad):
@@ -186,9 +188,9 @@ def test_lr_zero_is_untouched_bit_for_bit_even_by_nan(optimizer):
         assert state.weights[0]["up"].isnan().any() and state.weights[2]["up"].isnan().any()
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adam"])
-def test_nan_stays_in_its_row(optimizer):
-    layer = make(9, chunks=(2, 4), optimizer=optimizer)
+@pytest.mark.parametrize("optimizer, rho", [("muon", None), ("adam", None), ("gd", 1.0)])
+def test_nan_stays_in_its_row(optimizer, rho):
+    layer = make(9, chunks=(2, 4), optimizer=optimizer, precondition=rho)
     clean, dirty = Stream(layer, 3, 8, seed=3), Stream(layer, 3, 8, seed=3)
     dirty.x[1], dirty.e[1] = math.nan, math.nan
     with torch.no_grad():
@@ -271,9 +273,9 @@ def test_accumulate_and_commit_for_a_model_with_its_own_gradients():
     assert layer.commit(state, [False] * 3, [4, 4, 4]) is state
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_select_reorder_save_load_mid_segment(optimizer, tmp_path):
-    layer = make(13, chunks=(2, 4, 8), optimizer=optimizer, variant="nested")
+@pytest.mark.parametrize("optimizer, rho", [("momentum", None), ("adam", None), ("momentum", 2.0)])
+def test_select_reorder_save_load_mid_segment(optimizer, rho, tmp_path):
+    layer = make(13, chunks=(2, 4, 8), optimizer=optimizer, variant="nested", precondition=rho)
     order = [2, 0, 1]
     straight, moved = Stream(layer, 3, 16, seed=1), Stream(layer, 3, 16, seed=1)
 
@@ -331,9 +333,9 @@ def test_grad_mode_leaves_the_given_state_and_no_grad_advances_it():
     assert all(g.isfinite().all() and g.any() for g in grads)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_a_state_moves_between_modes(optimizer):
-    layer = make(17, chunks=(2, 4), optimizer=optimizer)
+@pytest.mark.parametrize("optimizer, rho", [("momentum", None), ("adam", None), ("gd", 0.5)])
+def test_a_state_moves_between_modes(optimizer, rho):
+    layer = make(17, chunks=(2, 4), optimizer=optimizer, precondition=rho)
     modes = [
         torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad,
         torch.no_grad

@@ -33,6 +33,9 @@ CHANGES = {
     "a wider window": (dict(window=5), dict(window=11)),
     "no window": (dict(window=5), {}),
     "a window": ({}, dict(window=5)),
+    "sinks beside a window": ({}, dict(window=5, sinks=2)),
+    "a wider window beside sinks": (dict(window=5, sinks=3), dict(window=11, sinks=3)),
+    "windows of some blocks": (dict(window=(5, None, 7), sinks=(2, 0, 0)), dict(window=(11, 4, None), sinks=(2, 0, 0))),
     "everything": (dict(window=5, learn_blocks=(0, 1)),
                    dict(window=9, learn_blocks=(1, 2), cms=CMS.replace(lr=0.004, optimizer="momentum"))),
 }
@@ -121,6 +124,17 @@ def test_what_a_window_had_passed_stays_passed():
         torch.testing.assert_close(y, wide(x[:, 16:], alone)[0][:, 4:], **EXACT)
         pure, same = wide(x[:, 20:], state, update=False)
     assert torch.equal(pure, y) and same is state and state.config is config
+
+
+def test_other_sinks_are_refused_once_a_window_has_dropped_tokens():
+    before, after = model(window=20, sinks=1), model(window=20, sinks=2)
+    _, state = read(before, ids(1, 21, 3), before.init_state(1))
+    read(after, ids(1, 3, 4), state.clone())
+    _, state = read(before, ids(1, 1, 5), state)
+    with pytest.raises(ValueError, match="sinks is 2 and was 1 when tokens left the window"):
+        read(after, ids(1, 3, 4), state)
+    assert state.config is before.config
+    read(before, ids(1, 3, 4), state)
 
 
 @pytest.mark.parametrize("lost, message", [([17], "state.lost"), ([15], "state.base"), ([-1], "state.lost")])

@@ -12,9 +12,10 @@ from torch import Tensor
 from ...check import check_counters, check_part
 from ...config import CMSConfig
 from ...state import Counters, State, master_dtype
+from .precondition import SOURCE
 from .schedule import matrices
 
-_LISTS = ("weights", "copies", "grads", "moments", "squares", "left", "right")
+_LISTS = ("weights", "copies", "grads", "moments", "squares", "left", "right", "inverses", "following")
 _FLAGS = ("own", "rank", "dirty", "tokens", "steps")
 _MOST = 2**62  # of a counter
 
@@ -46,7 +47,8 @@ class Private:
 class CMSState(State):
     """What B sequences have learned in a CMS of K levels; None stands for tensors that no sequence has needed yet.
 
-    Lists with an entry for every level: None, or a tensor for every matrix [r, c] by its name.
+    Lists with an entry for every level: None, or a tensor for every matrix [r, c] by its name. With
+    ``config.rank``, L [r, rank] stands everywhere in the matrix's place: see ``low_rank.py``.
 
     weights      [B, r, c], master dtype, in force where ``own`` is 1; None: all rows share the layer's
     copies       ``weights`` in the input dtype, where that is another one; no file has them
@@ -54,6 +56,8 @@ class CMSState(State):
     moments      [B, r, c]: momentum, or Adam's average of gradients; None: zero
     squares      [B, r, c]: Adam's average of squared gradients; None: zero
     left, right  [B, R, r], [B, R, c]: factors of refreshes not yet folded into ``weights``, input dtype
+    inverses     [B, c, c] for ``up`` and ``down``: P of ``precondition.py``, of their inputs; None: I
+    following    [B, c, c]: P from the level's next commit on, if it sums segments up; None: as ``inverses``
 
     Lists with an entry for every level: one integer for every row of the batch.
 
@@ -90,6 +94,8 @@ class CMSState(State):
     squares: list = field(default_factory=list)
     tokens: list = field(default_factory=list)
     steps: list = field(default_factory=list)
+    inverses: list = field(default_factory=list)
+    following: list = field(default_factory=list)
     private: Private | None = field(default=None, repr=False, kw_only=True)
 
     INPUT_DTYPE = frozenset({"inputs", "errors", "copies", "left", "right"})
@@ -108,7 +114,7 @@ class CMSState(State):
 
     def __setstate__(self, fields: dict) -> None:
         super().__setstate__(fields)
-        for name in ("squares", "tokens", "steps"):  # pickles from before there were any
+        for name in ("squares", "tokens", "steps", "inverses", "following"):  # of earlier pickles
             self.__dict__.setdefault(name, [])
         self.__post_init__()
 
@@ -121,8 +127,8 @@ class CMSState(State):
                 if isinstance(t, Tensor):
                     return t.dtype
         masters = [
-            t for part in (*self.weights, *self.grads, *self.moments, *self.squares) if isinstance(part, dict)
-            for t in part.values()
+            t for name in _LISTS if name not in self.INPUT_DTYPE for part in getattr(self, name)
+            if isinstance(part, dict) for t in part.values()
         ]
         return torch.float64 if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in masters) else None
 
@@ -138,11 +144,14 @@ class CMSState(State):
                 part = getattr(self, name)[l]
                 if part is None:
                     continue
-                if not isinstance(part, dict) or part.keys() != set(matrices(c)):
-                    raise ValueError(f"{where}: state.{name}[{l}] does not hold the matrices {matrices(c)}")
+                square = name in ("inverses", "following")
+                names = tuple(n for n in matrices(c) if not square or SOURCE[n] == n)
+                if not isinstance(part, dict) or part.keys() != set(names):
+                    raise ValueError(f"{where}: state.{name}[{l}] does not hold the matrices {names}")
                 for matrix, t in part.items():
                     outputs, inputs = _shape(c, matrix)
                     shape = {"left": (slots, outputs), "right": (slots, inputs)}.get(name, (outputs, inputs))
+                    shape = (inputs, inputs) if square else shape
                     wanted = dtype if name in self.INPUT_DTYPE else master
                     check_part(where, f"{name}[{l}].{matrix}", t, (self.batch, *shape), wanted, device)
         for name in ("inputs", "errors"):
@@ -229,11 +238,13 @@ class CMSState(State):
         return layer.detach_level(self, level, row)
 
     def level_bytes(self, level: int) -> int:
-        """Bytes of all rows' weights, copies, accumulators, momentum and pending factors of one level."""
+        """Bytes of what all rows have of one level: weights, copies, accumulators, momentum, pending factors
+        and preconditioners."""
         parts = (getattr(self, n)[level] or {} for n in _LISTS)
         return sum(t.numel() * t.element_size() for part in parts for t in part.values())
 
 
 def _shape(config: CMSConfig, matrix: str) -> tuple[int, int]:
-    """[outputs, inputs] of a matrix of a level."""
-    return (config.d_model, config.hidden) if matrix == "down" else (config.hidden, config.d_model)
+    """[outputs, inputs] of what is learned of a matrix of a level: of the matrix, or of L (``low_rank.py``)."""
+    r, c = (config.d_model, config.hidden) if matrix == "down" else (config.hidden, config.d_model)
+    return r, c if config.rank is None else config.rank
