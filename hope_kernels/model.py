@@ -49,7 +49,7 @@ ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
 class HopeForCausalLM(nn.Module):
     """A HOPE language model (Nested Learning section 8.3): vocab_size -> d_model, num_layers blocks, final
-    RMSNorm, head. ``text_files``: what its folder says about text (``text/files.py``), kept for the next folder.
+    RMSNorm, head. ``text_files``: what its folder says about text (``text/files.py``), for the next folder.
 
     Raises ValueError from the configuration. ``HopeForCausalLM.from_pretrained(name_or_folder)`` loads saved
     weights.

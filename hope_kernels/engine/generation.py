@@ -216,8 +216,8 @@ def generate(
     likeliest ones whose mass reaches p. seed: any int. Row b's draw at position t depends on (seed, b, t)
     alone, so a restored session draws what it would have drawn. stop: a row ends after any of these new
     tokens: a string (UTF-8; byte models only), bytes, a sequence of token ids, or a list of several such; a
-    flat list of ints is one sequence. eos_token_id: ids, each of which ends a row too. on_token gets the new token per row, None for rows that have ended. A
-    state passed in is advanced in place. should_stop is asked before every piece and, once the prompt is read
+    flat list of ints is one sequence. eos_token_id: ids, each of which ends a row too. on_token gets the new
+    token per row, None for rows that have ended. A state passed in is advanced in place. should_stop is asked before every piece and, once the prompt is read
     and one token written, before every further token; when it says True, ``generate`` returns what it has (no
     token at all, if it was still reading: go on with the rest of the prompt).
     graph: decode with a ``Decoder`` while no row has ended, which replays the step from a CUDA graph where
