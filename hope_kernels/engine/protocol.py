@@ -72,6 +72,10 @@ class Model(Protocol):
         """The CMS weights in force, per block."""
         ...
 
+    def flush(self, state: ModelState, backend: str | None = None) -> list[int]:
+        """Learns the open segments now, in place: the tokens of each row that contributed."""
+        ...
+
     def init_state(self, batch: int, device: torch.device | str | None = None) -> ModelState:
         """Of sequences that have read nothing."""
         ...

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kept import nothing_kept, offer
 from ..layers.cms import Inner
 from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState
@@ -68,7 +69,7 @@ def flush(model: Model, state: ModelState, backend: str | None) -> tuple[ModelSt
     idx = [b for b, n in enumerate(count) if n]
     if not idx:
         return state, count
-    part = replace(state, mixers=[], cms=[]).select(idx)
+    part = replace(state, mixers=[], cms=[], kept=None).select(idx)
     lengths = [count[b] for b in idx]
     tokens, targets = part.ids[:, : max(lengths)], part.ids[:, 1 : max(lengths) + 1]
     counts = [C if p % C else p for p in state.pos]
@@ -76,6 +77,7 @@ def flush(model: Model, state: ModelState, backend: str | None) -> tuple[ModelSt
         model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
         backend, idx if len(idx) < state.batch else None, logits=False,
     )
+    state = kept(state, idx, tokens, targets, lengths)
     return replace(state, seen=Counters([0 if n else s for n, s in zip(count, state.seen)])), count
 
 
@@ -87,11 +89,8 @@ def replay(
     from the snapshot at their start. Levels commit at ``counts`` (None: none does). ``ids[b, done[b]]`` is the
     token that arrives."""
     arriving = part_of(ids, done, 1)
-    if held is not None:
-        held.learn(model, state, rows, arriving, counts, backend)
-        return state
     idx = [b for b, r in enumerate(rows) if r]
-    part = state if all(rows) else replace(state, mixers=[], cms=[]).select(idx)
+    part = state if all(rows) else replace(state, mixers=[], cms=[], kept=None).select(idx)
     lengths, n = list(part.seen), max(part.seen)
     tokens, following = part.ids[:, :n], arriving[idx]
     if min(lengths) == n:
@@ -99,11 +98,31 @@ def replay(
     else:
         place = torch.tensor(lengths, dtype=torch.long, device=ids.device).unsqueeze(1) - 1
         targets = tokens.roll(-1, 1).scatter(1, place, following)
-    learn_segment(
-        model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
-        backend, None if all(rows) else idx, logits=False,
-    )
-    return state
+    if held is not None:
+        held.learn(model, state, rows, arriving, counts, backend)
+    else:
+        learn_segment(
+            model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
+            backend, None if all(rows) else idx, logits=False,
+        )
+    return kept(state, idx, tokens, targets, lengths)
+
+
+def keep(state: ModelState, slots: int, seed: int) -> None:
+    """``state`` keeps at most ``slots`` segments of what each row learns from here on. Raises ValueError where
+    it keeps another number already."""
+    if state.kept is None:
+        state.kept = nothing_kept(state.config, state.batch, slots, seed, state.ids.device)
+    elif state.kept.slots != slots:
+        raise ValueError(f"read: argument replay is {slots}, and argument state keeps {state.kept.slots} segments "
+                         "already; pass 0 or that number")
+
+
+def kept(
+    state: ModelState, rows: list[int], ids: Tensor, targets: Tensor, lengths: list[int]
+) -> ModelState:
+    """``state`` once segments that ``rows`` have learned, [len(rows), n], are among those it may keep."""
+    return state if state.kept is None else replace(state, kept=offer(state.kept, rows, ids, targets, lengths))
 
 
 def recorded(
