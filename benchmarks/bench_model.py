@@ -237,7 +237,7 @@ def level_bytes(c: CMSConfig, level: int, itemsize: int = 4) -> dict[str, int]:
     """What one level of one row needs: fp32 weights, a copy where the model computes in 16 bits, the
     gradients of earlier segments above the first level (muon: at all levels, it needs the whole gradient),
     momentum."""
-    n = (3 if c.mlp == "swiglu" else 2) * c.d_model * c.hidden
+    n = (3 if c.gated else 2) * c.d_model * c.hidden
     waits = c.chunks[level] > c.chunks[0] or c.optimizer == "muon"
     needed = {"weights": 4 * n, "copy": itemsize * n if itemsize < 4 else 0, "gradients": 4 * n if waits else 0,
               "momentum": 4 * n if c.optimizer == "momentum" else 0}

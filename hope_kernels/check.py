@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .differences import described, differences
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what layers compute in
 
@@ -75,13 +76,15 @@ def check_lengths(op: str, lengths: Any, batch: int, tokens: int) -> list[int]:
 
 
 def check_state(op: str, state: Any, cls: type, config: Any, batch: int) -> None:
-    """A state of this kind, of this configuration, with this many rows. Raises TypeError for another kind,
-    else ValueError."""
+    """A state of this kind, with this many rows, whose sequences may go on with this configuration (which need
+    not be its own: see ``differences.py``). Raises TypeError for another kind, else ValueError."""
     if not isinstance(state, cls):
         raise TypeError(f"{op}: argument state is a {type(state).__name__}, expected a {cls.__name__}")
     # compilers follow an object more easily than its fields
     if state.config is not config and state.config != config:
-        raise ValueError(f"{op}: argument state belongs to {' and not to '.join(_differing(state.config, config))}")
+        found = differences(state.config, config)
+        if found:
+            raise ValueError(f"{op}: argument state {described(found, state.config, config)}")
     if isinstance(state.pos, list) and state.batch != batch:  # else ``State.validate`` says so
         raise ValueError(f"{op}: argument state has {state.batch} rows, expected {batch}")
 
@@ -91,16 +94,6 @@ def check_batch(op: str, batch: Any) -> int:
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 0:
         raise ValueError(f"{op}: argument batch is {batch!r}, expected an integer >= 0")
     return batch
-
-
-def _differing(given: Any, expected: Any) -> tuple[str, ...]:
-    """Two configurations, of one kind by the fields in which they differ."""
-    if type(given) is not type(expected):
-        return str(given), str(expected)
-    names = [f.name for f in fields(given) if getattr(given, f.name) != getattr(expected, f.name)]
-    return tuple(
-        f"{type(c).__name__}({', '.join(f'{n}={getattr(c, n)!r}' for n in names)}, ...)" for c in (given, expected)
-    )
 
 
 def check_rows(op: str, name: str, rows: Any, batch: int, absent: type[Exception] = ValueError) -> list[int]:
@@ -182,3 +175,15 @@ def check_values(op: str, name: str, t: Tensor, lengths: list[int]) -> None:
     rows = (~(good | padding)).any(1).nonzero()
     if len(rows):
         raise ValueError(f"{op}: argument {name} has a non-finite value in row {int(rows[0])}; nothing was read")
+
+
+def check_integer(op: str, name: str, value: Any, least: int | None, expected: str) -> int:
+    """Anything with the value of an integer, not below ``least`` (None: any), as one. Raises ValueError."""
+    truth = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+    try:
+        number = None if truth else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        raise ValueError(f"{op}: argument {name} is {value!r}, expected {expected}")
+    return number

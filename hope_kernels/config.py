@@ -12,6 +12,7 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu")
@@ -30,7 +31,7 @@ def _one_of(where: str, field: str, value: Any, options: tuple) -> None:
 SIZE, PERIOD, LAYERS = 2**31 - 1, 2**62, 2**16
 
 
-def _flags(config: _Config, where: str, *fields: str) -> None:
+def _flags(config: Configuration, where: str, *fields: str) -> None:
     """Checks switches; 0, 1 and NumPy's become bools."""
     for field in fields:
         _require(
@@ -57,10 +58,13 @@ def _items(where: str, field: str, value: Any, expected: str) -> tuple:
 
 
 @dataclass(frozen=True)
-class _Config:
+class Configuration:
     """What the configurations share: presets, overrides, and plain-data form for files."""
 
     PRESETS: ClassVar[dict[str, dict]] = {}
+    # Fields that say what the next step does, and nothing about what a state holds: a sequence may be continued
+    # with other values of them (``differences.py``). All others are of the sequence.
+    NEXT_STEP: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -95,7 +99,7 @@ class _Config:
 
 
 @dataclass(frozen=True)
-class TitansConfig(_Config):
+class TitansConfig(Configuration):
     """One self-modifying Titans layer (NL eq 83-93), or with ``self_modifying=False`` a Titans LMM.
 
     The layer has the memories M_memory, M_k, M_v, M_eta and M_alpha, each for every head. Raises ValueError
@@ -204,26 +208,22 @@ class TitansConfig(_Config):
         return full + ("eta",) + (("alpha",) if self.retention else ())
 
 
-ADAM_RATE = 1e-4  # about what a weight moves in a step
+# Of a matrix's own size (the RMS of its initial weights), what one step of a level with period 256 moves a weight by.
+STEPS = {"gd": 1e-4, "momentum": 1e-5, "muon": 1e-4, "adam": 5e-4}
 
 
 def default_rate(optimizer: str, C: int) -> float:
-    """Inner learning rate of a level with period C.
+    """Inner learning rate of a level with period C, relative to the size of its matrices: ``STEPS`` times
+    min(1, sqrt(C / 256)).
 
-    1 / (8 sqrt(C)) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon, which
-    normalises the gradient, a sum over C tokens. Searched by ``benchmarks.bench_rates`` on the bundled model,
-    for periods of 16 to 8192 tokens; beyond that, gd and momentum fall as 1 / C. ``ADAM_RATE`` for adam,
-    whatever C.
+    It knows nothing of a model's scale: see ``CMSConfig.relative``. Searched by ``benchmarks.bench_rates`` on a
+    pre-trained Llama and on the bundled byte model, for periods of 16 to 4096 tokens.
     """
-    if optimizer == "adam":
-        return ADAM_RATE
-    if optimizer == "muon":
-        return 0.03 * min(2.0, math.sqrt(C / 256))
-    return min(1.0, math.sqrt(8192 / C)) / ((64 if optimizer == "momentum" else 8) * math.sqrt(C))
+    return STEPS[optimizer] * min(1.0, math.sqrt(C / 256))
 
 
 @dataclass(frozen=True)
-class CMSConfig(_Config):
+class CMSConfig(Configuration):
     """A Continuum Memory System (NL eq 70-74): K MLPs, of which level l takes a step every ``chunks[l-1]`` tokens.
 
     Raises ValueError on any value outside the documented range.
@@ -233,15 +233,26 @@ class CMSConfig(_Config):
     chunks: tuple[int, ...]  # periods in tokens, fastest level first; each divides the next (NL eq 71)
     variant: str = "sequential"  # NL eq 73; "independent": learned mixture (eq 74); "nested": resets (eq 72)
     expansion: float = 4.0  # hidden units of a level per unit of d_model
-    mlp: str = "gelu"  # w_down gelu(w_up n), tanh form; "swiglu": w_down (silu(w_gate n) * (w_up n))
+    mlp: str = "gelu"  # w_down gelu(w_up n), tanh form; "swiglu": w_down (silu(w_gate n) * (w_up n));
+    #                    "geglu": gelu in place of silu
     bias: bool = False  # biases in the levels: trained from outside, never refreshed
     intermediate_size: int | None = None  # hidden units, in place of ``expansion``: for pre-trained MLPs
     norm: str = "rmsnorm"  # of a level's input; or "layernorm"
+    post_norm: bool = False  # an RMSNorm of a level's output, before the residual, as in Gemma
     lr: float | tuple[float, ...] | None = None  # inner rate, or one a level; 0 freezes; None: ``default_rate``
-    optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
+    # of a refresh: "gd" (gradient descent), "momentum", "muon" (orthogonalised) or "adam"; None: adam where lr is
+    # None too, else gd, as in the paper
+    optimizer: str | None = None
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
     precondition: float | None = None  # rho of ops/cms/precondition.py: steps keep what was learned; None: off
+    rank: int | None = None  # a sequence learns W + L A, L [r, rank], A fixed (ops/cms/low_rank.py); None: all of W
+
+    # rates count in sizes of the matrix (RMS of its initial weights), and gd and momentum normalise the gradient; None:
+    # where lr is None
+    relative: bool | None = None
+
+    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas", "precondition", "relative"})
 
     def __post_init__(self) -> None:
         w = "CMSConfig"
@@ -259,10 +270,15 @@ class CMSConfig(_Config):
                 a < b and b % a == 0, w, "chunks", chunks, "strictly increasing periods, each dividing the next"
             )
         _one_of(w, "variant", self.variant, ("sequential", "independent", "nested"))
-        _one_of(w, "mlp", self.mlp, ("gelu", "swiglu"))
+        _one_of(w, "mlp", self.mlp, ("gelu", "swiglu", "geglu"))
         _one_of(w, "norm", self.norm, ("rmsnorm", "layernorm"))
+        if self.optimizer is None:
+            object.__setattr__(self, "optimizer", "adam" if self.lr is None else "gd")
         _one_of(w, "optimizer", self.optimizer, ("gd", "momentum", "muon", "adam"))
-        _flags(self, w, "bias")
+        if self.relative is None:
+            object.__setattr__(self, "relative", self.lr is None)
+        _require(self.relative or self.lr is not None, w, "relative", self.relative, "True where lr is None")
+        _flags(self, w, "bias", "post_norm", "relative")
         _finite(w, "expansion", self.expansion)
         _require(self.expansion > 0, w, "expansion", self.expansion, "a positive number")
         if self.intermediate_size is not None:
@@ -279,12 +295,19 @@ class CMSConfig(_Config):
         if self.precondition is not None:
             _finite(w, "precondition", self.precondition)
             _require(self.precondition > 0, w, "precondition", self.precondition, "None or a positive number")
+        if self.rank is not None:
+            _positive_int(w, "rank", self.rank, min(self.d_model, self.hidden))
         if self.lr is not None and not isinstance(self.lr, (int, float)):
             object.__setattr__(self, "lr", _items(w, "lr", self.lr, "None, a number or one per level"))
             _require(len(self.lr) == len(chunks), w, "lr", self.lr, f"one value per level ({len(chunks)})")
         for value in self.learning_rates:
             _finite(w, "lr", value)
             _require(value >= 0, w, "lr", value, "a number >= 0")
+
+    @property
+    def gated(self) -> bool:
+        """Whether a level has a gate beside ``up``."""
+        return self.mlp in ("swiglu", "geglu")
 
     @property
     def num_levels(self) -> int:
@@ -298,6 +321,7 @@ class CMSConfig(_Config):
     def learning_rates(self) -> tuple[float, ...]:
         """lr_l per level, level 1 first."""
         if self.lr is None:
+            assert self.optimizer is not None
             return tuple(default_rate(self.optimizer, c) for c in self.chunks)
         if isinstance(self.lr, tuple):
             return self.lr
@@ -305,7 +329,7 @@ class CMSConfig(_Config):
 
 
 @dataclass(frozen=True)
-class RopeScaling(_Config):
+class RopeScaling(Configuration):
     """A change of RoPE's frequencies for longer contexts, with the field names of Llama's config.json.
 
     Raises ValueError for another type, numbers out of range, and llama3's numbers missing or given to another
@@ -343,13 +367,18 @@ class RopeScaling(_Config):
         return context, low, high
 
 
+PER_BLOCK = ("window", "sinks", "rope_theta", "rope_scaling")  # of HopeConfig: one value, or one per block
+
+
 @dataclass(frozen=True)
-class HopeConfig(_Config):
+class HopeConfig(Configuration):
     """A HOPE language model: ``num_layers`` blocks, each a mixer and a CMS chain.
 
-    Dicts of their fields may stand for ``titans``, ``cms`` and ``rope_scaling``. Raises ValueError for values
-    out of range and for parts that do not fit together.
+    Dicts of their fields may stand for ``titans``, ``cms`` and ``rope_scaling``, lists for tuples. Raises
+    ValueError for values out of range and for parts that do not fit together.
     """
+
+    _block_cms: ClassVar[tuple[CMSConfig | None, ...] | None] = None  # an instance's own, with ``learn_blocks``
 
     vocab_size: int  # token ids are 0 .. vocab_size - 1
     d_model: int  # width of the residual stream; those of ``titans`` and ``cms`` are the same
@@ -359,19 +388,30 @@ class HopeConfig(_Config):
     cms: CMSConfig | tuple[CMSConfig, ...] | None = None  # of every block, or one per block; None: no CMS
     num_heads: int | None = None  # of attention, or of the memories; None: ``titans.num_heads``, or 1
     num_kv_heads: int | None = None  # attention: heads of keys and values, for groups of queries; None: all
-    window: int | None = None  # attention: how many tokens a token sees, itself included; None: all
-    rope_theta: float = 10000.0  # attention: base of RoPE's frequencies
+    # attention: how many tokens a token sees, itself included (None: all), or one per block
+    window: int | None | tuple[int | None, ...] = None
+    rope_theta: float | tuple[float, ...] = 10000.0  # attention: base of RoPE's frequencies, or one per block
     attention_bias: bool = False  # attention: biases of the query, key and value projections
     norm_eps: float = 1e-6  # eps of the norms of blocks, CMS levels and head
     tie_embeddings: bool = True  # the head multiplies by the embedding; False: by weights of its own
-    rope_scaling: RopeScaling | None = None  # attention: frequencies for contexts longer than trained on
+    # attention: frequencies for contexts longer than trained on, or one per block
+    rope_scaling: RopeScaling | None | tuple[RopeScaling | None, ...] = None
     rope_dtype: str = "float64"  # of RoPE's angles; "float32": other programs' bits, coarse at far positions
+    learn_blocks: tuple[int, ...] | None = None  # blocks whose CMS learns, -1 the last; None: all; others have lr 0
+    sinks: int | tuple[int, ...] = 0  # attention: first tokens that stay visible beside a window, or one per block
+    head_dim: int | None = None  # attention: width of a head; None: d_model / num_heads
+    qk_norm: bool = False  # attention: an RMSNorm of every head's query and key, before RoPE
+    attention_scale: float | None = None  # attention: factor of the scores; None: 1 / sqrt(width of a head)
+    post_norm: bool = False  # an RMSNorm of the mixer's output, before the residual; of levels: CMSConfig's
+    embed_scale: float = 1.0  # factor of the embedding as it is read, not of a tied head; rounded to the dtype
+
+    NEXT_STEP = frozenset({"window", "sinks", "learn_blocks"})
 
     def __post_init__(self) -> None:
         w = "HopeConfig"
         for field, most in (("vocab_size", SIZE), ("d_model", SIZE), ("num_layers", LAYERS)):
             _positive_int(w, field, getattr(self, field), most)
-        _flags(self, w, "attention_bias", "tie_embeddings")
+        _flags(self, w, "attention_bias", "tie_embeddings", "qk_norm", "post_norm")
         _one_of(w, "mixer", self.mixer, ("self_modifying", "titans", "attention"))
         if isinstance(self.titans, dict):
             object.__setattr__(self, "titans", TitansConfig.from_dict(self.titans))
@@ -399,7 +439,13 @@ class HopeConfig(_Config):
         heads = self.num_heads
         _positive_int(w, "num_heads", heads)
         assert heads is not None
-        _require(self.d_model % heads == 0, w, "d_model", self.d_model, f"a multiple of num_heads={heads}")
+        if self.head_dim is None:
+            ok = self.d_model % heads == 0
+            _require(ok, w, "d_model", self.d_model, f"a multiple of num_heads={heads}")
+        else:
+            _positive_int(w, "head_dim", self.head_dim)
+            ok = self.mixer == "attention"
+            _require(ok, w, "head_dim", self.head_dim, f"None for mixer={self.mixer!r}")
         if self.titans is not None and self.mixer != "attention":
             _require(
                 self.titans.num_heads == self.num_heads, w, "titans.num_heads", self.titans.num_heads,
@@ -411,19 +457,47 @@ class HopeConfig(_Config):
         heads, kv_heads = self.heads
         _require(heads % kv_heads == 0, w, "num_heads", heads, f"a multiple of num_kv_heads={kv_heads}")
         if self.mixer == "attention":
-            width = self.d_model // heads
-            _require(width % 2 == 0, w, "d_model / num_heads", width, "an even width (RoPE)")
-        if self.window is not None:
-            _positive_int(w, "window", self.window, PERIOD)
-        for field in ("rope_theta", "norm_eps"):
-            _finite(w, field, getattr(self, field))
-            _require(getattr(self, field) > 0, w, field, getattr(self, field), "a positive number")
-        if isinstance(self.rope_scaling, dict):
-            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
-        ok = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
-        _require(ok, w, "rope_scaling", self.rope_scaling, "None, a RopeScaling or its fields as a dict")
+            field = "d_model / num_heads" if self.head_dim is None else "head_dim"
+            _require(self.head_width % 2 == 0, w, field, self.head_width, "an even width (RoPE)")
+        positive = {"norm_eps": self.norm_eps, "embed_scale": self.embed_scale}
+        if self.attention_scale is not None:
+            positive["attention_scale"] = self.attention_scale
+        for field, value in positive.items():
+            _finite(w, field, value)
+            _require(value > 0, w, field, value, "a positive number")
         _one_of(w, "rope_dtype", self.rope_dtype, ("float64", "float32"))
+        self._normalise_per_block(w)
         self._normalise_cms(w)
+
+    def _normalise_per_block(self, w: str) -> None:
+        """The fields that may hold one value per block."""
+        def scaling(value: Any) -> Any:
+            return RopeScaling.from_dict(value) if isinstance(value, dict) else value
+
+        for field in PER_BLOCK:
+            given = getattr(self, field)
+            if isinstance(given, (list, tuple)):
+                expected = f"one value, or one per block ({self.num_layers})"
+                _require(len(given) == self.num_layers, w, field, given, expected)
+                object.__setattr__(self, field, tuple(map(scaling, given)))
+            else:
+                object.__setattr__(self, field, scaling(given))
+        for b in range(self.num_layers):
+            window, sinks, theta, scaled = (self._of_block(field, b) for field in PER_BLOCK)
+            if window is not None:
+                _positive_int(w, "window", window, PERIOD)
+            ok = isinstance(sinks, int) and not isinstance(sinks, bool) and 0 <= sinks <= PERIOD
+            _require(ok, w, "sinks", sinks, "an integer >= 0")
+            _require(sinks == 0 or window is not None, w, "sinks", self.sinks,
+                     f"0 where nothing is cut off: window of block {b} is None")
+            _finite(w, "rope_theta", theta)
+            _require(theta > 0, w, "rope_theta", theta, "a positive number")
+            _require(scaled is None or isinstance(scaled, RopeScaling), w, "rope_scaling", scaled,
+                     "None, a RopeScaling or its fields as a dict")
+
+    def _of_block(self, field: str, b: int) -> Any:
+        value = getattr(self, field)
+        return value[b] if isinstance(value, tuple) else value
 
     def _normalise_cms(self, w: str) -> None:
         cms = self.cms
@@ -445,6 +519,28 @@ class HopeConfig(_Config):
                     c.chunks[0] % self.segment == 0, w, "cms.chunks", c.chunks,
                     f"multiples of the shortest period, {self.segment}"
                 )
+        self._freeze(w)
+
+    def _freeze(self, w: str) -> None:
+        """``learn_blocks`` as ascending indices from 0, and ``block_cms`` with rates of 0 in all other blocks."""
+        if self.learn_blocks is None:
+            return
+        L, blocks = self.num_layers, _items(w, "learn_blocks", self.learn_blocks, "None, or a tuple of block indices")
+        for b in blocks:
+            ok = isinstance(b, int) and not isinstance(b, bool) and -L <= b < L
+            _require(ok, w, "learn_blocks", self.learn_blocks, f"indices from {-L} to {L - 1}")
+        chosen = sorted({b % L for b in blocks})
+        _require(len(chosen) == len(blocks), w, "learn_blocks", self.learn_blocks, "every block once")
+        for b in chosen:
+            _require(self.block_cms[b] is not None, w, "learn_blocks", self.learn_blocks,
+                     f"blocks with a CMS, which block {b} has not")
+        frozen: dict[CMSConfig, CMSConfig] = {}  # one object for equal ones: states are compared by identity first
+        held = tuple(
+            c if c is None or b in chosen else frozen.setdefault(c, c.replace(lr=0.0))
+            for b, c in enumerate(self.block_cms)
+        )
+        object.__setattr__(self, "learn_blocks", tuple(chosen))
+        object.__setattr__(self, "_block_cms", held)
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -454,8 +550,45 @@ class HopeConfig(_Config):
         return heads, kv_heads
 
     @property
+    def head_width(self) -> int:
+        """Numbers of a head of attention."""
+        return self.d_model // self.heads[0] if self.head_dim is None else self.head_dim
+
+    @property
+    def blocks(self) -> tuple[HopeConfig, ...]:
+        """The configuration as each block's mixer has it, first block first: with that block's own value
+        in every field that may hold one per block."""
+        if any(isinstance(getattr(self, field), tuple) for field in PER_BLOCK):
+            return self._blocks
+        return (self,) * self.num_layers
+
+    @cached_property
+    def _blocks(self) -> tuple[HopeConfig, ...]:
+        own = [{field: self._of_block(field, b) for field in PER_BLOCK} for b in range(self.num_layers)]
+        made = {tuple(fields.values()): self.replace(**fields) for fields in own}
+        return tuple(made[tuple(fields.values())] for fields in own)
+
+    @property
+    def sight(self) -> tuple[int | None, int]:
+        """window and sinks of one of ``blocks``. Raises ValueError for the configuration of several."""
+        return self._one("window"), self._one("sinks")
+
+    @property
+    def rope(self) -> tuple[float, RopeScaling | None]:
+        """rope_theta and rope_scaling, as ``sight``."""
+        return self._one("rope_theta"), self._one("rope_scaling")
+
+    def _one(self, field: str) -> Any:
+        value = getattr(self, field)
+        _require(not isinstance(value, tuple), "HopeConfig", field, value,
+                 "one value, as in the configuration of one block (config.blocks)")
+        return value
+
+    @property
     def block_cms(self) -> tuple[CMSConfig | None, ...]:
-        """The CMS of every block, first block first."""
+        """The CMS of every block, first block first; with rates of 0 where ``learn_blocks`` leaves a block out."""
+        if self._block_cms is not None:
+            return self._block_cms
         return self.cms if isinstance(self.cms, tuple) else (self.cms,) * self.num_layers
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, cast
@@ -17,12 +18,16 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from .check import check_batch, check_index, check_lengths, check_state, check_tensor, check_values
+from .check import check_batch, check_index, check_lengths, check_state, check_tensor
 from .config import HopeConfig
+from .continued import continued
+from .engine import segments
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, Source, generate
-from .engine.learning import read_learning, read_off
+from .engine.guard import new_guard
+from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
+from .engine.replay import OnSegment, ReadAndSlept, Sleep, read, sleep
 from .engine.unread import check_read_next, left
 from .files import write_atomically
 from .identity import checksum
@@ -30,12 +35,15 @@ from .layers.autocast import in_own_dtype
 from .layers.block import Block, HopeAttentionBlock, HopeBlock
 from .layers.cms import Inner
 from .layers.cms_consolidate import check_consolidation, consolidate
+from .layers.embedding import ScaledEmbedding
 from .layers.recording import check_recorded, check_whole
 from .layers.wrapped import placement, project, token_vectors
 from .model_state import MixerState, ModelState
 from .ops.cms.level import Level
 from .ops.cms.state import CMSState
+from .session_bytes import session_bytes
 from .state import Counters
+from .text.files import read_files, write_files
 from .tracing import constant_result
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
@@ -43,19 +51,25 @@ ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
 class HopeForCausalLM(nn.Module):
     """A HOPE language model (Nested Learning section 8.3): vocab_size -> d_model, num_layers blocks, final
-    RMSNorm, head.
+    RMSNorm, head. ``text_files``: what its folder says about text (``text/files.py``), for the next folder.
 
     Raises ValueError from the configuration. ``HopeForCausalLM.from_pretrained(name_or_folder)`` loads saved
     weights.
     """
 
+    holds: bool = True  # whether a segment that ends with a call keeps its activations until the next one
+
     def __init__(self, config: HopeConfig, device=None, dtype=None):
         super().__init__()
         self.config = config
+        self.text_files: dict[str, bytes] = {}
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         block = HopeAttentionBlock if config.mixer == "attention" else HopeBlock
-        self.embed = nn.Embedding(config.vocab_size, config.d_model, **kw)
-        blocks = nn.ModuleList(block(config, cms, **kw) for cms in config.block_cms)
+        self.embed = (
+            nn.Embedding(config.vocab_size, config.d_model, **kw) if config.embed_scale == 1
+            else ScaledEmbedding(config.vocab_size, config.d_model, config.embed_scale, **kw)
+        )
+        blocks = nn.ModuleList(block(own, cms, **kw) for own, cms in zip(config.blocks, config.block_cms))
         self.blocks = cast("Sequence[Block]", blocks)  # which PyTorch knows as modules of any kind
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, **kw)
         self.head = (
@@ -94,46 +108,65 @@ class HopeForCausalLM(nn.Module):
     def forward(
         self, ids: Tensor, state: ModelState | None = None, lengths=None, learn: str = "off",
         backend: str | None = None,
-        *, check_finite: bool = False, wavefront: int | None = None,
-    ) -> tuple[Tensor, ModelState]:
+        *, check_finite: bool = False, wavefront: int | None = None, output: str = "logits",
+        following: Tensor | None = None, guard: bool | None = None,
+    ) -> tuple[Any, ModelState]:
         """Reads T tokens per row.
 
         ids: [B, T] int64. state: from ``init_state``, an earlier call or a file; None starts new sequences.
         lengths: [B], tokens of each row that count. learn: "off" reads with the CMS weights as they are;
         "next_token" refreshes every level at its period, from the model's own next-token loss. wavefront: where
         nothing learns, read with the blocks side by side over pieces of so many tokens (``engine/wavefront.py``).
+        following: [B] int64, the token after each row's ids where that is known already, -1 where it is not; it
+        is taken at its word. A segment that ends with ids is then learned at once. output: "losses" returns,
+        in place of logits, ``Losses``: nats [B, T], fp32 (fp64 for fp64), the loss of predicting the token
+        after each one (of a row's last one: ``following``; 0 where it is unknown), and last [B, vocab_size],
+        the logits after each row's last token. Logits of a whole call then are never held. guard: True: what is
+        learned is watched from here on, and taken back where it reads worse than the model's own weights
+        (``engine/guard.py``; ``state.rollbacks`` counts); False: no more; None: as the state has it.
 
         Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
         advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
+        With learn="next_token" under no_grad, a segment that is read whole and ends with ids without a
+        ``following`` is learned by the next call, from the activations kept beside the state until then; set
+        the model's ``holds`` to False, and they are computed again.
         Under ``torch.compile``, ``engine/compiling.py`` says which calls are compiled.
         Raises ValueError for ids out of range (on a device or compiled only with check_finite: looking costs
-        a sync), shapes, lengths, an unknown ``learn``, a wavefront that is to learn or to carry gradients, a
-        state of another model, ids that do not begin with the state's ``unread`` token (not looked at when
-        compiled), a given state inside an ``autograd.Function`` (reentrant activation checkpointing), and
-        with check_finite for non-finite logits; the given state is then as it was.
+        a sync), shapes, lengths, an unknown ``learn`` or ``output``, a wavefront that is to learn or to carry
+        gradients, a state of another model, ids that do not begin with the state's ``unread`` token (not
+        looked at when compiled), a given state inside an ``autograd.Function`` (reentrant activation
+        checkpointing), and with check_finite for non-finite logits; the given state is then as it was.
         """
         options: dict[str, Any] = {
-            "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront
+            "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront,
+            "output": output, "following": following, "guard": guard,
         }
-        if torch.compiler.is_compiling() and not traced(self, ids, state, learn, backend):
+        if torch.compiler.is_compiling() and (
+            output != "logits" or not traced(self, ids, state, learn, backend)
+        ):
             _prepare()
             return _untraced(self, ids, state, lengths, **options)
         return self._forward(ids, state, lengths, **options)
 
     def _forward(
         self, ids: Tensor, state: ModelState | None, lengths: Any, *, learn: str, backend: str | None,
-        check_finite: bool, wavefront: int | None,
-    ) -> tuple[Tensor, ModelState]:
+        check_finite: bool, wavefront: int | None, output: str, following: Tensor | None,
+        guard: bool | None,
+    ) -> tuple[Any, ModelState]:
         name, given = "HopeForCausalLM", state
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
+        if guard not in (None, True, False):
+            raise ValueError(f"{name}: argument guard is {guard!r}, expected True, False or None")
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
+        if output not in ("logits", "losses"):
+            raise ValueError(f"{name}: argument output is {output!r}, expected 'logits' or 'losses'")
+        if following is not None:
+            check_tensor(name, "following", following, ids.shape[:1], torch.int64, ids.device)
+            self._check_tokens(name, "following", following, -1)
         if ids.numel() and (check_finite or ids.device.type == "cpu" and not torch.compiler.is_compiling()):
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                token, size = low if low < 0 else high, self.config.vocab_size
-                raise ValueError(f"{name}: argument ids has token {token}, expected 0 to {size - 1}")
+            self._check_tokens(name, "ids", ids, 0)
         check_recorded(name, given)
         if state is None:
             state = self.init_state(ids.shape[0])
@@ -147,25 +180,69 @@ class HopeForCausalLM(nn.Module):
                              "a segment's loss is known after the last block has read it, and the first one may "
                              "not read on before")
         in_place = given is not None and not torch.is_grad_enabled()
+        tokens, known = with_following(ids, lengths, following)
+        call = Call(ids, lengths, tokens, known, output == "losses", backend, check_finite, wavefront)
         with state.reading(name, self, in_place or given is None):
+            held = state.take_held(self) if in_place else None
             if given is not None and not in_place:
                 state = given.apart()
+            before, state = state, continued(self, state)
+            held = held if before is state else None
+            if guard is False and state.guard is not None:
+                state = replace(state, guard=None)
             if learning:
-                for block in self.blocks:
-                    check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one "
-                                             "unit, or pass learn='off'")
-                logits, new = read_learning(self, ids, state, lengths, backend)
+                self._check_whole(name)
+                if guard and state.guard is None:
+                    state = replace(state, guard=new_guard(self.config, state.batch, ids.device))
+                found, new, held = read_learning(self, call, state, held)
             else:
-                logits, new = read_off(self, ids, state, lengths, backend, wavefront)
-            if check_finite:
-                check_values(name, "logits (weights, state or learning rates diverged)", logits, lengths)
+                found, new = read_off(self, call, state)
+                held = None
             new = replace(new, unread=left(state.unread, lengths))
-            return logits, given.assign(new) if given is not None and in_place else new
+            new = given.assign(new) if given is not None and in_place else new
+            if held is not None:
+                new.hold(self, held)
+            return found, new
+
+    @torch.no_grad()
+    def flush(self, state: ModelState, backend: str | None = None) -> list[int]:
+        """Learns the open segment of every row now, at the end of a document say, in place: how many tokens of
+        each row have contributed.
+
+        Of a segment's n tokens the losses of n - 1 are known, those that predict its other tokens; with less
+        than two tokens nothing happens, nor where a token of it was read with learn="off". At a multiple of
+        the segment everything is done that is due there; elsewhere the levels take a step whose period is the
+        segment, and the others keep the gradient. What is read afterwards, up to the next multiple, is a
+        segment of its own, and learned there. Raises as ``forward`` does; the state is then as it was.
+        """
+        name = "HopeForCausalLM.flush"
+        check_recorded(name, state)
+        self._admit(name, state, getattr(state, "batch", 0))
+        if not self.learns:
+            return [0] * state.batch
+        with state.reading(name, self):
+            state.drop_held()
+            self._check_whole(name)
+            draft, count = segments.flush(self, segments.draft(continued(self, state)), backend)
+            state.assign(segments.finished(draft))
+        return count
+
+    def _check_whole(self, name: str) -> None:
+        for block in self.blocks:
+            check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one unit, or "
+                                     "pass learn='off'")
+
+    def _check_tokens(self, name: str, argument: str, ids: Tensor, least: int) -> None:
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (least, least)
+        if low < least or high >= self.config.vocab_size:
+            token, size = low if low < least else high, self.config.vocab_size
+            raise ValueError(f"{name}: argument {argument} has token {token}, expected {least} to {size - 1}")
 
     def claim(self, op: str, state: ModelState) -> None:
         """``state`` belongs to these weights from here on. Raises TypeError or ValueError, in the name of
         ``op``, where this model may not read it."""
         self._admit(op, state, state.batch)
+        self._settle(state)
         state.owned_by(self)
         state.fingerprint = checksum(self)
 
@@ -178,6 +255,22 @@ class HopeForCausalLM(nn.Module):
         check_state(op, state, ModelState, self.config, batch)
         like = placement(self.embed)
         state.admit(op, self, like.dtype, like.device)
+
+    def _settle(self, state: ModelState) -> None:
+        """An admitted ``state`` has this model's settings from here on, in place."""
+        new = continued(self, state)
+        if new is not state:
+            state.assign(new)
+
+    def state_bytes(self, batch: int = 1, tokens: int = 0) -> dict[str, int]:
+        """Bytes of a state of ``batch`` sequences that have read ``tokens`` tokens and learned in every level,
+        by what they are for: what the CMS of all blocks hold (see ``ContinuumMemory.state_bytes``), ``mixers``
+        (memories, and their copy at a segment's start; keys and values, whose buffers grow ahead of need, to
+        twice that at most) and the token ids of the open ``segment``. Raises ValueError."""
+        check_batch("HopeForCausalLM.state_bytes", batch)
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            raise ValueError(f"HopeForCausalLM.state_bytes: argument tokens is {tokens!r}, expected an integer >= 0")
+        return session_bytes(self, batch, tokens)
 
     def levels(self, state: ModelState) -> list[list[Level] | None]:
         """The CMS weights in force, per block."""
@@ -204,7 +297,7 @@ class HopeForCausalLM(nn.Module):
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
         h = self.norm(h)
         if self.head is None:
-            logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size))
+            logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size, self.config.embed_scale))
         else:
             logits = project(self.head, h)
         T = h.shape[1]
@@ -220,6 +313,43 @@ class HopeForCausalLM(nn.Module):
         """Continues ``ids`` [B, T]; see :func:`hope_kernels.generation.generate`."""
         return generate(self, ids, max_new_tokens, state, **options)
 
+    def read(self, ids: Tensor | Source, state: ModelState | None = None, **options: Any) -> ReadAndSlept:
+        """Reads ids [B, T], and learns: ``hope_kernels.generation.read`` with learn="next_token" unless told
+        otherwise, and then, if asked to, ``flush`` and ``replay``.
+
+        ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront, unread:
+        as there. replay=k: each row keeps at most k of the segments it learns, of all it has learned each with
+        the same probability; from then on the state has them, in files too, k (C + 1) integers a row. passes=n:
+        the kept segments are then learned again n - 1 times, shuffle=True: in a new order every time (see
+        ``replay``). flush: whether the unfinished segment at the end is learned and kept as well; None: if
+        passes > 1. seed: any int, of what is kept and of the orders.
+        should_stop is also asked before every replayed segment. The same call goes on where it was stopped,
+        with the rest of ids (``ids[:, reading.tokens:]``, which may be none), also in another process.
+
+        Returns a ``Reading`` with ``sleep``, what ``replay`` returns (None without passes).
+        Raises ValueError for passes without anything to keep or kept, replay with learn="off" or other than
+        what the state keeps already, and what those three raise.
+        """
+        return read(self, ids, state, **options)
+
+    def replay(
+        self, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0, *,
+        should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
+        backend: str | None = None,
+    ) -> Sleep:
+        """Learns the segments that ``state`` keeps (``read(..., replay=k)``) again, ``passes`` times, in place
+        and without reading anything: ``engine/replay.py`` says what that means.
+
+        shuffle: each pass in an order of its own, by a hash of seed and pass; else in the order of the text.
+        should_stop is asked before every segment; on_segment(replays of row 0 done, of how many) is called
+        after it. A state that was stopped, also one from a file, goes on with the same arguments where it was,
+        unless it has learned more text since. A replay that raises leaves the state as the last one left it.
+        Where nothing is kept, nothing happens.
+        Raises ValueError for arguments out of range, and as ``forward`` does.
+        """
+        self._admit("HopeForCausalLM.replay", state, getattr(state, "batch", 0))
+        return sleep(self, state, passes, shuffle, seed, should_stop, on_segment, backend)
+
     def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own
         weights, in place: see ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved
@@ -229,6 +359,7 @@ class HopeForCausalLM(nn.Module):
         most = max((c.num_levels for c in self.config.block_cms if c is not None), default=0)
         for l in levels or ():
             check_index("HopeForCausalLM.consolidate", "levels", l, most)
+        self._settle(state)
         # all blocks are asked before the first one is changed
         for act, block, cms in [
             (act, *of) for act in (check_consolidation, consolidate) for of in zip(self.blocks, state.cms)
@@ -239,8 +370,8 @@ class HopeForCausalLM(nn.Module):
         state.adopt(self)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically. Raises
-        ValueError, and writes nothing, where submodules have been wrapped, quantized or parametrized: the
+        """Writes ``config.json``, ``model.safetensors`` and ``text_files`` into ``folder``, each atomically.
+        Raises ValueError, and writes nothing, where submodules have been wrapped, quantized or parametrized: the
         configuration, and so ``from_pretrained``, knows nothing of that."""
         held = self.state_dict()
         if type(self) is HopeForCausalLM:
@@ -254,6 +385,7 @@ class HopeForCausalLM(nn.Module):
         write_atomically(
             os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors, metadata={"format": "pt"})
         )
+        write_files(folder, self.text_files)
         write_atomically(
             os.path.join(folder, "config.json"), (json.dumps(self.config.to_dict(), indent=1) + "\n").encode()
         )
@@ -264,22 +396,16 @@ class HopeForCausalLM(nn.Module):
     ) -> HopeForCausalLM:
         """Loads a folder written by ``save_pretrained``, or a bundled model by name (``bundled_models()``).
 
-        Raises FileNotFoundError for an unknown name or folder, ValueError for files that do not fit together
-        or are damaged.
+        Raises FileNotFoundError for an unknown name or folder, ValueError for files that do not fit together,
+        are damaged, or are a model of transformers (which ``python -m hope_kernels convert`` takes).
         """
-        folder = os.fspath(name)
-        if not os.path.isdir(folder):
-            bundled = os.path.join(ASSETS, folder)
-            if not os.path.isdir(bundled):
-                names = ", ".join(bundled_models())
-                raise FileNotFoundError(
-                    f"from_pretrained: {folder!r} is neither a folder nor a bundled model ({names})"
-                )
-            folder = bundled
+        folder = model_folder(name, "from_pretrained")
         weights = os.path.join(folder, "model.safetensors")
         try:
             with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-                config = HopeConfig.from_dict(json.load(f))
+                fields = json.load(f)
+            _check_ours(folder, fields)
+            config = HopeConfig.from_dict(fields)
             tensors = load_file(weights)
         except (json.JSONDecodeError, TypeError, SafetensorError) as error:
             raise ValueError(f"from_pretrained: {folder} holds a damaged file ({error})") from None
@@ -288,6 +414,7 @@ class HopeForCausalLM(nn.Module):
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"from_pretrained: {weights} does not fit its config.json ({error})") from None
+        model.text_files = read_files(folder)
         return model.to(device=device, dtype=dtype).eval()
 
 
@@ -301,6 +428,33 @@ def _prepare() -> bool:
     if _untraced is None:
         _untraced = torch.compiler.disable(HopeForCausalLM._forward, reason=REASON)
     return True
+
+
+def model_folder(name: str | os.PathLike, op: str) -> str:
+    """The folder of a saved or a bundled model. Raises FileNotFoundError, ValueError for a GGUF file."""
+    folder = os.fspath(name)
+    if os.path.isdir(folder):
+        return folder
+    if folder.endswith(".gguf") and os.path.isfile(folder):
+        raise ValueError(f"{op}: {folder} is a GGUF file; {_conversion(folder)}")
+    bundled = os.path.join(ASSETS, folder)
+    if not os.path.isdir(bundled):
+        raise FileNotFoundError(
+            f"{op}: {folder!r} is neither a folder nor a bundled model ({', '.join(bundled_models())})"
+        )
+    return bundled
+
+
+def _conversion(source: str) -> str:
+    return ("make a folder that this package reads with "
+            f"`python -m hope_kernels convert {shlex.quote(source)} FOLDER`")
+
+
+def _check_ours(folder: str, fields: Any) -> None:
+    """Raises ValueError for the config.json of a model of transformers."""
+    if isinstance(fields, dict) and "d_model" not in fields and "model_type" in fields:
+        raise ValueError(f"from_pretrained: {folder} holds a model of transformers (model_type "
+                         f"{fields['model_type']!r}); {_conversion(folder)}")
 
 
 def bundled_models() -> list[str]:

@@ -301,6 +301,8 @@ class State(AnyState):
 
     def assign(self, new: State):
         """Becomes ``new``, keeping its own tensors (and their addresses) where shapes agree. Returns self."""
+        if self.config is not new.config:
+            self.config = new.config
         for name, value in new._fields():
             setattr(self, name, _assign(getattr(self, name), value))
         return self

@@ -102,6 +102,7 @@ class Decoder:
                     f"Decoder.step: argument tokens has {low if low < 0 else high}, expected 0 to {size - 1}"
                 )
         check_read_next("Decoder.step", state.unread, tokens, self._ones)
+        state.drop_held()
         with self.model.reading("Decoder.step", state):
             if self._expected != state.pos:
                 self._stale = True  # another call has advanced the state
@@ -117,16 +118,17 @@ class Decoder:
         ``read_learning``."""
         state, model, C = self.state, self.model, self.model.segment
         if self.learn == "off":
-            complete = [model.learns and s == C for s in state.seen]
+            complete = segments.complete(state)
             if any(complete):
                 done = [0] * state.batch
                 self._keep(segments.replay(model, self._draft(), complete, tokens, done, None, self.backend))
             return
-        opening = [p % C == 0 for p in state.pos]
+        if any(p % C == 0 for p in state.pos):
+            done = [0] * state.batch
+            self._keep(segments.boundary(model, self._draft(), self._ones, tokens, done, self.backend))
+        opening = [s == 0 for s in state.seen]
         if not any(opening):
             return
-        done = [0] * state.batch
-        self._keep(segments.boundary(model, self._draft(), self._ones, tokens, done, self.backend))
         pairs, every = zip(state.snapshot, state.mixers), all(opening)
         state.snapshot[:] = [old.assign(now if every else old.merge(now, opening)) for old, now in pairs]
 

@@ -10,8 +10,13 @@ loss once token i is known, so everything due at count i happens when token i ar
     3. token i is read with the new weights
 
 The gradient is taken inside the segment only: memories, cached keys and everything older are constants. A
-segment that is read in one piece inside one call is differentiated as it is read; any other is replayed from
-a snapshot taken at its start. Both are one function, ``segments.learn_segment``.
+segment that is read in one piece inside one call, which also knows the token after it, is differentiated as it
+is read. One that is read in one piece and ends with its call waits for the next token with its graph
+(``segments.Held``), if the next call is the one that brings it. Any other is replayed from a snapshot taken at
+its start.
+
+``segments.flush`` learns an open segment before it has ended. The tokens after it, up to the next multiple of
+C, are a segment of their own, as short as it may be.
 
 Tokens read with learn="off" move the counters; a segment with such a token contributes nothing, and levels
 commit only at the end of a segment that contributes, when a token read with learn="next_token" follows. Until
@@ -20,62 +25,99 @@ then the accumulators keep what they have.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..layers.wrapped import placement
 from ..model_state import ModelState, advance, advance_off
+from ..state import master_dtype
 from . import segments
 from .compiling import run_traced
+from .head import Heads, Losses, Targets, read_head
 from .protocol import Model
+from .segments import Held
 from .wavefront import run as run_wavefront
 
 
-def read_off(
-    model: Model, ids: Tensor, state: ModelState, lengths: list[int], backend: str | None,
-    wavefront: int | None = None,
-) -> tuple[Tensor, ModelState]:
-    """The whole call with frozen CMS weights: (logits, new state). wavefront: see ``wavefront.run``."""
+@dataclass(frozen=True)
+class Call:
+    """What a call of the model reads, and what it returns.
+
+    ids [B, T], of which ``lengths`` tokens a row count. tokens: the same, and after them what follows, where
+    the caller said so: [B, T] or [B, T + 1]; known: tokens of each row whose next one is among them. losses:
+    whether losses are returned in place of logits.
+    """
+
+    ids: Tensor
+    lengths: list[int]
+    tokens: Tensor
+    known: list[int]
+    losses: bool
+    backend: str | None
+    check_finite: bool
+    wavefront: int | None
+
+    def targets(self, done: list[int], step: list[int]) -> Targets:
+        """Of the tokens ``ids[b, done[b] : done[b] + step[b]]``."""
+        known = [min(max(k - d, 0), n) for k, d, n in zip(self.known, done, step)]
+        n = max(step, default=0) if self.ids.shape[1] else 0
+        return Targets(segments.part_of(self.tokens, [d + 1 for d in done], n), known)
+
+
+def with_following(ids: Tensor, lengths: list[int], following: Tensor | None) -> tuple[Tensor, list[int]]:
+    """``Call.tokens`` and ``Call.known``. following: [B] int64, -1 where nobody knows."""
+    if following is None:
+        return ids, [max(n - 1, 0) for n in lengths]
+    known = [n > 0 and t >= 0 for n, t in zip(lengths, following.tolist())]
+    ids = torch.cat([ids, ids.new_zeros(len(lengths), 1)], 1)
+    place = torch.tensor(lengths, dtype=torch.long, device=ids.device).unsqueeze(1)
+    ids = ids.scatter(1, place, following.clamp(min=0).unsqueeze(1))
+    return ids, [n if k else max(n - 1, 0) for n, k in zip(lengths, known)]
+
+
+def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Losses, ModelState]:
+    """The whole call with frozen CMS weights: (logits or losses, new state)."""
+    ids, lengths, backend = call.ids, call.lengths, call.backend
     if model.learns:
-        complete = [n > 0 and s == model.segment for n, s in zip(lengths, state.seen)]
+        complete = [n > 0 and c for n, c in zip(lengths, segments.complete(state))]
         if any(complete):
             done = [0] * len(lengths)
             draft = segments.replay(model, _draft(state), complete, ids, done, None, backend)
             state = segments.finished(draft)
-    if torch.compiler.is_compiling() and wavefront is None:
+    if torch.compiler.is_compiling() and call.wavefront is None:
         h, mixers = run_traced(model, model.embed(ids), state, lengths, backend)
-    elif wavefront is None:
+    elif call.wavefront is None:
         h, mixers = model.run(model.embed(ids), state.mixers, state.cms, lengths, backend)
     else:
-        h, mixers = run_wavefront(model, model.embed(ids), state.mixers, state.cms, lengths, wavefront, backend)
-    return model.logits(h, lengths), advance_off(state, mixers, lengths)
+        h, mixers = run_wavefront(model, model.embed(ids), state.mixers, state.cms, lengths, call.wavefront, backend)
+    full = [ids.shape[1]] * len(lengths)
+    targets = call.targets([0] * len(lengths), full) if call.losses else None
+    heads = read_head(model, h, lengths, targets, logits=not call.losses, check_finite=call.check_finite)
+    return _output(heads, call.losses), advance_off(state, mixers, lengths)
 
 
 def read_learning(
-    model: Model, ids: Tensor, state: ModelState, lengths: list[int], backend: str | None
-) -> tuple[Tensor, ModelState]:
-    """The call in rounds; each round takes every row up to its next segment boundary: (logits, new state)."""
-    B, C = ids.shape[0], model.segment
+    model: Model, call: Call, state: ModelState, held: Held | None = None
+) -> tuple[Tensor | Losses, ModelState, Held | None]:
+    """The call in rounds; each round takes every row up to its next segment boundary: (logits or losses, new
+    state, the graph of segments that end with the call). held: that of the call before this one."""
+    lengths, B, C = call.lengths, call.ids.shape[0], model.segment
     done = [0] * B
-    parts: list[Tensor] = []
+    parts: list[Heads] = []
     places, width = [[] for _ in range(B)], 0
     state = _draft(state)
     while any(d < n for d, n in zip(done, lengths)):
         step = [min(n - d, C - p % C) for d, n, p in zip(done, lengths, state.pos)]
-        state = segments.boundary(model, state, step, ids, done, backend)
-        tokens = segments.part_of(ids, done, max(step))
-        logits, state = _round(model, ids, tokens, state, done, step, lengths, backend)
-        parts.append(logits)
+        state = segments.boundary(model, state, step, call.ids, done, call.backend, held)
+        heads, state, held = _round(model, call, state, done, step)
+        parts.append(heads if call.losses else Heads(heads.logits, None, None, None))
         for b in range(B):
             places[b].extend(range(width, width + step[b]))
             done[b] += step[b]
         width += max(step)
-    if not parts:
-        shape, dtype = (B, ids.shape[1], model.config.vocab_size), placement(model.embed).dtype
-        return torch.zeros(shape, device=ids.device, dtype=dtype), segments.finished(state)
-    return _in_order(parts, places, ids.shape[1]), segments.finished(state)
+    return _joined(model, call, parts, places), segments.finished(state), held
 
 
 def _draft(state: ModelState) -> ModelState:
@@ -83,33 +125,68 @@ def _draft(state: ModelState) -> ModelState:
 
 
 def _round(
-    model: Model, ids: Tensor, tokens: Tensor, state: ModelState, done: list[int], step: list[int],
-    lengths: list[int], backend: str | None,
-) -> tuple[Tensor, ModelState]:
-    """Reads ``tokens`` [B, n]. Rows that read a whole segment and whose next token is known contribute its
-    gradient at once."""
-    C = model.segment
-    whole = [s == C and d + s < n for s, d, n in zip(step, done, lengths)]
-    fused = any(whole) and not torch.is_grad_enabled()
-    if fused:
-        targets = segments.part_of(ids, [d + 1 for d in done], tokens.shape[1])
-        # their next token is in this call: what is due when it arrives is done at once
-        counts = [p + n for p, n in zip(state.pos, step)]
-        logits, mixers = segments.learn_segment(
-            model, state, state.mixers, tokens, targets, whole, step, counts, backend
-        )
-    else:
-        whole = [False] * len(whole)
-    opening = [n > 0 and not w and p % C == 0 for n, w, p in zip(step, whole, state.pos)]
-    snapshot = state.snapshot
+    model: Model, call: Call, state: ModelState, done: list[int], step: list[int]
+) -> tuple[Heads, ModelState, Held | None]:
+    """Reads the next ``step`` tokens of every row. Rows that read a whole segment and whose next token is
+    known contribute its gradient at once; where all are at a segment's end and wait for the next token, the
+    graph is held."""
+    C, frozen, check = model.segment, torch.is_grad_enabled(), call.check_finite
+    tokens, targets = segments.part_of(call.ids, done, max(step)), call.targets(done, step)
+    opening = [n > 0 and s == 0 for n, s in zip(step, state.seen)]
+    whole = [o and (p + n) % C == 0 for o, p, n in zip(opening, state.pos, step)]
+    waits = [w and k < n for w, k, n in zip(whole, targets.known, step)]
+    whole = [w and not x and not frozen for w, x in zip(whole, waits)]
+    opening = [o and not w for o, w in zip(opening, whole)]
+    snapshot, held = state.snapshot, None
     if any(opening):
         pairs = zip(snapshot, state.mixers)
         snapshot = [m.snapshot() if all(opening) else old.merge(m, opening) for old, m in pairs]
-    if not fused:
-        h, mixers = model.run(model.embed(tokens), state.mixers, state.cms, step, backend)
-        logits = model.logits(h, step)
+    if any(whole):
+        # their next token is in this call: what is due when it arrives is done at once
+        counts = [p + n for p, n in zip(state.pos, step)]
+        heads, mixers = segments.learn_segment(
+            model, state, state.mixers, tokens, targets, whole, step, counts, call.backend, logits=not call.losses,
+            check_finite=check
+        )
+        rows = [b for b, w in enumerate(whole) if w]
+        state = segments.kept(state, rows, tokens[rows], targets.ids[rows], [step[b] for b in rows])
+    elif model.holds and not frozen and waits == [n > 0 for n in step]:
+        apart = [m.snapshot() for m in state.mixers]
+        heads, mixers, held = segments.read_and_hold(
+            model, state, apart, tokens, targets, waits, step, call.backend, logits=not call.losses,
+            check_finite=check
+        )
+    else:
+        h, mixers = model.run(model.embed(tokens), state.mixers, state.cms, step, call.backend)
+        heads = read_head(model, h, step, targets if call.losses else None, logits=not call.losses, check_finite=check)
     kept, seen = segments.recorded(state, tokens, step, whole, C)
-    return logits, replace(advance(state, mixers, step), snapshot=snapshot, ids=kept, seen=seen)
+    return heads, replace(advance(state, mixers, step), snapshot=snapshot, ids=kept, seen=seen), held
+
+
+def _joined(model: Model, call: Call, parts: list[Heads], places: list[list[int]]) -> Tensor | Losses:
+    """What the call returns, of what its rounds made."""
+    (B, T), like = call.ids.shape, placement(model.embed)
+    last = torch.zeros(B, model.config.vocab_size, device=like.device, dtype=like.dtype)
+    if not call.losses:
+        logits = [p.logits for p in parts if p.logits is not None]
+        return _in_order(logits, places, T) if logits else last.unsqueeze(1).expand(-1, T, -1).contiguous()
+    nats, at = [p.nats.unsqueeze(-1) for p in parts if p.nats is not None], 0
+    if not nats:
+        return Losses(last.new_zeros(B, T, dtype=master_dtype(like.dtype)), last)
+    for part in parts:
+        assert part.nats is not None and part.last is not None
+        n = part.nats.shape[1]
+        read = torch.tensor([any(at <= i < at + n for i in p) for p in places], device=like.device)
+        last, at = torch.where(read.unsqueeze(1), part.last, last), at + n
+    return Losses(_in_order(nats, places, T).squeeze(-1), last)
+
+
+def _output(heads: Heads, losses: bool) -> Tensor | Losses:
+    if losses:
+        assert heads.nats is not None and heads.last is not None
+        return Losses(heads.nats, heads.last)
+    assert heads.logits is not None
+    return heads.logits
 
 
 def _in_order(parts: list[Tensor], places: list[list[int]], T: int) -> Tensor:

@@ -43,11 +43,18 @@ class Model(Protocol):
         """Whether reading with learn="next_token" can change anything."""
         ...
 
+    @property
+    def holds(self) -> bool:
+        """Whether the graph of a segment that ends with a call may be held until the next one."""
+        ...
+
     def __call__(
         self, ids: Tensor, state: ModelState | None = None, lengths: Any = None, learn: str = "off",
         backend: str | None = None, *, check_finite: bool = False, wavefront: int | None = None,
-    ) -> tuple[Tensor, ModelState]:
-        """Reads ids: (logits [B, T, vocab_size], the state after them)."""
+        output: str = "logits", following: Tensor | None = None, guard: bool | None = None,
+    ) -> tuple[Any, ModelState]:
+        """Reads ids: (logits [B, T, vocab_size], or with output="losses" ``head.Losses``; the state after
+        them)."""
         ...
 
     def run(
@@ -63,6 +70,10 @@ class Model(Protocol):
 
     def levels(self, state: ModelState) -> list[list[Level] | None]:
         """The CMS weights in force, per block."""
+        ...
+
+    def flush(self, state: ModelState, backend: str | None = None) -> list[int]:
+        """Learns the open segments now, in place: the tokens of each row that contributed."""
         ...
 
     def init_state(self, batch: int, device: torch.device | str | None = None) -> ModelState:

@@ -7,23 +7,29 @@ so that what was given stays as it is if a call fails.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..kept import nothing_kept, offer
 from ..layers.cms import Inner
 from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState
 from ..ops.cms import backends as cms_backends
-from ..state import Counters, master_dtype
+from ..ops.cms.chain import Sink
+from ..ops.cms.level import Factors
+from ..state import Counters
+from .guard import judge
+from .head import Heads, Targets, mask, read_head
 from .protocol import Model
 
 
 def draft(state: ModelState, in_place: str = "made") -> ModelState:
     """A state for a call to change. in_place: which CMS tensors it may write, see ``cms.state.Private``."""
-    return replace(state, cms=[c and c.draft(in_place) for c in state.cms])
+    guard = None if state.guard is None else state.guard.draft()
+    return replace(state, cms=[c and c.draft(in_place) for c in state.cms], guard=guard)
 
 
 def finished(state: ModelState) -> ModelState:
@@ -31,35 +37,92 @@ def finished(state: ModelState) -> ModelState:
     return replace(state, cms=[c and c.finished() for c in state.cms])
 
 
+def complete(state: ModelState) -> list[bool]:
+    """Rows whose open segment has ended, and waits for the token after it to be learned."""
+    C = state.ids.shape[1]
+    return [C > 0 and s > 0 and p % C == 0 for s, p in zip(state.seen, state.pos)]
+
+
 def boundary(
-    model: Model, state: ModelState, step: list[int], ids: Tensor, done: list[int], backend: str | None
+    model: Model, state: ModelState, step: list[int], ids: Tensor, done: list[int], backend: str | None,
+    held: Held | None = None,
 ) -> ModelState:
     """What is due before a row that stands on a multiple of C reads on. step: tokens that each row reads
-    next, from ``ids[b, done[b]]`` on."""
+    next, from ``ids[b, done[b]]`` on. held: the graph of the segments that end here."""
     here = [n > 0 and p > 0 and p % model.segment == 0 for n, p in zip(step, state.pos)]
     if not any(here):
         return state
-    complete = [h and s == model.segment for h, s in zip(here, state.seen)]
-    if any(complete):
-        state = replay(model, state, complete, ids, done, state.pos, backend)
+    due = [h and c for h, c in zip(here, complete(state))]
+    if any(due):
+        state = replay(model, state, due, ids, done, state.pos, backend, held)
     return replace(state, seen=Counters([0 if h else s for h, s in zip(here, state.seen)]))
+
+
+def flush(model: Model, state: ModelState, backend: str | None) -> tuple[ModelState, list[int]]:
+    """The draft ``state`` after it has learned the open segment of every row that knows a loss of it: (the
+    draft, how many tokens of each row contributed).
+
+    A segment of n tokens knows n - 1 losses. At a multiple of C what is due there is done, as if the next token
+    had arrived; inside a segment the levels whose period is C commit. What is read afterwards begins a segment.
+    """
+    C, count = model.segment, [max(s - 1, 0) for s in state.seen]
+    idx = [b for b, n in enumerate(count) if n]
+    if not idx:
+        return state, count
+    part = replace(state, mixers=[], cms=[], kept=None).select(idx)
+    lengths = [count[b] for b in idx]
+    tokens, targets = part.ids[:, : max(lengths)], part.ids[:, 1 : max(lengths) + 1]
+    counts = [C if p % C else p for p in state.pos]
+    learn_segment(
+        model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
+        backend, idx if len(idx) < state.batch else None, logits=False,
+    )
+    state = kept(state, idx, tokens, targets, lengths)
+    return replace(state, seen=Counters([0 if n else s for n, s in zip(count, state.seen)])), count
 
 
 def replay(
     model: Model, state: ModelState, rows: list[bool], ids: Tensor, done: list[int], counts: list[int] | None,
-    backend: str | None,
+    backend: str | None, held: Held | None = None,
 ) -> ModelState:
-    """Learns the open, complete segments of ``rows``, read again from the snapshot at their start; levels
-    commit at ``counts`` (None: none does). ``ids[b, done[b]]`` is the token that arrives."""
+    """Learns the open, complete segments of ``rows``: from the graph ``held`` of their reading, or read again
+    from the snapshot at their start. Levels commit at ``counts`` (None: none does). ``ids[b, done[b]]`` is the
+    token that arrives."""
     arriving = part_of(ids, done, 1)
     idx = [b for b, r in enumerate(rows) if r]
-    part = state if all(rows) else replace(state, mixers=[], cms=[]).select(idx)
-    targets = torch.cat([part.ids[:, 1:], arriving[idx]], 1)
-    C, among = model.segment, None if all(rows) else idx
-    learn_segment(
-        model, state, part.snapshot, part.ids, targets, [True] * len(idx), [C] * len(idx), counts, backend, among
-    )
-    return state
+    part = state if all(rows) else replace(state, mixers=[], cms=[], kept=None).select(idx)
+    lengths, n = list(part.seen), max(part.seen)
+    tokens, following = part.ids[:, :n], arriving[idx]
+    if min(lengths) == n:
+        targets = torch.cat([tokens[:, 1:], following], 1)
+    else:
+        place = torch.tensor(lengths, dtype=torch.long, device=ids.device).unsqueeze(1) - 1
+        targets = tokens.roll(-1, 1).scatter(1, place, following)
+    if held is not None:
+        held.learn(model, state, rows, arriving, counts, backend)
+    else:
+        learn_segment(
+            model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
+            backend, None if all(rows) else idx, logits=False,
+        )
+    return kept(state, idx, tokens, targets, lengths)
+
+
+def keep(state: ModelState, slots: int, seed: int) -> None:
+    """``state`` keeps at most ``slots`` segments of what each row learns from here on. Raises ValueError where
+    it keeps another number already."""
+    if state.kept is None:
+        state.kept = nothing_kept(state.config, state.batch, slots, seed, state.ids.device)
+    elif state.kept.slots != slots:
+        raise ValueError(f"read: argument replay is {slots}, and argument state keeps {state.kept.slots} segments "
+                         "already; pass 0 or that number")
+
+
+def kept(
+    state: ModelState, rows: list[int], ids: Tensor, targets: Tensor, lengths: list[int]
+) -> ModelState:
+    """``state`` once segments that ``rows`` have learned, [len(rows), n], are among those it may keep."""
+    return state if state.kept is None else replace(state, kept=offer(state.kept, rows, ids, targets, lengths))
 
 
 def recorded(
@@ -85,38 +148,176 @@ def recorded(
 
 
 def learn_segment(
-    model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, targets: Tensor, rows: list[bool],
-    lengths: list[int], counts: list[int] | None, backend: str | None, among: list[int] | None = None,
-) -> tuple[Tensor, list[MixerState]]:
+    model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, targets: Targets, rows: list[bool],
+    lengths: list[int], counts: list[int] | None, backend: str | None, among: list[int] | None = None, *,
+    logits: bool = True, check_finite: bool = False,
+) -> tuple[Heads, list[MixerState]]:
     """Reads one segment from ``mixers`` and descends its loss: the draft ``state.cms`` is changed, level by
     level, as the backward passes.
 
-    ids, targets [B, n]; a row marked in ``rows`` contributes the summed cross-entropy (nats) of its n tokens,
-    and its levels commit where they are due at ``counts`` (of the whole batch; None: nothing commits). among:
-    the rows of the batch that ids and mixers are of; None: all. Returns the logits and the mixers after the
-    segment, both detached. Runs with grad enabled and inference mode off whatever the caller's mode.
+    ids [B, n], lengths: tokens of each row that count; a row marked in ``rows`` contributes the summed
+    cross-entropy (nats) of those whose target is known, and its levels commit where they are due at ``counts``
+    (of the whole batch; None: nothing commits). among: the rows of the batch that ids and mixers are of; None:
+    all. Returns what the head made of the segment (with logits only where asked) and the mixers after it, all
+    detached. Runs with grad enabled and inference mode off whatever the caller's mode.
     """
     marked = [b for b, r in enumerate(rows) if r]
     learners = marked if among is None else [among[b] for b in marked]
     with torch.inference_mode(False), torch.enable_grad():
-        mixers = [_constant(m) for m in mixers]
-        ids, targets = (t.clone() if t.is_inference() else t for t in (ids, targets))
-        anchor, inner = torch.zeros((), dtype=torch.float32, device=ids.device, requires_grad=True), []
-        for block, cms in zip(model.blocks, state.cms):
-            if cms is None or block.cms is None:
-                inner.append(Inner(anchor, None, among))
-                continue
-            dtype = placement(model.embed).dtype
-            ops = cms_backends.resolve(cms.config, dtype, ids.device, backend, inner=True)
-            inner.append(Inner(anchor, block.cms.sink(cms, learners, counts, ops, among), among))
-        h, mixers = model.run(model.embed(ids).detach(), mixers, state.cms, lengths, backend, inner)
-        logits = model.logits(h, lengths)
-        wide = logits.flatten(0, 1).to(master_dtype(logits.dtype))
-        loss = F.cross_entropy(wide, targets.flatten(), reduction="none")
-        if not all(rows):
-            loss = loss.unflatten(0, ids.shape)[marked]
-        torch.autograd.grad(loss.sum(), anchor)
-    return logits.detach(), mixers
+        ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
+        sinks, before = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1]), mixers
+        h, mixers, anchor = _read(model, state, mixers, ids, lengths, backend, sinks, among)
+        heads = read_head(
+            model, h.detach(), lengths, targets, logits=logits, learners=rows, check_finite=check_finite
+        )
+        assert heads.slopes is not None and heads.nats is not None
+        read = Segment(before, ids, targets, lengths, backend)
+        torch.autograd.grad(h, anchor, _judged(model, state, read, marked, learners, heads.nats, heads.slopes))
+    return heads, mixers
+
+
+class Segment(NamedTuple):
+    """What a segment was read from. mixers: as they were before."""
+
+    mixers: list[MixerState]
+    ids: Tensor
+    targets: Targets
+    lengths: list[int]
+    backend: str | None
+
+
+@dataclass
+class Held:
+    """The graph of segments that a call has read to their end, whose last losses the next token decides.
+
+    h [B, n, d] is what the blocks made of them, ``slopes`` dL/dh of every loss that is known already. late:
+    where the factors of the blocks' levels go once it is known what is due. nats: the losses; read: what was
+    read.
+    """
+
+    h: Tensor
+    slopes: Tensor
+    anchor: Tensor
+    late: list[Late | None]
+    nats: Tensor
+    read: Segment
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.read.lengths
+
+    def learn(
+        self, model: Model, state: ModelState, rows: list[bool], arriving: Tensor, counts: list[int] | None,
+        backend: str | None,
+    ) -> None:
+        """As ``learn_segment``, for the marked rows, whose next tokens are ``arriving`` [B, 1]; once."""
+        with torch.inference_mode(False), torch.enable_grad():
+            h, arriving = self.h.detach(), _usable(arriving)
+            B, n = h.shape[:2]
+            place = torch.tensor([max(m - 1, 0) for m in self.lengths], dtype=torch.long, device=h.device)
+            row = torch.arange(B, device=h.device)
+            newest = read_head(
+                model, h[row, place].unsqueeze(1), [1] * B, Targets(arriving, [1] * B), logits=False, learners=rows
+            )
+            assert newest.slopes is not None
+            slopes = self.slopes.index_put((row, place), newest.slopes[:, 0])
+            counted = mask([m if r else 0 for m, r in zip(self.lengths, rows)], n, h.device).unsqueeze(-1)
+            marked = [b for b, r in enumerate(rows) if r]
+            for late, sink in zip(self.late, _sinks(model, state, marked, counts, backend, None, self.lengths, n)):
+                if late is not None:
+                    late.sink = sink
+            assert newest.nats is not None
+            targets = Targets(self.read.targets.ids.index_put((row, place), arriving[:, 0]), self.lengths)
+            nats = self.nats.index_put((row, place), newest.nats[:, 0])
+            slopes, read = torch.where(counted, slopes, 0), self.read._replace(targets=targets)
+            torch.autograd.grad(self.h, self.anchor, _judged(model, state, read, marked, marked, nats, slopes))
+
+
+class Late:
+    """A sink that is known only when the backward comes."""
+
+    sink: Sink | None = None
+
+    def __call__(self, l: int, factors: Factors) -> None:
+        assert self.sink is not None
+        self.sink(l, factors)
+
+
+def read_and_hold(
+    model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, targets: Targets, rows: list[bool],
+    lengths: list[int], backend: str | None, *, logits: bool, check_finite: bool
+) -> tuple[Heads, list[MixerState], Held]:
+    """Reads segments that end with the call, in the marked rows, and holds their graph. mixers: nothing else
+    may write into their tensors while it is held."""
+    with torch.inference_mode(False), torch.enable_grad():
+        ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
+        late = [None if cms is None or block.cms is None else Late() for block, cms in zip(model.blocks, state.cms)]
+        read = Segment([m.snapshot() for m in mixers], ids, targets, lengths, backend)
+        h, mixers, anchor = _read(model, state, mixers, ids, lengths, backend, late, None)
+        heads = read_head(
+            model, h.detach(), lengths, targets, logits=logits, learners=rows, check_finite=check_finite
+        )
+    assert heads.slopes is not None and heads.nats is not None
+    return heads, mixers, Held(h, heads.slopes, anchor, late, heads.nats, read)
+
+
+def _sinks(
+    model: Model, state: ModelState, learners: list[int], counts: list[int] | None, backend: str | None,
+    among: list[int] | None, tokens: list[int], width: int
+) -> list[Sink | None]:
+    """Where the factors of each block's levels go: to its part of the draft ``state``. tokens: how many of the
+    ``width`` of each row that is read contribute."""
+    like, found = placement(model.embed), []
+    of = dict(zip(range(len(tokens)) if among is None else among, tokens))
+    ragged = tokens if any(of[b] < width for b in learners) else None
+    for block, cms in zip(model.blocks, state.cms):
+        if cms is None or block.cms is None:
+            found.append(None)
+            continue
+        ops = cms_backends.resolve(cms.config, like.dtype, like.device, backend, inner=True)
+        scale = None if state.guard is None else state.guard.rate
+        found.append(block.cms.sink(cms, learners, counts, ops, among, ragged, scale))
+    return found
+
+
+def _judged(
+    model: Model, state: ModelState, read: Segment, marked: list[int], learners: list[int], nats: Tensor,
+    slopes: Tensor
+) -> Tensor:
+    """``slopes`` of the segment ``read``, whose rows ``marked`` are the rows ``learners`` of the batch, without
+    those that the guard of ``state`` lets not learn; they leave ``learners``."""
+    if state.guard is None or not learners:
+        return slopes
+    known = torch.tensor([max(n, 1) for n in read.targets.known], device=nats.device)
+
+    def own() -> list[float]:
+        mixers = [m.snapshot() for m in read.mixers]
+        levels = [b.cms and b.cms.effective_levels(b.cms.init_state(len(read.lengths))) for b in model.blocks]
+        with torch.no_grad():
+            h, _ = model.run(model.embed(read.ids), mixers, levels, read.lengths, read.backend)
+            found = read_head(model, h, read.lengths, read.targets, logits=False)
+        assert found.nats is not None
+        return (found.nats.sum(1) / known)[marked].tolist()
+
+    blocks = list(zip(model.blocks, state.cms))
+    bad = judge(state.guard, blocks, list(learners), (nats.sum(1) / known)[marked].tolist(), own)
+    if not bad:
+        return slopes
+    keep = torch.ones(slopes.shape[0], 1, 1, dtype=torch.bool, device=slopes.device)
+    keep[[m for m, b in zip(marked, learners) if b in bad]] = False
+    learners[:] = [b for b in learners if b not in bad]
+    return torch.where(keep, slopes, 0)
+
+
+def _read(
+    model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, lengths: list[int],
+    backend: str | None, sinks: list[Sink | None] | list[Late | None], among: list[int] | None
+) -> tuple[Tensor, list[MixerState], Tensor]:
+    """The pass that learns, up to the head: h, the mixers after it, and the scalar its gradient is taken to."""
+    anchor = torch.zeros((), dtype=torch.float32, device=ids.device, requires_grad=True)
+    inner = [Inner(anchor, sink, among) for sink in sinks]
+    mixers = [_constant(m) for m in mixers]
+    return *model.run(model.embed(ids).detach(), mixers, state.cms, lengths, backend, inner), anchor
 
 
 def part_of(ids: Tensor, start: list[int], n: int) -> Tensor:
@@ -126,6 +327,11 @@ def part_of(ids: Tensor, start: list[int], n: int) -> Tensor:
     first = torch.tensor(start, dtype=torch.long, device=ids.device).unsqueeze(1)
     index = first + torch.arange(n, device=ids.device)
     return ids.gather(1, index.clamp(max=ids.shape[1] - 1))
+
+
+def _usable(t: Tensor) -> Tensor:
+    """``t``, or a copy that autograd takes."""
+    return t.clone() if t.is_inference() else t
 
 
 def _constant(mixer: MixerState) -> MixerState:

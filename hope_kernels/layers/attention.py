@@ -1,5 +1,5 @@
 """Causal softmax attention with a key-value cache that obeys the same streaming contract as the memories:
-RoPE, grouped heads, window."""
+RoPE, grouped heads, norms of queries and keys, a window, and sinks beside it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 class AttentionState(State):
     """Keys and values of B sequences: k, v [B, capacity, Hkv, D], input dtype, keys already rotated.
 
-    Row b holds the tokens base[b] .. pos[b]-1 in its slots 0 .. pos[b]-base[b]-1; slots after them hold no
-    meaning. The buffers are append-only: a slot that any state counts is never written again, a fuller or
-    shorter cache is new storage. So ``snapshot`` and ``detach`` copy nothing, and both sides may be read on,
-    in any mode: ``filled[b]``, the slots of row b ever written, is one list for all states on a storage, and
-    a state that does not end there appends to new storage. ``clone`` and ``select`` copy.
+    Row b holds the first S tokens (S: ``config.sinks``) and the tokens S + base[b] .. pos[b]-1 in its slots 0
+    .. pos[b]-base[b]-1: base[b] tokens between them have been dropped. Slots after them hold no meaning. The
+    buffers are append-only: a slot that any state counts is never written again, a fuller or shorter cache is
+    new storage. So ``snapshot`` and ``detach`` copy nothing, and both sides may be read on, in any mode:
+    ``filled[b]``, the slots of row b ever written, is one list for all states on a storage, and a state that
+    does not end there appends to new storage. ``clone`` and ``select`` copy.
+
+    lost[b]: tokens of row b, of those after the first S, that a narrower window had passed when a wider one took
+    its place (``continued``): none of them is seen again.
     """
 
     k: Tensor
     v: Tensor
     base: Counters
+    lost: Counters = field(default_factory=lambda: Counters([]), kw_only=True)
     filled: list[int] = field(default_factory=list, repr=False, kw_only=True)  # empty: the slots that count
 
     INPUT_DTYPE = frozenset({"k", "v"})
@@ -43,6 +48,8 @@ class AttentionState(State):
     def __post_init__(self) -> None:
         if not self.filled:
             self.filled = self.used()
+        if len(self.lost) != len(self.pos):  # new, or from a file written before there was one
+            self.lost = Counters([0] * len(self.pos))
 
     def _fields(self):
         # filled says nothing about the sequences: no file, cast or row selection knows it
@@ -70,16 +77,20 @@ class AttentionState(State):
         """rows: those whose counters mean something; None: all."""
         c, slots = self.config, self.k.shape[1] if isinstance(self.k, Tensor) and self.k.dim() > 1 else 0
         for name in ("k", "v"):
-            heads, kv_heads = c.heads
-            shape = (self.batch, slots, kv_heads, c.d_model // heads)
+            shape = (self.batch, slots, c.heads[1], c.head_width)
             check_part(where, name, getattr(self, name), shape, dtype, device)
         if torch.compiler.is_compiling():
             return
         check_counters(where, "pos", self.pos, self.batch, 0)
         check_counters(where, "base", self.base, self.batch, 0)
+        check_counters(where, "lost", self.lost, self.batch, 0)
+        window, sinks = c.sight
         for b in range(self.batch) if rows is None else rows:
-            pos, used = self.pos[b], self.pos[b] - self.base[b]
-            least = pos if c.window is None else min(pos, c.window)
+            pos, used, lost = self.pos[b], self.pos[b] - self.base[b], self.lost[b]
+            if lost > self.base[b]:
+                raise ValueError(f"{where}: state.lost says that row {b} sees none of {lost} tokens again, and "
+                                 f"state.base that it has dropped {self.base[b]}")
+            least = pos - lost if window is None else min(pos - lost, window + sinks)
             if not least <= used <= slots:
                 raise ValueError(f"{where}: state.base says that row {b}, which has read {pos} tokens, keeps {used} of "
                                  f"them in {slots} slots; expected at least {least}, and slots for all")
@@ -101,7 +112,47 @@ class AttentionState(State):
 
     def snapshot(self):
         """The state as it is now, in O(B): it shares the storage; either side may be read on."""
-        return replace(self, pos=Counters(self.pos), base=Counters(self.base))
+        return replace(self, pos=Counters(self.pos), base=Counters(self.base), lost=Counters(self.lost))
+
+    def unreachable(self) -> list[int]:
+        """Tokens of each row, of those after the sinks, that no later token sees, even if a wider window comes."""
+        window, sinks = self.config.sight
+        if window is None:
+            return list(self.lost)
+        return [max(p - window - sinks, lost) for p, lost in zip(self.pos, self.lost)]
+
+    def continued(self, config: HopeConfig, unreachable: list[int]) -> AttentionState:
+        """The same sequences under ``config``, which may have another window; shares storage where it can.
+
+        A narrower window sees less. A wider one sees, from here on, what the narrower one would still have:
+        its cache may hold more, by how the calls were split, and what is seen must not depend on that. So
+        the first ``unreachable`` tokens after the sinks leave the storage (of the sequences as they are now: a
+        snapshot stands before them). Raises ValueError for other sinks where a window has dropped tokens: the
+        first of a sequence cannot be kept afterwards.
+        """
+        new, (before, sinks), (after, other) = replace(self.snapshot(), config=config), self.config.sight, config.sight
+        if sinks != other and any(unreachable):
+            raise ValueError(f"AttentionState: sinks is {other} and was {sinks} when tokens left the window, expected "
+                             "the same")
+        if before is None or after is not None and after <= before:
+            return new
+        lost = [min(u, max(p - sinks, 0)) for u, p in zip(unreachable, self.pos)]
+        gone = [max(n - b, 0) for n, b in zip(lost, self.base)]
+        new.lost = Counters(lost)
+        if not any(gone):
+            return new
+        new.base = Counters([b + g for b, g in zip(self.base, gone)])
+        used, slots = new.used(), self.k.shape[1]
+        width = max(used)
+        first = torch.tensor(gone, dtype=torch.long, device=self.k.device).unsqueeze(1)
+        slot = torch.arange(width, device=self.k.device)
+        index = torch.where(slot < sinks, slot, first + slot).clamp(max=slots - 1)[..., None, None]
+        counted = _before(used, width, self.k.device)
+
+        def moved(t: Tensor) -> Tensor:
+            return torch.where(counted, t.gather(1, index.expand(-1, -1, *t.shape[2:])), 0.0)
+
+        return replace(new, k=moved(self.k), v=moved(self.v), filled=[])
 
     def compact(self):
         """The same sequences in storage of exactly the slots that count (zero after a shorter row): what a
@@ -118,22 +169,25 @@ class AttentionState(State):
     def merge(self, other, rows: list[bool]):
         """Of two states of one history: the storage of ``other``, the later one, which holds the tokens of both."""
         pos = Counters([o if r else p for p, o, r in zip(self.pos, other.pos, rows)])
-        return replace(other, pos=pos, base=Counters(other.base))
+        return replace(other, pos=pos, base=Counters(other.base), lost=Counters(other.lost))
 
     def assign(self, new: State):
         """By reference: a snapshot may share the old storage."""
         assert isinstance(new, AttentionState)
         self.pos[:], self.base[:], self.k, self.v, self.filled = new.pos, new.base, new.k, new.v, new.filled
+        self.lost, self.config = new.lost, new.config
         return self
 
 
 class CausalAttention(nn.Module):
-    """y = W_o softmax(rope(q) rope(k)^T / sqrt(D)) v over the last ``window`` tokens (all if None), D =
-    d_model / num_heads.
+    """y = W_o softmax(rope(q) rope(k)^T / sqrt(D)) v over the last ``window`` tokens (all if None) and the
+    first ``sinks`` tokens of the sequence; D is the width of a head.
 
-    ``num_kv_heads`` key heads serve num_heads / num_kv_heads query heads each. RoPE in the half-split
-    convention of Llama, at the token's position in its own sequence. ``attn(x, state, lengths, update)``
-    returns ``(y, state)``.
+    ``num_kv_heads`` key heads serve num_heads / num_kv_heads query heads each; ``qk_norm`` norms every head
+    of q and k before RoPE. RoPE in the half-split convention of Llama, at the token's position in its own
+    sequence; a sink is seen from no farther than position sinks + window - 1, as if what has left the window
+    had never been (``docs/llama.md`` has the figures). ``attn(x, state, lengths, update)`` returns ``(y,
+    state)``. config: of one block (``HopeConfig.blocks``). Raises ValueError for that of several.
     """
 
     def __init__(self, config: HopeConfig, device=None, dtype=None):
@@ -141,17 +195,21 @@ class CausalAttention(nn.Module):
         self.config = config
         d = config.d_model
         heads, kv_heads = config.heads
-        self.head_dim = d // heads
+        self.head_dim = config.head_width
+        self.window, self.sinks = config.sight
         # no buffer: a cast of the module must not round them
         self.rates = rope_rates(config)
-        kv = kv_heads * self.head_dim
+        wide, kv = heads * self.head_dim, kv_heads * self.head_dim
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(d, d, bias=config.attention_bias, **kw)
+        self.q_proj = nn.Linear(d, wide, bias=config.attention_bias, **kw)
         self.k_proj = nn.Linear(d, kv, bias=config.attention_bias, **kw)
         self.v_proj = nn.Linear(d, kv, bias=config.attention_bias, **kw)
-        self.o_proj = nn.Linear(d, d, bias=False, **kw)
+        self.o_proj = nn.Linear(wide, d, bias=False, **kw)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(self.head_dim, eps=config.norm_eps, **kw) if config.qk_norm else None for _ in "qk"
+        )
         for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            nn.init.normal_(module.weight, std=d**-0.5)
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -201,7 +259,11 @@ class CausalAttention(nn.Module):
             state.admit(name, self, x.dtype, x.device)
         in_place = given is not None and update and not torch.is_grad_enabled()
         with state.reading(name, self, in_place or given is None):
+            if state.config is not self.config and state.config != self.config:
+                state = state.continued(self.config, state.unreachable())
             y, new = self.scan(x, state, lengths, update=update)
+            if given is not None and not update:
+                return y, given
             return y, given.assign(new) if given is not None and in_place else new
 
     def scan(
@@ -225,6 +287,11 @@ class CausalAttention(nn.Module):
             # a NaN in the padding would reach the weights' gradients, as 0 * NaN
             x = torch.where(valid, x, 0.0)
         q, k, v = [self._heads(project(m, x)) for m in (self.q_proj, self.k_proj, self.v_proj)]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        far, farthest = None, self._farthest
+        if farthest is not None and max(p + n for p, n in zip(state.pos, lengths)) > farthest + 1:
+            far = _rotate(q, *self._rotation(state.pos, T, x, farthest))
         cos, sin = self._rotation(state.pos, T, x)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         used, graph = state.used(), torch.is_grad_enabled()
@@ -246,7 +313,7 @@ class CausalAttention(nn.Module):
             new = self._trimmed(
                 replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full)
             )
-        y = project(self.o_proj, self._attend(q, keys, values, used, lengths).flatten(2))
+        y = project(self.o_proj, self._attend(q, keys, values, used, lengths, far).flatten(2))
         if valid is not None:
             y = torch.where(valid, y, 0.0)
         return y, replace(new, pos=pos, base=Counters(new.base)) if update else state
@@ -254,11 +321,14 @@ class CausalAttention(nn.Module):
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (-1, self.head_dim))
 
-    def _rotation(self, pos: list[int], T: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, T, 1, D/2] (or [1, ...] for rows at one position), in fp32 (fp64 for fp64)."""
+    def _rotation(self, pos: list[int], T: int, x: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, 1, D/2] (or [1, ...] for rows at one position), in fp32 (fp64 for fp64). most:
+        the position of all tokens after it too."""
         dtype = master_dtype(x.dtype)
         starts = [pos[0]] if len(set(pos)) == 1 else pos
         at = torch.tensor(starts, dtype=torch.long, device=x.device).unsqueeze(1) + torch.arange(T, device=x.device)
+        if most is not None:
+            at = at.clamp(max=most)
         # angles in fp64 unless asked otherwise: in fp32 they would lose the fraction at positions past a million
         rates = self.rates.to(x.device, non_blocking=True)
         angle = (at.to(rates.dtype).unsqueeze(-1) * rates).unsqueeze(2)
@@ -266,9 +336,14 @@ class CausalAttention(nn.Module):
 
     @property
     def _keep(self) -> int | None:
-        """Tokens a row may still need: the window, and one segment, by which a learning model may go back.
+        """Tokens a row may still need: sinks, window, and one segment, by which a learning model may go back.
         None: all."""
-        return None if self.config.window is None else self.config.window + self.config.segment
+        return None if self.window is None else self.sinks + self.window + self.config.segment
+
+    @property
+    def _farthest(self) -> int | None:
+        """The position from which all later queries see the sinks. None: there are no sinks."""
+        return self.sinks + self.window - 1 if self.sinks and self.window is not None else None
 
     def _stored(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
         """The cache with k, v appended: in the given storage where no other state has written on and it has
@@ -288,7 +363,7 @@ class CausalAttention(nn.Module):
 
     def _renewed(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
         """New storage with room for as much again; with a window, without the tokens that nothing can reach
-        any more.
+        any more: those between the sinks and the last ``_keep - sinks``.
 
         The result's ``pos`` is not yet advanced.
         """
@@ -303,9 +378,13 @@ class CausalAttention(nn.Module):
         def moved(old: Tensor, new: Tensor) -> Tensor:
             fresh = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
             for b, u, n, f in spans:
-                kept = max(u - f, 0)
-                fresh[b, :kept] = old[b, u - kept : u]
-                fresh[b, kept : u + n - f] = new[b, max(f - u, 0) : n]
+                s = min(self.sinks, u + n)
+                # of the slots of both, old before new: from, to, and where they go
+                for start, end, to in ((0, s, 0), (s + f, u + n, s)):
+                    middle = min(max(start, u), end)
+                    fresh[b, to : to + middle - start] = old[b, start:middle]
+                    rest = new[b, max(middle - u, 0) : max(end - u, 0)]
+                    fresh[b, to + middle - start : to + end - start] = rest
             return fresh
 
         base, filled = Counters([b + f for b, f in zip(state.base, first)]), [t - f for t, f in zip(total, first)]
@@ -318,15 +397,21 @@ class CausalAttention(nn.Module):
             return state
         return self._renewed(state, state.k[:, :0], state.v[:, :0], [0] * state.batch)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, used: list[int], lengths: list[int]) -> Tensor:
-        """q [B, T, H, D] against slots of k, v [B, S, Hkv, D]; query t of row b stands at slot used[b] + t."""
-        T, window = q.shape[1], self.config.window
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, used: list[int], lengths: list[int], far: Tensor | None = None
+    ) -> Tensor:
+        """q [B, T, H, D] against slots of k, v [B, S, Hkv, D]; query t of row b stands at slot used[b] + t.
+
+        far: q as it sees the sinks, where some query stands past ``_farthest``; None: none does.
+        """
+        T, window, sinks = q.shape[1], self.window, self.sinks
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = self.config.num_kv_heads != self.config.num_heads
-        if not any(used) and T <= k.shape[2] and (window is None or T <= window):
-            return F.scaled_dot_product_attention(
-                q, k[:, :, :T], v[:, :, :T], is_causal=True, enable_gqa=grouped
-            ).transpose(1, 2)
+        how: dict[str, Any] = {
+            "scale": self.config.attention_scale, "enable_gqa": self.config.num_kv_heads != self.config.num_heads
+        }
+        if not any(used) and T <= k.shape[2] and (window is None or T <= window + sinks):
+            y = F.scaled_dot_product_attention(q, k[:, :, :T], v[:, :, :T], is_causal=True, **how)
+            return y.transpose(1, 2)
         # padding looks where the row's last token does: a query that sees nothing would be NaN
         ends = [max(u + n, 1) for u, n in zip(used, lengths)]
         same = _uniform(used, lengths) and lengths[0] == T
@@ -340,17 +425,47 @@ class CausalAttention(nn.Module):
             b = min(a + BLOCK, T)
             low = 0 if window is None else max(0, min(min(u + a, e - 1) for u, e in zip(used, ends)) - window + 1)
             high = max(min(u + b, e) for u, e in zip(used, ends))
+            apart = far is not None and high > sinks  # the sinks, then the slots from low on
+            low = max(low, sinks) if apart else 0 if sinks else low
             seen = None
             if not (same and b - a == 1):
                 place = (start + torch.arange(a, b, device=q.device).view(1, -1, 1)).minimum(last)
                 slot = torch.arange(low, high, device=q.device)
+                if apart:
+                    slot = torch.cat([torch.arange(sinks, device=q.device), slot])
                 seen = slot <= place
                 if window is not None:
-                    seen = seen & (slot > place - window)
+                    seen = seen & ((slot > place - window) | (slot < sinks))
                 seen = seen.unsqueeze(1)
-            parts.append(F.scaled_dot_product_attention(
-                q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], attn_mask=seen, enable_gqa=grouped))
+            keys, values = k[:, :, low:high], v[:, :, low:high]
+            if far is None or not apart:
+                y = F.scaled_dot_product_attention(q[:, :, a:b], keys, values, attn_mask=seen, **how)
+            else:
+                both = (q[:, :, a:b], far.transpose(1, 2)[:, :, a:b])
+                y = self._beside_sinks(*both, keys, values, k[:, :, :sinks], v[:, :, :sinks], seen)
+            parts.append(y)
         return torch.cat(parts, 2).transpose(1, 2)
+
+    def _beside_sinks(
+        self, q: Tensor, far: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        """Attention of q [B, H, T, D] to k, v and of far, the same queries as they see the sinks, to the sinks'
+        sink_k, sink_v [B, Hkv, S, D]: one softmax, over S sinks and the slots of k. seen: of both; None: all.
+
+        A query has two rotations, a product only one. So a query is widened by its scores with the sinks,
+        and the key of sink i is a one in place i of that part and zero elsewhere.
+        """
+        D, S = q.shape[-1], sink_k.shape[2]
+        wide, extra = master_dtype(q.dtype), -(-S // 8) * 8  # kernels want widths of multiples of 8
+        grouped = far.to(wide).unflatten(1, (sink_k.shape[1], -1))  # [B, Hkv, H / Hkv, T, D]
+        scores = (grouped @ sink_k.to(wide).mT.unsqueeze(2)).flatten(1, 2).to(q.dtype)
+        ones = F.pad(torch.eye(S, dtype=k.dtype, device=k.device), (D, extra - S)).expand(*sink_k.shape[:2], -1, -1)
+        y = F.scaled_dot_product_attention(
+            torch.cat([q, F.pad(scores, (0, extra - S))], -1), torch.cat([ones, F.pad(k, (0, extra))], 2),
+            F.pad(torch.cat([sink_v, v], 2), (0, extra)), attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1],
+            scale=D**-0.5 if self.config.attention_scale is None else self.config.attention_scale,
+        )
+        return y[..., :D]
 
 
 def rope_rates(config: HopeConfig) -> Tensor:
@@ -359,10 +474,9 @@ def rope_rates(config: HopeConfig) -> Tensor:
 
     rate_i = theta^(-2i/D); llama3 blends by s = (turns - low) / (high - low), turns = context / wavelength.
     """
-    D = config.d_model // config.heads[0]
+    D, (theta, scaling) = config.head_width, config.rope
     pairs = torch.arange(0, D, 2, dtype=getattr(torch, config.rope_dtype), device="cpu")
-    rates = 1.0 / config.rope_theta ** (pairs / D)
-    scaling = config.rope_scaling
+    rates = 1.0 / theta ** (pairs / D)
     if scaling is None:
         return rates
     slow = rates / scaling.factor

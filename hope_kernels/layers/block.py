@@ -15,7 +15,8 @@ from .titans import SelfModifyingTitans
 
 
 class Block(nn.Module):
-    """h = x + mixer(norm(x)), then h through the levels of the CMS (each with its own residual). No CMS: h."""
+    """h = x + mixer(norm(x)), then h through the levels of the CMS (each with its own residual). No CMS: h.
+    ``post_norm``: the mixer's output is normed too."""
 
     def __init__(
         self, config: HopeConfig, cms: CMSConfig | None, mixer: SelfModifyingTitans | CausalAttention, device=None,
@@ -23,6 +24,8 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
+        norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
+        self.post_norm = norm if config.post_norm else None
         self.mixer = mixer
         self.cms = ContinuumMemory(cms, config.norm_eps, device, dtype) if cms is not None else None
 
@@ -49,6 +52,8 @@ class Block(nn.Module):
             y, mixer = self.mixer(
                 self.norm(h), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None
             )
+            if self.post_norm is not None:
+                y = self.post_norm(y)
         h = h + y
         if self.cms is not None:
             h, _ = self.cms(h, cms, lengths, backend=backend, functional=True, inner=inner)

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from ..check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..config import CMSConfig
+from ..identity import Checksum, checksum
+from ..ops.cms import low_rank
 from ..ops.cms.absorb import absorb, add_gradients
 from ..ops.cms.backends import resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
+from ..ops.cms.continued import continued
 from ..ops.cms.level import Factors, Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
@@ -53,9 +56,9 @@ class ContinuumMemory(nn.Module):
     a segment its gradient is taken and the levels that are due commit. A call with learn=True therefore reads
     at most up to the next multiple of C1.
 
-    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (swiglu);
-    ``.norm_bias`` [d] (layernorm); ``.up_bias``, ``.gate_bias``, ``.down_bias`` (bias=True); ``mix`` [K]
-    (independent).
+    Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (gated);
+    ``.norm_bias`` [d] (layernorm); ``.post_gain`` [d] (post_norm); ``.up_bias``, ``.gate_bias``, ``.down_bias``
+    (bias=True); ``mix`` [K] (independent).
 
     ``pending`` (an attribute; None: as the table in ``ops/cms/pending.py`` has it): tokens whose factors a
     row may hold per level before they become weights of its own. Until then rows share one base, and a row
@@ -65,11 +68,14 @@ class ContinuumMemory(nn.Module):
     def __init__(self, config: CMSConfig, norm_eps: float = NORM_EPS, device=None, dtype=None):
         super().__init__()
         self.config, self.norm_eps, self.pending = config, norm_eps, None
+        self._known_sizes: dict[int, tuple[Checksum | None, dict[str, float]]] = {}
         d, n = config.d_model, config.hidden
         shapes = {"norm_gain": (d,), "up": (n, d), "down": (d, n)}
         if config.norm == "layernorm":
             shapes["norm_bias"] = (d,)
-        if config.mlp == "swiglu":
+        if config.post_norm:
+            shapes["post_gain"] = (d,)
+        if config.gated:
             shapes["gate"] = (n, d)
         if config.bias:
             shapes.update({f"{name}_bias": (shapes[name][0],) for name in matrices(config)})
@@ -89,7 +95,7 @@ class ContinuumMemory(nn.Module):
                 if name in matrices(self.config):
                     nn.init.normal_(p, std=p.shape[1] ** -0.5)
                 else:
-                    nn.init.constant_(p, 1.0 if name == "norm_gain" else 0.0)
+                    nn.init.constant_(p, 1.0 if name in ("norm_gain", "post_gain") else 0.0)
         if self.mix is not None:
             nn.init.zeros_(self.mix)
 
@@ -142,10 +148,10 @@ class ContinuumMemory(nn.Module):
         check_tensor(NAME, "x", x, ("B", "T", self.config.d_model), like.dtype, like.device)
         lengths = check_lengths(NAME, lengths, x.shape[0], x.shape[1])
         state = self._admitted(NAME, state, x)
-        learn = bool(learn) and self.learns
-        self._check_reading(state, lengths, learn)
+        learn, now = bool(learn) and self.learns, self.continued(state)
+        self._check_reading(now, lengths, learn)
         with state.reading(NAME, self, not torch.is_grad_enabled()):
-            base = state.clone() if torch.is_grad_enabled() else state
+            base = self.continued(state.clone() if torch.is_grad_enabled() else state)
             y = self._forward(x, base, lengths, backend)
             new = self._with_tokens(base, x.detach(), lengths, learn)
             return y, new if torch.is_grad_enabled() else state.assign(new)
@@ -179,23 +185,32 @@ class ContinuumMemory(nn.Module):
             )
         state = self._admitted(where, state, error)
         ops = resolve(self.config, error.dtype, error.device, backend, inner=True)
+        now = self.continued(state)
         if not self.learns:
-            return state.clone() if torch.is_grad_enabled() else state
+            return now.clone() if torch.is_grad_enabled() else state
         for b, n in enumerate(lengths):
-            owed = state.seen[b] - state.delivered[b]
+            owed = now.seen[b] - now.delivered[b]
             if n > owed:
                 raise ValueError(f"{where}: argument error has {n} tokens for row {b}, expected at most {owed}: "
                                  "the tokens of its open segment that were read with learn=True and have no error yet")
         with state.reading(where, self, not torch.is_grad_enabled()):
-            base = state.clone() if torch.is_grad_enabled() else state
+            base = self.continued(state.clone() if torch.is_grad_enabled() else state)
             new = self._refreshed(base.draft("all"), error.detach(), lengths, ops).finished()
             return new if torch.is_grad_enabled() else state.assign(new)
+
+    def continued(self, state: CMSState) -> CMSState:
+        """``state``, which may have other rates or another optimizer, under this layer's configuration: see
+        ``ops/cms/continued.py``. Itself where there is no difference; it stays as it is."""
+        if state.config is self.config or state.config == self.config:
+            return state
+        return continued(state, self.config, self._start)
 
     def effective_levels(self, state: CMSState, dtype: torch.dtype | None = None) -> list[Level]:
         """The levels as ``cms_forward`` takes them, in ``dtype`` (None: that of the parameters).
 
         A matrix is the parameter [rows, cols] while no row has refreshed its level, then a ``Matrix``: the
-        row's own constants where it has any, the parameter (with its graph) elsewhere.
+        row's own constants where it has any, the parameter (with its graph) elsewhere; with ``rank`` the
+        parameter (with its graph) and the row's own part, a constant.
         """
         return [self._effective(l, state, self._parameters_of(l), dtype) for l in range(self.config.num_levels)]
 
@@ -217,6 +232,14 @@ class ContinuumMemory(nn.Module):
             None, next(iter(state.copies[l].values())).dtype
         ):
             held = state.copies[l]
+        if held is not None and self.config.rank is not None:
+            where = None if all(own) else torch.tensor(own, dtype=torch.bool, device=self._like.device)
+            for name in matrices(self.config):
+                shared, L = tensors[name], usable(held[name], tensors[name].dtype)
+                L = L if where is None else torch.where(where[:, None, None], L, 0.0)
+                A = low_rank.directions(self.config, l, name, shared).expand(state.batch, -1, -1)
+                tensors[name] = Matrix(shared, left=L.mT, right=A, scale=1.0)
+            return tensors
         for name in matrices(self.config):
             shared = tensors[name]
             mine = None if held is None else usable(held[name], shared.dtype)
@@ -225,7 +248,7 @@ class ContinuumMemory(nn.Module):
                 None if not rank else usable(part[l][name][:, :rank], shared.dtype)
                 for part in (state.left, state.right)
             ]
-            tensors[name] = Matrix(shared, mine, rows, *pending, scale=-self.config.learning_rates[l])
+            tensors[name] = Matrix(shared, mine, rows, *pending, scale=-state.config.learning_rates[l])
             if rank and shared.requires_grad and torch.is_grad_enabled():
                 # rows that learned are constants: their base is not the parameter, but its value
                 learned = tuple(bool(o or r) for o, r in zip(own, state.rank[l]))
@@ -241,7 +264,7 @@ class ContinuumMemory(nn.Module):
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
         for l, period in enumerate(self.config.chunks):
-            held = self._matrices(l)
+            held = self._start(l)
             shapes, inputs = [t.shape for t in held.values()], [held[n].shape[1] for n in ("up", "down")]
             numbers = batch * sum(s.numel() for s in shapes) * (self.config.learning_rates[l] > 0)
             slots = self._slots(l) if period == segment else 0
@@ -258,19 +281,38 @@ class ContinuumMemory(nn.Module):
         return found
 
     def sink(
-        self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None
+        self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None,
+        tokens: list[int] | None = None, scale: Callable[[int], float] | None = None,
     ) -> Sink:
         """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
         ``absorb``.
 
-        among: the rows of the batch that the factors are of; None: all.
+        rows: also what is left of the list when the factors come. among: the rows of the batch that the factors
+        are of; None: all. tokens: how many of each of these rows count, the first ones; None: all. scale: of the
+        rates of a row; None: 1.
         """
+        of = None if tokens is None else dict(zip(range(state.batch) if among is None else among, tokens))
+        counted = None if of is None else [of.get(b, 0) for b in range(state.batch)]
+
         def learned(l: int, factors: Factors) -> None:
+            if tokens is not None:
+                # errors of padding are zero, and its inputs are whatever the blocks make of it
+                left, _ = factors["down"]
+                count = torch.tensor(tokens, dtype=torch.long, device=left.device).unsqueeze(1)
+                real = (torch.arange(left.shape[1], device=left.device) < count).unsqueeze(-1)
+                factors = {n: (left, torch.where(real, right, 0)) for n, (left, right) in factors.items()}
+            if self.config.rank is not None:
+                factors = low_rank.projected(self.config, l, factors)
             if among is not None:
                 pairs, B = factors.items(), state.batch
                 factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
             slots = self._slots(l)
-            absorb(state, self.config, self._matrices(l), l, factors, rows, counts, slots, ops)
+            start, sizes = self._start(l), self._sizes(l)
+            alike: dict[float, list[int]] = {}
+            for b in rows:
+                alike.setdefault(1.0 if scale is None else scale(b), []).append(b)
+            for factor, group in alike.items():
+                absorb(state, self.config, start, l, factors, group, counts, slots, ops, counted, sizes, factor)
 
         return learned
 
@@ -282,7 +324,10 @@ class ContinuumMemory(nn.Module):
         new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
-                add_gradients(new, self.config, l, {n: g.detach() for n, g in level_grads[l].items()}, marked)
+                grads = {n: g.detach() for n, g in level_grads[l].items()}
+                if self.config.rank is not None:
+                    grads = low_rank.projected_gradients(self.config, l, grads)
+                add_gradients(new, self.config, l, grads, marked)
         return new.finished()
 
     @torch.no_grad()
@@ -294,9 +339,8 @@ class ContinuumMemory(nn.Module):
             return state
         new = state.draft()
         for l in learning_levels(self.config):
-            absorb(
-                new, self.config, self._matrices(l), l, None, marked, state.pos if counts is None else counts
-            )
+            due_at = state.pos if counts is None else counts
+            absorb(new, self.config, self._start(l), l, None, marked, due_at, sizes=self._sizes(l))
         return new.finished()
 
     def detach_level(self, state: CMSState, level: int, row: int = 0) -> dict[str, Tensor]:
@@ -332,6 +376,24 @@ class ContinuumMemory(nn.Module):
     def _matrices(self, l: int) -> dict[str, Tensor]:
         held = self._parameters_of(l)
         return {name: held[name].detach() for name in matrices(self.config)}
+
+    def _start(self, l: int) -> dict[str, Tensor]:
+        """What a row's weights start from: the matrices, or with ``rank`` zeros in the shape of L."""
+        held = self._matrices(l)
+        return held if self.config.rank is None else low_rank.nothing(self.config, held)
+
+    @torch.no_grad()
+    def _sizes(self, l: int) -> dict[str, float] | None:
+        """The RMS of each matrix, which relative rates are relative to; looked at again only when the
+        parameters may have changed. None: rates are absolute."""
+        if not self.config.relative:
+            return None
+        mark, (known, found) = checksum(self), self._known_sizes.get(l, (None, {}))
+        if mark is None or mark is not known:
+            means = {n: t.to(master_dtype(t.dtype)).square().mean() for n, t in self._matrices(l).items()}
+            found = {n: float(mean) ** 0.5 for n, mean in means.items()}
+            self._known_sizes[l] = mark, found
+        return found
 
     def _parameters_of(self, l: int) -> dict[str, Tensor]:
         """``levels[l]`` as a plain dict, as whatever parametrizes or wraps it has it. A module's own access

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..check import check_index, check_state
+from ..ops.cms import low_rank
 from ..ops.cms.absorb import fold, reset, share
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.schedule import matrices
@@ -25,6 +26,7 @@ def detach_level(layer, state: CMSState, level: int, row: int) -> dict[str, Tens
     """The matrices of ``level`` as ``row`` has them; in place, the row then shares the layer's, with nothing
     learned or accumulated."""
     _check(layer, state, level, row, "detach_level")
+    _settle(layer, state)
     found = _in_force(layer, state, level, row)
     draft = state.draft()
     reset(draft, level, [row])
@@ -39,11 +41,14 @@ def consolidate(layer, state: CMSState, row: int, levels: Sequence[int] | None) 
     own."""
     levels = range(layer.config.num_levels) if levels is None else list(levels)
     check_consolidation(layer, state, row, levels)
+    _settle(layer, state)
     draft = state.draft()
     for level in _learned(state, row, levels):
         learned = _in_force(layer, state, level, row)
         others = [b for b in range(state.batch) if b != row]
-        fold(draft, layer.config, layer._matrices(level), level, others)
+        fold(draft, layer.config, layer._start(level), level, others)
+        if layer.config.rank is not None:
+            low_rank.rebase(draft, level, row, others)
         for name, value in learned.items():
             write_weight(f"{NAME}.consolidate", layer.levels[level], name, value)
         share(draft, level, [row])
@@ -60,6 +65,13 @@ def check_consolidation(layer, state: CMSState, row: int, levels: Sequence[int] 
         if type(layer.levels[level]) is not CMSLevel:
             for name, value in _in_force(layer, state, level, row).items():
                 write_weight(f"{NAME}.consolidate: levels[{level}]", layer.levels[level], name, value, keep=False)
+
+
+def _settle(layer, state: CMSState) -> None:
+    """A checked ``state`` has the layer's settings from here on, in place."""
+    new = layer.continued(state)
+    if new is not state:
+        state.assign(new)
 
 
 def _learned(state: CMSState, row: int, levels: Sequence[int]) -> list[int]:

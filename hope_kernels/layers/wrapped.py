@@ -86,13 +86,17 @@ def effective_weight(module: nn.Module, size: int) -> Tensor:
     return module(eye).mT
 
 
-def token_vectors(embed: nn.Module, size: int) -> Tensor:
+def token_vectors(embed: nn.Module, size: int, scale: float = 1.0) -> Tensor:
     """[size, d]: what an embedding has for each token id, differentiable. The (possibly parametrized) weight
-    of an ``nn.Embedding``; what anything else, such as an embedding with adapters, answers for every id.
+    of an ``nn.Embedding``; what anything else, such as an embedding with adapters, answers for every id,
+    without the ``scale`` of a ``ScaledEmbedding`` inside.
     Hooks act on what is read, and take no part."""
     if isinstance(embed, nn.Embedding):
         return embed.weight
-    return embed.forward(torch.arange(size, device=placement(embed).device))
+    vectors = embed.forward(torch.arange(size, device=placement(embed).device))
+    if scale != 1:
+        vectors = vectors / torch.full((), scale, dtype=vectors.dtype, device=vectors.device)
+    return vectors
 
 
 def tensors_of(level: nn.Module) -> dict[str, Tensor]:

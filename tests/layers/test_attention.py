@@ -37,6 +37,13 @@ LAYERS = {
     "window-bias": layer(window=13, attention_bias=True),
     "window-1": layer(window=1),
     "window-segment": layer(window=3, segment=4),
+    "sinks": layer(window=7, sinks=4, num_kv_heads=2),
+    "more sinks than window": layer(window=3, sinks=9, attention_bias=True),
+    "one sink": layer(window=2, sinks=1, num_kv_heads=1),
+    "sinks and window beyond the text": layer(window=30, sinks=20),
+    "sinks-segment": layer(window=4, sinks=2, segment=4),
+    "head width, norms, scale": layer(head_dim=6, qk_norm=True, attention_scale=0.7, num_kv_heads=2),
+    "norms, scale, sinks": layer(window=5, sinks=3, qk_norm=True, attention_scale=0.7, num_kv_heads=2),
 }
 named = pytest.mark.parametrize("attn", LAYERS.values(), ids=LAYERS.keys())
 
@@ -50,24 +57,29 @@ def naive(attn: CausalAttention, x: torch.Tensor) -> np.ndarray:
     D/2)."""
     c = attn.config
     w = {n: p.detach().numpy() for n, p in attn.named_parameters()}
-    D, T, x = c.d_model // c.num_heads, x.shape[0], x.detach().numpy()
+    D, T, x = c.head_dim or c.d_model // c.num_heads, x.shape[0], x.detach().numpy()
 
     def heads(name: str, count: int) -> np.ndarray:
-        return (x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)).reshape(T, count, D)
+        u = (x @ w[f"{name}_proj.weight"].T + w.get(f"{name}_proj.bias", 0.0)).reshape(T, count, D)
+        gain = w.get(f"{name}_norm.weight")
+        return u if gain is None else gain * u / np.sqrt((u**2).mean(-1, keepdims=True) + c.norm_eps)
 
     def turned(u: np.ndarray, t: int) -> np.ndarray:
         pairs = (u[: D // 2] + 1j * u[D // 2 :]) * np.exp(1j * t * c.rope_theta ** (-2 * np.arange(D // 2) / D))
         return np.concatenate([pairs.real, pairs.imag])
 
-    q, k, v = heads("q_proj", c.num_heads), heads("k_proj", c.num_kv_heads), heads("v_proj", c.num_kv_heads)
-    y = np.zeros((T, c.d_model))
+    q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+    scale = D**-0.5 if c.attention_scale is None else c.attention_scale
+    y = np.zeros((T, c.num_heads * D))
     for t in range(T):
-        first = 0 if c.window is None else max(0, t - c.window + 1)
+        seen = [s for s in range(t + 1) if c.window is None or s > t - c.window or s < c.sinks]
+        # the position at which t stands for token s
+        at = {s: t if c.window is None or s >= c.sinks else min(t, c.sinks + c.window - 1) for s in seen}
         for h in range(c.num_heads):
             g = h // (c.num_heads // c.num_kv_heads)
-            score = np.array([turned(q[t, h], t) @ turned(k[s, g], s) for s in range(first, t + 1)]) / D**0.5
+            score = scale * np.array([turned(q[t, h], at[s]) @ turned(k[s, g], s) for s in seen])
             p = np.exp(score - score.max())
-            y[t, h * D : (h + 1) * D] = p @ v[first : t + 1, g] / p.sum()
+            y[t, h * D : (h + 1) * D] = p @ v[seen, g] / p.sum()
     return y @ w["o_proj.weight"].T
 
 
@@ -101,6 +113,20 @@ def test_equals_the_softmax_of_each_token(attn):
         assert close(y[b], naive(attn, x[b]))
     with torch.no_grad():
         assert close(attn(x)[0], y)
+
+
+@pytest.mark.parametrize("window, sinks", [(7, 4), (3, 9), (1, 1), (5, 0)])
+def test_sinks_are_seen_as_if_what_left_the_window_had_never_been(window, sinks):
+    """A query answers as one that has read the sinks and the window's tokens, and nothing else."""
+    attn = layer(window=window, sinks=sinks, num_kv_heads=2)
+    plain = CausalAttention(attn.config.replace(window=None, sinks=0), dtype=torch.float64)
+    plain.load_state_dict(attn.state_dict())
+    x = tokens(2, TOKENS)
+    with torch.no_grad():
+        y, _ = attn(x)
+        for t in range(sinks + window, TOKENS):
+            short = torch.cat([x[:, :sinks], x[:, t - window + 1 : t + 1]], 1)
+            assert close(plain(short)[0][:, -1], y[:, t])
 
 
 def test_blocks_of_queries_equal_one_product(monkeypatch):
@@ -300,10 +326,11 @@ def test_a_replay_from_a_snapshot_writes_nothing():
             assert close(goes_on(attn, after, more), goes_on(attn, state, more))
 
 
-def test_merge_takes_rows_of_one_history():
+@pytest.mark.parametrize("name", ["window-segment", "sinks-segment"])
+def test_merge_takes_rows_of_one_history(name):
     """What a learning model keeps: row b of the later state, the other rows as the snapshot had them, up to a
     segment back, wherever the cache was renewed in between."""
-    attn = LAYERS["window-segment"]
+    attn = LAYERS[name]
     x, renewed = tokens(2, 3, 9), 0
     with torch.no_grad():
         _, state = attn(tokens(2, 50), None, [50, 47])
@@ -339,7 +366,8 @@ def test_every_query_sees_something(monkeypatch):
     inner = attention.F.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None, **options):
-        seen.append(attn_mask is None or bool(attn_mask.any(-1).all()))
+        mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+        seen.append(mask is None or bool(mask.any(-1).all()))
         return inner(q, k, v, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
@@ -416,7 +444,9 @@ def test_reading_on_without_a_graph_leaves_the_graph_alone():
         assert all(torch.equal(a, b) for a, b in zip(expected, found))
 
 
-@pytest.mark.parametrize("name", ["grouped", "window", "window-segment"])
+@pytest.mark.parametrize(
+    "name", ["grouped", "window", "window-segment", "one sink", "sinks", "head width, norms, scale"]
+)
 def test_gradcheck_through_two_calls(name):
     attn = LAYERS[name]
     with torch.no_grad():
@@ -456,8 +486,9 @@ def test_inner_gradient_is_that_of_this_call_alone(attn):
     assert torch.autograd.grad(y.sum(), past, allow_unused=True)[0] is None
 
 
-def test_a_window_bounds_the_cache():
-    attn, bound = LAYERS["window-segment"], 64
+@pytest.mark.parametrize("name", ["window-segment", "sinks-segment"])
+def test_a_window_bounds_the_cache(name):
+    attn, bound = LAYERS[name], 64
     x = tokens(2, 1500)
     with torch.no_grad():
         whole, state = attn(x)
@@ -490,9 +521,10 @@ def test_moving_and_casting():
         assert close(attn.double()(x.double(), double)[0], attn.float()(x, state)[0].double(), 1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"sinks": 3}, {"sinks": 3, "qk_norm": True, "head_dim": 8}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_is_near(dtype):
-    exact = layer(window=20, num_kv_heads=2)
+def test_low_precision_is_near(dtype, options):
+    exact = layer(window=20, num_kv_heads=2, **options)
     attn = CausalAttention(exact.config, dtype=dtype)
     attn.load_state_dict(exact.state_dict())
     x = tokens(2, TOKENS)
@@ -530,9 +562,41 @@ def test_bad_input_is_named():
         (lambda: attn(x, "state"), TypeError, "argument state is a str, expected a AttentionState"),
         (lambda: LAYERS["window"](x, state), ValueError, "argument state belongs to"),
         (lambda: attn(x * float("inf"), check_finite=True), ValueError, "non-finite value in row 0"),
+        (lambda: CausalAttention(HopeConfig(9, 8, 2, mixer="attention", window=(3, None))), ValueError,
+            r"HopeConfig: window is \(3, None\), expected one value, as in the configuration of one block"),
     ):
         with pytest.raises(error, match=message):
             bad()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"sinks": 4}, "sinks is 4, expected 0 where nothing is cut off: window of block 0 is None"),
+    ({"sinks": 4, "window": (8, None)}, "sinks is 4, expected 0 where .* window of block 1 is None"),
+    ({"sinks": -1, "window": 8}, "sinks is -1, expected an integer >= 0"),
+    ({"sinks": 2.0, "window": 8}, "sinks is 2.0"), ({"sinks": True, "window": 8}, "sinks is True"),
+    ({"window": (8, 8, 8)}, r"window is \(8, 8, 8\), expected one value, or one per block \(2\)"),
+    ({"window": (8, 0)}, "window is 0, expected a positive integer"),
+    ({"rope_theta": (1e4, -1.0)}, "rope_theta is -1.0, expected a positive number"),
+    ({"rope_scaling": (None, "linear")}, "rope_scaling is 'linear'"),
+    ({"head_dim": 5}, "head_dim is 5, expected an even width"), ({"head_dim": 0}, "head_dim is 0"),
+    ({"head_dim": 8, "mixer": "titans"}, "head_dim is 8, expected None for mixer='titans'"),
+    ({"attention_scale": 0.0}, "attention_scale is 0.0, expected a positive number"),
+    ({"embed_scale": -1.0}, "embed_scale is -1.0"), ({"qk_norm": 2}, "qk_norm is 2"),
+    ({"post_norm": "yes"}, "post_norm is 'yes'"), ({"num_heads": 3}, "d_model is 16, expected a multiple"),
+])
+def test_bad_configurations_are_named(change, message):
+    with pytest.raises(ValueError, match=f"HopeConfig: {message}"):
+        HopeConfig(**{"vocab_size": 9, "d_model": 16, "num_layers": 2, "mixer": "attention", **change})
+
+
+def test_the_configuration_of_a_block():
+    config = HopeConfig(9, 16, 3, mixer="attention", num_heads=3, head_dim=4, window=[8, None, 8], sinks=[2, 0, 2],
+                        rope_scaling=[None, {"rope_type": "linear", "factor": 2}, None])
+    assert [c.sight for c in config.blocks] == [(8, 2), (None, 0), (8, 2)] and config.blocks[0] is config.blocks[2]
+    assert [c.rope[1] and c.rope[1].factor for c in config.blocks] == [None, 2, None]
+    plain = config.replace(window=8, sinks=2, rope_scaling=None)
+    assert all(c is plain for c in plain.blocks)
+    assert HopeConfig.from_dict(config.to_dict()) == config
 
 
 def test_an_abandoned_call_leaves_no_trace():

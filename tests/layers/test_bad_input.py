@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import hope_kernels as hk
 from hope_kernels import identity, state_file
-from hope_kernels.cli.generate import main
+from hope_kernels.cli.main import main
 from hope_kernels.config import RopeScaling
 
 

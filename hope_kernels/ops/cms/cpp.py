@@ -43,6 +43,8 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
         return "serves float32, which products under autocast are not"
     if config.mlp != "gelu":
         return f'serves mlp="gelu", not "{config.mlp}"'
+    if config.post_norm:
+        return "serves levels without post_norm"
     if config.d_model % 8 or config.hidden % 8:
         return f"serves widths and hidden widths that are multiples of 8, not {config.d_model} and {config.hidden}"
     return None

@@ -2,13 +2,14 @@
 factors make.
 
     branch(x) = w_down sigma(w_up norm(x))                      mlp="gelu"    (sigma: tanh form of gelu)
-                w_down (silu(w_gate norm(x)) * (w_up norm(x)))  mlp="swiglu"
+                w_down (silu(w_gate norm(x)) * (w_up norm(x)))  mlp="swiglu"; "geglu": gelu in place of silu
 
-A level is a dict: ``norm_gain`` [d], ``norm_bias`` [d] (layernorm), the matrices ``up`` [N, d], ``gate`` [N,
-d] (swiglu) and ``down`` [d, N], each a ``Matrix``, and with biases ``up_bias`` [N], ``gate_bias`` [N],
-``down_bias`` [d]. The gradient of a segment is never formed as such: the backward hands over its two factors
-per matrix, tokens by outputs and tokens by inputs, and ``refresh_`` or ``outer_add_`` multiply them into what
-they change. B rows, T tokens, C tokens of a segment, d width, N hidden units.
+and with ``post_norm`` an RMSNorm of that. A level is a dict: ``norm_gain`` [d], ``norm_bias`` [d] (layernorm),
+``post_gain`` [d] (post_norm), the matrices ``up`` [N, d], ``gate`` [N, d] (gated) and ``down`` [d, N], each a
+``Matrix``, and with biases ``up_bias`` [N], ``gate_bias`` [N], ``down_bias`` [d]. The gradient of a segment is
+never formed as such: the backward hands over its two factors per matrix, tokens by outputs and tokens by
+inputs, and ``refresh_`` or ``outer_add_`` multiply them into what they change. B rows, T tokens, C tokens of a
+segment, d width, N hidden units.
 
 A backend of the CMS is a module with these functions: ``cpp.py`` and ``triton/operator.py`` are the others.
 """
@@ -61,13 +62,15 @@ class Adam(NamedTuple):
 
 class Saved(NamedTuple):
     """What the backward of one level needs. x: its input [B, T, d].  n: norm(x) [B, T, d].  z, g: w_up n and
-    w_gate n [B, T, N] (g None for gelu).  a: hidden units [B, T, N]."""
+    w_gate n [B, T, N] (g None for gelu).  a: hidden units [B, T, N].  out: w_down a [B, T, d] (None without
+    post_norm)."""
 
     x: Tensor
     n: Tensor
     z: Tensor
     g: Tensor | None
     a: Tensor
+    out: Tensor | None = None
 
 
 def level_forward(
@@ -81,13 +84,15 @@ def level_forward(
     else:
         n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
     z, g = times_transposed(n, level["up"], level.get("up_bias")), None
-    if config.mlp == "swiglu":
+    if config.gated:
         g = times_transposed(n, level["gate"], level.get("gate_bias"))
-        a = F.silu(g) * z
+        a = (F.silu(g) if config.mlp == "swiglu" else F.gelu(g, approximate="tanh")) * z
     else:
         a = F.gelu(z, approximate="tanh")
-    y = times_transposed(a, level["down"], level.get("down_bias"))
-    return x + y if residual else y, Saved(x, n, z, g, a) if keep else None
+    y, out = times_transposed(a, level["down"], level.get("down_bias")), None
+    if config.post_norm:
+        y, out = F.rms_norm(y, width, level["post_gain"], eps), y
+    return x + y if residual else y, Saved(x, n, z, g, a, out) if keep else None
 
 
 def level_backward(
@@ -96,15 +101,19 @@ def level_backward(
     """dy = dL/d(result of ``level_forward``) [B, T, d] -> (dL/dx or None, the factors of dL/dW per matrix:
     dW_b = left_b^T right_b).
 
-    h = dy w_down;  gelu: d_up = sigma'(z) h;  swiglu: d_up = silu(g) h, d_gate = silu'(g) z h;
-    dx = norm'(x)^T (d_up w_up + d_gate w_gate).
+    h = d_out w_down, d_out = dy, or behind a post_norm what it makes of dy;  gelu: d_up = sigma'(z) h;
+    swiglu: d_up = silu(g) h, d_gate = silu'(g) z h;  dx = norm'(x)^T (d_up w_up + d_gate w_gate).
     """
-    h = times(dy, level["down"])
-    if saved.g is not None:
+    d_out = dy if saved.out is None else norm_backward(dy, saved.out, level["post_gain"], "rmsnorm", eps)
+    h = times(d_out, level["down"])
+    if saved.g is None:
+        lefts = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
+    elif config.mlp == "swiglu":
         lefts = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
     else:
-        lefts = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
-    factors = {name: (left, saved.n) for name, left in lefts.items()} | {"down": (dy, saved.a)}
+        d_gate = torch.ops.aten.gelu_backward(saved.z * h, saved.g, approximate="tanh")
+        lefts = {"up": F.gelu(saved.g, approximate="tanh") * h, "gate": d_gate}
+    factors = {name: (left, saved.n) for name, left in lefts.items()} | {"down": (d_out, saved.a)}
     if not need_dx:
         return None, factors
     dn = sum(times(left, level[name]) for name, left in lefts.items())

@@ -22,11 +22,12 @@ def pending_tokens(config: CMSConfig, level: int, device: torch.device, asked: i
     """Slots for the pending factors of ``level`` (index, level 1 is 0), ``asked`` or the table's; 0: every
     refresh is dense.
 
-    Factors wait under plain gradient descent only, whose steps add up, and never where a segment's do not fit.
+    Factors wait under plain gradient descent only, whose steps add up, never where a segment's do not fit, and
+    never with ``rank``, whose thin matrices cost less than factors.
     """
     period = config.chunks[level]
     slots = (
         next((s for kind, longest, s in TABLE if kind == device.type and period <= longest), 0)
         if asked is None else asked
     )
-    return slots if config.optimizer == "gd" and slots >= config.chunks[0] else 0
+    return slots if config.optimizer == "gd" and config.rank is None and slots >= config.chunks[0] else 0

@@ -2,6 +2,7 @@
 is tested against.
 
     branch_l(x) = w_down sigma(w_up norm(x))  or  w_down (silu(w_gate norm(x)) * (w_up norm(x)))
+                  (geglu: gelu for silu; with post_norm: post_gain * that / its RMS)
     MLP_l(x) = x + branch_l(x)
     sequential, nested: y = MLP_K(... MLP_1(x));   independent: y = sum_l softmax(mix)_l MLP_l(x)
     refresh of level l at counts i = 0 mod C^(l):  theta <- theta - lr_l f(sum of dL_t/dtheta [P])
@@ -34,12 +35,17 @@ def silu(z):
     return z * s, s * (1 + z * (1 - s))
 
 
+def rms_norm(x, gain, eps):
+    """Returns (n, pullback), as ``norm``."""
+    r = 1 / np.sqrt(np.mean(x**2) + eps)
+    return gain * x * r, lambda dn: r * gain * dn - x * r**3 * np.mean(x * gain * dn)
+
+
 def norm(x, level, config, eps):
     """Returns (n, pullback): the normalised x, and the map from dL/dn to dL/dx."""
     gain = level["norm_gain"]
     if config.norm == "rmsnorm":
-        r = 1 / np.sqrt(np.mean(x**2) + eps)
-        return gain * x * r, lambda dn: r * gain * dn - x * r**3 * np.mean(x * gain * dn)
+        return rms_norm(x, gain, eps)
     centred = x - np.mean(x)
     r = 1 / np.sqrt(np.mean(centred**2) + eps)
     h = centred * r
@@ -58,10 +64,14 @@ def branch(x, level, config, eps=NORM_EPS):
     if config.mlp == "gelu":
         a, slope = gelu(z)
     else:
-        gated, slope = silu(level["gate"] @ n + level.get("gate_bias", 0.0))
+        sigma = silu if config.mlp == "swiglu" else gelu
+        gated, slope = sigma(level["gate"] @ n + level.get("gate_bias", 0.0))
         a = gated * z
+    out = level["down"] @ a + level.get("down_bias", 0.0)
+    y, post_pullback = rms_norm(out, level["post_gain"], eps) if config.post_norm else (out, lambda error: error)
 
     def pullback(error):
+        error = post_pullback(error)
         h = level["down"].T @ error
         grads = {"down": np.outer(error, a)}
         if config.mlp == "gelu":
@@ -74,7 +84,7 @@ def branch(x, level, config, eps=NORM_EPS):
         grads["up"] = np.outer(d_up, n)
         return norm_pullback(dn), grads
 
-    return level["down"] @ a + level.get("down_bias", 0.0), pullback
+    return y, pullback
 
 
 def inputs(x, levels, config: CMSConfig, eps=NORM_EPS):
@@ -86,10 +96,11 @@ def inputs(x, levels, config: CMSConfig, eps=NORM_EPS):
         if config.mlp == "gelu":
             a = gelu(z)[0]
         else:
-            a = silu(level["gate"] @ n + level.get("gate_bias", 0.0))[0] * z
+            sigma = silu if config.mlp == "swiglu" else gelu
+            a = sigma(level["gate"] @ n + level.get("gate_bias", 0.0))[0] * z
         found.append({"up": n, "gate": n, "down": a})
         if config.variant != "independent":
-            x = x + level["down"] @ a + level.get("down_bias", 0.0)
+            x = x + branch(x, level, config, eps)[0]
     return found
 
 
@@ -136,6 +147,19 @@ def newton_schulz(g):
     return x.T if g.shape[0] > g.shape[1] else x
 
 
+def signs(rank, width, seed):
+    """[rank, width] of +-1 / sqrt(rank): the lowest bit of the hash lowbias32 of row and column."""
+    def mix(x):
+        x = np.asarray(x, dtype=np.uint32)
+        x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)
+        x = (x ^ x >> np.uint32(15)) * np.uint32(0x846CA68B)
+        return x ^ x >> np.uint32(16)
+
+    row = mix(np.arange(rank, dtype=np.uint32) ^ mix(np.array([0x484F5045 + seed])))
+    odd = mix(np.arange(width, dtype=np.uint32) ^ row[:, None]) & 1
+    return (1 - 2 * odd.astype(np.float64)) / np.sqrt(rank)
+
+
 @dataclass
 class Row:
     """What one sequence has learned. ``levels`` are its weights now, ``initial`` the shared ones it started
@@ -150,8 +174,11 @@ class Row:
     refreshed: set = field(default_factory=set)
 
     def __post_init__(self):
-        self.names = ("up", "gate", "down") if self.config.mlp == "swiglu" else ("up", "down")
+        self.names = ("up", "gate", "down") if self.config.gated else ("up", "down")
         self.levels = [{n: np.array(v, dtype=np.float64) for n, v in level.items()} for level in self.initial]
+        # with config.rank: A, and L as it is now; levels = initial + L A
+        self.across = [self._directions(l) for l in range(len(self.levels))]
+        self.learned = self._zeros()
         self.segment = self._zeros()  # gradients of the open segment
         self.total = self._zeros()  # gradients of finished segments, until their level commits
         self.moment, self.square = self._zeros(), self._zeros()
@@ -161,10 +188,27 @@ class Row:
         self.steps = [0] * len(self.levels)  # that ``moment`` and ``square`` are averages over
 
     def _zeros(self):
-        return [{n: np.zeros_like(level[n]) for n in self.names} for level in self.levels]
+        """Of what is learned: every matrix, or its L."""
+        rank = self.config.rank
+        return [
+            {n: np.zeros(level[n].shape if rank is None else (level[n].shape[0], rank)) for n in self.names}
+            for level in self.levels
+        ]
+
+    def _directions(self, l):
+        rank, level = self.config.rank, self.levels[l]
+        return {n: signs(rank, level[n].shape[1], 2 * l + (n == "down")) for n in self.names if rank is not None}
+
+    def _thin(self, l, n, g):
+        """dL/dW as the gradient of what is learned."""
+        return g if self.config.rank is None else g @ self.across[l][n].T
 
     def _grams(self):
-        return [{n: np.zeros((level[n].shape[1],) * 2) for n in self.names} for level in self.levels]
+        rank = self.config.rank
+        return [
+            {n: np.zeros((level[n].shape[1] if rank is None else rank,) * 2) for n in self.names}
+            for level in self.levels
+        ]
 
     def read(self, x, error=None, learn=True):
         """One token: x [d] -> y [d], learning from its error dL/dy [d] if ``learn``."""
@@ -174,8 +218,9 @@ class Row:
             given = inputs(x, self.levels, self.config, self.eps)
             for l, g in enumerate(grads):
                 for n in self.names:
-                    self.segment[l][n] += g[n]
-                    self.segment_gram[l][n] += np.outer(given[l][n], given[l][n])
+                    self.segment[l][n] += self._thin(l, n, g[n])
+                    x_n = given[l][n] if self.config.rank is None else self.across[l][n] @ given[l][n]
+                    self.segment_gram[l][n] += np.outer(x_n, x_n)
         else:
             self.off = True
         self.count += 1
@@ -207,9 +252,8 @@ class Row:
                 if due[l + 1] and self.config.learning_rates[l] > 0:
                     for n in self.names:
                         self.levels[l][n] = np.array(self.initial[l][n], dtype=np.float64)
-                        self.moment[l][n] = np.zeros_like(self.levels[l][n])
-                        self.square[l][n] = np.zeros_like(self.levels[l][n])
-                        self.past[l][n] = np.zeros_like(self.past[l][n])
+                        for part in (self.learned, self.moment, self.square, self.past):
+                            part[l][n] = np.zeros_like(part[l][n])
                     self.steps[l] = 0
                     self.refreshed.discard(l)
 
@@ -219,7 +263,14 @@ class Row:
         return np.linalg.inv(np.eye(len(past)) + past / (self.config.precondition * self.config.chunks[l]))
 
     def _step(self, l, n, rate):
-        g = self.total[l][n]
+        g, size = self.total[l][n], 1.0
+        if self.config.relative:
+            size = np.sqrt(np.mean(np.asarray(self.initial[l][n], dtype=np.float64) ** 2))
+            if self.config.optimizer in ("gd", "momentum"):
+                g = g / max(np.sqrt(np.mean(g**2)), 1e-30)
+            elif self.config.optimizer == "muon":
+                size = size / 0.2  # of a step's RMS
+        rate = rate * size
         if self.config.precondition is not None:
             g = g @ self.inverse(l, n)
             self.past[l][n] = self.past[l][n] + self.gram[l][n]
@@ -235,7 +286,11 @@ class Row:
             f = self.moment[l][n] / (1 - b1**t) / (np.sqrt(self.square[l][n] / (1 - b2**t)) + 1e-8)
         else:
             f = g
-        self.levels[l][n] = self.levels[l][n] - rate * f
+        if self.config.rank is None:
+            self.levels[l][n] = self.levels[l][n] - rate * f
+        else:
+            self.learned[l][n] = self.learned[l][n] - rate * f
+            self.levels[l][n] = self.initial[l][n] + self.learned[l][n] @ self.across[l][n]
         self.total[l][n] = np.zeros_like(g)
 
 

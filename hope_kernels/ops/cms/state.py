@@ -65,7 +65,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 class CMSState(State):
     """What B sequences have learned in a CMS of K levels; None stands for tensors that no sequence has needed yet.
 
-    Lists with an entry for every level: None, or a tensor for every matrix [r, c] by its name.
+    Lists with an entry for every level: None, or a tensor for every matrix [r, c] by its name. With
+    ``config.rank``, L [r, rank] stands everywhere in the matrix's place: see ``low_rank.py``.
 
     weights      [B, r, c], master dtype, in force where ``own`` is 1; None: all rows share the layer's
     copies       ``weights`` in the input dtype, where that is another one; no file has them
@@ -288,5 +289,6 @@ class CMSState(State):
 
 
 def _shape(config: CMSConfig, matrix: str) -> tuple[int, int]:
-    """[outputs, inputs] of a matrix of a level."""
-    return (config.d_model, config.hidden) if matrix == "down" else (config.hidden, config.d_model)
+    """[outputs, inputs] of what is learned of a matrix of a level: of the matrix, or of L (``low_rank.py``)."""
+    r, c = (config.d_model, config.hidden) if matrix == "down" else (config.hidden, config.d_model)
+    return r, c if config.rank is None else config.rank

@@ -129,8 +129,8 @@ def test_who_is_served():
             config, torch.float32, CPU, "chunked"
         ) is chunked
         assert resolve(config, torch.float64, CPU) is chunked
-        for other in (CMSConfig(12, (4,)), CMSConfig(16, (4,), mlp="swiglu")):
-            assert resolve(other, torch.float32, CPU) is chunked
+        for other in ({"d_model": 12}, {"mlp": "swiglu"}, {"mlp": "geglu"}, {"post_norm": True}):
+            assert resolve(config.replace(**other), torch.float32, CPU) is chunked
     assert resolve(config, torch.float32, CPU) is chunked and resolve(
         config, torch.float32, CPU, inner=True
     ) is cpp

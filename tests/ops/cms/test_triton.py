@@ -346,4 +346,6 @@ def test_refuses():
         kernels.newton_schulz(weight.double())
     assert "float64" in kernels.unserved(config, torch.float64, x.device)
     assert "8192" in kernels.unserved(CMSConfig(8193, (8,)), x.dtype, x.device)
+    assert "geglu" in kernels.unserved(CMSConfig(24, (8,), mlp="geglu"), x.dtype, x.device)
+    assert "post_norm" in kernels.unserved(CMSConfig(24, (8,), post_norm=True), x.dtype, x.device)
     assert kernels.unserved(config, x.dtype, x.device) is None

@@ -44,6 +44,10 @@ def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str
     """Why the backend cannot serve a layer, or None."""
     if dtype not in DTYPES:
         return f"serves {', '.join(str(d) for d in DTYPES)}, not {dtype}"
+    if config.mlp not in ("gelu", "swiglu"):
+        return f'serves mlp="gelu" and "swiglu", not "{config.mlp}"'
+    if config.post_norm:
+        return "serves levels without post_norm"
     if config.d_model > MAX_WIDTH:
         return f"serves d_model up to {MAX_WIDTH}, not {config.d_model}"
     if config.d_model * config.hidden >= 2**31:
