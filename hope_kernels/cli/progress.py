@@ -37,5 +37,5 @@ def bits(nats: float, predicted: int) -> float:
 
 def guarded(state: State) -> str:
     """What the guard against divergence has done, for the end of a line; "" where it had nothing to do."""
-    count = int(getattr(state, "rollbacks", 0) or 0)
+    count = sum(getattr(state, "rollbacks", ()))
     return f", guard: {count} rollbacks" if count else ""
