@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from ..model import HopeForCausalLM, bundled_models
+from ..folders import bundled_models
+from ..model import HopeForCausalLM
 from ..model_state import ModelState
 from ..state_file import load_note, load_state
 from ..text import Tokenizer

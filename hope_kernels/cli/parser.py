@@ -100,6 +100,8 @@ def _convert(p: argparse.ArgumentParser) -> None:
                    help='which blocks learn: "all", "last:10", "0,3,5-9"')
     p.add_argument("--lr", type=numbers(float), metavar="X[,X...]", help="learning rate, or one a period")
     p.add_argument("--optimizer", help="the rule of a step, as in CMSConfig")
+    p.add_argument("--precondition", type=float, metavar="RHO", help="keeps what was learned, as in CMSConfig")
+    p.add_argument("--rank", type=int, help="of what a session learns of a matrix, as in CMSConfig")
     p.add_argument("--window", type=int, help="tokens that attention sees (default: what the model has)")
     p.add_argument("--sinks", type=int, help="first tokens that stay visible beside the window")
     p.add_argument("--dtype", choices=tuple(DTYPES),

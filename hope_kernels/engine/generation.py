@@ -217,9 +217,10 @@ def generate(
     alone, so a restored session draws what it would have drawn. stop: a row ends after any of these new
     tokens: a string (UTF-8; byte models only), bytes, a sequence of token ids, or a list of several such; a
     flat list of ints is one sequence. eos_token_id: ids, each of which ends a row too. on_token gets the new
-    token per row, None for rows that have ended. A state passed in is advanced in place. should_stop is asked before every piece and, once the prompt is read
-    and one token written, before every further token; when it says True, ``generate`` returns what it has (no
-    token at all, if it was still reading: go on with the rest of the prompt).
+    token per row, None for rows that have ended. A state passed in is advanced in place. should_stop is asked
+    before every piece and, once the prompt is read and one token written, before every further token; when it
+    says True, ``generate`` returns what it has (no token at all, if it was still reading: go on with the rest
+    of the prompt).
     graph: decode with a ``Decoder`` while no row has ended, which replays the step from a CUDA graph where
     that is possible (on CUDA with backend "triton" or "cuda"; never run on a GPU yet, hence on request).
     ValueError for a model with attention.

@@ -102,6 +102,17 @@ def test_converted_is_the_same_model_with_all_that_text_needs(theirs, folder, to
     assert tokenizer.chat(messages) == library(text).input_ids
 
 
+def test_the_options_of_a_conversion(theirs, tmp_path):
+    more = ["--window", "16", "--sinks", "2", "--chunks", "8", "--learn-blocks", "last:1", "--lr", "0.01",
+            "--optimizer", "adam", "--rank", "4", "--dtype", "float16", "--quiet"]
+    assert main(["convert", str(theirs), str(tmp_path / "m"), *more]) == 0
+    model = hk.HopeForCausalLM.from_pretrained(tmp_path / "m")
+    cms, config = model.config.block_cms, model.config
+    assert (cms[0].learning_rates, cms[1].learning_rates, cms[1].optimizer, cms[1].rank) == ((0,), (0.01,), "adam", 4)
+    assert (config.window, config.sinks, cms[1].chunks) == (16, 2, (8,))
+    assert model.embed.weight.dtype == torch.float16
+
+
 def test_a_folder_of_transformers_says_what_to_do(theirs, tmp_path):
     with pytest.raises(ValueError, match=f"model_type 'llama'.*python -m hope_kernels convert {theirs}"):
         hk.HopeForCausalLM.from_pretrained(theirs)
