@@ -1,4 +1,4 @@
-"""Folders of models: saved ones, bundled ones by name, and those of other libraries, which are told what to do."""
+"""Folders of models: saved ones, bundled ones by name; for those of other libraries, what to do with them."""
 
 from __future__ import annotations
 

