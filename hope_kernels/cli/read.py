@@ -29,6 +29,7 @@ from ..engine.generation import read
 from .lock import held
 from .meter import megabytes, resident_bytes
 from .models import check_run, load_model, load_session, unread_ids, usable_device
+from .parser import DTYPES
 from .progress import Progress, bits, guarded
 from .prompt import Prompt, prompt_for
 from .session import Interrupt, SessionFile, session_path, stopped_code
@@ -114,7 +115,7 @@ class Run:
     def __init__(self, args: Any, path: str | None, output: Output, documents: list[list[str]]):
         self.args, self.output, self.documents = args, output, documents
         self.device = usable_device(args.device)
-        self.model, self.tokenizer = load_model(args.model, self.device)
+        self.model, self.tokenizer = load_model(args.model, self.device, DTYPES.get(args.dtype))
         self.state, note = load_session(self.model, path, args.session, self.device)
         self.session, self.unit = SessionFile(path, args.save_every), self.tokenizer.unit
         self.plan = [args.passes, args.shuffle, args.replay, args.seed]
