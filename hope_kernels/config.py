@@ -247,7 +247,7 @@ class CMSConfig(Configuration):
     optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
-    rank: int | None = None  # a sequence learns W + L A, L [r, rank], A fixed (ops/cms/low_rank.py); None: all of W
+    rank: int | None = None  # a sequence learns W + L S, L [r, rank], S fixed (ops/cms/low_rank.py); None: all of W
 
     NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas"})
 

@@ -235,8 +235,8 @@ class ContinuumMemory(nn.Module):
             for name in matrices(self.config):
                 shared, L = tensors[name], usable(held[name], tensors[name].dtype)
                 L = L if where is None else torch.where(where[:, None, None], L, 0.0)
-                A = low_rank.directions(self.config, l, name, shared).expand(state.batch, -1, -1)
-                tensors[name] = Matrix(shared, left=L.mT, right=A, scale=1.0)
+                S = low_rank.signs(self.config, l, name, shared).expand(state.batch, -1, -1)
+                tensors[name] = Matrix(shared, left=L.mT, right=S, scale=1.0)
             return tensors
         for name in matrices(self.config):
             shared = tensors[name]
