@@ -19,10 +19,11 @@ from .layers.cms import ContinuumMemory
 from .layers.titans import SelfModifyingTitans
 from .model import HopeForCausalLM, bundled_models
 from .state_file import load_state
+from .text import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
     "CMSConfig", "ContinuumMemory", "Decoder", "HopeConfig", "HopeForCausalLM", "RopeScaling",
-    "SelfModifyingTitans", "TitansConfig",
+    "SelfModifyingTitans", "TitansConfig", "Tokenizer",
     "available_backends", "bundled_models", "compat", "convert", "generation", "load_state", "ops",
 ]

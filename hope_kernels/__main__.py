@@ -1,8 +1,8 @@
-"""python -m hope_kernels generate | demo | doctor"""
+"""python -m hope_kernels generate | chat | read | convert | demo | doctor"""
 
 import sys
 
-from .cli.generate import process
+from .cli.main import process
 
 if __name__ == "__main__":
     sys.exit(process())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from .check import check_batch, check_index, check_lengths, check_state, check_tensor
 from .config import HopeConfig
 from .continued import continued
+from .engine import segments
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, Source, generate
 from .engine.learning import Call, read_learning, read_off, with_following
@@ -39,6 +41,7 @@ from .ops.cms.level import Level
 from .ops.cms.state import CMSState
 from .session_bytes import session_bytes
 from .state import Counters
+from .text.files import read_files, write_files
 from .tracing import constant_result
 
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
@@ -46,7 +49,7 @@ ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
 class HopeForCausalLM(nn.Module):
     """A HOPE language model (Nested Learning section 8.3): vocab_size -> d_model, num_layers blocks, final
-    RMSNorm, head.
+    RMSNorm, head. ``text_files``: what its folder says about text (``text/files.py``), for the next folder.
 
     Raises ValueError from the configuration. ``HopeForCausalLM.from_pretrained(name_or_folder)`` loads saved
     weights.
@@ -57,6 +60,7 @@ class HopeForCausalLM(nn.Module):
     def __init__(self, config: HopeConfig, device=None, dtype=None):
         super().__init__()
         self.config = config
+        self.text_files: dict[str, bytes] = {}
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         block = HopeAttentionBlock if config.mixer == "attention" else HopeBlock
         self.embed = (
@@ -175,12 +179,10 @@ class HopeForCausalLM(nn.Module):
             held = state.take_held(self) if in_place else None
             if given is not None and not in_place:
                 state = given.apart()
-            state = continued(self, state)
+            before, state = state, continued(self, state)
             if learning:
-                for block in self.blocks:
-                    check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one "
-                                             "unit, or pass learn='off'")
-                found, new, held = read_learning(self, call, state, held)
+                self._check_whole(name)
+                found, new, held = read_learning(self, call, state, held if before is state else None)
             else:
                 found, new = read_off(self, call, state)
                 held = None
@@ -189,6 +191,34 @@ class HopeForCausalLM(nn.Module):
             if held is not None:
                 new.hold(self, held)
             return found, new
+
+    @torch.no_grad()
+    def flush(self, state: ModelState, backend: str | None = None) -> list[int]:
+        """Learns the open segment of every row now, at the end of a document say, in place: how many tokens of
+        each row have contributed.
+
+        Of a segment's n tokens the losses of n - 1 are known, those that predict its other tokens; with less
+        than two tokens nothing happens, nor where a token of it was read with learn="off". At a multiple of
+        the segment everything is done that is due there; elsewhere the levels take a step whose period is the
+        segment, and the others keep the gradient. What is read afterwards, up to the next multiple, is a
+        segment of its own, and learned there. Raises as ``forward`` does; the state is then as it was.
+        """
+        name = "HopeForCausalLM.flush"
+        check_recorded(name, state)
+        self._admit(name, state, getattr(state, "batch", 0))
+        if not self.learns:
+            return [0] * state.batch
+        with state.reading(name, self):
+            state.take_held(self)
+            self._check_whole(name)
+            draft, count = segments.flush(self, segments.draft(continued(self, state)), backend)
+            state.assign(segments.finished(draft))
+        return count
+
+    def _check_whole(self, name: str) -> None:
+        for block in self.blocks:
+            check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one unit, or "
+                                     "pass learn='off'")
 
     def _check_tokens(self, name: str, argument: str, ids: Tensor, least: int) -> None:
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (least, least)
@@ -291,8 +321,8 @@ class HopeForCausalLM(nn.Module):
         state.adopt(self)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, each atomically. Raises
-        ValueError, and writes nothing, where submodules have been wrapped, quantized or parametrized: the
+        """Writes ``config.json``, ``model.safetensors`` and ``text_files`` into ``folder``, each atomically.
+        Raises ValueError, and writes nothing, where submodules have been wrapped, quantized or parametrized: the
         configuration, and so ``from_pretrained``, knows nothing of that."""
         held = self.state_dict()
         if type(self) is HopeForCausalLM:
@@ -306,6 +336,7 @@ class HopeForCausalLM(nn.Module):
         write_atomically(
             os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors, metadata={"format": "pt"})
         )
+        write_files(folder, self.text_files)
         write_atomically(
             os.path.join(folder, "config.json"), (json.dumps(self.config.to_dict(), indent=1) + "\n").encode()
         )
@@ -316,22 +347,16 @@ class HopeForCausalLM(nn.Module):
     ) -> HopeForCausalLM:
         """Loads a folder written by ``save_pretrained``, or a bundled model by name (``bundled_models()``).
 
-        Raises FileNotFoundError for an unknown name or folder, ValueError for files that do not fit together
-        or are damaged.
+        Raises FileNotFoundError for an unknown name or folder, ValueError for files that do not fit together,
+        are damaged, or are a model of transformers (which ``python -m hope_kernels convert`` takes).
         """
-        folder = os.fspath(name)
-        if not os.path.isdir(folder):
-            bundled = os.path.join(ASSETS, folder)
-            if not os.path.isdir(bundled):
-                names = ", ".join(bundled_models())
-                raise FileNotFoundError(
-                    f"from_pretrained: {folder!r} is neither a folder nor a bundled model ({names})"
-                )
-            folder = bundled
+        folder = model_folder(name, "from_pretrained")
         weights = os.path.join(folder, "model.safetensors")
         try:
             with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-                config = HopeConfig.from_dict(json.load(f))
+                fields = json.load(f)
+            _check_ours(folder, fields)
+            config = HopeConfig.from_dict(fields)
             tensors = load_file(weights)
         except (json.JSONDecodeError, TypeError, SafetensorError) as error:
             raise ValueError(f"from_pretrained: {folder} holds a damaged file ({error})") from None
@@ -340,6 +365,7 @@ class HopeForCausalLM(nn.Module):
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"from_pretrained: {weights} does not fit its config.json ({error})") from None
+        model.text_files = read_files(folder)
         return model.to(device=device, dtype=dtype).eval()
 
 
@@ -353,6 +379,33 @@ def _prepare() -> bool:
     if _untraced is None:
         _untraced = torch.compiler.disable(HopeForCausalLM._forward, reason=REASON)
     return True
+
+
+def model_folder(name: str | os.PathLike, op: str) -> str:
+    """The folder of a saved or a bundled model. Raises FileNotFoundError, ValueError for a GGUF file."""
+    folder = os.fspath(name)
+    if os.path.isdir(folder):
+        return folder
+    if folder.endswith(".gguf") and os.path.isfile(folder):
+        raise ValueError(f"{op}: {folder} is a GGUF file; {_conversion(folder)}")
+    bundled = os.path.join(ASSETS, folder)
+    if not os.path.isdir(bundled):
+        raise FileNotFoundError(
+            f"{op}: {folder!r} is neither a folder nor a bundled model ({', '.join(bundled_models())})"
+        )
+    return bundled
+
+
+def _conversion(source: str) -> str:
+    return ("make a folder that this package reads with "
+            f"`python -m hope_kernels convert {shlex.quote(source)} FOLDER`")
+
+
+def _check_ours(folder: str, fields: Any) -> None:
+    """Raises ValueError for the config.json of a model of transformers."""
+    if isinstance(fields, dict) and "d_model" not in fields and "model_type" in fields:
+        raise ValueError(f"from_pretrained: {folder} holds a model of transformers (model_type "
+                         f"{fields['model_type']!r}); {_conversion(folder)}")
 
 
 def bundled_models() -> list[str]:

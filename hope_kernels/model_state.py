@@ -28,8 +28,9 @@ class ModelState(State):
     """What a batch of sequences has learned in a whole model.
 
     mixers, cms: one state per block (None without a CMS). For learn="next_token" only: ``ids`` [B, C] int64,
-    the tokens of the open segment of C tokens, ``seen`` how many of them (or ``TAINTED``, -1: one was read
-    with learn="off"), ``snapshot`` the mixers at its start. ``unread`` [B, 1] int64: the last token ``generate``
+    the tokens of the open segment, which began at the last multiple of C or where the one before was flushed,
+    and ends at the next multiple; ``seen`` how many of them (or ``TAINTED``, -1: one was read with
+    learn="off"), ``snapshot`` the mixers at its start. ``unread`` [B, 1] int64: the last token ``generate``
     returned, which the state has not read; -1 in rows that have read it since, None if all have.
     """
 
@@ -103,7 +104,8 @@ class ModelState(State):
         if torch.compiler.is_compiling():
             return
         for b, (pos, seen) in enumerate(zip(self.pos, self.seen)):
-            if C and seen >= 0 and (pos - seen) % C or seen == TAINTED and not pos % C:
+            # it begins at a multiple of C, or where the one before was flushed
+            if C and seen > min(pos, (pos - 1) % C + 1) or seen == TAINTED and not pos % C:
                 raise ValueError(f"{where}: state.seen is {seen} for row {b}, which is no count of an open segment of "
                                  f"{C} tokens at {pos}")
             for s in self.snapshot if seen > 0 else ():

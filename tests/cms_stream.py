@@ -87,6 +87,7 @@ class Stream:
             y = reference.read(row, self.x[b].double().numpy(), self.e[b].double().numpy(), self.learned[b])
             np.testing.assert_allclose(self.y[b].double().numpy(), y, rtol=tol, atol=tol)
             levels = self.layer.effective_levels(self.state)
+            self.check_preconditioners(b, row, tol)
             for l, name in itertools.product(range(len(levels)), row.names):
                 w = Matrix.of(levels[l][name]).detach().dense(self.x.shape[0])
                 close = dict(rtol=tol, atol=tol)
@@ -102,3 +103,13 @@ class Stream:
                         np.testing.assert_allclose(
                             0 * want[name] if held is None else held[name][b].numpy(), want[name], **close
                         )
+
+    def check_preconditioners(self, b, row, tol):
+        for l, name in itertools.product(range(len(row.levels)), ("up", "down")):
+            for held, past in ((self.state.inverses[l], row.past[l][name]),
+                               (self.state.following[l], row.past[l][name] + row.gram[l][name])):
+                if held is not None:
+                    want = row.inverse(l, name, past)
+                    np.testing.assert_allclose(held[name][b].numpy(), want, rtol=tol, atol=tol)
+                elif self.layer.config.precondition is not None and self.layer.config.learning_rates[l] > 0:
+                    assert not past.any() or self.state.inverses[l] is not None

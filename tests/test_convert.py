@@ -21,7 +21,8 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_facto
 LINEAR = dict(rope_type="linear", rope_theta=5e5, factor=3.0)
 TYPES = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config,
          "mistral": transformers.MistralConfig,
-         "qwen3": transformers.Qwen3Config}
+         "qwen3": transformers.Qwen3Config, "gemma2": transformers.Gemma2Config,
+         "gemma3": transformers.Gemma3TextConfig}
 
 
 def original(kind="llama", seed=0, dtype=torch.float32, **options):
@@ -30,6 +31,11 @@ def original(kind="llama", seed=0, dtype=torch.float32, **options):
                  num_attention_heads=4, num_key_value_heads=2,
                  max_position_embeddings=512, attn_implementation="sdpa", pad_token_id=None,
                  bos_token_id=None, eos_token_id=None)
+    if kind == "gemma3":  # whose width of a head, and whose queries' scale, are numbers of their own
+        shape |= dict(head_dim=12, query_pre_attn_scalar=10, sliding_window=9, num_hidden_layers=4,
+                      layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"])
+    elif kind == "qwen3":
+        shape |= dict(head_dim=12)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(TYPES[kind](**{**shape, **options}), dtype=dtype)
     with torch.no_grad():
@@ -46,10 +52,23 @@ MODELS = {
     "all key heads": dict(kind="qwen2", num_key_value_heads=4, tie_word_embeddings=True),
     "biases": dict(kind="qwen2"),
     "mistral": dict(kind="mistral", sliding_window=None),
+    "head width": dict(head_dim=16),
+    "qwen3": dict(kind="qwen3"),
+    "qwen3, narrow heads, tied": dict(kind="qwen3", head_dim=6, tie_word_embeddings=True, num_key_value_heads=1),
+    "gemma3": dict(kind="gemma3", layer_types=["full_attention"] * 4),
+    "gemma3, linear": dict(kind="gemma3", layer_types=["full_attention"] * 4, rms_norm_eps=1e-3,
+                           rope_parameters={"full_attention": LINEAR}),
 }
 WINDOWS = {
     "mistral": dict(kind="mistral", sliding_window=9),
     "qwen2": dict(kind="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=0),
+    "qwen3": dict(kind="qwen3", use_sliding_window=True, sliding_window=9, max_window_layers=0),
+}
+MIXED = {  # windows in some layers only
+    "qwen2": dict(kind="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "gemma3": dict(kind="gemma3"),
+    "gemma3, linear": dict(kind="gemma3", rope_parameters={
+        "full_attention": LINEAR, "sliding_attention": dict(rope_type="default", rope_theta=500.0)}),
 }
 named = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
 windowed = pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS.keys())
@@ -94,7 +113,7 @@ def test_bits_need_the_angles_of_the_original(tmp_path):
     assert relative(logits(exact, x), logits(theirs, x)) < 1e-4
 
 
-@pytest.mark.parametrize("options", [*MODELS.values(), *WINDOWS.values()])
+@pytest.mark.parametrize("options", [*MODELS.values(), *WINDOWS.values(), *MIXED.values()])
 def test_splits_and_decoding_give_the_original_to_rounding(options):
     theirs, sequence = original(**options), ids(2, 41)
     ours, expected = hk.convert.llama(theirs, (4, 8), lr=0.0), logits(theirs, sequence)
@@ -118,6 +137,51 @@ def test_a_window_is_carried(options):
     assert same[25:].all() and not same[24]  # three layers of 9 tokens see back 24 tokens
 
 
+def test_windows_of_some_layers_are_carried():
+    assert hk.convert.llama(original(**MIXED["qwen2"]), 4).config.window == (None, 9, 9)
+    config = hk.convert.llama(original(**MIXED["gemma3, linear"]), 4).config
+    assert config.window == (9, 9, None, 9) and config.rope_theta == (500.0, 500.0, LINEAR["rope_theta"], 500.0)
+    scaling = hk.RopeScaling("linear", LINEAR["factor"])
+    assert config.rope_scaling == (None, None, scaling, None)
+    assert hk.HopeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_window_and_sinks_of_the_callers():
+    def made(options, **arguments):
+        config = hk.convert.llama(original(**options), 4, **arguments).config
+        return config.window, config.sinks
+
+    assert made({}, window=20) == (20, 0) and made({}, window=20, sinks=3) == (20, 3)
+    assert made(WINDOWS["mistral"], sinks=3) == (9, 3) and made(WINDOWS["mistral"], window=20, sinks=3) == (20, 3)
+    # of layers with and without a window, those that have a smaller one keep it, as they were trained
+    assert made(MIXED["gemma3"], window=20, sinks=3) == ((9, 9, 20, 9), (0, 0, 3, 0))
+    assert made(MIXED["gemma3"], window=6, sinks=3) == (6, 3)
+    assert made(MIXED["qwen2"], window=9, sinks=3) == (9, (3, 0, 0))
+    for options in ({}, MIXED["gemma3"]):
+        with pytest.raises(ValueError, match="convert.llama: argument sinks is 3, expected 0 without a window"):
+            made(options, sinks=3)
+    for bad in ({"window": 0}, {"window": 2.5}, {"window": True}, {"window": 8, "sinks": -1}, {"sinks": "4"}):
+        with pytest.raises(ValueError, match=f"convert.llama: argument {list(bad)[-1]} is "):
+            made({}, **bad)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_sinks_stay_visible(kind):
+    theirs, x = original(kind, num_hidden_layers=1), ids(1, 40)
+    ours = hk.convert.llama(theirs, 4, window=8, sinks=3)
+
+    def differs(at: int) -> torch.Tensor:
+        changed = x.clone()
+        changed[0, at] = (changed[0, at] + 1) % V
+        return (logits(ours, x) != logits(ours, changed)).any(-1)[0]
+
+    assert all(differs(at)[at:].all() for at in range(3))
+    assert differs(3)[3:11].all() and not differs(3)[11:].any()
+    # as long as nothing has left the window, the original
+    assert relative(logits(ours, x)[:, :11], logits(theirs, x)[:, :11]) < 1e-5
+    assert relative(logits(ours, x)[:, 11:], logits(theirs, x)[:, 11:]) > 1e-3
+
+
 @pytest.mark.parametrize("rope", [dict(rope_type="default", rope_theta=1e6), LINEAR, LLAMA3])
 def test_frequencies(rope):
     theirs = original(rope_parameters=rope, hidden_size=256, num_hidden_layers=1)
@@ -128,6 +192,13 @@ def test_frequencies(rope):
     assert exact.dtype == torch.float64 and ((found - exact) / exact).abs().max() < 1e-6
     plain = rope["rope_theta"] ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     assert ((exact / plain).min() > 0.999) == (rope["rope_type"] == "default")
+
+
+def test_frequencies_of_local_and_global_layers():
+    theirs = original(**MIXED["gemma3, linear"])
+    ours, rotary = hk.convert.llama(theirs, 4), theirs.model.rotary_emb
+    for block, kind in zip(ours.blocks, theirs.config.layer_types):
+        assert torch.equal(block.mixer.rates, getattr(rotary, f"{kind}_inv_freq"))
 
 
 def test_weights_of_a_tensor_subclass_are_refused():
@@ -143,11 +214,14 @@ def test_weights_of_a_tensor_subclass_are_refused():
         hk.convert.llama(theirs, 4)
 
 
-def test_half_precision_stays_and_is_no_worse_than_the_original():
-    theirs = original("qwen2", dtype=torch.bfloat16, rope_parameters=LLAMA3)
+@pytest.mark.parametrize("options", [
+    dict(kind="qwen2", rope_parameters=LLAMA3), dict(kind="qwen3"), MODELS["gemma3"], MIXED["gemma3, linear"],
+])
+def test_half_precision_stays_and_is_no_worse_than_the_original(options):
+    theirs = original(dtype=torch.bfloat16, **options)
     ours = hk.convert.llama(theirs, (4, 8), lr=0.0)
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    wide = original("qwen2", dtype=torch.float64, rope_parameters=LLAMA3)
+    wide = original(dtype=torch.float64, **options)
     wide.load_state_dict(theirs.state_dict())
     x = ids(4, 60)
     truth = logits(wide, x)
@@ -168,10 +242,24 @@ def test_periods_and_rates_by_block():
     assert {c.optimizer for c in hk.convert.llama(theirs, 4, optimizer="muon").config.cms} == {"muon"}
 
 
-def test_one_refresh_is_a_gradient_step_of_the_original():
+def test_options_of_the_levels():
+    theirs = original()
+    made = hk.convert.llama(theirs, (4, 8), optimizer="momentum", momentum=0.5).config.cms
+    assert {(c.optimizer, c.momentum) for c in made} == {("momentum", 0.5)}
+    with pytest.raises(ValueError, match="CMSConfig: momentum is 2.0, expected a float in"):
+        hk.convert.llama(theirs, 4, momentum=2.0)
+    for name, value in (("speed", 3), ("mlp", "gelu"), ("bias", True), ("variant", "nested")):
+        with pytest.raises(ValueError, match=f"convert.llama: argument {name} is {value!r}, expected no such"):
+            hk.convert.llama(theirs, 4, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "options", [dict(kind="qwen2"), dict(kind="qwen3"), dict(kind="gemma3", layer_types=["full_attention"])]
+)
+def test_one_refresh_is_a_gradient_step_of_the_original(options):
     """One layer: its keys do not depend on its MLP, so what the second segment sees of the first is as it was."""
     C, lr = 8, 0.05
-    theirs, sequence = original("qwen2", num_hidden_layers=1, dtype=torch.float64), ids(1, 16)
+    theirs, sequence = original(**options, num_hidden_layers=1, dtype=torch.float64), ids(1, 16)
     out, _ = hk.convert.llama(theirs, C, lr=lr)(sequence, learn="next_token")
     before = logits(theirs, sequence)
     assert relative(out[:, :C], before[:, :C]) < 1e-5
@@ -200,11 +288,14 @@ def test_learning_adapts():
     assert falls("next_token") > 1.0 > 0.3 > falls("off")
 
 
-@pytest.mark.parametrize(
-    "options", [MODELS["tied, llama3"], MODELS["mlp bias, linear"], MODELS["biases"], WINDOWS["mistral"]]
-)
-def test_prefill_is_decoding_with_learning(options, tmp_path):
-    model = hk.convert.llama(original(dtype=torch.float64, **options), (4, 8), lr=0.02)
+@pytest.mark.parametrize("options, arguments", [
+    (MODELS["tied, llama3"], {}), (MODELS["mlp bias, linear"], {}), (MODELS["biases"], {}),
+    (WINDOWS["mistral"], {}), (MODELS["head width"], dict(window=5, sinks=2)),
+    (MODELS["qwen3"], dict(window=3, sinks=6)), (MIXED["gemma3"], {}),
+    (MIXED["gemma3, linear"], dict(window=11, sinks=4)),
+])
+def test_prefill_is_decoding_with_learning(options, arguments, tmp_path):
+    model = hk.convert.llama(original(dtype=torch.float64, **options), (4, 8), lr=0.02, **arguments)
     sequence = ids(2, 26)
     whole = logits(model, sequence, learn="next_token")
     assert relative(whole, logits(model, sequence)) > 1e-3
@@ -227,8 +318,9 @@ def test_prefill_is_decoding_with_learning(options, tmp_path):
     assert relative(ragged[0], whole[0]) < 1e-10 and relative(ragged[1, :11], whole[1, :11]) < 1e-10
 
 
-def test_writes_on_as_the_original_and_resumes():
-    theirs, prompt = original("qwen2"), ids(1, 9)
+@pytest.mark.parametrize("options", [dict(kind="qwen2"), dict(kind="qwen3"), MIXED["gemma3, linear"]])
+def test_writes_on_as_the_original_and_resumes(options):
+    theirs, prompt = original(**options), ids(1, 9)
     frozen = hk.convert.llama(theirs, 4, lr=0.0)
     expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False)[:, 9:]
     assert torch.equal(frozen.generate(prompt, 12).tokens, expected)
@@ -241,9 +333,9 @@ def test_writes_on_as_the_original_and_resumes():
         frozen.generate(prompt, 2, stop=["."])
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_original_is_not_touched(tied):
-    theirs = original("qwen2", tie_word_embeddings=tied)
+@pytest.mark.parametrize("kind, tied", [("qwen2", True), ("qwen2", False), ("gemma3", True)])
+def test_the_original_is_not_touched(kind, tied):
+    theirs = original(kind, tie_word_embeddings=tied)
     kept = {n: p.clone() for n, p in theirs.state_dict().items()}
     before = torch.get_rng_state()
     with torch.inference_mode():
@@ -258,13 +350,17 @@ def test_the_original_is_not_touched(tied):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(kind="qwen3"), "config.model_type is 'qwen3'"),
-    (dict(head_dim=16), "config.head_dim is 16"),
+    (dict(kind="gemma2", attn_implementation="eager"), "config.model_type is 'gemma2'"),
     (dict(hidden_act="gelu"), "config.hidden_act is 'gelu'"),
     (dict(attention_bias=True), "self_attn.o_proj.bias"),
     (dict(rope_parameters={**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 64}),
         "'rope_type'.* is 'yarn'"),
-    (dict(kind="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1), "config.layer_types"),
+    (dict(kind="gemma3", hidden_activation="silu"), "config.hidden_activation is 'silu'"),
+    (dict(kind="gemma3", attn_logit_softcapping=50.0), "config.attn_logit_softcapping is 50.0"),
+    (dict(kind="gemma3", final_logit_softcapping=30.0), "config.final_logit_softcapping is 30.0"),
+    (dict(kind="gemma3", use_bidirectional_attention=True), "config.use_bidirectional_attention is True"),
+    (dict(kind="gemma3", rope_parameters={"full_attention": LINEAR, "sliding_attention": {
+        **LINEAR, "rope_type": "dynamic"}}), r"config.rope_parameters\['sliding_attention'\].* is 'dynamic'"),
 ])
 def test_refuses_what_it_cannot_express(options, message):
     with pytest.raises(ValueError, match=f"convert.llama: .*{message}.*expected"):

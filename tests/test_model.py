@@ -26,6 +26,10 @@ def variants():
     yield "titans", tiny("titans")
     yield "attention", tiny("attention")
     yield "window", tiny("attention", window=5)
+    yield "sinks", tiny("attention", window=5, sinks=3)
+    yield "per block", tiny("attention", window=(4, None), sinks=(2, 0), rope_theta=(100.0, 1e4), qk_norm=True,
+                            head_dim=6, attention_scale=0.5, post_norm=True, embed_scale=8**0.5,
+                            cms=CMSConfig(8, (4, 8), mlp="geglu", post_norm=True, lr=0.02))
     yield "nested-momentum", tiny(
         cms=CMSConfig(8, (4, 8, 16), variant="nested", optimizer="momentum", lr=0.01, expansion=1.0)
     )

@@ -199,6 +199,7 @@ def generate(
     model: Model, ids: Tensor | Source | None, max_new_tokens: int, state: ModelState | None = None, *,
     lengths: Sequence[int] | None = None, learn: str = "next_token", temperature: float = 0.0,
     top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Stop | Sequence[Stop] = (),
+    eos_token_id: int | Sequence[int] | None = None,
     on_token: Callable[[list[int | None]], None] | None = None, on_piece: OnPiece | None = None,
     backend: str | None = None, check_finite: bool = True, piece: int = PIECE,
     should_stop: Callable[[], bool] | None = None, graph: bool = False, unread: str | None = None,
@@ -215,8 +216,8 @@ def generate(
     likeliest ones whose mass reaches p. seed: any int. Row b's draw at position t depends on (seed, b, t)
     alone, so a restored session draws what it would have drawn. stop: a row ends after any of these new
     tokens: a string (UTF-8; byte models only), bytes, a sequence of token ids, or a list of several such; a
-    flat list of ints is one sequence. on_token gets the new token per row, None for rows that have ended. A
-    state passed in is advanced in place. should_stop is asked before every piece and, once the prompt is read
+    flat list of ints is one sequence. eos_token_id: ids, each of which ends a row too. on_token gets the new
+    token per row, None for rows that have ended. A state passed in is advanced in place. should_stop is asked before every piece and, once the prompt is read
     and one token written, before every further token; when it says True, ``generate`` returns what it has (no
     token at all, if it was still reading: go on with the rest of the prompt).
     graph: decode with a ``Decoder`` while no row has ended, which replays the step from a CUDA graph where
@@ -237,7 +238,7 @@ def generate(
     if top_p is not None:
         top_p = _number(op, "top_p", top_p, lambda p: 0 < p <= 1, "a number in (0, 1] or None")
     seed = _integer(op, "seed", seed, None, "an integer")
-    stops = _stops(model, stop)
+    stops = _stops(model, stop) + _ends(model, eos_token_id)
     if ids is None:
         unread_ids: Tensor | None = getattr(state, "unread", None)
         if state is None or unread_ids is None or bool((unread_ids < 0).any()):
@@ -355,6 +356,18 @@ def _stops(model: Model, stop: Any) -> list[list[int]]:
     if stop and all(is_id(t) for t in stop):
         stop = [stop]
     return [_stop_ids(model, s) for s in stop]
+
+
+def _ends(model: Model, ids: Any) -> list[list[int]]:
+    """Each of these ids as a sequence."""
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    given = [] if ids is None else ids if isinstance(ids, (list, tuple, set, frozenset)) else [ids]
+    size = model.config.vocab_size
+    expected = f"None, a token id from 0 to {size - 1}, or several of them"
+    numbers = [_integer("generate", "eos_token_id", i, 0, expected) for i in given]
+    if max(numbers, default=0) >= size:
+        raise ValueError(f"generate: argument eos_token_id has token {max(numbers)}, expected {expected}")
+    return [[n] for n in numbers]
 
 
 def _stop_ids(model: Model, stop: Any) -> list[int]:

@@ -15,6 +15,9 @@ is read. One that is read in one piece and ends with its call waits for the next
 (``segments.Held``), if the next call is the one that brings it. Any other is replayed from a snapshot taken at
 its start.
 
+``segments.flush`` learns an open segment before it has ended. The tokens after it, up to the next multiple of
+C, are a segment of their own, as short as it may be.
+
 Tokens read with learn="off" move the counters; a segment with such a token contributes nothing, and levels
 commit only at the end of a segment that contributes, when a token read with learn="next_token" follows. Until
 then the accumulators keep what they have.

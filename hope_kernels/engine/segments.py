@@ -54,6 +54,28 @@ def boundary(
     return replace(state, seen=Counters([0 if h else s for h, s in zip(here, state.seen)]))
 
 
+def flush(model: Model, state: ModelState, backend: str | None) -> tuple[ModelState, list[int]]:
+    """The draft ``state`` after it has learned the open segment of every row that knows a loss of it: (the
+    draft, how many tokens of each row contributed).
+
+    A segment of n tokens knows n - 1 losses. At a multiple of C what is due there is done, as if the next token
+    had arrived; inside a segment the levels whose period is C commit. What is read afterwards begins a segment.
+    """
+    C, count = model.segment, [max(s - 1, 0) for s in state.seen]
+    idx = [b for b, n in enumerate(count) if n]
+    if not idx:
+        return state, count
+    part = replace(state, mixers=[], cms=[]).select(idx)
+    lengths = [count[b] for b in idx]
+    tokens, targets = part.ids[:, : max(lengths)], part.ids[:, 1 : max(lengths) + 1]
+    counts = [C if p % C else p for p in state.pos]
+    learn_segment(
+        model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
+        backend, idx if len(idx) < state.batch else None, logits=False,
+    )
+    return replace(state, seen=Counters([0 if n else s for n, s in zip(count, state.seen)])), count
+
+
 def replay(
     model: Model, state: ModelState, rows: list[bool], ids: Tensor, done: list[int], counts: list[int] | None,
     backend: str | None, held: Held | None = None,
@@ -121,7 +143,7 @@ def learn_segment(
     learners = marked if among is None else [among[b] for b in marked]
     with torch.inference_mode(False), torch.enable_grad():
         ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
-        sinks = _sinks(model, state, learners, counts, backend, among)
+        sinks = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1])
         h, mixers, anchor = _read(model, state, mixers, ids, lengths, backend, sinks, among)
         heads = read_head(
             model, h.detach(), lengths, targets, logits=logits, learners=rows, check_finite=check_finite
@@ -161,7 +183,7 @@ class Held:
             slopes = self.slopes.index_put((row, place), newest.slopes[:, 0])
             counted = mask([m if r else 0 for m, r in zip(self.lengths, rows)], n, h.device).unsqueeze(-1)
             marked = [b for b, r in enumerate(rows) if r]
-            for late, sink in zip(self.late, _sinks(model, state, marked, counts, backend, None)):
+            for late, sink in zip(self.late, _sinks(model, state, marked, counts, backend, None, self.lengths, n)):
                 if late is not None:
                     late.sink = sink
             torch.autograd.grad(self.h, self.anchor, torch.where(counted, slopes, 0))
@@ -196,16 +218,19 @@ def read_and_hold(
 
 def _sinks(
     model: Model, state: ModelState, learners: list[int], counts: list[int] | None, backend: str | None,
-    among: list[int] | None
+    among: list[int] | None, tokens: list[int], width: int
 ) -> list[Sink | None]:
-    """Where the factors of each block's levels go: to its part of the draft ``state``."""
+    """Where the factors of each block's levels go: to its part of the draft ``state``. tokens: how many of the
+    ``width`` of each row that is read contribute."""
     like, found = placement(model.embed), []
+    of = dict(zip(range(len(tokens)) if among is None else among, tokens))
+    ragged = tokens if any(of[b] < width for b in learners) else None
     for block, cms in zip(model.blocks, state.cms):
         if cms is None or block.cms is None:
             found.append(None)
             continue
         ops = cms_backends.resolve(cms.config, like.dtype, like.device, backend, inner=True)
-        found.append(block.cms.sink(cms, learners, counts, ops, among))
+        found.append(block.cms.sink(cms, learners, counts, ops, among, ragged))
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..config import CMSConfig
+from ..identity import Checksum, checksum
 from ..ops.cms import low_rank
 from ..ops.cms.absorb import absorb, add_gradients
 from ..ops.cms.backends import resolve
@@ -67,6 +68,7 @@ class ContinuumMemory(nn.Module):
     def __init__(self, config: CMSConfig, norm_eps: float = NORM_EPS, device=None, dtype=None):
         super().__init__()
         self.config, self.norm_eps, self.pending = config, norm_eps, None
+        self._known_sizes: dict[int, tuple[Checksum | None, dict[str, float]]] = {}
         d, n = config.d_model, config.hidden
         shapes = {"norm_gain": (d,), "up": (n, d), "down": (d, n)}
         if config.norm == "layernorm":
@@ -256,41 +258,56 @@ class ContinuumMemory(nn.Module):
     def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for:
         ``weights`` (fp32, or fp64), ``copies`` in the input dtype, ``grads`` of levels slower than a segment,
-        ``moments`` (Adam's squares among them), ``pending`` factors. segment: tokens between two boundaries,
-        ``model.segment`` in a model; None: chunks[0]."""
+        ``moments`` (Adam's squares among them), ``pending`` factors, ``preconditioners``. segment: tokens
+        between two boundaries, ``model.segment`` in a model; None: chunks[0]."""
         dtype, found = self._like.dtype, []
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
         for l, period in enumerate(self.config.chunks):
-            shapes = [t.shape for t in self._start(l).values()]
+            held = self._start(l)
+            shapes, inputs = [t.shape for t in held.values()], [held[n].shape[1] for n in ("up", "down")]
             numbers = batch * sum(s.numel() for s in shapes) * (self.config.learning_rates[l] > 0)
             slots = self._slots(l) if period == segment else 0
             sides = batch * sum(sum(s) for s in shapes) * (self.config.learning_rates[l] > 0)
+            known = self.config.precondition is not None and self.config.learning_rates[l] > 0
+            squares = batch * sum(c * c for c in inputs) * known
             waits = period > segment or self.config.optimizer == "muon"
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,
                 "moments": numbers * wide * {"momentum": 1, "adam": 2}.get(self.config.optimizer, 0),
-                "pending": slots * sides * size,
+                "pending": slots * sides * size, "preconditioners": squares * (2 if waits else 1) * wide,
             })
         return found
 
     def sink(
-        self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None
+        self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None,
+        tokens: list[int] | None = None,
     ) -> Sink:
         """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
         ``absorb``.
 
-        among: the rows of the batch that the factors are of; None: all.
+        among: the rows of the batch that the factors are of; None: all. tokens: how many of each of these rows
+        count, the first ones; None: all.
         """
+        of = None if tokens is None else dict(zip(range(state.batch) if among is None else among, tokens))
+        counted = None if of is None else [of.get(b, 0) for b in range(state.batch)]
+
         def learned(l: int, factors: Factors) -> None:
+            if tokens is not None:
+                # errors of padding are zero, and its inputs are whatever the blocks make of it
+                left, _ = factors["down"]
+                count = torch.tensor(tokens, dtype=torch.long, device=left.device).unsqueeze(1)
+                real = (torch.arange(left.shape[1], device=left.device) < count).unsqueeze(-1)
+                factors = {n: (left, torch.where(real, right, 0)) for n, (left, right) in factors.items()}
             if self.config.rank is not None:
                 factors = low_rank.projected(self.config, l, factors)
             if among is not None:
                 pairs, B = factors.items(), state.batch
                 factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
             slots = self._slots(l)
-            absorb(state, self.config, self._start(l), l, factors, rows, counts, slots, ops)
+            start, sizes = self._start(l), self._sizes(l)
+            absorb(state, self.config, start, l, factors, rows, counts, slots, ops, counted, sizes)
 
         return learned
 
@@ -317,9 +334,8 @@ class ContinuumMemory(nn.Module):
             return state
         new = state.draft()
         for l in learning_levels(self.config):
-            absorb(
-                new, self.config, self._start(l), l, None, marked, state.pos if counts is None else counts
-            )
+            due_at = state.pos if counts is None else counts
+            absorb(new, self.config, self._start(l), l, None, marked, due_at, sizes=self._sizes(l))
         return new.finished()
 
     def detach_level(self, state: CMSState, level: int, row: int = 0) -> dict[str, Tensor]:
@@ -360,6 +376,19 @@ class ContinuumMemory(nn.Module):
         """What a row's weights start from: the matrices, or with ``rank`` zeros in the shape of L."""
         held = self._matrices(l)
         return held if self.config.rank is None else low_rank.nothing(self.config, held)
+
+    @torch.no_grad()
+    def _sizes(self, l: int) -> dict[str, float] | None:
+        """The RMS of each matrix, which relative rates are relative to; looked at again only when the
+        parameters may have changed. None: rates are absolute."""
+        if not self.config.relative:
+            return None
+        mark, (known, found) = checksum(self), self._known_sizes.get(l, (None, {}))
+        if mark is None or mark is not known:
+            means = {n: t.to(master_dtype(t.dtype)).square().mean() for n, t in self._matrices(l).items()}
+            found = {n: float(mean) ** 0.5 for n, mean in means.items()}
+            self._known_sizes[l] = mark, found
+        return found
 
     def _parameters_of(self, l: int) -> dict[str, Tensor]:
         """``levels[l]`` as a plain dict, as whatever parametrizes or wraps it has it. A module's own access

@@ -17,9 +17,9 @@ import torch
 
 import hope_kernels as hk
 from hope_kernels import state_file
-from hope_kernels.cli.generate import main
+from hope_kernels.cli.main import main
 from hope_kernels.cli.meter import PeakMemory
-from hope_kernels.cli.session import Prompt
+from hope_kernels.cli.prompt import Prompt
 from hope_kernels.engine.generation import PIECE, read
 from hope_kernels.state_file import load_note
 
@@ -348,7 +348,7 @@ def test_a_source_reads_like_the_tensor_it_gives():
     )
     a, b = read(m, text, piece=256), read(m, prompt, piece=256, on_piece=lambda at, _: prompt.confirm(at))
     assert torch.equal(a.logits, b.logits) and torch.equal(a.nats, b.nats) and b.tokens == 1000
-    assert prompt.bytes == 999 and prompt.sha256 == hashlib.sha256(
+    assert prompt.count == 999 and prompt.sha256 == hashlib.sha256(
         bytes(text[0, 1:].tolist())
     ).hexdigest() and not prompt.more
     assert model().generate(text, 5).tokens.tolist() == model().generate(iter_of(text), 5).tokens.tolist()
@@ -385,7 +385,7 @@ def test_a_prompt_is_never_in_memory(tmp_path):
             while n := prompt(PIECE).shape[1]:
                 at += n
                 prompt.confirm(at)
-            assert prompt.bytes == os.path.getsize(text)
+            assert prompt.count == os.path.getsize(text)
 
     assert grows(tmp_path / "text", use) < 2 * 2**20  # 7.5 MB more of text
 

@@ -569,6 +569,36 @@ def test_bad_input_is_named():
             bad()
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"sinks": 4}, "sinks is 4, expected 0 where nothing is cut off: window of block 0 is None"),
+    ({"sinks": 4, "window": (8, None)}, "sinks is 4, expected 0 where .* window of block 1 is None"),
+    ({"sinks": -1, "window": 8}, "sinks is -1, expected an integer >= 0"),
+    ({"sinks": 2.0, "window": 8}, "sinks is 2.0"), ({"sinks": True, "window": 8}, "sinks is True"),
+    ({"window": (8, 8, 8)}, r"window is \(8, 8, 8\), expected one value, or one per block \(2\)"),
+    ({"window": (8, 0)}, "window is 0, expected a positive integer"),
+    ({"rope_theta": (1e4, -1.0)}, "rope_theta is -1.0, expected a positive number"),
+    ({"rope_scaling": (None, "linear")}, "rope_scaling is 'linear'"),
+    ({"head_dim": 5}, "head_dim is 5, expected an even width"), ({"head_dim": 0}, "head_dim is 0"),
+    ({"head_dim": 8, "mixer": "titans"}, "head_dim is 8, expected None for mixer='titans'"),
+    ({"attention_scale": 0.0}, "attention_scale is 0.0, expected a positive number"),
+    ({"embed_scale": -1.0}, "embed_scale is -1.0"), ({"qk_norm": 2}, "qk_norm is 2"),
+    ({"post_norm": "yes"}, "post_norm is 'yes'"), ({"num_heads": 3}, "d_model is 16, expected a multiple"),
+])
+def test_bad_configurations_are_named(change, message):
+    with pytest.raises(ValueError, match=f"HopeConfig: {message}"):
+        HopeConfig(**{"vocab_size": 9, "d_model": 16, "num_layers": 2, "mixer": "attention", **change})
+
+
+def test_the_configuration_of_a_block():
+    config = HopeConfig(9, 16, 3, mixer="attention", num_heads=3, head_dim=4, window=[8, None, 8], sinks=[2, 0, 2],
+                        rope_scaling=[None, {"rope_type": "linear", "factor": 2}, None])
+    assert [c.sight for c in config.blocks] == [(8, 2), (None, 0), (8, 2)] and config.blocks[0] is config.blocks[2]
+    assert [c.rope[1] and c.rope[1].factor for c in config.blocks] == [None, 2, None]
+    plain = config.replace(window=8, sinks=2, rope_scaling=None)
+    assert all(c is plain for c in plain.blocks)
+    assert HopeConfig.from_dict(config.to_dict()) == config
+
+
 def test_an_abandoned_call_leaves_no_trace():
     """A call that wrote NaN keys after what counts and was then thrown away, as a model does with diverged
     logits."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import hope_kernels as hk
 from hope_kernels import identity, state_file
-from hope_kernels.cli.generate import main
+from hope_kernels.cli.main import main
 from hope_kernels.config import RopeScaling
 
 
@@ -63,6 +63,7 @@ def test_titans_config(fields, words):
     ({"chunks": (4, 8), "lr": (0.1,)}, "one value per level"), ({"lr": -1.0}, "lr is -1.0"),
     ({"optimizer": "adagrad"}, "expected one of"), ({"betas": 0.9}, "expected two floats"),
     ({"betas": (0.9,)}, "expected two floats"), ({"betas": (0.9, 1.0)}, "expected two floats in [0, 1)"),
+    ({"precondition": 0.0}, "precondition is 0.0"), ({"precondition": "x"}, "expected a finite number"),
     ({"betas": (0.9, "x")}, "betas is 'x', expected a finite number"),
 ])
 def test_cms_config(fields, words):

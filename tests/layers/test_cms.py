@@ -34,8 +34,8 @@ def picker(seed):
 def test_layer_equals_the_token_loop_over_random_splits(case):
     variant, mlp, norm, optimizer = GRID[case]
     layer = make(
-        case, variant=variant, mlp=mlp, norm=norm, optimizer=optimizer, chunks=CHUNKS[case % 3], bias=case % 2 == 1,
-        post_norm=case % 5 < 2
+        case, variant=variant, mlp=mlp, norm=norm, optimizer=optimizer, chunks=CHUNKS[case % 3],
+        bias=case % 2 == 1, post_norm=case % 5 < 2, precondition=0.5 if case // 4 % 2 else None,
     )
     stream = Stream(layer, 3, 19, seed=case)
     with torch.no_grad():
@@ -55,9 +55,11 @@ def chooser(choices):
     choices=st.lists(st.integers(0, 11), max_size=60), variant=st.sampled_from(VARIANTS),
     chunks=st.sampled_from(CHUNKS), batch=st.integers(1, 3), grad=st.booleans(),
     pending=st.sampled_from([None, 2, 6, 7]), averaged=st.sampled_from(["momentum", "adam"]),
+    rho=st.sampled_from([None, 0.5]),
 )
-def test_any_split_any_raggedness(choices, variant, chunks, batch, grad, pending, averaged):
-    layer = make(1, variant=variant, chunks=chunks, optimizer=averaged if pending is None else "gd")
+def test_any_split_any_raggedness(choices, variant, chunks, batch, grad, pending, averaged, rho):
+    optimizer = averaged if pending is None else "gd"
+    layer = make(1, variant=variant, chunks=chunks, optimizer=optimizer, precondition=rho)
     layer.pending = pending
     stream = Stream(layer, batch, 14, seed=2)
     with torch.set_grad_enabled(grad):
@@ -186,9 +188,9 @@ def test_lr_zero_is_untouched_bit_for_bit_even_by_nan(optimizer):
         assert state.weights[0]["up"].isnan().any() and state.weights[2]["up"].isnan().any()
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adam"])
-def test_nan_stays_in_its_row(optimizer):
-    layer = make(9, chunks=(2, 4), optimizer=optimizer)
+@pytest.mark.parametrize("optimizer, rho", [("muon", None), ("adam", None), ("gd", 1.0)])
+def test_nan_stays_in_its_row(optimizer, rho):
+    layer = make(9, chunks=(2, 4), optimizer=optimizer, precondition=rho)
     clean, dirty = Stream(layer, 3, 8, seed=3), Stream(layer, 3, 8, seed=3)
     dirty.x[1], dirty.e[1] = math.nan, math.nan
     with torch.no_grad():
@@ -271,9 +273,9 @@ def test_accumulate_and_commit_for_a_model_with_its_own_gradients():
     assert layer.commit(state, [False] * 3, [4, 4, 4]) is state
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_select_reorder_save_load_mid_segment(optimizer, tmp_path):
-    layer = make(13, chunks=(2, 4, 8), optimizer=optimizer, variant="nested")
+@pytest.mark.parametrize("optimizer, rho", [("momentum", None), ("adam", None), ("momentum", 2.0)])
+def test_select_reorder_save_load_mid_segment(optimizer, rho, tmp_path):
+    layer = make(13, chunks=(2, 4, 8), optimizer=optimizer, variant="nested", precondition=rho)
     order = [2, 0, 1]
     straight, moved = Stream(layer, 3, 16, seed=1), Stream(layer, 3, 16, seed=1)
 
@@ -331,9 +333,9 @@ def test_grad_mode_leaves_the_given_state_and_no_grad_advances_it():
     assert all(g.isfinite().all() and g.any() for g in grads)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_a_state_moves_between_modes(optimizer):
-    layer = make(17, chunks=(2, 4), optimizer=optimizer)
+@pytest.mark.parametrize("optimizer, rho", [("momentum", None), ("adam", None), ("gd", 0.5)])
+def test_a_state_moves_between_modes(optimizer, rho):
+    layer = make(17, chunks=(2, 4), optimizer=optimizer, precondition=rho)
     modes = [
         torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad,
         torch.no_grad
@@ -383,7 +385,7 @@ def test_zero_length_rows_and_empty_calls():
 @pytest.mark.parametrize("optimizer, held_by_two_levels", [("momentum", 10), ("adam", 14)])
 def test_bf16_and_fp32_masters(optimizer, held_by_two_levels):
     for dtype in (torch.bfloat16, torch.float32):
-        layer = make(20, dtype=dtype, chunks=(2, 4), optimizer=optimizer)
+        layer = make(20, dtype=dtype, chunks=(2, 4), optimizer=optimizer, lr=1e-3)
         stream = Stream(layer, 2, 8)
         with torch.no_grad():
             stream.finish(lambda low, high: high)
@@ -566,16 +568,32 @@ def test_wrong_types():
     assert isinstance(layer.init_state(2), CMSState)
 
 
-def test_default_rates():
-    rates = {
-        "gd": (1 / 32, 1 / 64, 1 / 128), "momentum": (1 / 256, 1 / 512, 1 / 1024), "muon": (0.0075, 0.015, 0.03),
-        "adam": (1e-4,) * 3,
-    }
-    for optimizer, want in rates.items():
-        np.testing.assert_allclose(
-            CMSConfig(8, (16, 64, 256), optimizer=optimizer).learning_rates, want, rtol=1e-12
-        )
-    np.testing.assert_allclose(
-        CMSConfig(8, (8192, 65536)).learning_rates, (8192**-0.5 / 8, 8192**-0.5 / 64), rtol=1e-12
-    )
-    assert CMSConfig(8, (1024, 65536), optimizer="muon").learning_rates == (0.06, 0.06)
+def test_default_rates_are_relative_and_adams():
+    config = CMSConfig(8, (16, 64, 256, 65536))
+    assert config.optimizer == "adam" and config.relative
+    np.testing.assert_allclose(config.learning_rates, (1.25e-4, 2.5e-4, 5e-4, 5e-4), rtol=1e-12)
+    given = CMSConfig(8, (16,), lr=0.1)
+    assert given.optimizer == "gd" and not given.relative
+    assert CMSConfig(8, (16,), optimizer="muon").relative
+    assert CMSConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="relative is False, expected True where lr is None"):
+        CMSConfig(8, (16,), relative=False)
+
+
+@pytest.mark.parametrize("optimizer", ["gd", "momentum", "muon", "adam"])
+def test_relative_rates_do_not_depend_on_the_scale_of_weights_and_errors(optimizer):
+    """A model whose matrices are 8 times as large, and whose loss is 1/4 of the other's, moves them by 8 times
+    as much; the first step has the RMS that the rate says (Muon's singular values: about)."""
+    for scale, loss in ((1.0, 1.0), (8.0, 0.25)):
+        layer = make(31, chunks=(4,), optimizer=optimizer, relative=True, lr=1e-3)
+        with torch.no_grad():
+            for name in ("up", "down"):
+                layer.levels[0][name].mul_(scale)
+            before = {n: layer.levels[0][n].clone() for n in ("up", "down")}
+            x = torch.randn(1, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            e = loss * torch.randn(1, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+            _, state = layer(x)
+            state = layer.refresh(state, e)
+        for n, w in before.items():
+            step = (state.weights[0][n][0] - w).square().mean().sqrt() / w.square().mean().sqrt()
+            assert float(step) == pytest.approx(1e-3, rel=0.5 if optimizer == "muon" else 1e-5), n

@@ -299,12 +299,12 @@ def test_an_inner_state_without_counters_or_with_a_sparse_tensor_is_refused():
             model(ids, state)
 
 
-def test_an_open_segment_is_counted_from_its_start():
+def test_an_open_segment_lies_between_two_boundaries():
     model = hk.HopeForCausalLM(hk.HopeConfig(32, 8, 1, num_heads=2, cms=hk.CMSConfig(8, (4,))))
     with torch.no_grad():
         _, state = model(torch.zeros(1, 7, dtype=torch.long))
-        state.seen[0] = 0  # three tokens into a segment
-        with pytest.raises(ValueError, match="seen is 0"):
+        state.seen[0] = 4  # three tokens after a boundary
+        with pytest.raises(ValueError, match="seen is 4"):
             model(torch.zeros(1, 1, dtype=torch.long), state)
 
 

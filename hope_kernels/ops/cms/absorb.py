@@ -19,15 +19,19 @@ from ...state import master_dtype
 from . import level
 from .level import Adam, Factors
 from .muon import muon_step_
+from .precondition import forget_, precondition_total_, preconditioned, take_up_later_
 from .schedule import due, matrices
 from .state import CMSState
 
 Shared = dict[str, Tensor]  # a level's matrices in the layer: name -> [r, c]
+TINY = 1e-30  # gradients of this size or below count as zero
+Sizes = dict[str, float]  # the RMS of their elements, by name
 
 
 def absorb(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
     counts: list[int] | None, pending: int = 0, ops=level, tokens: list[int] | None = None,
+    sizes: Sizes | None = None,
 ) -> None:
     """Level ``l`` of the draft ``state`` learns one segment in ``rows`` of the batch (ascending), and commits
     in those that are due at ``counts``.
@@ -35,7 +39,7 @@ def absorb(
     factors: [B, C, r] and [B, C, c] for each matrix, or None: there is no new segment. counts: tokens each
     row has read; None: nothing commits. pending: tokens whose factors a row may hold before they are folded
     (optimizer="gd"). tokens: how many of the segment count, for each row of the batch (None: all C); the
-    factors of the others are zero.
+    factors of the others, errors and inputs, are zero. sizes: what relative rates are relative to.
     """
     if config.learning_rates[l] == 0:
         return
@@ -45,9 +49,9 @@ def absorb(
         for b in rows:
             state.tokens[l][b] += C if tokens is None else tokens[b]
     if wait and factors is not None:
-        _accumulate(state, shared, l, factors, wait, ops)
+        _accumulate(state, config, shared, l, factors, wait, ops)
     if step:
-        _step(state, config, shared, l, factors, step, pending, ops)
+        _step(state, config, shared, l, factors, step, pending, ops, sizes)
         _mark(state.tokens[l], step, 0)
     if back:
         reset(state, l, back)
@@ -119,17 +123,34 @@ def reset(state: CMSState, l: int, rows: list[int]) -> None:
     for part in ("grads", "moments", "squares"):
         if getattr(state, part)[l] is not None:
             _zero(state.writable(part, l), rows)
+    forget_(state, l, rows)
     for counters in (state.dirty, state.tokens, state.steps):
         _mark(counters[l], rows, 0)
 
 
 def _step(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
-    pending: int, ops
+    pending: int, ops, sizes: Sizes | None
 ) -> None:
-    """An optimizer step in ``rows``; for those that have accumulated nothing no gradient is formed."""
-    lr, dirty = config.learning_rates[l], [b for b in rows if state.dirty[l][b]]
+    """An optimizer step in ``rows``; for those that have accumulated nothing no gradient is formed, but where
+    the optimizer needs its size or its singular values."""
+    dirty = [b for b in rows if state.dirty[l][b]]
     clean = [b for b in rows if b not in dirty]
+    rates = {n: config.learning_rates[l] * (1.0 if sizes is None else sizes[n]) for n in matrices(config)}
+    normalised = config.relative and config.optimizer in ("gd", "momentum")
+    rest = factors  # what is new in dirty rows
+    if config.optimizer == "muon" or normalised:
+        dirty, clean = rows, []
+    if config.optimizer == "muon" or normalised or config.precondition is not None and dirty:
+        if factors is not None:
+            _accumulate(state, config, shared, l, factors, dirty, ops)
+        if normalised and state.grads[l] is not None:
+            _normalise(_grads(state, shared, l), dirty)
+        if config.precondition is not None and state.grads[l] is not None:
+            precondition_total_(state, l, _grads(state, shared, l), dirty)
+        rest = None
+    if config.precondition is not None and factors is not None and clean:
+        factors = preconditioned(state, config, l, factors, clean)
     if clean and factors is not None and config.optimizer == "gd" and pending >= factors["down"][0].shape[1]:
         _keep(state, config, shared, l, factors, clean, pending, ops)
         rows, clean = dirty, []
@@ -138,23 +159,30 @@ def _step(
     fold(state, config, shared, l, rows, ops)
     weights, copies = state.writable("weights", l), _copies(state, l)
     if config.optimizer == "muon":
-        none = factors is None
-        total = _grads(state, shared, l) if none else _accumulate(state, shared, l, factors, rows, ops)
+        total = _grads(state, shared, l)
         for name, w in weights.items():
-            muon_step_(w, copies.get(name), total[name], rows, lr, ops)
+            muon_step_(w, copies.get(name), total[name], rows, rates[name] * (5.0 if config.relative else 1.0), ops)
     else:
         moments, squares = _averages(state, config, l, "moments"), _averages(state, config, l, "squares")
         for b in rows if squares else ():
             state.steps[l][b] += 1
-        for group, total in ((clean, {}), (dirty, _grads(state, shared, l) if dirty else {})):
+        sums = _grads(state, shared, l) if dirty else {}
+        for group, new, total in ((clean, factors, {}), (dirty, rest, sums)):
             for alike in _at_one_step(state, l, group) if squares else [group] if group else []:
                 at = state.steps[l][alike[0]], state.tokens[l][alike[0]]
                 for name, w in weights.items():
-                    left, right = (None, None) if factors is None else factors[name]
+                    left, right = (None, None) if new is None else new[name]
                     adam = Adam(squares[name], config.betas, *at) if squares else None
-                    ops.refresh_(w, copies.get(name), left, right, alike, lr, moment=moments.get(name),
+                    ops.refresh_(w, copies.get(name), left, right, alike, rates[name], moment=moments.get(name),
                                  mu=config.momentum, total=total.get(name), adam=adam)
     _mark(state.dirty[l], rows, 0)
+
+
+def _normalise(total: dict[str, Tensor], rows: list[int]) -> None:
+    """Gradients of RMS 1."""
+    for g in total.values():
+        for b in rows:
+            g[b].div_(g[b].square().mean().sqrt().clamp(min=TINY))
 
 
 def _at_one_step(state: CMSState, l: int, rows: list[int]) -> list[list[int]]:
@@ -192,13 +220,13 @@ def _keep(
 
 
 def _accumulate(
-    state: CMSState, shared: Shared, l: int, factors: Factors, rows: list[int], ops
-) -> dict[str, Tensor]:
-    total = _grads(state, shared, l)
-    for name, t in total.items():
+    state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors, rows: list[int], ops
+) -> None:
+    for name, t in _grads(state, shared, l).items():
         ops.outer_add_(t, *factors[name], rows)
+    if config.precondition is not None:
+        take_up_later_(state, config, l, factors, rows)
     _mark(state.dirty[l], rows, 1)
-    return total
 
 
 def _grads(state: CMSState, like: Shared, l: int) -> dict[str, Tensor]:

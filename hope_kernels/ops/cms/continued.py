@@ -37,6 +37,8 @@ def continued(state: CMSState, config: CMSConfig, start: Callable[[int], Shared]
             for part in KEPT:
                 getattr(draft, part)[l] = None
             draft.steps[l] = Counters(none)
+        if config.precondition is None:
+            draft.inverses[l] = draft.following[l] = None
         if new == 0:  # nothing commits here: what waits for it never would
             draft.grads[l], draft.dirty[l], draft.tokens[l] = None, Counters(none), Counters(none)
     draft = replace(draft.finished(), config=config)

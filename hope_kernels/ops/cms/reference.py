@@ -5,7 +5,7 @@ is tested against.
                   (geglu: gelu for silu; with post_norm: post_gain * that / its RMS)
     MLP_l(x) = x + branch_l(x)
     sequential, nested: y = MLP_K(... MLP_1(x));   independent: y = sum_l softmax(mix)_l MLP_l(x)
-    refresh of level l at counts i = 0 mod C^(l):  theta <- theta - lr_l f(sum of dL_t/dtheta)
+    refresh of level l at counts i = 0 mod C^(l):  theta <- theta - lr_l f(sum of dL_t/dtheta [P])
 
 (Nested Learning eq 70-74.) Gradients are written out by hand; nothing here imports torch. Shapes: x, y [d];
 up, gate [N, d]; down [d, N].
@@ -87,6 +87,23 @@ def branch(x, level, config, eps=NORM_EPS):
     return y, pullback
 
 
+def inputs(x, levels, config: CMSConfig, eps=NORM_EPS):
+    """The inputs of every level's matrices for one token: per level {matrix name: [c]}."""
+    found = []
+    for level in levels:
+        n, _ = norm(x, level, config, eps)
+        z = level["up"] @ n + level.get("up_bias", 0.0)
+        if config.mlp == "gelu":
+            a = gelu(z)[0]
+        else:
+            sigma = silu if config.mlp == "swiglu" else gelu
+            a = sigma(level["gate"] @ n + level.get("gate_bias", 0.0))[0] * z
+        found.append({"up": n, "gate": n, "down": a})
+        if config.variant != "independent":
+            x = x + branch(x, level, config, eps)[0]
+    return found
+
+
 def forward(x, levels, config: CMSConfig, mix=None, eps=NORM_EPS):
     """One token through all levels. Returns (y, pullback); pullback(dL/dy) = (dL/dx, [per level {name:
     dL/dmatrix}])."""
@@ -165,6 +182,8 @@ class Row:
         self.segment = self._zeros()  # gradients of the open segment
         self.total = self._zeros()  # gradients of finished segments, until their level commits
         self.moment, self.square = self._zeros(), self._zeros()
+        # sums of x x^T over the inputs of a matrix: of the open segment, of finished ones, of past steps
+        self.segment_gram, self.gram, self.past = self._grams(), self._grams(), self._grams()
         self.tokens = [0] * len(self.levels)  # whose gradients ``total`` sums up
         self.steps = [0] * len(self.levels)  # that ``moment`` and ``square`` are averages over
 
@@ -184,14 +203,24 @@ class Row:
         """dL/dW as the gradient of what is learned."""
         return g if self.config.rank is None else g @ self.across[l][n].T
 
+    def _grams(self):
+        rank = self.config.rank
+        return [
+            {n: np.zeros((level[n].shape[1] if rank is None else rank,) * 2) for n in self.names}
+            for level in self.levels
+        ]
+
     def read(self, x, error=None, learn=True):
         """One token: x [d] -> y [d], learning from its error dL/dy [d] if ``learn``."""
         y, pullback = forward(x, self.levels, self.config, self.mix, self.eps)
         if learn:
             _, grads = pullback(error)
+            given = inputs(x, self.levels, self.config, self.eps)
             for l, g in enumerate(grads):
                 for n in self.names:
                     self.segment[l][n] += self._thin(l, n, g[n])
+                    x_n = given[l][n] if self.config.rank is None else self.across[l][n] @ given[l][n]
+                    self.segment_gram[l][n] += np.outer(x_n, x_n)
         else:
             self.off = True
         self.count += 1
@@ -205,8 +234,9 @@ class Row:
                 self.tokens[l] += self.config.chunks[0]
                 for n in self.names:
                     self.total[l][n] += self.segment[l][n]
+                    self.gram[l][n] += self.segment_gram[l][n]
             self._commit()
-        self.segment, self.off = self._zeros(), False
+        self.segment, self.segment_gram, self.off = self._zeros(), self._grams(), False
 
     def _commit(self):
         due = [self.count % c == 0 for c in self.config.chunks]
@@ -222,13 +252,29 @@ class Row:
                 if due[l + 1] and self.config.learning_rates[l] > 0:
                     for n in self.names:
                         self.levels[l][n] = np.array(self.initial[l][n], dtype=np.float64)
-                        for part in (self.learned, self.moment, self.square):
+                        for part in (self.learned, self.moment, self.square, self.past):
                             part[l][n] = np.zeros_like(part[l][n])
                     self.steps[l] = 0
                     self.refreshed.discard(l)
 
+    def inverse(self, l, n, past=None):
+        """P of matrix n of level l: (I + sum x x^T / (rho C))^-1 over the inputs of its past steps."""
+        past = self.past[l][n] if past is None else past
+        return np.linalg.inv(np.eye(len(past)) + past / (self.config.precondition * self.config.chunks[l]))
+
     def _step(self, l, n, rate):
-        g = self.total[l][n]
+        g, size = self.total[l][n], 1.0
+        if self.config.relative:
+            size = np.sqrt(np.mean(np.asarray(self.initial[l][n], dtype=np.float64) ** 2))
+            if self.config.optimizer in ("gd", "momentum"):
+                g = g / max(np.sqrt(np.mean(g**2)), 1e-30)
+            elif self.config.optimizer == "muon":
+                size = size / 0.2  # of a step's RMS
+        rate = rate * size
+        if self.config.precondition is not None:
+            g = g @ self.inverse(l, n)
+            self.past[l][n] = self.past[l][n] + self.gram[l][n]
+            self.gram[l][n] = np.zeros_like(self.gram[l][n])
         if self.config.optimizer == "momentum":
             self.moment[l][n] = f = self.config.momentum * self.moment[l][n] + g
         elif self.config.optimizer == "muon":

@@ -12,9 +12,10 @@ from torch import Tensor
 from ...check import check_counters, check_part
 from ...config import CMSConfig
 from ...state import Counters, State, master_dtype
+from .precondition import SOURCE
 from .schedule import matrices
 
-_LISTS = ("weights", "copies", "grads", "moments", "squares", "left", "right")
+_LISTS = ("weights", "copies", "grads", "moments", "squares", "left", "right", "inverses", "following")
 _FLAGS = ("own", "rank", "dirty", "tokens", "steps")
 _MOST = 2**62  # of a counter
 
@@ -23,23 +24,41 @@ def _no_counters() -> Counters:
     return Counters([])  # torch.compile cannot trace a bare ``Counters()``
 
 
+Place = tuple[str, int, str]  # of a tensor in a CMSState: part, level, matrix
+
+
 class Private:
     """Which tensors of a draft may be written in place: "made", those the call has made itself; "all"; or
-    "none", where a graph outside may hold any of them."""
+    "none", where a graph outside may hold any of them. spare: see ``CMSState.spare``."""
 
-    def __init__(self, which: str):
-        self.which, self._made = which, {}
+    def __init__(self, which: str, spare: dict[Place, Tensor]):
+        self.which, self.spare, self.made = which, spare, {}
 
-    def made(self, t: Tensor) -> Tensor:
-        self._made[id(t)] = t  # kept alive: an id is good for a living object only
+    def put(self, t: Tensor) -> Tensor:
+        """``t``, which the call has made."""
+        self.made[id(t)] = t  # kept alive: an id is good for a living object only
         return t
 
-    def writable(self, t: Tensor) -> Tensor:
+    def writable(self, place: Place, t: Tensor) -> Tensor:
         """``t`` where that may be written, else a copy."""
-        frozen = t.is_inference() and not torch.is_inference_mode_enabled()
         if self.which == "none":
             return t.clone()
-        return t if id(t) in self._made or self.which == "all" and not frozen else self.made(t.clone())
+        if id(t) in self.made or self.which == "all" and not _frozen(t):
+            return t
+        spare = self.spare.pop(place, None)
+        if spare is None or _frozen(spare) or not _alike(spare, t):
+            return self.put(t.clone())
+        return self.put(spare.copy_(t))
+
+
+def _frozen(t: Tensor) -> bool:
+    """Whether t was made in inference mode and is written outside it."""
+    return t.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    same = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return same and a.is_contiguous() and not a.requires_grad
 
 
 @dataclass(eq=False)
@@ -55,6 +74,8 @@ class CMSState(State):
     moments      [B, r, c]: momentum, or Adam's average of gradients; None: zero
     squares      [B, r, c]: Adam's average of squared gradients; None: zero
     left, right  [B, R, r], [B, R, c]: factors of refreshes not yet folded into ``weights``, input dtype
+    inverses     [B, c, c] for ``up`` and ``down``: P of ``precondition.py``, of their inputs; None: I
+    following    [B, c, c]: P from the level's next commit on, if it sums segments up; None: as ``inverses``
 
     Lists with an entry for every level: one integer for every row of the batch.
 
@@ -72,6 +93,11 @@ class CMSState(State):
 
     The open segment of a row at count ``pos`` is the one that holds token pos - 1; a segment whose gradient
     has been taken is closed.
+
+    ``spare`` is no part of the value, and no copy, file or pickle has it: memory for what a call writes. A
+    call copies a tensor there when it first writes it; when the call has succeeded (``assign``), the state has
+    the tensors written, and those it had are spare. So a call allocates nothing that an earlier one of the
+    same state has allocated, and one that fails leaves the state as it was.
     """
 
     weights: list = field(default_factory=list)
@@ -91,11 +117,15 @@ class CMSState(State):
     squares: list = field(default_factory=list)
     tokens: list = field(default_factory=list)
     steps: list = field(default_factory=list)
+    inverses: list = field(default_factory=list)
+    following: list = field(default_factory=list)
     private: Private | None = field(default=None, repr=False, kw_only=True)
 
     INPUT_DTYPE = frozenset({"inputs", "errors", "copies", "left", "right"})
 
     def __post_init__(self) -> None:
+        self.spare: dict[Place, Tensor] = {}
+        self.made: dict[int, Tensor] = {}  # by the call whose finished draft this is
         for name in _LISTS:
             if not getattr(self, name):
                 setattr(self, name, [None] * self.config.num_levels)
@@ -109,7 +139,7 @@ class CMSState(State):
 
     def __setstate__(self, fields: dict) -> None:
         super().__setstate__(fields)
-        for name in ("squares", "tokens", "steps"):  # pickles from before there were any
+        for name in ("squares", "tokens", "steps", "inverses", "following"):  # of earlier pickles
             self.__dict__.setdefault(name, [])
         self.__post_init__()
 
@@ -122,8 +152,8 @@ class CMSState(State):
                 if isinstance(t, Tensor):
                     return t.dtype
         masters = [
-            t for part in (*self.weights, *self.grads, *self.moments, *self.squares) if isinstance(part, dict)
-            for t in part.values()
+            t for name in _LISTS if name not in self.INPUT_DTYPE for part in getattr(self, name)
+            if isinstance(part, dict) for t in part.values()
         ]
         return torch.float64 if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in masters) else None
 
@@ -139,11 +169,14 @@ class CMSState(State):
                 part = getattr(self, name)[l]
                 if part is None:
                     continue
-                if not isinstance(part, dict) or part.keys() != set(matrices(c)):
-                    raise ValueError(f"{where}: state.{name}[{l}] does not hold the matrices {matrices(c)}")
+                square = name in ("inverses", "following")
+                names = tuple(n for n in matrices(c) if not square or SOURCE[n] == n)
+                if not isinstance(part, dict) or part.keys() != set(names):
+                    raise ValueError(f"{where}: state.{name}[{l}] does not hold the matrices {names}")
                 for matrix, t in part.items():
                     outputs, inputs = _shape(c, matrix)
                     shape = {"left": (slots, outputs), "right": (slots, inputs)}.get(name, (outputs, inputs))
+                    shape = (inputs, inputs) if square else shape
                     wanted = dtype if name in self.INPUT_DTYPE else master
                     check_part(where, f"{name}[{l}].{matrix}", t, (self.batch, *shape), wanted, device)
         for name in ("inputs", "errors"):
@@ -198,24 +231,43 @@ class CMSState(State):
         lists = {n: list(getattr(self, n)) for n in _LISTS} | {
             n: [Counters(c) for c in getattr(self, n)] for n in _FLAGS
         }
-        return replace(self, **lists, private=Private(in_place))
+        return replace(self, **lists, private=Private(in_place, self.spare))
 
     def finished(self) -> CMSState:
         """The draft as a state of its own."""
-        return self if self.private is None else replace(self, private=None)
+        if self.private is None:
+            return self
+        found = replace(self, private=None)
+        found.made = self.private.made
+        return found
+
+    def assign(self, new: State):
+        """As ``State.assign``; but what the call has written in memory of its own, the state takes, and gives
+        its own away for the next call."""
+        assert isinstance(new, CMSState)
+        for part in _LISTS:
+            for l, (old, now) in enumerate(zip(getattr(self, part), getattr(new, part))):
+                if old is None or now is None or old is now:
+                    continue
+                getattr(self, part)[l] = kept = dict(old)
+                for n, t in now.items():
+                    if n in old and old[n] is not t and id(t) in new.made:
+                        self.spare[part, l, n], kept[n] = old[n], t
+        new.made = {}
+        return super().assign(new)
 
     def writable(self, part: str, level: int) -> dict[str, Tensor]:
         """``weights``, ``grads``, ... of a level, for this draft to write into."""
         assert self.private is not None
         held = getattr(self, part)[level]
-        held = {n: self.private.writable(t) for n, t in held.items()}
+        held = {n: self.private.writable((part, level, n), t) for n, t in held.items()}
         getattr(self, part)[level] = held
         return held
 
     def put(self, part: str, level: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """``tensors``, which this call has made, become that part of the level."""
         assert self.private is not None
-        getattr(self, part)[level] = {n: self.private.made(t) for n, t in tensors.items()}
+        getattr(self, part)[level] = {n: self.private.put(t) for n, t in tensors.items()}
         return getattr(self, part)[level]
 
     def detach_level(self, level: int, row: int = 0) -> dict[str, Tensor]:
@@ -230,7 +282,8 @@ class CMSState(State):
         return layer.detach_level(self, level, row)
 
     def level_bytes(self, level: int) -> int:
-        """Bytes of all rows' weights, copies, accumulators, momentum and pending factors of one level."""
+        """Bytes of what all rows have of one level: weights, copies, accumulators, momentum, pending factors
+        and preconditioners."""
         parts = (getattr(self, n)[level] or {} for n in _LISTS)
         return sum(t.numel() * t.element_size() for part in parts for t in part.values())
 

@@ -87,11 +87,14 @@ def test_rows_with_pending_factors_are_constants_of_the_outer_graph():
     assert not learned.any() and shared.any()
 
 
-@pytest.mark.parametrize("optimizer, pending", [("gd", 0), ("gd", 8), ("momentum", 0), ("muon", 0), ("adam", 0)])
-def test_a_call_that_fails_has_learned_nothing(optimizer, pending):
+@pytest.mark.parametrize("optimizer, pending, rho", [
+    ("gd", 0, None), ("gd", 8, None), ("momentum", 0, None), ("muon", 0, None), ("adam", 0, None),
+    ("gd", 0, 0.5), ("gd", 8, 0.5),
+])
+def test_a_call_that_fails_has_learned_nothing(optimizer, pending, rho):
     """The last segment's logits are not finite, after two refreshes of the same call."""
     torch.manual_seed(0)
-    cms = CMSConfig(8, (4, 8), lr=0.05, optimizer=optimizer)
+    cms = CMSConfig(8, (4, 8), lr=0.05, optimizer=optimizer, precondition=rho)
     model = HopeForCausalLM(HopeConfig(16, 8, 1, titans=TitansConfig(8), cms=cms, tie_embeddings=False), dtype=F64)
     model.blocks[0].cms.pending = pending
     with torch.no_grad():
@@ -138,9 +141,12 @@ def test_long_periods_equal_the_token_loop():
     stream.check()
 
 
-@pytest.mark.parametrize("optimizer, pending", [("gd", 0), ("gd", 6), ("momentum", 0), ("momentum", 6), ("adam", 0)])
-def test_consolidation_leaves_every_output_as_it_was(optimizer, pending):
-    layer = make(5, chunks=(2, 4), lr=0.1, optimizer=optimizer)
+@pytest.mark.parametrize("optimizer, pending, rho", [
+    ("gd", 0, None), ("gd", 6, None), ("momentum", 0, None), ("momentum", 6, None), ("adam", 0, None),
+    ("gd", 0, 0.5), ("gd", 6, 0.5),
+])
+def test_consolidation_leaves_every_output_as_it_was(optimizer, pending, rho):
+    layer = make(5, chunks=(2, 4), lr=0.1, optimizer=optimizer, precondition=rho)
     layer.pending = pending
     streams = [Stream(layer, 3, 12, seed=3) for _ in range(2)]
     with torch.no_grad():
@@ -220,11 +226,12 @@ def test_what_is_detached_has_the_masters_precision():
 
 
 def test_bytes_of_a_state_by_formula():
-    for optimizer, pending, dtype in (
-        ("gd", None, torch.float32), ("momentum", None, torch.bfloat16), ("gd", 16, torch.bfloat16),
-        ("adam", None, torch.bfloat16),
+    for optimizer, pending, dtype, rho in (
+        ("gd", None, torch.float32, 1.0), ("momentum", None, torch.bfloat16, None),
+        ("gd", 16, torch.bfloat16, None), ("adam", None, torch.bfloat16, None), ("muon", None, torch.float32, 1.0),
     ):
-        layer = make(7, dtype=dtype, chunks=(8, 16, 32), lr=(0.1, 0.1, 0.0), optimizer=optimizer)
+        layer = make(
+            7, dtype=dtype, chunks=(8, 16, 32), lr=(0.1, 0.1, 0.0), optimizer=optimizer, precondition=rho)
         layer.pending = pending
         stream = Stream(layer, 3, 64)
         with torch.no_grad():
