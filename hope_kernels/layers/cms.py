@@ -271,7 +271,8 @@ class ContinuumMemory(nn.Module):
             sides = batch * sum(sum(s) for s in shapes) * (self.config.learning_rates[l] > 0)
             known = self.config.precondition is not None and self.config.learning_rates[l] > 0
             squares = batch * sum(c * c for c in inputs) * known
-            waits = period > segment or self.config.optimizer == "muon"
+            normalised = self.config.relative and self.config.optimizer in ("gd", "momentum")
+            waits = period > segment or self.config.optimizer == "muon" or normalised
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,

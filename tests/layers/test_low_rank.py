@@ -26,7 +26,8 @@ def test_layer_equals_the_dense_token_loop_over_random_splits(case):
     """y, L, accumulators and averages of ragged rows, some of whose tokens are read with learn=False."""
     variant, mlp, optimizer = GRID[case]
     layer = make(case, variant=variant, mlp=mlp, optimizer=optimizer, chunks=[(2,), (2, 4, 8), (3, 6)][case % 3],
-                 rank=1 + case % D, lr=0.03, bias=case % 2 == 1)
+                 rank=1 + case % D, lr=0.03, bias=case % 2 == 1, relative=case % 3 == 1,
+                 precondition=2.0 if case % 4 > 1 else None)
     stream, rng = Stream(layer, 3, 19, seed=case), np.random.default_rng(case)
     with torch.no_grad():
         stream.finish(lambda low, high: int(rng.integers(low, high + 1)))
@@ -153,7 +154,7 @@ def test_backends_agree(backend, optimizer):
 @pytest.mark.parametrize("optimizer, tensors", [("gd", 1), ("momentum", 2), ("adam", 3)])
 def test_a_session_costs_rank_numbers_an_output(dtype, optimizer, tensors):
     torch.manual_seed(0)
-    layer = ContinuumMemory(CMSConfig(64, (4,), rank=2, optimizer=optimizer, mlp="swiglu"), dtype=dtype)
+    layer = ContinuumMemory(CMSConfig(64, (4,), rank=2, optimizer=optimizer, lr=0.01, mlp="swiglu"), dtype=dtype)
     with torch.no_grad():
         y, state = layer(torch.randn(3, 4, 64, dtype=dtype))
         layer.refresh(state, y)

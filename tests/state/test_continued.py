@@ -23,6 +23,10 @@ CHANGES = {
     "adam begins": (dict(cms=CMS.replace(optimizer="momentum")), dict(cms=CMS.replace(optimizer="adam"))),
     "adam with other betas": (dict(cms=CMS.replace(optimizer="adam")),
                               dict(cms=CMS.replace(optimizer="adam", betas=(0.8, 0.9)))),
+    "relative rates": (dict(cms=CMS.replace(optimizer="momentum")),
+                       dict(cms=CMS.replace(optimizer="momentum", relative=True))),
+    "steps keep what was learned": ({}, dict(cms=CMS.replace(precondition=10.0))),
+    "steps keep it no more": (dict(cms=CMS.replace(precondition=10.0)), {}),
     "muon": ({}, dict(cms=CMS.replace(optimizer="muon"))),
     "fewer blocks": ({}, dict(learn_blocks=(-1,))),
     "other blocks": (dict(learn_blocks=(0,)), dict(learn_blocks=(2,))),
@@ -220,6 +224,7 @@ def test_a_state_whose_parts_disagree_names_the_field(tmp_path):
     (dict(optimizer="adam"), dict(optimizer="adam", betas=(0.5, 0.9)), ["grads"]),
     (dict(optimizer="adam"), dict(optimizer="momentum"), ["grads"]),
     (dict(optimizer="momentum"), dict(optimizer="momentum", momentum=0.2), ["grads", "moments"]),
+    (dict(optimizer="momentum"), dict(optimizer="momentum", relative=True), ["grads"]),
     (dict(optimizer="momentum"), dict(), ["grads"]),
     (dict(optimizer="adam"), dict(optimizer="adam", lr=0.0), []),
 ])
