@@ -187,7 +187,7 @@ class Row:
         self.tokens = [0] * len(self.levels)  # whose gradients ``total`` sums up
         self.steps = [0] * len(self.levels)  # that ``moment`` and ``square`` are averages over
 
-    def _zeros(self):
+    def _zeros(self) -> list[dict[str, np.ndarray]]:
         """Of what is learned: every matrix, or its L."""
         rank = self.config.rank
         return [
