@@ -175,3 +175,15 @@ def check_values(op: str, name: str, t: Tensor, lengths: list[int]) -> None:
     rows = (~(good | padding)).any(1).nonzero()
     if len(rows):
         raise ValueError(f"{op}: argument {name} has a non-finite value in row {int(rows[0])}; nothing was read")
+
+
+def check_integer(op: str, name: str, value: Any, least: int | None, expected: str) -> int:
+    """Anything with the value of an integer, not below ``least`` (None: any), as one. Raises ValueError."""
+    truth = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
+    try:
+        number = None if truth else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        raise ValueError(f"{op}: argument {name} is {value!r}, expected {expected}")
+    return number

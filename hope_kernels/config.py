@@ -209,7 +209,7 @@ class TitansConfig(Configuration):
 
 
 # Of a matrix's own size (the RMS of its initial weights), what one step of a level with period 256 moves a weight by.
-STEPS = {"gd": 5e-5, "momentum": 5e-6, "muon": 1e-4, "adam": 5e-4}
+STEPS = {"gd": 1e-4, "momentum": 1e-5, "muon": 1e-4, "adam": 5e-4}
 
 
 def default_rate(optimizer: str, C: int) -> float:

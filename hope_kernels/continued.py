@@ -34,7 +34,8 @@ def continued(model: Model, state: ModelState) -> ModelState:
         return [m.continued(one, at) if isinstance(m, AttentionState) else m for m, one, at in of]
 
     mixers = under(state.mixers)
-    new = replace(state, config=config, mixers=mixers, cms=cms)
+    kept = None if state.kept is None else replace(state.kept, config=config)
+    new = replace(state, config=config, mixers=mixers, cms=cms, kept=kept)
     if config.learns and state.config.learns:
         return replace(new, snapshot=under(state.snapshot))
     B, C, zero = state.batch, config.segment, [0] * state.batch

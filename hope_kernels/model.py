@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, cast
@@ -24,8 +24,10 @@ from .continued import continued
 from .engine import segments
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, Source, generate
+from .engine.guard import new_guard
 from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
+from .engine.replay import OnSegment, ReadAndSlept, Sleep, read, sleep
 from .engine.unread import check_read_next, left
 from .files import write_atomically
 from .identity import checksum
@@ -107,7 +109,7 @@ class HopeForCausalLM(nn.Module):
         self, ids: Tensor, state: ModelState | None = None, lengths=None, learn: str = "off",
         backend: str | None = None,
         *, check_finite: bool = False, wavefront: int | None = None, output: str = "logits",
-        following: Tensor | None = None,
+        following: Tensor | None = None, guard: bool | None = None,
     ) -> tuple[Any, ModelState]:
         """Reads T tokens per row.
 
@@ -119,7 +121,9 @@ class HopeForCausalLM(nn.Module):
         is taken at its word. A segment that ends with ids is then learned at once. output: "losses" returns,
         in place of logits, ``Losses``: nats [B, T], fp32 (fp64 for fp64), the loss of predicting the token
         after each one (of a row's last one: ``following``; 0 where it is unknown), and last [B, vocab_size],
-        the logits after each row's last token. Logits of a whole call then are never held.
+        the logits after each row's last token. Logits of a whole call then are never held. guard: True: what is
+        learned is watched from here on, and taken back where it reads worse than the model's own weights
+        (``engine/guard.py``; ``state.rollbacks`` counts); False: no more; None: as the state has it.
 
         Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
         advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
@@ -135,7 +139,7 @@ class HopeForCausalLM(nn.Module):
         """
         options: dict[str, Any] = {
             "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront,
-            "output": output, "following": following,
+            "output": output, "following": following, "guard": guard,
         }
         if torch.compiler.is_compiling() and (
             output != "logits" or not traced(self, ids, state, learn, backend)
@@ -147,10 +151,13 @@ class HopeForCausalLM(nn.Module):
     def _forward(
         self, ids: Tensor, state: ModelState | None, lengths: Any, *, learn: str, backend: str | None,
         check_finite: bool, wavefront: int | None, output: str, following: Tensor | None,
+        guard: bool | None,
     ) -> tuple[Any, ModelState]:
         name, given = "HopeForCausalLM", state
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
+        if guard not in (None, True, False):
+            raise ValueError(f"{name}: argument guard is {guard!r}, expected True, False or None")
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
         if output not in ("logits", "losses"):
@@ -180,9 +187,14 @@ class HopeForCausalLM(nn.Module):
             if given is not None and not in_place:
                 state = given.apart()
             before, state = state, continued(self, state)
+            held = held if before is state else None
+            if guard is False and state.guard is not None:
+                state = replace(state, guard=None)
             if learning:
                 self._check_whole(name)
-                found, new, held = read_learning(self, call, state, held if before is state else None)
+                if guard and state.guard is None:
+                    state = replace(state, guard=new_guard(self.config, state.batch, ids.device))
+                found, new, held = read_learning(self, call, state, held)
             else:
                 found, new = read_off(self, call, state)
                 held = None
@@ -209,7 +221,7 @@ class HopeForCausalLM(nn.Module):
         if not self.learns:
             return [0] * state.batch
         with state.reading(name, self):
-            state.take_held(self)
+            state.drop_held()
             self._check_whole(name)
             draft, count = segments.flush(self, segments.draft(continued(self, state)), backend)
             state.assign(segments.finished(draft))
@@ -300,6 +312,43 @@ class HopeForCausalLM(nn.Module):
     ) -> Generation:
         """Continues ``ids`` [B, T]; see :func:`hope_kernels.generation.generate`."""
         return generate(self, ids, max_new_tokens, state, **options)
+
+    def read(self, ids: Tensor | Source, state: ModelState | None = None, **options: Any) -> ReadAndSlept:
+        """Reads ids [B, T], and learns: ``hope_kernels.generation.read`` with learn="next_token" unless told
+        otherwise, and then, if asked to, ``flush`` and ``replay``.
+
+        ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront, unread:
+        as there. replay=k: each row keeps at most k of the segments it learns, of all it has learned each with
+        the same probability; from then on the state has them, in files too, k (C + 1) integers a row. passes=n:
+        the kept segments are then learned again n - 1 times, shuffle=True: in a new order every time (see
+        ``replay``). flush: whether the unfinished segment at the end is learned and kept as well; None: if
+        passes > 1. seed: any int, of what is kept and of the orders.
+        should_stop is also asked before every replayed segment. The same call goes on where it was stopped,
+        with the rest of ids (``ids[:, reading.tokens:]``, which may be none), also in another process.
+
+        Returns a ``Reading`` with ``sleep``, what ``replay`` returns (None without passes).
+        Raises ValueError for passes without anything to keep or kept, replay with learn="off" or other than
+        what the state keeps already, and what those three raise.
+        """
+        return read(self, ids, state, **options)
+
+    def replay(
+        self, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0, *,
+        should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
+        backend: str | None = None,
+    ) -> Sleep:
+        """Learns the segments that ``state`` keeps (``read(..., replay=k)``) again, ``passes`` times, in place
+        and without reading anything: ``engine/replay.py`` says what that means.
+
+        shuffle: each pass in an order of its own, by a hash of seed and pass; else in the order of the text.
+        should_stop is asked before every segment; on_segment(replays of row 0 done, of how many) is called
+        after it. A state that was stopped, also one from a file, goes on with the same arguments where it was,
+        unless it has learned more text since. A replay that raises leaves the state as the last one left it.
+        Where nothing is kept, nothing happens.
+        Raises ValueError for arguments out of range, and as ``forward`` does.
+        """
+        self._admit("HopeForCausalLM.replay", state, getattr(state, "batch", 0))
+        return sleep(self, state, passes, shuffle, seed, should_stop, on_segment, backend)
 
     def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own

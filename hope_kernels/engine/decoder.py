@@ -102,7 +102,7 @@ class Decoder:
                     f"Decoder.step: argument tokens has {low if low < 0 else high}, expected 0 to {size - 1}"
                 )
         check_read_next("Decoder.step", state.unread, tokens, self._ones)
-        state.take_held(self.model)
+        state.drop_held()
         with self.model.reading("Decoder.step", state):
             if self._expected != state.pos:
                 self._stale = True  # another call has advanced the state

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import check_lengths, check_state, check_tensor
+from ..check import check_integer, check_lengths, check_state, check_tensor
 from ..layers.wrapped import placement
 from ..model_state import ModelState
+from . import segments
 from . import unread as unread_token
 from .decoder import Decoder
 from .head import mask
@@ -60,7 +61,7 @@ def read(
     model: Model, ids: Tensor | Source, state: ModelState | None = None, lengths: Sequence[int] | None = None,
     learn: str = "off", backend: str | None = None, piece: int = PIECE, on_piece: OnPiece | None = None,
     check_finite: bool = True, last: Tensor | None = None, should_stop: Callable[[], bool] | None = None,
-    wavefront: int | None = None, unread: str | None = None,
+    wavefront: int | None = None, unread: str | None = None, replay: int = 0, seed: int = 0,
 ) -> Reading:
     """Reads ids [B, T] int64 in pieces; memory does not grow with T (for attention without a window, the
     cache does).
@@ -80,10 +81,18 @@ def read(
     -1:]``), "before" if ids begin otherwise; ids that begin with it and go on could be either, and are a
     ValueError.
 
+    replay, seed: with learn="next_token", from here on the state keeps so many of the segments that it learns,
+    for the model's ``replay`` (0: as many as it keeps already, which may be none). seed: of which ones.
+
     Raises ValueError for arguments out of range, TypeError for ids, last or a state of another kind, and what
     the model raises; the state then stands after the last whole piece.
     """
     op = "read"
+    replay = check_integer(op, "replay", replay, 0, "an integer >= 0")
+    seed = check_integer(op, "seed", seed, None, "an integer")
+    if replay and learn != "next_token":
+        raise ValueError(f"{op}: argument replay is {replay}, expected 0 with learn={learn!r}: what is kept is what "
+                         "has been learned")
     _check(
         op, learn=learn, piece=piece, on_piece=on_piece, check_finite=check_finite, should_stop=should_stop,
         unread=unread
@@ -91,7 +100,7 @@ def read(
     source, lengths, lead = _opened(op, model, ids, state, lengths, unread)
     return _read(
         model, source, state, lengths, lead, learn, backend, piece, on_piece, check_finite, last, should_stop,
-        wavefront
+        wavefront, replay, seed
     )
 
 
@@ -151,7 +160,7 @@ def _prefixed(front: Tensor, rest: Source | None) -> Source:
 def _read(
     model: Model, take: Source, state: ModelState | None, lengths: list[int] | None, lead: int, learn: str,
     backend: str | None, piece: int, on_piece: OnPiece | None, check_finite: bool, last: Tensor | None,
-    should_stop: Callable[[], bool] | None, wavefront: int | None = None,
+    should_stop: Callable[[], bool] | None, wavefront: int | None = None, replay: int = 0, seed: int = 0,
 ) -> Reading:
     """``read``, after the checks of its arguments. lead: how many tokens of ``take`` come before the caller's
     ids."""
@@ -163,6 +172,8 @@ def _read(
     if last is not None:
         check_tensor("read", "last", last, (B, model.config.vocab_size), device=now.device)
     state = model.init_state(B) if state is None else state
+    if replay and model.learns:
+        segments.keep(state, replay, seed)
     nats = torch.zeros(B, dtype=torch.float64, device=now.device)
     predicted, at, finished = [0] * B, 0, True
     while now.shape[1] and (lengths is None or at < max(lengths, default=0)):
@@ -217,9 +228,10 @@ def generate(
     alone, so a restored session draws what it would have drawn. stop: a row ends after any of these new
     tokens: a string (UTF-8; byte models only), bytes, a sequence of token ids, or a list of several such; a
     flat list of ints is one sequence. eos_token_id: ids, each of which ends a row too. on_token gets the new
-    token per row, None for rows that have ended. A state passed in is advanced in place. should_stop is asked before every piece and, once the prompt is read
-    and one token written, before every further token; when it says True, ``generate`` returns what it has (no
-    token at all, if it was still reading: go on with the rest of the prompt).
+    token per row, None for rows that have ended. A state passed in is advanced in place. should_stop is asked
+    before every piece and, once the prompt is read and one token written, before every further token; when it
+    says True, ``generate`` returns what it has (no token at all, if it was still reading: go on with the rest
+    of the prompt).
     graph: decode with a ``Decoder`` while no row has ended, which replays the step from a CUDA graph where
     that is possible (on CUDA with backend "triton" or "cuda"; never run on a GPU yet, hence on request).
     ValueError for a model with attention.
@@ -232,12 +244,12 @@ def generate(
         op, learn=learn, piece=piece, on_piece=on_piece, check_finite=check_finite, should_stop=should_stop,
         unread=unread, on_token=on_token, graph=graph,
     )
-    max_new_tokens = _integer(op, "max_new_tokens", max_new_tokens, 1, "a positive integer")
+    max_new_tokens = check_integer(op, "max_new_tokens", max_new_tokens, 1, "a positive integer")
     temperature = _number(op, "temperature", temperature, lambda t: t >= 0, "a number >= 0")
-    top_k = None if top_k is None else _integer(op, "top_k", top_k, 1, "a positive integer or None")
+    top_k = None if top_k is None else check_integer(op, "top_k", top_k, 1, "a positive integer or None")
     if top_p is not None:
         top_p = _number(op, "top_p", top_p, lambda p: 0 < p <= 1, "a number in (0, 1] or None")
-    seed = _integer(op, "seed", seed, None, "an integer")
+    seed = check_integer(op, "seed", seed, None, "an integer")
     stops = _stops(model, stop) + _ends(model, eos_token_id)
     if ids is None:
         unread_ids: Tensor | None = getattr(state, "unread", None)
@@ -302,7 +314,7 @@ def _check(
     """What ``read`` and ``generate`` share. Raises ValueError."""
     if not isinstance(learn, str) or learn not in ("off", "next_token"):
         raise ValueError(f"{op}: argument learn is {learn!r}, expected 'off' or 'next_token'")
-    _integer(op, "piece", piece, 1, "a positive integer")
+    check_integer(op, "piece", piece, 1, "a positive integer")
     for name, value in (("check_finite", check_finite), ("graph", graph)):
         if not isinstance(value, bool):
             raise ValueError(f"{op}: argument {name} is {value!r}, expected True or False")
@@ -311,17 +323,6 @@ def _check(
     for name, value in callbacks.items():
         if value is not None and not callable(value):
             raise ValueError(f"{op}: argument {name} is {value!r}, expected a function or None")
-
-
-def _integer(op: str, name: str, value: Any, least: int | None, expected: str) -> int:
-    truth = isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool
-    try:
-        number = None if truth else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or (least is not None and number < least):
-        raise ValueError(f"{op}: argument {name} is {value!r}, expected {expected}")
-    return number
 
 
 def _number(op: str, name: str, value: Any, fits: Callable[[float], bool], expected: str) -> float:
@@ -364,7 +365,7 @@ def _ends(model: Model, ids: Any) -> list[list[int]]:
     given = [] if ids is None else ids if isinstance(ids, (list, tuple, set, frozenset)) else [ids]
     size = model.config.vocab_size
     expected = f"None, a token id from 0 to {size - 1}, or several of them"
-    numbers = [_integer("generate", "eos_token_id", i, 0, expected) for i in given]
+    numbers = [check_integer("generate", "eos_token_id", i, 0, expected) for i in given]
     if max(numbers, default=0) >= size:
         raise ValueError(f"generate: argument eos_token_id has token {max(numbers)}, expected {expected}")
     return [[n] for n in numbers]
@@ -383,7 +384,7 @@ def _stop_ids(model: Model, stop: Any) -> list[int]:
         raise ValueError(f"generate: argument stop has an entry {stop!r}, expected {expected}") from None
     if not entries:
         raise ValueError("generate: argument stop has an empty entry")
-    ids = [_integer("generate", "stop", t, 0, expected) for t in entries]
+    ids = [check_integer("generate", "stop", t, 0, expected) for t in entries]
     if max(ids) >= size:
         raise ValueError(f"generate: argument stop has token {max(ids)}, expected 0 to {size - 1}")
     return ids

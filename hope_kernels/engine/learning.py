@@ -130,7 +130,7 @@ def _round(
     """Reads the next ``step`` tokens of every row. Rows that read a whole segment and whose next token is
     known contribute its gradient at once; where all are at a segment's end and wait for the next token, the
     graph is held."""
-    C, frozen, ops = model.segment, torch.is_grad_enabled(), {"check_finite": call.check_finite}
+    C, frozen, check = model.segment, torch.is_grad_enabled(), call.check_finite
     tokens, targets = segments.part_of(call.ids, done, max(step)), call.targets(done, step)
     opening = [n > 0 and s == 0 for n, s in zip(step, state.seen)]
     whole = [o and (p + n) % C == 0 for o, p, n in zip(opening, state.pos, step)]
@@ -146,16 +146,19 @@ def _round(
         counts = [p + n for p, n in zip(state.pos, step)]
         heads, mixers = segments.learn_segment(
             model, state, state.mixers, tokens, targets, whole, step, counts, call.backend, logits=not call.losses,
-            **ops
+            check_finite=check
         )
+        rows = [b for b, w in enumerate(whole) if w]
+        state = segments.kept(state, rows, tokens[rows], targets.ids[rows], [step[b] for b in rows])
     elif model.holds and not frozen and waits == [n > 0 for n in step]:
         apart = [m.snapshot() for m in state.mixers]
         heads, mixers, held = segments.read_and_hold(
-            model, state, apart, tokens, targets, waits, step, call.backend, logits=not call.losses, **ops
+            model, state, apart, tokens, targets, waits, step, call.backend, logits=not call.losses,
+            check_finite=check
         )
     else:
         h, mixers = model.run(model.embed(tokens), state.mixers, state.cms, step, call.backend)
-        heads = read_head(model, h, step, targets if call.losses else None, logits=not call.losses, **ops)
+        heads = read_head(model, h, step, targets if call.losses else None, logits=not call.losses, check_finite=check)
     kept, seen = segments.recorded(state, tokens, step, whole, C)
     return heads, replace(advance(state, mixers, step), snapshot=snapshot, ids=kept, seen=seen), held
 

@@ -283,13 +283,14 @@ class ContinuumMemory(nn.Module):
 
     def sink(
         self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None,
-        tokens: list[int] | None = None,
+        tokens: list[int] | None = None, scale: Callable[[int], float] | None = None,
     ) -> Sink:
         """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
         ``absorb``.
 
-        among: the rows of the batch that the factors are of; None: all. tokens: how many of each of these rows
-        count, the first ones; None: all.
+        rows: also what is left of the list when the factors come. among: the rows of the batch that the factors
+        are of; None: all. tokens: how many of each of these rows count, the first ones; None: all. scale: of the
+        rates of a row; None: 1.
         """
         of = None if tokens is None else dict(zip(range(state.batch) if among is None else among, tokens))
         counted = None if of is None else [of.get(b, 0) for b in range(state.batch)]
@@ -308,7 +309,11 @@ class ContinuumMemory(nn.Module):
                 factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
             slots = self._slots(l)
             start, sizes = self._start(l), self._sizes(l)
-            absorb(state, self.config, start, l, factors, rows, counts, slots, ops, counted, sizes)
+            alike: dict[float, list[int]] = {}
+            for b in rows:
+                alike.setdefault(1.0 if scale is None else scale(b), []).append(b)
+            for factor, group in alike.items():
+                absorb(state, self.config, start, l, factors, group, counts, slots, ops, counted, sizes, factor)
 
         return learned
 

@@ -31,7 +31,7 @@ Sizes = dict[str, float]  # the RMS of their elements, by name
 def absorb(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
     counts: list[int] | None, pending: int = 0, ops=level, tokens: list[int] | None = None,
-    sizes: Sizes | None = None,
+    sizes: Sizes | None = None, scale: float = 1.0,
 ) -> None:
     """Level ``l`` of the draft ``state`` learns one segment in ``rows`` of the batch (ascending), and commits
     in those that are due at ``counts``.
@@ -40,6 +40,7 @@ def absorb(
     row has read; None: nothing commits. pending: tokens whose factors a row may hold before they are folded
     (optimizer="gd"). tokens: how many of the segment count, for each row of the batch (None: all C); the
     factors of the others, errors and inputs, are zero. sizes: what relative rates are relative to.
+    scale: of all rates.
     """
     if config.learning_rates[l] == 0:
         return
@@ -51,7 +52,7 @@ def absorb(
     if wait and factors is not None:
         _accumulate(state, config, shared, l, factors, wait, ops)
     if step:
-        _step(state, config, shared, l, factors, step, pending, ops, sizes)
+        _step(state, config, shared, l, factors, step, pending, ops, sizes, scale)
         _mark(state.tokens[l], step, 0)
     if back:
         reset(state, l, back)
@@ -128,15 +129,54 @@ def reset(state: CMSState, l: int, rows: list[int]) -> None:
         _mark(counters[l], rows, 0)
 
 
+def good_weights(
+    state: CMSState, shared: Shared, l: int, rows: list[int], before: dict[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """A copy of what ``rows`` have learned in level ``l``, in the dtype of the layer: [B, r, c] by name, the other
+    rows as in ``before``. None: no row has weights of its own."""
+    if not any(state.own[l]) and not any(state.rank[l]):
+        return before
+    fold(state, state.config, shared, l, rows)
+    dtype = next(iter(shared.values())).dtype
+    held = state.weights[l] if state.copies[l] is None else state.copies[l]
+    found = {}
+    for name, t in held.items():
+        found[name] = t.to(dtype, copy=True) if before is None else before[name].clone()
+        for b in rows:
+            found[name][b].copy_(t[b])
+    return found
+
+
+def go_back(
+    state: CMSState, shared: Shared, l: int, rows: list[int], kept: list[int], good: dict[str, Tensor] | None
+) -> None:
+    """``rows`` have in level ``l`` the weights ``good`` (those of ``rows`` in ``kept``), or the layer's; what
+    they have accumulated, and the direction they moved in, is forgotten."""
+    kept = [] if good is None else kept
+    share(state, l, [b for b in rows if b not in kept])
+    if kept and good is not None:
+        fold(state, state.config, shared, l, kept)
+        weights, copies = state.writable("weights", l), _copies(state, l)
+        for name, t in good.items():
+            for b in kept:
+                for held in (weights, copies) if copies else (weights,):
+                    held[name][b].copy_(t[b])
+    for part in ("grads", "moments"):
+        if getattr(state, part)[l] is not None:
+            _zero(state.writable(part, l), rows)
+    for counters in (state.dirty, state.tokens):
+        _mark(counters[l], rows, 0)
+
+
 def _step(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
-    pending: int, ops, sizes: Sizes | None
+    pending: int, ops, sizes: Sizes | None, scale: float
 ) -> None:
     """An optimizer step in ``rows``; for those that have accumulated nothing no gradient is formed, but where
     the optimizer needs its size or its singular values."""
     dirty = [b for b in rows if state.dirty[l][b]]
     clean = [b for b in rows if b not in dirty]
-    rates = {n: config.learning_rates[l] * (1.0 if sizes is None else sizes[n]) for n in matrices(config)}
+    rates = {n: scale * config.learning_rates[l] * (1.0 if sizes is None else sizes[n]) for n in matrices(config)}
     normalised = config.relative and config.optimizer in ("gd", "momentum")
     rest = factors  # what is new in dirty rows
     if config.optimizer == "muon" or normalised:
@@ -152,7 +192,8 @@ def _step(
     if config.precondition is not None and factors is not None and clean:
         factors = preconditioned(state, config, l, factors, clean)
     if clean and factors is not None and config.optimizer == "gd" and pending >= factors["down"][0].shape[1]:
-        _keep(state, config, shared, l, factors, clean, pending, ops)
+        waiting = factors if scale == 1 else {n: (scale * left, right) for n, (left, right) in factors.items()}
+        _keep(state, config, shared, l, waiting, clean, pending, ops)
         rows, clean = dirty, []
     if not rows or (factors is None and state.grads[l] is None and state.moments[l] is None):
         return
