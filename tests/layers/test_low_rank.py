@@ -119,6 +119,24 @@ def test_a_model_keeps_the_contract(mixer, optimizer, tmp_path):
     end.validate("after", values=True)
 
 
+@pytest.mark.parametrize("lr", [0.05, 500.0])
+def test_under_a_guard_and_asleep(lr, tmp_path):
+    """With a rate that helps and one that destroys: kept weights, rollbacks and replays of thin matrices."""
+    model, tokens = tiny("attention", cms=CMS.replace(lr=lr, optimizer="gd")), ids(2, 61)
+    ends = []
+    for cuts in ((61,), (3, 24, 40, 61)):
+        state, at = model.init_state(2), 0
+        with torch.no_grad():
+            for to in cuts:
+                model(tokens[:, at:to], state, learn="next_token", guard=True)
+                state.save(tmp_path / "s")
+                state, at = load_state(tmp_path / "s"), to
+            state = model.read(tokens, state, replay=4, passes=2, seed=1).state
+            ends.append(model(tokens[:, :9], state)[0])
+    torch.testing.assert_close(*ends, **CLOSE)
+    assert any(state.rollbacks) == (lr > 1) and torch.isfinite(ends[0]).all()
+
+
 def test_tokens_decoded_one_by_one():
     model, tokens = tiny(cms=CMS), ids(2, 30)
     whole, _ = read(model, tokens, model.init_state(2))

@@ -109,6 +109,24 @@ def test_the_given_state_stays_as_it_is_in_grad_mode_and_after_an_error(change):
             assert torch.equal(a, b)
 
 
+@changed
+def test_a_guard_and_kept_segments_go_on_too(change, tmp_path):
+    """Once from memory and once from a file, with text and with replay: the same, and valid."""
+    one, other = model(**change[0]), model(**change[1])
+    with torch.no_grad():
+        _, state = one(ids(2, 3, 3), guard=True, learn="next_token")
+        state = one.read(ids(2, 20, 4), state, replay=3).state
+        state.save(tmp_path / "s")
+        ends = []
+        for held in (state, load_state(tmp_path / "s")):
+            other.replay(held)
+            y, end = other(ids(2, 14, 5), held, learn="next_token")
+            ends.append(y)
+    parts = [s for s in (end, end.guard, end.kept) if s is not None]  # what cannot learn has no guard
+    assert torch.equal(*ends) and {s.config for s in parts} == {other.config}
+    end.validate("after", values=True)
+
+
 def test_what_a_window_had_passed_stays_passed():
     """A wider window begins where the narrower one stood, and from then on reaches back to there; a layer's
     own call does the same as a model's."""
