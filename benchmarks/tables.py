@@ -22,7 +22,7 @@ from benchmarks.budget import table as budget_table
 from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT, at_rest
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/continual.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/continual.md", "docs/llama.md")
 WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
@@ -133,6 +133,18 @@ def context(run: dict) -> str:
             f"Bundled model, {threads}, seconds of its CPU clock. {source('bench_context', 'context')}")
 
 
+def sinks(run: dict) -> str:
+    data = run["sinks"]
+    ranges = list(dict.fromkeys(r for c in data["cells"] for r in c["bits"]))
+    rows = [(c["text"], c["mode"], *(f"{c['bits'][r]:.3f}" if r in c["bits"] else "-" for r in ranges))
+            for c in sorted(data["cells"], key=lambda c: c["text"])]
+    head = " | ".join(("text", "visible", *(f"tokens {r}" for r in ranges)))
+    return (f"{markdown(head, rows)}\n\nBits per token by position, learning off: {data['model']}, trained on "
+            f"contexts of {data['trained']} tokens, window {data['window']}, {data['sinks']} sinks, fp32. \"kept\": "
+            f"sinks at their own distance; \"re-rotated\": as `sinks=` does it. "
+            f"{source('bench_sinks MODEL --texts NAME=FILE', 'sinks')}")
+
+
 def accuracy(run: dict) -> str:
     data = run["accuracy"]
     grouped: dict[tuple, dict[float, dict]] = {}
@@ -197,7 +209,7 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     run = load(results)
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
-                "context": context, "accuracy": accuracy,
+                "context": context, "accuracy": accuracy, "sinks": sinks,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}
     absent = lambda name: (f"Not measured yet: `python -m benchmarks.bench_{name}` writes "

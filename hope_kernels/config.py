@@ -208,22 +208,18 @@ class TitansConfig(Configuration):
         return full + ("eta",) + (("alpha",) if self.retention else ())
 
 
-ADAM_RATE = 1e-4  # about what a weight moves in a step
+# Of a matrix's own size (the RMS of its initial weights), what one step of a level with period 256 moves a weight by.
+STEPS = {"gd": 1e-4, "momentum": 1e-5, "muon": 1e-4, "adam": 5e-4}
 
 
 def default_rate(optimizer: str, C: int) -> float:
-    """Inner learning rate of a level with period C.
+    """Inner learning rate of a level with period C, relative to the size of its matrices: ``STEPS`` times
+    min(1, sqrt(C / 256)).
 
-    1 / (8 sqrt(C)) for gd, 1 / (64 sqrt(C)) for momentum, 0.03 min(2, sqrt(C / 256)) for muon, which
-    normalises the gradient, a sum over C tokens. Searched by ``benchmarks.bench_rates`` on the bundled model,
-    for periods of 16 to 8192 tokens; beyond that, gd and momentum fall as 1 / C. ``ADAM_RATE`` for adam,
-    whatever C.
+    It knows nothing of a model's scale: see ``CMSConfig.relative``. Searched by ``benchmarks.bench_rates`` on a
+    pre-trained Llama and on the bundled byte model, for periods of 16 to 4096 tokens.
     """
-    if optimizer == "adam":
-        return ADAM_RATE
-    if optimizer == "muon":
-        return 0.03 * min(2.0, math.sqrt(C / 256))
-    return min(1.0, math.sqrt(8192 / C)) / ((64 if optimizer == "momentum" else 8) * math.sqrt(C))
+    return STEPS[optimizer] * min(1.0, math.sqrt(C / 256))
 
 
 @dataclass(frozen=True)
@@ -244,13 +240,19 @@ class CMSConfig(Configuration):
     norm: str = "rmsnorm"  # of a level's input; or "layernorm"
     post_norm: bool = False  # an RMSNorm of a level's output, before the residual, as in Gemma
     lr: float | tuple[float, ...] | None = None  # inner rate, or one a level; 0 freezes; None: ``default_rate``
-    optimizer: str = "gd"  # of a refresh: gradient descent, "momentum", "muon" (orthogonalised) or "adam"
+    # of a refresh: "gd" (gradient descent), "momentum", "muon" (orthogonalised) or "adam"; None: adam where lr is
+    # None too, else gd, as in the paper
+    optimizer: str | None = None
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
     precondition: float | None = None  # rho of ops/cms/precondition.py: steps keep what was learned; None: off
     rank: int | None = None  # a sequence learns W + L A, L [r, rank], A fixed (ops/cms/low_rank.py); None: all of W
 
-    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas", "precondition"})
+    # rates count in sizes of the matrix (RMS of its initial weights), and gd and momentum normalise the gradient; None:
+    # where lr is None
+    relative: bool | None = None
+
+    NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas", "precondition", "relative"})
 
     def __post_init__(self) -> None:
         w = "CMSConfig"
@@ -270,8 +272,13 @@ class CMSConfig(Configuration):
         _one_of(w, "variant", self.variant, ("sequential", "independent", "nested"))
         _one_of(w, "mlp", self.mlp, ("gelu", "swiglu", "geglu"))
         _one_of(w, "norm", self.norm, ("rmsnorm", "layernorm"))
+        if self.optimizer is None:
+            object.__setattr__(self, "optimizer", "adam" if self.lr is None else "gd")
         _one_of(w, "optimizer", self.optimizer, ("gd", "momentum", "muon", "adam"))
-        _flags(self, w, "bias", "post_norm")
+        if self.relative is None:
+            object.__setattr__(self, "relative", self.lr is None)
+        _require(self.relative or self.lr is not None, w, "relative", self.relative, "True where lr is None")
+        _flags(self, w, "bias", "post_norm", "relative")
         _finite(w, "expansion", self.expansion)
         _require(self.expansion > 0, w, "expansion", self.expansion, "a positive number")
         if self.intermediate_size is not None:
@@ -314,6 +321,7 @@ class CMSConfig(Configuration):
     def learning_rates(self) -> tuple[float, ...]:
         """lr_l per level, level 1 first."""
         if self.lr is None:
+            assert self.optimizer is not None
             return tuple(default_rate(self.optimizer, c) for c in self.chunks)
         if isinstance(self.lr, tuple):
             return self.lr

@@ -24,6 +24,7 @@ from .continued import continued
 from .engine import segments
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, Source, generate
+from .engine.guard import new_guard
 from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
 from .engine.replay import OnSegment, ReadAndSlept, Sleep, read, sleep
@@ -40,6 +41,7 @@ from .layers.wrapped import placement, project, token_vectors
 from .model_state import MixerState, ModelState
 from .ops.cms.level import Level
 from .ops.cms.state import CMSState
+from .session_bytes import session_bytes
 from .state import Counters
 from .text.files import read_files, write_files
 from .tracing import constant_result
@@ -49,7 +51,7 @@ ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
 class HopeForCausalLM(nn.Module):
     """A HOPE language model (Nested Learning section 8.3): vocab_size -> d_model, num_layers blocks, final
-    RMSNorm, head. ``text_files``: what its folder says about text (``text/files.py``), kept for the next folder.
+    RMSNorm, head. ``text_files``: what its folder says about text (``text/files.py``), for the next folder.
 
     Raises ValueError from the configuration. ``HopeForCausalLM.from_pretrained(name_or_folder)`` loads saved
     weights.
@@ -107,7 +109,7 @@ class HopeForCausalLM(nn.Module):
         self, ids: Tensor, state: ModelState | None = None, lengths=None, learn: str = "off",
         backend: str | None = None,
         *, check_finite: bool = False, wavefront: int | None = None, output: str = "logits",
-        following: Tensor | None = None,
+        following: Tensor | None = None, guard: bool | None = None,
     ) -> tuple[Any, ModelState]:
         """Reads T tokens per row.
 
@@ -119,7 +121,9 @@ class HopeForCausalLM(nn.Module):
         is taken at its word. A segment that ends with ids is then learned at once. output: "losses" returns,
         in place of logits, ``Losses``: nats [B, T], fp32 (fp64 for fp64), the loss of predicting the token
         after each one (of a row's last one: ``following``; 0 where it is unknown), and last [B, vocab_size],
-        the logits after each row's last token. Logits of a whole call then are never held.
+        the logits after each row's last token. Logits of a whole call then are never held. guard: True: what is
+        learned is watched from here on, and taken back where it reads worse than the model's own weights
+        (``engine/guard.py``; ``state.rollbacks`` counts); False: no more; None: as the state has it.
 
         Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
         advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
@@ -135,7 +139,7 @@ class HopeForCausalLM(nn.Module):
         """
         options: dict[str, Any] = {
             "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront,
-            "output": output, "following": following,
+            "output": output, "following": following, "guard": guard,
         }
         if torch.compiler.is_compiling() and (
             output != "logits" or not traced(self, ids, state, learn, backend)
@@ -147,10 +151,13 @@ class HopeForCausalLM(nn.Module):
     def _forward(
         self, ids: Tensor, state: ModelState | None, lengths: Any, *, learn: str, backend: str | None,
         check_finite: bool, wavefront: int | None, output: str, following: Tensor | None,
+        guard: bool | None,
     ) -> tuple[Any, ModelState]:
         name, given = "HopeForCausalLM", state
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
+        if guard not in (None, True, False):
+            raise ValueError(f"{name}: argument guard is {guard!r}, expected True, False or None")
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
         if output not in ("logits", "losses"):
@@ -180,9 +187,14 @@ class HopeForCausalLM(nn.Module):
             if given is not None and not in_place:
                 state = given.apart()
             before, state = state, continued(self, state)
+            held = held if before is state else None
+            if guard is False and state.guard is not None:
+                state = replace(state, guard=None)
             if learning:
                 self._check_whole(name)
-                found, new, held = read_learning(self, call, state, held if before is state else None)
+                if guard and state.guard is None:
+                    state = replace(state, guard=new_guard(self.config, state.batch, ids.device))
+                found, new, held = read_learning(self, call, state, held)
             else:
                 found, new = read_off(self, call, state)
                 held = None
@@ -249,6 +261,16 @@ class HopeForCausalLM(nn.Module):
         new = continued(self, state)
         if new is not state:
             state.assign(new)
+
+    def state_bytes(self, batch: int = 1, tokens: int = 0) -> dict[str, int]:
+        """Bytes of a state of ``batch`` sequences that have read ``tokens`` tokens and learned in every level,
+        by what they are for: what the CMS of all blocks hold (see ``ContinuumMemory.state_bytes``), ``mixers``
+        (memories, and their copy at a segment's start; keys and values, whose buffers grow ahead of need, to
+        twice that at most) and the token ids of the open ``segment``. Raises ValueError."""
+        check_batch("HopeForCausalLM.state_bytes", batch)
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            raise ValueError(f"HopeForCausalLM.state_bytes: argument tokens is {tokens!r}, expected an integer >= 0")
+        return session_bytes(self, batch, tokens)
 
     def levels(self, state: ModelState) -> list[list[Level] | None]:
         """The CMS weights in force, per block."""

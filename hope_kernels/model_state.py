@@ -32,8 +32,9 @@ class ModelState(State):
     the tokens of the open segment, which began at the last multiple of C or where the one before was flushed,
     and ends at the next multiple; ``seen`` how many of them (or ``TAINTED``, -1: one was read with
     learn="off"), ``snapshot`` the mixers at its start. ``unread`` [B, 1] int64: the last token ``generate``
-    returned, which the state has not read; -1 in rows that have read it since, None if all have. ``kept``: the
-    segments that are kept to be replayed (None: none are).
+    returned, which the state has not read; -1 in rows that have read it since, None if all have. ``guard``: what
+    ``engine/guard.py`` keeps, a GuardState (None: learning is not guarded). ``kept``: the segments that are
+    kept to be replayed (None: none are).
     """
 
     mixers: list[MixerState]
@@ -42,7 +43,13 @@ class ModelState(State):
     ids: Tensor
     snapshot: list[MixerState]
     unread: Tensor | None = None
+    guard: State | None = None
     kept: KeptSegments | None = None
+
+    @property
+    def rollbacks(self) -> list[int]:
+        """How often the guard has taken each row back to its last good weights."""
+        return [0] * self.batch if self.guard is None else list(getattr(self.guard, "rollbacks"))  # noqa: B009
 
     # The graph of open segments that were read whole, for the next call alone: no field, so no copy has it.
     _held = None
@@ -123,6 +130,12 @@ class ModelState(State):
                 if s.pos[b] != pos - seen:
                     raise ValueError(f"{where}: state.snapshot of row {b} stands at {s.pos[b]}, expected {pos - seen}, "
                                      "its segment's start")
+        if self.guard is not None:
+            if not isinstance(self.guard, State) or not isinstance(self.guard.pos, list) or (
+                self.guard.batch != self.batch
+            ):
+                raise ValueError(f"{where}: state.guard is not that of {self.batch} sequences")
+            self.guard._check(f"{where}: guard", dtype, device, values)
         if values:
             for name, ids, low in (("ids", self.ids, 0), ("unread", self.unread, -1)):
                 if ids is not None and ids.numel() and not low <= int(ids.min()) <= int(ids.max()) < c.vocab_size:
@@ -156,9 +169,10 @@ class ModelState(State):
         not copied."""
         mixers, snapshot = ([m.snapshot() for m in of] for of in (self.mixers, self.snapshot))
         cms, unread = [c and c.clone() for c in self.cms], None if self.unread is None else self.unread.clone()
+        guard = None if self.guard is None else self.guard.clone()
         counters = {n: Counters(getattr(self, n)) for n in ("pos", "seen")}
         return replace(
-            self, mixers=mixers, cms=cms, ids=self.ids.clone(), snapshot=snapshot, unread=unread,
+            self, mixers=mixers, cms=cms, ids=self.ids.clone(), snapshot=snapshot, unread=unread, guard=guard,
             kept=None if self.kept is None else self.kept.clone(), **counters
         )
 

@@ -1,4 +1,4 @@
-"""A tiny model for text: a byte-level BPE of a few hundred tokens and a random Llama, as transformers saves them."""
+"""A tiny model for text: a BPE of a few hundred tokens and a random Llama, as transformers saves them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ CORPUS = ["In the beginning was the Word, and the Word was with God, and the Wor
           "and without him was not any thing made that was made.  In him was life;\n",
           "    def read(text):\n        return text\n", "naïve café, über, 日本語 😀\n"] * 3
 SPECIAL = ["<|end|>", "<|start|>", "<|stop|>"]
-TEMPLATE = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}<|start|>system
+TEMPLATE = """{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}<|start|>system
 Help.<|end|>
-{% endif %}{{ '<|start|>' + message['role'] + '\n' + message['content'] | trim + '<|end|>' + '\n' }}{% endfor %}
+{% endif %}{{ '<|start|>' + m['role'] + '\n' + m['content'] | trim + '<|end|>' + '\n' }}{% endfor %}
 {% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"""
 
 
 def library_tokenizer(metaspace: bool = False):
-    """A tokenizer of the library tokenizers: byte-level as GPT-2's, or as SentencePiece's with bytes for what it
-    does not know."""
+    """A tokenizer of the library tokenizers: byte-level as GPT-2's, or as SentencePiece's with bytes for what
+    it does not know."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     if not metaspace:

@@ -1,5 +1,5 @@
-"""``chat``: a conversation by the model's chat template. What was said is in the session's state: a turn reads
-its own tokens, and never those before it.
+"""``chat``: a conversation by the model's chat template. What was said is in the session's state: a turn
+reads its own tokens, and never those before it.
 
 The note in the session file: {"phase": "chat", "turns": how many there have been}.
 """
@@ -68,7 +68,7 @@ def chat_command(args) -> int:
     path = None if args.session is None else session_path(args.session)
     with contextlib.ExitStack() as locks:
         if path is not None:
-            locks.enter_context(held(path, args.session))
+            locks.enter_context(held(path, str(args.session)))
         model, tokenizer = load_model(args.model, device)
         tokenizer.template  # noqa: B018  raises ValueError now for a model without one
         state, note = load_session(model, path, args.session, device)
@@ -157,14 +157,15 @@ class Chat:
         began = time.perf_counter()
         with Interrupt() as interrupt:
             out = self.model.generate(
-                given, self.args.max_new_tokens, self.state, learn=self.learn, temperature=self.args.temperature,
-                top_k=self.args.top_k, top_p=self.args.top_p, seed=self.args.seed, backend=self.args.backend,
-                eos_token_id=self.tokenizer.eos_ids, on_token=on_token, on_piece=on_piece,
-                should_stop=lambda: bool(failed or writer.ended or interrupt()), unread=mode,
+                given, self.args.max_new_tokens, self.state, learn=self.learn,
+                temperature=self.args.temperature, top_k=self.args.top_k, top_p=self.args.top_p,
+                seed=self.args.seed, backend=self.args.backend, eos_token_id=self.tokenizer.eos_ids,
+                on_token=on_token, on_piece=on_piece, unread=mode,
+                should_stop=lambda: bool(failed or writer.ended or interrupt()),
             )
-            self.turns += 1
-            self.read, self.written, self.nats = self.read + at, self.written + written, self.nats + nats
-            self.predicted, self.seconds = self.predicted + max(at - 1, 0), self.seconds + time.perf_counter() - began
+            self.turns, self.read, self.written = self.turns + 1, self.read + at, self.written + written
+            self.nats, self.predicted = self.nats + nats, self.predicted + max(at - 1, 0)
+            self.seconds += time.perf_counter() - began
             if failed is None:
                 try:
                     writer.close("\n")
@@ -251,10 +252,10 @@ class Chat:
         size = sum(t.numel() * t.element_size() for t in self.state.tensors())
         speed = (self.read + self.written) / self.seconds if self.seconds else 0.0
         loss = f" at {bits(self.nats, self.predicted):.3f} bits per token" if self.predicted else ""
-        notice(f"hope_kernels: {self.turns} turns, {self.state.pos[0]} tokens in this session; here: read {self.read}"
-               f"{loss}, wrote {self.written}, {speed:.0f} tokens/s; learning "
-               f"{'off' if self.learn == 'off' else 'on'}; state {megabytes(size)}, memory "
-               f"{megabytes(resident_bytes())}{guarded(self.state)}")
+        learning = "off" if self.learn == "off" else "on"
+        notice(f"hope_kernels: {self.turns} turns, {self.state.pos[0]} tokens in this session; here: read "
+               f"{self.read}{loss}, wrote {self.written}, {speed:.0f} tokens/s; learning {learning}; state "
+               f"{megabytes(size)}, memory {megabytes(resident_bytes())}{guarded(self.state)}")
 
 
 def _turns(note: dict | None) -> int:

@@ -36,9 +36,10 @@ def convert_command(args) -> int:
     _write(model, args.out)
     if not args.quiet:
         size = sum(p.numel() for p in model.parameters())
-        learning = sum(b.cms is not None for b in model.blocks)
-        notice(f"{args.out}: {size / 1e6:.1f} M parameters, {megabytes(_size(args.out))}, {len(model.blocks)} blocks "
-               f"({learning} with a CMS)" + ("" if files else "; without a tokenizer, since the source has none"))
+        learning = sum(c is not None and any(c.learning_rates) for c in model.config.block_cms)
+        bare = "" if files else "; without a tokenizer, since the source has none"
+        notice(f"{args.out}: {size / 1e6:.1f} M parameters, {megabytes(_size(args.out))}, {learning} of "
+               f"{len(model.blocks)} blocks learn{bare}")
     return 0
 
 

@@ -44,9 +44,9 @@ def run(args, path: str | None, output: Output | None) -> int:
         going = going or {"phase": "reading", "written": 0}
         earlier = going["written"]
         if going["phase"] == "writing" and earlier >= args.max_new_tokens:
-            raise ValueError(f"session {args.session} stopped after writing {earlier} tokens, of --max-new-tokens "
-                             f"{args.max_new_tokens}; ask for more to go on, or pass --no-resume to read the prompt "
-                             "once more")
+            raise ValueError(f"session {args.session} stopped after writing {earlier} tokens, of "
+                             f"--max-new-tokens {args.max_new_tokens}; ask for more to go on, or pass "
+                             "--no-resume to read the prompt once more")
         writer = None
         if output is not None:
             writer = writer_for(output, tokenizer, stops, ends, going, lambda: prompt.recent)
@@ -57,9 +57,9 @@ def run(args, path: str | None, output: Output | None) -> int:
         failed: OSError | None = None
 
         def noted(phase: str, unsent: bool = False) -> dict:
-            found = {"phase": phase, "prompt": prompt.name, prompt.unit: prompt.count, "sha256": prompt.sha256,
-                     "written": earlier + written, **(writer.note() if writer and phase == "writing" else {})}
-            return found | ({"unsent": True} if unsent else {})
+            kept = writer.note() if writer and phase == "writing" else {}
+            return {"phase": phase, "prompt": prompt.name, prompt.unit: prompt.count, "sha256": prompt.sha256,
+                    "written": earlier + written, **kept, **({"unsent": True} if unsent else {})}
 
         def on_piece(now: int, loss: float) -> None:
             nonlocal at, nats
@@ -123,19 +123,21 @@ def run(args, path: str | None, output: Output | None) -> int:
             except OSError as error:
                 failed = error if finished else failed
         if path is not None and (finished or at or written):
-            session.save(state, None if finished else noted("writing" if written or unsent else "reading", unsent))
+            phase = "writing" if written or unsent else "reading"
+            session.save(state, None if finished else noted(phase, unsent))
     if failed is not None or not finished:
         where = "standard output" if unsent or finished else prompt.name
         reason = f"{where}: {failed.strerror or failed}; " if failed else ""
-        kept = f"; session in {args.session}{'' if finished or at or written else ' as it was'}" if path else ""
+        untouched = "" if finished or at or written else " as it was"
+        kept = f"; session in {args.session}{untouched}" if path else ""
         again = ", the same command goes on from there" if path and not finished else ""
-        notice(f"hope_kernels: {reason}stopped after reading {prompt.count} {prompt.unit} of {prompt.name} and "
-               f"writing {earlier + written}{kept}{again}")
+        notice(f"hope_kernels: {reason}stopped after reading {prompt.count} {prompt.unit} of {prompt.name} "
+               f"and writing {earlier + written}{kept}{again}")
         return stopped_code(failed, interrupt)
     if not args.quiet:
         speed = (at + written) / seconds
         loss = f", {bits(nats, at - 1):.3f} bits per {prompt.unit[:-1]} read" if at > 1 else ""
-        notice(f"read {at} and wrote {written} {prompt.unit} in {seconds:.1f} s ({speed:.0f}/s), learn={args.learn}"
-               f"{loss}, memory {megabytes(resident_bytes())}{guarded(state)}"
+        notice(f"read {at} and wrote {written} {prompt.unit} in {seconds:.1f} s ({speed:.0f}/s), "
+               f"learn={args.learn}{loss}, memory {megabytes(resident_bytes())}{guarded(state)}"
                + (f", session in {args.session}" if path else ""))
     return 0

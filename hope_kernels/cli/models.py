@@ -37,13 +37,14 @@ def load_model(name: str | None, device: torch.device) -> tuple[HopeForCausalLM,
 def load_session(
     model: HopeForCausalLM, path: str | None, name: str | None, device: torch.device
 ) -> tuple[ModelState, dict | None]:
-    """The state of the session at ``path`` (called ``name``) and its note; a new state where there is no file.
-    Raises ValueError for a state that is another model's."""
+    """The state of the session at ``path`` (called ``name``) and its note; a new state where there is no
+    file. Raises ValueError for a state that is another model's."""
     if path is None or not os.path.exists(path):
         return model.init_state(1), None
     state, note = load_state(path, device), load_note(path)
     if not isinstance(state, ModelState):
-        raise ValueError(f"session {name} holds a {type(state).__name__}, expected the state of a whole model")
+        kind = type(state).__name__
+        raise ValueError(f"session {name} holds a {kind}, expected the state of a whole model")
     if state.batch != 1:
         raise ValueError(f"session {name} holds {state.batch} texts side by side, expected one")
     model.claim(f"session {name}", state)
@@ -53,7 +54,8 @@ def load_session(
 def check_run(args) -> None:
     """Raises ValueError for numbers that the commands share."""
     if not args.save_every >= 0:
-        raise ValueError(f"argument --save-every is {args.save_every}, expected a number of seconds, or 0 for never")
+        raise ValueError(f"argument --save-every is {args.save_every}, expected a number of seconds, or 0 "
+                         "for never")
 
 
 def unread_ids(state: ModelState) -> list[int]:

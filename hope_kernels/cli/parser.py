@@ -17,12 +17,13 @@ def parser() -> argparse.ArgumentParser:
     _generate(commands.add_parser("generate", help="read a text, then write on"))
     _chat(commands.add_parser("chat", help="talk with a model that has a chat template"))
     _read(commands.add_parser("read", help="learn documents, and keep what was learned in a session"))
-    _convert(commands.add_parser("convert", help="a model of transformers, or a GGUF file, as a folder of ours"))
+    _convert(commands.add_parser("convert", help="a model of transformers or a GGUF file as one of ours"))
     d = commands.add_parser(
         "demo", help="the bundled model reads a text it has not seen, with and without learning"
     )
     d.add_argument(
-        "--bytes", type=int, default=None, help="how much of the text to read (default 105000; all of it is 227930)"
+        "--bytes", type=int, default=None,
+        help="how much of the text to read (default 105000; all of it is 227930)"
     )
     commands.add_parser("doctor", help="versions, devices, backends, a self-check")
     return p
@@ -62,7 +63,8 @@ def _generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=int, default=200, help="0 only reads, and keeps the session")
     p.add_argument("--ignore-eos", action="store_true", help="go on after the token that ends a text")
     p.add_argument(
-        "--no-resume", action="store_true", help="read the prompt from its start, whatever the session was doing"
+        "--no-resume", action="store_true",
+        help="read the prompt from its start, whatever the session was doing"
     )
     _model(p)
     _session(p)
@@ -96,11 +98,12 @@ def _convert(p: argparse.ArgumentParser) -> None:
                    help="tokens between two steps of a block, for equal shares of the blocks (default 256)")
     p.add_argument("--learn-blocks", type=blocks, metavar="SPEC",
                    help='which blocks learn: "all", "last:10", "0,3,5-9"')
-    p.add_argument("--lr", type=numbers(float), metavar="X[,X...]", help="learning rates, one or one a period")
+    p.add_argument("--lr", type=numbers(float), metavar="X[,X...]", help="learning rate, or one a period")
     p.add_argument("--optimizer", help="the rule of a step, as in CMSConfig")
     p.add_argument("--window", type=int, help="tokens that attention sees (default: what the model has)")
     p.add_argument("--sinks", type=int, help="first tokens that stay visible beside the window")
-    p.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the source's; GGUF: bfloat16)")
+    p.add_argument("--dtype", choices=tuple(DTYPES),
+                   help="of the weights (default: the source's; bfloat16 of a GGUF file)")
     p.add_argument("--quiet", action="store_true", help="say nothing")
 
 

@@ -24,7 +24,7 @@ class Progress:
     def read(self, at: int, total: int | None, **figures: str) -> None:
         """at: of what this run reads; total: of everything, as far as known by now."""
         self.bar.n, self.bar.total = self.initial + at, total
-        self.bar.set_postfix(memory=megabytes(resident_bytes()), **figures)
+        self.bar.set_postfix({"memory": megabytes(resident_bytes()), **figures})
 
     def close(self) -> None:
         self.bar.close()
@@ -36,6 +36,6 @@ def bits(nats: float, predicted: int) -> float:
 
 
 def guarded(state: State) -> str:
-    """What the guard against divergence has done, for the end of a line; nothing where it had nothing to do."""
+    """What the guard against divergence has done, for the end of a line; "" where it had nothing to do."""
     count = int(getattr(state, "rollbacks", 0) or 0)
     return f", guard: {count} rollbacks" if count else ""

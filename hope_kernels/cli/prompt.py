@@ -45,7 +45,8 @@ class Prompt:
         self._begin()
 
     def _begin(self) -> None:
-        self.count, self._hash, self._confirmed, self._handed, self._back = 0, hashlib.sha256(), 0, bytearray(), b""
+        self.count, self._hash, self._confirmed = 0, hashlib.sha256(), 0
+        self._handed, self._back = bytearray(), b""
         self.consumed = 0  # bytes taken from file and text
         self.recent: list[int] = []  # the ids handed out last
 
@@ -113,7 +114,7 @@ class Prompt:
         return not self._back
 
     def rewindable(self) -> None:
-        """Makes ``rewind`` possible: a pipe is copied to a temporary file, which is removed with this process."""
+        """Makes ``rewind`` possible: a pipe is copied to a temporary file, which goes with this process."""
         if not self._file.seekable():
             copy = tempfile.TemporaryFile()  # noqa: SIM115
             shutil.copyfileobj(self._file, copy)
@@ -143,7 +144,9 @@ class TokenPrompt(Prompt):
 
     @property
     def expected(self) -> int | None:
-        return None if self.size is None or not self.consumed else round(self._made * self.size / self.consumed)
+        if self.size is None or not self.consumed:
+            return None
+        return round(self._made * self.size / self.consumed)
 
     def _fresh(self, n: int) -> bytes:
         size = n * self.width

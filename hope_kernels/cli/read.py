@@ -19,6 +19,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from .lock import held
 from .meter import megabytes, resident_bytes
 from .models import check_run, load_model, load_session, unread_ids, usable_device
 from .progress import Progress, bits, guarded
-from .prompt import prompt_for
+from .prompt import Prompt, prompt_for
 from .session import Interrupt, SessionFile, session_path, stopped_code
 from .terminal import Output, notice
 
@@ -56,16 +57,17 @@ def read_command(args) -> int:
     output = Output(sys.stdout)
     documents = [[name, _hash(name)] for name in args.files]
     if args.session is None:
-        return run(args, None, output, documents)
+        return Run(args, None, output, documents).run()
     path = session_path(args.session)
     with held(path, args.session):
-        return run(args, path, output, documents)
+        return Run(args, path, output, documents).run()
 
 
 def _hash(name: str) -> str:
     """Raises OSError for what cannot be read, ValueError for no regular file."""
     if os.path.exists(name) and not os.path.isfile(name):
-        raise ValueError(f"{name} is {'a folder' if os.path.isdir(name) else 'no regular file'}, expected a document")
+        kind = "a folder" if os.path.isdir(name) else "no regular file"
+        raise ValueError(f"{name} is {kind}, expected a document")
     with open(name, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -85,7 +87,8 @@ def resumed(note: Any, args, documents: list[list[str]], unit: str) -> dict | No
     """The note, if it is one of an unfinished run of this command. Raises ValueError where the documents or
     the plan differ."""
     if not (
-        isinstance(note, dict) and note.get("phase") == "documents" and isinstance(note.get("documents"), list)
+        isinstance(note, dict) and note.get("phase") == "documents"
+        and isinstance(note.get("documents"), list)
         and all(type(note.get(k)) is t for k, t in (COUNTS | {unit: int}).items())
         and min(note["at"], note[unit], note["predicted"], note["all_predicted"]) >= 0
     ):
@@ -102,88 +105,110 @@ def resumed(note: Any, args, documents: list[list[str]], unit: str) -> dict | No
         i = next(i for i, (a, b) in enumerate(zip(was, documents)) if a != b)
         old, new = was[i][0], documents[i][0]
         what = f"{new} has changed since" if old == new else f"document {i + 1} was {old}, not {new}"
-    raise ValueError(f"session {args.session} stopped while it was reading documents: {what}; give the same documents "
-                     "in the same order to go on, or --no-resume to read these after what was read")
+    raise ValueError(f"session {args.session} stopped while it was reading documents: {what}; give the same "
+                     "documents in the same order to go on, or --no-resume to read these after what was read")
 
 
-def run(args, path: str | None, output: Output, documents: list[list[str]]) -> int:
-    device = usable_device(args.device)
-    model, tokenizer = load_model(args.model, device)
-    state, note = load_session(model, path, args.session, device)
-    going = None if args.no_resume else resumed(note, args, documents, tokenizer.unit)
-    readings = order(len(documents), args.passes, args.shuffle, args.seed)
-    at, skip = (going["at"], going[tokenizer.unit]) if going else (0, 0)
-    total = Sum(going["all_nats"], going["all_predicted"]) if going else Sum()
-    earlier = Sum(going["nats"], going["predicted"]) if going else Sum()
-    session, count, began = SessionFile(path, args.save_every), 0, time.perf_counter()
-    failed: OSError | None = None
-    here, finished, prompt, touched = Sum(), True, None, False
-    with Interrupt() if path else contextlib.nullcontext() as interrupt:
-        def noted() -> dict:
-            found = {"phase": "documents", "documents": documents, "at": at,
-                     "plan": [args.passes, args.shuffle, args.seed], tokenizer.unit: prompt.count if prompt else 0}
-            return found | {"nats": here.nats, "predicted": here.predicted, "all_nats": total.nats,
-                            "all_predicted": total.predicted}
+class Run:
+    """The readings of one run, and what is known of them: ``at`` are behind, of the present one ``here``."""
 
-        while at < len(readings) and finished:
-            which, document = readings[at]
-            name = args.files[document]
-            here = Sum(earlier.nats, earlier.predicted)
-            try:
-                with open(name, "rb") as file:
-                    # within a document nothing stands in front of what is left of it
-                    lead = unread_ids(state) + ([] if skip else list(tokenizer.start_ids))
-                    prompt = prompt_for(tokenizer, name, file, b"", lead, device)
-                    prompt.skip(skip)
-                    bar = Progress(prompt.expected, prompt.count, tokenizer.unit, args.quiet, os.path.basename(name))
+    def __init__(self, args: Any, path: str | None, output: Output, documents: list[list[str]]):
+        self.args, self.output, self.documents = args, output, documents
+        self.device = usable_device(args.device)
+        self.model, self.tokenizer = load_model(args.model, self.device)
+        self.state, note = load_session(self.model, path, args.session, self.device)
+        self.session, self.unit = SessionFile(path, args.save_every), self.tokenizer.unit
+        self.plan = [args.passes, args.shuffle, args.seed]
+        self.readings = order(len(documents), *self.plan)
+        going = None if args.no_resume else resumed(note, args, documents, self.unit)
+        self.at, self.skip, self.here, self.total = 0, 0, Sum(), Sum()
+        if going:
+            self.at, self.skip = going["at"], going[self.unit]
+            self.here = Sum(going["nats"], going["predicted"])
+            self.total = Sum(going["all_nats"], going["all_predicted"])
+        self.count = 0  # tokens that this run has read
+        self.prompt: Prompt | None = None
 
-                    def on_piece(now: int, nats: float, prompt=prompt, bar=bar, earlier=earlier) -> None:
-                        nonlocal touched
-                        touched = True
-                        prompt.confirm(now)
-                        here.nats, here.predicted = earlier.nats + nats, earlier.predicted + now - 1
-                        bar.read(now, prompt.expected, bits=f"{here.bits:.3f}")
-                        if prompt.more:
-                            session.save_if_due(state, noted)
+    @property
+    def behind(self) -> int:
+        """Tokens of the present document that have been read."""
+        return self.skip if self.prompt is None else self.prompt.count
 
-                    try:
-                        reading = read(
-                            model, prompt, state, learn=args.learn, backend=args.backend, on_piece=on_piece,
-                            should_stop=lambda: bool(interrupt and interrupt()), unread="included",
-                        )
-                    finally:
-                        bar.close()
-            except OSError as error:
-                failed = error
-                break
-            count, finished = count + reading.tokens, reading.finished
-            if finished:
-                label = f"pass {which + 1}, {name}" if args.passes > 1 else name
+    def note(self) -> dict:
+        return {"phase": "documents", "documents": self.documents, "plan": self.plan, "at": self.at,
+                self.unit: self.behind, "nats": self.here.nats, "predicted": self.here.predicted,
+                "all_nats": self.total.nats, "all_predicted": self.total.predicted}
+
+    def run(self) -> int:
+        began = time.perf_counter()
+        failed: OSError | None = None
+        with Interrupt() if self.session.path else contextlib.nullcontext() as interrupt:
+            while self.at < len(self.readings):
                 try:
-                    output.write(f"{label}: {prompt.count} {tokenizer.unit}, {here.bits:.3f} bits per "
-                                 f"{tokenizer.unit[:-1]}\n".encode("utf-8", "surrogateescape"))
+                    if not self._read(interrupt or (lambda: False)):
+                        break
+                    self._report()
                 except OSError as error:
                     failed = error
-                total.add(here)
-                at, skip, earlier, here, prompt = at + 1, 0, Sum(), Sum(), None
-                if failed is not None:
                     break
-                if at < len(readings):
-                    session.save_if_due(state, noted)
-        finished = at == len(readings)
-        if path is not None and (finished or touched):
-            session.save(state, None if finished else noted())
-    if failed is not None or not finished:
+            finished = self.at == len(self.readings)
+            if self.session.path and (finished or self.count):
+                self.session.save(self.state, None if finished else self.note())
+        if failed is not None or not finished:
+            self._stopped(failed, finished)
+            return stopped_code(failed, interrupt)
+        if not self.args.quiet:
+            seconds = time.perf_counter() - began
+            notice(f"read {self.count} {self.unit} in {seconds:.1f} s ({self.count / seconds:.0f}/s), "
+                   f"learn={self.args.learn}, {self.total.bits:.3f} bits per {self.unit[:-1]}, memory "
+                   f"{megabytes(resident_bytes())}{guarded(self.state)}"
+                   + (f", session in {self.args.session}" if self.session.path else ""))
+        return 0
+
+    def _read(self, should_stop: Callable[[], bool]) -> bool:
+        """The present document, from where it was left; whether to its end."""
+        name = self.args.files[self.readings[self.at][1]]
+        earlier, earlier_count = Sum(self.here.nats, self.here.predicted), self.count
+        # within a document nothing stands in front of what is left of it
+        lead = unread_ids(self.state) + ([] if self.skip else list(self.tokenizer.start_ids))
+        with open(name, "rb") as file:
+            self.prompt = prompt = prompt_for(self.tokenizer, name, file, b"", lead, self.device)
+            prompt.skip(self.skip)
+            short = os.path.basename(name)
+            bar = Progress(prompt.expected, prompt.count, self.unit, self.args.quiet, short)
+
+            def on_piece(now: int, nats: float) -> None:
+                prompt.confirm(now)
+                self.here = Sum(earlier.nats + nats, earlier.predicted + now - 1)
+                self.count = earlier_count + now
+                bar.read(now, prompt.expected, bits=f"{self.here.bits:.3f}")
+                if prompt.more:
+                    self.session.save_if_due(self.state, self.note)
+
+            try:
+                return read(
+                    self.model, prompt, self.state, learn=self.args.learn, backend=self.args.backend,
+                    on_piece=on_piece, should_stop=should_stop, unread="included",
+                ).finished
+            finally:
+                bar.close()
+
+    def _report(self) -> None:
+        """The present document has been read: one line, and on to the next."""
+        which, document = self.readings[self.at]
+        label = f"pass {which + 1}, " if self.args.passes > 1 else ""
+        line = (f"{label}{self.args.files[document]}: {self.behind} {self.unit}, {self.here.bits:.3f} bits per "
+                f"{self.unit[:-1]}\n")
+        self.total.add(self.here)
+        self.at, self.skip, self.here, self.prompt = self.at + 1, 0, Sum(), None
+        self.output.write(line.encode("utf-8", "surrogateescape"))
+        if self.at < len(self.readings):
+            self.session.save_if_due(self.state, self.note)
+
+    def _stopped(self, failed: OSError | None, finished: bool) -> None:
         reason = f"{failed.filename or 'standard output'}: {failed.strerror or failed}; " if failed else ""
-        kept = f"; session in {args.session}{'' if finished or touched else ' as it was'}" if path else ""
-        again = ", the same command goes on from there" if path and not finished else ""
-        notice(f"hope_kernels: {reason}stopped after {at} of {len(readings)} readings of documents and "
-               f"{prompt.count if prompt else 0} {tokenizer.unit} of the next{kept}{again}")
-        return stopped_code(failed, interrupt)
-    if not args.quiet:
-        seconds = time.perf_counter() - began
-        unit = tokenizer.unit
-        notice(f"read {count} {unit} in {seconds:.1f} s ({count / seconds:.0f}/s), learn={args.learn}, "
-               f"{total.bits:.3f} bits per {unit[:-1]}, memory {megabytes(resident_bytes())}{guarded(state)}"
-               + (f", session in {args.session}" if path else ""))
-    return 0
+        untouched = "" if finished or self.count else " as it was"
+        kept = f"; session in {self.args.session}{untouched}" if self.session.path else ""
+        again = ", the same command goes on from there" if self.session.path and not finished else ""
+        notice(f"hope_kernels: {reason}stopped after {self.at} of {len(self.readings)} readings of documents and "
+               f"{self.behind} {self.unit} of the next{kept}{again}")

@@ -65,8 +65,8 @@ def resume(note: dict | None, prompt: Prompt, path: str) -> dict | None:
         what = f"begins otherwise (sha256 {prompt.sha256[:16]})"
     raise ValueError(
         f"session {path} stopped after reading {count} {prompt.unit} of {note['prompt']} (sha256 "
-        f"{note['sha256'][:16]}), and {prompt.name} {what}; give what it was reading, from its start, to go on, or "
-        "--no-resume to read another text after it"
+        f"{note['sha256'][:16]}), and {prompt.name} {what}; give what it was reading, from its start, to go "
+        "on, or --no-resume to read another text after it"
     )
 
 

@@ -1,5 +1,5 @@
-"""Models and tokenizers as transformers loads them, from a folder or a GGUF file: the only place in this package
-that needs transformers, and it needs it only while a model is converted."""
+"""Models and tokenizers as transformers loads them, from a folder or a GGUF file: the only place in this
+package that needs transformers, and it needs it only while a model is converted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Source:
         if not os.path.exists(path):
             raise FileNotFoundError(f"convert: SOURCE {path} does not exist")
         if self.gguf and not path.endswith(".gguf"):
-            raise ValueError(f"convert: SOURCE {path} is a file, expected a folder of transformers or a .gguf file")
+            raise ValueError(f"convert: SOURCE {path} is a file, expected a folder of transformers or a "
+                             ".gguf file")
         config = os.path.join(path, "config.json")
         if not self.gguf and not os.path.isfile(config):
             raise ValueError(f"convert: SOURCE {path} has no config.json, expected a folder of transformers")
@@ -50,7 +51,9 @@ class Source:
     def _check(self, kind: Any) -> None:
         if kind not in MODEL_TYPES:
             expected = ", ".join(map(repr, MODEL_TYPES))
-            raise ValueError(f"convert: SOURCE {self.path} has model_type {kind!r}, expected one of {expected}")
+            raise ValueError(
+                f"convert: SOURCE {self.path} has model_type {kind!r}, expected one of {expected}"
+            )
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -64,7 +67,7 @@ class Source:
             raise ValueError(f"convert: SOURCE {self.path}: {what} cannot be read ({reason})"[:500]) from None
 
     def model(self, dtype: torch.dtype | None) -> torch.nn.Module:
-        """dtype: of the weights; None: the source's own, bfloat16 for a GGUF file, whose weights are quantized."""
+        """dtype: of the weights; None: the source's own, bfloat16 for a GGUF file (quantized there)."""
         options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
         if self.gguf:
             options["dtype"] = dtype or torch.bfloat16

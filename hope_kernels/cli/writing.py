@@ -46,9 +46,10 @@ class ByteWriter:
 
 
 class TextWriter:
-    """Of a model with a tokenizer: whole characters, up to the end of a stop (which may lie inside a token; the
-    state has the token as it is) or to one of the tokens ``ends``. The note: {"text": {"tail": the last
-    characters written, ...}}, as ``TextStream.note`` has the rest. context: gives the ids before the first one."""
+    """Of a model with a tokenizer: whole characters, up to the end of a stop (which may lie inside a token;
+    the state has the token as it is) or to one of the tokens ``ends``. The note: {"text": {"tail": the last
+    characters written, ...}}, the rest as ``TextStream.note`` has it. context: gives the ids before the first
+    one."""
 
     def __init__(
         self, output: Output, tokenizer: Tokenizer, stops: Sequence[str], ends: Sequence[int], note: dict,

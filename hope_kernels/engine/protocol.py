@@ -51,7 +51,7 @@ class Model(Protocol):
     def __call__(
         self, ids: Tensor, state: ModelState | None = None, lengths: Any = None, learn: str = "off",
         backend: str | None = None, *, check_finite: bool = False, wavefront: int | None = None,
-        output: str = "logits", following: Tensor | None = None,
+        output: str = "logits", following: Tensor | None = None, guard: bool | None = None,
     ) -> tuple[Any, ModelState]:
         """Reads ids: (logits [B, T, vocab_size], or with output="losses" ``head.Losses``; the state after
         them)."""

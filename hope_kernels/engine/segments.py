@@ -8,6 +8,7 @@ so that what was given stays as it is if a call fails.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ from ..ops.cms import backends as cms_backends
 from ..ops.cms.chain import Sink
 from ..ops.cms.level import Factors
 from ..state import Counters
+from .guard import judge
 from .head import Heads, Targets, mask, read_head
 from .protocol import Model
 
 
 def draft(state: ModelState, in_place: str = "made") -> ModelState:
     """A state for a call to change. in_place: which CMS tensors it may write, see ``cms.state.Private``."""
-    return replace(state, cms=[c and c.draft(in_place) for c in state.cms])
+    guard = None if state.guard is None else state.guard.draft()
+    return replace(state, cms=[c and c.draft(in_place) for c in state.cms], guard=guard)
 
 
 def finished(state: ModelState) -> ModelState:
@@ -162,13 +165,25 @@ def learn_segment(
     learners = marked if among is None else [among[b] for b in marked]
     with torch.inference_mode(False), torch.enable_grad():
         ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
-        sinks = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1])
+        sinks, before = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1]), mixers
         h, mixers, anchor = _read(model, state, mixers, ids, lengths, backend, sinks, among)
         heads = read_head(
             model, h.detach(), lengths, targets, logits=logits, learners=rows, check_finite=check_finite
         )
-        torch.autograd.grad(h, anchor, heads.slopes)
+        assert heads.slopes is not None and heads.nats is not None
+        read = Segment(before, ids, targets, lengths, backend)
+        torch.autograd.grad(h, anchor, _judged(model, state, read, marked, learners, heads.nats, heads.slopes))
     return heads, mixers
+
+
+class Segment(NamedTuple):
+    """What a segment was read from. mixers: as they were before."""
+
+    mixers: list[MixerState]
+    ids: Tensor
+    targets: Targets
+    lengths: list[int]
+    backend: str | None
 
 
 @dataclass
@@ -176,14 +191,20 @@ class Held:
     """The graph of segments that a call has read to their end, whose last losses the next token decides.
 
     h [B, n, d] is what the blocks made of them, ``slopes`` dL/dh of every loss that is known already. late:
-    where the factors of the blocks' levels go once it is known what is due.
+    where the factors of the blocks' levels go once it is known what is due. nats: the losses; read: what was
+    read.
     """
 
     h: Tensor
     slopes: Tensor
     anchor: Tensor
     late: list[Late | None]
-    lengths: list[int]
+    nats: Tensor
+    read: Segment
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.read.lengths
 
     def learn(
         self, model: Model, state: ModelState, rows: list[bool], arriving: Tensor, counts: list[int] | None,
@@ -205,7 +226,11 @@ class Held:
             for late, sink in zip(self.late, _sinks(model, state, marked, counts, backend, None, self.lengths, n)):
                 if late is not None:
                     late.sink = sink
-            torch.autograd.grad(self.h, self.anchor, torch.where(counted, slopes, 0))
+            assert newest.nats is not None
+            targets = Targets(self.read.targets.ids.index_put((row, place), arriving[:, 0]), self.lengths)
+            nats = self.nats.index_put((row, place), newest.nats[:, 0])
+            slopes, read = torch.where(counted, slopes, 0), self.read._replace(targets=targets)
+            torch.autograd.grad(self.h, self.anchor, _judged(model, state, read, marked, marked, nats, slopes))
 
 
 class Late:
@@ -227,12 +252,13 @@ def read_and_hold(
     with torch.inference_mode(False), torch.enable_grad():
         ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
         late = [None if cms is None or block.cms is None else Late() for block, cms in zip(model.blocks, state.cms)]
+        read = Segment([m.snapshot() for m in mixers], ids, targets, lengths, backend)
         h, mixers, anchor = _read(model, state, mixers, ids, lengths, backend, late, None)
         heads = read_head(
             model, h.detach(), lengths, targets, logits=logits, learners=rows, check_finite=check_finite
         )
-    assert heads.slopes is not None
-    return heads, mixers, Held(h, heads.slopes, anchor, late, lengths)
+    assert heads.slopes is not None and heads.nats is not None
+    return heads, mixers, Held(h, heads.slopes, anchor, late, heads.nats, read)
 
 
 def _sinks(
@@ -249,8 +275,38 @@ def _sinks(
             found.append(None)
             continue
         ops = cms_backends.resolve(cms.config, like.dtype, like.device, backend, inner=True)
-        found.append(block.cms.sink(cms, learners, counts, ops, among, ragged))
+        scale = None if state.guard is None else state.guard.rate
+        found.append(block.cms.sink(cms, learners, counts, ops, among, ragged, scale))
     return found
+
+
+def _judged(
+    model: Model, state: ModelState, read: Segment, marked: list[int], learners: list[int], nats: Tensor,
+    slopes: Tensor
+) -> Tensor:
+    """``slopes`` of the segment ``read``, whose rows ``marked`` are the rows ``learners`` of the batch, without
+    those that the guard of ``state`` lets not learn; they leave ``learners``."""
+    if state.guard is None or not learners:
+        return slopes
+    known = torch.tensor([max(n, 1) for n in read.targets.known], device=nats.device)
+
+    def own() -> list[float]:
+        mixers = [m.snapshot() for m in read.mixers]
+        levels = [b.cms and b.cms.effective_levels(b.cms.init_state(len(read.lengths))) for b in model.blocks]
+        with torch.no_grad():
+            h, _ = model.run(model.embed(read.ids), mixers, levels, read.lengths, read.backend)
+            found = read_head(model, h, read.lengths, read.targets, logits=False)
+        assert found.nats is not None
+        return (found.nats.sum(1) / known)[marked].tolist()
+
+    blocks = list(zip(model.blocks, state.cms))
+    bad = judge(state.guard, blocks, list(learners), (nats.sum(1) / known)[marked].tolist(), own)
+    if not bad:
+        return slopes
+    keep = torch.ones(slopes.shape[0], 1, 1, dtype=torch.bool, device=slopes.device)
+    keep[[m for m, b in zip(marked, learners) if b in bad]] = False
+    learners[:] = [b for b in learners if b not in bad]
+    return torch.where(keep, slopes, 0)
 
 
 def _read(

@@ -438,27 +438,34 @@ class CausalAttention(nn.Module):
                     seen = seen & ((slot > place - window) | (slot < sinks))
                 seen = seen.unsqueeze(1)
             keys, values = k[:, :, low:high], v[:, :, low:high]
-            if far is not None and apart:
-                first = k[:, :, :sinks]
-                seen = self._sink_scores(far.transpose(1, 2)[:, :, a:b], first, high - low, seen)
-                keys = torch.cat([torch.zeros_like(first), keys], 2)  # the sinks' scores are in the mask
-                values = torch.cat([v[:, :, :sinks], values], 2)
-            parts.append(F.scaled_dot_product_attention(q[:, :, a:b], keys, values, attn_mask=seen, **how))
+            if far is None or not apart:
+                y = F.scaled_dot_product_attention(q[:, :, a:b], keys, values, attn_mask=seen, **how)
+            else:
+                both = (q[:, :, a:b], far.transpose(1, 2)[:, :, a:b])
+                y = self._beside_sinks(*both, keys, values, k[:, :, :sinks], v[:, :, :sinks], seen)
+            parts.append(y)
         return torch.cat(parts, 2).transpose(1, 2)
 
-    def _sink_scores(self, far: Tensor, first: Tensor, others: int, seen: Tensor | None) -> Tensor:
-        """A mask [B, H, T, sinks + others] to be added to scores: those of far [B, H, T, D] with the sinks'
-        keys [B, Hkv, sinks, D], 0 for the others, -inf where ``seen`` (None: everywhere) is false.
+    def _beside_sinks(
+        self, q: Tensor, far: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        """Attention of q [B, H, T, D] to k, v and of far, the same queries as they see the sinks, to the sinks'
+        sink_k, sink_v [B, Hkv, S, D]: one softmax, over S sinks and the slots of k. seen: of both; None: all.
 
-        A query has one rotation for the sinks and another for the window. So the sinks' part of the product
-        is computed here, and their keys are zero in the product of all.
+        A query has two rotations, a product only one. So a query is widened by its scores with the sinks,
+        and the key of sink i is a one in place i of that part and zero elsewhere.
         """
-        wide = master_dtype(far.dtype)
-        grouped = far.to(wide).unflatten(1, (first.shape[1], -1))  # [B, Hkv, H / Hkv, T, D]
-        scores = (grouped @ first.to(wide).mT.unsqueeze(2)).flatten(1, 2)
-        scale = self.head_dim**-0.5 if self.config.attention_scale is None else self.config.attention_scale
-        mask = F.pad((scores * scale).to(far.dtype), (0, others))
-        return mask if seen is None else mask.masked_fill(~seen, -math.inf)
+        D, S = q.shape[-1], sink_k.shape[2]
+        wide, extra = master_dtype(q.dtype), -(-S // 8) * 8  # kernels want widths of multiples of 8
+        grouped = far.to(wide).unflatten(1, (sink_k.shape[1], -1))  # [B, Hkv, H / Hkv, T, D]
+        scores = (grouped @ sink_k.to(wide).mT.unsqueeze(2)).flatten(1, 2).to(q.dtype)
+        ones = F.pad(torch.eye(S, dtype=k.dtype, device=k.device), (D, extra - S)).expand(*sink_k.shape[:2], -1, -1)
+        y = F.scaled_dot_product_attention(
+            torch.cat([q, F.pad(scores, (0, extra - S))], -1), torch.cat([ones, F.pad(k, (0, extra))], 2),
+            F.pad(torch.cat([sink_v, v], 2), (0, extra)), attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1],
+            scale=D**-0.5 if self.config.attention_scale is None else self.config.attention_scale,
+        )
+        return y[..., :D]
 
 
 def rope_rates(config: HopeConfig) -> Tensor:

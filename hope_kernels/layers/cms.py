@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..config import CMSConfig
+from ..identity import Checksum, checksum
 from ..ops.cms import low_rank
 from ..ops.cms.absorb import absorb, add_gradients
 from ..ops.cms.backends import resolve
@@ -67,6 +68,7 @@ class ContinuumMemory(nn.Module):
     def __init__(self, config: CMSConfig, norm_eps: float = NORM_EPS, device=None, dtype=None):
         super().__init__()
         self.config, self.norm_eps, self.pending = config, norm_eps, None
+        self._known_sizes: dict[int, tuple[Checksum | None, dict[str, float]]] = {}
         d, n = config.d_model, config.hidden
         shapes = {"norm_gain": (d,), "up": (n, d), "down": (d, n)}
         if config.norm == "layernorm":
@@ -280,13 +282,14 @@ class ContinuumMemory(nn.Module):
 
     def sink(
         self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None,
-        tokens: list[int] | None = None,
+        tokens: list[int] | None = None, scale: Callable[[int], float] | None = None,
     ) -> Sink:
         """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
         ``absorb``.
 
-        among: the rows of the batch that the factors are of; None: all. tokens: how many of each of these rows
-        count, the first ones; None: all.
+        rows: also what is left of the list when the factors come. among: the rows of the batch that the factors
+        are of; None: all. tokens: how many of each of these rows count, the first ones; None: all. scale: of the
+        rates of a row; None: 1.
         """
         of = None if tokens is None else dict(zip(range(state.batch) if among is None else among, tokens))
         counted = None if of is None else [of.get(b, 0) for b in range(state.batch)]
@@ -304,7 +307,12 @@ class ContinuumMemory(nn.Module):
                 pairs, B = factors.items(), state.batch
                 factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
             slots = self._slots(l)
-            absorb(state, self.config, self._start(l), l, factors, rows, counts, slots, ops, counted)
+            start, sizes = self._start(l), self._sizes(l)
+            alike: dict[float, list[int]] = {}
+            for b in rows:
+                alike.setdefault(1.0 if scale is None else scale(b), []).append(b)
+            for factor, group in alike.items():
+                absorb(state, self.config, start, l, factors, group, counts, slots, ops, counted, sizes, factor)
 
         return learned
 
@@ -331,9 +339,8 @@ class ContinuumMemory(nn.Module):
             return state
         new = state.draft()
         for l in learning_levels(self.config):
-            absorb(
-                new, self.config, self._start(l), l, None, marked, state.pos if counts is None else counts
-            )
+            due_at = state.pos if counts is None else counts
+            absorb(new, self.config, self._start(l), l, None, marked, due_at, sizes=self._sizes(l))
         return new.finished()
 
     def detach_level(self, state: CMSState, level: int, row: int = 0) -> dict[str, Tensor]:
@@ -374,6 +381,19 @@ class ContinuumMemory(nn.Module):
         """What a row's weights start from: the matrices, or with ``rank`` zeros in the shape of L."""
         held = self._matrices(l)
         return held if self.config.rank is None else low_rank.nothing(self.config, held)
+
+    @torch.no_grad()
+    def _sizes(self, l: int) -> dict[str, float] | None:
+        """The RMS of each matrix, which relative rates are relative to; looked at again only when the
+        parameters may have changed. None: rates are absolute."""
+        if not self.config.relative:
+            return None
+        mark, (known, found) = checksum(self), self._known_sizes.get(l, (None, {}))
+        if mark is None or mark is not known:
+            means = {n: t.to(master_dtype(t.dtype)).square().mean() for n, t in self._matrices(l).items()}
+            found = {n: float(mean) ** 0.5 for n, mean in means.items()}
+            self._known_sizes[l] = mark, found
+        return found
 
     def _parameters_of(self, l: int) -> dict[str, Tensor]:
         """``levels[l]`` as a plain dict, as whatever parametrizes or wraps it has it. A module's own access

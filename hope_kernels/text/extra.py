@@ -15,5 +15,7 @@ def extra(module: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtra(f"{what} needs the package {module.partition('.')[0]!r} ({error}); install it with "
-                           "pip install 'hope_kernels[text]'") from None
+        name = module.partition(".")[0]
+        raise MissingExtra(
+            f"{what} needs the package {name!r} ({error}); install it with pip install 'hope_kernels[text]'"
+        ) from None

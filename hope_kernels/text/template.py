@@ -23,8 +23,8 @@ class ChatTemplate:
     def __init__(self, source: str, special: Mapping[str, str]):
         jinja = extra("jinja2", "a chat template")
         if tuple(int(n) for n in jinja.__version__.split(".")[:3] if n.isdigit()) < SAFE:
-            raise MissingExtra(f"a chat template needs jinja2 >= 3.1.6, found {jinja.__version__}; install it with "
-                               "pip install 'hope_kernels[text]'")
+            raise MissingExtra(f"a chat template needs jinja2 >= 3.1.6, found {jinja.__version__}; install "
+                               "it with pip install 'hope_kernels[text]'")
         self._special, self._error = dict(special), jinja.TemplateError
         try:
             self._template = _environment(jinja).from_string(source)
@@ -62,9 +62,8 @@ def _environment(jinja: Any) -> Any:
     def raise_exception(message):
         raise jinja.TemplateError(message)
 
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # unlike Jinja's own, without escapes for HTML
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(x, ensure_ascii=False, **options):  # unlike Jinja's own, without escapes for HTML
+        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, extensions.loopcontrols]

@@ -21,10 +21,10 @@ BYTES = 256  # vocab_size of a model that reads bytes
 class Tokenizer:
     """Text and token ids of one model: ``Tokenizer.from_pretrained(folder)`` or ``Tokenizer.of(model)``.
 
-    ``eos_ids``: the tokens after which a text has ended; ``stop``: strings that end it as well; ``start_ids``:
-    what stands at the start of every text. A model without a ``tokenizer.json`` whose vocabulary has 256
-    tokens reads bytes, which needs no library; otherwise ``tokenizers`` is needed, and ``jinja2`` for ``chat``
-    (the extra ``text``).
+    ``eos_ids``: the tokens after which a text has ended; ``stop``: strings that end it as well;
+    ``start_ids``: what stands at the start of every text. A model without a ``tokenizer.json`` whose
+    vocabulary has 256 tokens reads bytes, which needs no library; otherwise ``tokenizers`` is needed, and
+    ``jinja2`` for ``chat`` (the extra ``text``).
 
     >>> tokenizer = Tokenizer.from_pretrained("kjv-byte")
     >>> tokenizer.encode("Go!"), tokenizer.decode([71, 111])
@@ -33,12 +33,12 @@ class Tokenizer:
 
     def __init__(self, files: Mapping[str, bytes], vocab_size: int, where: str = "Tokenizer"):
         """files: contents by name, as ``files.py`` lists them. where: their folder, for messages. Raises
-        ValueError for damaged files, ids the model does not have, and no tokenizer where bytes are not meant."""
+        ValueError for damaged files, for ids the model does not have, and where a tokenizer is missing."""
         self.files, self.vocab_size = dict(files), vocab_size
         self.reads_bytes = TOKENIZER not in self.files
         if self.reads_bytes and vocab_size != BYTES:
-            raise ValueError(f"{where} has no {TOKENIZER}, expected one for a model of {vocab_size} token ids; "
-                             "python -m hope_kernels convert writes it")
+            raise ValueError(f"{where} has no {TOKENIZER}, expected one for a model of {vocab_size} token "
+                             "ids; python -m hope_kernels convert writes it")
         settings = TextSettings()
         if SETTINGS in self.files:
             settings = TextSettings.from_bytes(self.files[SETTINGS], os.path.join(where, SETTINGS))
@@ -49,8 +49,8 @@ class Tokenizer:
         if not self.reads_bytes:
             self._load(os.path.join(where, TOKENIZER))
         if max(self.eos_ids, default=0) >= vocab_size:
-            raise ValueError(f"{os.path.join(where, SETTINGS)} has the token {max(self.eos_ids)} in eos_ids, the "
-                             f"model has {vocab_size}")
+            raise ValueError(f"{os.path.join(where, SETTINGS)} has the token {max(self.eos_ids)} in eos_ids, "
+                             f"the model has {vocab_size}")
         self._template: ChatTemplate | None = None
 
     def _load(self, path: str) -> None:
@@ -63,11 +63,12 @@ class Tokenizer:
         loaded.no_truncation()
         highest = max(loaded.get_vocab(with_added_tokens=True).values(), default=0)
         if highest >= self.vocab_size:
-            raise ValueError(f"{path} has the token {highest}, the model has {self.vocab_size}: they do not belong "
-                             "together")
+            raise ValueError(f"{path} has the token {highest}, the model has {self.vocab_size}: they do not "
+                             "belong together")
         # what it would put around every text is kept for the start of one; after that a text goes on
         marked, plain = (loaded.encode("a", add_special_tokens=s).ids for s in (True, False))
-        self.start_ids = tuple(marked[: next(i for i in range(len(marked)) if marked[i:][: len(plain)] == plain)])
+        begin = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
+        self.start_ids = tuple(marked[:begin])
         loaded.post_processor = None
         added = loaded.get_added_tokens_decoder()
         self._hidden = frozenset(i for i, token in added.items() if token.special)
@@ -140,8 +141,8 @@ class Tokenizer:
         """Raises ValueError for a model without one, or a damaged one."""
         if self._template is None:
             if not self.can_chat:
-                raise ValueError(f"this model has no chat template ({TEMPLATE} in its folder); it can read and "
-                                 "write on, as python -m hope_kernels generate does")
+                raise ValueError(f"this model has no chat template ({TEMPLATE} in its folder); it can read "
+                                 "and write on, as python -m hope_kernels generate does")
             self._template = ChatTemplate(self.files[TEMPLATE].decode(errors="replace"), self._special)
         return self._template
 
@@ -152,7 +153,7 @@ class Tokenizer:
 
     def next_turn(self, text: str) -> list[int]:
         """The ids between an answer's last word and the next answer, with ``text`` as the user's message: the
-        end of the answer, the message, and how an answer begins. They do not depend on what was said before."""
+        end of the answer, the message, how an answer begins. They do not depend on what was said before."""
         mark = "\ue000answer\ue000"
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark},
                     {"role": "user", "content": text}]

@@ -18,8 +18,8 @@ import torch
 from small_model import saved
 
 import hope_kernels as hk
-from hope_kernels.cli.main import main
 from hope_kernels.cli.lock import held
+from hope_kernels.cli.main import main
 from hope_kernels.cli.terminal import Output
 from hope_kernels.state_file import load_note
 

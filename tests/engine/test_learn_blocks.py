@@ -82,3 +82,21 @@ def test_other_values_are_refused(blocks):
 def test_a_block_without_a_cms_cannot_learn():
     with pytest.raises(ValueError, match="blocks with a CMS, which block 1 has not"):
         HopeConfig(32, 8, 2, cms=(CMS, None), learn_blocks=(1,))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("cms", [CMS, CMS.replace(optimizer="adam", rank=2), CMS.replace(lr=0.0)])
+def test_what_a_session_costs_is_known_before(mixer, cms):
+    """The bytes of a state that has learned in every level, part by part and all together."""
+    model = tiny(mixer, layers=3, cms=cms, learn_blocks=(1, 2), **({"window": 6} if mixer == "attention" else {}))
+    want, (_, state) = model.state_bytes(2, 25), learned(model, ids(2, 25), ())
+    for part, names in {"weights": "weights", "copies": "copies", "grads": "grads", "moments": "moments squares",
+                        "pending": "left right"}.items():
+        held = [d for c in state.cms for n in names.split() for d in getattr(c, n) if d is not None]
+        assert want[part] == sum(t.numel() * t.element_size() for d in held for t in d.values())
+    if mixer == "attention":
+        reach, numbers = 6 + 4, 2 * 2 * 4  # window and segment; of a token: keys and values, two rows, one head of 4
+        assert want["mixers"] == 3 * reach * numbers * 8
+    else:
+        assert sum(want.values()) == state.nbytes()
+    assert want["segment"] == state.ids.nbytes

@@ -385,7 +385,7 @@ def test_zero_length_rows_and_empty_calls():
 @pytest.mark.parametrize("optimizer, held_by_two_levels", [("momentum", 10), ("adam", 14)])
 def test_bf16_and_fp32_masters(optimizer, held_by_two_levels):
     for dtype in (torch.bfloat16, torch.float32):
-        layer = make(20, dtype=dtype, chunks=(2, 4), optimizer=optimizer)
+        layer = make(20, dtype=dtype, chunks=(2, 4), optimizer=optimizer, lr=1e-3)
         stream = Stream(layer, 2, 8)
         with torch.no_grad():
             stream.finish(lambda low, high: high)
@@ -568,16 +568,32 @@ def test_wrong_types():
     assert isinstance(layer.init_state(2), CMSState)
 
 
-def test_default_rates():
-    rates = {
-        "gd": (1 / 32, 1 / 64, 1 / 128), "momentum": (1 / 256, 1 / 512, 1 / 1024), "muon": (0.0075, 0.015, 0.03),
-        "adam": (1e-4,) * 3,
-    }
-    for optimizer, want in rates.items():
-        np.testing.assert_allclose(
-            CMSConfig(8, (16, 64, 256), optimizer=optimizer).learning_rates, want, rtol=1e-12
-        )
-    np.testing.assert_allclose(
-        CMSConfig(8, (8192, 65536)).learning_rates, (8192**-0.5 / 8, 8192**-0.5 / 64), rtol=1e-12
-    )
-    assert CMSConfig(8, (1024, 65536), optimizer="muon").learning_rates == (0.06, 0.06)
+def test_default_rates_are_relative_and_adams():
+    config = CMSConfig(8, (16, 64, 256, 65536))
+    assert config.optimizer == "adam" and config.relative
+    np.testing.assert_allclose(config.learning_rates, (1.25e-4, 2.5e-4, 5e-4, 5e-4), rtol=1e-12)
+    given = CMSConfig(8, (16,), lr=0.1)
+    assert given.optimizer == "gd" and not given.relative
+    assert CMSConfig(8, (16,), optimizer="muon").relative
+    assert CMSConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="relative is False, expected True where lr is None"):
+        CMSConfig(8, (16,), relative=False)
+
+
+@pytest.mark.parametrize("optimizer", ["gd", "momentum", "muon", "adam"])
+def test_relative_rates_do_not_depend_on_the_scale_of_weights_and_errors(optimizer):
+    """A model whose matrices are 8 times as large, and whose loss is 1/4 of the other's, moves them by 8 times
+    as much; the first step has the RMS that the rate says (Muon's singular values: about)."""
+    for scale, loss in ((1.0, 1.0), (8.0, 0.25)):
+        layer = make(31, chunks=(4,), optimizer=optimizer, relative=True, lr=1e-3)
+        with torch.no_grad():
+            for name in ("up", "down"):
+                layer.levels[0][name].mul_(scale)
+            before = {n: layer.levels[0][n].clone() for n in ("up", "down")}
+            x = torch.randn(1, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            e = loss * torch.randn(1, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+            _, state = layer(x)
+            state = layer.refresh(state, e)
+        for n, w in before.items():
+            step = (state.weights[0][n][0] - w).square().mean().sqrt() / w.square().mean().sqrt()
+            assert float(step) == pytest.approx(1e-3, rel=0.5 if optimizer == "muon" else 1e-5), n

@@ -517,6 +517,17 @@ def test_adapters_of_embedding_and_head(tie):
     close(by_a, torch.autograd.grad(plain(ids())[0].square().sum(), p)[0] @ wrapped.embed.b.detach().mT)
 
 
+def test_adapters_of_a_scaled_embedding():
+    """The scale is of what is read; a tied head multiplies without it."""
+    plain = HopeForCausalLM(small("attention").config.replace(embed_scale=3.0)).eval()
+    wrapped = copy.deepcopy(plain)
+    wrapped.embed = LoRAEmbedding(wrapped.embed)
+    with torch.no_grad():
+        plain.embed.weight.copy_(wrapped.embed(torch.arange(VOCAB)) / 3)
+        close(plain.embed(ids()), 3 * plain.embed.weight[ids()])
+        assert_same(wrapped(ids(), learn="next_token"), plain(ids(), learn="next_token"))
+
+
 def test_a_hook_on_the_embedding_acts_on_what_is_read_not_on_the_tied_head():
     model = small()
     with torch.no_grad():

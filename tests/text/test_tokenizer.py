@@ -10,7 +10,8 @@ from hope_kernels.text.extra import extra
 from hope_kernels.text.files import TextSettings
 from hope_kernels.text.template import ChatTemplate
 
-TEXT = "".join(random.Random(0).choices([*CORPUS, "\n", " ", "\t", "x\n", ".\n\n", "Straße\r\n", "<|end|>", "1234"], k=400))
+PARTS = [*CORPUS, "\n", " ", "\t", "x\n", ".\n\n", "Straße\r\n", "<|end|>", "1234"]
+TEXT = "".join(random.Random(0).choices(PARTS, k=400))
 WILD = "".join(random.Random(1).choices("ab \n\t.é日😀\u0301\ufffd", k=3000))
 
 
@@ -67,7 +68,7 @@ def test_what_is_no_text_streams_too(tokenizer):
         ids = [draw.randrange(tokenizer.vocab_size) for _ in range(60)]
         stream = tokenizer.stream()
         streamed = "".join(stream.push(i) for i in ids) + stream.end()
-        if tokenizer.start_ids:  # a run of byte tokens is decoded as one: what follows may undo a whole character
+        if tokenizer.start_ids:  # a run of byte tokens is decoded as one: what follows may undo a character
             assert streamed.replace("\ufffd", "")[:5] == tokenizer.decode(ids).replace("\ufffd", "")[:5]
         else:
             assert streamed == tokenizer.decode(ids)
@@ -128,7 +129,8 @@ def test_templates_are_foreign_code():
         '<s>x{"role": "user", "content": " Who? <b> "}'
     )
     assert len(render("{{ strftime_now('%Y') }}")) == 4
-    assert render("{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}") == "user"
+    loop = "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}"
+    assert render(loop) == "user"
     for source in ("{{ raise_exception('no system') }}", "{{ ''.__class__.__mro__ }}{{ x.y.z }}",
                    "{% set _ = messages.append(1) %}", "{{ messages[0]['content'] + messages[0] }}"):
         with pytest.raises(ValueError, match="chat: the model's template refuses"):
@@ -175,6 +177,7 @@ def test_the_files_travel_with_the_model(tokenizer, tmp_path):
     assert again.files == tokenizer.files and again.eos_ids == (0,)
     assert again.encode(TEXT) == tokenizer.encode(TEXT)
     again.save_pretrained(tmp_path / "c")
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["chat_template.jinja", "text.json", "tokenizer.json"]
+    names = sorted(p.name for p in (tmp_path / "c").iterdir())
+    assert names == ["chat_template.jinja", "text.json", "tokenizer.json"]
     with pytest.raises(FileNotFoundError, match="Tokenizer.from_pretrained: 'absent'"):
         hk.Tokenizer.from_pretrained("absent")

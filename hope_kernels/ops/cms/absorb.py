@@ -24,11 +24,14 @@ from .schedule import due, matrices
 from .state import CMSState
 
 Shared = dict[str, Tensor]  # a level's matrices in the layer: name -> [r, c]
+TINY = 1e-30  # gradients of this size or below count as zero
+Sizes = dict[str, float]  # the RMS of their elements, by name
 
 
 def absorb(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
     counts: list[int] | None, pending: int = 0, ops=level, tokens: list[int] | None = None,
+    sizes: Sizes | None = None, scale: float = 1.0,
 ) -> None:
     """Level ``l`` of the draft ``state`` learns one segment in ``rows`` of the batch (ascending), and commits
     in those that are due at ``counts``.
@@ -36,7 +39,8 @@ def absorb(
     factors: [B, C, r] and [B, C, c] for each matrix, or None: there is no new segment. counts: tokens each
     row has read; None: nothing commits. pending: tokens whose factors a row may hold before they are folded
     (optimizer="gd"). tokens: how many of the segment count, for each row of the batch (None: all C); the
-    factors of the others, errors and inputs, are zero.
+    factors of the others, errors and inputs, are zero. sizes: what relative rates are relative to.
+    scale: of all rates.
     """
     if config.learning_rates[l] == 0:
         return
@@ -48,7 +52,7 @@ def absorb(
     if wait and factors is not None:
         _accumulate(state, config, shared, l, factors, wait, ops)
     if step:
-        _step(state, config, shared, l, factors, step, pending, ops)
+        _step(state, config, shared, l, factors, step, pending, ops, sizes, scale)
         _mark(state.tokens[l], step, 0)
     if back:
         reset(state, l, back)
@@ -125,26 +129,71 @@ def reset(state: CMSState, l: int, rows: list[int]) -> None:
         _mark(counters[l], rows, 0)
 
 
+def good_weights(
+    state: CMSState, shared: Shared, l: int, rows: list[int], before: dict[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """A copy of what ``rows`` have learned in level ``l``, in the dtype of the layer: [B, r, c] by name, the other
+    rows as in ``before``. None: no row has weights of its own."""
+    if not any(state.own[l]) and not any(state.rank[l]):
+        return before
+    fold(state, state.config, shared, l, rows)
+    dtype = next(iter(shared.values())).dtype
+    held = state.weights[l] if state.copies[l] is None else state.copies[l]
+    found = {}
+    for name, t in held.items():
+        found[name] = t.to(dtype, copy=True) if before is None else before[name].clone()
+        for b in rows:
+            found[name][b].copy_(t[b])
+    return found
+
+
+def go_back(
+    state: CMSState, shared: Shared, l: int, rows: list[int], kept: list[int], good: dict[str, Tensor] | None
+) -> None:
+    """``rows`` have in level ``l`` the weights ``good`` (those of ``rows`` in ``kept``), or the layer's; what
+    they have accumulated, and the direction they moved in, is forgotten."""
+    kept = [] if good is None else kept
+    share(state, l, [b for b in rows if b not in kept])
+    if kept and good is not None:
+        fold(state, state.config, shared, l, kept)
+        weights, copies = state.writable("weights", l), _copies(state, l)
+        for name, t in good.items():
+            for b in kept:
+                for held in (weights, copies) if copies else (weights,):
+                    held[name][b].copy_(t[b])
+    for part in ("grads", "moments"):
+        if getattr(state, part)[l] is not None:
+            _zero(state.writable(part, l), rows)
+    for counters in (state.dirty, state.tokens):
+        _mark(counters[l], rows, 0)
+
+
 def _step(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors | None, rows: list[int],
-    pending: int, ops
+    pending: int, ops, sizes: Sizes | None, scale: float
 ) -> None:
-    """An optimizer step in ``rows``; for those that have accumulated nothing no gradient is formed."""
-    lr, dirty = config.learning_rates[l], [b for b in rows if state.dirty[l][b]]
+    """An optimizer step in ``rows``; for those that have accumulated nothing no gradient is formed, but where
+    the optimizer needs its size or its singular values."""
+    dirty = [b for b in rows if state.dirty[l][b]]
     clean = [b for b in rows if b not in dirty]
+    rates = {n: scale * config.learning_rates[l] * (1.0 if sizes is None else sizes[n]) for n in matrices(config)}
+    normalised = config.relative and config.optimizer in ("gd", "momentum")
     rest = factors  # what is new in dirty rows
-    if config.optimizer == "muon":
+    if config.optimizer == "muon" or normalised:
         dirty, clean = rows, []
-    if config.optimizer == "muon" or config.precondition is not None and dirty:
+    if config.optimizer == "muon" or normalised or config.precondition is not None and dirty:
         if factors is not None:
             _accumulate(state, config, shared, l, factors, dirty, ops)
+        if normalised and state.grads[l] is not None:
+            _normalise(_grads(state, shared, l), dirty)
         if config.precondition is not None and state.grads[l] is not None:
             precondition_total_(state, l, _grads(state, shared, l), dirty)
         rest = None
     if config.precondition is not None and factors is not None and clean:
         factors = preconditioned(state, config, l, factors, clean)
     if clean and factors is not None and config.optimizer == "gd" and pending >= factors["down"][0].shape[1]:
-        _keep(state, config, shared, l, factors, clean, pending, ops)
+        waiting = factors if scale == 1 else {n: (scale * left, right) for n, (left, right) in factors.items()}
+        _keep(state, config, shared, l, waiting, clean, pending, ops)
         rows, clean = dirty, []
     if not rows or (factors is None and state.grads[l] is None and state.moments[l] is None):
         return
@@ -153,7 +202,7 @@ def _step(
     if config.optimizer == "muon":
         total = _grads(state, shared, l)
         for name, w in weights.items():
-            muon_step_(w, copies.get(name), total[name], rows, lr, ops)
+            muon_step_(w, copies.get(name), total[name], rows, rates[name] * (5.0 if config.relative else 1.0), ops)
     else:
         moments, squares = _averages(state, config, l, "moments"), _averages(state, config, l, "squares")
         for b in rows if squares else ():
@@ -165,9 +214,16 @@ def _step(
                 for name, w in weights.items():
                     left, right = (None, None) if new is None else new[name]
                     adam = Adam(squares[name], config.betas, *at) if squares else None
-                    ops.refresh_(w, copies.get(name), left, right, alike, lr, moment=moments.get(name),
+                    ops.refresh_(w, copies.get(name), left, right, alike, rates[name], moment=moments.get(name),
                                  mu=config.momentum, total=total.get(name), adam=adam)
     _mark(state.dirty[l], rows, 0)
+
+
+def _normalise(total: dict[str, Tensor], rows: list[int]) -> None:
+    """Gradients of RMS 1."""
+    for g in total.values():
+        for b in rows:
+            g[b].div_(g[b].square().mean().sqrt().clamp(min=TINY))
 
 
 def _at_one_step(state: CMSState, l: int, rows: list[int]) -> list[list[int]]:

@@ -96,10 +96,11 @@ def inputs(x, levels, config: CMSConfig, eps=NORM_EPS):
         if config.mlp == "gelu":
             a = gelu(z)[0]
         else:
-            a = silu(level["gate"] @ n + level.get("gate_bias", 0.0))[0] * z
+            sigma = silu if config.mlp == "swiglu" else gelu
+            a = sigma(level["gate"] @ n + level.get("gate_bias", 0.0))[0] * z
         found.append({"up": n, "gate": n, "down": a})
         if config.variant != "independent":
-            x = x + level["down"] @ a + level.get("down_bias", 0.0)
+            x = x + branch(x, level, config, eps)[0]
     return found
 
 
@@ -262,7 +263,14 @@ class Row:
         return np.linalg.inv(np.eye(len(past)) + past / (self.config.precondition * self.config.chunks[l]))
 
     def _step(self, l, n, rate):
-        g = self.total[l][n]
+        g, size = self.total[l][n], 1.0
+        if self.config.relative:
+            size = np.sqrt(np.mean(np.asarray(self.initial[l][n], dtype=np.float64) ** 2))
+            if self.config.optimizer in ("gd", "momentum"):
+                g = g / max(np.sqrt(np.mean(g**2)), 1e-30)
+            elif self.config.optimizer == "muon":
+                size = size / 0.2  # of a step's RMS
+        rate = rate * size
         if self.config.precondition is not None:
             g = g @ self.inverse(l, n)
             self.past[l][n] = self.past[l][n] + self.gram[l][n]

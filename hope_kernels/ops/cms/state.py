@@ -24,23 +24,41 @@ def _no_counters() -> Counters:
     return Counters([])  # torch.compile cannot trace a bare ``Counters()``
 
 
+Place = tuple[str, int, str]  # of a tensor in a CMSState: part, level, matrix
+
+
 class Private:
     """Which tensors of a draft may be written in place: "made", those the call has made itself; "all"; or
-    "none", where a graph outside may hold any of them."""
+    "none", where a graph outside may hold any of them. spare: see ``CMSState.spare``."""
 
-    def __init__(self, which: str):
-        self.which, self._made = which, {}
+    def __init__(self, which: str, spare: dict[Place, Tensor]):
+        self.which, self.spare, self.made = which, spare, {}
 
-    def made(self, t: Tensor) -> Tensor:
-        self._made[id(t)] = t  # kept alive: an id is good for a living object only
+    def put(self, t: Tensor) -> Tensor:
+        """``t``, which the call has made."""
+        self.made[id(t)] = t  # kept alive: an id is good for a living object only
         return t
 
-    def writable(self, t: Tensor) -> Tensor:
+    def writable(self, place: Place, t: Tensor) -> Tensor:
         """``t`` where that may be written, else a copy."""
-        frozen = t.is_inference() and not torch.is_inference_mode_enabled()
         if self.which == "none":
             return t.clone()
-        return t if id(t) in self._made or self.which == "all" and not frozen else self.made(t.clone())
+        if id(t) in self.made or self.which == "all" and not _frozen(t):
+            return t
+        spare = self.spare.pop(place, None)
+        if spare is None or _frozen(spare) or not _alike(spare, t):
+            return self.put(t.clone())
+        return self.put(spare.copy_(t))
+
+
+def _frozen(t: Tensor) -> bool:
+    """Whether t was made in inference mode and is written outside it."""
+    return t.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    same = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return same and a.is_contiguous() and not a.requires_grad
 
 
 @dataclass(eq=False)
@@ -75,6 +93,11 @@ class CMSState(State):
 
     The open segment of a row at count ``pos`` is the one that holds token pos - 1; a segment whose gradient
     has been taken is closed.
+
+    ``spare`` is no part of the value, and no copy, file or pickle has it: memory for what a call writes. A
+    call copies a tensor there when it first writes it; when the call has succeeded (``assign``), the state has
+    the tensors written, and those it had are spare. So a call allocates nothing that an earlier one of the
+    same state has allocated, and one that fails leaves the state as it was.
     """
 
     weights: list = field(default_factory=list)
@@ -101,6 +124,8 @@ class CMSState(State):
     INPUT_DTYPE = frozenset({"inputs", "errors", "copies", "left", "right"})
 
     def __post_init__(self) -> None:
+        self.spare: dict[Place, Tensor] = {}
+        self.made: dict[int, Tensor] = {}  # by the call whose finished draft this is
         for name in _LISTS:
             if not getattr(self, name):
                 setattr(self, name, [None] * self.config.num_levels)
@@ -206,24 +231,43 @@ class CMSState(State):
         lists = {n: list(getattr(self, n)) for n in _LISTS} | {
             n: [Counters(c) for c in getattr(self, n)] for n in _FLAGS
         }
-        return replace(self, **lists, private=Private(in_place))
+        return replace(self, **lists, private=Private(in_place, self.spare))
 
     def finished(self) -> CMSState:
         """The draft as a state of its own."""
-        return self if self.private is None else replace(self, private=None)
+        if self.private is None:
+            return self
+        found = replace(self, private=None)
+        found.made = self.private.made
+        return found
+
+    def assign(self, new: State):
+        """As ``State.assign``; but what the call has written in memory of its own, the state takes, and gives
+        its own away for the next call."""
+        assert isinstance(new, CMSState)
+        for part in _LISTS:
+            for l, (old, now) in enumerate(zip(getattr(self, part), getattr(new, part))):
+                if old is None or now is None or old is now:
+                    continue
+                getattr(self, part)[l] = kept = dict(old)
+                for n, t in now.items():
+                    if n in old and old[n] is not t and id(t) in new.made:
+                        self.spare[part, l, n], kept[n] = old[n], t
+        new.made = {}
+        return super().assign(new)
 
     def writable(self, part: str, level: int) -> dict[str, Tensor]:
         """``weights``, ``grads``, ... of a level, for this draft to write into."""
         assert self.private is not None
         held = getattr(self, part)[level]
-        held = {n: self.private.writable(t) for n, t in held.items()}
+        held = {n: self.private.writable((part, level, n), t) for n, t in held.items()}
         getattr(self, part)[level] = held
         return held
 
     def put(self, part: str, level: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """``tensors``, which this call has made, become that part of the level."""
         assert self.private is not None
-        getattr(self, part)[level] = {n: self.private.made(t) for n, t in tensors.items()}
+        getattr(self, part)[level] = {n: self.private.put(t) for n, t in tensors.items()}
         return getattr(self, part)[level]
 
     def detach_level(self, level: int, row: int = 0) -> dict[str, Tensor]:
