@@ -53,7 +53,7 @@ def test_rates_that_destroy_a_model_are_caught(options):
     wild, _ = losses(net, x)
     kept, state = losses(net, x, guard=True)
     assert not wild[0, last].mean() < 1.5 * own[0, last].mean()  # infinite too
-    assert kept[0, last].mean() < own[0, last].mean() + MARGIN
+    assert kept[0, last].mean() < own[0, last].mean() + 2 * MARGIN
     assert state.rollbacks[0] > 0
     # what a row is left with are weights that were good, and steps since: at rates that are tolerable by now
     with torch.no_grad():
