@@ -235,19 +235,20 @@ def newton_schulz(grad: Tensor, narrow: bool = False) -> Tensor:
 def orthogonal(grad: Tensor, in_bf16: bool) -> Tensor:
     """``newton_schulz``, with steps in bf16 if asked to and both sides are at least ``BF16_FROM`` long.
 
-    On a CPU with AVX512-BF16 (one thread; fp32, then bf16): 64 x 128 0.3 and 0.5 ms, 128 x 512 2.9 and 2.3 ms,
-    256 x 1024 19 and 13 ms, 576 x 1536 137 and 74 ms. Five steps of slope 3.4 amplify rounding: the result is
-    3% off, 10% for a gradient of fewer tokens than rows, and its singular values are where they are in fp32.
+    On a CPU with AVX512-BF16 (one thread; fp32, then bf16): 128 x 512 2.1 and 1.8 ms, 256 x 1024 17 and 12 ms,
+    576 x 1536 134 and 72 ms; at 64 x 128 it did not pay. Five steps of slope 3.4 amplify rounding: the result
+    is 1-2% off, 6% for a gradient of fewer tokens than rows, its singular values are where fp32 has them.
     """
     tall = grad.shape[-2] > grad.shape[-1]
     x = grad.mT if tall else grad
     # linalg.vector_norm is off by 1e-5 at a million fp32 numbers on the CPU, a sum in PyTorch's usual order by 4e-8
     x = x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=NS_EPS)
+    x = x.flatten(0, -3) if x.dim() > 2 else x[None]
     if in_bf16 and x.shape[-2] >= BF16_FROM:
         x = x.to(torch.bfloat16)
     a, b, c = NS_COEFFICIENTS
     for _ in range(NS_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    x = x.to(grad.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.to(grad.dtype).reshape(grad.mT.shape if tall else grad.shape)
     return x.mT if tall else x
