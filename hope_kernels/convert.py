@@ -46,8 +46,8 @@ _FIXED = ("d_model", "chunks", "variant", "expansion", "mlp", "bias", "intermedi
 
 def llama(
     hf_model: nn.Module, chunks: int | Sequence[int], lr: float | Sequence[float] | None = None,
-    optimizer: str | None = None, learn_blocks: Sequence[int] | None = None, *, window: int | None = None, sinks: int = 0,
-    **cms_options: Any,
+    optimizer: str | None = None, learn_blocks: Sequence[int] | None = None, *, window: int | None = None,
+    sinks: int = 0, **cms_options: Any,
 ) -> HopeForCausalLM:
     """HOPE-Attention with the weights of ``hf_model``; its own MLPs are the initial states of the CMS.
 
