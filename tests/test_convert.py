@@ -446,12 +446,15 @@ def test_refuses_rope_fields(change):
 
 
 def test_the_package_does_not_import_transformers():
-    found = set()
+    found, asking = set(), []
     for file in pathlib.Path(hk.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        source = file.read_text(encoding="utf-8")
+        asking += [file.name] if 'extra("transformers"' in source else []
+        for node in ast.walk(ast.parse(source)):
             found |= {a.name for a in node.names} if isinstance(node, ast.Import) else set()
             found |= {node.module} if isinstance(node, ast.ImportFrom) and node.module else set()
     assert "torch" in found and not any(name.startswith("transformers") for name in found)
+    assert asking == ["sources.py"]  # of the command, while it converts
 
 
 def test_a_converted_model_learns_in_the_blocks_it_is_told():

@@ -23,6 +23,7 @@ from ..text import Tokenizer
 from .lock import held
 from .meter import megabytes, resident_bytes
 from .models import check_run, load_model, load_session, unread_ids, usable_device
+from .parser import DTYPES
 from .progress import bits, guarded
 from .session import Interrupt, SessionFile, session_path, stopped_code
 from .terminal import Output, notice, standard_input
@@ -69,7 +70,7 @@ def chat_command(args) -> int:
     with contextlib.ExitStack() as locks:
         if path is not None:
             locks.enter_context(held(path, str(args.session)))
-        model, tokenizer = load_model(args.model, device)
+        model, tokenizer = load_model(args.model, device, DTYPES.get(args.dtype))
         tokenizer.template  # noqa: B018  raises ValueError now for a model without one
         state, note = load_session(model, path, args.session, device)
         chat = Chat(args, model, tokenizer, output, state, note, path, locks)

@@ -32,12 +32,12 @@ class Source:
         config = os.path.join(path, "config.json")
         if not self.gguf and not os.path.isfile(config):
             raise ValueError(f"convert: SOURCE {path} has no config.json, expected a folder of transformers")
-        self._transformers: Any = extra("transformers", "convert")
+        self._transformers: Any = extra("transformers", "convert", "llama")
         if quiet:
             self._transformers.logging.disable_progress_bar()
         if self.gguf:
             for library in ("gguf", "accelerate"):
-                extra(library, "convert from a GGUF file")
+                extra(library, "convert from a GGUF file", "gguf")
             folder, name = os.path.split(path)
             self._from = {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
         else:

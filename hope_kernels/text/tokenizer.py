@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..folders import model_folder
 from .extra import extra
 from .files import SETTINGS, TEMPLATE, TOKENIZER, TextSettings, read_files, write_files
 from .streams import IdStream, TextStream
@@ -77,8 +78,6 @@ class Tokenizer:
     def from_pretrained(cls, name: str | os.PathLike) -> Tokenizer:
         """Of a model's folder or a bundled model. Raises FileNotFoundError, or ValueError as the constructor
         does."""
-        from ..model import model_folder
-
         folder = model_folder(name, "Tokenizer.from_pretrained")
         try:
             with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
