@@ -46,8 +46,8 @@ _FIXED = ("d_model", "chunks", "variant", "expansion", "mlp", "bias", "intermedi
 
 def llama(
     hf_model: nn.Module, chunks: int | Sequence[int], lr: float | Sequence[float] | None = None,
-    optimizer: str = "gd", learn_blocks: Sequence[int] | None = None, *, window: int | None = None, sinks: int = 0,
-    **cms_options: Any,
+    optimizer: str | None = None, learn_blocks: Sequence[int] | None = None, *, window: int | None = None,
+    sinks: int = 0, **cms_options: Any,
 ) -> HopeForCausalLM:
     """HOPE-Attention with the weights of ``hf_model``; its own MLPs are the initial states of the CMS.
 
@@ -83,7 +83,7 @@ def llama(
     kind = getattr(config, "model_type", None)
     _require(kind in MODEL_TYPES, "config.model_type", kind, "one of " + ", ".join(map(repr, MODEL_TYPES)))
     gemma = kind == "gemma3_text"
-    tensors = _tensors(hf_model, _NORMS_OF.get(kind, _NORMS))
+    tensors = _tensors(hf_model, _NORMS_OF.get(str(kind), _NORMS))
     embed = tensors["embed.weight"]
     d, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or d // heads

@@ -315,8 +315,8 @@ class HopeForCausalLM(nn.Module):
         """Reads ids [B, T], and learns: ``hope_kernels.generation.read`` with learn="next_token" unless told
         otherwise, and then, if asked to, ``flush`` and ``replay``.
 
-        ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront, unread:
-        as there. replay=k: each row keeps at most k of the segments it learns, of all it has learned each with
+        ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront, unread,
+        guard: as there. replay=k: each row keeps at most k of the segments it learns, of all it has learned each with
         the same probability; from then on the state has them, in files too, k (C + 1) integers a row. passes=n:
         the kept segments are then learned again n - 1 times, shuffle=True: in a new order every time (see
         ``replay``). flush: whether the unfinished segment at the end is learned and kept as well; None: if

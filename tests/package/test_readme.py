@@ -56,8 +56,20 @@ def continual(names):
     assert not names["state"].own[0][0] and names["state"].own[1][0]
 
 
+def replay(names):
+    nats, once, both = names["nats"], names["once"], names["both"]
+    assert float(nats[-1]) < 0.8 * float(nats[0]) and names["night"].finished
+    assert once.state.kept.pos == both.state.kept.pos == [67] and once.nats == both.nats
+    assert close(names["night"].nats, both.sleep.nats, 1e-3)
+    model, read, notes = names["model"], names["hk"].generation.read, names["text"][:, :268]
+    before = read(model, notes)
+    model.consolidate(both.state)
+    assert float(read(model, notes).nats) < 0.7 * float(before.nats)
+
+
 HOLDS = {"README.md": readme, "docs/llama.md": llama, "docs/streaming.md": streaming, "docs/backends.md": backends,
-         "docs/wrapping.md": wrapping, "docs/generation.md": generation, "docs/continual.md": continual}
+         "docs/wrapping.md": wrapping, "docs/generation.md": generation, "docs/continual.md": continual,
+         "docs/replay.md": replay}
 
 
 @pytest.mark.parametrize("document", HOLDS)

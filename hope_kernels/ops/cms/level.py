@@ -49,9 +49,10 @@ class Adam(NamedTuple):
     tokens: int
 
     @property
-    def scale(self) -> float:
-        """Of the gradient."""
-        return 1 / max(self.tokens, 1)
+    def shares(self) -> tuple[float, float]:
+        """What the sum g and its square are multiplied by where they join m and v."""
+        (beta1, beta2), n = self.betas, max(self.tokens, 1)
+        return (1 - beta1) / n, (1 - beta2) / n**2
 
     def rates(self, lr: float) -> tuple[float, float]:
         """(a, b) of theta <- theta - a m / (b sqrt(v) + eps), which is the step with corrected averages."""
@@ -211,11 +212,11 @@ def _gradients(
 
 
 def _adam_(weight: Tensor, moment: Tensor, adam: Adam, grad: Tensor, rows: list[int], lr: float) -> None:
-    (a, b), (beta1, beta2) = adam.rates(lr), adam.betas
+    (a, b), (beta1, beta2), (first, second) = adam.rates(lr), adam.betas, adam.shares
     for row in rows:
-        g, m, v = grad[row] * adam.scale, moment[row], adam.square[row]
-        m.mul_(beta1).add_(g, alpha=1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        g, m, v = grad[row], moment[row], adam.square[row]
+        m.mul_(beta1).add_(g, alpha=first)
+        v.mul_(beta2).addcmul_(g, g, value=second)
         weight[row].addcdiv_(m, v.sqrt().mul_(b).add_(ADAM_EPS), value=-a)
 
 
