@@ -1,14 +1,18 @@
 # make demo        a small model reads a text it has never seen and gets better while reading
+# make real        a real language model is fetched and converted; it talks, and gets better at a text by reading it
 # make test        tests and docstring examples, each contract once; HOPE_KERNELS_TEST_SEED=n repeats a run's new draws
 # make test-full   all of them: also sweeps over shapes, seeds and settings, long runs, and the C++ library under sanitizers
 # make lint        ruff, and the types of hope_kernels
 # make venv        .venv, which the others build when they need it
 PYTHON ?= python3
 
-.PHONY: demo test test-full lint venv clean
+.PHONY: demo real test test-full lint venv clean
 
 demo: venv
 	@.venv/bin/python -m hope_kernels demo
+
+real: venv
+	@.venv/bin/python -m tools.real_model
 
 test: venv
 	@tools/tests.sh

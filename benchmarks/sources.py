@@ -71,7 +71,8 @@ MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:g
 
 # -- modules left out ----------------------------------------------------------------------------------------
 
-CHECKS = ("*.check", "*.identity", "*.files", "*.state_file", "*.cli.*", "*.text", "*.text.*", "*.compat.*")
+CHECKS = ("*.check", "*.identity", "*.files", "*.folders", "*.state_file", "*.cli.*", "*.text", "*.text.*",
+          "*.compat.*")
 CHOICE = ("*.config", "*.backend", "*.backends", "*.triton_library")
 OF_BACKEND = {
     "cpp": ("*.cpp", "*.titans_pullback", "*.cpu_library"),

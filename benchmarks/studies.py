@@ -17,7 +17,7 @@ from benchmarks.sources import mark
 from hope_kernels import CMSConfig, HopeForCausalLM
 from hope_kernels.config import HopeConfig
 from hope_kernels.engine.generation import Reading, read
-from hope_kernels.model import ASSETS
+from hope_kernels.folders import ASSETS
 
 KJV = os.path.join(ASSETS, "kjv-john-acts.txt.gz")  # what the bundled model's training held out
 KJV_TITLE = "John and Acts (KJV)"

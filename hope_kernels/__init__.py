@@ -15,9 +15,10 @@ from . import (
 from .backend import available_backends
 from .config import CMSConfig, HopeConfig, RopeScaling, TitansConfig
 from .engine.decoder import Decoder
+from .folders import bundled_models
 from .layers.cms import ContinuumMemory
 from .layers.titans import SelfModifyingTitans
-from .model import HopeForCausalLM, bundled_models
+from .model import HopeForCausalLM
 from .state_file import load_state
 from .text import Tokenizer
 

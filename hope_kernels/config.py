@@ -246,7 +246,7 @@ class CMSConfig(Configuration):
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
     precondition: float | None = None  # rho of ops/cms/precondition.py: steps keep what was learned; None: off
-    rank: int | None = None  # a sequence learns W + L A, L [r, rank], A fixed (ops/cms/low_rank.py); None: all of W
+    rank: int | None = None  # a sequence learns W + L S, L [r, rank], S fixed (ops/cms/low_rank.py); None: all of W
 
     # rates count in sizes of the matrix (RMS of its initial weights), and gd and momentum normalise the gradient; None:
     # where lr is None

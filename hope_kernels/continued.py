@@ -34,8 +34,8 @@ def continued(model: Model, state: ModelState) -> ModelState:
         return [m.continued(one, at) if isinstance(m, AttentionState) else m for m, one, at in of]
 
     mixers = under(state.mixers)
-    kept = None if state.kept is None else replace(state.kept, config=config)
-    new = replace(state, config=config, mixers=mixers, cms=cms, kept=kept)
+    kept, guard = (None if part is None else replace(part, config=config) for part in (state.kept, state.guard))
+    new = replace(state, config=config, mixers=mixers, cms=cms, kept=kept, guard=guard)
     if config.learns and state.config.learns:
         return replace(new, snapshot=under(state.snapshot))
     B, C, zero = state.batch, config.segment, [0] * state.batch

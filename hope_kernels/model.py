@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,6 +29,7 @@ from .engine.protocol import CMSWeights
 from .engine.replay import OnSegment, ReadAndSlept, Sleep, read, sleep
 from .engine.unread import check_read_next, left
 from .files import write_atomically
+from .folders import check_ours, model_folder
 from .identity import checksum
 from .layers.autocast import in_own_dtype
 from .layers.block import Block, HopeAttentionBlock, HopeBlock
@@ -45,8 +45,6 @@ from .session_bytes import session_bytes
 from .state import Counters
 from .text.files import read_files, write_files
 from .tracing import constant_result
-
-ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
 
 class HopeForCausalLM(nn.Module):
@@ -317,8 +315,8 @@ class HopeForCausalLM(nn.Module):
         """Reads ids [B, T], and learns: ``hope_kernels.generation.read`` with learn="next_token" unless told
         otherwise, and then, if asked to, ``flush`` and ``replay``.
 
-        ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront, unread:
-        as there. replay=k: each row keeps at most k of the segments it learns, of all it has learned each with
+        ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront, unread,
+        guard: as there. replay=k: each row keeps at most k of the segments it learns, of all it has learned each with
         the same probability; from then on the state has them, in files too, k (C + 1) integers a row. passes=n:
         the kept segments are then learned again n - 1 times, shuffle=True: in a new order every time (see
         ``replay``). flush: whether the unfinished segment at the end is learned and kept as well; None: if
@@ -404,7 +402,7 @@ class HopeForCausalLM(nn.Module):
         try:
             with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
                 fields = json.load(f)
-            _check_ours(folder, fields)
+            check_ours(folder, fields)
             config = HopeConfig.from_dict(fields)
             tensors = load_file(weights)
         except (json.JSONDecodeError, TypeError, SafetensorError) as error:
@@ -428,38 +426,3 @@ def _prepare() -> bool:
     if _untraced is None:
         _untraced = torch.compiler.disable(HopeForCausalLM._forward, reason=REASON)
     return True
-
-
-def model_folder(name: str | os.PathLike, op: str) -> str:
-    """The folder of a saved or a bundled model. Raises FileNotFoundError, ValueError for a GGUF file."""
-    folder = os.fspath(name)
-    if os.path.isdir(folder):
-        return folder
-    if folder.endswith(".gguf") and os.path.isfile(folder):
-        raise ValueError(f"{op}: {folder} is a GGUF file; {_conversion(folder)}")
-    bundled = os.path.join(ASSETS, folder)
-    if not os.path.isdir(bundled):
-        raise FileNotFoundError(
-            f"{op}: {folder!r} is neither a folder nor a bundled model ({', '.join(bundled_models())})"
-        )
-    return bundled
-
-
-def _conversion(source: str) -> str:
-    return ("make a folder that this package reads with "
-            f"`python -m hope_kernels convert {shlex.quote(source)} FOLDER`")
-
-
-def _check_ours(folder: str, fields: Any) -> None:
-    """Raises ValueError for the config.json of a model of transformers."""
-    if isinstance(fields, dict) and "d_model" not in fields and "model_type" in fields:
-        raise ValueError(f"from_pretrained: {folder} holds a model of transformers (model_type "
-                         f"{fields['model_type']!r}); {_conversion(folder)}")
-
-
-def bundled_models() -> list[str]:
-    """Names of the models that ship with the package."""
-    return (
-        sorted(d for d in os.listdir(ASSETS) if os.path.exists(os.path.join(ASSETS, d, "config.json")))
-        if os.path.isdir(ASSETS) else []
-    )

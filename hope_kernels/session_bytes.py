@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from .engine.protocol import Model
 from .layers.attention import CausalAttention
 from .layers.wrapped import placement
@@ -9,12 +11,11 @@ from .layers.wrapped import placement
 
 def session_bytes(model: Model, batch: int, tokens: int) -> dict[str, int]:
     """``HopeForCausalLM.state_bytes``."""
-    found = {"weights": 0, "copies": 0, "grads": 0, "moments": 0, "pending": 0, "mixers": 0, "segment": 0}
+    found: Counter[str] = Counter()
     size = placement(model.embed).dtype.itemsize
     for block in model.blocks:
         for level in () if block.cms is None else block.cms.state_bytes(batch, model.segment):
-            for part, n in level.items():
-                found[part] += n
+            found.update(level)
         mixer = block.mixer
         if isinstance(mixer, CausalAttention):
             kept = tokens if mixer.window is None else min(tokens, mixer.sinks + mixer.window + mixer.config.segment)
@@ -22,4 +23,4 @@ def session_bytes(model: Model, batch: int, tokens: int) -> dict[str, int]:
         else:  # memories that a segment changes are kept as they were at its start
             found["mixers"] += mixer.init_state(batch).nbytes() * (2 if model.learns else 1)
     found["segment"] = 8 * batch * model.segment if model.learns else 0
-    return found
+    return dict(found)

@@ -1,6 +1,7 @@
-// What a CMS level does between its products (called by hope_kernels/ops/cms/cpp.py). All fp32, contiguous;
-// n and d are multiples of 8. Each returns 0; or, before anything is written, 2 for arguments that do not fit
-// each other (check.h).
+// What a CMS level does between its products, and its updates (called by hope_kernels/ops/cms/cpp.py and
+// cpp_step.py). fp32 but where said otherwise, contiguous; but for updates n and d are multiples of 8. Each
+// returns 0; 1 where memory ran out; or, before anything is written, 2 for arguments that do not fit each other
+// (check.h).
 #pragma once
 #include <cstdint>
 
@@ -10,4 +11,16 @@ int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* s
 // dx [rows, d] = dy + the gradient of rms_norm(x) gain by x, for dn at its output; dy null: 0
 int hope_cms_norm_backward(int64_t rows, int64_t d, int64_t threads, float eps, const float* x,
                            const float* gain, const float* dn, const float* dy, float* dx);
+// One step of n weights from the gradient grad + total, of which one may be null: cms_step.h says what the rules
+// are. copy: bf16, or null.
+int hope_cms_step(int64_t n, int64_t threads, int64_t rule, float lr, float mu, float beta2, float first,
+                  float second, float root, float eps, const float* grad, float* total, float* weight,
+                  float* moment, float* square, uint16_t* copy);
+// The same for a matrix [r, c] with left^T right in the place of grad: bf16 factors [C, r] and [C, c]. Where
+// hope_cms_bf16() is not 0.
+int hope_cms_step_bf16(int64_t C, int64_t r, int64_t c, int64_t threads, int64_t rule, float lr, float mu,
+                       float beta2, float first, float second, float root, float eps, const uint16_t* left,
+                       const uint16_t* right, float* total, float* weight, float* moment, float* square,
+                       uint16_t* copy);
+int hope_cms_bf16();  // whether the CPU multiplies bf16 numbers
 }

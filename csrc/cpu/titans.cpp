@@ -195,7 +195,7 @@ bool pointers_fit(const TitansCall& c) {
 
 }  // namespace
 
-extern "C" int hope_titans_abi() { return 4; }
+extern "C" int hope_titans_abi() { return 5; }
 
 extern "C" int hope_titans_supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -20,7 +20,7 @@ def convert_command(args) -> int:
     _check_out(args.out)
     source = Source(args.source, args.quiet)
     options: dict[str, Any] = {"chunks": _one(args.chunks)}
-    for name in ("window", "sinks", "lr", "optimizer", "learn_blocks"):
+    for name in ("window", "sinks", "lr", "optimizer", "precondition", "rank", "learn_blocks"):
         value = getattr(args, name)
         if value is not None:
             options[name] = _one(value) if name == "lr" else value

@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from ..engine.generation import read
-from ..model import ASSETS, HopeForCausalLM, bundled_models
+from ..folders import ASSETS, bundled_models
+from ..model import HopeForCausalLM
 from ..model_state import ModelState
 from ..state_file import load_state
 from .meter import PeakMemory, megabytes

@@ -12,8 +12,8 @@ import torch
 
 from ..backend import available_backends
 from ..config import TitansConfig
+from ..folders import bundled_models
 from ..layers.titans import SelfModifyingTitans
-from ..model import bundled_models
 from ..ops.shared import cpu_library
 
 

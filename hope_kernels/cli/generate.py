@@ -10,6 +10,7 @@ from ..engine.generation import read
 from .lock import held
 from .meter import megabytes, resident_bytes
 from .models import check_run, load_model, load_session, unread_ids, usable_device
+from .parser import DTYPES
 from .progress import Progress, bits, guarded
 from .prompt import encoded, opened, prompt_for, prompt_name
 from .session import Interrupt, SessionFile, resume, session_path, stopped_code
@@ -32,7 +33,7 @@ def generate_command(args) -> int:
 def run(args, path: str | None, output: Output | None) -> int:
     """Reads and writes; the session at ``path`` is this process's."""
     device = usable_device(args.device)
-    model, tokenizer = load_model(args.model, device)
+    model, tokenizer = load_model(args.model, device, DTYPES.get(args.dtype))
     state, note = load_session(model, path, args.session, device)
     unread, ends = unread_ids(state), () if args.ignore_eos else tokenizer.eos_ids
     lead = unread or ([] if state.pos[0] else list(tokenizer.start_ids))

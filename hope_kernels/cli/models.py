@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from ..model import HopeForCausalLM, bundled_models
+from ..folders import bundled_models
+from ..model import HopeForCausalLM
 from ..model_state import ModelState
 from ..state_file import load_note, load_state
 from ..text import Tokenizer
@@ -23,14 +24,17 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def load_model(name: str | None, device: torch.device) -> tuple[HopeForCausalLM, Tokenizer]:
-    """The model of a folder or of a bundled name, by default the bundled one, and its tokenizer."""
+def load_model(
+    name: str | None, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[HopeForCausalLM, Tokenizer]:
+    """The model of a folder or of a bundled name, by default the bundled one, and its tokenizer. dtype: None
+    for that of its weights."""
     if name is None:
         models = bundled_models()
         if not models:
             raise FileNotFoundError("no model is bundled with this installation; pass --model FOLDER")
         name = models[0]
-    model = HopeForCausalLM.from_pretrained(name, device=device)
+    model = HopeForCausalLM.from_pretrained(name, device=device, dtype=dtype)
     return model, Tokenizer.of(model, name)
 
 

@@ -35,6 +35,7 @@ def _model(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--learn", choices=("next_token", "off"), default="next_token")
     p.add_argument("--backend", default=None)
+    p.add_argument("--dtype", choices=tuple(DTYPES), help="to compute in (default: that of the weights)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--quiet", action="store_true", help="no progress on standard error")
 
@@ -81,9 +82,11 @@ def _chat(p: argparse.ArgumentParser) -> None:
 
 def _read(p: argparse.ArgumentParser) -> None:
     p.add_argument("files", nargs="+", metavar="FILE", help="a document")
-    p.add_argument("--passes", type=int, default=1, help="read the documents so many times")
-    p.add_argument("--shuffle", action="store_true", help="in an order of its own in every pass")
-    p.add_argument("--seed", type=int, default=0, help="of the orders")
+    p.add_argument("--passes", type=int, default=1, help="learn what was kept of them so many times in all")
+    p.add_argument("--shuffle", action="store_true", help="in another order in every pass but the first")
+    p.add_argument("--replay", type=int, metavar="SEGMENTS",
+                   help="keep so many segments of what is learned, at most (default: 4096 with --passes)")
+    p.add_argument("--seed", type=int, default=0, help="of the orders, and of what is kept")
     p.add_argument(
         "--no-resume", action="store_true", help="read all documents, whatever the session was doing"
     )
@@ -100,6 +103,9 @@ def _convert(p: argparse.ArgumentParser) -> None:
                    help='which blocks learn: "all", "last:10", "0,3,5-9"')
     p.add_argument("--lr", type=numbers(float), metavar="X[,X...]", help="learning rate, or one a period")
     p.add_argument("--optimizer", help="the rule of a step, as in CMSConfig")
+    p.add_argument("--precondition", type=float, metavar="RHO",
+                   help="keeps what was learned before, as in CMSConfig")
+    p.add_argument("--rank", type=int, help="of what a session learns of a matrix, as in CMSConfig")
     p.add_argument("--window", type=int, help="tokens that attention sees (default: what the model has)")
     p.add_argument("--sinks", type=int, help="first tokens that stay visible beside the window")
     p.add_argument("--dtype", choices=tuple(DTYPES),

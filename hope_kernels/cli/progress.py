@@ -6,7 +6,7 @@ import math
 
 from tqdm import tqdm
 
-from ..state import State
+from ..model_state import ModelState
 from .meter import megabytes, resident_bytes
 from .terminal import NOTICES
 
@@ -16,7 +16,7 @@ class Progress:
 
     def __init__(self, total: int | None, initial: int, unit: str, quiet: bool, what: str = "reading"):
         self.initial = initial
-        short = "B" if unit == "bytes" else " tokens"
+        short = "B" if unit == "bytes" else f" {unit}"
         self.bar = tqdm(
             total=total, initial=initial, unit=short, unit_scale=True, desc=what, disable=quiet, file=NOTICES
         )
@@ -35,7 +35,7 @@ def bits(nats: float, predicted: int) -> float:
     return nats / math.log(2) / max(predicted, 1)
 
 
-def guarded(state: State) -> str:
+def guarded(state: ModelState) -> str:
     """What the guard against divergence has done, for the end of a line; "" where it had nothing to do."""
-    count = int(getattr(state, "rollbacks", 0) or 0)
+    count = sum(state.rollbacks)
     return f", guard: {count} rollbacks" if count else ""

@@ -32,18 +32,19 @@ class Source:
         config = os.path.join(path, "config.json")
         if not self.gguf and not os.path.isfile(config):
             raise ValueError(f"convert: SOURCE {path} has no config.json, expected a folder of transformers")
-        self._transformers: Any = extra("transformers", "convert")
+        self._transformers: Any = extra("transformers", "convert", "llama")
         if quiet:
             self._transformers.logging.disable_progress_bar()
         if self.gguf:
             for library in ("gguf", "accelerate"):
-                extra(library, "convert from a GGUF file")
+                extra(library, "convert from a GGUF file", "gguf")
             folder, name = os.path.split(path)
             self._from = {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
         else:
             self._from = {"pretrained_model_name_or_path": path, "local_files_only": True}
-            with open(config, encoding="utf-8") as f:
-                self._check(json.load(f).get("model_type"))
+            with self._told("config.json"), open(config, encoding="utf-8") as f:
+                kind = json.load(f).get("model_type")
+            self._check(kind)
         with self._told("its configuration"):
             self.config = self._transformers.AutoConfig.from_pretrained(**self._from)
         self._check(self.config.model_type)

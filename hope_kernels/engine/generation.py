@@ -61,7 +61,7 @@ def read(
     model: Model, ids: Tensor | Source, state: ModelState | None = None, lengths: Sequence[int] | None = None,
     learn: str = "off", backend: str | None = None, piece: int = PIECE, on_piece: OnPiece | None = None,
     check_finite: bool = True, last: Tensor | None = None, should_stop: Callable[[], bool] | None = None,
-    wavefront: int | None = None, unread: str | None = None, replay: int = 0, seed: int = 0,
+    wavefront: int | None = None, unread: str | None = None, replay: int = 0, seed: int = 0, guard: bool = True,
 ) -> Reading:
     """Reads ids [B, T] int64 in pieces; memory does not grow with T (for attention without a window, the
     cache does).
@@ -83,6 +83,7 @@ def read(
 
     replay, seed: with learn="next_token", from here on the state keeps so many of the segments that it learns,
     for the model's ``replay`` (0: as many as it keeps already, which may be none). seed: of which ones.
+    guard: as in the model's ``forward``, with learn="next_token".
 
     Raises ValueError for arguments out of range, TypeError for ids, last or a state of another kind, and what
     the model raises; the state then stands after the last whole piece.
@@ -95,12 +96,12 @@ def read(
                          "has been learned")
     _check(
         op, learn=learn, piece=piece, on_piece=on_piece, check_finite=check_finite, should_stop=should_stop,
-        unread=unread
+        unread=unread, guard=guard
     )
     source, lengths, lead = _opened(op, model, ids, state, lengths, unread)
     return _read(
         model, source, state, lengths, lead, learn, backend, piece, on_piece, check_finite, last, should_stop,
-        wavefront, replay, seed
+        wavefront, replay, seed, guard
     )
 
 
@@ -161,6 +162,7 @@ def _read(
     model: Model, take: Source, state: ModelState | None, lengths: list[int] | None, lead: int, learn: str,
     backend: str | None, piece: int, on_piece: OnPiece | None, check_finite: bool, last: Tensor | None,
     should_stop: Callable[[], bool] | None, wavefront: int | None = None, replay: int = 0, seed: int = 0,
+    guard: bool = True,
 ) -> Reading:
     """``read``, after the checks of its arguments. lead: how many tokens of ``take`` come before the caller's
     ids."""
@@ -189,7 +191,7 @@ def _read(
             following = torch.where(torch.tensor(known, device=now.device), ahead[:, 0], -1)
         found, state = model(
             now, state, step, learn=learn, backend=backend, check_finite=check_finite, wavefront=wavefront,
-            output="losses", following=following
+            output="losses", following=following, guard=guard if learn == "next_token" else None
         )
         # the loss of what follows is counted with the piece that reads it
         nats += torch.where(mask([n - 1 for n in step], end - at, now.device), found.nats, 0).double().sum(1)
@@ -214,6 +216,7 @@ def generate(
     on_token: Callable[[list[int | None]], None] | None = None, on_piece: OnPiece | None = None,
     backend: str | None = None, check_finite: bool = True, piece: int = PIECE,
     should_stop: Callable[[], bool] | None = None, graph: bool = False, unread: str | None = None,
+    guard: bool = True,
 ) -> Generation:
     """Reads ids [B, T] int64 (in pieces; or a function that gives them, see ``read``) and writes up to
     ``max_new_tokens`` tokens per row.
@@ -235,6 +238,8 @@ def generate(
     graph: decode with a ``Decoder`` while no row has ended, which replays the step from a CUDA graph where
     that is possible (on CUDA with backend "triton" or "cuda"; never run on a GPU yet, hence on request).
     ValueError for a model with attention.
+    guard: what is learned is taken back where it reads worse than the model's own weights; ``state.rollbacks``
+    counts (see the model's ``forward``).
     Raises ValueError for an empty prompt, arguments out of range, and logits that are no distribution;
     TypeError for ids or a state of another kind. What is raised later leaves the given state at the last
     whole piece or token, its ``unread`` set.
@@ -242,7 +247,7 @@ def generate(
     op = "generate"
     _check(
         op, learn=learn, piece=piece, on_piece=on_piece, check_finite=check_finite, should_stop=should_stop,
-        unread=unread, on_token=on_token, graph=graph,
+        unread=unread, on_token=on_token, graph=graph, guard=guard,
     )
     max_new_tokens = check_integer(op, "max_new_tokens", max_new_tokens, 1, "a positive integer")
     temperature = _number(op, "temperature", temperature, lambda t: t >= 0, "a number >= 0")
@@ -261,7 +266,8 @@ def generate(
         raise ValueError(f"{op}: empty prompt (ids has shape {list(ids.shape)}, lengths {counts}); every row needs "
                          "at least one token")
     reading = _read(
-        model, source, state, counts, lead, learn, backend, piece, on_piece, check_finite, None, should_stop
+        model, source, state, counts, lead, learn, backend, piece, on_piece, check_finite, None, should_stop,
+        guard=guard
     )
     logits, state = reading.logits, reading.state
     B, device = state.batch, reading.nats.device
@@ -282,7 +288,10 @@ def generate(
                 decoder = Decoder(model, state, learn, backend) if graph else None
             if decoder is None or any(ended):
                 step = [0 if e else 1 for e in ended]
-                out, state = model(newest, state, step, learn=learn, backend=backend, check_finite=check_finite)
+                out, state = model(
+                    newest, state, step, learn=learn, backend=backend, check_finite=check_finite,
+                    guard=guard if learn == "next_token" else None
+                )
             else:
                 out = decoder.step(newest)
                 if check_finite and not torch.isfinite(out).all():
@@ -309,13 +318,14 @@ def generate(
 
 
 def _check(
-    op: str, *, learn: Any, piece: Any, check_finite: Any, unread: Any, graph: Any = False, **callbacks: Any
+    op: str, *, learn: Any, piece: Any, check_finite: Any, unread: Any, guard: Any, graph: Any = False,
+    **callbacks: Any
 ) -> None:
     """What ``read`` and ``generate`` share. Raises ValueError."""
     if not isinstance(learn, str) or learn not in ("off", "next_token"):
         raise ValueError(f"{op}: argument learn is {learn!r}, expected 'off' or 'next_token'")
     check_integer(op, "piece", piece, 1, "a positive integer")
-    for name, value in (("check_finite", check_finite), ("graph", graph)):
+    for name, value in (("check_finite", check_finite), ("graph", graph), ("guard", guard)):
         if not isinstance(value, bool):
             raise ValueError(f"{op}: argument {name} is {value!r}, expected True or False")
     if unread not in (None, "before", "included"):

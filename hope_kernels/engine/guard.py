@@ -5,13 +5,15 @@ weights have on the same segment, from the same mixers (one more forward pass, w
 segment alone):
 
     after the first step of a row, at every 16th segment, and whenever the loss per token is not finite, or
-    0.35 nats above the running mean of the segments before
+    0.35 s nats above the running mean of the segments before
 
     loss <= own                     what the row has learned is good: a copy is kept
-    own < loss <= own + 0.07        nothing happens
-    loss > own + 0.07 nats (0.1 bits) a token, or not finite
+    own < loss <= own + 0.07 s      nothing happens
+    loss > own + 0.07 s nats (0.1 s bits) a token, or not finite
                                     the levels of the row go back to the last good weights (the model's own where
                                     there are none), the segment is not learned, and the row's rates are halved
+
+s = max(1, sqrt(256 / n)) for a segment of n tokens: the losses of shorter ones scatter as much more.
 
 The estimate is of what reading with learning off would give: the mixers (cached keys and values, memories)
 have been filled with learned weights, and stay as they are. So the cost is one forward pass in 16 segments,
@@ -38,6 +40,7 @@ from ..state import Counters, State
 EVERY = 16  # segments between two looks at a row whose losses are even
 RISE = 0.35  # nats per token above the running mean that ask for a look
 MARGIN = 0.07  # nats per token above the model's own loss that a row may have: 0.1 bits
+EVEN = 256  # tokens of a segment to which RISE and MARGIN apply
 SHARE = 0.2  # of the newest segment in the running mean
 
 
@@ -103,25 +106,25 @@ def new_guard(config: HopeConfig, batch: int, device: torch.device) -> GuardStat
 
 
 def judge(
-    guard: GuardState, blocks: list[tuple[Block, CMSState | None]], rows: list[int], losses: list[float],
-    own_losses: Callable[[], list[float]],
+    guard: GuardState, blocks: list[tuple[Block, CMSState | None]], rows: list[int], tokens: list[int],
+    losses: list[float], own_losses: Callable[[], list[float]],
 ) -> list[int]:
-    """Of ``rows`` of the batch, with ``losses`` (nats per token) of the segment just read, those that went back
-    to good weights; their segment is not to be learned. ``guard`` and the drafts in ``blocks`` change.
+    """Of ``rows`` of the batch, with ``losses`` (nats per token) of the ``tokens`` tokens just read, those that
+    went back to good weights; their segment is not to be learned. ``guard`` and the drafts in ``blocks`` change.
 
     own_losses: those of the model's own weights, asked only where they are needed.
     """
-    mean, looked = guard.mean.tolist(), []
-    for b, loss in zip(rows, losses):
-        n = guard.pos[b]
-        uneven = not math.isfinite(loss) or loss > mean[b] + RISE
+    mean, looked, scatter = guard.mean.tolist(), [], {}
+    for b, count, loss in zip(rows, tokens, losses):
+        n, scatter[b] = guard.pos[b], max(1.0, math.sqrt(EVEN / max(count, 1)))
+        uneven = not math.isfinite(loss) or loss > mean[b] + RISE * scatter[b]
         if n and (n == 1 or uneven or n - guard.looked[b] >= EVERY):
             looked.append(b)
     bad: list[int] = []
     if looked:
         own = dict(zip(rows, own_losses()))
         found = dict(zip(rows, losses))
-        bad = [b for b in looked if not found[b] <= own[b] + MARGIN]
+        bad = [b for b in looked if not found[b] <= own[b] + MARGIN * scatter[b]]
         good = [b for b in looked if found[b] <= own[b]]
         if good:
             _keep(guard, blocks, good)

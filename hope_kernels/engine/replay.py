@@ -46,6 +46,7 @@ def read(
     flush: bool | None = None, on_piece: OnPiece | None = None, on_segment: OnSegment | None = None,
     should_stop: Callable[[], bool] | None = None, backend: str | None = None, piece: int = PIECE,
     check_finite: bool = True, last: Tensor | None = None, wavefront: int | None = None, unread: str | None = None,
+    guard: bool = True,
 ) -> ReadAndSlept:
     """A model's ``read``, where the arguments are explained."""
     op = "HopeForCausalLM.read"
@@ -55,7 +56,7 @@ def read(
                          "how many are kept")
     reading = generation.read(
         model, ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront,
-        unread, replay, seed
+        unread, replay, seed, guard
     )
     found, state = ReadAndSlept(**vars(reading)), reading.state
     if not reading.finished:

@@ -285,7 +285,8 @@ def _judged(
         return (found.nats.sum(1) / known)[marked].tolist()
 
     blocks = list(zip(model.blocks, state.cms))
-    bad = judge(state.guard, blocks, list(learners), (nats.sum(1) / known)[marked].tolist(), own)
+    tokens, losses = [read.targets.known[m] for m in marked], (nats.sum(1) / known)[marked].tolist()
+    bad = judge(state.guard, blocks, list(learners), tokens, losses, own)
     if not bad:
         return slopes
     keep = torch.ones(slopes.shape[0], 1, 1, dtype=torch.bool, device=slopes.device)

@@ -237,8 +237,8 @@ class ContinuumMemory(nn.Module):
             for name in matrices(self.config):
                 shared, L = tensors[name], usable(held[name], tensors[name].dtype)
                 L = L if where is None else torch.where(where[:, None, None], L, 0.0)
-                A = low_rank.directions(self.config, l, name, shared).expand(state.batch, -1, -1)
-                tensors[name] = Matrix(shared, left=L.mT, right=A, scale=1.0)
+                S = low_rank.signs(self.config, l, name, shared).expand(state.batch, -1, -1)
+                tensors[name] = Matrix(shared, left=L.mT, right=S, scale=1.0)
             return tensors
         for name in matrices(self.config):
             shared = tensors[name]
@@ -271,7 +271,8 @@ class ContinuumMemory(nn.Module):
             sides = batch * sum(sum(s) for s in shapes) * (self.config.learning_rates[l] > 0)
             known = self.config.precondition is not None and self.config.learning_rates[l] > 0
             squares = batch * sum(c * c for c in inputs) * known
-            waits = period > segment or self.config.optimizer == "muon"
+            normalised = self.config.relative and self.config.optimizer in ("gd", "momentum")
+            waits = period > segment or self.config.optimizer == "muon" or normalised
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,

@@ -1,4 +1,4 @@
-"""The libraries of the extra ``text``, imported where they are needed."""
+"""Libraries of the extras, imported where they are needed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class MissingExtra(ImportError):
     """A library that the package itself does not depend on is not installed."""
 
 
-def extra(module: str, what: str) -> ModuleType:
-    """The module. Raises MissingExtra, which says how to install it, where it is not there."""
+def extra(module: str, what: str, name: str = "text") -> ModuleType:
+    """The module, which ``what`` needs. Raises MissingExtra, which names the extra that installs it, where it
+    is not there."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        name = module.partition(".")[0]
-        raise MissingExtra(
-            f"{what} needs the package {name!r} ({error}); install it with pip install 'hope_kernels[text]'"
-        ) from None
+        package = module.partition(".")[0]
+        raise MissingExtra(f"{what} needs the package {package!r} ({error}); install it with pip install "
+                           f"'hope_kernels[{name}]'") from None

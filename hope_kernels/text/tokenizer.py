@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..folders import model_folder
 from .extra import extra
 from .files import SETTINGS, TEMPLATE, TOKENIZER, TextSettings, read_files, write_files
 from .streams import IdStream, TextStream
@@ -67,7 +68,7 @@ class Tokenizer:
                              "belong together")
         # what it would put around every text is kept for the start of one; after that a text goes on
         marked, plain = (loaded.encode("a", add_special_tokens=s).ids for s in (True, False))
-        begin = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
+        begin = next((i for i in range(len(marked)) if marked[i : i + len(plain)] == plain), 0)
         self.start_ids = tuple(marked[:begin])
         loaded.post_processor = None
         added = loaded.get_added_tokens_decoder()
@@ -77,8 +78,6 @@ class Tokenizer:
     def from_pretrained(cls, name: str | os.PathLike) -> Tokenizer:
         """Of a model's folder or a bundled model. Raises FileNotFoundError, or ValueError as the constructor
         does."""
-        from ..model import model_folder
-
         folder = model_folder(name, "Tokenizer.from_pretrained")
         try:
             with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:

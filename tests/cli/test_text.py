@@ -102,6 +102,18 @@ def test_converted_is_the_same_model_with_all_that_text_needs(theirs, folder, to
     assert tokenizer.chat(messages) == library(text).input_ids
 
 
+def test_the_options_of_a_conversion(theirs, tmp_path):
+    more = ["--window", "16", "--sinks", "2", "--chunks", "8", "--learn-blocks", "last:1", "--lr", "0.01",
+            "--optimizer", "adam", "--rank", "4", "--dtype", "float16", "--quiet"]
+    assert main(["convert", str(theirs), str(tmp_path / "m"), *more]) == 0
+    model = hk.HopeForCausalLM.from_pretrained(tmp_path / "m")
+    cms, config = model.config.block_cms, model.config
+    assert (cms[0].learning_rates, cms[1].learning_rates) == ((0,), (0.01,))
+    assert (cms[1].optimizer, cms[1].rank) == ("adam", 4)
+    assert (config.window, config.sinks, cms[1].chunks) == (16, 2, (8,))
+    assert model.embed.weight.dtype == torch.float16
+
+
 def test_a_folder_of_transformers_says_what_to_do(theirs, tmp_path):
     with pytest.raises(ValueError, match=f"model_type 'llama'.*python -m hope_kernels convert {theirs}"):
         hk.HopeForCausalLM.from_pretrained(theirs)
@@ -118,6 +130,9 @@ def test_what_cannot_be_converted_leaves_nothing(theirs, tmp_path, capfd):
     (full / "file").write_text("")
     (tmp_path / "x.gguf").write_bytes(b"no model")
     (tmp_path / "x.bin").write_bytes(b"")
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "config.json").write_text("[]")
     damaged.mkdir()
     for name in os.listdir(theirs):
         (damaged / name).write_bytes((theirs / name).read_bytes())
@@ -128,7 +143,7 @@ def test_what_cannot_be_converted_leaves_nothing(theirs, tmp_path, capfd):
         ([other, out], "has model_type 'gpt2', expected one of"),
         ([theirs, full], "exists and is not empty"),
         ([theirs, tmp_path / "x.gguf"], "exists and is no folder"),
-        ([full, out], "has no config.json"),
+        ([full, out], "has no config.json"), ([wrong, out], "config.json cannot be read"),
         ([tmp_path / "x.bin", out], "expected a folder of transformers or"),
         ([tmp_path / "x.gguf", out], "x.gguf"), ([theirs, ""], "OUT is empty"),
         ([damaged, out], "its tokenizer cannot be read"), ([theirs, out, "--lr", "-1"], "lr"),
@@ -186,6 +201,11 @@ def test_writes_what_the_model_writes(folder, tokenizer, whole, tmp_path, capfd)
     assert main(arguments(folder, session=tmp_path / "s")) == 0
     assert capfd.readouterr().out == tokenizer.decode(whole.tokens[0].tolist()) + "\n"
     assert same(tmp_path / "s", whole.state) and load_note(tmp_path / "s") is None
+
+
+def test_an_empty_stop_is_refused(folder, capfd):
+    assert main(arguments(folder, "--stop", "")) == 2
+    one_line(capfd.readouterr().err, "--stop is empty")
 
 
 def test_a_text_longer_than_a_piece_is_read_as_one(folder, tokenizer, tmp_path):
@@ -454,14 +474,45 @@ def test_documents_are_read_one_after_another(folder, tokenizer, documents, tmp_
     assert same(tmp_path / "s", state) and load_note(tmp_path / "s") is None
 
 
-def test_passes_and_orders(folder, documents, tmp_path, capfd):
-    assert read(folder, documents[::2], "--passes", 4, "--shuffle", session=tmp_path / "s") == 0
-    lines = [line.split(":")[0] for line in capfd.readouterr().out.splitlines()]
-    assert sorted(lines) == sorted(f"pass {p}, {d}" for p in range(1, 5) for d in documents[::2])
-    assert lines != sorted(lines) and [line[:6] for line in lines] == sorted(line[:6] for line in lines)
-    assert read(folder, documents[::2], "--passes", 4, "--shuffle", session=tmp_path / "t") == 0
-    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == lines
-    assert same(tmp_path / "s", hk.load_state(tmp_path / "t"))
+PASSES = ["--learn", "next_token", "--passes", 3, "--shuffle", "--replay", 20, "--seed", 4]
+
+
+def test_what_was_kept_is_learned_again(folder, tokenizer, documents, tmp_path, monkeypatch, capfd):
+    """As by hand; stopped while reading, and while replaying, as without a stop."""
+    two = documents[::2]
+    assert read(folder, two, *PASSES, session=tmp_path / "s") == 0
+    printed = capfd.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == [*map(str, two), "pass 2", "pass 3"]
+    model, state = hk.HopeForCausalLM.from_pretrained(folder), None
+    for document in two:
+        ids = torch.tensor([tokenizer.encode(document.read_text())])
+        state = model.read(ids, state, replay=20, seed=4, flush=True).state
+    again = model.replay(state, 2, True, 4)
+    assert same(tmp_path / "s", state)
+    assert printed[2].split(", ")[0] == f"pass 2: {again.predicted[0][0]} tokens"
+    replays = []
+    learned = hk.HopeForCausalLM.replay
+
+    def stopped(self, *args, on_segment, **options):
+        def counted(done, total):
+            on_segment(done, total)
+            replays.append(done)
+            if len(replays) == 7:
+                signal.raise_signal(signal.SIGINT)
+
+        return learned(self, *args, on_segment=counted, **options)
+
+    with monkeypatch.context() as patch:
+        at_call(patch, 1, lambda: signal.raise_signal(signal.SIGINT))
+        assert read(folder, two, *PASSES, session=tmp_path / "t") == 130
+        assert "stopped after 1 of 2 documents" in capfd.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(hk.HopeForCausalLM, "replay", stopped)
+        assert read(folder, two, *PASSES, session=tmp_path / "t") == 130
+        assert "a part of the replays" in capfd.readouterr().err
+    assert read(folder, two, *PASSES, session=tmp_path / "t") == 0
+    assert same(tmp_path / "t", state) and load_note(tmp_path / "t") is None
+    assert read(folder, two, "--passes", 2) == read(folder, two, "--replay", 2) == 2
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
@@ -487,7 +538,7 @@ def test_other_documents_are_refused_by_name(folder, documents, tmp_path, monkey
         assert read(folder, documents, session=tmp_path / "s") == 130
     for others, more, words in (
         (documents[:2], [], "it was reading 3 documents, not 2"), (documents[::-1], [], "document 1 was"),
-        (documents, ["--passes", "2"], "passes, shuffle, seed"),
+        (documents, ["--seed", "2"], "passes, shuffle, replay, seed"),
     ):
         capfd.readouterr()
         assert read(folder, others, *more, session=tmp_path / "s") == 2

@@ -11,6 +11,7 @@ from problems import part, problem, run, same, single
 from hope_kernels import TitansConfig
 from hope_kernels.ops import TokenInputs
 from hope_kernels.ops.cms import cpp as cms
+from hope_kernels.ops.cms import cpp_step as cms_step
 from hope_kernels.ops.conv import cpp as conv_cpp
 from hope_kernels.ops.output_gate import cpp as gate_cpp
 from hope_kernels.ops.shared import cpu_library
@@ -98,7 +99,7 @@ FUNCTIONS = {
     "conv": conv_cpp._forward, "conv_backward": conv_cpp._backward, "unit": unit_cpp._forward,
     "unit_backward": unit_cpp._backward, "output_gate": gate_cpp._forward,
     "output_gate_backward": gate_cpp._backward, "cms_gelu": cms._gelu_forward,
-    "cms_norm_backward": cms._norm_backward,
+    "cms_norm_backward": cms._norm_backward, "cms_step": cms_step._step, "cms_step_bf16": cms_step._step_bf16,
 }
 
 
@@ -114,6 +115,9 @@ FUNCTIONS = {
         [(-1,), (5, -2), (5, 2, 12), (5, 2, 16, 0), (FAR, FAR)]),
     ("cms_gelu", (16, 1, 1, 1, 1), [(-8,), (12,), (16, 0), (FAR,)]),
     ("cms_norm_backward", (5, 16, 1, 1e-6, 1, 1, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
+    ("cms_step", (9, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1), [(-1,), (FAR,), (9, 0), (9, 1, 3), (9, 1, -1)]),
+    ("cms_step_bf16", (3, 5, 7, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1, 1),
+        [(-1,), (FAR,), (3, -1), (3, FAR), (3, 5, -1), (3, 5, FAR), (3, 5, 7, 0), (3, 5, 7, 1, 3)]),
 ])
 def test_what_surrounds_the_memories_is_refused_as_well(name, right, wrong):
     """``right``: sizes, then addresses, which a refused call does not follow."""
@@ -122,7 +126,8 @@ def test_what_surrounds_the_memories_is_refused_as_well(name, right, wrong):
         assert function(*changes, *right[len(changes) :]) == BAD_ARGUMENT, changes
     first = next(i for i, kind in enumerate(function.argtypes) if kind is ctypes.c_void_p)
     optional = {
-        "output_gate": (1, 2), "output_gate_backward": (1,), "cms_gelu": (2,), "cms_norm_backward": (3,)
+        "output_gate": (1, 2), "output_gate_backward": (1,), "cms_gelu": (2,), "cms_norm_backward": (3,),
+        "cms_step": (0, 1, 5), "cms_step_bf16": (2, 6),
     }.get(name, ())
     for i in range(first, len(right)):
         if i - first not in optional:

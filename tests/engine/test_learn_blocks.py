@@ -85,13 +85,15 @@ def test_a_block_without_a_cms_cannot_learn():
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("cms", [CMS, CMS.replace(optimizer="adam", rank=2), CMS.replace(lr=0.0)])
-def test_what_a_session_costs_is_known_before(mixer, cms):
+@pytest.mark.parametrize("change", [{}, dict(optimizer="adam", rank=2), dict(relative=True), dict(precondition=9.0),
+                                    dict(lr=0.0)])
+def test_what_a_session_costs_is_known_before(mixer, change):
     """The bytes of a state that has learned in every level, part by part and all together."""
+    cms = CMS.replace(**change)
     model = tiny(mixer, layers=3, cms=cms, learn_blocks=(1, 2), **({"window": 6} if mixer == "attention" else {}))
     want, (_, state) = model.state_bytes(2, 25), learned(model, ids(2, 25), ())
     for part, names in {"weights": "weights", "copies": "copies", "grads": "grads", "moments": "moments squares",
-                        "pending": "left right"}.items():
+                        "pending": "left right", "preconditioners": "inverses following"}.items():
         held = [d for c in state.cms for n in names.split() for d in getattr(c, n) if d is not None]
         assert want[part] == sum(t.numel() * t.element_size() for d in held for t in d.values())
     if mixer == "attention":

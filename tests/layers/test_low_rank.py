@@ -1,4 +1,4 @@
-"""Levels whose sequences learn W + L A: against dense NumPy in fp64, autograd, and the same contract as any other."""
+"""Levels whose sequences learn W + L S: against dense NumPy in fp64, autograd, and the same contract as any other."""
 
 import itertools
 
@@ -26,7 +26,8 @@ def test_layer_equals_the_dense_token_loop_over_random_splits(case):
     """y, L, accumulators and averages of ragged rows, some of whose tokens are read with learn=False."""
     variant, mlp, optimizer = GRID[case]
     layer = make(case, variant=variant, mlp=mlp, optimizer=optimizer, chunks=[(2,), (2, 4, 8), (3, 6)][case % 3],
-                 rank=1 + case % D, lr=0.03, bias=case % 2 == 1)
+                 rank=1 + case % D, lr=0.03, bias=case % 2 == 1, relative=case % 3 == 1,
+                 precondition=2.0 if case % 4 > 1 else None)
     stream, rng = Stream(layer, 3, 19, seed=case), np.random.default_rng(case)
     with torch.no_grad():
         stream.finish(lambda low, high: int(rng.integers(low, high + 1)))
@@ -34,10 +35,10 @@ def test_layer_equals_the_dense_token_loop_over_random_splits(case):
 
 
 def test_a_step_is_the_gradient_of_L():
-    """Two steps of gradient descent on L by autograd, through matrices written out as W + L A."""
+    """Two steps of gradient descent on L by autograd, through matrices written out as W + L S."""
     layer = make(1, chunks=(4,), lr=0.1, rank=2, mlp="swiglu")
     names = ("up", "gate", "down")
-    A = {n: low_rank.directions(layer.config, 0, n, layer.levels[0][n]) for n in names}
+    S = {n: low_rank.signs(layer.config, 0, n, layer.levels[0][n]) for n in names}
     L = {n: torch.zeros(len(layer.levels[0][n]), 2, dtype=torch.float64) for n in names}
     dense = ContinuumMemory(layer.config.replace(rank=None, lr=0.0), dtype=torch.float64)
     dense.load_state_dict(layer.state_dict())
@@ -45,7 +46,7 @@ def test_a_step_is_the_gradient_of_L():
     for seed in range(2):
         x, error = torch.randn(2, 1, 4, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         held = {n: t.requires_grad_() for n, t in L.items()}
-        now = {f"levels.0.{n}": layer.levels[0][n].detach() + held[n] @ A[n] for n in names}
+        now = {f"levels.0.{n}": layer.levels[0][n].detach() + held[n] @ S[n] for n in names}
         want, _ = torch.func.functional_call(dense, now, (x,))
         found = torch.autograd.grad((want * error).sum(), list(held.values()))
         L = {n: (t - 0.1 * g).detach() for (n, t), g in zip(held.items(), found)}
@@ -62,29 +63,29 @@ def test_signs_are_a_hash_of_their_place():
     config = CMSConfig(96, (4, 8), rank=64, intermediate_size=200)
     like, found = torch.zeros(0, dtype=torch.float64), []
     for l, name in itertools.product(range(2), ("up", "down")):
-        A = low_rank.directions(config, l, name, like)
-        np.testing.assert_array_equal(A.numpy(), reference.signs(64, A.shape[1], 2 * l + (name == "down")))
-        assert (A.abs() == 1 / 8).all() and abs(float(A.sum())) < 4 * 64**-0.5 * A.numel() ** 0.5
-        rows = A @ A.T * 64 / A.shape[1] - torch.eye(64)
-        assert rows.abs().max() < 5 / A.shape[1] ** 0.5
-        found.append(A[:, :96])
-    assert low_rank.directions(config, 0, "gate", like) is low_rank.directions(config, 0, "up", like)
+        S = low_rank.signs(config, l, name, like)
+        np.testing.assert_array_equal(S.numpy(), reference.signs(64, S.shape[1], 2 * l + (name == "down")))
+        assert (S.abs() == 1 / 8).all() and abs(float(S.sum())) < 4 * 64**-0.5 * S.numel() ** 0.5
+        rows = S @ S.T * 64 / S.shape[1] - torch.eye(64)
+        assert rows.abs().max() < 5 / S.shape[1] ** 0.5
+        found.append(S[:, :96])
+    assert low_rank.signs(config, 0, "gate", like) is low_rank.signs(config, 0, "up", like)
     for a, b in itertools.combinations(found, 2):
         assert abs(float((a * b).mean())) * 64 < 5 / a.numel() ** 0.5
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        other = low_rank.directions(config, 0, "up", like.to(dtype))
+        other = low_rank.signs(config, 0, "up", like.to(dtype))
         assert other.dtype == dtype and torch.equal(other, found[0].to(dtype))
-    fewer = low_rank.directions(config.replace(rank=16), 0, "up", like)
+    fewer = low_rank.signs(config.replace(rank=16), 0, "up", like)
     assert torch.equal(fewer, found[0][:16] * 2)
 
 
 def test_signs_keep_lengths_and_angles_on_average():
-    """x^T A^T A y = <x, y> in the mean, with an error of about |x||y| / sqrt(rank)."""
+    """x^T S^T S y = <x, y> in the mean, with an error of about |x||y| / sqrt(rank)."""
     config = CMSConfig(1024, (4,), rank=256)
-    A = low_rank.directions(config, 0, "up", torch.zeros(0, dtype=torch.float64))
+    S = low_rank.signs(config, 0, "up", torch.zeros(0, dtype=torch.float64))
     x, y = torch.randn(2, 200, 1024, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, y = (t / t.norm(dim=1, keepdim=True) for t in (x, y))
-    errors = ((x @ A.T) * (y @ A.T)).sum(1) - (x * y).sum(1)
+    errors = ((x @ S.T) * (y @ S.T)).sum(1) - (x * y).sum(1)
     assert errors.abs().max() < 5 / 256**0.5 and abs(float(errors.mean())) < 5 / (256 * 200) ** 0.5
 
 
@@ -116,6 +117,24 @@ def test_a_model_keeps_the_contract(mixer, optimizer, tmp_path):
     alone, _ = read(model, tokens[1:], model.init_state(1))
     torch.testing.assert_close(alone[0], whole[1], **CLOSE)
     end.validate("after", values=True)
+
+
+@pytest.mark.parametrize("lr", [0.05, 500.0])
+def test_under_a_guard_and_asleep(lr, tmp_path):
+    """With a rate that helps and one that destroys: kept weights, rollbacks and replays of thin matrices."""
+    model, tokens = tiny("attention", cms=CMS.replace(lr=lr, optimizer="gd")), ids(2, 61)
+    ends = []
+    for cuts in ((61,), (3, 24, 40, 61)):
+        state, at = model.init_state(2), 0
+        with torch.no_grad():
+            for to in cuts:
+                model(tokens[:, at:to], state, learn="next_token", guard=True)
+                state.save(tmp_path / "s")
+                state, at = load_state(tmp_path / "s"), to
+            state = model.read(tokens, state, replay=4, passes=2, seed=1).state
+            ends.append(model(tokens[:, :9], state)[0])
+    torch.testing.assert_close(*ends, **CLOSE)
+    assert any(state.rollbacks) == (lr > 1) and torch.isfinite(ends[0]).all()
 
 
 def test_tokens_decoded_one_by_one():
@@ -153,7 +172,7 @@ def test_backends_agree(backend, optimizer):
 @pytest.mark.parametrize("optimizer, tensors", [("gd", 1), ("momentum", 2), ("adam", 3)])
 def test_a_session_costs_rank_numbers_an_output(dtype, optimizer, tensors):
     torch.manual_seed(0)
-    layer = ContinuumMemory(CMSConfig(64, (4,), rank=2, optimizer=optimizer, mlp="swiglu"), dtype=dtype)
+    layer = ContinuumMemory(CMSConfig(64, (4,), rank=2, optimizer=optimizer, lr=0.01, mlp="swiglu"), dtype=dtype)
     with torch.no_grad():
         y, state = layer(torch.randn(3, 4, 64, dtype=dtype))
         layer.refresh(state, y)
@@ -188,8 +207,8 @@ def test_detached_levels_are_whole_matrices():
         stream.finish(lambda low, high: high)
         L = stream.state.weights[0]["down"][1].clone()
         found = layer.detach_level(stream.state, 0, 1)
-    A = low_rank.directions(layer.config, 0, "down", L)
-    torch.testing.assert_close(found["down"], layer.levels[0]["down"].detach() + L @ A, **EXACT)
+    S = low_rank.signs(layer.config, 0, "down", L)
+    torch.testing.assert_close(found["down"], layer.levels[0]["down"].detach() + L @ S, **EXACT)
     assert stream.state.own == [[1, 0]]
 
 
@@ -217,8 +236,8 @@ def test_gradients_may_be_delivered_whole():
     state = layer.commit(layer.accumulate(layer.init_state(1).replace(pos=type(layer.init_state(1).pos)([2])),
                                           [g], [True]), [True])
     for n, t in g.items():
-        A = low_rank.directions(layer.config, 0, n, t)
-        torch.testing.assert_close(state.weights[0][n], -0.1 * t @ A.T, **EXACT)
+        S = low_rank.signs(layer.config, 0, n, t)
+        torch.testing.assert_close(state.weights[0][n], -0.1 * t @ S.T, **EXACT)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 9, True, 2.0])

@@ -23,6 +23,10 @@ CHANGES = {
     "adam begins": (dict(cms=CMS.replace(optimizer="momentum")), dict(cms=CMS.replace(optimizer="adam"))),
     "adam with other betas": (dict(cms=CMS.replace(optimizer="adam")),
                               dict(cms=CMS.replace(optimizer="adam", betas=(0.8, 0.9)))),
+    "relative rates": (dict(cms=CMS.replace(optimizer="momentum")),
+                       dict(cms=CMS.replace(optimizer="momentum", relative=True))),
+    "steps keep what was learned": ({}, dict(cms=CMS.replace(precondition=10.0))),
+    "steps keep it no more": (dict(cms=CMS.replace(precondition=10.0)), {}),
     "muon": ({}, dict(cms=CMS.replace(optimizer="muon"))),
     "fewer blocks": ({}, dict(learn_blocks=(-1,))),
     "other blocks": (dict(learn_blocks=(0,)), dict(learn_blocks=(2,))),
@@ -103,6 +107,24 @@ def test_the_given_state_stays_as_it_is_in_grad_mode_and_after_an_error(change):
     for mine, theirs in zip(state.states()[1:], was.states()[1:], strict=True):
         for a, b in zip(mine.compact().tensors(), theirs.compact().tensors(), strict=True):
             assert torch.equal(a, b)
+
+
+@changed
+def test_a_guard_and_kept_segments_go_on_too(change, tmp_path):
+    """Once from memory and once from a file, with text and with replay: the same, and valid."""
+    one, other = model(**change[0]), model(**change[1])
+    with torch.no_grad():
+        _, state = one(ids(2, 3, 3), guard=True, learn="next_token")
+        state = one.read(ids(2, 20, 4), state, replay=3).state
+        state.save(tmp_path / "s")
+        ends = []
+        for held in (state, load_state(tmp_path / "s")):
+            other.replay(held)
+            y, end = other(ids(2, 14, 5), held, learn="next_token")
+            ends.append(y)
+    parts = [s for s in (end, end.guard, end.kept) if s is not None]  # what cannot learn has no guard
+    assert torch.equal(*ends) and {s.config for s in parts} == {other.config}
+    end.validate("after", values=True)
 
 
 def test_what_a_window_had_passed_stays_passed():
@@ -220,6 +242,7 @@ def test_a_state_whose_parts_disagree_names_the_field(tmp_path):
     (dict(optimizer="adam"), dict(optimizer="adam", betas=(0.5, 0.9)), ["grads"]),
     (dict(optimizer="adam"), dict(optimizer="momentum"), ["grads"]),
     (dict(optimizer="momentum"), dict(optimizer="momentum", momentum=0.2), ["grads", "moments"]),
+    (dict(optimizer="momentum"), dict(optimizer="momentum", relative=True), ["grads"]),
     (dict(optimizer="momentum"), dict(), ["grads"]),
     (dict(optimizer="adam"), dict(optimizer="adam", lr=0.0), []),
 ])

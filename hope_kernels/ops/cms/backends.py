@@ -12,7 +12,7 @@ import torch
 from ...backend import BY_ALL, Entry, Request, choose, gradient
 from ...config import CMSConfig
 from ..shared import cpu_library, triton_library
-from . import cpp, level
+from . import cpp, cpp_step, level
 
 TRAINING = "training runs in PyTorch"
 
@@ -44,5 +44,8 @@ def resolve(
     config: CMSConfig, dtype: torch.dtype, device: torch.device, backend: str | None = None, inner: bool = False
 ) -> ModuleType:
     """The functions of the CMS levels. inner: for the pass that learns, which needs no gradient of the
-    parameters. Raises ValueError for an unknown backend."""
-    return choose("cms", ENTRIES, Request(config, dtype, device, gradient(inner)), backend)
+    parameters; where nobody has asked for a backend, levels that PyTorch reads are updated in C++. Raises
+    ValueError for an unknown backend."""
+    found = choose("cms", ENTRIES, Request(config, dtype, device, gradient(inner)), backend)
+    in_cpp = inner and backend is None and found is level and cpp_step.serves(dtype, device)
+    return cpp_step if in_cpp else found

@@ -4,7 +4,9 @@ What was learned stays as it is, and counts as learned at the rates it was read 
 from is kept where it means the same under the new configuration: gradients that wait for a slower level's
 commit, and what an optimizer keeps from step to step while it remains the optimizer. Another optimizer starts
 as on a new sequence, from nothing: one's momentum is in units that another one would misread. So does Adam with
-other ``betas``, by which its averages are corrected.
+other ``betas``, by which its averages are corrected, and momentum when rates become relative or absolute, which
+decides whether it is an average of normalised gradients. P of ``precondition`` says what was learned, and stays
+while there is a rho.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def continued(state: CMSState, config: CMSConfig, start: Callable[[int], Shared]
     is the same with ``state``, which stays as it is. start: what rows of a level start from, by its index."""
     before, draft, none = state.config, state.draft(), [0] * state.batch
     for l, (old, new) in enumerate(zip(before.learning_rates, config.learning_rates)):
-        other = before.optimizer != config.optimizer or config.optimizer == "adam" and before.betas != config.betas
+        other = any(getattr(before, field) != getattr(config, field) for field in _units(config))
         held = [b for b, rank in enumerate(draft.rank[l]) if rank]
         if held and (other or old != new):
             fold(draft, before, start(l), l, held)
@@ -43,6 +45,11 @@ def continued(state: CMSState, config: CMSConfig, start: Callable[[int], Shared]
             draft.grads[l], draft.dirty[l], draft.tokens[l] = None, Counters(none), Counters(none)
     draft = replace(draft.finished(), config=config)
     return draft if learning_levels(config) else _closed(draft)
+
+
+def _units(config: CMSConfig) -> tuple[str, ...]:
+    """Fields that say what ``KEPT`` means."""
+    return ("optimizer", *{"adam": ("betas",), "momentum": ("relative",)}.get(str(config.optimizer), ()))
 
 
 def _closed(state: CMSState) -> CMSState:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...config import CMSConfig
 from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
-from .level import Factors, Level, newton_schulz, norm_backward, outer_add_, refresh_
+from .cpp_step import outer_add_, refresh_
+from .level import Factors, Level, newton_schulz, norm_backward
 from .matrix import times, times_transposed
 
 __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "unserved"]

@@ -1,15 +1,15 @@
-"""What a sequence learns of a matrix as a product of two thin ones: W_b = W + L_b A.
+"""What a sequence learns of a matrix as a product of two thin ones: W_b = W + L_b S.
 
-    A [rank, c]     fixed: random signs / sqrt(rank), the same for all sequences and all matrices with one input
+    S [rank, c]     fixed: random signs / sqrt(rank), the same for all sequences and all matrices with one input
     L_b [r, rank]   learned; zero at the start
 
-The gradient of L is dL/dW A^T, so the factors (E, X) of a segment become (E, X A^T), and all that a level does
-with a matrix [r, c] it does with L in its place. A step of rate lr on L moves W by -lr dL/dW A^T A, and A^T A is
+The gradient of L is dL/dW S^T, so the factors (E, A) of a segment become (E, A S^T), and all that a level does
+with a matrix [r, c] it does with L in its place. A step of rate lr on L moves W by -lr dL/dW S^T S, and S^T S is
 the identity on average over the signs: plain gradient descent needs no other rate. Up and gate share their
-input, and so their A.
+input, and so their S.
 
-A is a function of rank, c, the level and the input alone: signs are a hash of their row and column, no random
-generator is asked, and every device, dtype and version of PyTorch has the same bits. Nobody saves A.
+S is a function of rank, c, the level and the input alone: signs are a hash of their row and column, no random
+generator is asked, and every device, dtype and version of PyTorch has the same bits. Nobody saves S.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .state import CMSState
 _SALT, _MASK = 0x484F5045, 0xFFFFFFFF  # of everything that is hashed; 32 bits
 
 
-def directions(config: CMSConfig, l: int, name: str, like: Tensor) -> Tensor:
-    """A [rank, c] of the matrix ``name`` of level ``l``, in the dtype and on the device of ``like``."""
+def signs(config: CMSConfig, l: int, name: str, like: Tensor) -> Tensor:
+    """S [rank, c] of the matrix ``name`` of level ``l``, in the dtype and on the device of ``like``."""
     assert config.rank is not None
     hidden = name == "down"
     width = config.hidden if hidden else config.d_model
@@ -53,17 +53,17 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def projected(config: CMSConfig, l: int, factors: Factors) -> Factors:
-    """(E, X A^T) for (E, X), by the name of the matrix."""
+    """(E, A S^T) for (E, A), by the name of the matrix."""
     done: dict[int, Tensor] = {}  # by input: up and gate have one
     for name, (_, right) in factors.items():
         if id(right) not in done:
-            done[id(right)] = right @ directions(config, l, name, right).mT
+            done[id(right)] = right @ signs(config, l, name, right).mT
     return {name: (left, done[id(right)]) for name, (left, right) in factors.items()}
 
 
 def projected_gradients(config: CMSConfig, l: int, grads: dict[str, Tensor]) -> dict[str, Tensor]:
     """dL/dL [B, r, rank] from dL/dW [B, r, c]."""
-    return {n: g @ directions(config, l, n, g).mT for n, g in grads.items()}
+    return {n: g @ signs(config, l, n, g).mT for n, g in grads.items()}
 
 
 def nothing(config: CMSConfig, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def nothing(config: CMSConfig, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rebase(draft: CMSState, l: int, row: int, others: list[int]) -> None:
-    """W becomes W + L_row A, and ``others``, which have an L of their own, keep their W_b: L_b - L_row."""
+    """W becomes W + L_row S, and ``others``, which have an L of their own, keep their W_b: L_b - L_row."""
     copies = {} if draft.copies[l] is None else draft.writable("copies", l)
     weights = draft.writable("weights", l)
     for name in matrices(draft.config):

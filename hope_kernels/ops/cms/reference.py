@@ -176,7 +176,7 @@ class Row:
     def __post_init__(self):
         self.names = ("up", "gate", "down") if self.config.gated else ("up", "down")
         self.levels = [{n: np.array(v, dtype=np.float64) for n, v in level.items()} for level in self.initial]
-        # with config.rank: A, and L as it is now; levels = initial + L A
+        # with config.rank: S, and L as it is now; levels = initial + L S
         self.across = [self._directions(l) for l in range(len(self.levels))]
         self.learned = self._zeros()
         self.segment = self._zeros()  # gradients of the open segment
@@ -187,7 +187,7 @@ class Row:
         self.tokens = [0] * len(self.levels)  # whose gradients ``total`` sums up
         self.steps = [0] * len(self.levels)  # that ``moment`` and ``square`` are averages over
 
-    def _zeros(self):
+    def _zeros(self) -> list[dict[str, np.ndarray]]:
         """Of what is learned: every matrix, or its L."""
         rank = self.config.rank
         return [

@@ -18,7 +18,7 @@ from ...backend import NO_GRADIENT, Request
 from ...tracing import constant_result
 
 LIBRARY = str(Path(__file__).parents[2] / "_titans_cpu.so")
-ABI = 4
+ABI = 5
 SIZE, POINTER, REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
@@ -80,17 +80,18 @@ def unserved(request: Request, width: int) -> str | None:
 
 
 def address(
-    t: Tensor | None, count: int, name: str = "a tensor of the layer, its input or its state"
+    t: Tensor | None, count: int, name: str = "a tensor of the layer, its input or its state",
+    dtype: torch.dtype = torch.float32,
 ) -> int | None:
-    """What the library is handed for ``t``, ``count`` fp32 numbers one after another. Raises ValueError for
-    anything else: it would read, and write, past the end."""
+    """What the library is handed for ``t``, ``count`` numbers of ``dtype`` one after another. Raises
+    ValueError for anything else: it would read, and write, past the end."""
     if t is None:
         return None
-    if t.dtype is not torch.float32 or t.numel() != count or not t.is_cpu or not t.is_contiguous():
+    if t.dtype is not dtype or t.numel() != count or not t.is_cpu or not t.is_contiguous():
         raise ValueError(
             f"backend 'cpp': {name} has dtype {t.dtype}, shape {list(t.shape)} and strides {list(t.stride())} on "
-            f"{t.device}, expected {count} numbers of torch.float32, contiguous, on the CPU (state.to(...) casts and "
-            "moves a state)"
+            f"{t.device}, expected {count} numbers of {dtype}, contiguous, on the CPU (state.to(...) casts "
+            "and moves a state)"
         )
     return t.data_ptr()
 

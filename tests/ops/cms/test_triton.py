@@ -277,7 +277,7 @@ def test_opcheck(mlp, rows, rank, monkeypatch):
             ops.cms_refresh_, (weight, weight.half(), *factors, [0, 1], 0.1, 1.0, weight.clone(), 0.9,
                 weight.clone())
         )
-        averages = {"square": weight.square(), "scale": 0.2, "beta2": 0.9, "root": 2.0}
+        averages = {"square": weight.square(), "beta2": 0.9, "first": 0.1, "second": 0.1, "root": 2.0}
         check(ops.cms_refresh_, (weight, None, *factors, [0], 0.1, 1.0, weight.clone(), 0.9, None), averages)
     else:
         check(ops.cms_refresh_, (weight, None, None, None, [1], 0.1, 1.0, None, 0.0, weight.clone()))

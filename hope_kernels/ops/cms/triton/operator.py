@@ -115,9 +115,9 @@ def refresh_(
     _refresh("cms refresh_", weight, copy, left, right, rows, lr, 1.0, moment, mu, total, adam)
 
 
-def newton_schulz(grad: Tensor) -> Tensor:
-    """As ``level.newton_schulz``: grad [..., r, c] fp32 -> about U V^T of each matrix. Raises ValueError
-    for another dtype."""
+def newton_schulz(grad: Tensor, narrow: bool = False) -> Tensor:
+    """As ``level.newton_schulz``: grad [..., r, c] fp32 -> about U V^T of each matrix; also for 16-bit models
+    (``narrow``) all in fp32. Raises ValueError for another dtype."""
     if grad.dtype != torch.float32 or grad.dim() < 2:
         raise ValueError(
             f"cms newton_schulz: argument grad is {list(grad.shape)} {grad.dtype}, expected [..., r, c] torch.float32"
@@ -268,8 +268,8 @@ _library.define(
 )
 _library.define(
     "cms_refresh_(Tensor(a!) weight, Tensor(b!)? copy, Tensor? left, Tensor? right, int[] rows, float lr, float beta, "
-    "Tensor(c!)? moment, float mu, Tensor(d!)? total, Tensor(e!)? square=None, float scale=1.0, "
-    "float beta2=0.0, float root=1.0) -> ()"
+    "Tensor(c!)? moment, float mu, Tensor(d!)? total, Tensor(e!)? square=None, float beta2=0.0, "
+    "float first=0.0, float second=0.0, float root=0.0) -> ()"
 )
 _library.define("cms_newton_schulz(Tensor grad) -> Tensor")
 
@@ -364,17 +364,18 @@ def _refresh(op: str, weight, copy, left, right, rows, lr, beta, moment, mu, tot
             raise ValueError(f"{op}: argument {name} has dtype {t.dtype}, expected one of {list(DTYPES)}")
     if any(not 0 <= b < B for b in rows) or len(set(rows)) != len(rows):
         raise ValueError(f"{op}: argument rows is {list(rows)}, expected different rows below {B}")
-    scale = root = 1.0
-    beta2 = 0.0
+    averages = (0.0,) * 4
     if adam is not None:
-        (lr, root), (mu, beta2), scale = adam.rates(lr), adam.betas, adam.scale
+        (lr, root), (mu, beta2) = adam.rates(lr), adam.betas
+        averages = beta2, *adam.shares, root
     torch.ops.hope_kernels.cms_refresh_(
-        weight, copy, left, right, list(rows), lr, beta, moment, mu, total, square, scale, beta2, root
+        weight, copy, left, right, list(rows), lr, beta, moment, mu, total, square, *averages
     )
 
 
 def _launch_refresh(
-    weight, copy, left, right, rows, lr, beta, moment, mu, total, square=None, scale=1.0, beta2=0.0, root=1.0
+    weight, copy, left, right, rows, lr, beta, moment, mu, total, square=None, beta2=0.0, first=0.0,
+    second=0.0, root=0.0,
 ) -> None:
     (_, r, c), stated = weight.shape, [weight, copy, moment, square, total]
     if any(t is not None and (not t.is_contiguous() or t.data_ptr() % 16) for t in stated):
@@ -387,7 +388,7 @@ def _launch_refresh(
     with torch.cuda.device_of(weight):
         refresh_kernel[(triton.cdiv(r, tile.BM) * triton.cdiv(c, tile.BN), len(rows))](
             *filled((weight, copy, moment, square, total), weight), *factors,
-            _on_device(tuple(rows), weight.device), C, lr, mu, beta, scale, beta2, root,
+            _on_device(tuple(rows), weight.device), C, lr, mu, beta, beta2, first, second, root,
             ROWS=r, COLS=c, PRODUCT=left is not None, MOMENT=moment is not None, ADAM=square is not None,
             TOTAL=total is not None, COPY=copy is not None, READ=beta != 0, EPS=ADAM_EPS, GROUP=GROUP,
             **tile.sizes(), **tile.options(),

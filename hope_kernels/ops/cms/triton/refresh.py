@@ -3,8 +3,8 @@
     g_b = left_b^T right_b [+ total_b, which becomes 0]        f = g_b, or  m_b = mu m_b + g_b, f = m_b
     weight_b <- beta weight_b - lr f        copy_b = weight_b, rounded          for the rows b asked for
 
-    adam: g_b = scale (as above), m_b = mu m_b + (1 - mu) g_b, v_b = beta2 v_b + (1 - beta2) g_b^2,
-          f = m_b / (root sqrt(v_b) + eps); lr and root hold the corrections of the averages
+    adam: m_b = mu m_b + first g_b, v_b = beta2 v_b + second g_b^2, f = m_b / (root sqrt(v_b) + eps)
+          first and second make the mean of the sum g_b, lr and root hold the corrections of the averages
 
 A program owns a tile of BM outputs by BN inputs of one row's matrix and walks the C tokens in order, BK at a
 time: the gradient is the accumulator in registers and never exists in memory, every master is read once and
@@ -28,8 +28,8 @@ from .common import tile_of
 
 @triton.jit(do_not_specialize=["C"])
 def refresh_kernel(
-    weight_p, copy_p, moment_p, square_p, total_p, left_p, right_p, rows_p, C: tl.int64, lr, mu, beta, scale,
-    beta2, root,
+    weight_p, copy_p, moment_p, square_p, total_p, left_p, right_p, rows_p, C: tl.int64, lr, mu, beta, beta2,
+    first, second, root,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     PRODUCT: tl.constexpr, MOMENT: tl.constexpr, ADAM: tl.constexpr, TOTAL: tl.constexpr, COPY: tl.constexpr,
     READ: tl.constexpr, EPS: tl.constexpr,
@@ -54,10 +54,9 @@ def refresh_kernel(
     if TOTAL:
         f += tl.load(total_p + at, mask=inside, other=0.0)
     if ADAM:
-        f *= scale
-        v = beta2 * tl.load(square_p + at, mask=inside, other=0.0) + (1 - beta2) * f * f
+        v = beta2 * tl.load(square_p + at, mask=inside, other=0.0) + second * (f * f)
         tl.store(square_p + at, v, mask=inside)
-        f = mu * tl.load(moment_p + at, mask=inside, other=0.0) + (1 - mu) * f
+        f = mu * tl.load(moment_p + at, mask=inside, other=0.0) + first * f
         tl.store(moment_p + at, f, mask=inside)
         f /= root * tl.sqrt(v) + EPS
     elif MOMENT:
