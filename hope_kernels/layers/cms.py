@@ -276,7 +276,7 @@ class ContinuumMemory(nn.Module):
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,
-                "moments": numbers * wide * {"momentum": 1, "adam": 2}.get(self.config.optimizer, 0),
+                "moments": numbers * wide * {"momentum": 1, "adam": 2}.get(str(self.config.optimizer), 0),
                 "pending": slots * sides * size, "preconditioners": squares * (2 if waits else 1) * wide,
             })
         return found
