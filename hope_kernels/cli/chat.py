@@ -7,6 +7,7 @@ The note in the session file: {"phase": "chat", "turns": how many there have bee
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -66,6 +67,8 @@ def chat_command(args) -> int:
         raise ValueError(f"argument --max-new-tokens is {args.max_new_tokens}, expected 1 or more")
     output, device = Output(sys.stdout), usable_device(args.device)
     standard_input()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     path = None if args.session is None else session_path(args.session)
     with contextlib.ExitStack() as locks:
         if path is not None:
@@ -135,7 +138,8 @@ class Chat:
             ids = self.tokenizer.chat([*system, {"role": "user", "content": text}])
         unread = unread_ids(self.state)
         # an answer ends with the token that also begins what follows it, or in the middle
-        mode = "included" if unread and unread[0] == ids[0] and ids[0] in self.tokenizer.eos_ids else "before"
+        closing = bool(unread) and unread == ids[:1] and unread[0] in self.tokenizer.eos_ids
+        mode = "included" if closing else "before"
         stops = [*self.args.stop, *self.tokenizer.stop]
         writer = writer_for(self.output, self.tokenizer, stops, self.tokenizer.eos_ids, {}, lambda: ids[-8:])
         failed: OSError | None = None

@@ -35,7 +35,7 @@ def _model(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--learn", choices=("next_token", "off"), default="next_token")
     p.add_argument("--backend", default=None)
-    p.add_argument("--dtype", choices=tuple(DTYPES), help="to compute in (default: that of the model's weights)")
+    p.add_argument("--dtype", choices=tuple(DTYPES), help="to compute in (default: that of the weights)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--quiet", action="store_true", help="no progress on standard error")
 

@@ -42,8 +42,9 @@ class Source:
             self._from = {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
         else:
             self._from = {"pretrained_model_name_or_path": path, "local_files_only": True}
-            with open(config, encoding="utf-8") as f:
-                self._check(json.load(f).get("model_type"))
+            with self._told("config.json"), open(config, encoding="utf-8") as f:
+                kind = json.load(f).get("model_type")
+            self._check(kind)
         with self._told("its configuration"):
             self.config = self._transformers.AutoConfig.from_pretrained(**self._from)
         self._check(self.config.model_type)

@@ -57,6 +57,8 @@ class TextWriter:
     ):
         self._output, self._tokenizer, self._stops, self._ends = output, tokenizer, list(stops), set(ends)
         self._longest = max(map(len, stops), default=0)
+        if "" in stops:
+            raise ValueError("argument --stop is empty, expected text")
         kept = note.get("text")
         self._context, self._stream = context, None if kept is None else tokenizer.stream(note=kept)
         self._tail = kept["tail"] if kept else ""

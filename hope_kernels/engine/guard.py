@@ -109,8 +109,8 @@ def judge(
     guard: GuardState, blocks: list[tuple[Block, CMSState | None]], rows: list[int], tokens: list[int],
     losses: list[float], own_losses: Callable[[], list[float]],
 ) -> list[int]:
-    """Of ``rows`` of the batch, with ``losses`` (nats per token) of the ``tokens`` tokens just read, those that went back
-    to good weights; their segment is not to be learned. ``guard`` and the drafts in ``blocks`` change.
+    """Of ``rows`` of the batch, with ``losses`` (nats per token) of the ``tokens`` tokens just read, those that
+    went back to good weights; their segment is not to be learned. ``guard`` and the drafts in ``blocks`` change.
 
     own_losses: those of the model's own weights, asked only where they are needed.
     """

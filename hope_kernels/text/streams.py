@@ -74,6 +74,10 @@ class IdStream:
         self._text, self._known = "", 0  # what is held, and how much of it has been encoded before
 
     def push(self, text: str) -> list[int]:
+        parts = range(0, len(text), self._window)
+        return [i for at in parts for i in self._more(text[at : at + self._window])]
+
+    def _more(self, text: str) -> list[int]:
         self._text += text
         ids: list[int] = []
         size = self._window + self._spare

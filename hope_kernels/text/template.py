@@ -25,10 +25,10 @@ class ChatTemplate:
         if tuple(int(n) for n in jinja.__version__.split(".")[:3] if n.isdigit()) < SAFE:
             raise MissingExtra(f"a chat template needs jinja2 >= 3.1.6, found {jinja.__version__}; install "
                                "it with pip install 'hope_kernels[text]'")
-        self._special, self._error = dict(special), jinja.TemplateError
+        self._special = dict(special)
         try:
             self._template = _environment(jinja).from_string(source)
-        except self._error as error:
+        except jinja.TemplateError as error:
             raise ValueError(f"chat template: line {getattr(error, 'lineno', '?')}: {error}") from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
@@ -43,7 +43,7 @@ class ChatTemplate:
         variables = {**self._special, "messages": plain, "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(**variables)
-        except (self._error, TypeError) as error:  # TypeError: a content that is no text where one is added
+        except Exception as error:  # of foreign code: its own complaints, or whatever it runs into
             raise ValueError(f"chat: the model's template refuses these messages ({error})") from None
 
 

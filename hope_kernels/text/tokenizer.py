@@ -68,7 +68,7 @@ class Tokenizer:
                              "belong together")
         # what it would put around every text is kept for the start of one; after that a text goes on
         marked, plain = (loaded.encode("a", add_special_tokens=s).ids for s in (True, False))
-        begin = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
+        begin = next((i for i in range(len(marked)) if marked[i : i + len(plain)] == plain), 0)
         self.start_ids = tuple(marked[:begin])
         loaded.post_processor = None
         added = loaded.get_added_tokens_decoder()

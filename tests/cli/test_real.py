@@ -81,8 +81,7 @@ def test_learns_what_it_reads(folder, tmp_path, capfd):
         return float(capfd.readouterr().out.split(", ")[1].split()[0])
 
     assert bits("--session", str(session)) < bits("--learn", "off")
-    done = subprocess.run(
-        [sys.executable, "-m", "hope_kernels", "chat", "--quiet", "--model", str(folder), "--session", str(session),
-         "--max-new-tokens", "8"], input="Who was in the beginning?\n", capture_output=True, text=True, check=True,
-    )
+    given = ["chat", "--quiet", "--model", str(folder), "--session", str(session), "--max-new-tokens", "8"]
+    done = subprocess.run([sys.executable, "-m", "hope_kernels", *given], input="Who was in the beginning?\n",
+                          capture_output=True, text=True, check=True)
     assert done.stdout.strip()

@@ -130,6 +130,9 @@ def test_what_cannot_be_converted_leaves_nothing(theirs, tmp_path, capfd):
     (full / "file").write_text("")
     (tmp_path / "x.gguf").write_bytes(b"no model")
     (tmp_path / "x.bin").write_bytes(b"")
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "config.json").write_text("[]")
     damaged.mkdir()
     for name in os.listdir(theirs):
         (damaged / name).write_bytes((theirs / name).read_bytes())
@@ -140,7 +143,7 @@ def test_what_cannot_be_converted_leaves_nothing(theirs, tmp_path, capfd):
         ([other, out], "has model_type 'gpt2', expected one of"),
         ([theirs, full], "exists and is not empty"),
         ([theirs, tmp_path / "x.gguf"], "exists and is no folder"),
-        ([full, out], "has no config.json"),
+        ([full, out], "has no config.json"), ([wrong, out], "config.json cannot be read"),
         ([tmp_path / "x.bin", out], "expected a folder of transformers or"),
         ([tmp_path / "x.gguf", out], "x.gguf"), ([theirs, ""], "OUT is empty"),
         ([damaged, out], "its tokenizer cannot be read"), ([theirs, out, "--lr", "-1"], "lr"),
@@ -198,6 +201,11 @@ def test_writes_what_the_model_writes(folder, tokenizer, whole, tmp_path, capfd)
     assert main(arguments(folder, session=tmp_path / "s")) == 0
     assert capfd.readouterr().out == tokenizer.decode(whole.tokens[0].tolist()) + "\n"
     assert same(tmp_path / "s", whole.state) and load_note(tmp_path / "s") is None
+
+
+def test_an_empty_stop_is_refused(folder, capfd):
+    assert main(arguments(folder, "--stop", "")) == 2
+    one_line(capfd.readouterr().err, "--stop is empty")
 
 
 def test_a_text_longer_than_a_piece_is_read_as_one(folder, tokenizer, tmp_path):

@@ -132,7 +132,8 @@ def test_templates_are_foreign_code():
     loop = "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}"
     assert render(loop) == "user"
     for source in ("{{ raise_exception('no system') }}", "{{ ''.__class__.__mro__ }}{{ x.y.z }}",
-                   "{% set _ = messages.append(1) %}", "{{ messages[0]['content'] + messages[0] }}"):
+                   "{% set _ = messages.append(1) %}", "{{ 1 // 0 }}",
+                   "{{ messages[0]['content'] + messages[0] }}"):
         with pytest.raises(ValueError, match="chat: the model's template refuses"):
             render(source)
     with pytest.raises(ValueError, match="chat template: line 2"):
