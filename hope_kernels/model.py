@@ -23,13 +23,13 @@ from .continued import continued
 from .engine import segments
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, Source, generate
-from .engine.guard import new_guard
 from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
 from .engine.replay import OnSegment, ReadAndSlept, Sleep, read, sleep
 from .engine.unread import check_read_next, left
 from .files import write_atomically
 from .folders import check_ours, model_folder
+from .guard_state import new_guard
 from .identity import checksum
 from .layers.autocast import in_own_dtype
 from .layers.block import Block, HopeAttentionBlock, HopeBlock

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .check import check_counters, check_part
 from .differences import described, differences
+from .guard_state import GuardState
 from .identity import checksum
 from .kept import KeptSegments
 from .layers.attention import AttentionState
@@ -43,13 +44,13 @@ class ModelState(State):
     ids: Tensor
     snapshot: list[MixerState]
     unread: Tensor | None = None
-    guard: State | None = None
+    guard: GuardState | None = None
     kept: KeptSegments | None = None
 
     @property
     def rollbacks(self) -> list[int]:
         """How often the guard has taken each row back to its last good weights."""
-        return [0] * self.batch if self.guard is None else list(getattr(self.guard, "rollbacks"))  # noqa: B009
+        return [0] * self.batch if self.guard is None else list(self.guard.rollbacks)
 
     # The graph of open segments that were read whole, for the next call alone: no field, so no copy has it.
     _held = None
@@ -131,7 +132,7 @@ class ModelState(State):
                     raise ValueError(f"{where}: state.snapshot of row {b} stands at {s.pos[b]}, expected {pos - seen}, "
                                      "its segment's start")
         if self.guard is not None:
-            if not isinstance(self.guard, State) or not isinstance(self.guard.pos, list) or (
+            if not isinstance(self.guard, GuardState) or not isinstance(self.guard.pos, list) or (
                 self.guard.batch != self.batch
             ):
                 raise ValueError(f"{where}: state.guard is not that of {self.batch} sequences")

@@ -203,7 +203,7 @@ class ContinuumMemory(nn.Module):
         ``ops/cms/continued.py``. Itself where there is no difference; it stays as it is."""
         if state.config is self.config or state.config == self.config:
             return state
-        return continued(state, self.config, self._start)
+        return continued(state, self.config, self.start)
 
     def effective_levels(self, state: CMSState, dtype: torch.dtype | None = None) -> list[Level]:
         """The levels as ``cms_forward`` takes them, in ``dtype`` (None: that of the parameters).
@@ -264,7 +264,7 @@ class ContinuumMemory(nn.Module):
         segment = self.config.chunks[0] if segment is None else segment
         size, wide = dtype.itemsize, master_dtype(dtype).itemsize
         for l, period in enumerate(self.config.chunks):
-            held = self._start(l)
+            held = self.start(l)
             shapes, inputs = [t.shape for t in held.values()], [held[n].shape[1] for n in ("up", "down")]
             numbers = batch * sum(s.numel() for s in shapes) * (self.config.learning_rates[l] > 0)
             slots = self._slots(l) if period == segment else 0
@@ -308,7 +308,7 @@ class ContinuumMemory(nn.Module):
                 pairs, B = factors.items(), state.batch
                 factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
             slots = self._slots(l)
-            start, sizes = self._start(l), self._sizes(l)
+            start, sizes = self.start(l), self._sizes(l)
             alike: dict[float, list[int]] = {}
             for b in rows:
                 alike.setdefault(1.0 if scale is None else scale(b), []).append(b)
@@ -341,7 +341,7 @@ class ContinuumMemory(nn.Module):
         new = state.draft()
         for l in learning_levels(self.config):
             due_at = state.pos if counts is None else counts
-            absorb(new, self.config, self._start(l), l, None, marked, due_at, sizes=self._sizes(l))
+            absorb(new, self.config, self.start(l), l, None, marked, due_at, sizes=self._sizes(l))
         return new.finished()
 
     def detach_level(self, state: CMSState, level: int, row: int = 0) -> dict[str, Tensor]:
@@ -378,7 +378,7 @@ class ContinuumMemory(nn.Module):
         held = self._parameters_of(l)
         return {name: held[name].detach() for name in matrices(self.config)}
 
-    def _start(self, l: int) -> dict[str, Tensor]:
+    def start(self, l: int) -> dict[str, Tensor]:
         """What a row's weights start from: the matrices, or with ``rank`` zeros in the shape of L."""
         held = self._matrices(l)
         return held if self.config.rank is None else low_rank.nothing(self.config, held)

@@ -46,7 +46,7 @@ def consolidate(layer, state: CMSState, row: int, levels: Sequence[int] | None) 
     for level in _learned(state, row, levels):
         learned = _in_force(layer, state, level, row)
         others = [b for b in range(state.batch) if b != row]
-        fold(draft, layer.config, layer._start(level), level, others)
+        fold(draft, layer.config, layer.start(level), level, others)
         if layer.config.rank is not None:
             low_rank.rebase(draft, level, row, others)
         for name, value in learned.items():
