@@ -13,18 +13,21 @@ the first tokens, read in fp32 without learning, each predicted from what its ce
     re-rotated    those and the sinks, no sink farther than if what has left the window had never been
                   (``sinks=`` of HopeConfig; Xiao et al. 2024, StreamingLLM)
 
-Bits are means over ranges of positions; the last ranges lie past the context the model was trained on.
+Bits are means over ranges of positions; the last ranges lie past the context the model was trained on. A run
+that was stopped goes on where it was: cells of the same code and arguments in the file are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import math
 import sys
 import tarfile
 import time
 import typing
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -70,7 +73,7 @@ def bits(model: HopeForCausalLM, ids: Tensor) -> Tensor:
 
 
 def ranges(window: int, trained: int, tokens: int) -> list[tuple[int, int]]:
-    edges = sorted({0, *(e for e in (window, 4 * window, trained) if e < tokens), tokens})
+    edges = sorted({0, *(e for e in (window, 4 * window, trained, trained * 5 // 4) if e < tokens), tokens})
     return list(zip(edges, edges[1:]))
 
 
@@ -89,30 +92,38 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     trained = theirs.config.max_position_embeddings
-    result = {
+    result: dict = {
         "what": __doc__.split("\n")[0], "machine": machine(), "model": Path(args.model).name, "trained": trained,
         "window": args.window, "sinks": args.sinks, "tokens": args.tokens, "python": sys.version.split()[0],
         "cells": [], **mark("attention", device="cpu"),
     }
+    out = Path(args.out)
+    if out.exists():
+        found = json.loads(out.read_text())
+        same = ("model", "trained", "window", "sinks", "tokens", "python", "kernel")
+        if all(found.get(name) == result[name] for name in same):
+            result = found
+    result["parameters"] = sum(p.numel() for p in theirs.parameters())
+    done = {(cell["text"], cell["mode"]) for cell in result["cells"]}
     of_text = {
         name: torch.tensor([tokenizer(text[: 20 * args.tokens]).input_ids[: args.tokens + 1]])
         for name, text in texts(args.texts).items()
     }
-    # what the choice was made by comes first, for whoever stops the run
-    for mode in ("re-rotated", "kept", "window", "full"):
+    for name, mode in product(of_text, ("re-rotated", "kept", "window", "full")):
+        if (name, mode) in done:
+            continue
         sinks = args.sinks if mode in ("kept", "re-rotated") else 0
         model = convert.llama(theirs, 256, lr=0.0, window=None if mode == "full" else args.window, sinks=sinks)
         for block in model.blocks if mode == "kept" else ():
             block.mixer.__class__ = Kept
-        for name, ids in of_text.items():
-            ids = ids[:, : trained + 1] if mode == "full" else ids
-            began = time.process_time()
-            found, N = bits(model, ids), ids.shape[1] - 1
-            by_range = {f"{a}-{b}": float(found[a:b].mean()) for a, b in ranges(args.window, trained, N)}
-            cell = {"text": name, "mode": mode, "bits": by_range, "tokens/s": N / (time.process_time() - began)}
-            result["cells"].append(cell)
-            write_json(args.out, result)
-            print(f"{name:12} {mode:11} " + "  ".join(f"{r} {x:.3f}" for r, x in by_range.items()), flush=True)
+        ids = of_text[name][:, : trained + 1] if mode == "full" else of_text[name]
+        began = time.process_time()
+        found, N = bits(model, ids), ids.shape[1] - 1
+        by_range = {f"{a}-{b}": float(found[a:b].mean()) for a, b in ranges(args.window, trained, N)}
+        cell = {"text": name, "mode": mode, "bits": by_range, "tokens/s": N / (time.process_time() - began)}
+        result["cells"].append(cell)
+        write_json(args.out, result)
+        print(f"{name:12} {mode:11} " + "  ".join(f"{r} {x:.3f}" for r, x in by_range.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -139,9 +139,10 @@ def sinks(run: dict) -> str:
     rows = [(c["text"], c["mode"], *(f"{c['bits'][r]:.3f}" if r in c["bits"] else "-" for r in ranges))
             for c in sorted(data["cells"], key=lambda c: c["text"])]
     head = " | ".join(("text", "visible", *(f"tokens {r}" for r in ranges)))
-    return (f"{markdown(head, rows)}\n\nBits per token by position, learning off: {data['model']}, trained on "
-            f"contexts of {data['trained']} tokens, window {data['window']}, {data['sinks']} sinks, fp32. \"kept\": "
-            f"sinks at their own distance; \"re-rotated\": as `sinks=` does it. "
+    model = f"{data['model']} ({data['parameters'] / 1e6:.0f}M parameters)"
+    return (f"{markdown(head, rows)}\n\nBits per token by position, learning off: {model}, trained on contexts of "
+            f"{data['trained']} tokens, window {data['window']}, {data['sinks']} sinks, fp32. \"kept\": sinks at "
+            f"their own distance; \"re-rotated\": as `sinks=` does it. "
             f"{source('bench_sinks MODEL --texts NAME=FILE', 'sinks')}")
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from .config import HopeConfig
 from .engine.protocol import Model
 from .layers.attention import AttentionState
 from .model_state import TAINTED, MixerState, ModelState
@@ -24,7 +25,11 @@ def continued(model: Model, state: ModelState) -> ModelState:
     """``state``, which ``model`` may read, under the model's configuration: itself where it has that already,
     else one that shares with ``state`` what is the same. ``state`` stays as it is."""
     config = model.config
-    if state.config is config or state.config == config:
+    if state.config is config:
+        return state
+    if state.config == config:
+        if not torch.compiler.is_compiling():
+            _name(state, config)
         return state
     cms = [c if c is None or b.cms is None else b.cms.continued(c) for b, c in zip(model.blocks, state.cms)]
     lost = [_lost(m) for m in state.mixers]
@@ -44,6 +49,19 @@ def continued(model: Model, state: ModelState) -> ModelState:
     ids = torch.zeros(B, C, dtype=state.ids.dtype, device=state.ids.device)
     seen = Counters([TAINTED if p % C else 0 for p in state.pos])
     return replace(new, ids=ids, seen=seen, snapshot=[m.snapshot() for m in mixers])
+
+
+def _name(state: ModelState, config: HopeConfig) -> None:
+    """``state`` and the states inside have the very objects of ``config``, which are equal to theirs: a state from
+    a file is compared field by field once, and by identity from then on."""
+    mixers = config.blocks if config.mixer == "attention" else [config.titans] * config.num_layers
+    for inside, configs in ((state.mixers, mixers), (state.snapshot, mixers), (state.cms, config.block_cms)):
+        for one, its in zip(inside, configs):
+            if one is not None:
+                one.config = its
+    for part in (state, state.guard, state.kept):
+        if part is not None:
+            part.config = config
 
 
 def _lost(mixer: MixerState) -> list[int]:

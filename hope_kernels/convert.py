@@ -96,13 +96,6 @@ def llama(
         "mlp": mlp, "bias": "blocks.0.cms.levels.0.up_bias" in tensors, "post_norm": gemma,
         "intermediate_size": config.intermediate_size, "optimizer": optimizer,
     }
-    own: dict[str, Any] = {}
-    if gemma:
-        for field in ("attn_logit_softcapping", "final_logit_softcapping"):
-            _require(getattr(config, field) is None, f"config.{field}", getattr(config, field), "None")
-        both = config.use_bidirectional_attention
-        _require(not both, "config.use_bidirectional_attention", both, "False")
-        own = {"post_norm": True, "embed_scale": d**0.5, "attention_scale": config.query_pre_attn_scalar**-0.5}
     windows, kept = _windows(config, window, sinks)
     ours = HopeConfig(
         vocab_size=embed.shape[0], d_model=d, num_layers=layers, mixer="attention", num_heads=heads,
@@ -111,15 +104,15 @@ def llama(
         norm_eps=config.rms_norm_eps, tie_embeddings="head.weight" not in tensors,
         head_dim=None if heads * head_dim == d else head_dim, qk_norm="blocks.0.mixer.q_norm.weight" in tensors,
         cms=_levels(d, layers, chunks, lr, levels, cms_options),
-        learn_blocks=None if learn_blocks is None else tuple(learn_blocks), **own,
+        learn_blocks=None if learn_blocks is None else tuple(learn_blocks),
+        **(_gemma(config) if gemma else {}),
     )
     model = HopeForCausalLM(ours, device="meta", dtype=embed.dtype)
     with torch.inference_mode(False):
         copies = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-        if gemma:
-            for name, t in copies.items():
-                if re.search(r"(norm\.weight|_gain)$", name):
-                    t.add_(1.0)
+        for name, t in copies.items() if gemma else ():
+            if re.search(r"(norm\.weight|_gain)$", name):
+                t.add_(1.0)
         try:
             model.load_state_dict(copies, assign=True)
         except RuntimeError as error:
@@ -130,6 +123,17 @@ def llama(
 def _require(condition: bool, field: str, value: Any, expected: str) -> None:
     if not condition:
         raise ValueError(f"convert.llama: {field} is {value!r}, expected {expected}")
+
+
+def _gemma(config: Any) -> dict[str, Any]:
+    """What HopeConfig has of Gemma 3 alone."""
+    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+        value = getattr(config, field, None)
+        _require(value is None, f"config.{field}", value, "None")
+    both = getattr(config, "use_bidirectional_attention", None)
+    _require(not both, "config.use_bidirectional_attention", both, "False")
+    scales = {"embed_scale": config.hidden_size**0.5, "attention_scale": config.query_pre_attn_scalar**-0.5}
+    return {"post_norm": True, **scales}
 
 
 def _name(theirs: str, norms: dict[str, str]) -> str | None:
@@ -182,7 +186,8 @@ def _rope(config: Any, gemma: bool) -> tuple[Any, Any]:
         return _rope_of("config.rope_parameters", given)
     kinds, found = config.layer_types, {}
     for kind in set(kinds):
-        found[kind] = _rope_of(f"config.rope_parameters[{kind!r}]", given.get(kind))
+        of_kind = given.get(kind) if isinstance(given, dict) else None
+        found[kind] = _rope_of(f"config.rope_parameters[{kind!r}]", of_kind)
     theta, scaling = zip(*(found[kind] for kind in kinds))
     return _one(theta), _one(scaling)
 

@@ -264,7 +264,9 @@ class HopeForCausalLM(nn.Module):
         """Bytes of a state of ``batch`` sequences that have read ``tokens`` tokens and learned in every level,
         by what they are for: what the CMS of all blocks hold (see ``ContinuumMemory.state_bytes``), ``mixers``
         (memories, and their copy at a segment's start; keys and values, whose buffers grow ahead of need, to
-        twice that at most) and the token ids of the open ``segment``. Raises ValueError."""
+        twice that at most) and the token ids of the open ``segment``. Beside that a guard keeps at most one more
+        copy of what was learned, in the dtype of the weights, and ``read(replay=k)`` k (C + 1) integers a row.
+        Raises ValueError."""
         check_batch("HopeForCausalLM.state_bytes", batch)
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
             raise ValueError(f"HopeForCausalLM.state_bytes: argument tokens is {tokens!r}, expected an integer >= 0")

@@ -247,6 +247,8 @@ def test_options_of_the_levels():
     theirs = original()
     made = hk.convert.llama(theirs, (4, 8), optimizer="momentum", momentum=0.5).config.cms
     assert {(c.optimizer, c.momentum) for c in made} == {("momentum", 0.5)}
+    made = hk.convert.llama(theirs, (4, 8), rank=2, precondition=10.0).config.cms
+    assert {(c.rank, c.precondition, c.lr) for c in made} == {(2, 10.0, None)}
     with pytest.raises(ValueError, match="CMSConfig: momentum is 2.0, expected a float in"):
         hk.convert.llama(theirs, 4, momentum=2.0)
     for name, value in (("speed", 3), ("mlp", "gelu"), ("bias", True), ("variant", "nested")):
@@ -293,7 +295,8 @@ def test_learning_adapts():
     (MODELS["tied, llama3"], {}), (MODELS["mlp bias, linear"], {}), (MODELS["biases"], {}),
     (WINDOWS["mistral"], {}), (MODELS["head width"], dict(window=5, sinks=2)),
     (MODELS["qwen3"], dict(window=3, sinks=6)), (MIXED["gemma3"], {}),
-    (MIXED["gemma3, linear"], dict(window=11, sinks=4)),
+    (MIXED["gemma3, linear"], dict(window=11, sinks=4)), (MODELS["qwen3"], dict(precondition=10.0)),
+    (MIXED["gemma3"], dict(optimizer="adam", rank=3, window=11, sinks=4)),
 ])
 def test_prefill_is_decoding_with_learning(options, arguments, tmp_path):
     model = hk.convert.llama(original(dtype=torch.float64, **options), (4, 8), lr=0.02, **arguments)

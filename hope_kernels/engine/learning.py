@@ -153,8 +153,7 @@ def _round(
     elif model.holds and not frozen and waits == [n > 0 for n in step]:
         apart = [m.snapshot() for m in state.mixers]
         heads, mixers, held = segments.read_and_hold(
-            model, state, apart, tokens, targets, waits, step, call.backend, logits=not call.losses,
-            check_finite=check
+            model, state, apart, tokens, targets, step, call.backend, losses=call.losses, check_finite=check
         )
     else:
         h, mixers = model.run(model.embed(tokens), state.mixers, state.cms, step, call.backend)

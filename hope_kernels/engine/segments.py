@@ -22,7 +22,7 @@ from ..ops.cms.chain import Sink
 from ..ops.cms.level import Factors
 from ..state import Counters
 from .guard import judge
-from .head import Heads, Targets, mask, read_head
+from .head import Heads, Targets, read_head
 from .protocol import Model
 
 
@@ -190,47 +190,34 @@ class Segment(NamedTuple):
 class Held:
     """The graph of segments that a call has read to their end, whose last losses the next token decides.
 
-    h [B, n, d] is what the blocks made of them, ``slopes`` dL/dh of every loss that is known already. late:
-    where the factors of the blocks' levels go once it is known what is due. nats: the losses; read: what was
-    read.
+    h [B, n, d] is what the blocks made of them. late: where the factors of the blocks' levels go once it is
+    known what is due. read: what was read, its last targets still unknown.
     """
 
     h: Tensor
-    slopes: Tensor
     anchor: Tensor
     late: list[Late | None]
-    nats: Tensor
     read: Segment
-
-    @property
-    def lengths(self) -> list[int]:
-        return self.read.lengths
 
     def learn(
         self, model: Model, state: ModelState, rows: list[bool], arriving: Tensor, counts: list[int] | None,
         backend: str | None,
     ) -> None:
-        """As ``learn_segment``, for the marked rows, whose next tokens are ``arriving`` [B, 1]; once."""
+        """As ``learn_segment``, for the marked rows, whose next tokens are ``arriving`` [B, 1]; once. The head is
+        read again, in one product with all tokens: bit for bit what a state without the graph would learn."""
         with torch.inference_mode(False), torch.enable_grad():
-            h, arriving = self.h.detach(), _usable(arriving)
-            B, n = h.shape[:2]
-            place = torch.tensor([max(m - 1, 0) for m in self.lengths], dtype=torch.long, device=h.device)
-            row = torch.arange(B, device=h.device)
-            newest = read_head(
-                model, h[row, place].unsqueeze(1), [1] * B, Targets(arriving, [1] * B), logits=False, learners=rows
-            )
-            assert newest.slopes is not None
-            slopes = self.slopes.index_put((row, place), newest.slopes[:, 0])
-            counted = mask([m if r else 0 for m, r in zip(self.lengths, rows)], n, h.device).unsqueeze(-1)
-            marked = [b for b, r in enumerate(rows) if r]
-            for late, sink in zip(self.late, _sinks(model, state, marked, counts, backend, None, self.lengths, n)):
+            h, lengths, marked = self.h.detach(), self.read.lengths, [b for b, r in enumerate(rows) if r]
+            place = torch.tensor([[max(m - 1, 0)] for m in lengths], dtype=torch.long, device=h.device)
+            targets = Targets(self.read.targets.ids.scatter(1, place, _usable(arriving)), lengths)
+            heads = read_head(model, h, lengths, targets, logits=False, learners=rows)
+            sinks = _sinks(model, state, marked, counts, backend, None, lengths, h.shape[1])
+            for late, sink in zip(self.late, sinks):
                 if late is not None:
                     late.sink = sink
-            assert newest.nats is not None
-            targets = Targets(self.read.targets.ids.index_put((row, place), arriving[:, 0]), self.lengths)
-            nats = self.nats.index_put((row, place), newest.nats[:, 0])
-            slopes, read = torch.where(counted, slopes, 0), self.read._replace(targets=targets)
-            torch.autograd.grad(self.h, self.anchor, _judged(model, state, read, marked, marked, nats, slopes))
+            assert heads.slopes is not None and heads.nats is not None
+            read = self.read._replace(targets=targets)
+            slopes = _judged(model, state, read, marked, marked, heads.nats, heads.slopes)
+            torch.autograd.grad(self.h, self.anchor, slopes)
 
 
 class Late:
@@ -244,21 +231,19 @@ class Late:
 
 
 def read_and_hold(
-    model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, targets: Targets, rows: list[bool],
-    lengths: list[int], backend: str | None, *, logits: bool, check_finite: bool
+    model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, targets: Targets, lengths: list[int],
+    backend: str | None, *, losses: bool, check_finite: bool
 ) -> tuple[Heads, list[MixerState], Held]:
-    """Reads segments that end with the call, in the marked rows, and holds their graph. mixers: nothing else
-    may write into their tensors while it is held."""
+    """Reads segments that end with the call, and holds their graph. mixers: nothing else may write into their
+    tensors while it is held. losses: in place of logits."""
     with torch.inference_mode(False), torch.enable_grad():
         ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
         late = [None if cms is None or block.cms is None else Late() for block, cms in zip(model.blocks, state.cms)]
         read = Segment([m.snapshot() for m in mixers], ids, targets, lengths, backend)
         h, mixers, anchor = _read(model, state, mixers, ids, lengths, backend, late, None)
-        heads = read_head(
-            model, h.detach(), lengths, targets, logits=logits, learners=rows, check_finite=check_finite
-        )
-    assert heads.slopes is not None and heads.nats is not None
-    return heads, mixers, Held(h, heads.slopes, anchor, late, heads.nats, read)
+    wanted = targets if losses else None
+    heads = read_head(model, h.detach(), lengths, wanted, logits=not losses, check_finite=check_finite)
+    return heads, mixers, Held(h, anchor, late, read)
 
 
 def _sinks(

@@ -109,6 +109,21 @@ def test_what_is_held_serves_the_rows_that_read_on(model, lengths):
     assert differences(*ends) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_held_teaches_bit_for_bit_what_a_copy_without_it_learns(dtype):
+    for model in (tiny().to(dtype), tiny("attention").to(dtype)):
+        tokens, state = ids(2, 40), None
+        with torch.no_grad():
+            for at in range(0, 32, 8):
+                _, state = model(tokens[:, at : at + 8], state, learn="next_token")
+                twin = state.clone()
+                a, state = model(tokens[:, at + 8 : at + 9], state, learn="next_token")
+                b, twin = model(tokens[:, at + 8 : at + 9], twin, learn="next_token")
+                assert torch.equal(a, b)
+                assert all(torch.equal(x, y) for x, y in zip(state.tensors(), twin.tensors(), strict=True))
+                state = model(tokens[:, at + 9 : at + 16], state, learn="next_token")[1]
+
+
 def steps_between():
     """What may happen to a state between two calls."""
     def other_weights(model, state):

@@ -89,6 +89,24 @@ def test_signs_keep_lengths_and_angles_on_average():
     assert errors.abs().max() < 5 / 256**0.5 and abs(float(errors.mean())) < 5 / (256 * 200) ** 0.5
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_relative_step_moves_the_output_as_much_at_every_rank(optimizer):
+    """One token learned, and read again: the change of ``down``'s output with L, by that with the whole matrix."""
+    moved = []
+    for rank in (None, 4, 16, 64):
+        torch.manual_seed(0)
+        config = CMSConfig(96, (1,), intermediate_size=192, optimizer=optimizer, lr=1e-3, relative=True, rank=rank)
+        layer, total = ContinuumMemory(config, dtype=torch.float64), 0.0
+        for seed in range(4):
+            x, error = torch.randn(2, 1, 1, 96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            with torch.no_grad():
+                before, state = layer(x)
+                after, _ = layer(x, layer.refresh(state, error), learn=False)
+            total += float((before - after).norm())
+        moved.append(total)
+    assert all(m == pytest.approx(moved[0], rel=0.35) for m in moved), moved
+
+
 def read(model, tokens, state, cuts=(), lengths=None):
     logits, at = [], 0
     with torch.no_grad():

@@ -127,6 +127,19 @@ def test_a_guard_and_kept_segments_go_on_too(change, tmp_path):
     end.validate("after", values=True)
 
 
+@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
+def test_a_state_from_a_file_is_compared_by_identity_after_its_first_call(mixer, tmp_path):
+    one = tiny(mixer, layers=3, cms=CMS, learn_blocks=(1,))
+    with torch.no_grad():
+        one(ids(1, 9, 3), state := one.init_state(1), learn="next_token", guard=True)
+    fresh = [s.config for s in state.states()]
+    state.save(tmp_path / "s")
+    loaded = load_state(tmp_path / "s")
+    assert [s.config for s in loaded.states()] == fresh
+    read(one, ids(1, 1, 4), loaded)
+    assert all(s.config is c for s, c in zip(loaded.states(), fresh, strict=True))
+
+
 def test_what_a_window_had_passed_stays_passed():
     """A wider window begins where the narrower one stood, and from then on reaches back to there; a layer's
     own call does the same as a model's."""

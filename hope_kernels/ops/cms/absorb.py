@@ -19,7 +19,7 @@ from ...state import master_dtype
 from . import level
 from .level import Adam, Factors
 from .muon import muon_step_
-from .precondition import forget_, precondition_total_, preconditioned, take_up_later_
+from .precondition import forget_, forget_later_, precondition_total_, preconditioned, take_up_later_
 from .schedule import due, matrices
 from .state import CMSState
 
@@ -164,6 +164,7 @@ def go_back(
     for part in ("grads", "moments"):
         if getattr(state, part)[l] is not None:
             _zero(state.writable(part, l), rows)
+    forget_later_(state, l, rows)
     for counters in (state.dirty, state.tokens):
         _mark(counters[l], rows, 0)
 

@@ -31,6 +31,7 @@ from .matrix import times, times_transposed
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 NS_EPS = 1e-7
+BF16_FROM = 128  # rows and columns of a matrix for which bf16 products pay
 ADAM_EPS = 1e-8
 
 Level = dict[str, Any]  # a tensor, or for a matrix a ``Matrix`` or a tensor
@@ -220,19 +221,34 @@ def _adam_(weight: Tensor, moment: Tensor, adam: Adam, grad: Tensor, rows: list[
         weight[row].addcdiv_(m, v.sqrt().mul_(b).add_(ADAM_EPS), value=-a)
 
 
-def newton_schulz(grad: Tensor) -> Tensor:
+def newton_schulz(grad: Tensor, narrow: bool = False) -> Tensor:
     """grad [..., r, c] -> about U V^T of its singular value decomposition, each matrix on its own, in the
     dtype of ``grad``.
 
     Five steps X <- a X + (b X X^T + c (X X^T)^2) X from X = grad / max(|grad|_F, 1e-7), on the transpose if
-    r > c.
+    r > c. narrow: for a 16-bit model; on a GPU the steps on large matrices are then in bf16
+    (``orthogonal``), as torch.optim.Muon's are.
+    """
+    return orthogonal(grad, narrow and grad.is_cuda)
+
+
+def orthogonal(grad: Tensor, in_bf16: bool) -> Tensor:
+    """``newton_schulz``, with steps in bf16 if asked to and both sides are at least ``BF16_FROM`` long.
+
+    On a CPU with AVX512-BF16 (one thread; fp32, then bf16): 128 x 512 2.1 and 1.8 ms, 256 x 1024 17 and 12 ms,
+    576 x 1536 134 and 72 ms; at 64 x 128 it did not pay. Five steps of slope 3.4 amplify rounding: the result
+    is 1-2% off, 6% for a gradient of fewer tokens than rows, its singular values are where fp32 has them.
     """
     tall = grad.shape[-2] > grad.shape[-1]
     x = grad.mT if tall else grad
     # linalg.vector_norm is off by 1e-5 at a million fp32 numbers on the CPU, a sum in PyTorch's usual order by 4e-8
     x = x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=NS_EPS)
+    x = x.flatten(0, -3) if x.dim() > 2 else x[None]
+    if in_bf16 and x.shape[-2] >= BF16_FROM:
+        x = x.to(torch.bfloat16)
     a, b, c = NS_COEFFICIENTS
     for _ in range(NS_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.to(grad.dtype).reshape(grad.mT.shape if tall else grad.shape)
     return x.mT if tall else x

@@ -52,6 +52,21 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def size(config: CMSConfig, name: str, rms: float) -> float:
+    """What relative rates of L are relative to, for a matrix [r, c] of this RMS: with it a step on one token's
+    gradient moves the matrix's output for that token as much as a step on the whole matrix would.
+
+    Steps of RMS 1 whose signs follow the input x (gd and momentum, normalised, and Adam) move an output by about
+    c |x| / sqrt(c) with the matrix, and by rank |S x| / sqrt(rank) with L, and |S x| is about |x|. Muon's steps
+    have singular values of about 0.2 sqrt(max(r, c)).
+    """
+    assert config.rank is not None
+    r, c = (config.d_model, config.hidden) if name == "down" else (config.hidden, config.d_model)
+    if config.optimizer == "muon":
+        return rms * (max(r, c) / max(r, config.rank)) ** 0.5
+    return rms * (c / config.rank) ** 0.5
+
+
 def projected(config: CMSConfig, l: int, factors: Factors) -> Factors:
     """(E, A S^T) for (E, A), by the name of the matrix."""
     done: dict[int, Tensor] = {}  # by input: up and gate have one

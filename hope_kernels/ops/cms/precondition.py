@@ -90,6 +90,12 @@ def forget_(state: CMSState, l: int, rows: list[int]) -> None:
                 P[b].zero_().diagonal().fill_(1)
 
 
+def forget_later_(state: CMSState, l: int, rows: list[int]) -> None:
+    """What ``rows`` have summed up since their last commit is forgotten, and its inputs are."""
+    if state.following[l] is not None:
+        _agree(state, l, "following", rows)
+
+
 def _ridge(config: CMSConfig, l: int) -> float:
     assert config.precondition is not None
     return config.precondition * config.chunks[l]

@@ -150,6 +150,37 @@ def test_a_gated_layer_learns_alike(fields, dtype):
         torch.testing.assert_close(ours, theirs, rtol=tight, atol=tight)
 
 
+@pytest.mark.skipif(
+    cpu_library.unavailable() is not None or not cpp_step.multiplies_bf16(), reason="the CPU does not multiply bf16")
+@pytest.mark.parametrize("shape", [(128, 300), (300, 128)])
+def test_muon_in_bf16(shape):
+    """Large matrices of 16-bit models only; as far from fp32 as torch.optim.Muon's bf16 is."""
+    g = draw(2, *shape)
+    exact, ours = chunked.newton_schulz(g), cpp_step.newton_schulz(g, narrow=True)
+    assert ours.dtype == FP32 and torch.equal(cpp_step.newton_schulz(g), exact)
+    assert 1e-3 * exact.norm() < (ours - exact).norm() < 0.05 * exact.norm()
+    for theirs, mine in zip(exact, ours):
+        a, b = torch.linalg.svdvals(theirs), torch.linalg.svdvals(mine)
+        assert b.min() > 0.6 and b.max() < 1.25 and (a - b).abs().max() < 0.05
+    muon = pytest.importorskip("torch.optim._muon")
+    theirs = muon._zeropower_via_newtonschulz(g[0], chunked.NS_COEFFICIENTS, chunked.NS_STEPS, chunked.NS_EPS)
+    assert (ours[0] - exact[0]).norm() < 1.5 * (theirs.float() - exact[0]).norm()
+    small = draw(1, 127, 300)
+    assert torch.equal(cpp_step.newton_schulz(small, narrow=True), chunked.newton_schulz(small))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_muon_of_a_model_in_fp32_stays_in_fp32(dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cpp_step, "newton_schulz", lambda g, narrow: asked.append(narrow) or g)
+    layer = make(1, dtype=dtype, d_model=16, mlp="swiglu", chunks=(4,), optimizer="muon", lr=0.01)
+    x = draw(1, 4, 16, dtype=dtype)
+    with torch.no_grad():
+        _, state = layer(x)
+        layer.refresh(state, x)
+    assert asked == [dtype == BF16] * 3
+
+
 def test_who_is_updated_here():
     gated, plain = CMSConfig(16, (4,), mlp="swiglu"), CMSConfig(16, (4,))
     for config, dtype in ((gated, FP32), (gated, BF16), (plain, BF16), (plain, FP16)):

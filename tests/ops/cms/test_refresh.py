@@ -226,12 +226,14 @@ def test_what_is_detached_has_the_masters_precision():
 
 
 def test_bytes_of_a_state_by_formula():
-    for optimizer, pending, dtype, rho in (
-        ("gd", None, torch.float32, 1.0), ("momentum", None, torch.bfloat16, None),
-        ("gd", 16, torch.bfloat16, None), ("adam", None, torch.bfloat16, None), ("muon", None, torch.float32, 1.0),
+    for optimizer, pending, dtype, rho, *relative in (
+        ("gd", None, torch.float32, None, True), ("gd", None, torch.float32, 1.0),
+        ("momentum", None, torch.bfloat16, None), ("gd", 16, torch.bfloat16, None),
+        ("adam", None, torch.bfloat16, None), ("muon", None, torch.float32, 1.0),
     ):
         layer = make(
-            7, dtype=dtype, chunks=(8, 16, 32), lr=(0.1, 0.1, 0.0), optimizer=optimizer, precondition=rho)
+            7, dtype=dtype, chunks=(8, 16, 32), lr=(0.1, 0.1, 0.0), optimizer=optimizer, precondition=rho,
+            relative=bool(relative))
         layer.pending = pending
         stream = Stream(layer, 3, 64)
         with torch.no_grad():

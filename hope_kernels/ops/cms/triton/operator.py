@@ -115,9 +115,9 @@ def refresh_(
     _refresh("cms refresh_", weight, copy, left, right, rows, lr, 1.0, moment, mu, total, adam)
 
 
-def newton_schulz(grad: Tensor) -> Tensor:
-    """As ``level.newton_schulz``: grad [..., r, c] fp32 -> about U V^T of each matrix. Raises ValueError
-    for another dtype."""
+def newton_schulz(grad: Tensor, narrow: bool = False) -> Tensor:
+    """As ``level.newton_schulz``: grad [..., r, c] fp32 -> about U V^T of each matrix; also for 16-bit models
+    (``narrow``) all in fp32. Raises ValueError for another dtype."""
     if grad.dtype != torch.float32 or grad.dim() < 2:
         raise ValueError(
             f"cms newton_schulz: argument grad is {list(grad.shape)} {grad.dtype}, expected [..., r, c] torch.float32"
