@@ -1,7 +1,8 @@
 # make demo        a small model reads a text it has never seen and gets better while reading
 # make real        a real language model is fetched and converted; it talks, and gets better at a text by reading it
 # make test        tests and docstring examples, each contract once; HOPE_KERNELS_TEST_SEED=n repeats a run's new draws
-# make test-full   all of them: also sweeps over shapes, seeds and settings, long runs, and the C++ library under sanitizers
+# make test-full   all of them: also sweeps over shapes, seeds and settings, long runs, the C++ library under sanitizers,
+#                  and the model of make real, where it can be fetched
 # make lint        ruff, and the types of hope_kernels
 # make venv        .venv, which the others build when they need it
 PYTHON ?= python3

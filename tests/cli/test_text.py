@@ -551,6 +551,19 @@ def test_other_documents_are_refused_by_name(folder, documents, tmp_path, monkey
     assert read(folder, documents, "--passes", 0) == 2
 
 
+def test_the_guard_is_counted(theirs, documents, tmp_path, capfd):
+    """Rates that destroy a model: what was learned is taken back, and the last line says how often."""
+    assert main(["convert", str(theirs), str(tmp_path / "m"), "--chunks", "8", "--lr", "3e4", "--quiet"]) == 0
+    for more in ([], ["--no-guard"]):
+        session = tmp_path / f"s{len(more)}"
+        given = ["read", "--model", str(tmp_path / "m"), "--session", str(session), *more, str(documents[0])]
+        assert main(given) == 0
+        count = sum(hk.load_state(session).rollbacks)
+        printed = capfd.readouterr().err
+        assert f", guard: {count} rollbacks, " in printed if not more else ", guard:" not in printed
+        assert (count > 0) == (not more)
+
+
 def test_a_byte_model_reads_documents_too(tmp_path, capfd):
     (tmp_path / "d").write_bytes(b"In the beginning was the Word. " * 20)
     assert main(["read", "--quiet", str(tmp_path / "d")]) == 0
