@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class GuardState(State):
     def _levels(self) -> list[dict[str, Tensor]]:
         return [level for block in self.good for level in block or () if level is not None]
 
-    def to(self, device=None, dtype: torch.dtype | None = None):
+    def to(self, device: Any = None, dtype: torch.dtype | None = None):
         new = super().to(device, dtype)
         return replace(new, mean=new.mean.double())
 
