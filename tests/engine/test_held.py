@@ -89,9 +89,9 @@ def test_read_in_pieces_reads_every_token_once():
     model = MODELS["hope"]
     tokens = ids(2, 50)
     with Tokens(model) as count:
-        found = read(model, tokens, learn="next_token", piece=8, lengths=[50, 31])
+        found = read(model, tokens, learn="next_token", piece=8, lengths=[50, 31], guard=False)
         assert count.read == 50
-    want = read(model, tokens, learn="next_token", lengths=[50, 31])
+    want = read(model, tokens, learn="next_token", lengths=[50, 31], guard=False)
     assert differences(found.state, want.state) < 1e-10 and relative(found.nats, want.nats) < 1e-10
 
 
