@@ -73,7 +73,7 @@ def bits(model: HopeForCausalLM, ids: Tensor) -> Tensor:
 
 
 def ranges(window: int, trained: int, tokens: int) -> list[tuple[int, int]]:
-    edges = sorted({0, *(e for e in (window, 4 * window, trained) if e < tokens), tokens})
+    edges = sorted({0, *(e for e in (window, 4 * window, trained, trained * 5 // 4) if e < tokens), tokens})
     return list(zip(edges, edges[1:]))
 
 

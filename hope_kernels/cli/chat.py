@@ -166,6 +166,7 @@ class Chat:
                 temperature=self.args.temperature, top_k=self.args.top_k, top_p=self.args.top_p,
                 seed=self.args.seed, backend=self.args.backend, eos_token_id=self.tokenizer.eos_ids,
                 on_token=on_token, on_piece=on_piece, unread=mode,
+                guard=not self.args.no_guard,
                 should_stop=lambda: bool(failed or writer.ended or interrupt()),
             )
             self.turns, self.read, self.written = self.turns + 1, self.read + at, self.written + written

@@ -93,7 +93,7 @@ def run(args, path: str | None, output: Output | None) -> int:
             if not args.max_new_tokens:
                 finished = read(
                     model, prompt, state, learn=args.learn, backend=args.backend, on_piece=on_piece,
-                    should_stop=stopping, unread="included",
+                    should_stop=stopping, unread="included", guard=not args.no_guard,
                 ).finished
                 if finished and not at:
                     raise ValueError("empty prompt: there is nothing to read and nothing to write")
@@ -109,7 +109,7 @@ def run(args, path: str | None, output: Output | None) -> int:
                         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
                         stop=[encoded(s) for s in stops] if tokenizer.reads_bytes else (), eos_token_id=ends,
                         on_token=on_token, on_piece=on_piece, backend=args.backend, should_stop=stopping,
-                        unread="included",
+                        unread="included", guard=not args.no_guard,
                     ).finished or ended()
             unsent = failed is not None
             finished = finished and not unsent

@@ -34,6 +34,7 @@ def _model(p: argparse.ArgumentParser) -> None:
         "--model", default=None, help="folder of a saved model, or a bundled name (default: the bundled one)"
     )
     p.add_argument("--learn", choices=("next_token", "off"), default="next_token")
+    p.add_argument("--no-guard", action="store_true", help="keep what was learned also where it reads worse")
     p.add_argument("--backend", default=None)
     p.add_argument("--dtype", choices=tuple(DTYPES), help="to compute in (default: that of the weights)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -189,7 +189,7 @@ class Run:
                 finished = read(
                     self.model, prompt, self.state, learn=self.args.learn, backend=self.args.backend,
                     on_piece=on_piece, should_stop=should_stop, unread="included", replay=self.args.replay,
-                    seed=self.args.seed,
+                    seed=self.args.seed, guard=not self.args.no_guard,
                 ).finished
             finally:
                 bar.close()

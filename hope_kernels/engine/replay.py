@@ -103,7 +103,7 @@ def sleep(
     passes = check_integer(op, "passes", passes, 0, "an integer >= 0")
     seed = check_integer(op, "seed", seed, None, "an integer")
     B = state.batch
-    found = Sleep(torch.zeros(passes, B, dtype=torch.float64), [[0] * B for _ in range(passes)], True)
+    found = Sleep(torch.zeros(passes, B, dtype=torch.float64, device="cpu"), [[0] * B for _ in range(passes)], True)
     if state.kept is None or not model.learns:
         return found
     held = state.kept.held()

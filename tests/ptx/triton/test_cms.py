@@ -85,7 +85,8 @@ def test_more_than_a_tile_of_tokens(dtype, arch, device):
     (70, False, False, 0.0, False, FP16, 90), (70, True, True, 1.0, True, FP32, 90),
     (None, False, True, 1.0, True, BF16, 90),
     (70, "adam", False, 1.0, True, BF16, 80), (300, "adam", True, 1.0, True, BF16, 90),
-    (70, "adam", True, 1.0, False, FP32, 80), (None, "adam", True, 1.0, True, BF16, 90),
+    (70, "adam", True, 1.0, False, FP32, 90), (None, "adam", True, 1.0, True, BF16, 90),
+    slowly(70, "adam", False, 1.0, True, BF16, 90), slowly(300, "adam", True, 1.0, True, BF16, 80),
 ])
 def test_refresh(tokens, moment, total, beta, copied, dtype, arch, device):
     """Rows 0 and 2 of three: values, the copy, a total that becomes zero; row 1 keeps its bits."""

@@ -66,8 +66,8 @@ PRODUCTS = {
 }
 GATED_UP = {2: Tile(128, 64, 32, 8, 4), 4: Tile(64, 32, 16, 8, 2, 255)}  # two accumulators, and their pending parts
 INNER = {2: Tile(64, 64, 64, 4, 3), 4: Tile(64, 32, 16, 4, 2)}
-# 112 registers for gd: the epilogue of one program runs beside the product of the other. 128 x 128 would read
-# less from L2, but spills.
+# 112 registers for gd: the epilogue of one program runs beside the product of the other; Adam's epilogue takes
+# 245, and no second program has room. 128 x 128 would read less from L2, but spills.
 REFRESH = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
 WHOLE = Tile(64, 64, 16, 8, 2)  # Newton-Schulz, fp32
 
