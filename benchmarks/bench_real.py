@@ -19,19 +19,20 @@ A case that the file has is not run again: a killed run goes on by the same comm
 from __future__ import annotations
 
 import argparse
+import math
 import os
 
 import torch
 
 from benchmarks import studies as s
-from benchmarks.real import domains
+from benchmarks.real import domains, needles
 from benchmarks.real.texts import digest, texts
 from hope_kernels import HopeForCausalLM
 from hope_kernels.identity import fingerprint
 from hope_kernels.text import Tokenizer
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "real.json")
-PARTS = ("domains",)
+PARTS = ("domains", "needles")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     p.add_argument("--tokens", type=int, default=8192)
     p.add_argument("--excerpts", type=int, default=3)
+    p.add_argument("--minutes", type=float, default=math.inf, help="after which a part begins nothing more")
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--out", default=RESULT)
     args = p.parse_args(argv)
@@ -60,6 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     study = s.Study(args.out, __doc__.split("\n")[0], setting)
     if "domains" in args.parts:
         domains.run(study, model, tokenizer, found, args.tokens, args.excerpts)
+    if "needles" in args.parts:
+        rate = {"chunks": 256, "optimizer": "adam", "lr": 1e-3, "relative": True}
+        needles.run(study, args.model, model, tokenizer, found, 32, 20_000, 24, 3, rate, minutes=args.minutes)
 
 
 if __name__ == "__main__":

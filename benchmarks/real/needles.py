@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 
 import torch
@@ -107,9 +108,12 @@ def elsewhere(folder: str, cms: dict, path: str, known: list[Fact]) -> dict:
 
 def run(
     study: s.Study, folder: str, model: HopeForCausalLM, tokenizer: Tokenizer, texts: dict[str, str], count: int,
-    tokens: int, passes: int, every: int, cms: dict, learn_blocks: tuple[int, ...] | None = None
+    tokens: int, passes: int, every: int, cms: dict, learn_blocks: tuple[int, ...] | None = None,
+    minutes: float = math.inf
 ) -> None:
-    """Reads and replays ``passes`` - 1 times, asking after every ``every`` passes."""
+    """Reads and replays ``passes`` - 1 times, asking after every ``every`` passes; what has been asked when
+    ``minutes`` are over is the result."""
+    began = time.monotonic()
     options = " ".join(f"{k}={v}" for k, v in cms.items())
     blocks = "all" if learn_blocks is None else f"{len(learn_blocks)} last"
     name = f"needles {count} in {tokens}, {blocks} blocks, {options}"
@@ -131,7 +135,8 @@ def run(
         found["after"][done] = report(one, tokenizer, known, state, other)
         found["rollbacks"], found["state_bytes"] = sum(state.rollbacks), state.nbytes()
         print(f"{name}: after {done}: {found['after'][done]}", flush=True)
-        if done >= passes:
+        found["passes"] = done
+        if done >= passes or time.monotonic() - began > 60 * minutes:
             break
         step = min(every, passes - done)
         one.replay(state, step, shuffle=True, seed=done)
