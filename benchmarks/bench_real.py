@@ -25,14 +25,14 @@ import os
 import torch
 
 from benchmarks import studies as s
-from benchmarks.real import domains, needles
+from benchmarks.real import continual, control, domains, needles, speed
 from benchmarks.real.texts import digest, texts
 from hope_kernels import HopeForCausalLM
 from hope_kernels.identity import fingerprint
 from hope_kernels.text import Tokenizer
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "real.json")
-PARTS = ("domains", "needles")
+PARTS = ("domains", "needles", "continual", "control", "speed")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--model", help="a converted model (default: that of make real)")
     p.add_argument("--wiki", help="a file of WikiText-2")
     p.add_argument("--plays", help="a file of Shakespeare's plays")
+    p.add_argument("--transformers", help="a transformers folder of the same model, to be timed beside it")
+    p.add_argument("--gguf", help="its GGUF file, for llama.cpp (the wheel xllamacpp)")
     p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     p.add_argument("--tokens", type=int, default=8192)
     p.add_argument("--excerpts", type=int, default=3)
@@ -65,6 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     if "needles" in args.parts:
         rate = {"chunks": 256, "optimizer": "adam", "lr": 1e-3, "relative": True}
         needles.run(study, args.model, model, tokenizer, found, 32, 20_000, 24, 3, rate, minutes=args.minutes)
+    if "continual" in args.parts:
+        continual.run(study, model, tokenizer, found, args.tokens // 4, continual.RULES, None)
+    if "control" in args.parts:
+        control.run(study, model, tokenizer, found, args.tokens // 4)
+    if "speed" in args.parts:
+        speed.run(study, args.model, args.transformers, args.gguf, 3, args.threads or torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, studies
 from benchmarks.bench_cms import Case
-from benchmarks.bench_rates import Cell
 from benchmarks.sources import kernel_hash
 from hope_kernels import CMSConfig, HopeForCausalLM
 
@@ -78,102 +77,36 @@ def test_a_study_keeps_its_cases_and_refuses_those_of_another_setting(tmp_path):
 # -- rates ---------------------------------------------------------------------------------------------------
 
 
-def searched(curve, optimizer="gd") -> dict[float, float]:
-    found: dict[float, float] = {}
-    while (k := bench_rates.next_octave(found, bench_rates.COARSE[optimizer])) is not None:
-        assert k not in found
-        found[k] = curve(k)
-    return found
-
-
-@pytest.mark.parametrize("optimum", [-7.3, -1.2, 0.0, 0.9, 5.6])
-def test_the_search_finds_the_best_rate_and_the_edge(optimum):
-    found = searched(lambda k: math.inf if k > optimum + 3.4 else 0.8 + 0.03 * (k - optimum) ** 2)
-    best = min(found, key=found.get)
-    assert abs(best - optimum) <= 0.25 and {best - 0.5, best + 0.5} <= set(found)
-    worse = [k for k in sorted(found) if k > best and found[k] >= 1]
-    edge = optimum + math.sqrt(0.2 / 0.03)
-    assert worse[0] - 1 <= edge <= worse[0] and len(found) <= 20
-
-
-def test_the_search_ends_where_there_is_nothing_to_find():
-    assert min(searched(lambda k: math.inf)) == -12  # down to the end, then no edge to look for above the best
-    saturated = searched(lambda k: 0.7 if k >= 1 else 0.9 - k / 100)
-    assert max(saturated) <= 12 and len(saturated) < 25
-
-
-def made(cell: Cell, curve: dict[float, float], off: float = 2.0) -> dict:
-    size = bench_rates.length(cell.C)
-    cases = {
-        bench_rates.off_name(cell.text, size): {"cell": None, "octave": None, "bytes": size, "bits": [off] * 3}
-    }
-    for k, ratio in curve.items():
-        bits = studies.finite([off * ratio] * 2 + [off * ratio])
-        cases[cell.name(k)] = {"cell": vars(cell), "octave": k, "bytes": size, "lr": cell.rate(k), "bits": bits}
-    return cases
-
-
-def test_what_is_concluded_from_the_cases():
-    gd, muon = Cell("gd", 16, "a"), Cell("muon", 256, "b")  # where the defaults are 0.5 / C and 0.03
-    cases = made(gd, {-2.0: 0.95, 0.0: 0.9, 1.0: 0.88, 2.0: 0.92, 4.0: 1.1, 6.0: math.inf})
-    cases |= made(muon, {-2.0: 0.9, 0.0: 0.8, 2.0: math.inf})
-    first, second = bench_rates.summary(cases, [gd, muon, Cell("gd", 64, "a")])
-    assert first["best_octave"] == 1
-    assert first["best_lr"] == 2 * first["default_lr"] == 1 / 16 and not first["finished"]
-    assert first["default_on_over_off"] == pytest.approx(0.9) and first["best_on_over_off"] == pytest.approx(0.88)
-    assert first["edge_octave"] == 4 and first["edge_lr"] == 8 / 16 and not first["edge_diverged"]
-    assert second["best_lr"] == 0.03 and second["edge_lr"] == 0.12 and second["edge_diverged"]
-    rules = bench_rates.rules(cases, [gd, muon])
-    assert rules["gd"]["best_base"] == 1 and rules["gd"]["default"]["max_excess"] == pytest.approx(0.9 / 0.88 - 1)
-    assert rules["muon"]["best"]["mean_excess"] == 0
-    tried = rules["gd"]["tried"]
-    assert tried["1 / (8 sqrt C)"] == tried["0.5 / C"] == rules["gd"]["default"]  # the same at C = 16
-    lines = bench_rates.table(bench_rates.conclusions(cases, [gd, muon])).splitlines()
-    assert "| gd | 16 | a | 0.0312 | 0.900 | 0.0625 | 2 x | 0.880 | 0.5 |" in lines
-    assert "| muon | 256 | b | 0.03 | 0.800 | 0.03 | 1 x | 0.800 | 0.12 (diverges) |" in lines
-
-
-def test_one_rule_for_two_texts_is_between_their_best_rates():
-    a, b = Cell("gd", 16, "a"), Cell("gd", 16, "b")
-    cases = made(a, {k: 0.9 + 0.02 * k**2 for k in (-2.0, 0.0, 2.0)})
-    cases |= made(b, {k: 0.5 + 0.02 * (k - 2) ** 2 for k in (-2.0, 0.0, 2.0, 4.0)})
-    rule = bench_rates.rules(cases, [a, b])["gd"]
-    assert 0 <= rule["best_octave"] <= 2 and rule["best"]["mean_excess"] <= rule["default"]["mean_excess"]
-    assert bench_rates.between({0.0: 0.5, 2.0: 2.0}, 1.0) == pytest.approx(1) and math.isnan(
-        bench_rates.between({0.0: 0.5}, 1.0)
-    )
-    assert bench_rates.between({0.0: 0.5, 2.0: math.inf}, 1.0) == math.inf
-    began = made(a, {-2.0: 0.9})
-    assert "| gd | 16 | a | 0.0312 | not tried | 0.00781 | 0.25 x | 0.900 | not reached |" in bench_rates.table(
-        bench_rates.conclusions(began, [a]))
-    assert bench_rates.rules(began, [a]) == {}
-    diverged = bench_rates.rules(made(a, {-2.0: 0.9, 0.0: math.inf, 2.0: math.inf}), [a])["gd"]
-    assert diverged["default"] == {"mean_excess": None, "max_excess": None} and diverged["best_base"] == 0.125
-
-
-def test_rates_command_runs_resumes_and_ends(small, tmp_path, capsys):
+def test_rates_command_compares_resumes_and_tells(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench_rates.TOKENS, bench_rates.BUNDLED, lambda C: 768)
     out = tmp_path / "rates.json"
-    command = ["--text", str(small / "text"), "--title", "words", "--model", str(small), "--periods", "8",
-               "--optimizers", "gd",
-               "--least", "64", "--most", "64", "--jobs", "1", "--out", str(out)]
-    bench_rates.main([*command, "--minutes", "0"])
-    assert not out.exists()
+    command = ["--periods", "64", "256", "--factors", "1", "2", "--out", str(out)]
     bench_rates.main(command)
     first = json.loads(out.read_text())
-    assert {"what", "machine", "setting", "cases", "summary", "rules"} <= set(first) and len(first["summary"]) == 2
-    assert all(row["finished"] and row["runs"] >= 3 for row in first["summary"])
-    lost = f"gd C8 words {first['summary'][1]['best_octave']:+g}"
+    assert len(first["cases"]) == 2 * 2 * 2 and {c["domain"] for c in first["cases"].values()} == {"KJV", "Python"}
+    one = first["cases"]["kjv-byte Python C64 x1"]
+    assert one["tokens"] == 768 and one["change"] < 0 and one["second_half"] < one["change"] <= one["worst"]
+    assert first["cases"]["kjv-byte Python C64 x2"]["change"] < one["change"]  # far off, more is better
     kept = first["cases"].copy()
-    gone = kept.pop(lost)
+    gone = kept.pop("kjv-byte KJV C256 x1")
     out.write_text(json.dumps(first | {"cases": kept}))
     capsys.readouterr()
     bench_rates.main(command)
-    again = json.loads(out.read_text())
-    ran = [line for line in capsys.readouterr().out.splitlines() if "bytes/s" in line]
-    assert again["cases"][lost]["bits"] == pytest.approx(gone["bits"]) and ran[0].startswith(lost) and len(ran) == 1
-    assert {n: r for n, r in again["cases"].items() if n != lost} == kept
+    again, lines = json.loads(out.read_text()), capsys.readouterr().out.splitlines()
+    assert again["cases"]["kjv-byte KJV C256 x1"] == gone and sum(" C256 x" in line for line in lines) == 1
     bench_rates.main(["--table", "--out", str(out)])
-    assert capsys.readouterr().out == bench_rates.table(again) + "\n"
+    shown = capsys.readouterr().out
+    assert shown == bench_rates.table(again) + "\n"
+    assert f"| kjv-byte | Python | {one['off']:.3f} | {one['change']:+.3f} ({one['worst']:+.3f}) |" in shown
+
+
+def test_the_default_rate_is_what_is_measured():
+    model = HopeForCausalLM.from_pretrained("kjv-byte")
+    for C in bench_rates.PERIODS:
+        config = bench_rates.model_at(model, C, 1.0).config.block_cms[0]
+        default = CMSConfig(128, (C,), expansion=2.0)
+        assert config.learning_rates == (default.learning_rates[0], 0.0)
+        assert (config.optimizer, config.relative) == (default.optimizer, default.relative)
 
 
 # -- continual -----------------------------------------------------------------------------------------------
