@@ -19,10 +19,12 @@ from pathlib import Path
 
 from benchmarks import bench_continual, bench_rates, cms_table, plot, verdicts
 from benchmarks.budget import table as budget_table
+from benchmarks.real import tables as real_tables
 from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT, at_rest
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/continual.md", "docs/llama.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/continual.md", "docs/llama.md",
+             "docs/real.md")
 WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
@@ -99,7 +101,32 @@ def cms(run: dict) -> str:
 
 
 def rates(run: dict) -> str:
-    return f"{bench_rates.table(run['rates'])}\n\n{source('bench_rates --text FILE', 'rates')}"
+    text = bench_rates.table(run["rates"])
+    return (f"{text}\n\nBits per token (bytes, for the byte model): change with learning on, at the default rate, and "
+            "in brackets the change of the segment that suffers most. "
+            f"{source('bench_rates --real FOLDER --wiki FILE --plays FILE', 'rates')}")
+
+
+REAL = {
+    "real_domains": ("{}\n\nBits per token, means over excerpts of {tokens} tokens; learning with the defaults of "
+                     "`convert` (all blocks, period 256), bf16. The worst segment of 256 tokens lost {worst:.3f} bits.",
+                     real_tables.domains),
+    "real_needles": ("{}\n\nFacts of five digits, asked after the text, of the session itself and of its learned "
+                     "weights alone.", real_tables.needles),
+    "real_continual": ("{}\n\nFour documents, one of each domain, in turn.", real_tables.continual),
+    "real_control": ("{}\n\nBits per token of a document's second half, read without learning by weights that have "
+                     "learned the column's text.", real_tables.control),
+    "real_speed": ("{}\n\nA kilotoken at a time, two threads; medians of three rounds in turn. llama.cpp reads its "
+                   "own 4-bit weights, the others bf16.", real_tables.speed),
+}
+
+
+def real(name: str, run: dict) -> str:
+    data, (text, make) = run["real"], REAL[name]
+    made = [c["tokens"] for c in real_tables.cases(data, "domains")]
+    options = "--model FOLDER --wiki FILE --plays FILE"
+    return (text.format(make(data), tokens=max(made, default=0), worst=real_tables.worst(data))
+            + f" {source(f'bench_real {options}', 'real')}")
 
 
 def continual(run: dict) -> str:
@@ -212,11 +239,13 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy, "sinks": sinks,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
+                **{name: lambda run, name=name: real(name, run) for name in REAL},
                 "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}
     absent = lambda name: (f"Not measured yet: `python -m benchmarks.bench_{name}` writes "
                            f"`benchmarks/results/{name}.json`.")
     # what is not called as the block
-    file = {"figures": "cpu", "forgetting": "continual", **dict.fromkeys(budget_table.BLOCKS, "budget")}
+    file = {"figures": "cpu", "forgetting": "continual", **dict.fromkeys(budget_table.BLOCKS, "budget"),
+            **dict.fromkeys(REAL, "real")}
     made = lambda name, make: make(run) if (of := file.get(name, name)) in run else absent(of)
     return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
         "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}
