@@ -41,7 +41,7 @@ def model_at(model: HopeForCausalLM, C: int, factor: float) -> HopeForCausalLM:
     kept = config.replace(chunks=(C,), optimizer="adam", relative=True, lr=factor * default_rate("adam", C))
     if config.num_levels == 1:
         fields = ("chunks", "optimizer", "lr", "relative")
-        return variant(model, {name: getattr(kept, name) for name in fields}, window=None, sinks=0)
+        return variant(model, {name: getattr(kept, name) for name in fields})
     return s.with_cms(model, config.replace(
         chunks=(C, 4 * C), optimizer="adam", relative=True, lr=(factor * default_rate("adam", C), 0.0)
     ))
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
                 if case in study.cases:
                     continue
                 if off is None:
-                    off = nats(model if name == BUNDLED else variant(model, window=None, sinks=0), ids)[0]
+                    off = nats(model, ids)[0]
                 record = cell(model, ids[:, : TOKENS[name](C)], C, factor, off)
                 study.put(case, {"model": name, "domain": domain, "C": C, "factor": factor} | record)
                 print(f"{case}: {record}", flush=True)

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--gguf", help="its GGUF file, for llama.cpp (the wheel xllamacpp)")
     p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     p.add_argument("--tokens", type=int, default=8192)
-    p.add_argument("--excerpts", type=int, default=3)
+    p.add_argument("--excerpts", type=int, default=3, help="of each text, in as many parts of its own")
     p.add_argument("--minutes", type=float, default=math.inf, help="after which a part begins nothing more")
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--out", default=RESULT)
