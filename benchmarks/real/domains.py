@@ -19,7 +19,7 @@ READINGS = (("window", "off"), ("window", "next_token"), ("full", "off"), ("full
 def run(study: s.Study, model: HopeForCausalLM, tokenizer: Tokenizer, texts: dict[str, str], tokens: int,
         excerpts: int) -> None:
     models = {name: variant(model, **fields) for name, fields in MODES.items()}
-    for (mode, learn), index, domain in product(READINGS, range(excerpts), texts):
+    for index, (mode, learn), domain in product(range(excerpts), READINGS, texts):
         name = f"domain {domain} {index} {mode} {learn}"
         if name in study.cases:
             continue
