@@ -595,5 +595,7 @@ def test_relative_rates_do_not_depend_on_the_scale_of_weights_and_errors(optimiz
             _, state = layer(x)
             state = layer.refresh(state, e)
         for n, w in before.items():
-            step = (state.weights[0][n][0] - w).square().mean().sqrt() / w.square().mean().sqrt()
+            move = state.weights[0][n][0] - w
+            move = move[move != 0] if optimizer == "adam" else move  # a hidden unit that is off has no gradient
+            step = move.square().mean().sqrt() / w.square().mean().sqrt()
             assert float(step) == pytest.approx(1e-3, rel=0.5 if optimizer == "muon" else 1e-5), n
