@@ -41,6 +41,7 @@ def run(
         state = None
         for domain, (first, _) in halves.items():
             _, state, _ = nats(one, first, "next_token", state)
+            one.flush(state)
             own = learned(one, state)
             stages[domain] = {d: round(bits(nats(own, b)[0]), 5) for d, (_, b) in halves.items()}
             print(f"{name}: after {domain} {stages[domain]}", flush=True)

@@ -36,6 +36,7 @@ def run(
         found = {"none": round(bits(nats(one, second)[0]), 5)}
         for source, given in sources.items():
             _, state, _ = nats(one, given, "next_token")
+            one.flush(state)
             found[source] = round(bits(nats(learned(one, state), second)[0]), 5)
         study.put(name, {"part": "control", "domain": domain, "tokens": tokens, "bits": found})
         print(f"{name}: {found}", flush=True)
