@@ -32,6 +32,13 @@ from hope_kernels.identity import fingerprint
 from hope_kernels.text import Tokenizer
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "real.json")
+# facts, tokens, passes, asked after every so many, step rule
+NEEDLES = (
+    (8, 2048, 16, 4, {"lr": 5e-4}),
+    (8, 2048, 16, 4, {"lr": 5e-4, "rank": 16}),
+    (8, 2048, 16, 4, {"lr": 2.5e-4}),
+    (32, 20_000, 24, 4, {"lr": 5e-4}),
+)
 PARTS = ("domains", "needles", "continual", "control", "speed")
 
 
@@ -65,8 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     if "domains" in args.parts:
         domains.run(study, model, tokenizer, found, args.tokens, args.excerpts)
     if "needles" in args.parts:
-        rate = {"chunks": 256, "optimizer": "adam", "lr": 1e-3, "relative": True}
-        needles.run(study, args.model, model, tokenizer, found, 32, 20_000, 24, 3, rate, minutes=args.minutes)
+        for count, tokens, passes, every, cms in NEEDLES:
+            given = {"chunks": 256, "optimizer": "adam", "relative": True, **cms}
+            needles.run(study, args.model, model, tokenizer, found, count, tokens, passes, every, given,
+                        minutes=args.minutes)
     if "continual" in args.parts:
         continual.run(study, model, tokenizer, found, args.tokens // 4, continual.RULES, None)
     if "control" in args.parts:
