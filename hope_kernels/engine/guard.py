@@ -5,15 +5,16 @@ weights have on the same segment, from the same mixers (one more forward pass, w
 segment alone):
 
     after the first step of a row, at every 16th segment, and whenever the loss per token is not finite, or
-    0.35 s nats above the running mean of the segments before
+    0.35 s nats above the running mean of the segments before; s = max(1, sqrt(256 / n)) for a segment of n
+    tokens, as the losses of shorter ones scatter more
 
-    loss <= own                     what the row has learned is good: a copy is kept
-    own < loss <= own + 0.07 s      nothing happens
-    loss > own + 0.07 s nats (0.1 s bits) a token, or not finite
+    d = loss - own loss, token by token
+
+    mean(d) <= 0                    what the row has learned is good: a copy is kept
+    mean(d) > 0.07 nats (0.1 bits), and more than 2.5 standard errors of d above 0; or not finite
                                     the levels of the row go back to the last good weights (the model's own where
                                     there are none), the segment is not learned, and the row's rates are halved
-
-s = max(1, sqrt(256 / n)) for a segment of n tokens: the losses of shorter ones scatter as much more.
+    else                            nothing happens
 
 The estimate is of what reading with learning off would give: the mixers (cached keys and values, memories)
 have been filled with learned weights, and stay as they are. So the cost is one forward pass in 16 segments,
@@ -26,6 +27,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from ..guard_state import GuardState
 from ..layers.block import Block
@@ -37,45 +39,52 @@ from ..ops.cms.state import CMSState
 EVERY = 16  # segments between two looks at a row whose losses are even
 RISE = 0.35  # nats per token above the running mean that ask for a look
 MARGIN = 0.07  # nats per token above the model's own loss that a row may have: 0.1 bits
-EVEN = 256  # tokens of a segment to which RISE and MARGIN apply
+ERRORS = 2.5  # standard errors that a difference must have to count
+EVEN = 256  # tokens of a segment to which RISE applies
 SHARE = 0.2  # of the newest segment in the running mean
 
 Blocks = list[tuple[Block, CMSState | None]]
 
 
 def judge(
-    guard: GuardState, blocks: Blocks, rows: list[int], tokens: list[int],
-    losses: list[float], own_losses: Callable[[], list[float]],
+    guard: GuardState, blocks: Blocks, rows: list[int], losses: list[Tensor], own_losses: Callable[[], list[Tensor]]
 ) -> list[int]:
-    """Of ``rows`` of the batch, with ``losses`` (nats per token) of the ``tokens`` tokens just read, those that
-    went back to good weights; their segment is not to be learned. ``guard`` and the drafts in ``blocks`` change.
+    """Of ``rows`` of the batch, with ``losses`` (nats) of the tokens just read, those that went back to good
+    weights; their segment is not to be learned. ``guard`` and the drafts in ``blocks`` change.
 
     own_losses: those of the model's own weights, asked only where they are needed.
     """
-    mean, looked, scatter = guard.mean.tolist(), [], {}
-    for b, count, loss in zip(rows, tokens, losses):
-        n, scatter[b] = guard.pos[b], max(1.0, math.sqrt(EVEN / max(count, 1)))
-        uneven = not math.isfinite(loss) or loss > mean[b] + RISE * scatter[b]
+    means = torch.stack([t.double().mean() for t in losses]).tolist()
+    running, looked = guard.mean.tolist(), []
+    for b, mean, tokens in zip(rows, means, losses):
+        n, scatter = guard.pos[b], max(1.0, math.sqrt(EVEN / max(len(tokens), 1)))
+        uneven = not math.isfinite(mean) or mean > running[b] + RISE * scatter
         if n and (n == 1 or uneven or n - guard.looked[b] >= EVERY):
             looked.append(b)
     bad: list[int] = []
     if looked:
-        own = dict(zip(rows, own_losses()))
-        found = dict(zip(rows, losses))
-        bad = [b for b in looked if not found[b] <= own[b] + MARGIN * scatter[b]]
-        good = [b for b in looked if found[b] <= own[b]]
+        differences = [(a - b).double() for a, b in zip(losses, own_losses())]
+        found = {b: _difference(d) for b, d in zip(rows, differences)}
+        bad = [b for b in looked if not found[b][0] <= max(MARGIN, ERRORS * found[b][1])]
+        good = [b for b in looked if found[b][0] <= 0]
         if good:
             _keep(guard, blocks, good)
         if bad:
             _restore(guard, blocks, bad)
     for b in looked:
         guard.looked[b] = guard.pos[b]
-    for b, loss in zip(rows, losses):
+    for b, mean in zip(rows, means):
         if b not in bad:
-            mean[b] = loss if not guard.pos[b] else (1 - SHARE) * mean[b] + SHARE * loss
+            running[b] = mean if not guard.pos[b] else (1 - SHARE) * running[b] + SHARE * mean
             guard.pos[b] += 1
-    guard.mean = torch.tensor(mean, dtype=torch.float64, device=guard.mean.device)
+    guard.mean = torch.tensor(running, dtype=torch.float64, device=guard.mean.device)
     return bad
+
+
+def _difference(d: Tensor) -> tuple[float, float]:
+    """The mean, and its standard error (0 for a single number, or where that is not finite)."""
+    mean, error = float(d.mean()), float(d.std() / math.sqrt(len(d))) if len(d) > 1 else 0.0
+    return mean, error if math.isfinite(error) else 0.0
 
 
 def _levels(blocks: Blocks) -> Iterator[tuple[int, ContinuumMemory, CMSState, int]]:

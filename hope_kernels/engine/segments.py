@@ -273,20 +273,20 @@ def _judged(
     those that the guard of ``state`` lets not learn; they leave ``learners``."""
     if state.guard is None or not learners:
         return slopes
-    known = torch.tensor([max(n, 1) for n in read.targets.known], device=nats.device)
 
-    def own() -> list[float]:
+    def counted(found: Tensor) -> list[Tensor]:
+        return [found[m, : read.targets.known[m]] for m in marked]
+
+    def own() -> list[Tensor]:
         mixers = [m.snapshot() for m in read.mixers]
         levels = [b.cms and b.cms.effective_levels(b.cms.init_state(len(read.lengths))) for b in model.blocks]
         with torch.no_grad():
             h, _ = model.run(model.embed(read.ids), mixers, levels, read.lengths, read.backend)
             found = read_head(model, h, read.lengths, read.targets, logits=False)
         assert found.nats is not None
-        return (found.nats.sum(1) / known)[marked].tolist()
+        return counted(found.nats)
 
-    blocks = list(zip(model.blocks, state.cms))
-    tokens, losses = [read.targets.known[m] for m in marked], (nats.sum(1) / known)[marked].tolist()
-    bad = judge(state.guard, blocks, list(learners), tokens, losses, own)
+    bad = judge(state.guard, list(zip(model.blocks, state.cms)), list(learners), counted(nats), own)
     if not bad:
         return slopes
     keep = torch.ones(slopes.shape[0], 1, 1, dtype=torch.bool, device=slopes.device)

@@ -49,7 +49,7 @@ def off(net, x):
 
 @pytest.mark.parametrize("options", [{"lr": 2.0}, {"lr": 0.3, "optimizer": "adam"}, {"lr": 1.0, "optimizer": "muon"}])
 def test_rates_that_destroy_a_model_are_caught(options):
-    net, x = bundled(relative=False, **options), book(4096)
+    net, x = bundled(relative=False, **options), book(8192)
     own, last = off(net, x), slice(-1024, -1)
     wild, _ = losses(net, x)
     kept, state = losses(net, x, guard=True)
@@ -82,7 +82,8 @@ def test_learning_that_helps_is_left_alone():
 
 @pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
 def test_the_contract_holds_under_a_guard(mixer, tmp_path, monkeypatch):
-    monkeypatch.setattr(guard, "EVEN", 1)  # segments of 4 tokens are judged like long ones: there is more to do
+    monkeypatch.setattr(guard, "EVEN", 1)
+    monkeypatch.setattr(guard, "ERRORS", 0)  # there is more to do with segments of 4 tokens
     net, x = model(8.0, mixer), ids(3, 14 * C + 1)
     whole, end = losses(net, x, guard=True)
     assert max(end.rollbacks) > 0
@@ -109,7 +110,7 @@ def test_the_contract_holds_under_a_guard(mixer, tmp_path, monkeypatch):
 
 
 def test_token_by_token(monkeypatch):
-    monkeypatch.setattr(guard, "EVEN", 1)
+    monkeypatch.setattr(guard, "ERRORS", 0)
     net, x = model(8.0), ids(1, 8 * C + 1)
     whole, end = losses(net, x, guard=True)
     state = None
