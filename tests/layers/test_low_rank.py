@@ -142,6 +142,7 @@ def test_a_model_keeps_the_contract(mixer, optimizer, tmp_path):
 def test_under_a_guard_and_asleep(margin, tmp_path, monkeypatch):
     """Kept weights and replays of thin matrices; and with a guard that is never content, rollbacks."""
     monkeypatch.setattr(guard, "MARGIN", margin)
+    monkeypatch.setattr(guard, "ERRORS", margin)  # the larger of the two decides
     model, tokens = tiny("attention", cms=CMS.replace(optimizer="gd")), ids(2, 61)
     ends = []
     for cuts in ((61,), (3, 24, 40, 61)):
