@@ -29,6 +29,10 @@ def made(name: str, *chunks: int):
 
 MODELS = {name: made(name, 8, 16) for name in OPTIONS}
 named = pytest.mark.parametrize("name", OPTIONS)
+# every optimizer in every order of events takes a minute: one of each is enough for every day
+every_day = pytest.mark.parametrize("name", [
+    n if n in ("hope", "attention", "adam") else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS
+])
 
 
 def learned(state) -> list[torch.Tensor]:
@@ -111,7 +115,7 @@ def test_what_follows_is_a_segment_up_to_the_next_boundary(name):
 
 
 @torch.no_grad()
-@named
+@every_day
 @pytest.mark.parametrize("events", EVENTS.values(), ids=EVENTS)
 def test_splits_around_a_flush_change_nothing(name, events, tmp_path):
     want, whole = play(MODELS[name], events)
