@@ -116,16 +116,17 @@ REAL = {
     "real_continual": ("{}\n\nFour documents, one of each domain, in turn.", real_tables.continual),
     "real_control": ("{}\n\nBits per token of a document's second half, read without learning by weights that have "
                      "learned the column's text.", real_tables.control),
-    "real_speed": ("{}\n\nA kilotoken at a time, two threads; medians of three rounds in turn. llama.cpp reads its "
-                   "own 4-bit weights, the others bf16.", real_tables.speed),
+    "real_speed": ("{}\n\nThe third kilotoken in a row, two threads; rounds: {rounds}. llama.cpp reads its own 4-bit "
+                   "weights, the others bf16.", real_tables.speed),
 }
 
 
 def real(name: str, run: dict) -> str:
     data, (text, make) = run["real"], REAL[name]
     made = [c["tokens"] for c in real_tables.cases(data, "domains")]
+    rounds = max((len(c["spread"]) for c in real_tables.cases(data, "speed")), default=0)
     options = "--model FOLDER --wiki FILE --plays FILE"
-    return (text.format(make(data), tokens=max(made, default=0), worst=real_tables.worst(data))
+    return (text.format(make(data), tokens=max(made, default=0), worst=real_tables.worst(data), rounds=rounds)
             + f" {source(f'bench_real {options}', 'real')}")
 
 
