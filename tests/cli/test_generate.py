@@ -15,6 +15,7 @@ import threading
 
 import pytest
 import torch
+from interrupted import at_call
 from small_model import saved
 
 import hope_kernels as hk
@@ -59,19 +60,6 @@ def equal(path, state) -> bool:
         all(torch.equal(a, b) for a, b in zip(found.tensors(), state.tensors(), strict=True))
         and found.pos == state.pos
     )
-
-
-def at_call(monkeypatch, n: int, act) -> None:
-    """``act`` is done as the model's n-th call begins: the first reads the prompt, call n + 1 reads new token n."""
-    forward, calls = hk.HopeForCausalLM.forward, []
-
-    def counted(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) == n:
-            act()
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(hk.HopeForCausalLM, "forward", counted)
 
 
 def one_line(printed: bytes, *words: str) -> None:

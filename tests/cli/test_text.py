@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from interrupted import at_call
 from text_model import CORPUS, source
 
 import hope_kernels as hk
@@ -61,19 +62,6 @@ def same(path, state):
     return found.pos == state.pos and all(
         torch.equal(a, b) for a, b in zip(found.tensors(), state.tensors(), strict=True)
     )
-
-
-def at_call(monkeypatch, n, act):
-    """``act`` is done as the model's n-th call begins."""
-    forward, calls = hk.HopeForCausalLM.forward, []
-
-    def counted(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) == n:
-            act()
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(hk.HopeForCausalLM, "forward", counted)
 
 
 def one_line(printed, *words):

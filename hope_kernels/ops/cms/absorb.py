@@ -18,7 +18,7 @@ from ...config import CMSConfig
 from ...state import master_dtype
 from . import level
 from .level import Adam, Factors
-from .muon import muon_step_
+from .muon import RMS, muon_step_
 from .precondition import forget_, forget_later_, precondition_total_, preconditioned, take_up_later_
 from .schedule import due, matrices
 from .state import CMSState
@@ -203,7 +203,8 @@ def _step(
     if config.optimizer == "muon":
         total = _grads(state, shared, l)
         for name, w in weights.items():
-            muon_step_(w, copies.get(name), total[name], rows, rates[name] * (5.0 if config.relative else 1.0), ops)
+            rate = rates[name] / RMS if config.relative else rates[name]
+            muon_step_(w, copies.get(name), total[name], rows, rate, ops)
     else:
         moments, squares = _averages(state, config, l, "moments"), _averages(state, config, l, "squares")
         for b in rows if squares else ():

@@ -44,7 +44,8 @@ def cms_refresh_(
     tokens: how many g is a sum over (None: C), which adam makes a mean.
     f: gd g;  momentum m = mu m + g, f = m;  muon 0.2 sqrt(max(r, c)) newton_schulz(g);  adam, with the mean
     for g: m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
-    f = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + 1e-8).  lr = 0 changes nothing.
+    f = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + 1e-8).  lr = 0 changes nothing; a relative
+    rate is taken as it is, since this function does not know the size of the initial weights.
     Raises ValueError for shapes, dtypes, rows, a missing moment or square, a step or number of tokens below
     1, and an unknown backend.
     Source: Nested Learning eq 71.
