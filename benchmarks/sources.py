@@ -73,7 +73,7 @@ MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:g
 
 CHECKS = ("*.check", "*.identity", "*.files", "*.folders", "*.state_file", "*.cli.*", "*.text", "*.text.*",
           "*.compat.*")
-CHOICE = ("*.config", "*.backend", "*.backends", "*.triton_library")
+CHOICE = ("*.config", "*.config.*", "*.backend", "*.backends", "*.triton_library")
 OF_BACKEND = {
     "cpp": ("*.cpp", "*.titans_pullback", "*.cpu_library"),
     "triton": ("*.triton", "*.triton.*", "*.triton_library"),
