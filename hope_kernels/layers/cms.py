@@ -21,6 +21,7 @@ from ..ops.cms.continued import continued
 from ..ops.cms.level import Factors, Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
+from ..ops.cms.relative import normalises
 from ..ops.cms.schedule import learning_levels, matrices
 from ..ops.cms.state import CMSState
 from ..state import Counters, master_dtype
@@ -271,8 +272,7 @@ class ContinuumMemory(nn.Module):
             sides = batch * sum(sum(s) for s in shapes) * (self.config.learning_rates[l] > 0)
             known = self.config.precondition is not None and self.config.learning_rates[l] > 0
             squares = batch * sum(c * c for c in inputs) * known
-            normalised = self.config.relative and self.config.optimizer in ("gd", "momentum")
-            waits = period > segment or self.config.optimizer == "muon" or normalised
+            waits = period > segment or self.config.optimizer == "muon" or normalises(self.config)
             found.append({
                 "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
                 "grads": numbers * wide if waits else 0,
@@ -321,8 +321,13 @@ class ContinuumMemory(nn.Module):
     def accumulate(self, state: CMSState, level_grads: list, rows: list[bool]) -> CMSState:
         """A state whose accumulators include ``level_grads`` (as from ``cms_gradients``: per level None or
         name -> [B, rows, cols]) in the marked rows. ``state`` is not modified, and unchanged tensors are
-        shared with it. A level with lr = 0 ignores its gradient."""
-        new, marked = state.draft(), check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
+        shared with it. A level with lr = 0 ignores its gradient. Raises ValueError with ``precondition``,
+        which has to know a segment's inputs."""
+        if self.config.precondition is not None:
+            raise ValueError(f"{NAME}.accumulate: the layer has precondition={self.config.precondition}, expected "
+                             "None: gradients do not say which inputs they are of")
+        marked = check_mask(f"{NAME}.accumulate", "rows", rows, state.batch)
+        new = self.continued(state).draft()
         for l in learning_levels(self.config) if marked else ():
             if level_grads[l] is not None:
                 grads = {n: g.detach() for n, g in level_grads[l].items()}
@@ -338,7 +343,7 @@ class ContinuumMemory(nn.Module):
         marked = check_mask(f"{NAME}.commit", "rows", rows, state.batch)
         if not marked:
             return state
-        new = state.draft()
+        new = self.continued(state).draft()
         for l in learning_levels(self.config):
             due_at = state.pos if counts is None else counts
             absorb(new, self.config, self.start(l), l, None, marked, due_at, sizes=self._sizes(l))

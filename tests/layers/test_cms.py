@@ -273,6 +273,24 @@ def test_accumulate_and_commit_for_a_model_with_its_own_gradients():
     assert layer.commit(state, [False] * 3, [4, 4, 4]) is state
 
 
+def test_accumulate_and_commit_under_other_rates():
+    """Factors that wait are folded at the rate they were read with; gradients count at the layer's."""
+    first, second = (make(25, chunks=(2,), lr=lr) for lr in (0.1, 0.3))
+    first.pending = 2
+    grads = [{n: torch.randn(1, *first.levels[0][n].shape, dtype=torch.float64) for n in ("up", "down")}]
+    x, error = torch.randn(2, 1, 2, D, dtype=torch.float64)
+    with torch.no_grad():
+        state = first.refresh(first(x)[1], error)
+    assert state.rank == [[2]]
+    before = first.effective_levels(state)[0]
+    found = second.commit(second.accumulate(state, grads, [True]), [True], [4])
+    assert found.config == second.config and state.config == first.config and state.rank == [[2]]
+    for n, g in grads[0].items():
+        torch.testing.assert_close(found.weights[0][n], before[n].dense(1) - 0.3 * g)
+    with pytest.raises(ValueError, match=r"precondition=1.0, expected None: gradients do not say"):
+        make(25, chunks=(2,), precondition=1.0).accumulate(state, grads, [True])
+
+
 @pytest.mark.parametrize("optimizer, rho", [("momentum", None), ("adam", None), ("momentum", 2.0)])
 def test_select_reorder_save_load_mid_segment(optimizer, rho, tmp_path):
     layer = make(13, chunks=(2, 4, 8), optimizer=optimizer, variant="nested", precondition=rho)

@@ -18,13 +18,13 @@ from ...config import CMSConfig
 from ...state import master_dtype
 from . import level
 from .level import Adam, Factors
-from .muon import RMS, muon_step_
+from .muon import muon_step_
 from .precondition import forget_, forget_later_, precondition_total_, preconditioned, take_up_later_
+from .relative import normalise_, normalises, rate
 from .schedule import due, matrices
 from .state import CMSState
 
 Shared = dict[str, Tensor]  # a level's matrices in the layer: name -> [r, c]
-TINY = 1e-30  # gradients of this size or below count as zero
 Sizes = dict[str, float]  # the RMS of their elements, by name
 
 
@@ -177,8 +177,8 @@ def _step(
     the optimizer needs its size or its singular values."""
     dirty = [b for b in rows if state.dirty[l][b]]
     clean = [b for b in rows if b not in dirty]
-    rates = {n: scale * config.learning_rates[l] * (1.0 if sizes is None else sizes[n]) for n in matrices(config)}
-    normalised = config.relative and config.optimizer in ("gd", "momentum")
+    rates = {n: scale * rate(config, l, None if sizes is None else sizes[n]) for n in matrices(config)}
+    normalised = normalises(config)
     rest = factors  # what is new in dirty rows
     if config.optimizer == "muon" or normalised:
         dirty, clean = rows, []
@@ -186,7 +186,8 @@ def _step(
         if factors is not None:
             _accumulate(state, config, shared, l, factors, dirty, ops)
         if normalised and state.grads[l] is not None:
-            _normalise(_grads(state, shared, l), dirty)
+            for g in _grads(state, shared, l).values():
+                normalise_(g, dirty)
         if config.precondition is not None and state.grads[l] is not None:
             precondition_total_(state, l, _grads(state, shared, l), dirty)
         rest = None
@@ -203,8 +204,7 @@ def _step(
     if config.optimizer == "muon":
         total = _grads(state, shared, l)
         for name, w in weights.items():
-            rate = rates[name] / RMS if config.relative else rates[name]
-            muon_step_(w, copies.get(name), total[name], rows, rate, ops)
+            muon_step_(w, copies.get(name), total[name], rows, rates[name], ops)
     else:
         moments, squares = _averages(state, config, l, "moments"), _averages(state, config, l, "squares")
         for b in rows if squares else ():
@@ -219,13 +219,6 @@ def _step(
                     ops.refresh_(w, copies.get(name), left, right, alike, rates[name], moment=moments.get(name),
                                  mu=config.momentum, total=total.get(name), adam=adam)
     _mark(state.dirty[l], rows, 0)
-
-
-def _normalise(total: dict[str, Tensor], rows: list[int]) -> None:
-    """Gradients of RMS 1."""
-    for g in total.values():
-        for b in rows:
-            g[b].div_(g[b].square().mean().sqrt().clamp(min=TINY))
 
 
 def _at_one_step(state: CMSState, l: int, rows: list[int]) -> list[list[int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from ...config import CMSConfig
+from .relative import normalises
 
 # (device type, longest period it holds for, slots); a period that no entry covers folds at once. On two CPU
 # cores keeping factors was slower for every period and width tried ("pending" in
@@ -22,12 +23,13 @@ def pending_tokens(config: CMSConfig, level: int, device: torch.device, asked: i
     """Slots for the pending factors of ``level`` (index, level 1 is 0), ``asked`` or the table's; 0: every
     refresh is dense.
 
-    Factors wait under plain gradient descent only, whose steps add up, never where a segment's do not fit, and
-    never with ``rank``, whose thin matrices cost less than factors.
+    Factors wait under plain gradient descent only, whose steps add up, and whose gradient nothing asks the size
+    of; never where a segment's do not fit, and never with ``rank``, whose thin matrices cost less than factors.
     """
     period = config.chunks[level]
     slots = (
         next((s for kind, longest, s in TABLE if kind == device.type and period <= longest), 0)
         if asked is None else asked
     )
-    return slots if config.optimizer == "gd" and config.rank is None and slots >= config.chunks[0] else 0
+    adds_up = config.optimizer == "gd" and not normalises(config) and config.rank is None
+    return slots if adds_up and slots >= config.chunks[0] else 0

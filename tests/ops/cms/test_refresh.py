@@ -2,6 +2,7 @@
 consolidating a level."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from cms_stream import D, Stream, make
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, load_state
 from hope_kernels.ops import cms_refresh, cms_refresh_
+from hope_kernels.ops.cms import chain, low_rank, schedule
 from hope_kernels.ops.cms import level as chunked
-from hope_kernels.ops.cms import schedule
 from hope_kernels.ops.cms.matrix import Matrix, times, times_transposed
 
 F64 = torch.float64
@@ -227,7 +228,8 @@ def test_what_is_detached_has_the_masters_precision():
 
 def test_bytes_of_a_state_by_formula():
     for optimizer, pending, dtype, rho, *relative in (
-        ("gd", None, torch.float32, None, True), ("gd", None, torch.float32, 1.0),
+        ("gd", None, torch.float32, None, True), ("gd", 16, torch.float32, None, True),
+        ("gd", None, torch.float32, 1.0),
         ("momentum", None, torch.bfloat16, None), ("gd", 16, torch.bfloat16, None),
         ("adam", None, torch.bfloat16, None), ("muon", None, torch.float32, 1.0),
     ):
@@ -283,8 +285,42 @@ def test_the_refresh_operator():
         "one boolean for each of 3 rows": lambda: cms_refresh(gd, 0, w, left, right, rows=[True, False]),
         "argument level is True": lambda: cms_refresh(gd, True, w, left, right),
         "unknown backend": lambda: cms_refresh(gd, 0, w, left, right, backend="cpu"),
+        "size is 1.0, expected None": lambda: cms_refresh(gd, 0, w, left, right, size=1.0),
+        "size is None, expected the RMS": lambda: cms_refresh(gd.replace(relative=True), 0, w, left, right),
+        "size is nan, expected a finite": lambda: cms_refresh(
+            gd.replace(relative=True), 0, w, left, right, size=math.nan),
+        "precondition=2.0, expected None": lambda: cms_refresh(gd.replace(precondition=2.0), 0, w, left, right),
+        r"shape \[3, 6, 4\], expected L, \[B, r, 2\]": lambda: cms_refresh(gd.replace(rank=2), 0, w, left, right),
     }.items():
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(TypeError, match="argument left is a NoneType"):
         cms_refresh_(gd, 0, w, None, right)
+
+
+@pytest.mark.parametrize("rank", [None])
+@pytest.mark.parametrize("optimizer", ["gd", "momentum", "muon", "adam"])
+def test_the_refresh_operator_takes_the_steps_of_a_layer(optimizer, rank):
+    """Relative rates, and L in a matrix's place: two steps from the factors that a layer's pass gives."""
+    layer = make(3, chunks=(4,), optimizer=optimizer, lr=0.02, relative=True, rank=rank, mlp="swiglu")
+    config, state, given = layer.config, layer.init_state(2), {}
+
+    def sink(l, factors):
+        given.update(factors if rank is None else low_rank.projected(config, l, factors))
+
+    sizes = {n: float(layer.levels[0][n].detach().square().mean().sqrt()) for n in ("up", "gate", "down")}
+    zeros = {n: torch.zeros(2, *t.shape, dtype=t.dtype) for n, t in layer.start(0).items()}
+    weights = {n: z + layer.start(0)[n] for n, z in zeros.items()}
+    kept = {n: {"momentum": {"moment": z}, "adam": {"moment": z, "square": z}}.get(optimizer, {})
+            for n, z in zeros.items()}
+    for step in (1, 2):
+        x, error = torch.randn(2, 2, 4, D, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        chain.pass_back(x, error, layer.effective_levels(state), config, sink)
+        with torch.no_grad():
+            _, state = layer(x, state)
+            layer.refresh(state, error)
+        for n, factors in given.items():
+            count = {"step": step} if optimizer == "adam" else {}
+            weights[n], *new = cms_refresh(config, 0, weights[n], *factors, size=sizes[n], **kept[n], **count)
+            kept[n] = dict(zip(kept[n], new))
+            torch.testing.assert_close(weights[n], state.weights[0][n], rtol=1e-10, atol=1e-14)

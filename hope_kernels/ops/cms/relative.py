@@ -1,0 +1,34 @@
+"""Rates that count in the size of a matrix, the RMS of its initial weights (``CMSConfig.relative``).
+
+A step of rate 1 is then as large as the matrix: Adam's elements have about RMS 1 as they are, Muon's 0.2, and
+gradients of gd and momentum are normalised.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...config import CMSConfig
+from .muon import RMS
+
+TINY = 1e-30  # gradients of this size or below count as zero
+
+
+def rate(config: CMSConfig, l: int, size: float | None) -> float:
+    """What level ``l`` multiplies the steps of a matrix of this size by; absolute rates need no size."""
+    lr = config.learning_rates[l]
+    if not config.relative:
+        return lr
+    assert size is not None
+    return lr * size / RMS if config.optimizer == "muon" else lr * size
+
+
+def normalises(config: CMSConfig) -> bool:
+    """Whether a step asks for the RMS of its gradient, which must therefore be formed."""
+    return bool(config.relative) and config.optimizer in ("gd", "momentum")
+
+
+def normalise_(total: Tensor, rows: list[int]) -> None:
+    """Gradients [B, r, c] of RMS 1 in ``rows``, in place."""
+    for b in rows:
+        total[b].div_(total[b].square().mean().sqrt().clamp(min=TINY))
