@@ -2,8 +2,9 @@
 
 A reading goes through a text once, and what it learns last weighs most. A state that keeps segments
 (``kept.py``) can learn from them again afterwards. A pass takes every kept segment of a row once: in the order
-they were read in, or shuffled by a hash of the seed and the number of the pass. Each is read from empty mixers,
-as at position 0, with the weights the row has by then, and learned from as ``segments.learn_segment`` does.
+they were read in, or shuffled by a hash of the seed and the number of the pass. Each is cut into parts that are
+read apart (``apart.py``), from empty mixers, as at position 0, with the weights the row has by then, and learned
+from; a dream of the model's own weights (``dreams.py``) holds on to what it knew.
 
 The levels have a clock of their own meanwhile, which is 0 when a sleep begins and C (the shortest period) more
 after every replay: level l commits where its period divides that, and accumulates otherwise. What it had
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +34,14 @@ from ..kept import KeptSegments, hashed
 from ..model_state import ModelState
 from ..state import Counters
 from . import generation, segments
+from .apart import cut, learn_apart
+from .dreams import DREAMT, Dreams, dream
 from .generation import PIECE, OnPiece, Reading, Source
-from .head import Targets
 from .protocol import Model
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
+PART = 64  # tokens of a segment that are read together, at most
+DREAMS = 32
 
 
 @torch.no_grad()
@@ -46,7 +51,7 @@ def read(
     flush: bool | None = None, on_piece: OnPiece | None = None, on_segment: OnSegment | None = None,
     should_stop: Callable[[], bool] | None = None, backend: str | None = None, piece: int = PIECE,
     check_finite: bool = True, last: Tensor | None = None, wavefront: int | None = None, unread: str | None = None,
-    guard: bool = True,
+    guard: bool = True, part: int | None = PART, dreams: int = DREAMS,
 ) -> ReadAndSlept:
     """A model's ``read``, where the arguments are explained."""
     op = "HopeForCausalLM.read"
@@ -64,7 +69,9 @@ def read(
     if learn == "next_token" and (passes > 1 if flush is None else flush):
         model.flush(state, backend)
     if passes > 1:
-        found.sleep = sleep(model, state, passes - 1, shuffle, seed, should_stop, on_segment, backend)
+        found.sleep = sleep(
+            model, state, passes - 1, shuffle, seed, should_stop, on_segment, backend, part, dreams
+        )
         found.finished = found.sleep.finished
     return found
 
@@ -92,7 +99,7 @@ class ReadAndSlept(Reading):
 def sleep(
     model: Model, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0,
     should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
-    backend: str | None = None,
+    backend: str | None = None, part: int | None = PART, dreams: int = DREAMS,
 ) -> Sleep:
     """Learns the segments that ``state`` keeps again, ``passes`` times, in place: a model's ``replay``, where
     the arguments are explained."""
@@ -102,6 +109,8 @@ def sleep(
             raise ValueError(f"{op}: argument {name} is {given!r}, expected a function or None")
     passes = check_integer(op, "passes", passes, 0, "an integer >= 0")
     seed = check_integer(op, "seed", seed, None, "an integer")
+    part = None if part is None else check_integer(op, "part", part, 1, "a positive integer or None")
+    dreams = check_integer(op, "dreams", dreams, 0, "an integer >= 0")
     B = state.batch
     found = Sleep(torch.zeros(passes, B, dtype=torch.float64, device="cpu"), [[0] * B for _ in range(passes)], True)
     if state.kept is None or not model.learns:
@@ -112,6 +121,7 @@ def sleep(
         raise ValueError(f"{op}: argument passes is {passes}, and the unfinished sleep of argument state has done "
                          f"{list(state.kept.done)} replays of {held} segments")
     orders: list[dict[int, list[int]]] = [{} for _ in range(B)]
+    own = None
     while any(d < t for d, t in zip(state.kept.done, total)):
         if should_stop is not None and should_stop():
             found.finished = False
@@ -121,36 +131,49 @@ def sleep(
         for b, (p, _) in zip(rows, at):
             if p not in orders[b]:
                 orders[b] = {p: _order(state.kept, b, p, shuffle, seed)}
-        slots = [orders[b][p][j] for b, (p, j) in zip(rows, at)]
-        nats = _again(model, state, rows, slots, [counts[b][s] for b, s in zip(rows, slots)], backend)
-        for b, (p, _), slot, value in zip(rows, at, slots, nats.tolist()):
-            found.nats[p, b] += value
-            found.predicted[p][b] += counts[b][slot]
+        if own is None and dreams:
+            own = dream(model, dreams, min(DREAMT, model.segment), seed, backend)
+        turns = [Turn(b, p, orders[b][p][j]) for b, (p, j) in zip(rows, at)]
+        for turn, nats in zip(turns, _again(model, state, turns, seed, part, own, backend)):
+            found.nats[turn.number, turn.row] += nats
+            found.predicted[turn.number][turn.row] += counts[turn.row][turn.slot]
         if on_segment is not None and B:
             on_segment(state.kept.done[0], total[0])
     state.kept.done[:] = [0] * B
     return found
 
 
+class Turn(NamedTuple):
+    """A replay: of which row, in which pass, of what slot."""
+
+    row: int
+    number: int
+    slot: int
+
+
 def _again(
-    model: Model, state: ModelState, rows: list[int], slots: list[int], lengths: list[int], backend: str | None
-) -> Tensor:
-    """Learns one kept segment in each of ``rows``, in place: their losses [len(rows)] in nats."""
-    op, C, kept = "HopeForCausalLM.replay", model.segment, state.kept
+    model: Model, state: ModelState, turns: list[Turn], seed: int, part: int | None, own: Dreams | None,
+    backend: str | None
+) -> list[float]:
+    """Learns one kept segment in the row of each of ``turns``, in place: their losses in nats."""
+    op, C, kept, found = "HopeForCausalLM.replay", model.segment, state.kept, []
     assert kept is not None
+    rows, texts, numbers = [t.row for t in turns], kept.ids, kept.numbers.tolist()
     with model.reading(op, state):
         state.drop_held()
         draft = segments.draft(continued(model, state))
-        text, n = kept.ids[rows, slots].clamp(min=0), max(lengths)
-        empty = [b.mixer.init_state(len(rows), text.device) for b in model.blocks]
+        assert draft.kept is not None
         done = Counters([d + (b in rows) for b, d in enumerate(kept.done)])
-        heads, _ = segments.learn_segment(
-            model, draft, empty, text[:, :n], Targets(text[:, 1 : n + 1], lengths), [True] * len(rows), lengths,
-            [d * C for d in done], backend, rows if len(rows) < state.batch else None, logits=False,
-        )
-        assert heads.nats is not None and draft.kept is not None
+        for b, p, slot in turns:
+            text, number = texts[b, slot], numbers[b][slot]
+            size = C if part is None else part
+            at = C if part is None else 1 + hashed(seed, p, number, 1) % part
+            which = 0 if own is None else hashed(seed, p, number, 2) % len(own.ids)
+            parts = cut(text[text >= 0], at, size)
+            nats = learn_apart(model, draft, b, parts, [d * C for d in done], backend, own, which)
+            found.append(float(nats.double().sum()))
         state.assign(segments.finished(replace(draft, kept=replace(draft.kept, done=done))))
-    return heads.nats.double().sum(1)
+    return found
 
 
 def _tokens(kept: KeptSegments) -> list[list[int]]:
