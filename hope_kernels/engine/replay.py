@@ -35,7 +35,7 @@ from ..model_state import ModelState
 from ..state import Counters
 from . import generation, segments
 from .apart import cut, learn_apart
-from .dreams import DREAMT, Dreams, dream
+from .dreams import SHARE, Dreams, dream
 from .generation import PIECE, OnPiece, Reading, Source
 from .protocol import Model
 
@@ -132,7 +132,7 @@ def sleep(
             if p not in orders[b]:
                 orders[b] = {p: _order(state.kept, b, p, shuffle, seed)}
         if own is None and dreams:
-            own = dream(model, dreams, min(DREAMT, model.segment), seed, backend)
+            own = dream(model, dreams, min(part or model.segment, model.segment), seed, backend)
         turns = [Turn(b, p, orders[b][p][j]) for b, (p, j) in zip(rows, at)]
         for turn, nats in zip(turns, _again(model, state, turns, seed, part, own, backend)):
             found.nats[turn.number, turn.row] += nats
@@ -168,12 +168,19 @@ def _again(
             text, number = texts[b, slot], numbers[b][slot]
             size = C if part is None else part
             at = C if part is None else 1 + hashed(seed, p, number, 1) % part
-            which = 0 if own is None else hashed(seed, p, number, 2) % len(own.ids)
+            some = None if own is None else own.some(_which(own, C, seed, p, number))
             parts = cut(text[text >= 0], at, size)
-            nats = learn_apart(model, draft, b, parts, [d * C for d in done], backend, own, which)
+            nats = learn_apart(model, draft, b, parts, [d * C for d in done], backend, some)
             found.append(float(nats.double().sum()))
         state.assign(segments.finished(replace(draft, kept=replace(draft.kept, done=done))))
     return found
+
+
+def _which(own: Dreams, segment: int, *turn: int) -> list[int]:
+    """The dreams beside a turn: the ones after that which its numbers draw."""
+    D, tokens = own.ids.shape
+    first = hashed(*turn, 2) % D
+    return [(first + i) % D for i in range(min(max(1, round(SHARE * segment / tokens)), D))]
 
 
 def _tokens(kept: KeptSegments) -> list[list[int]]:

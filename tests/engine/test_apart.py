@@ -1,0 +1,130 @@
+"""A replayed segment in parts, with a dream beside it: what is descended, and what that is for."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import relative
+from small_model import V, ids, tiny
+
+from hope_kernels import CMSConfig
+from hope_kernels.engine import segments
+from hope_kernels.engine.apart import cut, learn_apart
+from hope_kernels.engine.dreams import WEIGHT, dream
+from hope_kernels.state import Counters
+
+
+def model_of(mixer: str, **options):
+    chunks = (8,) if "optimizer" in options else (8, 16)
+    return tiny(mixer, cms=CMSConfig(8, chunks, expansion=2.0, **{"lr": 0.02, **options}))
+
+
+def consolidated(model, state):
+    own, state = copy.deepcopy(model), state.clone()
+    state.adopt(own)
+    own.consolidate(state)
+    return own
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 8, 20])
+@pytest.mark.parametrize("part", [1, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_parts_are_the_segment_and_every_target_is_the_next_token(n, part, at):
+    text = torch.arange(100, 101 + n)
+    parts = cut(text, at, part)
+    rows = [(i[:m], t[:m]) for i, t, m in zip(parts.ids, parts.targets, parts.lengths)]
+    assert torch.cat([i for i, _ in rows]).tolist() == text[:-1].tolist()
+    assert torch.cat([t for _, t in rows]).tolist() == text[1:].tolist()
+    assert parts.lengths[0] == min(at, n) and all(m == part for m in parts.lengths[1:-1])
+    assert min(parts.lengths) > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["self_modifying", "titans", "attention"])
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_step_descends_the_loss_of_the_parts_and_the_divergence_of_the_dream(mixer, row):
+    """Against autograd through the model whose own weights are the learned ones. In the pass that learns the
+    memories of Titans are constants, so that there only the last block's gradient is autograd's."""
+    model = model_of(mixer)
+    state = model.read(ids(2, 41), guard=False).state
+    own = consolidated(model, state.select([row]))
+    dreams = dream(model, 3, 6, 1, None)
+    text = ids(1, 9, 5)[0]
+    parts = cut(text, 3, 4)
+    before = [c.weights[0]["up"][row].clone() for c in state.cms]
+    draft = segments.draft(state)
+    nats = learn_apart(model, draft, row, parts, [8, 8], None, dreams.some([2]))
+    with torch.enable_grad():
+        logits, _ = own(parts.ids, lengths=parts.lengths)
+        rows = range(len(parts.lengths))
+        losses = [
+            F.cross_entropy(logits[i, :m], parts.targets[i, :m], reduction="none")
+            for i, m in zip(rows, parts.lengths)
+        ]
+        now, _ = own(dreams.ids[2:3])
+        was = torch.log_softmax(model(dreams.ids[2:3])[0], -1)
+        drift = (was.exp() * (was - torch.log_softmax(now, -1))).sum(-1).mean()
+        total = torch.cat(losses).sum() + WEIGHT * 8 * drift
+        wanted = torch.autograd.grad(total, [b.cms.levels[0].up for b in own.blocks])
+    assert float(drift) > 1e-4  # the dream has something to say
+    found = torch.cat([nats[i, :m] for i, m in zip(rows, parts.lengths)])
+    assert relative(found, torch.cat(losses).detach()) < 1e-10
+    first = 0 if mixer == "attention" else 1
+    for c, old, g in [*zip(draft.cms, before, wanted)][first:]:
+        step = c.weights[0]["up"][row] - old
+        assert relative(step, -c.config.learning_rates[0] * g) < 1e-8
+    other = 1 - row
+    assert all(torch.equal(c.weights[0]["up"][other], s.weights[0]["up"][other]) for c, s in zip(draft.cms, state.cms))
+
+
+@torch.no_grad()
+def test_a_dream_says_nothing_to_a_model_that_has_learned_nothing():
+    model = model_of("attention")
+    dreams, parts = dream(model, 2, 8, 0, None), cut(ids(1, 9)[0], 4, 4)
+    steps = []
+    for given in (None, dreams):
+        draft = segments.draft(model.init_state(1))
+        learn_apart(model, draft, 0, parts, [8], None, given)
+        steps.append([c.weights[0]["down"] for c in draft.cms])
+    for plain, beside, block in zip(*steps, model.blocks):
+        base = block.cms.levels[0].down
+        assert relative(beside - base, plain - base) < 1e-8
+
+
+@torch.no_grad()
+def test_dreams_are_of_the_models_own_weights_and_their_seed():
+    model = model_of("self_modifying")
+    a, b, c = (dream(model, 5, 12, seed, None) for seed in (3, 3, 4))
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.h, b.h) and not torch.equal(a.ids, c.ids)
+    assert a.ids.shape == (5, 12) and 0 <= int(a.ids.min()) and int(a.ids.max()) < V
+    # they follow the model: likelier than tokens drawn evenly
+    def bits(t):
+        return float(F.cross_entropy(model(t)[0][:, :-1].flatten(0, 1), t[:, 1:].flatten()))
+
+    many = dream(model, 64, 12, 0, None).ids
+    assert bits(many) < bits(ids(64, 12)) - 0.3
+    assert dream(model, 0, 12, 0, None) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adam", "lr": 0.01}], ids=["gd", "adam"])
+def test_with_dreams_a_model_learns_as_much_and_drifts_less(options):
+    """Divergence from the model as it was, on texts of its own that were not read beside the replays."""
+    model = model_of("attention", **options)
+    state = model.read(ids(1, 40), replay=9, guard=False).state
+    unseen = dream(model, 40, 12, 99, None).ids
+    was = torch.log_softmax(model(unseen)[0], -1)
+
+    def after(dreams):
+        one = state.clone()
+        slept = model.replay(one, 12, dreams=dreams)
+        fresh = model.init_state(40)
+        fresh.cms = [replace(c.select([0] * 40), pos=Counters([0] * 40)) for c in one.cms]
+        now = torch.log_softmax(model(unseen, fresh)[0], -1)
+        losses = slept.nats[:, 0] / torch.tensor(slept.predicted)[:, 0]
+        return float(losses[0] - losses[-1]), float((was.exp() * (was - now)).sum(-1).mean())
+
+    (gain, drift), (held_gain, held_drift) = after(0), after(200)
+    assert held_drift < 0.6 * drift and held_gain > 0.8 * gain > 0.2
