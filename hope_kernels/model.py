@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,11 @@ from .config import HopeConfig
 from .continued import continued
 from .engine import segments
 from .engine.compiling import REASON, traced
-from .engine.generation import Generation, Source, generate
+from .engine.generation import Generation, generate
 from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
 from .engine.replay import OnSegment, ReadAndSlept, Sleep, read, sleep
+from .engine.source import Source
 from .engine.unread import check_read_next, left
 from .files import write_atomically
 from .folders import check_ours, model_folder
@@ -45,6 +46,18 @@ from .session_bytes import session_bytes
 from .state import Counters
 from .text.files import read_files, write_files
 from .tracing import constant_result
+
+
+class Asked(NamedTuple):
+    """Arguments of the model's ``forward``, where they are explained."""
+
+    learn: str
+    backend: str | None
+    check_finite: bool
+    wavefront: int | None
+    output: str
+    following: Tensor | None
+    guard: bool | None
 
 
 class HopeForCausalLM(nn.Module):
@@ -135,23 +148,19 @@ class HopeForCausalLM(nn.Module):
         looked at when compiled), a given state inside an ``autograd.Function`` (reentrant activation
         checkpointing), and with check_finite for non-finite logits; the given state is then as it was.
         """
-        options: dict[str, Any] = {
-            "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront,
-            "output": output, "following": following, "guard": guard,
-        }
+        asked = Asked(learn, backend, check_finite, wavefront, output, following, guard)
         if torch.compiler.is_compiling() and (
             output != "logits" or not traced(self, ids, state, learn, backend)
         ):
             _prepare()
-            return _untraced(self, ids, state, lengths, **options)
-        return self._forward(ids, state, lengths, **options)
+            return _untraced(self, ids, state, lengths, asked)
+        return self._forward(ids, state, lengths, asked)
 
     def _forward(
-        self, ids: Tensor, state: ModelState | None, lengths: Any, *, learn: str, backend: str | None,
-        check_finite: bool, wavefront: int | None, output: str, following: Tensor | None,
-        guard: bool | None,
+        self, ids: Tensor, state: ModelState | None, lengths: Any, asked: Asked
     ) -> tuple[Any, ModelState]:
         name, given = "HopeForCausalLM", state
+        learn, backend, check_finite, wavefront, output, following, guard = asked
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if guard not in (None, True, False):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,31 +33,32 @@ from ..kept import KeptSegments, hashed
 from ..model_state import ModelState
 from ..state import Counters
 from . import generation, segments
-from .generation import PIECE, OnPiece, Reading, Source
+from .generation import Reading
 from .head import Targets
+from .options import check_callbacks
 from .protocol import Model
+from .source import Source
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
 
 
 @torch.no_grad()
 def read(
-    model: Model, ids: Tensor | Source, state: ModelState | None = None, *, lengths: Sequence[int] | None = None,
-    learn: str = "next_token", passes: int = 1, shuffle: bool = False, replay: int = 0, seed: int = 0,
-    flush: bool | None = None, on_piece: OnPiece | None = None, on_segment: OnSegment | None = None,
-    should_stop: Callable[[], bool] | None = None, backend: str | None = None, piece: int = PIECE,
-    check_finite: bool = True, last: Tensor | None = None, wavefront: int | None = None, unread: str | None = None,
-    guard: bool = True,
+    model: Model, ids: Tensor | Source, state: ModelState | None = None, *, learn: str = "next_token",
+    passes: int = 1, shuffle: bool = False, replay: int = 0, seed: int = 0, flush: bool | None = None,
+    on_segment: OnSegment | None = None, should_stop: Callable[[], bool] | None = None,
+    backend: str | None = None, **options: Any
 ) -> ReadAndSlept:
-    """A model's ``read``, where the arguments are explained."""
+    """A model's ``read``, where the arguments are explained. options: those of ``generation.read`` that nothing
+    but the reading asks for."""
     op = "HopeForCausalLM.read"
     passes = check_integer(op, "passes", passes, 1, "a positive integer")
     if passes > 1 and not replay and (state is None or state.kept is None):
         raise ValueError(f"{op}: argument passes is {passes}, which needs segments to replay: pass replay=k, at most "
                          "how many are kept")
     reading = generation.read(
-        model, ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront,
-        unread, replay, seed, guard
+        model, ids, state, learn=learn, backend=backend, should_stop=should_stop, replay=replay, seed=seed,
+        **options
     )
     found, state = ReadAndSlept(**vars(reading)), reading.state
     if not reading.finished:
@@ -97,9 +99,7 @@ def sleep(
     """Learns the segments that ``state`` keeps again, ``passes`` times, in place: a model's ``replay``, where
     the arguments are explained."""
     op = "HopeForCausalLM.replay"
-    for name, given in (("should_stop", should_stop), ("on_segment", on_segment)):
-        if given is not None and not callable(given):
-            raise ValueError(f"{op}: argument {name} is {given!r}, expected a function or None")
+    check_callbacks(op, should_stop=should_stop, on_segment=on_segment)
     passes = check_integer(op, "passes", passes, 0, "an integer >= 0")
     seed = check_integer(op, "seed", seed, None, "an integer")
     B = state.batch
