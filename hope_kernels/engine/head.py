@@ -102,6 +102,26 @@ def read_head(
     )
 
 
+def drift(model: Model, h: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(model at ``own`` || model at ``h``), [B, n] nats, of the next token's distribution; and the gradient of
+    its sum by h, [B, n, d]: p_h - p_own, through the head. Both are what the blocks made of the same tokens."""
+    (B, n), wide = h.shape[:2], master_dtype(placement(model.embed).dtype)
+    found, slopes = [], []
+    for a, b in spans(B, n, model.config.vocab_size * wide.itemsize):
+        lengths = [b - a] * B
+        with torch.enable_grad():
+            part = h[:, a:b].detach().requires_grad_()
+            logits = model.logits(part, lengths)
+        with torch.no_grad():
+            was = F.log_softmax(model.logits(own[:, a:b], lengths).to(wide), -1)
+            now = F.log_softmax(logits.detach().to(wide), -1)
+            found.append((was.exp() * (was - now)).sum(-1))
+            slope = now.exp_().sub_(was.exp_()).to(logits.dtype)
+            del was, now
+        slopes.append(torch.autograd.grad(logits, part, slope)[0])
+    return joined(found), joined(slopes)
+
+
 def spans(batch: int, tokens: int, size: int) -> list[tuple[int, int]]:
     """[a, b) of the pieces of ``batch`` rows of ``tokens``, each of which needs ``size`` bytes."""
     step = max(PIECE_BYTES // max(batch * size, 1), 1)

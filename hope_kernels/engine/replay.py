@@ -2,8 +2,9 @@
 
 A reading goes through a text once, and what it learns last weighs most. A state that keeps segments
 (``kept.py``) can learn from them again afterwards. A pass takes every kept segment of a row once: in the order
-they were read in, or shuffled by a hash of the seed and the number of the pass. Each is read from empty mixers,
-as at position 0, with the weights the row has by then, and learned from as ``segments.learn_segment`` does.
+they were read in, or shuffled by a hash of the seed and the number of the pass. Each is cut into parts that are
+read apart (``apart.py``), from empty mixers, as at position 0, with the weights the row has by then, and learned
+from; a dream of the model's own weights (``dreams.py``) holds on to what it knew.
 
 The levels have a clock of their own meanwhile, which is 0 when a sleep begins and C (the shortest period) more
 after every replay: level l commits where its period divides that, and accumulates otherwise. What it had
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,13 +34,40 @@ from ..kept import KeptSegments, hashed
 from ..model_state import ModelState
 from ..state import Counters
 from . import generation, segments
+from .apart import cut, learn_apart
+from .dreams import DREAMT, Dreams, dream
 from .generation import Reading
-from .head import Targets
 from .options import check_callbacks
 from .protocol import Model
 from .source import Source
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
+OP = "HopeForCausalLM.replay"
+PART = 64  # tokens of a segment that are read together, at most
+DREAMS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replays:
+    """Arguments of a model's ``replay``, where they are explained. Raises ValueError for a value out of range."""
+
+    passes: int
+    shuffle: bool
+    seed: int
+    should_stop: Callable[[], bool] | None
+    on_segment: OnSegment | None
+    backend: str | None
+    part: int | None
+    dreams: int
+
+    def __post_init__(self) -> None:
+        check_callbacks(OP, should_stop=self.should_stop, on_segment=self.on_segment)
+        for name, least, expected in (
+            ("passes", 0, "an integer >= 0"), ("seed", None, "an integer"), ("dreams", 0, "an integer >= 0")
+        ):
+            object.__setattr__(self, name, check_integer(OP, name, getattr(self, name), least, expected))
+        if self.part is not None:
+            object.__setattr__(self, "part", check_integer(OP, "part", self.part, 1, "a positive integer or None"))
 
 
 @torch.no_grad()
@@ -47,7 +75,7 @@ def read(
     model: Model, ids: Tensor | Source, state: ModelState | None = None, *, learn: str = "next_token",
     passes: int = 1, shuffle: bool = False, replay: int = 0, seed: int = 0, flush: bool | None = None,
     on_segment: OnSegment | None = None, should_stop: Callable[[], bool] | None = None,
-    backend: str | None = None, **options: Any
+    backend: str | None = None, part: int | None = PART, dreams: int = DREAMS, **options: Any
 ) -> ReadAndSlept:
     """A model's ``read``, where the arguments are explained. options: those of ``generation.read`` that nothing
     but the reading asks for."""
@@ -66,7 +94,11 @@ def read(
     if learn == "next_token" and (passes > 1 if flush is None else flush):
         model.flush(state, backend)
     if passes > 1:
-        found.sleep = sleep(model, state, passes - 1, shuffle, seed, should_stop, on_segment, backend)
+        how = Replays(
+            passes=passes - 1, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
+            backend=backend, part=part, dreams=dreams,
+        )
+        found.sleep = sleep(model, state, how)
         found.finished = found.sleep.finished
     return found
 
@@ -91,66 +123,70 @@ class ReadAndSlept(Reading):
 
 
 @torch.no_grad()
-def sleep(
-    model: Model, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0,
-    should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
-    backend: str | None = None,
-) -> Sleep:
-    """Learns the segments that ``state`` keeps again, ``passes`` times, in place: a model's ``replay``, where
-    the arguments are explained."""
-    op = "HopeForCausalLM.replay"
-    check_callbacks(op, should_stop=should_stop, on_segment=on_segment)
-    passes = check_integer(op, "passes", passes, 0, "an integer >= 0")
-    seed = check_integer(op, "seed", seed, None, "an integer")
-    B = state.batch
+def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
+    """Learns the segments that ``state`` keeps again, in place: a model's ``replay``."""
+    passes, B = how.passes, state.batch
     found = Sleep(torch.zeros(passes, B, dtype=torch.float64, device="cpu"), [[0] * B for _ in range(passes)], True)
     if state.kept is None or not model.learns:
         return found
     held = state.kept.held()
     total, counts = [passes * n for n in held], _tokens(state.kept)
     if any(d > t for d, t in zip(state.kept.done, total)):
-        raise ValueError(f"{op}: argument passes is {passes}, and the unfinished sleep of argument state has done "
+        raise ValueError(f"{OP}: argument passes is {passes}, and the unfinished sleep of argument state has done "
                          f"{list(state.kept.done)} replays of {held} segments")
     orders: list[dict[int, list[int]]] = [{} for _ in range(B)]
+    own = None
     while any(d < t for d, t in zip(state.kept.done, total)):
-        if should_stop is not None and should_stop():
+        if how.should_stop is not None and how.should_stop():
             found.finished = False
             return found
         rows = [b for b in range(B) if state.kept.done[b] < total[b]]
         at = [divmod(state.kept.done[b], held[b]) for b in rows]
         for b, (p, _) in zip(rows, at):
             if p not in orders[b]:
-                orders[b] = {p: _order(state.kept, b, p, shuffle, seed)}
-        slots = [orders[b][p][j] for b, (p, j) in zip(rows, at)]
-        nats = _again(model, state, rows, slots, [counts[b][s] for b, s in zip(rows, slots)], backend)
-        for b, (p, _), slot, value in zip(rows, at, slots, nats.tolist()):
-            found.nats[p, b] += value
-            found.predicted[p][b] += counts[b][slot]
-        if on_segment is not None and B:
-            on_segment(state.kept.done[0], total[0])
+                orders[b] = {p: _order(state.kept, b, p, how.shuffle, how.seed)}
+        if own is None and how.dreams:
+            own = dream(model, how.dreams, min(DREAMT, model.segment), how.seed, how.backend)
+        turns = [Turn(b, p, orders[b][p][j]) for b, (p, j) in zip(rows, at)]
+        for turn, nats in zip(turns, _again(model, state, turns, how, own)):
+            found.nats[turn.number, turn.row] += nats
+            found.predicted[turn.number][turn.row] += counts[turn.row][turn.slot]
+        if how.on_segment is not None and B:
+            how.on_segment(state.kept.done[0], total[0])
     state.kept.done[:] = [0] * B
     return found
 
 
+class Turn(NamedTuple):
+    """A replay: of which row, in which pass, of what slot."""
+
+    row: int
+    number: int
+    slot: int
+
+
 def _again(
-    model: Model, state: ModelState, rows: list[int], slots: list[int], lengths: list[int], backend: str | None
-) -> Tensor:
-    """Learns one kept segment in each of ``rows``, in place: their losses [len(rows)] in nats."""
-    op, C, kept = "HopeForCausalLM.replay", model.segment, state.kept
+    model: Model, state: ModelState, turns: list[Turn], how: Replays, own: Dreams | None
+) -> list[float]:
+    """Learns one kept segment in the row of each of ``turns``, in place: their losses in nats."""
+    C, kept, found, seed, part = model.segment, state.kept, [], how.seed, how.part
     assert kept is not None
-    with model.reading(op, state):
+    rows, texts, numbers = [t.row for t in turns], kept.ids, kept.numbers.tolist()
+    with model.reading(OP, state):
         state.drop_held()
         draft = segments.draft(continued(model, state))
-        text, n = kept.ids[rows, slots].clamp(min=0), max(lengths)
-        empty = [b.mixer.init_state(len(rows), text.device) for b in model.blocks]
+        assert draft.kept is not None
         done = Counters([d + (b in rows) for b, d in enumerate(kept.done)])
-        heads, _ = segments.learn_segment(
-            model, draft, empty, text[:, :n], Targets(text[:, 1 : n + 1], lengths), [True] * len(rows), lengths,
-            [d * C for d in done], backend, rows if len(rows) < state.batch else None, logits=False,
-        )
-        assert heads.nats is not None and draft.kept is not None
+        for b, p, slot in turns:
+            text, number = texts[b, slot], numbers[b][slot]
+            size = C if part is None else part
+            at = C if part is None else 1 + hashed(seed, p, number, 1) % part
+            which = 0 if own is None else hashed(seed, p, number, 2) % len(own.ids)
+            parts = cut(text[text >= 0], at, size)
+            nats = learn_apart(model, draft, b, parts, [d * C for d in done], how.backend, own, which)
+            found.append(float(nats.double().sum()))
         state.assign(segments.finished(replace(draft, kept=replace(draft.kept, done=done))))
-    return heads.nats.double().sum(1)
+    return found
 
 
 def _tokens(kept: KeptSegments) -> list[list[int]]:

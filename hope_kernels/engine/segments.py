@@ -22,7 +22,7 @@ from ..ops.cms.chain import Sink
 from ..ops.cms.level import Factors
 from ..state import Counters
 from .guard import judge
-from .head import Heads, Targets, read_head
+from .head import Heads, Targets, mask, read_head
 from .protocol import Model
 
 
@@ -166,24 +166,25 @@ def learn_segment(
     with torch.inference_mode(False), torch.enable_grad():
         ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
         sinks, before = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1]), mixers
-        h, mixers, anchor = _read(model, state, mixers, ids, lengths, backend, sinks, among)
+        h, mixers, anchor = read_graph(model, state, mixers, ids, lengths, backend, sinks, among)
         heads = read_head(
             model, h.detach(), lengths, targets, logits=logits, learners=rows, check_finite=check_finite
         )
         assert heads.slopes is not None and heads.nats is not None
         read = Segment(before, ids, targets, lengths, backend)
-        torch.autograd.grad(h, anchor, _judged(model, state, read, marked, learners, heads.nats, heads.slopes))
+        torch.autograd.grad(h, anchor, judged(model, state, read, marked, learners, heads.nats, heads.slopes))
     return heads, mixers
 
 
 class Segment(NamedTuple):
-    """What a segment was read from. mixers: as they were before."""
+    """What a segment was read from. mixers: as they were before. apart: the rows are parts of one segment."""
 
     mixers: list[MixerState]
     ids: Tensor
     targets: Targets
     lengths: list[int]
     backend: str | None
+    apart: bool = False
 
 
 @dataclass
@@ -216,7 +217,7 @@ class Held:
                     late.sink = sink
             assert heads.slopes is not None and heads.nats is not None
             read = self.read._replace(targets=targets)
-            slopes = _judged(model, state, read, marked, marked, heads.nats, heads.slopes)
+            slopes = judged(model, state, read, marked, marked, heads.nats, heads.slopes)
             torch.autograd.grad(self.h, self.anchor, slopes)
 
 
@@ -240,7 +241,7 @@ def read_and_hold(
         ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
         late = [None if cms is None or block.cms is None else Late() for block, cms in zip(model.blocks, state.cms)]
         read = Segment([m.snapshot() for m in mixers], ids, targets, lengths, backend)
-        h, mixers, anchor = _read(model, state, mixers, ids, lengths, backend, late, None)
+        h, mixers, anchor = read_graph(model, state, mixers, ids, lengths, backend, late, None)
     wanted = targets if losses else None
     heads = read_head(model, h.detach(), lengths, wanted, logits=not losses, check_finite=check_finite)
     return heads, mixers, Held(h, anchor, late, read)
@@ -252,30 +253,42 @@ def _sinks(
 ) -> list[Sink | None]:
     """Where the factors of each block's levels go: to its part of the draft ``state``. tokens: how many of the
     ``width`` of each row that is read contribute."""
-    like, found = placement(model.embed), []
     of = dict(zip(range(len(tokens)) if among is None else among, tokens))
-    ragged = tokens if any(of[b] < width for b in learners) else None
+    if all(of[b] == width for b in learners):
+        return sinks_of(model, state, learners, counts, backend, among)
+    real = mask(tokens, width, placement(model.embed).device)
+    return sinks_of(model, state, learners, counts, backend, among, tokens, real)
+
+
+def sinks_of(
+    model: Model, state: ModelState, learners: list[int], counts: list[int] | None, backend: str | None,
+    among: list[int] | None, tokens: list[int] | None = None, real: Tensor | None = None
+) -> list[Sink | None]:
+    """``ContinuumMemory.sink`` of each block, at the rates that the guard of ``state`` allows."""
+    like, found = placement(model.embed), []
     for block, cms in zip(model.blocks, state.cms):
         if cms is None or block.cms is None:
             found.append(None)
             continue
         ops = cms_backends.resolve(cms.config, like.dtype, like.device, backend, inner=True)
         scale = None if state.guard is None else state.guard.rate
-        found.append(block.cms.sink(cms, learners, counts, ops, among, ragged, scale))
+        found.append(block.cms.sink(cms, learners, counts, ops, among, tokens, real, scale))
     return found
 
 
-def _judged(
+def judged(
     model: Model, state: ModelState, read: Segment, marked: list[int], learners: list[int], nats: Tensor,
     slopes: Tensor
 ) -> Tensor:
-    """``slopes`` of the segment ``read``, whose rows ``marked`` are the rows ``learners`` of the batch, without
-    those that the guard of ``state`` lets not learn; they leave ``learners``."""
+    """``slopes`` of the segment ``read``, whose rows ``marked`` are the rows ``learners`` of the batch (or parts
+    of a segment of its one learner), without those that the guard of ``state`` lets not learn; they leave
+    ``learners``."""
     if state.guard is None or not learners:
         return slopes
 
     def counted(found: Tensor) -> list[Tensor]:
-        return [found[m, : read.targets.known[m]] for m in marked]
+        rows = [found[m, : read.targets.known[m]] for m in marked]
+        return [torch.cat(rows)] if read.apart else rows
 
     def own() -> list[Tensor]:
         mixers = [m.snapshot() for m in read.mixers]
@@ -289,19 +302,22 @@ def _judged(
     bad = judge(state.guard, list(zip(model.blocks, state.cms)), list(learners), counted(nats), own)
     if not bad:
         return slopes
+    if read.apart:
+        learners.clear()
+        return torch.zeros_like(slopes)
     keep = torch.ones(slopes.shape[0], 1, 1, dtype=torch.bool, device=slopes.device)
     keep[[m for m, b in zip(marked, learners) if b in bad]] = False
     learners[:] = [b for b in learners if b not in bad]
     return torch.where(keep, slopes, 0)
 
 
-def _read(
+def read_graph(
     model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, lengths: list[int],
-    backend: str | None, sinks: list[Sink | None] | list[Late | None], among: list[int] | None
+    backend: str | None, sinks: list[Sink | None] | list[Late | None], among: list[int] | None, apart: bool = False
 ) -> tuple[Tensor, list[MixerState], Tensor]:
     """The pass that learns, up to the head: h, the mixers after it, and the scalar its gradient is taken to."""
     anchor = torch.zeros((), dtype=torch.float32, device=ids.device, requires_grad=True)
-    inner = [Inner(anchor, sink, among) for sink in sinks]
+    inner = [Inner(anchor, sink, among, apart) for sink in sinks]
     mixers = [_constant(m) for m in mixers]
     return *model.run(model.embed(ids).detach(), mixers, state.cms, lengths, backend, inner), anchor
 

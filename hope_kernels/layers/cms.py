@@ -38,11 +38,13 @@ NAME = "ContinuumMemory"
 class Inner(NamedTuple):
     """One block's part in the pass that learns. anchor: the scalar its gradient is taken to.  sink: where the
     levels' factors go (None without a CMS).  among: the rows of the state's batch that the pass reads; None:
-    all."""
+    all.  apart: what it reads are parts of one segment, side by side: the mixers do not see one from another,
+    and to the CMS, which reads every token for itself, they are tokens of the one row in ``among``."""
 
     anchor: Tensor
     sink: Sink | None
     among: list[int] | None = None
+    apart: bool = False
 
 
 class ContinuumMemory(nn.Module):
@@ -283,25 +285,24 @@ class ContinuumMemory(nn.Module):
 
     def sink(
         self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None,
-        tokens: list[int] | None = None, scale: Callable[[int], float] | None = None,
+        tokens: list[int] | None = None, real: Tensor | None = None, scale: Callable[[int], float] | None = None,
     ) -> Sink:
         """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
         ``absorb``.
 
         rows: also what is left of the list when the factors come. among: the rows of the batch that the factors
-        are of; None: all. tokens: how many of each of these rows count, the first ones; None: all. scale: of the
-        rates of a row; None: 1.
+        are of; None: all. tokens: how many of each of these rows count; None: all that there are factors of. real
+        [len(among), n]: which factors are of tokens and not of padding; None: all. scale: of the rates of a row;
+        None: 1.
         """
         of = None if tokens is None else dict(zip(range(state.batch) if among is None else among, tokens))
         counted = None if of is None else [of.get(b, 0) for b in range(state.batch)]
 
         def learned(l: int, factors: Factors) -> None:
-            if tokens is not None:
+            if real is not None:
                 # errors of padding are zero, and its inputs are whatever the blocks make of it
-                left, _ = factors["down"]
-                count = torch.tensor(tokens, dtype=torch.long, device=left.device).unsqueeze(1)
-                real = (torch.arange(left.shape[1], device=left.device) < count).unsqueeze(-1)
-                factors = {n: (left, torch.where(real, right, 0)) for n, (left, right) in factors.items()}
+                there = real.unsqueeze(-1)
+                factors = {n: (left, torch.where(there, right, 0)) for n, (left, right) in factors.items()}
             if self.config.rank is not None:
                 factors = low_rank.projected(self.config, l, factors)
             if among is not None:
@@ -435,6 +436,9 @@ class ContinuumMemory(nn.Module):
         self, x: Tensor, state: CMSState | list[Level], backend: str | None, inner: Inner | None = None
     ) -> Tensor:
         """x through all levels, in the pass that learns if there is an ``inner``."""
+        if inner is not None and inner.apart:
+            one = self._read(x.reshape(1, -1, x.shape[-1]), state, backend, inner._replace(apart=False))
+            return one.view(x.shape)
         ops = resolve(self.config, x.dtype, x.device, backend, inner is not None)
         # nothing up to here learns: no graph, no backward
         if inner is not None and not x.requires_grad and not self.learns:
@@ -447,7 +451,7 @@ class ContinuumMemory(nn.Module):
     ) -> Tensor:
         """Every level through its own call, inside which its weights are taken. constant: without a graph to
         the parameters."""
-        anchor, sink, among = (None, None, None) if inner is None else inner
+        anchor, sink, among, _ = inner or (None, None, None, False)
         work = Work(self.config, self.norm_eps, ops, sink, anchor)
 
         def read(l: int, residual: bool) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:

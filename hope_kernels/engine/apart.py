@@ -1,0 +1,81 @@
+"""A segment learned in parts that are read apart, each from empty mixers, with a dream beside them.
+
+A text that is always replayed in the same surroundings is recognized by them, and what it says is then learned
+as what follows them: after 16 replays a model knows every word of it, and cannot answer when it is asked. So a
+replay cuts a segment, at places that differ from pass to pass, and reads the parts side by side as rows of a
+batch. Every token of them keeps its own target, also where that is the first token of the next part.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model_state import ModelState
+from .dreams import WEIGHT, Dreams
+from .head import Targets, drift, mask, read_head
+from .protocol import Model
+from .segments import Segment, judged, read_graph, sinks_of
+
+
+class Parts(NamedTuple):
+    """ids, targets [R, n], right-padded with 0; lengths: tokens of each row."""
+
+    ids: Tensor
+    targets: Tensor
+    lengths: list[int]
+
+
+def cut(text: Tensor, at: int, part: int) -> Parts:
+    """``text`` [n + 1], a segment's tokens and the one after them, as parts: the first of ``at`` tokens, the others
+    of ``part``, the last of what is left."""
+    n = len(text) - 1
+    starts = [0, *range(at, n, part)]
+    lengths = [b - a for a, b in zip(starts, [*starts[1:], n])]
+    ids = text.new_zeros(2, len(starts), max(lengths))
+    for i, (a, m) in enumerate(zip(starts, lengths)):
+        for side in (0, 1):
+            ids[side, i, :m] = text[a + side : a + side + m]
+    return Parts(ids[0], ids[1], lengths)
+
+
+def learn_apart(
+    model: Model, state: ModelState, row: int, parts: Parts, counts: list[int], backend: str | None,
+    dreams: Dreams | None = None, which: int = 0,
+) -> Tensor:
+    """Descends the loss of ``parts`` in ``row`` of the draft ``state``, and the divergence of the dream ``which``:
+    the losses [R, n] in nats. counts: as ``segments.learn_segment`` has them."""
+    R, lengths, known = len(parts.lengths), list(parts.lengths), sum(parts.lengths)
+    ids = parts.ids
+    if dreams is not None:
+        extra = dreams.ids[which : which + 1]
+        width = max(ids.shape[1], extra.shape[1])
+        ids = torch.cat([F.pad(t, (0, width - t.shape[1])) for t in (ids, extra)])
+        lengths.append(extra.shape[1])
+    learners, device = [row], ids.device
+    empty = [b.mixer.init_state(len(lengths), device) for b in model.blocks]
+    read = Segment(
+        [b.mixer.init_state(R, device) for b in model.blocks], parts.ids, Targets(parts.targets, parts.lengths),
+        parts.lengths, backend, True
+    )
+    real = mask(lengths, ids.shape[1], device).view(1, -1)
+    with torch.inference_mode(False), torch.enable_grad():
+        sinks = sinks_of(model, state, learners, counts, backend, [row], [known], real)
+        h, _, anchor = read_graph(model, state, empty, ids.clone(), lengths, backend, sinks, [row], True)
+        n = parts.ids.shape[1]
+        heads = read_head(
+            model, h.detach()[:R, :n], parts.lengths, read.targets, logits=False, learners=[True] * R
+        )
+        assert heads.slopes is not None and heads.nats is not None
+        slopes = h.new_zeros(h.shape)
+        slopes[:R, :n] = heads.slopes
+        if dreams is not None:
+            # a row's loss is the sum over the replayed tokens, or what its optimizer makes of that
+            _, back = drift(model, h.detach()[R:, : lengths[R]], dreams.h[which : which + 1])
+            slopes[R, : lengths[R]] = back[0] * (WEIGHT * known / lengths[R])
+        slopes = judged(model, state, read, list(range(R)), learners, heads.nats, slopes)
+        torch.autograd.grad(h, anchor, slopes)
+    return heads.nats

@@ -1,0 +1,50 @@
+"""Dreams: short texts that a model's own weights write, read beside what is replayed so that all else stays.
+
+A replay learns a few segments many times over, and what that does to other text nothing in them says. So the
+model as it is without what it has learned writes a few texts when a sleep begins: a first token drawn evenly
+from the vocabulary, every other one from the model's distribution (as LLM-QAT draws its data, arXiv 2305.17888,
+section 3.1). With each replay one of them is read too, and beside the loss of the replayed tokens
+
+    WEIGHT * (mean over the dream's tokens of KL(own || learned))
+
+is descended: the next token's distribution may change where the text asks for it, and not elsewhere (learning
+without forgetting, arXiv 1606.09282; generative replay, arXiv 1705.08690). Nothing but the model is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kept import hashed
+from ..layers.wrapped import placement
+from .generation import generate
+from .protocol import Model
+
+DREAMT = 64  # tokens of a dream, or a segment's where that is shorter
+WEIGHT = 1.0  # of a dream's mean divergence, against the mean loss of the replayed tokens
+
+
+@dataclass(frozen=True)
+class Dreams:
+    """ids [D, n] int64; h [D, n, d]: what the blocks with the model's own weights make of them."""
+
+    ids: Tensor
+    h: Tensor
+
+
+@torch.no_grad()
+def dream(model: Model, count: int, tokens: int, seed: int, backend: str | None) -> Dreams | None:
+    """``count`` dreams of ``tokens`` tokens (None without any), the same ones for the same seed."""
+    if not count or not tokens:
+        return None
+    device, V = placement(model.embed).device, model.config.vocab_size
+    ids = torch.tensor([[hashed(seed, i) % V] for i in range(count)], device=device)
+    if tokens > 1:
+        new = generate(model, ids, tokens - 1, learn="off", temperature=1.0, seed=seed, backend=backend).tokens
+        ids = torch.cat([ids, new], 1)
+    state = model.init_state(count, device)
+    h, _ = model.run(model.embed(ids), state.mixers, state.cms, [tokens] * count, backend)
+    return Dreams(ids, h)
