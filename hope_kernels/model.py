@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,11 @@ from .config import HopeConfig
 from .continued import continued
 from .engine import segments
 from .engine.compiling import REASON, traced
-from .engine.generation import Generation, Source, generate
+from .engine.generation import Generation, generate
 from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
-from .engine.replay import DREAMS, PART, OnSegment, ReadAndSlept, Sleep, read, sleep
+from .engine.replay import DREAMS, KNOWN, PART, OnSegment, ReadAndSlept, Replays, Sleep, read, sleep
+from .engine.source import Source
 from .engine.unread import check_read_next, left
 from .files import write_atomically
 from .folders import check_ours, model_folder
@@ -45,6 +46,18 @@ from .session_bytes import session_bytes
 from .state import Counters
 from .text.files import read_files, write_files
 from .tracing import constant_result
+
+
+class Asked(NamedTuple):
+    """Arguments of the model's ``forward``, where they are explained."""
+
+    learn: str
+    backend: str | None
+    check_finite: bool
+    wavefront: int | None
+    output: str
+    following: Tensor | None
+    guard: bool | None
 
 
 class HopeForCausalLM(nn.Module):
@@ -135,23 +148,19 @@ class HopeForCausalLM(nn.Module):
         looked at when compiled), a given state inside an ``autograd.Function`` (reentrant activation
         checkpointing), and with check_finite for non-finite logits; the given state is then as it was.
         """
-        options: dict[str, Any] = {
-            "learn": learn, "backend": backend, "check_finite": check_finite, "wavefront": wavefront,
-            "output": output, "following": following, "guard": guard,
-        }
+        asked = Asked(learn, backend, check_finite, wavefront, output, following, guard)
         if torch.compiler.is_compiling() and (
             output != "logits" or not traced(self, ids, state, learn, backend)
         ):
             _prepare()
-            return _untraced(self, ids, state, lengths, **options)
-        return self._forward(ids, state, lengths, **options)
+            return _untraced(self, ids, state, lengths, asked)
+        return self._forward(ids, state, lengths, asked)
 
     def _forward(
-        self, ids: Tensor, state: ModelState | None, lengths: Any, *, learn: str, backend: str | None,
-        check_finite: bool, wavefront: int | None, output: str, following: Tensor | None,
-        guard: bool | None,
+        self, ids: Tensor, state: ModelState | None, lengths: Any, asked: Asked
     ) -> tuple[Any, ModelState]:
         name, given = "HopeForCausalLM", state
+        learn, backend, check_finite, wavefront, output, following, guard = asked
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if guard not in (None, True, False):
@@ -322,7 +331,7 @@ class HopeForCausalLM(nn.Module):
         the same probability; from then on the state has them, in files too, k (C + 1) integers a row. passes=n:
         the kept segments are then learned again n - 1 times, shuffle=True: in a new order every time (see
         ``replay``). flush: whether the unfinished segment at the end is learned and kept as well; None: if
-        passes > 1. seed: any int, of what is kept and of the orders. part, dreams: of ``replay``.
+        passes > 1. seed: any int, of what is kept and of the orders. part, dreams, known, fade: of ``replay``.
         should_stop is also asked before every replayed segment. The same call goes on where it was stopped,
         with the rest of ids (``ids[:, reading.tokens:]``, which may be none), also in another process.
 
@@ -335,7 +344,8 @@ class HopeForCausalLM(nn.Module):
     def replay(
         self, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0, *,
         should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
-        backend: str | None = None, part: int | None = PART, dreams: int = DREAMS,
+        backend: str | None = None, part: int | None = PART, dreams: int = DREAMS, known: float = KNOWN,
+        fade: bool = True,
     ) -> Sleep:
         """Learns the segments that ``state`` keeps (``read(..., replay=k)``) again, ``passes`` times, in place
         and without reading anything: ``engine/replay.py`` says what that means.
@@ -343,9 +353,10 @@ class HopeForCausalLM(nn.Module):
         shuffle: each pass in an order of its own, by a hash of seed and pass; else in the order of the text.
         part: a segment is cut into parts of at most so many tokens, elsewhere in every pass, and none of them is
         read in the light of another (None: it stays whole): so its facts are learned apart from what surrounds
-        them. dreams: with each replay one of so many short texts that the model's own weights wrote is read, and
-        held to what they say of it (0: none), so that the model stays what it was elsewhere; written anew, the
-        same ones for a seed, by every call.
+        them. dreams: with each replay some of so many short texts that the model's own weights wrote are read, and
+        held to what they say of them (0: none), so that the model stays what it was elsewhere; written anew, the
+        same ones for a seed, by every call. known: a token that is likelier than that is not learned again (1: every
+        token is). fade: the rates fall evenly to 0 over the ``passes``.
         should_stop is asked before every segment; on_segment(replays of row 0 done, of how many) is called
         after it. A state that was stopped, also one from a file, goes on with the same arguments where it was,
         unless it has learned more text since. A replay that raises leaves the state as the last one left it.
@@ -353,7 +364,10 @@ class HopeForCausalLM(nn.Module):
         Raises ValueError for arguments out of range, and as ``forward`` does.
         """
         self._admit("HopeForCausalLM.replay", state, getattr(state, "batch", 0))
-        return sleep(self, state, passes, shuffle, seed, should_stop, on_segment, backend, part, dreams)
+        return sleep(self, state, Replays(
+            passes=passes, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
+            backend=backend, part=part, dreams=dreams, known=known, fade=fade,
+        ))
 
     def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own

@@ -4,7 +4,6 @@ resumable at any token."""
 from __future__ import annotations
 
 import numbers
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,21 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import check_integer, check_lengths, check_state, check_tensor
-from ..layers.wrapped import placement
+from ..check import check_integer, check_tensor
 from ..model_state import ModelState
 from . import segments
-from . import unread as unread_token
 from .decoder import Decoder
 from .head import mask
+from .options import PIECE, OnPiece, Options, check_callbacks, check_flags
 from .protocol import Model
 from .sampling import draw
-
-PIECE = 4096  # tokens read per forward call: bounds activations and logits, whatever the prompt's length
-
-Source = Callable[[int], Tensor]  # the next n tokens [B, n] of a text, fewer only where it ends
-Stop = str | bytes | Sequence[int]
-OnPiece = Callable[[int, float], None]  # (tokens read so far, their summed loss in nats)
+from .source import Opened, Source, opened
+from .stops import Stop, end_tokens, stop_sequences
 
 
 @dataclass
@@ -88,100 +82,33 @@ def read(
     Raises ValueError for arguments out of range, TypeError for ids, last or a state of another kind, and what
     the model raises; the state then stands after the last whole piece.
     """
-    op = "read"
-    replay = check_integer(op, "replay", replay, 0, "an integer >= 0")
-    seed = check_integer(op, "seed", seed, None, "an integer")
-    if replay and learn != "next_token":
-        raise ValueError(f"{op}: argument replay is {replay}, expected 0 with learn={learn!r}: what is kept is what "
-                         "has been learned")
-    _check(
-        op, learn=learn, piece=piece, on_piece=on_piece, check_finite=check_finite, should_stop=should_stop,
-        unread=unread, guard=guard
+    options = Options(
+        op="read", learn=learn, backend=backend, piece=piece, on_piece=on_piece, check_finite=check_finite,
+        should_stop=should_stop, unread=unread, guard=guard, last=last, wavefront=wavefront, replay=replay,
+        seed=seed,
     )
-    source, lengths, lead = _opened(op, model, ids, state, lengths, unread)
-    return _read(
-        model, source, state, lengths, lead, learn, backend, piece, on_piece, check_finite, last, should_stop,
-        wavefront, replay, seed, guard
-    )
+    return _read(model, opened("read", model, ids, state, lengths, unread), state, options)
 
 
-def _opened(
-    op: str, model: Model, ids: Tensor | Source, state: ModelState | None, lengths: Sequence[int] | None,
-    unread: str | None,
-) -> tuple[Source, list[int] | None, int]:
-    """Everything there is to read, as a function, the unread token in front where ids do not include it;
-    tokens per row (None: until the function ends); how many tokens are in front of ids (0 or 1)."""
-    device, batch, counts = placement(model.embed).device, None, None
-    if callable(ids):
-        if lengths is not None:
-            raise ValueError(f"{op}: argument lengths is {lengths}, expected None where ids is a function")
-        source = _checked(op, ids, device)
-    else:
-        batch = check_tensor(op, "ids", ids, ("B", "T"), torch.int64, device)["B"]
-        counts = check_lengths(op, lengths, *ids.shape)
-        source = _prefixed(ids[:, : max(counts, default=0)], None)
-    if state is None:
-        return source, counts, 0
-    check_state(op, state, ModelState, model.config, getattr(state, "batch", 0) if batch is None else batch)
-    if state.unread is None:
-        return source, counts, 0
-    check_tensor(op, "state.unread", state.unread, (state.batch, 1), torch.int64, device)
-    first = state.unread[:, :0] if unread is not None else source(2)
-    if unread is None:
-        source = _prefixed(first, source)
-    if unread_token.mode_of(op, unread, state.unread, first, counts) == "included":
-        return source, counts, 0
-    return _prefixed(state.unread, source), None if counts is None else [n + 1 for n in counts], 1
-
-
-def _checked(op: str, ids: Source, device: torch.device) -> Source:
-    def take(n: int) -> Tensor:
-        part = ids(n)
-        check_tensor(op, "ids(n)", part, ("B", "n"), torch.int64, device)
-        if part.shape[1] > n:
-            raise ValueError(f"{op}: ids({n}) has {part.shape[1]} tokens, expected at most {n}: the next ones of "
-                             "the text")
-        return part
-
-    return take
-
-
-def _prefixed(front: Tensor, rest: Source | None) -> Source:
-    """The tokens front [B, n], then those of ``rest``."""
-    def take(n: int) -> Tensor:
-        nonlocal front
-        part, front = front[:, : min(n, front.shape[1])], front[:, min(n, front.shape[1]) :]
-        if rest is None or part.shape[1] == n:
-            return part
-        return torch.cat([part, rest(n - part.shape[1])], 1) if part.shape[1] else rest(n)
-
-    return take
-
-
-def _read(
-    model: Model, take: Source, state: ModelState | None, lengths: list[int] | None, lead: int, learn: str,
-    backend: str | None, piece: int, on_piece: OnPiece | None, check_finite: bool, last: Tensor | None,
-    should_stop: Callable[[], bool] | None, wavefront: int | None = None, replay: int = 0, seed: int = 0,
-    guard: bool = True,
-) -> Reading:
-    """``read``, after the checks of its arguments. lead: how many tokens of ``take`` come before the caller's
-    ids."""
+def _read(model: Model, text: Opened, state: ModelState | None, options: Options) -> Reading:
+    """``read``, after the checks of its arguments."""
+    (take, lengths, lead), last = text, options.last
     # pieces end on segment boundaries, so that whole segments are read in one call
     align = model.segment or 1
-    piece = max(operator.index(piece) // align, 1) * align
+    piece = max(options.piece // align, 1) * align
     now = take(piece - (0 if state is None or not state.batch else state.pos[0] % align))
     B = now.shape[0]
     if last is not None:
         check_tensor("read", "last", last, (B, model.config.vocab_size), device=now.device)
     state = model.init_state(B) if state is None else state
-    if replay and model.learns:
-        segments.keep(state, replay, seed)
+    if options.replay and model.learns:
+        segments.keep(state, options.replay, options.seed)
     nats = torch.zeros(B, dtype=torch.float64, device=now.device)
     predicted, at, finished = [0] * B, 0, True
     while now.shape[1] and (lengths is None or at < max(lengths, default=0)):
         end = at + now.shape[1] if lengths is None else min(at + now.shape[1], max(lengths))
         now, ahead = now[:, : end - at], take(piece)
-        if should_stop is not None and should_stop():
+        if options.stopped():
             finished = False
             break
         step = [end - at] * B if lengths is None else [min(max(n - at, 0), end - at) for n in lengths]
@@ -189,9 +116,8 @@ def _read(
         if ahead.shape[1]:
             known = [lengths is None or n > end for n in lengths or [0] * B]
             following = torch.where(torch.tensor(known, device=now.device), ahead[:, 0], -1)
-        found, state = model(
-            now, state, step, learn=learn, backend=backend, check_finite=check_finite, wavefront=wavefront,
-            output="losses", following=following, guard=guard if learn == "next_token" else None
+        found, state = options.call(
+            model, now, state, step, wavefront=options.wavefront, output="losses", following=following
         )
         # the loss of what follows is counted with the piece that reads it
         nats += torch.where(mask([n - 1 for n in step], end - at, now.device), found.nats, 0).double().sum(1)
@@ -202,8 +128,8 @@ def _read(
         predicted = [p + (n - (last is None) if n else 0) for p, n in zip(predicted, step)]
         last = found.last if last is None else torch.where(some.unsqueeze(1), found.last, last)
         now, at = ahead, end
-        if on_piece is not None:
-            on_piece(max(at - lead, 0), float(nats[0]) if B else 0.0)
+        if options.on_piece is not None:
+            options.on_piece(max(at - lead, 0), float(nats[0]) if B else 0.0)
     return Reading(last, nats, predicted, state, max(at - lead, 0), finished)
 
 
@@ -245,30 +171,30 @@ def generate(
     whole piece or token, its ``unread`` set.
     """
     op = "generate"
-    _check(
-        op, learn=learn, piece=piece, on_piece=on_piece, check_finite=check_finite, should_stop=should_stop,
-        unread=unread, on_token=on_token, graph=graph, guard=guard,
+    options = Options(
+        op=op, learn=learn, backend=backend, piece=piece, on_piece=on_piece, check_finite=check_finite,
+        should_stop=should_stop, unread=unread, guard=guard,
     )
+    check_flags(op, graph=graph)
+    check_callbacks(op, on_token=on_token)
     max_new_tokens = check_integer(op, "max_new_tokens", max_new_tokens, 1, "a positive integer")
     temperature = _number(op, "temperature", temperature, lambda t: t >= 0, "a number >= 0")
     top_k = None if top_k is None else check_integer(op, "top_k", top_k, 1, "a positive integer or None")
     if top_p is not None:
         top_p = _number(op, "top_p", top_p, lambda p: 0 < p <= 1, "a number in (0, 1] or None")
     seed = check_integer(op, "seed", seed, None, "an integer")
-    stops = _stops(model, stop) + _ends(model, eos_token_id)
+    stops = stop_sequences(model, stop) + end_tokens(model, eos_token_id)
     if ids is None:
         unread_ids: Tensor | None = getattr(state, "unread", None)
         if state is None or unread_ids is None or bool((unread_ids < 0).any()):
             raise ValueError(f"{op}: argument ids is None, which needs a state that generate returned")
         ids, unread = unread_ids, "included"
-    source, counts, lead = _opened(op, model, ids, state, lengths, unread)
+    text = opened(op, model, ids, state, lengths, unread)
+    counts = text.lengths
     if isinstance(ids, Tensor) and counts is not None and min(counts, default=0) == 0:
         raise ValueError(f"{op}: empty prompt (ids has shape {list(ids.shape)}, lengths {counts}); every row needs "
                          "at least one token")
-    reading = _read(
-        model, source, state, counts, lead, learn, backend, piece, on_piece, check_finite, None, should_stop,
-        guard=guard
-    )
+    reading = _read(model, text, state, options)
     logits, state = reading.logits, reading.state
     B, device = state.batch, reading.nats.device
     if not reading.finished:
@@ -281,17 +207,14 @@ def generate(
     newest: Tensor | None = None  # the tokens drawn last, [B, 1]
     for n in range(max_new_tokens):
         if newest is not None:
-            if should_stop is not None and should_stop():
+            if options.stopped():
                 finished = False
                 break
             if n == 1:
                 decoder = Decoder(model, state, learn, backend) if graph else None
             if decoder is None or any(ended):
                 step = [0 if e else 1 for e in ended]
-                out, state = model(
-                    newest, state, step, learn=learn, backend=backend, check_finite=check_finite,
-                    guard=guard if learn == "next_token" else None
-                )
+                out, state = options.call(model, newest, state, step)
             else:
                 out = decoder.step(newest)
                 if check_finite and not torch.isfinite(out).all():
@@ -317,24 +240,6 @@ def generate(
     return Generation(tokens, lengths_new, state, finished)
 
 
-def _check(
-    op: str, *, learn: Any, piece: Any, check_finite: Any, unread: Any, guard: Any, graph: Any = False,
-    **callbacks: Any
-) -> None:
-    """What ``read`` and ``generate`` share. Raises ValueError."""
-    if not isinstance(learn, str) or learn not in ("off", "next_token"):
-        raise ValueError(f"{op}: argument learn is {learn!r}, expected 'off' or 'next_token'")
-    check_integer(op, "piece", piece, 1, "a positive integer")
-    for name, value in (("check_finite", check_finite), ("graph", graph), ("guard", guard)):
-        if not isinstance(value, bool):
-            raise ValueError(f"{op}: argument {name} is {value!r}, expected True or False")
-    if unread not in (None, "before", "included"):
-        raise ValueError(f"{op}: argument unread is {unread!r}, expected 'before', 'included' or None")
-    for name, value in callbacks.items():
-        if value is not None and not callable(value):
-            raise ValueError(f"{op}: argument {name} is {value!r}, expected a function or None")
-
-
 def _number(op: str, name: str, value: Any, fits: Callable[[float], bool], expected: str) -> float:
     scalar = isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "meta"
     given = value.item() if scalar else value
@@ -345,56 +250,3 @@ def _number(op: str, name: str, value: Any, fits: Callable[[float], bool], expec
     if number is None or not fits(number):
         raise ValueError(f"{op}: argument {name} is {value!r}, expected {expected}")
     return number
-
-
-def _stops(model: Model, stop: Any) -> list[list[int]]:
-    """Sequences of token ids, none of them empty."""
-    def is_id(t: Any) -> bool:
-        return (
-            not isinstance(t, (str, bytes, bytearray)) and (not isinstance(t, Tensor) or t.dim() == 0)
-            and not hasattr(t, "__len__")
-        )
-
-    if isinstance(stop, (str, bytes, bytearray)):
-        stop = [stop]
-    elif stop is None:
-        stop = []
-    try:
-        stop = list(stop.tolist() if isinstance(stop, Tensor) else stop)
-    except TypeError:
-        raise ValueError(f"generate: argument stop is {stop!r}, expected text, bytes, token ids or a list of "
-                         "these") from None
-    if stop and all(is_id(t) for t in stop):
-        stop = [stop]
-    return [_stop_ids(model, s) for s in stop]
-
-
-def _ends(model: Model, ids: Any) -> list[list[int]]:
-    """Each of these ids as a sequence."""
-    ids = ids.tolist() if isinstance(ids, Tensor) else ids
-    given = [] if ids is None else ids if isinstance(ids, (list, tuple, set, frozenset)) else [ids]
-    size = model.config.vocab_size
-    expected = f"None, a token id from 0 to {size - 1}, or several of them"
-    numbers = [check_integer("generate", "eos_token_id", i, 0, expected) for i in given]
-    if max(numbers, default=0) >= size:
-        raise ValueError(f"generate: argument eos_token_id has token {max(numbers)}, expected {expected}")
-    return [[n] for n in numbers]
-
-
-def _stop_ids(model: Model, stop: Any) -> list[int]:
-    size = model.config.vocab_size
-    if isinstance(stop, str):
-        stop = stop.encode()
-    if isinstance(stop, (bytes, bytearray)) and size != 256:
-        raise ValueError(f"generate: stop strings need a byte model (vocab_size 256, not {size}); pass token ids")
-    expected = f"text, bytes or token ids from 0 to {size - 1}"
-    try:
-        entries = list(stop)
-    except TypeError:
-        raise ValueError(f"generate: argument stop has an entry {stop!r}, expected {expected}") from None
-    if not entries:
-        raise ValueError("generate: argument stop has an empty entry")
-    ids = [check_integer("generate", "stop", t, 0, expected) for t in entries]
-    if max(ids) >= size:
-        raise ValueError(f"generate: argument stop has token {max(ids)}, expected 0 to {size - 1}")
-    return ids

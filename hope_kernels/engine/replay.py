@@ -4,7 +4,8 @@ A reading goes through a text once, and what it learns last weighs most. A state
 (``kept.py``) can learn from them again afterwards. A pass takes every kept segment of a row once: in the order
 they were read in, or shuffled by a hash of the seed and the number of the pass. Each is cut into parts that are
 read apart (``apart.py``), from empty mixers, as at position 0, with the weights the row has by then, and learned
-from; a dream of the model's own weights (``dreams.py``) holds on to what it knew.
+from; dreams of the model's own weights (``dreams.py``) hold on to what it knew. A token that is likelier than
+``known`` is not learned, and the rates fall evenly to 0 over a sleep.
 
 The levels have a clock of their own meanwhile, which is 0 when a sleep begins and C (the shortest period) more
 after every replay: level l commits where its period divides that, and accumulates otherwise. What it had
@@ -21,9 +22,10 @@ ends it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,32 +38,63 @@ from ..state import Counters
 from . import generation, segments
 from .apart import cut, learn_apart
 from .dreams import SHARE, Dreams, dream
-from .generation import PIECE, OnPiece, Reading, Source
+from .generation import Reading
+from .options import check_callbacks
 from .protocol import Model
+from .source import Source
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
-PART = 64  # tokens of a segment that are read together, at most
-DREAMS = 32
+OP = "HopeForCausalLM.replay"
+PART = 24  # tokens of a segment that are read together, at most
+DREAMS = 64  # of as many tokens
+KNOWN = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replays:
+    """Arguments of a model's ``replay``, where they are explained. Raises ValueError for a value out of range."""
+
+    passes: int
+    shuffle: bool
+    seed: int
+    should_stop: Callable[[], bool] | None
+    on_segment: OnSegment | None
+    backend: str | None
+    part: int | None
+    dreams: int
+    known: float
+    fade: bool
+
+    def __post_init__(self) -> None:
+        check_callbacks(OP, should_stop=self.should_stop, on_segment=self.on_segment)
+        for name, least, expected in (
+            ("passes", 0, "an integer >= 0"), ("seed", None, "an integer"), ("dreams", 0, "an integer >= 0")
+        ):
+            object.__setattr__(self, name, check_integer(OP, name, getattr(self, name), least, expected))
+        if self.part is not None:
+            object.__setattr__(self, "part", check_integer(OP, "part", self.part, 1, "a positive integer or None"))
+        if isinstance(self.known, bool) or not isinstance(self.known, (int, float)) or not 0 < self.known <= 1:
+            raise ValueError(f"{OP}: argument known is {self.known!r}, expected a probability, above 0")
 
 
 @torch.no_grad()
 def read(
-    model: Model, ids: Tensor | Source, state: ModelState | None = None, *, lengths: Sequence[int] | None = None,
-    learn: str = "next_token", passes: int = 1, shuffle: bool = False, replay: int = 0, seed: int = 0,
-    flush: bool | None = None, on_piece: OnPiece | None = None, on_segment: OnSegment | None = None,
-    should_stop: Callable[[], bool] | None = None, backend: str | None = None, piece: int = PIECE,
-    check_finite: bool = True, last: Tensor | None = None, wavefront: int | None = None, unread: str | None = None,
-    guard: bool = True, part: int | None = PART, dreams: int = DREAMS,
+    model: Model, ids: Tensor | Source, state: ModelState | None = None, *, learn: str = "next_token",
+    passes: int = 1, shuffle: bool = False, replay: int = 0, seed: int = 0, flush: bool | None = None,
+    on_segment: OnSegment | None = None, should_stop: Callable[[], bool] | None = None,
+    backend: str | None = None, part: int | None = PART, dreams: int = DREAMS,
+    known: float = KNOWN, fade: bool = True, **options: Any
 ) -> ReadAndSlept:
-    """A model's ``read``, where the arguments are explained."""
+    """A model's ``read``, where the arguments are explained. options: those of ``generation.read`` that nothing
+    but the reading asks for."""
     op = "HopeForCausalLM.read"
     passes = check_integer(op, "passes", passes, 1, "a positive integer")
     if passes > 1 and not replay and (state is None or state.kept is None):
         raise ValueError(f"{op}: argument passes is {passes}, which needs segments to replay: pass replay=k, at most "
                          "how many are kept")
     reading = generation.read(
-        model, ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront,
-        unread, replay, seed, guard
+        model, ids, state, learn=learn, backend=backend, should_stop=should_stop, replay=replay, seed=seed,
+        **options
     )
     found, state = ReadAndSlept(**vars(reading)), reading.state
     if not reading.finished:
@@ -69,9 +102,11 @@ def read(
     if learn == "next_token" and (passes > 1 if flush is None else flush):
         model.flush(state, backend)
     if passes > 1:
-        found.sleep = sleep(
-            model, state, passes - 1, shuffle, seed, should_stop, on_segment, backend, part, dreams
+        how = Replays(
+            passes=passes - 1, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
+            backend=backend, part=part, dreams=dreams, known=known, fade=fade,
         )
+        found.sleep = sleep(model, state, how)
         found.finished = found.sleep.finished
     return found
 
@@ -96,49 +131,37 @@ class ReadAndSlept(Reading):
 
 
 @torch.no_grad()
-def sleep(
-    model: Model, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0,
-    should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
-    backend: str | None = None, part: int | None = PART, dreams: int = DREAMS,
-) -> Sleep:
-    """Learns the segments that ``state`` keeps again, ``passes`` times, in place: a model's ``replay``, where
-    the arguments are explained."""
-    op = "HopeForCausalLM.replay"
-    for name, given in (("should_stop", should_stop), ("on_segment", on_segment)):
-        if given is not None and not callable(given):
-            raise ValueError(f"{op}: argument {name} is {given!r}, expected a function or None")
-    passes = check_integer(op, "passes", passes, 0, "an integer >= 0")
-    seed = check_integer(op, "seed", seed, None, "an integer")
-    part = None if part is None else check_integer(op, "part", part, 1, "a positive integer or None")
-    dreams = check_integer(op, "dreams", dreams, 0, "an integer >= 0")
-    B = state.batch
+def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
+    """Learns the segments that ``state`` keeps again, in place: a model's ``replay``."""
+    passes, B = how.passes, state.batch
     found = Sleep(torch.zeros(passes, B, dtype=torch.float64, device="cpu"), [[0] * B for _ in range(passes)], True)
     if state.kept is None or not model.learns:
         return found
     held = state.kept.held()
     total, counts = [passes * n for n in held], _tokens(state.kept)
     if any(d > t for d, t in zip(state.kept.done, total)):
-        raise ValueError(f"{op}: argument passes is {passes}, and the unfinished sleep of argument state has done "
+        raise ValueError(f"{OP}: argument passes is {passes}, and the unfinished sleep of argument state has done "
                          f"{list(state.kept.done)} replays of {held} segments")
     orders: list[dict[int, list[int]]] = [{} for _ in range(B)]
     own = None
     while any(d < t for d, t in zip(state.kept.done, total)):
-        if should_stop is not None and should_stop():
+        if how.should_stop is not None and how.should_stop():
             found.finished = False
             return found
         rows = [b for b in range(B) if state.kept.done[b] < total[b]]
         at = [divmod(state.kept.done[b], held[b]) for b in rows]
         for b, (p, _) in zip(rows, at):
             if p not in orders[b]:
-                orders[b] = {p: _order(state.kept, b, p, shuffle, seed)}
-        if own is None and dreams:
-            own = dream(model, dreams, min(part or model.segment, model.segment), seed, backend)
+                orders[b] = {p: _order(state.kept, b, p, how.shuffle, how.seed)}
+        if own is None and how.dreams:
+            tokens = min(how.part or model.segment, model.segment)
+            own = dream(model, how.dreams, tokens, how.seed, how.backend)
         turns = [Turn(b, p, orders[b][p][j]) for b, (p, j) in zip(rows, at)]
-        for turn, nats in zip(turns, _again(model, state, turns, seed, part, own, backend)):
+        for turn, nats in zip(turns, _again(model, state, turns, how, own)):
             found.nats[turn.number, turn.row] += nats
             found.predicted[turn.number][turn.row] += counts[turn.row][turn.slot]
-        if on_segment is not None and B:
-            on_segment(state.kept.done[0], total[0])
+        if how.on_segment is not None and B:
+            how.on_segment(state.kept.done[0], total[0])
     state.kept.done[:] = [0] * B
     return found
 
@@ -152,14 +175,13 @@ class Turn(NamedTuple):
 
 
 def _again(
-    model: Model, state: ModelState, turns: list[Turn], seed: int, part: int | None, own: Dreams | None,
-    backend: str | None
+    model: Model, state: ModelState, turns: list[Turn], how: Replays, own: Dreams | None
 ) -> list[float]:
     """Learns one kept segment in the row of each of ``turns``, in place: their losses in nats."""
-    op, C, kept, found = "HopeForCausalLM.replay", model.segment, state.kept, []
+    C, kept, found, seed, part = model.segment, state.kept, [], how.seed, how.part
     assert kept is not None
     rows, texts, numbers = [t.row for t in turns], kept.ids, kept.numbers.tolist()
-    with model.reading(op, state):
+    with model.reading(OP, state):
         state.drop_held()
         draft = segments.draft(continued(model, state))
         assert draft.kept is not None
@@ -170,7 +192,10 @@ def _again(
             at = C if part is None else 1 + hashed(seed, p, number, 1) % part
             some = None if own is None else own.some(_which(own, C, seed, p, number))
             parts = cut(text[text >= 0], at, size)
-            nats = learn_apart(model, draft, b, parts, [d * C for d in done], backend, some)
+            rate = 1 - kept.done[b] / (how.passes * kept.held()[b]) if how.fade else 1.0
+            nats = learn_apart(
+                model, draft, b, parts, [d * C for d in done], how.backend, some, least=-math.log(how.known), rate=rate
+            )
             found.append(float(nats.double().sum()))
         state.assign(segments.finished(replace(draft, kept=replace(draft.kept, done=done))))
     return found

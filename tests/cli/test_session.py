@@ -20,7 +20,8 @@ from hope_kernels import state_file
 from hope_kernels.cli.main import main
 from hope_kernels.cli.meter import PeakMemory
 from hope_kernels.cli.prompt import Prompt
-from hope_kernels.engine.generation import PIECE, read
+from hope_kernels.engine.generation import read
+from hope_kernels.engine.options import PIECE
 from hope_kernels.state_file import load_note
 
 

@@ -62,7 +62,7 @@ def test_a_sleep_is_a_reading_of_the_segments_from_position_0(options, shuffle, 
             text = kept.ids[:, slot]
             losses, plain = model(text[:, :4], plain, learn="next_token", following=text[0, 4:], output="losses")
             want[p] += losses.nats.sum()
-    slept = model.replay(state, passes, shuffle, 5, part=part, dreams=0)
+    slept = model.replay(state, passes, shuffle, 5, part=part, dreams=0, known=1, fade=False)
     assert relative(slept.nats[:, 0], want) < 1e-10 and slept.predicted == [[28]] * 3 and slept.finished
     assert differences(state, plain) < 1e-10
 
@@ -79,7 +79,7 @@ def test_a_flushed_segment_is_replayed_as_a_shorter_one(model):
     again = model.init_state(1)
     again.cms = [replace(c, pos=Counters([0])) for c in plain.cms]
     losses, again = model(text[:, 4:], again, learn="next_token", output="losses")
-    slept = model.replay(state, 1, shuffle=False, part=None, dreams=0)
+    slept = model.replay(state, 1, shuffle=False, part=None, dreams=0, known=1, fade=False)
     assert slept.predicted == [[6]]
     weights = [[c.weights[0] for c in s.cms] for s in (state, again)]
     model.flush(again)  # the level whose period is the segment
