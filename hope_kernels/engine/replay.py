@@ -75,6 +75,8 @@ class Replays:
             object.__setattr__(self, "part", check_integer(OP, "part", self.part, 1, "a positive integer or None"))
         if isinstance(self.known, bool) or not isinstance(self.known, (int, float)) or not 0 < self.known <= 1:
             raise ValueError(f"{OP}: argument known is {self.known!r}, expected a probability, above 0")
+        if self.fade not in (True, False):
+            raise ValueError(f"{OP}: argument fade is {self.fade!r}, expected True or False")
 
 
 @torch.no_grad()
