@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from numerics import relative
 from small_model import V, ids, tiny
 
-from hope_kernels import CMSConfig
+from hope_kernels import CMSConfig, HopeForCausalLM
 from hope_kernels.engine import segments
 from hope_kernels.engine.apart import cut, learn_apart
 from hope_kernels.engine.dreams import WEIGHT, dream
@@ -157,3 +157,14 @@ def test_with_dreams_a_model_learns_as_much_and_drifts_less(options):
 
     (gain, drift), (held_gain, held_drift) = after(0), after(200)
     assert held_drift < 0.6 * drift and held_gain > 0.8 * gain > 0.2
+
+
+@torch.no_grad()
+def test_backends_replay_alike():
+    """The C++ kernels beside the chunked PyTorch ones, in fp32."""
+    model = HopeForCausalLM.from_pretrained("kjv-byte")
+    text = torch.tensor([list(b"In the beginning was the Word, and the Word was with God, and the Word was God. " * 4)])
+    options = {"replay": 4, "flush": True, "passes": 3, "seed": 2, "dreams": 8}
+    slept = [model.read(text, backend=name, **options).sleep for name in ("chunked", "cpp")]
+    losses = [s.nats[:, 0] / torch.tensor(s.predicted)[:, 0] for s in slept]
+    assert relative(*losses) < 1e-4 and float(losses[0][-1]) < float(losses[0][0])
