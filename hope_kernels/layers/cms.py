@@ -391,16 +391,14 @@ class ContinuumMemory(nn.Module):
 
     @torch.no_grad()
     def _sizes(self, l: int) -> dict[str, float] | None:
-        """The RMS of each matrix, which relative rates are relative to (with ``rank``: ``low_rank.size``); looked
-        at again only when the parameters may have changed. None: rates are absolute."""
+        """The RMS of each matrix, which relative rates are relative to, looked at again only when the parameters
+        may have changed. None: rates are absolute."""
         if not self.config.relative:
             return None
         mark, (known, found) = checksum(self), self._known_sizes.get(l, (None, {}))
         if mark is None or mark is not known:
             means = {n: t.to(master_dtype(t.dtype)).square().mean() for n, t in self._matrices(l).items()}
             found = {n: float(mean) ** 0.5 for n, mean in means.items()}
-            if self.config.rank is not None:
-                found = {n: low_rank.size(self.config, n, rms) for n, rms in found.items()}
             self._known_sizes[l] = mark, found
         return found
 
