@@ -3,23 +3,22 @@ RoPE, grouped heads, norms of queries and keys, a window, and sinks beside it.""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check import check_batch, check_counters, check_lengths, check_part, check_state, check_tensor, check_values
 from ..config import HopeConfig
 from ..state import Counters, State, master_dtype
+from .attention_cache import appended, mask_before, stored, trimmed
+from .attention_product import attend
 from .autocast import in_own_dtype
 from .recording import check_recorded
+from .rope import rope_rates, rotate
 from .wrapped import placement, project
 from .zero_gradient import with_zero_gradient
-
-BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 
 
 @dataclass(eq=False)
@@ -157,7 +156,7 @@ class AttentionState(State):
         first = torch.tensor(gone, dtype=torch.long, device=self.k.device).unsqueeze(1)
         slot = torch.arange(width, device=self.k.device)
         index = torch.where(slot < sinks, slot, first + slot).clamp(max=slots - 1)[..., None, None]
-        counted = _before(used, width, self.k.device)
+        counted = mask_before(used, width, self.k.device)
 
         def moved(t: Tensor) -> Tensor:
             return torch.where(counted, t.gather(1, index.expand(-1, -1, *t.shape[2:])), 0.0)
@@ -169,7 +168,7 @@ class AttentionState(State):
         file needs."""
         used = self.used()
         width = max([0, *used])
-        counted = _before(used, width, self.k.device)
+        counted = mask_before(used, width, self.k.device)
 
         def cut(t: Tensor) -> Tensor:
             return torch.where(counted, t[:, :width], 0.0)
@@ -309,7 +308,7 @@ class CausalAttention(nn.Module):
             if torch.is_grad_enabled() and not constant_memory:
                 y = with_zero_gradient(y, [x, *self.parameters()])
             return y, state.snapshot() if update else state
-        valid = _before(lengths, T, x.device).squeeze(-1) if min(lengths) < T else None
+        valid = mask_before(lengths, T, x.device).squeeze(-1) if min(lengths) < T else None
         if valid is not None:
             # a NaN in the padding would reach the weights' gradients, as 0 * NaN
             x = torch.where(valid, x, 0.0)
@@ -318,29 +317,28 @@ class CausalAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         far, farthest = None, self._farthest
         if farthest is not None and max(p + n for p, n in zip(state.pos, lengths)) > farthest + 1:
-            far = _rotate(q, *self._rotation(state.pos, T, x, farthest))
+            far = rotate(q, *self._rotation(state.pos, T, x, farthest))
         cos, sin = self._rotation(state.pos, T, x)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         used, graph = state.used(), torch.is_grad_enabled()
         new = state
         # a replay (constant_memory from a snapshot) stores nothing: its state is what the graph holds anyway
         stores = update and (not graph or constant_memory) and not (constant_memory and state.diverged(lengths))
         if stores:
             with torch.no_grad():
-                new = self._stored(state, k.detach(), v.detach(), lengths)
+                new = stored(state, k.detach(), v.detach(), lengths, self._keep, self.sinks)
         if stores and not graph and new.base == state.base:
             keys, values = new.k, new.v
         else:
-            keys, values = _appended(state.k, k, used, lengths), _appended(state.v, v, used, lengths)
+            keys, values = appended(state.k, k, used, lengths), appended(state.v, v, used, lengths)
         pos = Counters([p + n for p, n in zip(state.pos, lengths)])
         if update and not stores:
             kept = (keys.detach(), values.detach()) if constant_memory else (keys, values)
             # full: backward needs keys and values as they are, after a shorter row too
             full = [keys.shape[1]] * len(pos)
-            new = self._trimmed(
-                replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full)
-            )
-        y = project(self.o_proj, self._attend(q, keys, values, used, lengths, far).flatten(2))
+            new = replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full)
+            new = trimmed(new, self._keep, self.sinks)
+        y = project(self.o_proj, attend(self.config, q, keys, values, used, lengths, far).flatten(2))
         if valid is not None:
             y = torch.where(valid, y, 0.0)
         return y, replace(new, pos=pos, base=Counters(new.base)) if update else state
@@ -371,183 +369,3 @@ class CausalAttention(nn.Module):
     def _farthest(self) -> int | None:
         """The position from which all later queries see the sinks. None: there are no sinks."""
         return self.sinks + self.window - 1 if self.sinks and self.window is not None else None
-
-    def _stored(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
-        """The cache with k, v appended: in the given storage where no other state has written on and it has
-        room, else in new storage."""
-        used, frozen = state.used(), state.k.is_inference() and not torch.is_inference_mode_enabled()
-        room = max(u + n for u, n in zip(used, lengths) if n) <= state.k.shape[1]
-        if not room or frozen or state.k.requires_grad or state.diverged(lengths):
-            return self._renewed(state, k, v, lengths)
-        state.filled[:] = [u + n if n else f for u, n, f in zip(used, lengths, state.filled)]
-        if _uniform(used, lengths):
-            u, n = used[0], lengths[0]
-            state.k[:, u : u + n], state.v[:, u : u + n] = k[:, :n], v[:, :n]
-        else:
-            rows, slots, tokens = _places(used, lengths, k.device)
-            state.k[rows, slots], state.v[rows, slots] = k[rows, tokens], v[rows, tokens]
-        return state
-
-    def _renewed(self, state: AttentionState, k: Tensor, v: Tensor, lengths: list[int]) -> AttentionState:
-        """New storage with room for as much again; with a window, without the tokens that nothing can reach
-        any more: those between the sinks and the last ``_keep - sinks``.
-
-        The result's ``pos`` is not yet advanced.
-        """
-        used = state.used()
-        total = [u + n for u, n in zip(used, lengths)]
-        first = [0 if self._keep is None else max(t - self._keep, 0) for t in total]
-        capacity = max(64, 2 * max(t - f for t, f in zip(total, first)))
-        spans = list(zip(range(len(used)), used, lengths, first))
-        if _uniform(used, lengths):
-            spans = [(slice(None), *spans[0][1:])]
-
-        def moved(old: Tensor, new: Tensor) -> Tensor:
-            fresh = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
-            for b, u, n, f in spans:
-                s = min(self.sinks, u + n)
-                # of the slots of both, old before new: from, to, and where they go
-                for start, end, to in ((0, s, 0), (s + f, u + n, s)):
-                    middle = min(max(start, u), end)
-                    fresh[b, to : to + middle - start] = old[b, start:middle]
-                    rest = new[b, max(middle - u, 0) : max(end - u, 0)]
-                    fresh[b, to + middle - start : to + end - start] = rest
-            return fresh
-
-        base, filled = Counters([b + f for b, f in zip(state.base, first)]), [t - f for t, f in zip(total, first)]
-        return replace(state, k=moved(state.k, k), v=moved(state.v, v), base=base, filled=filled)
-
-    def _trimmed(self, state: AttentionState) -> AttentionState:
-        """Differentiable: with a window, a cache of more than twice what may be needed becomes new storage
-        without the rest."""
-        if self._keep is None or state.k.shape[1] <= max(64, 2 * self._keep):
-            return state
-        return self._renewed(state, state.k[:, :0], state.v[:, :0], [0] * state.batch)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, used: list[int], lengths: list[int], far: Tensor | None = None
-    ) -> Tensor:
-        """q [B, T, H, D] against slots of k, v [B, S, Hkv, D]; query t of row b stands at slot used[b] + t.
-
-        far: q as it sees the sinks, where some query stands past ``_farthest``; None: none does.
-        """
-        T, window, sinks = q.shape[1], self.window, self.sinks
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        how: dict[str, Any] = {
-            "scale": self.config.attention_scale, "enable_gqa": self.config.num_kv_heads != self.config.num_heads
-        }
-        if not any(used) and T <= k.shape[2] and (window is None or T <= window + sinks):
-            y = F.scaled_dot_product_attention(q, k[:, :, :T], v[:, :, :T], is_causal=True, **how)
-            return y.transpose(1, 2)
-        # padding looks where the row's last token does: a query that sees nothing would be NaN
-        ends = [max(u + n, 1) for u, n in zip(used, lengths)]
-        same = _uniform(used, lengths) and lengths[0] == T
-        if same:
-            used, ends = used[:1], ends[:1]
-        start, last = (
-            torch.tensor(i, dtype=torch.long, device=q.device).view(-1, 1, 1) for i in (used, [e - 1 for e in ends])
-        )
-        parts = []
-        for a in range(0, T, BLOCK):
-            b = min(a + BLOCK, T)
-            low = 0 if window is None else max(0, min(min(u + a, e - 1) for u, e in zip(used, ends)) - window + 1)
-            high = max(min(u + b, e) for u, e in zip(used, ends))
-            apart = far is not None and high > sinks  # the sinks, then the slots from low on
-            low = max(low, sinks) if apart else 0 if sinks else low
-            seen = None
-            if not (same and b - a == 1):
-                place = (start + torch.arange(a, b, device=q.device).view(1, -1, 1)).minimum(last)
-                slot = torch.arange(low, high, device=q.device)
-                if apart:
-                    slot = torch.cat([torch.arange(sinks, device=q.device), slot])
-                seen = slot <= place
-                if window is not None:
-                    seen = seen & ((slot > place - window) | (slot < sinks))
-                seen = seen.unsqueeze(1)
-            keys, values = k[:, :, low:high], v[:, :, low:high]
-            if far is None or not apart:
-                y = F.scaled_dot_product_attention(q[:, :, a:b], keys, values, attn_mask=seen, **how)
-            else:
-                both = (q[:, :, a:b], far.transpose(1, 2)[:, :, a:b])
-                y = self._beside_sinks(*both, keys, values, k[:, :, :sinks], v[:, :, :sinks], seen)
-            parts.append(y)
-        return torch.cat(parts, 2).transpose(1, 2)
-
-    def _beside_sinks(
-        self, q: Tensor, far: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, seen: Tensor | None
-    ) -> Tensor:
-        """Attention of q [B, H, T, D] to k, v and of far, the same queries as they see the sinks, to the sinks'
-        sink_k, sink_v [B, Hkv, S, D]: one softmax, over S sinks and the slots of k. seen: of both; None: all.
-
-        A query has two rotations, a product only one. So a query is widened by its scores with the sinks,
-        and the key of sink i is a one in place i of that part and zero elsewhere.
-        """
-        D, S = q.shape[-1], sink_k.shape[2]
-        wide, extra = master_dtype(q.dtype), -(-S // 8) * 8  # kernels want widths of multiples of 8
-        grouped = far.to(wide).unflatten(1, (sink_k.shape[1], -1))  # [B, Hkv, H / Hkv, T, D]
-        scores = (grouped @ sink_k.to(wide).mT.unsqueeze(2)).flatten(1, 2).to(q.dtype)
-        ones = F.pad(torch.eye(S, dtype=k.dtype, device=k.device), (D, extra - S)).expand(*sink_k.shape[:2], -1, -1)
-        y = F.scaled_dot_product_attention(
-            torch.cat([q, F.pad(scores, (0, extra - S))], -1), torch.cat([ones, F.pad(k, (0, extra))], 2),
-            F.pad(torch.cat([sink_v, v], 2), (0, extra)), attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1],
-            scale=D**-0.5 if self.config.attention_scale is None else self.config.attention_scale,
-        )
-        return y[..., :D]
-
-
-def rope_rates(config: HopeConfig) -> Tensor:
-    """[D/2], radians per token of every pair, in ``config.rope_dtype`` on the CPU, with
-    ``config.rope_scaling`` applied.
-
-    rate_i = theta^(-2i/D); llama3 blends by s = (turns - low) / (high - low), turns = context / wavelength.
-    """
-    D, (theta, scaling) = config.head_width, config.rope
-    pairs = torch.arange(0, D, 2, dtype=getattr(torch, config.rope_dtype), device="cpu")
-    rates = 1.0 / theta ** (pairs / D)
-    if scaling is None:
-        return rates
-    slow = rates / scaling.factor
-    if scaling.rope_type == "linear":
-        return slow
-    context, low, high = scaling.llama3
-    length = 2 * math.pi / rates
-    share = (context / length - low) / (high - low)
-    blend = (1 - share) * rates / scaling.factor + share * rates
-    return torch.where(length > context / low, slow, torch.where(length < context / high, rates, blend))
-
-
-def _uniform(used: list[int], lengths: list[int]) -> bool:
-    return len(set(used)) == 1 and len(set(lengths)) == 1
-
-
-def _before(counts: list[int], width: int, device) -> Tensor:
-    """[B, width, 1, 1], true at the first counts[b] places of row b."""
-    count = torch.tensor(counts, dtype=torch.long, device=device).unsqueeze(1)
-    return (torch.arange(width, device=device) < count)[..., None, None]
-
-
-def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on t [B, T, H, D]: pairs (i, i + D/2) turned by the token's angle i."""
-    a, b = t.to(cos.dtype).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(t.dtype)
-
-
-def _places(used: list[int], lengths: list[int], device) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, slot, token) of every new token."""
-    rows = [b for b, n in enumerate(lengths) for _ in range(n)]
-    slots = [u + t for u, n in zip(used, lengths) for t in range(n)]
-    tokens = [t for n in lengths for t in range(n)]
-    row, slot, token = [torch.tensor(i, dtype=torch.long, device=device) for i in (rows, slots, tokens)]
-    return row, slot, token
-
-
-def _appended(old: Tensor, new: Tensor, used: list[int], lengths: list[int]) -> Tensor:
-    """Out of place: old's counted slots followed by new's counted tokens, per row; differentiable in both."""
-    if _uniform(used, lengths):
-        return torch.cat([old[:, : used[0]], new[:, : lengths[0]]], 1)
-    width = max((u + n for u, n in zip(used, lengths)), default=0)
-    padded = F.pad(old[:, :width], (0, 0, 0, 0, 0, max(width - old.shape[1], 0)))
-    # what an abandoned call left behind may be NaN, and 0 * NaN is
-    padded = torch.where(_before(used, width, old.device), padded, 0.0)
-    rows, slots, tokens = _places(used, lengths, old.device)
-    return padded.index_put((rows, slots), new[rows, tokens])

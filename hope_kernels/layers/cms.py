@@ -18,16 +18,19 @@ from ..ops.cms.absorb import absorb, add_gradients
 from ..ops.cms.backends import resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
 from ..ops.cms.continued import continued
-from ..ops.cms.level import Factors, Level
+from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
-from ..ops.cms.relative import normalises
 from ..ops.cms.schedule import learning_levels, matrices
 from ..ops.cms.state import CMSState
 from ..state import Counters, master_dtype
 from . import cms_consolidate
 from .autocast import in_own_dtype
+from .cms_bytes import state_bytes
 from .cms_level import CMSLevel
+from .cms_segment import check_reading, with_tokens, written
+from .cms_sink import sink
+from .cms_weights import effective
 from .recording import check_recorded
 from .wrapped import tensors_of
 from .zero_gradient import with_zero_gradient
@@ -152,11 +155,11 @@ class ContinuumMemory(nn.Module):
         lengths = check_lengths(NAME, lengths, x.shape[0], x.shape[1])
         state = self._admitted(NAME, state, x)
         learn, now = bool(learn) and self.learns, self.continued(state)
-        self._check_reading(now, lengths, learn)
+        check_reading(NAME, self.config.chunks[0], now, lengths, learn)
         with state.reading(NAME, self, not torch.is_grad_enabled()):
             base = self.continued(state.clone() if torch.is_grad_enabled() else state)
             y = self._forward(x, base, lengths, backend)
-            new = self._with_tokens(base, x.detach(), lengths, learn)
+            new = with_tokens(self.config.chunks[0], base, x.detach(), lengths, learn)
             return y, new if torch.is_grad_enabled() else state.assign(new)
 
     def refresh(self, state: CMSState, error: Tensor, lengths=None, backend: str | None = None) -> CMSState:
@@ -215,108 +218,23 @@ class ContinuumMemory(nn.Module):
         row's own constants where it has any, the parameter (with its graph) elsewhere; with ``rank`` the
         parameter (with its graph) and the row's own part, a constant.
         """
-        return [self._effective(l, state, self._parameters_of(l), dtype) for l in range(self.config.num_levels)]
-
-    def _effective(
-        self, l: int, state: CMSState, parameters: dict[str, Tensor], dtype: torch.dtype | None = None
-    ) -> Level:
-        tensors: Level = {name: p if dtype is None else p.to(dtype) for name, p in parameters.items()}
-        own, rank = state.own[l], max([0, *state.rank[l]])
-        if not any(own) and not rank:
-            return tensors
-
-        def usable(t: Tensor, dtype: torch.dtype) -> Tensor:
-            t = t.detach().to(dtype)
-            # autograd refuses to save an inference tensor
-            return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
-
-        held = None if not any(own) else state.weights[l]
-        if held is not None and state.copies[l] is not None and dtype in (
-            None, next(iter(state.copies[l].values())).dtype
-        ):
-            held = state.copies[l]
-        if held is not None and self.config.rank is not None:
-            where = None if all(own) else torch.tensor(own, dtype=torch.bool, device=self._like.device)
-            for name in matrices(self.config):
-                shared, L = tensors[name], usable(held[name], tensors[name].dtype)
-                L = L if where is None else torch.where(where[:, None, None], L, 0.0)
-                S = low_rank.signs(self.config, l, name, shared).expand(state.batch, -1, -1)
-                tensors[name] = Matrix(shared, left=L.mT, right=S, scale=1.0)
-            return tensors
-        for name in matrices(self.config):
-            shared = tensors[name]
-            mine = None if held is None else usable(held[name], shared.dtype)
-            rows = () if held is None else tuple(map(bool, own))
-            pending = [
-                None if not rank else usable(part[l][name][:, :rank], shared.dtype)
-                for part in (state.left, state.right)
-            ]
-            tensors[name] = Matrix(shared, mine, rows, *pending, scale=-state.config.learning_rates[l])
-            if rank and shared.requires_grad and torch.is_grad_enabled():
-                # rows that learned are constants: their base is not the parameter, but its value
-                learned = tuple(bool(o or r) for o, r in zip(own, state.rank[l]))
-                tensors[name] = Matrix(shared, tensors[name].detach().dense(state.batch), learned)
-        return tensors
+        return [
+            effective(self.config, l, state, self._parameters_of(l), dtype) for l in range(self.config.num_levels)
+        ]
 
     def state_bytes(self, batch: int = 1, segment: int | None = None) -> list[dict[str, int]]:
         """Bytes that ``batch`` sequences need per level once they have all learned, by what they are for:
         ``weights`` (fp32, or fp64), ``copies`` in the input dtype, ``grads`` of levels slower than a segment,
         ``moments`` (Adam's squares among them), ``pending`` factors, ``preconditioners``. segment: tokens
         between two boundaries, ``model.segment`` in a model; None: chunks[0]."""
-        dtype, found = self._like.dtype, []
-        segment = self.config.chunks[0] if segment is None else segment
-        size, wide = dtype.itemsize, master_dtype(dtype).itemsize
-        for l, period in enumerate(self.config.chunks):
-            held = self.start(l)
-            shapes, inputs = [t.shape for t in held.values()], [held[n].shape[1] for n in ("up", "down")]
-            numbers = batch * sum(s.numel() for s in shapes) * (self.config.learning_rates[l] > 0)
-            slots = self._slots(l) if period == segment else 0
-            sides = batch * sum(sum(s) for s in shapes) * (self.config.learning_rates[l] > 0)
-            known = self.config.precondition is not None and self.config.learning_rates[l] > 0
-            squares = batch * sum(c * c for c in inputs) * known
-            waits = period > segment or self.config.optimizer == "muon" or normalises(self.config)
-            found.append({
-                "weights": numbers * wide, "copies": numbers * size if size != wide else 0,
-                "grads": numbers * wide if waits else 0,
-                "moments": numbers * wide * {"momentum": 1, "adam": 2}.get(str(self.config.optimizer), 0),
-                "pending": slots * sides * size, "preconditioners": squares * (2 if waits else 1) * wide,
-            })
-        return found
+        return state_bytes(self, batch, self.config.chunks[0] if segment is None else segment)
 
     def sink(
         self, state: CMSState, rows: list[int], counts: list[int] | None, ops, among: list[int] | None = None,
         tokens: list[int] | None = None, real: Tensor | None = None, scale: Callable[[int], float] | None = None,
     ) -> Sink:
-        """What takes the factors of a segment that ends in ``rows`` to the draft ``state``: see
-        ``absorb``.
-
-        rows: also what is left of the list when the factors come. among: the rows of the batch that the factors
-        are of; None: all. tokens: how many of each of these rows count; None: all that there are factors of. real
-        [len(among), n]: which factors are of tokens and not of padding; None: all. scale: of the rates of a row;
-        None: 1.
-        """
-        of = None if tokens is None else dict(zip(range(state.batch) if among is None else among, tokens))
-        counted = None if of is None else [of.get(b, 0) for b in range(state.batch)]
-
-        def learned(l: int, factors: Factors) -> None:
-            if real is not None:
-                # errors of padding are zero, and its inputs are whatever the blocks make of it
-                there = real.unsqueeze(-1)
-                factors = {n: (left, torch.where(there, right, 0)) for n, (left, right) in factors.items()}
-            if self.config.rank is not None:
-                factors = low_rank.projected(self.config, l, factors)
-            if among is not None:
-                pairs, B = factors.items(), state.batch
-                factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
-            slots = self._slots(l)
-            start, sizes = self.start(l), self._sizes(l)
-            alike: dict[float, list[int]] = {}
-            for b in rows:
-                alike.setdefault(1.0 if scale is None else scale(b), []).append(b)
-            for factor, group in alike.items():
-                absorb(state, self.config, start, l, factors, group, counts, slots, ops, counted, sizes, factor)
-
-        return learned
+        """What takes the factors of a segment to the draft ``state``: see ``cms_sink.py``."""
+        return sink(self, state, rows, counts, ops, among, tokens, real, scale)
 
     @torch.no_grad()
     def accumulate(self, state: CMSState, level_grads: list, rows: list[bool]) -> CMSState:
@@ -391,16 +309,14 @@ class ContinuumMemory(nn.Module):
 
     @torch.no_grad()
     def _sizes(self, l: int) -> dict[str, float] | None:
-        """The RMS of each matrix, which relative rates are relative to (with ``rank``: ``low_rank.size``); looked
-        at again only when the parameters may have changed. None: rates are absolute."""
+        """The RMS of each matrix, which relative rates are relative to, looked at again only when the parameters
+        may have changed. None: rates are absolute."""
         if not self.config.relative:
             return None
         mark, (known, found) = checksum(self), self._known_sizes.get(l, (None, {}))
         if mark is None or mark is not known:
             means = {n: t.to(master_dtype(t.dtype)).square().mean() for n, t in self._matrices(l).items()}
             found = {n: float(mean) ** 0.5 for n, mean in means.items()}
-            if self.config.rank is not None:
-                found = {n: low_rank.size(self.config, n, rms) for n, rms in found.items()}
             self._known_sizes[l] = mark, found
         return found
 
@@ -414,7 +330,7 @@ class ContinuumMemory(nn.Module):
         """The draft ``state`` with ``error`` delivered; segments that are complete by it have been learned."""
         C1, B = self.config.chunks[0], state.batch
         taken = [n if not t else 0 for n, t in zip(lengths, state.tainted)]
-        errors = _written(state.errors, error, state.delivered, taken, [0] * B, C1)
+        errors = written(state.errors, error, state.delivered, taken, [0] * B, C1)
         delivered = Counters([d + n for d, n in zip(state.delivered, lengths)])
         rows = [b for b in range(B) if lengths[b] > 0 and not state.tainted[b] and delivered[b] == C1]
         new = replace(state, errors=errors, delivered=delivered)
@@ -457,7 +373,8 @@ class ContinuumMemory(nn.Module):
         def read(l: int, residual: bool) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
             def with_parameters(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
-                    level = state[l] if isinstance(state, list) else self._effective(l, state, parameters)
+                    own = isinstance(state, list)
+                    level = state[l] if own else effective(self.config, l, state, parameters)
                 if among is not None:
                     level = {n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()}
                 y = read_level(l, x, level, work, residual)
@@ -490,80 +407,3 @@ class ContinuumMemory(nn.Module):
         check_state(where, state, CMSState, self.config, x.shape[0])
         state.admit(where, self, x.dtype, x.device)
         return state
-
-    def _check_reading(self, state: CMSState, lengths: list[int], learn: bool) -> None:
-        C1 = self.config.chunks[0]
-        for b, n in enumerate(lengths):
-            pos, tainted = state.pos[b], state.tainted[b]
-            if n == 0:
-                continue
-            if state.seen[b] == C1 and not tainted:
-                raise ValueError(f"{NAME}: row {b} has read the segment that ends at token {pos}, but "
-                                 f"{C1 - state.delivered[b]} of its {C1} errors are outstanding; "
-                                 "deliver them with refresh(state, error) before reading on")
-            left = C1 - pos % C1
-            # A segment with learn=False tokens owes no errors, so a call may end it and fill the next one.
-            room = left + C1 if tainted and pos % C1 else left
-            if learn and n > room:
-                raise ValueError(f"{NAME}: argument x has {n} tokens for row {b} at token {pos}, expected at most "
-                                 f"{room} with learn=True: the errors of a segment of chunks[0] = {C1} tokens must be "
-                                 "delivered with refresh(state, error) before the next segment is read (learn=False "
-                                 "reads any number)")
-
-    @torch.no_grad()
-    def _with_tokens(self, state: CMSState, x: Tensor, lengths: list[int], learn: bool) -> CMSState:
-        """``state`` after reading: counters, and the inputs of open segments in which every token was read
-        with learn=True."""
-        C1 = self.config.chunks[0]
-        seen, delivered, tainted = list(state.seen), list(state.delivered), list(state.tainted)
-        skip, kept, at = [0] * state.batch, [0] * state.batch, [0] * state.batch
-        for b, n in enumerate(lengths):
-            if n == 0:
-                continue
-            left = -state.pos[b] % C1  # tokens until the open segment ends; 0 if it has ended
-            opens = n > left
-            if opens:
-                seen[b] = delivered[b] = tainted[b] = 0
-            if not learn:
-                tainted[b] = 1
-                continue
-            skip[b] = left if opens else 0
-            if not tainted[b]:
-                at[b], kept[b] = seen[b], n - skip[b]
-            seen[b] += n - skip[b]
-        return replace(
-            state, pos=Counters([p + n for p, n in zip(state.pos, lengths)]),
-            inputs=_written(state.inputs, x, at, kept, skip, C1),
-            seen=Counters(seen), delivered=Counters(delivered), tainted=Counters(tainted),
-        )
-
-
-def _spread(t: Tensor, rows: list[int], batch: int) -> Tensor:
-    """t [len(rows), ...] as the rows of a batch; the others are zero."""
-    return t.new_zeros(batch, *t.shape[1:]).index_copy(0, torch.tensor(rows, dtype=torch.long, device=t.device), t)
-
-
-def _written(
-    buffer: Tensor | None, source: Tensor, at: list[int], count: list[int], skip: list[int], slots: int
-) -> Tensor | None:
-    """``buffer`` [B, slots, d] (None: allocated) with buffer[b, at_b : at_b + count_b] = source[b, skip_b :
-    skip_b + count_b].
-
-    Written in place where that is allowed: a value counts only once the counters cover it, so a failure later
-    in the call is harmless.
-    """
-    if not any(count):
-        return buffer
-    if buffer is None:
-        buffer = source.new_zeros((source.shape[0], slots, source.shape[2]))
-    elif buffer.is_inference() and not torch.is_inference_mode_enabled():
-        buffer = buffer.clone()
-    if len(set(at)) == len(set(count)) == len(set(skip)) == 1:
-        buffer[:, at[0] : at[0] + count[0]] = source[:, skip[0] : skip[0] + count[0]]
-        return buffer
-    rows = [b for b, n in enumerate(count) for _ in range(n)]
-    to = [a + i for a, n in zip(at, count) for i in range(n)]
-    start = [s + i for s, n in zip(skip, count) for i in range(n)]
-    index = torch.tensor([rows, to, start], dtype=torch.long, device=buffer.device)
-    buffer[index[0], index[1]] = source[index[0], index[2]]
-    return buffer

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from numerics import relative
 
 from hope_kernels import CMSConfig, HopeConfig, load_state
-from hope_kernels.layers import attention
+from hope_kernels.layers import attention_product
 from hope_kernels.layers.attention import AttentionState, CausalAttention
 
 D_MODEL, TOKENS = 16, 40
@@ -137,7 +137,7 @@ def test_blocks_of_queries_equal_one_product(monkeypatch):
             whole = attn(x, state.clone())[0]
             ragged = attn(x, state.clone(), [30, 17])[0]
             fresh = attn(x)[0]
-            monkeypatch.setattr(attention, "BLOCK", 4)
+            monkeypatch.setattr(attention_product, "BLOCK", 4)
             assert close(attn(x, state.clone())[0], whole)
             assert close(attn(x, state.clone(), [30, 17])[0], ragged)
             assert close(attn(x)[0], fresh)
@@ -363,14 +363,14 @@ def test_copies_count_their_own_slots():
 def test_every_query_sees_something(monkeypatch):
     """Padding included: where softmax over nothing is NaN, it would reach gradients."""
     seen = []
-    inner = attention.F.scaled_dot_product_attention
+    inner = attention_product.F.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None, **options):
         mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > -torch.inf
         seen.append(mask is None or bool(mask.any(-1).all()))
         return inner(q, k, v, attn_mask=attn_mask, **options)
 
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(attention_product.F, "scaled_dot_product_attention", spy)
     for attn in LAYERS.values():
         _, state = attn(tokens(3, 9), None, [9, 0, 4])
         for lengths in ([6, 2, 0], [0, 0, 6], [1, 0, 6]):

@@ -91,21 +91,22 @@ def test_signs_keep_lengths_and_angles_on_average():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_relative_step_moves_the_output_as_much_at_every_rank(optimizer):
-    """One token learned, and read again: the change of ``down``'s output with L, by that with the whole matrix."""
-    moved = []
-    for rank in (None, 4, 16, 64):
+def test_a_step_changes_a_matrix_as_much_at_every_rank(optimizer):
+    """Of the first one, at a relative rate: the RMS of the change of W = W_0 + L S, by that of the whole matrix."""
+    changes = []
+    for rank in (None, 1, 4, 16):
         torch.manual_seed(0)
-        config = CMSConfig(96, (1,), intermediate_size=192, optimizer=optimizer, lr=1e-3, relative=True, rank=rank)
-        layer, total = ContinuumMemory(config, dtype=torch.float64), 0.0
-        for seed in range(4):
-            x, error = torch.randn(2, 1, 1, 96, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            with torch.no_grad():
-                before, state = layer(x)
-                after, _ = layer(x, layer.refresh(state, error), learn=False)
-            total += float((before - after).norm())
-        moved.append(total)
-    assert all(m == pytest.approx(moved[0], rel=0.35) for m in moved), moved
+        config = CMSConfig(256, (512,), intermediate_size=320, optimizer=optimizer, lr=1e-3, relative=True, rank=rank,
+                           mlp="swiglu")
+        layer = ContinuumMemory(config, dtype=torch.float64)
+        x, error = torch.randn(2, 1, 512, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with torch.no_grad():
+            _, state = layer(x)
+            after = layer.detach_level(layer.refresh(state, error), 0)
+        changes.append({n: float((t - layer.levels[0][n].detach()).square().mean().sqrt()) for n, t in after.items()})
+    for found in changes[1:]:
+        # Newton-Schulz leaves singular values between 0.7 and 1.2, and with rank 1 there is one
+        assert found == pytest.approx(changes[0], rel=0.25 if optimizer == "muon" else 0.05), changes
 
 
 def read(model, tokens, state, cuts=(), lengths=None):

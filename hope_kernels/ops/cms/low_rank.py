@@ -4,9 +4,14 @@
     L_b [r, rank]   learned; zero at the start
 
 The gradient of L is dL/dW S^T, so the factors (E, A) of a segment become (E, A S^T), and all that a level does
-with a matrix [r, c] it does with L in its place. A step of rate lr on L moves W by -lr dL/dW S^T S, and S^T S is
-the identity on average over the signs: plain gradient descent needs no other rate. Up and gate share their
-input, and so their S.
+with a matrix [r, c] it does with L in its place. Up and gate share their input, and so their S.
+
+What a rate means stays what it is without ``rank``. A step of gradient descent on L moves W by -lr dL/dW S^T S,
+and S^T S is the identity on average over the signs. A step D of L of a given size, as relative rates and Adam
+take it, moves W by D S: an element of D S sums up ``rank`` elements of D with signs, over sqrt(rank), so the RMS
+of D S is that of D. (Over the signs, to a factor sqrt(1 + rank / c) that follows from D having seen S.) What the
+step is for moves less than with the whole matrix, whose c elements an output all follow the input: that is what
+few numbers can do, not a rate to be raised, since all other text has to bear a step's whole size.
 
 S is a function of rank, c, the level and the input alone: signs are a hash of their row and column, no random
 generator is asked, and every device, dtype and version of PyTorch has the same bits. Nobody saves S.
@@ -50,21 +55,6 @@ def _hash(x: Tensor) -> Tensor:
     for multiplier, shift in ((0x7FEB352D, 16), (0x846CA68B, 15)):
         x = (x ^ (x >> shift)) * multiplier & _MASK
     return x ^ (x >> 16)
-
-
-def size(config: CMSConfig, name: str, rms: float) -> float:
-    """What relative rates of L are relative to, for a matrix [r, c] of this RMS: with it a step on one token's
-    gradient moves the matrix's output for that token as much as a step on the whole matrix would.
-
-    Steps of RMS 1 whose signs follow the input x (gd and momentum, normalised, and Adam) move an output by about
-    c |x| / sqrt(c) with the matrix, and by rank |S x| / sqrt(rank) with L, and |S x| is about |x|. Muon's steps
-    have singular values of about 0.2 sqrt(max(r, c)).
-    """
-    assert config.rank is not None
-    r, c = (config.d_model, config.hidden) if name == "down" else (config.hidden, config.d_model)
-    if config.optimizer == "muon":
-        return rms * (max(r, c) / max(r, config.rank)) ** 0.5
-    return rms * (c / config.rank) ** 0.5
 
 
 def projected(config: CMSConfig, l: int, factors: Factors) -> Factors:

@@ -270,9 +270,6 @@ class Row:
                 g = g / max(np.sqrt(np.mean(g**2)), 1e-30)
             elif self.config.optimizer == "muon":
                 size = size / 0.2  # of a step's RMS
-            if self.config.rank is not None:
-                (r, c), rank = self.initial[l][n].shape, self.config.rank
-                size = size * np.sqrt(max(r, c) / max(r, rank) if self.config.optimizer == "muon" else c / rank)
         rate = rate * size
         if self.config.precondition is not None:
             g = g @ self.inverse(l, n)

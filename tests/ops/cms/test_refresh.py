@@ -298,7 +298,7 @@ def test_the_refresh_operator():
         cms_refresh_(gd, 0, w, None, right)
 
 
-@pytest.mark.parametrize("rank", [None])
+@pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("optimizer", ["gd", "momentum", "muon", "adam"])
 def test_the_refresh_operator_takes_the_steps_of_a_layer(optimizer, rank):
     """Relative rates, and L in a matrix's place: two steps from the factors that a layer's pass gives."""
