@@ -8,14 +8,17 @@ from ..text import Tokenizer
 
 
 class Answer:
-    """``push(token)`` gives the text that has become certain, ``close()`` the rest. ended: None, or "stop" once
-    a stop or one of the tokens ``ends`` has come; neither is part of the text. What may be the beginning of a
-    stop is kept back until it is certain. context: ids before the first one."""
+    """``push(token)`` gives the text that has become certain, ``close()`` the rest. ended: None, or "stop"
+    once a stop or one of the tokens ``ends`` has come; neither is part of the text. What may be the beginning
+    of a stop is kept back until it is certain. context: ids before the first one."""
 
     def __init__(
         self, tokenizer: Tokenizer, stops: Sequence[str], ends: Sequence[int], context: Sequence[int]
     ):
-        self._stream, self._stops, self._ends = tokenizer.stream(context), list(stops), set(ends)
+        known = list(context)
+        while known and tokenizer.decode(known).endswith("\ufffd"):  # of a character that was never whole
+            known.pop()
+        self._stream, self._stops, self._ends = tokenizer.stream(known), list(stops), set(ends)
         self._kept = self.text = ""
         self.ended: str | None = None
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 from ..cli.models import load_model, usable_device
@@ -45,15 +48,30 @@ def serve_command(args: Any) -> int:
             super().handle_exit(sig, frame)
 
     service.start()
-    try:
-        if not args.quiet:
-            shown = f"[{host}]" if ":" in host else host
-            notice(f"hope_kernels: {name} with the sessions of {args.sessions} at http://{shown}:{port}/")
-        Server(config).run(sockets=[listener])
-    finally:
-        service.close()
-        listener.close()
+    with noted() as signals:
+        try:
+            if not args.quiet:
+                shown = f"[{host}]" if ":" in host else host
+                notice(f"hope_kernels: {name} with the sessions of {args.sessions} at http://{shown}:{port}/")
+            Server(config).run(sockets=[listener])
+        finally:
+            service.close(0 if len(signals) > 1 else None)
+            listener.close()
     return 0
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[int]]:
+    """The signals that came. uvicorn ends with them raised anew, which would end the process before the last
+    sessions are in their files."""
+    found: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {n: signal.signal(n, lambda number, _: found.append(number)) for n in numbers}
+    try:
+        yield found
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -56,8 +56,8 @@ class Worker(threading.Thread):
     def close(self, grace: float | None = None) -> None:
         """Nothing new begins. Returns at once; ``join`` waits for the end."""
         with self._wake:
-            if self._deadline is None:
-                self._deadline = time.monotonic() + (self.settings.grace if grace is None else grace)
+            end = time.monotonic() + (self.settings.grace if grace is None else grace)
+            self._deadline = end if self._deadline is None else min(self._deadline, end)
             self._wake.notify()
 
     def figures(self) -> dict[str, int]:
