@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check import check_batch, check_counters, check_lengths, check_part, check_state, check_tensor, check_values
