@@ -25,7 +25,7 @@ from .engine.compiling import REASON, traced
 from .engine.generation import Generation, generate
 from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
-from .engine.replay import DREAMS, KNOWN, PART, OnSegment, ReadAndSlept, Replays, Sleep, read, sleep
+from .engine.replay import DREAMS, KNOWN, OnSegment, ReadAndSlept, Replays, Sleep, read, sleep
 from .engine.source import Source
 from .engine.unread import check_read_next, left
 from .files import write_atomically
@@ -344,7 +344,7 @@ class HopeForCausalLM(nn.Module):
     def replay(
         self, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0, *,
         should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
-        backend: str | None = None, part: int | None = PART, dreams: int = DREAMS, known: float = KNOWN,
+        backend: str | None = None, part: int | None = None, dreams: int = DREAMS, known: float = KNOWN,
         fade: bool = True,
     ) -> Sleep:
         """Learns the segments that ``state`` keeps (``read(..., replay=k)``) again, ``passes`` times, in place
@@ -352,11 +352,12 @@ class HopeForCausalLM(nn.Module):
 
         shuffle: each pass in an order of its own, by a hash of seed and pass; else in the order of the text.
         part: a segment is cut into parts of at most so many tokens, elsewhere in every pass, and none of them is
-        read in the light of another (None: it stays whole): so its facts are learned apart from what surrounds
-        them. dreams: with each replay some of so many short texts that the model's own weights wrote are read, and
-        held to what they say of them (0: none), so that the model stays what it was elsewhere; written anew, the
-        same ones for a seed, by every call. known: a token that is likelier than that is not learned again (1: every
-        token is). fade: the rates fall evenly to 0 over the ``passes``.
+        read in the light of another (None: 24, or 96 of a vocabulary of bytes; 0: it stays whole): so its facts are
+        learned apart from what surrounds them. dreams: with each replay some of so many short texts that the
+        model's own weights wrote are read, and held to what they say of them (0: none), so that the model stays
+        what it was elsewhere; written anew, the same ones for a seed, for every pass. known: a token that is
+        likelier than that is not learned again (1: every token is). fade: the rates fall evenly to 0 over the
+        ``passes``.
         should_stop is asked before every segment; on_segment(replays of row 0 done, of how many) is called
         after it. A state that was stopped, also one from a file, goes on with the same arguments where it was,
         unless it has learned more text since. A replay that raises leaves the state as the last one left it.

@@ -1,7 +1,7 @@
 """Dreams: short texts that a model's own weights write, read beside what is replayed so that all else stays.
 
 A replay learns a few segments many times over, and what that does to other text nothing in them says. So the
-model as it is without what it has learned writes a few texts when a sleep begins: a first token drawn evenly
+model as it is without what it has learned writes some texts before every pass: a first token drawn evenly
 from the vocabulary, every other one from the model's distribution (as LLM-QAT draws its data, arXiv 2305.17888,
 section 3.1). With each replay one of them is read too, and beside the loss of the replayed tokens
 
@@ -39,14 +39,14 @@ class Dreams:
 
 
 @torch.no_grad()
-def dream(model: Model, count: int, tokens: int, seed: int, backend: str | None) -> Dreams | None:
+def dream(model: Model, count: int, tokens: int, seed: tuple[int, ...], backend: str | None) -> Dreams | None:
     """``count`` dreams of ``tokens`` tokens (None without any), the same ones for the same seed."""
     if not count or not tokens:
         return None
     device, V = placement(model.embed).device, model.config.vocab_size
-    ids = torch.tensor([[hashed(seed, i) % V] for i in range(count)], device=device)
+    ids = torch.tensor([[hashed(*seed, i) % V] for i in range(count)], device=device)
     if tokens > 1:
-        new = generate(model, ids, tokens - 1, learn="off", temperature=1.0, seed=seed, backend=backend).tokens
+        new = generate(model, ids, tokens - 1, learn="off", temperature=1.0, seed=hashed(*seed), backend=backend).tokens
         ids = torch.cat([ids, new], 1)
     state = model.init_state(count, device)
     h, _ = model.run(model.embed(ids), state.mixers, state.cms, [tokens] * count, backend)

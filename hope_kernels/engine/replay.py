@@ -45,7 +45,7 @@ from .source import Source
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
 OP = "HopeForCausalLM.replay"
-PART = 24  # tokens of a segment that are read together, at most
+PART, PART_OF_BYTES, BYTES = 24, 96, 1024  # tokens of a part; with a vocabulary of up to BYTES
 DREAMS = 64  # of as many tokens
 KNOWN = 0.5
 
@@ -72,7 +72,7 @@ class Replays:
         ):
             object.__setattr__(self, name, check_integer(OP, name, getattr(self, name), least, expected))
         if self.part is not None:
-            object.__setattr__(self, "part", check_integer(OP, "part", self.part, 1, "a positive integer or None"))
+            object.__setattr__(self, "part", check_integer(OP, "part", self.part, 0, "an integer >= 0 or None"))
         if isinstance(self.known, bool) or not isinstance(self.known, (int, float)) or not 0 < self.known <= 1:
             raise ValueError(f"{OP}: argument known is {self.known!r}, expected a probability, above 0")
         if self.fade not in (True, False):
@@ -84,7 +84,7 @@ def read(
     model: Model, ids: Tensor | Source, state: ModelState | None = None, *, learn: str = "next_token",
     passes: int = 1, shuffle: bool = False, replay: int = 0, seed: int = 0, flush: bool | None = None,
     on_segment: OnSegment | None = None, should_stop: Callable[[], bool] | None = None,
-    backend: str | None = None, part: int | None = PART, dreams: int = DREAMS,
+    backend: str | None = None, part: int | None = None, dreams: int = DREAMS,
     known: float = KNOWN, fade: bool = True, **options: Any
 ) -> ReadAndSlept:
     """A model's ``read``, where the arguments are explained. options: those of ``generation.read`` that nothing
@@ -145,7 +145,7 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
         raise ValueError(f"{OP}: argument passes is {passes}, and the unfinished sleep of argument state has done "
                          f"{list(state.kept.done)} replays of {held} segments")
     orders: list[dict[int, list[int]]] = [{} for _ in range(B)]
-    own = None
+    own: dict[int, Dreams | None] = {}
     while any(d < t for d, t in zip(state.kept.done, total)):
         if how.should_stop is not None and how.should_stop():
             found.finished = False
@@ -155,9 +155,9 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
         for b, (p, _) in zip(rows, at):
             if p not in orders[b]:
                 orders[b] = {p: _order(state.kept, b, p, how.shuffle, how.seed)}
-        if own is None and how.dreams:
-            tokens = min(how.part or model.segment, model.segment)
-            own = dream(model, how.dreams, tokens, how.seed, how.backend)
+                if p not in own:
+                    own = {q: d for q, d in own.items() if any(q in o for o in orders)}
+                    own[p] = dream(model, how.dreams, min(_part(model, how), model.segment), (how.seed, p), how.backend)
         turns = [Turn(b, p, orders[b][p][j]) for b, (p, j) in zip(rows, at)]
         for turn, nats in zip(turns, _again(model, state, turns, how, own)):
             found.nats[turn.number, turn.row] += nats
@@ -177,10 +177,10 @@ class Turn(NamedTuple):
 
 
 def _again(
-    model: Model, state: ModelState, turns: list[Turn], how: Replays, own: Dreams | None
+    model: Model, state: ModelState, turns: list[Turn], how: Replays, own: dict[int, Dreams | None]
 ) -> list[float]:
     """Learns one kept segment in the row of each of ``turns``, in place: their losses in nats."""
-    C, kept, found, seed, part = model.segment, state.kept, [], how.seed, how.part
+    C, kept, found, seed, part = model.segment, state.kept, [], how.seed, _part(model, how)
     assert kept is not None
     rows, texts, numbers = [t.row for t in turns], kept.ids, kept.numbers.tolist()
     with model.reading(OP, state):
@@ -190,10 +190,10 @@ def _again(
         done = Counters([d + (b in rows) for b, d in enumerate(kept.done)])
         for b, p, slot in turns:
             text, number = texts[b, slot], numbers[b][slot]
-            size = C if part is None else part
-            at = C if part is None else 1 + hashed(seed, p, number, 1) % part
-            some = None if own is None else own.some(_which(own, C, seed, p, number))
-            parts = cut(text[text >= 0], at, size)
+            at = C if how.part == 0 else 1 + hashed(seed, p, number, 1) % part
+            night = own[p]
+            some = None if night is None else night.some(_which(night, C, seed, p, number))
+            parts = cut(text[text >= 0], at, part)
             rate = 1 - kept.done[b] / (how.passes * kept.held()[b]) if how.fade else 1.0
             nats = learn_apart(
                 model, draft, b, parts, [d * C for d in done], how.backend, some, least=-math.log(how.known), rate=rate
@@ -201,6 +201,13 @@ def _again(
             found.append(float(nats.double().sum()))
         state.assign(segments.finished(replace(draft, kept=replace(draft.kept, done=done))))
     return found
+
+
+def _part(model: Model, how: Replays) -> int:
+    """Tokens of a part."""
+    if how.part is None:
+        return PART_OF_BYTES if model.config.vocab_size <= BYTES else PART
+    return how.part or model.segment
 
 
 def _which(own: Dreams, segment: int, *turn: int) -> list[int]:

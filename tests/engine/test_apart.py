@@ -51,7 +51,7 @@ def test_a_step_descends_the_loss_of_the_parts_and_the_divergence_of_the_dream(m
     model = model_of(mixer)
     state = model.read(ids(2, 41), guard=False).state
     own = consolidated(model, state.select([row]))
-    dreams = dream(model, 3, 6, 1, None).some([2])
+    dreams = dream(model, 3, 6, (1,), None).some([2])
     parts = cut(ids(1, 9, 5)[0], 3, 4)
     rows = range(len(parts.lengths))
     with torch.enable_grad():
@@ -84,7 +84,7 @@ def test_a_step_descends_the_loss_of_the_parts_and_the_divergence_of_the_dream(m
 def test_rates_fall_evenly_over_a_sleep_and_what_is_known_is_left_out():
     model = model_of("attention")
     state = model.read(ids(1, 9), replay=3, guard=False).state
-    plain = {"part": None, "dreams": 0, "shuffle": False}
+    plain = {"part": 0, "dreams": 0, "shuffle": False}
     assert state.kept.held() == [1]
 
     faded, by_hand = state.clone(), state.clone()
@@ -111,7 +111,7 @@ def test_rates_fall_evenly_over_a_sleep_and_what_is_known_is_left_out():
 @torch.no_grad()
 def test_a_dream_says_nothing_to_a_model_that_has_learned_nothing():
     model = model_of("attention")
-    dreams, parts = dream(model, 2, 8, 0, None), cut(ids(1, 9)[0], 4, 4)
+    dreams, parts = dream(model, 2, 8, (0,), None), cut(ids(1, 9)[0], 4, 4)
     steps = []
     for given in (None, dreams):
         draft = segments.draft(model.init_state(1))
@@ -125,16 +125,16 @@ def test_a_dream_says_nothing_to_a_model_that_has_learned_nothing():
 @torch.no_grad()
 def test_dreams_are_of_the_models_own_weights_and_their_seed():
     model = model_of("self_modifying")
-    a, b, c = (dream(model, 5, 12, seed, None) for seed in (3, 3, 4))
+    a, b, c = (dream(model, 5, 12, seed, None) for seed in ((3, 1), (3, 1), (3, 2)))
     assert torch.equal(a.ids, b.ids) and torch.equal(a.h, b.h) and not torch.equal(a.ids, c.ids)
     assert a.ids.shape == (5, 12) and 0 <= int(a.ids.min()) and int(a.ids.max()) < V
     # they follow the model: likelier than tokens drawn evenly
     def bits(t):
         return float(F.cross_entropy(model(t)[0][:, :-1].flatten(0, 1), t[:, 1:].flatten()))
 
-    many = dream(model, 64, 12, 0, None).ids
+    many = dream(model, 64, 12, (0,), None).ids
     assert bits(many) < bits(ids(64, 12)) - 0.3
-    assert dream(model, 0, 12, 0, None) is None
+    assert dream(model, 0, 12, (0,), None) is None
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ def test_with_dreams_a_model_learns_as_much_and_drifts_less(options):
     """Divergence from the model as it was, on texts of its own that were not read beside the replays."""
     model = model_of("attention", **options)
     state = model.read(ids(1, 40), replay=9, guard=False).state
-    unseen = dream(model, 40, 12, 99, None).ids
+    unseen = dream(model, 40, 12, (99,), None).ids
     was = torch.log_softmax(model(unseen)[0], -1)
 
     def after(dreams):
@@ -155,7 +155,7 @@ def test_with_dreams_a_model_learns_as_much_and_drifts_less(options):
         losses = slept.nats[:, 0] / torch.tensor(slept.predicted)[:, 0]
         return float(losses[0] - losses[-1]), float((was.exp() * (was - now)).sum(-1).mean())
 
-    (gain, drift), (held_gain, held_drift) = after(0), after(200)
+    (gain, drift), (held_gain, held_drift) = after(0), after(50)
     assert held_drift < 0.6 * drift and held_gain > 0.8 * gain > 0.2
 
 
