@@ -189,9 +189,8 @@ class Batch:
         at = [b for b, row in enumerate(self.rows) if any(row is other for other in rows)]
         stay = [b for b in range(len(self.rows)) if b not in at]
         taken = [self.rows[b] for b in at]
-        parts = self.state.split(at) if stay or len(at) > 1 else [self.state]
-        for row, state in zip(taken, parts):
-            row.state = state
+        for row, b in zip(taken, at):
+            row.state = self.state.select([b]) if len(self.rows) > 1 else self.state
         self.rows = [self.rows[b] for b in stay]
         self.state = self.state.select(stay) if stay else None
         return taken

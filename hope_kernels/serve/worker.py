@@ -204,6 +204,7 @@ class Worker(threading.Thread):
         try:
             row.finish()
             if job.session is not None:
+                row.state, = row.state.split()  # without what its company needed
                 session.state, session.turns = row.state, session.turns + job.chat
                 session.last = {"text": row.answer.text, "finish_reason": row.reason, "written": row.written,
                                 "bits_per_token": row.bits}

@@ -32,7 +32,8 @@ def llama(names):
 def streaming(names):
     whole, first, rest = names["whole"], names["first"], names["rest"]
     assert close(first[0], whole[0, :20]) and close(first[1, :7], whole[1, :7]) and not first[2].any()
-    assert close(rest[0], whole[1, 7:])
+    assert close(rest[0], whole[1, 7:]) and close(names["y"][1], whole[0, 33:43])
+    assert [names[n].pos for n in ("one", "two")] == [[60], [43]]
 
 
 def backends(names):

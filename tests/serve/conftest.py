@@ -40,7 +40,7 @@ def talker(tmp_path_factory):
 
 @pytest.fixture
 def serve(tmp_path):
-    """serve(model, **settings): a client of a running service, whose sessions lie in ``tmp_path / "sessions"``."""
+    """serve(model, **settings): a client of a service that runs, with its sessions in ``tmp_path``."""
     from fastapi.testclient import TestClient
 
     from hope_kernels.serve.api import Service, application
@@ -48,7 +48,8 @@ def serve(tmp_path):
 
     with contextlib.ExitStack() as stack:
         def begin(model, **settings):
-            service = Service(model, Tokenizer.of(model), "m", str(tmp_path / "sessions"), Settings(**settings))
+            folder = str(tmp_path / "sessions")
+            service = Service(model, Tokenizer.of(model), "m", folder, Settings(**settings))
             service.start()
             stack.callback(service.close, 0)
             client = TestClient(application(service, {"testserver"}), raise_server_exceptions=False)

@@ -17,7 +17,8 @@ def ids_of(model, prompt, state):
 def lone(model, prompt, state=None, n=9, **how):
     """(text, state) of a turn."""
     how = {"temperature": 0.0, **how}
-    out = model.generate(ids_of(model, prompt, state), n, state, unread=None if state is None else "before", **how)
+    unread = None if state is None else "before"
+    out = model.generate(ids_of(model, prompt, state), n, state, unread=unread, **how)
     return Tokenizer.of(model).decode(out.tokens[0].tolist()), out.state
 
 

@@ -17,7 +17,8 @@ from hope_kernels.state_file import load_note
 
 def same(a, b) -> bool:
     pairs = zip(a.tensors(), b.tensors(), strict=True)
-    return a._counters() == b._counters() and all(torch.allclose(x, y, rtol=0, atol=1e-9) for x, y in pairs)
+    close = [torch.allclose(x, y, rtol=0, atol=1e-9) for x, y in pairs]
+    return a._counters() == b._counters() and all(close)
 
 
 def test_turns_of_a_session_are_one_text(model, serve, tmp_path):
@@ -41,10 +42,16 @@ def test_turns_of_a_session_are_one_text(model, serve, tmp_path):
 
 def test_sessions_in_company_write_what_they_would_alone(model, serve, tmp_path, monkeypatch):
     joins, join = [], State.join
-    monkeypatch.setattr(rows.State, "join", lambda states: joins.append(sum(s.batch for s in states)) or join(states))
+
+    def counted(states):
+        joins.append(sum(s.batch for s in states))
+        return join(states)
+
+    monkeypatch.setattr(rows.State, "join", counted)
     client = serve(model, batch=5, piece=16)
     turns = [[(f"{'abcdefg'[i % 7] * (3 + 5 * i)} {t}", 3 + (5 * i + 3 * t) % 11) for t in range(2)] for i in range(9)]
-    how = [{"temperature": 0.8 * (i % 2), "seed": i, "learn": ("next_token", "off")[i % 4 == 3]} for i in range(9)]
+    learn = ["off" if i % 4 == 3 else "next_token" for i in range(9)]
+    how = [{"temperature": 0.8 * (i % 2), "seed": i, "learn": learn[i]} for i in range(9)]
 
     def talk(i):
         return [text_of(complete(client, p, f"s{i}", max_tokens=n, **how[i])) for p, n in turns[i]]

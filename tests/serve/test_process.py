@@ -14,9 +14,10 @@ from hope_kernels import load_state
 
 def started(folder, sessions, *more):
     """(process, port)."""
-    command = [sys.executable, "-m", "hope_kernels", "serve", "--model", str(folder), "--sessions", str(sessions),
-               "--port", "0", *more]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "hope_kernels", "serve", "--model", str(folder),
+               "--sessions", str(sessions), "--port", "0", *more]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_thread)
     line = process.stderr.readline()
     assert "http://127.0.0.1:" in line, line + process.stderr.read()
     return process, int(line.rsplit(":", 1)[1].strip().rstrip("/"))
@@ -48,7 +49,8 @@ def test_killed_and_stopped_in_the_middle_of_turns(folder, model, tmp_path):
     stream = ask(port, endless)
     said = json.loads(stream.readline()[6:])["choices"][0]["text"]
     process.send_signal(signal.SIGTERM)
-    parts = [json.loads(line[6:]) for line in stream.read().decode().splitlines() if line.startswith("data: {")]
+    lines = stream.read().decode().splitlines()
+    parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     said += "".join(p["choices"][0]["text"] for p in parts)
     assert parts[-1]["hope"]["interrupted"] and parts[-1]["hope"]["generation"] == 2
     assert process.wait(60) == 0
