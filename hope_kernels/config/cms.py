@@ -21,7 +21,7 @@ class CMSConfig(Configuration):
     variant: str = "sequential"  # NL eq 73; "independent": learned mixture (eq 74); "nested": resets (eq 72)
     expansion: float = 4.0  # hidden units of a level per unit of d_model
     mlp: str = "gelu"  # w_down gelu(w_up n), tanh form; "swiglu": w_down (silu(w_gate n) * (w_up n));
-    #                    "geglu": gelu in place of silu
+    #                    "geglu": gelu in place of silu; "gelu_erf": "gelu" in its exact form
     bias: bool = False  # biases in the levels: trained from outside, never refreshed
     intermediate_size: int | None = None  # hidden units, in place of ``expansion``: for pre-trained MLPs
     norm: str = "rmsnorm"  # of a level's input; or "layernorm"
@@ -57,7 +57,7 @@ class CMSConfig(Configuration):
                 a < b and b % a == 0, w, "chunks", chunks, "strictly increasing periods, each dividing the next"
             )
         one_of(w, "variant", self.variant, ("sequential", "independent", "nested"))
-        one_of(w, "mlp", self.mlp, ("gelu", "swiglu", "geglu"))
+        one_of(w, "mlp", self.mlp, ("gelu", "gelu_erf", "swiglu", "geglu"))
         one_of(w, "norm", self.norm, ("rmsnorm", "layernorm"))
         if self.optimizer is None:
             object.__setattr__(self, "optimizer", "adam" if self.lr is None else "gd")

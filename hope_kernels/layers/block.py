@@ -52,12 +52,15 @@ class Block(nn.Module):
             y, mixer = self.mixer(
                 self.norm(h), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None
             )
-            if self.post_norm is not None:
-                y = self.post_norm(y)
-        h = h + y
+            h = self.joined(h, y)
         if self.cms is not None:
             h, _ = self.cms(h, cms, lengths, backend=backend, functional=True, inner=inner)
         return h, mixer
+
+
+    def joined(self, h: Tensor, y: Tensor) -> Tensor:
+        """The residual stream after the mixer, of the stream before it and the mixer's output."""
+        return h + (y if self.post_norm is None else self.post_norm(y))
 
 
 class HopeBlock(Block):

@@ -71,7 +71,7 @@ def test_any_split_any_raggedness(choices, variant, chunks, batch, grad, pending
 @pytest.mark.parametrize("variant", ["sequential", "independent"])
 @pytest.mark.parametrize("mlp,norm,post_norm", [
     ("gelu", "rmsnorm", False), ("gelu", "layernorm", True), ("swiglu", "layernorm", False),
-    ("geglu", "rmsnorm", True),
+    ("geglu", "rmsnorm", True), ("gelu_erf", "layernorm", False),
 ])
 def test_hand_written_gradients_equal_autograd(variant, mlp, norm, post_norm):
     layer = make(3, variant=variant, mlp=mlp, norm=norm, post_norm=post_norm, chunks=(2, 4, 8), bias=True)

@@ -1,5 +1,5 @@
-"""The class ``SelfModifyingTitans`` of the PyPI package nested-learning 0.2.0, on the closed-form chunk
-updates and the kernels of this package.
+"""``SelfModifyingTitans`` and ``HOPEModel`` of the PyPI package nested-learning 0.2.0, on the closed-form
+chunk updates and the kernels of this package.
 
     from hope_kernels.compat.nested_learning import SelfModifyingTitans, SelfModifyingTitansConfig
 
@@ -9,6 +9,8 @@ chunks from its own first token and flushes the open chunk at its end, so here o
 ``hope_kernels.SelfModifyingTitans`` is the layer whose calls may be split anywhere.
 
 ``install()`` puts the class into that package's own blocks, so that its ``HOPEModel`` runs on it, unchanged.
+The ``HOPEModel`` here is its language model on this engine: checkpoints load, and states stream, generate and
+are saved as those of ``HopeForCausalLM``.
 
 Writes: w <- w (alpha I - eta k k^T) - eta g for w2 and w_skip, w1 <- alpha w1 - eta g, g the gradient of
 |M(k) - M(v)|^2 (or -M(k).M(v)) at the chunk's start, or its momentum m <- momentum m + g. Source: Nested
@@ -21,9 +23,11 @@ its end; the package rounds every token's step.
 from .config import SelfModifyingTitansConfig
 from .install import install, uninstall
 from .layer import ResidualMLPMemory, SelfModifyingTitans
+from .model import HOPEModel
+from .model_config import LevelSpec, ModelConfig
 from .state import NAMES, ResidualMLPMemoryState, SelfModifyingTitansState
 
 __all__ = [
-    "NAMES", "ResidualMLPMemory", "ResidualMLPMemoryState", "SelfModifyingTitans", "SelfModifyingTitansConfig",
-    "SelfModifyingTitansState", "install", "uninstall",
+    "HOPEModel", "LevelSpec", "ModelConfig", "NAMES", "ResidualMLPMemory", "ResidualMLPMemoryState",
+    "SelfModifyingTitans", "SelfModifyingTitansConfig", "SelfModifyingTitansState", "install", "uninstall",
 ]

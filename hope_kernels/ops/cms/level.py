@@ -1,7 +1,7 @@
 """One level of the Continuum Memory System in PyTorch: forward, backward, and the update that a segment's
 factors make.
 
-    branch(x) = w_down sigma(w_up norm(x))                      mlp="gelu"    (sigma: tanh form of gelu)
+    branch(x) = w_down sigma(w_up norm(x))                      mlp="gelu"    (sigma: tanh form of gelu), "gelu_erf"
                 w_down (silu(w_gate norm(x)) * (w_up norm(x)))  mlp="swiglu"; "geglu": gelu in place of silu
 
 and with ``post_norm`` an RMSNorm of that. A level is a dict: ``norm_gain`` [d], ``norm_bias`` [d] (layernorm),
@@ -89,7 +89,7 @@ def level_forward(
         g = times_transposed(n, level["gate"], level.get("gate_bias"))
         a = (F.silu(g) if config.mlp == "swiglu" else F.gelu(g, approximate="tanh")) * z
     else:
-        a = F.gelu(z, approximate="tanh")
+        a = F.gelu(z, approximate=_form(config))
     y, out = times_transposed(a, level["down"], level.get("down_bias")), None
     if config.post_norm:
         y, out = F.rms_norm(y, width, level["post_gain"], eps), y
@@ -108,7 +108,7 @@ def level_backward(
     d_out = dy if saved.out is None else norm_backward(dy, saved.out, level["post_gain"], "rmsnorm", eps)
     h = times(d_out, level["down"])
     if saved.g is None:
-        lefts = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate="tanh")}
+        lefts = {"up": torch.ops.aten.gelu_backward(h, saved.z, approximate=_form(config))}
     elif config.mlp == "swiglu":
         lefts = {"up": F.silu(saved.g) * h, "gate": torch.ops.aten.silu_backward(saved.z * h, saved.g)}
     else:
@@ -121,6 +121,11 @@ def level_backward(
     assert isinstance(dn, Tensor)
     dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
     return dx + dy if residual else dx, factors
+
+
+def _form(config: CMSConfig) -> str:
+    """Of gelu, where it is not a gate, as PyTorch calls it."""
+    return "none" if config.mlp == "gelu_erf" else "tanh"
 
 
 def norm_backward(dn: Tensor, x: Tensor, gain: Tensor, norm: str, eps: float) -> Tensor:

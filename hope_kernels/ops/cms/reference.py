@@ -13,6 +13,7 @@ up, gate [N, d]; down [d, N].
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +28,12 @@ def gelu(z):
     c = np.sqrt(2 / np.pi)
     t = np.tanh(c * (z + 0.044715 * z**3))
     return 0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * c * (1 + 3 * 0.044715 * z**2)
+
+
+def gelu_erf(z):
+    """The exact form, z Phi(z), and its derivative."""
+    cdf = 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(z / np.sqrt(2)))
+    return z * cdf, cdf + z * np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
 
 
 def silu(z):
@@ -61,8 +68,8 @@ def branch(x, level, config, eps=NORM_EPS):
     """Returns (branch(x), pullback); pullback(dL/dbranch) = (dL/dx, {matrix name: dL/dmatrix})."""
     n, norm_pullback = norm(x, level, config, eps)
     z = level["up"] @ n + level.get("up_bias", 0.0)
-    if config.mlp == "gelu":
-        a, slope = gelu(z)
+    if not config.gated:
+        a, slope = (gelu_erf if config.mlp == "gelu_erf" else gelu)(z)
     else:
         sigma = silu if config.mlp == "swiglu" else gelu
         gated, slope = sigma(level["gate"] @ n + level.get("gate_bias", 0.0))
@@ -74,7 +81,7 @@ def branch(x, level, config, eps=NORM_EPS):
         error = post_pullback(error)
         h = level["down"].T @ error
         grads = {"down": np.outer(error, a)}
-        if config.mlp == "gelu":
+        if not config.gated:
             d_up = slope * h
             dn = level["up"].T @ d_up
         else:
@@ -93,8 +100,8 @@ def inputs(x, levels, config: CMSConfig, eps=NORM_EPS):
     for level in levels:
         n, _ = norm(x, level, config, eps)
         z = level["up"] @ n + level.get("up_bias", 0.0)
-        if config.mlp == "gelu":
-            a = gelu(z)[0]
+        if not config.gated:
+            a = (gelu_erf if config.mlp == "gelu_erf" else gelu)(z)[0]
         else:
             sigma = silu if config.mlp == "swiglu" else gelu
             a = sigma(level["gate"] @ n + level.get("gate_bias", 0.0))[0] * z
