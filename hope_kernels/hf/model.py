@@ -67,7 +67,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        """As of every model of transformers. Raises ValueError where the files lack weights, too."""
+        """As of every model of transformers. Raises ValueError where the files lack weights, and for a device map
+        of several devices, too."""
         if name in bundled_models():
             name = model_folder(name, f"{NAME}.from_pretrained")
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **options)
@@ -75,6 +76,10 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         if absent:
             raise ValueError(f"{NAME}.from_pretrained: {name} lacks {absent[0]} and {len(absent) - 1} more "
                              "weights of its configuration, or has them in other shapes")
+        places = sorted({str(d) for d in (getattr(model, "hf_device_map", None) or {}).values()})
+        if len(places) > 1:
+            raise ValueError(f"{NAME}.from_pretrained: device_map puts parts on {', '.join(places)}, expected one "
+                             "device: a state lies on one")
         if os.path.isdir(name):
             model.model.text_files = read_files(name)
             model._take_ends()

@@ -37,8 +37,9 @@ class Padding:
         return x.gather(1, _like(self.order, x).expand_as(x))
 
     def spread(self, y: Tensor) -> Tensor:
-        """The inverse of ``packed``."""
-        return torch.zeros_like(y).scatter(1, _like(self.order, y).expand_as(y), y)
+        """The inverse of ``packed``: zero in the columns that do not count."""
+        spread = torch.zeros_like(y).scatter(1, _like(self.order, y).expand_as(y), y)
+        return spread.masked_fill(~_like(self.keep, y), 0)
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:

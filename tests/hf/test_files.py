@@ -136,9 +136,10 @@ def test_a_converted_model_brings_tokenizer_chat_and_ends(tmp_path):
     assert torch.equal(model(ids).logits, original(ids).logits)
     # wrapped and saved: complete again
     HopeForCausalLM.wrap(model.model).save_pretrained(tmp_path / "again")
-    assert hk.Tokenizer.from_pretrained(tmp_path / "again").chat(messages) == a.apply_chat_template(messages).input_ids
-    chat = pipeline("text-generation", model=str(tmp_path / "again"))
-    assert chat(messages, max_new_tokens=4)[0]["generated_text"][-1]["role"] == "assistant"
+    chat = a.apply_chat_template(messages, add_generation_prompt=True).input_ids
+    assert hk.Tokenizer.from_pretrained(tmp_path / "again").chat(messages) == chat
+    pipe = pipeline("text-generation", model=str(tmp_path / "again"))
+    assert pipe(messages, max_new_tokens=4)[0]["generated_text"][-1]["role"] == "assistant"
 
 
 def test_dtype_and_device_map(tmp_path):
@@ -152,6 +153,9 @@ def test_dtype_and_device_map(tmp_path):
         assert same(found.model, native)
         out = found.generate(ids, max_new_tokens=9, do_sample=False, learn="next_token")
         assert torch.equal(out[:, 30:], native.generate(ids, 9).tokens)
+    with pytest.raises(ValueError, match="device_map puts parts on cpu, disk, expected one device"):
+        auto(tmp_path, device_map={"model.embed": "cpu", "model.norm": "cpu", "model.blocks": "disk"},
+             offload_folder=tmp_path / "offload")
 
 
 def test_vocabularies_grow():
