@@ -110,7 +110,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         advanced in place. inputs_embeds and output_hidden_states: where nothing learns. labels: the loss of a
         token that follows padding is not counted.
         Raises ValueError for what our model refuses, a cache of another kind, packed texts (position_ids that
-        go back) and arguments that mean nothing here.
+        go back) and other tensors.
         """
         learn = self.config.learn if learn is None else learn
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -252,7 +252,7 @@ def _check(options: dict[str, Any], cache: Any, hidden_while_learning: bool) -> 
     if positions is not None and bool((positions.diff(dim=-1) < 0).any()):
         raise ValueError(f"{NAME}: argument position_ids goes back, expected one text per row: packed texts "
                          "would be read as one")
-    options.pop("output_attentions", None)
-    unknown = sorted(n for n, v in options.items() if v is not None)
+    # ``generate`` hands on whatever it is given; what belongs to single tokens must not be passed over
+    unknown = sorted(n for n, value in options.items() if isinstance(value, Tensor))
     if unknown:
         raise ValueError(f"{NAME}: argument {unknown[0]} means nothing here")

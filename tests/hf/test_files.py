@@ -15,8 +15,9 @@ TEXT = "In the beginning was the Word"
 
 
 def auto(folder, **options):
-    import hope_kernels.hf  # noqa: F401
     from transformers import AutoModelForCausalLM
+
+    import hope_kernels.hf  # noqa: F401
 
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
@@ -104,8 +105,9 @@ def test_bytes_have_a_fast_tokenizer(tmp_path):
 def test_pipeline_of_the_bundled_model():
     import os
 
-    import hope_kernels.hf  # noqa: F401
     from transformers import pipeline
+
+    import hope_kernels.hf  # noqa: F401
 
     folder = os.path.join(hk.folders.ASSETS, "kjv-byte")
     pipe = pipeline("text-generation", model=folder)
