@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from typing import Any
 
+KEY = MODEL_TYPE = "hope"  # in a config.json
 ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 
 
@@ -29,11 +31,17 @@ def _conversion(source: str) -> str:
             f"`python -m hope_kernels convert {shlex.quote(source)} FOLDER`")
 
 
-def check_ours(folder: str, fields: Any) -> None:
-    """Raises ValueError for the config.json of a model of transformers."""
+def read_config(folder: str) -> Any:
+    """Our fields of the folder's config.json, which stand under ``KEY``, or alone as earlier versions wrote them.
+    Raises OSError, JSONDecodeError, and ValueError for a model of transformers."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        fields = json.load(f)
     if isinstance(fields, dict) and "d_model" not in fields and "model_type" in fields:
+        if fields["model_type"] == MODEL_TYPE and KEY in fields:
+            return fields[KEY]
         raise ValueError(f"from_pretrained: {folder} holds a model of transformers (model_type "
                          f"{fields['model_type']!r}); {_conversion(folder)}")
+    return fields
 
 
 def bundled_models() -> list[str]:

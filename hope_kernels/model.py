@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
@@ -29,8 +28,9 @@ from .engine.replay import DREAMS, KNOWN, OnSegment, ReadAndSlept, Replays, Slee
 from .engine.source import Source
 from .engine.unread import check_read_next, left
 from .files import write_atomically
-from .folders import check_ours, model_folder
+from .folders import model_folder, read_config
 from .guard_state import new_guard
+from .hub import config_json, files_beside, load_weights
 from .identity import checksum
 from .layers.autocast import in_own_dtype
 from .layers.block import Block, HopeAttentionBlock, HopeBlock
@@ -58,6 +58,7 @@ class Asked(NamedTuple):
     output: str
     following: Tensor | None
     guard: bool | None
+    embeds: Tensor | None
 
 
 class HopeForCausalLM(nn.Module):
@@ -69,6 +70,8 @@ class HopeForCausalLM(nn.Module):
     """
 
     holds: bool = True  # whether a segment that ends with a call keeps its activations until the next one
+    # What calls a block in training, with the block and its arguments: ``torch.utils.checkpoint.checkpoint``, say
+    checkpoint: Callable[..., Any] | None = None
 
     def __init__(self, config: HopeConfig, device=None, dtype=None):
         super().__init__()
@@ -120,7 +123,7 @@ class HopeForCausalLM(nn.Module):
         self, ids: Tensor, state: ModelState | None = None, lengths=None, learn: str = "off",
         backend: str | None = None,
         *, check_finite: bool = False, wavefront: int | None = None, output: str = "logits",
-        following: Tensor | None = None, guard: bool | None = None,
+        following: Tensor | None = None, guard: bool | None = None, embeds: Tensor | None = None,
     ) -> tuple[Any, ModelState]:
         """Reads T tokens per row.
 
@@ -134,7 +137,9 @@ class HopeForCausalLM(nn.Module):
         after each one (of a row's last one: ``following``; 0 where it is unknown), and last [B, vocab_size],
         the logits after each row's last token. Logits of a whole call then are never held. guard: True: what is
         learned is watched from here on, and taken back where it reads worse than the model's own weights
-        (``engine/guard.py``; ``state.rollbacks`` counts); False: no more; None: as the state has it.
+        (``engine/guard.py``; ``state.rollbacks`` counts); False: no more; None: as the state has it. embeds:
+        [B, T, d_model], read in place of the vectors of ids where nothing learns; the values of ids then mean
+        nothing.
 
         Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
         advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
@@ -148,7 +153,7 @@ class HopeForCausalLM(nn.Module):
         looked at when compiled), a given state inside an ``autograd.Function`` (reentrant activation
         checkpointing), and with check_finite for non-finite logits; the given state is then as it was.
         """
-        asked = Asked(learn, backend, check_finite, wavefront, output, following, guard)
+        asked = Asked(learn, backend, check_finite, wavefront, output, following, guard, embeds)
         if torch.compiler.is_compiling() and (
             output != "logits" or not traced(self, ids, state, learn, backend)
         ):
@@ -160,7 +165,7 @@ class HopeForCausalLM(nn.Module):
         self, ids: Tensor, state: ModelState | None, lengths: Any, asked: Asked
     ) -> tuple[Any, ModelState]:
         name, given = "HopeForCausalLM", state
-        learn, backend, check_finite, wavefront, output, following, guard = asked
+        learn, backend, check_finite, wavefront, output, following, guard, embeds = asked
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if guard not in (None, True, False):
@@ -186,9 +191,15 @@ class HopeForCausalLM(nn.Module):
             raise ValueError(f"{name}: argument wavefront is {wavefront}, expected None with learn='next_token': "
                              "a segment's loss is known after the last block has read it, and the first one may "
                              "not read on before")
+        if embeds is not None:
+            like = placement(self.embed)
+            check_tensor(name, "embeds", embeds, (*ids.shape, self.config.d_model), like.dtype, like.device)
+            if learning:
+                raise ValueError(f"{name}: argument embeds is given, expected None with learn='next_token': what "
+                                 "learns predicts ids")
         in_place = given is not None and not torch.is_grad_enabled()
         tokens, known = with_following(ids, lengths, following)
-        call = Call(ids, lengths, tokens, known, output == "losses", backend, check_finite, wavefront)
+        call = Call(ids, lengths, tokens, known, output == "losses", backend, check_finite, wavefront, embeds)
         with state.reading(name, self, in_place or given is None):
             held = state.take_held(self) if in_place else None
             if given is not None and not in_place:
@@ -293,13 +304,15 @@ class HopeForCausalLM(nn.Module):
         """All blocks over h [B, T, d_model], functionally: (h, new mixer states). mixers: their states; cms:
         the states of their CMS, or ``levels``; inner: the pass that learns, block by block. Each as a block's
         ``forward`` takes it."""
-        new = []
+        new, checkpoint = [], None
         if torch.is_grad_enabled() and inner is None:
+            checkpoint = self.checkpoint
             # A checkpointed block reads again in the backward: what it is given stays as it is until then,
             # whoever advances the results.
             mixers, cms = [m.snapshot() for m in mixers], [c.clone() if isinstance(c, CMSState) else c for c in cms]
         for block, mixer, one, part in zip(self.blocks, mixers, cms, inner or [None] * len(self.blocks)):
-            h, mixer = block(h, mixer, one, lengths, backend, part)
+            arguments = h, mixer, one, lengths, backend, part
+            h, mixer = block(*arguments) if checkpoint is None else checkpoint(block, *arguments)
             new.append(mixer)
         return h, new
 
@@ -370,6 +383,14 @@ class HopeForCausalLM(nn.Module):
             backend=backend, part=part, dreams=dreams, known=known, fade=fade,
         ))
 
+    def resized(self, size: int) -> None:
+        """The configuration follows an embedding (and a head, where there is one) of ``size`` tokens, which the
+        caller has put in place. States from before belong to the model as it was."""
+        self.config = self.config.replace(vocab_size=size)
+        for block, own in zip(self.blocks, self.config.blocks):
+            if self.config.mixer == "attention":  # whose states know the whole configuration
+                block.mixer.config = own
+
     def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own
         weights, in place: see ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved
@@ -390,7 +411,8 @@ class HopeForCausalLM(nn.Module):
         state.adopt(self)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes ``config.json``, ``model.safetensors`` and ``text_files`` into ``folder``, each atomically.
+        """Writes ``config.json``, ``model.safetensors``, ``text_files`` and what transformers needs to read the
+        folder (``hub.py``) into ``folder``, each atomically.
         Raises ValueError, and writes nothing, where submodules have been wrapped, quantized or parametrized: the
         configuration, and so ``from_pretrained``, knows nothing of that."""
         held = self.state_dict()
@@ -405,10 +427,9 @@ class HopeForCausalLM(nn.Module):
         write_atomically(
             os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors, metadata={"format": "pt"})
         )
-        write_files(folder, self.text_files)
-        write_atomically(
-            os.path.join(folder, "config.json"), (json.dumps(self.config.to_dict(), indent=1) + "\n").encode()
-        )
+        write_files(folder, files_beside(self.text_files, self.config.vocab_size) | self.text_files)
+        dtype = placement(self.embed).dtype
+        write_atomically(os.path.join(folder, "config.json"), config_json(self.config, dtype))
 
     @classmethod
     def from_pretrained(
@@ -422,12 +443,9 @@ class HopeForCausalLM(nn.Module):
         folder = model_folder(name, "from_pretrained")
         weights = os.path.join(folder, "model.safetensors")
         try:
-            with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-                fields = json.load(f)
-            check_ours(folder, fields)
-            config = HopeConfig.from_dict(fields)
-            tensors = load_file(weights)
-        except (json.JSONDecodeError, TypeError, SafetensorError) as error:
+            config = HopeConfig.from_dict(read_config(folder))
+            tensors = load_weights(folder)
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
             raise ValueError(f"from_pretrained: {folder} holds a damaged file ({error})") from None
         model = cls(config, device=device, dtype=next(iter(tensors.values())).dtype)
         try:

@@ -47,7 +47,7 @@ class Call:
 
     ids [B, T], of which ``lengths`` tokens a row count. tokens: the same, and after them what follows, where
     the caller said so: [B, T] or [B, T + 1]; known: tokens of each row whose next one is among them. losses:
-    whether losses are returned in place of logits.
+    whether losses are returned in place of logits. embeds: [B, T, d], what is read in place of the vectors of ids.
     """
 
     ids: Tensor
@@ -58,6 +58,7 @@ class Call:
     backend: str | None
     check_finite: bool
     wavefront: int | None
+    embeds: Tensor | None = None
 
     def targets(self, done: list[int], step: list[int]) -> Targets:
         """Of the tokens ``ids[b, done[b] : done[b] + step[b]]``."""
@@ -86,12 +87,13 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
             done = [0] * len(lengths)
             draft = segments.replay(model, _draft(state), complete, ids, done, None, backend)
             state = segments.finished(draft)
+    h = model.embed(ids) if call.embeds is None else call.embeds
     if torch.compiler.is_compiling() and call.wavefront is None:
-        h, mixers = run_traced(model, model.embed(ids), state, lengths, backend)
+        h, mixers = run_traced(model, h, state, lengths, backend)
     elif call.wavefront is None:
-        h, mixers = model.run(model.embed(ids), state.mixers, state.cms, lengths, backend)
+        h, mixers = model.run(h, state.mixers, state.cms, lengths, backend)
     else:
-        h, mixers = run_wavefront(model, model.embed(ids), state.mixers, state.cms, lengths, call.wavefront, backend)
+        h, mixers = run_wavefront(model, h, state.mixers, state.cms, lengths, call.wavefront, backend)
     full = [ids.shape[1]] * len(lengths)
     targets = call.targets([0] * len(lengths), full) if call.losses else None
     heads = read_head(model, h, lengths, targets, logits=not call.losses, check_finite=call.check_finite)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..folders import model_folder
+from . import byte_level
 from .extra import extra
 from .files import SETTINGS, TEMPLATE, TOKENIZER, TextSettings, read_files, write_files
 from .streams import IdStream, TextStream
@@ -16,15 +17,15 @@ from .template import ChatTemplate
 if TYPE_CHECKING:
     from ..model import HopeForCausalLM
 
-BYTES = 256  # vocab_size of a model that reads bytes
+BYTES = byte_level.SIZE  # vocab_size of a model that reads bytes
 
 
 class Tokenizer:
     """Text and token ids of one model: ``Tokenizer.from_pretrained(folder)`` or ``Tokenizer.of(model)``.
 
     ``eos_ids``: the tokens after which a text has ended; ``stop``: strings that end it as well;
-    ``start_ids``: what stands at the start of every text. A model without a ``tokenizer.json`` whose
-    vocabulary has 256 tokens reads bytes, which needs no library; otherwise ``tokenizers`` is needed, and
+    ``start_ids``: what stands at the start of every text. A model of 256 tokens reads bytes, which needs no
+    library, unless its ``tokenizer.json`` says otherwise; for any other ``tokenizers`` is needed, and
     ``jinja2`` for ``chat`` (the extra ``text``).
 
     >>> tokenizer = Tokenizer.from_pretrained("kjv-byte")
@@ -36,7 +37,9 @@ class Tokenizer:
         """files: contents by name, as ``files.py`` lists them. where: their folder, for messages. Raises
         ValueError for damaged files, for ids the model does not have, and where a tokenizer is missing."""
         self.files, self.vocab_size = dict(files), vocab_size
-        self.reads_bytes = TOKENIZER not in self.files
+        self.reads_bytes = TOKENIZER not in self.files or (
+            vocab_size == BYTES and byte_level.is_byte_level(self.files[TOKENIZER])
+        )
         if self.reads_bytes and vocab_size != BYTES:
             raise ValueError(f"{where} has no {TOKENIZER}, expected one for a model of {vocab_size} token "
                              "ids; python -m hope_kernels convert writes it")

@@ -83,7 +83,8 @@ def test_converted_is_the_same_model_with_all_that_text_needs(theirs, folder, to
     with torch.no_grad():
         assert torch.equal(model(torch.tensor([ids]))[0], original(torch.tensor([ids])).logits)
     assert [c.chunks for c in model.config.block_cms] == [(8,), (16,)]
-    files = ["chat_template.jinja", "config.json", "model.safetensors", "text.json", "tokenizer.json"]
+    files = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "modeling_hope.py",
+             "text.json", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(os.listdir(folder)) == files
     messages = [{"role": "user", "content": "Who?"}]
     text = library.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

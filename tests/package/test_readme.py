@@ -68,9 +68,21 @@ def replay(names):
     assert float(read(model, notes).nats) < 0.7 * float(before.nats)
 
 
+def hf(names):
+    out, again, rows = names["out"].sequences, names["again"], names["prompts"].attention_mask.sum(1).tolist()
+    ours, T = names["hk"].HopeForCausalLM.from_pretrained("kjv-byte"), max(rows)
+    for b, n in enumerate(rows):
+        first = ours.generate(out[b : b + 1, T - n : T], 40)
+        assert torch.equal(first.tokens[0], out[b, T:])
+        more = ours.generate(torch.tensor([[10]]), 20, first.state, unread="before")
+        assert torch.equal(more.tokens[0], again[b, T + 41 :])
+    assert names["losses"][-1] < names["losses"][0]
+    names["hk"].HopeForCausalLM.from_pretrained("trained")
+
+
 HOLDS = {"README.md": readme, "docs/llama.md": llama, "docs/streaming.md": streaming, "docs/backends.md": backends,
          "docs/wrapping.md": wrapping, "docs/generation.md": generation, "docs/continual.md": continual,
-         "docs/replay.md": replay}
+         "docs/replay.md": replay, "docs/hf.md": hf}
 
 
 @pytest.mark.parametrize("document", HOLDS)

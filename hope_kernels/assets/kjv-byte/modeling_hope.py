@@ -1,0 +1,1 @@
+from hope_kernels.hf import HopeForCausalLM, HopeHFConfig  # noqa: F401

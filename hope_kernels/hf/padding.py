@@ -1,0 +1,46 @@
+"""Padding: transformers marks it by a mask and puts it anywhere, ours is behind the tokens of each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Padding:
+    """order [B, T]: the columns of each row, those that count first; lengths: how many; keep [B, T]: which."""
+
+    order: Tensor
+    lengths: list[int]
+    keep: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor | None, columns: int) -> Padding | None:
+        """None where all of the last ``columns`` columns count. mask [B, T or more], as transformers has it:
+        what is cut off in front has been read before. Raises ValueError for a mask of other dimensions."""
+        if mask is None:
+            return None
+        if mask.dim() != 2 or mask.shape[1] < columns:
+            raise ValueError(f"HopeForCausalLM: argument attention_mask has shape {list(mask.shape)}, expected "
+                             f"[B, T] with T at least {columns}")
+        keep = mask[:, mask.shape[1] - columns :] != 0
+        if bool(keep.all()):
+            return None
+        order = (~keep).to(torch.int8).argsort(dim=1, stable=True)
+        return cls(order, keep.sum(1).tolist(), keep)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """x [B, T, ...] with what counts first; zero after that."""
+        x = x.masked_fill(~_like(self.keep, x), 0)
+        return x.gather(1, _like(self.order, x).expand_as(x))
+
+    def spread(self, y: Tensor) -> Tensor:
+        """The inverse of ``packed``: zero in the columns that do not count."""
+        spread = torch.zeros_like(y).scatter(1, _like(self.order, y).expand_as(y), y)
+        return spread.masked_fill(~_like(self.keep, y), 0)
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    return t.view(*t.shape, *[1] * (x.dim() - 2))
