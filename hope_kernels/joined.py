@@ -28,7 +28,7 @@ def joined(states: Sequence[Any]) -> Any:
         raise ValueError(f"{OP}: argument states is empty, expected one state or more")
     states, first = list(states), states[0]
     for i, state in enumerate(states):
-        if not isinstance(state, AnyState):
+        if not isinstance(states[i], AnyState):
             raise TypeError(f"{OP}: states[{i}] is a {type(state).__name__}, expected a state")
         if type(state) is not type(first):
             kinds = type(state).__name__, type(first).__name__

@@ -195,10 +195,12 @@ class ModelState(State):
         """Attention's snapshots share the storage of its present states, as those of one call do."""
         if self.config.mixer != "attention":
             return self
-        shared = [now.holds(old, self.seen) for old, now in zip(self.snapshot, self.mixers)]
-        none = [False] * self.batch
-        pairs = zip(self.snapshot, self.mixers, shared)
-        return replace(self, snapshot=[old.merge(now, none) if one else old for old, now, one in pairs])
+        none, pairs = [False] * self.batch, list(zip(self.snapshot, self.mixers))
+
+        def shared(old: Any, now: Any) -> Any:
+            return old.merge(now, none) if now.holds(old, self.seen) else old
+
+        return replace(self, snapshot=[shared(old, now) for old, now in pairs])
 
     def _lean(self):
         mixers, snapshot = ([m._lean() for m in of] for of in (self.mixers, self.snapshot))

@@ -26,6 +26,7 @@ from problems import DEVICE, WRITTEN, cast, meets_yardstick, part, problem, rows
 from hope_kernels import HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig, load_state
 from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.titans.backends import resolve
+from hope_kernels.state import State
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,22 @@ class Streaming(Contract):
         state = load_state(tmp_path / "state").to(self.backend.device)
         o, _ = self.run(case, w_init, part(rows_of(inputs, rows), at, case.tokens), state=state)
         assert self.backend.equal(o, whole[rows, at:])
+
+    @of("neighbours")
+    def test_rows_that_were_alone_go_on_together(self, case):
+        """Joined where each of them stands, they end as in one call."""
+        w_init, inputs, whole, end = self.streamed(case)
+        alone = [self.run(case, w_init, part(rows_of(inputs, [b]), 0, n))[1] for b, n in enumerate(case.lengths)]
+        left = [case.tokens - n for n in case.lengths]
+        later = [torch.arange(n, n + max(left)).clamp(max=case.tokens - 1) for n in case.lengths]
+        rows = [rows_of(inputs, [b]) for b in range(case.rows)]
+        moved = [TokenInputs(*(t if t is None or t.dim() == 1 else t[:, at.to(t.device)] for t in row))
+                 for row, at in zip(rows, later)]
+        together = TokenInputs(*(t[0] if t[0] is None or t[0].dim() == 1 else torch.cat(t) for t in zip(*moved)))
+        o, state = self.run(case, w_init, together, left, State.join(alone))
+        for b, (n, m) in enumerate(zip(case.lengths, left)):
+            assert self.backend.equal(o[b, :m], whole[b, n:]), b
+        assert self.backend.same(state, end)
 
     @of("steps")
     def test_token_by_token(self, case):

@@ -100,16 +100,16 @@ def application(service: Service, hosts: set[str] | None = None) -> Any:
             job.cancelled.set()
             raise
 
-    async def chat_completions(request: fastapi.Request) -> Any:
+    async def chat_completions(request: Any) -> Any:
         return await answer(request, True)
 
-    async def completions(request: fastapi.Request) -> Any:
+    async def completions(request: Any) -> Any:
         return await answer(request, False)
 
-    async def create(request: fastapi.Request) -> Any:
+    async def create(request: Any) -> Any:
         return responses.JSONResponse(await in_thread(store.create, _id(await _json(request))), 201)
 
-    async def sessions(request: fastapi.Request) -> Any:
+    async def sessions(request: Any) -> Any:
         query = request.query_params
         limit = query.get("limit", "100")
         if not limit.isdigit() or not 1 <= int(limit) <= 1000:
@@ -120,14 +120,14 @@ def application(service: Service, hosts: set[str] | None = None) -> Any:
     async def look(session: str) -> Any:
         return await in_thread(store.describe, session)
 
-    async def delete(session: str, request: fastapi.Request) -> Any:
+    async def delete(session: str, request: Any) -> Any:
         await in_thread(store.delete, session, generation(await _json(request)))
         return {"id": session, "object": "session", "deleted": True}
 
-    async def fork(session: str, request: fastapi.Request) -> Any:
+    async def fork(session: str, request: Any) -> Any:
         return responses.JSONResponse(await in_thread(store.fork, session, _id(await _json(request))), 201)
 
-    async def reset(session: str, request: fastapi.Request) -> Any:
+    async def reset(session: str, request: Any) -> Any:
         return await in_thread(store.reset, session, generation(await _json(request)))
 
     async def models() -> Any:

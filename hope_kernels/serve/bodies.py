@@ -114,8 +114,8 @@ def _messages(messages: Any) -> list[dict[str, str]]:
     for i, m in enumerate(messages):
         role, content = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
         if isinstance(content, list):
-            parts = [p.get("text") if isinstance(p, dict) else None for p in content]
-            content = "".join(parts) if all(isinstance(p, str) for p in parts) else None
+            parts = [t for p in content if isinstance(p, dict) and isinstance(t := p.get("text"), str)]
+            content = "".join(parts) if len(parts) == len(content) else None
         if role not in ("system", "developer", "user", "assistant") or not isinstance(content, str):
             raise bad(f"messages[{i}]", m, "a role (system, user or assistant), and a text as content")
         found.append({"role": "system" if role == "developer" else role, "content": content})

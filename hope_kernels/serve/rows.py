@@ -134,6 +134,7 @@ class Batch:
         """Rows that have drawn their first token."""
         states = [] if self.state is None else [self.state]
         for row in rows:
+            assert row.token is not None
             row.state.unread = row.state.ids.new_full((1, 1), row.token)
             states.append(row.state)
         self.state = State.join(states) if len(states) > 1 else states[0]

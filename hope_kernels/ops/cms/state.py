@@ -227,16 +227,16 @@ class CMSState(State):
         parts = [{n: list(getattr(s, n)) for n in _LISTS} for s in states]
         for l in range(states[0].config.num_levels):
             for name in _LISTS:  # weights before copies, inverses before following
-                like = next((p[name][l] for p in parts if p[name][l] is not None), None)
-                slots = max(p[name][l]["up"].shape[1] for p in parts if p[name][l] is not None) if like else 0
-                for state, part in zip(states, parts) if like else ():
-                    part[name][l] = _filled(name, part, l, like, state.batch, slots)
+                held = [p[name][l] for p in parts if p[name][l] is not None]
+                for state, part in zip(states, parts) if held else ():
+                    slots = max(t["up"].shape[1] for t in held)
+                    part[name][l] = _filled(name, part, l, held[0], state.batch, slots)
         found = [replace(s, **p) for s, p in zip(states, parts)]
         for name in ("inputs", "errors"):
-            like = next((t for s in found if (t := getattr(s, name)) is not None), None)
-            for s in found if like is not None else ():
+            held = [t for s in found if (t := getattr(s, name)) is not None]
+            for s in found if held else ():
                 if getattr(s, name) is None:
-                    setattr(s, name, like.new_zeros(s.batch, *like.shape[1:]))
+                    setattr(s, name, held[0].new_zeros(s.batch, *held[0].shape[1:]))
         return found
 
     def _lean(self):
