@@ -4,12 +4,13 @@ and the machine's own GEMM.
     python -m benchmarks.bench_cpu [--rounds 5] [--out benchmarks/results/cpu.json]
 
 B = 1, T = 512, fp32. "same" is the preset ``nested_learning`` with the package's weights: the same function,
-outputs compared. "default" is the default configuration, which does more (output projection, gate, target
-norm, step clip). titans-pytorch's memory, where it is installed, is a two-layer MLP of the same width and
-chunk that computes another function: speed only. Each round times a GEMM of 1024^3, ours (the default
-backend, median of five calls) and the packages, in turn; figures are medians over the rounds, with minimum
-and maximum. FLOPs per token by the count H (c D N + 10 C N + 2 C D + 2 C^2) + 8 d^2, c = 80, or 70 for "same"
-(no deviation from a base, no target norm; projections 2 d^2).
+outputs compared. "drop_in" is the class of ``compat.nested_learning``, called as the package's is, a new state
+included; also with the package's default chunks of one token, there at T = 64. "default" is the default
+configuration, which does more (output projection, gate, target norm, step clip). titans-pytorch's memory, where
+it is installed, is a two-layer MLP of the same width and chunk that computes another function: speed only. Each
+round times a GEMM of 1024^3, ours (the default backend, median of five calls) and the packages, in turn; figures
+are medians over the rounds, with minimum and maximum. FLOPs per token by the count H (c D N + 10 C N + 2 C D +
+2 C^2) + 8 d^2, c = 80, or 70 for "same" (no deviation from a base, no target norm; projections 2 d^2).
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ import torch
 from benchmarks.machine import machine, write_json
 from benchmarks.sources import mark
 from hope_kernels import SelfModifyingTitans, TitansConfig, available_backends
+from hope_kernels.compat.nested_learning import SelfModifyingTitans as DropIn
+from hope_kernels.compat.nested_learning import SelfModifyingTitansConfig as DropInConfig
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "cpu.json")
 CASES = ((64, 16), (256, 16), (256, 64))
 T = 512
+DEFAULT_CHUNKS = (64, 1, 64)  # d, chunk, T
 
 
 def spread(values: list[float]) -> dict:
@@ -75,7 +79,11 @@ def titans_pytorch(d: int, chunk: int):
     ).eval()
 
 
-def case(d: int, chunk: int, rounds: int) -> dict:
+def geometric_mean(cases: list[dict], key: str) -> float:
+    return math.exp(statistics.fmean(math.log(c[key]["median"]) for c in cases))
+
+
+def case(d: int, chunk: int, rounds: int, T: int = T) -> dict:
     from nested_learning.titan.self_modifying import SelfModifyingTitans as Package
     from nested_learning.titan.self_modifying import SelfModifyingTitansConfig as PackageConfig
 
@@ -86,16 +94,21 @@ def case(d: int, chunk: int, rounds: int) -> dict:
         TitansConfig.preset("nested_learning", d_model=d, chunk_memory=chunk, chunk_other=chunk)
     )
     copy_weights(same, package)
+    drop_in = DropIn(DropInConfig(d, chunk_size_other=chunk, chunk_size_memory=chunk))
+    drop_in.load_state_dict(package.state_dict())
     default = SelfModifyingTitans(TitansConfig(d, chunk_memory=chunk, chunk_other=chunk))
 
     def theirs():
         return package.forward_with_updates(x, package.init_fast_state())[0]
 
+    def dropped_in():
+        return drop_in.forward_with_updates(x, drop_in.init_fast_state())[0]
+
     titans = titans_pytorch(d, chunk)
 
     with torch.no_grad():
-        ours_out, their_out = same(x)[0], theirs()
-        error = float((ours_out - their_out).norm() / their_out.norm())
+        their_out = theirs()
+        error = max(float((o - their_out).norm() / their_out.norm()) for o in (same(x)[0], dropped_in()))
         if error > 1e-4:
             raise RuntimeError(
                 f"d={d} chunk={chunk}: outputs differ by {error:.1e}; no speed is reported for a wrong result"
@@ -107,6 +120,7 @@ def case(d: int, chunk: int, rounds: int) -> dict:
         for _ in range(rounds):
             rate = gemm_rate()
             ours = statistics.median(timed(lambda: same(x)) for _ in range(5))
+            compat = statistics.median(timed(dropped_in) for _ in range(5))
             full = statistics.median(timed(lambda: default(x)) for _ in range(5))
             loop = timed(theirs)
             if titans is not None:
@@ -115,7 +129,7 @@ def case(d: int, chunk: int, rounds: int) -> dict:
                 seen.setdefault("ratio_titans_pytorch", []).append(other / full)
             for key, value in (
                 ("gemm", rate / 1e9), ("same", T / ours), ("default", T / full), ("package", T / loop),
-                ("ratio", loop / ours),
+                ("ratio", loop / ours), ("drop_in", T / compat), ("ratio_drop_in", loop / compat),
                 ("ratio_default", loop / full), ("fraction", T * flops(d, chunk, True) / ours / rate),
                 ("fraction_default", T * flops(d, chunk, False) / full / rate),
             ):
@@ -133,18 +147,22 @@ def main() -> None:
               "backend": backend,
               **mark("layer", backend), "rounds": args.rounds, "cases": []}
     print(f"{'dim':>5}{'chunk':>6}{'ours tok/s':>12}{'default':>10}{'package':>9}{'ratio':>8}{'of GEMM':>9}"
-          f"{'default':>9}{'GEMM GF/s':>11}{'error':>9}")
+          f"{'default':>9}{'GEMM GF/s':>11}{'error':>9}{'drop-in':>9}")
     for d, chunk in CASES:
         c = case(d, chunk, args.rounds)
         result["cases"].append(c)
-        result["geometric_mean_ratio"] = math.exp(
-            statistics.fmean(math.log(c["ratio"]["median"]) for c in result["cases"])
-        )
+        result["geometric_mean_ratio"] = geometric_mean(result["cases"], "ratio")
+        result["geometric_mean_drop_in"] = geometric_mean(result["cases"], "ratio_drop_in")
         write_json(args.out, result)
         m = {k: v["median"] for k, v in c.items() if isinstance(v, dict)}
-        print(f"{d:5}{chunk:6}{m['same']:12.0f}{m['default']:10.0f}{m['package']:9.0f}{m['ratio']:8.1f}{m['fraction']:9.0%}"
-              f"{m['fraction_default']:9.0%}{m['gemm']:11.1f}{c['relative_error']:9.1e}")
-    print(f"geometric mean of the ratios: {result['geometric_mean_ratio']:.1f}")
+        print(f"{d:5}{chunk:6}{m['same']:12.0f}{m['default']:10.0f}{m['package']:9.0f}{m['ratio']:8.1f}"
+              f"{m['fraction']:9.0%}{m['fraction_default']:9.0%}{m['gemm']:11.1f}{c['relative_error']:9.1e}"
+              f"{m['ratio_drop_in']:9.1f}")
+    result["default_chunks"] = case(*DEFAULT_CHUNKS[:2], args.rounds, DEFAULT_CHUNKS[2])
+    write_json(args.out, result)
+    print(f"geometric mean of the ratios: {result['geometric_mean_ratio']:.1f}, of the drop-in class "
+          f"{result['geometric_mean_drop_in']:.1f}; with the package's default chunks "
+          f"{result['default_chunks']['ratio_drop_in']['median']:.1f}")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,18 @@ def package_on_cpu(data: dict) -> tuple[float, dict]:
     return math.prod(ratios) ** (1 / len(ratios)), data
 
 
+def drop_in_on_cpu(data: dict) -> tuple[float, dict]:
+    if "geometric_mean_drop_in" not in data:
+        raise Missing("measured before there was such a case")
+    return data["geometric_mean_drop_in"], data
+
+
+def default_chunks_on_cpu(data: dict) -> tuple[float, dict]:
+    if "default_chunks" not in data:
+        raise Missing("measured before there was such a case")
+    return data["default_chunks"]["ratio_drop_in"]["median"], data
+
+
 def gemm_on_cpu(data: dict) -> tuple[float, dict]:
     """The lowest share at d = 256, of both layers."""
     cases = [c for c in data["cases"] if c["dim"] == 256]
@@ -232,6 +244,10 @@ GOALS = (
          Ratio(Key("model", BILLION, "peak_mib_last"), Key("model", BILLION, "peak_mib_first"))),
     Goal("layer on the CPU: speed against nested-learning 0.2.0, geometric mean of two shapes", ">=", 100.0, "x",
          Computed("cpu", "d = 256, C = 64; d = 64, C = 16", package_on_cpu), CPU, "cpu"),
+    Goal("drop-in class on the CPU: speed against nested-learning 0.2.0, geometric mean of three shapes", ">=",
+         100.0, "x", Computed("cpu", "d = 64, C = 16; d = 256, C = 16 and 64", drop_in_on_cpu), CPU, "cpu"),
+    Goal("the same with that package's default chunks of one token, d = 64", ">=", 20.0, "x",
+         Computed("cpu", "d = 64, C = 1", default_chunks_on_cpu), CPU, "cpu"),
     Goal("layer on the CPU, d = 256: of the machine's GEMM rate, least of all cases", ">=", 0.60, "%",
          Computed("cpu", "d = 256", gemm_on_cpu), CPU, "cpu"),
     Goal("reading with learning on the CPU: time of reading without", "<=", 3.2, "x",

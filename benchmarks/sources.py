@@ -66,6 +66,7 @@ CMS = {
 }
 ATTENTION = ("layers.attention:CausalAttention",)
 BLOCKS = ("layers.block:HopeBlock", "layers.block:HopeAttentionBlock")
+SERVE = ("joined:joined", "serve.worker:Worker", "serve.store:Store")
 MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:generate",
          "engine.decoder:Decoder")
 
@@ -113,6 +114,9 @@ def code(case: dict) -> Code | None:
     left_out = (*CHECKS, *(p for name, patterns in OF_BACKEND.items() if name not in used for p in patterns))
     if case.get("model") or kind in ("model", "state", "long"):
         return Code((*MODEL, *parts(BLOCKS, used), *layer(used), *cms(used)), left_out)
+    if kind == "serve":
+        checked = tuple(p for p in left_out if p not in ("*.files", "*.state_file"))
+        return Code((*SERVE, *MODEL, *parts(BLOCKS, used), *layer(used), *cms(used)), checked)
     operator = Code((), (*left_out, *CHOICE))
     if kind in CMS_KINDS:
         return operator._replace(entries=(*CMS_KINDS[kind], *cms(used)))

@@ -46,13 +46,19 @@ def cpu(run: dict) -> str:
         m = {k: v["median"] for k, v in c.items() if isinstance(v, dict)}
         spread = f"{m['ratio']:.0f} ({c['ratio']['min']:.0f} to {c['ratio']['max']:.0f})"
         rows.append((c["dim"], c["chunk"], f"{m['same']:.0f}", f"{m['package']:.0f}", spread, f"{m['fraction']:.0%}",
+                     f"{m['ratio_drop_in']:.0f}" if "ratio_drop_in" in m else "-",
                      f"{m['default']:.0f}", f"{m['fraction_default']:.0%}",
                      f"{m['titans_pytorch']:.0f}" if "titans_pytorch" in m else "-"))
     head = ("width | chunk | ours, tok/s | nested-learning, tok/s | ratio | of the GEMM rate "
-            "| default layer: tok/s | of the GEMM rate | titans-pytorch, tok/s")
+            "| ratio of the drop-in class | default layer: tok/s | of the GEMM rate | titans-pytorch, tok/s")
     error, T = max(c["relative_error"] for c in data["cases"]), data["cases"][0]["T"]
     mean = data["geometric_mean_ratio"]
-    return (f"{markdown(head, rows)}\n\nGeometric mean of the ratios: **{mean:.1f}**. Medians over "
+    drop_in = ""
+    if "default_chunks" in data:
+        drop_in = (f" Of the drop-in class: **{data['geometric_mean_drop_in']:.1f}**, and with the package's default "
+                   f"chunks of one token, d = {data['default_chunks']['dim']}: "
+                   f"{data['default_chunks']['ratio_drop_in']['median']:.0f}.")
+    return (f"{markdown(head, rows)}\n\nGeometric mean of the ratios: **{mean:.1f}**.{drop_in} Medians over "
             f"{data.get('rounds', 5)} rounds of one run, B = 1, T = {T}, fp32, {data['machine']['cores']} cores; "
             f"outputs equal to the package's to {error:.0e}; titans-pytorch 0.5.5 computes another function. "
             f"{source('bench_cpu', 'cpu')}")

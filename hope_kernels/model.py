@@ -25,7 +25,7 @@ from .engine.compiling import REASON, traced
 from .engine.generation import Generation, generate
 from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
-from .engine.replay import DREAMS, PART, OnSegment, ReadAndSlept, Replays, Sleep, read, sleep
+from .engine.replay import DREAMS, KNOWN, PART, OnSegment, ReadAndSlept, Replays, Sleep, read, sleep
 from .engine.source import Source
 from .engine.unread import check_read_next, left
 from .files import write_atomically
@@ -331,7 +331,7 @@ class HopeForCausalLM(nn.Module):
         the same probability; from then on the state has them, in files too, k (C + 1) integers a row. passes=n:
         the kept segments are then learned again n - 1 times, shuffle=True: in a new order every time (see
         ``replay``). flush: whether the unfinished segment at the end is learned and kept as well; None: if
-        passes > 1. seed: any int, of what is kept and of the orders. part, dreams: of ``replay``.
+        passes > 1. seed: any int, of what is kept and of the orders. part, dreams, known, fade: of ``replay``.
         should_stop is also asked before every replayed segment. The same call goes on where it was stopped,
         with the rest of ids (``ids[:, reading.tokens:]``, which may be none), also in another process.
 
@@ -344,7 +344,8 @@ class HopeForCausalLM(nn.Module):
     def replay(
         self, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0, *,
         should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
-        backend: str | None = None, part: int | None = PART, dreams: int = DREAMS,
+        backend: str | None = None, part: int | None = PART, dreams: int = DREAMS, known: float = KNOWN,
+        fade: bool = True,
     ) -> Sleep:
         """Learns the segments that ``state`` keeps (``read(..., replay=k)``) again, ``passes`` times, in place
         and without reading anything: ``engine/replay.py`` says what that means.
@@ -352,9 +353,10 @@ class HopeForCausalLM(nn.Module):
         shuffle: each pass in an order of its own, by a hash of seed and pass; else in the order of the text.
         part: a segment is cut into parts of at most so many tokens, elsewhere in every pass, and none of them is
         read in the light of another (None: it stays whole): so its facts are learned apart from what surrounds
-        them. dreams: with each replay one of so many short texts that the model's own weights wrote is read, and
-        held to what they say of it (0: none), so that the model stays what it was elsewhere; written anew, the
-        same ones for a seed, by every call.
+        them. dreams: with each replay some of so many short texts that the model's own weights wrote are read, and
+        held to what they say of them (0: none), so that the model stays what it was elsewhere; written anew, the
+        same ones for a seed, by every call. known: a token that is likelier than that is not learned again (1: every
+        token is). fade: the rates fall evenly to 0 over the ``passes``.
         should_stop is asked before every segment; on_segment(replays of row 0 done, of how many) is called
         after it. A state that was stopped, also one from a file, goes on with the same arguments where it was,
         unless it has learned more text since. A replay that raises leaves the state as the last one left it.
@@ -364,7 +366,7 @@ class HopeForCausalLM(nn.Module):
         self._admit("HopeForCausalLM.replay", state, getattr(state, "batch", 0))
         return sleep(self, state, Replays(
             passes=passes, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
-            backend=backend, part=part, dreams=dreams,
+            backend=backend, part=part, dreams=dreams, known=known, fade=fade,
         ))
 
     def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:

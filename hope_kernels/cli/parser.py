@@ -17,6 +17,7 @@ def parser() -> argparse.ArgumentParser:
     _generate(commands.add_parser("generate", help="read a text, then write on"))
     _chat(commands.add_parser("chat", help="talk with a model that has a chat template"))
     _read(commands.add_parser("read", help="learn documents, and keep what was learned in a session"))
+    _serve(commands.add_parser("serve", help="sessions over HTTP, in the form of OpenAI's API, and a page"))
     _convert(commands.add_parser("convert", help="a model of transformers or a GGUF file as one of ours"))
     d = commands.add_parser(
         "demo", help="the bundled model reads a text it has not seen, with and without learning"
@@ -93,6 +94,25 @@ def _read(p: argparse.ArgumentParser) -> None:
     )
     _model(p)
     _session(p)
+
+
+def _serve(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--sessions", required=True, metavar="DIR", help="the folder with a file for every session"
+    )
+    p.add_argument("--host", default="127.0.0.1", help="where to listen; beyond this machine with an API key only")
+    p.add_argument("--port", type=int, default=8000, help="0: a free one")
+    p.add_argument("--api-key-file", metavar="FILE",
+                   help="what requests must bring (default: HOPE_KERNELS_API_KEY of the environment, if set)")
+    p.add_argument("--batch", type=int, default=16, help="sequences that are written side by side, at most")
+    p.add_argument("--queue", type=int, default=64, help="requests that may wait beside them")
+    p.add_argument("--loaded", type=int, default=16, help="sessions that stay in memory between their turns")
+    p.add_argument("--max-tokens", type=int, default=1024, help="of one answer, at most")
+    p.add_argument("--max-prompt", type=int, default=65536, help="tokens of one prompt, at most")
+    p.add_argument("--max-body", type=int, default=1 << 20, help="bytes of one request, at most")
+    p.add_argument("--grace", type=float, default=10.0, metavar="SECONDS",
+                   help="for which answers go on when the server is stopped; then they are cut, and kept")
+    _model(p)
 
 
 def _convert(p: argparse.ArgumentParser) -> None:

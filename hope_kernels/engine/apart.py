@@ -44,38 +44,38 @@ def cut(text: Tensor, at: int, part: int) -> Parts:
 
 def learn_apart(
     model: Model, state: ModelState, row: int, parts: Parts, counts: list[int], backend: str | None,
-    dreams: Dreams | None = None, which: int = 0,
+    dreams: Dreams | None = None, *, least: float = 0.0, rate: float = 1.0
 ) -> Tensor:
-    """Descends the loss of ``parts`` in ``row`` of the draft ``state``, and the divergence of the dream ``which``:
-    the losses [R, n] in nats. counts: as ``segments.learn_segment`` has them."""
+    """Descends the loss of ``parts`` in ``row`` of the draft ``state``, and the divergence of ``dreams``: the losses
+    [R, n] in nats. counts: as ``segments.learn_segment`` has them. least: a token is learned where its loss is that
+    many nats or more. rate: factor of the rates."""
     R, lengths, known = len(parts.lengths), list(parts.lengths), sum(parts.lengths)
     ids = parts.ids
     if dreams is not None:
-        extra = dreams.ids[which : which + 1]
-        width = max(ids.shape[1], extra.shape[1])
-        ids = torch.cat([F.pad(t, (0, width - t.shape[1])) for t in (ids, extra)])
-        lengths.append(extra.shape[1])
+        D, m = dreams.ids.shape
+        width = max(ids.shape[1], m)
+        ids = torch.cat([F.pad(t, (0, width - t.shape[1])) for t in (ids, dreams.ids)])
+        lengths += [m] * D
     learners, device = [row], ids.device
-    empty = [b.mixer.init_state(len(lengths), device) for b in model.blocks]
-    read = Segment(
-        [b.mixer.init_state(R, device) for b in model.blocks], parts.ids, Targets(parts.targets, parts.lengths),
-        parts.lengths, backend, True
+    empty, apart = (
+        [b.mixer.init_state(n, device) for b in model.blocks] for n in (len(lengths), R)
     )
+    read = Segment(apart, parts.ids, Targets(parts.targets, parts.lengths), parts.lengths, backend, True)
     real = mask(lengths, ids.shape[1], device).view(1, -1)
     with torch.inference_mode(False), torch.enable_grad():
-        sinks = sinks_of(model, state, learners, counts, backend, [row], [known], real)
+        sinks = sinks_of(model, state, learners, counts, backend, [row], [known], real, rate)
         h, _, anchor = read_graph(model, state, empty, ids.clone(), lengths, backend, sinks, [row], True)
         n = parts.ids.shape[1]
         heads = read_head(
-            model, h.detach()[:R, :n], parts.lengths, read.targets, logits=False, learners=[True] * R
+            model, h.detach()[:R, :n], parts.lengths, read.targets, logits=False, learners=[True] * R, least=least
         )
         assert heads.slopes is not None and heads.nats is not None
         slopes = h.new_zeros(h.shape)
         slopes[:R, :n] = heads.slopes
         if dreams is not None:
             # a row's loss is the sum over the replayed tokens, or what its optimizer makes of that
-            _, back = drift(model, h.detach()[R:, : lengths[R]], dreams.h[which : which + 1])
-            slopes[R, : lengths[R]] = back[0] * (WEIGHT * known / lengths[R])
+            _, back = drift(model, h.detach()[R:, :m], dreams.h)
+            slopes[R:, :m] = back * (WEIGHT * known / (D * m))
         slopes = judged(model, state, read, list(range(R)), learners, heads.nats, slopes)
         torch.autograd.grad(h, anchor, slopes)
     return heads.nats

@@ -23,7 +23,7 @@ from ..layers.wrapped import placement
 from .generation import generate
 from .protocol import Model
 
-DREAMT = 64  # tokens of a dream, or a segment's where that is shorter
+SHARE = 0.25  # of a segment's tokens that are dreamt beside it, in whole dreams
 WEIGHT = 1.0  # of a dream's mean divergence, against the mean loss of the replayed tokens
 
 
@@ -33,6 +33,9 @@ class Dreams:
 
     ids: Tensor
     h: Tensor
+
+    def some(self, which: list[int]) -> Dreams:
+        return Dreams(self.ids[which], self.h[which])
 
 
 @torch.no_grad()

@@ -97,14 +97,18 @@ def _levels(blocks: Blocks) -> Iterator[tuple[int, ContinuumMemory, CMSState, in
 
 def _keep(guard: GuardState, blocks: Blocks, rows: list[int]) -> None:
     for i, layer, cms, l in _levels(blocks):
-        guard.good[i][l] = good_weights(cms, layer.start(l), l, rows, guard.good[i][l])
+        own = [b for b in rows if cms.own[l][b] or cms.rank[l][b]]
+        if own:
+            guard.good[i][l] = good_weights(cms, layer.start(l), l, own, guard.good[i][l])
+        for b in rows:
+            guard.held[i][l][b] = int(b in own)
     for b in rows:
         guard.kept[b] = 1
 
 
 def _restore(guard: GuardState, blocks: Blocks, rows: list[int]) -> None:
-    kept = [b for b in rows if guard.kept[b]]
     for i, layer, cms, l in _levels(blocks):
+        kept = [b for b in rows if guard.held[i][l][b]]
         go_back(cms, layer.start(l), l, rows, kept, guard.good[i][l])
     for b in rows:
         guard.rollbacks[b] += 1

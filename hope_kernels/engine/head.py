@@ -58,12 +58,13 @@ class Heads(NamedTuple):
 
 def read_head(
     model: Model, h: Tensor, lengths: list[int], targets: Targets | None, *, logits: bool = True,
-    learners: list[bool] | None = None, check_finite: bool = False,
+    learners: list[bool] | None = None, check_finite: bool = False, least: float = 0.0,
 ) -> Heads:
     """The head over h [B, n, d], of which ``lengths`` tokens a row count.
 
     targets: for the losses; None: there are none. logits: whether they are kept. learners: rows whose losses
-    are summed and differentiated by h, under any grad mode; the model's parameters get no gradient.
+    are summed and differentiated by h, under any grad mode; the model's parameters get no gradient. least:
+    losses below it, in nats, are not differentiated.
     Raises ValueError for non-finite logits, with ``check_finite``.
     """
     if targets is None:
@@ -84,7 +85,7 @@ def read_head(
             piece = model.logits(part, here)
             loss = _losses(piece.to(wide), targets.ids[:, a:b], known)
         else:
-            piece, loss, slope = _differentiated(model, part, here, targets.ids[:, a:b], known, learners, wide)
+            piece, loss, slope = _differentiated(model, part, here, targets.ids[:, a:b], known, learners, least, wide)
             slopes.append(slope)
         if check_finite:
             _check(piece, here)
@@ -146,7 +147,7 @@ def _losses(logits: Tensor, ids: Tensor, known: list[int]) -> Tensor:
 
 
 def _differentiated(
-    model: Model, h: Tensor, lengths: list[int], ids: Tensor, known: list[int], learners: list[bool],
+    model: Model, h: Tensor, lengths: list[int], ids: Tensor, known: list[int], learners: list[bool], least: float,
     wide: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, losses, d(sum of the learners' losses)/dh) of a piece; two numbers in ``wide`` a logit are
@@ -162,6 +163,8 @@ def _differentiated(
         counts = [m if r else 0 for m, r in zip(known, learners)]
         if min(counts) < ids.shape[1]:
             p.mul_(mask(counts, ids.shape[1], ids.device).unsqueeze(-1))
+        if least > 0:
+            p.mul_((loss >= least).unsqueeze(-1))  # false for a NaN: its slope stays NaN
         if min(known) < ids.shape[1]:
             loss = torch.where(mask(known, ids.shape[1], ids.device), loss, 0)
         slope = p.to(logits.dtype)

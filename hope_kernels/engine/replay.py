@@ -4,7 +4,8 @@ A reading goes through a text once, and what it learns last weighs most. A state
 (``kept.py``) can learn from them again afterwards. A pass takes every kept segment of a row once: in the order
 they were read in, or shuffled by a hash of the seed and the number of the pass. Each is cut into parts that are
 read apart (``apart.py``), from empty mixers, as at position 0, with the weights the row has by then, and learned
-from; a dream of the model's own weights (``dreams.py``) holds on to what it knew.
+from; dreams of the model's own weights (``dreams.py``) hold on to what it knew. A token that is likelier than
+``known`` is not learned, and the rates fall evenly to 0 over a sleep.
 
 The levels have a clock of their own meanwhile, which is 0 when a sleep begins and C (the shortest period) more
 after every replay: level l commits where its period divides that, and accumulates otherwise. What it had
@@ -21,6 +22,7 @@ ends it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ from ..model_state import ModelState
 from ..state import Counters
 from . import generation, segments
 from .apart import cut, learn_apart
-from .dreams import DREAMT, Dreams, dream
+from .dreams import SHARE, Dreams, dream
 from .generation import Reading
 from .options import check_callbacks
 from .protocol import Model
@@ -43,8 +45,9 @@ from .source import Source
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
 OP = "HopeForCausalLM.replay"
-PART = 64  # tokens of a segment that are read together, at most
-DREAMS = 32
+PART = 24  # tokens of a segment that are read together, at most
+DREAMS = 64  # of as many tokens
+KNOWN = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,8 @@ class Replays:
     backend: str | None
     part: int | None
     dreams: int
+    known: float
+    fade: bool
 
     def __post_init__(self) -> None:
         check_callbacks(OP, should_stop=self.should_stop, on_segment=self.on_segment)
@@ -68,6 +73,10 @@ class Replays:
             object.__setattr__(self, name, check_integer(OP, name, getattr(self, name), least, expected))
         if self.part is not None:
             object.__setattr__(self, "part", check_integer(OP, "part", self.part, 1, "a positive integer or None"))
+        if isinstance(self.known, bool) or not isinstance(self.known, (int, float)) or not 0 < self.known <= 1:
+            raise ValueError(f"{OP}: argument known is {self.known!r}, expected a probability, above 0")
+        if self.fade not in (True, False):
+            raise ValueError(f"{OP}: argument fade is {self.fade!r}, expected True or False")
 
 
 @torch.no_grad()
@@ -75,7 +84,8 @@ def read(
     model: Model, ids: Tensor | Source, state: ModelState | None = None, *, learn: str = "next_token",
     passes: int = 1, shuffle: bool = False, replay: int = 0, seed: int = 0, flush: bool | None = None,
     on_segment: OnSegment | None = None, should_stop: Callable[[], bool] | None = None,
-    backend: str | None = None, part: int | None = PART, dreams: int = DREAMS, **options: Any
+    backend: str | None = None, part: int | None = PART, dreams: int = DREAMS,
+    known: float = KNOWN, fade: bool = True, **options: Any
 ) -> ReadAndSlept:
     """A model's ``read``, where the arguments are explained. options: those of ``generation.read`` that nothing
     but the reading asks for."""
@@ -96,7 +106,7 @@ def read(
     if passes > 1:
         how = Replays(
             passes=passes - 1, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
-            backend=backend, part=part, dreams=dreams,
+            backend=backend, part=part, dreams=dreams, known=known, fade=fade,
         )
         found.sleep = sleep(model, state, how)
         found.finished = found.sleep.finished
@@ -146,7 +156,8 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
             if p not in orders[b]:
                 orders[b] = {p: _order(state.kept, b, p, how.shuffle, how.seed)}
         if own is None and how.dreams:
-            own = dream(model, how.dreams, min(DREAMT, model.segment), how.seed, how.backend)
+            tokens = min(how.part or model.segment, model.segment)
+            own = dream(model, how.dreams, tokens, how.seed, how.backend)
         turns = [Turn(b, p, orders[b][p][j]) for b, (p, j) in zip(rows, at)]
         for turn, nats in zip(turns, _again(model, state, turns, how, own)):
             found.nats[turn.number, turn.row] += nats
@@ -181,12 +192,22 @@ def _again(
             text, number = texts[b, slot], numbers[b][slot]
             size = C if part is None else part
             at = C if part is None else 1 + hashed(seed, p, number, 1) % part
-            which = 0 if own is None else hashed(seed, p, number, 2) % len(own.ids)
+            some = None if own is None else own.some(_which(own, C, seed, p, number))
             parts = cut(text[text >= 0], at, size)
-            nats = learn_apart(model, draft, b, parts, [d * C for d in done], how.backend, own, which)
+            rate = 1 - kept.done[b] / (how.passes * kept.held()[b]) if how.fade else 1.0
+            nats = learn_apart(
+                model, draft, b, parts, [d * C for d in done], how.backend, some, least=-math.log(how.known), rate=rate
+            )
             found.append(float(nats.double().sum()))
         state.assign(segments.finished(replace(draft, kept=replace(draft.kept, done=done))))
     return found
+
+
+def _which(own: Dreams, segment: int, *turn: int) -> list[int]:
+    """The dreams beside a turn: the ones after that which its numbers draw."""
+    D, tokens = own.ids.shape
+    first = hashed(*turn, 2) % D
+    return [(first + i) % D for i in range(min(max(1, round(SHARE * segment / tokens)), D))]
 
 
 def _tokens(kept: KeptSegments) -> list[list[int]]:

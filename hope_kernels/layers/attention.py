@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check import check_batch, check_counters, check_lengths, check_part, check_state, check_tensor, check_values
@@ -113,6 +114,16 @@ class AttentionState(State):
         """The state as it is now, in O(B): it shares the storage; either side may be read on."""
         return replace(self, pos=Counters(self.pos), base=Counters(self.base), lost=Counters(self.lost))
 
+    def holds(self, earlier: AttentionState, seen: list[int]) -> bool:
+        """Whether the storage has all that ``earlier``, ``seen`` tokens ago, needs, in rows where ``seen`` is
+        positive."""
+        window, sinks = self.config.sight
+        for b, pos in enumerate(earlier.pos):
+            least = pos - self.lost[b] if window is None else min(pos - self.lost[b], window + sinks)
+            if seen[b] > 0 and (earlier.lost[b] != self.lost[b] or pos - self.base[b] < least):
+                return False
+        return True
+
     def unreachable(self) -> list[int]:
         """Tokens of each row, of those after the sinks, that no later token sees, even if a wider window comes."""
         window, sinks = self.config.sight
@@ -164,6 +175,23 @@ class AttentionState(State):
             return torch.where(counted, t[:, :width], 0.0)
 
         return replace(self.snapshot(), k=cut(self.k), v=cut(self.v), filled=[])
+
+    @classmethod
+    def _alike(cls, states: list[AttentionState]) -> list[AttentionState]:
+        """In storage as wide as the widest."""
+        width = max(s.k.shape[1] for s in states)
+
+        def padded(t: Tensor) -> Tensor:
+            return F.pad(t, (0, 0, 0, 0, 0, width - t.shape[1]))
+
+        return [replace(s, k=padded(s.k), v=padded(s.v), filled=[]) for s in states]
+
+    def _tidied(self):
+        self.filled = self.used()
+        return self
+
+    def _lean(self):
+        return self.compact()
 
     def merge(self, other, rows: list[bool]):
         """Of two states of one history: the storage of ``other``, the later one, which holds the tokens of both."""

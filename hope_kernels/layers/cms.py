@@ -359,7 +359,7 @@ class ContinuumMemory(nn.Module):
         # nothing up to here learns: no graph, no backward
         if inner is not None and not x.requires_grad and not self.learns:
             with torch.no_grad():
-                return self._levels(x, state, ops)
+                return self._levels(x, state, ops, inner._replace(sink=None))
         return self._levels(x, state, ops, inner)
 
     def _levels(

@@ -85,3 +85,10 @@ def test_learns_what_it_reads(folder, tmp_path, capfd):
     done = subprocess.run([sys.executable, "-m", "hope_kernels", *given], input="Who was in the beginning?\n",
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip()
+
+
+def test_remembers_notes_it_has_learned(folder, tmp_path):
+    """From its learned weights alone; and what it knew before, it still knows."""
+    found = real_model.remembered(folder, tmp_path)
+    assert all(found[question].startswith(answer) for question, answer in real_model.NOTES.items())
+    assert found[real_model.KNOWN].startswith(" Paris.")

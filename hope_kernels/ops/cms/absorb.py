@@ -131,11 +131,9 @@ def reset(state: CMSState, l: int, rows: list[int]) -> None:
 
 def good_weights(
     state: CMSState, shared: Shared, l: int, rows: list[int], before: dict[str, Tensor] | None
-) -> dict[str, Tensor] | None:
+) -> dict[str, Tensor]:
     """A copy of what ``rows`` have learned in level ``l``, in the dtype of the layer: [B, r, c] by name, the other
-    rows as in ``before``. None: no row has weights of its own."""
-    if not any(state.own[l]) and not any(state.rank[l]):
-        return before
+    rows as in ``before``."""
     fold(state, state.config, shared, l, rows)
     dtype = next(iter(shared.values())).dtype
     held = state.weights[l] if state.copies[l] is None else state.copies[l]

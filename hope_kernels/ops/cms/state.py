@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...check import check_counters, check_part
@@ -220,6 +221,39 @@ class CMSState(State):
     def compact(self):
         return replace(self, copies=[])
 
+    @classmethod
+    def _alike(cls, states: list[CMSState]) -> list[CMSState]:
+        """Where one has a tensor and others have None: what None stands for."""
+        parts = [{n: list(getattr(s, n)) for n in _LISTS} for s in states]
+        for l in range(states[0].config.num_levels):
+            for name in _LISTS:  # weights before copies, inverses before following
+                like = next((p[name][l] for p in parts if p[name][l] is not None), None)
+                slots = max(p[name][l]["up"].shape[1] for p in parts if p[name][l] is not None) if like else 0
+                for state, part in zip(states, parts) if like else ():
+                    part[name][l] = _filled(name, part, l, like, state.batch, slots)
+        found = [replace(s, **p) for s, p in zip(states, parts)]
+        for name in ("inputs", "errors"):
+            like = next((t for s in found if (t := getattr(s, name)) is not None), None)
+            for s in found if like is not None else ():
+                if getattr(s, name) is None:
+                    setattr(s, name, like.new_zeros(s.batch, *like.shape[1:]))
+        return found
+
+    def _lean(self):
+        counters = {"weights": "own", "copies": "own", "grads": "dirty", "left": "rank", "right": "rank"}
+
+        def counts(name: str, l: int) -> bool:
+            if name in counters:
+                return any(getattr(self, counters[name])[l])
+            held, eye = getattr(self, name)[l] or {}, name in ("inverses", "following")
+            return any(bool((t - _eye(t) if eye else t).any()) for t in held.values())
+
+        lists = {n: [t if counts(n, l) else None for l, t in enumerate(getattr(self, n))] for n in _LISTS}
+        for l, held in enumerate(lists["following"]):
+            if (held is None) != (lists["inverses"][l] is None):  # the one says what the other is
+                lists["inverses"][l], lists["following"][l] = self.inverses[l], self.following[l]
+        return replace(self, **lists)
+
     def to(self, device=None, dtype: torch.dtype | None = None):
         casts = dtype is not None or isinstance(device, torch.dtype)
         # copies round the masters once: not those of another dtype a second time
@@ -286,6 +320,28 @@ class CMSState(State):
         and preconditioners."""
         parts = (getattr(self, n)[level] or {} for n in _LISTS)
         return sum(t.numel() * t.element_size() for part in parts for t in part.values())
+
+
+def _filled(
+    name: str, part: dict[str, list], l: int, like: dict[str, Tensor], batch: int, slots: int
+) -> dict[str, Tensor]:
+    """``part[name]`` of level ``l`` of ``batch`` rows as ``like`` has it, with room for ``slots`` factors."""
+    held = part[name][l]
+    if held is not None:
+        short = slots - held["up"].shape[1] if name in ("left", "right") else 0
+        return {n: F.pad(t, (0, 0, 0, short)) for n, t in held.items()} if short else held
+    if name == "copies" and part["weights"][l] is not None:
+        return {n: t.to(like[n].dtype) for n, t in part["weights"][l].items()}
+    if name == "following" and part["inverses"][l] is not None:
+        return part["inverses"][l]
+    if name in ("inverses", "following"):
+        return {n: _eye(t).expand(batch, -1, -1) for n, t in like.items()}
+    return {n: t.new_zeros(batch, *t.shape[1:]) for n, t in like.items()}
+
+
+def _eye(like: Tensor) -> Tensor:
+    """[1, c, c] for [B, c, c]."""
+    return torch.eye(like.shape[2], dtype=like.dtype, device=like.device).unsqueeze(0)
 
 
 def _shape(config: CMSConfig, matrix: str) -> tuple[int, int]:
