@@ -64,6 +64,7 @@ class Replays:
     dreams: int
     known: float
     fade: bool
+    rate: float
 
     def __post_init__(self) -> None:
         check_callbacks(OP, should_stop=self.should_stop, on_segment=self.on_segment)
@@ -75,6 +76,8 @@ class Replays:
             object.__setattr__(self, "part", check_integer(OP, "part", self.part, 0, "an integer >= 0 or None"))
         if isinstance(self.known, bool) or not isinstance(self.known, (int, float)) or not 0 < self.known <= 1:
             raise ValueError(f"{OP}: argument known is {self.known!r}, expected a probability, above 0")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < math.inf:
+            raise ValueError(f"{OP}: argument rate is {self.rate!r}, expected a number >= 0")
         if self.fade not in (True, False):
             raise ValueError(f"{OP}: argument fade is {self.fade!r}, expected True or False")
 
@@ -85,7 +88,7 @@ def read(
     passes: int = 1, shuffle: bool = False, replay: int = 0, seed: int = 0, flush: bool | None = None,
     on_segment: OnSegment | None = None, should_stop: Callable[[], bool] | None = None,
     backend: str | None = None, part: int | None = None, dreams: int = DREAMS,
-    known: float = KNOWN, fade: bool = True, **options: Any
+    known: float = KNOWN, fade: bool = True, rate: float = 1.0, **options: Any
 ) -> ReadAndSlept:
     """A model's ``read``, where the arguments are explained. options: those of ``generation.read`` that nothing
     but the reading asks for."""
@@ -106,7 +109,7 @@ def read(
     if passes > 1:
         how = Replays(
             passes=passes - 1, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
-            backend=backend, part=part, dreams=dreams, known=known, fade=fade,
+            backend=backend, part=part, dreams=dreams, known=known, fade=fade, rate=rate,
         )
         found.sleep = sleep(model, state, how)
         found.finished = found.sleep.finished
@@ -194,7 +197,7 @@ def _again(
             night = own[p]
             some = None if night is None else night.some(_which(night, C, seed, p, number))
             parts = cut(text[text >= 0], at, part)
-            rate = 1 - kept.done[b] / (how.passes * kept.held()[b]) if how.fade else 1.0
+            rate = how.rate * (1 - kept.done[b] / (how.passes * kept.held()[b]) if how.fade else 1)
             nats = learn_apart(
                 model, draft, b, parts, [d * C for d in done], how.backend, some, least=-math.log(how.known), rate=rate
             )

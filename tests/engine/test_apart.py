@@ -88,11 +88,11 @@ def test_rates_fall_evenly_over_a_sleep_and_what_is_known_is_left_out():
     assert state.kept.held() == [1]
 
     faded, by_hand = state.clone(), state.clone()
-    model.replay(faded, 2, known=1, **plain)
-    model.replay(by_hand, 1, known=1, **plain)
+    model.replay(faded, 2, known=1, rate=3, **plain)
+    model.replay(by_hand, 1, known=1, fade=False, rate=3, **plain)
     draft = segments.draft(by_hand)
     text = state.kept.ids[0, 0]
-    learn_apart(model, draft, 0, cut(text, 8, 8), [16], None, rate=0.5)
+    learn_apart(model, draft, 0, cut(text, 8, 8), [16], None, rate=1.5)
     for a, b, c in zip(faded.cms, draft.cms, state.cms):
         assert relative(a.weights[0]["up"], b.weights[0]["up"]) < 1e-12
         assert relative(a.weights[0]["up"], c.weights[0]["up"]) > 1e-3

@@ -294,6 +294,8 @@ def test_arguments_that_mean_nothing_are_refused():
         (lambda: model.replay(state, 1, dreams=-1), "argument dreams is -1"),
         (lambda: model.replay(state, 1, known=0), "argument known is 0, expected a probability"),
         (lambda: model.replay(state, 1, known=float("nan")), "argument known is nan"),
+        (lambda: model.replay(state, 1, rate=-1), "argument rate is -1"),
+        (lambda: model.replay(state, 1, rate=float("inf")), "argument rate is inf"),
         (lambda: model.replay(state, 1, fade=2), "argument fade is 2, expected True or False"),
     ):
         with pytest.raises(ValueError, match=message):
