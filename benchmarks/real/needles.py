@@ -125,7 +125,7 @@ def run(
     """Reads once and replays ``passes`` - 1 times, one sleep, asking after every ``every`` passes. how: arguments
     of ``replay``."""
     options = " ".join(f"{k}={v}" for k, v in {**cms, **how}.items())
-    blocks = "all" if learn_blocks is None else f"{len(learn_blocks)} last"
+    blocks = "all" if learn_blocks is None else f"{learn_blocks[0]}-{learn_blocks[-1]}"
     name = f"needles {count} in {tokens}, {blocks} blocks, {passes} passes, {options}"
     if name in study.cases:
         return

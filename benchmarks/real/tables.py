@@ -47,9 +47,11 @@ def worst(data: dict) -> float:
 def needles(data: dict) -> str:
     rows = []
     for c in cases(data, "needles"):
-        rule = ", ".join(f"{k} {v}" for k, v in c["cms"].items() if k not in ("chunks", "relative"))
+        given = {**c["cms"], **c["how"]}
+        rule = ", ".join(f"{k} {v}" for k, v in given.items() if k not in ("chunks", "relative"))
         for passes, a in c["after"].items():
-            rows.append((f"{c['facts']} in {c['tokens']}", f"{rule}; {c['blocks']} blocks", passes,
+            rows.append((f"{c['facts']} in {c['tokens']}", f"{rule}; blocks: {c['blocks']}",
+                         f"{passes} of {c['passes']}",
                          a["session"]["exact"], f"{a['session']['digits']:.0%}", a["weights"]["exact"],
                          f"{a['weights']['digits']:.0%}", f"{a['other_bits'] / c['before']['other_bits'] - 1:+.1%}"))
     head = ("facts in tokens | rule | passes | session: exact | digits | weights alone: exact | digits "

@@ -104,6 +104,6 @@ def test_needles_ask_the_session_the_weights_and_another_process(parts, study):
         needles.run(study, "kjv-byte", model, tokenizer, found, 2, 512, 3, 2, cms)
     finally:
         needles.elsewhere = original
-    record = study.cases["needles 2 in 512, all blocks, chunks=64 optimizer=adam lr=0.002 relative=True"]
+    record = study.cases["needles 2 in 512, all blocks, 3 passes, chunks=64 optimizer=adam lr=0.002 relative=True"]
     assert list(record["after"]) == [1, 3] and record["passes"] == 3 and len(asked) == 1
     assert record["after"][3]["weights"]["digits"] >= 0 and "| 2 in 512 |" in tables.needles(study.data)
