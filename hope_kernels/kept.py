@@ -24,12 +24,15 @@ class KeptSegments(State):
 
     ids      [B, k, C + 1] int64: a segment's n tokens, n <= C, and the token after them; -1 behind that
     numbers  [B, k] int64: which of the row's segments a slot holds, counted from 0; -1: none
+    nats     [B, k, C] fp32 (fp64 beside fp64): what the token after each one cost when it was learned first, 0
+             behind the last one
     done     per row: replays of a sleep that has not come to its end
     seed     of what is kept
     """
 
     ids: Tensor
     numbers: Tensor
+    nats: Tensor
     done: Counters
     seed: int = 0
 
@@ -52,6 +55,7 @@ class KeptSegments(State):
             raise ValueError(f"{where}: state.numbers has no slots, or its model no segments")
         check_part(where, "ids", self.ids, (self.batch, k, c.segment + 1), torch.int64, device)
         check_part(where, "numbers", self.numbers, (self.batch, k), torch.int64, device)
+        check_part(where, "nats", self.nats, (self.batch, k, c.segment), None, device)
         if type(self.seed) is not int:
             raise ValueError(f"{where}: state.seed is {self.seed!r}, expected an integer")
         if torch.compiler.is_compiling():
@@ -80,13 +84,16 @@ class KeptSegments(State):
 def nothing_kept(config: HopeConfig, batch: int, slots: int, seed: int, device: torch.device) -> KeptSegments:
     """Of sequences that have learned nothing yet."""
     ids = torch.full((batch, slots, config.segment + 1), -1, dtype=torch.long, device=device)
-    return KeptSegments(Counters([0] * batch), config, ids, ids[:, :, 0].clone(), Counters([0] * batch), seed)
+    nats = torch.zeros(batch, slots, config.segment, device=device)
+    return KeptSegments(Counters([0] * batch), config, ids, ids[:, :, 0].clone(), nats, Counters([0] * batch), seed)
 
 
-def offer(kept: KeptSegments, rows: list[int], ids: Tensor, targets: Tensor, lengths: list[int]) -> KeptSegments:
-    """``kept`` after ``rows`` of the batch have learned a segment of ``lengths`` tokens each: ids, targets
-    [len(rows), n], the tokens and those that follow them. A sleep that has not ended is over. ``kept`` stays as
-    it is."""
+def offer(
+    kept: KeptSegments, rows: list[int], ids: Tensor, targets: Tensor, lengths: list[int], nats: Tensor
+) -> KeptSegments:
+    """``kept`` after ``rows`` of the batch have learned a segment of ``lengths`` tokens each: ids, targets, nats
+    [len(rows), n], the tokens, those that follow them and their losses. A sleep that has not ended is over.
+    ``kept`` stays as it is."""
     pos, done, taken = Counters(kept.pos), Counters(kept.done), []
     for i, b in enumerate(rows):
         slot = pos[b] if pos[b] < kept.slots else hashed(kept.seed, pos[b]) % (pos[b] + 1)
@@ -102,9 +109,12 @@ def offer(kept: KeptSegments, rows: list[int], ids: Tensor, targets: Tensor, len
     text[:, :n] = ids[which]
     text.scatter_(1, last, targets[which].gather(1, last - 1))
     text[torch.arange(width, device=ids.device) > last] = -1
+    losses = kept.nats.new_zeros(len(taken), width - 1)
+    losses[:, :n] = nats[which, :n].to(losses.dtype)
+    losses[torch.arange(width - 1, device=ids.device) >= last] = 0
     return replace(
         kept, pos=pos, done=done, ids=kept.ids.index_put((row, slot), text),
-        numbers=kept.numbers.index_put((row, slot), number)
+        numbers=kept.numbers.index_put((row, slot), number), nats=kept.nats.index_put((row, slot), losses)
     )
 
 

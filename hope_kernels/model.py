@@ -344,7 +344,8 @@ class HopeForCausalLM(nn.Module):
         the same probability; from then on the state has them, in files too, k (C + 1) integers a row. passes=n:
         the kept segments are then learned again n - 1 times, shuffle=True: in a new order every time (see
         ``replay``). flush: whether the unfinished segment at the end is learned and kept as well; None: if
-        passes > 1. seed: any int, of what is kept and of the orders. part, dreams, known, fade, rate: of ``replay``.
+        passes > 1. seed: any int, of what is kept and of the orders. part, dreams, known, fade, rate, share: of
+        ``replay``.
         should_stop is also asked before every replayed segment. The same call goes on where it was stopped,
         with the rest of ids (``ids[:, reading.tokens:]``, which may be none), also in another process.
 
@@ -358,7 +359,7 @@ class HopeForCausalLM(nn.Module):
         self, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0, *,
         should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
         backend: str | None = None, part: int | None = None, dreams: int = DREAMS, known: float = KNOWN,
-        fade: bool = True, rate: float = 1.0,
+        fade: bool = True, rate: float = 1.0, share: float = 1.0,
     ) -> Sleep:
         """Learns the segments that ``state`` keeps (``read(..., replay=k)``) again, ``passes`` times, in place
         and without reading anything: ``engine/replay.py`` says what that means.
@@ -370,7 +371,8 @@ class HopeForCausalLM(nn.Module):
         model's own weights wrote are read, and held to what they say of them (0: none), so that the model stays
         what it was elsewhere; written anew, the same ones for a seed, for every pass. known: a token that is
         likelier than that is not learned again (1: every token is). fade: the rates fall evenly to 0 over the
-        ``passes``, from ``rate`` times those of reading.
+        ``passes``, from ``rate`` times those of reading. share: of the kept text only so much is replayed, the parts
+        that surprised the reading most (``engine/surprise.py``), as many of them at once as make up a segment.
         should_stop is asked before every segment; on_segment(replays of row 0 done, of how many) is called
         after it. A state that was stopped, also one from a file, goes on with the same arguments where it was,
         unless it has learned more text since. A replay that raises leaves the state as the last one left it.
@@ -380,7 +382,7 @@ class HopeForCausalLM(nn.Module):
         self._admit("HopeForCausalLM.replay", state, getattr(state, "batch", 0))
         return sleep(self, state, Replays(
             passes=passes, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
-            backend=backend, part=part, dreams=dreams, known=known, fade=fade, rate=rate,
+            backend=backend, part=part, dreams=dreams, known=known, fade=fade, rate=rate, share=share,
         ))
 
     def resized(self, size: int) -> None:

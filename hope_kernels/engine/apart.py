@@ -34,11 +34,16 @@ def cut(text: Tensor, at: int, part: int) -> Parts:
     of ``part``, the last of what is left."""
     n = len(text) - 1
     starts = [0, *range(at, n, part)]
-    lengths = [b - a for a, b in zip(starts, [*starts[1:], n])]
-    ids = text.new_zeros(2, len(starts), max(lengths))
-    for i, (a, m) in enumerate(zip(starts, lengths)):
+    return beside([text[a : b + 1] for a, b in zip(starts, [*starts[1:], n])])
+
+
+def beside(texts: list[Tensor]) -> Parts:
+    """Each of ``texts`` [n + 1], tokens and the one after them, as a part."""
+    lengths = [len(t) - 1 for t in texts]
+    ids = texts[0].new_zeros(2, len(texts), max(lengths))
+    for i, (text, m) in enumerate(zip(texts, lengths)):
         for side in (0, 1):
-            ids[side, i, :m] = text[a + side : a + side + m]
+            ids[side, i, :m] = text[side : side + m]
     return Parts(ids[0], ids[1], lengths)
 
 

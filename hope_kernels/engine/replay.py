@@ -23,7 +23,7 @@ ends it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,12 +36,13 @@ from ..kept import KeptSegments, hashed
 from ..model_state import ModelState
 from ..state import Counters
 from . import generation, segments
-from .apart import cut, learn_apart
+from .apart import Parts, beside, cut, learn_apart
 from .dreams import SHARE, Dreams, dream
 from .generation import Reading
 from .options import check_callbacks
 from .protocol import Model
 from .source import Source
+from .surprise import spans
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
 OP = "HopeForCausalLM.replay"
@@ -65,6 +66,7 @@ class Replays:
     known: float
     fade: bool
     rate: float
+    share: float
 
     def __post_init__(self) -> None:
         check_callbacks(OP, should_stop=self.should_stop, on_segment=self.on_segment)
@@ -76,6 +78,8 @@ class Replays:
             object.__setattr__(self, "part", check_integer(OP, "part", self.part, 0, "an integer >= 0 or None"))
         if isinstance(self.known, bool) or not isinstance(self.known, (int, float)) or not 0 < self.known <= 1:
             raise ValueError(f"{OP}: argument known is {self.known!r}, expected a probability, above 0")
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
+            raise ValueError(f"{OP}: argument share is {self.share!r}, expected a number above 0, at most 1")
         if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < math.inf:
             raise ValueError(f"{OP}: argument rate is {self.rate!r}, expected a number >= 0")
         if self.fade not in (True, False):
@@ -88,7 +92,8 @@ def read(
     passes: int = 1, shuffle: bool = False, replay: int = 0, seed: int = 0, flush: bool | None = None,
     on_segment: OnSegment | None = None, should_stop: Callable[[], bool] | None = None,
     backend: str | None = None, part: int | None = None, dreams: int = DREAMS,
-    known: float = KNOWN, fade: bool = True, rate: float = 1.0, **options: Any
+    known: float = KNOWN, fade: bool = True, rate: float = 1.0,
+    share: float = 1.0, **options: Any
 ) -> ReadAndSlept:
     """A model's ``read``, where the arguments are explained. options: those of ``generation.read`` that nothing
     but the reading asks for."""
@@ -110,6 +115,7 @@ def read(
         how = Replays(
             passes=passes - 1, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
             backend=backend, part=part, dreams=dreams, known=known, fade=fade, rate=rate,
+            share=share,
         )
         found.sleep = sleep(model, state, how)
         found.finished = found.sleep.finished
@@ -142,29 +148,25 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
     found = Sleep(torch.zeros(passes, B, dtype=torch.float64, device="cpu"), [[0] * B for _ in range(passes)], True)
     if state.kept is None or not model.learns:
         return found
-    held = state.kept.held()
-    total, counts = [passes * n for n in held], _tokens(state.kept)
+    nights = [Night(model, state.kept, b, how) for b in range(B)]
+    total = [passes * len(n) for n in nights]
     if any(d > t for d, t in zip(state.kept.done, total)):
         raise ValueError(f"{OP}: argument passes is {passes}, and the unfinished sleep of argument state has done "
-                         f"{list(state.kept.done)} replays of {held} segments")
-    orders: list[dict[int, list[int]]] = [{} for _ in range(B)]
-    own: dict[int, Dreams | None] = {}
+                         f"{list(state.kept.done)} of {total} replays")
+    dreams: dict[int, Dreams | None] = {}
     while any(d < t for d, t in zip(state.kept.done, total)):
         if how.should_stop is not None and how.should_stop():
             found.finished = False
             return found
-        rows = [b for b in range(B) if state.kept.done[b] < total[b]]
-        at = [divmod(state.kept.done[b], held[b]) for b in rows]
-        for b, (p, _) in zip(rows, at):
-            if p not in orders[b]:
-                orders[b] = {p: _order(state.kept, b, p, how.shuffle, how.seed)}
-                if p not in own:
-                    own = {q: d for q, d in own.items() if any(q in o for o in orders)}
-                    own[p] = dream(model, how.dreams, min(_part(model, how), model.segment), (how.seed, p), how.backend)
-        turns = [Turn(b, p, orders[b][p][j]) for b, (p, j) in zip(rows, at)]
-        for turn, nats in zip(turns, _again(model, state, turns, how, own)):
-            found.nats[turn.number, turn.row] += nats
-            found.predicted[turn.number][turn.row] += counts[turn.row][turn.slot]
+        turns = [
+            Turn(b, *divmod(state.kept.done[b], len(nights[b]))) for b in range(B) if state.kept.done[b] < total[b]
+        ]
+        dreams = {p: d for p, d in dreams.items() if any(t.number == p for t in turns)}
+        for p in {t.number for t in turns} - dreams.keys():
+            dreams[p] = dream(model, how.dreams, min(part_of(model, how), model.segment), (how.seed, p), how.backend)
+        for turn, losses in zip(turns, _again(model, state, turns, how, nights, dreams)):
+            found.nats[turn.number, turn.row] += float(losses.double().sum())
+            found.predicted[turn.number][turn.row] += losses.numel()
         if how.on_segment is not None and B:
             how.on_segment(state.kept.done[0], total[0])
     state.kept.done[:] = [0] * B
@@ -172,61 +174,98 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
 
 
 class Turn(NamedTuple):
-    """A replay: of which row, in which pass, of what slot."""
+    """A replay: of which row, in which pass, the how manieth of it."""
 
     row: int
     number: int
-    slot: int
+    place: int
 
 
-def _again(
-    model: Model, state: ModelState, turns: list[Turn], how: Replays, own: dict[int, Dreams | None]
-) -> list[float]:
-    """Learns one kept segment in the row of each of ``turns``, in place: their losses in nats."""
-    C, kept, found, seed, part = model.segment, state.kept, [], how.seed, _part(model, how)
-    assert kept is not None
-    rows, texts, numbers = [t.row for t in turns], kept.ids, kept.numbers.tolist()
-    with model.reading(OP, state):
-        state.drop_held()
-        draft = segments.draft(continued(model, state))
-        assert draft.kept is not None
-        done = Counters([d + (b in rows) for b, d in enumerate(kept.done)])
-        for b, p, slot in turns:
-            text, number = texts[b, slot], numbers[b][slot]
-            at = C if how.part == 0 else 1 + hashed(seed, p, number, 1) % part
-            night = own[p]
-            some = None if night is None else night.some(_which(night, C, seed, p, number))
-            parts = cut(text[text >= 0], at, part)
-            rate = how.rate * (1 - kept.done[b] / (how.passes * kept.held()[b]) if how.fade else 1)
-            nats = learn_apart(
-                model, draft, b, parts, [d * C for d in done], how.backend, some, least=-math.log(how.known), rate=rate
-            )
-            found.append(float(nats.double().sum()))
-        state.assign(segments.finished(replace(draft, kept=replace(draft.kept, done=done))))
-    return found
+class Night:
+    """What a row replays in every pass: each kept segment, or as many of its spans as make up one."""
+
+    def __init__(self, model: Model, kept: KeptSegments, row: int, how: Replays):
+        self.row, self.how, self.part, self.C = row, how, part_of(model, how), model.segment
+        self.numbers: list[int] = kept.numbers[row].tolist()
+        self.slots = [s for s, n in enumerate(self.numbers) if n >= 0]
+        self.spans = None if how.share == 1 else spans(kept, row, how.share, self.part)
+        self._orders: dict[int, list] = {}
+
+    def __len__(self) -> int:
+        """Replays of a pass."""
+        return len(self.slots) if self.spans is None else math.ceil(len(self.spans) / self._together)
+
+    @property
+    def _together(self) -> int:
+        return max(self.C // self.part, 1)
+
+    def parts(self, kept: KeptSegments, turn: Turn) -> Parts:
+        p, texts = turn.number, kept.ids[self.row]
+        if p not in self._orders:
+            self._orders = {p: self._ordered(p)}
+        if self.spans is None:
+            slot = self._orders[p][turn.place]
+            at = self.C if self.how.part == 0 else 1 + self._drawn(p, self.numbers[slot], 1) % self.part
+            return cut(texts[slot][texts[slot] >= 0], at, self.part)
+        first, found = turn.place * self._together, []
+        for slot, segment, start in self._orders[p][first : first + self._together]:
+            text = texts[slot][texts[slot] >= 0]
+            n = min(self.part, len(text) - 1)
+            moved = start + self._drawn(p, segment, start, 1) % (self.part // 2 + 1) - self.part // 4
+            a = min(max(moved, 0), len(text) - 1 - n)
+            found.append(text[a : a + n + 1])
+        return beside(found)
+
+    def dreams(self, turn: Turn, night: Dreams) -> Dreams:
+        """The dreams beside a turn: the ones after that which its numbers draw."""
+        D, tokens = night.ids.shape
+        place = turn.place if self.spans is not None else self.numbers[self._orders[turn.number][turn.place]]
+        first = self._drawn(turn.number, place, 2) % D
+        return night.some([(first + i) % D for i in range(min(max(1, round(SHARE * self.C / tokens)), D))])
+
+    def _drawn(self, *numbers: int) -> int:
+        return hashed(self.how.seed, *numbers)
+
+    def _ordered(self, p: int) -> list:
+        if self.spans is None:
+            def key(s: int) -> tuple[int, ...]:
+                number = self.numbers[s]
+                return (self._drawn(p, number), s) if self.how.shuffle else (number, s)
+
+            return sorted(self.slots, key=key)
+        if self.how.shuffle:
+            return sorted(self.spans, key=lambda s: (self._drawn(p, s.segment, s.start), s))
+        return sorted(self.spans, key=lambda s: (s.segment, s.start))
 
 
-def _part(model: Model, how: Replays) -> int:
+def part_of(model: Model, how: Replays) -> int:
     """Tokens of a part."""
     if how.part is None:
         return PART_OF_BYTES if model.config.vocab_size <= BYTES else PART
     return how.part or model.segment
 
 
-def _which(own: Dreams, segment: int, *turn: int) -> list[int]:
-    """The dreams beside a turn: the ones after that which its numbers draw."""
-    D, tokens = own.ids.shape
-    first = hashed(*turn, 2) % D
-    return [(first + i) % D for i in range(min(max(1, round(SHARE * segment / tokens)), D))]
-
-
-def _tokens(kept: KeptSegments) -> list[list[int]]:
-    """Tokens of each slot that have one after them."""
-    return ((kept.ids >= 0).sum(-1) - 1).clamp(min=0).tolist()
-
-
-def _order(kept: KeptSegments, row: int, p: int, shuffle: bool, seed: int) -> list[int]:
-    """The row's slots as pass ``p`` of a sleep takes them."""
-    numbers: Sequence[int] = kept.numbers[row].tolist()
-    slots = [s for s, n in enumerate(numbers) if n >= 0]
-    return sorted(slots, key=lambda s: (hashed(seed, p, numbers[s]), s) if shuffle else (numbers[s], s))
+def _again(
+    model: Model, state: ModelState, turns: list[Turn], how: Replays, nights: list[Night],
+    dreams: dict[int, Dreams | None]
+) -> list[Tensor]:
+    """One replay in the row of each of ``turns``, in place: its losses in nats."""
+    C, kept, found = model.segment, state.kept, []
+    assert kept is not None
+    rows = [t.row for t in turns]
+    with model.reading(OP, state):
+        state.drop_held()
+        draft = segments.draft(continued(model, state))
+        assert draft.kept is not None
+        done = Counters([d + (b in rows) for b, d in enumerate(kept.done)])
+        for turn in turns:
+            b, night, dreamt = turn.row, nights[turn.row], dreams[turn.number]
+            parts = night.parts(kept, turn)
+            rate = how.rate * (1 - kept.done[b] / (how.passes * len(night)) if how.fade else 1)
+            nats = learn_apart(
+                model, draft, b, parts, [d * C for d in done], how.backend,
+                None if dreamt is None else night.dreams(turn, dreamt), least=-math.log(how.known), rate=rate
+            )
+            found.append(torch.cat([row[:n] for row, n in zip(nats, parts.lengths)]))
+        state.assign(segments.finished(replace(draft, kept=replace(draft.kept, done=done))))
+    return found

@@ -181,7 +181,7 @@ def test_every_segment_is_kept_with_the_same_probability():
     for seed in range(draws):
         kept = nothing_kept(config, 1, k, seed, torch.device("cpu"))
         for i in range(n):
-            kept = offer(kept, [0], ids(1, 4, i), ids(1, 4, i + 1), [4])
+            kept = offer(kept, [0], ids(1, 4, i), ids(1, 4, i + 1), [4], torch.zeros(1, 4))
         numbers = kept.numbers[0].tolist()
         assert len(set(numbers)) == k and kept.pos == [n]
         found.update(numbers)
@@ -294,6 +294,7 @@ def test_arguments_that_mean_nothing_are_refused():
         (lambda: model.replay(state, 1, dreams=-1), "argument dreams is -1"),
         (lambda: model.replay(state, 1, known=0), "argument known is 0, expected a probability"),
         (lambda: model.replay(state, 1, known=float("nan")), "argument known is nan"),
+        (lambda: model.replay(state, 1, share=0), "argument share is 0"),
         (lambda: model.replay(state, 1, rate=-1), "argument rate is -1"),
         (lambda: model.replay(state, 1, rate=float("inf")), "argument rate is inf"),
         (lambda: model.replay(state, 1, fade=2), "argument fade is 2, expected True or False"),
