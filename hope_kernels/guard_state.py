@@ -32,6 +32,11 @@ class GuardState(State):
     good: list = field(default_factory=list)
     held: list = field(default_factory=list)
 
+    def __setstate__(self, fields: dict) -> None:
+        super().__setstate__(fields)
+        self.__dict__.setdefault("held", [])  # of earlier pickles
+        self.__post_init__()
+
     def __post_init__(self) -> None:
         if not self.held:  # new, or from a file written before there were such marks
             none = [0] * self.batch

@@ -72,11 +72,14 @@ class Worker(threading.Thread):
                     self._wake.wait(None if self._deadline is None else 0.1)
                 if self._deadline is not None and self._idle() and not self._waiting:
                     break
-            self._admit()
-            self._read()
-            for of in list(self._batches):
-                self._write(of)
-            self._end_cancelled()
+            try:
+                self._admit()
+                self._read()
+                for of in list(self._batches):
+                    self._write(of)
+                self._end_cancelled()
+            except Exception as error:  # a fault of this program: nobody waits for an answer that never comes
+                self._drop_all(error)
         self._saver.shutdown(wait=True)
 
     def _rows(self) -> list[Row]:
@@ -221,6 +224,14 @@ class Worker(threading.Thread):
                 self._reading.remove(row)
         self._leave(row.job, row.locks)
         row.job.emit(Failed(_refused(error)))
+
+    def _drop_all(self, error: Exception) -> None:
+        rows = self._rows()
+        with self._wake:
+            self._reading.clear()
+            self._batches.clear()
+        for row in rows:
+            self._fail(row, error)
 
     def _leave(self, job: Job, locks: contextlib.ExitStack, saved: bool = False) -> None:
         """The session is free for others."""

@@ -227,3 +227,11 @@ def test_one_that_fails_leaves_the_others_in_their_batch(model, client):
     for row, prompt in ((rows[0], "hello"), (rows[2], "third")):
         row.finish()
         assert row.answer.text == lone(model, prompt, n=6)[0]
+
+
+def test_a_fault_of_the_server_is_an_answer_too(model, client, sessions, monkeypatch):
+    complete(client, "hello", "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "step", lambda self: 1 / 0)
+        assert "division by zero" in complete(client, "more", "a", status=500)["message"]
+    assert text_of(complete(client, "more", "a")) == lone(model, "more", lone(model, "hello")[1])[0]
