@@ -9,9 +9,9 @@ with a matrix [r, c] it does with L in its place. Up and gate share their input,
 What a rate means stays what it is without ``rank``. A step of gradient descent on L moves W by -lr dL/dW S^T S,
 and S^T S is the identity on average over the signs. A step D of L of a given size, as relative rates and Adam
 take it, moves W by D S: an element of D S sums up ``rank`` elements of D with signs, over sqrt(rank), so the RMS
-of D S is that of D. (Over the signs, to a factor sqrt(1 + rank / c) that follows from D having seen S.) What the
-step is for moves less than with the whole matrix, whose c elements an output all follow the input: that is what
-few numbers can do, not a rate to be raised, since all other text has to bear a step's whole size.
+of D S is that of D (times sqrt(1 + rank / c) at most, since D is made of what S lets through). For the text that
+it is made of, such a step does less than one on the whole matrix, where all c elements of an output follow the
+input. A rate up to sqrt(c / rank) times as large makes up for that, and moves W as much further.
 
 S is a function of rank, c, the level and the input alone: signs are a hash of their row and column, no random
 generator is asked, and every device, dtype and version of PyTorch has the same bits. Nobody saves S.
