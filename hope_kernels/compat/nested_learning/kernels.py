@@ -59,19 +59,26 @@ def _request(config: SelfModifyingTitansConfig, x: Tensor) -> Request:
 def kernel_call(
     serves: Callable, config: TitansConfig, x: Tensor, q: Tensor, w: FastWeights
 ) -> tuple[Tensor, FastWeights]:
-    """o [B, T, dim] and the weights after whole chunks of x, q [B, T, dim]; w, stacked, stays as it is."""
+    """o [B, T, dim] and the weights after whole chunks of x, q [B, T, dim]; w may be written over."""
     B, T, D = x.shape
     C = max(config.chunk_other, config.chunk_memory)
-    one, nothing = x.new_zeros(1), x.new_zeros(B, C, 1)
-    tokens = x.new_zeros(B, C, 1, D)
+    one = x.new_zeros(1)
+
+    def open_chunk(*width: int) -> Tensor:
+        return x.new_zeros(B, C, 1, *width)
+
     state = TitansState(
         Counters([0] * B), config, *(None if t is None else t.unsqueeze(1) for t in w), None, None, None,
-        pending_k=tokens, pending_v=tokens, pending_eta=nothing,
-        pending_alpha=nothing if config.retention else None, pending_beta=None,
+        pending_k=open_chunk(D), pending_v=open_chunk(D), pending_eta=open_chunk(),
+        pending_alpha=open_chunk() if config.retention else None, pending_beta=None,
         conv_tail=None,
     )
     inputs = TokenInputs(
         q.unsqueeze(2), x=x.unsqueeze(2), eta_bias=one, alpha_bias=one if config.retention else None
     )
-    o, new = serves(config, w.map(lambda t: t[:1]), inputs, state, [T] * B)
+    given = config, w.map(lambda t: t[:1]), inputs, state, [T] * B
+    in_place = getattr(serves, "in_place", None)
+    if in_place is not None:
+        return in_place(*given).squeeze(2), w
+    o, new = serves(*given)
     return o.squeeze(2), new.deviation.map(lambda t: t.squeeze(1))

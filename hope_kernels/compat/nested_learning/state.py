@@ -70,11 +70,12 @@ def stacked(
 def unstack(
     state: SelfModifyingTitansState, layout: Layout, weights: FastWeights, prefix: str = ""
 ) -> None:
-    """The reverse of ``stacked``: new tensors in the state's fields, in the state's dtype."""
+    """The reverse of ``stacked``: the state's fields become parts of ``weights``, in the state's dtype and
+    contiguous; where that is a view, of rows that no other field has."""
     for name in layout.names:
         memory = getattr(state, name)
         for part, value in layout.views(weights, name).items():
-            setattr(memory, prefix + part, value.to(getattr(memory, part).dtype, copy=True))
+            setattr(memory, prefix + part, value.to(getattr(memory, part).dtype).contiguous())
 
 
 def layout_of(config: TitansConfig, names: tuple[str, ...], dim: int) -> Layout:

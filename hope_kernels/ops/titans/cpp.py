@@ -105,8 +105,19 @@ def titans_cpp_gradient(
     return o, new, lambda grad: _read_backward(config, q, grad, kept, pos, chunk, lengths)
 
 
+@torch.no_grad()
+def titans_cpp_(
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: list[int]
+) -> Tensor:
+    """o. The tensors of ``state``, the caller's own and contiguous, are advanced in place; its counters
+    are not."""
+    return _scan(config, w_init, inputs, state, list(state.pos), lengths, True)
+
+
 # what a layer that takes its own gradient by formulas calls instead
 titans_cpp.with_pullback = titans_cpp_gradient
+# what a caller whose state nobody else has calls instead: without the copies
+titans_cpp.in_place = titans_cpp_
 
 
 def _kept(
