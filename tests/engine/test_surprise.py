@@ -68,7 +68,8 @@ def test_a_sleep_of_a_share_learns_that_and_goes_on_from_a_file(tmp_path):
     whole, stopped = state.clone(), state.clone()
     slept = one.replay(whole, 3, **how)
     assert slept.predicted == [[16, 16]] * 3 and slept.finished
-    assert not one.replay(stopped, 3, should_stop=iter([False, False, False, True]).__next__, **how).finished and stopped.kept.done == [3, 3]
+    stop = iter([False, False, False, True]).__next__
+    assert not one.replay(stopped, 3, should_stop=stop, **how).finished and stopped.kept.done == [3, 3]
     stopped.save(tmp_path / "s")
     back = load_state(tmp_path / "s")
     assert one.replay(back, 3, **how).finished
