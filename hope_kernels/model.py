@@ -391,7 +391,8 @@ class HopeForCausalLM(nn.Module):
         self.config = self.config.replace(vocab_size=size)
         for block, own in zip(self.blocks, self.config.blocks):
             if self.config.mixer == "attention":  # whose states know the whole configuration
-                block.mixer.config = own
+                mixer: Any = block.mixer
+                mixer.config = own
 
     def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own

@@ -47,7 +47,7 @@ def worst(data: dict) -> float:
 def needles(data: dict) -> str:
     rows = []
     for c in cases(data, "needles"):
-        given = {**c["cms"], **c["how"]}
+        given = {**c["cms"], **c.get("how", {})}
         rule = ", ".join(f"{k} {v}" for k, v in given.items() if k not in ("chunks", "relative"))
         for passes, a in c["after"].items():
             rows.append((f"{c['facts']} in {c['tokens']}", f"{rule}; blocks: {c['blocks']}",

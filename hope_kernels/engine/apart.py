@@ -55,7 +55,7 @@ def learn_apart(
     [R, n] in nats. counts: as ``segments.learn_segment`` has them. least: a token is learned where its loss is that
     many nats or more. rate: factor of the rates."""
     R, lengths, known = len(parts.lengths), list(parts.lengths), sum(parts.lengths)
-    ids = parts.ids
+    ids, D, m = parts.ids, 0, 0
     if dreams is not None:
         D, m = dreams.ids.shape
         width = max(ids.shape[1], m)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         of several devices, too."""
         if name in bundled_models():
             name = model_folder(name, f"{NAME}.from_pretrained")
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **options)
+        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **options)
+        model, info = loaded
         absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         if absent:
             raise ValueError(f"{NAME}.from_pretrained: {name} lacks {absent[0]} and {len(absent) - 1} more "
@@ -112,8 +114,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises ValueError for what our model refuses, a cache of another kind, packed texts (position_ids that
         go back) and other tensors.
         """
-        learn = self.config.learn if learn is None else learn
-        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        learn = str(self.config.learn if learn is None else learn)
+        hidden = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         x = self._input(input_ids, inputs_embeds)
         loss_options = {n: options.pop(n) for n in LOSS if n in options}
         _check(options, cache, hidden and learn != "off")
@@ -176,10 +178,10 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         # a block that replays a segment before it reads is called more than once: the last call counts
         given: dict[int, Tensor] = {}
         blocks = list(self.model.blocks)
-        hooks = [b.register_forward_pre_hook(lambda _, args, i=i: given.__setitem__(i, args[0]))
+        hooks = [b.register_forward_pre_hook(partial(_note, given, i))
                  for i, b in enumerate(blocks)]
         end = len(blocks)
-        hooks.append(blocks[-1].register_forward_hook(lambda _, __, out: given.__setitem__(end, out[0])))
+        hooks.append(blocks[-1].register_forward_hook(lambda _, __, out: given.update({end: out[0]})))
         try:
             yield
             kept.extend([*(given[i] for i in range(end)), self.model.norm(given[end])])
@@ -215,7 +217,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         scale = self.model.config.embed_scale
         if scale != 1 and type(value) is nn.Embedding:
-            scaled = ScaledEmbedding(*value.weight.shape, scale, device="meta")
+            size, d = value.weight.shape
+            scaled = ScaledEmbedding(size, d, scale, device="meta")
             scaled.weight = value.weight
             value = scaled
         self.model.embed = value  # type: ignore[assignment]
@@ -241,6 +244,10 @@ def _labels(labels: Tensor, pad: Padding | None) -> Tensor:
         return labels
     after = torch.cat([torch.ones_like(pad.keep[:, :1]), pad.keep[:, :-1]], 1)
     return labels.masked_fill(~after, -100)
+
+
+def _note(given: dict[int, Tensor], at: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    given[at] = args[0]
 
 
 def _check(options: dict[str, Any], cache: Any, hidden_while_learning: bool) -> None:

@@ -232,9 +232,11 @@ class CausalAttention(nn.Module):
         self.k_proj = nn.Linear(d, kv, bias=config.attention_bias, **kw)
         self.v_proj = nn.Linear(d, kv, bias=config.attention_bias, **kw)
         self.o_proj = nn.Linear(wide, d, bias=False, **kw)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(self.head_dim, eps=config.norm_eps, **kw) if config.qk_norm else None for _ in "qk"
-        )
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps, **kw)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps, **kw)
         for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:

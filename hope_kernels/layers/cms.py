@@ -373,8 +373,9 @@ class ContinuumMemory(nn.Module):
         def read(l: int, residual: bool) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
             def with_parameters(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
-                    own = isinstance(state, list)
-                    level = state[l] if own else effective(self.config, l, state, parameters)
+                    level = (
+                        state[l] if isinstance(state, list) else effective(self.config, l, state, parameters)
+                    )
                 if among is not None:
                     level = {n: t.take(among) if isinstance(t, Matrix) else t for n, t in level.items()}
                 y = read_level(l, x, level, work, residual)

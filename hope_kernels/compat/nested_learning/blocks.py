@@ -29,7 +29,7 @@ class AttentionBlock(HopeAttentionBlock):
         super().__init__(config, cms, device, dtype)
         self.norm = nn.Identity()
         self.post_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
-        self.mixer.rates = torch.zeros_like(self.mixer.rates)  # RoPE by the angle 0
+        self.mixer.rates = torch.zeros_like(self.mixer.get_buffer("rates"))  # RoPE by the angle 0
         if config.qk_norm:
             self.mixer.q_norm, self.mixer.k_norm = UnitVectors(), UnitVectors()
 

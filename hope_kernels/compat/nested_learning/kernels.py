@@ -7,6 +7,7 @@ starts from the weights of the state: with ``retain_to="zero"`` a ``TitansState`
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,9 @@ def kernel_call(
     def open_chunk(*width: int) -> Tensor:
         return x.new_zeros(B, C, 1, *width)
 
+    weights: Any = [None if t is None else t.unsqueeze(1) for t in w]
     state = TitansState(
-        Counters([0] * B), config, *(None if t is None else t.unsqueeze(1) for t in w), None, None, None,
+        Counters([0] * B), config, *weights, s2=None, s1=None, s1s=None,
         pending_k=open_chunk(D), pending_v=open_chunk(D), pending_eta=open_chunk(),
         pending_alpha=open_chunk() if config.retention else None, pending_beta=None,
         conv_tail=None,
