@@ -285,7 +285,7 @@ class HopeForCausalLM(nn.Module):
         by what they are for: what the CMS of all blocks hold (see ``ContinuumMemory.state_bytes``), ``mixers``
         (memories, and their copy at a segment's start; keys and values, whose buffers grow ahead of need, to
         twice that at most) and the token ids of the open ``segment``. Beside that a guard keeps at most one more
-        copy of what was learned, in the dtype of the weights, and ``read(replay=k)`` k (C + 1) integers a row.
+        copy of what was learned, in the dtype of the weights, and ``read(replay=k)`` k (2 C + 1) numbers a row.
         Raises ValueError."""
         check_batch("HopeForCausalLM.state_bytes", batch)
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
@@ -341,7 +341,7 @@ class HopeForCausalLM(nn.Module):
 
         ids, state, lengths, learn, backend, piece, on_piece, check_finite, last, should_stop, wavefront, unread,
         guard: as there. replay=k: each row keeps at most k of the segments it learns, of all it has learned each with
-        the same probability; from then on the state has them, in files too, k (C + 1) integers a row. passes=n:
+        the same probability; from then on the state has them, in files too, k (2 C + 1) numbers a row. passes=n:
         the kept segments are then learned again n - 1 times, shuffle=True: in a new order every time (see
         ``replay``). flush: whether the unfinished segment at the end is learned and kept as well; None: if
         passes > 1. seed: any int, of what is kept and of the orders. part, dreams, known, fade, rate, share: of

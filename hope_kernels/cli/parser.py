@@ -88,6 +88,8 @@ def _read(p: argparse.ArgumentParser) -> None:
     p.add_argument("--shuffle", action="store_true", help="in another order in every pass but the first")
     p.add_argument("--replay", type=int, metavar="SEGMENTS",
                    help="keep so many segments of what is learned, at most (default: 4096 with --passes)")
+    p.add_argument("--share", type=float, default=1.0, metavar="S",
+                   help="learn again only so much of it, what surprised most (default: 1, all)")
     p.add_argument("--seed", type=int, default=0, help="of the orders, and of what is kept")
     p.add_argument(
         "--no-resume", action="store_true", help="read all documents, whatever the session was doing"

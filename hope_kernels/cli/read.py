@@ -7,7 +7,7 @@ The note in the session file of an unfinished run:
 
     phase         "documents"
     documents     [name, SHA-256] of each file
-    plan          passes, shuffle, replay, seed
+    plan          passes, shuffle, replay, share, seed
     at            how many documents are behind
     tokens        of the present one, from its start, that the state has read; "bytes" for a byte model
     nats, predicted          of the present document so far
@@ -60,6 +60,8 @@ def read_command(args) -> int:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"argument --{name} is {value}, expected {least} or more")
+    if not 0 < args.share <= 1:
+        raise ValueError(f"argument --share is {args.share}, expected a number above 0, at most 1")
     if args.replay is None:
         args.replay = KEPT if args.passes > 1 else 0
     if args.learn == "off" and (args.passes > 1 or args.replay):
@@ -98,7 +100,7 @@ def resumed(
     if was == documents and note.get("plan") == plan:
         return note
     if was == documents:
-        what = f"it was reading with passes, shuffle, replay, seed {note.get('plan')}, not {plan}"
+        what = f"it was reading with passes, shuffle, replay, share, seed {note.get('plan')}, not {plan}"
     elif len(was) != len(documents):
         what = f"it was reading {len(was)} documents, not {len(documents)}"
     else:
@@ -118,7 +120,7 @@ class Run:
         self.model, self.tokenizer = load_model(args.model, self.device, DTYPES.get(args.dtype))
         self.state, note = load_session(self.model, path, args.session, self.device)
         self.session, self.unit = SessionFile(path, args.save_every), self.tokenizer.unit
-        self.plan = [args.passes, args.shuffle, args.replay, args.seed]
+        self.plan = [args.passes, args.shuffle, args.replay, args.share, args.seed]
         going = None if args.no_resume else resumed(note, args, documents, self.plan, self.unit)
         self.at, self.skip, self.here, self.total = 0, 0, Sum(), Sum()
         if going:
@@ -222,7 +224,7 @@ class Run:
         try:
             found = self.model.replay(
                 self.state, self.args.passes - 1, self.args.shuffle, self.args.seed, should_stop=should_stop,
-                on_segment=on_segment, backend=self.args.backend,
+                on_segment=on_segment, backend=self.args.backend, share=self.args.share,
             )
         finally:
             bar.close()

@@ -527,7 +527,7 @@ def test_other_documents_are_refused_by_name(folder, documents, tmp_path, monkey
         assert read(folder, documents, session=tmp_path / "s") == 130
     for others, more, words in (
         (documents[:2], [], "it was reading 3 documents, not 2"), (documents[::-1], [], "document 1 was"),
-        (documents, ["--seed", "2"], "passes, shuffle, replay, seed"),
+        (documents, ["--seed", "2"], "passes, shuffle, replay, share, seed"),
     ):
         capfd.readouterr()
         assert read(folder, others, *more, session=tmp_path / "s") == 2
@@ -537,7 +537,8 @@ def test_other_documents_are_refused_by_name(folder, documents, tmp_path, monkey
         capfd.readouterr()
         assert read(folder, [wrong]) == 2
         one_line(capfd.readouterr().err, words)
-    assert read(folder, documents, "--passes", 0) == 2
+    for wrong in (["--passes", 0], ["--passes", 2, "--share", 0], ["--passes", 2, "--share", "nan"]):
+        assert read(folder, documents, *wrong) == 2
 
 
 def test_the_guard_is_counted(theirs, documents, tmp_path, capfd):
