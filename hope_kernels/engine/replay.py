@@ -188,7 +188,8 @@ class Night:
         self.row, self.how, self.part, self.C = row, how, part_of(model, how), model.segment
         self.numbers: list[int] = kept.numbers[row].tolist()
         self.slots = [s for s, n in enumerate(self.numbers) if n >= 0]
-        self.spans = None if how.share == 1 else spans(kept, row, how.share, self.part)
+        self.width = min(self.part, self.C)
+        self.spans = None if how.share == 1 else spans(kept, row, how.share, self.width)
         self._orders: dict[int, list] = {}
 
     def __len__(self) -> int:
@@ -197,7 +198,7 @@ class Night:
 
     @property
     def _together(self) -> int:
-        return max(self.C // self.part, 1)
+        return self.C // self.width
 
     def parts(self, kept: KeptSegments, turn: Turn) -> Parts:
         p, texts = turn.number, kept.ids[self.row]
@@ -210,8 +211,8 @@ class Night:
         first, found = turn.place * self._together, []
         for slot, segment, start in self._orders[p][first : first + self._together]:
             text = texts[slot][texts[slot] >= 0]
-            n = min(self.part, len(text) - 1)
-            moved = start + self._drawn(p, segment, start, 1) % (self.part // 2 + 1) - self.part // 4
+            n = min(self.width, len(text) - 1)
+            moved = start + self._drawn(p, segment, start, 1) % (self.width // 2 + 1) - self.width // 4
             a = min(max(moved, 0), len(text) - 1 - n)
             found.append(text[a : a + n + 1])
         return beside(found)

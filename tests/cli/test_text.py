@@ -479,6 +479,9 @@ def test_what_was_kept_is_learned_again(folder, tokenizer, documents, tmp_path, 
     again = model.replay(state, 2, True, 4)
     assert same(tmp_path / "s", state)
     assert printed[2].split(", ")[0] == f"pass 2: {again.predicted[0][0]} tokens"
+    assert read(folder, two, *PASSES, "--share", 0.5) == 0
+    part = capfd.readouterr().out.splitlines()
+    assert 0.4 < int(part[2].split()[2]) / again.predicted[0][0] < 0.7
     replays = []
     learned = hk.HopeForCausalLM.replay
 

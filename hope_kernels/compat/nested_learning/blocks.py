@@ -3,6 +3,8 @@ self-modifying memory."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ class AttentionBlock(HopeAttentionBlock):
         super().__init__(config, cms, device, dtype)
         self.norm = nn.Identity()
         self.post_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
-        self.mixer.rates = torch.zeros_like(self.mixer.get_buffer("rates"))  # RoPE by the angle 0
+        rates: Any = self.mixer.rates
+        self.mixer.rates = torch.zeros_like(rates)  # RoPE by the angle 0
         if config.qk_norm:
             self.mixer.q_norm, self.mixer.k_norm = UnitVectors(), UnitVectors()
 
