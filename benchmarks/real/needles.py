@@ -107,15 +107,23 @@ def elsewhere(folder: str, cms: dict, path: str, known: list[Fact]) -> dict:
     return json.loads(subprocess.run(command, input=given, text=True, capture_output=True, check=True).stdout)
 
 
-class After:
-    """A ``should_stop`` that says yes after so many replays."""
+class Pace:
+    """Stops a sleep of ``passes`` after ``every`` of them."""
 
-    def __init__(self, replays: int):
-        self.left = replays + 1
+    def __init__(self, passes: int, every: int):
+        self.passes, self.every, self.done, self.left = passes, every, 0, None
 
-    def __call__(self) -> bool:
-        self.left -= 1
-        return not self.left
+    def on_segment(self, done: int, total: int) -> None:
+        self.done = done * self.passes // total
+        a_pass = total // self.passes
+        self.left = (a_pass * self.every if self.left is None else self.left) - 1
+        if done == total:
+            self.left = 0
+
+    def should_stop(self) -> bool:
+        stop = self.left == 0
+        self.left = None if stop else self.left
+        return stop
 
 
 def run(
@@ -142,16 +150,16 @@ def run(
     reading = one.read(ids, replay=slots, flush=True)
     state, spent = reading.state, time.process_time() - began
     found["bits_read"] = round(float(reading.nats[0]) / math.log(2) / reading.predicted[0], 5)
-    held, done = state.kept.held()[0], 0
+    pace = Pace(passes - 1, every)
     while True:
-        found["after"][done // held + 1] = report(one, tokenizer, known, state, other)
+        at = pace.done + 1
+        found["after"][at] = report(one, tokenizer, known, state, other)
         found["rollbacks"], found["state_bytes"] = sum(state.rollbacks), state.nbytes()
-        print(f"{name}: after {done // held + 1}: {found['after'][done // held + 1]}, {spent:.0f} CPU-s", flush=True)
-        if done == (passes - 1) * held:
+        print(f"{name}: after {at}: {found['after'][at]}, {spent:.0f} CPU-s", flush=True)
+        if at == passes:
             break
-        left, began = min(every * held, (passes - 1) * held - done), time.process_time()
-        one.replay(state, passes - 1, should_stop=After(left), **how)
-        done += left
+        began = time.process_time()
+        one.replay(state, passes - 1, on_segment=pace.on_segment, should_stop=pace.should_stop, **how)
         spent += time.process_time() - began
     found["cpu_seconds"] = round(spent, 1)
     with tempfile.TemporaryDirectory() as scratch:

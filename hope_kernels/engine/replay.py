@@ -25,28 +25,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..check import check_integer
 from ..continued import continued
-from ..kept import KeptSegments, hashed
 from ..model_state import ModelState
 from ..state import Counters
 from . import generation, segments
-from .apart import Parts, beside, cut, learn_apart
-from .dreams import SHARE, Dreams, dream
+from .apart import learn_apart
+from .dreams import Dreams, dream
 from .generation import Reading
+from .night import Night, Turn, part_of
 from .options import check_callbacks
 from .protocol import Model
 from .source import Source
-from .surprise import spans
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
 OP = "HopeForCausalLM.replay"
-PART, PART_OF_BYTES, BYTES = 24, 96, 1024  # tokens of a part; with a vocabulary of up to BYTES
 DREAMS = 64  # of as many tokens
 KNOWN = 0.5
 
@@ -163,7 +161,8 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
         ]
         dreams = {p: d for p, d in dreams.items() if any(t.number == p for t in turns)}
         for p in {t.number for t in turns} - dreams.keys():
-            dreams[p] = dream(model, how.dreams, min(part_of(model, how), model.segment), (how.seed, p), how.backend)
+            most, width = max(n.dreamt for n in nights), min(part_of(model, how), model.segment)
+            dreams[p] = dream(model, most, width, (how.seed, p), how.backend)
         for turn, losses in zip(turns, _again(model, state, turns, how, nights, dreams)):
             found.nats[turn.number, turn.row] += float(losses.double().sum())
             found.predicted[turn.number][turn.row] += losses.numel()
@@ -171,79 +170,6 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
             how.on_segment(state.kept.done[0], total[0])
     state.kept.done[:] = [0] * B
     return found
-
-
-class Turn(NamedTuple):
-    """A replay: of which row, in which pass, the how manieth of it."""
-
-    row: int
-    number: int
-    place: int
-
-
-class Night:
-    """What a row replays in every pass: each kept segment, or as many of its spans as make up one."""
-
-    def __init__(self, model: Model, kept: KeptSegments, row: int, how: Replays):
-        self.row, self.how, self.part, self.C = row, how, part_of(model, how), model.segment
-        self.numbers: list[int] = kept.numbers[row].tolist()
-        self.slots = [s for s, n in enumerate(self.numbers) if n >= 0]
-        self.width = min(self.part, self.C)
-        self.spans = None if how.share == 1 else spans(kept, row, how.share, self.width)
-        self._orders: dict[int, list] = {}
-
-    def __len__(self) -> int:
-        """Replays of a pass."""
-        return len(self.slots) if self.spans is None else math.ceil(len(self.spans) / self._together)
-
-    @property
-    def _together(self) -> int:
-        return self.C // self.width
-
-    def parts(self, kept: KeptSegments, turn: Turn) -> Parts:
-        p, texts = turn.number, kept.ids[self.row]
-        if p not in self._orders:
-            self._orders = {p: self._ordered(p)}
-        if self.spans is None:
-            slot = self._orders[p][turn.place]
-            at = self.C if self.how.part == 0 else 1 + self._drawn(p, self.numbers[slot], 1) % self.part
-            return cut(texts[slot][texts[slot] >= 0], at, self.part)
-        first, found = turn.place * self._together, []
-        for slot, segment, start in self._orders[p][first : first + self._together]:
-            text = texts[slot][texts[slot] >= 0]
-            n = min(self.width, len(text) - 1)
-            moved = start + self._drawn(p, segment, start, 1) % (self.width // 2 + 1) - self.width // 4
-            a = min(max(moved, 0), len(text) - 1 - n)
-            found.append(text[a : a + n + 1])
-        return beside(found)
-
-    def dreams(self, turn: Turn, night: Dreams) -> Dreams:
-        """The dreams beside a turn: the ones after that which its numbers draw."""
-        D, tokens = night.ids.shape
-        place = turn.place if self.spans is not None else self.numbers[self._orders[turn.number][turn.place]]
-        first = self._drawn(turn.number, place, 2) % D
-        return night.some([(first + i) % D for i in range(min(max(1, round(SHARE * self.C / tokens)), D))])
-
-    def _drawn(self, *numbers: int) -> int:
-        return hashed(self.how.seed, *numbers)
-
-    def _ordered(self, p: int) -> list:
-        if self.spans is None:
-            def key(s: int) -> tuple[int, ...]:
-                number = self.numbers[s]
-                return (self._drawn(p, number), s) if self.how.shuffle else (number, s)
-
-            return sorted(self.slots, key=key)
-        if self.how.shuffle:
-            return sorted(self.spans, key=lambda s: (self._drawn(p, s.segment, s.start), s))
-        return sorted(self.spans, key=lambda s: (s.segment, s.start))
-
-
-def part_of(model: Model, how: Replays) -> int:
-    """Tokens of a part."""
-    if how.part is None:
-        return PART_OF_BYTES if model.config.vocab_size <= BYTES else PART
-    return how.part or model.segment
 
 
 def _again(
