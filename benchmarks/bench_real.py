@@ -19,7 +19,6 @@ A case that the file has is not run again: a killed run goes on by the same comm
 from __future__ import annotations
 
 import argparse
-import math
 import os
 
 import torch
@@ -32,13 +31,15 @@ from hope_kernels.identity import fingerprint
 from hope_kernels.text import Tokenizer
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "real.json")
-# facts, tokens, passes, asked after every so many, step rule
+# facts, tokens, passes, asked after every so many, what differs from the default step rule; how they are replayed
 NEEDLES = (
-    (8, 2048, 16, 4, {"lr": 5e-4}),
-    (8, 2048, 16, 4, {"lr": 5e-4, "rank": 16}),
-    (8, 2048, 16, 4, {"lr": 2.5e-4}),
-    (32, 20_000, 24, 4, {"lr": 5e-4}),
+    (32, 20_480, 24, 8, {}),
+    (8, 5_120, 24, 23, {}),
+    (8, 5_120, 24, 23, {"optimizer": "gd"}),
+    (8, 5_120, 24, 23, {"precondition": 100.0}),
+    (8, 5_120, 24, 23, {"rank": 16}),
 )
+SLEEP = {"share": 0.125, "rate": 2.0, "shuffle": True}
 PARTS = ("domains", "needles", "continual", "control", "speed")
 
 
@@ -52,7 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     p.add_argument("--tokens", type=int, default=8192)
     p.add_argument("--excerpts", type=int, default=3, help="of each text, in as many parts of its own")
-    p.add_argument("--minutes", type=float, default=math.inf, help="after which a part begins nothing more")
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--out", default=RESULT)
     args = p.parse_args(argv)
@@ -73,9 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         domains.run(study, model, tokenizer, found, args.tokens, args.excerpts)
     if "needles" in args.parts:
         for count, tokens, passes, every, cms in NEEDLES:
-            given = {"chunks": 256, "optimizer": "adam", "relative": True, **cms}
-            needles.run(study, args.model, model, tokenizer, found, count, tokens, passes, every, given,
-                        minutes=args.minutes)
+            given = {"chunks": 256, "optimizer": "adam", "lr": 5e-4, "relative": True, **cms}
+            needles.run(study, args.model, model, tokenizer, found, count, tokens, passes, every, given, **SLEEP)
     if "continual" in args.parts:
         continual.run(study, model, tokenizer, found, args.tokens // 4, continual.RULES, None)
     if "control" in args.parts:
