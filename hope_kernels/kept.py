@@ -24,8 +24,8 @@ class KeptSegments(State):
 
     ids      [B, k, C + 1] int64: a segment's n tokens, n <= C, and the token after them; -1 behind that
     numbers  [B, k] int64: which of the row's segments a slot holds, counted from 0; -1: none
-    nats     [B, k, C] fp32 (fp64 beside fp64): what the token after each one cost when it was learned first, 0
-             behind the last one
+    nats     [B, k, C] fp32 (fp64 beside fp64): what the token after each one costs the model's own weights; -1
+             where nobody has asked yet (``engine/surprise.py``)
     done     per row: replays of a sleep that has not come to its end
     seed     of what is kept
     """
@@ -84,16 +84,14 @@ class KeptSegments(State):
 def nothing_kept(config: HopeConfig, batch: int, slots: int, seed: int, device: torch.device) -> KeptSegments:
     """Of sequences that have learned nothing yet."""
     ids = torch.full((batch, slots, config.segment + 1), -1, dtype=torch.long, device=device)
-    nats = torch.zeros(batch, slots, config.segment, device=device)
+    nats = torch.full((batch, slots, config.segment), -1.0, device=device)
     return KeptSegments(Counters([0] * batch), config, ids, ids[:, :, 0].clone(), nats, Counters([0] * batch), seed)
 
 
-def offer(
-    kept: KeptSegments, rows: list[int], ids: Tensor, targets: Tensor, lengths: list[int], nats: Tensor
-) -> KeptSegments:
-    """``kept`` after ``rows`` of the batch have learned a segment of ``lengths`` tokens each: ids, targets, nats
-    [len(rows), n], the tokens, those that follow them and their losses. A sleep that has not ended is over.
-    ``kept`` stays as it is."""
+def offer(kept: KeptSegments, rows: list[int], ids: Tensor, targets: Tensor, lengths: list[int]) -> KeptSegments:
+    """``kept`` after ``rows`` of the batch have learned a segment of ``lengths`` tokens each: ids, targets
+    [len(rows), n], the tokens and those that follow them. A sleep that has not ended is over. ``kept`` stays as
+    it is."""
     pos, done, taken = Counters(kept.pos), Counters(kept.done), []
     for i, b in enumerate(rows):
         slot = pos[b] if pos[b] < kept.slots else hashed(kept.seed, pos[b]) % (pos[b] + 1)
@@ -109,12 +107,10 @@ def offer(
     text[:, :n] = ids[which]
     text.scatter_(1, last, targets[which].gather(1, last - 1))
     text[torch.arange(width, device=ids.device) > last] = -1
-    losses = kept.nats.new_zeros(len(taken), width - 1)
-    losses[:, :n] = nats[which, :n].to(losses.dtype)
-    losses[torch.arange(width - 1, device=ids.device) >= last] = 0
     return replace(
         kept, pos=pos, done=done, ids=kept.ids.index_put((row, slot), text),
-        numbers=kept.numbers.index_put((row, slot), number), nats=kept.nats.index_put((row, slot), losses)
+        numbers=kept.numbers.index_put((row, slot), number),
+        nats=kept.nats.index_put((row, slot), kept.nats.new_full((), -1.0)),
     )
 
 

@@ -151,9 +151,7 @@ def _round(
             check_finite=check
         )
         rows = [b for b, w in enumerate(whole) if w]
-        assert heads.nats is not None
-        mine = heads._replace(nats=heads.nats[rows])
-        state = segments.kept(state, rows, tokens[rows], targets.ids[rows], [step[b] for b in rows], mine)
+        state = segments.kept(state, rows, tokens[rows], targets.ids[rows], [step[b] for b in rows])
     elif model.holds and not frozen and waits == [n > 0 for n in step]:
         apart = [m.snapshot() for m in state.mixers]
         heads, mixers, held = segments.read_and_hold(

@@ -42,6 +42,7 @@ from .night import Night, Turn, part_of
 from .options import check_callbacks
 from .protocol import Model
 from .source import Source
+from .surprise import measured
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
 OP = "HopeForCausalLM.replay"
@@ -146,6 +147,9 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
     found = Sleep(torch.zeros(passes, B, dtype=torch.float64, device="cpu"), [[0] * B for _ in range(passes)], True)
     if state.kept is None or not model.learns:
         return found
+    if how.share < 1:
+        with model.reading(OP, state):
+            state.kept = measured(model, state.kept, how.backend)
     nights = [Night(model, state.kept, b, how) for b in range(B)]
     total = [passes * len(n) for n in nights]
     if any(d > t for d, t in zip(state.kept.done, total)):

@@ -73,11 +73,11 @@ def flush(model: Model, state: ModelState, backend: str | None) -> tuple[ModelSt
     lengths = [count[b] for b in idx]
     tokens, targets = part.ids[:, : max(lengths)], part.ids[:, 1 : max(lengths) + 1]
     counts = [C if p % C else p for p in state.pos]
-    heads, _ = learn_segment(
+    learn_segment(
         model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
         backend, idx if len(idx) < state.batch else None, logits=False,
     )
-    state = kept(state, idx, tokens, targets, lengths, heads)
+    state = kept(state, idx, tokens, targets, lengths)
     return replace(state, seen=Counters([0 if n else s for n, s in zip(count, state.seen)])), count
 
 
@@ -99,14 +99,13 @@ def replay(
         place = torch.tensor(lengths, dtype=torch.long, device=ids.device).unsqueeze(1) - 1
         targets = tokens.roll(-1, 1).scatter(1, place, following)
     if held is not None:
-        heads = held.learn(model, state, rows, arriving, counts, backend)
-        heads = heads._replace(nats=None if heads.nats is None else heads.nats[idx])
+        held.learn(model, state, rows, arriving, counts, backend)
     else:
-        heads, _ = learn_segment(
+        learn_segment(
             model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
             backend, None if all(rows) else idx, logits=False,
         )
-    return kept(state, idx, tokens, targets, lengths, heads)
+    return kept(state, idx, tokens, targets, lengths)
 
 
 def keep(state: ModelState, slots: int, seed: int) -> None:
@@ -120,14 +119,10 @@ def keep(state: ModelState, slots: int, seed: int) -> None:
 
 
 def kept(
-    state: ModelState, rows: list[int], ids: Tensor, targets: Tensor, lengths: list[int], heads: Heads
+    state: ModelState, rows: list[int], ids: Tensor, targets: Tensor, lengths: list[int]
 ) -> ModelState:
-    """``state`` once segments that ``rows`` have learned, [len(rows), n], are among those it may keep; heads: what
-    their losses were."""
-    if state.kept is None:
-        return state
-    assert heads.nats is not None
-    return replace(state, kept=offer(state.kept, rows, ids, targets, lengths, heads.nats))
+    """``state`` once segments that ``rows`` have learned, [len(rows), n], are among those it may keep."""
+    return state if state.kept is None else replace(state, kept=offer(state.kept, rows, ids, targets, lengths))
 
 
 def recorded(
@@ -208,10 +203,9 @@ class Held:
     def learn(
         self, model: Model, state: ModelState, rows: list[bool], arriving: Tensor, counts: list[int] | None,
         backend: str | None,
-    ) -> Heads:
+    ) -> None:
         """As ``learn_segment``, for the marked rows, whose next tokens are ``arriving`` [B, 1]; once. The head is
-        read again, in one product with all tokens: bit for bit what a state without the graph would learn. Returns
-        what the head made of all rows."""
+        read again, in one product with all tokens: bit for bit what a state without the graph would learn."""
         with torch.inference_mode(False), torch.enable_grad():
             h, lengths, marked = self.h.detach(), self.read.lengths, [b for b, r in enumerate(rows) if r]
             place = torch.tensor([[max(m - 1, 0)] for m in lengths], dtype=torch.long, device=h.device)
@@ -225,7 +219,6 @@ class Held:
             read = self.read._replace(targets=targets)
             slopes = judged(model, state, read, marked, marked, heads.nats, heads.slopes)
             torch.autograd.grad(self.h, self.anchor, slopes)
-        return heads
 
 
 class Late:

@@ -181,7 +181,7 @@ def test_every_segment_is_kept_with_the_same_probability():
     for seed in range(draws):
         kept = nothing_kept(config, 1, k, seed, torch.device("cpu"))
         for i in range(n):
-            kept = offer(kept, [0], ids(1, 4, i), ids(1, 4, i + 1), [4], torch.zeros(1, 4))
+            kept = offer(kept, [0], ids(1, 4, i), ids(1, 4, i + 1), [4])
         numbers = kept.numbers[0].tolist()
         assert len(set(numbers)) == k and kept.pos == [n]
         found.update(numbers)

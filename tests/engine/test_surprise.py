@@ -8,7 +8,7 @@ from numerics import relative
 from small_model import ids, tiny
 
 from hope_kernels import CMSConfig, HopeForCausalLM, load_state
-from hope_kernels.engine.surprise import spans
+from hope_kernels.engine.surprise import measured, spans
 
 
 def model(**options) -> HopeForCausalLM:
@@ -23,22 +23,19 @@ def kept(nats: torch.Tensor):
 
 
 @torch.no_grad()
-def test_losses_are_kept_as_the_reading_had_them():
-    """In one call, in calls that end anywhere, and with a last segment that is flushed."""
+def test_surprise_is_the_loss_of_the_models_own_weights():
+    """Of the text as one, where segments follow one another; of a segment after a gap, from its beginning; asked
+    for once."""
     one, text = model(), ids(2, 30)
-    whole = one.read(text, replay=4, flush=True).state
-    parts = None
-    for at in range(0, 30, 7):
-        parts = one.read(text[:, at : at + 7], parts, replay=4).state
-    one.flush(parts)
-    for state in (whole, parts):
-        fresh = None
-        for i in range(4):
-            n = min(8, 29 - 8 * i)
-            losses, fresh = one(text[:, 8 * i : 8 * i + 8], fresh, learn="next_token", output="losses",
-                                following=text[:, 8 * i + 8] if i < 3 else None)
-            assert relative(state.kept.nats[:, i, :n], losses.nats[:, :n]) < 1e-6
-            assert not bool(state.kept.nats[:, i, n:].any())
+    state = one.read(text, replay=4, flush=True).state
+    assert bool((state.kept.nats == -1).all())
+    kept = measured(one, state.kept, None)
+    own, _ = one(text[:, :-1], following=text[:, -1], output="losses")
+    assert relative(kept.nats.flatten(1)[:, :29], own.nats) < 1e-6 and not bool(kept.nats[:, 3, 5:].any())
+    assert measured(one, kept, None) is kept
+    gap = replace(state.kept, numbers=state.kept.numbers + torch.tensor([0, 0, 1, 1]))
+    apart, _ = one(text[:, 16:29], following=text[:, 29], output="losses")
+    assert relative(measured(one, gap, None).nats[:, 2:].flatten(1)[:, :13], apart.nats) < 1e-6
 
 
 def test_the_most_surprising_spans_are_taken_and_none_over_another():
@@ -84,8 +81,8 @@ def test_it_is_the_surprising_text_that_is_learned():
     one = model()
     state = one.read(ids(1, 65), replay=8).state
     loud = 3  # the segment that is made to count
-    nats = torch.where(torch.arange(8)[None, :, None] == loud, 9.0, 0.1 * state.kept.nats)
-    state = replace(state, kept=replace(state.kept, nats=nats.to(state.kept.nats.dtype)))
+    nats = torch.where(torch.arange(8)[None, :, None] == loud, 9.0, torch.rand_like(state.kept.nats))
+    state = replace(state, kept=replace(state.kept, nats=nats))
     before = after = None
     for passes in (0, 12):
         asleep = state.clone()
