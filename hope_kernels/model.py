@@ -372,7 +372,8 @@ class HopeForCausalLM(nn.Module):
         what it was elsewhere; written anew, the same ones for a seed, for every pass. known: a token that is
         likelier than that is not learned again (1: every token is). fade: the rates fall evenly to 0 over the
         ``passes``, from ``rate`` times those of reading. share: of the kept text only so much is replayed, the parts
-        that surprised the reading most (``engine/surprise.py``), as many of them at once as make up a segment.
+        that surprise the model's own weights most (``engine/surprise.py``), as many of them at once as make up a
+        segment.
         should_stop is asked before every segment; on_segment(replays of row 0 done, of how many) is called
         after it. A state that was stopped, also one from a file, goes on with the same arguments where it was,
         unless it has learned more text since. A replay that raises leaves the state as the last one left it.
