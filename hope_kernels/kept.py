@@ -32,11 +32,15 @@ class KeptSegments(State):
 
     ids: Tensor
     numbers: Tensor
-    nats: Tensor
     done: Counters
     seed: int = 0
+    nats: Tensor = None  # type: ignore[assignment]  # from a file written before they were kept: unknown
 
     _checked = None  # tensors whose values have been looked at, and their versions
+
+    def __post_init__(self) -> None:
+        if self.nats is None and isinstance(self.ids, Tensor):
+            self.nats = torch.full_like(self.ids[..., 1:], -1, dtype=torch.float32)
 
     @property
     def slots(self) -> int:
@@ -84,8 +88,7 @@ class KeptSegments(State):
 def nothing_kept(config: HopeConfig, batch: int, slots: int, seed: int, device: torch.device) -> KeptSegments:
     """Of sequences that have learned nothing yet."""
     ids = torch.full((batch, slots, config.segment + 1), -1, dtype=torch.long, device=device)
-    nats = torch.full((batch, slots, config.segment), -1.0, device=device)
-    return KeptSegments(Counters([0] * batch), config, ids, ids[:, :, 0].clone(), nats, Counters([0] * batch), seed)
+    return KeptSegments(Counters([0] * batch), config, ids, ids[:, :, 0].clone(), Counters([0] * batch), seed)
 
 
 def offer(kept: KeptSegments, rows: list[int], ids: Tensor, targets: Tensor, lengths: list[int]) -> KeptSegments:

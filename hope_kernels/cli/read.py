@@ -96,11 +96,13 @@ def resumed(
         and min(note["at"], note[unit], note["predicted"], note["all_predicted"]) >= 0
     ):
         return None
-    was = note["documents"]
-    if was == documents and note.get("plan") == plan:
+    was, before = note["documents"], note.get("plan")
+    if isinstance(before, list) and len(before) == 4:  # from before there was a share: all
+        before = [*before[:3], 1.0, before[3]]
+    if was == documents and before == plan:
         return note
     if was == documents:
-        what = f"it was reading with passes, shuffle, replay, share, seed {note.get('plan')}, not {plan}"
+        what = f"it was reading with passes, shuffle, replay, share, seed {before}, not {plan}"
     elif len(was) != len(documents):
         what = f"it was reading {len(was)} documents, not {len(documents)}"
     else:

@@ -38,6 +38,17 @@ def test_surprise_is_the_loss_of_the_models_own_weights():
     assert relative(measured(one, gap, None).nats[:, 2:].flatten(1)[:, :13], apart.nats) < 1e-6
 
 
+def test_kept_segments_from_before_there_were_losses_go_on():
+    """As a file of an earlier version has them."""
+    state = model().read(ids(1, 20), replay=2).state
+    fields = {n: v for n, v in vars(state.kept).items() if n in ("pos", "config", "ids", "numbers", "done", "seed")}
+    earlier = type(state.kept)(**fields)
+    assert torch.equal(earlier.nats, state.kept.nats) and earlier.nats.shape == (1, 2, 8)
+    state = replace(state, kept=earlier)
+    state.validate("earlier", values=True)
+    assert model().replay(state, 1, share=0.5, dreams=2).finished
+
+
 def test_the_most_surprising_spans_are_taken_and_none_over_another():
     nats = torch.zeros(3, 8)
     nats[1, 2:5] = 4.0  # the one span of three that is all surprise
