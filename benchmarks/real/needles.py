@@ -177,7 +177,8 @@ def main() -> None:
     tokenizer = Tokenizer.from_pretrained(given["model"])
     state = load_state(given["session"])
     assert isinstance(state, ModelState)
-    print(json.dumps(asked(learned(model, state), tokenizer, [tuple(f) for f in given["facts"]], state)))
+    own, known = learned(model, state), [tuple(f) for f in given["facts"]]
+    print(json.dumps({"session": asked(own, tokenizer, known, state), "weights": asked(own, tokenizer, known, None)}))
 
 
 if __name__ == "__main__":
