@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -185,5 +186,18 @@ def check_integer(op: str, name: str, value: Any, least: int | None, expected: s
     except TypeError:
         number = None
     if number is None or (least is not None and number < least):
+        raise ValueError(f"{op}: argument {name} is {value!r}, expected {expected}")
+    return number
+
+
+def check_number(op: str, name: str, value: Any, fits: Callable[[float], bool], expected: str) -> float:
+    """Any real number that ``fits``, also as a tensor of no dimension, as a float. Raises ValueError."""
+    scalar = isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "meta"
+    given = value.item() if scalar else value
+    try:
+        number = float(given) if isinstance(given, numbers.Real) and not isinstance(given, bool) else None
+    except OverflowError:
+        number = None
+    if number is None or not fits(number):
         raise ValueError(f"{op}: argument {name} is {value!r}, expected {expected}")
     return number

@@ -46,6 +46,11 @@ class KeptSegments(State):
     def slots(self) -> int:
         return self.ids.shape[1]
 
+    def text(self, row: int, slot: int) -> Tensor:
+        """The tokens of a slot and the one after them, [n + 1]; of a free one, none."""
+        ids = self.ids[row, slot]
+        return ids[ids >= 0]
+
     def held(self) -> list[int]:
         """Segments that each row keeps."""
         return [min(n, self.slots) for n in self.pos]

@@ -3,16 +3,14 @@ resumable at any token."""
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import check_integer, check_tensor
+from ..check import check_integer, check_number, check_tensor
 from ..model_state import ModelState
 from . import segments
 from .decoder import Decoder
@@ -178,10 +176,10 @@ def generate(
     check_flags(op, graph=graph)
     check_callbacks(op, on_token=on_token)
     max_new_tokens = check_integer(op, "max_new_tokens", max_new_tokens, 1, "a positive integer")
-    temperature = _number(op, "temperature", temperature, lambda t: t >= 0, "a number >= 0")
+    temperature = check_number(op, "temperature", temperature, lambda t: t >= 0, "a number >= 0")
     top_k = None if top_k is None else check_integer(op, "top_k", top_k, 1, "a positive integer or None")
     if top_p is not None:
-        top_p = _number(op, "top_p", top_p, lambda p: 0 < p <= 1, "a number in (0, 1] or None")
+        top_p = check_number(op, "top_p", top_p, lambda p: 0 < p <= 1, "a number in (0, 1] or None")
     seed = check_integer(op, "seed", seed, None, "an integer")
     stops = stop_sequences(model, stop) + end_tokens(model, eos_token_id)
     if ids is None:
@@ -238,15 +236,3 @@ def generate(
     width = max(lengths_new)
     tokens = torch.tensor([r + [r[-1]] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
     return Generation(tokens, lengths_new, state, finished)
-
-
-def _number(op: str, name: str, value: Any, fits: Callable[[float], bool], expected: str) -> float:
-    scalar = isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "meta"
-    given = value.item() if scalar else value
-    try:
-        number = float(given) if isinstance(given, numbers.Real) and not isinstance(given, bool) else None
-    except OverflowError:
-        number = None
-    if number is None or not fits(number):
-        raise ValueError(f"{op}: argument {name} is {value!r}, expected {expected}")
-    return number

@@ -52,16 +52,16 @@ class Night:
         return self.C // self.width
 
     def parts(self, kept: KeptSegments, turn: Turn) -> Parts:
-        p, texts = turn.number, kept.ids[self.row]
+        p = turn.number
         if p not in self._orders:
             self._orders = {p: self._ordered(p)}
         if self.spans is None:
             slot = self._orders[p][turn.place]
             at = self.C if self.how.part == 0 else 1 + self._drawn(p, self.numbers[slot], 1) % self.part
-            return cut(texts[slot][texts[slot] >= 0], at, self.part)
+            return cut(kept.text(self.row, slot), at, self.part)
         first, found = turn.place * self._together, []
         for slot, segment, start in self._orders[p][first : first + self._together]:
-            text = texts[slot][texts[slot] >= 0]
+            text = kept.text(self.row, slot)
             n = min(self.width, len(text) - 1)
             moved = start + self._drawn(p, segment, start, 1) % (self.width // 2 + 1) - self.width // 4
             a = min(max(moved, 0), len(text) - 1 - n)

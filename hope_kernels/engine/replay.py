@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check_integer
+from ..check import check_integer, check_number
 from ..continued import continued
 from ..model_state import ModelState
 from ..state import Counters
@@ -75,12 +75,12 @@ class Replays:
             object.__setattr__(self, name, check_integer(OP, name, getattr(self, name), least, expected))
         if self.part is not None:
             object.__setattr__(self, "part", check_integer(OP, "part", self.part, 0, "an integer >= 0 or None"))
-        if isinstance(self.known, bool) or not isinstance(self.known, (int, float)) or not 0 < self.known <= 1:
-            raise ValueError(f"{OP}: argument known is {self.known!r}, expected a probability, above 0")
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
-            raise ValueError(f"{OP}: argument share is {self.share!r}, expected a number above 0, at most 1")
-        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < math.inf:
-            raise ValueError(f"{OP}: argument rate is {self.rate!r}, expected a number >= 0")
+        for name, fits, expected in (
+            ("known", lambda n: 0 < n <= 1, "a probability, above 0"),
+            ("share", lambda n: 0 < n <= 1, "a number above 0, at most 1"),
+            ("rate", lambda n: 0 <= n < math.inf, "a number >= 0"),
+        ):
+            object.__setattr__(self, name, check_number(OP, name, getattr(self, name), fits, expected))
         if self.fade not in (True, False):
             raise ValueError(f"{OP}: argument fade is {self.fade!r}, expected True or False")
 

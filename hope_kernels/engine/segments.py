@@ -266,13 +266,13 @@ def sinks_of(
 ) -> list[Sink | None]:
     """``ContinuumMemory.sink`` of each block, at ``rate`` times the rates that the guard of ``state`` allows."""
     allowed = None if state.guard is None else state.guard.rate
+    scale = allowed if rate == 1 else (lambda b: rate * (1.0 if allowed is None else allowed(b)))
     like, found = placement(model.embed), []
     for block, cms in zip(model.blocks, state.cms):
         if cms is None or block.cms is None:
             found.append(None)
             continue
         ops = cms_backends.resolve(cms.config, like.dtype, like.device, backend, inner=True)
-        scale = allowed if rate == 1 else (lambda b: rate * (1.0 if allowed is None else allowed(b)))
         found.append(block.cms.sink(cms, learners, counts, ops, among, tokens, real, scale))
     return found
 

@@ -26,12 +26,12 @@ PIECE = 1024  # tokens of a call
 def measured(model: Model, kept: KeptSegments, backend: str | None) -> KeptSegments:
     """``kept`` with the losses of all its segments: itself where they are known. Segments that follow one another
     are read as one text, so that their beginnings are not surprising for want of what was before."""
-    nats, new = kept.nats, False
+    nats, new, unknown = kept.nats, False, (kept.nats[:, :, 0] < 0).tolist()
     for b, numbers in enumerate(kept.numbers.tolist()):
-        open_slots = sorted((n, s) for s, n in enumerate(numbers) if n >= 0 and float(nats[b, s, 0]) < 0)
+        open_slots = sorted((n, s) for s, n in enumerate(numbers) if n >= 0 and unknown[b][s])
         for run in _runs(open_slots):
             nats = nats if new else nats.clone()
-            new, texts = True, [kept.ids[b, s][kept.ids[b, s] >= 0] for s in run]
+            new, texts = True, [kept.text(b, s) for s in run]
             losses = _losses(model, torch.cat([t[:-1] for t in texts]), texts[-1][-1:], backend)
             for s, part in zip(run, losses.split([len(t) - 1 for t in texts])):
                 nats[b, s] = 0
