@@ -3,11 +3,12 @@
 # make test        tests and docstring examples, each contract once; HOPE_KERNELS_TEST_SEED=n repeats a run's new draws
 # make test-full   all of them: also sweeps over shapes, seeds and settings, long runs, the C++ library under sanitizers,
 #                  and the model of make real, where it can be fetched
+# make test-programs  installs lm_eval and what transformers serve needs, and runs both from their command lines
 # make lint        ruff, and the types of hope_kernels
 # make venv        .venv, which the others build when they need it
 PYTHON ?= python3
 
-.PHONY: demo real test test-full lint venv clean
+.PHONY: demo real test test-full test-programs lint venv clean
 
 demo: venv
 	@.venv/bin/python -m hope_kernels demo
@@ -20,6 +21,10 @@ test: venv
 
 test-full: venv
 	@tools/tests.sh -m ''
+
+test-programs: venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts -r requirements-programs.txt
+	@.venv/bin/python -m pytest tests/hf/test_programs.py tests/hf/test_peers.py
 
 lint: venv
 	@.venv/bin/python -m ruff check .
