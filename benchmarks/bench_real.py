@@ -34,10 +34,10 @@ RESULT = os.path.join(os.path.dirname(__file__), "results", "real.json")
 # facts, tokens, passes, asked after every so many, what differs from the default step rule; how they are replayed
 NEEDLES = (
     (32, 20_480, 37, 12, {}),
-    (8, 2_560, 49, 24, {}),
-    (8, 2_560, 49, 24, {"optimizer": "gd", "lr": None, "relative": None}),
-    (8, 2_560, 49, 24, {"optimizer": "gd", "lr": 4e-4, "precondition": 100.0}),
-    (8, 2_560, 49, 24, {"rank": 16}),
+    (16, 10_240, 25, 24, {}),
+    (16, 10_240, 25, 24, {"rank": 16}),
+    (16, 10_240, 25, 24, {"optimizer": "gd", "lr": None, "relative": None}),
+    (16, 10_240, 25, 24, {"optimizer": "gd", "lr": 4e-4, "precondition": 100.0}),
 )
 SLEEP = {"share": 0.125, "rate": 2.0, "shuffle": True}
 PARTS = ("domains", "needles", "continual", "control", "speed")

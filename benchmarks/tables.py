@@ -130,8 +130,9 @@ REAL = {
     "real_domains": ("{}\n\nBits per token, means over excerpts of {tokens} tokens; learning with the defaults of "
                      "`convert` (all blocks, period 256), bf16. The worst segment of 256 tokens lost {worst:.3f} bits.",
                      real_tables.domains),
-    "real_needles": ("{}\n\nFacts of five digits, asked after the text, of the session itself and of its learned "
-                     "weights alone.", real_tables.needles),
+    "real_needles": ("{}\n\nFacts of five digits, asked of the session itself, with the text's last 512 tokens still "
+                     "in its window, and the last fact among them; of its file, in a new process; and of its learned weights alone, with "
+                     "nothing before the question.", real_tables.needles),
     "real_continual": ("{}\n\nFour documents, one of each domain, in turn.", real_tables.continual),
     "real_control": ("{}\n\nBits per token of a document's second half, read without learning by weights that have "
                      "learned the column's text.", real_tables.control),
