@@ -131,8 +131,8 @@ REAL = {
                      "`convert` (all blocks, period 256), bf16. The worst segment of 256 tokens lost {worst:.3f} bits.",
                      real_tables.domains),
     "real_needles": ("{}\n\nFacts of five digits, asked of the session itself, with the text's last 512 tokens still "
-                     "in its window, and the last fact among them; of its file, in a new process; and of its learned weights alone, with "
-                     "nothing before the question.", real_tables.needles),
+                     "in its window, and the last fact among them; of its file, in a new process; and of its "
+                     "learned weights alone, with nothing before the question.", real_tables.needles),
     "real_continual": ("{}\n\nFour documents, one of each domain, in turn.", real_tables.continual),
     "real_control": ("{}\n\nBits per token of a document's second half, read without learning by weights that have "
                      "learned the column's text.", real_tables.control),
