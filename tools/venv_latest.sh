@@ -3,7 +3,8 @@
 #
 #   tools/venv_latest.sh [PYTHON]      PYTHON: the interpreter to build on (default python3)
 #
-# What pip finds is asked anew every time. A PyTorch for CUDA brings its own Triton, and several GB.
+# What pip finds is asked anew every time. A PyTorch for CUDA brings its own Triton, and several GB; the CUDA library is
+# built for it if HOPE_KERNELS_CUDA=1 says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 eval "$(grep '^ORACLE=' tools/venv.sh)"
@@ -16,6 +17,6 @@ pip --no-compile --upgrade torch numpy -r <(grep -v '^numpy' requirements-dev.tx
 $venv/bin/python -c 'from importlib.metadata import requires as r; exit(not any("triton" in x for x in r("torch")))' ||
     pip --upgrade --no-deps triton
 pip --no-deps "$ORACLE"
-pip --no-deps --no-build-isolation -e .
+HOPE_KERNELS_CUDA=${HOPE_KERNELS_CUDA:-0} pip --no-deps --no-build-isolation -e .
 $venv/bin/python -c 'import importlib.metadata as m
 print(*(f"{d.name} {d.version}" for n in ("torch", "triton", "numpy") for d in m.distributions(name=n)), sep=", ")'

@@ -272,9 +272,12 @@ def test_a_file_depends_on_the_tokens_that_count_alone(tmp_path):
     assert all(torch.equal(s, t) for s, t in zip(b.tensors(), c.tensors())) and b.pos == c.pos == [9, 4]
 
 
+FORKS = [("original", "snapshot"), ("copy", "snapshot"), ("copy", "detach")]  # one of shared memory goes first
+MORE_FORKS = [("original", "detach"), ("original", "clone"), ("copy", "clone")]
+
+
 @named
-@pytest.mark.parametrize("fork", ["snapshot", "detach", "clone"])
-@pytest.mark.parametrize("first", ["original", "copy"])
+@pytest.mark.parametrize("first, fork", [*FORKS, *(pytest.param(*f, marks=pytest.mark.slow) for f in MORE_FORKS)])
 def test_both_sides_of_a_fork_go_on(attn, fork, first):
     """Two states read different tokens in turns from one history, each as if it were alone."""
     x = tokens(2, 20)

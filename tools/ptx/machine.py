@@ -11,6 +11,7 @@ faults. The C++ half is csrc/emulator/ptx, built by the host's compiler when it 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import shlex
@@ -104,14 +105,15 @@ def library() -> ctypes.CDLL:
     path = KEPT / f"machine-{build_cuda.hash_of(contents, FLAGS, version, here)}.so"
     if not path.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=KEPT) as folder:
-            made = Path(folder, path.name)
-            done = subprocess.run(
-                [*command, *FLAGS, "-o", str(made), str(SOURCES / "library.cpp")], capture_output=True, text=True
-            )
-            if done.returncode:
-                raise build_cuda.BuildError(f"{command[0]} failed: {done.stderr.strip()[-4000:]}")
-            os.replace(made, path)
+        with open(KEPT / "building", "w") as building, tempfile.TemporaryDirectory(dir=KEPT) as folder:
+            fcntl.flock(building, fcntl.LOCK_EX)  # a process that comes second finds what the first has built
+            if not path.exists():
+                made = Path(folder, path.name)
+                done = subprocess.run([*command, *FLAGS, "-o", str(made), str(SOURCES / "library.cpp")],
+                                      capture_output=True, text=True)
+                if done.returncode:
+                    raise build_cuda.BuildError(f"{command[0]} failed: {done.stderr.strip()[-4000:]}")
+                os.replace(made, path)
     found = ctypes.CDLL(str(path))
     found.hope_ptx_form.restype = found.hope_ptx_program.restype = ctypes.c_void_p
     return found
