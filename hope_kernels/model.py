@@ -105,6 +105,11 @@ class HopeForCausalLM(nn.Module):
         """Whether reading with learn="next_token" can change anything: some level has lr > 0."""
         return self.config.learns
 
+    @property
+    def parts(self) -> int:
+        """Over how many processes heads and hidden units are divided."""
+        return 1 if self.parallel is None else self.parallel.parts
+
     def init_state(self, batch: int, device=None) -> ModelState:
         """State of ``batch`` sequences that have read nothing, in the dtype of the weights. Raises ValueError."""
         check_batch("HopeForCausalLM.init_state", batch)
@@ -114,7 +119,9 @@ class HopeForCausalLM(nn.Module):
         ids = torch.zeros(batch, self.segment if self.learns else 0, dtype=torch.long, device=device)
         zero = [0] * batch
         snapshot = [m.snapshot() for m in mixers] if self.learns else []
-        state = ModelState(Counters(zero), self.config, mixers, cms, Counters(zero), ids, snapshot)
+        state = ModelState(
+            Counters(zero), self.config, mixers, cms, Counters(zero), ids, snapshot, parts=self.parts
+        )
         state.owned_by(self)
         if any(m.fingerprint is not None for m in mixers):  # they hold the model's weights already
             state.fingerprint = checksum(self)
@@ -157,7 +164,7 @@ class HopeForCausalLM(nn.Module):
         """
         asked = Asked(learn, backend, check_finite, wavefront, output, following, guard, embeds)
         if torch.compiler.is_compiling() and (
-            output != "logits" or not traced(self, ids, state, learn, backend)
+            output != "logits" or self.parallel is not None or not traced(self, ids, state, learn, backend)
         ):
             _prepare()
             return _untraced(self, ids, state, lengths, asked)
@@ -390,7 +397,6 @@ class HopeForCausalLM(nn.Module):
         Where nothing is kept, nothing happens.
         Raises ValueError for arguments out of range, and as ``forward`` does.
         """
-        self._check_undivided("replay", "replay")
         self._admit("HopeForCausalLM.replay", state, getattr(state, "batch", 0))
         return sleep(self, state, Replays(
             passes=passes, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,

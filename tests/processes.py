@@ -26,7 +26,7 @@ WHY_NOT = None if POSSIBLE else "needs gloo and fork"
 def report(file: str, world: int) -> dict:
     """What ``file``, which calls ``main`` when it is run, finds with ``world`` processes."""
     done = subprocess.run(
-        [sys.executable, file, str(world)], capture_output=True, text=True, timeout=240,
+        [sys.executable, file, str(world)], capture_output=True, text=True, timeout=1200,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     assert done.returncode == 0, done.stderr[-6000:]
@@ -49,7 +49,7 @@ def main(measure: Callable[[int, int], dict]) -> None:
         children.append(child)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=600),
     )
     found = measure(rank, world)
     dist.barrier()

@@ -18,6 +18,7 @@ from ..config import TitansConfig
 from ..identity import checksum
 from ..ops.conv.backends import ENTRIES as CONV
 from ..ops.output_gate.backends import ENTRIES as OUTPUT_GATE
+from ..ops.shared.across import Across
 from ..ops.shared.pullback import Pullback
 from ..ops.titans.backends import resolve
 from ..ops.titans.inputs import Stats, TokenInputs
@@ -48,6 +49,8 @@ class SelfModifyingTitans(nn.Module):
     (``memory_init(name)`` gives one memory's views); biases and gates per head. ``layer(x, state, lengths,
     update, backend)`` returns ``(y, state)``.
     """
+
+    across: Across | None = None  # the processes that share the layer, each with some of the heads
 
     def __init__(self, config: TitansConfig, device=None, dtype=None):
         super().__init__()
@@ -110,6 +113,11 @@ class SelfModifyingTitans(nn.Module):
         return f"memories={self.layout.names}, {self.config}"
 
     @property
+    def parts(self) -> int:
+        """Over how many processes the heads are divided."""
+        return 1 if self.across is None else self.across.size
+
+    @property
     def w_init(self) -> FastWeights:
         return FastWeights(self.w2, self.w1, self.w1s)
 
@@ -123,7 +131,7 @@ class SelfModifyingTitans(nn.Module):
         dtype."""
         device = self.w2.device if device is None else device
         state = init_titans_state(
-            self.config, self.w_init, batch, device, self.w2.dtype if dtype is None else dtype
+            self.config, self.w_init, batch, device, self.w2.dtype if dtype is None else dtype, self.parts
         )
         if self.config.retain_to == "zero":
             check_whole(
@@ -205,11 +213,15 @@ class SelfModifyingTitans(nn.Module):
         with torch.no_grad() if by_formulas else contextlib.nullcontext():
             if real is not None:
                 x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward
-            u, tail = (x, None) if self.conv is None else causal_conv(x, state.conv_tail, self.conv, n)
+            conv, across = self.conv, self.across
+            if across is not None:
+                x, conv = across.enter(x), None if conv is None else across.enter(conv)
+            u, tail = (x, None) if conv is None else causal_conv(x, state.conv_tail, conv, n)
             if self.in_proj is not None:
                 u = project(self.in_proj, u)
+            u, own = self._shared(u)
             raw = None if self.q_proj is None else self._heads(project(self.q_proj, u))
-            inputs = self._inputs(u, raw if raw is None or not c.qk_l2norm else unit(raw))
+            inputs = self._inputs(u, own, raw if raw is None or not c.qk_l2norm else unit(raw))
             if wanted:
                 o, new, by_q = compute.with_pullback(c, self.w_init, inputs, state, lengths, update=update)
             else:
@@ -221,6 +233,9 @@ class SelfModifyingTitans(nn.Module):
             y = output_gate(o, self.norm_gain, gate)
             if self.out_proj is not None:
                 y = project(self.out_proj, y)
+                y = y if across is None else across.total(y)
+            elif across is not None:
+                y = across.gathered(y, summed=False)
             if real is not None:
                 y = torch.where(real, y, 0.0)
         if wanted:
@@ -257,18 +272,29 @@ class SelfModifyingTitans(nn.Module):
 
     def _heads(self, t: Tensor) -> Tensor:
         """[B, T, d] as [B, T, H, D]."""
-        return t.unflatten(-1, (self.config.num_heads, self.config.head_dim))
+        return t.unflatten(-1, (-1, self.config.head_dim))
 
-    def _inputs(self, u: Tensor, q: Tensor | None) -> TokenInputs:
-        """What the memories get of u [B, T, d] and the queries q [B, T, H, D] (None with adaptive_q)."""
+    def _shared(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what comes before the heads: all channels, and those of this process's heads."""
+        if self.across is None:
+            return u, u
+        if self.in_proj is None:
+            return u, self.across.own(u)
+        mixes = any([m is not None for m in (self.q_proj, self.k_proj, self.beta_proj)])
+        return (self.across.gathered(u, summed=True) if mixes else u), u
+
+    def _inputs(self, u: Tensor, own: Tensor, q: Tensor | None) -> TokenInputs:
+        """What the memories get of u [B, T, d], of its channels ``own`` that belong to the heads at hand, and of
+        the queries q [B, T, H, D] (None with adaptive_q)."""
         c, heads = self.config, self._heads
         beta = None
         if c.momentum == "learned":
             beta = torch.sigmoid(project(self.beta_proj, u) + self.beta_bias)
         elif c.momentum is not None:
-            beta = torch.full_like(u[..., : c.num_heads], float(c.momentum))  # batched by vmap where u is
+            # batched by vmap where u is
+            beta = torch.full_like(own[..., : c.num_heads // self.parts], float(c.momentum))
         if c.self_modifying:
-            return TokenInputs(q, x=heads(u), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
+            return TokenInputs(q, x=heads(own), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
         eta = eta_gate(project(self.eta_proj, u), self.eta_bias, c)
         alpha = torch.sigmoid(project(self.alpha_proj, u) + self.alpha_bias) if c.retention else None
         k, v = heads(project(self.k_proj, u)), heads(project(self.v_proj, u))
@@ -283,6 +309,10 @@ class SelfModifyingTitans(nn.Module):
         head, at the mean log alpha of the tokens committed (inf without retention; at the gate's bias if x
         closes no chunk).
         """
+        if self.across is not None:
+            raise ValueError("SelfModifyingTitans.diagnostics: the heads are divided over "
+                             f"{self.parts} processes, expected a whole layer: hope_kernels.parallel.whole_model "
+                             "has them")
         state = self.init_state(x.shape[0]) if state is None else state
         stats = Stats([], [])
         y, state = self.scan(x, state, [x.shape[1]] * x.shape[0], stats=stats, backend="chunked")

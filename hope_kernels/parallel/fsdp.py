@@ -85,7 +85,7 @@ class Sharded:
 
     def __init__(self, model: Any, mesh: DeviceMesh, whole: WholeChecksum):
         self.group, self.device, self.whole = mesh.get_group(), placement(model.embed).device, whole
-        self._inside = False
+        self.parts, self._inside = 1, False
         # before FSDP's own hook, and after it
         model.register_forward_pre_hook(lambda module, args: self._enter(module), prepend=True)
         model.register_forward_hook(lambda module, args, output: self._leave(module))
@@ -99,7 +99,8 @@ class Sharded:
         would read their blocks at different times."""
         self._check_state(op, model, state)
         if asked.guard:
-            raise ValueError(f"{op}: argument guard is True, expected None or False in a model that is sharded: "
+            raise ValueError(f"{op}: argument guard is True, expected None or False in a model that is "
+                             "sharded: "
                              "whether the guard reads a segment again depends on its loss, and all processes "
                              "read together")
         if asked.wavefront is not None:
@@ -115,6 +116,9 @@ class Sharded:
     def check_flush(self, op: str, model: HopeForCausalLM, state: ModelState) -> None:
         self._check_state(op, model, state)
         self._agree(op, sorted({(p % (model.segment or 1), s) for p, s in zip(state.pos, state.seen)}))
+
+    def check_replay(self, op: str, model: HopeForCausalLM, state: ModelState, asked: object) -> None:
+        self.refuse(op, "replay")
 
     def refuse(self, op: str, what: str) -> None:
         raise ValueError(f"{op}: the model is sharded over processes (fully_shard_hope), where {what} is not "

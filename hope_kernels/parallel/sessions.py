@@ -28,6 +28,10 @@ def save_session(
     op = "save_session"
     parallel = _parallel(op, model)
     check_state(op, state, ModelState, model.config, getattr(state, "batch", 0))
+    if state.fingerprint is None:
+        raise ValueError(f"{op}: argument state was last read in grad mode, where no mark of the weights "
+                         "is taken; "
+                         "read it under torch.no_grad() first")
     group, failed = parallel.group, [None]
     try:
         whole = parallel.gathered(model, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,9 +24,10 @@ class WholeChecksum:
     """The checksum that a model has where it is not divided: what states and files of sessions carry.
 
     Gathered, tensor by tensor, when the parameters have changed since it was last asked for, which all
-    processes notice alike: by PyTorch's version counters and the number of optimizer steps. whole: the
-    tensors of a module, whole, in the order of ``identity.collect``. ``settled``: inside a call, where
-    parameters come and go and do not change, the last one is good.
+    processes notice alike: by PyTorch's version counters and the number of optimizer steps. Not while
+    training: in grad mode there is none after weights have changed, until they are read under no_grad.
+    whole: the tensors of a module, whole, in the order of ``identity.collect``. ``settled``: inside a call,
+    where parameters come and go and do not change, the last one is good.
     """
 
     def __init__(
@@ -35,8 +37,9 @@ class WholeChecksum:
         self._marks: Marks | None = None
         parts = [m for b in model.blocks for m in (b.mixer, b.cms) if m is not None]
         # what belongs to a part belongs to the model: one checksum serves both
+        of = weakref.ref(model)
         for module in (model, *parts):
-            divided(module, lambda anew, model=model: self(model, anew))
+            divided(module, lambda anew: None if (held := of()) is None else self(held, anew))
         if known is not None:
             self._marks = self._now(model)
 
@@ -44,6 +47,9 @@ class WholeChecksum:
         if self.settled and not anew:
             return self._known
         now = self._now(model)
+        if torch.is_grad_enabled() and not anew and not _alike(now, self._marks):
+            self._known = self._marks = None
+            return None
         if anew or self._known is None or not _alike(now, self._marks):
             found = checksum_of(self._whole(model))
             # one object as long as the values stay the same: who compares, compares objects
@@ -56,7 +62,7 @@ class WholeChecksum:
     def _now(self, model: nn.Module) -> Marks:
         held: list[Tensor] = []
         collect(model, held)
-        return steps(), held, [t._version for t in held]
+        return steps(), held, [-1 if t.is_inference() else t._version for t in held]
 
 
 def _alike(now: Marks, before: Marks | None) -> bool:
