@@ -2,6 +2,7 @@
 generation, replay, sessions."""
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import processes
@@ -87,6 +88,16 @@ def test_sessions_are_files_of_plain_models(found, kind):
     assert of["mark"] and of["plain"] < 1e-11 and of["again"] < 1e-11
 
 
+def test_what_is_exchanged_is_what_the_document_counts(found):
+    """docs/parallel.md. Two blocks of a memory and two levels; one all-reduce is the comparison before the call."""
+    of = found["counts"]
+    assert of["off"] == {"all_reduce": 1 + 2 * 3, "all_gather_into_tensor": 2}
+    # a segment of four tokens, its backward, and the token after it
+    learned = {"all_reduce": 1 + 2 * 3 + (1 + 2 + 1) + 2 * 3, "all_gather_into_tensor": 4, "reduce_scatter_tensor": 1}
+    assert of["learning"] == learned
+    assert of["backward"] == {"all_reduce": 2 * 4, "reduce_scatter_tensor": 2}
+
+
 def test_the_cpu_kernels_serve_parts(found):
     """fp32, widths that the C++ backend serves: as far from fp64 as a single process is."""
     of = found["cpp"]
@@ -119,6 +130,7 @@ def measure(rank, world) -> dict:
         found[f"session {kind}"] = session(kind)
     found["replay"] = replay()
     found["cpp"] = cpp()
+    found["counts"] = counts()
     found["refused"] = refused(rank, world)
     found["apart"] = parted(rank)
     return found
@@ -199,6 +211,33 @@ def read(kind) -> dict:
         want, got = [m.generate(tokens[:, :13], **options) for m in (single, model)]
         same = want.state.rollbacks == got.state.rollbacks
         found["generated"] = same and torch.equal(want.tokens, got.tokens)
+    return found
+
+
+def counts() -> dict:
+    """Collectives by name."""
+    model, found = tensor_parallel(made("self-modifying")), {}
+
+    def count(call):
+        names, seen = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"), Counter()
+        own = {name: getattr(dist, name) for name in names}
+        for name in names:
+            def counted(*args, name=name, **kwargs):
+                seen[name] += 1
+                return own[name](*args, **kwargs)
+
+            setattr(dist, name, counted)
+        try:
+            return call(), dict(seen)
+        finally:
+            for name in names:
+                setattr(dist, name, own[name])
+
+    with torch.no_grad():
+        found["off"] = count(lambda: model(ids(1, 5)))[1]
+        found["learning"] = count(lambda: model(ids(1, 5), learn="next_token"))[1]
+    loss = model(ids(1, 5))[0].square().mean()
+    found["backward"] = count(loss.backward)[1]
     return found
 
 
