@@ -363,7 +363,8 @@ class CausalAttention(nn.Module):
         """``norm`` of every head, whose gain all heads of all processes have in common."""
         if self.across is None:
             return norm(t)
-        return F.rms_norm(t, (self.head_dim,), self.across.enter(norm.weight), self.config.norm_eps)
+        gain: Any = norm.weight
+        return F.rms_norm(t, (self.head_dim,), self.across.enter(gain), self.config.norm_eps)
 
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (-1, self.head_dim))

@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -197,7 +198,8 @@ class SelfModifyingTitans(nn.Module):
         learning model). Gradients by parameters are not promised.
         """
         c = self.config
-        compute = resolve(c, x.dtype, x.device, backend, constant_memory)
+        own = c if self.across is None else part_of(c, self.across.size)
+        compute = resolve(own, x.dtype, x.device, backend, constant_memory)
         # a backend that builds no graph: where x needs a gradient, ``pullback`` supplies it
         by_formulas = hasattr(compute, "with_pullback") and stats is None and self._is_plain()
         if by_formulas and torch.compiler.is_compiling():
@@ -219,14 +221,14 @@ class SelfModifyingTitans(nn.Module):
             u, tail = (x, None) if conv is None else causal_conv(x, state.conv_tail, conv, n)
             if self.in_proj is not None:
                 u = project(self.in_proj, u)
-            u, own = self._shared(u)
+            u, mine = self._shared(u)
             raw = None if self.q_proj is None else self._heads(project(self.q_proj, u))
-            inputs = self._inputs(u, own, raw if raw is None or not c.qk_l2norm else unit(raw))
+            inputs = self._inputs(u, mine, raw if raw is None or not c.qk_l2norm else unit(raw))
             if wanted:
-                o, new, by_q = compute.with_pullback(c, self.w_init, inputs, state, lengths, update=update)
+                o, new, by_q = compute.with_pullback(own, self.w_init, inputs, state, lengths, update=update)
             else:
                 o, new = compute(
-                    c, self.w_init, inputs, state, lengths, update=update, constant_memory=constant_memory,
+                    own, self.w_init, inputs, state, lengths, update=update, constant_memory=constant_memory,
                     stats=stats,
                 )
             gate = None if self.gate_proj is None else project(self.gate_proj, x)
@@ -283,8 +285,8 @@ class SelfModifyingTitans(nn.Module):
         mixes = any([m is not None for m in (self.q_proj, self.k_proj, self.beta_proj)])
         return (self.across.gathered(u, summed=True) if mixes else u), u
 
-    def _inputs(self, u: Tensor, own: Tensor, q: Tensor | None) -> TokenInputs:
-        """What the memories get of u [B, T, d], of its channels ``own`` that belong to the heads at hand, and of
+    def _inputs(self, u: Tensor, mine: Tensor, q: Tensor | None) -> TokenInputs:
+        """What the memories get of u [B, T, d], of its channels ``mine`` that belong to the heads at hand, and of
         the queries q [B, T, H, D] (None with adaptive_q)."""
         c, heads = self.config, self._heads
         beta = None
@@ -292,9 +294,9 @@ class SelfModifyingTitans(nn.Module):
             beta = torch.sigmoid(project(self.beta_proj, u) + self.beta_bias)
         elif c.momentum is not None:
             # batched by vmap where u is
-            beta = torch.full_like(own[..., : c.num_heads // self.parts], float(c.momentum))
+            beta = torch.full_like(mine[..., : c.num_heads // self.parts], float(c.momentum))
         if c.self_modifying:
-            return TokenInputs(q, x=heads(own), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
+            return TokenInputs(q, x=heads(mine), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
         eta = eta_gate(project(self.eta_proj, u), self.eta_bias, c)
         alpha = torch.sigmoid(project(self.alpha_proj, u) + self.alpha_bias) if c.retention else None
         k, v = heads(project(self.k_proj, u)), heads(project(self.v_proj, u))
@@ -369,6 +371,14 @@ def _prepare() -> bool:
     if _untraced is None:
         _untraced = torch.compiler.disable(SelfModifyingTitans.scan, reason="a call through ctypes")
     return True
+
+
+@cache
+def part_of(config: TitansConfig, parts: int) -> TitansConfig:
+    """What the memories of one of ``parts`` processes are, which share the heads: to them it is a layer of its own."""
+    return config.replace(
+        d_model=config.d_model // parts, num_heads=config.num_heads // parts, in_proj=config.uses_in_proj
+    )
 
 
 def initial_alpha_bias(config: TitansConfig) -> list[float]:

@@ -258,4 +258,4 @@ class Divided:
             if isinstance(t, DTensor):
                 given[prefix + name] = t.to_local()
             elif isinstance(t, Tensor) and name in self.dims and t.shape != p.shape:
-                given[prefix + name] = self.across.own(t, self.dims[name])
+                given[prefix + name] = self.across.own(t, self.dims[name]).contiguous()

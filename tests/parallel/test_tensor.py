@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, load_state
 from hope_kernels.identity import checksum
+from hope_kernels.ops.shared import across
 from hope_kernels.parallel import clip_grad_norm_, load_session, save_session, tensor_parallel, whole_model
 
 pytestmark = pytest.mark.skipif(processes.WHY_NOT is not None, reason=str(processes.WHY_NOT))
@@ -91,17 +92,22 @@ def test_sessions_are_files_of_plain_models(found, kind):
 def test_what_is_exchanged_is_what_the_document_counts(found):
     """docs/parallel.md. Two blocks of a memory and two levels; one all-reduce is the comparison before the call."""
     of = found["counts"]
-    assert of["off"] == {"all_reduce": 1 + 2 * 3, "all_gather_into_tensor": 2}
+    assert of["off"] == {"all_reduce": 1 + 2 * 3, "all_gather": 2}
     # a segment of four tokens, its backward, and the token after it
-    learned = {"all_reduce": 1 + 2 * 3 + (1 + 2 + 1) + 2 * 3, "all_gather_into_tensor": 4, "reduce_scatter_tensor": 1}
+    learned = {"all_reduce": 1 + 2 * 3 + (1 + 2 + 1) + 2 * 3, "all_gather": 4, "reduce_scatter": 1}
     assert of["learning"] == learned
-    assert of["backward"] == {"all_reduce": 2 * 4, "reduce_scatter_tensor": 2}
+    assert of["backward"] == {"all_reduce": 2 * 4, "reduce_scatter": 2}
 
 
 def test_the_cpu_kernels_serve_parts(found):
     """fp32, widths that the C++ backend serves: as far from fp64 as a single process is."""
     of = found["cpp"]
     assert of["ours"] < 1e-4 and of["ours"] < 3 * of["single"] + 1e-6 and of["backend"]
+
+
+def test_every_backend_serves_parts(found):
+    """Each is told of the heads at hand. Triton in its interpreter, where there is one."""
+    assert found["backends"]["reference"] < 1e-12 and found["backends"].get("triton", 0) < 1e-4
 
 
 def test_what_cannot_be_divided_is_refused(found):
@@ -131,6 +137,7 @@ def measure(rank, world) -> dict:
     found["replay"] = replay()
     found["cpp"] = cpp()
     found["counts"] = counts()
+    found["backends"] = backends()
     found["refused"] = refused(rank, world)
     found["apart"] = parted(rank)
     return found
@@ -219,19 +226,21 @@ def counts() -> dict:
     model, found = tensor_parallel(made("self-modifying")), {}
 
     def count(call):
-        names, seen = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"), Counter()
-        own = {name: getattr(dist, name) for name in names}
-        for name in names:
+        seen = Counter()
+        places = {"all_reduce": (dist, "all_reduce"), "all_gather": (across, "_all_gather"),
+                  "reduce_scatter": (across, "_reduce_scatter")}
+        own = {name: getattr(*place) for name, place in places.items()}
+        for name, place in places.items():
             def counted(*args, name=name, **kwargs):
                 seen[name] += 1
                 return own[name](*args, **kwargs)
 
-            setattr(dist, name, counted)
+            setattr(*place, counted)
         try:
             return call(), dict(seen)
         finally:
-            for name in names:
-                setattr(dist, name, own[name])
+            for name, place in places.items():
+                setattr(*place, own[name])
 
     with torch.no_grad():
         found["off"] = count(lambda: model(ids(1, 5)))[1]
@@ -285,6 +294,23 @@ def cpp() -> dict:
         used = resolve(model.config.titans, torch.float32, torch.device("cpu")).__module__
     usable = available_backends()["cpp"] is None
     return {"single": apart(one, want), "ours": apart(ours, want), "backend": used.endswith("cpp") == usable}
+
+
+def backends() -> dict:
+    from hope_kernels import available_backends
+
+    single, model, found = made("self-modifying"), tensor_parallel(made("self-modifying")), {}
+    with torch.no_grad():
+        wanted = single(ids(1, 9))[0]
+        found["reference"] = apart(model(ids(1, 9), backend="reference")[0], wanted)
+        if available_backends().get("triton", "none") is None:
+            torch.manual_seed(0)
+            n = dist.get_world_size()
+            config = HopeConfig(32, 32 * n, 1, titans=TitansConfig(32 * n, n, chunk_memory=16, chunk_other=16))
+            single = HopeForCausalLM(config)
+            wanted = single(ids(1, 18))[0]
+            found["triton"] = apart(tensor_parallel(single)(ids(1, 18), backend="triton")[0], wanted)
+    return found
 
 
 def refused(rank, world) -> dict:

@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# by their names from PyTorch 2.13 on, where the earlier ones warn
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Across:
     """The processes of ``group``, of which this one is number ``rank`` of ``size``. Functions of tensors of
@@ -45,7 +49,7 @@ class Across:
         n = x.shape[-1] // self.size
         stacked = x.unflatten(-1, (self.size, n)).movedim(-2, 0).contiguous()
         out = x.new_empty(stacked[0].numel())
-        dist.reduce_scatter_tensor(out, stacked.flatten(), group=self.group)
+        _reduce_scatter(out, stacked.flatten(), group=self.group)
         return out.view(stacked.shape[1:])
 
     def sum(self, x: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ class Across:
     def parts(self, x: Tensor) -> Tensor:
         """x of every process, [size, ...], without a graph."""
         out = x.new_empty(self.size * x.numel())
-        dist.all_gather_into_tensor(out, x.contiguous().flatten(), group=self.group)
+        _all_gather(out, x.contiguous().flatten(), group=self.group)
         return out.view(self.size, *x.shape)
 
 
