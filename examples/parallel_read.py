@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/parallel_read.py TEXT --how tensor --session SESSION --write 60
 
---how tensor: heads and hidden units are divided; all processes read the same text. --how fsdp: the weights are
-sharded, and every process reads a stretch of its own, a row of the session. SESSION is a file as a plain model reads
-it; started again, with any number of processes that divides its rows, reading goes on after it.
+--how tensor: heads and hidden units are divided; all processes read the same text. --how fsdp: the weights
+are sharded, and every process reads a stretch of its own, a row of the session. SESSION is a file as a plain
+model reads it; started again, with any number of processes that divides its rows, reading goes on after it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--session", required=True)
     p.add_argument("--tokens", type=int, default=4096, help="of the text, of all processes together")
     p.add_argument("--write", type=int, default=60, help="tokens to write afterwards")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("--device", choices=("cpu", "cuda"), default=device)
     return p.parse_args()
 
 

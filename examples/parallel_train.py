@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 examples/parallel_train.py TEXT --how fsdp --out OUT --steps 100
 
---how fsdp: the weights are sharded block by block, and every process trains on rows of its own. --how tensor: heads
-and hidden units are divided, and all processes read the same rows. OUT/checkpoint is torch.distributed.checkpoint's;
-started again, training goes on from there, with any number of processes. OUT/model is a folder for from_pretrained.
+--how fsdp: the weights are sharded block by block, and every process trains on rows of its own. --how tensor:
+heads and hidden units are divided, and all processes read the same rows. OUT/checkpoint is that of
+torch.distributed.checkpoint (weights and step, not the optimizer's averages); started again, training goes on
+from there, with any number of processes. OUT/model is a folder for from_pretrained.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--heads", type=int, default=4)
     p.add_argument("--layers", type=int, default=2)
     p.add_argument("--lr", type=float, default=3e-3)
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("--device", choices=("cpu", "cuda"), default=device)
     return p.parse_args()
 
 

@@ -1,9 +1,10 @@
-"""Sessions over HTTP with several replicas of a model, scheduled by Ray Serve: what ``python -m
+r"""Sessions over HTTP with several replicas of a model, scheduled by Ray Serve: what ``python -m
 hope_kernels serve`` does in one process.
 
     pip install 'hope_kernels[ray]'
     python examples/ray_serve.py --sessions DIR --replicas 2
-    curl -s localhost:8000/v1/completions -H 'content-type: application/json' -H 'serve_multiplexed_model_id: john' \
+    curl -s localhost:8000/v1/completions -H 'content-type: application/json' \
+        -H 'serve_multiplexed_model_id: john' \
         -d '{"session": "john", "prompt": "And he said unto them, ", "max_tokens": 40}'
 
 DIR is a folder that all replicas see. The header names the session again: Ray sends the request to a
@@ -125,7 +126,8 @@ def main() -> None:
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(deployment(args, settings), name="hope_kernels", route_prefix="/")
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place, which end the process at once
+    # Ray has put handlers of its own in place, which end the process at once
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     print(f"hope_kernels: {args.replicas} replicas with the sessions of {args.sessions} at "
           f"http://{args.host}:{args.port}/", flush=True)

@@ -34,16 +34,17 @@ def fully_shard_hope(
     """Divides the weights of ``model`` over the processes of ``mesh`` (one dimension; None: all processes),
     in place: ``torch.distributed.fsdp.fully_shard`` of every block, then of the rest.
 
-    options: of ``fully_shard``; ``reshard_after_forward`` is True unless given. Reading, learning while
-    reading (``flush`` too), generation and training are those of the model as it was, each process with its
-    own rows. All processes make the same calls: calls of which one would read a block more often than
+    options: of ``fully_shard``. Reading, learning while reading (``flush`` too), generation and training
+    are those of the model as it was, each process with its own rows. All processes have the same weights
+    before, and make the same calls afterwards: calls of which one would read a block more often than
     another (other lengths, other places in a segment) raise ValueError in all of them. Optimizers are made
     after this call.
 
-    Raises ValueError for a model that is divided already or whose parameters are not plain tensors, a mesh of
-    several dimensions, and, later, by name, for what a divided model does not do: guard=True, wavefront,
-    ``replay``, ``Decoder``, ``consolidate``, ``save_pretrained``, inference mode, and memories with
-    retain_to="zero". ``whole_model`` gives a plain model for these.
+    Raises ValueError for a model that is divided already or whose parameters are not plain tensors, other
+    weights than in the first process, a mesh of several dimensions, memories with retain_to="zero", an
+    option that keeps gathered weights after a call, and, later, by name, for what a divided model does not
+    do: guard=True, wavefront, ``replay``, ``Decoder``, ``consolidate``, ``save_pretrained``, inference
+    mode. ``whole_model`` gives a plain model for these.
     """
     op = "fully_shard_hope"
     if model.parallel is not None:
@@ -56,16 +57,23 @@ def fully_shard_hope(
         model.config.titans.retain_to == "zero"
     ):
         raise ValueError(f"{op}: argument model has retain_to='zero': its states start from the values of "
-                         "weights "
-                         "that are sharded outside their call; use tensor_parallel")
+                         "weights that are sharded outside their call; use tensor_parallel")
+    if options.setdefault("reshard_after_forward", True) is not True:
+        raise ValueError(f"{op}: argument reshard_after_forward is {options['reshard_after_forward']!r}, "
+                         "expected "
+                         "True: a reading without a backward would leave gathered weights behind, which "
+                         "the next "
+                         "call would take for those that an optimizer has changed")
     held: list[Tensor] = []
     collect(model, held)
     if any(type(t.data) is not Tensor for t in held):
         raise ValueError(f"{op}: argument model has parameters that are no plain tensors")
     known = checksum(model)
-    if known is not None:
-        str(known)  # now, while its parts are there
-    options.setdefault("reshard_after_forward", True)
+    check_agreed(mesh.get_group(), placement(model.embed).device, (str(known), model.config), (
+        f"{op}: argument model has other weights or another configuration in some processes, expected the "
+        "same; "
+        "load or seed it alike in all of them"
+    ))
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
@@ -151,9 +159,11 @@ class Sharded:
     def _enter(self, model: Any) -> None:
         if torch.is_inference_mode_enabled():
             raise ValueError("HopeForCausalLM: a model that is sharded over processes cannot be called in "
-                             "inference "
-                             "mode; use torch.no_grad()")
+                             "inference mode; use torch.no_grad()")
         if self._inside:  # the call before this one has raised
+            if not hasattr(model, "reset_iter_state"):
+                raise RuntimeError("HopeForCausalLM: the call before this one has raised, after which this "
+                                   "version of PyTorch cannot go on with a sharded model")
             model.reset_iter_state()
         self.whole.settled = False
         self.whole(model)

@@ -74,7 +74,8 @@ def test_what_a_sharded_model_cannot_do_is_refused(found):
     assert "save_pretrained is not supported" in of["save_pretrained"]
     assert "divided over processes" in of["decoder"] and "divided over processes already" in of["twice"]
     assert "inference mode" in of["inference mode"]
-    assert "retain_to" in of["retain_to"]
+    assert "retain_to" in of["retain_to"] and "other weights" in of["weights"]
+    assert "would leave gathered weights" in of["reshard"]
     for text in (of["lengths"], of["places"]):
         assert "their collectives would not meet" in text
     assert of["afterwards"] < 1e-12
@@ -244,6 +245,8 @@ def refused(rank, part) -> dict:
         lengths = [12 - rank] * len(tokens)
         found["lengths"] = refusal(lambda: model(tokens, lengths=lengths, learn="next_token"))
         found["places"] = refusal(lambda: model.flush(state) if rank else model(tokens[:, :1], state))
+    found["weights"] = refusal(lambda: fully_shard_hope(tiny(seed=rank)))
+    found["reshard"] = refusal(lambda: fully_shard_hope(tiny(), reshard_after_forward=False))
     with torch.inference_mode():
         found["inference mode"] = refusal(lambda: model(tokens))
     zero = TitansConfig(8, 2, chunk_memory=4, chunk_other=2, retain_to="zero")
