@@ -14,6 +14,7 @@ import shutil
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -45,16 +46,25 @@ class BuildLibrary(build_ext):
             raise CompileError(f"the CUDA library: {reason}") from None
 
 
+class Wheel(bdist_wheel):
+    """Tagged py3-none: its libraries ask for a platform, and for no version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def cpu_library() -> list[Extension]:
     if WANTED == "0" or platform.machine().lower() not in ("x86_64", "amd64") or platform.system() != "Linux":
         return []
     files = [f"csrc/cpu/{f}" for f in sorted(os.listdir("csrc/cpu"))]
     return [Extension(
-        "hope_kernels._titans_cpu", [f for f in files if f.endswith(".cpp")], depends=files, language="c++",
+        "hope_kernels._titans_cpu", [f for f in files if f.endswith(".cpp")],
+        depends=[*files, "setup.py"], language="c++",
         # no contraction: every fused multiply-add is written as one, so that all tiles round alike
         extra_compile_args=["-std=c++17", "-O3", "-mavx2", "-mfma", "-ffp-contract=off", "-fopenmp", "-g0",
             "-Wno-ignored-attributes"],
-        extra_link_args=["-fopenmp"], optional=WANTED != "1",
+        # not linked with an OpenMP: hope_kernels/ops/shared/cpu_library.py finds it the one of PyTorch
+        optional=WANTED != "1",
     )]
 
 
@@ -70,4 +80,4 @@ def cuda_library() -> list[Extension]:
     ]
 
 
-setup(ext_modules=cpu_library() + cuda_library(), cmdclass={"build_ext": BuildLibrary})
+setup(ext_modules=cpu_library() + cuda_library(), cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})

@@ -33,11 +33,11 @@ from hope_kernels.text import Tokenizer
 RESULT = os.path.join(os.path.dirname(__file__), "results", "real.json")
 # facts, tokens, passes, asked after every so many, what differs from the default step rule; how they are replayed
 NEEDLES = (
-    (32, 20_480, 24, 8, {}),
-    (8, 2_560, 24, 23, {}),
-    (8, 2_560, 24, 23, {"optimizer": "gd"}),
-    (8, 2_560, 24, 23, {"precondition": 100.0}),
-    (8, 2_560, 24, 23, {"rank": 16}),
+    (32, 20_480, 37, 12, {}),
+    (16, 10_240, 25, 24, {}),
+    (16, 10_240, 25, 24, {"rank": 16}),
+    (16, 10_240, 25, 24, {"optimizer": "gd", "lr": None, "relative": None}),
+    (16, 10_240, 25, 24, {"optimizer": "gd", "lr": 4e-4, "precondition": 100.0}),
 )
 SLEEP = {"share": 0.125, "rate": 2.0, "shuffle": True}
 PARTS = ("domains", "needles", "continual", "control", "speed")

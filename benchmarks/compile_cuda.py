@@ -3,7 +3,6 @@ Without nvcc it is empty."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -14,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import cubin
-from hope_kernels.files import write_atomically
+from benchmarks import compiled, cubin
 from tools import build_cuda
 
 # (file, architectures such as "90a", its kernels want tensor cores)
@@ -30,7 +28,6 @@ EMPTY = 4
 # warp's panel (160), of a scalar memory's loops over groups and its update, and of the keys' products;
 # decode: those of both kinds of memory.
 PRODUCTS = {"titans_prefill<64": 256, "titans_prefill<128": 288, "titans_decode<": 64}
-CACHE = build_cuda.ROOT / "build" / "compile_report"
 
 
 class Refused(Exception):
@@ -38,45 +35,36 @@ class Refused(Exception):
 
 
 def report(
-    archs: list[int] | None, only: str | None, sources=SOURCES, jobs: int = 2, fresh: bool = False
-) -> Iterator[dict]:
-    """One record per kernel, file and architecture, as ``compile_report`` prints them. shared: what is
-    static; a kernel's dynamic shared memory is known at its launch only."""
+    archs: list[int] | None, only: str | None, sources=SOURCES, jobs: int = 2, fresh: bool = False,
+    again: float = 0
+) -> Iterator[tuple[str | None, list[dict]]]:
+    """A key and the records of its kernels for every file and architecture, as ``compile_report`` prints
+    them. shared: what is static; a kernel's dynamic shared memory is known at its launch only. A file that
+    nvcc refuses is a record with that violation, and has no key."""
     compiler = build_cuda.nvcc()
     if compiler is None:
         return
-    wanted = [(compiler, Path(f), arch, mma, fresh) for f, offered, mma in sources for arch in offered
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+    def work(path: Path, arch: str, mma: bool) -> tuple[str | None, list[dict]]:
+        contents = [path, *build_cuda.headers(), Path(__file__), Path(cubin.__file__)]
+        key = build_cuda.hash_of(contents, arch, mma, FLAGS, version)
+        try:
+            return key, compiled.records(key, lambda: compile_file(compiler, path, arch, mma), fresh, again)
+        except (Refused, compiled.Differs) as error:
+            of = {"kernel": path.stem, "row": label(path), "arch": int(arch.rstrip("af"))}
+            return None, [of | {"violations": [compiled.violation(error)]}]
+
+    wanted = [(Path(f), arch, mma) for f, offered, mma in sources for arch in offered
               if (not only or only in label(f)) and (not archs or int(arch.rstrip("af")) in archs)]
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        for records in pool.map(lambda job: cached_file(*job), wanted):
-            yield from records
+        yield from pool.map(lambda job: work(*job), wanted)
 
 
 def label(path: Path) -> str:
     """What --only looks at: titans_64_bf16.cu for csrc/cuda/titans/64_bf16.cu."""
     inside = path.is_relative_to(build_cuda.SOURCES)
     return path.relative_to(build_cuda.SOURCES).as_posix().replace("/", "_") if inside else path.name
-
-
-def cached_file(compiler: str, path: Path, arch: str, wants_mma: bool, fresh: bool = False) -> list[dict]:
-    """``compile_file``, or what it found the last time nothing was different. A file that nvcc refuses is a
-    record with that violation."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    readers = [Path(__file__), Path(cubin.__file__)]
-    contents = [path, *build_cuda.headers(), *readers]
-    kept = CACHE / f"{build_cuda.hash_of(contents, arch, wants_mma, FLAGS, version)}.json"
-    if kept.exists() and not fresh:
-        return json.loads(kept.read_text())
-    try:
-        records = compile_file(compiler, path, arch, wants_mma)
-    except Refused as error:
-        return [
-            {"kernel": path.stem, "row": label(path), "arch": int(arch.rstrip("af")),
-                "violations": [f"does not compile: {error}"]}
-        ]
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(str(kept), json.dumps(records).encode())
-    return records
 
 
 def lost_products(kernel: str, found: int) -> list[str]:

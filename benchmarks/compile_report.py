@@ -1,92 +1,50 @@
 """Every Triton kernel of every tile row, compiled ahead of time: registers, spills, shared memory and
 tensor-core instructions, no GPU.
 
-    python -m benchmarks.compile_report [--check] [--full] [--arch 80 90 100] [--only NAME] [--jobs 2] [--fresh]
-        [--out FILE]
+    python -m benchmarks.compile_report [--check] [--full] [--arch 80 90 100] [--only NAME] [--jobs 2]
+        [--fresh] [--again SHARE] [--keep] [--out FILE]
 
 One line per kernel, row and architecture it is offered on. --full: every shape of providers that offer a
 choice otherwise (an hour). --check exits with 1 when a kernel spills, uses local memory, asks for more shared
 memory than the architecture has, or has no tensor-core instruction where its row wants one. Columns st/ld are
 STL and LDL instructions, barr the barriers in the SASS, s the seconds the compilation took when it was last
-done: results are kept in build/compile_report under a hash of the kernel's source (with all it calls), the
-row, the architecture and Triton's version. CUDA C++ kernels follow where nvcc is found (``compile_cuda.py``).
+done: what a compiler found is known under a hash of all it depends on (``compiled.py``). --again 0.02
+compiles one in fifty of the known ones again, by chance, and what differs is a violation; --fresh all. --keep
+writes what was found into the committed file. CUDA C++ kernels follow where nvcc is found
+(``compile_cuda.py``).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from pathlib import Path
 
-# before the first import of Triton: an interpreted kernel cannot be compiled
-os.environ.pop("TRITON_INTERPRET", None)
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from benchmarks import compile_cuda, compile_triton, compiled
+from benchmarks.compile_triton import triton
+from benchmarks.machine import machine, write_json
+from benchmarks.rows import PROVIDERS, provided
+from hope_kernels.ops.shared.triton_build import SHARED_KIB, Specialization
+from tools import build_cuda
 
-from benchmarks import compile_cuda, cubin  # noqa: E402
-from benchmarks.machine import machine, write_json  # noqa: E402
-from benchmarks.rows import PROVIDERS, provided  # noqa: E402
-from hope_kernels.files import write_atomically  # noqa: E402
-from hope_kernels.ops.shared.triton_build import SHARED_KIB, Specialization  # noqa: E402
-
-CACHE = compile_cuda.CACHE
 COLUMNS = (
     ("shared", "smem"), ("registers", "regs"), ("spill_stores", "st"), ("spill_loads", "ld"),
     ("stack", "stack"), ("wgmma", "wgmma"), ("tcgen05", "tcgen05"), ("mma", "mma"), ("barriers", "barr"),
 )
 
 
-def compile_row(spec: Specialization, arch: int) -> dict:
-    """Compiles one row for one architecture and reads the result. Returns a flat record."""
-    signature, constexprs, attrs = spec.source()
-    source = ASTSource(fn=spec.fn, signature=signature, constexprs=constexprs, attrs=attrs)
-    start = time.perf_counter()
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.maxnreg}
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    seconds = time.perf_counter() - start
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(kernel.asm["cubin"])
-        f.flush()
-        used = cubin.usage(f.name)[kernel.metadata.name]
-    return {
-        "kernel": spec.name, "row": spec.row, "arch": arch, "num_warps": spec.num_warps, **asdict(used),
-        "shared": kernel.metadata.shared,
-        "seconds": round(seconds, 2), "violations": cubin.violations(used, arch, kernel.metadata.shared,
-            spec.wants_mma),
-    }
-
-
-def cached_row(spec: Specialization, arch: int, fresh: bool) -> dict:
-    """``compile_row``, or what it found the last time nothing was different. A row that Triton refuses is a
-    record with that violation."""
-    signature, constexprs, attrs = spec.source()
-    source = ASTSource(fn=spec.fn, signature=signature, constexprs=constexprs, attrs=attrs)
-    readers = b"".join(Path(path).read_bytes() for path in (__file__, cubin.__file__))
-    options = (spec.num_warps, spec.num_stages, spec.maxnreg, spec.wants_mma)
-    identity = (source.hash(), list(signature.items()), spec.name, spec.row, *options, arch, triton.__version__,
-                hashlib.sha256(readers).hexdigest())
-    path = CACHE / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.json"
-    if path.exists() and not fresh:
-        return json.loads(path.read_text())
+def row(spec: Specialization, arch: int, fresh: bool, again: float) -> tuple[str | None, list[dict]]:
+    """The key and the record of one row. A row that Triton refuses is a record with that violation, and has
+    no key."""
+    key = compile_triton.key(spec, arch)
     try:
-        record = compile_row(spec, arch)
+        return key, compiled.records(key, lambda: [compile_triton.compile_row(spec, arch)], fresh, again)
     except Exception as error:  # a compiler raises what it likes; the other rows are still wanted
-        return {
-            "kernel": spec.name, "row": spec.row, "arch": arch,
-            "violations": [f"does not compile: {type(error).__name__}: {error}"]
-        }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(str(path), json.dumps(record).encode())
-    return record
+        said = {"kernel": spec.name, "row": spec.row, "arch": arch, "violations": [compiled.violation(error)]}
+        return None, [said]
 
 
 def line(record: dict, widths: tuple[int, int]) -> str:
@@ -96,11 +54,11 @@ def line(record: dict, widths: tuple[int, int]) -> str:
 
 
 # workers are forked after it is filled: kernels need not be pickled
-_jobs: list[tuple[Specialization, int, bool]] = []
+_jobs: list[tuple[Specialization, int, bool, float]] = []
 
 
-def _work(index: int) -> dict:
-    return cached_row(*_jobs[index])
+def _work(index: int) -> tuple[str | None, list[dict]]:
+    return row(*_jobs[index])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,10 +71,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="NAME", help="kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--fresh", action="store_true", help="compile again what is known")
+    parser.add_argument("--again", type=float, default=0, metavar="SHARE", help="of what is known, by chance")
+    parser.add_argument("--keep", action="store_true", help="write the committed file, of all kernels")
     parser.add_argument("--out", metavar="FILE", help="write the records as JSON")
     parser.add_argument("--provider", nargs="+", default=PROVIDERS, metavar="MODULE",
                         help="modules that offer specializations(); no CUDA C++ then")
     args = parser.parse_args(argv)
+    if args.keep and (args.only or args.arch or args.full or args.provider != PROVIDERS):
+        parser.error("--keep is of all kernels: without --only, --arch, --full and --provider")
+    if args.keep and build_cuda.nvcc() is None:
+        parser.error("--keep needs nvcc")
 
     _jobs.clear()
     for module in args.provider:
@@ -128,30 +92,37 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{module}: no such module, nothing to compile")
             continue
         wanted = [s for s in specs if not args.only or args.only in s.name]
-        _jobs.extend(
-            (s, arch, args.fresh) for s in wanted for arch in s.archs if not args.arch or arch in args.arch
-        )
-    widths = tuple(max((len(getattr(s, field)) for s, _, _ in _jobs), default=0) for field in ("name", "row"))
+        _jobs.extend((s, arch, args.fresh, args.again) for s in wanted for arch in s.archs
+                     if not args.arch or arch in args.arch)
+    widths = tuple(max((len(getattr(s, field)) for s, *_ in _jobs), default=0) for field in ("name", "row"))
     titles = dict.fromkeys((key for key, _ in COLUMNS)) | {key: title for key, title in COLUMNS}
     print(
         line({"kernel": "", "row": "", "arch": "sm_", "seconds": "s", "violations": [], **titles}, widths),
         flush=True
     )
 
-    start, records = time.perf_counter(), []
+    start, records, found = time.perf_counter(), [], {}
+
+    def add(key: str | None, some: list[dict]) -> None:
+        if key is not None:
+            found[key] = some
+        records.extend(some)
+        for record in some:
+            print(line(record, widths), flush=True)
+
     with tempfile.TemporaryDirectory() as scratch:  # Triton's own cache would hide the compile time
         triton.knobs.cache.dir = scratch
         with ProcessPoolExecutor(max(1, args.jobs), multiprocessing.get_context("fork")) as pool:
-            for record in pool.map(_work, range(len(_jobs))):
-                records.append(record)
-                print(line(record, widths), flush=True)
-    cuda = (
-        compile_cuda.report(args.arch, args.only, jobs=args.jobs, fresh=args.fresh)
-        if args.provider == PROVIDERS else ()
-    )
-    for record in cuda:
-        records.append(record)
-        print(line(record, widths), flush=True)
+            for key, some in pool.map(_work, range(len(_jobs))):
+                add(key, some)
+    if args.provider == PROVIDERS:
+        for key, some in compile_cuda.report(args.arch, args.only, jobs=args.jobs, fresh=args.fresh,
+                                             again=args.again):
+            add(key, some)
+    if args.keep:
+        compiled.commit(found)
+    elif args.provider == PROVIDERS and (new := found.keys() - compiled.committed().keys()):
+        print(f"{len(new)} are not in {compiled.COMMITTED.name}, and every fresh clone compiles them: --keep")
     bad = [(r, v) for r in records for v in r["violations"]]
     for record, violation in bad:
         print(f"{record['kernel']} [{record['row']}] sm_{record['arch']}: {violation}", file=sys.stderr)

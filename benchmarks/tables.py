@@ -24,7 +24,7 @@ from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT, at_rest
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/continual.md", "docs/llama.md",
-             "docs/real.md")
+             "docs/real.md", "docs/serve.md")
 WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
@@ -62,6 +62,19 @@ def cpu(run: dict) -> str:
             f"{data.get('rounds', 5)} rounds of one run, B = 1, T = {T}, fp32, {data['machine']['cores']} cores; "
             f"outputs equal to the package's to {error:.0e}; titans-pytorch 0.5.5 computes another function. "
             f"{source('bench_cpu', 'cpu')}")
+
+
+def serve(run: dict) -> str:
+    data, faults = run["serve"], run["serve"]["faults"]
+    rate = lambda s: f"{s['tokens/s']:.0f} ({min(s['all']):.0f} to {max(s['all']):.0f})"
+    lost = sum(n for name, n in faults.items() if name != "largest difference of a learned tensor")
+    apart = f"{faults['largest difference of a learned tensor']:.0e}"
+    return (f"{data['sessions']} sessions, {data['turns']} turns, {data['kills']} kills: {lost} sessions lost, "
+            f"unreadable or other than alone; learned weights within {apart} of a lone run's; "
+            f"{data['turns sent again']} requests sent again. The bundled model in fp64:\n\n"
+            f"{markdown('sessions at a time | tokens/s', ((s['sessions'], rate(s)) for s in data['speed']))}\n\n"
+            f"Median of {len(data['speed'][0]['all'])} (least to most), {data['machine']['cores']} cores. "
+            f"{source('bench_serve', 'serve')}")
 
 
 def learning(run: dict) -> str:
@@ -117,8 +130,9 @@ REAL = {
     "real_domains": ("{}\n\nBits per token, means over excerpts of {tokens} tokens; learning with the defaults of "
                      "`convert` (all blocks, period 256), bf16. The worst segment of 256 tokens lost {worst:.3f} bits.",
                      real_tables.domains),
-    "real_needles": ("{}\n\nFacts of five digits, asked after the text, of the session itself and of its learned "
-                     "weights alone.", real_tables.needles),
+    "real_needles": ("{}\n\nFacts of five digits, asked of the session itself, with the text's last 512 tokens still "
+                     "in its window, and the last fact among them; of its file, in a new process; and of its "
+                     "learned weights alone, with nothing before the question.", real_tables.needles),
     "real_continual": ("{}\n\nFour documents, one of each domain, in turn.", real_tables.continual),
     "real_control": ("{}\n\nBits per token of a document's second half, read without learning by weights that have "
                      "learned the column's text.", real_tables.control),
@@ -244,7 +258,7 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     run = load(results)
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
-                "context": context, "accuracy": accuracy, "sinks": sinks,
+                "context": context, "accuracy": accuracy, "sinks": sinks, "serve": serve,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},
                 "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}

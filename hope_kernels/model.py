@@ -24,7 +24,7 @@ from .engine.compiling import REASON, traced
 from .engine.generation import Generation, generate
 from .engine.learning import Call, read_learning, read_off, with_following
 from .engine.protocol import CMSWeights
-from .engine.replay import DREAMS, KNOWN, OnSegment, ReadAndSlept, Replays, Sleep, read, sleep
+from .engine.replay import DREAMS, JOINED, KNOWN, OnSegment, ReadAndSlept, Replays, Sleep, read, sleep
 from .engine.source import Source
 from .engine.unread import check_read_next, left
 from .files import write_atomically
@@ -361,8 +361,8 @@ class HopeForCausalLM(nn.Module):
         the same probability; from then on the state has them, in files too, k (2 C + 1) numbers a row. passes=n:
         the kept segments are then learned again n - 1 times, shuffle=True: in a new order every time (see
         ``replay``). flush: whether the unfinished segment at the end is learned and kept as well; None: if
-        passes > 1. seed: any int, of what is kept and of the orders. part, dreams, known, fade, rate, share: of
-        ``replay``.
+        passes > 1. seed: any int, of what is kept and of the orders. part, dreams, known, fade, rate, share, joined:
+        of ``replay``.
         should_stop is also asked before every replayed segment. The same call goes on where it was stopped,
         with the rest of ids (``ids[:, reading.tokens:]``, which may be none), also in another process.
 
@@ -376,21 +376,22 @@ class HopeForCausalLM(nn.Module):
         self, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0, *,
         should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
         backend: str | None = None, part: int | None = None, dreams: int = DREAMS, known: float = KNOWN,
-        fade: bool = True, rate: float = 1.0, share: float = 1.0,
+        fade: bool = True, rate: float = 1.0, share: float = 1.0, joined: float = JOINED,
     ) -> Sleep:
         """Learns the segments that ``state`` keeps (``read(..., replay=k)``) again, ``passes`` times, in place
         and without reading anything: ``engine/replay.py`` says what that means.
 
         shuffle: each pass in an order of its own, by a hash of seed and pass; else in the order of the text.
-        part: a segment is cut into parts of at most so many tokens, elsewhere in every pass, and none of them is
-        read in the light of another (None: 24, or 96 of a vocabulary of bytes; 0: it stays whole): so its facts are
-        learned apart from what surrounds them. dreams: with each replay some of so many short texts that the
-        model's own weights wrote are read, and held to what they say of them (0: none), so that the model stays
-        what it was elsewhere; written anew, the same ones for a seed, for every pass. known: a token that is
-        likelier than that is not learned again (1: every token is). fade: the rates fall evenly to 0 over the
-        ``passes``, from ``rate`` times those of reading. share: of the kept text only so much is replayed, the parts
-        that surprise the model's own weights most (``engine/surprise.py``), as many of them at once as make up a
-        segment.
+        part: a segment is cut into parts of at most so many tokens, elsewhere in every pass (None: 24, or 96 of a
+        vocabulary of bytes; 0: it stays whole), so that its facts are learned apart from what surrounds them.
+        joined: with that probability the parts of a replay are read one behind another, in a random order, as what
+        comes after other text; else each by itself, as the beginning of a text. dreams: with each replay a text that
+        the model's own weights wrote is read, and held to what they say of it (0: none), so that the model stays
+        what it was elsewhere; so many are written at once, the same ones for a seed, and new ones when each has been
+        read. known: a token that is likelier than that is not learned again (1: every token is). fade: the rates fall
+        evenly to 0 over the ``passes``, from ``rate`` times those of reading. share: of the kept text only so much
+        is replayed, the parts that surprise the model's own weights most (``engine/surprise.py``), as many of them
+        at once as make up a segment.
         should_stop is asked before every segment; on_segment(replays of row 0 done, of how many) is called
         after it. A state that was stopped, also one from a file, goes on with the same arguments where it was,
         unless it has learned more text since. A replay that raises leaves the state as the last one left it.
@@ -401,6 +402,7 @@ class HopeForCausalLM(nn.Module):
         return sleep(self, state, Replays(
             passes=passes, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
             backend=backend, part=part, dreams=dreams, known=known, fade=fade, rate=rate, share=share,
+            joined=joined,
         ))
 
     def resized(self, size: int) -> None:

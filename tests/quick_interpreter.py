@@ -4,7 +4,7 @@ kernels compute is untouched.
 It prepares triton.language for every call of a device function, where once a launch does; it looks up a
 type's NumPy type in a table that it makes for the purpose; it spells out every tensor's shape, its type and
 its name; it compares equal shapes for how to broadcast them; and it works out whether a sum of integers
-overflows, which it says in debug mode alone.
+overflows, which it says in debug mode alone. One thing it mends: ``whole_masks``.
 """
 
 from functools import cache
@@ -44,6 +44,7 @@ def install() -> None:
     interpreter._patch_lang = once_a_launch
     quick_shapes()
     quick_semantic()
+    whole_masks()
     interpreter._get_np_dtype = kept(interpreter._get_np_dtype, lambda kind: kind.name)
     language.core._type_for_tuple_values = kept(language.core._type_for_tuple_values, of_integers)
 
@@ -87,6 +88,21 @@ def quick_semantic() -> None:
             checked(self, *given)
 
     semantic.broadcast_impl_value, semantic.binary_op_sanitize_overflow_impl = of_equal_shapes, in_debug_mode
+
+
+def whole_masks() -> None:
+    """A comparison is labelled with its operands' type. Broadcast from a scalar, it becomes an array of that
+    type, integers say; as a mask, Triton 3.9 refuses them, where older ones took them as truth values."""
+    builder = interpreter.InterpreterBuilder
+    splat = builder.create_splat
+
+    def of_its_own_type(self, kind, arg):
+        made = splat(self, kind, arg)
+        if arg.data.dtype == bool:
+            made.data = made.data.astype(bool)
+        return made
+
+    builder.create_splat = of_its_own_type
 
 
 def kept(make, key_of):

@@ -50,12 +50,13 @@ def needles(data: dict) -> str:
         given = {**c["cms"], **c.get("how", {})}
         rule = ", ".join(f"{k} {v}" for k, v in given.items() if k not in ("chunks", "relative"))
         for passes, a in c["after"].items():
+            elsewhere = c["elsewhere"]["session"]["exact"] if int(passes) == c["passes"] else ""
             rows.append((f"{c['facts']} in {c['tokens']}", f"{rule}; blocks: {c['blocks']}",
                          f"{passes} of {c['passes']}",
-                         a["session"]["exact"], f"{a['session']['digits']:.0%}", a["weights"]["exact"],
+                         a["session"]["exact"], f"{a['session']['digits']:.0%}", elsewhere, a["weights"]["exact"],
                          f"{a['weights']['digits']:.0%}", f"{a['other_bits'] / c['before']['other_bits'] - 1:+.1%}"))
-    head = ("facts in tokens | rule | passes | session: exact | digits | weights alone: exact | digits "
-            "| bits of another text")
+    head = ("facts in tokens | rule | passes | session: exact | digits | in a new process | weights alone: exact "
+            "| digits | bits of another text")
     return _table(head, rows)
 
 

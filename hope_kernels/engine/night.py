@@ -1,8 +1,8 @@
 """What a sleep replays, and in which order: the turns of a row's passes.
 
 A pass takes every kept segment of a row once, cut into parts, or the spans that ``surprise.py`` chose, as many at
-once as make up a segment. Orders, cuts and dreams are drawn by hashes of the seed, the pass and the segment's
-number, so that they depend neither on other rows nor on where a sleep was stopped.
+once as make up a segment. Orders, cuts and what is joined are drawn by hashes of the seed, the pass and the
+segment's number, so that they depend neither on other rows nor on where a sleep was stopped.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from torch import Tensor
+
 from ..kept import KeptSegments, hashed
-from .apart import Parts, beside, cut
-from .dreams import SHARE, Dreams
+from .apart import Parts, beside, cut, in_a_row
+from .dreams import beside_a_replay
 from .protocol import Model
 from .surprise import spans
 
@@ -37,10 +39,8 @@ class Night:
         self.row, self.how, self.part, self.C = row, how, part_of(model, how), model.segment
         self.numbers: list[int] = kept.numbers[row].tolist()
         self.slots = [s for s, n in enumerate(self.numbers) if n >= 0]
-        self.width = min(self.part, self.C)  # of a span, and of a dream
+        self.width = min(self.part, self.C)  # of a span
         self.spans = None if how.share == 1 else spans(kept, row, how.share, self.width)
-        self._beside = max(1, round(SHARE * self.C / self.width))  # dreams in a replay
-        self.dreamt = min(how.dreams, len(self) * self._beside)  # of a pass
         self._orders: dict[int, list] = {}
 
     def __len__(self) -> int:
@@ -57,23 +57,33 @@ class Night:
             self._orders = {p: self._ordered(p)}
         if self.spans is None:
             slot = self._orders[p][turn.place]
-            at = self.C if self.how.part == 0 else 1 + self._drawn(p, self.numbers[slot], 1) % self.part
-            return cut(kept.text(self.row, slot), at, self.part)
-        first, found = turn.place * self._together, []
+            name, text = self.numbers[slot], kept.text(self.row, slot)
+            at = self.C if self.how.part == 0 else 1 + self._drawn(p, name, 1) % self.part
+            parts = cut(text, at, self.part)
+        else:
+            name, parts = turn.place, beside(self._moved_spans(kept, turn))
+        if self._drawn(p, name, 2) % 1000 >= 1000 * self.how.joined:
+            return parts
+        return in_a_row(parts, sorted(range(len(parts.lengths)), key=lambda i: self._drawn(p, name, 3, i)))
+
+    def _moved_spans(self, kept: KeptSegments, turn: Turn) -> list[Tensor]:
+        p, first, found = turn.number, turn.place * self._together, []
         for slot, segment, start in self._orders[p][first : first + self._together]:
             text = kept.text(self.row, slot)
             n = min(self.width, len(text) - 1)
             moved = start + self._drawn(p, segment, start, 1) % (self.width // 2 + 1) - self.width // 4
             a = min(max(moved, 0), len(text) - 1 - n)
             found.append(text[a : a + n + 1])
-        return beside(found)
+        return found
 
-    def dreams(self, turn: Turn, night: Dreams) -> Dreams:
-        """The dreams beside a turn: the ones after that which its numbers draw."""
-        D = self.dreamt
-        place = turn.place if self.spans is not None else self.numbers[self._orders[turn.number][turn.place]]
-        first = self._drawn(turn.number, place, 2) % D
-        return night.some([(first + i) % D for i in range(min(self._beside, D))])
+    def dreams(self, turn: Turn) -> tuple[int, list[int]] | None:
+        """Which set of ``how.dreams`` a turn's dreams are of, and which of it: every replay has others, until a set
+        has been dreamt to its end."""
+        each, D = beside_a_replay(self.C)[0], self.how.dreams
+        if not D:
+            return None
+        number, place = divmod(turn.number * len(self) + turn.place, max(1, D // each))
+        return number, [i for i in range(place * each, (place + 1) * each) if i < D]
 
     def _drawn(self, *numbers: int) -> int:
         return hashed(self.how.seed, *numbers)

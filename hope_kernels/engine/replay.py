@@ -2,8 +2,8 @@
 
 A reading goes through a text once, and what it learns last weighs most. A state that keeps segments
 (``kept.py``) can learn from them again afterwards. A pass takes every kept segment of a row once: in the order
-they were read in, or shuffled by a hash of the seed and the number of the pass. Each is cut into parts that are
-read apart (``apart.py``), from empty mixers, as at position 0, with the weights the row has by then, and learned
+they were read in, or shuffled by a hash of the seed and the number of the pass. Each is cut into parts
+(``apart.py``) that are read from empty mixers, as at position 0, with the weights the row has by then, and learned
 from; dreams of the model's own weights (``dreams.py``) hold on to what it knew. A token that is likelier than
 ``known`` is not learned, and the rates fall evenly to 0 over a sleep.
 
@@ -36,9 +36,9 @@ from ..model_state import ModelState
 from ..state import Counters
 from . import generation, segments
 from .apart import learn_apart
-from .dreams import Dreams, dream
+from .dreams import Dreams, beside_a_replay, dream
 from .generation import Reading
-from .night import Night, Turn, part_of
+from .night import Night, Turn
 from .options import check_callbacks
 from .protocol import Model
 from .source import Source
@@ -46,8 +46,7 @@ from .surprise import measured
 
 OnSegment = Callable[[int, int], None]  # (replays of row 0 that are done, of how many)
 OP = "HopeForCausalLM.replay"
-DREAMS = 64  # of as many tokens
-KNOWN = 0.5
+DREAMS, KNOWN, JOINED = 64, 0.5, 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +65,7 @@ class Replays:
     fade: bool
     rate: float
     share: float
+    joined: float
 
     def __post_init__(self) -> None:
         check_callbacks(OP, should_stop=self.should_stop, on_segment=self.on_segment)
@@ -78,6 +78,7 @@ class Replays:
         for name, fits, expected in (
             ("known", lambda n: 0 < n <= 1, "a probability, above 0"),
             ("share", lambda n: 0 < n <= 1, "a number above 0, at most 1"),
+            ("joined", lambda n: 0 <= n <= 1, "a probability"),
             ("rate", lambda n: 0 <= n < math.inf, "a number >= 0"),
         ):
             object.__setattr__(self, name, check_number(OP, name, getattr(self, name), fits, expected))
@@ -92,7 +93,7 @@ def read(
     on_segment: OnSegment | None = None, should_stop: Callable[[], bool] | None = None,
     backend: str | None = None, part: int | None = None, dreams: int = DREAMS,
     known: float = KNOWN, fade: bool = True, rate: float = 1.0,
-    share: float = 1.0, **options: Any
+    share: float = 1.0, joined: float = JOINED, **options: Any
 ) -> ReadAndSlept:
     """A model's ``read``, where the arguments are explained. options: those of ``generation.read`` that nothing
     but the reading asks for."""
@@ -114,7 +115,7 @@ def read(
         how = Replays(
             passes=passes - 1, shuffle=shuffle, seed=seed, should_stop=should_stop, on_segment=on_segment,
             backend=backend, part=part, dreams=dreams, known=known, fade=fade, rate=rate,
-            share=share,
+            share=share, joined=joined,
         )
         found.sleep = sleep(model, state, how)
         found.finished = found.sleep.finished
@@ -158,7 +159,7 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
     if any(d > t for d, t in zip(state.kept.done, total)):
         raise ValueError(f"{OP}: argument passes is {passes}, and the unfinished sleep of argument state has done "
                          f"{list(state.kept.done)} of {total} replays")
-    dreams: dict[int, Dreams | None] = {}
+    sets: dict[int, Dreams] = {}
     while any(d < t for d, t in zip(state.kept.done, total)):
         if how.should_stop is not None and how.should_stop():
             found.finished = False
@@ -166,10 +167,7 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
         turns = [
             Turn(b, *divmod(state.kept.done[b], len(nights[b]))) for b in range(B) if state.kept.done[b] < total[b]
         ]
-        dreams = {p: d for p, d in dreams.items() if any(t.number == p for t in turns)}
-        for p in {t.number for t in turns} - dreams.keys():
-            most, width = max(n.dreamt for n in nights), min(part_of(model, how), model.segment)
-            dreams[p] = dream(model, most, width, (how.seed, p), how.backend)
+        dreams = _dreamt(model, [nights[t.row].dreams(t) for t in turns], sets, max(total), how)
         for turn, losses in zip(turns, _again(model, state, turns, how, nights, dreams)):
             found.nats[turn.number, turn.row] += float(losses.double().sum())
             found.predicted[turn.number][turn.row] += losses.numel()
@@ -179,9 +177,24 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
     return found
 
 
+def _dreamt(
+    model: Model, which: list[tuple[int, list[int]] | None], sets: dict[int, Dreams], replays: int, how: Replays
+) -> list[Dreams | None]:
+    """The dreams that each turn has. sets: those at hand, by number; the ones that nobody reads leave it. replays: of
+    the sleep."""
+    each, tokens = beside_a_replay(model.segment)
+    count = min(how.dreams, replays * each)
+    numbers = {w[0] for w in which if w is not None}
+    for number in sets.keys() - numbers:
+        del sets[number]
+    for number in numbers - sets.keys():
+        sets[number] = dream(model, count, tokens, (how.seed, number), how.backend)
+    return [None if w is None else sets[w[0]].some(w[1]) for w in which]
+
+
 def _again(
     model: Model, state: ModelState, turns: list[Turn], how: Replays, nights: list[Night],
-    dreams: dict[int, Dreams | None]
+    dreams: list[Dreams | None]
 ) -> list[Tensor]:
     """One replay in the row of each of ``turns``, in place: its losses in nats."""
     C, kept, found = model.segment, state.kept, []
@@ -192,13 +205,13 @@ def _again(
         draft = segments.draft(continued(model, state))
         assert draft.kept is not None
         done = Counters([d + (b in rows) for b, d in enumerate(kept.done)])
-        for turn in turns:
-            b, night, dreamt = turn.row, nights[turn.row], dreams[turn.number]
+        for turn, dreamt in zip(turns, dreams):
+            b, night = turn.row, nights[turn.row]
             parts = night.parts(kept, turn)
             rate = how.rate * (1 - kept.done[b] / (how.passes * len(night)) if how.fade else 1)
             nats = learn_apart(
-                model, draft, b, parts, [d * C for d in done], how.backend,
-                None if dreamt is None else night.dreams(turn, dreamt), least=-math.log(how.known), rate=rate
+                model, draft, b, parts, [d * C for d in done], how.backend, dreamt, least=-math.log(how.known),
+                rate=rate
             )
             found.append(torch.cat([row[:n] for row, n in zip(nats, parts.lengths)]))
         state.assign(segments.finished(replace(draft, kept=replace(draft.kept, done=done))))

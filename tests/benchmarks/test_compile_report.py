@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from benchmarks import compile_cuda, cubin  # noqa: E402  (compile_report itself turns the interpreter off: it runs in its own process)
+from benchmarks import compile_cuda, compiled, cubin  # noqa: E402  (compile_report itself turns the interpreter off: it runs in its own process)
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,7 +65,8 @@ def test_cuda_files_are_gated(tmp_path):
         extern "C" __global__ void __launch_bounds__(1024, 1) fits(float* p) { sums<16>(p); }
         extern "C" __global__ void __launch_bounds__(1024, 1) spills(float* p) { sums<128>(p); }
     """)
-    records = {r["kernel"]: r for r in compile_cuda.report(None, None, [(tmp_path / "sums.cu", ("80",), False)])}
+    ((_, found),) = compile_cuda.report(None, None, [(tmp_path / "sums.cu", ("80",), False)])
+    records = {r["kernel"]: r for r in found}
     assert set(records) == {"fits", "spills"}
     assert records["spills"]["spill_stores"] and any(
         v.startswith("spills:") for v in records["spills"]["violations"]
@@ -76,3 +77,37 @@ def test_a_kernel_that_lost_a_product_is_caught():
     kernel = "hope::titans_prefill<64, hope::bf16, 0, 0, true, false>"
     assert compile_cuda.lost_products(kernel, 256) == [] and compile_cuda.lost_products("sums", 0) == []
     assert compile_cuda.lost_products(kernel, 255) == ["255 mma instructions, expected 256 or more"]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Both places where compilations are kept, empty."""
+    monkeypatch.setattr(compiled, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(compiled, "COMMITTED", tmp_path / "compiled.json")
+    compiled.committed.cache_clear()
+    yield tmp_path
+    compiled.committed.cache_clear()
+
+
+RECORD = {"kernel": "sum", "arch": 90, "registers": 40, "seconds": 0.5, "violations": []}
+
+
+def test_what_is_committed_is_not_compiled_again(kept):
+    compiled.commit({"b": [RECORD], "a": []})
+    assert json.loads((kept / "compiled.json").read_text()) == {"a": [], "b": [RECORD]}
+    assert compiled.records("b", pytest.fail) == [RECORD] and compiled.records("a", pytest.fail) == []
+    assert compiled.records("c", lambda: [RECORD]) == [RECORD]  # compiled, and known from now on
+    assert compiled.records("c", pytest.fail) == [RECORD]
+    other = RECORD | {"registers": 41}
+    assert compiled.records("b", lambda: [other], fresh=True) == [other] == compiled.known("b")[0:1]
+
+
+def test_what_is_known_wrongly_is_found_when_it_is_compiled_again(kept):
+    compiled.commit({"a": [RECORD | {"registers": 39}], "b": [RECORD], "c": [RECORD, RECORD]})
+    slower = RECORD | {"seconds": 9.0}
+    assert compiled.records("b", lambda: [slower], again=1) == [slower]
+    with pytest.raises(compiled.Differs, match="sum: registers was 39 and is 40"):
+        compiled.records("a", lambda: [RECORD], again=1)
+    with pytest.raises(compiled.Differs, match="2 kernels were known, 1 are compiled"):
+        compiled.records("c", lambda: [RECORD], again=1)
+    assert compiled.known("a")[0]["registers"] == 39  # the check that found it does not hide it from the next

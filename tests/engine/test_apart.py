@@ -10,8 +10,9 @@ from numerics import relative
 from small_model import V, ids, tiny
 
 from hope_kernels import CMSConfig, HopeForCausalLM
+from hope_kernels.engine import replay as replays
 from hope_kernels.engine import segments
-from hope_kernels.engine.apart import cut, learn_apart
+from hope_kernels.engine.apart import cut, in_a_row, learn_apart
 from hope_kernels.engine.dreams import WEIGHT, dream
 from hope_kernels.state import Counters
 
@@ -41,18 +42,61 @@ def test_parts_are_the_segment_and_every_target_is_the_next_token(n, part, at):
     assert min(parts.lengths) > 0
 
 
+def test_parts_in_a_row_keep_their_own_targets():
+    text = torch.arange(100, 109)
+    parts = in_a_row(cut(text, 3, 4), [2, 0, 1])
+    assert parts.ids.tolist() == [[107, 100, 101, 102, 103, 104, 105, 106]]
+    assert parts.targets.tolist() == [[108, 101, 102, 103, 104, 105, 106, 107]] and parts.lengths == [8]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_so_many_replays_join_their_parts_each_in_an_order_of_its_own(share, monkeypatch):
+    """What the step is given: the same tokens with the same targets whether they are joined or not."""
+    model = model_of("attention")
+    state = model.read(ids(1, 81), replay=10, guard=False).state
+    given: dict[float, list] = {}
+
+    def seen(joined):
+        def step(model, state, row, parts, *args, **options):
+            given[joined].append(parts)
+            return learn_apart(model, state, row, parts, *args, **options)
+
+        given[joined] = []
+        monkeypatch.setattr(replays, "learn_apart", step)
+        model.replay(state.clone(), 20, part=2, share=share, joined=joined, seed=4, dreams=0)
+        return given[joined]
+
+    def pairs(parts):
+        return [
+            p for i, t, m in zip(parts.ids, parts.targets, parts.lengths) for p in zip(i[:m].tolist(), t[:m].tolist())
+        ]
+
+    apart, one_row, mixed = seen(0.0), seen(1.0), seen(0.7)
+    assert all(len(p.lengths) == 4 or share == 1 for p in apart) and all(len(p.lengths) == 1 for p in one_row)
+    assert all(sorted(pairs(a)) == sorted(pairs(b)) for a, b in zip(apart, one_row, strict=True))
+    assert sum(pairs(a) == pairs(b) for a, b in zip(apart, one_row)) < 0.15 * len(apart)
+    share_joined = sum(len(p.lengths) == 1 for p in mixed) / len(mixed)
+    assert abs(share_joined - 0.7) < 0.15 and {len(p.lengths) for p in mixed} >= {1, 4}
+    for a, b, m in zip(apart, one_row, mixed):
+        assert torch.equal(m.ids, (b if len(m.lengths) == 1 else a).ids)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", ["self_modifying", "titans", "attention"])
+@pytest.mark.parametrize("order", [None, [2, 0, 1]])
 @pytest.mark.parametrize("row, half", [(0, False), (1, False), (1, True)])
-def test_a_step_descends_the_loss_of_the_parts_and_the_divergence_of_the_dream(mixer, row, half):
+def test_a_step_descends_the_loss_of_the_parts_and_the_divergence_of_the_dream(mixer, row, half, order):
     """Against autograd through the model whose own weights are the learned ones. In the pass that learns the
     memories of Titans are constants, so that there only the last block's gradient is autograd's. half: of the
-    tokens the half with the smaller losses is left out."""
+    tokens the half with the smaller losses is left out. order: the parts stand one behind another."""
     model = model_of(mixer)
     state = model.read(ids(2, 41), guard=False).state
     own = consolidated(model, state.select([row]))
     dreams = dream(model, 3, 6, (1,), None).some([2])
     parts = cut(ids(1, 9, 5)[0], 3, 4)
+    if order is not None:
+        parts = in_a_row(parts, order)
     rows = range(len(parts.lengths))
     with torch.enable_grad():
         logits, _ = own(parts.ids, lengths=parts.lengths)
@@ -134,7 +178,6 @@ def test_dreams_are_of_the_models_own_weights_and_their_seed():
 
     many = dream(model, 64, 12, (0,), None).ids
     assert bits(many) < bits(ids(64, 12)) - 0.3
-    assert dream(model, 0, 12, (0,), None) is None
 
 
 @torch.no_grad()
@@ -148,7 +191,7 @@ def test_with_dreams_a_model_learns_as_much_and_drifts_less(options):
 
     def after(dreams):
         one = state.clone()
-        slept = model.replay(one, 12, dreams=dreams)
+        slept = model.replay(one, 30, dreams=dreams)
         fresh = model.init_state(40)
         fresh.cms = [replace(c.select([0] * 40), pos=Counters([0] * 40)) for c in one.cms]
         now = torch.log_softmax(model(unseen, fresh)[0], -1)
@@ -156,7 +199,7 @@ def test_with_dreams_a_model_learns_as_much_and_drifts_less(options):
         return float(losses[0] - losses[-1]), float((was.exp() * (was - now)).sum(-1).mean())
 
     (gain, drift), (held_gain, held_drift) = after(0), after(50)
-    assert held_drift < 0.6 * drift and held_gain > 0.8 * gain > 0.2
+    assert held_drift < 0.6 * drift and held_gain > 0.9 * gain > 0.5
 
 
 @torch.no_grad()

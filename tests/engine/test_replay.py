@@ -295,6 +295,7 @@ def test_arguments_that_mean_nothing_are_refused():
         (lambda: model.replay(state, 1, known=0), "argument known is 0, expected a probability"),
         (lambda: model.replay(state, 1, known=float("nan")), "argument known is nan"),
         (lambda: model.replay(state, 1, share=0), "argument share is 0"),
+        (lambda: model.replay(state, 1, joined=1.5), "argument joined is 1.5, expected a probability"),
         (lambda: model.replay(state, 1, rate=-1), "argument rate is -1"),
         (lambda: model.replay(state, 1, rate=float("inf")), "argument rate is inf"),
         (lambda: model.replay(state, 1, fade=2), "argument fade is 2, expected True or False"),

@@ -28,12 +28,22 @@ def _library() -> ctypes.CDLL | str:
     if not os.path.exists(LIBRARY):
         return "its library was not built (a C++ compiler is needed when hope_kernels is installed)"
     try:
-        lib = ctypes.CDLL(LIBRARY)
+        lib = _loaded()
         if lib.hope_titans_abi() != ABI:
             return f"{os.path.basename(LIBRARY)} was built from another version; install hope_kernels again"
     except (OSError, AttributeError) as e:
         return f"{os.path.basename(LIBRARY)} cannot be loaded: {e}"
     return lib if lib.hope_titans_supported() else "needs a CPU with AVX2 and FMA"
+
+
+def _loaded() -> ctypes.CDLL:
+    """The library is linked with no OpenMP: it takes the one of PyTorch, whose names are global once torch is
+    imported, so that a process has one pool of threads. Where PyTorch has none: the system's."""
+    try:
+        return ctypes.CDLL(LIBRARY)
+    except OSError:
+        ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(LIBRARY)
 
 
 def library() -> ctypes.CDLL:
