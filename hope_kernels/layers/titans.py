@@ -223,7 +223,7 @@ class SelfModifyingTitans(nn.Module):
                 u = project(self.in_proj, u)
             u, mine = self._shared(u)
             raw = None if self.q_proj is None else self._heads(project(self.q_proj, u))
-            inputs = self._inputs(u, mine, raw if raw is None or not c.qk_l2norm else unit(raw))
+            inputs = self._inputs(u, raw if raw is None or not c.qk_l2norm else unit(raw), mine)
             if wanted:
                 o, new, by_q = compute.with_pullback(own, self.w_init, inputs, state, lengths, update=update)
             else:
@@ -285,10 +285,10 @@ class SelfModifyingTitans(nn.Module):
         mixes = any([m is not None for m in (self.q_proj, self.k_proj, self.beta_proj)])
         return (self.across.gathered(u, summed=True) if mixes else u), u
 
-    def _inputs(self, u: Tensor, mine: Tensor, q: Tensor | None) -> TokenInputs:
-        """What the memories get of u [B, T, d], of its channels ``mine`` that belong to the heads at hand, and of
-        the queries q [B, T, H, D] (None with adaptive_q)."""
-        c, heads = self.config, self._heads
+    def _inputs(self, u: Tensor, q: Tensor | None, mine: Tensor | None = None) -> TokenInputs:
+        """What the memories get of u [B, T, d], of the queries q [B, T, H, D] (None with adaptive_q), and of
+        ``mine``, the channels that belong to the heads at hand (None: all of u)."""
+        c, heads, mine = self.config, self._heads, u if mine is None else mine
         beta = None
         if c.momentum == "learned":
             beta = torch.sigmoid(project(self.beta_proj, u) + self.beta_bias)
