@@ -13,6 +13,7 @@ checksum: values count, not objects.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,7 +41,29 @@ class Checksum:
 
 
 _known: WeakKeyDictionary[nn.Module, tuple[int, list[tuple], Checksum]] = WeakKeyDictionary()
+_whole: WeakKeyDictionary[nn.Module, Callable[[bool], Checksum | None]] = WeakKeyDictionary()
 _steps = 0  # of all optimizers of the process
+
+
+def divided(module: nn.Module, whole: Callable[[bool], Checksum | None]) -> None:
+    """From here on the checksum of ``module``, whose weights are divided over processes, is what ``whole(anew)``
+    says of the whole ones."""
+    _whole[module] = whole
+
+
+def steps() -> int:
+    """How many steps all optimizers of the process have taken."""
+    return _steps
+
+
+def checksum_of(tensors: Iterable[Tensor]) -> Checksum:
+    """Of ``tensors``, which are looked at one after another."""
+    kinds, sums = [], []
+    with torch.inference_mode(False), torch.no_grad():
+        for t in tensors:
+            kinds.append(f"{t.dtype}{tuple(t.shape)}")
+            sums.append(_weighted_sum(t))
+        return Checksum(kinds, [s.to(sums[0].device) for s in sums])
 
 
 def _stepped(*_) -> None:
@@ -55,12 +78,15 @@ def checksum(module: nn.Module, anew: bool = False) -> Checksum | None:
     """Of the values, dtypes and shapes of all parameters and persistent buffers, in order, whatever the names.
 
     None where they cannot be looked at: inside a compiler or a transformation of torch.func, on the meta
-    device, sharded over processes. anew: look at the values even if nothing says that they have changed.
+    device, sharded over processes by other means than ``hope_kernels.parallel``. anew: look at the values even
+    if nothing says that they have changed.
     """
     if torch.compiler.is_compiling() or maybe_current_level() is not None:
         return None
+    if module in _whole:
+        return _whole[module](anew)
     held: list[Tensor] = []
-    _collect(module, held)
+    collect(module, held)
     now = [(t, -1 if t.is_inference() else t._version, t.data_ptr()) for t in held]
     steps, before, known = _known.get(module, (-1, [], None))
     if not anew and steps == _steps and len(before) == len(now) and all(
@@ -69,9 +95,7 @@ def checksum(module: nn.Module, anew: bool = False) -> Checksum | None:
         return known
     if not all(type(t.data) is Tensor and t.layout == torch.strided and t.device.type != "meta" for t in held):
         return None
-    with torch.inference_mode(False), torch.no_grad():
-        sums = [_weighted_sum(t) for t in held]
-        found = Checksum([f"{t.dtype}{tuple(t.shape)}" for t in held], [s.to(sums[0].device) for s in sums])
+    found = checksum_of(held)
     _known[module] = (_steps, now, found)
     return found
 
@@ -81,7 +105,7 @@ def matches(module: nn.Module, mark: Checksum | str) -> tuple[bool, str]:
     text, mine = str(mark), checksum(module, anew=True)
     if mine is None:
         return True, text
-    mine = str(mine) if text.startswith(_PREFIX) else fingerprint(module)
+    mine = str(mine) if text.startswith(_PREFIX) or module in _whole else fingerprint(module)
     return mine == text, mine
 
 
@@ -94,7 +118,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _collect(module: nn.Module, found: list[Tensor]) -> None:
+def collect(module: nn.Module, found: list[Tensor]) -> None:
     """As ``state_dict`` orders them; a walk of a few microseconds, since every token that is read alone pays
     for it."""
     for p in module._parameters.values():
@@ -106,7 +130,7 @@ def _collect(module: nn.Module, found: list[Tensor]) -> None:
         )
     for child in module._modules.values():
         if child is not None:
-            _collect(child, found)
+            collect(child, found)
 
 
 def _weighted_sum(t: Tensor) -> Tensor:

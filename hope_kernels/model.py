@@ -72,6 +72,8 @@ class HopeForCausalLM(nn.Module):
     holds: bool = True  # whether a segment that ends with a call keeps its activations until the next one
     # What calls a block in training, with the block and its arguments: ``torch.utils.checkpoint.checkpoint``, say
     checkpoint: Callable[..., Any] | None = None
+    # What divides the model over processes, where something does (``hope_kernels.parallel``): asked before every call
+    parallel: Any = None
 
     def __init__(self, config: HopeConfig, device=None, dtype=None):
         super().__init__()
@@ -103,6 +105,11 @@ class HopeForCausalLM(nn.Module):
         """Whether reading with learn="next_token" can change anything: some level has lr > 0."""
         return self.config.learns
 
+    @property
+    def parts(self) -> int:
+        """Over how many processes heads and hidden units are divided."""
+        return 1 if self.parallel is None else self.parallel.parts
+
     def init_state(self, batch: int, device=None) -> ModelState:
         """State of ``batch`` sequences that have read nothing, in the dtype of the weights. Raises ValueError."""
         check_batch("HopeForCausalLM.init_state", batch)
@@ -112,7 +119,9 @@ class HopeForCausalLM(nn.Module):
         ids = torch.zeros(batch, self.segment if self.learns else 0, dtype=torch.long, device=device)
         zero = [0] * batch
         snapshot = [m.snapshot() for m in mixers] if self.learns else []
-        state = ModelState(Counters(zero), self.config, mixers, cms, Counters(zero), ids, snapshot)
+        state = ModelState(
+            Counters(zero), self.config, mixers, cms, Counters(zero), ids, snapshot, parts=self.parts
+        )
         state.owned_by(self)
         if any(m.fingerprint is not None for m in mixers):  # they hold the model's weights already
             state.fingerprint = checksum(self)
@@ -155,7 +164,7 @@ class HopeForCausalLM(nn.Module):
         """
         asked = Asked(learn, backend, check_finite, wavefront, output, following, guard, embeds)
         if torch.compiler.is_compiling() and (
-            output != "logits" or not traced(self, ids, state, learn, backend)
+            output != "logits" or self.parallel is not None or not traced(self, ids, state, learn, backend)
         ):
             _prepare()
             return _untraced(self, ids, state, lengths, asked)
@@ -199,6 +208,8 @@ class HopeForCausalLM(nn.Module):
                                  "learns predicts ids")
         in_place = given is not None and not torch.is_grad_enabled()
         tokens, known = with_following(ids, lengths, following)
+        if self.parallel is not None:
+            self.parallel.check(name, self, ids, state, lengths, known, asked)
         call = Call(ids, lengths, tokens, known, output == "losses", backend, check_finite, wavefront, embeds)
         with state.reading(name, self, in_place or given is None):
             held = state.take_held(self) if in_place else None
@@ -236,6 +247,8 @@ class HopeForCausalLM(nn.Module):
         name = "HopeForCausalLM.flush"
         check_recorded(name, state)
         self._admit(name, state, getattr(state, "batch", 0))
+        if self.parallel is not None:
+            self.parallel.check_flush(name, self, state)
         if not self.learns:
             return [0] * state.batch
         with state.reading(name, self):
@@ -246,9 +259,13 @@ class HopeForCausalLM(nn.Module):
         return count
 
     def _check_whole(self, name: str) -> None:
-        for block in self.blocks:
-            check_whole(name, block, "and learn='next_token' learns beside it; shard the model as one unit, or "
-                                     "pass learn='off'")
+        for block in self.blocks if self.parallel is None else ():
+            check_whole(name, block, "and learn='next_token' learns beside it; hope_kernels.parallel.fully_shard_hope "
+                                     "shards a model that learns, or pass learn='off'")
+
+    def _check_undivided(self, name: str, what: str) -> None:
+        if self.parallel is not None:
+            self.parallel.refuse(f"HopeForCausalLM.{name}", what)
 
     def _check_tokens(self, name: str, argument: str, ids: Tensor, least: int) -> None:
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (least, least)
@@ -401,6 +418,7 @@ class HopeForCausalLM(nn.Module):
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own
         weights, in place: see ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved
         before belong to the weights as they were."""
+        self._check_undivided("consolidate", "consolidate")
         self._admit("HopeForCausalLM.consolidate", state, state.batch)
         check_index("HopeForCausalLM.consolidate", "row", row, state.batch)
         most = max((c.num_levels for c in self.config.block_cms if c is not None), default=0)
@@ -421,6 +439,7 @@ class HopeForCausalLM(nn.Module):
         folder (``hub.py``) into ``folder``, each atomically.
         Raises ValueError, and writes nothing, where submodules have been wrapped, quantized or parametrized: the
         configuration, and so ``from_pretrained``, knows nothing of that."""
+        self._check_undivided("save_pretrained", "save_pretrained")
         held = self.state_dict()
         if type(self) is HopeForCausalLM:
             other = sorted(held.keys() ^ type(self)(self.config, device="meta").state_dict().keys())

@@ -19,7 +19,8 @@ def session_bytes(model: Model, batch: int, tokens: int) -> dict[str, int]:
         mixer = block.mixer
         if isinstance(mixer, CausalAttention):
             kept = tokens if mixer.window is None else min(tokens, mixer.sinks + mixer.window + mixer.config.segment)
-            found["mixers"] += 2 * batch * kept * mixer.config.heads[1] * mixer.head_dim * size
+            heads = mixer.config.heads[1] // mixer.parts
+            found["mixers"] += 2 * batch * kept * heads * mixer.head_dim * size
         else:  # memories that a segment changes are kept as they were at its start
             found["mixers"] += mixer.init_state(batch).nbytes() * (2 if model.learns else 1)
     found["segment"] = 8 * batch * model.segment if model.learns else 0

@@ -111,13 +111,15 @@ class State(AnyState):
     """Base of all states. ``pos[b]`` is the number of tokens row b has read since the start of its sequence.
 
     owner: the module that read it last. fingerprint: the checksum of that module's weights as they were then;
-    None before the first read.
+    None before the first read. parts: over how many processes the heads and hidden units are divided of which
+    this state has its process's share (``hope_kernels.parallel``); a file has whole ones.
     """
 
     pos: Counters
     config: Any
     owner: nn.Module | None = field(default=None, repr=False, kw_only=True)
     fingerprint: Checksum | str | None = field(default=None, repr=False, kw_only=True)
+    parts: int = field(default=1, repr=False, kw_only=True)
 
     # Tensors in the dtype of the layer's input; all others are masters: fp32, or fp64 when the input is fp64.
     INPUT_DTYPE = frozenset()
@@ -134,9 +136,8 @@ class State(AnyState):
     def _fields(self):
         names = _names.get(type(self))
         if names is None:
-            names = tuple(
-                [f.name for f in dataclasses.fields(self) if f.name not in ("owner", "fingerprint", "config")]
-            )
+            others = ("owner", "fingerprint", "config", "parts")
+            names = tuple([f.name for f in dataclasses.fields(self) if f.name not in others])
             _names[type(self)] = names
         return [(n, getattr(self, n)) for n in names]
 
@@ -398,6 +399,10 @@ class State(AnyState):
 
         Raises ValueError; the state is as it was.
         """
+        if self.parts != getattr(module, "parts", 1):
+            raise ValueError(f"{where}: the state has its share of {self.parts} processes, and the model is divided "
+                             f"over {getattr(module, 'parts', 1)}; save_session and load_session of "
+                             "hope_kernels.parallel carry it from one to the other")
         self.validate(where, dtype, device, values=device.type == "cpu" and not torch.compiler.is_compiling())
         if self.owner is not module and self.fingerprint is not None:
             same, mine = matches(module, self.fingerprint)

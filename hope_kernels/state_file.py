@@ -43,6 +43,9 @@ _INTEGER = 2**62  # counters lie below: sums of two of them still are 64-bit num
 
 def save_state(state: State, path: str | os.PathLike, note: dict | None = None) -> None:
     """``State.save``."""
+    if state.parts != 1:
+        raise ValueError(f"{type(state).__name__}.save: the state has its share of {state.parts} processes, "
+                         "expected a whole one; hope_kernels.parallel.save_session gathers it")
     state.synchronize()
     tensors: dict[str, Tensor] = {}
     tree = _describe(state, "s", tensors)

@@ -208,6 +208,8 @@ class Decoder:
 
 def unserved(model: Model) -> str | None:
     """Why ``Decoder`` cannot serve a model, or None."""
+    if model.parallel is not None:
+        return "is divided over processes, which agree before every call of the model itself"
     return "has attention, whose cache grows with the sequence" if model.config.mixer == "attention" else None
 
 

@@ -48,6 +48,11 @@ class Model(Protocol):
         """Whether the graph of a segment that ends with a call may be held until the next one."""
         ...
 
+    @property
+    def parallel(self) -> Any:
+        """What divides the model over processes; None: nothing does."""
+        ...
+
     def __call__(
         self, ids: Tensor, state: ModelState | None = None, lengths: Any = None, learn: str = "off",
         backend: str | None = None, *, check_finite: bool = False, wavefront: int | None = None,

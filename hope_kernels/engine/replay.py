@@ -145,6 +145,9 @@ class ReadAndSlept(Reading):
 def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
     """Learns the segments that ``state`` keeps again, in place: a model's ``replay``."""
     passes, B = how.passes, state.batch
+    if model.parallel is not None:
+        asked = how.passes, how.shuffle, how.seed, how.part, how.dreams, how.known, how.fade, how.rate
+        model.parallel.check_replay(OP, model, state, (*asked, how.share))
     found = Sleep(torch.zeros(passes, B, dtype=torch.float64, device="cpu"), [[0] * B for _ in range(passes)], True)
     if state.kept is None or not model.learns:
         return found

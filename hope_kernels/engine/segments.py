@@ -17,7 +17,6 @@ from ..kept import nothing_kept, offer
 from ..layers.cms import Inner
 from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState
-from ..ops.cms import backends as cms_backends
 from ..ops.cms.chain import Sink
 from ..ops.cms.level import Factors
 from ..state import Counters
@@ -272,7 +271,7 @@ def sinks_of(
         if cms is None or block.cms is None:
             found.append(None)
             continue
-        ops = cms_backends.resolve(cms.config, like.dtype, like.device, backend, inner=True)
+        ops = block.cms.ops(like.dtype, like.device, backend, inner=True)
         found.append(block.cms.sink(cms, learners, counts, ops, among, tokens, real, scale))
     return found
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..check import check_batch, check_counters, check_lengths, check_part, check_state, check_tensor, check_values
 from ..config import HopeConfig
+from ..ops.shared.across import Across
 from ..state import Counters, State, master_dtype
 from .attention_cache import appended, mask_before, stored, trimmed
 from .attention_product import attend
@@ -77,7 +78,7 @@ class AttentionState(State):
         """rows: those whose counters mean something; None: all."""
         c, slots = self.config, self.k.shape[1] if isinstance(self.k, Tensor) and self.k.dim() > 1 else 0
         for name in ("k", "v"):
-            shape = (self.batch, slots, c.heads[1], c.head_width)
+            shape = (self.batch, slots, c.heads[1] // self.parts, c.head_width)
             check_part(where, name, getattr(self, name), shape, dtype, device)
         if torch.compiler.is_compiling():
             return
@@ -217,6 +218,8 @@ class CausalAttention(nn.Module):
     state)``. config: of one block (``HopeConfig.blocks``). Raises ValueError for that of several.
     """
 
+    across: Across | None = None  # the processes that share the layer, each with some of the heads
+
     def __init__(self, config: HopeConfig, device=None, dtype=None):
         super().__init__()
         self.config = config
@@ -242,13 +245,20 @@ class CausalAttention(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @property
+    def parts(self) -> int:
+        """Over how many processes the heads are divided."""
+        return 1 if self.across is None else self.across.size
+
     def init_state(self, batch: int, device=None, dtype: torch.dtype | None = None) -> AttentionState:
         """State of ``batch`` sequences that have read nothing; its buffers grow as it reads. Raises ValueError."""
         check_batch("CausalAttention.init_state", batch)
-        w, (_, kv_heads) = placement(self.k_proj), self.config.heads
+        w, kv_heads = placement(self.k_proj), self.config.heads[1] // self.parts
         empty = torch.zeros(batch, 0, kv_heads, self.head_dim, device=device or w.device, dtype=dtype or w.dtype)
         zero = [0] * batch
-        return AttentionState(Counters(zero), self.config, empty, empty.clone(), Counters(zero), owner=self)
+        return AttentionState(
+            Counters(zero), self.config, empty, empty.clone(), Counters(zero), owner=self, parts=self.parts
+        )
 
     @in_own_dtype
     def forward(
@@ -315,9 +325,11 @@ class CausalAttention(nn.Module):
         if valid is not None:
             # a NaN in the padding would reach the weights' gradients, as 0 * NaN
             x = torch.where(valid, x, 0.0)
+        across = self.across
+        x = x if across is None else across.enter(x)
         q, k, v = [self._heads(project(m, x)) for m in (self.q_proj, self.k_proj, self.v_proj)]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         far, farthest = None, self._farthest
         if farthest is not None and max(p + n for p, n in zip(state.pos, lengths)) > farthest + 1:
             far = rotate(q, *self._rotation(state.pos, T, x, farthest))
@@ -342,9 +354,17 @@ class CausalAttention(nn.Module):
             new = replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full)
             new = trimmed(new, self._keep, self.sinks)
         y = project(self.o_proj, attend(self.config, q, keys, values, used, lengths, far).flatten(2))
+        y = y if across is None else across.total(y)
         if valid is not None:
             y = torch.where(valid, y, 0.0)
         return y, replace(new, pos=pos, base=Counters(new.base)) if update else state
+
+    def _normed(self, norm: nn.Module, t: Tensor) -> Tensor:
+        """``norm`` of every head, whose gain all heads of all processes have in common."""
+        if self.across is None:
+            return norm(t)
+        gain: Any = norm.weight
+        return F.rms_norm(t, (self.head_dim,), self.across.enter(gain), self.config.norm_eps)
 
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (-1, self.head_dim))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..config import CMSConfig
 from ..identity import Checksum, checksum
 from ..ops.cms import low_rank
 from ..ops.cms.absorb import absorb, add_gradients
-from ..ops.cms.backends import resolve
+from ..ops.cms.backends import divided, resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
 from ..ops.cms.continued import continued
 from ..ops.cms.level import Level
@@ -23,6 +23,7 @@ from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
 from ..ops.cms.schedule import learning_levels, matrices
 from ..ops.cms.state import CMSState
+from ..ops.shared.across import Across
 from ..state import Counters, master_dtype
 from . import cms_consolidate
 from .autocast import in_own_dtype
@@ -71,6 +72,8 @@ class ContinuumMemory(nn.Module):
     costs ``pending`` (rows + cols) numbers instead of rows cols.
     """
 
+    across: Across | None = None  # the processes that share the levels, each with some of the hidden units
+
     def __init__(self, config: CMSConfig, norm_eps: float = NORM_EPS, device=None, dtype=None):
         super().__init__()
         self.config, self.norm_eps, self.pending = config, norm_eps, None
@@ -118,7 +121,8 @@ class ContinuumMemory(nn.Module):
         first use, where the input is and in its dtype), so ``device`` and ``dtype`` change nothing; they are
         there because every layer takes them."""
         return CMSState(
-            pos=Counters([0] * check_batch(f"{NAME}.init_state", batch)), config=self.config, owner=self
+            pos=Counters([0] * check_batch(f"{NAME}.init_state", batch)), config=self.config, owner=self,
+            parts=self.parts,
         )
 
     @in_own_dtype
@@ -190,7 +194,7 @@ class ContinuumMemory(nn.Module):
                 f"{where}: argument state is None, expected the state that read the tokens of these errors"
             )
         state = self._admitted(where, state, error)
-        ops = resolve(self.config, error.dtype, error.device, backend, inner=True)
+        ops = self.ops(error.dtype, error.device, backend, inner=True)
         now = self.continued(state)
         if not self.learns:
             return now.clone() if torch.is_grad_enabled() else state
@@ -291,6 +295,16 @@ class ContinuumMemory(nn.Module):
         state.adopt(self)
 
     @property
+    def parts(self) -> int:
+        """Over how many processes the hidden units are divided."""
+        return 1 if self.across is None else self.across.size
+
+    def ops(self, dtype: torch.dtype, device: torch.device, backend: str | None, inner: bool) -> Any:
+        """The functions of its levels, as ``ops/cms/backends.py`` resolves them."""
+        found = resolve(self.config, dtype, device, backend, inner)
+        return found if self.across is None else divided(self.across)
+
+    @property
     def _like(self) -> Tensor:
         """A tensor of the layer's dtype, on its device."""
         return self._parameters_of(0)["up"]
@@ -316,6 +330,8 @@ class ContinuumMemory(nn.Module):
         mark, (known, found) = checksum(self), self._known_sizes.get(l, (None, {}))
         if mark is None or mark is not known:
             means = {n: t.to(master_dtype(t.dtype)).square().mean() for n, t in self._matrices(l).items()}
+            if self.across is not None:  # parts of one size
+                means = {n: self.across.sum(mean) / self.across.size for n, mean in means.items()}
             found = {n: float(mean) ** 0.5 for n, mean in means.items()}
             self._known_sizes[l] = mark, found
         return found
@@ -355,7 +371,7 @@ class ContinuumMemory(nn.Module):
         if inner is not None and inner.apart:
             one = self._read(x.reshape(1, -1, x.shape[-1]), state, backend, inner._replace(apart=False))
             return one.view(x.shape)
-        ops = resolve(self.config, x.dtype, x.device, backend, inner is not None)
+        ops = self.ops(x.dtype, x.device, backend, inner is not None)
         # nothing up to here learns: no graph, no backward
         if inner is not None and not x.requires_grad and not self.learns:
             with torch.no_grad():

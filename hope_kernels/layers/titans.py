@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..config import TitansConfig
 from ..identity import checksum
 from ..ops.conv.backends import ENTRIES as CONV
 from ..ops.output_gate.backends import ENTRIES as OUTPUT_GATE
+from ..ops.shared.across import Across
 from ..ops.shared.pullback import Pullback
 from ..ops.titans.backends import resolve
 from ..ops.titans.inputs import Stats, TokenInputs
@@ -48,6 +50,8 @@ class SelfModifyingTitans(nn.Module):
     (``memory_init(name)`` gives one memory's views); biases and gates per head. ``layer(x, state, lengths,
     update, backend)`` returns ``(y, state)``.
     """
+
+    across: Across | None = None  # the processes that share the layer, each with some of the heads
 
     def __init__(self, config: TitansConfig, device=None, dtype=None):
         super().__init__()
@@ -110,6 +114,11 @@ class SelfModifyingTitans(nn.Module):
         return f"memories={self.layout.names}, {self.config}"
 
     @property
+    def parts(self) -> int:
+        """Over how many processes the heads are divided."""
+        return 1 if self.across is None else self.across.size
+
+    @property
     def w_init(self) -> FastWeights:
         return FastWeights(self.w2, self.w1, self.w1s)
 
@@ -123,7 +132,7 @@ class SelfModifyingTitans(nn.Module):
         dtype."""
         device = self.w2.device if device is None else device
         state = init_titans_state(
-            self.config, self.w_init, batch, device, self.w2.dtype if dtype is None else dtype
+            self.config, self.w_init, batch, device, self.w2.dtype if dtype is None else dtype, self.parts
         )
         if self.config.retain_to == "zero":
             check_whole(
@@ -189,7 +198,8 @@ class SelfModifyingTitans(nn.Module):
         learning model). Gradients by parameters are not promised.
         """
         c = self.config
-        compute = resolve(c, x.dtype, x.device, backend, constant_memory)
+        own = c if self.across is None else part_of(c, self.across.size)
+        compute = resolve(own, x.dtype, x.device, backend, constant_memory)
         # a backend that builds no graph: where x needs a gradient, ``pullback`` supplies it
         by_formulas = hasattr(compute, "with_pullback") and stats is None and self._is_plain()
         if by_formulas and torch.compiler.is_compiling():
@@ -205,22 +215,29 @@ class SelfModifyingTitans(nn.Module):
         with torch.no_grad() if by_formulas else contextlib.nullcontext():
             if real is not None:
                 x = torch.where(real, x, 0.0)  # a NaN in the padding would reach shared weights through a backward
-            u, tail = (x, None) if self.conv is None else causal_conv(x, state.conv_tail, self.conv, n)
+            conv, across = self.conv, self.across
+            if across is not None:
+                x, conv = across.enter(x), None if conv is None else across.enter(conv)
+            u, tail = (x, None) if conv is None else causal_conv(x, state.conv_tail, conv, n)
             if self.in_proj is not None:
                 u = project(self.in_proj, u)
+            u, mine = self._shared(u)
             raw = None if self.q_proj is None else self._heads(project(self.q_proj, u))
-            inputs = self._inputs(u, raw if raw is None or not c.qk_l2norm else unit(raw))
+            inputs = self._inputs(u, raw if raw is None or not c.qk_l2norm else unit(raw), mine)
             if wanted:
-                o, new, by_q = compute.with_pullback(c, self.w_init, inputs, state, lengths, update=update)
+                o, new, by_q = compute.with_pullback(own, self.w_init, inputs, state, lengths, update=update)
             else:
                 o, new = compute(
-                    c, self.w_init, inputs, state, lengths, update=update, constant_memory=constant_memory,
+                    own, self.w_init, inputs, state, lengths, update=update, constant_memory=constant_memory,
                     stats=stats,
                 )
             gate = None if self.gate_proj is None else project(self.gate_proj, x)
             y = output_gate(o, self.norm_gain, gate)
             if self.out_proj is not None:
                 y = project(self.out_proj, y)
+                y = y if across is None else across.total(y)
+            elif across is not None:
+                y = across.gathered(y, summed=False)
             if real is not None:
                 y = torch.where(real, y, 0.0)
         if wanted:
@@ -257,18 +274,29 @@ class SelfModifyingTitans(nn.Module):
 
     def _heads(self, t: Tensor) -> Tensor:
         """[B, T, d] as [B, T, H, D]."""
-        return t.unflatten(-1, (self.config.num_heads, self.config.head_dim))
+        return t.unflatten(-1, (-1, self.config.head_dim))
 
-    def _inputs(self, u: Tensor, q: Tensor | None) -> TokenInputs:
-        """What the memories get of u [B, T, d] and the queries q [B, T, H, D] (None with adaptive_q)."""
-        c, heads = self.config, self._heads
+    def _shared(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what comes before the heads: all channels, and those of this process's heads."""
+        if self.across is None:
+            return u, u
+        if self.in_proj is None:
+            return u, self.across.own(u)
+        mixes = any([m is not None for m in (self.q_proj, self.k_proj, self.beta_proj)])
+        return (self.across.gathered(u, summed=True) if mixes else u), u
+
+    def _inputs(self, u: Tensor, q: Tensor | None, mine: Tensor | None = None) -> TokenInputs:
+        """What the memories get of u [B, T, d], of the queries q [B, T, H, D] (None with adaptive_q), and of
+        ``mine``, the channels that belong to the heads at hand (None: all of u)."""
+        c, heads, mine = self.config, self._heads, u if mine is None else mine
         beta = None
         if c.momentum == "learned":
             beta = torch.sigmoid(project(self.beta_proj, u) + self.beta_bias)
         elif c.momentum is not None:
-            beta = torch.full_like(u[..., : c.num_heads], float(c.momentum))  # batched by vmap where u is
+            # batched by vmap where u is
+            beta = torch.full_like(mine[..., : c.num_heads // self.parts], float(c.momentum))
         if c.self_modifying:
-            return TokenInputs(q, x=heads(u), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
+            return TokenInputs(q, x=heads(mine), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
         eta = eta_gate(project(self.eta_proj, u), self.eta_bias, c)
         alpha = torch.sigmoid(project(self.alpha_proj, u) + self.alpha_bias) if c.retention else None
         k, v = heads(project(self.k_proj, u)), heads(project(self.v_proj, u))
@@ -283,6 +311,10 @@ class SelfModifyingTitans(nn.Module):
         head, at the mean log alpha of the tokens committed (inf without retention; at the gate's bias if x
         closes no chunk).
         """
+        if self.across is not None:
+            raise ValueError("SelfModifyingTitans.diagnostics: the heads are divided over "
+                             f"{self.parts} processes, expected a whole layer: hope_kernels.parallel.whole_model "
+                             "has them")
         state = self.init_state(x.shape[0]) if state is None else state
         stats = Stats([], [])
         y, state = self.scan(x, state, [x.shape[1]] * x.shape[0], stats=stats, backend="chunked")
@@ -339,6 +371,14 @@ def _prepare() -> bool:
     if _untraced is None:
         _untraced = torch.compiler.disable(SelfModifyingTitans.scan, reason="a call through ctypes")
     return True
+
+
+@cache
+def part_of(config: TitansConfig, parts: int) -> TitansConfig:
+    """What the memories of one of ``parts`` processes are, which share the heads: to them it is a layer of its own."""
+    return config.replace(
+        d_model=config.d_model // parts, num_heads=config.num_heads // parts, in_proj=config.uses_in_proj
+    )
 
 
 def initial_alpha_bias(config: TitansConfig) -> list[float]:

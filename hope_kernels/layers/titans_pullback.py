@@ -29,25 +29,28 @@ def pullback(
 
     layer: all its projections are plain (``wrapped.is_plain``). real [B, T, 1]: which tokens count; None: all.
     raw [B, T, H, D]: W_q u. o [B, T, H, D], gate [B, T, d]: the memory's answers and W_g x. by_q: dL/do -> dL/dq.
+    Where processes share the layer, H and the rows of W are those of this one's heads.
     """
-    conv, gain = layer.conv, layer.norm_gain
+    conv, gain, across = layer.conv, layer.norm_gain, layer.across
 
     def by_x(dy: Tensor) -> Tensor:
         if real is not None:
             dy = torch.where(real, dy, 0.0)
         if layer.out_proj is not None:
             dy = dy @ layer.out_proj.weight
+        elif across is not None:
+            dy = across.own(dy).contiguous()
         do, dgate = output_gate_backward(dy, o, gain, gate)
         dq = by_q(do)
         if layer.config.qk_l2norm:
             dq = unit_backward(dq, raw)
         dx = dq.flatten(2) @ layer.q_proj.weight
         if layer.in_proj is not None:
-            dx = dx @ layer.in_proj.weight
+            dx = (dx if across is None else across.sum_of_own(dx)) @ layer.in_proj.weight
         if conv is not None:
             dx = causal_conv_backward(dx, conv)
         if dgate is not None:
             dx.flatten(0, 1).addmm_(dgate.flatten(0, 1), layer.gate_proj.weight)
-        return dx
+        return dx if across is None else across.sum(dx)
 
     return by_x

@@ -5,13 +5,16 @@ Where a backend has none for a configuration, and for training, PyTorch serves.
 
 from __future__ import annotations
 
-from types import ModuleType
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
 from ...backend import BY_ALL, Entry, Request, choose, gradient
 from ...config import CMSConfig
 from ..shared import cpu_library, triton_library
+from ..shared.across import Across
 from . import cpp, cpp_step, level
 
 TRAINING = "training runs in PyTorch"
@@ -49,3 +52,13 @@ def resolve(
     found = choose("cms", ENTRIES, Request(config, dtype, device, gradient(inner)), backend)
     in_cpp = inner and backend is None and found is level and cpp_step.serves(dtype, device)
     return cpp_step if in_cpp else found
+
+
+def divided(across: Across) -> Any:
+    """The functions of levels of which each process has some of the hidden units: PyTorch's, with one sum over
+    the processes in the forward and one in the backward. A level's own step needs none."""
+    return SimpleNamespace(
+        level_forward=partial(level.level_forward, across=across),
+        level_backward=partial(level.level_backward, across=across),
+        refresh_=level.refresh_, outer_add_=level.outer_add_, newton_schulz=level.newton_schulz,
+    )

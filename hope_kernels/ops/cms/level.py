@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...config import CMSConfig
 from ...state import master_dtype
+from ..shared.across import Across
 from .matrix import times, times_transposed
 
 # The quintic of torch.optim.Muon (Jordan et al. 2024): slope 3.4445 at zero, singular values end in about
@@ -75,29 +76,37 @@ class Saved(NamedTuple):
 
 
 def level_forward(
-    x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool
+    x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool,
+    across: Across | None = None,
 ) -> tuple[Tensor, Saved | None]:
     """x [B, T, d] -> branch(x), or x + branch(x) with ``residual``; and, with ``keep``, what
-    ``level_backward`` needs. Differentiable."""
+    ``level_backward`` needs. Differentiable. across: the processes that share the level, each with some of
+    its hidden units."""
     width = (x.shape[-1],)
     if config.norm == "rmsnorm":
         n = F.rms_norm(x, width, level["norm_gain"], eps)
     else:
         n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
+    n = n if across is None else across.enter(n)
     z, g = times_transposed(n, level["up"], level.get("up_bias")), None
     if config.gated:
         g = times_transposed(n, level["gate"], level.get("gate_bias"))
         a = (F.silu(g) if config.mlp == "swiglu" else F.gelu(g, approximate="tanh")) * z
     else:
         a = F.gelu(z, approximate=_form(config))
-    y, out = times_transposed(a, level["down"], level.get("down_bias")), None
+    if across is None:
+        y, out = times_transposed(a, level["down"], level.get("down_bias")), None
+    else:
+        y, out, bias = across.total(times_transposed(a, level["down"])), None, level.get("down_bias")
+        y = y if bias is None else y + bias
     if config.post_norm:
         y, out = F.rms_norm(y, width, level["post_gain"], eps), y
     return x + y if residual else y, Saved(x, n, z, g, a, out) if keep else None
 
 
 def level_backward(
-    dy: Tensor, saved: Saved, level: Level, config: CMSConfig, eps: float, *, residual: bool, need_dx: bool
+    dy: Tensor, saved: Saved, level: Level, config: CMSConfig, eps: float, *, residual: bool, need_dx: bool,
+    across: Across | None = None,
 ) -> tuple[Tensor | None, Factors]:
     """dy = dL/d(result of ``level_forward``) [B, T, d] -> (dL/dx or None, the factors of dL/dW per matrix:
     dW_b = left_b^T right_b).
@@ -119,6 +128,7 @@ def level_backward(
         return None, factors
     dn = sum(times(left, level[name]) for name, left in lefts.items())
     assert isinstance(dn, Tensor)
+    dn = dn if across is None else across.sum(dn)
     dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
     return dx + dy if residual else dx, factors
 

@@ -175,7 +175,7 @@ class CMSState(State):
                 if not isinstance(part, dict) or part.keys() != set(names):
                     raise ValueError(f"{where}: state.{name}[{l}] does not hold the matrices {names}")
                 for matrix, t in part.items():
-                    outputs, inputs = _shape(c, matrix)
+                    outputs, inputs = _shape(c, matrix, self.parts)
                     shape = {"left": (slots, outputs), "right": (slots, inputs)}.get(name, (outputs, inputs))
                     shape = (inputs, inputs) if square else shape
                     wanted = dtype if name in self.INPUT_DTYPE else master
@@ -344,7 +344,9 @@ def _eye(like: Tensor) -> Tensor:
     return torch.eye(like.shape[2], dtype=like.dtype, device=like.device).unsqueeze(0)
 
 
-def _shape(config: CMSConfig, matrix: str) -> tuple[int, int]:
-    """[outputs, inputs] of what is learned of a matrix of a level: of the matrix, or of L (``low_rank.py``)."""
-    r, c = (config.d_model, config.hidden) if matrix == "down" else (config.hidden, config.d_model)
+def _shape(config: CMSConfig, matrix: str, parts: int) -> tuple[int, int]:
+    """[outputs, inputs] of what is learned of a matrix of a level: of the matrix, or of L (``low_rank.py``).
+    parts: over how many processes the hidden units are divided."""
+    hidden = config.hidden // parts
+    r, c = (config.d_model, hidden) if matrix == "down" else (hidden, config.d_model)
     return r, c if config.rank is None else config.rank

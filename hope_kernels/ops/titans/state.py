@@ -154,7 +154,7 @@ class TitansState(State):
     def check_tensors(self, where: str, dtype: torch.dtype | None, device: torch.device) -> None:
         """``validate`` without a look at the host's counters."""
         master = torch.float32 if dtype is None else master_dtype(dtype)
-        for name, shape in _shapes(self.config).items():
+        for name, shape in _shapes(self.config, self.parts).items():
             wanted = dtype if name in self.INPUT_DTYPE else master
             check_part(
                 where, name, getattr(self, name), None if shape is None else (self.batch, *shape), wanted, device
@@ -192,9 +192,11 @@ class TitansState(State):
 
 
 @cache
-def _shapes(config: TitansConfig) -> dict[str, Shape]:
-    """Of a TitansState's tensors after the batch dimension; None: the configuration has none."""
-    H, D, C, W = config.num_heads, config.head_dim, max(config.chunk_memory, config.chunk_other), config.conv_window
+def _shapes(config: TitansConfig, parts: int = 1) -> dict[str, Shape]:
+    """Of a TitansState's tensors after the batch dimension; None: the configuration has none. parts: over how
+    many processes the heads are divided."""
+    C, W = max(config.chunk_memory, config.chunk_other), config.conv_window
+    H, D = config.num_heads // parts, config.head_dim
     fast = Layout.of(config).shapes(H)
     found: dict[str, Shape] = dict(zip(("delta2", "delta1", "delta1s"), fast))
     found |= dict(zip(("s2", "s1", "s1s"), fast if config.momentum is not None else (None,) * 3))
@@ -207,12 +209,12 @@ def _shapes(config: TitansConfig) -> dict[str, Shape]:
 
 
 def init_titans_state(
-    config: TitansConfig, w_init: FastWeights, batch: int, device=None, dtype=torch.float32
+    config: TitansConfig, w_init: FastWeights, batch: int, device=None, dtype=torch.float32, parts: int = 1
 ) -> TitansState:
-    """The state of ``batch`` sequences that have read nothing; ``dtype`` is that of the layer's input. Raises
-    ValueError."""
+    """The state of ``batch`` sequences that have read nothing; ``dtype`` is that of the layer's input. parts:
+    over how many processes the heads are divided. Raises ValueError."""
     check_batch("init_titans_state", batch)
-    H, D, C = config.num_heads, config.head_dim, max(config.chunk_memory, config.chunk_other)
+    H, D, C = config.num_heads // parts, config.head_dim, max(config.chunk_memory, config.chunk_other)
     master = master_dtype(dtype)
     shapes = Layout.of(config).shapes(batch, H)
 
@@ -233,5 +235,5 @@ def init_titans_state(
         pending_k=zeros((batch, C, H, D), dtype), pending_v=zeros((batch, C, H, D), dtype),
         pending_eta=zeros((batch, C, H)), pending_alpha=zeros((batch, C, H)) if config.retention else None,
         pending_beta=zeros((batch, C, H)) if config.momentum is not None else None,
-        conv_tail=zeros((batch, W - 1, config.d_model), dtype) if W is not None else None,
+        conv_tail=zeros((batch, W - 1, config.d_model), dtype) if W is not None else None, parts=parts,
     )
