@@ -54,6 +54,8 @@ def made(kind, seed=0) -> HopeForCausalLM:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
+    for block in model.blocks if kind == "self-modifying" else ():
+        block.cms.pending = 24  # factors wait before they are folded
     return model.eval()
 
 
