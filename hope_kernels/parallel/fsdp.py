@@ -60,10 +60,8 @@ def fully_shard_hope(
                          "weights that are sharded outside their call; use tensor_parallel")
     if options.setdefault("reshard_after_forward", True) is not True:
         raise ValueError(f"{op}: argument reshard_after_forward is {options['reshard_after_forward']!r}, "
-                         "expected "
-                         "True: a reading without a backward would leave gathered weights behind, which "
-                         "the next "
-                         "call would take for those that an optimizer has changed")
+                         "expected True: a reading without a backward would leave gathered weights "
+                         "behind, which the next call would take for those that an optimizer has changed")
     held: list[Tensor] = []
     collect(model, held)
     if any(type(t.data) is not Tensor for t in held):
@@ -71,8 +69,7 @@ def fully_shard_hope(
     known = checksum(model)
     check_agreed(mesh.get_group(), placement(model.embed).device, (str(known), model.config), (
         f"{op}: argument model has other weights or another configuration in some processes, expected the "
-        "same; "
-        "load or seed it alike in all of them"
+        "same; load or seed it alike in all of them"
     ))
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **options)
@@ -108,9 +105,8 @@ class Sharded:
         self._check_state(op, model, state)
         if asked.guard:
             raise ValueError(f"{op}: argument guard is True, expected None or False in a model that is "
-                             "sharded: "
-                             "whether the guard reads a segment again depends on its loss, and all processes "
-                             "read together")
+                             "sharded: whether the guard reads a segment again depends on its loss, and "
+                             "all processes read together")
         if asked.wavefront is not None:
             self.refuse(op, "a wavefront")
         places: Any = any(n > 0 and c for n, c in zip(lengths, segments.complete(state)))
@@ -151,9 +147,8 @@ class Sharded:
     def _agree(self, op: str, plan: object) -> None:
         check_agreed(self.group, self.device, plan, (
             f"{op}: the processes would read different numbers of segments, tokens or blocks in this call, "
-            "and their "
-            "collectives would not meet; expected the same lengths, places in a segment and options in all "
-            "of them"
+            "and their collectives would not meet; expected the same lengths, places in a segment and "
+            "options in all of them"
         ))
 
     def _enter(self, model: Any) -> None:

@@ -30,8 +30,7 @@ def save_session(
     check_state(op, state, ModelState, model.config, getattr(state, "batch", 0))
     if state.fingerprint is None:
         raise ValueError(f"{op}: argument state was last read in grad mode, where no mark of the weights "
-                         "is taken; "
-                         "read it under torch.no_grad() first")
+                         "is taken; read it under torch.no_grad() first")
     group, failed = parallel.group, [None]
     try:
         whole = parallel.gathered(model, state)
@@ -77,8 +76,7 @@ def rows_of(op: str, group: dist.ProcessGroup, state: ModelState) -> ModelState:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if state.batch % size:
         raise ValueError(f"{op}: the session has {state.batch} rows, expected a multiple of the {size} "
-                         "processes, which "
-                         "share them")
+                         "processes, which share them")
     n = state.batch // size
     return state.select(range(rank * n, rank * n + n))
 
@@ -86,6 +84,5 @@ def rows_of(op: str, group: dist.ProcessGroup, state: ModelState) -> ModelState:
 def _parallel(op: str, model: HopeForCausalLM) -> Any:
     if getattr(model, "parallel", None) is None:
         raise ValueError(f"{op}: argument model is not divided over processes; state.save(path) and "
-                         "load_state(path) "
-                         "serve it")
+                         "load_state(path) serve it")
     return model.parallel

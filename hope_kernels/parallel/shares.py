@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..layers.attention import AttentionState
 from ..model_state import ModelState
+from ..ops.cms.schedule import hidden_dim
 from ..ops.cms.state import CMSState
 from ..ops.shared.across import Across
 from ..ops.titans.state import TitansState
@@ -38,7 +39,7 @@ def _changed(state: ModelState, change: Change, parts: int) -> ModelState:
     cms = [c and _cms(c, change, parts) for c in new.cms]
     guard = new.guard
     if guard is not None:
-        guard = replace(guard, good=[block and _levels(block, change, _dim) for block in guard.good])
+        guard = replace(guard, good=[block and _levels(block, change, hidden_dim) for block in guard.good])
     return replace(new, mixers=mixers, snapshot=snapshot, cms=cms, guard=guard, parts=parts)
 
 
@@ -52,15 +53,10 @@ def _mixer(state: Any, change: Change, parts: int) -> Any:
 
 
 def _cms(state: CMSState, change: Change, parts: int) -> CMSState:
-    changed = {part: _levels(getattr(state, part), change, _dim) for part in _MATRICES}
+    changed = {part: _levels(getattr(state, part), change, hidden_dim) for part in _MATRICES}
     changed["left"] = _levels(state.left, change, lambda name: None if name == "down" else 2)
     changed["right"] = _levels(state.right, change, lambda name: 2 if name == "down" else None)
     return replace(state, **changed, parts=parts)
-
-
-def _dim(name: str) -> int:
-    """Of a matrix [B, r, c], the one that runs over hidden units."""
-    return 2 if name == "down" else 1
 
 
 def _levels(levels: list, change: Change, dim: Callable[[str], int | None]) -> list:

@@ -3,8 +3,8 @@ units.
 
 Every process reads the same tokens, and has the same numbers outside these layers (``ops/shared/across.py``
 says what is exchanged inside). Each learns its part of a level without the others: a step of gradient
-descent, momentum or Adam takes every element for itself. Embedding, head, norms and the convolution are
-whole in every process.
+descent, momentum or Adam takes every element for itself; Muon gathers the gradient. Embedding, head, norms
+and the convolution are whole in every process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from ..layers.cms_level import CMSLevel
 from ..layers.wrapped import is_hooked, placement
 from ..model import HopeForCausalLM
 from ..model_state import ModelState
-from ..ops.cms.relative import normalises
 from ..ops.shared.across import Across
 from .agreed import check_agreed
 from .shares import share, whole
@@ -55,8 +54,8 @@ def tensor_parallel(model: HopeForCausalLM, mesh: DeviceMesh | None = None) -> H
     whole, as Muon does, is not what it would be, and ``clip_grad_norm_`` of this package clips.
 
     Raises ValueError for heads or hidden units that cannot be divided evenly, other weights than in the first
-    process, a model that is divided or wrapped already, and CMS levels that learn with optimizer="muon",
-    ``precondition``, ``rank``, or relative rates of gd and momentum, whose steps need whole matrices.
+    process, a model that is divided or wrapped already, and CMS levels that learn with ``precondition`` or ``rank``,
+    which mix all hidden units.
     """
     op = "tensor_parallel"
     if model.parallel is not None:
@@ -70,8 +69,7 @@ def tensor_parallel(model: HopeForCausalLM, mesh: DeviceMesh | None = None) -> H
     known = checksum(model)
     check_agreed(across.group, placement(model.embed).device, (str(known), model.config), (
         f"{op}: argument model has other weights or another configuration in some processes, expected the "
-        "same; "
-        "load or seed it alike in all of them"
+        "same; load or seed it alike in all of them"
     ))
     dims: Dims = {}
     for i, block in enumerate(model.blocks):
@@ -105,8 +103,7 @@ def _check(op: str, model: HopeForCausalLM, size: int) -> None:
         divided = any(type(p.data) is not Tensor for p in module.parameters(False))
         if not plain or divided or is_hooked(module):
             raise ValueError(f"{op}: {name or 'argument model'}, a {type(module).__name__}, is wrapped, "
-                             "hooked or sharded, "
-                             "expected a model of plain modules: merge or remove what wraps them")
+                             "hooked or sharded, expected a model of plain modules: merge or remove what wraps them")
     config = model.config
     if config.mixer == "attention":
         counts = {"heads": config.heads[0], "key-value heads": config.heads[1]}
@@ -131,19 +128,11 @@ def _even(op: str, counts: dict[str, int], size: int) -> None:
 def _check_level(op: str, config: CMSConfig) -> None:
     if not any(config.learning_rates):
         return
-    reason = (
-        "optimizer='muon', which orthogonalises whole matrices" if config.optimizer == "muon"
-        else f"precondition={config.precondition}, which mixes all hidden units"
-        if config.precondition is not None
-        else f"rank={config.rank}, whose projections mix all hidden units" if config.rank is not None
-        else f"relative rates of {config.optimizer}, which divide by the size of a whole gradient"
-        if normalises(config)
-        else None
-    )
-    if reason is not None:
-        raise ValueError(f"{op}: the CMS of argument model learns with {reason}, which tensor_parallel "
-                         "does not support; "
-                         "fully_shard_hope does")
+    for name in ("precondition", "rank"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ValueError(f"{op}: the CMS of argument model learns with {name}={value}, which mixes all hidden "
+                             "units and is not supported by tensor_parallel; fully_shard_hope supports it")
 
 
 def _divide(block: Block, prefix: str, across: Across, dims: Dims) -> None:
@@ -208,8 +197,7 @@ class Divided:
 
     def refuse(self, op: str, what: str) -> None:
         raise ValueError(f"{op}: the model is divided over processes (tensor_parallel), where {what} is "
-                         "not supported; "
-                         "hope_kernels.parallel.whole_model gives a plain one")
+                         "not supported; hope_kernels.parallel.whole_model gives a plain one")
 
     def gathered(self, model: HopeForCausalLM, state: ModelState) -> ModelState | None:
         """In the first process the state of a plain model."""
@@ -224,8 +212,7 @@ class Divided:
         rows = list(state.pos), list(state.seen), list(state.rollbacks), state.config == model.config
         check_agreed(self.group, self.device, (call, rows, self._undivided(model)), (
             f"{op}: the processes would not do the same: their tokens, options, states or undivided "
-            "weights differ. "
-            "All of them read the same; gradients are clipped by hope_kernels.parallel.clip_grad_norm_"
+            "weights differ. All of them read the same; gradients are clipped by hope_kernels.parallel.clip_grad_norm_"
         ))
 
     def _undivided(self, model: HopeForCausalLM) -> str:

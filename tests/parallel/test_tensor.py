@@ -34,11 +34,11 @@ def cms(**options):
 MODELS = {
     "self-modifying": ("self_modifying", titans(chunk_other=2), cms()),
     "titans": ("titans", {"titans": TitansConfig.preset("titans", d_model=16, num_heads=H, chunk_memory=4,
-                                                        chunk_other=4)}, cms(optimizer="momentum")),
+                                                        chunk_other=4)}, cms(optimizer="momentum", relative=True)),
     "bare": ("self_modifying", titans(in_proj=False, out_proj=False, gate=False, out_norm=False,
-                                      conv_window=None, momentum=0.5), cms(mlp="swiglu", bias=True)),
+                                      conv_window=None, momentum=0.5), cms(mlp="swiglu", bias=True, optimizer="muon")),
     "zero": ("self_modifying", titans(retain_to="zero", adaptive_q=True, hidden_mult=2),
-             cms(variant="independent", norm="layernorm", bias=True)),
+             cms(variant="independent", norm="layernorm", bias=True, relative=True)),
     "attention": ("attention", {"num_heads": 8, "num_kv_heads": H, "attention_bias": True, "qk_norm": True,
                                 "head_dim": 4, "window": 12, "sinks": 2},
                   cms(mlp="geglu", lr=None, post_norm=True)),
@@ -114,8 +114,8 @@ def test_every_backend_serves_parts(found):
 
 def test_what_cannot_be_divided_is_refused(found):
     of = found["refused"]
-    assert "orthogonalises" in of["muon"] and "mixes all hidden units" in of["precondition"]
-    assert "rank=4" in of["rank"] and "relative rates of gd" in of["relative"]
+    assert "precondition=0.1, which mixes all hidden units" in of["precondition"]
+    assert "rank=4, which mixes" in of["rank"]
     assert "heads, expected a multiple" in of["heads"] and "hidden units of a CMS level" in of["hidden"]
     assert "other weights" in of["weights"] and "is wrapped, hooked" in of["hooked"]
     assert "key-value heads" in of["kv"]
@@ -317,8 +317,8 @@ def backends() -> dict:
 
 def refused(rank, world) -> dict:
     found = {}
-    many = {"muon": dict(optimizer="muon"), "precondition": dict(precondition=0.1), "rank": dict(rank=4),
-            "relative": dict(relative=True), "hidden": dict(intermediate_size=2 * world + 1)}
+    many = {"precondition": dict(precondition=0.1), "rank": dict(rank=4),
+            "hidden": dict(intermediate_size=2 * world + 1)}
     four = TitansConfig(8, 4, chunk_memory=4, chunk_other=2)
     for name, options in many.items():
         torch.manual_seed(0)

@@ -21,7 +21,7 @@ from .level import Adam, Factors
 from .muon import muon_step_
 from .precondition import forget_, forget_later_, precondition_total_, preconditioned, take_up_later_
 from .relative import normalise_, normalises, rate
-from .schedule import due, matrices
+from .schedule import due, hidden_dim, matrices
 from .state import CMSState
 
 Shared = dict[str, Tensor]  # a level's matrices in the layer: name -> [r, c]
@@ -185,7 +185,7 @@ def _step(
             _accumulate(state, config, shared, l, factors, dirty, ops)
         if normalised and state.grads[l] is not None:
             for g in _grads(state, shared, l).values():
-                normalise_(g, dirty)
+                normalise_(g, dirty, ops)
         if config.precondition is not None and state.grads[l] is not None:
             precondition_total_(state, l, _grads(state, shared, l), dirty)
         rest = None
@@ -202,7 +202,7 @@ def _step(
     if config.optimizer == "muon":
         total = _grads(state, shared, l)
         for name, w in weights.items():
-            muon_step_(w, copies.get(name), total[name], rows, rates[name], ops)
+            muon_step_(w, copies.get(name), total[name], rows, rates[name], ops, hidden_dim(name))
     else:
         moments, squares = _averages(state, config, l, "moments"), _averages(state, config, l, "squares")
         for b in rows if squares else ():

@@ -56,8 +56,10 @@ def resolve(
 
 def divided(across: Across) -> Any:
     """The functions of levels of which each process has some of the hidden units: PyTorch's, with one sum over
-    the processes in the forward and one in the backward. A level's own step needs none."""
+    the processes in the forward and one in the backward. Steps that take every element for itself need none;
+    ``muon_step_`` and ``normalise_`` find ``across`` here."""
     return SimpleNamespace(
+        across=across,
         level_forward=partial(level.level_forward, across=across),
         level_backward=partial(level.level_backward, across=across),
         refresh_=level.refresh_, outer_add_=level.outer_add_, newton_schulz=level.newton_schulz,

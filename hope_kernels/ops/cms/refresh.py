@@ -90,7 +90,7 @@ def cms_refresh_(
     if normalises(config):
         total = torch.zeros_like(weight) if total is None else total
         ops.outer_add_(total, left, right, rows)
-        normalise_(total, rows)
+        normalise_(total, rows, ops)
         ops.refresh_(weight, copy, None, None, rows, lr, moment=moment, mu=config.momentum, total=total)
     elif config.optimizer != "muon":
         adam = None if square is None else Adam(square, config.betas, step, tokens)

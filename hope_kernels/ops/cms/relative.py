@@ -6,6 +6,7 @@ gradients of gd and momentum are normalised.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...config import CMSConfig
@@ -28,7 +29,11 @@ def normalises(config: CMSConfig) -> bool:
     return bool(config.relative) and config.optimizer in ("gd", "momentum")
 
 
-def normalise_(total: Tensor, rows: list[int]) -> None:
-    """Gradients [B, r, c] of RMS 1 in ``rows``, in place."""
-    for b in rows:
-        total[b].div_(total[b].square().mean().sqrt().clamp(min=TINY))
+def normalise_(total: Tensor, rows: list[int], ops) -> None:
+    """Gradients [B, r, c] of RMS 1 in ``rows``, in place. ops: the backend; where processes have a part of the matrix
+    each, the RMS is that of all."""
+    means, across = [total[b].square().mean() for b in rows], getattr(ops, "across", None)
+    if across is not None:
+        means = (across.sum(torch.stack(means)) / across.size).unbind()
+    for b, mean in zip(rows, means):
+        total[b].div_(mean.sqrt().clamp(min=TINY))

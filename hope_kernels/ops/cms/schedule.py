@@ -12,6 +12,11 @@ def matrices(config: CMSConfig) -> tuple[str, ...]:
     return ("up", "gate", "down") if config.gated else ("up", "down")
 
 
+def hidden_dim(name: str) -> int:
+    """Of a matrix [B, r, c], the dimension that runs over the hidden units."""
+    return 2 if name == "down" else 1
+
+
 def learning_levels(config: CMSConfig) -> list[int]:
     """Indices (level 1 is 0) of the levels with lr > 0; the others are never copied nor changed."""
     return [l for l, lr in enumerate(config.learning_rates) if lr > 0]
