@@ -128,6 +128,8 @@ def test_processes_that_part_ways_are_told(found):
     assert "share of" in of["saved"] and "load_session" in of["given"]
     for name in ("wavefront", "consolidate", "save_pretrained"):
         assert "not supported" in of[name]
+    for name in ("joined", "kept", "stopped"):
+        assert "would not do the same" in of[f"replay {name}"]
 
 
 def measure(rank, world) -> dict:
@@ -347,6 +349,10 @@ def parted(rank) -> dict:
         found["save_pretrained"] = refusal(lambda: model.save_pretrained("nowhere"))
         found["saved"] = refusal(lambda: state.save("nowhere"))
         found["given"] = refusal(lambda: model(tokens, made("self-modifying").init_state(1)))
+        for name in ("joined", "kept", "stopped"):
+            slept = model.read(ids(1, 17), replay=2 + (name == "kept") * rank, guard=False).state
+            options = {"joined": {"joined": 1.0 - rank}, "stopped": {"should_stop": lambda: rank == 1}}.get(name, {})
+            found[f"replay {name}"] = refusal(lambda: model.replay(slept, dreams=0, **options))  # noqa: B023
         model.norm.weight.mul_(1 + rank)
         found["weights"] = refusal(lambda: model(tokens))
     return found
