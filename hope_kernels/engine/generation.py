@@ -182,6 +182,8 @@ def generate(
         top_p = check_number(op, "top_p", top_p, lambda p: 0 < p <= 1, "a number in (0, 1] or None")
     seed = check_integer(op, "seed", seed, None, "an integer")
     stops = stop_sequences(model, stop) + end_tokens(model, eos_token_id)
+    if stops and model.parallel is not None:
+        model.parallel.check_stops(op)
     if ids is None:
         unread_ids: Tensor | None = getattr(state, "unread", None)
         if state is None or unread_ids is None or bool((unread_ids < 0).any()):

@@ -146,8 +146,7 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
     """Learns the segments that ``state`` keeps again, in place: a model's ``replay``."""
     passes, B = how.passes, state.batch
     if model.parallel is not None:
-        asked = how.passes, how.shuffle, how.seed, how.part, how.dreams, how.known, how.fade, how.rate
-        model.parallel.check_replay(OP, model, state, (*asked, how.share))
+        model.parallel.check_replay(OP, model, state, _asked(how, state, False))
     found = Sleep(torch.zeros(passes, B, dtype=torch.float64, device="cpu"), [[0] * B for _ in range(passes)], True)
     if state.kept is None or not model.learns:
         return found
@@ -161,7 +160,10 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
                          f"{list(state.kept.done)} of {total} replays")
     sets: dict[int, Dreams] = {}
     while any(d < t for d, t in zip(state.kept.done, total)):
-        if how.should_stop is not None and how.should_stop():
+        stops = how.should_stop is not None and bool(how.should_stop())
+        if model.parallel is not None:
+            model.parallel.check_replay(OP, model, state, _asked(how, state, stops))
+        if stops:
             found.finished = False
             return found
         turns = [
@@ -175,6 +177,13 @@ def sleep(model: Model, state: ModelState, how: Replays) -> Sleep:
             how.on_segment(state.kept.done[0], total[0])
     state.kept.done[:] = [0] * B
     return found
+
+
+def _asked(how: Replays, state: ModelState, stops: bool) -> object:
+    """All that decides what the next replay is: the same in all processes that share a model."""
+    kept = state.kept
+    held = kept and (kept.seed, kept.numbers.tolist(), list(kept.done))
+    return replace(how, should_stop=None, on_segment=None), held, stops
 
 
 def _dreamt(

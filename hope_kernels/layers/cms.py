@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..check import check_batch, check_lengths, check_mask, check_state, check_tensor
 from ..config import CMSConfig
 from ..identity import Checksum, checksum
-from ..ops.cms import low_rank
+from ..ops.cms import level, low_rank
 from ..ops.cms.absorb import absorb, add_gradients
 from ..ops.cms.backends import divided, resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
@@ -267,9 +267,10 @@ class ContinuumMemory(nn.Module):
         if not marked:
             return state
         new = self.continued(state).draft()
+        ops = level if self.across is None else divided(self.across)
         for l in learning_levels(self.config):
             due_at = state.pos if counts is None else counts
-            absorb(new, self.config, self.start(l), l, None, marked, due_at, sizes=self._sizes(l))
+            absorb(new, self.config, self.start(l), l, None, marked, due_at, ops=ops, sizes=self._sizes(l))
         return new.finished()
 
     def detach_level(self, state: CMSState, level: int, row: int = 0) -> dict[str, Tensor]:

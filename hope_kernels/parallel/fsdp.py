@@ -124,6 +124,11 @@ class Sharded:
     def check_replay(self, op: str, model: HopeForCausalLM, state: ModelState, asked: object) -> None:
         self.refuse(op, "replay")
 
+    def check_stops(self, op: str) -> None:
+        raise ValueError(f"{op}: arguments stop and eos_token_id are not supported by a model that is sharded over "
+                         "processes: one whose rows have all ended would leave the others waiting; write "
+                         "max_new_tokens everywhere, and cut what was written")
+
     def refuse(self, op: str, what: str) -> None:
         raise ValueError(f"{op}: the model is sharded over processes (fully_shard_hope), where {what} is not "
                          "supported; hope_kernels.parallel.whole_model gives a plain one")

@@ -36,7 +36,7 @@ def save_session(
         whole = parallel.gathered(model, state)
         if whole is not None:
             whole.save(path, note)
-    except (ValueError, OSError) as error:  # of the first process; the others wait to be told
+    except Exception as error:  # of the first process, whatever it is: the others wait to be told
         failed = [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(failed, group_src=0, group=group)
     if failed[0] is not None:

@@ -195,6 +195,9 @@ class Divided:
     def check_replay(self, op: str, model: HopeForCausalLM, state: ModelState, asked: object) -> None:
         self._agree(op, model, state, asked)
 
+    def check_stops(self, op: str) -> None:
+        """A row ends in all processes at the same token."""
+
     def refuse(self, op: str, what: str) -> None:
         raise ValueError(f"{op}: the model is divided over processes (tensor_parallel), where {what} is "
                          "not supported; hope_kernels.parallel.whole_model gives a plain one")

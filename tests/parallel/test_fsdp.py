@@ -62,7 +62,7 @@ def test_sessions_are_files_of_plain_models(found):
     of = found["sessions"]
     assert of["mark"] and of["rows"] < 1e-12 and of["again"] < 1e-12 and of["order"] == 0
     assert "belongs to weights" in of["other weights"] and "multiple of the" in of["rows uneven"]
-    assert "could not write" in of["no folder"]
+    assert "could not write" in of["no folder"] and "not JSON serializable" in of["no JSON"]
 
 
 def test_what_a_sharded_model_cannot_do_is_refused(found):
@@ -73,7 +73,7 @@ def test_what_a_sharded_model_cannot_do_is_refused(found):
     assert "consolidate is not supported" in of["consolidate"]
     assert "save_pretrained is not supported" in of["save_pretrained"]
     assert "divided over processes" in of["decoder"] and "divided over processes already" in of["twice"]
-    assert "inference mode" in of["inference mode"]
+    assert "inference mode" in of["inference mode"] and "leave the others waiting" in of["stops"]
     assert "retain_to" in of["retain_to"] and "other weights" in of["weights"]
     assert "would leave gathered weights" in of["reshard"]
     for text in (of["lengths"], of["places"]):
@@ -225,6 +225,7 @@ def sessions(rank, world, part) -> dict:
             lone.save(path)
         dist.barrier()
         found["rows uneven"] = refusal(lambda: load_session(model, path))
+        found["no JSON"] = refusal(lambda: save_session(model, state, path, note={"a": object()}))
         found["no folder"] = refusal(lambda: save_session(model, state, path / "no" / "folder"))
     return found
 
@@ -238,6 +239,7 @@ def refused(rank, part) -> dict:
     with torch.no_grad():
         _, state = model(tokens, learn="next_token")
         found["guard"] = refusal(lambda: model.generate(tokens, 2))
+        found["stops"] = refusal(lambda: model.generate(tokens, 2, guard=False, eos_token_id=[1, 2]))
         found["wavefront"] = refusal(lambda: model(tokens, wavefront=4))
         found["replay"] = refusal(lambda: model.replay(state))
         found["consolidate"] = refusal(lambda: model.consolidate(state))

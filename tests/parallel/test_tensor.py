@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, load_state
 from hope_kernels.identity import checksum
+from hope_kernels.ops.cms.schedule import hidden_dim, matrices
 from hope_kernels.ops.shared import across
 from hope_kernels.parallel import clip_grad_norm_, load_session, save_session, tensor_parallel, whole_model
 
@@ -81,6 +82,10 @@ def test_reading_learning_and_generation_equal_a_single_process(found, kind):
     assert of["generated"] and of["rows"] < 1e-11
 
 
+def test_gradients_that_are_handed_to_a_layer_are_committed_as_in_a_single_process(found):
+    assert found["commit"] < 1e-11
+
+
 def test_replay_equals_a_single_process(found):
     assert found["replay"] < 1e-11
 
@@ -128,6 +133,8 @@ def test_processes_that_part_ways_are_told(found):
     assert "share of" in of["saved"] and "load_session" in of["given"]
     for name in ("wavefront", "consolidate", "save_pretrained"):
         assert "not supported" in of[name]
+    for name in ("joined", "kept", "stopped"):
+        assert "would not do the same" in of[f"replay {name}"]
 
 
 def measure(rank, world) -> dict:
@@ -137,6 +144,7 @@ def measure(rank, world) -> dict:
         found[f"read {kind}"] = read(kind)
         found[f"session {kind}"] = session(kind)
     found["replay"] = replay()
+    found["commit"] = max(commit(kind) for kind in ("bare", "zero"))  # Muon, and relative rates
     found["cpp"] = cpp()
     found["counts"] = counts()
     found["backends"] = backends()
@@ -252,6 +260,21 @@ def counts() -> dict:
     return found
 
 
+def commit(kind) -> float:
+    single, model = made(kind), tensor_parallel(made(kind))
+    plain, divided, own = single.blocks[0].cms, model.blocks[0].cms, model.parallel.across.own
+    torch.manual_seed(5)
+    grads = [{n: torch.randn(2, *level[n].shape, dtype=torch.float64) for n in matrices(plain.config)}
+             for level in plain.levels]
+    parts = [{n: own(g, hidden_dim(n)) for n, g in level.items()} for level in grads]
+    rows, found = [True, False], []
+    for layer, of in ((plain, grads), (divided, parts)):
+        state = layer.accumulate(layer.init_state(2), of, rows)
+        found.append(layer.commit(state, rows, [4, 4]).weights[0])
+    want, got = found
+    return max(apart(got[n], own(w, hidden_dim(n))) for n, w in want.items())
+
+
 def replay() -> float:
     single, model = made("self-modifying"), tensor_parallel(made("self-modifying"))
     logits = []
@@ -347,6 +370,10 @@ def parted(rank) -> dict:
         found["save_pretrained"] = refusal(lambda: model.save_pretrained("nowhere"))
         found["saved"] = refusal(lambda: state.save("nowhere"))
         found["given"] = refusal(lambda: model(tokens, made("self-modifying").init_state(1)))
+        for name in ("joined", "kept", "stopped"):
+            slept = model.read(ids(1, 17), replay=2 + (name == "kept") * rank, guard=False).state
+            options = {"joined": {"joined": 1.0 - rank}, "stopped": {"should_stop": lambda: rank == 1}}.get(name, {})
+            found[f"replay {name}"] = refusal(lambda: model.replay(slept, dreams=0, **options))  # noqa: B023
         model.norm.weight.mul_(1 + rank)
         found["weights"] = refusal(lambda: model(tokens))
     return found
