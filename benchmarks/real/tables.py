@@ -48,7 +48,7 @@ def needles(data: dict) -> str:
     rows = []
     for c in cases(data, "needles"):
         given = {**c["cms"], **c.get("how", {})}
-        rule = ", ".join(f"{k} {v}" for k, v in given.items() if k not in ("chunks", "relative"))
+        rule = ", ".join(f"{k} {v}" for k, v in given.items() if k not in ("chunks", "relative") and v is not None)
         for passes, a in c["after"].items():
             elsewhere = c["elsewhere"]["session"]["exact"] if int(passes) == c["passes"] else ""
             rows.append((f"{c['facts']} in {c['tokens']}", f"{rule}; blocks: {c['blocks']}",
