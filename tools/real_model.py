@@ -33,7 +33,7 @@ NOTES = {  # what no model can know, by how it is asked
     "The password of the library printer is": " willow.",
 }
 KNOWN = "The capital of France is"
-PASSES = 30
+PASSES = 60
 TEXT, SHOWN = ROOT / "hope_kernels" / "assets" / "kjv-john-acts.txt.gz", 12_000  # bytes: about 3,000 tokens
 
 
