@@ -31,10 +31,12 @@ from hope_kernels.identity import fingerprint
 from hope_kernels.text import Tokenizer
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "real.json")
-# facts, tokens, passes, asked after every so many, what differs from the default step rule; how they are replayed
+# facts, tokens, passes, asked after every so many, what differs from the default step rule, and where they stand if
+# not in WikiText; how they are replayed
 NEEDLES = (
     (32, 20_480, 37, 12, {}),
     (16, 10_240, 25, 24, {}),
+    (16, 10_240, 25, 24, {}, ("KJV", "Python", 1)),  # what nothing was tried on before
     (16, 10_240, 25, 24, {"rank": 16}),
     (16, 10_240, 25, 24, {"optimizer": "gd", "lr": None, "relative": None}),
     (16, 10_240, 25, 24, {"optimizer": "gd", "lr": 4e-4, "precondition": 100.0}),
@@ -72,9 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     if "domains" in args.parts:
         domains.run(study, model, tokenizer, found, args.tokens, args.excerpts)
     if "needles" in args.parts:
-        for count, tokens, passes, every, cms in NEEDLES:
+        for count, tokens, passes, every, cms, *where in NEEDLES:
             given = {"chunks": 256, "optimizer": "adam", "lr": 5e-4, "relative": True, **cms}
-            needles.run(study, args.model, model, tokenizer, found, count, tokens, passes, every, given, **SLEEP)
+            needles.run(study, args.model, model, tokenizer, found, count, tokens, passes, every, given,
+                        where=where[0] if where else needles.WHERE, **SLEEP)
     if "continual" in args.parts:
         continual.run(study, model, tokenizer, found, args.tokens // 4, continual.RULES, None)
     if "control" in args.parts:

@@ -33,6 +33,7 @@ from hope_kernels.text import Tokenizer
 COLOURS = ("red", "blue", "green", "black", "white", "golden", "silver", "purple", "orange", "brown", "grey", "pink")
 ANIMALS = ("fox", "owl", "bear", "wolf", "hare", "deer", "crow", "swan", "goat", "otter", "raven", "badger", "tiger")
 DIGITS = 5
+WHERE = (WIKI, PLAYS, 0)
 OTHER = 1024  # tokens of another domain, whose bits must not change much
 
 Fact = tuple[str, str]
@@ -128,23 +129,26 @@ class Pace:
 
 def run(
     study: s.Study, folder: str, model: HopeForCausalLM, tokenizer: Tokenizer, texts: dict[str, str], count: int,
-    tokens: int, passes: int, every: int, cms: dict, learn_blocks: tuple[int, ...] | None = None, **how: Any
+    tokens: int, passes: int, every: int, cms: dict, learn_blocks: tuple[int, ...] | None = None,
+    where: tuple[str, str, int] = WHERE, **how: Any
 ) -> None:
-    """Reads once and replays ``passes`` - 1 times, one sleep, asking after every ``every`` passes. how: arguments
-    of ``replay``."""
+    """Reads once and replays ``passes`` - 1 times, one sleep, asking after every ``every`` passes. where: the text
+    that the facts are planted in, the other text, the seed of the facts. how: arguments of ``replay``."""
     options = " ".join(f"{k}={v}" for k, v in {**cms, **how}.items())
     blocks = "all" if learn_blocks is None else f"{learn_blocks[0]}-{learn_blocks[-1]}"
     name = f"needles {count} in {tokens}, {blocks} blocks, {passes} passes, {options}"
+    name += "" if where == WHERE else f", {where[0]}, then {where[1]}, seed {where[2]}"
     if name in study.cases:
         return
-    one, known = variant(model, cms, learn_blocks=learn_blocks), facts(count)
-    text = excerpt(tokenizer, half(texts[WIKI], second=True), tokens, 0, 1)
-    other = excerpt(tokenizer, half(texts[PLAYS], second=True), OTHER, 0, 1)
+    one, known = variant(model, cms, learn_blocks=learn_blocks), facts(count, where[2])
+    text, other = (
+        excerpt(tokenizer, half(texts[domain], second=True), n, 0, 1) for domain, n in zip(where, (tokens, OTHER))
+    )
     ids = planted(tokenizer, text, known)
     before = {"session": None, "weights": asked(one, tokenizer, known, None),
               "other_bits": round(bits(nats(one, other)[0]), 5)}
     found = {"part": "needles", "facts": count, "tokens": ids.shape[1], "passes": passes, "cms": cms, "how": how,
-             "blocks": blocks, "before": before, "after": {}}
+             "blocks": blocks, "where": where, "before": before, "after": {}}
     slots = ids.shape[1] // one.segment + 1
     began = time.process_time()
     reading = one.read(ids, replay=slots, flush=True)

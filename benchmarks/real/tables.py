@@ -51,7 +51,8 @@ def needles(data: dict) -> str:
         rule = ", ".join(f"{k} {v}" for k, v in given.items() if k not in ("chunks", "relative") and v is not None)
         for passes, a in c["after"].items():
             elsewhere = c["elsewhere"]["session"]["exact"] if int(passes) == c["passes"] else ""
-            rows.append((f"{c['facts']} in {c['tokens']}", f"{rule}; blocks: {c['blocks']}",
+            text = c.get("where", ["WikiText-2"])[0]
+            rows.append((f"{c['facts']} in {c['tokens']} of {text}", f"{rule}; blocks: {c['blocks']}",
                          f"{passes} of {c['passes']}",
                          a["session"]["exact"], f"{a['session']['digits']:.0%}", elsewhere, a["weights"]["exact"],
                          f"{a['weights']['digits']:.0%}", f"{a['other_bits'] / c['before']['other_bits'] - 1:+.1%}"))
