@@ -18,17 +18,20 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-from benchmarks import compile_cuda, compile_triton, compiled
-from benchmarks.compile_triton import triton
-from benchmarks.machine import machine, write_json
-from benchmarks.rows import PROVIDERS, provided
-from hope_kernels.ops.shared.triton_build import SHARED_KIB, Specialization
-from tools import build_cuda
+# before the first import of Triton: an interpreted kernel cannot be compiled
+os.environ.pop("TRITON_INTERPRET", None)
+from benchmarks import compile_cuda, compile_triton, compiled  # noqa: E402
+from benchmarks.compile_triton import triton  # noqa: E402
+from benchmarks.machine import machine, write_json  # noqa: E402
+from benchmarks.rows import PROVIDERS, provided  # noqa: E402
+from hope_kernels.ops.shared.triton_build import SHARED_KIB, Specialization  # noqa: E402
+from tools import build_cuda  # noqa: E402
 
 COLUMNS = (
     ("shared", "smem"), ("registers", "regs"), ("spill_stores", "st"), ("spill_loads", "ld"),

@@ -99,11 +99,11 @@ def test_needles_ask_the_session_the_weights_and_another_process(parts, study):
     found |= {texts.WIKI: found[texts.PYTHON], texts.PLAYS: found[texts.KJV]}
     cms = {"chunks": 64, "optimizer": "adam", "lr": 2e-3, "relative": True}
     asked = []
-    original, needles.elsewhere = needles.elsewhere, lambda *given: asked.append(given) or {}
+    original, needles.elsewhere = needles.elsewhere, lambda *given: asked.append(given) or {"session": {"exact": 0}}
     try:
         needles.run(study, "kjv-byte", model, tokenizer, found, 2, 512, 3, 2, cms)
     finally:
         needles.elsewhere = original
     record = study.cases["needles 2 in 512, all blocks, 3 passes, chunks=64 optimizer=adam lr=0.002 relative=True"]
     assert list(record["after"]) == [1, 3] and record["passes"] == 3 and len(asked) == 1
-    assert record["after"][3]["weights"]["digits"] >= 0 and "| 2 in 512 |" in tables.needles(study.data)
+    assert record["after"][3]["weights"]["digits"] >= 0 and "| 2 in 512 of WikiText-2 |" in tables.needles(study.data)
