@@ -37,6 +37,7 @@ NEEDLES = (
     (32, 20_480, 37, 12, {}),
     (16, 10_240, 25, 24, {}),
     (16, 10_240, 25, 24, {}, ("KJV", "Python", 1)),  # what nothing was tried on before
+    (16, 10_240, 37, 36, {}, ("KJV", "Python", 1)),
     (16, 10_240, 25, 24, {"rank": 16}),
     (16, 10_240, 25, 24, {"optimizer": "gd", "lr": None, "relative": None}),
     (16, 10_240, 25, 24, {"optimizer": "gd", "lr": 4e-4, "precondition": 100.0}),
