@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from ..engine import segments
-from ..identity import checksum, collect
+from ..identity import collect
 from ..layers.wrapped import placement
 from ..model import HopeForCausalLM
 from ..model_state import ModelState
-from .agreed import check_agreed
+from .agreed import agreed_checksum, check_agreed, mesh_for
 from .sessions import joined_rows, rows_of
 from .weights import WholeChecksum, full
 
@@ -47,12 +46,7 @@ def fully_shard_hope(
     mode. ``whole_model`` gives a plain model for these.
     """
     op = "fully_shard_hope"
-    if model.parallel is not None:
-        raise ValueError(f"{op}: argument model is divided over processes already")
-    if mesh is None:
-        mesh = init_device_mesh(placement(model.embed).device.type, (dist.get_world_size(),))
-    if mesh.ndim != 1:
-        raise ValueError(f"{op}: argument mesh has {mesh.ndim} dimensions, expected one: pass mesh[name]")
+    mesh = mesh_for(op, model, mesh)
     if model.config.titans is not None and model.config.mixer != "attention" and (
         model.config.titans.retain_to == "zero"
     ):
@@ -66,11 +60,7 @@ def fully_shard_hope(
     collect(model, held)
     if any(type(t.data) is not Tensor for t in held):
         raise ValueError(f"{op}: argument model has parameters that are no plain tensors")
-    known = checksum(model)
-    check_agreed(mesh.get_group(), placement(model.embed).device, (str(known), model.config), (
-        f"{op}: argument model has other weights or another configuration in some processes, expected the "
-        "same; load or seed it alike in all of them"
-    ))
+    known = agreed_checksum(op, model, mesh.get_group())
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)

@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..config import CMSConfig
-from ..identity import Checksum, checksum, checksum_of, collect, steps
+from ..identity import Checksum, checksum_of, collect, steps
 from ..layers.attention import CausalAttention
 from ..layers.block import Block
 from ..layers.cms_level import CMSLevel
@@ -27,7 +26,7 @@ from ..layers.wrapped import is_hooked, placement
 from ..model import HopeForCausalLM
 from ..model_state import ModelState
 from ..ops.shared.across import Across
-from .agreed import check_agreed
+from .agreed import agreed_checksum, check_agreed, mesh_for
 from .shares import share, whole
 from .weights import WholeChecksum
 
@@ -58,19 +57,10 @@ def tensor_parallel(model: HopeForCausalLM, mesh: DeviceMesh | None = None) -> H
     which mix all hidden units.
     """
     op = "tensor_parallel"
-    if model.parallel is not None:
-        raise ValueError(f"{op}: argument model is divided over processes already")
-    if mesh is None:
-        mesh = init_device_mesh(placement(model.embed).device.type, (dist.get_world_size(),))
-    if mesh.ndim != 1:
-        raise ValueError(f"{op}: argument mesh has {mesh.ndim} dimensions, expected one: pass mesh[name]")
+    mesh = mesh_for(op, model, mesh)
     across = Across(mesh.get_group())
     _check(op, model, across.size)
-    known = checksum(model)
-    check_agreed(across.group, placement(model.embed).device, (str(known), model.config), (
-        f"{op}: argument model has other weights or another configuration in some processes, expected the "
-        "same; load or seed it alike in all of them"
-    ))
+    known = agreed_checksum(op, model, across.group)
     dims: Dims = {}
     for i, block in enumerate(model.blocks):
         _divide(block, f"blocks.{i}.", across, dims)
