@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +14,17 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..engine.generation import read
+from ..engine.hidden import hidden_states
 from ..folders import bundled_models, model_folder
 from ..hub import files_beside
-from ..layers.embedding import ScaledEmbedding
+from ..layers.embedding import scaled
+from ..layers.padding import Padding
 from ..layers.wrapped import placement
 from ..model import HopeForCausalLM as Core
 from ..model_state import ModelState
 from ..text.files import SETTINGS, TextSettings, read_files, write_files
 from .cache import HopeCache
 from .config import HopeHFConfig
-from .padding import Padding
 
 NAME = "HopeForCausalLM"
 LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # what a loss of transformers takes besides
@@ -116,16 +116,18 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         learn = str(self.config.learn if learn is None else learn)
         hidden = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
-        x = self._input(input_ids, inputs_embeds)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"{NAME}: expected one of input_ids and inputs_embeds")
+        x: Any = inputs_embeds if input_ids is None else input_ids.long()
         loss_options = {n: options.pop(n) for n in LOSS if n in options}
         _check(options, cache, hidden and learn != "off")
-        T, pad = x.shape[1], Padding.of(attention_mask, x.shape[1])
+        T, pad = x.shape[1], Padding.of(NAME, attention_mask, x.shape[1])
         lengths = None if pad is None else pad.lengths
         x = x if pad is None else pad.packed(x)
         state = None if cache is None else cache.state
         one = isinstance(logits_to_keep, int) and logits_to_keep == 1 and T > 1 and labels is None
-        kept: list[Tensor] = []
-        with self._checkpointed(), self._recorded(kept) if hidden else nullcontext():
+        recorded = hidden_states(self.model.blocks, self.model.norm) if hidden else nullcontext(())
+        with self._checkpointed(), recorded as kept:
             if one and not (hidden or torch.is_grad_enabled() or x.is_floating_point()):
                 logits, state = self._read(x, state, lengths, learn)
             else:
@@ -134,7 +136,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         states = tuple(kept if pad is None else map(pad.spread, kept)) if hidden else None
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, _labels(labels, pad), logits.shape[-1], **loss_options)
+            labels = labels if pad is None else pad.targets(labels)
+            loss = self.loss_function(logits, labels, logits.shape[-1], **loss_options)
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep]
         elif logits_to_keep:
@@ -146,13 +149,6 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             cache.advanced(state, T)
         out = CausalLMOutputWithPast(loss, logits, cache if use_cache else None, states)
         return out if return_dict in (None, True) else out.to_tuple()
-
-    def _input(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        if (ids is None) == (embeds is None):
-            raise ValueError(f"{NAME}: expected one of input_ids and inputs_embeds")
-        x = ids if embeds is None else embeds
-        assert x is not None
-        return x if embeds is not None else x.long()
 
     def _call(
         self, x: Tensor, state: ModelState | None, lengths: list[int] | None, learn: str
@@ -171,23 +167,6 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         found = read(self.model, ids, state, lengths, learn=learn, unread="included")
         assert found.logits is not None
         return found.logits.unsqueeze(1), found.state
-
-    @contextmanager
-    def _recorded(self, kept: list[Tensor]) -> Iterator[None]:
-        """``kept`` becomes what each block is given, and what the head is given."""
-        # a block that replays a segment before it reads is called more than once: the last call counts
-        given: dict[int, Tensor] = {}
-        blocks = list(self.model.blocks)
-        hooks = [b.register_forward_pre_hook(partial(_note, given, i))
-                 for i, b in enumerate(blocks)]
-        end = len(blocks)
-        hooks.append(blocks[-1].register_forward_hook(lambda _, __, out: given.update({end: out[0]})))
-        try:
-            yield
-            kept.extend([*(given[i] for i in range(end)), self.model.norm(given[end])])
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None,
@@ -215,13 +194,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        scale = self.model.config.embed_scale
-        if scale != 1 and type(value) is nn.Embedding:
-            size, d = value.weight.shape
-            scaled = ScaledEmbedding(size, d, scale, device="meta")
-            scaled.weight = value.weight
-            value = scaled
-        self.model.embed = value  # type: ignore[assignment]
+        self.model.embed = scaled(value, self.model.config.embed_scale)  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module | None:
         """None where the embedding is the head too."""
@@ -236,18 +209,6 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.resized(found.weight.shape[0])
         self.config.set_core(self.model.config)
         return found
-
-
-def _labels(labels: Tensor, pad: Padding | None) -> Tensor:
-    """Without those that would be predicted from a column of padding."""
-    if pad is None:
-        return labels
-    after = torch.cat([torch.ones_like(pad.keep[:, :1]), pad.keep[:, :-1]], 1)
-    return labels.masked_fill(~after, -100)
-
-
-def _note(given: dict[int, Tensor], at: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-    given[at] = args[0]
 
 
 def _check(options: dict[str, Any], cache: Any, hidden_while_learning: bool) -> None:

@@ -20,3 +20,13 @@ class ScaledEmbedding(nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale:g}"
+
+
+def scaled(embedding: nn.Module, scale: float) -> nn.Module:
+    """``embedding``, or where it is a plain one and ``scale`` is not 1 a ``ScaledEmbedding`` with its weight."""
+    if scale == 1 or type(embedding) is not nn.Embedding:
+        return embedding
+    size, width = embedding.weight.shape
+    found = ScaledEmbedding(size, width, scale, device="meta")
+    found.weight = embedding.weight
+    return found

@@ -1,4 +1,4 @@
-"""Padding: transformers marks it by a mask and puts it anywhere, ours is behind the tokens of each row."""
+"""Padding: other libraries mark it by a mask and put it anywhere, ours is behind the tokens of each row."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Padding:
     keep: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor | None, columns: int) -> Padding | None:
+    def of(cls, op: str, mask: Tensor | None, columns: int) -> Padding | None:
         """None where all of the last ``columns`` columns count. mask [B, T or more], as transformers has it:
         what is cut off in front has been read before. Raises ValueError for a mask of other dimensions."""
         if mask is None:
             return None
         if mask.dim() != 2 or mask.shape[1] < columns:
-            raise ValueError(f"HopeForCausalLM: argument attention_mask has shape {list(mask.shape)}, expected "
+            raise ValueError(f"{op}: argument attention_mask has shape {list(mask.shape)}, expected "
                              f"[B, T] with T at least {columns}")
         keep = mask[:, mask.shape[1] - columns :] != 0
         if bool(keep.all()):
@@ -40,6 +40,11 @@ class Padding:
         """The inverse of ``packed``: zero in the columns that do not count."""
         spread = torch.zeros_like(y).scatter(1, _like(self.order, y).expand_as(y), y)
         return spread.masked_fill(~_like(self.keep, y), 0)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """labels [B, T] without those that would be predicted from a column that does not count: -100."""
+        after = torch.cat([torch.ones_like(self.keep[:, :1]), self.keep[:, :-1]], 1)
+        return labels.masked_fill(~after, -100)
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
