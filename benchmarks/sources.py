@@ -69,6 +69,7 @@ BLOCKS = ("layers.block:HopeBlock", "layers.block:HopeAttentionBlock")
 SERVE = ("joined:joined", "serve.worker:Worker", "serve.store:Store")
 MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:generate",
          "engine.decoder:Decoder")
+STEP_CPP = ("csrc/cpu/token*.cpp", *CPU_LIBRARY)
 
 # -- modules left out ----------------------------------------------------------------------------------------
 
@@ -112,11 +113,12 @@ def code(case: dict) -> Code | None:
         return None
     used = (backend,) if backend in TITANS else ON_CPU if case.get("device") == "cpu" else ON_GPU
     left_out = (*CHECKS, *(p for name, patterns in OF_BACKEND.items() if name not in used for p in patterns))
+    model = (*MODEL, *STEP_CPP * ("cpp" in used))
     if case.get("model") or kind in ("model", "state", "long"):
-        return Code((*MODEL, *parts(BLOCKS, used), *layer(used), *cms(used)), left_out)
+        return Code((*model, *parts(BLOCKS, used), *layer(used), *cms(used)), left_out)
     if kind == "serve":
         checked = tuple(p for p in left_out if p not in ("*.files", "*.state_file"))
-        return Code((*SERVE, *MODEL, *parts(BLOCKS, used), *layer(used), *cms(used)), checked)
+        return Code((*SERVE, *model, *parts(BLOCKS, used), *layer(used), *cms(used)), checked)
     operator = Code((), (*left_out, *CHOICE))
     if kind in CMS_KINDS:
         return operator._replace(entries=(*CMS_KINDS[kind], *cms(used)))

@@ -79,6 +79,19 @@ def serve(run: dict) -> str:
             f"{source('bench_serve', 'serve')}")
 
 
+def decode(run: dict) -> str:
+    data = run["decode"]
+    spread = lambda s, unit="": f"{s['median']:.0f}{unit} ({s['least']:.0f} to {s['most']:.0f})"
+    rows = [(c["B"], c["learn"], c["how"], spread(c["us"]), f"{c['step']['median']:.0f}", spread(c["pytorch"]),
+             f"{c['ratio']['median']:.1f}") for c in data["cases"]]
+    head = "rows | learn | tokens | a step, us | of it C++ | a step in PyTorch, us | ratio"
+    same = "the same tokens" if all(c["same tokens"] for c in data["cases"]) else "**not always the same tokens**"
+    threads = WORDS.get(data["machine"]["threads"], "several threads")
+    return (f"{markdown(head, rows)}\n\n`generate` with the bundled model ({data['weights'] / 1e6:.1f} M weights, "
+            f"fp32), {threads}; both ways write {same}. Medians of {data['rounds']} rounds (least to most) that "
+            f"take turns. {source('bench_decode', 'decode')}")
+
+
 def learning(run: dict) -> str:
     rows = [(title, r["bytes"], *(f"{x:.3f}" for x in (
         r["off"]["last_quarter"], r["on_lr_x1"]["last_quarter"], r["on_lr_x1"]["last_quarter_on_over_off"],
@@ -260,7 +273,7 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     run = load(results)
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
-                "context": context, "accuracy": accuracy, "sinks": sinks, "serve": serve,
+                "context": context, "accuracy": accuracy, "sinks": sinks, "serve": serve, "decode": decode,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},
                 "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}

@@ -251,8 +251,13 @@ def advance(state: ModelState, mixers: list[MixerState], lengths: list[int]) -> 
 def advance_off(state: ModelState, mixers: list[MixerState], lengths: list[int]) -> ModelState:
     """``advance`` for tokens read with frozen CMS weights: the open segment, if it holds any, contributes
     nothing."""
-    new, segment = advance(state, mixers, lengths), state.ids.shape[1]
+    new = advance(state, mixers, lengths)
+    return replace(new, seen=Counters(seen_off(new, lengths)))
+
+
+def seen_off(state: ModelState, lengths: list[int]) -> list[int]:
+    """``seen`` of ``state``, which stands after ``lengths`` tokens that were read with frozen CMS weights."""
+    segment = state.ids.shape[1]
     if not segment:  # the model cannot learn
-        return new
-    seen = [s if n == 0 else TAINTED if p % segment else 0 for s, n, p in zip(state.seen, lengths, new.pos)]
-    return replace(new, seen=Counters(seen))
+        return list(state.seen)
+    return [s if n == 0 else TAINTED if p % segment else 0 for s, n, p in zip(state.seen, lengths, state.pos)]

@@ -11,18 +11,11 @@
 
 #include "check.h"
 #include "layer.h"
-#include "vec.h"
+#include "rows.h"
 
 namespace {
 
-constexpr float NORM_EPS = 1e-6f;
 constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
-
-HK_INLINE float dot(const float* a, const float* b, int64_t n) {
-  f8 s = all(0);
-  for (int64_t i = 0; i < n; i += 8) s = fma(load(a + i), load(b + i), s);
-  return total(s);
-}
 
 template <class Row>
 void for_rows(int64_t rows, int64_t width, int64_t threads, Row row) {
@@ -42,9 +35,6 @@ std::vector<float> taps(const float* weight, int64_t d, int64_t W) {
     for (int64_t j = 0; j < W; j++) found[j * d + i] = weight[i * W + j];
   return found;
 }
-
-// o / sqrt(mean(o^2) + eps): the factor
-HK_INLINE float rms_factor(const float* o, int64_t D) { return 1 / std::sqrt(dot(o, o, D) / D + NORM_EPS); }
 
 }  // namespace
 
@@ -104,8 +94,7 @@ extern "C" int hope_unit(int64_t rows, int64_t D, int64_t threads, const float* 
   if (!rows_of_width(rows, D, threads)) return BAD_ARGUMENT;
   if (rows && !all_given({x, y})) return BAD_ARGUMENT;
   for_rows(rows, D, threads, [&](int64_t r) {
-    const f8 n = all(1 / std::max(NORM_EPS, std::sqrt(dot(x + r * D, x + r * D, D))));
-    for (int64_t i = 0; i < D; i += 8) store(y + r * D + i, load(x + r * D + i) * n);
+    unit_row(x + r * D, D, y + r * D);
   });
   return DONE;
 }
@@ -129,13 +118,7 @@ extern "C" int hope_output_gate(int64_t tokens, int64_t H, int64_t D, int64_t th
   if (tokens * H > 0 && !all_given({o, y})) return BAD_ARGUMENT;
   for_rows(tokens * H, D, threads, [&](int64_t r) {
     const FlushDenormals flush;  // for sigma
-    const f8 factor = all(gain ? rms_factor(o + r * D, D) : 1);
-    for (int64_t i = 0; i < D; i += 8) {
-      f8 x = load(o + r * D + i) * factor;
-      if (gain) x = x * load(gain + r % H * D + i);
-      if (gate) x = x * sigma<SILU>(load(gate + r * D + i));
-      store(y + r * D + i, x);
-    }
+    gate_row(o + r * D, gain ? gain + r % H * D : nullptr, gate ? gate + r * D : nullptr, D, y + r * D);
   });
   return DONE;
 }

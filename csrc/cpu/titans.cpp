@@ -24,103 +24,9 @@
 #include <vector>
 
 #include "check.h"
-#include "titans_commit.h"
-#include "titans_read.h"
+#include "titans_scan.h"
 
 namespace {
-
-// All tokens of a call, head after head.
-class Scan {
- public:
-  Scan(const TitansCall& call, const Workspace& work, const Team& team, float* own)
-      : h(call, work, team, own), c(h.c), w(h.w), g(h.g), team(team), D(h.D), N(h.N), M(h.M), big(h.big),
-        small(h.small) {}
-
-  template <int ACT>
-  void run(int64_t b, int64_t head) {
-    const int64_t phase = c.pos[b] % big, n = c.len[b];
-    if (n == 0) return;
-    h.at(b, head);
-    open(phase);
-    int64_t chunk = 0;
-    keep_weights(b, head, chunk);
-    for (int64_t slot = phase; slot < phase + n;) {
-      const int64_t end = std::min((slot / small + 1) * small, phase + n);
-      Read<ACT>(h, slot, end, phase).run();
-      if (c.update) {
-        const bool memory = end % c.chunk_memory == 0, other = M > 1 && end % c.chunk_other == 0;
-        if (memory && other && c.chunk_memory == c.chunk_other) {
-          Commit<ACT>(h, {0, M, 0, c.Mf, 0, c.Ms}, big, end).run();
-        } else {
-          if (memory) Commit<ACT>(h, {0, 1, 0, 1, 0, 0}, c.chunk_memory, end).run();
-          if (other) Commit<ACT>(h, {1, M, 1, c.Mf, 0, c.Ms}, c.chunk_other, end).run();
-        }
-        if (memory && end < phase + n) keep_weights(b, head, ++chunk);
-      }
-      slot = end;
-    }
-    // no barrier: until the one in open(), the next head touches only what this thread left here itself
-    if (c.update) close((phase + n) % big);
-  }
-
- private:
-  Head h;
-  const TitansCall& c;
-  const Workspace& w;
-  const Tensors& g;
-  const Team& team;
-  const int64_t D, N, M, big, small;
-
-  // The weights in force, and the open chunk's tokens.
-  void open(int64_t phase) {
-    if (c.base2) {
-      sum(w.w2, g.base2, g.delta2, h.R * D);
-      sum(w.w1, g.base1, g.delta1, c.Mf * D * N);
-      sum(w.w1s, g.base1s, g.delta1s, c.Ms * N);
-    }
-    const int64_t step = c.H * D;
-    for (int64_t t = team.id; c.update && t < phase; t += team.size) {
-      std::memcpy(w.k_rows + t * D, g.pending_k + t * step, D * sizeof(float));
-      std::memcpy(w.v_rows + t * D, g.pending_v + t * step, D * sizeof(float));
-      w.eta[t] = g.pending_eta[t * c.H];
-      w.alpha[t] = g.pending_alpha ? g.pending_alpha[t * c.H] : 1;
-    }
-    team.sync();
-  }
-
-  void sum(float* to, const float* a, const float* b, int64_t n) {
-    Range r = team.share(0, n, 8);
-    for (int64_t i = r.begin; i < r.end; i += 8) store(to + i, load(a + i) + load(b + i));
-  }
-
-  // M_memory's weights as the reads of the call's chunk number `chunk` see them
-  void keep_weights(int64_t b, int64_t head, int64_t chunk) {
-    if (!c.kept2) return;
-    const int64_t n = N * D, at = ((b * c.H + head) * c.kept + chunk) * n;
-    // with by_memory they are thread 0's: the other one may not look at them between two barriers
-    const Range own = !h.by_memory ? team.share(0, n, 8) : Range{0, team.id == 0 ? n : 0};
-    std::memcpy(c.kept2 + at + own.begin, h.w2 + own.begin, (own.end - own.begin) * sizeof(float));
-    std::memcpy(c.kept1 + at + own.begin, h.w1 + own.begin, (own.end - own.begin) * sizeof(float));
-  }
-
-  // The open chunk's first `fill` slots as the state keeps them; the others are zero.
-  void close(int64_t fill) {
-    team.sync();
-    const int64_t step = c.H * D;
-    for (int64_t t = team.id; t < big; t += team.size) {
-      const bool filled = t < fill;
-      if (filled) {
-        std::memcpy(g.pending_k + t * step, w.k_rows + t * D, D * sizeof(float));
-        std::memcpy(g.pending_v + t * step, w.v_rows + t * D, D * sizeof(float));
-      } else {
-        std::memset(g.pending_k + t * step, 0, D * sizeof(float));
-        std::memset(g.pending_v + t * step, 0, D * sizeof(float));
-      }
-      g.pending_eta[t * c.H] = filled ? w.eta[t] : 0;
-      if (g.pending_alpha) g.pending_alpha[t * c.H] = filled ? w.alpha[t] : 0;
-    }
-  }
-};
 
 void scan(const TitansCall& c, const Workspace& work, const Team& team, float* mine, int64_t b, int64_t h) {
   Scan s(c, work, team, mine);
@@ -130,20 +36,6 @@ void scan(const TitansCall& c, const Workspace& work, const Team& team, float* m
     default: return s.run<GELU_TANH>(b, h);
   }
 }
-
-struct Memory {  // zeroed, 64-byte aligned
-  float* data;
-  explicit Memory(int64_t floats)
-      : data(floats > MOST_FLOATS
-                 ? nullptr
-                 : static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64))) {
-    if (!data) throw std::bad_alloc();
-    std::memset(data, 0, floats * sizeof(float));
-  }
-  ~Memory() { std::free(data); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-};
 
 void all_heads(const TitansCall& c) {
   const int64_t groups = c.B * c.H;
@@ -195,7 +87,7 @@ bool pointers_fit(const TitansCall& c) {
 
 }  // namespace
 
-extern "C" int hope_titans_abi() { return 5; }
+extern "C" int hope_titans_abi() { return 6; }
 
 extern "C" int hope_titans_supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -5,11 +5,21 @@
 
 #include "call.h"
 #include "panel.h"
+#include "rows.h"
 #include "team.h"
 #include "workspace.h"
 
 constexpr int64_t BLOCK = 32;  // rows that meet every panel of tokens before the next rows do
-constexpr float NORM_EPS = 1e-6f;
+
+// eta and alpha of a token, from the outputs of their memories
+inline float eta_of(const TitansCall& c, float raw, float bias) {
+  const float z = raw + bias;
+  return c.eta_scale * (c.softplus ? (z > 20 ? z : std::log1p(std::exp(z))) : 1 / (1 + std::exp(-z)));
+}
+
+inline float alpha_of(const TitansCall& c, float raw, float bias) {
+  return c.retention ? 1 / (1 + std::exp(-(raw + bias))) : 1;
+}
 
 struct Tensors {  // of one (row, head): pointers into the call's
   float *delta2, *delta1, *delta1s;

@@ -102,10 +102,8 @@ class Read {
 
   // w.eta[s], w.alpha[s] from the scalar memories' outputs, 16 floats apart
   void gates(int64_t s, const float* raw) {
-    const float eta = raw[0] + g.eta_bias;
-    const float act = c.softplus ? (eta > 20 ? eta : std::log1p(std::exp(eta))) : 1 / (1 + std::exp(-eta));
-    w.eta[s] = c.eta_scale * act;
-    w.alpha[s] = c.retention ? 1 / (1 + std::exp(-(raw[PANEL] + g.alpha_bias))) : 1;
+    w.eta[s] = eta_of(c, raw[0], g.eta_bias);
+    w.alpha[s] = c.retention ? alpha_of(c, raw[PANEL], g.alpha_bias) : 1;
   }
 
   // k, v, eta, alpha of slot s as the call brings them with token t

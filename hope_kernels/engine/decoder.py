@@ -21,13 +21,14 @@ from torch import Tensor
 
 from ..check import check_tensor
 from ..layers.wrapped import placement
-from ..model_state import TAINTED, MixerState, ModelState, advance, advance_off
+from ..model_state import TAINTED, MixerState, ModelState, seen_off
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.state import CMSState
 from ..ops.titans.backends import DEVICE_DECIDES
 from ..state import Counters, expanded
-from . import segments
+from . import native, segments
+from .native import NativeStep
 from .protocol import Model
 from .unread import check_read_next
 
@@ -46,6 +47,8 @@ class Decoder:
     saved, cloned and read on by other calls that advance it in place. One whose tensors were exchanged
     (``select``, ``to``), or that was made to forget or learn without reading, needs a new decoder. A step
     that raises leaves the state half advanced, unlike the model's ``forward``: go back to a clone or a file.
+    On a CPU a step is one call of C++ where ``engine/native.py`` serves the model; hooks that come later are not
+    called then.
 
     Rows of which some have refreshed a CMS level and some have not are read without a graph. No GPU has run a
     capture yet.
@@ -83,20 +86,25 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._pool = self._signature = None
+        self._native: NativeStep | None = None  # the step in C++; None: does not serve, if ``_asked``
+        self._asked = False
         self._expected = list(state.pos)
 
     @torch.no_grad()
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, check_finite: bool = False) -> Tensor:
         """Reads tokens [B, 1] int64: logits [B, 1, vocab_size], which with a graph are valid until the next
         step only.
 
         Raises ValueError for another shape, dtype or device, tokens other than the state's ``unread`` ones, a
         state that another call has in hand, and on the CPU for a token id out of range; nothing is read then.
+        check_finite: also for logits that are not finite. A step in C++ has then read nothing; elsewhere the
+        state is past them.
         """
         state = self.state
         check_tensor("Decoder.step", "tokens", tokens, (state.batch, 1), torch.int64, self.device)
         if self.device.type == "cpu" and state.batch:
-            low, high, size = int(tokens.min()), int(tokens.max()), self.model.config.vocab_size
+            found, size = tokens.flatten().tolist(), self.model.config.vocab_size
+            low, high = min(found), max(found)
             if low < 0 or high >= size:
                 raise ValueError(
                     f"Decoder.step: argument tokens has {low if low < 0 else high}, expected 0 to {size - 1}"
@@ -108,7 +116,7 @@ class Decoder:
                 self._stale = True  # another call has advanced the state
             self._arrive(tokens)
             self._tokens.copy_(tokens)
-            logits = self._read()
+            logits = self._read(check_finite)
             self._count(tokens)
             self._expected = list(state.pos)
             return logits
@@ -140,23 +148,40 @@ class Decoder:
         self.state.assign(segments.finished(draft))
         self._stale = True
 
-    def _read(self) -> Tensor:
+    def _read(self, check_finite: bool) -> Tensor:
         state = self.state
+        if self._native is not None and not self._native.current(state):
+            self._stale = True
         if self._stale:
             self._levels, self._stale = _all_slots(self.model.levels(state), state.cms), False
+            self._native, self._asked = None, False
             signature = _signature(self._levels, state.mixers)
             if signature != self._signature:
                 self._graph, self._signature = None, signature
         if self._graph is None and self.capture and _uniform(self._levels):
             self._capture()
-        if self._graph is None or self._logits is None:
+        in_cpp = self._in_cpp() if self.device.type == "cpu" else None
+        if in_cpp is not None:
+            logits = in_cpp.step(state, check_finite)
+        elif self._graph is None or self._logits is None:
             logits = self._step()
         else:
             self._graph.replay()
             logits = self._logits
+        if logits is None or check_finite and in_cpp is None and not bool(torch.isfinite(logits).all()):
+            place = "the state is past them" if in_cpp is None else "the last token has not been read"
+            raise ValueError("Decoder.step: non-finite logits (weights, state or learning rates diverged); " + place)
         for mixer in state.mixers:
             mixer.pos[:] = [p + 1 for p in mixer.pos]
         return logits
+
+    def _in_cpp(self) -> NativeStep | None:
+        """The step as one call of C++, where that serves the model as it is now."""
+        if not self._asked:
+            self._asked = True
+            if native.dense(self._levels) and native.unserved(self.model, self.backend) is None:
+                self._native = NativeStep(self.model, self.state, self._levels, self._tokens)
+        return self._native
 
     def _step(self) -> Tensor:
         """The model's step over the buffers: reads ``_tokens``, writes the mixers' tensors. Asks the host for
@@ -200,10 +225,12 @@ class Decoder:
                 whole = [False] * state.batch
                 ids, state.seen[:] = segments.recorded(state, tokens, self._ones, whole, C)
                 state.ids.copy_(ids)
-            new = advance(state, state.mixers, self._ones)
-        else:
-            new = advance_off(state, state.mixers, self._ones)
-        state.assign(replace(new, unread=None))
+        for part in (state, *state.cms):
+            if part is not None:
+                part.pos[:] = [p + 1 for p in part.pos]
+        if self.learn == "off":
+            state.seen[:] = seen_off(state, self._ones)
+        state.unread = None
 
 
 def unserved(model: Model) -> str | None:

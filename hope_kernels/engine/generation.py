@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..check import check_integer, check_number, check_tensor
 from ..model_state import ModelState
-from . import segments
+from . import native, segments
 from .decoder import Decoder
 from .head import mask
 from .options import PIECE, OnPiece, Options, check_callbacks, check_flags
@@ -210,18 +210,18 @@ def generate(
             if options.stopped():
                 finished = False
                 break
-            if n == 1:
-                decoder = Decoder(model, state, learn, backend) if graph else None
+            if n == 1 and (graph or native.unserved(model, backend) is None):
+                decoder = Decoder(model, state, learn, backend)
             if decoder is None or any(ended):
                 step = [0 if e else 1 for e in ended]
                 out, state = options.call(model, newest, state, step)
             else:
-                out = decoder.step(newest)
-                if check_finite and not torch.isfinite(out).all():
-                    raise ValueError("generate: non-finite logits (weights, state or learning rates diverged); "
-                                     "the state is past them")
-            keep = torch.tensor(ended, dtype=torch.bool, device=device).unsqueeze(1)
-            logits = torch.where(keep, logits, out[:, 0])
+                out = decoder.step(newest, check_finite)
+            if any(ended):
+                keep = torch.tensor(ended, dtype=torch.bool, device=device).unsqueeze(1)
+                logits = torch.where(keep, logits, out[:, 0])
+            else:
+                logits = out[:, 0]
         values = draw(logits, temperature, top_k, top_p, seed, state.pos).tolist()
         fresh = [None if e else v for e, v in zip(ended, values)]
         for b, v in enumerate(fresh):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..engine import native
+from ..engine.decoder import Decoder
 from ..engine.generation import read
 from ..engine.sampling import draw
 from ..model import HopeForCausalLM
@@ -129,6 +131,8 @@ class Batch:
         self.model, self.settings = model, settings
         self.rows: list[Row] = []
         self.state: ModelState | None = None
+        self._decoded: ModelState | None = None
+        self._decoder: Decoder | None = None  # of ``_decoded``, where a step is one call of C++
 
     def add(self, rows: list[Row]) -> None:
         """Rows that have drawn their first token."""
@@ -159,6 +163,12 @@ class Batch:
     def _read(self, state: ModelState, rows: int) -> torch.Tensor:
         learn, unread = self.rows[0].job.learn, state.unread
         assert unread is not None and unread.shape[0] == rows
+        if state is not self._decoded:  # the company has changed
+            served = native.unserved(self.model, self.settings.backend) is None
+            self._decoder = Decoder(self.model, state, learn, self.settings.backend) if served else None
+            self._decoded = state
+        if self._decoder is not None:
+            return self._decoder.step(unread, check_finite=True)[:, -1]
         with torch.no_grad():
             logits, _ = self.model(
                 unread, state, learn=learn, backend=self.settings.backend, check_finite=True,

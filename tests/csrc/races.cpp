@@ -1,5 +1,5 @@
-// Calls hope_titans_scan with one and with several threads over shapes that share the work differently; the
-// thread sanitizer watches. Exit code 1 where a number of threads changes a bit.
+// Calls hope_titans_scan, and hope_token_step, with one and with several threads over shapes that share the work
+// differently; the thread sanitizer watches. Exit code 1 where a number of threads changes a bit.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "call.h"
+#include "token.h"
 
 namespace {
 
@@ -78,6 +79,55 @@ Results called(const Case& s, int64_t threads) {
   return r;
 }
 
+// Logits and weights after 20 tokens of 16 rows, through two blocks of width 256 with a level each.
+Floats stepped(int64_t threads) {
+  std::mt19937 generator(1);
+  auto draw = [&](int64_t n, float scale) {
+    std::normal_distribution<float> normal;
+    Floats x(n);
+    for (float& v : x) v = scale * normal(generator);
+    return x;
+  };
+  const int64_t B = 16, d = 256, H = 4, D = 64, N = 64, V = 40, W = 4, C = 4, U = 512;
+  const Floats one(d, 1), zero(H, 0), embed = draw(V * d, 1), conv = draw(d * W, 0.5f);
+  const Floats base2 = draw(H * 5 * N * D, 0.1f), base1 = draw(H * 3 * D * N, 0.1f), base1s = draw(H * 2 * N, 0.1f);
+  const Floats square = draw(d * d, 0.06f), up = draw(U * d, 0.06f), down = draw(d * U, 0.04f);
+  const std::vector<const float*> ups(B, up.data()), downs(B, down.data());
+  const TokenLevel level{U, one.data(), ups.data(), downs.data()};
+  std::vector<int64_t> pos(B), len(B, 1), ids(B);
+  Floats delta2[2], delta1[2], delta1s[2], k[2], v[2], eta[2], alpha[2], tail[2], packed[2];
+  TokenBlock blocks[2] = {};
+  for (int i = 0; i < 2; i++) {
+    delta2[i].resize(B * H * 5 * N * D), delta1[i].resize(B * H * 3 * D * N), delta1s[i].resize(B * H * 2 * N);
+    k[i].resize(B * C * d), v[i].resize(B * C * d), eta[i].resize(B * C * H), alpha[i].resize(B * C * H);
+    tail[i].resize(B * (W - 1) * d);
+    TitansCall t{};
+    t.B = B, t.T = 1, t.H = H, t.D = D, t.N = N, t.Mf = 3, t.Ms = 2, t.chunk_memory = t.chunk_other = C;
+    t.threads = 1, t.self_modifying = t.dgd = t.retention = t.own_values = t.target_norm = t.step_clip = 1;
+    t.qk_l2norm = t.update = 1, t.grad_scale = 1, t.eta_scale = 0.5f;
+    t.base2 = base2.data(), t.base1 = base1.data(), t.base1s = base1s.data(), t.eta_bias = t.alpha_bias = zero.data();
+    t.delta2 = delta2[i].data(), t.delta1 = delta1[i].data(), t.delta1s = delta1s[i].data();
+    t.pending_k = k[i].data(), t.pending_v = v[i].data();
+    t.pending_eta = eta[i].data(), t.pending_alpha = alpha[i].data(), t.pos = pos.data(), t.len = len.data();
+    packed[i].resize(hope_token_packed(&t));
+    const float* w = square.data();
+    blocks[i] = {one.data(), conv.data(), tail[i].data(), w, w, w, w, one.data(), t, packed[i].data(), 1, &level};
+  }
+  Floats logits(B * V);
+  TokenCall c{B, d, W, V, 2, threads, 1, 1e-6f, ids.data(), embed.data(), one.data(), embed.data(), blocks,
+              logits.data(), nullptr};
+  Floats work(hope_token_work(&c));
+  c.work = work.data();
+  if (hope_token_pack(&c)) std::printf("refused\n"), std::exit(2);
+  for (int64_t t = 0; t < 20; t++) {
+    for (int64_t b = 0; b < B; b++) ids[b] = (7 * t + 3 * b) % V;
+    if (int outcome = hope_token_step(&c)) std::printf("refused: %d\n", outcome), std::exit(2);
+    for (int64_t& p : pos) p++;
+  }
+  for (const Floats* more : {&delta2[0], &delta1[1], &tail[1]}) logits.insert(logits.end(), more->begin(), more->end());
+  return logits;
+}
+
 }  // namespace
 
 int main() {
@@ -103,5 +153,9 @@ int main() {
         changed++, std::printf("case %d: other bits with %d threads\n", index, int(threads));
     index++;
   }
+  const Floats alone = stepped(1);
+  for (int64_t threads : {2, 3})
+    if (std::memcmp(alone.data(), stepped(threads).data(), 4 * alone.size()))
+      changed++, std::printf("a step: other bits with %d threads\n", int(threads));
   return changed != 0;
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ _POINTERS = (
 )
 
 
-class _Call(ctypes.Structure):
+class TitansCall(ctypes.Structure):
     """``TitansCall`` of csrc/cpu/call.h."""
 
     _fields_ = (
@@ -146,7 +147,7 @@ def _scan(
     tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | (
         {} if kept is None else {"kept2": kept[0], "kept1": kept[1]}
     )
-    N, Mf, Ms = config.hidden, 3 if config.self_modifying else 1, 1 + config.retention if config.self_modifying else 0
+    N, Mf, Ms = config.hidden, *memories(config)
     # one head's numbers
     head2, head1, head1s = ((Mf + Ms) * N + (Ms if config.scalar_skip else 0)) * D, Mf * D * N, Ms * N
     tokens, pending, chunks = (
@@ -162,19 +163,30 @@ def _scan(
     }
     pointers = {n: address(t, counts.get(n, tokens * D), n) for n, t in tensors.items()}
     before, reads = row_array(pos, B), row_array(lengths, B)
-    call = _Call(
-        B=B, T=T, H=H, D=D, N=N, Mf=Mf, Ms=Ms, chunk_memory=config.chunk_memory,
-        chunk_other=config.chunk_other, kept=chunks, threads=torch.get_num_threads(),
-        activation=ACTIVATION_CODES[config.activation], self_modifying=config.self_modifying,
-        objective_dot=config.objective == "dot",
-        softplus=config.eta_activation == "softplus", update=update, grad_scale=config.grad_scale,
-        eta_scale=config.eta_scale,
-        **{n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip",
-                "scalar_skip", "qk_l2norm")},
+    call = TitansCall(
+        B=B, T=T, H=H, kept=chunks, threads=torch.get_num_threads(), update=update, **settings(config),
         **pointers, pos=ctypes.addressof(before), len=ctypes.addressof(reads),
     )
     check_outcome(library().hope_titans_scan(ctypes.byref(call)), "titans")
     return o
+
+
+def memories(config: TitansConfig) -> tuple[int, int]:
+    """Memories with D outputs, and scalar ones."""
+    return (3, 1 + config.retention) if config.self_modifying else (1, 0)
+
+
+def settings(config: TitansConfig) -> dict[str, Any]:
+    """The fields of a ``TitansCall`` that every call of a layer has."""
+    Mf, Ms = memories(config)
+    return {
+        "D": config.head_dim, "N": config.hidden, "Mf": Mf, "Ms": Ms, "chunk_memory": config.chunk_memory,
+        "chunk_other": config.chunk_other, "activation": ACTIVATION_CODES[config.activation],
+        "self_modifying": config.self_modifying, "objective_dot": config.objective == "dot",
+        "softplus": config.eta_activation == "softplus", "grad_scale": config.grad_scale,
+        "eta_scale": config.eta_scale,
+    } | {n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip",
+            "scalar_skip", "qk_l2norm")}
 
 
 def _read_backward(

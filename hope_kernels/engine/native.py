@@ -1,0 +1,242 @@
+"""One token a row through a whole model in one call of C++ (csrc/cpu/token.cpp), for the decoder on a CPU.
+
+A call of PyTorch takes longer than the work of a step has to: here a step is handed nothing but addresses, which
+are looked up once and hold until something else has changed a tensor of the state or a weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backend import NO_GRADIENT, Request
+from ..config import CMSConfig, HopeConfig
+from ..layers.block import HopeBlock
+from ..layers.cms import ContinuumMemory
+from ..layers.cms_level import CMSLevel
+from ..layers.titans import SelfModifyingTitans
+from ..layers.wrapped import is_hooked, is_plain
+from ..model_state import ModelState
+from ..ops.cms import cpp as cms_cpp
+from ..ops.cms.level import Level
+from ..ops.cms.matrix import Matrix
+from ..ops.shared import cpu_library
+from ..ops.shared.cpu_library import POINTER, SIZE, Function, address
+from ..ops.titans import cpp as titans_cpp
+from ..ops.titans.cpp import TitansCall, settings
+from ..ops.titans.state import Layout, TitansState
+from .protocol import Model
+
+NOT_FINITE = 3  # csrc/cpu/token.cpp
+_STATE = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
+_PLAIN = (nn.Embedding, nn.RMSNorm, nn.Linear, nn.ModuleList, nn.ModuleDict, HopeBlock, ContinuumMemory, CMSLevel,
+          SelfModifyingTitans)
+
+
+class _Level(ctypes.Structure):
+    _fields_ = [("N", SIZE), *((n, POINTER) for n in ("gain", "up", "down"))]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((n, POINTER) for n in ("gain", "conv", "tail", "in_proj", "q_proj", "gate_proj", "out_proj", "out_gain")),
+        ("titans", TitansCall), ("packed", POINTER), ("levels", SIZE), ("level", ctypes.POINTER(_Level)),
+    ]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((n, SIZE) for n in ("B", "d", "W", "vocab", "blocks", "threads")), ("finite", ctypes.c_int32),
+        ("eps", ctypes.c_float), *((n, POINTER) for n in ("ids", "embed", "gain", "head")),
+        ("block", ctypes.POINTER(_Block)), ("logits", POINTER), ("work", POINTER),
+    ]
+
+
+_pack = Function("hope_token_pack", "Decoder", POINTER)
+_step = Function("hope_token_step", "Decoder", POINTER)
+
+
+def unserved(model: Model, backend: str | None) -> str | None:
+    """Why a step of ``model`` is not one call of C++, or None."""
+    if backend not in (None, "cpp"):
+        return f"backend is {backend!r}"
+    config, like = model.config, getattr(model.embed, "weight", None)
+    if not isinstance(like, Tensor) or model.parallel is not None:
+        return "its weights are not its own"
+    return (
+        cpu_library.unavailable() or _config_unserved(config) or _placement_unserved(config, like)
+        or _modules_unserved(model)
+    )
+
+
+def dense(levels: list[list[Level] | None]) -> bool:
+    """Whether every matrix of ``levels`` is written out, with no factors that wait."""
+    matrices = [m for of in levels for level in of or () for m in level.values()]
+    return all(not isinstance(m, Matrix) or m.left is None for m in matrices)
+
+
+def _config_unserved(config: HopeConfig) -> str | None:
+    titans = config.titans
+    if config.mixer != "self_modifying" or titans is None or not titans.self_modifying or titans.scalar_skip:
+        return "serves self-modifying memories without scalar_skip"
+    if config.post_norm or config.embed_scale != 1 or config.d_model % 8:
+        return "serves plain blocks, embeddings without a scale, and widths that are multiples of 8"
+    for cms in config.block_cms:
+        if cms is not None and (reason := _cms_unserved(cms)):
+            return reason
+    return None
+
+
+def _cms_unserved(cms: CMSConfig) -> str | None:
+    if cms.variant == "independent" or cms.norm != "rmsnorm" or cms.bias or cms.rank is not None:
+        return "serves CMS levels one behind another, with rmsnorm and full rank, without biases"
+    return None
+
+
+def _placement_unserved(config: HopeConfig, like: Tensor) -> str | None:
+    assert config.titans is not None
+    reason = titans_cpp.unserved(Request(config.titans, like.dtype, like.device, NO_GRADIENT))
+    for cms in config.block_cms:
+        reason = reason or (None if cms is None else cms_cpp.unserved(cms, like.dtype, like.device))
+    return reason
+
+
+def _modules_unserved(model: Any) -> str | None:
+    for name, module in model.named_modules():
+        if module is model:
+            continue
+        if type(module) not in _PLAIN or is_hooked(module) or type(module) is nn.Linear and not is_plain(module):
+            return f"{name}, a {type(module).__name__}, is wrapped, hooked or another module"
+        for p in module._parameters.values():
+            if p is not None and (type(p.data) is not Tensor or p.dtype != torch.float32 or not p.is_contiguous()):
+                return f"{name} has a weight that is no plain tensor of fp32"
+    return None
+
+
+class NativeStep:
+    """What a step of ``model`` reads and writes. levels: the CMS weights in force, as ``model.levels`` has them."""
+
+    def __init__(self, model: Any, state: ModelState, levels: list[list[Level] | None], tokens: Tensor):
+        """tokens: [B, 1] int64, where every step finds its tokens. Raises ValueError for tensors that the library
+        cannot read."""
+        config, B, d, V = model.config, state.batch, model.config.d_model, model.config.vocab_size
+        self.mark = state.fingerprint  # of the model's weights as they are now
+        self._held: list[Any] = [tokens, levels]  # whatever the library is handed the address of
+        self._pos = (ctypes.c_int64 * B)(*state.pos)
+        self._ones = (ctypes.c_int64 * B)(*[1] * B)
+        self._seen: list[tuple[TitansState, str, Tensor, int]] = []
+        self._counts = [m.count for m in state.mixers if isinstance(m, TitansState) and m.count is not None]
+        blocks = (_Block * len(model.blocks))()
+        for i, (block, mixer, of) in enumerate(zip(model.blocks, state.mixers, levels)):
+            assert isinstance(mixer, TitansState)
+            self._fill(blocks[i], block, mixer, of, B)
+        head = model.embed.weight if model.head is None else model.head.weight
+        self._call = _Call(
+            B=B, d=d, W=config.titans.conv_window or 0, vocab=V, blocks=len(blocks), threads=torch.get_num_threads(),
+            eps=config.norm_eps, ids=tokens.data_ptr(), embed=self._at(model.embed.weight, V * d),
+            gain=self._at(model.norm.weight, d), head=self._at(head, V * d),
+            block=ctypes.cast(blocks, ctypes.POINTER(_Block)),
+        )
+        self._shape, self._blocks = (B, 1, V), blocks
+        self._call.logits = self._new(B * V).data_ptr()
+        self._call.work = self._new(_floats("hope_token_work", self._call)).data_ptr()
+        _pack(ctypes.addressof(self._call))
+
+    def current(self, state: ModelState) -> bool:
+        """Whether nothing but this has changed what was packed, since."""
+        return self.mark is state.fingerprint and all(
+            [getattr(owner, name) is t and t._version == version for owner, name, t, version in self._seen]
+        )
+
+    def step(self, state: ModelState, finite: bool) -> Tensor | None:
+        """Reads the tokens: logits [B, 1, vocab_size]; the mixers' tensors are advanced in place. finite: None, and
+        nothing is advanced, where logits are not finite."""
+        logits = torch.empty(self._shape)
+        self._pos[:] = state.pos
+        self._call.logits, self._call.finite = logits.data_ptr(), finite
+        outcome = _step.bound()(ctypes.addressof(self._call))
+        if outcome == NOT_FINITE:
+            return None
+        cpu_library.check_outcome(outcome, "Decoder")
+        for count in self._counts:
+            count.add_(1)
+        return logits
+
+    def _new(self, floats: int) -> Tensor:
+        t = torch.empty(floats, dtype=torch.float32)
+        self._held.append(t)
+        return t
+
+    def _at(self, t: Tensor | None, count: int) -> int | None:
+        self._held.append(t)
+        return address(t, count)
+
+    def _fill(self, to: _Block, block: Any, state: TitansState, levels: list[Level] | None, B: int) -> None:
+        mixer, c, d = block.mixer, block.mixer.config, block.mixer.config.d_model
+        weights = {n: getattr(mixer, n) for n in ("in_proj", "q_proj", "gate_proj", "out_proj")}
+        for name, module in weights.items():
+            setattr(to, name, None if module is None else self._at(module.weight, d * d))
+        W = c.conv_window or 1
+        to.gain, to.out_gain = self._at(block.norm.weight, d), self._at(mixer.norm_gain, d)
+        to.conv, to.tail = self._at(mixer.conv, W * d), self._at(state.conv_tail, B * (W - 1) * d)
+        self._memories(to, mixer, state, B)
+        of = (_Level * len(levels or ()))()
+        for level, at in zip(levels or (), of):
+            at.N, at.gain = block.cms.config.hidden, self._at(level["norm_gain"], d)
+            at.up, at.down = (self._rows(level[n], at.N * d, B) for n in ("up", "down"))
+        self._held.append(of)
+        to.levels, to.level = len(of), ctypes.cast(of, ctypes.POINTER(_Level))
+
+    def _memories(self, to: _Block, mixer: SelfModifyingTitans, state: TitansState, B: int) -> None:
+        c, H, D = mixer.config, mixer.config.num_heads, mixer.config.head_dim
+        shapes = Layout.of(c).shapes(B, H)
+        slots = B * max(c.chunk_memory, c.chunk_other) * H
+        counts = [_size(s) for s in shapes] + [slots * D, slots * D, slots, slots]
+        where: dict[str, Any] = {}
+        for name, count in zip(_STATE, counts):
+            t = getattr(state, name)
+            where[name] = self._at(t, count)
+            if name.startswith("delta") or t is not None:
+                self._seen.append((state, name, t, t._version))
+        if state.conv_tail is not None:
+            self._seen.append((state, "conv_tail", state.conv_tail, state.conv_tail._version))
+        if c.retain_to == "init":
+            for name, t, count in zip(("base2", "base1", "base1s"), mixer.w_init, counts):
+                where[name] = self._at(t, count // B if B else 0)
+        where |= {"eta_bias": self._at(mixer.eta_bias, H), "alpha_bias": self._at(mixer.alpha_bias, H)}
+        to.titans = TitansCall(
+            B=B, T=1, H=H, threads=1, update=1, **settings(c), **where, pos=ctypes.addressof(self._pos),
+            len=ctypes.addressof(self._ones),
+        )
+        to.packed = self._new(_floats("hope_token_packed", to.titans)).data_ptr()
+
+    def _rows(self, W: Tensor | Matrix, count: int, B: int) -> int:
+        """The addresses of every row's own matrix."""
+        found = Matrix.of(W)
+        own = None if found.own is None else address(found.own, B * count)
+        shared: Any = None if found.shared is None else address(found.shared, count)
+        mine = found.rows or (False,) * B
+        rows = (ctypes.c_void_p * B)(*[own + 4 * count * b if own and mine[b] else shared for b in range(B)])
+        self._held.append(rows)
+        return ctypes.addressof(rows)
+
+
+def _floats(name: str, call: ctypes.Structure) -> int:
+    """What the library's function ``name`` says of a buffer's size. Raises ValueError."""
+    function = getattr(cpu_library.library(), name)
+    function.restype = SIZE
+    found = function(ctypes.byref(call))
+    if found < 0:
+        cpu_library.check_outcome(2, "Decoder")
+    return found
+
+
+def _size(shape: tuple[int, ...] | None) -> int:
+    n = 1
+    for extent in shape or (0,):
+        n *= extent
+    return n
+

@@ -1,0 +1,271 @@
+"""A token a row through a whole model in one call of C++ equals the model, whatever came before and whatever
+changes between two steps."""
+
+import ctypes
+
+import pytest
+import torch
+from numerics import relative
+from torch import nn
+
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+from hope_kernels.engine import native
+from hope_kernels.engine.decoder import Decoder
+from hope_kernels.engine.generation import generate
+from hope_kernels.ops.shared import cpu_library
+
+pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
+
+V = 40
+
+
+def small(d=16, heads=2, layers=2, chunks=(4, 16), titans=None, cms=None, **options) -> HopeForCausalLM:
+    torch.manual_seed(0)
+    titans = TitansConfig(d, heads, **{"chunk_memory": 4, "chunk_other": 4, **(titans or {})})
+    cms = {} if cms is None else cms
+    options.setdefault("cms", CMSConfig(d, chunks, **{"expansion": 2.0, "lr": 0.02, **cms}))
+    model = HopeForCausalLM(HopeConfig(V, d, layers, titans=titans, **options))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model.eval()
+
+
+CASES = {
+    "default": {},
+    "wide memories": {"titans": {"hidden_mult": 4, "activation": "gelu"}},
+    "48 outputs": {"d": 48, "heads": 1, "titans": {"activation": "silu"}},
+    "two clocks": {"titans": {"chunk_memory": 8, "chunk_other": 2}},
+    "no retention": {"titans": {"retention": False, "eta_activation": "softplus"}},
+    "from zero": {"titans": {"retain_to": "zero", "qk_l2norm": False, "dgd": False}},
+    "bare": {"titans": {"gate": False, "out_proj": False, "out_norm": False, "in_proj": False}},
+    "no convolution": {"titans": {"conv_window": None, "in_proj": True}},
+    "convolutions of one": {"titans": {"conv_window": 1, "objective": "dot"}},
+    "no CMS": {"cms": None},
+    "nested": {"cms": {"variant": "nested", "optimizer": "adam"}},
+    "a head of its own": {"tie_embeddings": False},
+    "one level": {"chunks": (8,), "cms": {"expansion": 4.0, "optimizer": "momentum"}},
+}
+
+
+def built(name: str) -> HopeForCausalLM:
+    options = dict(CASES[name])
+    if options.get("cms", {}) is None:
+        torch.manual_seed(0)
+        config = HopeConfig(V, 16, 2, titans=TitansConfig(16, 2, chunk_memory=4, chunk_other=4), cms=None)
+        return HopeForCausalLM(config).eval()
+    return small(**options)
+
+
+def ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, V, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def same(a, b, tolerance=2e-4) -> bool:
+    """Two states: every counter, and every tensor to rounding."""
+    if [list(x) for x in a._counters()] != [list(x) for x in b._counters()]:
+        return False
+    pairs = zip(a.tensors(), b.tensors(), strict=True)
+    return all(torch.equal(x, y) if not x.is_floating_point() else relative(x, y) < tolerance for x, y in pairs)
+
+
+def served(decoder: Decoder) -> bool:
+    return decoder._native is not None
+
+
+@pytest.mark.parametrize("learn", ["off", "next_token"])
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_equals_the_model(name, learn):
+    model, text = built(name), ids(3, 45)
+    state, plain = model.init_state(3), model.init_state(3)
+    for s in (state, plain):
+        model(text[:, :11], s, [11, 6, 0], learn=learn)
+    decoder = Decoder(model, state, learn)
+    for t in range(11, 45):
+        token = text[:, t : t + 1]
+        assert relative(decoder.step(token), model(token, plain, learn=learn)[0]) < 1e-4, t
+        assert same(state, plain), t
+    assert served(decoder)
+    state.validate("test", values=True)
+
+
+@torch.no_grad()
+def test_memories_have_the_bits_of_a_scan():
+    """Where what is around the memories rounds nothing: unit projections, and embeddings of plus and minus one,
+    whose norm is one."""
+    model = small(layers=1, cms=None, titans={"conv_window": None, "gate": False, "out_proj": False, "in_proj": False},
+                  norm_eps=1e-12)
+    model.embed.weight.copy_(torch.where(model.embed.weight > 0, 1.0, -1.0))
+    model.blocks[0].mixer.q_proj.weight.copy_(torch.eye(16))
+    text, state = ids(2, 50), model.init_state(2)
+    decoder = Decoder(model, state)
+    for t in range(50):
+        decoder.step(text[:, t : t + 1])
+    _, whole = model(text)
+    assert served(decoder) and float(state.mixers[0].delta2.abs().max()) > 0.01
+    for a, b in zip(state.mixers[0].tensors(), whole.mixers[0].tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_rows_and_threads_do_not_change_a_bit():
+    model, text = small(d=256, heads=4, chunks=(8,)), ids(24, 20, 3)
+    found = []
+    for threads, rows in ((1, slice(None)), (2, slice(None)), (1, slice(5, 6))):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            state = model.init_state(len(text[rows]))
+            decoder = Decoder(model, state)
+            logits = torch.cat([decoder.step(text[rows, t : t + 1]) for t in range(20)], 1)
+        finally:
+            torch.set_num_threads(before)
+        found.append((logits, state.mixers[1].delta2))
+    (a, x), (b, y), (c, z) = found
+    assert torch.equal(a, b) and torch.equal(x, y) and torch.equal(a[5:6], c) and torch.equal(x[5:6], z)
+
+
+def changes():
+    def weights(model, *_):
+        model.blocks[1].mixer.q_proj.weight.mul_(0.5)
+
+    def memory(model, *_):
+        model.blocks[0].mixer.w2.mul_(0.9)
+
+    def parameter(model, *_):
+        model.blocks[0].cms.levels[1]["up"] = nn.Parameter(torch.randn(32, 16))
+
+    def module(model, *_):
+        model.blocks[1].mixer.out_proj = nn.Linear(16, 16, bias=False)
+
+    def state(model, *states):
+        for s in states:
+            s.mixers[0].delta1.mul_(0.5)
+
+    def another_call(model, *states):
+        for s in states:
+            model(ids(2, 7, 9), s)
+
+    def forget(model, *states):
+        for s in states:
+            s.mixers[1].delta2 = torch.zeros_like(s.mixers[1].delta2)
+
+    return [weights, memory, parameter, module, state, another_call, forget]
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_what_changes_between_two_steps_is_seen(change):
+    model, text = small(), ids(2, 20)
+    state = model.init_state(2)
+    decoder, plain = Decoder(model, state), model.init_state(2)
+    for t in range(20):
+        if t == 9:
+            change(model, state, plain)
+        token = text[:, t : t + 1]
+        assert relative(decoder.step(token), model(token, plain)[0]) < 1e-4, t
+    assert served(decoder) and same(state, plain)
+
+
+@torch.no_grad()
+def test_a_step_that_fails_reads_nothing():
+    model, text = small(), ids(2, 12)
+    state = model.init_state(2)
+    decoder = Decoder(model, state, "next_token")
+    for t in range(7):  # the next token closes a chunk, and a segment
+        decoder.step(text[:, t : t + 1], check_finite=True)
+    before, good = state.clone(), model.norm.weight.clone()
+    model.norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="non-finite logits .* has not been read"):
+        decoder.step(text[:, 7:8], check_finite=True)
+    assert same(state, before, 1e-12)
+    assert not torch.isfinite(decoder.step(text[:, 7:8])).all()  # nobody has asked
+    model.norm.weight.copy_(good)
+    state = before.clone()
+    decoder = Decoder(model, state, "next_token")
+    for t in range(7, 12):
+        token = text[:, t : t + 1]
+        assert relative(decoder.step(token, check_finite=True), model(token, before, learn="next_token")[0]) < 1e-4
+
+
+@pytest.mark.parametrize("learn", ["off", "next_token"])
+@pytest.mark.parametrize("how", [
+    {}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.0, "top_k": 5, "stop": [[7], [3]]}
+])
+def test_generation_is_what_it_is_without(how, learn, monkeypatch):
+    model, prompt = small(), ids(3, 21, 5)
+    found = []
+    for reason in (None, "no"):
+        if reason:
+            monkeypatch.setattr(native, "unserved", lambda *_, reason=reason: reason)
+        out = generate(model, prompt, 30, lengths=[21, 9, 1], learn=learn, **how)
+        more = generate(model, None, 12, out.state, learn=learn, **how)
+        found.append((out, more))
+    (a, b), (c, d) = found
+    assert torch.equal(a.tokens, c.tokens) and a.lengths == c.lengths
+    assert torch.equal(b.tokens, d.tokens) and same(b.state, d.state)
+
+
+def test_what_is_not_served_is_named():
+    model = small()
+    assert native.unserved(model, None) is None and native.unserved(model, "cpp") is None
+    assert "chunked" in native.unserved(model, "chunked")
+    assert "float64" in native.unserved(small().double(), None)
+    assert "rank" in native.unserved(small(cms={"rank": 2, "optimizer": "adam"}), None)
+    assert "geglu" in native.unserved(small(cms={"mlp": "geglu"}), None)
+    assert "scalar_skip" in native.unserved(small(titans={"scalar_skip": True}), None)
+    assert "momentum" in native.unserved(small(titans={"momentum": 0.9}), None)
+    hooked = small()
+    hooked.blocks[1].cms.register_forward_hook(lambda *_: None)
+    assert "blocks.1.cms" in native.unserved(hooked, None)
+    adapted = small()
+    nn.utils.parametrizations.weight_norm(adapted.blocks[0].mixer.out_proj)
+    assert "out_proj" in native.unserved(adapted, None)
+    replaced = small()
+    replaced.blocks[0].mixer.gate_proj = nn.Linear(16, 16)  # with a bias
+    assert "gate_proj" in native.unserved(replaced, None)
+
+
+@torch.no_grad()
+def test_factors_that_wait_are_read_by_pytorch():
+    model, text = small(cms={"optimizer": "gd"}), ids(2, 30)
+    for block in model.blocks:
+        block.cms.pending = 8
+    state, plain = model.init_state(2), model.init_state(2)
+    decoder, ways = Decoder(model, state, "next_token"), set()
+    for t in range(30):
+        token = text[:, t : t + 1]
+        assert relative(decoder.step(token), model(token, plain, learn="next_token")[0]) < 1e-4, t
+        ways.add(served(decoder))
+    assert ways == {True, False} and same(state, plain)
+
+
+@torch.no_grad()
+def test_the_library_refuses_what_does_not_fit():
+    model = small()
+    state = model.init_state(2)
+    decoder = Decoder(model, state)
+    decoder.step(ids(2, 1))
+    call, before = decoder._native._call, state.clone()
+    step = cpu_library.library().hope_token_step
+    bad = {
+        "B": (-1, 2**62), "d": (0, 12, -8, 2**62), "W": (-1, 2**62), "vocab": (0, -1, 2**62), "blocks": (-1,),
+        "threads": (0, -1, 2**62), "ids": (None,), "embed": (None,), "gain": (None,), "head": (None,),
+        "logits": (None,), "work": (None,),
+    }
+    for name, values in bad.items():
+        for value in values:
+            wrong = type(call).from_buffer_copy(call)
+            setattr(wrong, name, value)
+            assert step(ctypes.byref(wrong)) == 2, (name, value)
+    for name, values in {"H": (0, 3), "D": (12,), "N": (0, 4), "Mf": (2,), "chunk_memory": (0, 3), "delta2": (None,),
+                         "pos": (None,), "activation": (9,), "base1": (None,), "alpha_bias": (None,)}.items():
+        for value in values:
+            blocks = type(call.block.contents) * 2
+            copied = blocks.from_buffer_copy(ctypes.cast(call.block, ctypes.POINTER(blocks)).contents)
+            setattr(copied[1].titans, name, value)
+            wrong = type(call).from_buffer_copy(call)
+            wrong.block = ctypes.cast(copied, type(call.block))
+            assert step(ctypes.byref(wrong)) == 2, (name, value)
+    assert step(None) == 2 and same(state, before, 1e-12)
