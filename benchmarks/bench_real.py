@@ -35,8 +35,9 @@ RESULT = os.path.join(os.path.dirname(__file__), "results", "real.json")
 # not in WikiText; how they are replayed
 NEEDLES = (
     (32, 20_480, 37, 12, {}),
+    (32, 20_480, 61, 12, {}, ("KJV", "Python", 1)),  # what nothing was tried on before
     (16, 10_240, 25, 24, {}),
-    (16, 10_240, 25, 24, {}, ("KJV", "Python", 1)),  # what nothing was tried on before
+    (16, 10_240, 25, 24, {}, ("KJV", "Python", 1)),
     (16, 10_240, 37, 36, {}, ("KJV", "Python", 1)),
     (16, 10_240, 25, 24, {"rank": 16}),
     (16, 10_240, 25, 24, {"optimizer": "gd", "lr": None, "relative": None}),

@@ -29,27 +29,27 @@ inline void store_lanes(const float* panel, float* rows, int64_t ld, int64_t D, 
 }
 
 // Rows r .. r + MR - 1 of a tile's accumulators: stored to a panel, or with a panel's rows added to them, or
-// multiplied into them. Two vectors a row, or one where only half a panel is in use.
-template <int MR, int NV>
-HK_INLINE void store_rows(float* p, int64_t r, const f8 (&acc)[MR][NV]) {
+// multiplied into them. The vectors of a row that the tile has: all of a panel's tokens, or the first half.
+template <class V, int MR, int NV>
+HK_INLINE void store_rows(float* p, int64_t r, const V (&acc)[MR][NV]) {
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) store(p + (r + i) * PANEL + 8 * v, acc[i][v]);
+    for (int v = 0; v < NV; v++) store(p + (r + i) * PANEL + LANES<V> * v, acc[i][v]);
 }
 
-template <int MR, int NV>
-HK_INLINE void add_rows(f8 (&acc)[MR][NV], const float* panel, int64_t r) {
+template <class V, int MR, int NV>
+HK_INLINE void add_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] + load(panel + (r + i) * PANEL + 8 * v);
+    for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] + load_as<V>(panel + (r + i) * PANEL + LANES<V> * v);
 }
 
-template <int MR, int NV>
-HK_INLINE void multiply_rows(f8 (&acc)[MR][NV], const float* panel, int64_t r) {
+template <class V, int MR, int NV>
+HK_INLINE void multiply_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] * load(panel + (r + i) * PANEL + 8 * v);
+    for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] * load_as<V>(panel + (r + i) * PANEL + LANES<V> * v);
 }

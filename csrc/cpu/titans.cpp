@@ -17,51 +17,13 @@
 // base as well. The weights stream from L2 or L3 once per product; a tile reuses each for 16 tokens, so
 // that the FMA units are the limit.
 
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <new>
-#include <vector>
 
 #include "check.h"
-#include "titans_scan.h"
+#include "titans_heads.h"
+#include "width.h"
 
 namespace {
-
-void scan(const TitansCall& c, const Workspace& work, const Team& team, float* mine, int64_t b, int64_t h) {
-  Scan s(c, work, team, mine);
-  switch (c.activation) {
-    case GELU: return s.run<GELU>(b, h);
-    case SILU: return s.run<SILU>(b, h);
-    default: return s.run<GELU_TANH>(b, h);
-  }
-}
-
-void all_heads(const TitansCall& c) {
-  const int64_t groups = c.B * c.H;
-  Workspace sizes;
-  const int64_t floats = sizes.carve(c, nullptr);
-  const int threads = static_cast<int>(c.threads);
-  const bool together = groups < threads;  // all threads on one (row, head), or one on each
-  const int works = together ? 1 : threads;
-  Memory memory(floats > MOST_FLOATS ? floats : floats * works);
-  std::vector<Workspace> work(works);
-  for (int i = 0; i < works; i++) work[i].carve(c, memory.data + i * floats);
-  // every thread's own floats are asked for here, since an exception must not leave the parallel region;
-  // pages come as they are touched
-  const int64_t own = Head::own_floats(c);
-  const std::unique_ptr<float, void (*)(void*)> mine(
-      static_cast<float*>(std::calloc(own * threads, sizeof(float))), std::free);
-  if (!mine) throw std::bad_alloc();
-  Barrier barrier;
-  in_parallel(threads, [&](int id, int n) {
-    const FlushDenormals guard;
-    const Team team = together ? Team{id, n, &barrier} : Team{0, 1, nullptr};
-    for (int64_t i = together ? 0 : id; i < groups; i += together ? 1 : n) {
-      scan(c, work[together ? 0 : id], team, mine.get() + id * own, i / c.H, i % c.H);
-    }
-  });
-}
 
 bool sizes_fit(const TitansCall& c) {
   const int64_t big = std::max(c.chunk_memory, c.chunk_other);
@@ -98,7 +60,7 @@ extern "C" int hope_titans_scan(const TitansCall* call) {
   if (call->B * call->T == 0) return DONE;
   if (!pointers_fit(*call)) return BAD_ARGUMENT;
   try {
-    all_heads(*call);
+    wide() ? avx512::all_heads(*call) : all_heads(*call);
     return DONE;
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;

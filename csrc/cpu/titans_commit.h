@@ -137,10 +137,16 @@ class Commit {
     for (int64_t p = 0; p < P; p++)
       panel_product(own.begin, own.end, D, k_rows, D, 1, w.k + p * D * PANEL, half(p),
                     [&](int64_t i, auto& acc) {
-                      for (size_t j = 0; j < sizeof(acc) / sizeof(acc[0]); j++)
-                        for (size_t v = 0; v < sizeof(acc[0]) / sizeof(f8); v++)
-                          store(w.gram + (i + j) * ld + p * PANEL + 8 * v, acc[j][v]);
+                      store_tile(w.gram + i * ld + p * PANEL, ld, acc);
                     });
+  }
+
+  template <class V, int MR, int NV>
+  static HK_INLINE void store_tile(float* to, int64_t step, const V (&acc)[MR][NV]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) store(to + i * step + LANES<V> * v, acc[i][v]);
   }
 
   // By back substitution, this thread's columns.
@@ -214,13 +220,13 @@ class Commit {
   }
 
   // acc = scale (acc - v)
-  template <int MR, int NV>
-  static HK_INLINE void scaled_difference(f8 (&acc)[MR][NV], const float* panel, int64_t r, float scale) {
+  template <class V, int MR, int NV>
+  static HK_INLINE void scaled_difference(V (&acc)[MR][NV], const float* panel, int64_t r, float scale) {
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v++)
-        acc[i][v] = (acc[i][v] - load(panel + (r + i) * PANEL + 8 * v)) * all(scale);
+        acc[i][v] = (acc[i][v] - load_as<V>(panel + (r + i) * PANEL + LANES<V> * v)) * all_as<V>(scale);
   }
 
   void scalar_error(int64_t s, int64_t p) {
@@ -399,17 +405,17 @@ class Commit {
   }
 
   // delta <- decay delta - acc, w <- base + delta, for a tile whose first element is at `at`
-  template <int MR, int NV>
+  template <class V, int MR, int NV>
   static HK_INLINE void advance(
-      float* delta, const float* base, float* to, float decay, int64_t at, int64_t step, f8 (&acc)[MR][NV]) {
+      float* delta, const float* base, float* to, float decay, int64_t at, int64_t step, V (&acc)[MR][NV]) {
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v++) {
-        const int64_t j = at + i * step + 8 * v;
-        f8 x = _mm256_fmsub_ps(all(decay), load(delta + j), acc[i][v]);
+        const int64_t j = at + i * step + LANES<V> * v;
+        const V x = fms(all_as<V>(decay), load_as<V>(delta + j), acc[i][v]);
         store(delta + j, x);
-        if (base) store(to + j, x + load(base + j));
+        if (base) store(to + j, x + load_as<V>(base + j));
       }
   }
 };

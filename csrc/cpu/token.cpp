@@ -12,9 +12,10 @@
 #include <new>
 
 #include "check.h"
-#include "titans_scan.h"
+#include "titans_heads.h"
 #include "titans_token.h"
 #include "token.h"
+#include "width.h"
 
 namespace {
 
@@ -117,7 +118,7 @@ class Step {
       const TitansCall& t = block.titans;
       for (int64_t g = team.id; g < B * t.H; g += team.size)
         if (closes(t, g / t.H)) {
-          commit(t, g / t.H, g % t.H, scratch, own);
+          (wide() ? avx512::commit_open : commit_open)(t, g / t.H, g % t.H, slot(t, g / t.H) + 1, scratch, own);
           pack(t, g / t.H, g % t.H, block.packed + g * packed_floats(t));
         }
       const int64_t n = (c.W - 1) * d;
@@ -240,20 +241,6 @@ class Step {
     }
     const float* gain = block.out_gain ? block.out_gain + g % t.H * t.D : nullptr;
     gate_row(to.o, gain, block.gate_proj ? w.gate + g * t.D : nullptr, t.D, to.o);
-  }
-
-  static void commit(const TitansCall& t, int64_t b, int64_t h, float* scratch, float* own) {
-    const FlushDenormals flush;
-    Workspace work;
-    work.carve(t, scratch);
-    const Team alone{0, 1, nullptr};
-    Scan scan(t, work, alone, own);
-    const int64_t end = slot(t, b) + 1;
-    switch (t.activation) {
-      case GELU: return scan.commit_open<GELU>(b, h, end);
-      case SILU: return scan.commit_open<SILU>(b, h, end);
-      default: return scan.commit_open<GELU_TANH>(b, h, end);
-    }
   }
 
   void level(const TokenLevel& level) const {

@@ -1,4 +1,4 @@
-// Eight floats at a time (AVX2 + FMA), and the activations on them.
+// Eight floats at a time (AVX2 + FMA), and the activations on them; with HOPE_WIDE also sixteen (AVX-512), for products.
 #pragma once
 #include <immintrin.h>
 
@@ -12,6 +12,23 @@ HK_INLINE void store(float* p, f8 x) { _mm256_storeu_ps(p, x); }
 HK_INLINE f8 fma(f8 a, f8 b, f8 c) { return _mm256_fmadd_ps(a, b, c); }    // a b + c
 HK_INLINE f8 fnma(f8 a, f8 b, f8 c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
 HK_INLINE f8 abs(f8 x) { return _mm256_andnot_ps(all(-0.0f), x); }
+
+HK_INLINE f8 fms(f8 a, f8 b, f8 c) { return _mm256_fmsub_ps(a, b, c); }    // a b - c
+
+// The same for a vector type V: a value is the same chain of operations in a vector of any width.
+template <class V> constexpr int LANES = sizeof(V) / sizeof(float);
+template <class V> V load_as(const float* p);
+template <class V> V all_as(float x);
+template <> HK_INLINE f8 load_as<f8>(const float* p) { return load(p); }
+template <> HK_INLINE f8 all_as<f8>(float x) { return all(x); }
+#ifdef HOPE_WIDE
+using f16 = __m512;
+template <> HK_INLINE f16 load_as<f16>(const float* p) { return _mm512_loadu_ps(p); }
+template <> HK_INLINE f16 all_as<f16>(float x) { return _mm512_set1_ps(x); }
+HK_INLINE void store(float* p, f16 x) { _mm512_storeu_ps(p, x); }
+HK_INLINE f16 fma(f16 a, f16 b, f16 c) { return _mm512_fmadd_ps(a, b, c); }
+HK_INLINE f16 fms(f16 a, f16 b, f16 c) { return _mm512_fmsub_ps(a, b, c); }
+#endif
 
 // The sum of the eight.
 HK_INLINE float total(f8 x) {

@@ -1,0 +1,58 @@
+// All heads of a call, and one chunk of one head: what is compiled for each width of vectors (width.h).
+#pragma once
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "titans_scan.h"
+
+inline void scan(const TitansCall& c, const Workspace& work, const Team& team, float* mine, int64_t b, int64_t h) {
+  Scan s(c, work, team, mine);
+  switch (c.activation) {
+    case GELU: return s.run<GELU>(b, h);
+    case SILU: return s.run<SILU>(b, h);
+    default: return s.run<GELU_TANH>(b, h);
+  }
+}
+
+inline void all_heads(const TitansCall& c) {
+  const int64_t groups = c.B * c.H;
+  Workspace sizes;
+  const int64_t floats = sizes.carve(c, nullptr);
+  const int threads = static_cast<int>(c.threads);
+  const bool together = groups < threads;  // all threads on one (row, head), or one on each
+  const int works = together ? 1 : threads;
+  Memory memory(floats > MOST_FLOATS ? floats : floats * works);
+  std::vector<Workspace> work(works);
+  for (int i = 0; i < works; i++) work[i].carve(c, memory.data + i * floats);
+  // every thread's own floats are asked for here, since an exception must not leave the parallel region;
+  // pages come as they are touched
+  const int64_t own = Head::own_floats(c);
+  const std::unique_ptr<float, void (*)(void*)> mine(
+      static_cast<float*>(std::calloc(own * threads, sizeof(float))), std::free);
+  if (!mine) throw std::bad_alloc();
+  Barrier barrier;
+  in_parallel(threads, [&](int id, int n) {
+    const FlushDenormals guard;
+    const Team team = together ? Team{id, n, &barrier} : Team{0, 1, nullptr};
+    for (int64_t i = together ? 0 : id; i < groups; i += together ? 1 : n) {
+      scan(c, work[together ? 0 : id], team, mine.get() + id * own, i / c.H, i % c.H);
+    }
+  });
+}
+
+// Commits what is due with the open chunk of `end` tokens of head h of row b. scratch: what Workspace::carve asks
+// for; own: Head::own_floats.
+inline void commit_open(const TitansCall& c, int64_t b, int64_t h, int64_t end, float* scratch, float* own) {
+  const FlushDenormals flush;
+  Workspace work;
+  work.carve(c, scratch);
+  const Team alone{0, 1, nullptr};
+  Scan scan(c, work, alone, own);
+  switch (c.activation) {
+    case GELU: return scan.commit_open<GELU>(b, h, end);
+    case SILU: return scan.commit_open<SILU>(b, h, end);
+    default: return scan.commit_open<GELU_TANH>(b, h, end);
+  }
+}
