@@ -13,7 +13,7 @@ mkdir -p build/sanitized
 case "$1" in
 races)
   # OpenMP's own threads are not instrumented: a call starts threads of the standard library instead
-  "$compiler" "${flags[@]}" -DHOPE_STD_THREADS -fsanitize=thread tests/csrc/races.cpp csrc/cpu/{titans,token}.cpp -pthread \
+  "$compiler" "${flags[@]}" -DHOPE_STD_THREADS -fsanitize=thread tests/csrc/races.cpp csrc/cpu/{titans*,token,width}.cpp -pthread \
     -o build/sanitized/races
   build/sanitized/races
   ;;
@@ -22,7 +22,7 @@ memory | files)
   "$compiler" "${flags[@]}" -fopenmp -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all \
     csrc/cpu/*.cpp -o "$library"
   tests=(tests/ops/titans/test_cpp{,_backward}.py tests/ops/cms/test_cpp{,_step}.py tests/layers/test_titans_cpp.py
-    tests/engine/test_native.py tests/csrc/test_native_arguments.py)
+    tests/engine/test_native.py tests/csrc/test_native_arguments.py tests/csrc/test_width.py)
   if [ "$1" = files ]; then tests=(tests/state/test_files.py -m slow); fi
   # Python and PyTorch leak by design, and are not instrumented themselves
   LD_PRELOAD=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so) \
