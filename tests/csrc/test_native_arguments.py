@@ -99,7 +99,8 @@ FUNCTIONS = {
     "conv": conv_cpp._forward, "conv_backward": conv_cpp._backward, "unit": unit_cpp._forward,
     "unit_backward": unit_cpp._backward, "output_gate": gate_cpp._forward,
     "output_gate_backward": gate_cpp._backward, "cms_gelu": cms._gelu_forward,
-    "cms_norm_backward": cms._norm_backward, "cms_step": cms_step._step, "cms_step_bf16": cms_step._step_bf16,
+    "cms_norm": cms._norm_forward, "cms_norm_backward": cms._norm_backward, "cms_step": cms_step._step,
+    "cms_step_bf16": cms_step._step_bf16,
 }
 
 
@@ -114,6 +115,7 @@ FUNCTIONS = {
     ("output_gate_backward", (5, 2, 16, 1, 1, 1, 1, 1, 1, 1),
         [(-1,), (5, -2), (5, 2, 12), (5, 2, 16, 0), (FAR, FAR)]),
     ("cms_gelu", (16, 1, 1, 1, 1), [(-8,), (12,), (16, 0), (FAR,)]),
+    ("cms_norm", (5, 16, 1, 1e-6, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
     ("cms_norm_backward", (5, 16, 1, 1e-6, 1, 1, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
     ("cms_step", (9, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1), [(-1,), (FAR,), (9, 0), (9, 1, 3), (9, 1, -1)]),
     ("cms_step_bf16", (3, 5, 7, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1, 1),

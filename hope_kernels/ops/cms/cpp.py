@@ -23,6 +23,7 @@ from .matrix import times, times_transposed
 __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "unserved"]
 
 _gelu_forward = Function("hope_cms_gelu", "cms gelu", *[SIZE] * 2, *[POINTER] * 3)
+_norm_forward = Function("hope_cms_norm", "cms norm", *[SIZE] * 3, REAL, *[POINTER] * 3)
 _norm_backward = Function("hope_cms_norm_backward", "cms norm_backward", *[SIZE] * 3, REAL, *[POINTER] * 5)
 
 
@@ -54,11 +55,10 @@ def level_forward(
     x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool
 ) -> tuple[Tensor, Saved | None]:
     """``level.level_forward``."""
-    width = (x.shape[-1],)
     if config.norm == "rmsnorm":
-        n = F.rms_norm(x, width, level["norm_gain"], eps)
+        n = _norm(x.contiguous(), level["norm_gain"].contiguous(), eps)
     else:
-        n = F.layer_norm(x, width, level["norm_gain"], level.get("norm_bias"), eps)
+        n = F.layer_norm(x, x.shape[-1:], level["norm_gain"], level.get("norm_bias"), eps)
     z = times_transposed(n, level["up"], level.get("up_bias")).contiguous()
     a, slope = torch.empty_like(z), torch.empty_like(z) if keep else None
     _gelu(z, a, slope)
@@ -84,6 +84,13 @@ def level_backward(
     tensors = ((x, every), (gain, d), (dn, every), (given, every), (dx, every))
     _norm_backward(every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))
     return dx, factors
+
+
+def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    n, every, d = torch.empty_like(x), x.numel(), x.shape[-1]
+    tensors = ((x, every), (gain, d), (n, every))
+    _norm_forward(every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))
+    return n
 
 
 def _gelu(z: Tensor, a: Tensor, slope: Tensor | None) -> None:
