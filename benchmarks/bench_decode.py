@@ -5,20 +5,24 @@ beside it in calls of PyTorch, in the same rounds.
 
 Times are those of the whole loop: the step, the draw, stops, and with learning on the segments learned on the way.
 What reading the prompt takes is not in them: a round is the difference of two runs of different length.
-``step`` is the call of C++ alone.
+``step`` is the call of C++ alone. Where the wheels xllamacpp and gguf are installed, llama.cpp writes as many tokens
+with a random Llama of as many weights, in the same rounds, by its own clock.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks import llama_cpp
 from benchmarks.machine import machine, write_json
 from benchmarks.measure import ROOT
 from benchmarks.sources import mark
@@ -72,6 +76,15 @@ def step_alone(model: HopeForCausalLM, ids: Tensor, steps: int = 64) -> float:
     return (time.perf_counter() - began) / steps * 1e6
 
 
+def _llama(model: HopeForCausalLM, weights: int, threads: int) -> llama_cpp.Llama:
+    c = model.config
+    assert c.titans is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.gguf"
+        llama_cpp.write(path, weights, c.d_model, c.titans.num_heads, c.num_layers)
+        return llama_cpp.Llama(path, threads)
+
+
 def summary(values: list[float]) -> dict:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
@@ -86,22 +99,27 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     model = HopeForCausalLM.from_pretrained("kjv-byte")
     weights = sum(p.numel() for p in model.parameters())
+    peer = None if llama_cpp.absent() else _llama(model, weights, args.threads)
     cases = []
     for B, learn, how in CASES:
         ids, given = prompts(B), {"learn": learn, **HOW[how]}
         with in_pytorch():
             want = model.generate(ids, 40, **given).tokens
         same = bool((model.generate(ids, 40, **given).tokens == want).all())
-        ours, theirs, alone = [], [], []
+        ours, theirs, alone, llama = [], [], [], []
         for _ in range(args.rounds):
             ours.append(per_token(model, ids, args.tokens, **given))
             alone.append(step_alone(model, ids))
             with in_pytorch():
                 theirs.append(per_token(model, ids, args.tokens, **given))
+            if peer is not None and (B, learn, how) == CASES[0]:
+                llama.append(peer.per_token(ids[0].tolist(), args.tokens))
         case = {
             "B": B, "learn": learn, "how": how, "same tokens": same, "us": summary(ours), "step": summary(alone),
             "pytorch": summary(theirs), "ratio": summary([b / a for a, b in zip(ours, theirs)]),
         }
+        if llama:
+            case["llama.cpp"] = summary(llama)
         cases.append(case)
         print(f"B {B} {learn} {how}: {case['us']['median']:.0f} us a step ({case['step']['median']:.0f} in C++), "
               f"in PyTorch {case['pytorch']['median']:.0f}: {case['ratio']['median']:.1f}x", flush=True)

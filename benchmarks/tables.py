@@ -87,9 +87,11 @@ def decode(run: dict) -> str:
     head = "rows | learn | tokens | a step, us | of it C++ | a step in PyTorch, us | ratio"
     same = "the same tokens" if all(c["same tokens"] for c in data["cases"]) else "**not always the same tokens**"
     threads = WORDS.get(data["machine"]["threads"], "several threads")
+    llama = next((f" llama.cpp, of a random Llama of as many weights in fp32, one row, by its server's clock: "
+                  f"{spread(c['llama.cpp'])} us." for c in data["cases"] if "llama.cpp" in c), "")
     return (f"{markdown(head, rows)}\n\n`generate` with the bundled model ({data['weights'] / 1e6:.1f} M weights, "
             f"fp32), {threads}; both ways write {same}. Medians of {data['rounds']} rounds (least to most) that "
-            f"take turns. {source('bench_decode', 'decode')}")
+            f"take turns.{llama} {source('bench_decode', 'decode')}")
 
 
 def learning(run: dict) -> str:
