@@ -41,7 +41,33 @@ class Checksum:
         return self._text
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[int, list[Tensor], list[int], Checksum]] = WeakKeyDictionary()
+class _Known:
+    """The checksum of a module's tensors ``held``, and what says that nothing has changed since: steps of optimizers,
+    which modules, parameters and buffers there are, and the tensors' versions and addresses. Every token that is
+    read alone asks, so looking takes a few microseconds."""
+
+    def __init__(self, module: nn.Module, held: list[Tensor], found: Checksum):
+        self.steps, self.held, self.found = _steps, held, found
+        self.tables: list[dict] = [t for m in module.modules() for t in (m._parameters, m._buffers, m._modules)]
+        self.versioned = not any(t.is_inference() for t in held)  # others have no version counter
+        self.entries, self.marks = self._entries(), self._marks()
+
+    def holds(self) -> bool:
+        entries = self._entries()
+        return (self.steps == _steps and len(entries) == len(self.entries)
+                and all(map(operator.is_, entries, self.entries)) and self._marks() == self.marks)
+
+    def _entries(self) -> list:
+        return [value for table in self.tables for value in table.values()]
+
+    def _marks(self) -> list[int]:
+        versions = [t._version for t in self.held] if self.versioned else [
+            -1 if t.is_inference() else t._version for t in self.held
+        ]
+        return versions + [t.data_ptr() for t in self.held]
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 _whole: WeakKeyDictionary[nn.Module, Callable[[bool], Checksum | None]] = WeakKeyDictionary()
 _steps = 0  # of all optimizers of the process
 
@@ -86,23 +112,16 @@ def checksum(module: nn.Module, anew: bool = False) -> Checksum | None:
         return None
     if module in _whole:
         return _whole[module](anew)
+    known = None if anew else _known.get(module)
+    if known is not None and known.holds():
+        return known.found
     held: list[Tensor] = []
     collect(module, held)
-    steps, before, marks, known = _known.get(module, (-1, [], [], None))
-    # every token that is read alone comes by here: nothing is built that is not needed
-    same = not anew and steps == _steps and len(before) == len(held) and all(map(operator.is_, before, held))
-    if same and _marks(held) == marks:
-        return known
     if not all(type(t.data) is Tensor and t.layout == torch.strided and t.device.type != "meta" for t in held):
         return None
     found = checksum_of(held)
-    _known[module] = (_steps, held, _marks(held), found)
+    _known[module] = _Known(module, held, found)
     return found
-
-
-def _marks(held: list[Tensor]) -> list[int]:
-    """What changes when one of ``held`` is written, or gets other memory."""
-    return [*[-1 if t.is_inference() else t._version for t in held], *[t.data_ptr() for t in held]]
 
 
 def matches(module: nn.Module, mark: Checksum | str) -> tuple[bool, str]:
@@ -124,8 +143,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def collect(module: nn.Module, found: list[Tensor]) -> None:
-    """As ``state_dict`` orders them; a walk of a few microseconds, since every token that is read alone pays
-    for it."""
+    """The parameters and persistent buffers of ``module``, as ``state_dict`` orders them."""
     for p in module._parameters.values():
         if p is not None:
             found.append(p)

@@ -4,6 +4,7 @@ a text."""
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -27,14 +28,15 @@ def draw(
     drawn; tokens at +inf share everything.
     Raises ValueError for a row with NaN or with all tokens at -inf.
     """
-    top = logits.amax(-1, keepdim=True)  # NaN where a row has one
-    bad = (top.isnan() | (top == -torch.inf)).flatten().tolist()
+    likeliest = logits.argmax(-1)
+    top = logits.gather(-1, likeliest.unsqueeze(-1))  # NaN where a row has one
+    bad = [math.isnan(value) or value == -math.inf for value in top.flatten().tolist()]
     if any(bad):
         raise ValueError(
             f"generate: the logits of row {bad.index(True)} are no distribution (NaN, or -inf everywhere)"
         )
     if temperature == 0:
-        return logits.argmax(-1)
+        return likeliest
     # on the CPU sums have one order, so that a session draws the same text again
     values, top = logits.to("cpu", torch.float64), top.to("cpu", torch.float64)
     scaled = (values - top) / temperature
