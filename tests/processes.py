@@ -15,6 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 
+import quick_interpreter
 import torch
 import torch.distributed as dist
 
@@ -36,6 +37,8 @@ def report(file: str, world: int) -> dict:
 def main(measure: Callable[[int, int], dict]) -> None:
     """``measure(rank, world)`` in as many processes as the command line says."""
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":  # as in the process of the tests
+        quick_interpreter.install()
     world, rank = int(sys.argv[1]), 0
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
