@@ -1,4 +1,5 @@
-"""The update of a matrix by a segment's factors, in the epilogue of the product that would have been its gradient.
+"""The update of a matrix by a segment's factors, in the epilogue of the product that would have been its
+gradient.
 
     g_b = left_b^T right_b [+ total_b, which becomes 0]        f = g_b, or  m_b = mu m_b + g_b, f = m_b
     weight_b <- beta weight_b - lr f        copy_b = weight_b, rounded          for the rows b asked for
@@ -32,12 +33,12 @@ def refresh_kernel(
     first, second, root,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     PRODUCT: tl.constexpr, MOMENT: tl.constexpr, ADAM: tl.constexpr, TOTAL: tl.constexpr, COPY: tl.constexpr,
-    READ: tl.constexpr, EPS: tl.constexpr,
+    CLEAR: tl.constexpr, READ: tl.constexpr, EPS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):
     """weight, moment, square, total [B, ROWS, COLS] fp32, copy in another type; left [B, C, ROWS], right
-    [B, C, COLS]; rows int32: the row of the batch that program (., i) works for. READ: beta is not 0. Grid (tiles,
-    rows)."""
+    [B, C, COLS]; rows int32: the row of the batch that program (., i) works for. CLEAR: total becomes 0, else
+    it stays as it is. READ: beta is not 0. Grid (tiles, rows)."""
     i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(ROWS, BM), tl.cdiv(COLS, BN), GROUP)
     b = tl.load(rows_p + tl.program_id(1)).to(tl.int64)
     i, j = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
@@ -68,7 +69,7 @@ def refresh_kernel(
     tl.store(weight_p + at, w, mask=inside)
     if COPY:
         tl.store(copy_p + at, w.to(copy_p.dtype.element_ty), mask=inside)
-    if TOTAL:
+    if CLEAR:
         # Loads and stores are laid out differently: another thread may still have to read what this one would
         # make zero. A new moment or weight waits for the old one it is computed from; a zero waits for
         # nothing.

@@ -127,27 +127,29 @@ def _level(D: int, N: int, dtype: str, archs: tuple[int, ...], **switches) -> It
 
 def _refreshes() -> Iterator[Specialization]:
     """The updates that occur: gd, momentum with a total, adam with and without one, a sum on its own, a step
-    from a total alone."""
+    from a total alone; after the library's product momentum and adam, from a gradient that stays."""
     gd = {"PRODUCT": True, "MOMENT": False, "ADAM": False, "TOTAL": False, "COPY": True, "READ": True}
-    adam = gd | {"MOMENT": True, "ADAM": True}
+    adam, total = gd | {"MOMENT": True, "ADAM": True}, {"TOTAL": True, "CLEAR": True}
+    after = {"PRODUCT": False, "TOTAL": True}
     for dtype, rows, cols, archs, switches in (
         ("bf16", 8192, 2048, (80, 86, 90, 100), gd),
-        ("bf16", 8192, 2048, (80, 90, 100), gd | {"MOMENT": True, "TOTAL": True}),
+        ("bf16", 8192, 2048, (80, 90, 100), gd | {"MOMENT": True} | total),
         ("bf16", 8192, 2048, (80, 90, 100), adam),
-        ("bf16", 8192, 2048, (80, 90, 100), adam | {"TOTAL": True}),
-        ("bf16", 8192, 2048, (90,), adam | {"PRODUCT": False, "TOTAL": True}),
-        ("fp32", 231, 77, (90,), adam | {"TOTAL": True, "COPY": False}),
+        ("bf16", 8192, 2048, (80, 90, 100), adam | total),
+        ("bf16", 8192, 2048, (90,), adam | {"PRODUCT": False} | total),
+        ("fp32", 231, 77, (90,), adam | {"COPY": False} | total),
         ("fp16", 1000, 77, (90,), gd | {"COPY": False, "READ": False}),
-        ("bf16", 8192, 2048, (90,), gd | {"PRODUCT": False, "TOTAL": True}),
-        ("fp32", 231, 77, (90,), gd | {"MOMENT": True, "TOTAL": True}),
+        ("bf16", 8192, 2048, (90,), gd | {"PRODUCT": False} | total),
+        ("fp32", 231, 77, (90,), gd | {"MOMENT": True} | total),
+        ("bf16", 8192, 2048, (80, 90, 100), gd | after),
+        ("bf16", 8192, 2048, (80, 90, 100), adam | after),
     ):
         row = f"{dtype} {rows} x {cols}" + "".join(
-            f" {name.lower()}" for name, on in switches.items() if on and name != "READ"
-        )
+            f" {name.lower()}" for name, on in switches.items() if on and name not in ("READ", "CLEAR")
+        ) + " stays" * (switches["TOTAL"] and not switches.get("CLEAR", False))
         tile = REFRESH[2 if dtype != "fp32" and switches["PRODUCT"] else 4]
-        yield _specialization(
-            refresh_kernel, dtype, row, archs, tile, ROWS=rows, COLS=cols, GROUP=GROUP, EPS=ADAM_EPS, **switches
-        )
+        known = {"CLEAR": False, "ROWS": rows, "COLS": cols, "GROUP": GROUP, "EPS": ADAM_EPS} | switches
+        yield _specialization(refresh_kernel, dtype, row, archs, tile, **known)
 
 
 def _newton_schulz() -> Iterator[Specialization]:
