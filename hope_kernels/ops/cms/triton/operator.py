@@ -39,7 +39,7 @@ from .newton_schulz import (
 )
 from .norm import MAX_WIDTH, norm_backward_kernel, norm_kernel, norm_options, norm_tile
 from .refresh import refresh_kernel
-from .tiles import GROUP, INNER, RANK, REFRESH, WHOLE, Tile, down_tile, error_tile, up_tile
+from .tiles import GROUP, INNER, RANK, WHOLE, Tile, down_tile, error_tile, refresh_tile, up_tile
 
 
 def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -435,7 +435,9 @@ def _update(
     """``refresh_kernel``. clear: what is held as the total becomes zero."""
     weight, copy, moment, square, total = held
     (_, r, c), C = weight.shape, 0 if left is None else left.shape[1]
-    tile = REFRESH[4 if left is None else left.itemsize]
+    tile = refresh_tile(
+        4 if left is None else left.itemsize, left is not None, moment is not None or total is not None
+    )
     factors = [aligned(t) for t in filled((left, right), weight)]
     refresh_kernel[(triton.cdiv(r, tile.BM) * triton.cdiv(c, tile.BN), len(rows))](
         *filled((weight, copy, moment, square, total), weight), *factors,

@@ -66,9 +66,11 @@ PRODUCTS = {
 }
 GATED_UP = {2: Tile(128, 64, 32, 8, 4), 4: Tile(64, 32, 16, 8, 2, 255)}  # two accumulators, and their pending parts
 INNER = {2: Tile(64, 64, 64, 4, 3), 4: Tile(64, 32, 16, 4, 2)}
-# 112 registers for gd: the epilogue of one program runs beside the product of the other; Adam's epilogue takes
-# 245, and no second program has room. 128 x 128 would read less from L2, but spills.
+# Adam's epilogue takes 245 registers. 128 x 128 would read less from L2, but spills.
 REFRESH = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
+# of gd: two programs a multiprocessor, so that the epilogue of one runs beside the product of the other; left
+# alone the assembler takes 159 on sm_80
+GD_REGISTERS = 128
 WHOLE = Tile(64, 64, 16, 8, 2)  # Newton-Schulz, fp32
 
 
@@ -84,6 +86,12 @@ def error_tile(N: int, itemsize: int, gated: bool) -> Tile:
 def down_tile(D: int, itemsize: int) -> Tile:
     """Of both products whose output is as wide as the model."""
     return PRODUCTS[itemsize, D <= NARROW]
+
+
+def refresh_tile(itemsize: int, product: bool, more: bool) -> Tile:
+    """product: of factors of ``itemsize`` bytes; more: a moment or a total is read as well."""
+    tile = REFRESH[itemsize if product else 4]
+    return tile if more or not product or itemsize == 4 else tile._replace(maxnreg=GD_REGISTERS)
 
 
 def specializations(full: bool = False) -> Iterator[Specialization]:
@@ -147,7 +155,9 @@ def _refreshes() -> Iterator[Specialization]:
         row = f"{dtype} {rows} x {cols}" + "".join(
             f" {name.lower()}" for name, on in switches.items() if on and name not in ("READ", "CLEAR")
         ) + " stays" * (switches["TOTAL"] and not switches.get("CLEAR", False))
-        tile = REFRESH[2 if dtype != "fp32" and switches["PRODUCT"] else 4]
+        tile = refresh_tile(
+            4 if dtype == "fp32" else 2, switches["PRODUCT"], switches["MOMENT"] or switches["TOTAL"]
+        )
         known = {"CLEAR": False, "ROWS": rows, "COLS": cols, "GROUP": GROUP, "EPS": ADAM_EPS} | switches
         yield _specialization(refresh_kernel, dtype, row, archs, tile, **known)
 
