@@ -199,9 +199,9 @@ def _goal(mult: int, C: int, heads: int, rows: int, tokens: int, blocks: int, wa
     )
 
 
-def _tasks(config: TitansConfig) -> tuple[tuple[str, int], ...]:
+def _tasks(config: TitansConfig, arch: int) -> tuple[tuple[str, int], ...]:
     """Of Triton's schedule; a chunk's clock runs beside its errors."""
-    tile, M = tiles.tile_row(config.head_dim, config.chunk_memory, 2).tiles, len(config.memories)
+    tile, M = tiles.tile_row(config.head_dim, config.chunk_memory, 2, arch).tiles, len(config.memories)
     parts, cuts = config.chunk_memory // tile.WALK_CT, config.hidden // tile.TILE_NT
     return ("read", M * parts), ("errors", M * parts), ("hidden", M * cuts), ("gain", M), ("update", M * cuts)
 
@@ -218,18 +218,18 @@ def _memories() -> Iterator[Case]:
             yield Case(f"prefill {shape} cuda sm_{arch}", "prefill", "cuda", arch, chunk,
                        partial(prefill, config, "cuda"), 2, 4, 2, size, arch == 90, None, f"{name} cuda")
             size = _goal(mult, C, heads, rows, tokens, 1, 4, persistent=True, resident=3 if C == 16 else 2,
-                         tasks=_tasks(config), barriers=4)
+                         tasks=_tasks(config, arch), barriers=4)
             yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
                        partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, None,
                        f"{name} triton")
-            # as many tokens as a chunk has, so that weights are loaded once: what it would save
-            wide = (64, C, 64, C)
+            # weights are loaded once for a chunk on sm_90, for 32 or 16 tokens on sm_80: the other tiles beside
+            other = (64, 32, 64, 16) if arch == 90 else (64, C, 64, C)
             if C == 64:
-                title = f"prefill {shape} triton sm_{arch} tiles {' '.join(map(str, wide))}"
+                title = f"prefill {shape} triton sm_{arch} tiles {' '.join(map(str, other))}"
                 call = partial(prefill, config, "triton")
-                changed = Case(title, "prefill", "triton", arch, chunk, call, 2, 4, 2, tiles=wide)
+                changed = Case(title, "prefill", "triton", arch, chunk, call, 2, 4, 2, tiles=other)
                 with changed.with_tiles():
-                    goal = replace(size, tasks=_tasks(config))
+                    goal = replace(size, tasks=_tasks(config, arch))
                 yield replace(changed, goal=goal)
     config, whole = _config(4, 64), _config(4, 64, 32)
     size = Size(32, 32, 4, 8, 0.0, m.step_bytes(whole, 1, 2, commit=False), launches=2, memory_first=True)
