@@ -39,7 +39,8 @@ def predictions(budget: dict) -> str:
             continue
         bounds = ", ".join(f"{n} {v:.3g}" for n, v in p["bounds_ms"].items())
         added = ", ".join(f"{n} {v:.3g}" for n, v in p["added_ms"].items())
-        products = "of_matmul" in p and r["kernel_of"]["kind"] in ("prefill", "grad")
+        of = p["bounds_ms"]
+        products = "of_matmul" in p and max(of.get("tensor", 0), of.get("GEMM", 0)) > of.get("memory", 0)
         told = f"{p['of_matmul']:.1%} of GEMM" if products else f"{p['of_copy']:.1%} of copy"
         rows.append((name, p["on"], f"{p['ms']:.3g}", p["limit"], told, bounds, added))
     head = "kernel, at its goal's size | on | predicted, ms | limit | of the rate of | bounds, ms | added, ms"
@@ -50,6 +51,8 @@ def cross_check(budget: dict) -> str:
     rows = []
     for name, r in budget["cases"].items():
         s = r["sass"]
+        if not r["kernels"]:  # PyTorch's alone
+            continue
         rows.append((
             name, r["unit"], number(r["instructions"]), number(s["instructions"]), f"{s['of_ptx']:.2f}",
             f"{s['agreeing']:.1%}", f"{s['overhead']:.0%}", number(s["spills"]), number(r["wavefronts"]),

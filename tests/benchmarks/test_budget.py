@@ -252,6 +252,10 @@ def test_bounds_by_hand():
     assert spread.bounds["issue"] == pytest.approx(60 / 4 * 800 / 4 * 1e-3)
     assert spread.bounds["warp"] == pytest.approx(60 * 1600 / (4 * 2 * 8) * 1e-3)
     assert spread.bounds["chain"] == pytest.approx(10 * 3 * 20 * 1e-3) and "barriers" not in spread.added
+    nothing = Costs(0, 0, 0, 0, 0, 0)
+    library = predict(nothing, Size(1, 1, 1, 4, 0, 1000, library=2e9, passes=300), machine)
+    assert library.bounds == pytest.approx({"GEMM": 2000.0, "memory": 10.0}) and library.limit == "GEMM"
+    assert library.ms == pytest.approx(2000 + 3 + 1)
 
 
 def test_goals_see_predictions_and_results_do_not():
