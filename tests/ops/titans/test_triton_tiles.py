@@ -70,4 +70,6 @@ def test_the_compile_report_sees_every_row_and_the_full_one_every_shape():
             C = s.constexprs["fast"].C
             if s.constexprs["slow"].M1 == s.constexprs["slow"].M0:
                 itemsize = 4 if s.signature["reads"].q == "*fp32" else 2
-                assert s.constexprs["fast_tiles"] == tile_row(s.constexprs["shape"].D, C, itemsize, arch).tiles
+                seen_by = 80 if s.constexprs["rule"].MOMENTUM else arch  # momentum spills in larger tiles
+                row = tile_row(s.constexprs["shape"].D, C, itemsize, seen_by)
+                assert s.constexprs["fast_tiles"] == row.tiles

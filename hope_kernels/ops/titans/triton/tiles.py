@@ -4,9 +4,10 @@
 The table was found by compiling for sm_80 to sm_120: large tiles that leave no architecture with a spill, in
 at most 99 KB of shared memory, so that most rows serve all of them. Where products take their operands from
 shared memory (WIDE), heads of 64 have a row of their own for chunks of 64 and 128: 64 tokens a tile, so that
-weights are read once for 64 tokens instead of 32 or 16: a third less time by count (docs/budget.md). It spills
-elsewhere, and with chunks of 256. Results on these architectures therefore have other last bits. Nothing in the
-table has been timed. Tiles of hidden units divide every N of their D, tiles of tokens every C of their row.
+weights are read once for 64 tokens instead of 32 or 16: a third less time by count (docs/budget.md). It
+spills elsewhere, with chunks of 256 and with momentum. Results on these architectures have other last bits.
+Nothing in the table has been timed. Tiles of hidden units divide every N of their D, tiles of tokens every C
+of their row.
 """
 
 from __future__ import annotations
@@ -70,11 +71,17 @@ def tile_row(D: int, C: int, itemsize: int, arch: int) -> TileRow:
     )
 
 
+def row_of(config: TitansConfig, clock: Clock, itemsize: int, arch: int) -> TileRow:
+    """Of the memories of one clock; with momentum, which the kernel holds as well, sm_80's on every
+    architecture."""
+    return tile_row(config.head_dim, clock.C, itemsize, arch if config.momentum is None else 80)
+
+
 def options(config: TitansConfig, itemsize: int, arch: int) -> dict[str, int]:
     """What Triton is told about the kernel: with two clocks the wider row's registers, and 8 warps, or some
     would spill."""
     both = clocks(config)
-    registers = max(tile_row(config.head_dim, clock.C, itemsize, arch).registers for clock in both)
+    registers = max(row_of(config, clock, itemsize, arch).registers for clock in both)
     return {
         "num_warps": 8 if len(both) > 1 else WARPS[config.head_dim, itemsize], "num_stages": STAGES,
         "maxnreg": registers
@@ -92,7 +99,7 @@ def clocks(config: TitansConfig) -> list[Clock]:
 def tiles(config: TitansConfig, clock: Clock, itemsize: int, arch: int) -> Tiles:
     """The row's; with two clocks 16 tokens, or the kernel that holds both would spill (D = 128, N = 512 above
     16 still does, on sm_80)."""
-    found = tile_row(config.head_dim, clock.C, itemsize, arch).tiles
+    found = row_of(config, clock, itemsize, arch).tiles
     return found if len(clocks(config)) == 1 else found._replace(WALK_CT=16, TILE_CT=16)
 
 
