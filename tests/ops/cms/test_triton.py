@@ -8,8 +8,9 @@ import torch
 from cms_level import DEVICE, EPS, MIXED, OWN, SHARED, both_ways, draw, mapped, picked, problem, wide
 from numerics import within_yardstick
 
-from hope_kernels import CMSConfig
+from hope_kernels import CMSConfig, ContinuumMemory
 from hope_kernels.ops.cms import level as chunked
+from hope_kernels.ops.cms.absorb import absorb
 from hope_kernels.ops.cms.chain import cms_forward, pass_back
 from hope_kernels.ops.cms.level import Adam
 from hope_kernels.ops.cms.matrix import Matrix
@@ -306,6 +307,39 @@ def test_a_sum_by_the_library(dtype, small_products):
         within_yardstick(ours, peer, exact, "target")
         others = [b for b in range(3) if b not in rows]
         assert torch.equal(ours[others], target[others])
+
+
+@pytest.mark.parametrize("optimizer, chunks", [("gd", (32,)), ("gd", (32, 64)), ("adam", (32,))])
+def test_a_short_segment_is_filled_up_in_any_company(optimizer, chunks, small_products, monkeypatch):
+    """16 tokens of a row beside 24 of another, and alone: products of 32 in any case."""
+    config = CMSConfig(16, chunks, optimizer=optimizer, lr=0.1, intermediate_size=64)
+    layer = ContinuumMemory(config).to(DEVICE, torch.float16)
+    factors = {n: (draw(2, 24, r, dtype=torch.float16), draw(2, 24, c, dtype=torch.float16, seed=1))
+               for n, r, c in (("up", 64, 16), ("down", 16, 64))}
+    factors = {n: tuple(t.masked_fill(torch.arange(24, device=DEVICE)[:, None] >= torch.tensor(
+        [16, 24], device=DEVICE).view(2, 1, 1), 0) for t in pair) for n, pair in factors.items()}
+
+    lengths, product = [], library.add_product_
+    monkeypatch.setattr(
+        library, "add_product_", lambda w, left, *more: (lengths.append(len(left)), product(w, left, *more))
+    )
+
+    def learned(level, among, width):
+        state = layer.init_state(len(among)).draft()
+        mine = {n: tuple(t[among, :width] for t in pair) for n, pair in factors.items()}
+        rows = list(range(len(among)))
+        absorb(state, config, layer.start(level), level, mine, rows, [32] * len(among), ops=kernels,
+               tokens=[(16, 24)[b] for b in among])
+        held = state.weights[level] if level == 0 else state.grads[level]
+        return {n: t[0] for n, t in held.items()}
+
+    with torch.no_grad():
+        for level in range(len(chunks)):
+            together = learned(level, [0, 1], 24)
+            for n, t in learned(level, [0], 16).items():
+                assert torch.equal(t, together[n]), n
+    assert set(lengths) == {32} and len(lengths) == 6 * len(chunks)
+    assert not kernels.whole_segments(8) and kernels.whole_segments(32)
 
 
 def test_which_updates_the_library_takes():

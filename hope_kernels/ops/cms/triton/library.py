@@ -30,9 +30,9 @@ all three pointers are the same for every row and in any company (``serves`` ask
 ``placed`` sees to the start of the factors). For equal calls cuBLAS promises equal bits, on one kind of GPU
 and in one version, where one stream is at work or every stream has a workspace of its own, which PyTorch
 gives it. It promises nothing for a batched product, whose kernel may follow from the number of rows, so rows
-are taken one by one; nor for another C, so a segment that is filled up with zeros may end in other bits than
-the shorter one. PyTorch's tuning of GEMMs by trial (TunableOp), where somebody has turned it on, takes the
-promise away.
+are taken one by one; nor for another C, so a level's segments all come with as many tokens, the last of a
+shorter one being zeros (``whole_segments`` asks ``absorb`` for them). PyTorch's tuning of GEMMs by trial
+(TunableOp), where somebody has turned it on, takes the promise away.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def serves(left: Tensor, right: Tensor, pass_after: bool) -> bool:
     (_, C, r), c = left.shape, right.shape[2]
     alike = r % 8 == c % 8 == 0 and C * r % 128 == C * c % 128 == 0  # every row at a multiple of ALIGNMENT
     return left.itemsize == 2 and C >= (2 * LONG if pass_after else LONG) and 2 * C * r * c >= LARGE and alike
+
+
+def whole_segments(C: int) -> bool:
+    """Whether updates by segments of up to C tokens must be given C, zeros after the last one: another number
+    is another product, and may be one of our kernel."""
+    return C >= LONG
 
 
 def placed(t: Tensor) -> Tensor:

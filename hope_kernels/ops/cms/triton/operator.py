@@ -28,6 +28,7 @@ from . import library
 from .backward import back_kernel, error_kernel
 from .common import Operand
 from .forward import down_kernel, inner_kernel, up_kernel
+from .library import whole_segments as whole_segments
 from .newton_schulz import (
     LANES,
     NUM_WARPS,
