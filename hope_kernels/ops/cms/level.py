@@ -11,8 +11,8 @@ never formed as such: the backward hands over its two factors per matrix, tokens
 inputs, and ``refresh_`` or ``outer_add_`` multiply them into what they change. B rows, T tokens, C tokens of a
 segment, d width, N hidden units.
 
-A backend of the CMS is a module with these functions: ``cpp.py`` and ``triton/operator.py`` are the others. One
-whose updates have other bits for another number of tokens also has ``whole_segments`` (``absorb.py``).
+A backend of the CMS is a module with these functions: ``cpp.py`` and ``triton/operator.py`` are the others.
+One whose updates have other bits for another number of tokens also has ``whole_segments`` (``absorb.py``).
 """
 
 from __future__ import annotations
