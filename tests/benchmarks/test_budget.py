@@ -98,6 +98,13 @@ def test_sectors(spread, sectors):
     assert of(*counted(spread=spread), "st.global.b32") == (1, 0, sectors)
 
 
+@needs_compiler
+@pytest.mark.parametrize("source, sectors", [(4, 3), (0, 0)])
+def test_a_copy_that_only_fills_with_zeros_reads_nothing(source, sectors):
+    copy = f"mov.u32 %r6, {source};\n\tcp.async.ca.shared.global [%r5], [%rd1], 4, %r6;"
+    assert of(*counted(more=copy), "cp.async.ca.shared.global") == (3, 0, sectors)
+
+
 @pytest.mark.parametrize("opcode, name", [
     ("fma.rn.f32", "float"), ("add.s64", "address"), ("mad.wide.u32", "address"), ("add.s32", "integer"),
     ("cvt.s64.s32", "address"), ("cvt.rn.bf16x2.f32", "convert"), ("setp.lt.f32", "float"),
