@@ -14,10 +14,11 @@ measured by this repository, and a prediction is not a measurement.
     chain     where work waits for work: the same, along the stages of a chunk, times the chunks of a (row,
               head)
     host      launches of Triton's kernels by the host
+    GEMM      products that PyTorch's library does, at its rate
 
-A prediction is the largest of these and, added to it, the latencies that nothing hides: of launches, of
-barriers between blocks. It lies low: warps that wait for each other or for one unit at once take longer than
-each alone.
+A prediction is the largest of these and, added to it, what nothing hides: latencies of launches and of
+barriers between blocks, and what PyTorch moves after its products. It lies low: warps that wait for each other
+or for one unit at once take longer than each alone.
 """
 
 from __future__ import annotations
@@ -151,11 +152,15 @@ def predict(c: Costs, size: Size, machine: Machine) -> Prediction:
     bounds["memory"] = 1e3 * size.bytes / machine["memory"]
     if c.launches:
         bounds["host"] = 1e3 * per_chain * c.launches * machine["host"]
+    if size.library:
+        bounds["GEMM"] = 1e3 * size.library / machine["GEMM"]
     latency = machine["handoff" if size.persistent else "cluster"]
     added = {
         "launches": 1e3 * size.launches * machine["launch"],
         "barriers": 1e3 * cycle * per_chain * size.barriers * latency,
     }
+    if size.passes:
+        added["passes"] = 1e3 * size.passes / machine["memory"]
     if size.persistent:  # other chains fill the time that one waits
         bounds["chain"] += added.pop("barriers")
     if size.memory_first:  # the first result follows the last byte

@@ -45,6 +45,8 @@ class Size:
     # stages of a unit that wait for one another, with the tasks that each is cut into
     tasks: tuple[tuple[str, int], ...] = ()
     barriers: int = 0  # of several blocks, or from task to task, on the way of a unit
+    library: float = 0.0
+    passes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,24 @@ def level(d: int, tokens: int, backward: bool) -> Callable[[], object]:
     return call
 
 
-def refresh(rows: int, columns: int, tokens: int) -> Callable[[], object]:
+def refresh(rows: int, columns: int, tokens: int, own: bool = False) -> Callable[[], object]:
+    """own: by our kernel, however long the segment is."""
+    from hope_kernels.ops.cms.triton import library
     from hope_kernels.ops.cms.triton import operator as kernels
 
     g = torch.Generator().manual_seed(0)
     weight, copy = torch.randn(1, rows, columns, generator=g), torch.zeros(1, rows, columns, dtype=BF16)
     left, right = (torch.randn(1, tokens, n, generator=g).to(BF16) for n in (rows, columns))
-    return lambda: kernels.refresh_(weight, copy, left, right, [0], 0.1)
+
+    def call():
+        large = library.LARGE
+        library.LARGE = 2**62 if own else large
+        try:
+            kernels.refresh_(weight, copy, left, right, [0], 0.1)
+        finally:
+            library.LARGE = large
+
+    return call
 
 
 def conv(d: int, tokens: int) -> Callable[[], object]:
@@ -199,9 +212,9 @@ def _goal(mult: int, C: int, heads: int, rows: int, tokens: int, blocks: int, wa
     )
 
 
-def _tasks(config: TitansConfig) -> tuple[tuple[str, int], ...]:
+def _tasks(config: TitansConfig, arch: int) -> tuple[tuple[str, int], ...]:
     """Of Triton's schedule; a chunk's clock runs beside its errors."""
-    tile, M = tiles.tile_row(config.head_dim, config.chunk_memory, 2).tiles, len(config.memories)
+    tile, M = tiles.tile_row(config.head_dim, config.chunk_memory, 2, arch).tiles, len(config.memories)
     parts, cuts = config.chunk_memory // tile.WALK_CT, config.hidden // tile.TILE_NT
     return ("read", M * parts), ("errors", M * parts), ("hidden", M * cuts), ("gain", M), ("update", M * cuts)
 
@@ -218,18 +231,18 @@ def _memories() -> Iterator[Case]:
             yield Case(f"prefill {shape} cuda sm_{arch}", "prefill", "cuda", arch, chunk,
                        partial(prefill, config, "cuda"), 2, 4, 2, size, arch == 90, None, f"{name} cuda")
             size = _goal(mult, C, heads, rows, tokens, 1, 4, persistent=True, resident=3 if C == 16 else 2,
-                         tasks=_tasks(config), barriers=4)
+                         tasks=_tasks(config, arch), barriers=4)
             yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
                        partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, None,
                        f"{name} triton")
-            # as many tokens as a chunk has, so that weights are loaded once: what it would save
-            wide = (64, C, 64, C)
+            # weights are loaded once for a chunk on sm_90, for 32 or 16 tokens on sm_80: the other tiles beside
+            other = (64, 32, 64, 16) if arch == 90 else (64, C, 64, C)
             if C == 64:
-                title = f"prefill {shape} triton sm_{arch} tiles {' '.join(map(str, wide))}"
+                title = f"prefill {shape} triton sm_{arch} tiles {' '.join(map(str, other))}"
                 call = partial(prefill, config, "triton")
-                changed = Case(title, "prefill", "triton", arch, chunk, call, 2, 4, 2, tiles=wide)
+                changed = Case(title, "prefill", "triton", arch, chunk, call, 2, 4, 2, tiles=other)
                 with changed.with_tiles():
-                    goal = replace(size, tasks=_tasks(config))
+                    goal = replace(size, tasks=_tasks(config, arch))
                 yield replace(changed, goal=goal)
     config, whole = _config(4, 64), _config(4, 64, 32)
     size = Size(32, 32, 4, 8, 0.0, m.step_bytes(whole, 1, 2, commit=False), launches=2, memory_first=True)
@@ -258,13 +271,18 @@ def _others() -> Iterator[Case]:
                                 persistent=True),
                            d == 256 and arch == 90)
     for d, tokens in ((256, 64), (4096, 64), (4096, 4096)):
-        rows = min(d, 256)
+        rows, long = min(d, 256), tokens == 4096
         moved = (8 + 2) * d * d + 2 * 2 * tokens * d
-        unit = f"refresh of {rows} of {d} rows"
-        yield Case(f"cms refresh d{d} C{tokens} sm_90", "refresh", "triton", 90, unit,
-                   lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1,
-                   Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True), d == 256,
-                   None, f"cms: refresh d{d} C{tokens} B1 bf16 gd")
+        unit, measured = f"refresh of {rows} of {d} rows", f"cms: refresh d{d} C{tokens} B1 bf16 gd"
+        size = Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True)
+        yield Case(f"cms refresh d{d} C{tokens} sm_90" + " own kernel" * long, "refresh", "triton", 90, unit,
+                   lambda n, r=rows, d=d, t=tokens: refresh(r, d, t, own=True), 0, 1, 1, size, d == 256, None,
+                   "" if long else measured)
+        if long:  # the master is read again and rounded
+            size = replace(size, launches=2, library=size.flops, passes=(4 + 2) * d * d)
+            yield Case(f"cms refresh d{d} C{tokens} sm_90", "refresh", "triton", 90, unit,
+                       lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1, size, False, None,
+                       measured)
     size = Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=8, reuse=True, persistent=True)
     yield Case("conv d2048 sm_90", "conv", "triton", 90, "1024 tokens", lambda n: conv(2048, 512 * n), 2, 4,
                1, size, cheap=True)

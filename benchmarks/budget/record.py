@@ -81,9 +81,9 @@ def check_sass(c: Counted) -> dict:
             kept[0] += n
             kept[1] += cycles
     waited = per_stage.pop(stages.WAIT, [0.0, 0.0])[0]
-    instructions = sum(n for n, _ in per_stage.values())
+    instructions, of_ptx = sum(n for n, _ in per_stage.values()), total(c.stages).instructions
     return {
-        "instructions": short(instructions), "of_ptx": round(instructions / total(c.stages).instructions, 3),
+        "instructions": short(instructions), "of_ptx": round(instructions / (of_ptx or 1), 3),
         "agreeing": round(agreeing / (sum(whole.values()) or 1), 3), "waiting": short(waited),
         "spills": short(whole["local"]),
         "warp_cycles": short(sum(cycles for _, cycles in per_stage.values())),

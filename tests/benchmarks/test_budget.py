@@ -98,6 +98,13 @@ def test_sectors(spread, sectors):
     assert of(*counted(spread=spread), "st.global.b32") == (1, 0, sectors)
 
 
+@needs_compiler
+@pytest.mark.parametrize("source, sectors", [(4, 3), (0, 0)])
+def test_a_copy_that_only_fills_with_zeros_reads_nothing(source, sectors):
+    copy = f"mov.u32 %r6, {source};\n\tcp.async.ca.shared.global [%r5], [%rd1], 4, %r6;"
+    assert of(*counted(more=copy), "cp.async.ca.shared.global") == (3, 0, sectors)
+
+
 @pytest.mark.parametrize("opcode, name", [
     ("fma.rn.f32", "float"), ("add.s64", "address"), ("mad.wide.u32", "address"), ("add.s32", "integer"),
     ("cvt.s64.s32", "address"), ("cvt.rn.bf16x2.f32", "convert"), ("setp.lt.f32", "float"),
@@ -252,6 +259,10 @@ def test_bounds_by_hand():
     assert spread.bounds["issue"] == pytest.approx(60 / 4 * 800 / 4 * 1e-3)
     assert spread.bounds["warp"] == pytest.approx(60 * 1600 / (4 * 2 * 8) * 1e-3)
     assert spread.bounds["chain"] == pytest.approx(10 * 3 * 20 * 1e-3) and "barriers" not in spread.added
+    nothing = Costs(0, 0, 0, 0, 0, 0)
+    library = predict(nothing, Size(1, 1, 1, 4, 0, 1000, library=2e9, passes=300), machine)
+    assert library.bounds == pytest.approx({"GEMM": 2000.0, "memory": 10.0}) and library.limit == "GEMM"
+    assert library.ms == pytest.approx(2000 + 3 + 1)
 
 
 def test_goals_see_predictions_and_results_do_not():

@@ -282,7 +282,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 triton.knobs.cache.dir = sys.argv[1]
 case = precompile.T("prefill", C=16, D=32, N=32, H=2)
-spec = tiles._specialization(case.config, "bf16", "", ({arch},))
+(spec,) = tiles._specializations(case.config, "bf16", "", ({arch},))
 signature, constexprs, attrs = spec.source()
 source = ASTSource(fn=spec.fn, signature=signature, constexprs=constexprs, attrs=attrs)
 options = {{"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.maxnreg}}

@@ -359,6 +359,7 @@ inline Next copy_async(Warp& w, const Instruction& i, uint32_t mask) {
   addresses_of(w, o[2], o[1], o[3], to);
   addresses_of(w, o[4], true,
                static_cast<int64_t>(static_cast<uint32_t>(o[5])) | static_cast<int64_t>(o[6]) << 32, from);
+  uint32_t reading = 0;  // lanes that copy anything: the others fill with zeros, and read nothing
   for (uint32_t m = mask; m; m &= m - 1) {
     const int lane = std::countr_zero(m);
     const uint32_t valid = o[7] < 0 ? bytes : static_cast<uint32_t*>(w.lanes(o[7]))[lane];
@@ -369,10 +370,11 @@ inline Next copy_async(Warp& w, const Instruction& i, uint32_t mask) {
     if (valid) {
       if (from[lane] % bytes) w.grid->fail("misaligned: source address " + std::to_string(from[lane]), lane);
       region = check_async_read(w, lane, from[lane], valid, w.id * 32 + lane);
+      reading |= 1u << lane;
     }
     w.copies.push_back({lane, w.copy_groups[lane], p.offset, from[lane], bytes, valid, region, false});
   }
-  measure(w, i, kGlobal, from, bytes, mask);
+  measure(w, i, kGlobal, from, bytes, reading);
   w.grid->progress();
   return Next::kFollowing;
 }

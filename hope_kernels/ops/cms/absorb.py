@@ -49,6 +49,9 @@ def absorb(
         C = factors["down"][0].shape[1]
         for b in rows:
             state.tokens[l][b] += C if tokens is None else tokens[b]
+        whole = getattr(ops, "whole_segments", None)
+        if whole is not None and whole(config.chunks[0]):
+            factors = _filled_up(factors, config.chunks[0])
     if wait and factors is not None:
         _accumulate(state, config, shared, l, factors, wait, ops)
     if step:
@@ -225,6 +228,16 @@ def _at_one_step(state: CMSState, l: int, rows: list[int]) -> list[list[int]]:
     for b in rows:
         groups.setdefault((state.steps[l][b], state.tokens[l][b]), []).append(b)
     return list(groups.values())
+
+
+def _filled_up(factors: Factors, C: int) -> Factors:
+    """Those of ``C`` tokens, zeros after the last one: a backend's bits may depend on how many there are, and
+    rows that learn side by side come with as many as the longest of them has."""
+    missing = C - factors["down"][0].shape[1]
+    if missing <= 0:
+        return factors
+    longer = lambda t: torch.cat([t, t.new_zeros(t.shape[0], missing, t.shape[2])], 1)
+    return {name: (longer(left), longer(right)) for name, (left, right) in factors.items()}
 
 
 def _keep(

@@ -12,6 +12,7 @@ inputs, and ``refresh_`` or ``outer_add_`` multiply them into what they change. 
 segment, d width, N hidden units.
 
 A backend of the CMS is a module with these functions: ``cpp.py`` and ``triton/operator.py`` are the others.
+One whose updates have other bits for another number of tokens also has ``whole_segments`` (``absorb.py``).
 """
 
 from __future__ import annotations

@@ -40,6 +40,19 @@ def multiprocessors(device: torch.device) -> int:
     return driver.active.utils.get_device_properties(driver.active.get_current_device())["multiprocessor_count"]
 
 
+def architecture(device: torch.device) -> int:
+    """Of the GPU, or the emulated one, on which kernels with tensors of ``device`` run: 90 is sm_90. 80 where
+    they are interpreted."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    if interpreted():
+        return 80
+    from triton.runtime import driver
+
+    return driver.active.get_current_target().arch
+
+
 @constant_result
 def unavailable() -> str | None:
     """Why this machine cannot use Triton's kernels, or None."""

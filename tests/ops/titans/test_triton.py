@@ -6,12 +6,13 @@ from itertools import product
 import pytest
 import torch
 from contract import Accurate, Backend, Case, OnTheDevice, Partial, Streaming
-from problems import DEVICE, cast, part, problem, run, same
+from problems import DEVICE, cast, meets_yardstick, part, problem, rows_of, run, same
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, available_backends, load_state
 from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_
 
 pytest.importorskip("triton")
+from hope_kernels.ops.titans.triton import operator  # noqa: E402
 from hope_kernels.ops.titans.triton.operator import arguments  # noqa: E402
 from hope_kernels.ops.titans.triton.tiles import CHUNKS, MULTIPLES, WIDTHS  # noqa: E402
 
@@ -116,6 +117,24 @@ class TestContract(Accurate, Streaming, Partial, OnTheDevice):
         replayed=[Case(NARROW[0], 70), Case(NARROW[3], 70)],
         repeated=[Case(TitansConfig(512, 8, hidden_mult=2), 500, rows=4, dtype=torch.bfloat16, correlation=0.5)],
     )
+
+
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
+def test_tiles_of_an_architecture_keep_bits_over_cuts_and_company(arch, monkeypatch):
+    """Chunks of 64 in 16 bits, whose tiles are others on sm_90: cut inside a tile, and a row alone."""
+    monkeypatch.setattr(operator, "architecture", lambda device: arch)
+    config = TitansConfig(64, 1, chunk_memory=64, chunk_other=64)
+    w_init, exact = problem(config, 2, 70)
+    w_half, inputs = cast(w_init, torch.float16), cast(exact, torch.float16)
+    whole, end = run(config, w_half, inputs, "triton")
+    state, outputs = None, []
+    for start, stop in (0, 40), (40, 70):
+        o, state = run(config, w_half, part(inputs, start, stop), "triton", state=state)
+        outputs.append(o)
+    assert torch.equal(torch.cat(outputs, 1), whole) and same(state, end)
+    alone, mine = run(config, w_half, rows_of(inputs, [1]), "triton")
+    assert torch.equal(alone, whole[1:]) and same(mine, end.select([1]))
+    meets_yardstick(config, w_init, exact, torch.float16, [70, 20])
 
 
 def test_a_state_advanced_on_the_device_is_read_on_saved_and_loaded_where_it_stands(tmp_path):

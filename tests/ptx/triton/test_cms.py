@@ -12,6 +12,7 @@ from numerics import within_yardstick
 
 from hope_kernels.ops.cms import level as chunked
 from hope_kernels.ops.cms.level import Adam
+from hope_kernels.ops.cms.triton import library
 from hope_kernels.ops.cms.triton import operator as kernels
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -122,6 +123,35 @@ def test_refresh(tokens, moment, total, beta, copied, dtype, arch, device):
     if copied:
         assert torch.equal(ours[4][rows], ours[0][rows].to(dtype)) and not ours[4][1].any()
     assert not (total and beta) or not ours[2][rows].any()
+
+
+@pytest.mark.parametrize("moment, dtype, arch", [
+    (True, BF16, 80), ("adam", BF16, 90), slowly("adam", BF16, 80), slowly(True, BF16, 90),
+])
+def test_refresh_after_the_librarys_product(moment, dtype, arch, device, monkeypatch):
+    """As for a long segment: the kernel takes a gradient, or a moment, that stays as it is."""
+    device.arch = arch
+    monkeypatch.setattr(library, "LONG", 16)
+    monkeypatch.setattr(library, "LARGE", 0)
+    r, c, rows = 72, 136, [0, 2]
+    left, right = draw(3, 32, r, dtype=dtype), draw(3, 32, c, dtype=dtype, seed=1)
+    weight, m, v = (draw(3, r, c, seed=s) for s in (2, 3, 5))
+    v = 0.1 + v.square() if moment == "adam" else None
+
+    def update(ops, kind, of=slice(None), rows=rows):
+        w, m_, v_ = (None if t is None else t[of].to(kind, copy=True) for t in (weight, m, v))
+        factors, copy = [f[of] if kind == FP32 else f[of].double() for f in (left, right)], w.to(dtype)
+        adam = None if v_ is None else Adam(v_, (0.9, 0.99), 3, 70)
+        ops.refresh_(w, copy, *factors, rows, 0.3, moment=m_, mu=0.9, adam=adam)
+        return w, m_, v_, copy
+
+    exact, peer, ours = update(chunked, torch.float64), update(chunked, FP32), update(kernels, FP32)
+    alone = update(kernels, FP32, slice(2, 3), [0])
+    for name, a, b, e, one in zip(("weight", "moment", "square"), ours, peer, exact, alone):
+        if a is not None:
+            within_yardstick(a[rows], b[rows], e[rows], name)
+            assert torch.equal(a[2], one[0]), name
+    assert torch.equal(ours[0][1], weight[1]) and torch.equal(ours[3], ours[0].to(dtype))
 
 
 @pytest.mark.parametrize("shape, arch", [((2, 66, 80), 80), ((72, 20), 80), ((70, 130), 90), ((72, 20), 90)])

@@ -19,6 +19,7 @@ SMALL = TitansConfig(32, 1)
 ERASING = titans(dgd=True, momentum=None, chunk_memory=32)
 CLOCKS = TitansConfig(32, 1, chunk_memory=16, chunk_other=32, target_norm=False, own_values=False, retention=False)
 MOMENTUM = titans(d_model=64, num_heads=2, dgd=True)
+LONG = TitansConfig(64, 1, chunk_memory=64, chunk_other=64)
 EVERYTHING = TitansConfig(32, 1, adaptive_q=True, momentum="learned", chunk_memory=32, chunk_other=16)
 # Switches of the write rule beside the default's; the first six as the tables offer them
 RULES = {
@@ -81,6 +82,8 @@ class TestContract(Accurate, Streaming):
             Case(MOMENTUM, 37, (37, 20), cuts=((0, 1, 17, 32, 37),)),
             Case(SMALL, 37, (37, 20), cuts=((0, 1, 17, 32, 37),), setting=(90,)),
             slowly(Case(EVERYTHING, 37, (37, 20), cuts=((0, 1, 17, 32, 37),))),
+            # tiles of 64 tokens, which only sm_90 and sm_100 have
+            slowly(Case(LONG, 70, (70, 41), cuts=((0, 1, 40, 64, 70),), setting=(90,))),
         ],
         steps=[Case(SMALL, 19, rows=2), Case(MOMENTUM, 19, rows=1)],
         neighbours=[Case(SMALL, 20, (20, 9)), Case(MOMENTUM, 20, (20, 9))],
@@ -94,6 +97,7 @@ class TestContract(Accurate, Streaming):
             table(128, 1, 32, BF16), table(32, 1, 16, FP16), table(64, 1, 64, FP16, 90),
             table(32, 1, 16, SINGLE), table(64, 1, 16, SINGLE), table(128, 1, 16, SINGLE),
             table(64, 1, 16, BF16, 90), table(64, 4, 64, BF16, 90), slowly(table(32, 1, 32, SINGLE, 90)),
+            slowly(table(64, 1, 32, BF16, 90)),
             *(slowly(table(*shape, BF16, 90)) for shape in ((32, 1, 16), (32, 1, 32), (128, 1, 16), (128, 1, 32))),
             *(slowly(table(*shape, SINGLE, 90)) for shape in ((64, 1, 16), (128, 1, 16))),
             *(slowly(table(*shape, FP16)) for shape in ((64, 1, 32), (128, 1, 16))),

@@ -2,7 +2,7 @@
 
     cms_level_forward     norm, [inner], up, [inner], down              ``norm.py``, ``forward.py``
     cms_level_backward    [inner], error, [[inner], back, norm]         ``backward.py``
-    cms_refresh_          one launch per matrix                         ``refresh.py``
+    cms_refresh_          one launch per matrix, or PyTorch's GEMM      ``refresh.py``, ``library.py``
     cms_newton_schulz     2 + 3 * 5 launches                            ``newton_schulz.py``
 
 Brackets: where the level has a pending part, or dx is asked for. fp32, bf16 and fp16, masters in fp32. A
@@ -13,6 +13,7 @@ shares equal ones (``common.py``). No operator is differentiable: ``level_backwa
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,9 +24,11 @@ from ....config import CMSConfig
 from ...shared.triton_build import DTYPES, aligned, filled
 from ...shared.triton_library import on_cpu
 from ..level import ADAM_EPS, NS_COEFFICIENTS, NS_EPS, NS_STEPS, Adam, Factors, Level, Saved
+from . import library
 from .backward import back_kernel, error_kernel
 from .common import Operand
 from .forward import down_kernel, inner_kernel, up_kernel
+from .library import whole_segments as whole_segments
 from .newton_schulz import (
     LANES,
     NUM_WARPS,
@@ -37,7 +40,7 @@ from .newton_schulz import (
 )
 from .norm import MAX_WIDTH, norm_backward_kernel, norm_kernel, norm_options, norm_tile
 from .refresh import refresh_kernel
-from .tiles import GROUP, INNER, RANK, REFRESH, WHOLE, Tile, down_tile, error_tile, up_tile
+from .tiles import GROUP, INNER, RANK, WHOLE, Tile, down_tile, error_tile, refresh_tile, up_tile
 
 
 def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -107,7 +110,7 @@ def refresh_(
     weight: Tensor, copy: Tensor | None, left: Tensor | None, right: Tensor | None, rows: list[int], lr: float, *,
     moment: Tensor | None = None, mu: float = 0.0, total: Tensor | None = None, adam: Adam | None = None,
 ) -> None:
-    """As ``level.refresh_``: one optimizer step in ``rows``, in place and in one launch.
+    """As ``level.refresh_``: one optimizer step in ``rows``, in place; for long segments by ``library.py``.
 
     weight, moment, adam.square, total: [B, r, c] fp32 and copy: [B, r, c], contiguous, at multiples of 16
     bytes.  left: [B, C, r], right: [B, C, c]. Raises ValueError for other shapes, dtypes, devices or rows.
@@ -373,26 +376,76 @@ def _refresh(op: str, weight, copy, left, right, rows, lr, beta, moment, mu, tot
     )
 
 
+class _Held(NamedTuple):
+    """What an update may read and write, each [B, r, c]; copy in the inputs' dtype, the rest in fp32."""
+
+    weight: Tensor
+    copy: Tensor | None
+    moment: Tensor | None
+    square: Tensor | None
+    total: Tensor | None
+
+    def only(self, b: int) -> _Held:
+        return _Held(*(None if t is None else t[b : b + 1] for t in self))
+
+
 def _launch_refresh(
     weight, copy, left, right, rows, lr, beta, moment, mu, total, square=None, beta2=0.0, first=0.0,
     second=0.0, root=0.0,
 ) -> None:
-    (_, r, c), stated = weight.shape, [weight, copy, moment, square, total]
-    if any(t is not None and (not t.is_contiguous() or t.data_ptr() % 16) for t in stated):
-        raise ValueError("cms refresh_: what is updated in place is expected contiguous, at a multiple of 16 bytes")
-    if not rows or not r * c:
-        return
-    C = 0 if left is None else left.shape[1]
-    tile = REFRESH[4 if left is None else left.itemsize]
-    factors = [aligned(t) for t in filled((left, right), weight)]
-    with torch.cuda.device_of(weight):
-        refresh_kernel[(triton.cdiv(r, tile.BM) * triton.cdiv(c, tile.BN), len(rows))](
-            *filled((weight, copy, moment, square, total), weight), *factors,
-            _on_device(tuple(rows), weight.device), C, lr, mu, beta, beta2, first, second, root,
-            ROWS=r, COLS=c, PRODUCT=left is not None, MOMENT=moment is not None, ADAM=square is not None,
-            TOTAL=total is not None, COPY=copy is not None, READ=beta != 0, EPS=ADAM_EPS, GROUP=GROUP,
-            **tile.sizes(), **tile.options(),
+    held, rates = _Held(weight, copy, moment, square, total), (lr, mu, beta, beta2, first, second, root)
+    if any(t is not None and (not t.is_contiguous() or t.data_ptr() % 16) for t in held):
+        raise ValueError(
+            "cms refresh_: what is updated in place is expected contiguous, at a multiple of 16 bytes"
         )
+    if not rows or not weight[0].numel():
+        return
+    with torch.cuda.device_of(weight):
+        if left is None or not library.serves(left, right, moment is not None or total is not None):
+            _update(held, left, right, rows, rates, clear=total is not None)
+        else:
+            _update_by_library(held, library.placed(left), library.placed(right), rows, rates)
+
+
+def _update_by_library(held: _Held, left: Tensor, right: Tensor, rows: list[int], rates: tuple) -> None:
+    """The product by ``library.py``, row by row, and what it does not do by ``refresh_kernel`` without one."""
+    lr, mu, beta, *_ = rates
+    if held.total is not None:
+        for b in rows:
+            library.add_product_(held.total[b], left[b], right[b], 1.0, 1.0)
+        _update(held, None, None, rows, rates, clear=True)
+    elif held.square is not None:
+        grad = torch.empty_like(held.weight[:1])
+        for b in rows:
+            library.add_product_(grad[0], left[b], right[b], 0.0, 1.0)
+            _update(held.only(b)._replace(total=grad), None, None, [0], rates, clear=False)
+    elif held.moment is not None:
+        for b in rows:
+            library.add_product_(held.moment[b], left[b], right[b], mu, 1.0)
+        _update(held._replace(moment=None, total=held.moment), None, None, rows, rates, clear=False)
+    else:
+        for b in rows:
+            library.add_product_(held.weight[b], left[b], right[b], beta, -lr)
+            if held.copy is not None:
+                held.copy[b].copy_(held.weight[b])
+
+
+def _update(
+    held: _Held, left: Tensor | None, right: Tensor | None, rows: list[int], rates: tuple, clear: bool
+) -> None:
+    """``refresh_kernel``. clear: what is held as the total becomes zero."""
+    weight, copy, moment, square, total = held
+    (_, r, c), C = weight.shape, 0 if left is None else left.shape[1]
+    tile = refresh_tile(
+        4 if left is None else left.itemsize, left is not None, moment is not None or total is not None
+    )
+    factors = [aligned(t) for t in filled((left, right), weight)]
+    refresh_kernel[(triton.cdiv(r, tile.BM) * triton.cdiv(c, tile.BN), len(rows))](
+        *filled((weight, copy, moment, square, total), weight), *factors,
+        _on_device(tuple(rows), weight.device), C, *rates, ROWS=r, COLS=c, PRODUCT=left is not None,
+        MOMENT=moment is not None, ADAM=square is not None, TOTAL=total is not None, COPY=copy is not None,
+        CLEAR=clear, READ=rates[2] != 0, EPS=ADAM_EPS, GROUP=GROUP, **tile.sizes(), **tile.options(),
+    )
 
 
 def _launch_newton_schulz(grad: Tensor) -> Tensor:

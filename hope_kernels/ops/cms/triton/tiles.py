@@ -58,17 +58,22 @@ class Tile(NamedTuple):
 # H100's multiprocessors.
 NARROW = 2048
 # (bytes of an operand, narrow) -> tile. 128 x 128 takes 106 registers and 96 KB on sm_90: two programs a
-# multiprocessor
+# multiprocessor. 128 x 256 would do 85 FLOPs a byte from L2, not 64 (59% of an H200's GEMM rate, not 45%), but
+# spills on sm_90: 30 stores without pending parts, 354 with them, whose accumulator is as large as the first.
+# Their tile has to be the same, or unused slots would change bits.
 PRODUCTS = {
     (2, True): Tile(128, 64, 64, 8, 3), (2, False): Tile(128, 128, 64, 8, 3),
     # FMA units: a thread holds its rows and columns of both operands
     (4, True): Tile(64, 64, 16, 8, 2), (4, False): Tile(64, 64, 16, 8, 2),
 }
-GATED_UP = {2: Tile(128, 64, 32, 8, 4), 4: Tile(64, 32, 16, 8, 2, 255)}  # two accumulators, and their pending parts
+# two accumulators, and their pending parts: 128 x 128 spills with these (33 stores on sm_90)
+GATED_UP = {2: Tile(128, 64, 32, 8, 4), 4: Tile(64, 32, 16, 8, 2, 255)}
 INNER = {2: Tile(64, 64, 64, 4, 3), 4: Tile(64, 32, 16, 4, 2)}
-# 112 registers for gd: the epilogue of one program runs beside the product of the other; Adam's epilogue takes
-# 245, and no second program has room. 128 x 128 would read less from L2, but spills.
+# Adam's epilogue takes 245 registers. 128 x 128 would read less from L2, but spills.
 REFRESH = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
+# of gd: two programs a multiprocessor, so that the epilogue of one runs beside the product of the other; left
+# alone the assembler takes 159 on sm_80
+GD_REGISTERS = 128
 WHOLE = Tile(64, 64, 16, 8, 2)  # Newton-Schulz, fp32
 
 
@@ -84,6 +89,12 @@ def error_tile(N: int, itemsize: int, gated: bool) -> Tile:
 def down_tile(D: int, itemsize: int) -> Tile:
     """Of both products whose output is as wide as the model."""
     return PRODUCTS[itemsize, D <= NARROW]
+
+
+def refresh_tile(itemsize: int, product: bool, more: bool) -> Tile:
+    """product: of factors of ``itemsize`` bytes; more: a moment or a total is read as well."""
+    tile = REFRESH[itemsize if product else 4]
+    return tile if more or not product or itemsize == 4 else tile._replace(maxnreg=GD_REGISTERS)
 
 
 def specializations(full: bool = False) -> Iterator[Specialization]:
@@ -127,27 +138,31 @@ def _level(D: int, N: int, dtype: str, archs: tuple[int, ...], **switches) -> It
 
 def _refreshes() -> Iterator[Specialization]:
     """The updates that occur: gd, momentum with a total, adam with and without one, a sum on its own, a step
-    from a total alone."""
+    from a total alone; after the library's product momentum and adam, from a gradient that stays."""
     gd = {"PRODUCT": True, "MOMENT": False, "ADAM": False, "TOTAL": False, "COPY": True, "READ": True}
-    adam = gd | {"MOMENT": True, "ADAM": True}
+    adam, total = gd | {"MOMENT": True, "ADAM": True}, {"TOTAL": True, "CLEAR": True}
+    after = {"PRODUCT": False, "TOTAL": True}
     for dtype, rows, cols, archs, switches in (
         ("bf16", 8192, 2048, (80, 86, 90, 100), gd),
-        ("bf16", 8192, 2048, (80, 90, 100), gd | {"MOMENT": True, "TOTAL": True}),
+        ("bf16", 8192, 2048, (80, 90, 100), gd | {"MOMENT": True} | total),
         ("bf16", 8192, 2048, (80, 90, 100), adam),
-        ("bf16", 8192, 2048, (80, 90, 100), adam | {"TOTAL": True}),
-        ("bf16", 8192, 2048, (90,), adam | {"PRODUCT": False, "TOTAL": True}),
-        ("fp32", 231, 77, (90,), adam | {"TOTAL": True, "COPY": False}),
+        ("bf16", 8192, 2048, (80, 90, 100), adam | total),
+        ("bf16", 8192, 2048, (90,), adam | {"PRODUCT": False} | total),
+        ("fp32", 231, 77, (90,), adam | {"COPY": False} | total),
         ("fp16", 1000, 77, (90,), gd | {"COPY": False, "READ": False}),
-        ("bf16", 8192, 2048, (90,), gd | {"PRODUCT": False, "TOTAL": True}),
-        ("fp32", 231, 77, (90,), gd | {"MOMENT": True, "TOTAL": True}),
+        ("bf16", 8192, 2048, (90,), gd | {"PRODUCT": False} | total),
+        ("fp32", 231, 77, (90,), gd | {"MOMENT": True} | total),
+        ("bf16", 8192, 2048, (80, 90, 100), gd | after),
+        ("bf16", 8192, 2048, (80, 90, 100), adam | after),
     ):
         row = f"{dtype} {rows} x {cols}" + "".join(
-            f" {name.lower()}" for name, on in switches.items() if on and name != "READ"
+            f" {name.lower()}" for name, on in switches.items() if on and name not in ("READ", "CLEAR")
+        ) + " stays" * (switches["TOTAL"] and not switches.get("CLEAR", False))
+        tile = refresh_tile(
+            4 if dtype == "fp32" else 2, switches["PRODUCT"], switches["MOMENT"] or switches["TOTAL"]
         )
-        tile = REFRESH[2 if dtype != "fp32" and switches["PRODUCT"] else 4]
-        yield _specialization(
-            refresh_kernel, dtype, row, archs, tile, ROWS=rows, COLS=cols, GROUP=GROUP, EPS=ADAM_EPS, **switches
-        )
+        known = {"CLEAR": False, "ROWS": rows, "COLS": cols, "GROUP": GROUP, "EPS": ADAM_EPS} | switches
+        yield _specialization(refresh_kernel, dtype, row, archs, tile, **known)
 
 
 def _newton_schulz() -> Iterator[Specialization]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ....config import TitansConfig
 from ...shared.triton_build import DTYPES, aligned, filled
-from ...shared.triton_library import interpreted, multiprocessors, on_cpu
+from ...shared.triton_library import architecture, interpreted, multiprocessors, on_cpu
 from ..kernel_call import call, call_in_place
 from ..state import FastWeights, TitansState
 from .groups import Biases, Momentum, Progress, Reads, Scratch, Weights, Writes
@@ -105,19 +105,19 @@ _library.define(
 
 
 class _Plan:
-    """What a launch needs to know beyond its tensors; one per model, dtype and mode."""
+    """What a launch needs to know beyond its tensors; one per model, dtype, mode and architecture."""
 
     def __init__(
         self, H: int, D: int, N: int, dtype: torch.dtype, update: bool, momentum: bool, adaptive_q: bool,
-        settings: tuple
+        arch: int, settings: tuple
     ):
         more = {"momentum": "learned" if momentum else None, "adaptive_q": adaptive_q}
         config = TitansConfig(H * D, H, hidden_mult=N // D, **more, **dict(zip(_SETTINGS, settings)))
         itemsize = dtype.itemsize
-        self.arguments = constants(config, itemsize, update) | options(config, itemsize)
+        self.arguments = constants(config, itemsize, update, arch) | options(config, itemsize, arch)
         self.eta_scale = config.eta_scale
         self.grad_scale = 1.0 if config.objective == "dot" else config.grad_scale
-        of_clocks = scratch_shapes(config, itemsize)
+        of_clocks = scratch_shapes(config, itemsize, arch)
         shapes = [item for clock in of_clocks for item in clock._asdict().items()]
         # a pure read touches none of it
         self.scratch = [
@@ -146,7 +146,8 @@ def _launch(
     o = torch.zeros(B, T, H, D, dtype=first.dtype, device=first.device)
     if not B * T:
         return o
-    plan = _plan(H, D, delta1.shape[-1], first.dtype, update, s2 is not None, q is None, settings)
+    arch = architecture(first.device)
+    plan = _plan(H, D, delta1.shape[-1], first.dtype, update, s2 is not None, q is None, arch, settings)
     q = aligned(o if q is None else q)  # an adaptive q passes through o
     given = filled((x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias), q)
     x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias = map(aligned, given)

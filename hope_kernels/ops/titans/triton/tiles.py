@@ -2,8 +2,12 @@
 (benchmarks/compile_report.py).
 
 The table was found by compiling for sm_80 to sm_120: large tiles that leave no architecture with a spill, in
-at most 99 KB of shared memory, so that one table serves all of them. Nothing in it has been timed. Tiles of
-hidden units divide every N of their D, tiles of tokens every C of their row.
+at most 99 KB of shared memory, so that most rows serve all of them. Where products take their operands from
+shared memory (WIDE), heads of 64 have a row of their own for chunks of 64: 64 tokens a tile, so that weights
+are read once for 64 tokens instead of 32 or 16: a third less time by count (docs/budget.md). It spills
+elsewhere, with longer chunks and with momentum. Results on these architectures have other last bits. Nothing
+in the table has been timed. Tiles of hidden units divide every N of their D, tiles of tokens every C of their
+row.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ class TileRow(NamedTuple):
     ``itemsize`` bytes.
 
     registers: a thread's limit. The assembler must be told: left alone it aims at more programs a
-    multiprocessor, and spills for it.
+    multiprocessor, and spills for it. archs: which have this row; None: all that find no row before it.
     """
 
     D: int
@@ -36,12 +40,16 @@ class TileRow(NamedTuple):
     C: int
     tiles: Tiles
     registers: int
+    archs: tuple[int, ...] | None = None
 
 
+WIDE = (90, 100)
 TABLE = (
     TileRow(32, 2, 16, Tiles(32, 16, 32, 16), 168),
     TileRow(32, 2, 256, Tiles(32, 32, 32, 32), 255),
     TileRow(64, 2, 16, Tiles(32, 16, 64, 16), 168),
+    TileRow(64, 2, 32, Tiles(64, 32, 64, 16), 255),
+    TileRow(64, 2, 64, Tiles(64, 64, 64, 64), 255, WIDE),
     TileRow(64, 2, 256, Tiles(64, 32, 64, 16), 255),
     TileRow(128, 2, 16, Tiles(32, 16, 32, 16), 255),
     TileRow(128, 2, 256, Tiles(32, 16, 32, 32), 255),
@@ -55,16 +63,25 @@ WARPS = {(32, 2): 4, (64, 2): 4, (128, 2): 8, (32, 4): 4, (64, 4): 8, (128, 4): 
 STAGES = 2
 
 
-def tile_row(D: int, C: int, itemsize: int) -> TileRow:
-    """Neither the device nor a call has a say in it."""
-    return next(row for row in TABLE if (row.D, row.itemsize) == (D, itemsize) and C <= row.C)
+def tile_row(D: int, C: int, itemsize: int, arch: int) -> TileRow:
+    """A call has no say in it."""
+    return next(
+        row for row in TABLE
+        if (row.D, row.itemsize) == (D, itemsize) and C <= row.C and (row.archs is None or arch in row.archs)
+    )
 
 
-def options(config: TitansConfig, itemsize: int) -> dict[str, int]:
+def row_of(config: TitansConfig, clock: Clock, itemsize: int, arch: int) -> TileRow:
+    """Of the memories of one clock; with momentum, which the kernel holds as well, sm_80's on every
+    architecture."""
+    return tile_row(config.head_dim, clock.C, itemsize, arch if config.momentum is None else 80)
+
+
+def options(config: TitansConfig, itemsize: int, arch: int) -> dict[str, int]:
     """What Triton is told about the kernel: with two clocks the wider row's registers, and 8 warps, or some
     would spill."""
     both = clocks(config)
-    registers = max(tile_row(config.head_dim, clock.C, itemsize).registers for clock in both)
+    registers = max(row_of(config, clock, itemsize, arch).registers for clock in both)
     return {
         "num_warps": 8 if len(both) > 1 else WARPS[config.head_dim, itemsize], "num_stages": STAGES,
         "maxnreg": registers
@@ -79,10 +96,10 @@ def clocks(config: TitansConfig) -> list[Clock]:
     return sorted([Clock(0, 1, config.chunk_memory), Clock(1, M, config.chunk_other)], key=lambda c: c.C)
 
 
-def tiles(config: TitansConfig, clock: Clock, itemsize: int) -> Tiles:
+def tiles(config: TitansConfig, clock: Clock, itemsize: int, arch: int) -> Tiles:
     """The row's; with two clocks 16 tokens, or the kernel that holds both would spill (D = 128, N = 512 above
     16 still does, on sm_80)."""
-    found = tile_row(config.head_dim, clock.C, itemsize).tiles
+    found = row_of(config, clock, itemsize, arch).tiles
     return found if len(clocks(config)) == 1 else found._replace(WALK_CT=16, TILE_CT=16)
 
 
@@ -104,19 +121,20 @@ def rule_of(config: TitansConfig, update: bool) -> Rule:
     )
 
 
-def constants(config: TitansConfig, itemsize: int, update: bool) -> dict[str, Any]:
-    """Compile-time arguments of the kernel. They depend on the model, and on whether anything is learned."""
+def constants(config: TitansConfig, itemsize: int, update: bool, arch: int) -> dict[str, Any]:
+    """Compile-time arguments of the kernel. They depend on the model, on whether anything is learned, and on
+    the architecture (90 is sm_90)."""
     fast, *others = clocks(config)
     # without a second clock no memory has it, and its chunk is that of the pending slots
     slow = others[0] if others else Clock(0, 0, max(config.chunk_memory, config.chunk_other))
     return {
         "UPDATE": update, "PRODUCE": update and config.self_modifying, "fast": fast, "slow": slow,
-        "fast_tiles": tiles(config, fast, itemsize), "slow_tiles": tiles(config, slow, itemsize),
+        "fast_tiles": tiles(config, fast, itemsize, arch), "slow_tiles": tiles(config, slow, itemsize, arch),
         "shape": shape_of(config), "rule": rule_of(config, update),
     }
 
 
-def scratch_shapes(config: TitansConfig, itemsize: int) -> list[Scratch]:
+def scratch_shapes(config: TitansConfig, itemsize: int, arch: int) -> list[Scratch]:
     """Per clock, what one chunk of one (row, head) leaves in scratch; ``a`` in the dtype of the operands, the
     rest in fp32."""
     layout = Layout.of(config)
@@ -126,7 +144,7 @@ def scratch_shapes(config: TitansConfig, itemsize: int) -> list[Scratch]:
     return [
         Scratch(
             e=(MF, D, C), es=(MS, C), e2=(M, C), a=(M, N, C), d=(M, N, C),
-            norms=(M, N // tiles(config, clock, itemsize).TILE_NT, 2, C), keys=(KEYS, C, D),
+            norms=(M, N // tiles(config, clock, itemsize, arch).TILE_NT, 2, C), keys=(KEYS, C, D),
             vectors=(VECTORS, C), gram2=(C, C if config.step_clip else 1), gain=(M, C),
         )
         for clock in clocks(config) for C in (clock.C,)
@@ -143,37 +161,37 @@ def specializations(full: bool = False) -> Iterator[Specialization]:
     ``full``: then all shapes that are served, on all architectures."""
     if full:
         for dtype, D, mult, C in product(ITEMSIZE, WIDTHS, MULTIPLES, CHUNKS):
-            yield _specialization(
-                _config(D, mult, C), dtype, f"D={D} N={D * mult} C={C} {dtype}", tuple(SHARED_KIB)
-            )
-    for D, itemsize, C, *_ in TABLE:
+            title = f"D={D} N={D * mult} C={C} {dtype}"
+            yield from _specializations(_config(D, mult, C), dtype, title, tuple(SHARED_KIB))
+    for D, itemsize, C, *_, archs in TABLE:
         dtype = "fp32" if itemsize == 4 else "bf16"
-        yield _specialization(
-            _config(D, 4, C), dtype, f"D={D} N={4 * D} C={C} {dtype}", (80, 90, 100) if itemsize == 2 else (80, 90)
-        )
+        offered = (80, 90, 100) if itemsize == 2 else (80, 90)
+        known = [arch for arch in offered if tile_row(D, C, itemsize, arch).archs == archs]
+        yield from _specializations(_config(D, 4, C), dtype, f"D={D} N={4 * D} C={C} {dtype}", tuple(known))
     usual = _config(64, 1, 16)  # of a default layer with heads of 64
-    yield _specialization(usual, "bf16", "D=64 N=64 C=16 bf16", (86, 89, 90, 120))
-    yield _specialization(_config(128, 4, 256), "bf16", "D=128 N=512 C=256 bf16", (86,))
-    yield _specialization(_config(64, 4, 64), "fp16", "D=64 N=256 C=64 fp16", (90,))
-    yield _specialization(usual, "bf16", "reads only", (90,), update=False)
-    yield _specialization(_config(64, 4, 16, chunk_other=64), "bf16", "two clocks", (80, 90))
+    yield from _specializations(usual, "bf16", "D=64 N=64 C=16 bf16", (86, 89, 90, 120))
+    yield from _specializations(_config(128, 4, 256), "bf16", "D=128 N=512 C=256 bf16", (86,))
+    yield from _specializations(_config(64, 4, 64), "fp16", "D=64 N=256 C=64 fp16", (90,))
+    yield from _specializations(usual, "bf16", "reads only", (90,), update=False)
+    yield from _specializations(_config(64, 4, 16, chunk_other=64), "bf16", "two clocks", (80, 90))
     package = TitansConfig.preset("nested_learning", d_model=64, chunk_memory=64, chunk_other=64)
-    yield _specialization(package, "bf16", "nested_learning", (80, 90))
+    yield from _specializations(package, "bf16", "nested_learning", (80, 90))
     for C in (16, 64):
         lmm = TitansConfig.preset("titans", d_model=128, num_heads=2, chunk_memory=C, chunk_other=C)
-        yield _specialization(lmm, "bf16", f"titans C={C}", (80, 90, 100))
-    yield _specialization(_config(64, 4, 64, momentum="learned"), "bf16", "momentum", (80, 90, 100))
-    yield _specialization(_config(64, 1, 16, adaptive_q=True), "bf16", "adaptive_q", (80, 90))
+        yield from _specializations(lmm, "bf16", f"titans C={C}", (80, 90, 100))
+    yield from _specializations(_config(64, 4, 64, momentum="learned"), "bf16", "momentum", (80, 90, 100))
+    yield from _specializations(_config(64, 1, 16, adaptive_q=True), "bf16", "adaptive_q", (80, 90))
 
 
 def _config(D: int, mult: int, C: int, **changes) -> TitansConfig:
     return TitansConfig(2 * D, 2, hidden_mult=mult, **{"chunk_memory": C, "chunk_other": C, **changes})
 
 
-def _specialization(
+def _specializations(
     config: TitansConfig, dtype: str, title: str, archs: tuple[int, ...], update: bool = True
-) -> Specialization:
-    """Weights, momentum, gates and scratch are fp32, all else is in the input dtype."""
+) -> Iterator[Specialization]:
+    """One for the architectures that have the same tiles. Weights, momentum, gates and scratch are fp32, all
+    else is in the input dtype."""
     itemsize, like = ITEMSIZE[dtype], f"*{dtype}"
     scratch = Scratch(*["*fp32"] * len(Scratch._fields))._replace(a=like)
     signature = {
@@ -184,7 +202,16 @@ def _specialization(
         "progress": Progress("*i64", "*i64", "*i64"), "fast_scratch": scratch, "slow_scratch": scratch,
         "B": "i32", "T": "i64", "eta_scale": "fp32", "grad_scale": "fp32",
     }
-    return Specialization(
-        "titans_scan", scan_kernel, signature, constants(config, itemsize, update), wants_mma=itemsize == 2,
-        row=title, archs=archs, **options(config, itemsize),
-    )
+    alike: list[tuple[dict, dict, list[int]]] = []
+    for arch in archs:
+        made = constants(config, itemsize, update, arch), options(config, itemsize, arch)
+        same = next((group for group in alike if group[:2] == made), None)
+        if same is None:
+            alike.append((*made, [arch]))
+        else:
+            same[2].append(arch)
+    for known, told, group in alike:
+        yield Specialization(
+            "titans_scan", scan_kernel, signature, known, wants_mma=itemsize == 2, row=title,
+            archs=tuple(group), **told,
+        )
