@@ -17,11 +17,13 @@ from benchmarks.measure import poisoned
 from hope_kernels import (
     CMSConfig,
     HopeConfig,
+    HopeForCausalLM,
     SelfModifyingTitans,
     TitansConfig,
     available_backends,
 )
 from hope_kernels.backend import BY_ALL, Request
+from hope_kernels.engine.decoder import Decoder
 from hope_kernels.layers.titans import surroundings
 from hope_kernels.ops import init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.shared import cuda_library as library
@@ -235,6 +237,25 @@ def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
     _, state = run(config, w_init, part(inputs, 0, 15), "cuda")
     emulate(80, 1, resident)
     assert same(run(config, w_init, part(inputs, 15, 16), "cuda", state=state)[1], end)
+
+
+def test_a_decoder_has_the_bits_of_the_model():
+    """It advances the state where it lies, without a look at the host's counters: rows at different places,
+    over a boundary of both."""
+    torch.manual_seed(0)
+    levels = CMSConfig(64, chunks=(16, 32), expansion=1.0)
+    model = HopeForCausalLM(HopeConfig(32, 64, 2, titans=TitansConfig(64), cms=levels), DEVICE, torch.bfloat16)
+    text = torch.randint(0, 32, (2, 18), device=DEVICE)
+    with torch.no_grad():
+        state = model.init_state(2)
+        model(text[:, :15], state, lengths=[15, 14], backend="cuda")
+        plain, places = state.clone(), [t.data_ptr() for t in state.tensors()]
+        decoder = Decoder(model, state, "off", "cuda", capture=False)
+        for t in range(15, 18):
+            want, _ = model(text[:, t : t + 1], plain, backend="cuda")
+            assert torch.equal(decoder.step(text[:, t : t + 1]), want), t
+    assert all(map(same, state.mixers, plain.mixers)) and places == [t.data_ptr() for t in state.tensors()]
+    assert list(state.pos) == list(state.synchronize().pos) == [18, 17]
 
 
 @emulated_only
