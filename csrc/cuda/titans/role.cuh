@@ -32,7 +32,7 @@ struct Call {
   int n;                  // tokens to read
   int opened;             // slot of the first of them
   int chunk;              // C
-  int arrived;            // blocks of the group that have finished before this one (kCommitOnly)
+  int arrived;            // blocks of the group that had read the tokens of a commit before this one
   int64_t first_token;    // where it lies in x, q and o: numbers
   int roles[kWarps];
   int tokens[kWarps];     // how many tokens each warp has read
@@ -42,5 +42,23 @@ struct Call {
     return {plan, word >> 8, word & 255, warp};
   }
 };
+
+// Where a row stands in its open chunk. Kernels read the lower word of `pos` only.
+HOPE_DEVICE int slot_of(const TitansParams& p, int64_t b) {
+  return static_cast<int>(reinterpret_cast<const uint32_t*>(p.pos)[2 * b] & (p.C - 1));
+}
+
+// One thread of each block of a row, when all threads of the block know where the row stands: the last of the
+// row's `blocks` blocks advances pos by n. Until then its upper word (positions are less than 2^44) counts them
+// in its upper bits, so there is no counter to be cleared before a launch.
+HOPE_DEVICE void count(const TitansParams& p, int64_t b, int n, int blocks) {
+  constexpr uint32_t kOne = 1 << 12;
+  uint32_t* words = reinterpret_cast<uint32_t*>(p.pos + b);
+  const uint32_t before = fetch_add_release(words + 1, kOne);
+  if (before / kOne != static_cast<uint32_t>(blocks - 1)) return;
+  const uint32_t next = words[0] + n;
+  words[1] = before % kOne + (next < static_cast<uint32_t>(n));
+  words[0] = next;
+}
 
 }  // namespace hope

@@ -31,14 +31,3 @@ def call(
         parts = {n: None if t is None else t.detach().clone() for n, t in parts.items()}
         new = state.advanced(lengths, count=state.count + reads, **parts)
     return scan(config, w_init, inputs, new, state.count, reads, update), new
-
-
-def call_in_place(
-    scan: Scan, config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, update: bool
-) -> Tensor:
-    """o, without a look from the host: ``state.synchronize()`` brings ``state.pos`` after it."""
-    lengths = lengths.clamp(0, (inputs.x if inputs.q is None else inputs.q).shape[1])
-    o = scan(config, w_init, inputs, state, state.count, lengths, update)
-    if update:
-        state.count.add_(lengths)
-    return o

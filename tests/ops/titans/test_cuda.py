@@ -239,6 +239,34 @@ def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
     assert same(run(config, w_init, part(inputs, 15, 16), "cuda", state=state)[1], end)
 
 
+@pytest.mark.parametrize("config, capability, resident", [
+    pytest.param(CONFIGS[i], gpu, resident, marks=() if (gpu, resident) == (90, 9) else emulated_only)
+    for i, gpu, resident in ((0, 80, 9), (0, 90, 2), (2, 90, 9), (2, 80, 9), (4, 90, 9), (4, 80, 9))
+])
+def test_steps_in_place_count_what_they_read(config, capability, resident):
+    """In one launch and in two, over a boundary and over 2^32 tokens, whatever the host believes; a row that
+    reads nothing, and one told to read more than there is."""
+    emulate(capability, 3, resident)
+    C = config.chunk_memory
+    w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 3, C + 1))
+    _, state = run(config, w_init, part(inputs, 0, C - 1), "cuda", [C - 1, C - 1, 2])
+    lengths, far = torch.tensor([1, 9, -4], device=DEVICE), 2**32 - C
+    wanted, want = [], state
+    for t in (C - 1, C):
+        o, want = run(config, w_init, part(inputs, t, t + 1), "cuda", [1, 1, 0], want)
+        wanted.append(o)
+    state.count += far
+    with torch.no_grad():
+        for t, o in zip((C - 1, C), wanted):
+            token = config, w_init, part(inputs, t, t + 1), state, lengths
+            assert torch.equal(titans_advance_(*token, backend="cuda"), o)
+            titans_advance_(*token, update=False, backend="cuda")
+    assert state.count.tolist() == [far + C + 1, far + C + 1, far + 2]
+    state.count -= far
+    state.synchronize()
+    assert same(state, want)
+
+
 def test_a_decoder_has_the_bits_of_the_model():
     """It advances the state where it lies, without a look at the host's counters: rows at different places,
     over a boundary of both."""
