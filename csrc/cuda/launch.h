@@ -37,8 +37,8 @@ Workspace titans_workspace(const TitansParams& params, int D, const Device& devi
 // architecture has clusters. For what titans_unserved does not refuse. Null, or CUDA's error.
 const char* titans_at_once(int D, int N, int C, Device device, int* found);
 
-// One call: T tokens of every row are read and written. One token a row has kernels of its own (titans/decode.cuh),
-// with the same bits. For what titans_unserved does not refuse. Null, or CUDA's error.
+// One call: T tokens of every row are read and written. One token a row has kernels of its own
+// (titans/decode.cuh), with the same bits. For what titans_unserved does not refuse. Null, or CUDA's error.
 const char* titans_scan(TitansParams params, int D, Element element, const Device& device, void* stream);
 
 }  // namespace hope

@@ -175,8 +175,8 @@ class Decoder:
         return logits
 
     def _forward(self, mixers: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
-        """Logits and the mixers' new states. The kernels of ``DEVICE_DECIDES`` go by ``count`` and advance all
-        else in place but the inputs that the convolution keeps."""
+        """Logits and the mixers' new states. The kernels of ``DEVICE_DECIDES`` go by ``count``, and advance
+        all else in place but the inputs that the convolution keeps."""
         if self.backend in DEVICE_DECIDES:
             mixers = [m.in_place(self._one_each) if isinstance(m, TitansState) else m for m in mixers]
         h, new = self.model.run(self.model.embed(self._tokens), mixers, self._levels, self._ones, self.backend)

@@ -205,7 +205,8 @@ def test_the_same_bits_whatever_the_schedule_and_the_parts(way, dtype):
         step_o, state = run(config, w_init, part(inputs, t, t + 1), "cuda", [1, 1, 0], state)
         outputs.append(step_o)
     assert torch.equal(torch.cat(outputs, 1), o) and same(state, end)
-    one = mode == "Li0E" or mult * width * width == 4096  # blocks of a head meet in a cluster, or there is one
+    # blocks of a head meet in a cluster, or there is one
+    one = mode == "Li0E" or mult * width * width == 4096
     assert ran() == ({"prefill"} if shards else {"prefill", "step"} | (set() if one else {"decode"}))
 
 

@@ -1,14 +1,15 @@
-// One token a row: reads every weight once, at the bandwidth of the memory, and appends the token to its chunk.
+// One token a row: reads every weight once, at the bandwidth of the memory, and appends the token to its
+// chunk.
 //
-// EQUATIONS   As prefill's reads, for one token. The device alone knows whether that fills the chunk, so what is
-//             launched is the same for every token and can be replayed from a graph.
+// EQUATIONS   As prefill's reads, for one token. The device alone knows whether that fills the chunk, so what
+//             is launched is the same for every token and can be replayed from a graph.
 //             titans_step     reads, and commits a chunk that is now full, in one launch
 //             titans_decode   reads; titans_step is launched after it for the commit alone (kCommitOnly)
 // OWNERSHIP   As in prefill: warps own hidden units, and use the same instructions in the same order on a panel
 //             of 16 slots of which one is live: outputs have the bits of a prefill. Memories exchange nothing
-//             before the commit, so titans_decode has a block for each (eta and alpha share one): 4 B H blocks of
-//             N D / 2048 warps, no cluster, two barriers. The blocks of titans_step are those of prefill, since
-//             they commit; a commit needs the token's k, v, eta and alpha of all of them, so several blocks of a
+//             before the commit, so titans_decode has a block for each (eta and alpha share one): 4 B H of N D
+//             / 2048 warps, no cluster, two barriers. The blocks of titans_step are those of prefill, since
+//             they commit. A commit needs the token's k, v, eta and alpha of all of them: several blocks of a
 //             (row, head) are a cluster, which meets where the chunk is full and nowhere else. launch.cuh says
 //             which of the two serves a call. Memories of two blocks decode through prefill.
 // BYTES       6 a weight (fp32 deviation, 16-bit base): 24 KB a warp, all of them requested before the first
@@ -62,10 +63,11 @@ HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int 
   const int64_t token = (b * p.H + h) * D;
 
   // M_memory is in the first block, alone or with others
-  if (rank == 0)
-    fetch_panel<D>(shared.input(true, 0), static_cast<const T*>(p.q) + token - row * D, D, row, row + 1, 32 * warps);
-  if (rank > 0 || plan.full_warps < warps)
-    fetch_panel<D>(shared.input(false, 0), static_cast<const T*>(p.x) + token - row * D, D, row, row + 1, 32 * warps);
+  const auto fetch = [&](T* tile, const void* from) {
+    fetch_panel<D>(tile, static_cast<const T*>(from) + token - row * D, D, row, row + 1, 32 * warps);
+  };
+  if (rank == 0) fetch(shared.input(true, 0), p.q);
+  if (rank > 0 || plan.full_warps < warps) fetch(shared.input(false, 0), p.x);
   Word4 blocks[16] = {};
   if (!role.idle()) {
     for_blocks<D>(place, role.full(), p.N, [&](int i, int first, int stride, bool w1) {
@@ -81,15 +83,15 @@ HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int 
   read_shares<D, T, ACT>(shared, role, tile, HeldWeights<D>{blocks}, warp, lane);
   sync_block();
   // by a warp that has no part of the output, if there is one
-  if (warp == (row + 1) % plan.full_warps && lane == 0 && (p.flags & kCount)) count(p, b, 1, p.H * plan.blocks);
+  if (warp == (row + 1) % plan.full_warps && lane == 0) count_tokens(p, b, 1, plan.blocks);
   DecodeSink<D, T> sink{p, static_cast<T*>(p.o) + token, (b * p.C + slot) * p.H + h};
   if (!role.full() || row % 8 % role.warps() == role.within)
     read_results<D, T>(p, shared, role, tile, h, row, row + 1, lane, sink);
 }
 
-// Commits the full chunk of a (row, head), of which all tokens are among the pending ones; block `rank` of it
-// the weights that are its own. With a counter in memory the blocks find out which of them has read the tokens
-// last; those of a cluster tell each other.
+// Commits the full chunk of a (row, head), of which all tokens are among the pending ones: block `rank` the
+// weights that are its own. Blocks of a cluster clear the tokens once all have read them; of others, which a
+// counter tells in which order they have read them, the last one does.
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int group, int rank) {
   const Shared<D, T> shared{plan};
@@ -121,7 +123,8 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
     round_weights<D, T, ON_CHIP>(state, p, shared, role, 0, group, warp, lane);
   }
   Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
-  const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5, g = load_shared(&call.group);
+  const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
+  const int g = load_shared(&call.group);
   store_state<D, T>(state, p, shared, call.role(plan, warp), 0, g, warp, lane);
   bool last = load_shared(&call.rank) == 0;
   if (plan.blocks > 1) {
@@ -139,9 +142,9 @@ HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
   const bool full = p.lengths[b] > 0 && slot_of(p, b) == p.C - 1;  // the same for all blocks that meet
   if (!commit_only) {
     decode<D, T, ACT>(p, plan, group, rank, kWarps);
-  } else if (p.flags & kCount && p.lengths[b] > 0) {
+  } else if (p.lengths[b] > 0) {
     sync_block();
-    if (thread_index() == 0) count(p, b, 1, p.H * plan.blocks);
+    if (thread_index() == 0) count_tokens(p, b, 1, plan.blocks);
   }
   if (!full) return;
   if (!commit_only) {  // the other blocks' part of the token

@@ -115,10 +115,10 @@ const char* launch_mode(const TitansParams& p, const Plan& plan, const Device& d
   return launch_prefill<D, T, ACT, kGlobal, SHARDED>(p, plan, device, stream);
 }
 
-// Whether one launch reads a token and commits. Blocks of a (row, head) that are no cluster could wait for others
-// that never start. Blocks of titans_step have a multiprocessor each. Where those of titans_decode are as large,
-// nothing is lost; smaller ones share one, and some load while others compute: with more heads than
-// multiprocessors that is worth more than the launch.
+// Whether one launch reads a token and commits. Blocks of a (row, head) that are no cluster could wait for
+// others that never start. A block of titans_step has a multiprocessor for itself. Where those of
+// titans_decode are as large, nothing is lost; smaller ones share one, so that some load while others compute:
+// taken to be worth more than a launch where there are more heads than multiprocessors.
 inline bool in_one_launch(const TitansParams& p, const Plan& plan, const Device& device) {
   if (plan.blocks > 1 && !in_clusters(device.image)) return false;
   return plan.full_warps == kWarps ||

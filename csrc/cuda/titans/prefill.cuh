@@ -192,7 +192,7 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     if (update && opened + n >= p.C) move_pending<D, T, true>(p, shared, b, h, 0, opened);
   }
   sync_block();
-  if (thread_index() == 0 && (p.flags & kCount)) count(p, group / p.H, load_shared(&call.n), p.H * plan.blocks);
+  if (thread_index() == 0) count_tokens(p, group / p.H, load_shared(&call.n), plan.blocks);
   using Blocks = Exchange<D, T, MODE, SHARDED>;
   const Blocks exchange{shared, p, plan};
   if (update) exchange.begin();

@@ -48,14 +48,15 @@ HOPE_DEVICE int slot_of(const TitansParams& p, int64_t b) {
   return static_cast<int>(reinterpret_cast<const uint32_t*>(p.pos)[2 * b] & (p.C - 1));
 }
 
-// One thread of each block of a row, when all threads of the block know where the row stands: the last of the
-// row's `blocks` blocks advances pos by n. Until then its upper word (positions are less than 2^44) counts them
-// in its upper bits, so there is no counter to be cleared before a launch.
-HOPE_DEVICE void count(const TitansParams& p, int64_t b, int n, int blocks) {
+// With kCount: called by one thread of each block, when all threads of the block know where row b stands, in
+// a launch with `blocks` blocks a head. The row's last block advances pos by n. Until then the upper word of
+// pos (positions are less than 2^44) counts the blocks in its upper bits: no counter has to be cleared first.
+HOPE_DEVICE void count_tokens(const TitansParams& p, int64_t b, int n, int blocks) {
+  if (!(p.flags & kCount)) return;
   constexpr uint32_t kOne = 1 << 12;
   uint32_t* words = reinterpret_cast<uint32_t*>(p.pos + b);
   const uint32_t before = fetch_add_release(words + 1, kOne);
-  if (before / kOne != static_cast<uint32_t>(blocks - 1)) return;
+  if (before / kOne != static_cast<uint32_t>(p.H * blocks - 1)) return;
   const uint32_t next = words[0] + n;
   words[1] = before % kOne + (next < static_cast<uint32_t>(n));
   words[0] = next;

@@ -111,7 +111,8 @@ HOPE_DEVICE void round_weights(const float (&state)[16][8], const TitansParams& 
   const StoredWeights<D, ON_CHIP> weights{own};
   if (plan.base >= 0) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) weights.block(i) = round_block<T>(state[i], own.at(plan.base)[512 * warp + 32 * i]);
+    for (int i = 0; i < 16; ++i)
+      weights.block(i) = round_block<T>(state[i], own.at(plan.base)[512 * warp + 32 * i]);
   } else {
     const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
     const Place<D> place = Place<D>::of(p, role, before);

@@ -2,8 +2,8 @@
 multiprocessor. Inference only.
 
 ``hope_kernels_cuda::titans_scan`` advances a state in place, all but its counter, and
-``hope_kernels_cuda::titans_advance`` that too; ``titans_cuda`` gives the first one copies of what it will write.
-Outputs and states are bit-identical for any split of a sequence and any company in the batch.
+``hope_kernels_cuda::titans_advance`` the counter too; ``titans_cuda`` gives the first copies of what it will
+write. Outputs and states are bit-identical for any split of a sequence and any company in the batch.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def call(
 ) -> tuple[Tensor, TitansState]:
     """(o, new state). written: the state's tensors that ``scan`` may write; chunk: tokens between commits,
     before which it writes pending tokens only. reads [B] int64: ``lengths`` on the device, where they are
-    there already. A state that is to be advanced in place is returned as it is then (``TitansState.in_place``)."""
+    there already. A state that is to be advanced in place (``TitansState.in_place``) is returned itself."""
     if state._reads is not None:
         return scan(config, w_init, inputs, state, state.count, state._reads, update), state
     new = state

@@ -272,7 +272,8 @@ def test_a_decoder_has_the_bits_of_the_model():
     over a boundary of both."""
     torch.manual_seed(0)
     levels = CMSConfig(64, chunks=(16, 32), expansion=1.0)
-    model = HopeForCausalLM(HopeConfig(32, 64, 2, titans=TitansConfig(64), cms=levels), DEVICE, torch.bfloat16)
+    config = HopeConfig(32, 64, 2, titans=TitansConfig(64), cms=levels)
+    model = HopeForCausalLM(config, DEVICE, torch.bfloat16)
     text = torch.randint(0, 32, (2, 18), device=DEVICE)
     with torch.no_grad():
         state = model.init_state(2)
