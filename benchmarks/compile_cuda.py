@@ -26,8 +26,11 @@ COMPLAINT = re.compile(r"warning|\(C7\d+\)|setmaxnreg", re.IGNORECASE)
 EMPTY = 4
 # mma instructions in a kernel's code, at least: a missing one is a product that was lost. Prefill: those of a
 # warp's panel (160), of a scalar memory's loops over groups and its update, and of the keys' products;
-# decode: those of both kinds of memory.
-PRODUCTS = {"titans_prefill<64": 256, "titans_prefill<128": 288, "titans_decode<": 64}
+# decode: those of both kinds of memory; step: as many, and those of a commit.
+PRODUCTS = {
+    "titans_prefill<64": 256, "titans_prefill<128": 288, "titans_decode<": 64, "titans_step<64": 280,
+    "titans_step<128": 312,
+}
 
 
 class Refused(Exception):

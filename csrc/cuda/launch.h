@@ -8,10 +8,14 @@ namespace hope {
 
 enum class Element { kBf16, kFp16 };
 
+// A flag beside those of params.h, with kUpdate: pos is advanced as well.
+constexpr int kCount = 1 << 16;
+
 struct Device {
   int capability;    // 80, 86, 90, 100, ..
   int shared_bytes;  // the most dynamic shared memory a block may have
   int image;         // the architecture that its code was compiled for, as capability (titans_image); 0: no code
+  int multiprocessors;
   int* at_once = nullptr;  // a launch only answers here: how many (row, head) pairs it would run at once
 };
 
@@ -21,7 +25,7 @@ int titans_image();
 // What a call needs beyond its tensors.
 struct Workspace {
   int64_t scratch_bytes;  // TitansParams::scratch
-  int64_t arrivals;       // TitansParams::arrivals, unsigned ints; cleared by titans_scan
+  int64_t arrivals;       // TitansParams::arrivals, unsigned ints
 };
 
 // Why heads of width D, hidden width N and chunks of C tokens are not served on the device, or null.
@@ -33,8 +37,8 @@ Workspace titans_workspace(const TitansParams& params, int D, const Device& devi
 // architecture has clusters. For what titans_unserved does not refuse. Null, or CUDA's error.
 const char* titans_at_once(int D, int N, int C, Device device, int* found);
 
-// One call: T tokens of every row are read and written. One token a row goes through the decode kernel, which
-// has the same bits. For what titans_unserved does not refuse. Null, or CUDA's error.
+// One call: T tokens of every row are read and written. One token a row has kernels of its own
+// (titans/decode.cuh), with the same bits. For what titans_unserved does not refuse. Null, or CUDA's error.
 const char* titans_scan(TitansParams params, int D, Element element, const Device& device, void* stream);
 
 }  // namespace hope

@@ -28,7 +28,7 @@ enum Flag : int {
 struct TitansParams {
   const void* x;              // [B, T, H, D] T
   const void* q;              // [B, T, H, D] T
-  void* o;                    // [B, T, H, D] T, zero past a row's length (the caller has cleared it)
+  void* o;                    // [B, T, H, D] T, zero past a row's length
   const void* base2;          // [H, M N, D] T, or null (retain_to == "zero")
   const void* base1;          // [H, Mf, D, N] T, or null
   const void* base1s;         // [H, Ms, N] T, or null
@@ -41,10 +41,10 @@ struct TitansParams {
   float* pending_alpha;       // [B, C, H], or null
   const void* eta_bias;       // [H] T, or fp32 with kFloatBias
   const void* alpha_bias;     // [H] likewise, or null
-  const int64_t* pos;         // [B] tokens read before this call
+  int64_t* pos;               // [B] tokens read before this call; advanced with kCount (launch.h)
   const int64_t* lengths;     // [B] tokens of this call, clamped to 0 .. T
   unsigned char* scratch;     // what does not fit shared memory: Workspace::scratch_bytes
-  unsigned int* arrivals;     // [1 + B H] zeros: a ticket, and blocks that have arrived, a (row, head)
+  unsigned int* arrivals;     // [1 + B H]: a ticket, and blocks that have arrived, a (row, head)
   int64_t T;
   int B, H, N, C;
   int activation, flags;

@@ -1,4 +1,4 @@
-// What PyTorch sees of the kernels: four operators through LibTorch's stable ABI (2.11 and later, one
+// What PyTorch sees of the kernels: five operators through LibTorch's stable ABI (2.11 and later, one
 // library for all of them).
 //
 // Every argument that could lead to a wrong address is checked here; launch.h declares the launch itself. With
@@ -106,7 +106,7 @@ class Arguments {
 };
 
 #ifdef HOPE_EMULATED
-hope::Device emulated_gpu{90, 227 * 1024, 90};
+hope::Device emulated_gpu{90, 227 * 1024, 90, 8};
 
 hope::Device device_of(int) { return emulated_gpu; }
 void* stream_of(int) { return nullptr; }
@@ -124,7 +124,8 @@ hope::Device look_at(int index) {
   const int image = hope::titans_image();
   cudaSetDevice(before);
   return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), image};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), image,
+          attribute(cudaDevAttrMultiProcessorCount)};
 }
 hope::Device device_of(int index) {  // looked at once
   static std::mutex one_at_a_time;
@@ -141,6 +142,8 @@ void* stream_of(int index) {
 }
 #endif
 
+// COUNT: `pos` is advanced as well.
+template <bool COUNT>
 Tensor titans_scan(Tensor x, Tensor q, std::optional<Tensor> base2, std::optional<Tensor> base1,
                    std::optional<Tensor> base1s, Tensor delta2, Tensor delta1, Tensor delta1s,
                    Tensor pending_k, Tensor pending_v, Tensor pending_eta,
@@ -160,7 +163,7 @@ Tensor titans_scan(Tensor x, Tensor q, std::optional<Tensor> base2, std::optiona
   if (flags < 0 || flags >= 2 * hope::kFloatBias) fail("argument flags is ", flags, ", which no configuration has");
   const int64_t B = x.size(0), T = x.size(1), H = x.size(2), D = x.size(3), N = delta1.size(4), C = pending_k.size(1);
   const int64_t Ms = flags & hope::kRetention ? 2 : 1, M = 3 + Ms;
-  if (std::max({D, N, C}) > 65536 || B * H > INT_MAX / 8)
+  if (std::max({D, N, C, H}) > 65536 || B * H > INT_MAX / 8)
     fail("rows, heads or widths of x, delta1 or pending_k are too many");
   const bool emulated = x.is_cpu();
 #ifndef HOPE_EMULATED
@@ -201,7 +204,7 @@ Tensor titans_scan(Tensor x, Tensor q, std::optional<Tensor> base2, std::optiona
   expect("lengths", lengths, {B}, ScalarType::Long);
 
   const Shape shape = {B, T, H, D};
-  Tensor o = torch::stable::new_zeros(x, shape);
+  Tensor o = torch::stable::new_empty(x, shape);  // of which the kernels write every number
   if (B * T == 0) return o;
   Arguments use;
   TitansParams params{};
@@ -215,10 +218,12 @@ Tensor titans_scan(Tensor x, Tensor q, std::optional<Tensor> base2, std::optiona
   params.pending_eta = use.written<float>("pending_eta", pending_eta);
   params.pending_alpha = use.written<float>("pending_alpha", pending_alpha);
   params.eta_bias = use.read("eta_bias", eta_bias), params.alpha_bias = use.read("alpha_bias", alpha_bias);
-  params.pos = static_cast<const int64_t*>(use.read("pos", pos));
+  params.pos = COUNT ? use.written<int64_t>("pos", pos)
+                     : static_cast<int64_t*>(const_cast<void*>(use.read("pos", pos)));
   params.lengths = static_cast<const int64_t*>(use.read("lengths", lengths));
   params.T = T, params.B = B, params.H = H, params.N = N, params.C = C;
-  params.activation = activation, params.flags = flags, params.eta_scale = eta_scale, params.grad_scale = grad_scale;
+  params.activation = activation, params.eta_scale = eta_scale, params.grad_scale = grad_scale;
+  params.flags = COUNT && flags & hope::kUpdate ? flags | hope::kCount : flags;
   const hope::Workspace work = hope::titans_workspace(params, D, device);
   const Shape bytes = {std::max<int64_t>(work.scratch_bytes, 1)}, counters = {std::max<int64_t>(work.arrivals, 1)};
   Tensor scratch = torch::stable::new_empty(x, bytes, ScalarType::Byte);
@@ -253,7 +258,8 @@ std::string build() { return HOPE_BUILD; }
 
 #ifdef HOPE_EMULATED
 void emulate(int64_t capability, int64_t shared_bytes, int64_t image, int64_t seed, int64_t resident, bool races) {
-  emulated_gpu = {static_cast<int>(capability), static_cast<int>(shared_bytes), static_cast<int>(image)};
+  emulated_gpu = {static_cast<int>(capability), static_cast<int>(shared_bytes), static_cast<int>(image),
+                  static_cast<int>(resident)};
   hope::emulator::options() = {static_cast<unsigned>(seed), static_cast<int>(resident), races};
 }
 
@@ -264,12 +270,15 @@ void execute_by(int64_t address) {
 
 }  // namespace
 
+#define HOPE_SCHEMA(name, pos)                                                                           \
+  name "(Tensor x, Tensor q, Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, "          \
+       "Tensor(b!) delta1, Tensor(c!) delta1s, Tensor(d!) pending_k, Tensor(e!) pending_v, "             \
+       "Tensor(f!) pending_eta, Tensor(g!)? pending_alpha, Tensor eta_bias, Tensor? alpha_bias, " pos    \
+       " pos, Tensor lengths, int activation, int flags, float eta_scale, float grad_scale) -> Tensor"
+
 STABLE_TORCH_LIBRARY(hope_kernels_cuda, m) {
-  m.def(
-      "titans_scan(Tensor x, Tensor q, Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, "
-      "Tensor(b!) delta1, Tensor(c!) delta1s, Tensor(d!) pending_k, Tensor(e!) pending_v, "
-      "Tensor(f!) pending_eta, Tensor(g!)? pending_alpha, Tensor eta_bias, Tensor? alpha_bias, Tensor pos, "
-      "Tensor lengths, int activation, int flags, float eta_scale, float grad_scale) -> Tensor");
+  m.def(HOPE_SCHEMA("titans_scan", "Tensor"));
+  m.def(HOPE_SCHEMA("titans_advance", "Tensor(h!)"));
   m.def("unserved(int D, int N, int C, int device) -> str");
   m.def("at_once(int D, int N, int C, int device) -> int");
   m.def("build() -> str");
@@ -283,10 +292,13 @@ STABLE_TORCH_LIBRARY(hope_kernels_cuda, m) {
 }
 
 #ifdef HOPE_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(hope_kernels_cuda, CPU, m) { m.impl("titans_scan", TORCH_BOX(&titans_scan)); }
+STABLE_TORCH_LIBRARY_IMPL(hope_kernels_cuda, CPU, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(hope_kernels_cuda, CUDA, m) { m.impl("titans_scan", TORCH_BOX(&titans_scan)); }
+STABLE_TORCH_LIBRARY_IMPL(hope_kernels_cuda, CUDA, m) {
 #endif
+  m.impl("titans_scan", TORCH_BOX(&titans_scan<false>));
+  m.impl("titans_advance", TORCH_BOX(&titans_scan<true>));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(hope_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("unserved", TORCH_BOX(&unserved));

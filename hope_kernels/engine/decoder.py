@@ -26,7 +26,8 @@ from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.state import CMSState
 from ..ops.titans.backends import DEVICE_DECIDES
-from ..state import Counters, expanded
+from ..ops.titans.state import TitansState
+from ..state import expanded
 from . import native, segments
 from .native import NativeStep
 from .protocol import Model
@@ -80,6 +81,7 @@ class Decoder:
             if any(t.is_inference() or expanded(t) for t in state.tensors()):
                 state.assign(state.usable())
             self._tokens = torch.zeros(state.batch, 1, dtype=torch.int64, device=self.device)
+            self._one_each = torch.ones(state.batch, dtype=torch.int64, device=self.device)
         self._ones = [1] * state.batch
         self._levels: Levels = []
         self._stale = True  # whether ``_levels`` are no longer those of the state
@@ -192,13 +194,16 @@ class Decoder:
             for a, b in zip(old.tensors(), now.tensors(), strict=True):
                 if a is not b:
                     a.copy_(b)
+        if self.backend in DEVICE_DECIDES:  # of all layers at once
+            counts = [m.count for m in mixers if isinstance(m, TitansState)]
+            torch.ops.aten._foreach_add_.Scalar(counts, 1)
         return logits
 
     def _forward(self, mixers: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
+        """Logits and the mixers' new states. The kernels of ``DEVICE_DECIDES`` go by ``count``, and advance
+        all else in place but the inputs that the convolution keeps."""
         if self.backend in DEVICE_DECIDES:
-            # Where the host sees a chunk close, the kernels get copies of all fast weights to write into.
-            # These kernels go by ``count``: with the host at 0 they always write where the weights are.
-            mixers = [replace(m, pos=Counters([0] * m.batch)) for m in mixers]
+            mixers = [m.in_place(self._one_each) if isinstance(m, TitansState) else m for m in mixers]
         h, new = self.model.run(self.model.embed(self._tokens), mixers, self._levels, self._ones, self.backend)
         return self.model.logits(h, self._ones), new
 

@@ -20,6 +20,7 @@ from hope_kernels.ops.shared.triton_build import SHARED_KIB
 from hope_kernels.ops.titans import cuda as titans
 from tools import build_cuda
 from tools.ptx import cuda as ptx
+from tools.ptx.machine import Options
 
 GPUS = (80, 86, 90, 120)  # exchange through memory, with much shared memory and little; clusters, likewise
 QUICK = {(64, BF16, 80), (64, FP16, 90), (128, BF16, 90)}  # (width, type, architecture of the code)
@@ -163,7 +164,13 @@ def test_the_host_launches_what_nvcc_has_compiled(width, dtype, arch):
     of_host = ptx.symbols(build_cuda.build_emulated()).values()
     launched = [name for name in of_host if ptx.source_of(name) == source]
     assert sorted(launched) == sorted(ptx.names(build_cuda.ptx(source, arch).read_text()))
-    assert len(launched) == 3 * (5 if width == 64 else 9)  # decode; prefill by exchange, room and shards
+    # decode; steps by exchange and room, prefill also by shards
+    assert len(launched) == 3 * (9 if width == 64 else 13)
+
+
+def ran() -> set[str]:
+    """Which kernels."""
+    return {ptx.SYMBOL.fullmatch(name)[1].removeprefix("titans_") for name, _ in gpu.ran}
 
 
 def ways():
@@ -198,7 +205,9 @@ def test_the_same_bits_whatever_the_schedule_and_the_parts(way, dtype):
         step_o, state = run(config, w_init, part(inputs, t, t + 1), "cuda", [1, 1, 0], state)
         outputs.append(step_o)
     assert torch.equal(torch.cat(outputs, 1), o) and same(state, end)
-    assert shards or any(f"titans_decode{template}" in name for name, _ in gpu.ran)
+    # blocks of a head meet in a cluster, or there is one
+    one = mode == "Li0E" or mult * width * width == 4096
+    assert ran() == ({"prefill"} if shards else {"prefill", "step"} | (set() if one else {"decode"}))
 
 
 def compared():
@@ -248,6 +257,30 @@ def test_in_place_by_what_the_device_knows_and_with_lengths_out_of_range():
         o = titans_advance_(MEMORY, w_init, inputs, state, torch.tensor([99, 6]), backend="cuda")
         assert torch.equal(o, want) and same(state.synchronize(), end)
         titans_advance_(MEMORY, w_init, inputs, state, torch.tensor([-3, 0]), backend="cuda")
+    assert same(state.synchronize(), end)
+
+
+@pytest.mark.parametrize("config, capability, dtype, multiprocessors, kernels", [
+    (MEMORY, 80, BF16, 9, {"decode", "step"}), (config_of(64, 1), 80, BF16, 9, {"step"}),
+    (CLUSTERS, 90, FP16, 9, {"step"}), (CLUSTERS, 90, FP16, 7, {"decode", "step"}),
+    pytest.param(config_of(64, 2), 120, FP16, 1, {"decode", "step"}, marks=pytest.mark.slow)
+])
+def test_steps_count_what_they_read(config, capability, dtype, multiprocessors, kernels):
+    """The last block of a row to know where it stands advances the counter, in the last launch of a call. The
+    middle step commits, and a row reads nothing."""
+    w_init, inputs = (cast(t, dtype) for t in problem(config, 2, 17))
+    emulate(capability)
+    want, end = run(config, w_init, inputs, "cuda", [17, 14])
+    _, state = run(config, w_init, part(inputs, 0, 14), "cuda")
+    image, shared = image_of(capability), 1024 * SHARED_KIB[capability]
+    torch.ops.hope_kernels_cuda.emulate(capability, shared, image, 0, multiprocessors, True)
+    for t in (14, 15, 16):
+        gpu.options, lengths = Options(seed=t, resident=5), torch.tensor([3, 0])
+        gpu.ran.clear()
+        with torch.no_grad():
+            o = titans_advance_(config, w_init, part(inputs, t, t + 1), state, lengths, backend="cuda")
+        assert torch.equal(o, want[:, t : t + 1]) and state.count.tolist() == [t + 1, 14]
+        assert ran() == kernels
     assert same(state.synchronize(), end)
 
 

@@ -1,15 +1,19 @@
-// titans_decode: one token a row. Reads every weight once, at the bandwidth of the memory, and appends the
-// token to its chunk.
+// One token a row: reads every weight once, at the bandwidth of the memory, and appends the token to its
+// chunk.
 //
-// EQUATIONS   As prefill's reads, for one token. A chunk that is now full is committed by titans_prefill,
-//             launched after this kernel for the purpose (kCommitOnly). The device alone decides, so both
-//             launches are the same for every token and can be replayed from a graph.
+// EQUATIONS   As prefill's reads, for one token. The device alone knows whether that fills the chunk, so what
+//             is launched is the same for every token and can be replayed from a graph.
+//             titans_step     reads, and commits a chunk that is now full, in one launch
+//             titans_decode   reads; titans_step is launched after it for the commit alone (kCommitOnly)
 // OWNERSHIP   As in prefill: warps own hidden units, and use the same instructions in the same order on a panel
 //             of 16 slots of which one is live: outputs have the bits of a prefill. Memories exchange nothing
-//             before the commit, so each has a block of its own (eta and alpha share one): 4 B H blocks of
-//             N D / 2048 warps, no cluster, two barriers. Memories of two blocks decode through prefill.
+//             before the commit, so titans_decode has a block for each (eta and alpha share one): 4 B H of N D
+//             / 2048 warps, no cluster, two barriers. The blocks of titans_step are those of prefill, since
+//             they commit. A commit needs the token's k, v, eta and alpha of all of them: several blocks of a
+//             (row, head) are a cluster, which meets where the chunk is full and nowhere else. launch.cuh says
+//             which of the two serves a call. Memories of two blocks decode through prefill.
 // BYTES       6 a weight (fp32 deviation, 16-bit base): 24 KB a warp, all of them requested before the first
-//             is needed.
+//             is needed. A commit reads them once more, and writes 4.
 // FLOPS       16 times what one token needs, on tensor cores that would be idle.
 #pragma once
 #include "prefill.cuh"
@@ -37,22 +41,33 @@ template <int D, class T> struct DecodeSink {
   }
 };
 
-template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan) {
+// Block `rank` of a (row, head), of `warps` warps, reads the row's token.
+template <int D, class T, int ACT>
+HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int rank, int warps) {
   const int lane = lane_index(), warp = warp_index();
-  const int group = block_index() / 4, rank = block_index() % 4;
   const int64_t b = group / p.H;
   const int h = group % p.H;
-  if (p.lengths[b] <= 0 || (rank > 0 && !(p.flags & kUpdate))) return;
+  const bool update = p.flags & kUpdate;
+  if (p.lengths[b] <= 0) {
+    if (rank == 0 && warp == 0)
+      for (int i = lane; i < D / 2; i += 32) static_cast<uint32_t*>(p.o)[(b * p.H + h) * (D / 2) + i] = 0;
+    return;
+  }
+  if (rank > 0 && !update) return;
   const Shared<D, T> shared{plan};
-  const Role role = Role::of(plan, rank, warp, plan.full_warps);
+  const Role role = Role::of(plan, rank, warp, warps);
   const Place<D> place = Place<D>::of(p, role);
   const Deviations deviations = Deviations::of(p, group, D, plan.memories);
   const Bases<T> bases = Bases<T>::of(p, h, D, plan.memories);
-  const int slot = static_cast<int>(p.pos[b] & (p.C - 1)), row = slot % kPanel;
+  const int slot = slot_of(p, b), row = slot % kPanel;
+  const int64_t token = (b * p.H + h) * D;
 
-  T* tile = shared.input(false, 0);
-  const T* from = static_cast<const T*>(rank == 0 ? p.q : p.x) + (b * p.H + h) * D;
-  fetch_panel<D>(tile, from - row * D, D, row, row + 1, 32 * plan.full_warps);
+  // M_memory is in the first block, alone or with others
+  const auto fetch = [&](T* tile, const void* from) {
+    fetch_panel<D>(tile, static_cast<const T*>(from) + token - row * D, D, row, row + 1, 32 * warps);
+  };
+  if (rank == 0) fetch(shared.input(true, 0), p.q);
+  if (rank > 0 || plan.full_warps < warps) fetch(shared.input(false, 0), p.x);
   Word4 blocks[16] = {};
   if (!role.idle()) {
     for_blocks<D>(place, role.full(), p.N, [&](int i, int first, int stride, bool w1) {
@@ -64,10 +79,84 @@ template <int D, class T, int ACT> HOPE_DEVICE void decode(const TitansParams& p
   load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
   wait_copies();
   sync_block();
+  const T* tile = shared.input(role.memory == kMemory, 0);
   read_shares<D, T, ACT>(shared, role, tile, HeldWeights<D>{blocks}, warp, lane);
   sync_block();
-  DecodeSink<D, T> sink{p, static_cast<T*>(p.o) + (b * p.H + h) * D, (b * p.C + slot) * p.H + h};
-  read_results<D, T>(p, shared, role, tile, h, row, row + 1, lane, sink);
+  // by a warp that has no part of the output, if there is one
+  if (warp == (row + 1) % plan.full_warps && lane == 0) count_tokens(p, b, 1, plan.blocks);
+  DecodeSink<D, T> sink{p, static_cast<T*>(p.o) + token, (b * p.C + slot) * p.H + h};
+  if (!role.full() || row % 8 % role.warps() == role.within)
+    read_results<D, T>(p, shared, role, tile, h, row, row + 1, lane, sink);
+}
+
+// Commits the full chunk of a (row, head), of which all tokens are among the pending ones: block `rank` the
+// weights that are its own. Blocks of a cluster clear the tokens once all have read them; of others, which a
+// counter tells in which order they have read them, the last one does.
+template <int D, class T, int ACT, int MODE, bool ON_CHIP>
+HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int group, int rank) {
+  const Shared<D, T> shared{plan};
+  Call& call = shared.call();
+  {
+    const int lane = lane_index(), warp = warp_index();
+    if (thread_index() == 0) {
+      store_shared(&call.group, group), store_shared(&call.rank, rank);
+      store_shared(&call.chunk, p.C);
+    }
+    if (lane == 0) store_shared(call.roles + warp, Role::of(plan, rank, warp).packed());
+    move_pending<D, T, true>(p, shared, group / p.H, group % p.H, 0, p.C);
+  }
+  sync_block();
+  if (plan.blocks > 1) {
+    if constexpr (MODE == kCluster) {
+      cluster_arrive();
+    } else if (thread_index() == 0) {
+      store_shared(&call.arrived, static_cast<int>(fetch_add_release(p.arrivals + 1 + group, 1)));
+    }
+  }
+  using Blocks = Exchange<D, T, MODE, false>;
+  const Blocks exchange{shared, p, plan};
+  float state[16][8];
+  {
+    const int lane = lane_index(), warp = warp_index();
+    const Role role = call.role(plan, warp);
+    load_state<D, T>(state, p, shared, role, 0, group, warp, lane);
+    round_weights<D, T, ON_CHIP>(state, p, shared, role, 0, group, warp, lane);
+  }
+  Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
+  const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
+  const int g = load_shared(&call.group);
+  store_state<D, T>(state, p, shared, call.role(plan, warp), 0, g, warp, lane);
+  bool last = load_shared(&call.rank) == 0;
+  if (plan.blocks > 1) {
+    if constexpr (MODE == kCluster) cluster_wait();
+    else last = load_shared(&call.arrived) == plan.blocks - 1;
+  }
+  if (last) clear_pending<D, T>(p, g / p.H, g % p.H, 0);
+}
+
+template <int D, class T, int ACT, int MODE, bool ON_CHIP>
+HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
+  const int group = block_index() / plan.blocks, rank = block_index() % plan.blocks;
+  const bool commit_only = p.flags & kCommitOnly;
+  const int64_t b = group / p.H;
+  const bool full = p.lengths[b] > 0 && slot_of(p, b) == p.C - 1;  // the same for all blocks that meet
+  if (!commit_only) {
+    decode<D, T, ACT>(p, plan, group, rank, kWarps);
+  } else if (p.lengths[b] > 0) {
+    sync_block();
+    if (thread_index() == 0) count_tokens(p, b, 1, plan.blocks);
+  }
+  if (!full) return;
+  if (!commit_only) {  // the other blocks' part of the token
+    sync_block();
+    if constexpr (MODE == kCluster) {
+      if (plan.blocks > 1) {
+        cluster_arrive();
+        cluster_wait();
+      }
+    }
+  }
+  commit_pending<D, T, ACT, MODE, ON_CHIP>(p, plan, group, rank);
 }
 
 template <int D, class T, int ACT>
@@ -76,7 +165,25 @@ HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan plan) {
   if constexpr (!in_fibers(D, ACT)) emulator::grid.fail("heads of width 128 run with gelu_tanh only");
   else
 #endif
-  decode<D, T, ACT>(p, plan);
+  {
+    const int group = block_index() / 4, rank = block_index() % 4;
+    // nobody has arrived in the launch that commits
+    if (rank == 0 && thread_index() == 0 && (p.flags & kUpdate)) p.arrivals[1 + group] = 0;
+    decode<D, T, ACT>(p, plan, group, rank, plan.full_warps);
+  }
+}
+
+template <int D, class T, int ACT, int MODE, bool ON_CHIP>
+HOPE_KERNEL(kThreads) titans_step(const TitansParams p, const Plan plan) {
+#ifdef __CUDA_ARCH__
+  if constexpr ((MODE == kCluster) == kInClusters && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
+    step<D, T, ACT, MODE, ON_CHIP>(p, plan);
+  else
+    trap();  // the launch chose a kernel that this code does not have
+#elif !defined(__CUDACC__)
+  if constexpr (in_fibers(D, ACT)) step<D, T, ACT, MODE, ON_CHIP>(p, plan);
+  else emulator::grid.fail("heads of width 128 run with gelu_tanh only");
+#endif
 }
 
 }  // namespace hope

@@ -75,14 +75,38 @@ inline const char* launch(void (*kernel)(TitansParams, Plan), const TitansParams
 #define HOPE_LAUNCH(kernel, ...) launch(kernel, p, plan, __VA_ARGS__)
 #endif
 
+// Blocks that meet through memory count their arrivals, from zero. Null, or CUDA's error.
+inline const char* clear_arrivals([[maybe_unused]] const TitansParams& p, [[maybe_unused]] void* stream) {
+  const int64_t counters = 1 + static_cast<int64_t>(p.B) * p.H;
+#ifdef __CUDACC__
+  const cudaError_t error =
+      cudaMemsetAsync(p.arrivals, 0, counters * sizeof(unsigned int), static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  for (int64_t i = 0; i < counters; ++i) p.arrivals[i] = 0;
+  return nullptr;
+#endif
+}
+
 template <int D, class T, int ACT, int MODE, bool SHARDED>
 const char* launch_prefill(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
   const int cluster = MODE == kCluster ? plan.blocks : 1;
+  if (MODE == kGlobal && plan.blocks > 1 && device.at_once == nullptr)
+    if (const char* error = clear_arrivals(p, stream)) return error;
   if (plan.weights >= 0)
     return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true, SHARDED>), blocks, kThreads, cluster, device,
                        stream);
   return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false, SHARDED>), blocks, kThreads, cluster, device, stream);
+}
+
+template <int D, class T, int ACT, int MODE>
+const char* launch_step(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
+  const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
+  const int cluster = MODE == kCluster ? plan.blocks : 1;
+  if (plan.weights >= 0)
+    return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, true>), blocks, kThreads, cluster, device, stream);
+  return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, false>), blocks, kThreads, cluster, device, stream);
 }
 
 template <int D, class T, int ACT, bool SHARDED>
@@ -91,20 +115,34 @@ const char* launch_mode(const TitansParams& p, const Plan& plan, const Device& d
   return launch_prefill<D, T, ACT, kGlobal, SHARDED>(p, plan, device, stream);
 }
 
+// Whether one launch reads a token and commits. Blocks of a (row, head) that are no cluster could wait for
+// others that never start. A block of titans_step has a multiprocessor for itself. Where those of
+// titans_decode are as large, nothing is lost; smaller ones share one, so that some load while others compute:
+// taken to be worth more than a launch where there are more heads than multiprocessors.
+inline bool in_one_launch(const TitansParams& p, const Plan& plan, const Device& device) {
+  if (plan.blocks > 1 && !in_clusters(device.image)) return false;
+  return plan.full_warps == kWarps ||
+         static_cast<int64_t>(p.B) * p.H * plan.blocks <= device.multiprocessors;
+}
+
 template <int D, class T, int ACT> const char* launch_call(TitansParams p, const Device& device, void* stream) {
   const bool retention = p.flags & kRetention, update = p.flags & kUpdate;
-  const Plan prefill_plan = make_plan(D, p.N, p.C, retention, update, device);
+  const Plan plan_of_all = make_plan(D, p.N, p.C, retention, update, device);
   if constexpr (D == 128) {  // a token's outputs need both blocks of a memory, so prefill decodes as well
-    if (prefill_plan.shards > 1) return launch_mode<D, T, ACT, true>(p, prefill_plan, device, stream);
+    if (plan_of_all.shards > 1) return launch_mode<D, T, ACT, true>(p, plan_of_all, device, stream);
   }
-  if (p.T == 1) {
+  if (p.T > 1) return launch_mode<D, T, ACT, false>(p, plan_of_all, device, stream);
+  if (!update || !in_one_launch(p, plan_of_all, device)) {
     const Plan plan = make_decode_plan(D, p.N, retention);
+    const int flags = p.flags;
+    p.flags &= ~kCount;  // the last launch counts
     const char* error = HOPE_LAUNCH((titans_decode<D, T, ACT>), static_cast<int64_t>(p.B) * p.H * 4,
                                     32 * plan.full_warps, 1, device, stream);
     if (error != nullptr || !update) return error;
-    p.flags |= kCommitOnly;
+    p.flags = flags | kCommitOnly;
   }
-  return launch_mode<D, T, ACT, false>(p, prefill_plan, device, stream);
+  if (in_clusters(device.image)) return launch_step<D, T, ACT, kCluster>(p, plan_of_all, device, stream);
+  return launch_step<D, T, ACT, kGlobal>(p, plan_of_all, device, stream);
 }
 
 template <int D, class T> const char* launch_activation(const TitansParams& p, const Device& device, void* stream) {

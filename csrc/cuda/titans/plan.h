@@ -24,12 +24,13 @@ namespace hope {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kPanel = 16;  // tokens on one side of a tensor-core instruction
-// A flag beside those of params.h: tokens have been read and appended already, commit what is full.
-constexpr int kCommitOnly = 1 << 16;
+// A flag beside those of params.h and launch.h, for titans_step: tokens have been read and appended already,
+// commit what is full.
+constexpr int kCommitOnly = 1 << 17;
 
-// Which of prefill's kernels have a body in code for an architecture (10 * major + minor): the others would
-// only take time to compile. Blocks form clusters, or exchange through global memory; shared memory may have
-// room for rounded weights, or may have none.
+// Which of the kernels that commit have a body in code for an architecture (10 * major + minor): the others
+// would only take time to compile. Blocks form clusters, or exchange through global memory; shared memory may
+// have room for rounded weights, or may have none.
 constexpr bool in_clusters(int arch) { return arch >= 90; }
 constexpr bool may_be_on_chip(int arch) { return arch < 120; }
 constexpr bool may_be_off_chip(int arch) { return arch < 90 || arch >= 120; }

@@ -83,6 +83,15 @@ template <int D, class T> HOPE_DEVICE void clear_pending(const TitansParams& p, 
   }
 }
 
+// Zeros to o from token `first` of the call on.
+template <int D, class T>
+HOPE_DEVICE void clear_outputs(const TitansParams& p, int64_t b, int h, int64_t first) {
+  for (int64_t i = thread_index() + first * (D / 2); i < p.T * (D / 2); i += kThreads) {
+    const int64_t at = ((b * p.T + i / (D / 2)) * p.H + h) * D + 2 * (i % (D / 2));
+    *reinterpret_cast<uint32_t*>(static_cast<T*>(p.o) + at) = 0;
+  }
+}
+
 // What a warp reads next: a panel whose rows first <= r < stop are tokens of the call.
 struct Panel {
   int token, slot, first, stop, round;
@@ -145,7 +154,6 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared,
 
 template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
 HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
-  using W = Width<D>;
   const bool update = p.flags & kUpdate;
 
   // --- which (row, head), and which of its blocks ---
@@ -161,15 +169,15 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   }
   const Shared<D, T> shared{plan};
   Call& call = shared.call();
-  const bool commit_only = p.flags & kCommitOnly;
   {
     const int lane = lane_index(), warp = warp_index();
     const int64_t b = group / p.H, asked = p.lengths[b];
     const int h = group % p.H;
     const int n = static_cast<int>(asked < 0 ? 0 : asked > p.T ? p.T : asked);
-    const int opened = static_cast<int>(p.pos[b] & (p.C - 1));
+    const int opened = slot_of(p, b);
+    if (rank == 0 && n < p.T) clear_outputs<D, T>(p, b, h, n);
     // the same for all blocks of the group; where they only read, the blocks of M_memory alone stay
-    if (n == 0 || (commit_only && opened + n < p.C) || (!update && rank >= plan.shards)) return;
+    if (n == 0 || (!update && rank >= plan.shards)) return;
     if (thread_index() == 0) {
       store_shared(&call.group, group), store_shared(&call.rank, rank);
       store_shared(&call.n, n), store_shared(&call.opened, opened);
@@ -178,15 +186,16 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     }
     if (lane == 0) {
       store_shared(call.roles + warp, Role::of(plan, rank, warp).packed());
-      store_shared(call.tokens + warp, commit_only ? n : 0);
+      store_shared(call.tokens + warp, 0);
     }
     // for a commit
-    if (update && opened + n >= p.C) move_pending<D, T, true>(p, shared, b, h, 0, commit_only ? p.C : opened);
+    if (update && opened + n >= p.C) move_pending<D, T, true>(p, shared, b, h, 0, opened);
   }
   sync_block();
+  if (thread_index() == 0) count_tokens(p, group / p.H, load_shared(&call.n), plan.blocks);
   using Blocks = Exchange<D, T, MODE, SHARDED>;
   const Blocks exchange{shared, p, plan};
-  if (update && !commit_only) exchange.begin();
+  if (update) exchange.begin();
 
   // Tokens from `token` on, up to the end of the panel, to the buffer of their round.
   const auto fetch = [&](int token) {
@@ -202,23 +211,14 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     if (update && (plan.blocks == 1 || rank_ >= Blocks::kShards || plan.full_warps < kWarps))
       fetch_panel<D>(shared.input(false, buffer), static_cast<const T*>(p.x) + from, stride, first, stop, kThreads);
   };
-  if (!commit_only) fetch(0);
+  fetch(0);
 
   // --- the state ---
   float state[16][8];
   {
     const int lane = lane_index(), warp = warp_index();
     const Role role = call.role(plan, warp);
-    const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
-    const Deviations deviations = Deviations::of(p, group, D, plan.memories);
-    const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
-    load_deviations<D>(state, deviations, place, role, p.N, lane);
-    load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
-    const Own own{p, plan, call, warp, lane};
-    if (plan.base >= 0)
-      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
-        own.at(plan.base)[512 * warp + 32 * i] = base_block<T>(bases, role, w1, at, row, lane);
-      });
+    load_state<D, T>(state, p, shared, role, exchange.warps_before(role), group, warp, lane);
   }
   wait_copies();
   sync_block();
@@ -233,29 +233,21 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     // a new chunk: rounded weights, and the exchange, are those of the one before
     const bool fresh = first_round || (update && now.slot == 0);
     first_round = false;
-    if (fresh && plan.base >= 0) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) weights.block(i) = round_block<T>(state[i], own.at(plan.base)[512 * warp + 32 * i]);
-    } else if (fresh) {
+    if (fresh) {
       const Role role = call.role(plan, warp);
-      const Bases<T> bases = Bases<T>::of(p, load_shared(&call.group) % p.H, D, plan.memories);
-      const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
-      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
-        weights.block(i) = round_block<T>(state[i], base_block<T>(bases, role, w1, at, row, lane));
-      });
+      const int g = load_shared(&call.group);
+      round_weights<D, T, ON_CHIP>(state, p, shared, role, exchange.warps_before(role), g, warp, lane);
     }
-    if (!commit_only) {
-      fetch(now.token + now.stop - now.first);
-      {
-        const Role role = call.role(plan, warp);
-        const T* tile = shared.input(role.memory == kMemory, now.round & 1);
-        if (update || role.memory == kMemory) read_shares<D, T, ACT>(shared, role, tile, weights, warp, lane);
-      }
-      sync_block();
-      if (update && fresh) exchange.acquire();
-      finish_panel<D, T>(p, shared, exchange);
+    fetch(now.token + now.stop - now.first);
+    {
+      const Role role = call.role(plan, warp);
+      const T* tile = shared.input(role.memory == kMemory, now.round & 1);
+      if (update || role.memory == kMemory) read_shares<D, T, ACT>(shared, role, tile, weights, warp, lane);
     }
-    if (update && (commit_only || Panel::of(call, thread_index_again() >> 5, p.C).slot == 0)) {
+    sync_block();
+    if (update && fresh) exchange.acquire();
+    finish_panel<D, T>(p, shared, exchange);
+    if (update && Panel::of(call, thread_index_again() >> 5, p.C).slot == 0) {
       Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
       if (load_shared(call.tokens + (thread_index_again() >> 5)) < load_shared(&call.n)) exchange.release();
     }
@@ -266,30 +258,13 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   const int g = load_shared(&call.group), opened = load_shared(&call.opened), end = opened + load_shared(&call.n);
   if (!update) return;
   const bool committed = end >= p.C;
-  bool keeper = load_shared(&call.rank) == 0;  // of the pending tokens
-  if (commit_only && plan.blocks > 1) {
-    // nothing was exchanged, so other blocks may not have read the tokens yet: the last one clears them
-    if (thread_index_again() == 0)
-      store_shared(&call.arrived, static_cast<int>(fetch_add_release(p.arrivals + 1 + g, 1)));
-    sync_block();
-    keeper = load_shared(&call.arrived) == plan.blocks - 1;
-  }
-  if (keeper) {
-    if (!commit_only) move_pending<D, T, false>(p, shared, g / p.H, g % p.H, committed ? 0 : opened, end & (p.C - 1));
+  if (load_shared(&call.rank) == 0) {  // which keeps the pending tokens
+    move_pending<D, T, false>(p, shared, g / p.H, g % p.H, committed ? 0 : opened, end & (p.C - 1));
     if (committed) clear_pending<D, T>(p, g / p.H, g % p.H, end & (p.C - 1));
   }
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
   const Role role = call.role(plan, warp);
-  if (committed && !role.idle()) {
-    const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
-    const Deviations deviations = Deviations::of(p, g, D, plan.memories);
-    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
-      store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
-    });
-    if (!role.full())
-      for (int u = lane; u < W::kScalarUnits; u += 32)
-        deviations.w1s[place.w1s + u] = load_shared(shared.delta1s(warp) + u);
-  }
+  if (committed) store_state<D, T>(state, p, shared, role, exchange.warps_before(role), g, warp, lane);
 }
 
 #ifdef __CUDA_ARCH__

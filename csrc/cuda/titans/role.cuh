@@ -32,7 +32,7 @@ struct Call {
   int n;                  // tokens to read
   int opened;             // slot of the first of them
   int chunk;              // C
-  int arrived;            // blocks of the group that have finished before this one (kCommitOnly)
+  int arrived;            // blocks of the group that had read the tokens of a commit before this one
   int64_t first_token;    // where it lies in x, q and o: numbers
   int roles[kWarps];
   int tokens[kWarps];     // how many tokens each warp has read
@@ -42,5 +42,24 @@ struct Call {
     return {plan, word >> 8, word & 255, warp};
   }
 };
+
+// Where a row stands in its open chunk. Kernels read the lower word of `pos` only.
+HOPE_DEVICE int slot_of(const TitansParams& p, int64_t b) {
+  return static_cast<int>(reinterpret_cast<const uint32_t*>(p.pos)[2 * b] & (p.C - 1));
+}
+
+// With kCount: called by one thread of each block, when all threads of the block know where row b stands, in
+// a launch with `blocks` blocks a head. The row's last block advances pos by n. Until then the upper word of
+// pos (positions are less than 2^44) counts the blocks in its upper bits: no counter has to be cleared first.
+HOPE_DEVICE void count_tokens(const TitansParams& p, int64_t b, int n, int blocks) {
+  if (!(p.flags & kCount)) return;
+  constexpr uint32_t kOne = 1 << 12;
+  uint32_t* words = reinterpret_cast<uint32_t*>(p.pos + b);
+  const uint32_t before = fetch_add_release(words + 1, kOne);
+  if (before / kOne != static_cast<uint32_t>(p.H * blocks - 1)) return;
+  const uint32_t next = words[0] + n;
+  words[1] = before % kOne + (next < static_cast<uint32_t>(n));
+  words[0] = next;
+}
 
 }  // namespace hope

@@ -33,13 +33,6 @@ const char* titans_scan(TitansParams p, int D, Element element, const Device& de
   if (p.T > INT32_MAX) return "serves up to 2^31 - 1 tokens a call";
   const int64_t groups = static_cast<int64_t>(p.B) * p.H;
   if (groups == 0 || p.T == 0) return nullptr;
-#ifdef __CUDACC__
-  const cudaError_t error =
-      cudaMemsetAsync(p.arrivals, 0, (1 + groups) * sizeof(unsigned int), static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-#else
-  for (int64_t i = 0; i < 1 + groups; ++i) p.arrivals[i] = 0;
-#endif
   if (element == Element::kBf16)
     return D == 64 ? launch_64_bf16(p, device, stream) : launch_128_bf16(p, device, stream);
   return D == 64 ? launch_64_fp16(p, device, stream) : launch_128_fp16(p, device, stream);

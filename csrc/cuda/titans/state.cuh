@@ -84,4 +84,57 @@ HOPE_DEVICE void load_scalar_weights(const Shared<D, T>& shared, const Deviation
   sync_warp();
 }
 
+// What a block keeps of a (row, head) while it commits: deviations in registers, the scalar memories' w1 and,
+// where there is room, base weights in shared memory. before: the memory's warps in blocks of lower rank.
+template <int D, class T>
+HOPE_DEVICE void load_state(float (&state)[16][8], const TitansParams& p, const Shared<D, T>& shared,
+                            const Role& role, int before, int group, int warp, int lane) {
+  const Plan& plan = shared.plan;
+  const Place<D> place = Place<D>::of(p, role, before);
+  const Deviations deviations = Deviations::of(p, group, D, plan.memories);
+  const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
+  load_deviations<D>(state, deviations, place, role, p.N, lane);
+  load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
+  const Own own{p, plan, shared.call(), warp, lane};
+  if (plan.base >= 0)
+    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+      own.at(plan.base)[512 * warp + 32 * i] = base_block<T>(bases, role, w1, at, row, lane);
+    });
+}
+
+// A chunk's weights: base + deviation, rounded.
+template <int D, class T, bool ON_CHIP>
+HOPE_DEVICE void round_weights(const float (&state)[16][8], const TitansParams& p, const Shared<D, T>& shared,
+                               const Role& role, int before, int group, int warp, int lane) {
+  const Plan& plan = shared.plan;
+  const Own own{p, plan, shared.call(), warp, lane};
+  const StoredWeights<D, ON_CHIP> weights{own};
+  if (plan.base >= 0) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      weights.block(i) = round_block<T>(state[i], own.at(plan.base)[512 * warp + 32 * i]);
+  } else {
+    const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
+    const Place<D> place = Place<D>::of(p, role, before);
+    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+      weights.block(i) = round_block<T>(state[i], base_block<T>(bases, role, w1, at, row, lane));
+    });
+  }
+}
+
+// The deviations, once chunks have been committed, to where they were loaded from.
+template <int D, class T>
+HOPE_DEVICE void store_state(const float (&state)[16][8], const TitansParams& p, const Shared<D, T>& shared,
+                             const Role& role, int before, int group, int warp, int lane) {
+  if (role.idle()) return;
+  const Place<D> place = Place<D>::of(p, role, before);
+  const Deviations deviations = Deviations::of(p, group, D, shared.plan.memories);
+  for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+    store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
+  });
+  if (!role.full())
+    for (int u = lane; u < Width<D>::kScalarUnits; u += 32)
+      deviations.w1s[place.w1s + u] = load_shared(shared.delta1s(warp) + u);
+}
+
 }  // namespace hope

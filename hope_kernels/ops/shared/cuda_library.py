@@ -55,7 +55,8 @@ def _load(path: str) -> str | None:
             return f"this process has already loaded {other}"
         try:
             torch.ops.load_library(path)
-            torch.library.register_fake("hope_kernels_cuda::titans_scan", _titans_scan_fake)
+            for name in ("titans_scan", "titans_advance"):
+                torch.library.register_fake(f"hope_kernels_cuda::{name}", _titans_scan_fake)
             _loaded[path] = None
         except (OSError, RuntimeError) as e:
             _loaded[path] = f"{os.path.basename(path)} cannot be loaded: {e}"

@@ -1,7 +1,8 @@
 """backend="cuda": csrc/cuda/, C++ kernels that keep a head's fast weights in the registers of a
 multiprocessor. Inference only.
 
-``hope_kernels_cuda::titans_scan`` advances a state in place; ``titans_cuda`` gives it copies of what it will
+``hope_kernels_cuda::titans_scan`` advances a state in place, all but its counter, and
+``hope_kernels_cuda::titans_advance`` the counter too; ``titans_cuda`` gives the first copies of what it will
 write. Outputs and states are bit-identical for any split of a sequence and any company in the batch.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ...config import TitansConfig
 from ..shared import cuda_library as library
 from ..shared.activations import ACTIVATION_CODES
-from .kernel_call import call, call_in_place
+from .kernel_call import call
 from .state import FastWeights, TitansState
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -66,7 +67,8 @@ def titans_advance_(
 ) -> Tensor:
     """As ``titans_cuda``, in place and without a look from the host: o. ``state.synchronize()`` brings
     ``state.pos`` after it."""
-    return call_in_place(_scan, config, w_init, inputs, state, lengths, update)
+    given = arguments(config, w_init, inputs, state, state.count, lengths, update)
+    return torch.ops.hope_kernels_cuda.titans_advance(*given)
 
 
 def _scan(

@@ -20,7 +20,9 @@ def call(
 ) -> tuple[Tensor, TitansState]:
     """(o, new state). written: the state's tensors that ``scan`` may write; chunk: tokens between commits,
     before which it writes pending tokens only. reads [B] int64: ``lengths`` on the device, where they are
-    there already."""
+    there already. A state that is to be advanced in place (``TitansState.in_place``) is returned itself."""
+    if state._reads is not None:
+        return scan(config, w_init, inputs, state, state.count, state._reads, update), state
     new = state
     reads = on_device(lengths, state.count.device) if reads is None else reads
     if update:
@@ -29,14 +31,3 @@ def call(
         parts = {n: None if t is None else t.detach().clone() for n, t in parts.items()}
         new = state.advanced(lengths, count=state.count + reads, **parts)
     return scan(config, w_init, inputs, new, state.count, reads, update), new
-
-
-def call_in_place(
-    scan: Scan, config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, update: bool
-) -> Tensor:
-    """o, without a look from the host: ``state.synchronize()`` brings ``state.pos`` after it."""
-    lengths = lengths.clamp(0, (inputs.x if inputs.q is None else inputs.q).shape[1])
-    o = scan(config, w_init, inputs, state, state.count, lengths, update)
-    if update:
-        state.count.add_(lengths)
-    return o

@@ -144,6 +144,9 @@ class TitansState(State):
 
     INPUT_DTYPE = frozenset({"pending_k", "pending_v", "conv_tail"})
 
+    # What ``in_place`` was given: no field, so no copy has it.
+    _reads = None
+
     def __post_init__(self):
         if self.count is None:  # a new state, or one from a file written before there was a counter on the device
             self.count = torch.tensor(list(self.pos), dtype=torch.int64, device=self.delta2.device)
@@ -177,6 +180,14 @@ class TitansState(State):
         if "count" not in changes:
             changes["count"] = self.count + on_device(lengths, self.count.device)
         return replace(self, pos=pos, **changes)
+
+    def in_place(self, reads: Tensor) -> TitansState:
+        """The same tensors, for one call of a backend of ``DEVICE_DECIDES`` that reads ``reads`` [B] int64
+        tokens of each row: it writes them where they lie, instead of into copies, all but ``count`` and
+        ``conv_tail``. ``count``, not ``pos``, says where the rows stand."""
+        made = replace(self)
+        made._reads = reads
+        return made
 
     @property
     def deviation(self) -> FastWeights:

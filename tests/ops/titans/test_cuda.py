@@ -17,11 +17,13 @@ from benchmarks.measure import poisoned
 from hope_kernels import (
     CMSConfig,
     HopeConfig,
+    HopeForCausalLM,
     SelfModifyingTitans,
     TitansConfig,
     available_backends,
 )
 from hope_kernels.backend import BY_ALL, Request
+from hope_kernels.engine.decoder import Decoder
 from hope_kernels.layers.titans import surroundings
 from hope_kernels.ops import init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.shared import cuda_library as library
@@ -235,6 +237,54 @@ def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
     _, state = run(config, w_init, part(inputs, 0, 15), "cuda")
     emulate(80, 1, resident)
     assert same(run(config, w_init, part(inputs, 15, 16), "cuda", state=state)[1], end)
+
+
+@pytest.mark.parametrize("config, capability, resident", [
+    pytest.param(CONFIGS[i], gpu, resident, marks=() if (gpu, resident) == (90, 9) else emulated_only)
+    for i, gpu, resident in ((0, 80, 9), (0, 90, 2), (2, 90, 9), (2, 80, 9), (4, 90, 9), (4, 80, 9))
+])
+def test_steps_in_place_count_what_they_read(config, capability, resident):
+    """In one launch and in two, over a boundary and over 2^32 tokens, whatever the host believes; a row that
+    reads nothing, and one told to read more than there is."""
+    emulate(capability, 3, resident)
+    C = config.chunk_memory
+    w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 3, C + 1))
+    _, state = run(config, w_init, part(inputs, 0, C - 1), "cuda", [C - 1, C - 1, 2])
+    lengths, far = torch.tensor([1, 9, -4], device=DEVICE), 2**32 - C
+    wanted, want = [], state
+    for t in (C - 1, C):
+        o, want = run(config, w_init, part(inputs, t, t + 1), "cuda", [1, 1, 0], want)
+        wanted.append(o)
+    state.count += far
+    with torch.no_grad():
+        for t, o in zip((C - 1, C), wanted):
+            token = config, w_init, part(inputs, t, t + 1), state, lengths
+            assert torch.equal(titans_advance_(*token, backend="cuda"), o)
+            titans_advance_(*token, update=False, backend="cuda")
+    assert state.count.tolist() == [far + C + 1, far + C + 1, far + 2]
+    state.count -= far
+    state.synchronize()
+    assert same(state, want)
+
+
+def test_a_decoder_has_the_bits_of_the_model():
+    """It advances the state where it lies, without a look at the host's counters: rows at different places,
+    over a boundary of both."""
+    torch.manual_seed(0)
+    levels = CMSConfig(64, chunks=(16, 32), expansion=1.0)
+    config = HopeConfig(32, 64, 2, titans=TitansConfig(64), cms=levels)
+    model = HopeForCausalLM(config, DEVICE, torch.bfloat16)
+    text = torch.randint(0, 32, (2, 18), device=DEVICE)
+    with torch.no_grad():
+        state = model.init_state(2)
+        model(text[:, :15], state, lengths=[15, 14], backend="cuda")
+        plain, places = state.clone(), [t.data_ptr() for t in state.tensors()]
+        decoder = Decoder(model, state, "off", "cuda", capture=False)
+        for t in range(15, 18):
+            want, _ = model(text[:, t : t + 1], plain, backend="cuda")
+            assert torch.equal(decoder.step(text[:, t : t + 1]), want), t
+    assert all(map(same, state.mixers, plain.mixers)) and places == [t.data_ptr() for t in state.tensors()]
+    assert list(state.pos) == list(state.synchronize().pos) == [18, 17]
 
 
 @emulated_only

@@ -16,7 +16,7 @@ from torch import Tensor
 from ....config import TitansConfig
 from ...shared.triton_build import DTYPES, aligned, filled
 from ...shared.triton_library import architecture, interpreted, multiprocessors, on_cpu
-from ..kernel_call import call, call_in_place
+from ..kernel_call import call
 from ..state import FastWeights, TitansState
 from .groups import Biases, Momentum, Progress, Reads, Scratch, Weights, Writes
 from .schedule import scan_kernel
@@ -70,7 +70,11 @@ def titans_advance_(
 ) -> Tensor:
     """As ``titans_triton``, in place and without a look from the host: o. ``state.synchronize()`` brings
     ``state.pos`` after it."""
-    return call_in_place(_scan, config, w_init, inputs, state, lengths, update)
+    lengths = lengths.clamp(0, (inputs.x if inputs.q is None else inputs.q).shape[1])
+    o = _scan(config, w_init, inputs, state, state.count, lengths, update)
+    if update:
+        state.count.add_(lengths)
+    return o
 
 
 def _scan(
