@@ -46,11 +46,12 @@ class _Known:
     which modules, parameters and buffers there are, and the tensors' versions and addresses. Every token that is
     read alone asks, so looking takes a few microseconds."""
 
-    def __init__(self, module: nn.Module, held: list[Tensor], found: Checksum):
-        self.steps, self.held, self.found = _steps, held, found
+    def __init__(self, module: nn.Module, held: list[Tensor]):
+        self.steps, self.held = _steps, held
         self.tables: list[dict] = [t for m in module.modules() for t in (m._parameters, m._buffers, m._modules)]
         self.versioned = not any(t.is_inference() for t in held)  # others have no version counter
         self.entries, self.marks = self._entries(), self._marks()
+        self.found = checksum_of(held)  # after the marks: a write by another thread meanwhile is a change
 
     def holds(self) -> bool:
         entries = self._entries()
@@ -119,9 +120,8 @@ def checksum(module: nn.Module, anew: bool = False) -> Checksum | None:
     collect(module, held)
     if not all(type(t.data) is Tensor and t.layout == torch.strided and t.device.type != "meta" for t in held):
         return None
-    found = checksum_of(held)
-    _known[module] = _Known(module, held, found)
-    return found
+    known = _known[module] = _Known(module, held)
+    return known.found
 
 
 def matches(module: nn.Module, mark: Checksum | str) -> tuple[bool, str]:

@@ -38,7 +38,7 @@ from .layers.cms import Inner
 from .layers.cms_consolidate import check_consolidation, consolidate
 from .layers.embedding import ScaledEmbedding
 from .layers.recording import check_recorded, check_whole
-from .layers.wrapped import placement, project, token_vectors
+from .layers.wrapped import is_hooked, placement, project, token_vectors
 from .model_state import MixerState, ModelState
 from .ops.cms.level import Level
 from .ops.cms.state import CMSState
@@ -104,6 +104,11 @@ class HopeForCausalLM(nn.Module):
     def learns(self) -> bool:
         """Whether reading with learn="next_token" can change anything: some level has lr > 0."""
         return self.config.learns
+
+    @property
+    def plain(self) -> bool:
+        """Whether a call is what this class says: no subclass, no hooks, no ``forward`` of its own."""
+        return type(self) is HopeForCausalLM and not is_hooked(self)
 
     @property
     def parts(self) -> int:

@@ -305,9 +305,12 @@ class State(AnyState):
         return self
 
     def usable(self):
-        """The state without inference tensors, which autograd refuses, and without expanded ones: call it
-        outside inference mode."""
-        return self._mapped(lambda t: t.clone() if t.is_inference() or expanded(t) else t, lambda c: c)
+        """The state without inference tensors, which autograd refuses, without expanded ones, and without those of
+        a graph, which a state shares with weights: call it outside inference mode."""
+        def own(t: Tensor) -> Tensor:
+            return t.detach().clone() if t.requires_grad or t.is_inference() or expanded(t) else t
+
+        return self._mapped(own, lambda c: c)
 
     def to(self, device=None, dtype: torch.dtype | None = None):
         """An independent copy on ``device``; ``dtype`` is that of the layer's input (deviations stay fp32, or

@@ -25,8 +25,10 @@
 #include "check.h"
 #include "width.h"
 
+#ifndef __clang__  // which has no such pragma: there this is the same code once more, and nobody calls it
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq")
 #define HOPE_WIDE
+#endif
 
 namespace avx512 {
 namespace code {

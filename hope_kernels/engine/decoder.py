@@ -15,6 +15,7 @@ gives a batch weights of its own. Then the step is captured again.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +49,9 @@ class Decoder:
     saved, cloned and read on by other calls that advance it in place. One whose tensors were exchanged
     (``select``, ``to``), or that was made to forget or learn without reading, needs a new decoder. A step
     that raises leaves the state half advanced, unlike the model's ``forward``: go back to a clone or a file.
-    On a CPU a step is one call of C++ where ``engine/native.py`` serves the model; hooks that come later are not
-    called then.
+    On a CPU a step is one call of C++ where ``engine/native.py`` serves the model; one that raises then leaves the
+    state as it was. Hooks that come later are not called, and what is written past PyTorch (``.data``, NumPy) is not
+    seen: both need a new decoder.
 
     Rows of which some have refreshed a CMS level and some have not are read without a graph. No GPU has run a
     capture yet.
@@ -77,8 +79,10 @@ class Decoder:
         self.learn = learn if model.learns else "off"
         self.capture = possible if capture is None else capture
         self.captures = 0
+        # a step in C++ reads a token or changes nothing, so learning before it must not either
+        self._whole = self.device.type == "cpu" and native.unserved(model, backend) is None
         with torch.inference_mode(False):
-            if any(t.is_inference() or expanded(t) for t in state.tensors()):
+            if any(t.requires_grad or t.is_inference() or expanded(t) for t in state.tensors()):
                 state.assign(state.usable())
             self._tokens = torch.zeros(state.batch, 1, dtype=torch.int64, device=self.device)
             self._one_each = torch.ones(state.batch, dtype=torch.int64, device=self.device)
@@ -116,46 +120,67 @@ class Decoder:
         with self.model.reading("Decoder.step", state):
             if self._expected != state.pos:
                 self._stale = True  # another call has advanced the state
-            self._arrive(tokens)
-            self._tokens.copy_(tokens)
-            logits = self._read(check_finite)
+            try:
+                learned, opened = self._arrive(tokens)
+                self._tokens.copy_(tokens)
+                logits = self._read(state if learned is None else learned, check_finite)
+            except BaseException:
+                self._stale = True  # of what the state does not have after all
+                raise
+            if learned is not None:
+                state.assign(learned)
+            if opened is not None:
+                state.snapshot[:] = opened
             self._count(tokens)
             self._expected = list(state.pos)
             return logits
 
-    def _arrive(self, tokens: Tensor) -> None:
+    def _arrive(self, tokens: Tensor) -> tuple[ModelState | None, list[MixerState] | None]:
         """What is due when a token arrives and before it is read, as in ``learning.read_off`` and
-        ``read_learning``."""
+        ``read_learning``: what the state is to be once the token has been read, and its snapshot; None, None where
+        nothing is due, or where the state has it already."""
         state, model, C = self.state, self.model, self.model.segment
+        learned = None
         if self.learn == "off":
             complete = segments.complete(state)
             if any(complete):
                 done = [0] * state.batch
-                self._keep(segments.replay(model, self._draft(), complete, tokens, done, None, self.backend))
-            return
+                learned = segments.replay(model, self._draft(), complete, tokens, done, None, self.backend)
+            return self._kept(learned), None
         if any(p % C == 0 for p in state.pos):
             done = [0] * state.batch
-            self._keep(segments.boundary(model, self._draft(), self._ones, tokens, done, self.backend))
-        opening = [s == 0 for s in state.seen]
+            learned = segments.boundary(model, self._draft(), self._ones, tokens, done, self.backend)
+        seen, learned = (state if learned is None else learned).seen, self._kept(learned)
+        opening = [s == 0 for s in seen]
         if not any(opening):
-            return
+            return learned, None
         pairs, every = zip(state.snapshot, state.mixers), all(opening)
+        if self._whole:
+            opened: list[Any] = [now.snapshot() if every else old.merge(now, opening) for old, now in pairs]
+            return learned, opened
         state.snapshot[:] = [old.assign(now if every else old.merge(now, opening)) for old, now in pairs]
+        return learned, None
 
     def _draft(self) -> ModelState:
-        """A state to learn in, on the tensors of this one."""
-        return segments.draft(self.state, "all")
+        """A state to learn in: on the tensors of this one, where a graph holds their addresses."""
+        return segments.draft(self.state, "made" if self._whole else "all")
 
-    def _keep(self, draft: ModelState) -> None:
-        self.state.assign(segments.finished(draft))
-        self._stale = True
+    def _kept(self, draft: ModelState | None) -> ModelState | None:
+        if draft is None:
+            return None
+        self._stale, new = True, segments.finished(draft)
+        if self._whole:
+            return new
+        self.state.assign(new)
+        return None
 
-    def _read(self, check_finite: bool) -> Tensor:
+    def _read(self, learned: ModelState, check_finite: bool) -> Tensor:
+        """learned: the state with the levels to read with."""
         state = self.state
         if self._native is not None and not self._native.current(state):
             self._stale = True
         if self._stale:
-            self._levels, self._stale = _all_slots(self.model.levels(state), state.cms), False
+            self._levels, self._stale = _all_slots(self.model.levels(learned), learned.cms), False
             self._native, self._asked = None, False
             signature = _signature(self._levels, state.mixers)
             if signature != self._signature:
@@ -181,7 +206,8 @@ class Decoder:
         """The step as one call of C++, where that serves the model as it is now."""
         if not self._asked:
             self._asked = True
-            if native.dense(self._levels) and native.unserved(self.model, self.backend) is None:
+            served = self.state.batch > 0 and native.dense(self._levels)
+            if served and native.unserved(self.model, self.backend) is None:
                 self._native = NativeStep(self.model, self.state, self._levels, self._tokens)
         return self._native
 

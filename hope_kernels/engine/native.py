@@ -7,6 +7,7 @@ are looked up once and hold until something else has changed a tensor of the sta
 from __future__ import annotations
 
 import ctypes
+from operator import is_
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ def unserved(model: Model, backend: str | None) -> str | None:
     config, like = model.config, getattr(model.embed, "weight", None)
     if not isinstance(like, Tensor) or model.parallel is not None:
         return "its weights are not its own"
+    if not model.plain:
+        return "the model is another class, or hooked"
     return (
         cpu_library.unavailable() or _config_unserved(config) or _placement_unserved(config, like)
         or _modules_unserved(model)
@@ -110,10 +113,20 @@ def _modules_unserved(model: Any) -> str | None:
             continue
         if type(module) not in _PLAIN or is_hooked(module) or type(module) is nn.Linear and not is_plain(module):
             return f"{name}, a {type(module).__name__}, is wrapped, hooked or another module"
+        if isinstance(module, nn.RMSNorm) and (module.weight is None or module.eps != model.config.norm_eps):
+            return f"{name} is another norm than the configuration's"
+        if isinstance(module, ContinuumMemory) and module.norm_eps != model.config.norm_eps:
+            return f"{name} has other norms than the configuration's"
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return f"{name} changes its weights as it is read"
         for p in module._parameters.values():
-            if p is not None and (type(p.data) is not Tensor or p.dtype != torch.float32 or not p.is_contiguous()):
+            if p is not None and not _plain(p):
                 return f"{name} has a weight that is no plain tensor of fp32"
     return None
+
+
+def _plain(p: Tensor) -> bool:
+    return type(p.data) is Tensor and p.dtype == torch.float32 and p.is_contiguous() and not p.is_inference()
 
 
 class NativeStep:
@@ -127,7 +140,8 @@ class NativeStep:
         self._held: list[Any] = [tokens, levels]  # whatever the library is handed the address of
         self._pos = (ctypes.c_int64 * B)(*state.pos)
         self._ones = (ctypes.c_int64 * B)(*[1] * B)
-        self._seen: list[tuple[TitansState, str, Tensor, int]] = []
+        self._mixers = list(state.mixers)
+        self._seen: list[tuple[TitansState, str, Tensor]] = []  # whose, and as what: the tensors that a step writes
         self._counts = [m.count for m in state.mixers if isinstance(m, TitansState) and m.count is not None]
         blocks = (_Block * len(model.blocks))()
         for i, (block, mixer, of) in enumerate(zip(model.blocks, state.mixers, levels)):
@@ -142,13 +156,16 @@ class NativeStep:
         )
         self._shape, self._blocks = (B, 1, V), blocks
         self._call.logits = self._new(B * V).data_ptr()
+        self._written = [t for _, _, t in self._seen]
+        self._versions = [t._version for t in self._written]
         self._call.work = self._new(_floats("hope_token_work", self._call)).data_ptr()
         _pack(ctypes.addressof(self._call))
 
     def current(self, state: ModelState) -> bool:
         """Whether nothing but this has changed what was packed, since."""
-        return self.mark is state.fingerprint and all(
-            [getattr(owner, name) is t and t._version == version for owner, name, t, version in self._seen]
+        same = self.mark is not None and self.mark is state.fingerprint and all(map(is_, state.mixers, self._mixers))
+        return same and all([getattr(owner, name) is t for owner, name, t in self._seen]) and (
+            [t._version for _, _, t in self._seen] == self._versions
         )
 
     def step(self, state: ModelState, finite: bool) -> Tensor | None:
@@ -163,6 +180,9 @@ class NativeStep:
         cpu_library.check_outcome(outcome, "Decoder")
         for count in self._counts:
             count.add_(1)
+        # a graph that has kept one of these tensors must find out
+        torch.autograd.graph.increment_version(self._written)
+        self._versions = [version + 1 for version in self._versions]
         return logits
 
     def _new(self, floats: int) -> Tensor:
@@ -199,10 +219,10 @@ class NativeStep:
         for name, count in zip(_STATE, counts):
             t = getattr(state, name)
             where[name] = self._at(t, count)
-            if name.startswith("delta") or t is not None:
-                self._seen.append((state, name, t, t._version))
+            if t is not None:
+                self._seen.append((state, name, t))
         if state.conv_tail is not None:
-            self._seen.append((state, "conv_tail", state.conv_tail, state.conv_tail._version))
+            self._seen.append((state, "conv_tail", state.conv_tail))
         if c.retain_to == "init":
             for name, t, count in zip(("base2", "base1", "base1s"), mixer.w_init, counts):
                 where[name] = self._at(t, count // B if B else 0)

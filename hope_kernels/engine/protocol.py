@@ -49,6 +49,11 @@ class Model(Protocol):
         ...
 
     @property
+    def plain(self) -> bool:
+        """Whether a call is what the class itself says: no subclass, no hooks, no ``forward`` of its own."""
+        ...
+
+    @property
     def parallel(self) -> Any:
         """What divides the model over processes; None: nothing does."""
         ...

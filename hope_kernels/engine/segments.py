@@ -97,7 +97,8 @@ def replay(
     else:
         place = torch.tensor(lengths, dtype=torch.long, device=ids.device).unsqueeze(1) - 1
         targets = tokens.roll(-1, 1).scatter(1, place, following)
-    if held is not None:
+    # it may have the last part of some rows only, where others came to their end before
+    if held is not None and all([held.read.lengths[b] == n for b, n in zip(idx, lengths)]):
         held.learn(model, state, rows, arriving, counts, backend)
     else:
         learn_segment(

@@ -54,6 +54,22 @@ def test_calls_of_whole_segments_read_every_token_once(model, holds, monkeypatch
 
 
 @named
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize("lengths", [(12, 8), (8, 12), (4, 12)])
+def test_rows_that_end_at_different_boundaries_are_what_they_are_alone(model, holds, lengths, monkeypatch):
+    monkeypatch.setattr(model, "holds", holds)
+    tokens = ids(2, 20)
+    with torch.no_grad():
+        _, state = model(tokens[:, : max(lengths)], lengths=list(lengths), learn="next_token")
+        more = torch.stack([row[n : n + 4] for row, n in zip(tokens, lengths)])
+        together, _ = model(more, state, learn="next_token")
+        for b, n in enumerate(lengths):
+            _, alone = model(tokens[b : b + 1, :n], learn="next_token")
+            want, _ = model(more[b : b + 1], alone, learn="next_token")
+            assert relative(together[b], want[0]) < 1e-10, b
+
+
+@named
 def test_a_known_next_token_is_learned_from_at_once(model, monkeypatch):
     monkeypatch.setattr(model, "holds", False)
     tokens, state = ids(2, 48), None

@@ -9,7 +9,7 @@ from numerics import relative
 from torch import nn
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
-from hope_kernels.engine import native
+from hope_kernels.engine import native, segments
 from hope_kernels.engine.decoder import Decoder
 from hope_kernels.engine.generation import generate
 from hope_kernels.ops.shared import cpu_library
@@ -168,25 +168,88 @@ def test_what_changes_between_two_steps_is_seen(change):
     assert served(decoder) and same(state, plain)
 
 
+@pytest.mark.parametrize("at", [7, 8])  # the token that closes a chunk and a segment; the one that has it learned
 @torch.no_grad()
-def test_a_step_that_fails_reads_nothing():
+def test_a_step_that_fails_reads_nothing(at):
     model, text = small(), ids(2, 12)
     state = model.init_state(2)
     decoder = Decoder(model, state, "next_token")
-    for t in range(7):  # the next token closes a chunk, and a segment
+    for t in range(at):
         decoder.step(text[:, t : t + 1], check_finite=True)
     before, good = state.clone(), model.norm.weight.clone()
     model.norm.weight[3] = torch.nan
     with pytest.raises(ValueError, match="non-finite logits .* has not been read"):
-        decoder.step(text[:, 7:8], check_finite=True)
+        decoder.step(text[:, at : at + 1], check_finite=True)
     assert same(state, before, 1e-12)
-    assert not torch.isfinite(decoder.step(text[:, 7:8])).all()  # nobody has asked
     model.norm.weight.copy_(good)
-    state = before.clone()
-    decoder = Decoder(model, state, "next_token")
-    for t in range(7, 12):
+    for t in range(at, 12):
         token = text[:, t : t + 1]
         assert relative(decoder.step(token, check_finite=True), model(token, before, learn="next_token")[0]) < 1e-4
+    assert served(decoder) and same(state, before)
+    model.norm.weight[3] = torch.nan
+    assert not torch.isfinite(decoder.step(text[:, :1])).all()  # nobody has asked
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@torch.no_grad()
+def test_learning_that_is_stopped_leaves_the_state_as_it_was(error, monkeypatch):
+    model, text = small(), ids(1, 20)
+    state, plain = model.init_state(1), model.init_state(1)
+    decoder = Decoder(model, state, "next_token")
+    for t in range(8):
+        decoder.step(text[:, t : t + 1])
+        model(text[:, t : t + 1], plain, learn="next_token")
+    before, learn, calls = state.clone(), segments.learn_segment, []
+
+    def stopped(*given, **named):
+        calls.append(learn(*given, **named))
+        raise error
+
+    monkeypatch.setattr(segments, "learn_segment", stopped)
+    with pytest.raises(error):
+        decoder.step(text[:, 8:9])
+    monkeypatch.undo()
+    assert len(calls) == 1 and same(state, before, 1e-12)
+    for t in range(8, 20):
+        token = text[:, t : t + 1]
+        assert relative(decoder.step(token), model(token, plain, learn="next_token")[0]) < 1e-4
+    assert same(state, plain)
+
+
+def test_a_state_that_is_part_of_a_graph():
+    """What a state shares with the model's weights is not written, and what a graph has kept is not changed
+    unnoticed."""
+    model = small(titans={"retain_to": "zero"})
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for B in (1, 2):
+        state = model.init_state(B)  # deviations start at the weights: views of them, with their graph
+        assert state.mixers[0].delta2.requires_grad
+        generate(model, ids(B, 3), 30, state)
+        with torch.no_grad():
+            model(torch.cat([state.unread, ids(B, 9, 1)], 1), state)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    state = small().init_state(2)
+    model = small()
+    with torch.no_grad():
+        model(ids(2, 5), state)
+        decoder = Decoder(model, state)
+        decoder.step(ids(2, 1))
+    kept = state.mixers[0].delta2
+    weight = torch.ones_like(kept, requires_grad=True)
+    loss = (weight * kept).sum()
+    with torch.no_grad():
+        for t in range(4):
+            decoder.step(ids(2, 1, t))
+    assert served(decoder)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@torch.no_grad()
+def test_no_rows():
+    model = small()
+    decoder = Decoder(model, model.init_state(0))
+    assert decoder.step(torch.zeros(0, 1, dtype=torch.long)).shape == (0, 1, V) and not served(decoder)
 
 
 @pytest.mark.parametrize("learn", ["off", "next_token"])
@@ -222,6 +285,19 @@ def test_what_is_not_served_is_named():
     adapted = small()
     nn.utils.parametrizations.weight_norm(adapted.blocks[0].mixer.out_proj)
     assert "out_proj" in native.unserved(adapted, None)
+    subclass = small()
+    subclass.__class__ = type("Other", (HopeForCausalLM,), {"logits": lambda self, h, lengths: None})
+    assert "another class" in native.unserved(subclass, None)
+    called = small()
+    called.register_forward_hook(lambda *_: None)
+    assert "hooked" in native.unserved(called, None)
+    for change in (lambda m: setattr(m.norm, "eps", 0.1), lambda m: setattr(m.blocks[0].cms, "norm_eps", 0.1)):
+        other = small()
+        change(other)
+        assert "norm" in native.unserved(other, None)
+    with torch.inference_mode():
+        frozen = small()
+    assert "plain tensor" in native.unserved(frozen, None)
     replaced = small()
     replaced.blocks[0].mixer.gate_proj = nn.Linear(16, 16)  # with a bias
     assert "gate_proj" in native.unserved(replaced, None)

@@ -219,6 +219,7 @@ def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> T
     for name in _WRITTEN:
         t = getattr(state, name)
         if t is not None:
-            written = commits or name.startswith("pending")
+            # a state made in grad mode may begin as a view of the layer's own weights
+            written = commits or name.startswith("pending") or t.requires_grad
             parts[name] = t.clone(memory_format=torch.contiguous_format) if written else t.detach().contiguous()
     return state.advanced(lengths, **parts)
