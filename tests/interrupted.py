@@ -4,13 +4,18 @@ import hope_kernels as hk
 
 
 def at_call(monkeypatch, n: int, act) -> None:
-    """``act`` is done as the model's n-th call begins: the first reads the prompt, call n + 1 reads new token n."""
-    forward, calls = hk.HopeForCausalLM.forward, []
+    """``act`` is done as the model's n-th call begins: the first reads the prompt, call n + 1 reads new token n; a
+    step of a decoder is a call as well."""
+    calls = []
 
-    def counted(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) == n:
-            act()
-        return forward(self, *args, **kwargs)
+    def counted(function):
+        def call(self, *args, **kwargs):
+            calls.append(0)
+            if len(calls) == n:
+                act()
+            return function(self, *args, **kwargs)
 
-    monkeypatch.setattr(hk.HopeForCausalLM, "forward", counted)
+        return call
+
+    for owner, name in ((hk.HopeForCausalLM, "forward"), (hk.Decoder, "step")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))

@@ -194,23 +194,33 @@ def generate(
     if isinstance(ids, Tensor) and counts is not None and min(counts, default=0) == 0:
         raise ValueError(f"{op}: empty prompt (ids has shape {list(ids.shape)}, lengths {counts}); every row needs "
                          "at least one token")
-    reading = _read(model, text, state, options)
-    logits, state = reading.logits, reading.state
-    B, device = state.batch, reading.nats.device
-    if not reading.finished:
+    decoder, logits = None, None
+    if state is not None and _goes_on(model, text, ids, state, options):
+        # the token that is read first is one of those that a run without a stop would have read in a step
+        assert isinstance(ids, Tensor)
+        B, device, finished = state.batch, ids.device, not options.stopped()
+        if finished:
+            decoder = Decoder(model, state, learn, backend)
+            logits = decoder.step(ids, check_finite)[:, 0]
+            if on_piece is not None:
+                on_piece(0, 0.0)
+    else:
+        reading = _read(model, text, state, options)
+        logits, state, finished = reading.logits, reading.state, reading.finished
+        B, device = state.batch, reading.nats.device
+    if not finished:
         return Generation(torch.zeros(B, 0, dtype=torch.long, device=device), [0] * B, state, finished=False)
     if logits is None:
         raise ValueError("generate: empty prompt; every row needs at least one token")
     rows: list[list[int]] = [[] for _ in range(B)]
     ended = [False] * B
-    finished, decoder = True, None
     newest: Tensor | None = None  # the tokens drawn last, [B, 1]
     for n in range(max_new_tokens):
         if newest is not None:
             if options.stopped():
                 finished = False
                 break
-            if n == 1 and (graph or native.unserved(model, backend) is None):
+            if n == 1 and decoder is None and (graph or native.unserved(model, backend) is None):
                 decoder = Decoder(model, state, learn, backend)
             if decoder is None or any(ended):
                 step = [0 if e else 1 for e in ended]
@@ -238,3 +248,15 @@ def generate(
     width = max(lengths_new)
     tokens = torch.tensor([r + [r[-1]] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
     return Generation(tokens, lengths_new, state, finished)
+
+
+def _goes_on(
+    model: Model, text: Opened, ids: Tensor | Source, state: ModelState, options: Options
+) -> bool:
+    """Whether ``text`` is nothing but the tokens that ``state`` has not read, which a step in C++ may read."""
+    if not isinstance(ids, Tensor) or ids.shape[1] != 1 or text.lead or set(text.lengths or [1]) != {1}:
+        return False
+    if state.unread is None or not torch.equal(ids, state.unread):
+        return False
+    guarded = options.learn == "off" or options.guard == (state.guard is not None)
+    return guarded and native.unserved(model, options.backend) is None

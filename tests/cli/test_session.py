@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import at_call
 
 import hope_kernels as hk
 from hope_kernels import state_file
@@ -100,15 +101,7 @@ def test_a_run_stopped_while_reading_goes_on_where_it_was(book, tmp_path, monkey
 
 def signal_in_call(monkeypatch, n: int, number: int = signal.SIGTERM) -> None:
     """The model's n-th call (a piece, or a token after the first one written) is when the signal comes."""
-    forward, calls = hk.HopeForCausalLM.forward, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) == n:
-            signal.raise_signal(number)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(hk.HopeForCausalLM, "forward", interrupted)
+    at_call(monkeypatch, n, lambda: signal.raise_signal(number))
 
 
 @contextlib.contextmanager
