@@ -233,16 +233,11 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     // a new chunk: rounded weights, and the exchange, are those of the one before
     const bool fresh = first_round || (update && now.slot == 0);
     first_round = false;
-    if (fresh && plan.base >= 0) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) weights.block(i) = round_block<T>(state[i], own.at(plan.base)[512 * warp + 32 * i]);
-    } else if (fresh) {
+    if (fresh) {
       const Role role = call.role(plan, warp);
       const Bases<T> bases = Bases<T>::of(p, load_shared(&call.group) % p.H, D, plan.memories);
       const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
-      for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
-        weights.block(i) = round_block<T>(state[i], base_block<T>(bases, role, w1, at, row, lane));
-      });
+      round_weights<D, T>(state, weights, own, bases, place, role, p.N, lane);
     }
     if (!commit_only) {
       fetch(now.token + now.stop - now.first);

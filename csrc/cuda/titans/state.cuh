@@ -54,6 +54,29 @@ HOPE_DEVICE Word4 base_block(const Bases<T>& bases, const Role& role, bool w1, i
   return load_block16<T>((w1 ? bases.w1 : bases.w2) + first, stride, lane);
 }
 
+// A warp's rounded weights, from its deviations and base weights. Eight blocks of the base are requested before
+// the first is used: a store of weights may not pass a load, whose address could be the same for all the
+// compiler knows.
+template <int D, class T, class Weights>
+HOPE_DEVICE void round_weights(const float (&state)[16][8], const Weights& weights, const Own& own,
+                               const Bases<T>& bases, const Place<D>& place, const Role& role, int N, int lane) {
+  const auto eight_at_a_time = [&](auto load) {
+    Word4 base[8];
+    for_blocks<D>(place, role.full(), N, [&](int i, int at, int row, bool w1) {
+      base[i & 7] = load(i, at, row, w1);
+      if ((i & 7) < 7) return;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) weights.block(i - 7 + k) = round_block<T>(state[i - 7 + k], base[k]);
+    });
+  };
+  if (own.plan.base >= 0) {
+    const Word4* kept = own.at(own.plan.base) + 512 * own.warp;
+    eight_at_a_time([&](int i, int, int, bool) { return kept[32 * i]; });
+  } else {
+    eight_at_a_time([&](int, int at, int row, bool w1) { return base_block<T>(bases, role, w1, at, row, lane); });
+  }
+}
+
 // The deviations of a warp; zeros for one without a memory.
 template <int D>
 HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place,
