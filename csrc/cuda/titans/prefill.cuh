@@ -90,9 +90,10 @@ struct Panel {
     Panel p;
     const int opened = load_shared(&call.opened), n = load_shared(&call.n);
     p.token = load_shared(call.tokens + warp);
-    p.slot = (opened + p.token) & (C - 1), p.first = p.slot % kPanel;
+    const unsigned at = opened + p.token;
+    p.slot = at & (C - 1), p.first = at % kPanel;
     p.stop = n - p.token < kPanel - p.first ? p.first + n - p.token : kPanel;
-    p.round = (opened + p.token) / kPanel - opened / kPanel;
+    p.round = at / kPanel - static_cast<unsigned>(opened) / kPanel;
     return p;
   }
 };
@@ -101,7 +102,8 @@ struct Panel {
 template <class Exchange> struct SumOfShares {
   const Exchange& exchange;
   int round;
-  template <int D, class T> HOPE_DEVICE Float4 at(const Shared<D, T>&, const Role&, int, int i, int) const {
+  template <class E, int D, class T>
+  HOPE_DEVICE Float4 at(const Shared<D, T>&, const Role&, int, int i, int) const {
     return exchange.sum_of_shares(round, 0, i);
   }
 };
@@ -120,12 +122,12 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared,
   const int64_t stride = static_cast<int64_t>(p.H) * D;
   T* o = static_cast<T*>(p.o) + load_shared(&call.first_token) + (now.token - now.first) * stride;
   PrefillSink<D, T, Exchange> sink{exchange, o, stride, now.round, slot, update};
-  const int h = load_shared(&call.group) % p.H;
+  const int h = load_shared(&call.head);
   if constexpr (Exchange::kSharded) {
     if (role.full()) {
 #pragma unroll
       for (int i = 0; i < D / 64; ++i)
-        exchange.put_share(now.round, 0, i, Gathered{}.template at<D, T>(shared, role, role.within, i, lane));
+        exchange.put_share(now.round, 0, i, Gathered{}.at<Epilogue<D, kWarps>>(shared, role, role.within, i, lane));
     }
     exchange.barrier();
     if (!role.full() || exchange.shard() == 0)
@@ -173,11 +175,13 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     if (thread_index() == 0) {
       store_shared(&call.group, group), store_shared(&call.rank, rank);
       store_shared(&call.n, n), store_shared(&call.opened, opened);
-      store_shared(&call.chunk, p.C);
+      store_shared(&call.chunk, p.C), store_shared(&call.head, h);
+      store_shared(&call.scratch, (static_cast<int64_t>(group) * plan.blocks + rank) * plan.scratch_bytes);
       store_shared(&call.first_token, (b * p.T * p.H + h) * static_cast<int64_t>(D));
     }
     if (lane == 0) {
-      store_shared(call.roles + warp, Role::of(plan, rank, warp).packed());
+      const Role role = Role::of(plan, rank, warp);
+      store_shared(call.roles + warp, role.packed() | role.template fragments_before<D>(rank) * (p.C / kPanel) << 16);
       store_shared(call.tokens + warp, commit_only ? n : 0);
     }
     // for a commit
@@ -192,7 +196,8 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   const auto fetch = [&](int token) {
     const int n = load_shared(&call.n), opened = load_shared(&call.opened), rank_ = load_shared(&call.rank);
     if (token >= n) return;
-    const int first = (opened + token) % kPanel, buffer = ((opened + token) / kPanel - opened / kPanel) & 1;
+    const unsigned at = opened + token;
+    const int first = at % kPanel, buffer = (at / kPanel - static_cast<unsigned>(opened) / kPanel) & 1;
     const int stop = n - token < kPanel - first ? first + n - token : kPanel;
     const int64_t stride = static_cast<int64_t>(p.H) * D;
     const int64_t from = load_shared(&call.first_token) + (token - first) * stride;
@@ -235,7 +240,7 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     first_round = false;
     if (fresh) {
       const Role role = call.role(plan, warp);
-      const Bases<T> bases = Bases<T>::of(p, load_shared(&call.group) % p.H, D, plan.memories);
+      const Bases<T> bases = Bases<T>::of(p, load_shared(&call.head), D, plan.memories);
       const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
       round_weights<D, T>(state, weights, own, bases, place, role, p.N, lane);
     }

@@ -20,6 +20,12 @@ struct Role {
     return {plan, kEta + (i - scalars) / plan.scalar_warps, (i - scalars) % plan.scalar_warps, warp};
   }
   HOPE_DEVICE int packed() const { return memory << 8 | within; }
+  // Blocks of a (and of d) of a panel, of 16 tokens, that the warps of the block before this one have: [groups][C /
+  // 16] blocks a warp, and a warp of a scalar memory has twice as many groups.
+  template <int D> HOPE_DEVICE int fragments_before(int rank) const {
+    const int full_here = 3 * plan.shards * plan.full_warps - rank * kWarps, scalar = warp - (full_here < 0 ? 0 : full_here);
+    return (warp + (scalar < 0 ? 0 : scalar)) * Width<D>::kGroups;
+  }
   HOPE_DEVICE bool full() const { return memory < kEta; }                // D outputs, else one
   HOPE_DEVICE bool idle() const { return memory >= plan.memories; }
   HOPE_DEVICE int warps() const { return full() ? plan.full_warps : plan.scalar_warps; }  // of the memory in this block
@@ -33,14 +39,18 @@ struct Call {
   int opened;             // slot of the first of them
   int chunk;              // C
   int arrived;            // blocks of the group that have finished before this one (kCommitOnly)
+  int head;               // of the group
   int64_t first_token;    // where it lies in x, q and o: numbers
-  int roles[kWarps];
+  int64_t scratch;        // where the block's part of the scratch begins: bytes
+  int roles[kWarps];      // of each warp; also, in the upper half, its first block of a (and of d)
   int tokens[kWarps];     // how many tokens each warp has read
 
   HOPE_DEVICE Role role(const Plan& plan, int warp) const {
     const int word = load_shared(roles + warp);
-    return {plan, word >> 8, word & 255, warp};
+    return {plan, word >> 8 & 255, word & 255, warp};
   }
+  HOPE_DEVICE int first_fragment(int warp) const { return load_shared(roles + warp) >> 16; }
 };
+static_assert(sizeof(Call) <= 128);  // Plan::call
 
 }  // namespace hope

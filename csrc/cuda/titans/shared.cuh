@@ -20,7 +20,10 @@ template <int D, class T> struct Shared {
   HOPE_DEVICE T* e(int tile, int slot, int C) const { return at<T>(plan.e) + (tile * C + slot) * kRow; }
   HOPE_DEVICE float* eta() const { return at<float>(plan.eta); }
   HOPE_DEVICE float* alpha() const { return at<float>(plan.alpha); }
-  HOPE_DEVICE float* gram(int s, int t, int C) const { return at<float>(plan.gram) + s * (C + 1) + t; }
+  HOPE_DEVICE Word4* solve(int p, int q) const { return at<Word4>(plan.solve) + 64 * (q * (q + 1) / 2 + p); }
+  HOPE_DEVICE float* before() const { return at<float>(plan.before); }
+  HOPE_DEVICE float* after() const { return at<float>(plan.after); }
+  HOPE_DEVICE float* decay_panel() const { return at<float>(plan.decay_panel); }
   HOPE_DEVICE float* erase() const { return at<float>(plan.erase); }
   HOPE_DEVICE float* decay_after() const { return at<float>(plan.decay_after); }
   HOPE_DEVICE float* decay_chunk(int C) const { return decay_after() + C; }
@@ -48,9 +51,7 @@ struct Own {
   HOPE_DEVICE Word4* at(int offset) const {
     unsigned char* base = shared_memory() + offset;
     if (offset < 0)
-      base = p.scratch +
-             (load_shared(&call.group) * plan.blocks + load_shared(&call.rank)) * plan.scratch_bytes +
-             (-1 - offset);
+      base = p.scratch + load_shared(&call.scratch) + (-1 - offset);
     return reinterpret_cast<Word4*>(base) + lane;
   }
 };
