@@ -426,9 +426,12 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 #pragma unroll
         for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= decay_chunk * range.up;
       }
+      Word4 next = d_blocks[0];
 #pragma unroll 1
       for (int panel = 0; panel < chunk() / kPanel; ++panel) {
         const int slot = panel * kPanel, row = slot + (lane >> 2);
+        const Word4 d = next;  // the one after it is on its way meanwhile
+        if (slot + kPanel < chunk()) next = d_blocks[32 * (panel + 1)];
         float delta2_k[8] = {};
         if (has(kDgd)) {
 #pragma unroll
@@ -439,7 +442,6 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
             mma<T>(delta2_k + 4, k, old[s].y, old[s].w, s == 0);
           }
         }
-        const Word4 d = d_blocks[32 * panel];
         const float step[2] = {-range.up * load_shared(gain + row), -range.up * load_shared(gain + row + 8)};
         const float erase[2] = {-range.up * load_shared(shared.erase() + row),
                                 -range.up * load_shared(shared.erase() + row + 8)};
@@ -492,13 +494,16 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 #pragma unroll 1
     for (int panel = 0; panel < chunk() / kPanel; ++panel, a_blocks += 32) {
       const int slot = panel * kPanel, row = slot + (lane >> 2);
+      Word4 a_here[W::kGroups];
+#pragma unroll
+      for (int g = 0; g < W::kGroups; ++g) a_here[g] = a_blocks[g * stride];
       const float by[2] = {
           -range.up * (load_shared(gain + row) * load_shared(shared.decay_after() + row)),
           -range.up * (load_shared(gain + row + 8) * load_shared(shared.decay_after() + row + 8))};
       uint32_t h[W::kGroups][4];
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) {
-        const Word4 a = a_blocks[g * stride];
+        const Word4 a = a_here[g];
         const uint32_t words[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

@@ -56,7 +56,8 @@ struct Own {
   }
 };
 
-// A warp's rounded weights. ON_CHIP: in shared memory, known to the compiler.
+// A warp's rounded weights. ON_CHIP: in shared memory, known to the compiler. They lie as {x, z, y, w}: x and z, y
+// and w are operands b of mma, which takes neighbouring registers, so nothing has to be moved after a load.
 template <int D, bool ON_CHIP> struct StoredWeights {
   Own own;
   static constexpr int kUnroll = 1;  // groups of scalar memories: a loop, weights are in memory
@@ -66,8 +67,13 @@ template <int D, bool ON_CHIP> struct StoredWeights {
     else
       return own.at(own.plan.weights)[512 * own.warp + 32 * i];
   }
-  HOPE_DEVICE Word4 w2(int g, int s) const { return block(g * Width<D>::kSteps + s); }
-  HOPE_DEVICE Word4 w1(int i, int g) const { return block(8 + i * Width<D>::kGroups + g); }
+  HOPE_DEVICE void put(int i, Word4 v) const { block(i) = {v.x, v.z, v.y, v.w}; }
+  HOPE_DEVICE Word4 get(int i) const {
+    const Word4 v = block(i);
+    return {v.x, v.z, v.y, v.w};
+  }
+  HOPE_DEVICE Word4 w2(int g, int s) const { return get(g * Width<D>::kSteps + s); }
+  HOPE_DEVICE Word4 w1(int i, int g) const { return get(8 + i * Width<D>::kGroups + g); }
 };
 
 }  // namespace hope

@@ -66,7 +66,7 @@ HOPE_DEVICE void round_weights(const float (&state)[16][8], const Weights& weigh
       base[i & 7] = load(i, at, row, w1);
       if ((i & 7) < 7) return;
 #pragma unroll
-      for (int k = 0; k < 8; ++k) weights.block(i - 7 + k) = round_block<T>(state[i - 7 + k], base[k]);
+      for (int k = 0; k < 8; ++k) weights.put(i - 7 + k, round_block<T>(state[i - 7 + k], base[k]));
     });
   };
   if (own.plan.base >= 0) {
