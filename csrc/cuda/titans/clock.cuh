@@ -7,11 +7,11 @@
 //
 //     Kg[p] = (I + M[p,p])^-1 (diag(gamma[C,.]) K[p] - sum_{q>p} M[p,q] Kg[q])
 //
-// Three stages: decays by one warp (a scan); then the inverses by one or two warps, by substitution in fp32, a
-// row a lane, and -M[p,q] by others; then every warp 8 columns of Kg (D = 64). All products are those of tensor
-// cores, exact where both operands are keys, else of numbers in two halves (fragments.cuh). Decays are plain
-// products, divided by nothing: alpha = 0 and 1e-30 need no care. Every block of a (row, head) does all of it:
-// that is cheaper than an exchange.
+// Three stages: decays by one warp (a scan); then the inverses by one or two warps, by substitution in fp32, a row
+// a lane, and -M[p,q] by others; then every warp 8 columns of Kg (D = 64). All products but the substitution's are
+// those of tensor cores, exact where both operands are keys, else of numbers in two halves (fragments.cuh). Decays
+// are plain products, divided by nothing: alpha = 0 and 1e-30 need no care. Every block of a (row, head) does all
+// of it: that is cheaper than an exchange. FLOPs a block: C^2 D for the products, 3 (C + 16) C D for the solve.
 #pragma once
 #include "shared.cuh"
 
@@ -56,14 +56,16 @@ HOPE_DEVICE void decays(const Shared<D, T>& shared, int C, bool retention, bool 
       store_shared(shared.after() + t, after);
       store_shared(shared.erase() + t, dgd ? before * panels_before * eta : 0.f);
       store_shared(shared.decay_after() + t, after * panels_after);
-      if (place == 0) store_shared(shared.decay_panel() + t / kPanel, second ? panel[2 * n + 1] : panel[2 * n]);
+      const float whole = second ? panel[2 * n + 1] : panel[2 * n];
+      if (place == 0) store_shared(shared.decay_panel() + t / kPanel, whole);
     }
   }
   if (lane == 0) store_shared(shared.decay_chunk(C), first_half * last_half);
 }
 
 // k_s.k_t for s of panel p (rows), t of panel q.
-template <int D, class T> HOPE_DEVICE void gram(float (&c)[8], const Shared<D, T>& shared, int p, int q, int lane) {
+template <int D, class T>
+HOPE_DEVICE void gram(float (&c)[8], const Shared<D, T>& shared, int p, int q, int lane) {
 #pragma unroll
   for (int s = 0; s < Width<D>::kSteps; ++s) {
     uint32_t a[4], b[4];
@@ -88,17 +90,18 @@ template <int D, class T> HOPE_DEVICE void mix_panels(const Shared<D, T>& shared
   Halves h[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    h[i] = halves(c[2 * i] * (rows[i & 1] * columns[i >> 1].x), c[2 * i + 1] * (rows[i & 1] * columns[i >> 1].y));
+    h[i] = halves(c[2 * i] * (rows[i & 1] * columns[i >> 1].x),
+                  c[2 * i + 1] * (rows[i & 1] * columns[i >> 1].y));
   store_shared(shared.solve(p, q) + lane, Word4{h[0].high, h[1].high, h[2].high, h[3].high});
   store_shared(shared.solve(p, q) + 32 + lane, Word4{h[0].low, h[1].low, h[2].low, h[3].low});
 }
 
-// Row r of a 16 x 16 matrix of 16-bit numbers has two pieces of 16 bytes; they lie so that ldmatrix finds no bank
-// conflicts.
+// Row r of a 16 x 16 matrix of 16-bit numbers has two pieces of 16 bytes; they lie so that ldmatrix finds no
+// bank conflicts.
 HOPE_DEVICE int piece(int r, int half) { return 2 * r + (half ^ (r >> 2 & 1)); }
 
-// The inverses of I + M[p,p] for the panels first and first + 1 (if there is one), 16 lanes each: two matrices of
-// 16-bit numbers, the higher halves and the lower ones.
+// The inverses of I + M[p,p] for the panels first and first + 1 (if there is one), 16 lanes each: two matrices
+// of 16-bit numbers, the higher halves and the lower ones.
 template <int D, class T>
 HOPE_DEVICE void invert_panels(const Shared<D, T>& shared, int first, int panels, bool retention, int lane) {
 #pragma unroll 1
@@ -107,7 +110,8 @@ HOPE_DEVICE void invert_panels(const Shared<D, T>& shared, int first, int panels
     gram<D>(c, shared, p, p, lane);
     Float2* to = reinterpret_cast<Float2*>(shared.solve(p, p)) + 8 * (lane >> 2) + (lane & 3);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) store_shared(to + 64 * (i & 1) + 4 * (i >> 1), Float2{c[2 * i], c[2 * i + 1]});
+    for (int i = 0; i < 4; ++i)
+      store_shared(to + 64 * (i & 1) + 4 * (i >> 1), Float2{c[2 * i], c[2 * i + 1]});
   }
   sync_warp();
   const int row = lane & 15, other = first + (lane >> 4);
@@ -207,7 +211,8 @@ template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& 
       float x[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const Float2 k = unpack2<T>(load_shared(reinterpret_cast<const uint32_t*>(shared.k(row + 8 * i) + at)));
+        const auto* key = reinterpret_cast<const uint32_t*>(shared.k(row + 8 * i) + at);
+        const Float2 k = unpack2<T>(load_shared(key));
         const float decay = load_shared(shared.decay_after() + row + 8 * i);
         x[2 * i] = decay * k.x, x[2 * i + 1] = decay * k.y;
       }
@@ -215,7 +220,8 @@ template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& 
 #pragma unroll
         for (int q = p + 1; q < kMostPanels; ++q) {
           if (q >= panels) continue;
-          const Word4 a = load_shared(shared.solve(p, q) + lane), b = load_shared(shared.solve(p, q) + 32 + lane);
+          const Word4* mix = shared.solve(p, q) + lane;
+          const Word4 a = load_shared(mix), b = load_shared(mix + 32);
           mma_halves(x, {a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}, solved[q], false);
         }
         uint32_t high[4], low[4];
@@ -229,7 +235,8 @@ template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& 
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        store_shared(reinterpret_cast<uint32_t*>(shared.kg(row + 8 * i) + at), pack2<T>(x[2 * i], x[2 * i + 1]));
+        store_shared(reinterpret_cast<uint32_t*>(shared.kg(row + 8 * i) + at),
+                     pack2<T>(x[2 * i], x[2 * i + 1]));
     }
   }
 }

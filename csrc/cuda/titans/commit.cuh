@@ -120,8 +120,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     return reinterpret_cast<Float4&>(me.weights.own.at(shared.plan.at_k)[32 * (me.warp * E::kEach + i)]);
   }
   template <class E> HOPE_DEVICE Float4 gathered(const Me& me, int buffer, int i) const {
-    return E::gather(shared.part(me.role.first(), buffer), Shared<D, T>::kPart, E::pair(me.role.within, me.lane),
-                     E::column(me.lane, i), me.lane);
+    return E::gather(shared.part(me.role.first(), buffer), Shared<D, T>::kPart,
+                     E::pair(me.role.within, me.lane), E::column(me.lane, i), me.lane);
   }
 
   // M(k) (kind 0) or M(v) (1), summed over the warps of this block, to both blocks of the memory.
@@ -129,7 +129,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     const Me now = me();
     if (!now.role.full()) return;
 #pragma unroll 1
-    for (int i = 0; i < D / 64; ++i) exchange.put_share(panel, kind, i, gathered<Epilogue<D, kWarps>>(now, kind, i));
+    for (int i = 0; i < D / 64; ++i)
+      exchange.put_share(panel, kind, i, gathered<Epilogue<D, kWarps>>(now, kind, i));
   }
   // |a|^2 and |d|^2 likewise.
   HOPE_DEVICE void put_norms() const {
@@ -321,16 +322,17 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     store_norms(1, panel, norm, warp, lane);
   }
 
-  HOPE_DEVICE static void finish_gradient(float (&d)[8], const float (&slope)[8], float (&norm)[2], Word4* block) {
+  HOPE_DEVICE static void finish_gradient(float (&d)[8], const float (&slope)[8], float (&norm)[2],
+                                          Word4* block) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) d[i] *= slope[i];
     add_squares(norm, d);
     *block = round_block<T>(d);
   }
 
-  // gain_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2: the memory's warps take eight tokens t
-  // in turn. Every one of them has the sizes m of all tokens; products of keys are made again, which is cheaper
-  // than to keep them.
+  // gain_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2: the memory's warps take eight tokens
+  // t in turn. Every one of them has the sizes m of all tokens; products of keys are made again, which is
+  // cheaper than to keep them.
   HOPE_DEVICE void step_sizes() const {
     const auto [warp, lane, role, weights] = me();
     if (role.idle()) return;
@@ -360,7 +362,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
         }
       }
       const Float2 e2 = load_shared(reinterpret_cast<const Float2*>(shared.e2(role.first(), C) + t));
-      const Float2 m{sqrt_(a2.x + divide(d2.x, e2.x + 1e-9f) + 1e-12f), sqrt_(a2.y + divide(d2.y, e2.y + 1e-9f) + 1e-12f)};
+      const Float2 m{sqrt_(a2.x + divide(d2.x, e2.x + 1e-9f) + 1e-12f),
+                     sqrt_(a2.y + divide(d2.y, e2.y + 1e-9f) + 1e-12f)};
       const Float2 eta = load_shared(reinterpret_cast<const Float2*>(shared.eta() + t));
       store_shared(reinterpret_cast<Float2*>(size + t), m);
       store_shared(reinterpret_cast<Float2*>(weight + t), Float2{eta.x * m.x, eta.y * m.y});
@@ -383,7 +386,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
           load_matrices(rows, corner<D>(shared.k(slot), 16 * s, lane));
           mma<T>(c, rows, keys[s / 2][2 * (s & 1)], keys[s / 2][2 * (s & 1) + 1], s == 0);
         }
-        const float w0 = load_shared(weight + slot + (lane >> 2)), w1 = load_shared(weight + slot + (lane >> 2) + 8);
+        const float* by = weight + slot + (lane >> 2);
+        const float w0 = load_shared(by), w1 = load_shared(by + 8);
         sums[0] = fma_(w1 * c[2], c[2], fma_(w0 * c[0], c[0], sums[0]));
         sums[1] = fma_(w1 * c[3], c[3], fma_(w0 * c[1], c[1], sums[1]));
       }
@@ -403,12 +407,13 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 
   // delta2 of the warp's units: blocks g * kSteps + s.
   template <int GROUPS> HOPE_DEVICE void update_inputs(float (&state)[16][8]) const {
-    const auto [warp, lane, role, weights] = me();
+    const Me mine = me();
     const float decay_chunk = load_shared(shared.decay_chunk(chunk()));
-    const float* gain = shared.gain(role.first(), chunk());
     float largest = 0.f;
     if constexpr (!kWideExponent<T>) {
-      for (int t = lane; t < chunk(); t += 32) {
+      const float* gain = shared.gain(mine.role.first(), chunk());
+#pragma unroll 1
+      for (int t = mine.lane; t < chunk(); t += 32) {
         const float step = load_shared(gain + t), erase = load_shared(shared.erase() + t);
         largest = step > largest ? step : largest;
         largest = erase > largest ? erase : largest;
@@ -418,7 +423,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       sync_warp();  // as in hidden_group
-      const Word4* d_blocks = fragments(weights.own, shared.plan.d, 0) + g * group_stride();
+      const Word4* d_blocks = nullptr;  // kept, as `mine` is, where registers are left for it
+      if (D == 64) d_blocks = fragments(mine.weights.own, shared.plan.d, 0) + g * group_stride();
       Word4 old[W::kSteps];
 #pragma unroll
       for (int s = 0; s < W::kSteps; ++s) {
@@ -426,12 +432,13 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 #pragma unroll
         for (int i = 0; i < 8; ++i) state[g * W::kSteps + s][i] *= decay_chunk * range.up;
       }
-      Word4 next = d_blocks[0];
 #pragma unroll 1
       for (int panel = 0; panel < chunk() / kPanel; ++panel) {
-        const int slot = panel * kPanel, row = slot + (lane >> 2);
-        const Word4 d = next;  // the one after it is on its way meanwhile
-        if (slot + kPanel < chunk()) next = d_blocks[32 * (panel + 1)];
+        const Me now = D == 64 ? mine : me();
+        const int lane = now.lane, slot = panel * kPanel, row = slot + (lane >> 2);
+        const float* gain = shared.gain(now.role.first(), chunk());
+        const Word4 d = D == 64 ? d_blocks[32 * panel]
+                                : fragments(now.weights.own, shared.plan.d, panel)[g * group_stride()];
         float delta2_k[8] = {};
         if (has(kDgd)) {
 #pragma unroll
@@ -479,6 +486,7 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     const float* gain = shared.gain(role.first(), chunk());
     float largest = 0.f;
     if constexpr (!kWideExponent<T>) {
+#pragma unroll 1
       for (int t = lane; t < chunk(); t += 32) {
         const float step = load_shared(gain + t) * load_shared(shared.decay_after() + t);
         largest = step > largest ? step : largest;

@@ -65,9 +65,9 @@ HOPE_DEVICE void output_part(Float4* part, const uint32_t (&h)[Width<D>::kGroups
   }
 }
 
-// How the W warps of a memory with D outputs (in one block) share its output for 16 tokens: a warp has 8 / W pairs
-// of tokens r and r + 8, all at once; 4 W lanes have a pair. A lane has kEach times four numbers: i is columns 8 j
-// + 2 t and + 1 of r (x, y) and r + 8 (z, w), with j = column(lane, i), t = lane % 4.
+// How the W warps of a memory with D outputs (in one block) share its output for 16 tokens: a warp has 8 / W
+// pairs of tokens r and r + 8, all at once; 4 W lanes have a pair. A lane has kEach times four numbers: i is
+// columns 8 j + 2 t and + 1 of r (x, y) and r + 8 (z, w), with j = column(lane, i), t = lane % 4.
 template <int D, int W> struct Epilogue {
   static constexpr int kEach = 8 / W * (D / 64);
   static constexpr int kLanes = 4 * W;
@@ -79,7 +79,8 @@ template <int D, int W> struct Epilogue {
     for (int mask = 1; mask < kLanes; mask *= 2) v += shuffle_xor(v, mask);
     return v;
   }
-  // The sum of all warps' partial outputs, in their order. parts: of the first one; stride: Float4 from warp to warp.
+  // The sum of all warps' partial outputs, in their order. parts: of the first one; stride: Float4 from warp to
+  // warp.
   HOPE_DEVICE static Float4 gather(const Float4* parts, int stride, int r, int j, int lane) {
     const Float4* p = parts + part_offset(j, 4 * r + (lane & 3));
     Float4 sum = load_shared(p);

@@ -7,7 +7,7 @@
 //             and each lane's rounded weights, refreshed once a chunk, as 16-byte fragments. With several blocks
 //             a (row, head), k, v, eta, alpha of 16 tokens at a time go from one to the others.
 // SCHEDULE    per panel   read shares | barrier | results to all blocks | barrier (of the cluster)
-//             per chunk   + three barriers a panel (commit.cuh)
+//             per chunk   + three barriers a panel, and one more (commit.cuh)
 //             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more
 //             (exchange.cuh). The next panel's x and q are fetched while this one is computed.
 // BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan
@@ -181,7 +181,8 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     }
     if (lane == 0) {
       const Role role = Role::of(plan, rank, warp);
-      store_shared(call.roles + warp, role.packed() | role.template fragments_before<D>(rank) * (p.C / kPanel) << 16);
+      const int fragments = role.template fragments_before<D>(rank) * (p.C / kPanel);
+      store_shared(call.roles + warp, fragments << 16 | role.packed());
       store_shared(call.tokens + warp, commit_only ? n : 0);
     }
     // for a commit

@@ -20,10 +20,11 @@ struct Role {
     return {plan, kEta + (i - scalars) / plan.scalar_warps, (i - scalars) % plan.scalar_warps, warp};
   }
   HOPE_DEVICE int packed() const { return memory << 8 | within; }
-  // Blocks of a (and of d) of a panel, of 16 tokens, that the warps of the block before this one have: [groups][C /
-  // 16] blocks a warp, and a warp of a scalar memory has twice as many groups.
+  // 16 x 16 blocks of a (and of d) that the warps before this one in its block have of 16 tokens; a warp of a
+  // scalar memory has twice as many as others.
   template <int D> HOPE_DEVICE int fragments_before(int rank) const {
-    const int full_here = 3 * plan.shards * plan.full_warps - rank * kWarps, scalar = warp - (full_here < 0 ? 0 : full_here);
+    const int full_here = 3 * plan.shards * plan.full_warps - rank * kWarps;
+    const int scalar = warp - (full_here < 0 ? 0 : full_here);
     return (warp + (scalar < 0 ? 0 : scalar)) * Width<D>::kGroups;
   }
   HOPE_DEVICE bool full() const { return memory < kEta; }                // D outputs, else one

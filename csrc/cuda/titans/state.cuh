@@ -55,8 +55,8 @@ HOPE_DEVICE Word4 base_block(const Bases<T>& bases, const Role& role, bool w1, i
 }
 
 // A warp's rounded weights, from its deviations and base weights. Eight blocks of the base are requested before
-// the first is used: a store of weights may not pass a load, whose address could be the same for all the
-// compiler knows.
+// the first is used. (The compiler would not do so by itself: for all it knows, a store of weights may change what
+// is loaded after it.)
 template <int D, class T, class Weights>
 HOPE_DEVICE void round_weights(const float (&state)[16][8], const Weights& weights, const Own& own,
                                const Bases<T>& bases, const Place<D>& place, const Role& role, int N, int lane) {
