@@ -197,16 +197,17 @@ HOPE_DEVICE void as_operand_b(Halves (&b)[2], const float (&x)[4]) {
   }
 }
 
-// Kg, rounded to T, in the place of v.
+// Kg, rounded to T, in the place of v. What later panels are made of waits in the warp's place for partial
+// outputs, each lane's own: registers are short, and so are these loops.
 template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& shared, int C, bool dgd) {
   const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
   const int panels = C / kPanel;
+  Word4* solved = reinterpret_cast<Word4*>(shared.part(warp, 0)) + lane;  // of panel q: number 32 q
+  sync_warp();
 #pragma unroll 1
   for (int column = 8 * warp; column < D; column += 8 * kWarps) {
-    Halves solved[kMostPanels][2];
-#pragma unroll
-    for (int p = kMostPanels - 1; p >= 0; --p) {
-      if (p >= panels) continue;
+#pragma unroll 1
+    for (int p = panels - 1; p >= 0; --p) {
       const int row = p * kPanel + (lane >> 2), at = column + 2 * (lane & 3);
       float x[4];
 #pragma unroll
@@ -217,12 +218,11 @@ template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& 
         x[2 * i] = decay * k.x, x[2 * i + 1] = decay * k.y;
       }
       if (dgd) {
-#pragma unroll
-        for (int q = p + 1; q < kMostPanels; ++q) {
-          if (q >= panels) continue;
+#pragma unroll 1
+        for (int q = p + 1; q < panels; ++q) {
           const Word4* mix = shared.solve(p, q) + lane;
-          const Word4 a = load_shared(mix), b = load_shared(mix + 32);
-          mma_halves(x, {a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}, solved[q], false);
+          const Word4 a = load_shared(mix), b = load_shared(mix + 32), later = load_shared(solved + 32 * q);
+          mma_halves(x, {a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}, {{later.x, later.y}, {later.z, later.w}}, false);
         }
         uint32_t high[4], low[4];
         const Word4* inverse = shared.solve(p, p) + piece(lane & 15, lane >> 4);
@@ -231,7 +231,10 @@ template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& 
         Halves right[2];
         as_operand_b(right, x);
         mma_halves(x, high, low, right, true);
-        if (p > 0) as_operand_b(solved[p], x);
+        if (p > 0) {
+          as_operand_b(right, x);
+          store_shared(solved + 32 * p, Word4{right[0].high, right[0].low, right[1].high, right[1].low});
+        }
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)

@@ -174,8 +174,6 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     const T* k = shared.k(panel * kPanel);
     const T* v = shared.v(panel * kPanel);
     float norm[2] = {}, z[8], other[8];
-    Word4* const a_blocks = fragments(weights.own, shared.plan.a, panel);
-    const int stride = group_stride();
     if (role.full()) {
       uint32_t h[W::kGroups][4];
 #pragma unroll
@@ -183,7 +181,7 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
         hidden_group<D, T, ACT, true>(z, slope[g], k, weights, g, lane);
         add_squares(norm, z);
         as_operand<T>(h[g], z);
-        a_blocks[g * stride] = {h[g][0], h[g][1], h[g][2], h[g][3]};
+        fragments(weights.own, shared.plan.a, panel)[g * group_stride()] = {h[g][0], h[g][1], h[g][2], h[g][3]};
       }
       if (!has(kDot)) output_part<D, T>(shared.part(warp, 0), h, weights, lane);
     } else {
@@ -203,7 +201,7 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
         add_scalar(y, z, scalar_weights(shared.delta1s(warp), shared.base1s(warp), g, lane));
         uint32_t h[4];
         as_operand<T>(h, z);
-        a_blocks[g * stride] = {h[0], h[1], h[2], h[3]};
+        fragments(weights.own, shared.plan.a, panel)[g * group_stride()] = {h[0], h[1], h[2], h[3]};
       }
       store_sums(shared.sums(warp, 0), y, lane);
     }
@@ -423,8 +421,9 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       sync_warp();  // as in hidden_group
-      const Word4* d_blocks = nullptr;  // kept, as `mine` is, where registers are left for it
-      if (D == 64) d_blocks = fragments(mine.weights.own, shared.plan.d, 0) + g * group_stride();
+      constexpr bool kKept = D == 64 && kWideExponent<T>;  // where registers are left for what loops over panels need
+      const Word4* d_blocks = nullptr;
+      if (kKept) d_blocks = fragments(mine.weights.own, shared.plan.d, 0) + g * group_stride();
       Word4 old[W::kSteps];
 #pragma unroll
       for (int s = 0; s < W::kSteps; ++s) {
@@ -434,11 +433,11 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       }
 #pragma unroll 1
       for (int panel = 0; panel < chunk() / kPanel; ++panel) {
-        const Me now = D == 64 ? mine : me();
+        const Me now = kKept ? mine : me();
         const int lane = now.lane, slot = panel * kPanel, row = slot + (lane >> 2);
         const float* gain = shared.gain(now.role.first(), chunk());
-        const Word4 d = D == 64 ? d_blocks[32 * panel]
-                                : fragments(now.weights.own, shared.plan.d, panel)[g * group_stride()];
+        const Word4 d = kKept ? d_blocks[32 * panel]
+                              : fragments(now.weights.own, shared.plan.d, panel)[g * group_stride()];
         float delta2_k[8] = {};
         if (has(kDgd)) {
 #pragma unroll
@@ -497,21 +496,16 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     for (int b = 8; b < 16; ++b)
 #pragma unroll
       for (int i = 0; i < 8; ++i) state[b][i] *= decay_chunk * range.up;
-    const Word4* a_blocks = fragments(weights.own, shared.plan.a, 0);
-    const int stride = group_stride();
 #pragma unroll 1
-    for (int panel = 0; panel < chunk() / kPanel; ++panel, a_blocks += 32) {
+    for (int panel = 0; panel < chunk() / kPanel; ++panel) {
       const int slot = panel * kPanel, row = slot + (lane >> 2);
-      Word4 a_here[W::kGroups];
-#pragma unroll
-      for (int g = 0; g < W::kGroups; ++g) a_here[g] = a_blocks[g * stride];
       const float by[2] = {
           -range.up * (load_shared(gain + row) * load_shared(shared.decay_after() + row)),
           -range.up * (load_shared(gain + row + 8) * load_shared(shared.decay_after() + row + 8))};
       uint32_t h[W::kGroups][4];
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) {
-        const Word4 a = a_here[g];
+        const Word4 a = fragments(weights.own, shared.plan.a, panel)[g * group_stride()];
         const uint32_t words[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

@@ -84,7 +84,7 @@ template <int D, int W> struct Epilogue {
   HOPE_DEVICE static Float4 gather(const Float4* parts, int stride, int r, int j, int lane) {
     const Float4* p = parts + part_offset(j, 4 * r + (lane & 3));
     Float4 sum = load_shared(p);
-#pragma unroll
+#pragma unroll(D == 64 ? W : 1)  // registers are short with D = 128
     for (int w = 1; w < W; ++w) {
       const Float4 more = load_shared(p + w * stride);
       sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};

@@ -54,26 +54,28 @@ HOPE_DEVICE Word4 base_block(const Bases<T>& bases, const Role& role, bool w1, i
   return load_block16<T>((w1 ? bases.w1 : bases.w2) + first, stride, lane);
 }
 
-// A warp's rounded weights, from its deviations and base weights. Eight blocks of the base are requested before
+// A warp's rounded weights, from its deviations and base weights. Some blocks of the base are requested before
 // the first is used. (The compiler would not do so by itself: for all it knows, a store of weights may change what
 // is loaded after it.)
 template <int D, class T, class Weights>
 HOPE_DEVICE void round_weights(const float (&state)[16][8], const Weights& weights, const Own& own,
                                const Bases<T>& bases, const Place<D>& place, const Role& role, int N, int lane) {
-  const auto eight_at_a_time = [&](auto load) {
-    Word4 base[8];
+  const auto batched = [&](auto load) {
+    constexpr int kBatch = D == 64 ? 8 : 2;  // as registers allow
+    Word4 base[kBatch];
     for_blocks<D>(place, role.full(), N, [&](int i, int at, int row, bool w1) {
-      base[i & 7] = load(i, at, row, w1);
-      if ((i & 7) < 7) return;
+      base[i % kBatch] = load(i, at, row, w1);
+      if (i % kBatch < kBatch - 1) return;
+      const int first = i - (kBatch - 1);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) weights.put(i - 7 + k, round_block<T>(state[i - 7 + k], base[k]));
+      for (int k = 0; k < kBatch; ++k) weights.put(first + k, round_block<T>(state[first + k], base[k]));
     });
   };
   if (own.plan.base >= 0) {
     const Word4* kept = own.at(own.plan.base) + 512 * own.warp;
-    eight_at_a_time([&](int i, int, int, bool) { return kept[32 * i]; });
+    batched([&](int i, int, int, bool) { return kept[32 * i]; });
   } else {
-    eight_at_a_time([&](int, int at, int row, bool w1) { return base_block<T>(bases, role, w1, at, row, lane); });
+    batched([&](int, int at, int row, bool w1) { return base_block<T>(bases, role, w1, at, row, lane); });
   }
 }
 
