@@ -13,7 +13,7 @@
 // BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan
 //             for what overflows).
 // FLOPS       80 D N + 6 C D a token and head, for which a warp issues 160 mma a panel with its commit (D = 64).
-//             At 4 cycles an mma and 2 warps a scheduler that is 1300 cycles of tensor cores, beside 4400 to 5400
+//             At 4 cycles an mma and 2 warps a scheduler that is 1300 cycles of tensor cores, beside 2500 to 3400
 //             other instructions a warp (../README.md counts them): the kernel is bound by issue slots, not by
 //             tensor cores.
 #pragma once
