@@ -32,9 +32,10 @@ STAGES = {
     "put_shares": "shares", "put_norms": "shares", "begin": "exchange",
     "acquire": "exchange", "release": "exchange", "load_deviations": "state", "load_scalar_weights": "state",
     "move_pending": "state", "clear_pending": "state", "store_block": "state", "run": "commit",
-    "load_state": "state", "store_state": "state", "round_weights": "weights", "clear_outputs": "results",
-    "commit_pending": "commit", "prefill": "panel loop", "titans_prefill": "panel loop", "decode": "decode",
-    "titans_decode": "decode", "titans_step": "decode", "step": "decode", "count_tokens": "count",
+    "load_state": "state", "store_state": "state", "enter": "state", "round_weights": "weights",
+    "clear_outputs": "results", "commit_pending": "commit", "prefill": "panel loop",
+    "titans_prefill": "panel loop", "decode": "decode", "titans_decode": "decode", "titans_step": "decode",
+    "step": "decode", "count_tokens": "count",
 }
 _LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s+(\d+)([^/]*)(?://\s*(.*))?")
 _INLINED = re.compile(r"inlined_at\s+(\d+)\s+(\d+)\s+(\d+)")

@@ -112,14 +112,10 @@ def changed(record: dict, saved: dict[str, float], warps: int = 1) -> tuple[floa
 
 def changes(budget: dict) -> str:
     """What the CUDA kernels would take after changes that the counts suggest."""
-    once, shared = {"step sizes": 7 / 8}, {"transformed keys": 3 / 4}
     plans = (
         ("as it is", {}, 1),
-        ("step sizes once a memory, its 8 warps taking a share each", once, 1),
-        ("transformed keys once a (row, head), its 4 blocks taking a share each", shared, 1),
-        ("both", once | shared, 1),
+        ("transformed keys once a (row, head), its 4 blocks taking a share each", {"transformed keys": 3 / 4}, 1),
         ("twice as many warps, with half the state each", {}, 2),
-        ("all three", once | shared, 2),
     )
     rows = []
     record = budget["cases"].get("prefill C64 D64 N256 cuda sm_90")

@@ -183,6 +183,33 @@ template <> HOPE_DEVICE void mma<fp16>(float* c, const uint32_t (&a)[4], uint32_
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// c = a b: no registers have to be cleared before.
+template <class T> HOPE_DEVICE void mma_first(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> HOPE_DEVICE void mma_first<bf16>(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+}
+template <> HOPE_DEVICE void mma_first<fp16>(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+}
 
 }  // namespace hope
 #endif  // __CUDACC__
+
+namespace hope {
+
+// c += a b, or c = a b where it is the first of a sum. For loops that are unrolled.
+template <class T>
+HOPE_DEVICE void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool first) {
+  if (first)
+    mma_first<T>(c, a, b0, b1);
+  else
+    mma<T>(c, a, b0, b1);
+}
+
+}  // namespace hope

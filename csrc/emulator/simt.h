@@ -238,6 +238,10 @@ template <class T> void mma(float* c, const uint32_t (&a)[4], uint32_t b0, uint3
     return true;
   });
 }
+template <class T> void mma_first(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, HOPE_FROM) {
+  for (int i = 0; i < 4; ++i) c[i] = 0.f;
+  mma<T>(c, a, b0, b1, file, line);
+}
 
 }  // namespace hope
 

@@ -83,9 +83,10 @@ HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int 
   read_shares<D, T, ACT>(shared, role, tile, HeldWeights<D>{blocks}, warp, lane);
   sync_block();
   // by a warp that has no part of the output, if there is one
-  if (warp == (row + 1) % plan.full_warps && lane == 0) count_tokens(p, b, 1, plan.blocks);
+  const int writer = epilogue_warp(plan.full_warps, row);
+  if (warp == (writer + 1) % plan.full_warps && lane == 0) count_tokens(p, b, 1, plan.blocks);
   DecodeSink<D, T> sink{p, static_cast<T*>(p.o) + token, (b * p.C + slot) * p.H + h};
-  if (!role.full() || row % 8 % role.warps() == role.within)
+  if (!role.full() || role.within == writer)
     read_results<D, T>(p, shared, role, tile, h, row, row + 1, lane, sink);
 }
 
@@ -96,15 +97,8 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int group, int rank) {
   const Shared<D, T> shared{plan};
   Call& call = shared.call();
-  {
-    const int lane = lane_index(), warp = warp_index();
-    if (thread_index() == 0) {
-      store_shared(&call.group, group), store_shared(&call.rank, rank);
-      store_shared(&call.chunk, p.C);
-    }
-    if (lane == 0) store_shared(call.roles + warp, Role::of(plan, rank, warp).packed());
-    move_pending<D, T, true>(p, shared, group / p.H, group % p.H, 0, p.C);
-  }
+  call.enter<D>(p, plan, group, rank);
+  move_pending<D, T, true>(p, shared, group / p.H, group % p.H, 0, p.C);
   sync_block();
   if (plan.blocks > 1) {
     if constexpr (MODE == kCluster) {
@@ -120,7 +114,10 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
     const int lane = lane_index(), warp = warp_index();
     const Role role = call.role(plan, warp);
     load_state<D, T>(state, p, shared, role, 0, group, warp, lane);
-    round_weights<D, T, ON_CHIP>(state, p, shared, role, 0, group, warp, lane);
+    const Own own{p, plan, call, warp, lane};
+    const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
+    const StoredWeights<D, ON_CHIP> weights{own};
+    round_weights<D, T>(state, weights, own, bases, Place<D>::of(p, role), role, p.N, lane);
   }
   Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;

@@ -17,14 +17,12 @@ HOPE_DEVICE void hidden_group(float (&z)[8], float (&slope)[8], const T* tile, c
                               int lane) {
   sync_warp();  // keeps loads of a group after the arithmetic of the one before: registers are short
 #pragma unroll
-  for (int i = 0; i < 8; ++i) z[i] = 0.f;
-#pragma unroll
   for (int s = 0; s < Width<D>::kSteps; ++s) {
     uint32_t x[4];
     load_matrices(x, corner<D>(tile, 16 * s, lane));
     const Word4 w = weights.w2(g, s);
-    mma<T>(z, x, w.x, w.z);
-    mma<T>(z + 4, x, w.y, w.w);
+    mma<T>(z, x, w.x, w.z, s == 0);
+    mma<T>(z + 4, x, w.y, w.w, s == 0);
   }
   activate<ACT, SLOPE>(z, slope);
 }
@@ -54,16 +52,12 @@ HOPE_DEVICE void output_part(Float4* part, const uint32_t (&h)[Width<D>::kGroups
   for (int i0 = 0; i0 < Width<D>::kSteps; i0 += 4) {
     float y[8][4];
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) y[j][c] = 0.f;
-#pragma unroll
     for (int g = 0; g < Width<D>::kGroups; ++g)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const Word4 w = weights.w1(i0 + i, g);
-        mma<T>(y[2 * i], h[g], w.x, w.z);
-        mma<T>(y[2 * i + 1], h[g], w.y, w.w);
+        mma<T>(y[2 * i], h[g], w.x, w.z, g == 0);
+        mma<T>(y[2 * i + 1], h[g], w.y, w.w, g == 0);
       }
 #pragma unroll
     for (int j = 0; j < 8; ++j)
@@ -71,17 +65,48 @@ HOPE_DEVICE void output_part(Float4* part, const uint32_t (&h)[Width<D>::kGroups
   }
 }
 
-// The sum of all warps' partial outputs for tokens r (x, y) and r + 8 (z, w), columns 8 j + 2 t and + 1, t =
-// lane % 4. parts: of the memory's first warp; stride: Float4 from warp to warp.
-HOPE_DEVICE Float4 gather(const Float4* parts, int warps, int stride, int r, int j, int lane) {
-  const Float4* p = parts + part_offset(j, 4 * r + (lane & 3));
-  Float4 sum = load_shared(p);
-#pragma unroll 1
-  for (int w = 1; w < warps; ++w) {
-    const Float4 more = load_shared(p + w * stride);
-    sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
+// How the W warps of a memory with D outputs (in one block) share its output for 16 tokens: a warp has 8 / W
+// pairs of tokens r and r + 8, all at once; 4 W lanes have a pair. A lane has kEach times four numbers: i is
+// columns 8 j + 2 t and + 1 of r (x, y) and r + 8 (z, w), with j = column(lane, i), t = lane % 4.
+template <int D, int W> struct Epilogue {
+  static constexpr int kEach = 8 / W * (D / 64);
+  static constexpr int kLanes = 4 * W;
+  HOPE_DEVICE static int pair(int within, int lane) { return within * (8 / W) + lane / kLanes; }
+  HOPE_DEVICE static int column(int lane, int i) { return (lane >> 2) % W + W * i; }
+  // Sum over the lanes of a pair.
+  HOPE_DEVICE static float sum(float v) {
+#pragma unroll
+    for (int mask = 1; mask < kLanes; mask *= 2) v += shuffle_xor(v, mask);
+    return v;
   }
-  return sum;
+  // The sum of all warps' partial outputs, in their order. parts: of the first one; stride: Float4 from warp to
+  // warp.
+  HOPE_DEVICE static Float4 gather(const Float4* parts, int stride, int r, int j, int lane) {
+    const Float4* p = parts + part_offset(j, 4 * r + (lane & 3));
+    Float4 sum = load_shared(p);
+#pragma unroll(D == 64 ? W : 1)  // registers are short with D = 128
+    for (int w = 1; w < W; ++w) {
+      const Float4 more = load_shared(p + w * stride);
+      sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
+    }
+    return sum;
+  }
+};
+
+// Which of the memory's warps has token r.
+HOPE_DEVICE int epilogue_warp(int warps, int r) { return r % 8 / (8 / warps); }
+
+// f(Epilogue<D, W>{}) for the number of warps that the plan has found.
+template <int D, class F> HOPE_DEVICE void with_epilogue(int warps, F f) {
+  if constexpr (D == 128) {
+    f(Epilogue<D, 8>{});
+  } else if (warps == 8) {
+    f(Epilogue<D, 8>{});
+  } else if (warps == 4) {
+    f(Epilogue<D, 4>{});
+  } else {
+    f(Epilogue<D, 2>{});
+  }
 }
 
 // A scalar memory: the weights w1 (deviation + base, fp32, shared memory) of a lane's four units of group g:
@@ -102,12 +127,6 @@ HOPE_DEVICE void add_scalar(float (&y)[2], const float (&z)[8], Float4 w) {
 HOPE_DEVICE float row_sum4(float v) {
   v += shuffle_xor(v, 1);
   return v + shuffle_xor(v, 2);
-}
-
-HOPE_DEVICE float warp_sum(float v) {
-#pragma unroll
-  for (int mask = 1; mask < 32; mask *= 2) v += shuffle_xor(v, mask);
-  return v;
 }
 
 // A warp's partial outputs of a scalar memory for 16 tokens to sums[16].

@@ -59,6 +59,17 @@ template <class T> HOPE_DEVICE Word4 round_block(const float (&f)[8], Word4 base
           pack2<T>(f[6] + b3.x, f[7] + b3.y)};
 }
 
+// Two numbers as sums of two bf16 each: the product of two such sums without that of the lower halves is right to
+// 2^-16, whatever T is.
+struct Halves {
+  uint32_t high, low;
+};
+HOPE_DEVICE Halves halves(float a, float b) {
+  const uint32_t high = pack2<bf16>(a, b);
+  const Float2 rounded = unpack2<bf16>(high);
+  return {high, pack2<bf16>(a - rounded.x, b - rounded.y)};
+}
+
 // Where index i, an even one, and i + 1 lie along D: position.
 HOPE_DEVICE int position_of(int i) { return (i & ~15) + 8 * ((i >> 1) & 1) + 2 * ((i & 15) >> 2); }
 // The index of an even position.

@@ -61,12 +61,15 @@ struct Plan {
   int k, v;                 // [C][kRow] T
   int e;                    // [memories here][C][kRow] T
   int eta, alpha;           // [C] fp32
-  int gram;                 // [C][C + 1] fp32   k_s.k_t for s <= t; below the diagonal L[t][s]
+  // Panels p <= q of the chunk, pair q (q + 1) / 2 + p (clock.cuh): operands of the solve for the transformed keys
+  int solve;                // [pairs][1024 bytes]
+  int before, after;        // [C] fp32          eta_t times the decays before t in its panel; decays after t in it
   int erase;                // [C] fp32          eta_t gamma[t-1,0]
   int decay_after;          // [C + 1] fp32      gamma[C,t]; the last one is decay_chunk, gamma[C,0]
+  int decay_panel;          // [C / 16] fp32     the product of a panel's decays
   int e2, es;               // [8][C] fp32       by the memory's first warp here
   int norms;                // [8][2][C] fp32    |a|^2 and |d|^2 over a warp's units
-  int gain;                 // [8][C] fp32       a warp's own copy
+  int gain;                 // [8][C] fp32       by the memory's first warp here
   int sums;                 // [8][2][16] fp32   a scalar warp's partial outputs
   int delta1s, base1s;      // [8][kScalarUnits] fp32
   // parts: M(k) of every warp, then M(v); a scalar memory's warps keep sigma' there.
@@ -117,7 +120,9 @@ inline Plan make_plan(int D, int N, int C, bool retention, bool update, const De
   p.x = take(2 * kPanel * row), p.q = p.full_warps == kWarps ? p.x : take(2 * kPanel * row);
   p.k = take(slots * row), p.v = take(slots * row), p.e = take(tiles_here * slots * row);
   p.eta = take(4 * slots), p.alpha = take(4 * slots), p.erase = take(4 * slots), p.decay_after = take(4 * slots + 4);
-  p.gram = take(4 * slots * (slots + 1)), p.e2 = take(32 * slots), p.es = take(32 * slots);
+  const int panels = slots / kPanel;
+  p.solve = take(1024 * panels * (panels + 1) / 2), p.before = take(4 * slots), p.after = take(4 * slots);
+  p.decay_panel = take(4 * panels), p.e2 = take(32 * slots), p.es = take(32 * slots);
   p.norms = take(64 * slots), p.gain = take(32 * slots), p.sums = take(4 * kWarps * 2 * kPanel);
   p.delta1s = take(4 * kWarps * 4096 / D), p.base1s = take(4 * kWarps * 4096 / D);
   const int part = kPanel * D * 4, private_blocks = panel_blocks(D, p.full_warps) * (slots / kPanel);

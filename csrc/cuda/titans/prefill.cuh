@@ -7,13 +7,13 @@
 //             and each lane's rounded weights, refreshed once a chunk, as 16-byte fragments. With several blocks
 //             a (row, head), k, v, eta, alpha of 16 tokens at a time go from one to the others.
 // SCHEDULE    per panel   read shares | barrier | results to all blocks | barrier (of the cluster)
-//             per chunk   + three barriers a panel (commit.cuh)
+//             per chunk   + three barriers a panel, and one more (commit.cuh)
 //             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more
 //             (exchange.cuh). The next panel's x and q are fetched while this one is computed.
 // BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan
 //             for what overflows).
 // FLOPS       80 D N + 6 C D a token and head, for which a warp issues 160 mma a panel with its commit (D = 64).
-//             At 4 cycles an mma and 2 warps a scheduler that is 1300 cycles of tensor cores, beside 4400 to 5400
+//             At 4 cycles an mma and 2 warps a scheduler that is 1300 cycles of tensor cores, beside 2500 to 3400
 //             other instructions a warp (../README.md counts them): the kernel is bound by issue slots, not by
 //             tensor cores.
 #pragma once
@@ -99,9 +99,10 @@ struct Panel {
     Panel p;
     const int opened = load_shared(&call.opened), n = load_shared(&call.n);
     p.token = load_shared(call.tokens + warp);
-    p.slot = (opened + p.token) & (C - 1), p.first = p.slot % kPanel;
+    const unsigned at = opened + p.token;
+    p.slot = at & (C - 1), p.first = at % kPanel;
     p.stop = n - p.token < kPanel - p.first ? p.first + n - p.token : kPanel;
-    p.round = (opened + p.token) / kPanel - opened / kPanel;
+    p.round = at / kPanel - static_cast<unsigned>(opened) / kPanel;
     return p;
   }
 };
@@ -110,7 +111,8 @@ struct Panel {
 template <class Exchange> struct SumOfShares {
   const Exchange& exchange;
   int round;
-  template <int D, class T> HOPE_DEVICE Float4 at(const Shared<D, T>&, const Role&, int, int i, int) const {
+  template <class E, int D, class T>
+  HOPE_DEVICE Float4 at(const Shared<D, T>&, const Role&, int, int i, int) const {
     return exchange.sum_of_shares(round, 0, i);
   }
 };
@@ -129,12 +131,12 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared,
   const int64_t stride = static_cast<int64_t>(p.H) * D;
   T* o = static_cast<T*>(p.o) + load_shared(&call.first_token) + (now.token - now.first) * stride;
   PrefillSink<D, T, Exchange> sink{exchange, o, stride, now.round, slot, update};
-  const int h = load_shared(&call.group) % p.H;
+  const int h = load_shared(&call.head);
   if constexpr (Exchange::kSharded) {
     if (role.full()) {
 #pragma unroll
       for (int i = 0; i < D / 64; ++i)
-        exchange.put_share(now.round, 0, i, Gathered{}.template at<D, T>(shared, role, role.within, i, lane));
+        exchange.put_share(now.round, 0, i, Gathered{}.at<Epilogue<D, kWarps>>(shared, role, role.within, i, lane));
     }
     exchange.barrier();
     if (!role.full() || exchange.shard() == 0)
@@ -178,16 +180,12 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     if (rank == 0 && n < p.T) clear_outputs<D, T>(p, b, h, n);
     // the same for all blocks of the group; where they only read, the blocks of M_memory alone stay
     if (n == 0 || (!update && rank >= plan.shards)) return;
+    call.enter<D>(p, plan, group, rank);
     if (thread_index() == 0) {
-      store_shared(&call.group, group), store_shared(&call.rank, rank);
       store_shared(&call.n, n), store_shared(&call.opened, opened);
-      store_shared(&call.chunk, p.C);
       store_shared(&call.first_token, (b * p.T * p.H + h) * static_cast<int64_t>(D));
     }
-    if (lane == 0) {
-      store_shared(call.roles + warp, Role::of(plan, rank, warp).packed());
-      store_shared(call.tokens + warp, 0);
-    }
+    if (lane == 0) store_shared(call.tokens + warp, 0);
     // for a commit
     if (update && opened + n >= p.C) move_pending<D, T, true>(p, shared, b, h, 0, opened);
   }
@@ -201,7 +199,8 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   const auto fetch = [&](int token) {
     const int n = load_shared(&call.n), opened = load_shared(&call.opened), rank_ = load_shared(&call.rank);
     if (token >= n) return;
-    const int first = (opened + token) % kPanel, buffer = ((opened + token) / kPanel - opened / kPanel) & 1;
+    const unsigned at = opened + token;
+    const int first = at % kPanel, buffer = (at / kPanel - static_cast<unsigned>(opened) / kPanel) & 1;
     const int stop = n - token < kPanel - first ? first + n - token : kPanel;
     const int64_t stride = static_cast<int64_t>(p.H) * D;
     const int64_t from = load_shared(&call.first_token) + (token - first) * stride;
@@ -235,8 +234,9 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     first_round = false;
     if (fresh) {
       const Role role = call.role(plan, warp);
-      const int g = load_shared(&call.group);
-      round_weights<D, T, ON_CHIP>(state, p, shared, role, exchange.warps_before(role), g, warp, lane);
+      const Bases<T> bases = Bases<T>::of(p, load_shared(&call.head), D, plan.memories);
+      const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
+      round_weights<D, T>(state, weights, own, bases, place, role, p.N, lane);
     }
     fetch(now.token + now.stop - now.first);
     {

@@ -1,6 +1,6 @@
 // Reading 16 tokens: o from M_memory (q), k, v, eta, alpha from the others (x'). Two stages with a barrier
-// between them: every warp its share of its memory's output, then the memory's warps two tokens each (r and r
-// + 8): sum, skip connection, norm.
+// between them: every warp its share of its memory's output, then the memory's warps some tokens each (Epilogue):
+// sum, skip connection, norm.
 #pragma once
 #include "forward.cuh"
 #include "role.cuh"
@@ -53,15 +53,15 @@ template <int D, class T> HOPE_DEVICE Float4 two_rows(const T* tile, int r, int 
 
 HOPE_DEVICE Float4 operator+(Float4 a, Float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
-// 1 / max(|row|, 1e-6) of rows r and r + 8, each spread over the warp.
-template <int PAIRS> HOPE_DEVICE Float2 inverse_norms(const Float4 (&rows)[PAIRS]) {
+// 1 / max(|row|, 1e-6) of rows r and r + 8, each spread over the lanes of a pair.
+template <class E> HOPE_DEVICE Float2 inverse_norms(const Float4 (&rows)[E::kEach]) {
   float a = 0.f, b = 0.f;
 #pragma unroll
-  for (int i = 0; i < PAIRS; ++i) {
+  for (int i = 0; i < E::kEach; ++i) {
     a = fma_(rows[i].x, rows[i].x, fma_(rows[i].y, rows[i].y, a));
     b = fma_(rows[i].z, rows[i].z, fma_(rows[i].w, rows[i].w, b));
   }
-  a = sqrt_(warp_sum(a)), b = sqrt_(warp_sum(b));
+  a = sqrt_(E::sum(a)), b = sqrt_(E::sum(b));
   return {divide(1.f, a > 1e-6f ? a : 1e-6f), divide(1.f, b > 1e-6f ? b : 1e-6f)};
 }
 
@@ -71,13 +71,33 @@ template <class T> HOPE_DEVICE float bias_of(const void* p, int h, bool fp32) {
   return fp32 ? static_cast<const float*>(p)[h] : unpack2<T>(static_cast<const uint16_t*>(p)[h]).x;
 }
 
-// The memory's output at tokens r and r + 8, from the partial ones of this block's warps.
+// A lane's i-th four numbers of the memory's output, from the partial ones of this block's warps.
 struct Gathered {
-  template <int D, class T>
+  template <class E, int D, class T>
   HOPE_DEVICE Float4 at(const Shared<D, T>& shared, const Role& role, int r, int i, int lane) const {
-    return gather(shared.part(role.first(), 0), role.warps(), Shared<D, T>::kPart, r, (lane >> 2) + 8 * i, lane);
+    return E::gather(shared.part(role.first(), 0), Shared<D, T>::kPart, r, E::column(lane, i), lane);
   }
 };
+
+template <class E, int D, class T, class Sink, class Outputs>
+HOPE_DEVICE void full_results(const TitansParams& p, const Shared<D, T>& shared, const Role& role, const T* tile,
+                              int first, int stop, int lane, Sink& sink, const Outputs& outputs) {
+  const int r = E::pair(role.within, lane);
+  Float4 y[E::kEach];
+#pragma unroll
+  for (int i = 0; i < E::kEach; ++i)
+    y[i] = two_rows<D, T>(tile, r, 8 * E::column(lane, i) + 2 * (lane & 3)) +
+           outputs.template at<E>(shared, role, r, i, lane);
+  Float2 by{1.f, 1.f};
+  if (role.memory == kKeys && (p.flags & kUnitK)) by = inverse_norms<E>(y);
+#pragma unroll
+  for (int i = 0; i < E::kEach; ++i) {
+    const int position = 8 * E::column(lane, i) + 2 * (lane & 3);
+    const Float4 out = scaled(y[i], by);
+    if (first <= r && r < stop) sink.pair(role.memory, r, position, pack2<T>(out.x, out.y));
+    if (first <= r + 8 && r + 8 < stop) sink.pair(role.memory, r + 8, position, pack2<T>(out.z, out.w));
+  }
+}
 
 // Stage 2: sink.pair(memory, r, position, two numbers of T) and sink.scalar(memory, r, number) for the rows
 // first <= r < stop that are read.
@@ -85,24 +105,9 @@ template <int D, class T, class Sink, class Outputs = Gathered>
 HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T>& shared, const Role& role, const T* tile, int h,
                               int first, int stop, int lane, Sink& sink, const Outputs& outputs = {}) {
   if (role.full()) {
-#pragma unroll 1
-    for (int r = role.within; r < 8; r += role.warps()) {
-      Float4 y[D / 64];
-#pragma unroll
-      for (int i = 0; i < D / 64; ++i) {
-        const int j = (lane >> 2) + 8 * i;
-        y[i] = two_rows<D, T>(tile, r, 8 * j + 2 * (lane & 3)) + outputs.template at<D, T>(shared, role, r, i, lane);
-      }
-      Float2 by{1.f, 1.f};
-      if (role.memory == kKeys && (p.flags & kUnitK)) by = inverse_norms(y);
-#pragma unroll
-      for (int i = 0; i < D / 64; ++i) {
-        const int position = 8 * (lane >> 2) + 64 * i + 2 * (lane & 3);
-        const Float4 out = scaled(y[i], by);
-        if (first <= r && r < stop) sink.pair(role.memory, r, position, pack2<T>(out.x, out.y));
-        if (first <= r + 8 && r + 8 < stop) sink.pair(role.memory, r + 8, position, pack2<T>(out.z, out.w));
-      }
-    }
+    with_epilogue<D>(role.warps(), [&](auto e) {
+      full_results<decltype(e)>(p, shared, role, tile, first, stop, lane, sink, outputs);
+    });
   } else if (!role.idle() && role.within == 0 && first <= lane && lane < stop) {
     float y = bias_of<T>(role.memory == kEta ? p.eta_bias : p.alpha_bias, h, p.flags & kFloatBias);
     for (int w = 0; w < role.warps(); ++w) y += load_shared(shared.sums(role.first() + w, 0) + lane);

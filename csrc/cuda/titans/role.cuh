@@ -20,28 +20,54 @@ struct Role {
     return {plan, kEta + (i - scalars) / plan.scalar_warps, (i - scalars) % plan.scalar_warps, warp};
   }
   HOPE_DEVICE int packed() const { return memory << 8 | within; }
+  // 16 x 16 blocks of a (and of d) that the warps before this one in its block have of 16 tokens; a warp of a
+  // scalar memory has twice as many as others.
+  template <int D> HOPE_DEVICE int fragments_before(int rank) const {
+    const int full_here = 3 * plan.shards * plan.full_warps - rank * kWarps;
+    const int scalar = warp - (full_here < 0 ? 0 : full_here);
+    return (warp + (scalar < 0 ? 0 : scalar)) * Width<D>::kGroups;
+  }
   HOPE_DEVICE bool full() const { return memory < kEta; }                // D outputs, else one
   HOPE_DEVICE bool idle() const { return memory >= plan.memories; }
   HOPE_DEVICE int warps() const { return full() ? plan.full_warps : plan.scalar_warps; }  // of the memory in this block
   HOPE_DEVICE int first() const { return warp - within; }                // of them, as a warp of this block
 };
 
-// What prefill knows of its block between stages, in shared memory: registers are for the state.
+// What prefill, or a step that commits, knows of its block between stages, in shared memory: registers are for
+// the state.
 struct Call {
   int group, rank;        // which (row, head), which of its blocks
   int n;                  // tokens to read
   int opened;             // slot of the first of them
   int chunk;              // C
   int arrived;            // blocks of the group that had read the tokens of a commit before this one
+  int head;               // of the group
   int64_t first_token;    // where it lies in x, q and o: numbers
-  int roles[kWarps];
+  int64_t scratch;        // where the block's part of the scratch begins: bytes
+  int roles[kWarps];      // of each warp; also, in the upper half, its first block of a (and of d)
   int tokens[kWarps];     // how many tokens each warp has read
 
+  // What is known before anything is read: by all warps of the block, before its barrier.
+  template <int D> HOPE_DEVICE void enter(const TitansParams& p, const Plan& plan, int group_, int rank_) {
+    const int lane = lane_index(), warp = warp_index();
+    if (thread_index() == 0) {
+      store_shared(&group, group_), store_shared(&rank, rank_);
+      store_shared(&chunk, p.C), store_shared(&head, group_ % p.H);
+      store_shared(&scratch, (static_cast<int64_t>(group_) * plan.blocks + rank_) * plan.scratch_bytes);
+    }
+    if (lane == 0) {
+      const Role role = Role::of(plan, rank_, warp);
+      const int fragments = role.template fragments_before<D>(rank_) * (p.C / kPanel);
+      store_shared(roles + warp, fragments << 16 | role.packed());
+    }
+  }
   HOPE_DEVICE Role role(const Plan& plan, int warp) const {
     const int word = load_shared(roles + warp);
-    return {plan, word >> 8, word & 255, warp};
+    return {plan, word >> 8 & 255, word & 255, warp};
   }
+  HOPE_DEVICE int first_fragment(int warp) const { return load_shared(roles + warp) >> 16; }
 };
+static_assert(sizeof(Call) <= 128);  // Plan::call
 
 // Where a row stands in its open chunk. Kernels read the lower word of `pos` only.
 HOPE_DEVICE int slot_of(const TitansParams& p, int64_t b) {

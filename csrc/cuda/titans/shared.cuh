@@ -20,7 +20,10 @@ template <int D, class T> struct Shared {
   HOPE_DEVICE T* e(int tile, int slot, int C) const { return at<T>(plan.e) + (tile * C + slot) * kRow; }
   HOPE_DEVICE float* eta() const { return at<float>(plan.eta); }
   HOPE_DEVICE float* alpha() const { return at<float>(plan.alpha); }
-  HOPE_DEVICE float* gram(int s, int t, int C) const { return at<float>(plan.gram) + s * (C + 1) + t; }
+  HOPE_DEVICE Word4* solve(int p, int q) const { return at<Word4>(plan.solve) + 64 * (q * (q + 1) / 2 + p); }
+  HOPE_DEVICE float* before() const { return at<float>(plan.before); }
+  HOPE_DEVICE float* after() const { return at<float>(plan.after); }
+  HOPE_DEVICE float* decay_panel() const { return at<float>(plan.decay_panel); }
   HOPE_DEVICE float* erase() const { return at<float>(plan.erase); }
   HOPE_DEVICE float* decay_after() const { return at<float>(plan.decay_after); }
   HOPE_DEVICE float* decay_chunk(int C) const { return decay_after() + C; }
@@ -48,14 +51,13 @@ struct Own {
   HOPE_DEVICE Word4* at(int offset) const {
     unsigned char* base = shared_memory() + offset;
     if (offset < 0)
-      base = p.scratch +
-             (load_shared(&call.group) * plan.blocks + load_shared(&call.rank)) * plan.scratch_bytes +
-             (-1 - offset);
+      base = p.scratch + load_shared(&call.scratch) + (-1 - offset);
     return reinterpret_cast<Word4*>(base) + lane;
   }
 };
 
-// A warp's rounded weights. ON_CHIP: in shared memory, known to the compiler.
+// A warp's rounded weights. ON_CHIP: in shared memory, known to the compiler. They lie as {x, z, y, w}: x and z, y
+// and w are operands b of mma, which takes neighbouring registers, so nothing has to be moved after a load.
 template <int D, bool ON_CHIP> struct StoredWeights {
   Own own;
   static constexpr int kUnroll = 1;  // groups of scalar memories: a loop, weights are in memory
@@ -65,8 +67,13 @@ template <int D, bool ON_CHIP> struct StoredWeights {
     else
       return own.at(own.plan.weights)[512 * own.warp + 32 * i];
   }
-  HOPE_DEVICE Word4 w2(int g, int s) const { return block(g * Width<D>::kSteps + s); }
-  HOPE_DEVICE Word4 w1(int i, int g) const { return block(8 + i * Width<D>::kGroups + g); }
+  HOPE_DEVICE void put(int i, Word4 v) const { block(i) = {v.x, v.z, v.y, v.w}; }
+  HOPE_DEVICE Word4 get(int i) const {
+    const Word4 v = block(i);
+    return {v.x, v.z, v.y, v.w};
+  }
+  HOPE_DEVICE Word4 w2(int g, int s) const { return get(g * Width<D>::kSteps + s); }
+  HOPE_DEVICE Word4 w1(int i, int g) const { return get(8 + i * Width<D>::kGroups + g); }
 };
 
 }  // namespace hope

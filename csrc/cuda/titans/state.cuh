@@ -54,6 +54,31 @@ HOPE_DEVICE Word4 base_block(const Bases<T>& bases, const Role& role, bool w1, i
   return load_block16<T>((w1 ? bases.w1 : bases.w2) + first, stride, lane);
 }
 
+// A warp's rounded weights, from its deviations and base weights. Some blocks of the base are requested before
+// the first is used. (The compiler would not do so by itself: for all it knows, a store of weights may change what
+// is loaded after it.)
+template <int D, class T, class Weights>
+HOPE_DEVICE void round_weights(const float (&state)[16][8], const Weights& weights, const Own& own,
+                               const Bases<T>& bases, const Place<D>& place, const Role& role, int N, int lane) {
+  const auto batched = [&](auto load) {
+    constexpr int kBatch = D == 64 ? 8 : 2;  // as registers allow
+    Word4 base[kBatch];
+    for_blocks<D>(place, role.full(), N, [&](int i, int at, int row, bool w1) {
+      base[i % kBatch] = load(i, at, row, w1);
+      if (i % kBatch < kBatch - 1) return;
+      const int first = i - (kBatch - 1);
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) weights.put(first + k, round_block<T>(state[first + k], base[k]));
+    });
+  };
+  if (own.plan.base >= 0) {
+    const Word4* kept = own.at(own.plan.base) + 512 * own.warp;
+    batched([&](int i, int, int, bool) { return kept[32 * i]; });
+  } else {
+    batched([&](int, int at, int row, bool w1) { return base_block<T>(bases, role, w1, at, row, lane); });
+  }
+}
+
 // The deviations of a warp; zeros for one without a memory.
 template <int D>
 HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place,
@@ -100,26 +125,6 @@ HOPE_DEVICE void load_state(float (&state)[16][8], const TitansParams& p, const 
     for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
       own.at(plan.base)[512 * warp + 32 * i] = base_block<T>(bases, role, w1, at, row, lane);
     });
-}
-
-// A chunk's weights: base + deviation, rounded.
-template <int D, class T, bool ON_CHIP>
-HOPE_DEVICE void round_weights(const float (&state)[16][8], const TitansParams& p, const Shared<D, T>& shared,
-                               const Role& role, int before, int group, int warp, int lane) {
-  const Plan& plan = shared.plan;
-  const Own own{p, plan, shared.call(), warp, lane};
-  const StoredWeights<D, ON_CHIP> weights{own};
-  if (plan.base >= 0) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-      weights.block(i) = round_block<T>(state[i], own.at(plan.base)[512 * warp + 32 * i]);
-  } else {
-    const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
-    const Place<D> place = Place<D>::of(p, role, before);
-    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
-      weights.block(i) = round_block<T>(state[i], base_block<T>(bases, role, w1, at, row, lane));
-    });
-  }
 }
 
 // The deviations, once chunks have been committed, to where they were loaded from.
