@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 from benchmarks.budget.stages import UNKNOWN
 from benchmarks.budget.tally import Text, TextOf
@@ -113,7 +114,7 @@ def assembled(text: Text, arch: int) -> list[Instruction]:
             source = Path(folder, "in.ptx")
             source.write_text(text.ptx)
             target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-            _run(triton.knobs.nvidia.ptxas.path, "-lineinfo", f"--gpu-name={target}", "-o", out, str(source))
+            _run(get_ptxas(arch).path, "-lineinfo", f"--gpu-name={target}", "-o", out, str(source))
         return parsed(_run(triton.knobs.nvidia.nvdisasm.path, "-gp", "-c", "-hex", out), text.name)
 
 

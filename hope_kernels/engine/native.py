@@ -171,7 +171,7 @@ class NativeStep:
     def step(self, state: ModelState, finite: bool) -> Tensor | None:
         """Reads the tokens: logits [B, 1, vocab_size]; the mixers' tensors are advanced in place. finite: None, and
         nothing is advanced, where logits are not finite."""
-        logits = torch.empty(self._shape)
+        logits = torch.empty(self._shape, dtype=torch.float32, device="cpu")
         self._pos[:] = state.pos
         self._call.logits, self._call.finite = logits.data_ptr(), finite
         outcome = _step.bound()(ctypes.addressof(self._call))
@@ -186,7 +186,7 @@ class NativeStep:
         return logits
 
     def _new(self, floats: int) -> Tensor:
-        t = torch.empty(floats, dtype=torch.float32)
+        t = torch.empty(floats, dtype=torch.float32, device="cpu")
         self._held.append(t)
         return t
 

@@ -246,6 +246,21 @@ def test_a_state_that_is_part_of_a_graph():
 
 
 @torch.no_grad()
+def test_defaults_of_the_process_mean_nothing():
+    model, text = small(), ids(2, 9)
+    want, _ = model(text)
+    state = model.init_state(2)
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.float16)
+        try:
+            decoder = Decoder(model, state)
+            found = [decoder.step(text[:, t : t + 1], check_finite=True) for t in range(9)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert served(decoder) and relative(torch.cat(found, 1), want) < 1e-4
+
+
+@torch.no_grad()
 def test_no_rows():
     model = small()
     decoder = Decoder(model, model.init_state(0))
