@@ -95,6 +95,16 @@ class Judge:
         text[n : n + 1] = lines
         return self.caught(Kernel("\n".join(text), self.name))
 
+    def without(self, n: int, change) -> str | None:
+        """What catches the kernel whose line ``n`` is changed. A wait looks again and again, first in one line and
+        then in another, and which of them sees the end depends on the schedule: all of a wait are changed."""
+        address = re.search(r"ld\.acquire.*(\[.*\])", self.lines[n])
+        same = [i for i in self.at(r"ld\.acquire") if address[1] in self.lines[i]] if address else [n]
+        text = list(self.lines)
+        for i in same:
+            text[i] = change(text[i])
+        return self.caught(Kernel("\n".join(text), self.name))
+
     def hoisted(self, barrier: int) -> str | None:
         """The same of one whose first load of tokens or sums after a barrier is done before it, with what its
         address is made of. "none": there is no such load."""
@@ -153,7 +163,7 @@ def test_a_change_is_caught(judge, change):
     pattern, changed, by = CHANGES[change]
     lines = judge.at(pattern)
     n = lines[2 * len(lines) // 3]
-    assert judge.changed(n, changed(judge.lines[n])) in by, judge.lines[n]
+    assert judge.without(n, changed) in by, judge.lines[n]
 
 
 def test_a_load_moved_before_the_barrier_is_caught(judge):
@@ -172,7 +182,7 @@ def test_every_change_is_caught(judge, change):
     if len(lines) > 60:
         lines = lines[::8]
     missed = [(n + 1, judge.lines[n].strip()) for n in lines
-              if judge.changed(n, changed(judge.lines[n])) not in by]
+              if judge.without(n, changed) not in by]
     assert not missed
 
 
