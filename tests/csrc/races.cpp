@@ -21,6 +21,16 @@ struct Case {
 
 using Floats = std::vector<float>;
 
+struct Draw {  // normal numbers, the same in every run
+  std::mt19937 generator{1};
+  Floats operator()(int64_t n, float scale) {
+    std::normal_distribution<float> normal;
+    Floats x(n);
+    for (float& v : x) v = scale * normal(generator);
+    return x;
+  }
+};
+
 struct Results {
   Floats delta2, delta1, delta1s, pending_k, pending_v, pending_eta, pending_alpha, o, kept2, kept1;
   bool operator==(const Results& r) const {
@@ -35,13 +45,7 @@ struct Results {
 };
 
 Results called(const Case& s, int64_t threads) {
-  std::mt19937 generator(1);
-  auto draw = [&](int64_t n, float scale) {
-    std::normal_distribution<float> normal;
-    Floats x(n);
-    for (float& v : x) v = scale * normal(generator);
-    return x;
-  };
+  Draw draw;
   const int64_t Mf = s.modifying ? 3 : 1, Ms = s.modifying ? 2 : 0, R = (Mf + Ms) * s.N + (s.skip ? Ms : 0);
   const int64_t C = std::max(s.memory, s.other), tokens = s.B * s.T * s.H, chunks = s.T / s.memory + 2;
   const float w2 = 1 / std::sqrt(float(s.D)), w1 = 1 / std::sqrt(float(s.N));
@@ -81,13 +85,7 @@ Results called(const Case& s, int64_t threads) {
 
 // Logits and weights after 20 tokens of 16 rows, through two blocks of width 256 with a level each.
 Floats stepped(int64_t threads) {
-  std::mt19937 generator(1);
-  auto draw = [&](int64_t n, float scale) {
-    std::normal_distribution<float> normal;
-    Floats x(n);
-    for (float& v : x) v = scale * normal(generator);
-    return x;
-  };
+  Draw draw;
   const int64_t B = 16, d = 256, H = 4, D = 64, N = 64, V = 40, W = 4, C = 4, U = 512;
   const Floats one(d, 1), zero(H, 0), embed = draw(V * d, 1), conv = draw(d * W, 0.5f);
   const Floats base2 = draw(H * 5 * N * D, 0.1f), base1 = draw(H * 3 * D * N, 0.1f), base1s = draw(H * 2 * N, 0.1f);
