@@ -188,7 +188,7 @@ def test_every_change_is_caught(judge, change):
 
 @pytest.mark.slow
 def test_loads_moved_before_barriers_are_caught(judge):
-    """Most of them: the first load after a barrier may be of what was there before it. A load out of a loop
-    is done once, which the results show."""
+    """Most of them: the first load after a barrier may be of what was there before it (in a commit: the tokens, a
+    warp's own sums, the chunk's decay). A load out of a loop is done once, which the results show."""
     found = [judge.hoisted(n) for n in judge.at(r"bar\.sync")]
-    assert found.count("race") >= 4 and found.count(None) <= 2, found
+    assert found.count("race") >= 4 and found.count(None) <= 3, found
