@@ -206,7 +206,7 @@ class Decoder:
         """The step as one call of C++, where that serves the model as it is now."""
         if not self._asked:
             self._asked = True
-            served = self.state.batch > 0 and native.dense(self._levels)
+            served = self._whole and self.state.batch > 0 and native.dense(self._levels)
             if served and native.unserved(self.model, self.backend) is None:
                 self._native = NativeStep(self.model, self.state, self._levels, self._tokens)
         return self._native

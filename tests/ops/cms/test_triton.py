@@ -206,19 +206,25 @@ def test_refresh(C, moment, total, dtype):
     assert not total or not ours[2][rows].any()
 
 
+def sum_added(ours, target, left, right, rows, alpha, beta):
+    """Adds to ``ours`` in its rows what PyTorch adds to ``target``; other rows stay."""
+    peer, exact = target.clone(), target.double()
+    kernels.outer_add_(ours, left, right, rows, alpha, beta)
+    chunked.outer_add_(peer, left, right, rows, alpha, beta)
+    chunked.outer_add_(exact, left.double(), right.double(), rows, alpha, beta)
+    within_yardstick(ours, peer, exact, "target")
+    others = [b for b in range(3) if b not in rows]
+    assert torch.equal(ours[others], target[others])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outer_add(dtype):
     left, right, target = draw(3, 70, 40, dtype=dtype), draw(
         3, 70, 72, dtype=dtype, seed=1
     ), draw(3, 40, 72, seed=2)
     for rows, alpha, beta in ([0, 1, 2], 1.0, 1.0), ([1], -0.5, 0.25), ([0, 2], 2.0, 0.0):
-        ours, peer, exact = target.clone(), target.clone(), target.double()
-        kernels.outer_add_(ours, left, right, rows, alpha, beta)
-        chunked.outer_add_(peer, left, right, rows, alpha, beta)
-        chunked.outer_add_(exact, left.double(), right.double(), rows, alpha, beta)
-        within_yardstick(ours, peer, exact, "target")
-        others = [b for b in range(3) if b not in rows]
-        assert torch.equal(ours[others], target[others])
+        ours = target.clone()
+        sum_added(ours, target, left, right, rows, alpha, beta)
         alone = target[rows[-1:]].clone()
         kernels.outer_add_(alone, left[rows[-1:]], right[rows[-1:]], [0], alpha, beta)
         assert torch.equal(alone[0], ours[rows[-1]])
@@ -298,15 +304,10 @@ def test_a_refresh_by_the_library(moment, total, dtype, small_products, monkeypa
 def test_a_sum_by_the_library(dtype, small_products):
     left, right, target = draw(3, 32, 40, dtype=dtype), draw(3, 32, 72, dtype=dtype, seed=1), draw(3, 40, 72)
     for rows, alpha, beta in ([0, 1, 2], 1.0, 1.0), ([1], -0.5, 0.25), ([0, 2], 2.0, 0.0):
-        ours, peer, exact = target.clone(), target.clone(), target.double()
+        ours = target.clone()
         if not beta:
             ours[rows] = float("nan")
-        kernels.outer_add_(ours, left, right, rows, alpha, beta)
-        chunked.outer_add_(peer, left, right, rows, alpha, beta)
-        chunked.outer_add_(exact, left.double(), right.double(), rows, alpha, beta)
-        within_yardstick(ours, peer, exact, "target")
-        others = [b for b in range(3) if b not in rows]
-        assert torch.equal(ours[others], target[others])
+        sum_added(ours, target, left, right, rows, alpha, beta)
 
 
 @pytest.mark.parametrize("optimizer, chunks", [("gd", (32,)), ("gd", (32, 64)), ("adam", (32,))])
