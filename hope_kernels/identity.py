@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Callable, Iterable
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +24,7 @@ from torch._C._functorch import maybe_current_level
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _PREFIX = "c1:"  # files from before there were checksums have plain hexadecimal digits of ``fingerprint``
+_version = operator.attrgetter("_version")
 _WIDTH, _ROWS = 4096, 2048  # of the matrices whose row and column sums are weighted; 64 MB each
 _COLUMN, _ROW = 3523014627193176565, 1189123992306739459  # odd, and without a simple ratio
 
@@ -48,24 +50,25 @@ class _Known:
 
     def __init__(self, module: nn.Module, held: list[Tensor]):
         self.steps, self.held = _steps, held
-        self.tables: list[dict] = [t for m in module.modules() for t in (m._parameters, m._buffers, m._modules)]
+        tables: list[dict] = [t for m in module.modules() for t in (m._parameters, m._buffers, m._modules)]
+        self.tables, self.empty = [t for t in tables if t], [t for t in tables if not t]
         self.versioned = not any(t.is_inference() for t in held)  # others have no version counter
         self.entries, self.marks = self._entries(), self._marks()
         self.found = checksum_of(held)  # after the marks: a write by another thread meanwhile is a change
 
     def holds(self) -> bool:
         entries = self._entries()
-        return (self.steps == _steps and len(entries) == len(self.entries)
+        return (self.steps == _steps and len(entries) == len(self.entries) and not any(self.empty)
                 and all(map(operator.is_, entries, self.entries)) and self._marks() == self.marks)
 
     def _entries(self) -> list:
-        return [value for table in self.tables for value in table.values()]
+        return list(chain.from_iterable(map(dict.values, self.tables)))
 
     def _marks(self) -> list[int]:
-        versions = [t._version for t in self.held] if self.versioned else [
+        versions = map(_version, self.held) if self.versioned else (
             -1 if t.is_inference() else t._version for t in self.held
-        ]
-        return versions + [t.data_ptr() for t in self.held]
+        )
+        return [*versions, *map(Tensor.data_ptr, self.held)]
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()

@@ -66,11 +66,13 @@ def check_sass(c: Counted) -> dict:
     """The same unit in SASS, the assembler's own instructions at PTX's trip counts."""
     whole: Counter = Counter()
     per_stage: dict[str, list[float]] = {}
-    agreeing = 0.0
+    agreeing, size, walked = 0.0, 0, 0
     for text in c.texts:
         lines = c.executed[text.key]
         code = sass.code_of(text, c.case.arch)
         issued = sass.trips(code, lines)
+        size += sass.BYTES * len(code)
+        walked += sass.BYTES * sum(n > 0 for n in issued)
         whole.update(sass.by_group(code, issued))
         agreeing += sass.mapped_share(code, lines, issued) * sum(issued)
         instructions = text.kernel.instructions
@@ -85,7 +87,7 @@ def check_sass(c: Counted) -> dict:
     return {
         "instructions": short(instructions), "of_ptx": round(instructions / (of_ptx or 1), 3),
         "agreeing": round(agreeing / (sum(whole.values()) or 1), 3), "waiting": short(waited),
-        "spills": short(whole["local"]),
+        "spills": short(whole["local"]), "code_bytes": size, "code_bytes_of_a_unit": walked,
         "warp_cycles": short(sum(cycles for _, cycles in per_stage.values())),
         "overhead": round(sum(whole[g] for g in sass.OVERHEAD) / (sum(whole.values()) or 1), 3),
         "groups": {n: short(v) for n, v in whole.most_common() if v},

@@ -49,6 +49,7 @@ GROUPS = (  # of SASS opcodes, by their first word
     ("integer", r"U?IADD3|IADD|U?IMAD|U?LEA|U?SHF|U?LOP3|U?IABS|U?PRMT|V?IMNMX|U?BMSK|U?SGXT|VIADD|U?FLO|"
                 r"U?POPC|U?BREV|IDP|VIADDMNMX|VABSDIFF|SHL|SHR|U?I2I\w*|IMNMX|UIMNMX|LOP|XMAD|ISCADD|VHMNMX"),
 )
+BYTES = 16  # of an instruction
 OVERHEAD = ("integer", "predicate", "branch", "move", "parameter")
 ANCHORS = ("tensor", "shared", "copy", "global", "exchange", "atomic")
 # cycles from issue to a result that a scoreboard announces; Luo et al., arXiv 2402.13499 and 2501.12084,

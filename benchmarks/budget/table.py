@@ -55,14 +55,16 @@ def cross_check(budget: dict) -> str:
             continue
         rows.append((
             name, r["unit"], number(r["instructions"]), number(s["instructions"]), f"{s['of_ptx']:.2f}",
-            f"{s['agreeing']:.1%}", f"{s['overhead']:.0%}", number(s["spills"]), number(r["wavefronts"]),
-            number(r["sectors"]),
+            f"{s['agreeing']:.1%}", f"{s['overhead']:.0%}", number(s["spills"]), f"{s['code_bytes'] / 1024:.0f}",
+            f"{s['code_bytes_of_a_unit'] / 1024:.0f}", number(r["wavefronts"]), number(r["sectors"]),
         ))
     head = ("kernel | unit of work | PTX instructions | SASS instructions | SASS per PTX | agreeing "
-            "| integers, predicates, branches, moves | spilled | wavefronts | sectors")
+            "| integers, predicates, branches, moves | spilled | code, KiB "
+            "| of it in a unit, KiB | wavefronts | sectors")
     return (f"{markdown(head, rows)}\n\nWarp instructions of all warps. Agreeing: SASS instructions whose "
             "own PTX line ran as often as their basic block is taken to have run, or a whole number of times "
-            "as often. "
+            "as often. Code in a unit: the instructions that a further unit issues, of all kernels it runs: what the "
+            "instruction caches have to hold. "
             f"{COMMAND}")
 
 

@@ -178,8 +178,7 @@ class NativeStep:
         if outcome == NOT_FINITE:
             return None
         cpu_library.check_outcome(outcome, "Decoder")
-        for count in self._counts:
-            count.add_(1)
+        torch.ops.aten._foreach_add_.Scalar(self._counts, 1)
         # a graph that has kept one of these tensors must find out
         torch.autograd.graph.increment_version(self._written)
         self._versions = [version + 1 for version in self._versions]
