@@ -140,6 +140,7 @@ class NativeStep:
         self._held: list[Any] = [tokens, levels]  # whatever the library is handed the address of
         self._pos = (ctypes.c_int64 * B)(*state.pos)
         self._ones = (ctypes.c_int64 * B)(*[1] * B)
+        self._threads = torch.get_num_threads()  # that the work space is for
         self._mixers = list(state.mixers)
         self._seen: list[tuple[TitansState, str, Tensor]] = []  # whose, and as what: the tensors that a step writes
         self._counts = [m.count for m in state.mixers if isinstance(m, TitansState) and m.count is not None]
@@ -149,7 +150,7 @@ class NativeStep:
             self._fill(blocks[i], block, mixer, of, B)
         head = model.embed.weight if model.head is None else model.head.weight
         self._call = _Call(
-            B=B, d=d, W=config.titans.conv_window or 0, vocab=V, blocks=len(blocks), threads=torch.get_num_threads(),
+            B=B, d=d, W=config.titans.conv_window or 0, vocab=V, blocks=len(blocks), threads=self._threads,
             eps=config.norm_eps, ids=tokens.data_ptr(), embed=self._at(model.embed.weight, V * d),
             gain=self._at(model.norm.weight, d), head=self._at(head, V * d),
             block=ctypes.cast(blocks, ctypes.POINTER(_Block)),
@@ -174,6 +175,7 @@ class NativeStep:
         logits = torch.empty(self._shape, dtype=torch.float32, device="cpu")
         self._pos[:] = state.pos
         self._call.logits, self._call.finite = logits.data_ptr(), finite
+        self._call.threads = min(self._threads, torch.get_num_threads())
         outcome = _step.bound()(ctypes.addressof(self._call))
         if outcome == NOT_FINITE:
             return None

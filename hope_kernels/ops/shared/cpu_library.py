@@ -33,7 +33,17 @@ def _library() -> ctypes.CDLL | str:
             return f"{os.path.basename(LIBRARY)} was built from another version; install hope_kernels again"
     except (OSError, AttributeError) as e:
         return f"{os.path.basename(LIBRARY)} cannot be loaded: {e}"
-    return lib if lib.hope_titans_supported() else "needs a CPU with AVX2 and FMA"
+    if not lib.hope_titans_supported():
+        return "needs a CPU with AVX2 and FMA"
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_alone)
+    return lib
+
+
+def _alone() -> None:
+    """A process that was forked has none of the threads of the pool it inherited: to wait for them, in a kernel of
+    this library or of PyTorch, would take forever. So it computes with one thread, as workers of a DataLoader do."""
+    torch.set_num_threads(1)
 
 
 def _loaded() -> ctypes.CDLL:

@@ -1,0 +1,37 @@
+"""A forked process goes on where its parent was: it inherits the pool of threads without the threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os
+import torch
+from hope_kernels import Decoder, HopeForCausalLM
+
+torch.set_num_threads(2)
+model = HopeForCausalLM.from_pretrained("kjv-byte")
+ids = torch.arange(512).remainder(256).view(4, 128)
+state = model.init_state(4)
+with torch.no_grad():
+    model(ids, state)
+    decoder = Decoder(model, state.clone())
+    decoder.step(ids[:, :1])
+    child = os.fork()
+    logits = model(ids, state)[0], decoder.step(ids[:, 1:2])
+    if child == 0:
+        torch.save(logits, {path!r})
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+for mine, childs in zip(logits, torch.load({path!r})):
+    assert torch.equal(mine, childs)
+assert torch.get_num_threads() == 2
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_reads_on_with_the_same_bits(tmp_path):
+    script = SCRIPT.format(path=str(tmp_path / "logits.pt"))
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
