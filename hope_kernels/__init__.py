@@ -5,6 +5,7 @@
     y, state = layer(x)
 """
 
+from . import waiting  # noqa: F401, I001  before anything that imports PyTorch
 from . import (
     compat,
     convert,
