@@ -169,12 +169,12 @@ def default_chunks_on_cpu(data: dict) -> tuple[float, dict]:
     return data["default_chunks"]["ratio_drop_in"]["median"], data
 
 
-def gemm_on_cpu(data: dict) -> tuple[float, dict]:
+def ceiling_on_cpu(data: dict) -> tuple[float, dict]:
     """The lowest share at d = 256, of both layers."""
     cases = [c for c in data["cases"] if c["dim"] == 256]
     if not cases:
         raise Missing("no case d = 256")
-    return min(c[key]["median"] for c in cases for key in ("fraction", "fraction_default")), data
+    return min(c[key]["median"] for c in cases for key in ("of_fma", "of_fma_default")), data
 
 
 def failures(data: dict) -> tuple[float, dict]:
@@ -206,7 +206,7 @@ GOALS = (
     Goal("tests of the kernels on the device that fail", "<=", 0, "", Computed("correctness", "*", failures)),
     Goal("prefill, N = 256, C = 64: CUDA C++, of the GEMM rate", ">=", 0.40, "%",
         prefill(WIDE, "cuda", "of_matmul")),
-    Goal("prefill, N = 256, C = 64: Triton, of the GEMM rate", ">=", 0.18, "%",
+    Goal("prefill, N = 256, C = 64: Triton, of the GEMM rate", ">=", 0.12, "%",
         prefill(WIDE, "triton", "of_matmul")),
     Goal("prefill, N = 256, C = 256, B H = 128: the faster backend, of the GEMM rate", ">=", 0.60, "%",
         prefill(MANY, "*", "of_matmul")),
@@ -242,14 +242,14 @@ GOALS = (
         Key("model", BILLION, "read_seconds")),
     Goal("the same, peak memory of the last tenth against the first", "<=", 1.01, "x",
          Ratio(Key("model", BILLION, "peak_mib_last"), Key("model", BILLION, "peak_mib_first"))),
-    Goal("layer on the CPU: speed against nested-learning 0.2.0, geometric mean of two shapes", ">=", 100.0, "x",
+    Goal("layer on the CPU: speed against nested-learning 0.2.0, geometric mean of two shapes", ">=", 150.0, "x",
          Computed("cpu", "d = 256, C = 64; d = 64, C = 16", package_on_cpu), CPU, "cpu"),
     Goal("drop-in class on the CPU: speed against nested-learning 0.2.0, geometric mean of three shapes", ">=",
          100.0, "x", Computed("cpu", "d = 64, C = 16; d = 256, C = 16 and 64", drop_in_on_cpu), CPU, "cpu"),
     Goal("the same with that package's default chunks of one token, d = 64", ">=", 20.0, "x",
          Computed("cpu", "d = 64, C = 1", default_chunks_on_cpu), CPU, "cpu"),
-    Goal("layer on the CPU, d = 256: of the machine's GEMM rate, least of all cases", ">=", 0.60, "%",
-         Computed("cpu", "d = 256", gemm_on_cpu), CPU, "cpu"),
+    Goal("layer on the CPU, d = 256: of a loop of fused multiply-adds, least of all cases", ">=", 0.55, "%",
+         Computed("cpu", "d = 256", ceiling_on_cpu), CPU, "cpu"),
     Goal("reading with learning on the CPU: time of reading without", "<=", 3.2, "x",
          Computed("context", "learning", lambda data: (data["learning"]["reading_per_learning"],
                  data["next_token"])),

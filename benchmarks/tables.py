@@ -46,12 +46,12 @@ def cpu(run: dict) -> str:
     for c in data["cases"]:
         m = {k: v["median"] for k, v in c.items() if isinstance(v, dict)}
         spread = f"{m['ratio']:.0f} ({c['ratio']['min']:.0f} to {c['ratio']['max']:.0f})"
-        rows.append((c["dim"], c["chunk"], f"{m['same']:.0f}", f"{m['package']:.0f}", spread, f"{m['fraction']:.0%}",
+        rows.append((c["dim"], c["chunk"], f"{m['same']:.0f}", f"{m['package']:.0f}", spread, f"{m['of_fma']:.0%}",
                      f"{m['ratio_drop_in']:.0f}" if "ratio_drop_in" in m else "-",
-                     f"{m['default']:.0f}", f"{m['fraction_default']:.0%}",
+                     f"{m['default']:.0f}", f"{m['of_fma_default']:.0%}",
                      *([f"{m['titans_pytorch']:.0f}"] if titans else [])))
-    head = ("width | chunk | ours, tok/s | nested-learning, tok/s | ratio | of the GEMM rate "
-            "| ratio of the drop-in class | default layer: tok/s | of the GEMM rate")
+    head = ("width | chunk | ours, tok/s | nested-learning, tok/s | ratio | of the FMA ceiling "
+            "| ratio of the drop-in class | default layer: tok/s | of the FMA ceiling")
     head += " | titans-pytorch, tok/s" if titans else ""
     error, T = max(c["relative_error"] for c in data["cases"]), data["cases"][0]["T"]
     mean = data["geometric_mean_ratio"]
