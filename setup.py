@@ -23,6 +23,8 @@ from tools import build_cuda  # noqa: E402
 
 WANTED, CUDA_WANTED = os.environ.get("HOPE_KERNELS_CPU", ""), os.environ.get("HOPE_KERNELS_CUDA", "")
 CUDA = "hope_kernels._hope_cuda"
+AVX2 = ["-mavx2", "-mfma"]
+VECTORS = {"x86_64": AVX2, "amd64": AVX2, "aarch64": [], "arm64": []}  # NEON is a part of the latter two
 
 
 class BuildLibrary(build_ext):
@@ -54,15 +56,18 @@ class Wheel(bdist_wheel):
 
 
 def cpu_library() -> list[Extension]:
-    if WANTED == "0" or platform.machine().lower() not in ("x86_64", "amd64") or platform.system() != "Linux":
+    machine, system = platform.machine().lower(), platform.system()
+    if WANTED == "0" or system not in ("Linux", "Darwin") or machine not in VECTORS:
         return []
     files = [f"csrc/cpu/{f}" for f in sorted(os.listdir("csrc/cpu"))]
     return [Extension(
         "hope_kernels._titans_cpu", [f for f in files if f.endswith(".cpp")],
         depends=[*files, "setup.py"], language="c++",
         # no contraction: every fused multiply-add is written as one, so that all tiles round alike
-        extra_compile_args=["-std=c++17", "-O3", "-mavx2", "-mfma", "-ffp-contract=off", "-fopenmp", "-g0",
-            "-Wno-ignored-attributes"],
+        extra_compile_args=["-std=c++17", "-O3", *VECTORS[machine], "-ffp-contract=off", "-g0",
+            "-Wno-ignored-attributes",
+            # Apple's compiler has no OpenMP: there the library computes with one thread
+            *(["-fopenmp"] if system == "Linux" else ["-Wno-unknown-pragmas"])],
         # not linked with an OpenMP: hope_kernels/ops/shared/cpu_library.py finds it the one of PyTorch
         optional=WANTED != "1",
     )]

@@ -42,8 +42,8 @@ struct TitansReadBackward {
 extern "C" {
 int hope_titans_abi();                               // changes whenever one of these structs does
 int hope_titans_supported();                         // 1 if this CPU can run the library
-// The bits of the vectors that products are computed in, 256 or 512: the most that the CPU has, or as asked, which
-// changes no result. Other numbers only ask.
+// The bits of the vectors that products are computed in: 256 or 512, the most that the CPU has, or as asked, which
+// changes no result; 128 with NEON. Other numbers only ask.
 int hope_cpu_width(int asked);
 // 0; or, before anything is written, 1 when memory runs out and 2 for arguments that do not fit each other
 // (check.h)

@@ -42,7 +42,7 @@ extern "C" int hope_cms_step(int64_t n, int64_t threads, int64_t rule, float lr,
   return DONE;
 }
 
-#if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
 #define HK_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 namespace {

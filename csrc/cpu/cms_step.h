@@ -26,17 +26,6 @@ struct Weights {
   }
 };
 
-// Eight numbers as bf16, rounded to the nearest, ties to even; NaN stays NaN.
-HK_INLINE void store_bf16(uint16_t* p, f8 x) {
-  const __m256i bits = _mm256_castps_si256(x);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i top = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  top = _mm256_blendv_epi8(top, _mm256_set1_epi32(0x7FC0), nan);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0xD8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
-}
-
 // Eight weights at p, with the gradient g without total.
 template <int RULE>
 HK_INLINE void step8(const Step& s, f8 g, const Weights& p) {
@@ -53,7 +42,7 @@ HK_INLINE void step8(const Step& s, f8 g, const Weights& p) {
     const f8 m = fma(all(s.mu), load(p.moment), all(s.first) * g);
     store(p.square, v);
     store(p.moment, m);
-    g = m / fma(all(s.root), _mm256_sqrt_ps(v), all(s.eps));
+    g = m / fma(all(s.root), root(v), all(s.eps));
   }
   const f8 w = fnma(all(s.lr), g, load(p.weight));
   store(p.weight, w);

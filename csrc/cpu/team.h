@@ -9,7 +9,7 @@
 #include <omp.h>
 #endif
 
-#include <immintrin.h>
+#include "vec.h"
 
 // A sense-reversing barrier. It spins, because stages last microseconds, and yields when a neighbour has lost
 // its core.
@@ -23,7 +23,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == now; spins++) {
-      if (spins < 4096) _mm_pause();
+      if (spins < 4096) pause();
       else std::this_thread::yield();
     }
   }

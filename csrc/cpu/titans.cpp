@@ -52,7 +52,11 @@ bool pointers_fit(const TitansCall& c) {
 extern "C" int hope_titans_abi() { return 7; }
 
 extern "C" int hope_titans_supported() {
+#if defined(__aarch64__)
+  return 1;
+#else
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
 }
 
 extern "C" int hope_titans_scan(const TitansCall* call) {

@@ -3,7 +3,11 @@
 // What is included before the pragma is compiled for AVX2 like everything else: a function of the standard library
 // that the linker finds in several files must not be one with AVX-512 in it.
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -23,9 +27,10 @@
 
 #include "call.h"
 #include "check.h"
+#include "gates.h"
 #include "width.h"
 
-#ifndef __clang__  // which has no such pragma: there this is the same code once more, and nobody calls it
+#ifdef HOPE_AVX512  // else this is the same code once more, and nobody calls it
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq")
 #define HOPE_WIDE
 #endif

@@ -236,7 +236,7 @@ class Commit {
     if (!c.objective_dot) h.scalar_output(s, w.a + (p * hid + (c.Mf + s) * N) * PANEL, k, e);
     for (int i = 0; i < PANEL; i += 8) {
       f8 t = load(target + i);
-      if (c.target_norm) t = _mm256_max_ps(all(-1), _mm256_min_ps(all(1), t));
+      if (c.target_norm) t = most(all(-1), least(all(1), t));
       store(e + i, c.objective_dot ? -t : (load(e + i) - t) * all(scale));
     }
   }
@@ -317,7 +317,7 @@ class Commit {
         s = fma(all(h.eta_size[j]), gram * gram, s);
       }
       f8 clip = all(scale) * load(h.size + t) * s;
-      store(gain + t, load(h.eta + t) / _mm256_max_ps(all(1), clip));
+      store(gain + t, load(h.eta + t) / most(all(1), clip));
     }
   }
 
@@ -336,8 +336,8 @@ class Commit {
         e2 = e * e;
       }
       // where a square overflows S does and the step is 0; bounds, since inf / inf and 0 inf would be NaN
-      const f8 m = _mm256_sqrt_ps(a2 + d2 / (_mm256_min_ps(all(FLT_MAX), e2) + all(1e-9f)) + all(1e-12f));
-      store(h.size + t, _mm256_min_ps(all(1e30f), m));
+      const f8 m = root(a2 + d2 / (least(all(FLT_MAX), e2) + all(1e-9f)) + all(1e-12f));
+      store(h.size + t, least(all(1e30f), m));
     }
   }
 

@@ -4,22 +4,13 @@
 #include <cmath>
 
 #include "call.h"
+#include "gates.h"
 #include "panel.h"
 #include "rows.h"
 #include "team.h"
 #include "workspace.h"
 
 constexpr int64_t BLOCK = 32;  // rows that meet every panel of tokens before the next rows do
-
-// eta and alpha of a token, from the outputs of their memories
-inline float eta_of(const TitansCall& c, float raw, float bias) {
-  const float z = raw + bias;
-  return c.eta_scale * (c.softplus ? (z > 20 ? z : std::log1p(std::exp(z))) : 1 / (1 + std::exp(-z)));
-}
-
-inline float alpha_of(const TitansCall& c, float raw, float bias) {
-  return c.retention ? 1 / (1 + std::exp(-(raw + bias))) : 1;
-}
 
 struct Tensors {  // of one (row, head): pointers into the call's
   float *delta2, *delta1, *delta1s;
@@ -52,7 +43,7 @@ HK_INLINE f8 squares(const float* x, int64_t n) {
 
 // Eight lanes x of [D][16], divided by max(|x|, 1e-6).
 inline void normalize_lanes(float* x, int64_t D) {
-  const f8 n = all(1) / _mm256_max_ps(all(NORM_EPS), _mm256_sqrt_ps(squares(x, D)));
+  const f8 n = all(1) / most(all(NORM_EPS), root(squares(x, D)));
   for (int64_t d = 0; d < D; d++) store(x + d * PANEL, load(x + d * PANEL) * n);
 }
 

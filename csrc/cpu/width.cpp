@@ -4,13 +4,19 @@
 
 namespace {
 
-int widest() {
-#ifdef __clang__  // titans_avx512.cpp
-  return 256;
+#if defined(__aarch64__)
+constexpr int NARROW = 128;
 #else
+constexpr int NARROW = 256;
+#endif
+
+int widest() {
+#ifdef HOPE_AVX512
   const bool all = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  return all ? 512 : 256;
+  return all ? 512 : NARROW;
+#else
+  return NARROW;
 #endif
 }
 
@@ -25,6 +31,6 @@ bool wide() {
 }
 
 extern "C" int hope_cpu_width(int asked) {
-  if (asked == 256 || (asked == 512 && widest() == 512)) bits.store(asked, std::memory_order_relaxed);
-  return wide() ? 512 : 256;
+  if (asked == NARROW || (asked == 512 && widest() == 512)) bits.store(asked, std::memory_order_relaxed);
+  return wide() ? 512 : NARROW;
 }

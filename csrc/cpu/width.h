@@ -1,7 +1,11 @@
-// Which vectors the products of a call are computed in. Every number is the same chain of operations in both, so it
+// Which vectors the products of a call are computed in. Every number is the same chain of operations in all, so it
 // has the same bits.
 #pragma once
 #include "call.h"
+
+#if defined(__x86_64__) && !defined(__clang__)  // whose pragma lets a file be compiled for other CPUs
+#define HOPE_AVX512
+#endif
 
 namespace avx512 {  // titans_avx512.cpp: the same code, compiled for sixteen floats at a time
 void all_heads(const TitansCall& c);

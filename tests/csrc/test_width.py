@@ -1,5 +1,7 @@
 """Products in vectors of sixteen numbers have the bits of products in vectors of eight."""
 
+import platform
+
 import pytest
 import torch
 from problems import problem, run, same, single
@@ -27,8 +29,8 @@ def width():
 
 
 def test_the_width_is_the_most_that_there_is_or_as_asked(width):
-    most = width(0)
-    assert most in (256, 512) and width(128) == most and width(256) == 256 and width(0) == 256
+    most, narrow = width(0), 128 if platform.machine() in ("aarch64", "arm64") else 256
+    assert most in (narrow, 512) and width(64) == most and width(narrow) == narrow and width(0) == narrow
     assert width(512) == most
 
 

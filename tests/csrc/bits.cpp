@@ -1,0 +1,114 @@
+// Hashes of what every function of the CPU library computes, one a line. The same on every machine, with vectors of
+// every width. usage: bits [WIDTH]
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <string>
+
+#include "calls.h"
+#include "cms.h"
+#include "layer.h"
+
+namespace {
+
+template <class T> void show(const std::string& name, const std::vector<T>& numbers, uint64_t hash = 14695981039346656037u) {
+  for (T x : numbers) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, &x, sizeof(T));
+    if (x != x) bits = 0x7FC00000;  // machines differ in which NaN a computation makes
+    for (int i = 0; i < 4; i++) hash = (hash ^ (bits >> 8 * i & 255)) * 1099511628211u;
+  }
+  std::printf("%s %016llx\n", name.c_str(), static_cast<unsigned long long>(hash));
+}
+
+void done(int outcome) {
+  if (outcome) std::printf("refused: %d\n", outcome), std::exit(2);
+}
+
+void scans() {
+  int index = 0;
+  for (Case s : CASES) {
+    for (int32_t activation : {0, 1, 2}) {
+      s.activation = activation, s.softplus = index % 2;
+      const Results r = called(s, 1);
+      const std::string name = "scan " + std::to_string(index) + " activation " + std::to_string(activation);
+      Floats state = r.delta2;
+      for (const Floats* more : {&r.delta1, &r.delta1s, &r.pending_k, &r.pending_v, &r.pending_eta, &r.pending_alpha,
+                                 &r.kept2, &r.kept1})
+        state.insert(state.end(), more->begin(), more->end());
+      show(name + " o", r.o), show(name + " state", state);
+    }
+    index++;
+  }
+}
+
+void reads() {
+  Draw draw;
+  const int64_t B = 2, T = 40, H = 2, D = 16, N = 32, C = 16, kept = 4;
+  const Floats w2 = draw(B * H * kept * N * D, 0.25f), w1 = draw(B * H * kept * D * N, 0.2f);
+  const Floats q = draw(B * T * H * D, 1), grad = draw(B * T * H * D, 1);
+  const std::vector<int64_t> pos{5, 0}, len{40, 33};
+  for (int32_t activation : {0, 1, 2}) {
+    Floats dq(q.size());
+    const TitansReadBackward c{B, T, H, D, N, C, kept, 1, activation, w2.data(), w1.data(), q.data(), grad.data(),
+                               pos.data(), len.data(), dq.data()};
+    done(hope_titans_read_backward(&c));
+    show("read_backward activation " + std::to_string(activation), dq);
+  }
+}
+
+void layers() {
+  Draw draw;
+  const int64_t B = 2, T = 9, H = 3, D = 16, d = H * D, W = 4, n = B * T * d;
+  const Floats x = draw(n, 1), tail = draw(B * (W - 1) * d, 1), weight = draw(d * W, 0.5f), dy = draw(n, 1);
+  const Floats gain = draw(d, 1), gate = draw(n, 3);
+  const std::vector<int64_t> len{9, 5};
+  Floats y(n), more(B * (W - 1) * d), dx(n), other(n);
+  done(hope_conv(B, T, d, W, 1, x.data(), tail.data(), weight.data(), len.data(), y.data(), more.data()));
+  show("conv", y), show("conv tail", more);
+  done(hope_conv_backward(B, T, d, W, 1, weight.data(), dy.data(), dx.data()));
+  show("conv_backward", dx);
+  done(hope_unit(B * T * H, D, 1, x.data(), y.data()));
+  show("unit", y);
+  done(hope_unit_backward(B * T * H, D, 1, x.data(), dy.data(), dx.data()));
+  show("unit_backward", dx);
+  done(hope_output_gate(B * T, H, D, 1, x.data(), gain.data(), gate.data(), y.data()));
+  show("output_gate", y);
+  done(hope_output_gate_backward(B * T, H, D, 1, x.data(), gain.data(), gate.data(), dy.data(), dx.data(), other.data()));
+  show("output_gate_backward o", dx), show("output_gate_backward gate", other);
+}
+
+void levels() {
+  Draw draw;
+  const int64_t rows = 5, d = 40, n = 1000;
+  Floats z = draw(n, 4);
+  const float extremes[] = {0, -0.f, 1e-40f, -1e-30f, 88, -88, 130, -130, 3e38f, -3e38f,
+                            std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()};
+  std::copy(std::begin(extremes), std::end(extremes), z.begin());
+  Floats a(n), slope(n), dx(rows * d);
+  done(hope_cms_gelu(n, 1, z.data(), a.data(), slope.data()));
+  show("gelu", a), show("gelu slope", slope);
+  const Floats x = draw(rows * d, 1), gain = draw(d, 1), dn = draw(rows * d, 1), dy = draw(rows * d, 1);
+  done(hope_cms_norm(rows, d, 1, 1e-6f, x.data(), gain.data(), dx.data()));
+  show("norm", dx);
+  done(hope_cms_norm_backward(rows, d, 1, 1e-6f, x.data(), gain.data(), dn.data(), dy.data(), dx.data()));
+  show("norm_backward", dx);
+  for (int64_t rule : {0, 1, 2}) {
+    const Floats grad = draw(n, 1);
+    Floats total = draw(n, 1), weight = draw(n, 1), moment = draw(n, 0.1f), square = draw(n, 0.1f);
+    for (float& s : square) s *= s;
+    std::vector<uint16_t> copy(n);
+    done(hope_cms_step(n, 1, rule, 0.1f, 0.9f, 0.99f, 0.1f, 0.01f, 1.1f, 1e-8f, grad.data(), total.data(),
+                       weight.data(), rule ? moment.data() : nullptr, rule == 2 ? square.data() : nullptr, copy.data()));
+    const std::string name = "step " + std::to_string(rule);
+    show(name, weight), show(name + " moment", moment), show(name + " square", square), show(name + " bf16", copy);
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1 && hope_cpu_width(std::atoi(arguments[1])) != std::atoi(arguments[1])) return 3;
+  scans(), reads(), layers(), levels();
+  show("model's steps", stepped(1));
+}

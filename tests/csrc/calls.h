@@ -1,0 +1,147 @@
+// Calls of the CPU library on numbers that are the same everywhere: a scan in two parts, and a model's steps.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "call.h"
+#include "token.h"
+
+struct Case {
+  int64_t B, H, D, N, memory, other, T;
+  bool own, target_norm, clip, dgd, skip, based, modifying, keep;
+  bool update = true;
+  int32_t activation = 0, softplus = 0;
+};
+
+using Floats = std::vector<float>;
+
+struct Draw {  // of a bell's shape, variance 1, made of integers: the same in every run and on every machine
+  uint64_t state = 1;
+  float one() {
+    int32_t sum = 0;
+    for (int i = 0; i < 12; i++) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      sum += static_cast<int32_t>(state >> 44) - (1 << 19);
+    }
+    return static_cast<float>(sum) / (1 << 20);
+  }
+  Floats operator()(int64_t n, float scale) {
+    Floats x(n);
+    for (float& v : x) v = scale * one();
+    return x;
+  }
+};
+
+struct Results {
+  Floats delta2, delta1, delta1s, pending_k, pending_v, pending_eta, pending_alpha, o, kept2, kept1;
+  bool operator==(const Results& r) const {
+    auto same = [](const Floats& a, const Floats& b) {
+      return a.size() == b.size() && !std::memcmp(a.data(), b.data(), 4 * a.size());
+    };
+    return same(delta2, r.delta2) && same(delta1, r.delta1) && same(delta1s, r.delta1s) &&
+           same(pending_k, r.pending_k) && same(pending_v, r.pending_v) && same(pending_eta, r.pending_eta) &&
+           same(pending_alpha, r.pending_alpha) && same(o, r.o) && same(kept2, r.kept2) &&
+           same(kept1, r.kept1);
+  }
+};
+
+inline Results called(const Case& s, int64_t threads) {
+  Draw draw;
+  const int64_t Mf = s.modifying ? 3 : 1, Ms = s.modifying ? 2 : 0, R = (Mf + Ms) * s.N + (s.skip ? Ms : 0);
+  const int64_t C = std::max(s.memory, s.other), tokens = s.B * s.T * s.H, chunks = s.T / s.memory + 2;
+  const float w2 = 1 / std::sqrt(float(s.D)), w1 = 1 / std::sqrt(float(s.N));
+  const Floats base2 = draw(s.H * R * s.D, w2), base1 = draw(s.H * Mf * s.D * s.N, w1);
+  const Floats base1s = draw(s.H * Ms * s.N, w1);
+  const Floats q = draw(tokens * s.D, 1), x = draw(tokens * s.D, 1), k = draw(tokens * s.D, w2);
+  const Floats v = draw(tokens * s.D, 1), bias(s.H, 0.5f);
+  Floats eta = draw(tokens, 0.1f), alpha(tokens, 0.9f);
+  for (float& e : eta) e = std::abs(e);
+  const Floats kept(s.keep ? s.B * s.H * chunks * s.N * s.D : 0);
+  Results r{draw(s.B * s.H * R * s.D, 0.1f * w2), draw(s.B * s.H * Mf * s.D * s.N, 0.1f * w1),
+            draw(s.B * s.H * Ms * s.N, 0.1f * w1), Floats(s.B * C * s.H * s.D), Floats(s.B * C * s.H * s.D),
+            Floats(s.B * C * s.H), Floats(s.B * C * s.H), Floats(tokens * s.D), kept, kept};
+  std::vector<int64_t> pos(s.B), len(s.B);
+  TitansCall c{};
+  c.B = s.B, c.T = s.T, c.H = s.H, c.D = s.D, c.N = s.N, c.Mf = Mf, c.Ms = Ms;
+  c.chunk_memory = s.memory, c.chunk_other = s.other, c.kept = s.keep ? chunks : 0, c.threads = threads;
+  c.self_modifying = s.modifying, c.dgd = s.dgd, c.retention = 1, c.own_values = s.own;
+  c.target_norm = s.target_norm, c.step_clip = s.clip, c.scalar_skip = s.skip, c.qk_l2norm = 1;
+  c.update = s.update, c.activation = s.activation, c.softplus = s.softplus, c.grad_scale = 1, c.eta_scale = 0.1f;
+  if (s.based) c.base2 = base2.data(), c.base1 = base1.data(), c.base1s = Ms ? base1s.data() : nullptr;
+  c.delta2 = r.delta2.data(), c.delta1 = r.delta1.data(), c.delta1s = Ms ? r.delta1s.data() : nullptr, c.q = q.data();
+  if (s.modifying) c.x = x.data(), c.eta_bias = c.alpha_bias = bias.data();
+  else c.k = k.data(), c.v = v.data(), c.eta = eta.data(), c.alpha = alpha.data();
+  c.pending_k = r.pending_k.data(), c.pending_v = r.pending_v.data();
+  c.pending_eta = r.pending_eta.data(), c.pending_alpha = r.pending_alpha.data();
+  if (s.keep) c.kept2 = r.kept2.data(), c.kept1 = r.kept1.data();
+  c.pos = pos.data(), c.len = len.data();
+  for (int64_t part : {s.T / 3, s.T - s.T / 3}) {  // two calls: the second opens a chunk that is there
+    for (int64_t b = 0; b < s.B; b++) len[b] = part - b % 2;
+    c.o = r.o.data();  // the first call's outputs are written over by the second's, which are more
+    if (int outcome = hope_titans_scan(&c)) std::printf("refused: %d\n", outcome), std::exit(2);
+    for (int64_t b = 0; b < s.B; b++) pos[b] += len[b];
+  }
+  return r;
+}
+
+// Logits and weights after 20 tokens of 16 rows, through two blocks of width 256 with a level each.
+inline Floats stepped(int64_t threads) {
+  Draw draw;
+  const int64_t B = 16, d = 256, H = 4, D = 64, N = 64, V = 40, W = 4, C = 4, U = 512;
+  const Floats one(d, 1), zero(H, 0), embed = draw(V * d, 1), conv = draw(d * W, 0.5f);
+  const Floats base2 = draw(H * 5 * N * D, 0.1f), base1 = draw(H * 3 * D * N, 0.1f), base1s = draw(H * 2 * N, 0.1f);
+  const Floats square = draw(d * d, 0.06f), up = draw(U * d, 0.06f), down = draw(d * U, 0.04f);
+  const std::vector<const float*> ups(B, up.data()), downs(B, down.data());
+  const TokenLevel level{U, one.data(), ups.data(), downs.data()};
+  std::vector<int64_t> pos(B), len(B, 1), ids(B);
+  Floats delta2[2], delta1[2], delta1s[2], k[2], v[2], eta[2], alpha[2], tail[2], packed[2];
+  TokenBlock blocks[2] = {};
+  for (int i = 0; i < 2; i++) {
+    delta2[i].resize(B * H * 5 * N * D), delta1[i].resize(B * H * 3 * D * N), delta1s[i].resize(B * H * 2 * N);
+    k[i].resize(B * C * d), v[i].resize(B * C * d), eta[i].resize(B * C * H), alpha[i].resize(B * C * H);
+    tail[i].resize(B * (W - 1) * d);
+    TitansCall t{};
+    t.B = B, t.T = 1, t.H = H, t.D = D, t.N = N, t.Mf = 3, t.Ms = 2, t.chunk_memory = t.chunk_other = C;
+    t.threads = 1, t.self_modifying = t.dgd = t.retention = t.own_values = t.target_norm = t.step_clip = 1;
+    t.qk_l2norm = t.update = 1, t.grad_scale = 1, t.eta_scale = 0.5f;
+    t.base2 = base2.data(), t.base1 = base1.data(), t.base1s = base1s.data(), t.eta_bias = t.alpha_bias = zero.data();
+    t.delta2 = delta2[i].data(), t.delta1 = delta1[i].data(), t.delta1s = delta1s[i].data();
+    t.pending_k = k[i].data(), t.pending_v = v[i].data();
+    t.pending_eta = eta[i].data(), t.pending_alpha = alpha[i].data(), t.pos = pos.data(), t.len = len.data();
+    packed[i].resize(hope_token_packed(&t));
+    const float* w = square.data();
+    blocks[i] = {one.data(), conv.data(), tail[i].data(), w, w, w, w, one.data(), t, packed[i].data(), 1, &level};
+  }
+  Floats logits(B * V);
+  TokenCall c{B, d, W, V, 2, threads, 1, 1e-6f, ids.data(), embed.data(), one.data(), embed.data(), blocks,
+              logits.data(), nullptr};
+  Floats work(hope_token_work(&c));
+  c.work = work.data();
+  if (hope_token_pack(&c)) std::printf("refused\n"), std::exit(2);
+  for (int64_t t = 0; t < 20; t++) {
+    for (int64_t b = 0; b < B; b++) ids[b] = (7 * t + 3 * b) % V;
+    if (int outcome = hope_token_step(&c)) std::printf("refused: %d\n", outcome), std::exit(2);
+    for (int64_t& p : pos) p++;
+  }
+  for (const Floats* more : {&delta2[0], &delta1[1], &tail[1]}) logits.insert(logits.end(), more->begin(), more->end());
+  return logits;
+}
+
+constexpr bool on = true, off = false;
+const Case CASES[] = {
+    {1, 1, 16, 16, 16, 16, 70, on, on, on, on, off, on, on, on},
+    {2, 1, 16, 32, 16, 16, 50, off, off, on, on, on, on, on, off},
+    {1, 1, 16, 16, 16, 32, 100, on, on, on, on, off, on, on, on},
+    {1, 1, 16, 16, 32, 16, 100, on, on, on, on, on, on, on, on},
+    {1, 1, 24, 24, 48, 24, 110, on, off, on, on, off, on, on, off},
+    {1, 1, 24, 24, 24, 48, 110, off, on, on, off, on, off, on, on},
+    {1, 1, 16, 16, 4, 8, 40, on, on, off, off, off, off, on, on},
+    {1, 2, 16, 16, 16, 16, 60, on, on, on, on, off, on, off, on},
+    {3, 2, 8, 8, 16, 32, 70, on, on, on, on, off, on, on, off},
+    {1, 1, 16, 16, 16, 8, 60, on, on, on, on, off, off, off, on},
+    {2, 1, 16, 16, 16, 8, 50, on, on, on, on, off, on, on, off, off},
+};
