@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 
-def adamw_(state: dict[Tensor, Any], group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+def adamw_(
+    state: dict[Tensor, Any], group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+) -> None:
     """One step of ``params`` in place, at ``adamw_lr`` times the group's rate."""
     for p in params:
         if "exp_avg" not in state[p]:

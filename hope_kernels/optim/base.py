@@ -1,4 +1,4 @@
-"""What the optimizers share: which parameters are matrices, AdamW for the others, equal matrices side by side."""
+"""What the optimizers share: which parameters are matrices, AdamW for the others, equal shapes together."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ OUTER = ("embed", "embeddings", "embed_tokens", "wte", "wpe", "head", "lm_head")
 
 
 def groups(model: nn.Module, adamw: tuple[str, ...] = OUTER) -> list[dict[str, Any]]:
-    """Two groups of parameters: the matrices inside a model, and what AdamW trains better: embeddings, heads and
-    all that is no matrix. adamw: names of modules (a part of the parameter's name between dots) that count as such.
+    """Two groups of parameters: the matrices inside a model, and what AdamW trains better: embeddings, heads
+    and all that is no matrix. adamw: names of modules (a part of the parameter's name between dots) that
+    count as such.
 
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     >>> [len(g["params"]) for g in groups(model)]
@@ -40,15 +41,18 @@ def groups(model: nn.Module, adamw: tuple[str, ...] = OUTER) -> list[dict[str, A
 class MatrixOptimizer(Optimizer):
     """Steps of matrices by ``update``, which a subclass has; of everything else by AdamW.
 
-    A matrix is a parameter of two dimensions outside the groups with ``adamw=True``. Options of every group, beside
-    ``lr`` and ``weight_decay`` (decoupled): ``adamw``, ``adamw_lr`` (AdamW's rate as a multiple of lr, so that
-    schedulers reach both), ``adamw_betas``, ``adamw_eps``. The state of a parameter has the parameter's dtype, as
-    in torch.optim. Non-finite gradients are not looked for, as in torch.optim. A parameter that is divided over
-    processes (DTensor) has a state divided alike. ``torch.compile`` leaves a step as it is: it runs eagerly.
+    A matrix is a parameter of two dimensions outside the groups with ``adamw=True``. Options of every group,
+    beside ``lr`` and ``weight_decay`` (decoupled): ``adamw``, ``adamw_lr`` (AdamW's rate as a multiple of lr,
+    so that schedulers reach both), ``adamw_betas``, ``adamw_eps``. The state of a parameter has the
+    parameter's dtype, as in torch.optim. Non-finite gradients are not looked for, as in torch.optim. A
+    parameter that is divided over processes (DTensor) has a state divided alike. ``torch.compile`` leaves a
+    step as it is: it runs eagerly.
     """
 
-    def __init__(self, params, options: dict[str, Any]) -> None:
-        super().__init__(params, {**ADAMW, **options})
+    def __init__(self, params, options: dict[str, Any], adamw: dict[str, Any]) -> None:
+        for unknown in adamw.keys() - ADAMW.keys():
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {unknown!r}")
+        super().__init__(params, {**ADAMW, **options, **adamw})
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for an option, or a parameter, that cannot be."""
@@ -61,7 +65,8 @@ class MatrixOptimizer(Optimizer):
         if "adjust_lr_fn" in group:
             if group["adjust_lr_fn"] not in ADJUSTMENTS:
                 raise ValueError(
-                    f"{name}: argument adjust_lr_fn is {group['adjust_lr_fn']!r}, expected one of {ADJUSTMENTS}"
+                    f"{name}: argument adjust_lr_fn is {group['adjust_lr_fn']!r}, "
+                    f"expected one of {ADJUSTMENTS}"
                 )
             if group["ns_dtype"] not in (None, torch.bfloat16):
                 raise ValueError(
@@ -70,7 +75,7 @@ class MatrixOptimizer(Optimizer):
             check_backend(name, group["backend"])
         for p in group["params"]:
             if not p.dtype.is_floating_point:
-                raise ValueError(f"{name}: a parameter {list(p.shape)} is {p.dtype}, expected a real floating dtype")
+                raise ValueError(f"{name}: a parameter {list(p.shape)} is {p.dtype}, expected real numbers")
             if not p.numel():
                 raise ValueError(f"{name}: a parameter {list(p.shape)} has no elements")
 
@@ -95,8 +100,8 @@ class MatrixOptimizer(Optimizer):
     @lists.eager
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; closure: called first, with gradients, for the loss that is returned. Raises ValueError, before
-        any parameter has changed, for sparse gradients."""
+        """One step; closure: called first, with gradients, for the loss that is returned. Raises ValueError,
+        before any parameter has changed, for sparse gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -121,8 +126,8 @@ class MatrixOptimizer(Optimizer):
         return loss
 
     def kept(self, name: str, params: list[Tensor]) -> list[Tensor]:
-        """What the state of ``params`` has under ``name``, zeros at first: this process's parts, to be changed in
-        place."""
+        """What the state of ``params`` has under ``name``, zeros at first: this process's parts, to be
+        changed in place."""
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -131,12 +136,13 @@ class MatrixOptimizer(Optimizer):
     def orthogonal(self, group: dict[str, Any], params: list[Tensor], matrices: list[Tensor]) -> list[Tensor]:
         """About U V^T of ``matrices``, which are this process's parts, as the result is."""
         found = [divided.whole(m, p) for m, p in zip(matrices, params)]
-        return [divided.own(m, p) for m, p in zip(orthogonalised(found, group["ns_dtype"], group["backend"]), params)]
+        found = orthogonalised(found, group["ns_dtype"], group["backend"])
+        return [divided.own(m, p) for m, p in zip(found, params)]
 
     def move(
         self, group: dict[str, Any], params: list[Tensor], steps: list[Tensor], orthogonal: bool = False
     ) -> None:
-        """theta <- (1 - lr weight_decay) theta - lr step, with the rate of an orthogonal step if it is one."""
+        """theta <- (1 - lr weight_decay) theta - lr step, at the rate of an orthogonal step if it is one."""
         lr, weights = float(group["lr"]), [divided.part(p) for p in params]
         if group["weight_decay"]:
             lists.mul_(weights, 1 - lr * group["weight_decay"])

@@ -13,12 +13,14 @@ from ..check import check_integer, check_number
 from . import divided
 from .base import ORTHOGONAL, MatrixOptimizer
 from .delta_momentum import check_forgetting, unit
+from .orthogonal import BATCH
 
 MEMORY = ("linear", "mlp")
 
 
 class DeepMomentum(MatrixOptimizer):
-    """W <- W - lr' sigma(m(I)) after one inner step m <- a m - grad L2(m; k, I) of a memory m of its own per matrix.
+    """W <- W - lr' sigma(m(I)) after one inner step m <- a m - grad L2(m; k, I) of a memory m of its own per
+    matrix.
 
     The memory maps an output's gradient, a row over the c inputs, to that output's unit vector:
 
@@ -26,21 +28,23 @@ class DeepMomentum(MatrixOptimizer):
         m(x) = B tanh(A x) / sqrt(h)               memory="mlp", A [h, c], B [r, h]
         L2(m; k, I) = - (1 - a) s tr m(kᵀ) + b/2 |m(kᵀ)|^2
 
-    with the key k [r, c] = u = phi(grad) at norm 1; phi is eq 51's feature map, sign(g) |g|^power for each element.
-    The first term is eq 50's dot product <m(u), I>, which writes; the second, with which it is the regression of
-    eq 49 on I, erases. s is |grad| for a linear memory, whose output then has the size of gradients, and 1 for an
-    MLP, where the step of A would grow with the square of it: an MLP keeps directions, and wants ``orthogonalize``.
+    with the key k [r, c] = u = phi(grad) at norm 1; phi is eq 51's feature map, sign(g) |g|^power for each
+    element. The first term is eq 50's dot product <m(u), I>, which writes; the second, with which it is the
+    regression of eq 49 on I, erases. s is |grad| for a linear memory, whose output then has the size of
+    gradients, and 1 for an MLP, where the step of A would grow with the square of it: an MLP keeps
+    directions, and wants ``orthogonalize``.
 
     What moves W is the memory's answer to the c unit vectors of the inputs, m(I) [r, c]. Eq 50 and 52 write
-    m(u): for a matrix u that is [r, r] and no step of W; m(I) is what makes the paper's own special cases come
-    out: linear with b = 0 is momentum, linear with b > 0 is delta momentum (49), and sigma = Newton-Schulz
-    (``orthogonalize``) makes Muon of the former, as (52) says.
+    m(u): for a matrix u that is [r, r] and no step of W; m(I) is what makes the paper's own special cases
+    come out: linear with b = 0 is momentum, linear with b > 0 is delta momentum (49), and sigma =
+    Newton-Schulz (``orthogonalize``) makes Muon of the former, as (52) says.
 
-    An MLP returns to its first weights where the paper has a m: (A - A0), B <- a (A - A0), a B. From A = B = 0 no
-    gradient leads away. A0 ~ N(0, 1) is drawn from ``seed``, alike for all matrices of one shape; B starts at 0.
-    ``hidden``: h, by default the shorter side of the matrix. lr' and the options of orthogonal steps: as in ``M3``.
-    State: M, or A and B. For parameters divided over processes, every process keeps the whole memory.
-    Raises ValueError for options out of range, sparse gradients, parameters that are complex or empty.
+    An MLP returns to its first weights where the paper has a m: (A - A0), B <- a (A - A0), a B. From A = B =
+    0 no gradient leads away. A0 ~ N(0, 1) is drawn from ``seed``, alike for all matrices of one shape; B
+    starts at 0. ``hidden``: h, by default the shorter side of the matrix. lr' and the options of orthogonal
+    steps: as in ``M3``. State: M, or A and B. For parameters divided over processes, every process keeps the
+    whole memory. Raises ValueError for options out of range, sparse gradients, parameters that are complex or
+    empty.
 
     >>> layer = torch.nn.Linear(8, 8)
     >>> optimizer = DeepMomentum(layer.parameters(), lr=0.02, memory="mlp")
@@ -58,8 +62,8 @@ class DeepMomentum(MatrixOptimizer):
         super().__init__(params, ORTHOGONAL | {
             "lr": lr, "a": a, "b": b, "memory": memory, "hidden": hidden, "power": power, "seed": seed,
             "orthogonalize": orthogonalize, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn,
-            "ns_dtype": ns_dtype, "backend": backend, **adamw
-        })
+            "ns_dtype": ns_dtype, "backend": backend
+        }, adamw)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
@@ -73,6 +77,11 @@ class DeepMomentum(MatrixOptimizer):
             check_integer(name, "hidden", group["hidden"], 1, "None or an integer >= 1")
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        at_once = max(1, BATCH // params[0].numel())
+        for i in range(0, len(params), at_once):
+            self._update(group, params[i : i + at_once], grads[i : i + at_once])
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         grad = torch.stack([divided.whole(g, p) for g, p in zip(grads, params)])
         key = grad if group["power"] == 1 else grad.sign() * grad.abs() ** group["power"]
         key = unit(key)

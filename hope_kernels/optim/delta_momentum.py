@@ -1,4 +1,4 @@
-"""Delta momentum (Nested Learning, eq 48 and 49): a momentum that replaces what it holds along a new gradient."""
+"""Delta momentum (Nested Learning, eq 48 and 49): a momentum that replaces where others add."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ TINY = 1e-30  # below the norm of any gradient that is not zero
 class DeltaMomentum(MatrixOptimizer):
     """m <- a m - b (m ĝᵀ) ĝ + (1 - a) g,  ĝ = g / |g|;   W <- W - lr m, or W - lr' NS(m) with orthogonalize.
 
-    Plain momentum is a memory that learns by the dot product, eq 47: it adds. Eq 49 learns by regression,
-    min |m gᵀ - P|^2, whose gradient is (m gᵀ - P) g: for a matrix gradient g [r, c] the product m gᵀ [r, r] sums
-    over the c inputs, and with g behind it the erased part is m (gᵀ g), a projection of every row of m on the rows
-    of g. So an output's momentum is emptied along the directions of the input space in which the new gradient
-    moves any output, and kept across them. Contracting over the outputs instead, (g gᵀ) m, would be the regression
-    of mᵀ; eq 49 writes m to the left of gᵀ g, and rows are what a linear layer reads its inputs with. P = I here.
+    Plain momentum is a memory that learns by the dot product, eq 47: it adds. Eq 49 learns by regression, min
+    |m gᵀ - P|^2, whose gradient is (m gᵀ - P) g: for a matrix gradient g [r, c] the product m gᵀ [r, r] sums
+    over the c inputs, and with g behind it the erased part is m (gᵀ g), a projection of every row of m on the
+    rows of g. So an output's momentum is emptied along the directions of the input space in which the new
+    gradient moves any output, and kept across them. Contracting over the outputs instead, (g gᵀ) m, would be
+    the regression of mᵀ; eq 49 writes m to the left of gᵀ g, and rows are what a linear layer reads its
+    inputs with. P = I here.
 
-    The paper's g is not normalised: its decay a - gᵀ g grows with the loss and diverges for |g|^2 > 1 + a. Here the
-    erasure has ĝ, of norm 1 over the whole matrix, so that all factors lie in [a - b, a] and b < 1 + a never
-    diverges; the written term has g itself, weighted so that b = 0 is the mean of the gradients. For a gradient of
-    rank 1 with b = a the memory holds, along it, the last gradient alone: it replaces where momentum adds.
+    The paper's g is not normalised: its decay a - gᵀ g grows with the loss and diverges for |g|^2 > 1 + a.
+    Here the erasure has ĝ, of norm 1 over the whole matrix, so that all factors lie in [a - b, a] and b < 1 +
+    a never diverges; the written term has g itself, weighted so that b = 0 is the mean of the gradients. For
+    a gradient of rank 1 with b = a the memory holds, along it, the last gradient alone: it replaces where
+    momentum adds.
 
     lr' and the options of orthogonal steps: as in ``M3``. State: m.
     Raises ValueError for options out of range, sparse gradients, parameters that are complex or empty.
@@ -42,15 +44,15 @@ class DeltaMomentum(MatrixOptimizer):
     """
 
     def __init__(
-        self, params, lr: float | Tensor = 1e-3, a: float = 0.95, b: float = 1.0, *, orthogonalize: bool = False,
-        weight_decay: float = 0.0, adjust_lr_fn: str = "original", ns_dtype: torch.dtype | None = None,
-        backend: str | None = None, **adamw,
+        self, params, lr: float | Tensor = 1e-3, a: float = 0.95, b: float = 1.0, *,
+        orthogonalize: bool = False, weight_decay: float = 0.0, adjust_lr_fn: str = "original",
+        ns_dtype: torch.dtype | None = None, backend: str | None = None, **adamw,
     ) -> None:
         """adamw: ``adamw_lr``, ``adamw_betas``, ``adamw_eps`` (``MatrixOptimizer``)."""
         super().__init__(params, ORTHOGONAL | {
             "lr": lr, "a": a, "b": b, "orthogonalize": orthogonalize, "weight_decay": weight_decay,
-            "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype, "backend": backend, **adamw
-        })
+            "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype, "backend": backend
+        }, adamw)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
@@ -74,7 +76,7 @@ class DeltaMomentum(MatrixOptimizer):
 def check_forgetting(name: str, first: str, a: Any, second: str, b: Any) -> None:
     """Raises ValueError unless 0 <= a < 1 and 0 <= b < 1 + a: beyond, erasing overshoots and grows."""
     a = check_number(name, first, a, lambda x: 0 <= x < 1, f"0 <= {first} < 1")
-    check_number(name, second, b, lambda x: 0 <= x < 1 + a, f"0 <= {second} < 1 + {first}, as larger ones diverge")
+    check_number(name, second, b, lambda x: 0 <= x < 1 + a, f"0 <= {second} < 1 + {first}, or it diverges")
 
 
 def unit(g: Tensor) -> Tensor:

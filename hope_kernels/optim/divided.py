@@ -1,7 +1,7 @@
-"""Parameters of which every process holds a part (DTensor: FSDP2, tensor parallel): parts, and whole matrices.
+"""Parameters of which every process holds a part (DTensor: FSDP2, tensor parallel): parts and wholes.
 
-What an optimizer does to every element on its own it does to a process's part; a rule for matrices needs the whole
-one, which every process then computes, and takes its part of.
+What an optimizer does to every element on its own it does to a process's part; a rule for matrices needs the
+whole one, which every process then computes, and takes its part of.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PyTorch's operations on lists of tensors, which torch.optim is made of: one launch for many tensors of a GPU."""
+"""PyTorch's operations on lists of tensors, as torch.optim uses them: one launch for many of a GPU."""
 
 from __future__ import annotations
 

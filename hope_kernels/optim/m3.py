@@ -30,13 +30,14 @@ class M3(MatrixOptimizer):
         theta <- (1 - lr weight_decay) theta - lr' (O1 + alpha O2)
         after every f steps:  M2 <- b3 M2 + (1 - b3) (mean of the last f gradients),   O2 = NS(M2)
 
-    O2 is zero during the first f steps and then stays for f steps: those after a gradient entered M2, since the
-    algorithm opens a round of f steps with the sum of the round before. lr' is lr times ``adjust_lr_fn``: "original",
-    sqrt(max(1, rows / columns)), or "match_rms_adamw", 0.2 sqrt(max(rows, columns)), at which rates of AdamW serve;
-    "paper" uses lr as it is, and the paper's V instead. betas: (b1, b2, b3), b2 for "paper" alone.
+    O2 is zero during the first f steps and then stays for f steps: those after a gradient entered M2, since
+    the algorithm opens a round of f steps with the sum of the round before. lr' is lr times ``adjust_lr_fn``:
+    "original", sqrt(max(1, rows / columns)), or "match_rms_adamw", 0.2 sqrt(max(rows, columns)), at which
+    rates of AdamW serve; "paper" uses lr as it is, and the paper's V instead. betas: (b1, b2, b3), b2 for
+    "paper" alone.
 
-    ns_dtype: the Newton-Schulz steps in the parameter's dtype (None) by ``backend``, or, as torch.optim.Muon has
-    them, in torch.bfloat16. State: M1; with alpha > 0 also M2, O2 and the open sum; "paper" also V.
+    ns_dtype: the Newton-Schulz steps in the parameter's dtype (None) by ``backend``, or, as torch.optim.Muon
+    has them, in torch.bfloat16. State: M1; with alpha > 0 also M2, O2 and the open sum; "paper" also V.
     Raises ValueError for options out of range, sparse gradients, parameters that are complex or empty.
 
     >>> layer = torch.nn.Linear(8, 8)
@@ -59,8 +60,8 @@ class M3(MatrixOptimizer):
         super().__init__(params, ORTHOGONAL | {
             "lr": lr, "betas": betas, "alpha": alpha, "f": f, "accumulate": accumulate, "nesterov": nesterov,
             "eps": eps, "weight_decay": weight_decay, "adjust_lr_fn": adjust_lr_fn, "ns_dtype": ns_dtype,
-            "backend": backend, **adamw
-        })
+            "backend": backend
+        }, adamw)
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
@@ -69,7 +70,9 @@ class M3(MatrixOptimizer):
         check_number("M3", "eps", group["eps"], lambda x: 0 < x < math.inf, "a number > 0")
         check_integer("M3", "f", group["f"], 1, "an integer >= 1")
         if group["accumulate"] not in ACCUMULATE:
-            raise ValueError(f"M3: argument accumulate is {group['accumulate']!r}, expected one of {ACCUMULATE}")
+            raise ValueError(
+                f"M3: argument accumulate is {group['accumulate']!r}, expected one of {ACCUMULATE}"
+            )
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         literal, (b1, b2, _) = group["accumulate"] == "paper", group["betas"]

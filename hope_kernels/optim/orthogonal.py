@@ -34,11 +34,13 @@ def _triton_unserved(request: Request) -> str | None:
 
 def _cpp_unserved(request: Request) -> str | None:
     served = cpp_step.serves(request.dtype, request.device)
-    return None if served else f"serves 32-bit matrices on a CPU, not {request.dtype} on {request.device.type}"
+    return None if served else f"serves fp32 matrices on a CPU, not {request.dtype} on {request.device.type}"
 
 
 ENTRIES = (
-    Entry("cpp", lambda request: cpp_step.newton_schulz, _cpp_unserved, cpu_library.unavailable, default=True),
+    Entry(
+        "cpp", lambda request: cpp_step.newton_schulz, _cpp_unserved, cpu_library.unavailable, default=True
+    ),
     Entry("triton", _triton, _triton_unserved, triton_library.unavailable),
     Entry("chunked", lambda request: level.newton_schulz, default=True, serves=("reference",)),
 )
@@ -56,9 +58,9 @@ def orthogonalised(
 ) -> list[Tensor]:
     """About U V^T of the singular value decomposition of each of ``matrices``, all [r, c], stacked.
 
-    dtype None: in their own, 16-bit ones in fp32, or in bf16 where that pays (``level.orthogonal``), by ``backend``
-    (None: the best one verified on the device). torch.bfloat16: as torch.optim.Muon does it, from the start to the
-    end in bf16. Raises ValueError for a backend that cannot serve.
+    dtype None: in their own, 16-bit ones in fp32, or in bf16 where that pays (``level.orthogonal``), by
+    ``backend`` (None: the best one verified on the device). torch.bfloat16: as torch.optim.Muon does it, from
+    the start to the end in bf16. Raises ValueError for a backend that cannot serve.
     """
     found: list[Tensor] = []
     at_once = max(1, BATCH // matrices[0].numel())
@@ -76,8 +78,9 @@ def orthogonalised(
 
 
 def _in_bf16(grads: Tensor) -> Tensor:
-    """[n, r, c] -> [n, r, c] in bf16, with torch.optim.Muon's operations in its order: on a CPU, where products of
-    many matrices sum in another order and save nothing, one matrix after another and so to the same bits."""
+    """[n, r, c] -> [n, r, c] in bf16, with torch.optim.Muon's operations in its order: on a CPU, where
+    products of many matrices sum in another order and save nothing, one matrix after another and so to the
+    same bits."""
     if len(grads) > 1 and grads.device.type == "cpu":
         return torch.cat([_in_bf16(g[None]) for g in grads])
     tall = grads.shape[1] > grads.shape[2]

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from torch import nn
 from hope_kernels import optim
 
 KINDS = {
-    "M3": lambda p, **o: optim.M3(p, f=3, **o), "M3 paper": lambda p, **o: optim.M3(p, f=3, accumulate="paper", **o),
-    "delta": optim.DeltaMomentum, "delta orthogonal": lambda p, **o: optim.DeltaMomentum(p, orthogonalize=True, **o),
-    "deep": optim.DeepMomentum, "deep linear": lambda p, **o: optim.DeepMomentum(p, memory="linear", **o),
-    "DGD": optim.DGD, "sgd": lambda p, **o: optim.DGD(p, erase=0.0, **o),
+    "M3": partial(optim.M3, f=3), "M3 paper": partial(optim.M3, f=3, accumulate="paper"),
+    "delta": optim.DeltaMomentum, "delta orthogonal": partial(optim.DeltaMomentum, orthogonalize=True),
+    "deep": optim.DeepMomentum, "deep linear": partial(optim.DeepMomentum, memory="linear"),
+    "DGD": optim.DGD, "sgd": partial(optim.DGD, erase=0.0),
 }
 RATES = {"delta": 1.0, "deep linear": 0.1, "DGD": 0.2, "sgd": 0.1, "M3 paper": 0.002}
 OTHERS = [kind for kind in KINDS if kind != "DGD"]
@@ -66,8 +67,8 @@ def test_losses_fall(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_matrix_is_adamws(kind):
-    """Vectors, tensors of three dimensions, and matrices in a group with adamw=True: bit for bit, at the rate that
-    the group's multiple says, under weight decay."""
+    """Vectors, tensors of three dimensions, and matrices in a group with adamw=True: bit for bit, at the rate
+    that the group's multiple says, under weight decay."""
     found = []
     for ours in (True, False):
         net = Net()
@@ -127,13 +128,14 @@ def test_copies_go_on_alike(kind):
 def test_groups_have_rates_of_their_own(kind):
     """A group at rate 0 stays; a scheduler changes the rates of matrices and of the others."""
     net = Net()
-    groups = [{"params": [net.first.weight, net.first.bias], "lr": 0.0}, {"params": [net.last.weight, net.scale]}]
-    optimizer = built(kind, net) if kind == "DGD" else KINDS[kind](groups, lr=0.02)
+    still, moving = [net.first.weight, net.first.bias], [net.last.weight, net.scale]
+    optimizer = KINDS[kind]([{"params": still, "lr": 0.0}, {"params": moving}], lr=0.02)
     if kind == "DGD":
-        optimizer = optim.DGD(groups, lr=0.02).watch(net)
+        optimizer.watch(net)
     before = copy.deepcopy(net)
     train(net, optimizer, 2)
-    assert torch.equal(net.first.weight, before.first.weight) and torch.equal(net.first.bias, before.first.bias)
+    assert torch.equal(net.first.weight, before.first.weight)
+    assert torch.equal(net.first.bias, before.first.bias)
     assert not torch.equal(net.last.weight, before.last.weight) and not torch.equal(net.scale, before.scale)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 1))
     train(net, optimizer, 1, 2, schedule)
@@ -159,7 +161,8 @@ def test_weights_without_gradient_and_new_ones(kind):
         optimizer.watch(net)
     before = copy.deepcopy(net)
     train(net, optimizer, 2)
-    assert torch.equal(net.first.weight, before.first.weight) and not torch.equal(net.last.weight, before.last.weight)
+    assert torch.equal(net.first.weight, before.first.weight)
+    assert not torch.equal(net.last.weight, before.last.weight)
     assert net.first.weight not in optimizer.state or not optimizer.state[net.first.weight]
     optimizer.add_param_group({"params": [net.scale, net.last.bias], "lr": 0.1})
     net.first.weight.requires_grad_(True)
@@ -170,7 +173,7 @@ def test_weights_without_gradient_and_new_ones(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weight_decay_is_decoupled(kind):
-    """Without a gradient's part (rate of the step 0 by a gradient of zero), weights shrink by 1 - lr decay."""
+    """By a gradient of zero weights shrink by 1 - lr weight_decay and do not move otherwise."""
     net = Net(torch.float64)
     optimizer = KINDS[kind]([net.first.weight], lr=0.1, weight_decay=0.5)
     if kind == "DGD":
@@ -260,12 +263,14 @@ def test_a_hope_model_learns():
 
 
 BAD = {
-    "M3": [("lr", -1.0), ("lr", float("nan")), ("betas", (0.9, 0.9)), ("betas", (0.9, 0.9, 1.0)), ("betas", 0.9),
-           ("betas", (-0.1, 0.9, 0.9)), ("alpha", -0.1), ("f", 0), ("f", 1.5), ("eps", 0.0), ("accumulate", "sum"),
-           ("weight_decay", -1.0), ("adjust_lr_fn", None), ("ns_dtype", torch.float16), ("backend", "cuda"),
-           ("adamw_betas", (0.9, 1.0)), ("adamw_lr", -1.0), ("adamw_eps", -1.0), ("adamw", 1)],
+    "M3": [("lr", -1.0), ("lr", float("nan")), ("betas", (0.9, 0.9)), ("betas", (0.9, 0.9, 1.0)),
+           ("betas", 0.9), ("betas", (-0.1, 0.9, 0.9)), ("alpha", -0.1), ("f", 0), ("f", 1.5), ("eps", 0.0),
+           ("accumulate", "sum"), ("weight_decay", -1.0), ("adjust_lr_fn", None), ("ns_dtype", torch.float16),
+           ("backend", "cuda"), ("adamw_betas", (0.9, 1.0)), ("adamw_lr", -1.0), ("adamw_eps", -1.0),
+           ("adamw", 1)],
     "DeltaMomentum": [("a", 1.0), ("a", -0.1), ("b", -0.1), ("b", 1.95), ("b", "x")],
-    "DeepMomentum": [("memory", "cnn"), ("hidden", 0), ("power", -1.0), ("seed", 0.5), ("a", 1.0), ("b", 2.0)],
+    "DeepMomentum": [("memory", "cnn"), ("hidden", 0), ("power", -1.0), ("seed", 0.5), ("a", 1.0),
+                     ("b", 2.0)],
     "DGD": [("erase", 1.5), ("erase", -0.1), ("reduction", "none"), ("chunk", 0), ("lr", -1.0)],
 }
 
@@ -282,9 +287,16 @@ def test_bad_options(name, option, value):
 
 
 @pytest.mark.parametrize("name", BAD)
+def test_unknown_options(name):
+    with pytest.raises(TypeError, match=f"{name}.. got an unexpected keyword argument 'momentum'"):
+        getattr(optim, name)([nn.Parameter(torch.ones(2, 2))], momentum=0.9)
+
+
+@pytest.mark.parametrize("name", BAD)
 def test_bad_parameters_and_gradients(name):
     cls = getattr(optim, name)
-    for p, said in ((torch.ones(2, 2, dtype=torch.complex64), "complex64"), (torch.ones(0, 3), "no elements")):
+    bad = (torch.ones(2, 2, dtype=torch.complex64), "complex64"), (torch.ones(0, 3), "no elements")
+    for p, said in bad:
         with pytest.raises(ValueError, match=said):
             cls([nn.Parameter(p)])
     table = nn.Embedding(4, 3, sparse=True)

@@ -50,8 +50,8 @@ def test_without_erasing_it_is_momentum():
 
 
 def test_a_gradient_of_rank_1_replaces_what_is_there():
-    """With b = a the memory holds along a direction the last gradient alone, once however often it was written,
-    and across it what it held before, weaker by a."""
+    """With b = a the memory holds along a direction the last gradient alone, once however often it was
+    written, and across it what it held before, weaker by a."""
     torch.manual_seed(0)
     a, (u, v, other) = 0.9, torch.randn(3, 6, dtype=torch.float64)
     other -= v * (other @ v) / (v @ v)  # across v

@@ -62,7 +62,8 @@ def test_one_input_is_the_step_of_equation_56():
     (layer(x) * d).sum().backward()
     optimizer.step()
     W = layer.weight.detach()
-    torch.testing.assert_close((W @ x.T + d.T) @ x + (W - before) / 0.7, torch.zeros_like(W), rtol=0, atol=1e-12)
+    slope = (W @ x.T + d.T) @ x + (W - before) / 0.7
+    torch.testing.assert_close(slope, torch.zeros_like(W), rtol=0, atol=1e-12)
 
 
 def test_erasing_is_exact_for_any_split():
@@ -101,6 +102,15 @@ def test_inputs_count_when_their_gradient_arrives():
         optimizer.step()
 
 
+def test_a_call_without_rows_moves_nothing():
+    """As an expert has it that no token went to: its gradient is zero, and its inputs are none."""
+    layer = nn.Linear(5, 7, bias=False)
+    optimizer, before = DGD(layer, lr=0.1), layer.weight.detach().clone()
+    layer(torch.ones(0, 5)).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight, before) and not optimizer.state[layer.weight]
+
+
 def test_pending_inputs_are_saved():
     """Between backward and step: a copy of model and state goes on bit for bit."""
     net = model(torch.float32)
@@ -130,7 +140,7 @@ def test_failed_steps_change_nothing():
 
 
 def test_checkpointed_and_mixed_layers():
-    """Activation checkpoints read a layer twice and count once; in autocast inputs of bf16 are taken as they are."""
+    """Activation checkpoints read a layer twice and count once; autocast may make inputs of bf16."""
     from torch.utils.checkpoint import checkpoint
 
     found = []

@@ -1,4 +1,4 @@
-"""Parameters divided over processes (FSDP2, and matrices divided by columns) have the steps of a single process."""
+"""Parameters divided over processes (FSDP2, and by columns) have the steps of a single process."""
 
 import processes
 import pytest
@@ -30,6 +30,10 @@ def test_divided_parameters(found, kind, layout):
     """Five steps, saved and loaded into a new optimizer after three; 7 rows on 2 processes are uneven."""
     of = found[f"{kind} {layout}"]
     assert of["apart"] < 1e-12 and of["moved"] > 1e-3
+
+
+def test_training_under_fsdp(found):
+    assert found["trained"] < 1e-12
 
 
 def test_dgd_refuses_them_by_name(found):
@@ -83,6 +87,21 @@ def steps(model, kind):
     return model
 
 
+def trained(mesh) -> float:
+    """Forward, backward and steps of FSDP2 beside a single process, on the same data."""
+    from torch.distributed.fsdp import fully_shard
+
+    models = net(), fully_shard(net(), mesh=mesh)
+    for model in models:
+        optimizer = MAKE["M3"](model.parameters())
+        for step in range(4):
+            x = torch.randn(6, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    return max(float((whole(q) - p).abs().max()) for p, q in zip(*(m.parameters() for m in models)))
+
+
 def measure(rank, world) -> dict:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -102,6 +121,7 @@ def measure(rank, world) -> dict:
                 "apart": max(float((whole(p) - q).abs().max()) for p, q, _ in pairs),
                 "moved": min(float((q - s).abs().max()) for _, q, s in pairs),
             }
+    found["trained"] = trained(mesh)
     model, plain = net(), net()
     fully_shard(model, mesh=mesh)
     optimizer = optim.DGD(plain, lr=0.1)

@@ -35,7 +35,9 @@ def test_without_a_slow_momentum_it_is_torchs_muon(adjust, nesterov):
     """Bit for bit, with decay and a rate that changes."""
     ours, theirs = matrices(), matrices()
     options = dict(lr=0.03, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn=adjust)
-    optimizers = [M3(ours, alpha=0.0, ns_dtype=torch.bfloat16, **options), torch.optim.Muon(theirs, **options)]
+    optimizers = [
+        M3(ours, alpha=0.0, ns_dtype=torch.bfloat16, **options), torch.optim.Muon(theirs, **options)
+    ]
     for step in range(7):
         for params, optimizer in zip((ours, theirs), optimizers):
             give(params, step)
