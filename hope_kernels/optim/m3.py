@@ -30,8 +30,8 @@ class M3(MatrixOptimizer):
         theta <- (1 - lr weight_decay) theta - lr' (O1 + alpha O2)
         after every f steps:  M2 <- b3 M2 + (1 - b3) (mean of the last f gradients),   O2 = NS(M2)
 
-    O2 is zero during the first f steps and then stays for f steps: those after a gradient entered M2, since
-    the algorithm opens a round of f steps with the sum of the round before. lr' is lr times ``adjust_lr_fn``:
+    O2 is zero in the first f steps; then each serves the f steps after the sum that made it, as Algorithm 1
+    opens a round of f steps with the sum of the round before. lr' is lr times ``adjust_lr_fn``:
     "original", sqrt(max(1, rows / columns)), or "match_rms_adamw", 0.2 sqrt(max(rows, columns)), at which
     rates of AdamW serve; "paper" uses lr as it is, and the paper's V instead. betas: (b1, b2, b3), b2 for
     "paper" alone.

@@ -87,6 +87,20 @@ def test_algorithm_1_equals_the_loop(f):
         np.testing.assert_allclose(p.detach().numpy(), want, rtol=0, atol=1e-12)
 
 
+def test_the_slow_momentum_is_a_mean_of_means():
+    """Newton-Schulz does not see its size; whoever reads the state, or changes f, does."""
+    p = matrices(torch.float64)[0]
+    optimizer, given = M3([p], betas=(0.9, 0.9, 0.75), f=2), []
+    for step in range(5):
+        give([p], step)
+        given.append(p.grad.clone())
+        optimizer.step()
+    first, second = (given[0] + given[1]) / 2, (given[2] + given[3]) / 2
+    state = optimizer.state[p]
+    torch.testing.assert_close(state["slow"], 0.25 * (0.75 * first + second), rtol=0, atol=1e-14)
+    assert torch.equal(state["sum"], given[4])
+
+
 def test_matrices_count_their_own_rounds():
     """One without a gradient in some steps has a round of its own f gradients."""
     params = matrices(torch.float64, shapes=((5, 4), (5, 4)))
