@@ -69,6 +69,9 @@ BLOCKS = ("layers.block:HopeBlock", "layers.block:HopeAttentionBlock")
 SERVE = ("joined:joined", "serve.worker:Worker", "serve.store:Store")
 MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:generate",
          "engine.decoder:Decoder")
+OPTIMIZERS = tuple(f"optim.{name}" for name in (
+    "deep_momentum:DeepMomentum", "delta_momentum:DeltaMomentum", "dgd:DGD", "m3:M3"
+))
 STEP_CPP = ("csrc/cpu/token*.cpp", *CPU_LIBRARY)
 
 # -- modules left out ----------------------------------------------------------------------------------------
@@ -116,6 +119,8 @@ def code(case: dict) -> Code | None:
     model = (*MODEL, *STEP_CPP * ("cpp" in used))
     if case.get("model") or kind in ("model", "state", "long"):
         return Code((*model, *parts(BLOCKS, used), *layer(used), *cms(used)), left_out)
+    if kind == "optimizer":
+        return Code((*OPTIMIZERS, *model, *parts(BLOCKS, used), *layer(used), *cms(used)), left_out)
     if kind == "serve":
         checked = tuple(p for p in left_out if p not in ("*.files", "*.state_file"))
         return Code((*SERVE, *model, *parts(BLOCKS, used), *layer(used), *cms(used)), checked)

@@ -102,10 +102,11 @@ class Study:
     """One JSON file {"what", "machine", "setting", "cases": {name: record}, ...}, rewritten whole after every case.
 
     What the file has is kept: a case that is there is not run again. Raises ValueError for a file of another
-    setting.
+    setting. kind: what it measures, by the names of ``benchmarks/sources.py``.
     """
 
-    def __init__(self, path: str | None, what: str, setting: dict):
+    def __init__(self, path: str | None, what: str, setting: dict, kind: str = "model"):
+        self.kind = kind
         self.path, self.data = path, {"what": what, "machine": machine(), "setting": setting, "cases": {}}
         if path is None or not os.path.exists(path):
             return
@@ -125,7 +126,7 @@ class Study:
     def put(self, name: str, record: dict, **more) -> None:
         """Adds a case, with a hash of the code it measured, and ``more`` (what follows from all cases) at the
         top level."""
-        self.cases[name] = record | mark("model", device="cuda" if torch.cuda.is_available() else "cpu")
+        self.cases[name] = record | mark(self.kind, device="cuda" if torch.cuda.is_available() else "cpu")
         self.data |= more
         if self.path is not None:
             write_json(self.path, self.data)

@@ -12,6 +12,7 @@ from . import (
     earlier,  # noqa: F401
     generation,
     ops,
+    optim,
 )
 from .backend import available_backends
 from .config import CMSConfig, HopeConfig, RopeScaling, TitansConfig
@@ -28,4 +29,5 @@ __all__ = [
     "CMSConfig", "ContinuumMemory", "Decoder", "HopeConfig", "HopeForCausalLM", "RopeScaling",
     "SelfModifyingTitans", "TitansConfig", "Tokenizer",
     "available_backends", "bundled_models", "compat", "convert", "generation", "load_state", "ops",
+    "optim",
 ]

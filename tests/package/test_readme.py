@@ -80,9 +80,13 @@ def hf(names):
     names["hk"].HopeForCausalLM.from_pretrained("trained")
 
 
+def optim(names):
+    assert names["losses"][-1] < names["losses"][0] - 1
+
+
 HOLDS = {"README.md": readme, "docs/llama.md": llama, "docs/streaming.md": streaming, "docs/backends.md": backends,
          "docs/wrapping.md": wrapping, "docs/generation.md": generation, "docs/continual.md": continual,
-         "docs/replay.md": replay, "docs/hf.md": hf}
+         "docs/replay.md": replay, "docs/hf.md": hf, "docs/optim.md": optim}
 
 
 @pytest.mark.parametrize("document", HOLDS)
