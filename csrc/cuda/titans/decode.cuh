@@ -17,6 +17,7 @@
 // FLOPS       16 times what one token needs, on tensor cores that would be idle.
 #pragma once
 #include "prefill.cuh"
+#include "rounded.cuh"
 
 namespace hope {
 
@@ -41,21 +42,27 @@ template <int D, class T> struct DecodeSink {
   }
 };
 
-// Block `rank` of a (row, head), of `warps` warps, reads the row's token.
+// Block `rank` of a (row, head), of `warps` warps, reads the row's token: its slot, or -1 if there is none.
 template <int D, class T, int ACT>
-HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int rank, int warps) {
+HOPE_DEVICE int decode(const TitansParams& p, const Plan& plan, int group, int rank, int warps) {
   const int lane = lane_index(), warp = warp_index();
   const int64_t b = group / p.H;
   const int h = group % p.H;
   const bool update = p.flags & kUpdate;
+  if (rank > 0 && !update) return -1;
+  // Requested before anything is known of the row, and first of all. A head has as many warps in either plan.
+  const auto rounded = Rounded<D>::of(p, static_cast<int64_t>(block_index()) * warps + warp);
+  typename Rounded<D>::Held held;
+  if (rounded.words != nullptr) rounded.load(held, lane);
+  const Role role = Role::of(plan, rank, warp, warps);
+  const bool keeps = rounded.words != nullptr && !role.idle();
+  if (keeps && !role.full()) rounded.load_scalars(held, lane);
   if (p.lengths[b] <= 0) {
     if (rank == 0 && warp == 0)
       for (int i = lane; i < D / 2; i += 32) static_cast<uint32_t*>(p.o)[(b * p.H + h) * (D / 2) + i] = 0;
-    return;
+    return -1;
   }
-  if (rank > 0 && !update) return;
   const Shared<D, T> shared{plan};
-  const Role role = Role::of(plan, rank, warp, warps);
   const Place<D> place = Place<D>::of(p, role);
   const Deviations deviations = Deviations::of(p, group, D, plan.memories);
   const Bases<T> bases = Bases<T>::of(p, h, D, plan.memories);
@@ -68,19 +75,27 @@ HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int 
   };
   if (rank == 0) fetch(shared.input(true, 0), p.q);
   if (rank > 0 || plan.full_warps < warps) fetch(shared.input(false, 0), p.x);
-  Word4 blocks[16] = {};
-  if (!role.idle()) {
-    for_blocks<D>(place, role.full(), p.N, [&](int i, int first, int stride, bool w1) {
-      float f[8];
-      load_block(f, (w1 ? deviations.w1 : deviations.w2) + first, stride, lane);
-      blocks[i] = round_block<T>(f, base_block<T>(bases, role, w1, first, stride, lane));
-    });
+  const uint32_t mark = Rounded<D>::mark_of(p, b);
+  if (keeps && held.mark == mark) {
+    if (!role.full()) rounded.put_scalars(shared, held, warp, lane);
+  } else {
+    if (role.idle()) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) held.blocks[i] = {0, 0, 0, 0};
+    } else {
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int first, int stride, bool w1) {
+        float f[8];
+        load_block(f, (w1 ? deviations.w1 : deviations.w2) + first, stride, lane);
+        held.blocks[i] = round_block<T>(f, base_block<T>(bases, role, w1, first, stride, lane));
+      });
+    }
+    load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
+    if (keeps) rounded.keep(shared, held.blocks, mark, role.full(), warp, lane);
   }
-  load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
   wait_copies();
   sync_block();
   const T* tile = shared.input(role.memory == kMemory, 0);
-  read_shares<D, T, ACT>(shared, role, tile, HeldWeights<D>{blocks}, warp, lane);
+  read_shares<D, T, ACT>(shared, role, tile, HeldWeights<D>{held.blocks}, warp, lane);
   sync_block();
   // by a warp that has no part of the output, if there is one
   const int writer = epilogue_warp(plan.full_warps, row);
@@ -88,6 +103,7 @@ HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int 
   DecodeSink<D, T> sink{p, static_cast<T*>(p.o) + token, (b * p.C + slot) * p.H + h};
   if (!role.full() || role.within == writer)
     read_results<D, T>(p, shared, role, tile, h, row, row + 1, lane, sink);
+  return slot;
 }
 
 // Commits the full chunk of a (row, head), of which all tokens are among the pending ones: block `rank` the
@@ -133,17 +149,18 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
 
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
-  const int group = block_index() / plan.blocks, rank = block_index() % plan.blocks;
+  // 1, 2 or 4 blocks; a division would come before the first request
+  const int group = block_index() >> (plan.blocks / 2), rank = block_index() & (plan.blocks - 1);
   const bool commit_only = p.flags & kCommitOnly;
-  const int64_t b = group / p.H;
-  const bool full = p.lengths[b] > 0 && slot_of(p, b) == p.C - 1;  // the same for all blocks that meet
+  int slot = -1;
   if (!commit_only) {
-    decode<D, T, ACT>(p, plan, group, rank, kWarps);
-  } else if (p.lengths[b] > 0) {
+    slot = decode<D, T, ACT>(p, plan, group, rank, kWarps);
+  } else if (const int64_t b = group / p.H; p.lengths[b] > 0) {
+    slot = slot_of(p, b);
     sync_block();
     if (thread_index() == 0) count_tokens(p, b, 1, plan.blocks);
   }
-  if (!full) return;
+  if (slot != p.C - 1) return;  // the same for all blocks that meet
   if (!commit_only) {  // the other blocks' part of the token
     sync_block();
     if constexpr (MODE == kCluster) {
