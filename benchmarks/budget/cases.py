@@ -253,8 +253,9 @@ def _memories() -> Iterator[Case]:
                    partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90, None,
                    "ops: step graph C64 D64 N256 H32 B1 T1 bf16 cuda")
         kept = replace(size, bytes=m.step_bytes(whole, 1, 2, commit=False, rounded=True))
-        yield Case(f"step C64 D64 N256 cuda sm_{arch} rounded", "step", "cuda", arch, "token of a (row, head)",
-                   partial(decode, config, "cuda", rounded=True), 1, 3, 2, kept, arch == 90)
+        yield Case(f"step C64 D64 N256 cuda sm_{arch} rounded", "step", "cuda", arch,
+                   "token of a (row, head)", partial(decode, config, "cuda", rounded=True), 1, 3, 2, kept,
+                   arch == 90, None, "ops: step graph rounded C64 D64 N256 H32 B1 T1 bf16 cuda")
     size = replace(size, blocks=1, warps=4, launches=1, resident=2, persistent=True)
     yield Case("step C64 D64 N256 triton sm_90", "step", "triton", 90, "token of a (row, head)",
                partial(decode, config, "triton"), 1, 3, 2, size, False, None,

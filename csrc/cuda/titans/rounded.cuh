@@ -6,10 +6,10 @@
 //          w} of each as in StoredWeights; of a scalar memory base + deviation of w1, in fp32; a mark.
 // TRUTH    Kernels change weights where a chunk is committed and nowhere else, so `pos` says which chunk's
 //          weights they are: the mark is the position of the chunk's first token, plus one (so that 0 marks
-//          nothing). A warp that finds another mark rounds anew and keeps that: at the first token of a
-//          chunk, and after other kernels (prefill, another graph) have read on. Positions count modulo 2^32
-//          here. Weights that are written without a commit are the host's to find
-//          (hope_kernels/ops/titans/rounded.py), which then clears the marks.
+//          nothing). A commit of titans_step keeps what it leaves. A token that finds another mark rounds
+//          anew and keeps that: the first one, and any after other kernels (prefill, another graph) have read
+//          on. Positions count modulo 2^32 here. Weights that are written without a commit are the host's to
+//          find (hope_kernels/ops/titans/rounded.py), which then clears the marks.
 #pragma once
 #include "fragments.cuh"
 #include "role.cuh"
@@ -33,6 +33,7 @@ template <int D> struct Rounded {
   static HOPE_DEVICE Rounded of(const TitansParams& p, int64_t warp) {
     return {p.rounded ? static_cast<uint32_t*>(p.rounded) + warp * (kKeptNumbers / 2) : nullptr};
   }
+  // Of the open chunk; C more is that of the next one.
   static HOPE_DEVICE uint32_t mark_of(const TitansParams& p, int64_t b) {
     return (reinterpret_cast<const uint32_t*>(p.pos)[2 * b] & ~static_cast<uint32_t>(p.C - 1)) + 1;
   }
@@ -61,13 +62,11 @@ template <int D> struct Rounded {
     }
     sync_warp();
   }
-  // What a warp has rounded anew, and load_scalar_weights has put there.
+  // One of a lane's blocks, for round_weights too.
+  HOPE_DEVICE void put(int i, Word4 v) const { block(i, lane_index()) = {v.x, v.z, v.y, v.w}; }
+  // After all of them: what load_scalar_weights has put into shared memory, and what the copy is true of.
   template <class T>
-  HOPE_DEVICE void keep(const Shared<D, T>& shared, const Word4 (&blocks)[16], uint32_t mark, bool full,
-                        int warp, int lane) const {
-#pragma unroll
-    for (int i = 0; i < 16; ++i)
-      block(i, lane) = {blocks[i].x, blocks[i].z, blocks[i].y, blocks[i].w};
+  HOPE_DEVICE void finish(const Shared<D, T>& shared, uint32_t mark, bool full, int warp, int lane) const {
     if (!full) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
