@@ -119,7 +119,13 @@ def test_a_token_that_finds_no_copy_makes_one_and_a_commit_leaves_one(gpu):
     assert not torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
 
 
+def in_inference_mode(state) -> None:
+    with torch.inference_mode():
+        state.delta2.mul_(1.5)
+
+
 WRITES = {
+    "in inference mode": lambda s, w, c: in_inference_mode(s),
     "a deviation": lambda s, w, c: s.delta2.mul_(1.5),
     "assigned": lambda s, w, c: s.assign(c),
     "a deviation of a scalar memory": lambda s, w, c: s.delta1s.add_(0.25),
@@ -171,6 +177,21 @@ def test_what_kernels_write_is_noticed():
         titans_advance_(config, w_init, part(inputs, 25, 37), state, some, backend="cuda")
     want = step(config, w_init, inputs, 24, state.clone(), [1, 1], None)
     assert torch.equal(step(config, w_init, inputs, 24, state, [1, 1], rounded), want)
+
+
+def test_positions_past_two_to_the_32():
+    """Of which the mark has the lower half: over that boundary, which is one of a chunk, and the next."""
+    config = config_of(64, 1)
+    w_init, inputs = (cast(t, BF16) for t in problem(config, 1, 35, 0.5))
+    whole, end = run(config, w_init, inputs, "cuda")
+    state = init_titans_state(config, w_init, 1, DEVICE, BF16)
+    state.count += 2**32 - 16
+    rounded = RoundedWeights(config, w_init, state)
+    for t in range(35):
+        assert torch.equal(step(config, w_init, inputs, t, state, [1], rounded), whole[:, t : t + 1]), t
+    assert counted(rounded) == [[17]] and state.count.tolist() == [2**32 + 19]
+    state.count -= 2**32 - 16
+    assert same(state.synchronize(), end)
 
 
 def test_prefill_and_weights_of_inference_mode_read_no_copy():
