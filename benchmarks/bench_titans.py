@@ -20,6 +20,7 @@ from hope_kernels import TitansConfig
 from hope_kernels.ops import (
     FastWeights,
     Layout,
+    RoundedWeights,
     TokenInputs,
     init_titans_state,
     titans_advance_,
@@ -68,7 +69,7 @@ FIRST = 9
 GPU_CASES = (
     P(), X(), P(N=64, B=4, T=8192), X(N=64, B=4, T=8192), P(C=16, N=64, B=4, T=8192), X(C=16, N=64, B=4, T=8192),
     S(), XS(), X(C=16), Case("step graph", T=1), Case("step graph", T=1, backend="cuda"),
-    P(C=16), P(C=256, B=4, T=8192), P(N=64), X(N=64),
+    Case("step graph rounded", T=1, backend="cuda"), P(C=16), P(C=256, B=4, T=8192), P(N=64), X(N=64),
     Case("conv"), Case("gate"), Case("grad", T=8192),
     P(D=128, N=512, H=16), P(D=128, N=128, H=16), X(D=128, N=128, H=16), X(N=64, B=32, T=2048), P(C=256),
     P(N=64, B=32, T=2048),
@@ -216,7 +217,7 @@ def step(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
 @torch.no_grad()
 def step_graph(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -> dict:
     """One step of every layer in one CUDA graph, replayed for token after token: the device decides which of
-    them fill a chunk."""
+    them fill a chunk. "step graph rounded": it reads rounded copies of the weights."""
     c, dtype = case.config, m.DTYPES[case.dtype]
     problems, check = _steps(case, device)
     if not check["ok"]:
@@ -226,9 +227,11 @@ def step_graph(case: Case, device: str, ceilings: dict, seconds: float = 1.0) ->
         TokenInputs(*(t if t is None or t.dim() == 1 else t.clone() for t in token(i, 0))) for _, i in problems
     ]
     one = torch.ones(case.B, dtype=torch.int64, device=device)
+    rounded = case.kind == "step graph rounded"
+    copies = [RoundedWeights(c, w, s) if rounded else None for (w, _), s in zip(problems, states)]
     calls = [
-        partial(titans_advance_, c, w, i, s, one, backend=case.backend) for (w, _), i,
-        s in zip(problems, tokens, states)
+        partial(titans_advance_, c, w, i, s, one, backend=case.backend, rounded=copy)
+        for (w, _), i, s, copy in zip(problems, tokens, states, copies)
     ]
     try:
         graph, kept = m.captured(calls)
@@ -236,6 +239,9 @@ def step_graph(case: Case, device: str, ceilings: dict, seconds: float = 1.0) ->
         return {"check": check, "status": "skipped", "reason": f"capture: {e}".splitlines()[0], "restart": True}
     for state, (w, _) in zip(states, problems):
         state.assign(init_titans_state(c, w, case.B, device, dtype))
+    for copy in copies:
+        if copy is not None:
+            copy.renew()
 
     def replayed(t: int) -> tuple:
         for mine, (_, i) in zip(tokens, problems):
@@ -260,7 +266,8 @@ def step_graph(case: Case, device: str, ceilings: dict, seconds: float = 1.0) ->
     for commit, key in ((False, "plain"), (True, "commit")):
         ms = [start.elapsed_time(end) / len(problems) for start, end in spans[commit]]
         timed = {"ms": m.stats(ms), "p50": m.quantile(ms, 0.5), "p99": m.quantile(ms, 0.99)}
-        record[key] = m.rates(timed, ceilings, case.dtype, None, m.step_bytes(c, case.B, case.itemsize, commit))
+        nbytes = m.step_bytes(c, case.B, case.itemsize, commit, rounded)
+        record[key] = m.rates(timed, ceilings, case.dtype, None, nbytes)
     return record | {"ms": record["plain"]["ms"]}
 
 
@@ -354,8 +361,8 @@ def elementwise(case: Case, device: str, ceilings: dict, seconds: float = 1.0) -
 
 
 KINDS = {
-    "prefill": prefill, "step": step, "step graph": step_graph, "grad": grad, "conv": elementwise,
-    "gate": elementwise
+    "prefill": prefill, "step": step, "step graph": step_graph, "step graph rounded": step_graph, "grad": grad,
+    "conv": elementwise, "gate": elementwise
 }
 
 

@@ -65,11 +65,11 @@ def state_bytes_per_chunk(c: TitansConfig, B: int) -> int:
     return B * 8 * c.num_heads * c.hidden * c.head_dim * (4 + 4 + 2)
 
 
-def step_bytes(c: TitansConfig, B: int, itemsize: int, commit: bool) -> int:
-    """One token a row: every fast weight read once (base and deviation), x, q read, o written, k, v stored; a
-    commit reads the open chunk's k, v and reads and writes the deviations."""
+def step_bytes(c: TitansConfig, B: int, itemsize: int, commit: bool, rounded: bool = False) -> int:
+    """One token a row: every fast weight read once (base and deviation; rounded: their rounded sum), x, q read,
+    o written, k, v stored; a commit reads the open chunk's k, v and reads and writes the deviations."""
     C, weights = max(c.chunk_memory, c.chunk_other), c.num_heads * weights_per_head(c)
-    moved = weights * (itemsize + 4 * B) + 5 * B * c.d_model * itemsize
+    moved = weights * (itemsize * B if rounded else itemsize + 4 * B) + 5 * B * c.d_model * itemsize
     return moved + (2 * 4 * B * weights + 2 * B * C * c.d_model * itemsize if commit else 0)
 
 

@@ -85,7 +85,7 @@ OF_BACKEND = {
     "cuda": ("*.cuda", "*.cuda_library"),
     "reference": ("*.reference", "*.reference_*"),
 }
-OPERATORS = ("prefill", "step", "step graph", "grad", "accuracy")
+OPERATORS = ("prefill", "step", "step graph", "step graph rounded", "grad", "accuracy")
 OTHERS = ("fla", "fla layer", "sdpa", "ttt", "titans", "copy", "matmul")  # nothing of this package in it
 # what may serve a case that names no backend
 ON_CPU, ON_GPU = ("chunked", "cpp"), ("chunked", "cpp", "triton", "cuda")

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import measure as m
 from hope_kernels import CMSConfig, TitansConfig
-from hope_kernels.ops import TokenInputs, init_titans_state, titans_advance_, titans_chunk
+from hope_kernels.ops import RoundedWeights, TokenInputs, init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.cms.matrix import Matrix
 from hope_kernels.ops.titans.state import FastWeights, Layout
 from hope_kernels.ops.titans.triton import operator, tiles
@@ -112,15 +112,16 @@ def prefill(config: TitansConfig, backend: str, chunks: int) -> Callable[[], obj
     return call
 
 
-def decode(config: TitansConfig, backend: str, tokens: int) -> Callable[[], object]:
-    """Some tokens, one a call, in an open chunk."""
+def decode(config: TitansConfig, backend: str, tokens: int, rounded: bool = False) -> Callable[[], object]:
+    """Some tokens, one a call, in an open chunk. rounded: after the first one they read a rounded copy."""
     w = _weights(config)
     one = torch.ones(1, dtype=torch.int64)
 
     def call():
         state = init_titans_state(config, w, 1, "cpu", BF16)
+        more = {"rounded": RoundedWeights(config, w, state)} if rounded else {}
         for _ in range(tokens):
-            titans_advance_(config, w, _inputs(config, 1), state, one, backend=backend)
+            titans_advance_(config, w, _inputs(config, 1), state, one, backend=backend, **more)
 
     return call
 
@@ -251,6 +252,10 @@ def _memories() -> Iterator[Case]:
         yield Case(f"step C64 D64 N256 cuda sm_{arch}", "step", "cuda", arch, "token of a (row, head)",
                    partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90, None,
                    "ops: step graph C64 D64 N256 H32 B1 T1 bf16 cuda")
+        kept = replace(size, bytes=m.step_bytes(whole, 1, 2, commit=False, rounded=True))
+        yield Case(f"step C64 D64 N256 cuda sm_{arch} rounded", "step", "cuda", arch,
+                   "token of a (row, head)", partial(decode, config, "cuda", rounded=True), 1, 3, 2, kept,
+                   arch == 90, None, "ops: step graph rounded C64 D64 N256 H32 B1 T1 bf16 cuda")
     size = replace(size, blocks=1, warps=4, launches=1, resident=2, persistent=True)
     yield Case("step C64 D64 N256 triton sm_90", "step", "triton", 90, "token of a (row, head)",
                partial(decode, config, "triton"), 1, 3, 2, size, False, None,

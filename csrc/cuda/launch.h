@@ -11,6 +11,11 @@ enum class Element { kBf16, kFp16 };
 // A flag beside those of params.h, with kUpdate: pos is advanced as well.
 constexpr int kCount = 1 << 16;
 
+// TitansParams::rounded (titans/rounded.cuh): 16-bit numbers that are kept of a warp, and the warps of a head;
+// none where a memory has two blocks. hope_kernels/ops/titans/rounded.py counts likewise.
+constexpr int kKeptNumbers = 4096 + 2 * 64 + 8;
+constexpr int64_t kept_warps(int64_t D, int64_t N) { return N * D <= 16384 ? 4 * N * D / 2048 : 0; }
+
 struct Device {
   int capability;    // 80, 86, 90, 100, ..
   int shared_bytes;  // the most dynamic shared memory a block may have

@@ -43,6 +43,7 @@ struct TitansParams {
   const void* alpha_bias;     // [H] likewise, or null
   int64_t* pos;               // [B] tokens read before this call; advanced with kCount (launch.h)
   const int64_t* lengths;     // [B] tokens of this call, clamped to 0 .. T
+  void* rounded;              // [B, H, warps, 4232] T: a token's weights (launch.h), or null
   unsigned char* scratch;     // what does not fit shared memory: Workspace::scratch_bytes
   unsigned int* arrivals;     // [1 + B H]: a ticket, and blocks that have arrived, a (row, head)
   int64_t T;

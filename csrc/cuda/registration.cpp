@@ -148,8 +148,8 @@ Tensor titans_scan(Tensor x, Tensor q, std::optional<Tensor> base2, std::optiona
                    std::optional<Tensor> base1s, Tensor delta2, Tensor delta1, Tensor delta1s,
                    Tensor pending_k, Tensor pending_v, Tensor pending_eta,
                    std::optional<Tensor> pending_alpha, Tensor eta_bias, std::optional<Tensor> alpha_bias,
-                   Tensor pos, Tensor lengths, int64_t activation, int64_t flags, double eta_scale,
-                   double grad_scale) {
+                   Tensor pos, Tensor lengths, std::optional<Tensor> rounded, int64_t activation,
+                   int64_t flags, double eta_scale, double grad_scale) {
   const ScalarType type = x.scalar_type();
   if (type != ScalarType::BFloat16 && type != ScalarType::Half) {
     fail("argument x has dtype ", torch::headeronly::toString(type), ", expected BFloat16 or Half");
@@ -202,6 +202,12 @@ Tensor titans_scan(Tensor x, Tensor q, std::optional<Tensor> base2, std::optiona
   if (given("alpha_bias", alpha_bias, Ms == 2)) expect("alpha_bias", *alpha_bias, {H}, bias);
   expect("pos", pos, {B}, ScalarType::Long);
   expect("lengths", lengths, {B}, ScalarType::Long);
+  if (rounded) {
+    const int64_t warps = hope::kept_warps(D, N);
+    if (warps == 0)
+      fail("argument rounded is given, but heads of width ", D, " with ", N, " hidden units keep none");
+    expect("rounded", *rounded, {B, H, warps, hope::kKeptNumbers}, type);
+  }
 
   const Shape shape = {B, T, H, D};
   Tensor o = torch::stable::new_empty(x, shape);  // of which the kernels write every number
@@ -221,6 +227,7 @@ Tensor titans_scan(Tensor x, Tensor q, std::optional<Tensor> base2, std::optiona
   params.pos = COUNT ? use.written<int64_t>("pos", pos)
                      : static_cast<int64_t*>(const_cast<void*>(use.read("pos", pos)));
   params.lengths = static_cast<const int64_t*>(use.read("lengths", lengths));
+  params.rounded = use.written<void>("rounded", rounded);
   params.T = T, params.B = B, params.H = H, params.N = N, params.C = C;
   params.activation = activation, params.eta_scale = eta_scale, params.grad_scale = grad_scale;
   params.flags = COUNT && flags & hope::kUpdate ? flags | hope::kCount : flags;
@@ -274,7 +281,8 @@ void execute_by(int64_t address) {
   name "(Tensor x, Tensor q, Tensor? base2, Tensor? base1, Tensor? base1s, Tensor(a!) delta2, "          \
        "Tensor(b!) delta1, Tensor(c!) delta1s, Tensor(d!) pending_k, Tensor(e!) pending_v, "             \
        "Tensor(f!) pending_eta, Tensor(g!)? pending_alpha, Tensor eta_bias, Tensor? alpha_bias, " pos    \
-       " pos, Tensor lengths, int activation, int flags, float eta_scale, float grad_scale) -> Tensor"
+       " pos, Tensor lengths, Tensor(i!)? rounded, int activation, int flags, float eta_scale, "         \
+       "float grad_scale) -> Tensor"
 
 STABLE_TORCH_LIBRARY(hope_kernels_cuda, m) {
   m.def(HOPE_SCHEMA("titans_scan", "Tensor"));

@@ -113,6 +113,18 @@ HOPE_DEVICE Float4 load_fresh(const Float4* p) {
   const float4 v = __ldcg(reinterpret_cast<const float4*>(p));
   return {v.x, v.y, v.z, v.w};
 }
+// Requested here and now, even if what comes before its use may return.
+HOPE_DEVICE uint32_t load_ahead(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+HOPE_DEVICE Word4 load_ahead(const Word4* p) {
+  Word4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
 
 // --- clusters (compute capability 9.0 and up) --------------------------------------------------------------
 // Only in code for 9.0 and up: a kernel that may not be there asks with `if constexpr`.

@@ -158,6 +158,7 @@ template <class V> V load_fresh(const V* p) {
   emulator::grid.interrupt();
   return *p;
 }
+template <class V> V load_ahead(const V* p) { return *p; }
 
 // --- clusters ----------------------------------------------------------------------------------------------
 inline int cluster_rank() { return emulator::grid.block().rank; }

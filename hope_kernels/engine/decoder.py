@@ -10,6 +10,9 @@ A token is read in three parts. The middle one is the same work on the same addr
 The kernels of the triton and cuda backends find out on the device whether a chunk closes, so one graph serves
 every position. What a graph holds are addresses, and a boundary may change some: a CMS level's first refresh
 gives a batch weights of its own. Then the step is captured again.
+
+With backend "cuda" a decoder keeps a rounded copy of every memory's weights beside the state: a token reads a
+third of the bytes (ops/titans/rounded.py, which says what keeps it true).
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ import torch
 from torch import Tensor
 
 from ..check import check_tensor
+from ..config import TitansConfig
+from ..layers.titans import SelfModifyingTitans
 from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState, seen_off
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.state import CMSState
 from ..ops.titans.backends import DEVICE_DECIDES
-from ..ops.titans.state import TitansState
+from ..ops.titans.rounded import RoundedWeights, unserved_copy
+from ..ops.titans.state import FastWeights, TitansState
 from ..state import expanded
 from . import native, segments
 from .native import NativeStep
@@ -86,6 +92,8 @@ class Decoder:
                 state.assign(state.usable())
             self._tokens = torch.zeros(state.batch, 1, dtype=torch.int64, device=self.device)
             self._one_each = torch.ones(state.batch, dtype=torch.int64, device=self.device)
+            found = [self._memories(i) for i in range(len(state.mixers))]
+            self._rounded = [None if m is None else RoundedWeights(*m) for m in found]
         self._ones = [1] * state.batch
         self._levels: Levels = []
         self._stale = True  # whether ``_levels`` are no longer those of the state
@@ -185,6 +193,7 @@ class Decoder:
             signature = _signature(self._levels, state.mixers)
             if signature != self._signature:
                 self._graph, self._signature = None, signature
+        self._renew()
         if self._graph is None and self.capture and _uniform(self._levels):
             self._capture()
         in_cpp = self._in_cpp() if self.device.type == "cpu" else None
@@ -202,6 +211,21 @@ class Decoder:
             mixer.pos[:] = [p + 1 for p in mixer.pos]
         return logits
 
+    def _memories(self, i: int) -> tuple[TitansConfig, FastWeights, TitansState] | None:
+        """Of a block whose memories the backend reads from rounded weights: what those are made of."""
+        state, layer = self.state.mixers[i], self.model.blocks[i].mixer
+        if not isinstance(state, TitansState) or not isinstance(layer, SelfModifyingTitans):
+            return None
+        served = self.backend == "cuda" and unserved_copy(state.config) is None
+        return (state.config, layer.w_init, state) if served else None
+
+    def _renew(self) -> None:
+        """Forgets rounded weights of what PyTorch has written since: before a replay, which cannot do so, and
+        before a capture, every replay of which would."""
+        for i, rounded in enumerate(self._rounded):
+            if rounded is not None and (memories := self._memories(i)) is not None:
+                rounded.of(*memories)
+
     def _in_cpp(self) -> NativeStep | None:
         """The step as one call of C++, where that serves the model as it is now."""
         if not self._asked:
@@ -215,7 +239,7 @@ class Decoder:
         """The model's step over the buffers: reads ``_tokens``, writes the mixers' tensors. Asks the host for
         nothing."""
         mixers = self.state.mixers
-        logits, new = self._forward(mixers)
+        logits, new = self._forward(mixers, self._rounded)
         for old, now in zip(mixers, new):
             for a, b in zip(old.tensors(), now.tensors(), strict=True):
                 if a is not b:
@@ -225,11 +249,14 @@ class Decoder:
             torch.ops.aten._foreach_add_.Scalar(counts, 1)
         return logits
 
-    def _forward(self, mixers: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
+    def _forward(
+        self, mixers: list[MixerState], rounded: list[RoundedWeights | None]
+    ) -> tuple[Tensor, list[MixerState]]:
         """Logits and the mixers' new states. The kernels of ``DEVICE_DECIDES`` go by ``count``, and advance
         all else in place but the inputs that the convolution keeps."""
         if self.backend in DEVICE_DECIDES:
-            mixers = [m.in_place(self._one_each) if isinstance(m, TitansState) else m for m in mixers]
+            pairs = zip(mixers, rounded)
+            mixers = [m.in_place(self._one_each, of) if isinstance(m, TitansState) else m for m, of in pairs]
         h, new = self.model.run(self.model.embed(self._tokens), mixers, self._levels, self._ones, self.backend)
         return self.model.logits(h, self._ones), new
 
@@ -238,7 +265,7 @@ class Decoder:
             aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
             aside.wait_stream(here)
             with torch.cuda.stream(aside):  # kernels are compiled and libraries started outside the graph
-                self._forward([m.clone() for m in self.state.mixers])
+                self._forward([m.clone() for m in self.state.mixers], [None] * len(self._rounded))
             here.wait_stream(aside)
             self._graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(self._graph, pool=self._pool):

@@ -20,11 +20,12 @@ from .cms.chain import cms_forward, cms_gradients
 from .cms.refresh import cms_refresh, cms_refresh_
 from .titans.backends import DEVICE_DECIDES, IN_PLACE, resolve
 from .titans.inputs import TokenInputs
+from .titans.rounded import RoundedWeights
 from .titans.state import FastWeights, Layout, TitansState, init_titans_state
 
 __all__ = [
-    "FastWeights", "Layout", "TitansState", "TokenInputs", "cms_forward", "cms_gradients", "cms_refresh",
-    "cms_refresh_", "init_titans_state", "titans_advance_", "titans_chunk", "titans_step",
+    "FastWeights", "Layout", "RoundedWeights", "TitansState", "TokenInputs", "cms_forward", "cms_gradients",
+    "cms_refresh", "cms_refresh_", "init_titans_state", "titans_advance_", "titans_chunk", "titans_step",
 ]
 
 
@@ -91,7 +92,7 @@ def _check_inputs(
 @torch.no_grad()
 def titans_advance_(
     config: TitansConfig, w_init: FastWeights, inputs: TokenInputs, state: TitansState, lengths: Tensor,
-    *, update: bool = True, backend: str = "triton",
+    *, update: bool = True, backend: str = "triton", rounded: RoundedWeights | None = None,
 ) -> Tensor:
     """``titans_chunk`` on the Triton or the CUDA backend, in place and decided on the device alone: o [B, T,
     H, D], zero after a row's length.
@@ -101,6 +102,9 @@ def titans_advance_(
     for every token, chunk boundaries included. ``state.pos``, on the host, stays behind. Every other call
     goes by it: call ``state.synchronize()``, one read of the device, when you leave the loop (and after
     replaying a captured graph of a whole layer).
+    rounded: of backend "cuda", the state's rounded weights: one token then reads a third of the bytes, with the
+    same bits. Before a captured graph is replayed, call ``rounded.renew()`` if anybody may have written the state
+    or the weights since.
     Raises ValueError for shapes, dtypes, a state of another configuration, and a backend that cannot serve.
     """
     name = "titans_advance_"
@@ -118,8 +122,11 @@ def titans_advance_(
         )
     if backend not in DEVICE_DECIDES:
         raise ValueError(f"{name}: argument backend is {backend!r}, expected {' or '.join(map(repr, DEVICE_DECIDES))}")
+    if rounded is not None and backend != "cuda":
+        raise ValueError(f"{name}: argument rounded is for backend 'cuda', not {backend!r}")
     advance_ = resolve(config, given.dtype, given.device, backend, entries=IN_PLACE)
-    return advance_(config, w_init, inputs, state, lengths, update=update)
+    more = {} if rounded is None else {"rounded": rounded}
+    return advance_(config, w_init, inputs, state, lengths, update=update, **more)
 
 
 def titans_step(

@@ -15,7 +15,7 @@ from contract import Accurate, Backend, Case, Streaming
 from cuda_in_ptx import BF16, FP16, NAMES, config_of, image_of
 from problems import cast, part, problem, run, same
 
-from hope_kernels.ops import init_titans_state, titans_advance_
+from hope_kernels.ops import RoundedWeights, init_titans_state, titans_advance_
 from hope_kernels.ops.shared.triton_build import SHARED_KIB
 from hope_kernels.ops.titans import cuda as titans
 from tools import build_cuda
@@ -281,6 +281,33 @@ def test_steps_count_what_they_read(config, capability, dtype, multiprocessors, 
             o = titans_advance_(config, w_init, part(inputs, t, t + 1), state, lengths, backend="cuda")
         assert torch.equal(o, want[:, t : t + 1]) and state.count.tolist() == [t + 1, 14]
         assert ran() == kernels
+    assert same(state.synchronize(), end)
+
+
+@pytest.mark.parametrize("config, capability, dtype", [
+    (MEMORY, 80, BF16), (CLUSTERS, 90, FP16), (config_of(128, 1), 90, BF16),
+    *(pytest.param(config_of(64, mult, 64), 90, dtype, marks=pytest.mark.slow)
+      for mult in (1, 4) for dtype in (BF16, FP16)),
+    pytest.param(OFF_CHIP, 120, BF16, marks=pytest.mark.slow),
+    pytest.param(config_of(128, 1), 80, FP16, marks=pytest.mark.slow)
+])
+def test_tokens_that_read_rounded_weights(config, capability, dtype):
+    """One makes the copy and others read it, before a boundary and after it; one row has nothing to read at times.
+    A pure read reads the copy too."""
+    C = config.chunk_memory
+    w_init, inputs = (cast(t, dtype) for t in problem(config, 2, C + 2, 0.5))
+    emulate(capability, 1)
+    want, end = run(config, w_init, inputs, "cuda", [C + 2, C + 1])
+    _, state = run(config, w_init, part(inputs, 0, C - 2), "cuda")
+    rounded = RoundedWeights(config, w_init, state)
+    for t in range(C - 2, C + 2):
+        gpu.options, lengths = Options(seed=t, resident=5), torch.tensor([1, int(t <= C)])
+        given = config, w_init, part(inputs, t, t + 1), state, lengths
+        with torch.no_grad():
+            read = titans_advance_(*given, update=False, backend="cuda")
+            assert torch.equal(titans_advance_(*given, update=False, backend="cuda", rounded=rounded), read)
+            o = titans_advance_(*given, backend="cuda", rounded=rounded)
+        assert torch.equal(o[0], want[0, t : t + 1]) and (t > C or torch.equal(o[1], want[1, t : t + 1]))
     assert same(state.synchronize(), end)
 
 

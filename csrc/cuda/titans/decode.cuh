@@ -13,10 +13,13 @@
 //             (row, head) are a cluster, which meets where the chunk is full and nowhere else. launch.cuh says
 //             which of the two serves a call. Memories of two blocks decode through prefill.
 // BYTES       6 a weight (fp32 deviation, 16-bit base): 24 KB a warp, all of them requested before the first
-//             is needed. A commit reads them once more, and writes 4.
+//             is needed; 2, or 8 KB, where a rounded copy is kept (rounded.cuh), requested before anything is
+//             known of the row. A commit reads 6 once more, and writes 4; to renew the copy it reads the base
+//             again and writes 2.
 // FLOPS       16 times what one token needs, on tensor cores that would be idle.
 #pragma once
 #include "prefill.cuh"
+#include "rounded.cuh"
 
 namespace hope {
 
@@ -41,21 +44,28 @@ template <int D, class T> struct DecodeSink {
   }
 };
 
-// Block `rank` of a (row, head), of `warps` warps, reads the row's token.
+// Block `rank` of a (row, head), of `warps` warps, reads the row's token. If that fills the chunk: the mark of
+// the next one (rounded.cuh), else 0.
 template <int D, class T, int ACT>
-HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int rank, int warps) {
+HOPE_DEVICE uint32_t decode(const TitansParams& p, const Plan& plan, int group, int rank, int warps) {
   const int lane = lane_index(), warp = warp_index();
   const int64_t b = group / p.H;
   const int h = group % p.H;
   const bool update = p.flags & kUpdate;
+  if (rank > 0 && !update) return 0;
+  // Requested before anything is known of the row, and first of all. A head has as many warps in either plan.
+  const auto rounded = Rounded<D>::of(p, static_cast<int64_t>(block_index()) * warps + warp);
+  typename Rounded<D>::Held held;
+  if (rounded.words != nullptr) rounded.load(held, lane);
+  const Role role = Role::of(plan, rank, warp, warps);
+  const bool keeps = rounded.words != nullptr && !role.idle();
+  if (keeps && !role.full()) rounded.load_scalars(held, lane);
   if (p.lengths[b] <= 0) {
     if (rank == 0 && warp == 0)
       for (int i = lane; i < D / 2; i += 32) static_cast<uint32_t*>(p.o)[(b * p.H + h) * (D / 2) + i] = 0;
-    return;
+    return 0;
   }
-  if (rank > 0 && !update) return;
   const Shared<D, T> shared{plan};
-  const Role role = Role::of(plan, rank, warp, warps);
   const Place<D> place = Place<D>::of(p, role);
   const Deviations deviations = Deviations::of(p, group, D, plan.memories);
   const Bases<T> bases = Bases<T>::of(p, h, D, plan.memories);
@@ -68,19 +78,31 @@ HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int 
   };
   if (rank == 0) fetch(shared.input(true, 0), p.q);
   if (rank > 0 || plan.full_warps < warps) fetch(shared.input(false, 0), p.x);
-  Word4 blocks[16] = {};
-  if (!role.idle()) {
-    for_blocks<D>(place, role.full(), p.N, [&](int i, int first, int stride, bool w1) {
-      float f[8];
-      load_block(f, (w1 ? deviations.w1 : deviations.w2) + first, stride, lane);
-      blocks[i] = round_block<T>(f, base_block<T>(bases, role, w1, first, stride, lane));
-    });
+  const uint32_t mark = Rounded<D>::mark_of(p, b);
+  if (keeps && held.mark == mark) {
+    if (!role.full()) rounded.put_scalars(shared, held, warp, lane);
+  } else {
+    if (role.idle()) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) held.blocks[i] = {0, 0, 0, 0};
+    } else {
+      for_blocks<D>(place, role.full(), p.N, [&](int i, int first, int stride, bool w1) {
+        float f[8];
+        load_block(f, (w1 ? deviations.w1 : deviations.w2) + first, stride, lane);
+        held.blocks[i] = round_block<T>(f, base_block<T>(bases, role, w1, first, stride, lane));
+      });
+    }
+    load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
+    if (keeps) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) rounded.put(i, held.blocks[i]);
+      rounded.finish(shared, mark, role.full(), warp, lane);
+    }
   }
-  load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
   wait_copies();
   sync_block();
   const T* tile = shared.input(role.memory == kMemory, 0);
-  read_shares<D, T, ACT>(shared, role, tile, HeldWeights<D>{blocks}, warp, lane);
+  read_shares<D, T, ACT>(shared, role, tile, HeldWeights<D>{held.blocks}, warp, lane);
   sync_block();
   // by a warp that has no part of the output, if there is one
   const int writer = epilogue_warp(plan.full_warps, row);
@@ -88,16 +110,18 @@ HOPE_DEVICE void decode(const TitansParams& p, const Plan& plan, int group, int 
   DecodeSink<D, T> sink{p, static_cast<T*>(p.o) + token, (b * p.C + slot) * p.H + h};
   if (!role.full() || role.within == writer)
     read_results<D, T>(p, shared, role, tile, h, row, row + 1, lane, sink);
+  return slot == p.C - 1 ? mark + p.C : 0;
 }
 
 // Commits the full chunk of a (row, head), of which all tokens are among the pending ones: block `rank` the
 // weights that are its own. Blocks of a cluster clear the tokens once all have read them; of others, which a
-// counter tells in which order they have read them, the last one does.
+// counter tells in which order they have read them, the last one does. next: the mark of the next chunk.
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
-HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int group, int rank) {
+HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int group, int rank, uint32_t next) {
   const Shared<D, T> shared{plan};
   Call& call = shared.call();
   call.enter<D>(p, plan, group, rank);
+  if (thread_index() == 0) store_shared(&call.next, next);
   move_pending<D, T, true>(p, shared, group / p.H, group % p.H, 0, p.C);
   sync_block();
   if (plan.blocks > 1) {
@@ -122,7 +146,15 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
   Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
   const int g = load_shared(&call.group);
-  store_state<D, T>(state, p, shared, call.role(plan, warp), 0, g, warp, lane);
+  const Role role = call.role(plan, warp);
+  store_state<D, T>(state, p, shared, role, 0, g, warp, lane);
+  const auto rounded = Rounded<D>::of(p, static_cast<int64_t>(block_index()) * kWarps + warp);
+  if (rounded.words != nullptr && !role.idle()) {
+    const Bases<T> bases = Bases<T>::of(p, g % p.H, D, plan.memories);
+    const Own own{p, plan, call, warp, lane};
+    round_weights<D, T>(state, rounded, own, bases, Place<D>::of(p, role), role, p.N, lane);
+    rounded.finish(shared, load_shared(&call.next), role.full(), warp, lane);
+  }
   bool last = load_shared(&call.rank) == 0;
   if (plan.blocks > 1) {
     if constexpr (MODE == kCluster) cluster_wait();
@@ -133,17 +165,18 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
 
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
-  const int group = block_index() / plan.blocks, rank = block_index() % plan.blocks;
+  // 1, 2 or 4 blocks; a division would come before the first request
+  const int group = block_index() >> (plan.blocks / 2), rank = block_index() & (plan.blocks - 1);
   const bool commit_only = p.flags & kCommitOnly;
-  const int64_t b = group / p.H;
-  const bool full = p.lengths[b] > 0 && slot_of(p, b) == p.C - 1;  // the same for all blocks that meet
+  uint32_t next = 0;  // the same for all blocks that meet
   if (!commit_only) {
-    decode<D, T, ACT>(p, plan, group, rank, kWarps);
-  } else if (p.lengths[b] > 0) {
+    next = decode<D, T, ACT>(p, plan, group, rank, kWarps);
+  } else if (const int64_t b = group / p.H; p.lengths[b] > 0) {
+    if (slot_of(p, b) == p.C - 1) next = Rounded<D>::mark_of(p, b) + p.C;
     sync_block();
     if (thread_index() == 0) count_tokens(p, b, 1, plan.blocks);
   }
-  if (!full) return;
+  if (next == 0) return;
   if (!commit_only) {  // the other blocks' part of the token
     sync_block();
     if constexpr (MODE == kCluster) {
@@ -153,7 +186,7 @@ HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
       }
     }
   }
-  commit_pending<D, T, ACT, MODE, ON_CHIP>(p, plan, group, rank);
+  commit_pending<D, T, ACT, MODE, ON_CHIP>(p, plan, group, rank, next);
 }
 
 template <int D, class T, int ACT>

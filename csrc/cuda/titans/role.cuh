@@ -42,6 +42,7 @@ struct Call {
   int chunk;              // C
   int arrived;            // blocks of the group that had read the tokens of a commit before this one
   int head;               // of the group
+  uint32_t next;          // where rounded weights are kept, the mark of those that a commit leaves (rounded.cuh)
   int64_t first_token;    // where it lies in x, q and o: numbers
   int64_t scratch;        // where the block's part of the scratch begins: bytes
   int roles[kWarps];      // of each warp; also, in the upper half, its first block of a (and of d)

@@ -15,6 +15,7 @@ from ...config import TitansConfig
 from ..shared import cuda_library as library
 from ..shared.activations import ACTIVATION_CODES
 from .kernel_call import call
+from .rounded import RoundedWeights
 from .state import FastWeights, TitansState
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -63,11 +64,13 @@ def titans_cuda(
 
 
 def titans_advance_(
-    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True
+    config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, lengths: Tensor, *, update: bool = True,
+    rounded: RoundedWeights | None = None,
 ) -> Tensor:
     """As ``titans_cuda``, in place and without a look from the host: o. ``state.synchronize()`` brings
     ``state.pos`` after it."""
-    given = arguments(config, w_init, inputs, state, state.count, lengths, update)
+    copy = None if rounded is None else rounded.of(config, w_init, state)
+    given = arguments(config, w_init, inputs, state, state.count, lengths, update, copy)
     return torch.ops.hope_kernels_cuda.titans_advance(*given)
 
 
@@ -75,21 +78,23 @@ def _scan(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor,
     update: bool
 ) -> Tensor:
-    return torch.ops.hope_kernels_cuda.titans_scan(*arguments(config, w_init, inputs, state, pos, lengths, update))
+    copy = None if state._rounded is None else state._rounded.of(config, w_init, state)
+    given = arguments(config, w_init, inputs, state, pos, lengths, update, copy)
+    return torch.ops.hope_kernels_cuda.titans_scan(*given)
 
 
 def arguments(
     config: TitansConfig, w_init: FastWeights, inputs, state: TitansState, pos: Tensor, lengths: Tensor,
-    update: bool
+    update: bool, rounded: Tensor | None = None,
 ) -> tuple:
-    """What ``hope_kernels_cuda::titans_scan`` takes, in order."""
+    """What ``hope_kernels_cuda::titans_scan`` takes, in order. rounded: of a ``RoundedWeights``."""
     dtype = inputs.x.dtype
     base = [t.to(dtype) for t in w_init] if config.retain_to == "init" else [None] * 3
     biases = [inputs.eta_bias, inputs.alpha_bias if config.retention else None]
     same = all(t is None or t.dtype == dtype for t in biases)
     biases = [t if t is None or same else t.float() for t in biases]
     return (
-        inputs.x, inputs.q, *base, *(getattr(state, n) for n in _WRITTEN), *biases, pos, lengths,
+        inputs.x, inputs.q, *base, *(getattr(state, n) for n in _WRITTEN), *biases, pos, lengths, rounded,
         ACTIVATION_CODES[config.activation], flags(config, update, not same), config.eta_scale,
         1.0 if config.objective == "dot" else config.grad_scale,
     )

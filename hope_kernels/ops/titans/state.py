@@ -144,8 +144,9 @@ class TitansState(State):
 
     INPUT_DTYPE = frozenset({"pending_k", "pending_v", "conv_tail"})
 
-    # What ``in_place`` was given: no field, so no copy has it.
+    # What ``in_place`` was given: no fields, so no copy has them.
     _reads = None
+    _rounded = None
 
     def __post_init__(self):
         if self.count is None:  # a new state, or one from a file written before there was a counter on the device
@@ -181,12 +182,13 @@ class TitansState(State):
             changes["count"] = self.count + on_device(lengths, self.count.device)
         return replace(self, pos=pos, **changes)
 
-    def in_place(self, reads: Tensor) -> TitansState:
+    def in_place(self, reads: Tensor, rounded: Any = None) -> TitansState:
         """The same tensors, for one call of a backend of ``DEVICE_DECIDES`` that reads ``reads`` [B] int64
         tokens of each row: it writes them where they lie, instead of into copies, all but ``count`` and
-        ``conv_tail``. ``count``, not ``pos``, says where the rows stand."""
+        ``conv_tail``. ``count``, not ``pos``, says where the rows stand. rounded: a ``RoundedWeights`` of this
+        state, for backend "cuda"."""
         made = replace(self)
-        made._reads = reads
+        made._reads, made._rounded = reads, rounded
         return made
 
     @property
