@@ -177,8 +177,11 @@ def _joined(model: Model, call: Call, parts: list[Heads], places: list[list[int]
     for part in parts:
         assert part.nats is not None and part.last is not None
         n = part.nats.shape[1]
-        read = torch.tensor([any(at <= i < at + n for i in p) for p in places], device=like.device)
-        last, at = torch.where(read.unsqueeze(1), part.last, last), at + n
+        read = [any(at <= i < at + n for i in p) for p in places]
+        last = part.last if all(read) else torch.where(
+            torch.tensor(read, device=like.device).unsqueeze(1), part.last, last
+        )
+        at += n
     return Losses(_in_order(nats, places, T).squeeze(-1), last)
 
 
