@@ -150,8 +150,9 @@ def _round(
             model, state, state.mixers, tokens, targets, whole, step, counts, call.backend, logits=not call.losses,
             check_finite=check
         )
-        rows = [b for b, w in enumerate(whole) if w]
-        state = segments.kept(state, rows, tokens[rows], targets.ids[rows], [step[b] for b in rows])
+        if state.kept is not None:
+            rows = [b for b, w in enumerate(whole) if w]
+            state = segments.kept(state, rows, tokens[rows], targets.ids[rows], [step[b] for b in rows])
     elif model.holds and not frozen and waits == [n > 0 for n in step]:
         apart = [m.snapshot() for m in state.mixers]
         heads, mixers, held = segments.read_and_hold(
