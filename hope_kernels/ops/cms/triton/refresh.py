@@ -42,11 +42,8 @@ def refresh_kernel(
 ):
     """weight, moment, square, total [B, ROWS, COLS] fp32, copy in another type; left [B, C, ROWS], right
     [B, C, COLS]; rows int32: the row of the batch that program (., i) works for. CLEAR: total becomes 0, else
-    it stays as it is. READ: beta is not 0. LATE: lr and root are what late [2] fp32 holds by then. Grid (tiles,
-    rows)."""
-    if LATE:
-        lr = tl.load(late_p)
-        root = tl.load(late_p + 1)
+    it stays as it is. READ: beta is not 0. LATE: of adam lr and root are what late [2] fp32 holds by then. Grid
+    (tiles, rows)."""
     i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(ROWS, BM), tl.cdiv(COLS, BN), GROUP)
     b = tl.load(rows_p + tl.program_id(1)).to(tl.int64)
     i, j = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
@@ -71,6 +68,9 @@ def refresh_kernel(
         tl.store(square_p + at, v, mask=inside)
         f = mu * tl.load(moment_p + at, mask=inside, other=0.0) + first * f
         tl.store(moment_p + at, f, mask=inside)
+        if LATE:
+            lr = tl.load(late_p)
+            root = tl.load(late_p + 1)
         f /= root * tl.sqrt(v) + EPS
     elif MOMENT:
         f += mu * tl.load(moment_p + at, mask=inside, other=0.0)
