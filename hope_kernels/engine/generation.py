@@ -15,7 +15,7 @@ from ..model_state import ModelState
 from . import native, segments
 from .decoder import Decoder
 from .head import mask
-from .options import PIECE, OnPiece, Options, check_callbacks, check_flags
+from .options import PIECE, OnPiece, Options, check_callbacks
 from .protocol import Model
 from .sampling import draw
 from .source import Opened, Source, opened
@@ -54,6 +54,7 @@ def read(
     learn: str = "off", backend: str | None = None, piece: int = PIECE, on_piece: OnPiece | None = None,
     check_finite: bool = True, last: Tensor | None = None, should_stop: Callable[[], bool] | None = None,
     wavefront: int | None = None, unread: str | None = None, replay: int = 0, seed: int = 0, guard: bool = True,
+    graph: bool = False,
 ) -> Reading:
     """Reads ids [B, T] int64 in pieces; memory does not grow with T (for attention without a window, the
     cache does).
@@ -76,14 +77,17 @@ def read(
     replay, seed: with learn="next_token", from here on the state keeps so many of the segments that it learns,
     for the model's ``replay`` (0: as many as it keeps already, which may be none). seed: of which ones.
     guard: as in the model's ``forward``, with learn="next_token".
+    graph: with learn="next_token" on CUDA, learn whole segments from CUDA graphs where that is possible
+    (``engine/segment_graphs.py``; never run on a GPU yet, hence on request). The bits are the same.
 
     Raises ValueError for arguments out of range, TypeError for ids, last or a state of another kind, and what
-    the model raises; the state then stands after the last whole piece.
+    the model raises; the state then stands after the last whole piece, with ``graph`` possibly inside the one
+    after it.
     """
     options = Options(
         op="read", learn=learn, backend=backend, piece=piece, on_piece=on_piece, check_finite=check_finite,
-        should_stop=should_stop, unread=unread, guard=guard, last=last, wavefront=wavefront, replay=replay,
-        seed=seed,
+        should_stop=should_stop, unread=unread, guard=guard, graph=graph, last=last, wavefront=wavefront,
+        replay=replay, seed=seed,
     )
     return _read(model, opened("read", model, ids, state, lengths, unread), state, options)
 
@@ -102,7 +106,7 @@ def _read(model: Model, text: Opened, state: ModelState | None, options: Options
     if options.replay and model.learns:
         segments.keep(state, options.replay, options.seed)
     nats = torch.zeros(B, dtype=torch.float64, device=now.device)
-    predicted, at, finished = [0] * B, 0, True
+    predicted, at, finished, graphs = [0] * B, 0, True, options.graphs(model, state)
     while now.shape[1] and (lengths is None or at < max(lengths, default=0)):
         end = at + now.shape[1] if lengths is None else min(at + now.shape[1], max(lengths))
         now, ahead = now[:, : end - at], take(piece)
@@ -110,13 +114,16 @@ def _read(model: Model, text: Opened, state: ModelState | None, options: Options
             finished = False
             break
         step = [end - at] * B if lengths is None else [min(max(n - at, 0), end - at) for n in lengths]
-        following = None
-        if ahead.shape[1]:
+        following, found = None, None
+        if graphs is not None and ahead.shape[1] and all(n > end for n in lengths or []):
+            found = graphs.read(now, ahead[:, 0], options.guard, options.check_finite)
+        if found is None and ahead.shape[1]:
             known = [lengths is None or n > end for n in lengths or [0] * B]
             following = torch.where(torch.tensor(known, device=now.device), ahead[:, 0], -1)
-        found, state = options.call(
-            model, now, state, step, wavefront=options.wavefront, output="losses", following=following
-        )
+        if found is None:
+            found, state = options.call(
+                model, now, state, step, wavefront=options.wavefront, output="losses", following=following
+            )
         # the loss of what follows is counted with the piece that reads it
         nats += torch.where(mask([n - 1 for n in step], end - at, now.device), found.nats, 0).double().sum(1)
         some = torch.tensor([n > 0 for n in step], dtype=torch.bool, device=now.device)
@@ -160,7 +167,8 @@ def generate(
     says True, ``generate`` returns what it has (no token at all, if it was still reading: go on with the rest
     of the prompt).
     graph: decode with a ``Decoder`` while no row has ended, which replays the step from a CUDA graph where
-    that is possible (on CUDA with backend "triton" or "cuda"; never run on a GPU yet, hence on request).
+    that is possible (on CUDA with backend "triton" or "cuda"; never run on a GPU yet, hence on request); and
+    ``read`` the prompt with ``graph``.
     ValueError for a model with attention.
     guard: what is learned is taken back where it reads worse than the model's own weights; ``state.rollbacks``
     counts (see the model's ``forward``).
@@ -171,9 +179,8 @@ def generate(
     op = "generate"
     options = Options(
         op=op, learn=learn, backend=backend, piece=piece, on_piece=on_piece, check_finite=check_finite,
-        should_stop=should_stop, unread=unread, guard=guard,
+        should_stop=should_stop, unread=unread, guard=guard, graph=graph,
     )
-    check_flags(op, graph=graph)
     check_callbacks(op, on_token=on_token)
     max_new_tokens = check_integer(op, "max_new_tokens", max_new_tokens, 1, "a positive integer")
     temperature = check_number(op, "temperature", temperature, lambda t: t >= 0, "a number >= 0")

@@ -59,12 +59,15 @@ class Heads(NamedTuple):
 def read_head(
     model: Model, h: Tensor, lengths: list[int], targets: Targets | None, *, logits: bool = True,
     learners: list[bool] | None = None, check_finite: bool = False, least: float = 0.0,
+    finite: Tensor | None = None,
 ) -> Heads:
     """The head over h [B, n, d], of which ``lengths`` tokens a row count.
 
     targets: for the losses; None: there are none. logits: whether they are kept. learners: rows whose losses
     are summed and differentiated by h, under any grad mode; the model's parameters get no gradient. least:
-    losses below it, in nats, are not differentiated.
+    losses below it, in nats, are not differentiated. finite: a bool on the device that becomes false, in
+    place, where a logit is not finite (of tokens that do not count, too): a look that does not wait for the
+    device.
     Raises ValueError for non-finite logits, with ``check_finite``.
     """
     if targets is None:
@@ -89,10 +92,14 @@ def read_head(
             slopes.append(slope)
         if check_finite:
             _check(piece, here)
+        if finite is not None:
+            finite.logical_and_(torch.isfinite(piece).all())
         nats.append(loss)
         rows = [r for r, m in enumerate(lengths) if a < m <= b]
         if rows:
-            ends = piece[rows, [lengths[r] - 1 - a for r in rows]]
+            places = [lengths[r] - 1 - a for r in rows]
+            alike = len(rows) == B and len(set(places)) == 1  # then no index has to come from the host
+            ends = piece[:, places[0]].clone() if alike else piece[rows, places]
             last = ends if len(rows) == B else last.index_copy(0, torch.tensor(rows, device=h.device), ends)
         if logits:
             parts.append(piece)

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..check import check_integer
 from ..model_state import ModelState
 from .protocol import Model
+from .recorder import recorder_for
+from .segment_graphs import SegmentGraphs, unserved
 
 PIECE = 4096  # tokens read per forward call: bounds activations and logits, whatever the prompt's length
 
@@ -33,6 +35,7 @@ class Options:
     should_stop: Callable[[], bool] | None
     unread: str | None
     guard: bool
+    graph: bool
     # of ``read`` alone
     last: Tensor | None = None
     wavefront: int | None = None
@@ -50,7 +53,7 @@ class Options:
         if self.replay and self.learn != "next_token":
             raise ValueError(f"{op}: argument replay is {self.replay}, expected 0 with learn={self.learn!r}: what "
                              "is kept is what has been learned")
-        check_flags(op, check_finite=self.check_finite, guard=self.guard)
+        check_flags(op, check_finite=self.check_finite, guard=self.guard, graph=self.graph)
         if self.unread not in (None, "before", "included"):
             raise ValueError(f"{op}: argument unread is {self.unread!r}, expected 'before', 'included' or "
                              "None")
@@ -58,6 +61,13 @@ class Options:
 
     def stopped(self) -> bool:
         return self.should_stop is not None and self.should_stop()
+
+    def graphs(self, model: Model, state: ModelState) -> SegmentGraphs | None:
+        """What reads whole segments from graphs; None: nothing does."""
+        recorder = recorder_for(state.ids.device) if self.graph and self.learn == "next_token" else None
+        if recorder is None or unserved(model, self.backend) is not None:
+            return None
+        return SegmentGraphs(model, state, self.backend, recorder)
 
     def call(
         self, model: Model, ids: Tensor, state: ModelState, lengths: list[int], **more: Any

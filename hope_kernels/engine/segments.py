@@ -150,7 +150,7 @@ def recorded(
 def learn_segment(
     model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, targets: Targets, rows: list[bool],
     lengths: list[int], counts: list[int] | None, backend: str | None, among: list[int] | None = None, *,
-    logits: bool = True, check_finite: bool = False,
+    logits: bool = True, check_finite: bool = False, finite: Tensor | None = None,
 ) -> tuple[Heads, list[MixerState]]:
     """Reads one segment from ``mixers`` and descends its loss: the draft ``state.cms`` is changed, level by
     level, as the backward passes.
@@ -158,22 +158,22 @@ def learn_segment(
     ids [B, n], lengths: tokens of each row that count; a row marked in ``rows`` contributes the summed
     cross-entropy (nats) of those whose target is known, and its levels commit where they are due at ``counts``
     (of the whole batch; None: nothing commits). among: the rows of the batch that ids and mixers are of; None:
-    all. Returns what the head made of the segment (with logits only where asked) and the mixers after it, all
-    detached. Runs with grad enabled and inference mode off whatever the caller's mode.
+    all. finite: as in ``read_head``. Returns what the head made of the segment (with logits only where asked)
+    and the mixers after it, all detached. Runs with grad enabled and inference mode off whatever the caller's mode.
     """
     marked = [b for b, r in enumerate(rows) if r]
     learners = marked if among is None else [among[b] for b in marked]
     with torch.inference_mode(False), torch.enable_grad():
         ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
-        sinks, before = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1]), mixers
-        h, mixers, anchor = read_graph(model, state, mixers, ids, lengths, backend, sinks, among)
-        heads = read_head(
-            model, h.detach(), lengths, targets, logits=logits, learners=rows, check_finite=check_finite
+        sinks = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1])
+        read = Segment(mixers, ids, targets, lengths, backend)
+        found = read_to_learn(
+            model, state, read, rows, sinks, among, logits=logits, check_finite=check_finite, finite=finite
         )
+        heads = found.heads
         assert heads.slopes is not None and heads.nats is not None
-        read = Segment(before, ids, targets, lengths, backend)
-        torch.autograd.grad(h, anchor, judged(model, state, read, marked, learners, heads.nats, heads.slopes))
-    return heads, mixers
+        found.learn(judged(model, state, read, marked, learners, heads.nats, heads.slopes))
+    return heads, found.mixers
 
 
 class Segment(NamedTuple):
@@ -185,6 +185,34 @@ class Segment(NamedTuple):
     lengths: list[int]
     backend: str | None
     apart: bool = False
+
+
+class ReadToLearn(NamedTuple):
+    """A segment as the blocks and the head have read it. h: what the blocks made of it, whose graph runs to
+    ``anchor``; mixers: as they are after it."""
+
+    h: Tensor
+    anchor: Tensor
+    heads: Heads
+    mixers: list[MixerState]
+
+    def learn(self, slopes: Tensor) -> None:
+        """Takes dL/dh back through the blocks, whose levels hand their factors to the sinks; once."""
+        torch.autograd.grad(self.h, self.anchor, slopes)
+
+
+def read_to_learn(
+    model: Model, state: ModelState, read: Segment, rows: list[bool], sinks: list[Sink | None],
+    among: list[int] | None = None, *, logits: bool, check_finite: bool = False, finite: Tensor | None = None,
+) -> ReadToLearn:
+    """The part of ``learn_segment`` before its gradient; grad mode is on."""
+    lengths = read.lengths
+    h, mixers, anchor = read_graph(model, state, read.mixers, read.ids, lengths, read.backend, sinks, among)
+    heads = read_head(
+        model, h.detach(), lengths, read.targets, logits=logits, learners=rows, check_finite=check_finite,
+        finite=finite,
+    )
+    return ReadToLearn(h, anchor, heads, mixers)
 
 
 @dataclass

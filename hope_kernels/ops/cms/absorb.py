@@ -217,6 +217,8 @@ def _step(
                 for name, w in weights.items():
                     left, right = (None, None) if new is None else new[name]
                     adam = Adam(squares[name], config.betas, *at) if squares else None
+                    if adam is not None and state.private is not None and state.private.late is not None:
+                        adam = adam._replace(late=state.private.late(l, adam, rates[name]))
                     ops.refresh_(w, copies.get(name), left, right, alike, rates[name], moment=moments.get(name),
                                  mu=config.momentum, total=total.get(name), adam=adam)
     _mark(state.dirty[l], rows, 0)

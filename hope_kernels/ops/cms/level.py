@@ -35,6 +35,7 @@ NS_STEPS = 5
 NS_EPS = 1e-7
 BF16_FROM = 128  # rows and columns of a matrix for which bf16 products pay
 ADAM_EPS = 1e-8
+_HUGE = 1e38
 
 Level = dict[str, Any]  # a tensor, or for a matrix a ``Matrix`` or a tensor
 Factors = dict[str, tuple[Tensor, Tensor]]  # by matrix [r, c]: errors at its outputs [B, T, r], inputs [B, T, c]
@@ -44,12 +45,14 @@ class Adam(NamedTuple):
     """What Adam's step needs beside the first moment m, for rows that are at the same step.
 
     square: v [B, r, c], master dtype.  betas: of m and v.  step: t, this step's number, 1 at first.  tokens:
-    how many the gradient is a sum over; it enters as their mean."""
+    how many the gradient is a sum over; it enters as their mean.  late: ``numbers`` on the device, master dtype,
+    in a step that is recorded to be taken again, with other numbers every time; ``step`` is then not looked at."""
 
     square: Tensor
     betas: tuple[float, float]
     step: int
     tokens: int
+    late: Tensor | None = None
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -61,6 +64,14 @@ class Adam(NamedTuple):
         """(a, b) of theta <- theta - a m / (b sqrt(v) + eps), which is the step with corrected averages."""
         first, second = (1 - beta**self.step for beta in self.betas)
         return lr / first, second**-0.5
+
+    def numbers(self, lr: float) -> tuple[float, float, float, float]:
+        """(a, b, b / a, eps / a): those of ``rates``, and of the same step as
+        theta <- theta - m / (b / a sqrt(v) + eps / a)."""
+        a, b = self.rates(lr)
+        if a * _HUGE <= b:
+            return a, b, _HUGE, _HUGE
+        return a, b, b / a, min(ADAM_EPS / a, _HUGE)
 
 
 class Saved(NamedTuple):
@@ -229,12 +240,15 @@ def _gradients(
 
 
 def _adam_(weight: Tensor, moment: Tensor, adam: Adam, grad: Tensor, rows: list[int], lr: float) -> None:
-    (a, b), (beta1, beta2), (first, second) = adam.rates(lr), adam.betas, adam.shares
+    (beta1, beta2), (first, second) = adam.betas, adam.shares
+    # as numbers and as tensors they make the same bits
+    *_, scale, eps = adam.numbers(lr) if adam.late is None else adam.late.unbind()
     for row in rows:
         g, m, v = grad[row], moment[row], adam.square[row]
         m.mul_(beta1).add_(g, alpha=first)
         v.mul_(beta2).addcmul_(g, g, value=second)
-        weight[row].addcdiv_(m, v.sqrt().mul_(b).add_(ADAM_EPS), value=-a)
+        if lr > 0:
+            weight[row].addcdiv_(m, v.sqrt().mul_(scale).add_(eps), value=-1)
 
 
 def newton_schulz(grad: Tensor, narrow: bool = False) -> Tensor:

@@ -3,6 +3,7 @@ before it returns."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ...check import check_counters, check_part
 from ...config import CMSConfig
 from ...state import Counters, State, master_dtype
+from .level import Adam
 from .precondition import SOURCE
 from .schedule import matrices
 
@@ -30,7 +32,12 @@ Place = tuple[str, int, str]  # of a tensor in a CMSState: part, level, matrix
 
 class Private:
     """Which tensors of a draft may be written in place: "made", those the call has made itself; "all"; or
-    "none", where a graph outside may hold any of them. spare: see ``CMSState.spare``."""
+    "none", where a graph outside may hold any of them. spare: see ``CMSState.spare``.
+
+    late: in a call that is recorded to be made again, where ``Adam.late`` of a step lies, by level, step and
+    rate."""
+
+    late: Callable[[int, Adam, float], Tensor] | None = None
 
     def __init__(self, which: str, spare: dict[Place, Tensor]):
         self.which, self.spare, self.made = which, spare, {}

@@ -26,7 +26,7 @@ from .commit import shared_terms, write
 from .evaluate import read
 from .inputs import Stats, TokenInputs
 from .slots import Slots
-from .state import FastWeights, Layout, MaybeTensor, TitansState
+from .state import FastWeights, Layout, MaybeTensor, TitansState, on_device
 
 
 class Tokens(NamedTuple):
@@ -304,9 +304,7 @@ class _Scan:
         before = self.old if pending is None else pending
         if not any(here):
             return before
-        fill = torch.tensor(
-            [f % self.big if h else 0 for f, h in zip(fill, here)], dtype=torch.long, device=self.rows.device
-        )
+        fill = on_device([f % self.big if h else 0 for f, h in zip(fill, here)], self.rows.device)
         kept = (torch.arange(self.big, device=self.rows.device) < fill.unsqueeze(1)).repeat_interleave(self.H, 0)
         content = _join(pieces)
         short = self.big - content.k.shape[1]

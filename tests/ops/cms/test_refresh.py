@@ -8,7 +8,7 @@ import pytest
 import torch
 from cms_stream import D, Stream, make
 
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, load_state
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, available_backends, load_state
 from hope_kernels.ops import cms_refresh, cms_refresh_
 from hope_kernels.ops.cms import chain, low_rank, schedule
 from hope_kernels.ops.cms import level as chunked
@@ -324,3 +324,35 @@ def test_the_refresh_operator_takes_the_steps_of_a_layer(optimizer, rank):
             weights[n], *new = cms_refresh(config, 0, weights[n], *factors, size=sizes[n], **kept[n], **count)
             kept[n] = dict(zip(kept[n], new))
             torch.testing.assert_close(weights[n], state.weights[0][n], rtol=1e-10, atol=1e-14)
+
+
+def _backends():
+    yield pytest.param(chunked, torch.float64, id="chunked-fp64")
+    yield pytest.param(chunked, torch.float32, id="chunked-fp32")
+    reason = available_backends()["triton"]
+    skip = pytest.mark.skipif(reason is not None, reason=f"triton: {reason}")
+    yield pytest.param("triton", torch.float32, id="triton", marks=skip)
+
+
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("ops, dtype", _backends())
+def test_numbers_of_adams_step_from_the_device_make_the_same_bits(ops, dtype, total):
+    """Of a step that is recorded to be taken again."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if ops == "triton":
+        from hope_kernels.ops.cms.triton import operator as ops
+    g = torch.Generator().manual_seed(0)
+    weight, moment, sums, left, right = (
+        torch.randn(s, generator=g).to(device, dtype)
+        for s in ((2, 24, 40), (2, 24, 40), (2, 24, 40), (2, 16, 24), (2, 16, 40))
+    )
+    for step, lr in ((1, 0.3), (3, 1e-3), (400, 1e-5), (7, 1e-30), (7, 1e-44)):
+        adam = chunked.Adam(moment.square(), (0.9, 0.999), step, 50)
+        found = []
+        for late in (None, torch.tensor(adam.numbers(lr), dtype=dtype, device=device)):
+            of = adam._replace(square=adam.square.clone(), late=late, step=step if late is None else 99)
+            w, m, t = weight.clone(), moment.clone(), sums.clone() if total else None
+            ops.refresh_(w, None, left, right, [0, 1], lr, moment=m, total=t, adam=of)
+            found.append((w, m, of.square))
+        assert all(torch.equal(a, b) for a, b in zip(*found)), (step, lr)
+        assert torch.isfinite(found[0][0]).all() and (lr < 1e-20) == torch.equal(found[0][0], weight)

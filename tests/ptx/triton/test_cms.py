@@ -90,7 +90,8 @@ def test_more_than_a_tile_of_tokens(dtype, arch, device):
     slowly(70, "adam", False, 1.0, True, BF16, 90), slowly(300, "adam", True, 1.0, True, BF16, 80),
 ])
 def test_refresh(tokens, moment, total, beta, copied, dtype, arch, device):
-    """Rows 0 and 2 of three: values, the copy, a total that becomes zero; row 1 keeps its bits."""
+    """Rows 0 and 2 of three: values, the copy, a total that becomes zero; row 1 keeps its bits. Adam's numbers from
+    the device make the same bits as those from the host."""
     device.arch = arch
     r, c, rows = 72, 133, [0, 2]
     left, right = (None, None) if tokens is None else (
@@ -103,11 +104,13 @@ def test_refresh(tokens, moment, total, beta, copied, dtype, arch, device):
     if left is not None:
         left[1] = float("nan")
 
-    def update(ops, kind):
+    def update(ops, kind, late=False):
         factors = [f if f is None or kind == FP32 else f.double() for f in (left, right)]
         given = ((weight, True), (m, moment), (t, total), (v, adaptive))
         w, m_, t_, v_ = (f.to(kind, copy=True) if there else None for f, there in given)
         adam = Adam(v_, (0.9, 0.99), 3, 70) if adaptive else None
+        if late:
+            adam = adam._replace(step=99, late=torch.tensor(adam.numbers(0.3), dtype=kind))
         mine = None if copy is None else copy.clone()
         if beta:
             ops.refresh_(w, mine, *factors, rows, 0.3, moment=m_, mu=0.9, total=t_, adam=adam)
@@ -123,6 +126,9 @@ def test_refresh(tokens, moment, total, beta, copied, dtype, arch, device):
     if copied:
         assert torch.equal(ours[4][rows], ours[0][rows].to(dtype)) and not ours[4][1].any()
     assert not (total and beta) or not ours[2][rows].any()
+    if adaptive:
+        again = update(kernels, FP32, late=True)
+        assert all(torch.equal(a[rows], b[rows]) for a, b in zip(ours, again) if a is not None)
 
 
 @pytest.mark.parametrize("moment, dtype, arch", [

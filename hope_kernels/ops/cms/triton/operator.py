@@ -272,7 +272,7 @@ _library.define(
 _library.define(
     "cms_refresh_(Tensor(a!) weight, Tensor(b!)? copy, Tensor? left, Tensor? right, int[] rows, float lr, float beta, "
     "Tensor(c!)? moment, float mu, Tensor(d!)? total, Tensor(e!)? square=None, float beta2=0.0, "
-    "float first=0.0, float second=0.0, float root=0.0) -> ()"
+    "float first=0.0, float second=0.0, float root=0.0, Tensor? late=None) -> ()"
 )
 _library.define("cms_newton_schulz(Tensor grad) -> Tensor")
 
@@ -367,34 +367,43 @@ def _refresh(op: str, weight, copy, left, right, rows, lr, beta, moment, mu, tot
             raise ValueError(f"{op}: argument {name} has dtype {t.dtype}, expected one of {list(DTYPES)}")
     if any(not 0 <= b < B for b in rows) or len(set(rows)) != len(rows):
         raise ValueError(f"{op}: argument rows is {list(rows)}, expected different rows below {B}")
-    averages = (0.0,) * 4
+    averages, late = (0.0,) * 4, None
     if adam is not None:
+        late = adam.late
+        if late is not None:
+            check_tensor(op, "adam.late", late, (4,), dtype=torch.float32, device=weight.device)
         (lr, root), (mu, beta2) = adam.rates(lr), adam.betas
         averages = beta2, *adam.shares, root
     torch.ops.hope_kernels.cms_refresh_(
-        weight, copy, left, right, list(rows), lr, beta, moment, mu, total, square, *averages
+        weight, copy, left, right, list(rows), lr, beta, moment, mu, total, square, *averages, late
     )
 
 
 class _Held(NamedTuple):
-    """What an update may read and write, each [B, r, c]; copy in the inputs' dtype, the rest in fp32."""
+    """What an update may read and write, each [B, r, c]; copy in the inputs' dtype, the rest in fp32. late: as in
+    ``Adam``, for all rows."""
 
     weight: Tensor
     copy: Tensor | None
     moment: Tensor | None
     square: Tensor | None
     total: Tensor | None
+    late: Tensor | None = None
+
+    def rows(self) -> tuple[Tensor | None, ...]:
+        """Those that have one matrix a row."""
+        return self[:-1]
 
     def only(self, b: int) -> _Held:
-        return _Held(*(None if t is None else t[b : b + 1] for t in self))
+        return _Held(*(None if t is None else t[b : b + 1] for t in self.rows()), self.late)
 
 
 def _launch_refresh(
     weight, copy, left, right, rows, lr, beta, moment, mu, total, square=None, beta2=0.0, first=0.0,
-    second=0.0, root=0.0,
+    second=0.0, root=0.0, late=None,
 ) -> None:
-    held, rates = _Held(weight, copy, moment, square, total), (lr, mu, beta, beta2, first, second, root)
-    if any(t is not None and (not t.is_contiguous() or t.data_ptr() % 16) for t in held):
+    held, rates = _Held(weight, copy, moment, square, total, late), (lr, mu, beta, beta2, first, second, root)
+    if any(t is not None and (not t.is_contiguous() or t.data_ptr() % 16) for t in held.rows()):
         raise ValueError(
             "cms refresh_: what is updated in place is expected contiguous, at a multiple of 16 bytes"
         )
@@ -434,7 +443,7 @@ def _update(
     held: _Held, left: Tensor | None, right: Tensor | None, rows: list[int], rates: tuple, clear: bool
 ) -> None:
     """``refresh_kernel``. clear: what is held as the total becomes zero."""
-    weight, copy, moment, square, total = held
+    weight, copy, moment, square, total, late = held
     (_, r, c), C = weight.shape, 0 if left is None else left.shape[1]
     tile = refresh_tile(
         4 if left is None else left.itemsize, left is not None, moment is not None or total is not None
@@ -442,9 +451,10 @@ def _update(
     factors = [aligned(t) for t in filled((left, right), weight)]
     refresh_kernel[(triton.cdiv(r, tile.BM) * triton.cdiv(c, tile.BN), len(rows))](
         *filled((weight, copy, moment, square, total), weight), *factors,
-        _on_device(tuple(rows), weight.device), C, *rates, ROWS=r, COLS=c, PRODUCT=left is not None,
-        MOMENT=moment is not None, ADAM=square is not None, TOTAL=total is not None, COPY=copy is not None,
-        CLEAR=clear, READ=rates[2] != 0, EPS=ADAM_EPS, GROUP=GROUP, **tile.sizes(), **tile.options(),
+        _on_device(tuple(rows), weight.device), weight if late is None else late, C, *rates, ROWS=r, COLS=c,
+        PRODUCT=left is not None, MOMENT=moment is not None, ADAM=square is not None, TOTAL=total is not None,
+        COPY=copy is not None, CLEAR=clear, READ=rates[2] != 0, LATE=late is not None, EPS=ADAM_EPS, GROUP=GROUP,
+        **tile.sizes(), **tile.options(),
     )
 
 

@@ -33,16 +33,17 @@ from .common import tile_of
 
 @triton.jit(do_not_specialize=["C"])
 def refresh_kernel(
-    weight_p, copy_p, moment_p, square_p, total_p, left_p, right_p, rows_p, C: tl.int64, lr, mu, beta, beta2,
-    first, second, root,
+    weight_p, copy_p, moment_p, square_p, total_p, left_p, right_p, rows_p, late_p, C: tl.int64, lr, mu, beta,
+    beta2, first, second, root,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     PRODUCT: tl.constexpr, MOMENT: tl.constexpr, ADAM: tl.constexpr, TOTAL: tl.constexpr, COPY: tl.constexpr,
-    CLEAR: tl.constexpr, READ: tl.constexpr, EPS: tl.constexpr,
+    CLEAR: tl.constexpr, READ: tl.constexpr, LATE: tl.constexpr, EPS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):
     """weight, moment, square, total [B, ROWS, COLS] fp32, copy in another type; left [B, C, ROWS], right
     [B, C, COLS]; rows int32: the row of the batch that program (., i) works for. CLEAR: total becomes 0, else
-    it stays as it is. READ: beta is not 0. Grid (tiles, rows)."""
+    it stays as it is. READ: beta is not 0. LATE: of adam lr and root are what late [2] fp32 holds by then. Grid
+    (tiles, rows)."""
     i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(ROWS, BM), tl.cdiv(COLS, BN), GROUP)
     b = tl.load(rows_p + tl.program_id(1)).to(tl.int64)
     i, j = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
@@ -67,6 +68,9 @@ def refresh_kernel(
         tl.store(square_p + at, v, mask=inside)
         f = mu * tl.load(moment_p + at, mask=inside, other=0.0) + first * f
         tl.store(moment_p + at, f, mask=inside)
+        if LATE:
+            lr = tl.load(late_p)
+            root = tl.load(late_p + 1)
         f /= root * tl.sqrt(v) + EPS
     elif MOMENT:
         f += mu * tl.load(moment_p + at, mask=inside, other=0.0)

@@ -140,6 +140,7 @@ def _refreshes() -> Iterator[Specialization]:
     """The updates that occur: gd, momentum with a total, adam with and without one, a sum on its own, a step
     from a total alone; after the library's product momentum and adam, from a gradient that stays."""
     gd = {"PRODUCT": True, "MOMENT": False, "ADAM": False, "TOTAL": False, "COPY": True, "READ": True}
+    gd["LATE"] = False
     adam, total = gd | {"MOMENT": True, "ADAM": True}, {"TOTAL": True, "CLEAR": True}
     after = {"PRODUCT": False, "TOTAL": True}
     for dtype, rows, cols, archs, switches in (
@@ -147,6 +148,8 @@ def _refreshes() -> Iterator[Specialization]:
         ("bf16", 8192, 2048, (80, 90, 100), gd | {"MOMENT": True} | total),
         ("bf16", 8192, 2048, (80, 90, 100), adam),
         ("bf16", 8192, 2048, (80, 90, 100), adam | total),
+        ("bf16", 8192, 2048, (80, 90, 100), adam | {"LATE": True}),
+        ("bf16", 8192, 2048, (80, 90, 100), adam | total | {"LATE": True}),
         ("bf16", 8192, 2048, (90,), adam | {"PRODUCT": False} | total),
         ("fp32", 231, 77, (90,), adam | {"COPY": False} | total),
         ("fp16", 1000, 77, (90,), gd | {"COPY": False, "READ": False}),
@@ -177,7 +180,7 @@ def _newton_schulz() -> Iterator[Specialization]:
         yield _specialization(fn, "fp32", f"fp32 {R} x {L}", (90,), small, **sizes, **size, EPS=NS_EPS)
 
 
-_FP32 = ("weight_p", "moment_p", "square_p", "total_p")
+_FP32 = ("weight_p", "moment_p", "square_p", "total_p", "late_p")
 _OPERANDS = ("up", "gate", "down")  # groups of pointers
 _COUNTS = ("S", "T", "groups", "R", "slots", "C", "tokens")
 

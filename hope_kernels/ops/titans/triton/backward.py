@@ -2,11 +2,16 @@
 
 The span is read again, chunk by chunk of the faster clock, with the forward's kernels, and the deviations at
 the start of every chunk are kept; k, v, eta and alpha of its tokens are read again from them. Then the chunks
-in reverse: the commits that close one, and its reads.
+in reverse: the commits that close one, and its reads. What needs no adjoint of the state is done for all of
+the span at once.
 
-    per commit   clock, errors, sums, gain, hidden, targets, inputs, outputs, values, clock_adjoint,
-                 collect (twice)
-    per chunk    unit_adjoint, read_adjoint, collect (twice)
+    per chunk    the forward's scan
+    per span     reread, and of each clock: clock, errors
+    per commit   sums, gain, hidden, targets, inputs, outputs, values, clock_adjoint, collect
+    per chunk    unit_adjoint, read_adjoint, collect
+
+With constant memories (a model that learns while it reads) nothing depends on anything after it, and a span
+is its scans, one read_adjoint and one collect.
 
 Adjoints of deviations and of the shared base are fp32 buffers laid out like the state, advanced in place;
 every sum has one order, that of slots, memories and tiles. BACKWARD.md has the equations and what is where.
@@ -105,6 +110,7 @@ class _Span:
         """Tokens and their adjoints in slots; deviations' and bases' adjoints. Scalars are absent from some
         layers: then None."""
         i, wide, self.slots, self.bar = self.inputs, (self.H, self.D), {}, {}
+        self._held: dict[tuple, Tensor] = {}
         self.read = torch.zeros(2, self.B, self.S, *wide, device=self.device, dtype=self.dtype)
         # of o, k and v, which one kernel reads by memory
         self.okv_bar = torch.zeros(3, self.B, self.S, *wide, dtype=torch.float32, device=self.device)
@@ -113,7 +119,11 @@ class _Span:
             self._to_slots(i.x, self.read[1])
         if do is not None:
             self._to_slots(do, self.okv_bar[0])
-        self.bar |= {n: self._zeros(*wide) for n in ("q", *(("x",) if self.produces else ()))}
+        # of q and x
+        self.read_bar = torch.zeros(
+            1 + self.produces, self.B, self.S, *wide, dtype=torch.float32, device=self.device
+        )
+        self.bar |= dict(zip(("q", "x"), self.read_bar))
         like = {n: getattr(self.state, n) for n in _DELTAS}
         self.deltas_bar = [None if t is None else self._adjoint_of(n, t) for n, t in like.items()]
         self.base_bar = [
@@ -152,27 +162,39 @@ class _Span:
     def run(self) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
         steps = range(min(lo for _, lo, _ in self.rows) // self.small, triton.cdiv(max(self.hi), self.small))
         starts = self._replay(steps)
-        for step, deltas in reversed(list(zip(steps, starts))):
-            end = (step + 1) * self.small
-            if self.writes:
-                for clock in self.clocks:
-                    if end % clock.C == 0 and any(lo < end <= hi for lo, hi in zip(self.lo, self.hi)):
-                        self._commit(deltas, clock, end)
+        if self.call.constant_memory and len(starts[1]) == len(steps):
+            self._read(starts, steps.start * self.small, len(steps))
+            return self._found()
+        if self.produces:
+            self._reread(starts, steps.start * self.small, len(steps))
+        commits = {clock: self._before(starts, clock, steps) for clock in self.clocks} if self.writes else {}
+        for step in reversed(steps):
+            # a pure read finds the memories as they were
+            at = min(step - steps.start, len(starts[1]) - 1)
+            deltas, end = [None if t is None else t[at] for t in starts], (step + 1) * self.small
+            for clock, before in commits.items():
+                if end % clock.C == 0 and any(lo < end <= hi for lo, hi in zip(self.lo, self.hi)):
+                    self._commit(deltas, clock, end, *before[end])
             self._read(deltas, step * self.small)
         return self._found()
 
-    def _replay(self, steps: range) -> list[list[Tensor | None]]:
-        """The deviations at the start of every chunk; on the way, the tokens that the memories made."""
-        state, starts = self.state, []
-        parts = self.span.parts(range(steps.start * self.small, steps.stop * self.small, self.small), self.big)
-        for step, part in zip(steps, parts):
-            starts.append([None if (t := getattr(state, n)) is None else aligned(t.detach()) for n in _DELTAS])
-            if self.produces:
-                self._reread(starts[-1], step * self.small)
-            if self.call.update and step + 1 < steps.stop:
-                _, state = titans_triton(
-                    self.config, self.w_init, part.take_inputs(self.inputs),
-                    replace(state, pos=Counters(part.pos), count=part.at), part.counts, reads=part.reads)
+    def _replay(self, steps: range) -> list[Tensor | None]:
+        """The deviations at the start of every chunk, [chunks, B, H, ...]; of a pure read only those at the
+        span's."""
+        state, count = self.state, len(steps) if self.call.update else 1
+        now = [getattr(state, n) for n in _DELTAS]
+        starts = [None if t is None else t.new_empty(count, *t.shape) for t in now]
+        pairs = [(to, t.detach()) for to, t in zip(starts, now) if to is not None and t is not None]
+        if count > 1:  # the scans go on in place
+            carried = {n: None if (t := getattr(state, n)) is None else t.detach().clone() for n in CARRIED}
+            state = replace(state, **carried)
+            pairs = [(to, carried[n]) for n, to in zip(_DELTAS, starts) if to is not None]
+        slots = range(steps.start * self.small, steps.stop * self.small, self.small)
+        for i, part in zip(range(count), self.span.parts(slots, self.big)):
+            torch.ops.aten._foreach_copy_.default([to[i] for to, _ in pairs], [t for _, t in pairs])
+            if i + 1 < count:
+                here = replace(state, pos=Counters(part.pos), count=part.at).in_place(part.reads)
+                titans_triton(self.config, self.w_init, part.take_inputs(self.inputs), here, part.counts)
         return starts
 
     def _weights(self, deltas: list[Tensor | None]) -> Weights:
@@ -181,23 +203,30 @@ class _Span:
     def _weights_bar(self) -> Weights:
         return Weights(*filled([*self.base_bar, *self.deltas_bar], self.deltas_bar[1]))
 
-    def _scratch(self, *shape) -> Tensor:
-        return torch.empty(self.G, *shape, dtype=torch.float32, device=self.device)
+    def _scratch(self, what: str, *shape: int, count: int = 1) -> Tensor:
+        """[count B H, ...], the same memory whenever it is asked for again."""
+        key = what, count, *shape
+        if key not in self._held:
+            self._held[key] = torch.empty(count * self.G, *shape, dtype=torch.float32, device=self.device)
+        return self._held[key]
 
-    def _reread(self, deltas: list[Tensor | None], slot: int) -> None:
+    def _reread(self, starts: list[Tensor | None], slot: int, chunks: int) -> None:
         c, i = self.constants["reread"], self.inputs
         biases = [aligned(t.detach()) for t in filled((i.eta_bias, i.alpha_bias), self.read)]
-        reread_kernel[(self.G, len(self.config.memories) - 1, triton.cdiv(self.small, c["CT"]))](
-            x_p=self.read[1], weights=self._weights(deltas), slots=Slots(**self.slots), sizes_p=self.sizes,
+        reread_kernel[(self.G, len(self.config.memories) - 1, chunks * (self.small // c["CT"]))](
+            x_p=self.read[1], weights=self._weights(starts), slots=Slots(**self.slots), sizes_p=self.sizes,
             biases=Biases(*biases), place=self.place, slot=slot, S=self.S, eta_scale=self.config.eta_scale,
             **c,
         )
 
-    def _read(self, deltas: list[Tensor | None], slot: int) -> None:
-        made, bar = self.constants, self.bar
-        c, M = made["read_adjoint"], len(self.config.memories) if self.produces else 1
+    def _read(self, deltas: list[Tensor | None], slot: int, chunks: int = 1) -> None:
+        """The adjoint of the reads of chunks from ``slot`` on; of several where the memories are constants."""
+        made, bar, constant = self.constants, self.bar, self.call.constant_memory
+        c = made["read_adjoint"] | {"CONSTANT": constant}
+        M = len(self.config.memories) if self.produces else 1
         tiles = self.config.hidden // c["NT"]
-        parts = self._scratch(len(self.config.memories), tiles, 2, self.D, self.small)
+        parts = self._scratch("reads", len(self.config.memories), tiles, 2, self.D, self.small, count=chunks)
+        weights = self._weights(deltas)
         at = {"place": self.place, "slot": slot, "S": self.S}
         if self.produces and self.config.qk_l2norm:
             unit_adjoint_kernel[(self.G, self.small // 16)](
@@ -205,39 +234,59 @@ class _Span:
             )
         # a layer that makes no k, v, eta, alpha has nothing to hand back to them
         slots_bar, sizes = (self._slots_bar(), self.sizes) if self.produces else (Slots(*[parts] * 4), parts)
-        read_adjoint_kernel[(self.G, M, tiles)](
-            read_p=self.read, weights=self._weights(deltas), weights_bar=self._weights_bar(),
+        read_adjoint_kernel[(self.G, M, chunks * tiles)](
+            read_p=self.read, weights=weights, weights_bar=weights if constant else self._weights_bar(),
             okv_bar_p=self.okv_bar, slots_bar=slots_bar, sizes_p=sizes, parts_p=parts, **at, **c,
         )
-        for name, M0, M1 in (("q", 0, 1), ("x", 1, M)):
-            if M1 > M0:
-                collect_kernel[(self.G, self.small // 16)](
-                    parts_p=parts, out_p=bar[name], **at, half=0, M0=M0, M1=M1, **made["collect"]
-                )
+        collect_kernel[(self.G, chunks * (self.small // 16), len(self.read_bar))](
+            parts_p=parts, out_p=self.read_bar, **at, **made["collect"]
+        )
 
     def _slots_bar(self) -> Slots:
         return Slots(*(self.bar[n] for n in Slots._fields))
 
-    def _commit(self, deltas: list[Tensor | None], clock: Clock, end: int) -> None:
-        """The adjoint of one clock's commit at slot ``end``."""
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.config.objective == "dot" else self.config.grad_scale
+
+    def _before(
+        self, starts: list[Tensor | None], clock: Clock, steps: range
+    ) -> dict[int, tuple[ClockTerms, Errors]]:
+        """What the commits of a clock need of the forward, by the slots where they are."""
         made, C, D, M = self.commit_constants[clock], clock.C, self.D, len(self.config.memories)
-        tiles, memories = self.config.hidden // made["inputs"]["NT"], clock.M1 - clock.M0
-        new = self._scratch
+        ends = range((steps.start * self.small // C + 1) * C, steps.stop * self.small + 1, C)
+        if not ends:
+            return {}
+        n, slots = len(ends), Slots(**self.slots)
+        new = lambda *shape: torch.empty(n, self.G, *shape, dtype=torch.float32, device=self.device)
         terms = ClockTerms(products=new(C, C), gram=new(C, C), keys=new(C, D), vectors=new(3, C))
         errors = Errors(e=new(M, D, C), target=new(M, D, C), sizes=new(M, 2, C))
-        factors, sums, u_bar = new(M, 9, C), new(M, tiles, 6, C), new(M, self.config.hidden, C)
-        parts, keys_bar, outputs_bar = new(M, tiles, 2, D, C), new(M, tiles, C, D), new(M, 2, D, C)
-        scale = 1.0 if self.config.objective == "dot" else self.config.grad_scale
+        at, c = {"place": self.place, "end": ends[0], "S": self.S}, made["errors"]
+        clock_kernel[(self.G, n)](slots=slots, terms=terms, **at, **made["clock"])
+        errors_kernel[(self.G, clock.M1 - clock.M0, n * (C // c["CT"]))](
+            weights=self._weights(starts), slots=slots, errors=errors, first=steps.start,
+            grad_scale=self._scale, **at, **c,
+        )
+        return {
+            end: (ClockTerms(*(t[i] for t in terms)), Errors(*(t[i] for t in errors)))
+            for i, end in enumerate(ends)
+        }
+
+    def _commit(
+        self, deltas: list[Tensor | None], clock: Clock, end: int, terms: ClockTerms, errors: Errors
+    ) -> None:
+        """The adjoint of one clock's commit at slot ``end``."""
+        made, C, D, M = self.commit_constants[clock], clock.C, self.D, len(self.config.memories)
+        tiles, memories, new = self.config.hidden // made["inputs"]["NT"], clock.M1 - clock.M0, self._scratch
+        factors, sums = new("factors", M, 9, C), new("sums", M, tiles, 6, C)
+        u_bar, outputs_bar = new("u_bar", M, self.config.hidden, C), new("outputs_bar", M, 2, D, C)
+        parts, keys_bar = new("parts", M, tiles, 2, D, C), new("keys_bar", M, tiles, C, D)
+        scale = self._scale
         slots, weights, weights_bar = Slots(**self.slots), self._weights(deltas), self._weights_bar()
         at = {"place": self.place, "end": end, "S": self.S}
         of_weights = {"weights": weights, "weights_bar": weights_bar}
         tile_grid = (self.G, memories, tiles)
 
-        clock_kernel[(self.G,)](slots=slots, terms=terms, **at, **made["clock"])
-        c = made["errors"]
-        errors_kernel[(self.G, memories, C // c["CT"])](
-            weights=weights, slots=slots, errors=errors, grad_scale=scale, **at, **c
-        )
         sums_kernel[tile_grid](
             **of_weights, k_p=slots.k, e_p=errors.e, keys_p=terms.keys, u_bar_p=u_bar, sums_p=sums, **at,
             **made["sums"],
@@ -268,15 +317,14 @@ class _Span:
             **of_weights, v_p=slots.v, outputs_bar_p=outputs_bar, parts_p=parts, **at, **made["values"]
         )
         clock_adjoint_kernel[(self.G,)](
-            slots=slots, terms=terms, factors_p=factors, sums_p=sums, keys_bar_p=keys_bar, solved_p=new(C, D),
-            products_bar_p=new(C, C), gram_bar_p=new(C, C), vectors_bar_p=new(2, C),
+            slots=slots, terms=terms, factors_p=factors, sums_p=sums, keys_bar_p=keys_bar,
+            solved_p=new("solved", C, D), products_bar_p=new("products_bar", C, C),
+            gram_bar_p=new("gram_bar", C, C), vectors_bar_p=new("vectors_bar", 2, C),
             slots_bar=self._slots_bar(), **at, **made["clock_adjoint"],
         )
-        for half, name in enumerate(("k", "v")):
-            collect_kernel[(self.G, C // 16)](
-                parts_p=parts, out_p=self.bar[name], place=self.place, slot=end - C, S=self.S, half=half,
-                **made["collect"],
-            )
+        collect_kernel[(self.G, C // 16, 2)](
+            parts_p=parts, out_p=self.okv_bar[1:], place=self.place, slot=end - C, S=self.S, **made["collect"]
+        )
 
     # -- what leaves -----------------------------------------------------------------------------------------
 

@@ -54,13 +54,16 @@ def _coupling(products_p, gram_p, eta, row, col, C: tl.constexpr):
 def clock_kernel(
     slots, place, terms, end: tl.int64, S: tl.int64, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr,
 ):
-    """terms: products (P), gram (k_t.k_s) [B H, C, C]; keys (Kg) [B H, C, D]; vectors [B H, 3, C]:
-    decay_before, decay_after, decay_chunk in its first place."""
+    """terms of commits C slots apart, the first at ``end``, [commits, B H, ...]: products (P), gram (k_t.k_s)
+    [C, C]; keys (Kg) [C, D]; vectors [3, C]: decay_before, decay_after, decay_chunk in its first place. Grid
+    (B H, commits)."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     g = tl.program_id(0).to(tl.int64)
     b, h = g // H, g % H
+    end += tl.program_id(1) * C
     if commits_here(place, b, end):
+        g += tl.program_id(1) * tl.num_programs(0)
         first = end - C
         i = tl.arange(0, BK)
         f = tl.arange(0, D)

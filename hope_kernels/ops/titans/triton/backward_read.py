@@ -1,13 +1,16 @@
 """Reads of a span, again and backwards.
 
     kernel         grid
-    reread         B H, memories but M_memory, C / CT   k, v, eta, alpha of one chunk of the faster clock,
+    reread         B H, memories but M_memory, chunks C / CT   k, v, eta, alpha of chunks of the faster clock,
                                                         into the span's slots; sizes: |k| before it is
                                                         normalised, and the slopes of the gates
     unit_adjoint   B H, C / CT                          the normalisation of k backwards
-    read_adjoint   B H, memories, N / NT                y = M(x) of one chunk backwards, on its hidden units
+    read_adjoint   B H, memories, chunks N / NT         y = M(x) of a chunk backwards, on its hidden units; of
+                                                        several chunks where the memories are constants
     values         B H, memories, N / NT                M(v) of a commit backwards, likewise
-    collect        B H, C / 16                          sums over memories and tiles, in one order
+    collect        B H, chunks C / 16, 1 or 2           sums over memories and tiles, in one order
+
+Of several chunks deviations are [chunks, B H, ...], at the start of each, and so are parts.
 
 FLOPs backwards: 10 D N a token and memory; bytes: 2 D N x 4 (1 + 1 + 2 + 2) a memory and chunk, for
 deviation, base, the adjoint and the shared gradient.
@@ -25,10 +28,10 @@ from .evaluate import add, add_where, evaluate, evaluate_adjoint, evaluate_scala
 @triton.jit(do_not_specialize=["slot", "S"])
 def reread_kernel(
     x_p, weights, slots, sizes_p, biases, place, slot: tl.int64, S: tl.int64, eta_scale: tl.float32,
-    shape: tl.constexpr, rule: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
+    shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
     """x, k, v [B, S, H, D]; eta, alpha [B, S, H]; sizes [3, B, S, H]: |k|, d eta / d y, d alpha / d y. Slots
-    from ``slot`` on."""
+    from ``slot`` on, where a chunk begins."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     MF: tl.constexpr = shape.MF
@@ -45,6 +48,7 @@ def reread_kernel(
         at = (b * S + t) * H + h
         plane = tl.num_programs(0) * S
         x = columns(x_p, b, h, t, S, H, D)
+        g += tl.program_id(2) * CT // C * tl.num_programs(0)
         if m < MF:
             out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=not rule.HAS_BASE)
             if m == 1:
@@ -98,9 +102,10 @@ def unit_adjoint_kernel(
 def read_adjoint_kernel(
     read_p, weights, weights_bar, okv_bar_p, slots_bar, sizes_p, parts_p, place, slot: tl.int64, S: tl.int64,
     shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
+    CONSTANT: tl.constexpr,
 ):
-    """read [2, B, S, H, D]: q, x; okv_bar [3, B, S, H, D]: of o, k and v. Adds to weights_bar; parts [B H, M,
-    N / NT, 2, D, C], first half: the adjoint of x (of q, from M_memory)."""
+    """read [2, B, S, H, D]: q, x; okv_bar [3, B, S, H, D]: of o, k and v. Adds to weights_bar, but not with
+    CONSTANT memories; parts [chunks, B H, M, N / NT, 2, D, C], first half: the adjoint of x (of q, from M_memory)."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
@@ -109,10 +114,12 @@ def read_adjoint_kernel(
     R: tl.constexpr = shape.R
     g = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1)
-    tile = tl.program_id(2)
+    chunk, tile = tl.program_id(2) // (N // NT), tl.program_id(2) % (N // NT)
+    slot += chunk * C
     b, h = g // H, g % H
     lo, hi = tl.load(place.lo + b), tl.load(place.hi + b)
     if (slot < hi) & (slot + C > lo):
+        g += chunk * tl.num_programs(0)
         f = tl.arange(0, D)
         n = tile * NT + tl.arange(0, NT)
         off2 = (m * N + n[:, None]) * D + f[None, :]
@@ -136,9 +143,10 @@ def read_adjoint_kernel(
                 y_bar = tl.load(okv_bar_p + wide, mask=live[None, :], other=0.0)
                 x_bar, w2_bar, w1_bar = evaluate_adjoint(x, y_bar, w2, w1, w2_bar, w1_bar, tile, rule.ACT)
                 tl.store(parts_p + f[:, None] * C + (c0 + tl.arange(0, CT))[None, :], x_bar)
-            add(weights_bar.delta1, g * MF * D * N + off1, w1_bar)
-            if rule.HAS_BASE:
-                add(weights_bar.base1, g * MF * D * N + off1, w1_bar)
+            if not CONSTANT:
+                add(weights_bar.delta1, g * MF * D * N + off1, w1_bar)
+                if rule.HAS_BASE:
+                    add(weights_bar.base1, g * MF * D * N + off1, w1_bar)
         elif MS > 0:
             s = m - MF
             off1s = (g * MS + s) * N + n
@@ -171,9 +179,10 @@ def read_adjoint_kernel(
                 add_where(weights_bar.delta2, g * R * D + skip_off, skip_bar, tile == 0)
                 if rule.HAS_BASE:
                     add_where(weights_bar.base2, g * R * D + skip_off, skip_bar, tile == 0)
-        add(weights_bar.delta2, g * R * D + off2, w2_bar)
-        if rule.HAS_BASE:
-            add(weights_bar.base2, g * R * D + off2, w2_bar)
+        if not CONSTANT:
+            add(weights_bar.delta2, g * R * D + off2, w2_bar)
+            if rule.HAS_BASE:
+                add(weights_bar.base2, g * R * D + off2, w2_bar)
 
 
 @triton.jit(do_not_specialize=["end", "S"])
@@ -254,22 +263,30 @@ def values_kernel(
                 add(weights_bar.base2, g * R * D + off2, w2_bar)
 
 
-@triton.jit(do_not_specialize=["slot", "S", "half"])
+@triton.jit(do_not_specialize=["slot", "S"])
 def collect_kernel(
-    parts_p, out_p, place, slot: tl.int64, S: tl.int64, half: tl.int64, H: tl.constexpr, D: tl.constexpr,
-    C: tl.constexpr, M: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr, TILES: tl.constexpr,
-    FULL: tl.constexpr,
+    parts_p, out_p, place, slot: tl.int64, S: tl.int64, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    M: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
 ):
-    """Adds the sum of parts [B H, M, TILES, 2, D, C], one ``half`` of it, over memories M0 .. M1 to out [B,
-    S, H, D], for rows that read in these C slots, or with FULL for rows that commit them."""
+    """Adds sums of parts [chunks, B H, M, TILES, 2, D, C] to out [1 or 2, B, S, H, D]: with FULL, for rows
+    that commit these C slots, over memories M0 .. M1, each half of parts to its plane of out; else, for rows
+    that read in them, the first half, M_memory's to the first plane, that of the others up to M1 to the
+    second."""
     g = tl.program_id(0).to(tl.int64)
     b, h = g // H, g % H
+    chunk, plane = tl.program_id(1) // (C // 16), tl.program_id(2)
+    slot += chunk * C
     lo, hi = tl.load(place.lo + b), tl.load(place.hi + b)
     if (slot + C <= hi if FULL else slot < hi) & (slot + C > lo):
-        c = tl.program_id(1) * 16 + tl.arange(0, 16)
+        g += chunk * tl.num_programs(0)
+        out_p += plane * tl.num_programs(0) * S * D
+        begin, stop, half = plane, tl.where(plane == 0, 1, M1), 0
+        if FULL:
+            begin, stop, half = M0, M1, plane
+        c = tl.program_id(1) % (C // 16) * 16 + tl.arange(0, 16)
         f = tl.arange(0, D)
         total = tl.zeros([D, 16], tl.float32)
-        for m in range(M0, M1):
+        for m in range(begin, stop):
             for tile in range(TILES):
                 total += tl.load(
                     parts_p + ((((g * M + m) * TILES + tile) * 2 + half) * D + f[:, None]) * C + c[None, :]

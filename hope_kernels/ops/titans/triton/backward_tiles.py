@@ -47,12 +47,14 @@ def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
     t, M = tiles(shape.D, small, itemsize, rule.SKIP), shape.MF + shape.MS
     model = {"shape": shape, "rule": rule}
     made = {
-        "reread": model | {"CT": t.WALK_CT, "NT": t.WALK_NT, "num_warps": t.walk_warps},
-        "read_adjoint": model | {"C": small, "CT": t.TILE_CT, "NT": t.TILE_NT, "num_warps": t.tile_warps},
+        "reread": model | {"C": small, "CT": t.WALK_CT, "NT": t.WALK_NT, "num_warps": t.walk_warps},
+        "read_adjoint": model | {
+            "C": small, "CT": t.TILE_CT, "NT": t.TILE_NT, "CONSTANT": False, "num_warps": t.tile_warps,
+        },
         "unit_adjoint": {"H": shape.H, "D": shape.D, "CT": 16, "num_warps": 4},
         "collect": {
-            "H": shape.H, "D": shape.D, "C": small, "M": M, "TILES": shape.N // t.TILE_NT, "FULL": False,
-            "num_warps": 4,
+            "H": shape.H, "D": shape.D, "C": small, "M": M, "M0": 0, "M1": len(config.memories),
+            "TILES": shape.N // t.TILE_NT, "FULL": False, "num_warps": 4,
         },
     }
     return _staged(made)
@@ -66,7 +68,10 @@ def clock_constants(config: TitansConfig, itemsize: int, clock: Clock) -> dict[s
     tile = model | {"clock": clock, "CT": t.TILE_CT, "NT": t.TILE_NT, "num_warps": t.tile_warps}
     made = {
         "clock": model | {"C": C, "num_warps": 4, "num_stages": 1},
-        "errors": model | {"clock": clock, "CT": t.WALK_CT, "NT": t.WALK_NT, "num_warps": t.walk_warps},
+        "errors": model | {
+            "clock": clock, "SMALL": clocks(config)[0].C, "CT": t.WALK_CT, "NT": t.WALK_NT,
+            "num_warps": t.walk_warps,
+        },
         "sums": tile | {"CT": t.SUMS_CT},
         "gain": {"shape": shape, "clock": clock, "TILES": TILES, "CLIP": rule.CLIP, "num_warps": 4},
         "hidden": tile,
@@ -95,10 +100,10 @@ def specializations() -> Iterator[Specialization]:
     modules = (backward_clock, backward_hidden, backward_read, backward_tokens, backward_commit)
     for config, row in _rows():
         made = constants(config, 2)
-        made["collect"] |= {"M0": 1, "M1": len(config.memories)}
         if not config.self_modifying:
-            made = {"read_adjoint": made["read_adjoint"], "collect": made["collect"] | {"M0": 0, "M1": 1}}
+            made = {n: made[n] for n in ("read_adjoint", "collect")}
         jobs = [(n, consts, row) for n, consts in made.items()]
+        jobs.append(("read_adjoint", made["read_adjoint"] | {"CONSTANT": True}, f"{row} constant"))
         for clock in clocks(config):
             label = f"{row} m={clock.M0}..{clock.M1} C={clock.C}"
             jobs += [(n, consts, label) for n, consts in clock_constants(config, 2, clock).items()]
@@ -119,7 +124,7 @@ def _rows() -> Iterator[tuple[TitansConfig, str]]:
 
 
 _INPUTS = ("x_p", "read_p", "k_p", "v_p")  # in the input dtype
-_WHOLE = ("slot", "S", "end", "half")
+_WHOLE = ("slot", "S", "end", "first")
 _GROUPS = {
     "weights": Weights(*["*fp32"] * 6), "weights_bar": Weights(*["*fp32"] * 6),
     "slots": Slots("*bf16", "*bf16", "*fp32", "*fp32"), "slots_bar": Slots(*["*fp32"] * 4),

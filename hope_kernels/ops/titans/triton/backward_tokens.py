@@ -1,7 +1,7 @@
 """The commit backwards, what is done per token: errors again, the gain, and what reaches the outputs at the
 keys and the values.
 
-    errors_kernel    grid (B H, memories, C / CT)   e, the unit target and |M(v)|, N in tiles of NT
+    errors_kernel    grid (B H, memories, commits C / CT)   e, the unit target and |M(v)|, N in tiles of NT
     gain_kernel      grid (B H, memories)           the step clip forwards and backwards
     targets_kernel   grid (B H, memories, C / CT)   adjoint of e -> adjoints of M(k) and of M(v)
 
@@ -23,13 +23,16 @@ from .backward_common import columns, commits_here
 from .evaluate import evaluate, evaluate_scalar
 
 
-@triton.jit(do_not_specialize=["end", "S"])
+@triton.jit(do_not_specialize=["end", "S", "first"])
 def errors_kernel(
-    weights, slots, place, errors, end: tl.int64, S: tl.int64, grad_scale: tl.float32,
-    shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
+    weights, slots, place, errors, end: tl.int64, S: tl.int64, first: tl.int64, grad_scale: tl.float32,
+    shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr, SMALL: tl.constexpr, CT: tl.constexpr,
+    NT: tl.constexpr,
 ):
-    """e, target [B H, M, D, C] (a scalar memory in its first row); sizes [B H, M, 2, C]: |e|^2, and |M(v)| (1
-    where a scalar target is not clamped, else 0)."""
+    """Of commits C slots apart, the first at ``end``, [commits, B H, ...]: e, target [M, D, C] (a scalar
+    memory in its first row); sizes [M, 2, C]: |e|^2, and |M(v)| (1 where a scalar target is not clamped, else 0).
+    weights: deviations at the start of every chunk of SMALL slots from number ``first`` on, [chunks, B H,
+    ...]."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     MF: tl.constexpr = shape.MF
@@ -39,10 +42,13 @@ def errors_kernel(
     g = tl.program_id(0).to(tl.int64)
     m = M0 + tl.program_id(1)
     b, h = g // H, g % H
+    commit = tl.program_id(2) // (C // CT)
+    end += commit * C
     if commits_here(place, b, end):
-        c = tl.program_id(2) * CT + tl.arange(0, CT)
+        c = tl.program_id(2) % (C // CT) * CT + tl.arange(0, CT)
         f = tl.arange(0, D)
-        gm = g * (MF + MS) + m
+        gm = (g + commit * tl.num_programs(0)) * (MF + MS) + m
+        g += (end // SMALL - 1 - first) * tl.num_programs(0)
         k = columns(slots.k, b, h, end - C + c, S, H, D)
         v = columns(slots.v, b, h, end - C + c, S, H, D)
         if m < MF:

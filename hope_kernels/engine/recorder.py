@@ -1,0 +1,45 @@
+"""Work on a device recorded once, to be done again at the price of a call: CUDA graphs.
+
+What is recorded is fixed: kernels, their order, and the addresses of what they read and write. Numbers that
+the host knows are part of it. So it must ask the host for nothing, and bring nothing from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+Part = Callable[[], object]
+
+
+class Recorder(Protocol):
+    def record(self, parts: Sequence[Part]) -> list[Part]:
+        """Records ``parts``, which follow one another and share memory: what does each again. Nothing is
+        executed. Between a part and the next one, nothing else that this recorder has recorded may be
+        done."""
+        ...
+
+
+class CudaRecorder:
+    """A graph a part, all of them in one pool of memory. No GPU has run it yet."""
+
+    def __init__(self, device: torch.device):
+        self.device, self._pool = device, None
+
+    def record(self, parts: Sequence[Part]) -> list[Part]:
+        graphs = []
+        with torch.cuda.device(self.device):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            for part in parts:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._pool):
+                    part()
+                graphs.append(graph)
+        return [graph.replay for graph in graphs]
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """None: work on this device cannot be recorded."""
+    return CudaRecorder(device) if device.type == "cuda" else None
