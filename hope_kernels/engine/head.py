@@ -70,7 +70,7 @@ def read_head(
     if targets is None:
         whole = model.logits(h, lengths)
         if check_finite:
-            _check(whole, lengths)
+            check_logits(whole, lengths)
         return Heads(whole, None, None, None)
     B, n = h.shape[:2]
     kind, V = placement(model.embed).dtype, model.config.vocab_size
@@ -88,7 +88,7 @@ def read_head(
             piece, loss, slope = _differentiated(model, part, here, targets.ids[:, a:b], known, learners, least, wide)
             slopes.append(slope)
         if check_finite:
-            _check(piece, here)
+            check_logits(piece, here)
         nats.append(loss)
         rows = [r for r, m in enumerate(lengths) if a < m <= b]
         if rows:
@@ -173,5 +173,6 @@ def _differentiated(
     return logits.detach(), loss, found
 
 
-def _check(logits: Tensor, lengths: list[int]) -> None:
+def check_logits(logits: Tensor, lengths: list[int]) -> None:
+    """Raises ValueError for values that are not finite among those that count."""
     check_values(OP, "logits (weights, state or learning rates diverged)", logits, lengths)

@@ -1,0 +1,53 @@
+// A segment through a whole model of self-modifying blocks, and its loss back through it (called by
+// hope_kernels/engine/segment.py). All fp32, row-major, contiguous; widths are multiples of 8.
+#pragma once
+#include "call.h"
+
+struct SegmentLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
+  int64_t N;
+  const float* gain;                       // [d]
+  const float *const *up, *const *down;    // [B]: every row's own matrix, or the one it shares: [N, d], [d, N]
+  // The factors of the gradients, errors at a matrix's outputs and its inputs: d(up) = d_up^T n, d(down) = dy^T a.
+  // [B, T, N] (d_up, a) and [B, T, d] (n, dy); null where the level does not learn.
+  float *d_up, *n, *dy, *a;
+};
+
+struct SegmentBlock {
+  const float* gain;                       // [d], of the norm before the mixer
+  const float *conv, *tail;                // [d, W], or null: no convolution; [B, W - 1, d]
+  float* new_tail;                         // [B, W - 1, d]
+  const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
+  const float* out_gain;                   // [H, D], or null
+  // T tokens, memories that make their own k, v, eta, alpha; q, x, o and kept weights are not looked at
+  TitansCall titans;
+  int64_t levels;
+  const SegmentLevel* level;
+};
+
+struct SegmentCall {
+  int64_t B, T, d, W, vocab, blocks, threads;
+  int32_t keep;                            // whether hope_segment_learn is to follow
+  float eps;                               // of the norms of blocks, levels and model
+  const int64_t *ids, *len;                // [B, T], of which len [B] tokens a row count
+  const float *embed, *gain, *head;        // [vocab, d], [d], [vocab, d]
+  const SegmentBlock* block;
+  float* work;                             // hope_segment_floats numbers, from a reading to what follows it
+  // The head's; each but for known may be null. Past known[b] losses are 0, past len[b] logits are.
+  const int64_t *targets, *known;          // [B, T], [B]
+  float *logits, *nats, *last;             // [B, T, vocab], [B, T], [B, vocab]: after each row's last token
+  float* h;                                // [B, T, d], what the head is given (before its norm)
+  // Rows whose loss is differentiated [B]; null: none is.
+  const int32_t* learns;
+  const float* slopes;                     // [B, T, d], dL/dh from elsewhere; null: hope_segment_head has them
+};
+
+extern "C" {
+int64_t hope_segment_floats(const SegmentCall*);  // -1 for arguments that do not fit each other
+// Reads ids through all blocks: advances what the blocks' memories point to, and writes the new tails and, with
+// keep, the inputs among the factors.
+int hope_segment_read(const SegmentCall*);
+// What follows a reading with the same work: h, logits, losses, and of `learns` the slopes, dL/dh.
+int hope_segment_head(const SegmentCall*);
+// What follows a head, or slopes, after a reading with keep: the errors among the factors of `learns`.
+int hope_segment_learn(const SegmentCall*);
+}

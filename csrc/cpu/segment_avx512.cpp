@@ -1,0 +1,41 @@
+// segment_run.h and cms_product.h for sixteen floats at a time: see titans_avx512.cpp.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "call.h"
+#include "check.h"
+#include "cms.h"
+#include "layer.h"
+#include "segment.h"
+#include "width.h"
+
+#ifndef __clang__
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq")
+#define HOPE_WIDE
+#endif
+
+namespace avx512 {
+namespace code {
+#include "cms_product.h"
+#include "segment_run.h"
+}  // namespace code
+
+int segment_read(const SegmentCall& c) { return code::segment_read(c); }
+void segment_head(const SegmentCall& c) { code::segment_head(c); }
+int segment_learn(const SegmentCall& c) { return code::segment_learn(c); }
+void step_product(const CmsProduct& p, float* packed) { code::step_product(p, packed); }
+}  // namespace avx512
