@@ -5,15 +5,6 @@
 #pragma once
 #include <cstdint>
 
-// A step of a matrix [r, c] whose gradient is left^T right + total, left [C, r], right [C, c]; cms_step.h says what
-// the rules are and which of the pointers may be null.
-struct CmsProduct {
-  int64_t C, r, c, threads, rule;
-  float lr, mu, beta2, first, second, root, eps;
-  const float *left, *right;
-  float *total, *weight, *moment, *square;
-};
-
 extern "C" {
 // a = gelu_tanh(z); slope = its derivative, null: not wanted
 int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope);
@@ -33,7 +24,5 @@ int hope_cms_step_bf16(int64_t C, int64_t r, int64_t c, int64_t threads, int64_t
                        float beta2, float first, float second, float root, float eps, const uint16_t* left,
                        const uint16_t* right, float* total, float* weight, float* moment, float* square,
                        uint16_t* copy);
-// The same with fp32 factors, on every CPU.
-int hope_cms_step_product(const CmsProduct*);
 int hope_cms_bf16();  // whether the CPU multiplies bf16 numbers
 }

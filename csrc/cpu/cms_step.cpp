@@ -14,17 +14,13 @@
 #include <new>
 
 #include "check.h"
-#include "cms_product.h"
-#include "width.h"
-
-namespace avx512 {
-void step_product(const CmsProduct& p, float* packed);  // segment_avx512.cpp
-}
+#include "cms_step.h"
+#include "cms.h"
 
 namespace {
 
 constexpr int64_t BLOCK = 1 << 12;  // weights a thread takes at a time
-constexpr int64_t MR = 8, WORDS = 16, NV = 3, NR = NV * WORDS, GROUP = 16;  // a tile; tiles of rows in a task
+constexpr int64_t MR = 8, LANES = 16, NV = 3, NR = NV * LANES, GROUP = 16;  // a tile; tiles of rows in a task
 
 }  // namespace
 
@@ -46,21 +42,6 @@ extern "C" int hope_cms_step(int64_t n, int64_t threads, int64_t rule, float lr,
   return DONE;
 }
 
-extern "C" int hope_cms_step_product(const CmsProduct* call) {
-  if (!call) return BAD_ARGUMENT;
-  const CmsProduct& p = *call;
-  const Step s{p.rule, p.lr, p.mu, p.beta2, p.first, p.second, p.root, p.eps};
-  if (!extents({p.C, p.r + TILE_ROWS}) || !extents({p.C, p.c + TILE_COLUMNS}) || !extents({p.r, p.c}) ||
-      !threads_fit(p.threads) || (p.r && p.c && !step_fits(s, {p.weight, p.moment, p.square, p.total, nullptr})) ||
-      (p.C && p.r && p.c && !all_given({p.left, p.right})))
-    return BAD_ARGUMENT;
-  if (p.r * p.c == 0) return DONE;
-  std::unique_ptr<float[]> packed(new (std::nothrow) float[product_floats(p) + 1]);
-  if (!packed) return NO_MEMORY;
-  wide() ? avx512::step_product(p, packed.get()) : step_product(p, packed.get());
-  return DONE;
-}
-
 #if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
 #define HK_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
@@ -70,7 +51,7 @@ namespace {
 HK_BF16 void pair_rows(const uint16_t* first, const uint16_t* second, int64_t columns, int64_t padded,
                        uint32_t* words) {
   int64_t j = 0;
-  for (; j + WORDS <= columns; j += WORDS) {
+  for (; j + LANES <= columns; j += LANES) {
     __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + j)));
     if (second) {
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + j)));
@@ -93,7 +74,7 @@ HK_BF16 void tile(int64_t pairs, const uint32_t* left, int64_t ldl, const uint32
   for (int64_t k = 0; k < pairs; k++) {
     __m512bh r[NV];
 #pragma GCC unroll 3
-    for (int v = 0; v < NV; v++) r[v] = (__m512bh)_mm512_loadu_si512(right + k * ldr + WORDS * v);
+    for (int v = 0; v < NV; v++) r[v] = (__m512bh)_mm512_loadu_si512(right + k * ldr + LANES * v);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
       const __m512bh l = (__m512bh)_mm512_set1_epi32(static_cast<int>(left[k * ldl + i]));
@@ -104,7 +85,7 @@ HK_BF16 void tile(int64_t pairs, const uint32_t* left, int64_t ldl, const uint32
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 3
-    for (int v = 0; v < NV; v++) _mm512_storeu_ps(out + i * NR + WORDS * v, acc[i][v]);
+    for (int v = 0; v < NV; v++) _mm512_storeu_ps(out + i * NR + LANES * v, acc[i][v]);
 }
 
 // Words of two tokens of t [C, columns] in panels `width` wide: [panels, pairs, width].

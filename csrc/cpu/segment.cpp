@@ -24,10 +24,8 @@ bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
   if (b.conv && (c.W < 1 || (c.W > 1 && !all_given({b.tail, b.new_tail})))) return false;
   for (int64_t l = 0; l < b.levels; l++) {
     const SegmentLevel& level = b.level[l];
-    const bool learns = level.d_up;
     if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N}) || !all_given({level.gain, level.up, level.down}))
       return false;
-    if (learns != !!level.n || learns != !!level.dy || learns != !!level.a) return false;
     for (int64_t i = 0; i < c.B; i++)
       if (!all_given({level.up[i], level.down[i]})) return false;
   }
@@ -39,8 +37,8 @@ bool fits(const SegmentCall* c) {
       !threads_fit(c->threads) || !extents({c->B, c->T + PANEL, c->d, c->blocks + 1}) ||
       !extents({c->vocab, c->d}) || !extents({c->B, c->T + PANEL, c->vocab}))
     return false;
-  if (c->B * c->T && !all_given({c->ids, c->len, c->embed, c->gain, c->head})) return false;
-  if ((c->blocks && !c->block) || !rows_fit(c->B, c->T, nullptr, c->len)) return false;
+  if (c->B && c->T && !all_given({c->ids, c->len, c->embed, c->gain, c->head})) return false;
+  if ((c->blocks && !c->block) || (c->B && !c->len) || !rows_fit(c->B, c->T, nullptr, c->len)) return false;
   for (int64_t b = 0; b < c->B; b++)
     for (int64_t t = 0; t < c->len[b]; t++)
       if (c->ids[b * c->T + t] < 0 || c->ids[b * c->T + t] >= c->vocab) return false;
@@ -58,6 +56,25 @@ bool head_fits(const SegmentCall& c) {
       if (c.targets[b * c.T + t] < 0 || c.targets[b * c.T + t] >= c.vocab) return false;
   }
   return true;
+}
+
+bool steps_fit(const SegmentStep* steps, int64_t B) {
+  for (int64_t b = 0; steps && b < B; b++) {
+    const SegmentStep& s = steps[b];
+    if (s.weight && !step_fits({s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps},
+                               {s.weight, s.moment, s.square, s.total, nullptr}))
+      return false;
+  }
+  return steps;
+}
+
+bool learning_fits(const SegmentCall& c) {
+  for (int64_t i = 0; i < c.blocks; i++)
+    for (int64_t l = 0; l < c.block[i].levels; l++) {
+      const SegmentLevel& level = c.block[i].level[l];
+      if (level.learns && !(steps_fit(level.up_step, c.B) && steps_fit(level.down_step, c.B))) return false;
+    }
+  return c.keep && all_given({c.work, c.learns});
 }
 
 bool empty(const SegmentCall& c) { return c.B * c.T == 0; }
@@ -83,7 +100,7 @@ extern "C" int hope_segment_head(const SegmentCall* c) {
 }
 
 extern "C" int hope_segment_learn(const SegmentCall* c) {
-  if (!fits(c) || !all_given({c->work, c->learns}) || !c->keep) return BAD_ARGUMENT;
+  if (!fits(c) || !learning_fits(*c)) return BAD_ARGUMENT;
   if (empty(*c)) return DONE;
   try {
     return wide() ? avx512::segment_learn(*c) : segment_learn(*c);

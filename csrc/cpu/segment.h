@@ -3,13 +3,19 @@
 #pragma once
 #include "call.h"
 
+// What a row does with the gradient of one of its matrices, as cms_step.h has it; weight null: nothing.
+struct SegmentStep {
+  int64_t rule;
+  float lr, mu, beta2, first, second, root, eps;
+  float *total, *weight, *moment, *square;
+};
+
 struct SegmentLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
   int64_t N;
-  const float* gain;                       // [d]
-  const float *const *up, *const *down;    // [B]: every row's own matrix, or the one it shares: [N, d], [d, N]
-  // The factors of the gradients, errors at a matrix's outputs and its inputs: d(up) = d_up^T n, d(down) = dy^T a.
-  // [B, T, N] (d_up, a) and [B, T, d] (n, dy); null where the level does not learn.
-  float *d_up, *n, *dy, *a;
+  int64_t learns;                                // whether its gradient is wanted
+  const float* gain;                             // [d]
+  const float *const *up, *const *down;          // [B]: every row's own matrix, or the one it shares: [N, d], [d, N]
+  const SegmentStep *up_step, *down_step;        // [B], for hope_segment_learn, where it learns
 };
 
 struct SegmentBlock {
@@ -43,11 +49,11 @@ struct SegmentCall {
 
 extern "C" {
 int64_t hope_segment_floats(const SegmentCall*);  // -1 for arguments that do not fit each other
-// Reads ids through all blocks: advances what the blocks' memories point to, and writes the new tails and, with
-// keep, the inputs among the factors.
+// Reads ids through all blocks: advances what the blocks' memories point to, and writes the new tails.
 int hope_segment_read(const SegmentCall*);
 // What follows a reading with the same work: h, logits, losses, and of `learns` the slopes, dL/dh.
 int hope_segment_head(const SegmentCall*);
-// What follows a head, or slopes, after a reading with keep: the errors among the factors of `learns`.
+// What follows a head, or slopes, after a reading with keep: takes them back through the model, level after level,
+// and the steps of `learns`, each once the backward has left its level. A step's weights may be those that were read.
 int hope_segment_learn(const SegmentCall*);
 }

@@ -1,4 +1,4 @@
-// segment_run.h and cms_product.h for sixteen floats at a time: see titans_avx512.cpp.
+// segment_run.h for sixteen floats at a time: see titans_avx512.cpp.
 
 #include <immintrin.h>
 
@@ -18,7 +18,6 @@
 
 #include "call.h"
 #include "check.h"
-#include "cms.h"
 #include "layer.h"
 #include "segment.h"
 #include "width.h"
@@ -30,12 +29,10 @@
 
 namespace avx512 {
 namespace code {
-#include "cms_product.h"
 #include "segment_run.h"
 }  // namespace code
 
 int segment_read(const SegmentCall& c) { return code::segment_read(c); }
 void segment_head(const SegmentCall& c) { code::segment_head(c); }
 int segment_learn(const SegmentCall& c) { return code::segment_learn(c); }
-void step_product(const CmsProduct& p, float* packed) { code::step_product(p, packed); }
 }  // namespace avx512

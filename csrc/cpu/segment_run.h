@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "cms_step.h"
 #include "layer.h"
 #include "panel.h"
 #include "rows.h"
@@ -20,7 +21,7 @@ class Segment {
   Segment(const SegmentCall& call, float* base) : c(call), B(c.B), T(c.T), d(c.d), P(panels(c.T)) {
     for (; first < c.blocks && lowest < 0; first++)
       for (int64_t l = c.block[first].levels - 1; l >= 0; l--)
-        if (c.block[first].level[l].d_up) lowest = l;
+        if (c.block[first].level[l].learns) lowest = l;
     first -= lowest >= 0;
     carve(base);
   }
@@ -60,10 +61,11 @@ class Segment {
   const int64_t B, T, d, P;
   int64_t first = 0, lowest = -1;  // what a gradient is taken back to: the first level that learns
   int64_t used = 0, streams = 0, kept_floats = 0;
-  float *streams_ = nullptr, *slopes_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr;
-  float *slope, *one, *two, *wide;            // panels of d, d, d and of the widest level (or vocabulary)
+  float *streams_ = nullptr, *levels_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr;
+  float *slope, *one, *two, *wide, *strips;   // panels of d, d, d and of the widest level (or vocabulary)
   float *ra, *rb, *rc, *rd, *re;              // token rows of d
   static constexpr int64_t STRIP = 32;        // rows of a weight that meet all panels of a row of the batch
+  static constexpr int64_t COLUMNS = 32;      // of a weight that take their step together
 
   static int64_t round(int64_t n) { return (n + 15) / 16 * 16 + 16; }
   int64_t panel_floats() const { return B * P * PANEL * d; }
@@ -74,21 +76,22 @@ class Segment {
   void carve(float* base) {
     auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
     streams = 1;
-    int64_t widest = std::max(c.vocab, d), levels = 0, kept = 0;
+    int64_t widest = std::max(c.vocab, d), deepest = d, levels = 0, kept = 0;
     for (int64_t i = 0; i < c.blocks; i++) {
       const SegmentBlock& b = c.block[i];
       streams += 1 + b.levels;
       for (int64_t l = 0; l < b.levels; l++)
-        widest = std::max(widest, b.level[l].N), levels += round(slope_floats(b.level[l]));
+        deepest = std::max(deepest, b.level[l].N), levels += level_floats(b.level[l]);
       kept = std::max(kept, round(B * b.titans.H * chunks(b) * b.titans.N * b.titans.D));
     }
     kept_floats = kept;
     take(streams_, (c.keep ? streams : 2) * round(panel_floats()));
-    take(slopes_, c.keep ? levels : 0);
+    take(levels_, c.keep ? levels : 0);
     take(mixers_, c.keep ? c.blocks * 3 * round(row_floats()) : 0);
     take(kept_, c.keep ? c.blocks * 2 * kept : 0);
     take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats());
-    take(wide, B * P * PANEL * widest);
+    take(wide, B * P * PANEL * std::max(widest, deepest));
+    take(strips, c.keep ? B * P * PANEL * (deepest + COLUMNS) : 0);
     for (float** p : {&ra, &rb, &rc, &rd, &re}) take(*p, row_floats());
   }
 
@@ -100,15 +103,18 @@ class Segment {
     for (int64_t i = 0; i < block; i++) at += 1 + c.block[i].levels;
     return at;
   }
-  int64_t slope_floats(const SegmentLevel& level) const { return B * P * PANEL * level.N; }
-  float* slope_of(int64_t block, int64_t l) const {
-    float* at = slopes_;
-    for (int64_t i = 0; i < c.blocks; i++)
-      for (int64_t j = 0; j < c.block[i].levels; j++) {
-        if (i == block && j == l) return at;
-        at += round(slope_floats(c.block[i].level[j]));
-      }
-    return at;
+  // of a level, panels: its inputs after the norm, [d], its hidden units, and the activation's derivatives, [N]
+  struct Kept {
+    float *n, *a, *slopes;
+  };
+  int64_t level_floats(const SegmentLevel& level) const { return B * P * PANEL * (d + 2 * level.N) + 16; }
+  Kept kept(int64_t block, int64_t l) const {
+    const SegmentLevel& level = c.block[block].level[l];
+    if (!c.keep) return {one, wide, nullptr};
+    float* at = levels_;
+    for (int64_t i = 0; i <= block; i++)
+      for (int64_t j = 0; j < (i < block ? c.block[i].levels : l); j++) at += level_floats(c.block[i].level[j]);
+    return {at, at + B * P * PANEL * d, at + B * P * PANEL * (d + level.N)};
   }
   // of a block's mixer: 0 what q is before it is a unit vector, 1 the memory's answers, 2 the gate
   float* kept_of(int64_t block, int which) const { return kept_ + (2 * block + which) * kept_floats; }
@@ -291,24 +297,21 @@ class Segment {
     const SegmentLevel& level = c.block[i].level[l];
     const int64_t at = stream_of(i) + 1 + l, N = level.N, size = d * PANEL;
     const float* h = stream(at);
-    float *next = stream(at + 1), *slopes = c.keep ? slope_of(i, l) : nullptr;
-    over(B * P, d, [&](int64_t j) {
-      norm(h + j * size, level.gain, one + j * size);
-      if (c.keep && level.n) to_rows(one, level.n, d, j / P, j % P);
-    });
-    product(N, d, All(), [&](int64_t b) { return level.up[b]; }, d, 1, one,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(wide + (b * P + p) * N * PANEL, r, acc); },
+    float* next = stream(at + 1);
+    const Kept to = kept(i, l);
+    over(B * P, d, [&](int64_t j) { norm(h + j * size, level.gain, to.n + j * size); });
+    product(N, d, All(), [&](int64_t b) { return level.up[b]; }, d, 1, to.n,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(to.a + (b * P + p) * N * PANEL, r, acc); },
             [&](int64_t b, int64_t p, int64_t r0, int64_t r1) {
-              float* z = wide + (b * P + p) * N * PANEL;
-              float* to = slopes ? slopes + (b * P + p) * N * PANEL : nullptr;
+              float* z = to.a + (b * P + p) * N * PANEL;
+              float* slopes = to.slopes ? to.slopes + (b * P + p) * N * PANEL : nullptr;
               for (int64_t k = r0 * PANEL; k < r1 * PANEL; k += half(b, p) ? PANEL : 8) {
                 f8 s;
                 store(z + k, sigma<GELU_TANH>(load(z + k), s));
-                if (to) store(to + k, s);
+                if (slopes) store(slopes + k, s);
               }
             });
-    if (c.keep && level.a) over(B * P, N, [&](int64_t j) { to_rows(wide, level.a, N, j / P, j % P); });
-    product(d, N, All(), [&](int64_t b) { return level.down[b]; }, N, 1, wide,
+    product(d, N, All(), [&](int64_t b) { return level.down[b]; }, N, 1, to.a,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
               add_rows(acc, h + (b * P + p) * size, r);
               store_rows(next + (b * P + p) * size, r, acc);
@@ -365,22 +368,54 @@ class Segment {
   void level_backward(int64_t i, int64_t l, bool on) const {
     const SegmentLevel& level = c.block[i].level[l];
     const int64_t N = level.N, size = d * PANEL;
-    const float *h = stream(stream_of(i) + 1 + l), *slopes = slope_of(i, l);
-    if (level.dy) all_to_rows(slope, level.dy, Learning{*this});
-    product(N, d, Learning{*this}, [&](int64_t b) { return level.down[b]; }, 1, N, slope,
+    const float* h = stream(stream_of(i) + 1 + l);
+    const Kept of = kept(i, l);
+    const Learning rows{*this};
+    product(N, d, rows, [&](int64_t b) { return level.down[b]; }, 1, N, slope,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-              multiply_rows(acc, slopes + (b * P + p) * N * PANEL, r);
+              multiply_rows(acc, of.slopes + (b * P + p) * N * PANEL, r);
               store_rows(wide + (b * P + p) * N * PANEL, r, acc);
             }, Nothing());
-    if (level.d_up)
-      over(B * P, N, [&](int64_t j) { if (learning(j / P)) to_rows(wide, level.d_up, N, j / P, j % P); });
+    if (level.learns) steps(d, N, level.down_step, slope, of.a);
+    if (on)
+      product(d, N, rows, [&](int64_t b) { return level.up[b]; }, 1, d, wide,
+              [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(one + (b * P + p) * size, r, acc); },
+              Nothing());
+    if (level.learns) steps(N, d, level.up_step, wide, of.n);
     if (!on) return;
-    product(d, N, Learning{*this}, [&](int64_t b) { return level.up[b]; }, 1, d, wide,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(one + (b * P + p) * size, r, acc); },
-            Nothing());
     over(B * P, d, [&](int64_t j) {
       if (learning(j / P)) norm_backward(h + j * size, level.gain, one + j * size, slope + j * size, true);
     });
+  }
+
+  // The steps of a matrix [R, K] of all rows that learn: its gradient is the sum over tokens of an error and an input,
+  // errors [R] and inputs [K] in panels, one chain for every weight. It is never in memory as a whole.
+  void steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
+    const int64_t count = (K + COLUMNS - 1) / COLUMNS;
+    over(B * count, COLUMNS * R * P, [&](int64_t i) {
+      const int64_t b = i / count, k = i % count * COLUMNS, w = std::min(COLUMNS, K - k), n = c.len[b];
+      if (!learning(b) || !step[b].weight) return;
+      float* rows = strips + (b * count + i % count) * COLUMNS * P * PANEL;  // the inputs of these columns, [n, w]
+      for (int64_t p = 0; p * PANEL < n; p++)
+        store_lanes(inputs + ((b * P + p) * K + k) * PANEL, rows + p * PANEL * w, w, w, 0, tokens(b, p));
+      const SegmentStep& s = step[b];
+      const Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
+      const Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
+      outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w, [&](int64_t r, int64_t at, auto& acc) {
+        constexpr int64_t rows_of = sizeof(acc) / sizeof(acc[0]), width = sizeof(acc[0]) / (sizeof(float));
+        alignas(64) float grad[rows_of * width];
+        for (int64_t j = 0; j < rows_of; j++) {
+          store_row(grad + j * width, acc[j]);
+          step_weights(rule, width, grad + j * width, weights.from((r + j) * K + k + at));
+        }
+      });
+    });
+  }
+
+  template <class V, int NV>
+  static void store_row(float* to, const V (&acc)[NV]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) store(to + LANES<V> * v, acc[v]);
   }
 
   int mixer_backward(int64_t i) const {

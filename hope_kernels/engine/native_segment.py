@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..model_state import ModelState
-from ..ops.cms.level import Factors
+from ..ops.cms.plan import Plan, RowStep
 from ..ops.cms.schedule import learning_levels
 from ..ops.cms.state import CMSState
 from ..ops.shared import cpu_library
@@ -35,7 +35,8 @@ _PENDING = ("pending_k", "pending_v", "pending_eta", "pending_alpha")
 
 
 class _Level(ctypes.Structure):
-    _fields_ = [("N", SIZE), *((n, POINTER) for n in ("gain", "up", "down", "d_up", "n", "dy", "a"))]
+    _fields_ = [("N", SIZE), ("learns", SIZE),
+                *((n, POINTER) for n in ("gain", "up", "down", "up_step", "down_step"))]
 
 
 class _Block(ctypes.Structure):
@@ -62,8 +63,8 @@ class Reader:
     """Reads segments of ``model`` for one call, in C++ where that serves it. reason: why it does not, or None."""
 
     def __init__(self, model: Any, backend: str | None):
-        self.model, self.reason = model, unserved(model, backend) or _pending(model)
-        self._spare: dict[tuple, Tensor] = {}  # buffers of earlier readings, which nobody needs any more
+        self.model, self.reason = model, unserved(model, backend) or _cms_unserved(model)
+        self.spare: Tensor | None = None  # memory of an earlier reading, which nobody needs any more
         if self.reason is None:
             self._prepare(model)
 
@@ -76,7 +77,7 @@ class Reader:
         config, self._held = model.config, []
         d, V = config.d_model, config.vocab_size
         head = model.embed.weight if model.head is None else model.head.weight
-        self._blocks, self._matrices = (_Block * len(model.blocks))(), []
+        self._blocks, self.matrices, self.levels = (_Block * len(model.blocks))(), [], []
         for block, to in zip(model.blocks, self._blocks):
             self._constants(to, block, d)
         self._call = _Call(
@@ -107,9 +108,11 @@ class Reader:
         own = (_Level * len(levels))()
         for at, tensors in zip(own, levels):
             at.N, at.gain = block.cms.config.hidden, self._at(tensors["norm_gain"], d)
-        self._matrices.append([[(n, self._at(t[n], t[n].numel())) for n in ("up", "down")] for t in levels])
-        self._held.append(own)
-        to.levels, to.level = len(levels), ctypes.cast(own, ctypes.POINTER(_Level))
+        self.matrices.append([
+            [(n, self._at(t[n], t[n].numel()), t[n].numel()) for n in ("up", "down")] for t in levels
+        ])
+        self.levels.append(own)
+        to.levels = len(levels)
 
     def read(
         self, state: ModelState, mixers: Sequence[Any], ids: Tensor, lengths: list[int], among: list[int] | None,
@@ -120,16 +123,10 @@ class Reader:
         is to be learned."""
         return Reading.of(self, state, mixers, ids.contiguous(), lengths, among, keep)
 
-    def buffer(self, name: str, i: int, l: int, *shape: int, zeros: bool = False) -> Tensor:
-        """A buffer of a reading: one that another has given back, or a new one."""
-        t = self._spare.pop((name, i, l, shape), None)
-        if t is None:
-            make = torch.zeros if zeros else torch.empty
-            return make(shape, dtype=torch.float32, device="cpu")
-        return t.zero_() if zeros else t
-
-    def give_back(self, buffers: dict[tuple, Tensor]) -> None:
-        self._spare |= buffers
+    def work(self, size: int) -> Tensor:
+        """Memory of a reading: that of one that is done, or new."""
+        t, self.spare = self.spare, None
+        return t if t is not None and t.numel() == size else torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 class Reading:
@@ -143,19 +140,20 @@ class Reading:
         self = cls()
         self.reader, self.ids, self.lengths, self.keep = reader, ids, lengths, keep
         (B, T), call = ids.shape, _Call.from_buffer_copy(reader._call)
-        self.call, self._buffers = call, {}
+        self.call, self.state, self.among = call, state, among
         self._blocks = type(reader._blocks).from_buffer_copy(reader._blocks)
         call.block = ctypes.cast(self._blocks, ctypes.POINTER(_Block))
         call.B, call.T, call.keep = B, T, keep
         call.ids = address(ids, B * T, "ids", torch.int64)
         counts = row_array(lengths, B)
         call.len, self._held = ctypes.addressof(counts), [counts]
-        self.factors: list[dict[int, Factors]] = []
+        self._levels: list[Any] = []
         after = []
         for i, (mixer, cms) in enumerate(zip(mixers, state.cms)):
             after.append(self._memories(i, mixer, B, T))
-            self.factors.append(self._levels(i, cms, range(B) if among is None else among, state.batch, T))
-        call.work = self._buffer("work", 0, 0, floats("hope_segment_floats", call)).data_ptr()
+            self._levels.append(self._weights(i, cms, range(B) if among is None else among, state.batch))
+        self.work = reader.work(floats("hope_segment_floats", call))
+        call.work = self.work.data_ptr()
         _read(ctypes.addressof(call))
         return self, after
 
@@ -190,26 +188,30 @@ class Reading:
             check_logits(made, self.lengths)
         return Heads(made if logits else None, nats, last, None), torch.zeros(B, 1, 1)
 
-    def learn(self, rows: list[bool], slopes: Tensor) -> list[dict[int, Factors]]:
-        """The factors of every level that learns, by block: of the tokens of the marked rows, zeros elsewhere.
-        slopes: as ``head`` has them."""
-        call, marks = self.call, (ctypes.c_int32 * len(rows))(*rows)
+    def learn(self, rows: list[bool], slopes: Tensor, plans: list[dict[int, Plan]]) -> None:
+        """The steps that ``plans`` has for the marked rows, by block and level. slopes: as ``head`` has them."""
+        call, B, marks = self.call, len(rows), (ctypes.c_int32 * len(rows))(*rows)
+        places = [(b, b if self.among is None else self.among[b]) for b in range(B) if rows[b]]
+        held: list[Any] = []
+        for levels, planned in zip(self._levels, plans):
+            for l, plan in planned.items():
+                for name in ("up", "down"):
+                    steps = (RowStep * B)()
+                    for here, b in places:
+                        step = plan.steps.get((name, b))
+                        if step is not None:
+                            steps[here] = step
+                    held.append(steps)
+                    setattr(levels[l], name + "_step", ctypes.addressof(steps))
         call.learns = ctypes.addressof(marks)
         if call.vocab > HEAD_MOST:
             slopes = slopes.contiguous()
-            call.slopes = address(slopes, call.B * call.T * call.d)
+            call.slopes = address(slopes, B * call.T * call.d)
         _learn(ctypes.addressof(call))
-        return self.factors
 
     def done(self) -> None:
         """Nobody needs what was kept any more."""
-        self.reader.give_back(self._buffers)
-        self.factors, self._buffers = [], {}
-
-    def _buffer(self, name: str, i: int, l: int, *shape: int, zeros: bool = False) -> Tensor:
-        t = self.reader.buffer(name, i, l, *shape, zeros=zeros)
-        self._buffers[name, i, l, shape] = t
-        return t
+        self.reader.spare = self.work
 
     def _memories(self, i: int, state: TitansState, B: int, T: int) -> TitansState:
         """The state after the reading, which is not written yet."""
@@ -231,38 +233,31 @@ class Reading:
         self._held += [pos, new]
         return new
 
-    def _levels(
-        self, i: int, state: CMSState | None, among: Sequence[int], batch: int, T: int
-    ) -> dict[int, Factors]:
-        found: dict[int, Factors] = {}
-        matrices, to = self.reader._matrices[i], self._blocks[i]
+    def _weights(self, i: int, state: CMSState | None, among: Sequence[int], batch: int) -> Any:
+        """The levels of block ``i`` as ``state`` has them."""
+        matrices, to, B = self.reader.matrices[i], self._blocks[i], len(among)
         if state is None or not matrices:
-            return found
-        own, d, ragged = (_Level * len(matrices)).from_buffer_copy(
-            ctypes.cast(to.level, ctypes.POINTER(_Level * len(matrices))).contents
-        ), self.call.d, min(self.lengths, default=T) < T
-        to.level = ctypes.cast(own, ctypes.POINTER(_Level))
-        self._held.append(own)
+            return None
+        levels = (_Level * len(matrices)).from_buffer_copy(self.reader.levels[i])
+        to.level = ctypes.cast(levels, ctypes.POINTER(_Level))
         learns = learning_levels(state.config) if self.keep else []
-        for l, (at, names) in enumerate(zip(own, matrices)):
-            held, mine, count, B = state.weights[l], state.own[l], at.N * d, len(among)
-            for name, shared in names:
+        for l, (at, names) in enumerate(zip(levels, matrices)):
+            held, mine, at.learns = state.weights[l], state.own[l], l in learns
+            for name, shared, count in names:
                 first = None if held is None else address(held[name], batch * count)
                 rows = (ctypes.c_void_p * B)(*[first + 4 * count * b if first and mine[b] else shared for b in among])
-                self._held.append((rows, held))
+                self._held += [rows, held]
                 setattr(at, name, ctypes.addressof(rows))
-            if l in learns:
-                parts = {n: self._buffer(n, i, l, B, T, w, zeros=ragged)
-                         for n, w in (("d_up", at.N), ("n", d), ("dy", d), ("a", at.N))}
-                for n, t in parts.items():
-                    setattr(at, n, t.data_ptr())
-                found[l] = {"up": (parts["d_up"], parts["n"]), "down": (parts["dy"], parts["a"])}
-        return found
+        return levels
 
 
-def _pending(model: Any) -> str | None:
-    """Why the CMS of ``model`` are not read and learned here, or None."""
+def _cms_unserved(model: Any) -> str | None:
+    """Why what the CMS of ``model`` learn is not learned here, or None."""
     for block in model.blocks:
-        if block.cms is not None and any(block.cms._slots(l) for l in range(block.cms.config.num_levels)):
-            return "factors may wait to be folded, which PyTorch reads"
+        if block.cms is None:
+            continue
+        if block.cms.config.precondition is not None:
+            return "serves steps without precondition"
+        if any(block.cms._slots(l) for l in range(block.cms.config.num_levels)):
+            return "serves levels whose factors do not wait to be folded"
     return None

@@ -19,6 +19,7 @@ from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState
 from ..ops.cms.chain import Sink
 from ..ops.cms.level import Factors
+from ..ops.cms.plan import Plan
 from ..state import Counters
 from .guard import judge
 from .head import Heads, Targets, mask, read_head
@@ -210,14 +211,15 @@ def _descend(
     slopes = judged(model, state, read, marked, learners, heads.nats, slopes)
     if not learners:
         return
-    here = [of[b] for b in learners]
-    factors = reading.learn([b in here for b in range(len(known))], slopes)
-    tokens = None if all(known[b] == read.ids.shape[1] for b in here) else known
-    sinks = sinks_of(model, state, learners, counts, read.backend, among, tokens)
-    for sink, levels in zip(sinks, factors):
-        for l in sorted(levels, reverse=True):
-            assert sink is not None
-            sink(l, levels[l])
+    tokens = [0] * state.batch
+    for b in learners:
+        tokens[b] = known[of[b]]
+    plans = plans_of(model, state, learners, counts, tokens, read.backend)
+    here = {of[b] for b in learners}
+    reading.learn([b in here for b in range(len(known))], slopes, plans)
+    for levels in plans:
+        for plan in levels.values():
+            plan.finish()
 
 
 @dataclass
@@ -336,6 +338,19 @@ def sinks_of(
         ops = block.cms.ops(like.dtype, like.device, backend, inner=True)
         found.append(block.cms.sink(cms, learners, counts, ops, among, tokens, real, scale))
     return found
+
+
+def plans_of(
+    model: Model, state: ModelState, learners: list[int], counts: list[int] | None, tokens: list[int],
+    backend: str | None
+) -> list[dict[int, Plan]]:
+    """``ContinuumMemory.plan`` of each block and learning level, at the rates that the guard of ``state`` allows."""
+    scale, like = None if state.guard is None else state.guard.rate, placement(model.embed)
+    return [
+        {} if cms is None or block.cms is None else block.cms.plans(
+            cms, learners, counts, tokens, block.cms.ops(like.dtype, like.device, backend, inner=True), scale
+        ) for block, cms in zip(model.blocks, state.cms)
+    ]
 
 
 def judged(
