@@ -16,12 +16,24 @@ namespace {
 bool titans_fit(const TitansCall& t, const SegmentCall& c) {
   return t.B == c.B && t.T == c.T && t.H > 0 && width(t.D) && width(t.N) && t.H * t.D == c.d && t.Mf == 3 &&
          t.self_modifying && t.update && !t.scalar_skip && !t.kept2 && t.chunk_memory > 0 &&
-         extents({c.B, t.H, c.T / t.chunk_memory + 2, t.N, t.D}) && t.len == c.len && t.pos;
+         extents({c.B, t.H, c.T / t.chunk_memory + 2, t.N, t.D}) && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) && t.chunk_other > 0 &&
+         std::max(t.chunk_memory, t.chunk_other) <= LARGEST &&
+         extents({c.B, std::max(t.chunk_memory, t.chunk_other), t.H, t.D}) && t.Ms == 1 + (t.retention != 0) &&
+         t.len == c.len && t.pos;
+}
+
+// Two memories of one kind, which share nothing.
+bool memories_fit(const SegmentBlock& b, const SegmentCall& c) {
+  auto one = [&](const SegmentMemory& m) {
+    return all_given({m.delta2, m.delta1, m.delta1s, m.pending_k, m.pending_v, m.pending_eta}) &&
+           (!b.titans.retention || m.pending_alpha) && (!b.conv || c.W == 1 || m.tail);
+  };
+  return one(b.before) && one(b.after) && b.before.delta2 != b.after.delta2;
 }
 
 bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
   if (!titans_fit(b.titans, c) || !all_given({b.gain, b.q_proj}) || b.levels < 0 || (b.levels && !b.level)) return false;
-  if (b.conv && (c.W < 1 || (c.W > 1 && !all_given({b.tail, b.new_tail})))) return false;
+  if ((b.conv && c.W < 1) || !memories_fit(b, c)) return false;
   for (int64_t l = 0; l < b.levels; l++) {
     const SegmentLevel& level = b.level[l];
     if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N}) || !all_given({level.gain, level.up, level.down}))

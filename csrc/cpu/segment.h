@@ -18,14 +18,19 @@ struct SegmentLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
   const SegmentStep *up_step, *down_step;        // [B], for hope_segment_learn, where it learns
 };
 
+struct SegmentMemory {  // what a mixer has of B rows: as in TitansCall, and the convolution's last inputs [B, W - 1, d]
+  float *delta2, *delta1, *delta1s, *pending_k, *pending_v, *pending_eta, *pending_alpha, *tail;
+};
+
 struct SegmentBlock {
   const float* gain;                       // [d], of the norm before the mixer
-  const float *conv, *tail;                // [d, W], or null: no convolution; [B, W - 1, d]
-  float* new_tail;                         // [B, W - 1, d]
+  const float* conv;                       // [d, W], or null: no convolution
   const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
   const float* out_gain;                   // [H, D], or null
-  // T tokens, memories that make their own k, v, eta, alpha; q, x, o and kept weights are not looked at
+  // T tokens, memories that make their own k, v, eta, alpha; q, x, o, kept weights, and what a SegmentMemory has are
+  // not looked at
   TitansCall titans;
+  SegmentMemory before, after;             // the second becomes what a reading makes of the first
   int64_t levels;
   const SegmentLevel* level;
 };
@@ -49,7 +54,7 @@ struct SegmentCall {
 
 extern "C" {
 int64_t hope_segment_floats(const SegmentCall*);  // -1 for arguments that do not fit each other
-// Reads ids through all blocks: advances what the blocks' memories point to, and writes the new tails.
+// Reads ids through all blocks.
 int hope_segment_read(const SegmentCall*);
 // What follows a reading with the same work: h, logits, losses, and of `learns` the slopes, dL/dh.
 int hope_segment_head(const SegmentCall*);

@@ -240,6 +240,23 @@ class Segment {
     }
   }
 
+  // The call of a block's memories, which are those before it once more.
+  TitansCall memory(const SegmentBlock& block) const {
+    TitansCall t = block.titans;
+    const SegmentMemory &from = block.before, &to = block.after;
+    const int64_t heads = B * t.H, slots = heads * std::max(t.chunk_memory, t.chunk_other);
+    auto copy = [](float* a, const float* b, int64_t n) {
+      if (b) std::memcpy(a, b, n * sizeof(float));
+    };
+    copy(to.delta2, from.delta2, heads * (t.Mf + t.Ms) * t.N * t.D), copy(to.delta1, from.delta1, heads * t.Mf * t.D * t.N);
+    copy(to.delta1s, from.delta1s, heads * t.Ms * t.N);
+    copy(to.pending_k, from.pending_k, slots * t.D), copy(to.pending_v, from.pending_v, slots * t.D);
+    copy(to.pending_eta, from.pending_eta, slots), copy(to.pending_alpha, from.pending_alpha, slots);
+    t.delta2 = to.delta2, t.delta1 = to.delta1, t.delta1s = to.delta1s, t.pending_k = to.pending_k;
+    t.pending_v = to.pending_v, t.pending_eta = to.pending_eta, t.pending_alpha = to.pending_alpha;
+    return t;
+  }
+
   int mixer(int64_t i) const {
     const SegmentBlock& block = c.block[i];
     const float* h = stream(stream_of(i));
@@ -252,7 +269,8 @@ class Segment {
     });
     float *x = ra, *panel = one;
     if (block.conv) {
-      const int outcome = hope_conv(B, T, d, c.W, c.threads, ra, block.tail, block.conv, c.len, rb, block.new_tail);
+      const int outcome = hope_conv(B, T, d, c.W, c.threads, ra, block.before.tail, block.conv, c.len, rb,
+                                    block.after.tail);
       if (outcome) return outcome;
       all_from_rows(rb, two, All());
       x = rb, panel = two;
@@ -265,7 +283,7 @@ class Segment {
     float* q = c.keep ? kept_rows(i, 0) : rc;
     project(false, block.q_proj, panel, slope, All());
     all_to_rows(slope, q, All());
-    const TitansCall& given = block.titans;
+    const TitansCall given = memory(block);
     if (given.qk_l2norm) hope_unit(B * T * given.H, given.D, c.threads, q, rd);
     float* gate = block.gate_proj ? c.keep ? kept_rows(i, 2) : rc : nullptr;
     if (gate) {

@@ -25,6 +25,7 @@ then the accumulators keep what they have.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import torch
@@ -151,8 +152,9 @@ def _round(
             model, state, state.mixers, tokens, targets, whole, step, counts, call.backend, logits=not call.losses,
             check_finite=check, reader=reader
         )
-        rows = [b for b, w in enumerate(whole) if w]
-        state = segments.kept(state, rows, tokens[rows], targets.ids[rows], [step[b] for b in rows])
+        if state.kept is not None:
+            rows = [b for b, w in enumerate(whole) if w]
+            state = segments.kept(state, rows, tokens[rows], targets.ids[rows], [step[b] for b in rows])
     elif model.holds and not frozen and waits == [n > 0 for n in step]:
         apart = [m.snapshot() for m in state.mixers]
         heads, mixers, held = segments.read_and_hold(
@@ -183,7 +185,8 @@ def _joined(model: Model, call: Call, parts: list[Heads], places: list[list[int]
     for part in parts:
         assert part.nats is not None and part.last is not None
         n = part.nats.shape[1]
-        read = torch.tensor([any(at <= i < at + n for i in p) for p in places], device=like.device)
+        # ascending
+        read = torch.tensor([bisect_left(p, at) < bisect_left(p, at + n) for p in places], device=like.device)
         last, at = torch.where(read.unsqueeze(1), part.last, last), at + n
     return Losses(_in_order(nats, places, T).squeeze(-1), last)
 

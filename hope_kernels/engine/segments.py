@@ -23,7 +23,8 @@ from ..ops.cms.plan import Plan
 from ..state import Counters
 from .guard import judge
 from .head import Heads, Targets, mask, read_head
-from .native_segment import Reader, Reading
+from .native_reading import Reading
+from .native_segment import Reader
 from .protocol import Model
 
 
@@ -177,7 +178,7 @@ def learn_segment(
             read = Segment(mixers, ids, targets, lengths, backend)
             _descend(model, state, reading, read, marked, learners, counts, among, heads, slopes)
             reading.done()
-            return heads, list(after)
+            return heads, after
         sinks, before = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1]), mixers
         h, mixers, anchor = read_graph(model, state, mixers, ids, lengths, backend, sinks, among)
         heads = read_head(
@@ -301,7 +302,7 @@ def read_and_hold(
             reading, after = reader.read(state, mixers, ids, lengths, None, keep=True)
             wanted = targets if losses else None
             heads, _ = reading.head(wanted, logits=not losses, check_finite=check_finite)
-            return heads, list(after), HeldReading(reading, Segment(mixers, ids, targets, lengths, backend))
+            return heads, after, HeldReading(reading, Segment(mixers, ids, targets, lengths, backend))
         late = [None if cms is None or block.cms is None else Late() for block, cms in zip(model.blocks, state.cms)]
         read = Segment([m.snapshot() for m in mixers], ids, targets, lengths, backend)
         h, mixers, anchor = read_graph(model, state, mixers, ids, lengths, backend, late, None)
