@@ -8,6 +8,7 @@ so that what was given stays as it is if a call fails.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -215,12 +216,13 @@ def _descend(
     tokens = [0] * state.batch
     for b in learners:
         tokens[b] = known[of[b]]
-    plans = plans_of(model, state, learners, counts, tokens, read.backend)
+    plans = _plans(model, state, learners, counts, tokens, reading.reader)
     here = {of[b] for b in learners}
     reading.learn([b in here for b in range(len(known))], slopes, plans)
     for levels in plans:
         for plan in levels.values():
-            plan.finish()
+            if plan.finish is not None:
+                plan.finish()
 
 
 @dataclass
@@ -341,17 +343,18 @@ def sinks_of(
     return found
 
 
-def plans_of(
-    model: Model, state: ModelState, learners: list[int], counts: list[int] | None, tokens: list[int],
-    backend: str | None
+def _plans(
+    model: Model, state: ModelState, learners: list[int], counts: list[int] | None, tokens: list[int], reader: Reader
 ) -> list[dict[int, Plan]]:
-    """``ContinuumMemory.plan`` of each block and learning level, at the rates that the guard of ``state`` allows."""
-    scale, like = None if state.guard is None else state.guard.rate, placement(model.embed)
-    return [
-        {} if cms is None or block.cms is None else block.cms.plans(
-            cms, learners, counts, tokens, block.cms.ops(like.dtype, like.device, backend, inner=True), scale
-        ) for block, cms in zip(model.blocks, state.cms)
-    ]
+    """``ContinuumMemory.plans`` of each block, at the rates that the guard of ``state`` allows."""
+    scale, like, found = None if state.guard is None else state.guard.rate, placement(model.embed), []
+    for block, cms, known in zip(model.blocks, state.cms, reader.plans):
+        if cms is None or block.cms is None:
+            found.append({})
+            continue
+        ops = partial(block.cms.ops, like.dtype, like.device, reader.backend, inner=True)
+        found.append(block.cms.plans(cms, learners, counts, tokens, ops, scale, known))
+    return found
 
 
 def judged(

@@ -22,7 +22,7 @@ from ..ops.cms.continued import continued
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
-from ..ops.cms.plan import Plan, planned
+from ..ops.cms.plan import Known, Plan, planned
 from ..ops.cms.schedule import learning_levels, matrices
 from ..ops.cms.state import CMSState
 from ..ops.shared.across import Across
@@ -243,13 +243,14 @@ class ContinuumMemory(nn.Module):
         return sink(self, state, rows, counts, ops, among, tokens, real, scale)
 
     def plans(
-        self, state: CMSState, rows: list[int], counts: list[int] | None, tokens: list[int], ops: Any,
-        scale: Callable[[int], float] | None = None,
+        self, state: CMSState, rows: list[int], counts: list[int] | None, tokens: list[int],
+        ops: Callable[[], Any], scale: Callable[[int], float] | None, known: dict[int, Known],
     ) -> dict[int, Plan]:
         """What ``rows`` of the draft ``state`` do with a segment of ``tokens`` [B], by level: see ``plan.py``."""
         return {
             l: planned(
-                state, self.config, partial(self.start, l), l, rows, counts, tokens, ops, self._sizes(l), scale
+                state, self.config, partial(self.start, l), l, rows, counts, tokens, ops, self._sizes(l), scale,
+                known.setdefault(l, {})
             ) for l in learning_levels(self.config)
         }
 
