@@ -280,10 +280,10 @@ class Segment {
       all_to_rows(wide, rb, All());
       x = rb, panel = wide;
     }
-    float* q = c.keep ? kept_rows(i, 0) : rc;
+    const TitansCall given = memory(block);
+    float* q = c.keep ? kept_rows(i, 0) : given.qk_l2norm ? re : rd;
     project(false, block.q_proj, panel, slope, All());
     all_to_rows(slope, q, All());
-    const TitansCall given = memory(block);
     if (given.qk_l2norm) hope_unit(B * T * given.H, given.D, c.threads, q, rd);
     float* gate = block.gate_proj ? c.keep ? kept_rows(i, 2) : rc : nullptr;
     if (gate) {

@@ -59,13 +59,6 @@ class SegmentCall(ctypes.Structure):
 _read, _head, _learn = (Function(f"hope_segment_{n}", "HopeForCausalLM", POINTER) for n in ("read", "head", "learn"))
 
 
-class Mixers(list):
-    """The states of all mixers after a reading, whose tensors a reader has made: it may write them again once nobody
-    has any use for them. addresses: of each one's tensors."""
-
-    addresses: list[Memory]
-
-
 class Reading:
     """A segment of B rows of T tokens. Used again for the next segment of that shape, once it is done with."""
 
@@ -88,18 +81,20 @@ class Reading:
     def read(
         self, state: ModelState, mixers: Sequence[TitansState], ids: Tensor, lengths: list[int],
         among: list[int] | None
-    ) -> Mixers:
+    ) -> list[TitansState]:
         """Reads ``lengths`` tokens of each row of ids: the mixers after it. ``mixers`` stay as they are."""
         call, (B, T) = self.call, self.shape
         self.ids, self.lengths, self.among, self.before = ids, lengths, among, mixers
         call.ids, self._len[:] = address(ids, B * T, "ids", torch.int64), lengths
-        after = self.reader.mixers_like(mixers)
-        known = mixers.addresses if isinstance(mixers, Mixers) else [addresses(m)[0] for m in mixers]
-        held = [] if isinstance(mixers, Mixers) else [addresses(m)[1] for m in mixers]
+        after, to = self.reader.mixers_like(mixers)
+        found, known = [], self.reader.made(mixers)
+        if known is None:
+            found = [addresses(m) for m in mixers]
+            known = [at for at, _ in found]
         moved = None if len(set(lengths)) != 1 else lengths[0]
         for i, (old, new) in enumerate(zip(mixers, after)):
             block, self._pos[i][:] = self._blocks[i], old.pos
-            block.before, block.after = known[i], after.addresses[i]
+            block.before, block.after = known[i], to[i]
             new.pos = Counters([p + n for p, n in zip(old.pos, lengths)])
             torch.add(old.count, on_device(lengths, old.count.device) if moved is None else moved, out=new.count)
             if state.cms[i] is not None:
@@ -108,7 +103,7 @@ class Reading:
             self._work = torch.empty(floats("hope_segment_floats", call), dtype=torch.float32, device="cpu")
             call.work = self._work.data_ptr()
         _read(ctypes.addressof(call))
-        del held
+        del found  # and the tensors that may have been made for the library to read
         return after
 
     def head(

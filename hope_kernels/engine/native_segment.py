@@ -21,7 +21,7 @@ from ..ops.shared.cpu_library import address
 from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
 from .native import size_of, unserved
-from .native_reading import MEMORY, BlockCall, LevelCall, Mixers, Reading, SegmentCall, addresses
+from .native_reading import MEMORY, BlockCall, LevelCall, Memory, Reading, SegmentCall, addresses
 
 
 class Reader:
@@ -31,7 +31,8 @@ class Reader:
         self.backend, self.plans = backend, [{} for _ in model.blocks]  # of steps, by block and level
         self.model, self.reason = model, unserved(model, backend) or _cms_unserved(model)
         self._readings: dict[tuple, Reading] = {}  # that are done with
-        self._mixers: list[Mixers] = []
+        self._made: dict[int, tuple[list[TitansState], list[Memory]]] = {}  # mixers after readings: by their id
+        self._free: list[list[TitansState]] = []  # of these, those that nobody needs any more
         if self.reason is None:
             self._prepare(model)
 
@@ -49,22 +50,29 @@ class Reader:
         reading = self._readings.pop((*ids.shape, keep), None) or Reading(self, *ids.shape, keep)
         return reading, reading.read(state, mixers, ids.contiguous(), lengths, among)
 
-    def mixers_like(self, mixers: Sequence[TitansState]) -> Mixers:
-        """States as ``mixers``, whose tensors are to be written."""
-        if self._mixers and self._mixers[-1][0].batch == mixers[0].batch:
-            return self._mixers.pop()
+    def mixers_like(self, mixers: Sequence[TitansState]) -> tuple[list[TitansState], list[Memory]]:
+        """States as ``mixers``, whose tensors are to be written, and where these lie."""
+        if self._free and self._free[-1][0].batch == mixers[0].batch:
+            free = self._free.pop()
+            return free, self._made[id(free)][1]
         # normal tensors under inference mode too: they may be written outside it
         with torch.inference_mode(False):
             empty = [{n: _empty(getattr(m, n)) for n in (*MEMORY, "count")} for m in mixers]
-            made = Mixers(replace(m, **tensors) for m, tensors in zip(mixers, empty))
-        made.addresses = [addresses(m)[0] for m in made]
-        return made
+            made = [replace(m, **tensors) for m, tensors in zip(mixers, empty)]
+        self._made[id(made)] = made, [addresses(m)[0] for m in made]
+        return self._made[id(made)]
+
+    def made(self, mixers: Sequence[Any]) -> list[Memory] | None:
+        """Where the tensors of ``mixers`` lie, if this has made them, in this call."""
+        known = self._made.get(id(mixers))
+        return None if known is None else known[1]
 
     def give_back(self, reading: Reading, mixers: Sequence[Any]) -> None:
         """Nobody needs ``reading``, nor the ``mixers`` before it, if a reading has made them."""
         self._readings[(*reading.shape, reading.keep)] = reading
-        if isinstance(mixers, Mixers):
-            self._mixers.append(mixers)
+        known = self._made.get(id(mixers))
+        if known is not None:
+            self._free.append(known[0])
 
     def _prepare(self, model: Any) -> None:
         """What is the same in all readings."""
