@@ -69,7 +69,7 @@ BLOCKS = ("layers.block:HopeBlock", "layers.block:HopeAttentionBlock")
 SERVE = ("joined:joined", "serve.worker:Worker", "serve.store:Store")
 MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:generate",
          "engine.decoder:Decoder")
-STEP_CPP = ("csrc/cpu/token*.cpp", *CPU_LIBRARY)
+STEP_CPP = ("csrc/cpu/token*.cpp", "csrc/cpu/segment*.cpp", *CPU_LIBRARY)
 
 # -- modules left out ----------------------------------------------------------------------------------------
 

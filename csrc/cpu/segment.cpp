@@ -14,12 +14,11 @@ int segment_learn(const SegmentCall& c);
 namespace {
 
 bool titans_fit(const TitansCall& t, const SegmentCall& c) {
+  const int64_t big = std::max(t.chunk_memory, t.chunk_other), small = std::min(t.chunk_memory, t.chunk_other);
   return t.B == c.B && t.T == c.T && t.H > 0 && width(t.D) && width(t.N) && t.H * t.D == c.d && t.Mf == 3 &&
-         t.self_modifying && t.update && !t.scalar_skip && !t.kept2 && t.chunk_memory > 0 &&
-         extents({c.B, t.H, c.T / t.chunk_memory + 2, t.N, t.D}) && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) && t.chunk_other > 0 &&
-         std::max(t.chunk_memory, t.chunk_other) <= LARGEST &&
-         extents({c.B, std::max(t.chunk_memory, t.chunk_other), t.H, t.D}) && t.Ms == 1 + (t.retention != 0) &&
-         t.len == c.len && t.pos;
+         t.Ms == 1 + (t.retention != 0) && t.self_modifying && t.update && !t.scalar_skip && !t.kept2 && small > 0 &&
+         big <= LARGEST && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) && extents({c.B, big, t.H, t.D}) &&
+         extents({c.B, t.H, c.T / t.chunk_memory + 2, t.N, t.D}) && t.len == c.len && t.pos;
 }
 
 // Two memories of one kind, which share nothing.
@@ -32,7 +31,8 @@ bool memories_fit(const SegmentBlock& b, const SegmentCall& c) {
 }
 
 bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
-  if (!titans_fit(b.titans, c) || !all_given({b.gain, b.q_proj}) || b.levels < 0 || (b.levels && !b.level)) return false;
+  if (!titans_fit(b.titans, c) || !all_given({b.gain, b.q_proj}) || b.levels < 0 || (b.levels && !b.level))
+    return false;
   if ((b.conv && c.W < 1) || !memories_fit(b, c)) return false;
   for (int64_t l = 0; l < b.levels; l++) {
     const SegmentLevel& level = b.level[l];
@@ -60,7 +60,8 @@ bool fits(const SegmentCall* c) {
 }
 
 bool head_fits(const SegmentCall& c) {
-  if (!c.targets) return !c.nats && !(c.learns && !c.slopes);
+  if (c.vocab > HEAD_MOST) return !c.logits && !c.nats && !c.last && !c.learns;
+  if (!c.targets) return !c.nats && !c.learns;
   if (!c.known) return false;
   for (int64_t b = 0; b < c.B; b++) {
     if (c.known[b] < 0 || c.known[b] > c.len[b]) return false;
@@ -93,7 +94,9 @@ bool empty(const SegmentCall& c) { return c.B * c.T == 0; }
 
 }  // namespace
 
-extern "C" int64_t hope_segment_floats(const SegmentCall* c) { return fits(c) ? Segment(*c, nullptr).floats() : -1; }
+extern "C" int64_t hope_segment_floats(const SegmentCall* c) {
+  return fits(c) ? Segment(*c, nullptr).floats() : -1;
+}
 
 extern "C" int hope_segment_read(const SegmentCall* c) {
   if (!fits(c) || !c->work) return BAD_ARGUMENT;

@@ -3,6 +3,8 @@
 #pragma once
 #include "call.h"
 
+constexpr int64_t HEAD_MOST = 4096;  // tokens of a vocabulary whose logits are panels of the work space
+
 // What a row does with the gradient of one of its matrices, as cms_step.h has it; weight null: nothing.
 struct SegmentStep {
   int64_t rule;
@@ -14,11 +16,12 @@ struct SegmentLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
   int64_t N;
   int64_t learns;                                // whether its gradient is wanted
   const float* gain;                             // [d]
-  const float *const *up, *const *down;          // [B]: every row's own matrix, or the one it shares: [N, d], [d, N]
+  const float *const *up, *const *down;          // [B]: every row's own matrix, or its shared one: [N, d], [d, N]
   const SegmentStep *up_step, *down_step;        // [B], for hope_segment_learn, where it learns
 };
 
-struct SegmentMemory {  // what a mixer has of B rows: as in TitansCall, and the convolution's last inputs [B, W - 1, d]
+// What a mixer has of B rows: as in TitansCall, and the convolution's last inputs [B, W - 1, d].
+struct SegmentMemory {
   float *delta2, *delta1, *delta1s, *pending_k, *pending_v, *pending_eta, *pending_alpha, *tail;
 };
 
@@ -27,8 +30,8 @@ struct SegmentBlock {
   const float* conv;                       // [d, W], or null: no convolution
   const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
   const float* out_gain;                   // [H, D], or null
-  // T tokens, memories that make their own k, v, eta, alpha; q, x, o, kept weights, and what a SegmentMemory has are
-  // not looked at
+  // T tokens, memories that make their own k, v, eta, alpha; q, x, o, kept weights, and what a SegmentMemory has
+  // are not looked at
   TitansCall titans;
   SegmentMemory before, after;             // the second becomes what a reading makes of the first
   int64_t levels;
@@ -43,7 +46,8 @@ struct SegmentCall {
   const float *embed, *gain, *head;        // [vocab, d], [d], [vocab, d]
   const SegmentBlock* block;
   float* work;                             // hope_segment_floats numbers, from a reading to what follows it
-  // The head's; each but for known may be null. Past known[b] losses are 0, past len[b] logits are.
+  // The head's, for vocabularies of at most HEAD_MOST; each but for known may be null. Past known[b] no loss is
+  // written, past len[b] no logits are.
   const int64_t *targets, *known;          // [B, T], [B]
   float *logits, *nats, *last;             // [B, T, vocab], [B, T], [B, vocab]: after each row's last token
   float* h;                                // [B, T, d], what the head is given (before its norm)
@@ -59,6 +63,6 @@ int hope_segment_read(const SegmentCall*);
 // What follows a reading with the same work: h, logits, losses, and of `learns` the slopes, dL/dh.
 int hope_segment_head(const SegmentCall*);
 // What follows a head, or slopes, after a reading with keep: takes them back through the model, level after level,
-// and the steps of `learns`, each once the backward has left its level. A step's weights may be those that were read.
+// and the steps of `learns`, each once the backward has left its level. Its weights may be those that were read.
 int hope_segment_learn(const SegmentCall*);
 }

@@ -1,8 +1,8 @@
 // A segment on panels of 16 tokens (panel.h): what is compiled for each width of vectors (width.h).
 //
-// Between the memories, which read and write token rows, everything is a product of a weight with panels, and what
-// happens to its outputs while they are in the cache. A number is one chain of operations over its own token and row
-// of the batch: it depends on neither the tokens beside it, so nor on how a text is cut, nor on the batch and threads.
+// Between the memories, which read and write token rows, everything is a product of a weight with panels, and
+// what happens to its outputs while they are in the cache. A number is one chain of operations over its own row of
+// the batch and its own tokens: company in a panel or a batch, and threads, do not change it.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -71,12 +71,13 @@ class Segment {
   int64_t panel_floats() const { return B * P * PANEL * d; }
   int64_t row_floats() const { return B * T * d; }
 
-  int64_t chunks(const SegmentBlock& b) const { return T / b.titans.chunk_memory + 2; }  // a row's tokens may lie in
+  // that a row's tokens may lie in
+  int64_t chunks(const SegmentBlock& b) const { return T / b.titans.chunk_memory + 2; }
 
   void carve(float* base) {
     auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
     streams = 1;
-    int64_t widest = std::max(c.vocab, d), deepest = d, levels = 0, kept = 0;
+    int64_t deepest = d, levels = 0, kept = 0;
     for (int64_t i = 0; i < c.blocks; i++) {
       const SegmentBlock& b = c.block[i];
       streams += 1 + b.levels;
@@ -90,7 +91,7 @@ class Segment {
     take(mixers_, c.keep ? c.blocks * 3 * round(row_floats()) : 0);
     take(kept_, c.keep ? c.blocks * 2 * kept : 0);
     take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats());
-    take(wide, B * P * PANEL * std::max(widest, deepest));
+    take(wide, B * P * PANEL * std::max(c.vocab <= HEAD_MOST ? c.vocab : 0, deepest));
     take(strips, c.keep ? B * P * PANEL * (deepest + COLUMNS) : 0);
     for (float** p : {&ra, &rb, &rc, &rd, &re}) take(*p, row_floats());
   }
@@ -116,8 +117,9 @@ class Segment {
       for (int64_t j = 0; j < (i < block ? c.block[i].levels : l); j++) at += level_floats(c.block[i].level[j]);
     return {at, at + B * P * PANEL * d, at + B * P * PANEL * (d + level.N)};
   }
-  // of a block's mixer: 0 what q is before it is a unit vector, 1 the memory's answers, 2 the gate
+  // of a block's memory, its weights in every chunk that was read: 0 w2, 1 w1
   float* kept_of(int64_t block, int which) const { return kept_ + (2 * block + which) * kept_floats; }
+  // of a block's mixer: 0 what q is before it is a unit vector, 1 the memory's answers, 2 the gate
   float* kept_rows(int64_t block, int which) const { return mixers_ + (3 * block + which) * round(row_floats()); }
 
   // -- who does what ----------------------------------------------------------------------------------------
@@ -144,8 +146,9 @@ class Segment {
     }
   }
 
-  // out = W x for every panel x of `from` [K], of rows of the batch for which `wanted`: done(b, p, r, acc) with rows
-  // r.. of W; then after(b, p, r0, r1), when those rows are done. weights(b): its W; element (r, k) at r rs + k ks.
+  // out = W x for every panel x of `from` [K], of rows of the batch for which `wanted`: done(b, p, r, acc) with
+  // rows r.. of W; then after(b, p, r0, r1), when those rows are done. weights(b): its W, element (r, k) at
+  // r rs + k ks.
   template <class Wanted, class Weights, class Done, class After>
   void product(int64_t R, int64_t K, Wanted wanted, Weights weights, int64_t rs, int64_t ks, const float* from,
                Done done, After after) const {
@@ -177,8 +180,9 @@ class Segment {
   template <class Wanted>
   void project(bool back, const float* W, const float* from, float* to, Wanted wanted) const {
     product(d, d, wanted, [&](int64_t) { return W; }, back ? 1 : d, back ? d : 1, from,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(to + (b * P + p) * d * PANEL, r, acc); },
-            Nothing());
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              store_rows(to + (b * P + p) * d * PANEL, r, acc);
+            }, Nothing());
   }
 
   void to_rows(const float* from, float* to, int64_t K, int64_t b, int64_t p) const {
@@ -248,7 +252,8 @@ class Segment {
     auto copy = [](float* a, const float* b, int64_t n) {
       if (b) std::memcpy(a, b, n * sizeof(float));
     };
-    copy(to.delta2, from.delta2, heads * (t.Mf + t.Ms) * t.N * t.D), copy(to.delta1, from.delta1, heads * t.Mf * t.D * t.N);
+    copy(to.delta2, from.delta2, heads * (t.Mf + t.Ms) * t.N * t.D);
+    copy(to.delta1, from.delta1, heads * t.Mf * t.D * t.N);
     copy(to.delta1s, from.delta1s, heads * t.Ms * t.N);
     copy(to.pending_k, from.pending_k, slots * t.D), copy(to.pending_v, from.pending_v, slots * t.D);
     copy(to.pending_eta, from.pending_eta, slots), copy(to.pending_alpha, from.pending_alpha, slots);
@@ -319,7 +324,9 @@ class Segment {
     const Kept to = kept(i, l);
     over(B * P, d, [&](int64_t j) { norm(h + j * size, level.gain, to.n + j * size); });
     product(N, d, All(), [&](int64_t b) { return level.up[b]; }, d, 1, to.n,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(to.a + (b * P + p) * N * PANEL, r, acc); },
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              store_rows(to.a + (b * P + p) * N * PANEL, r, acc);
+            },
             [&](int64_t b, int64_t p, int64_t r0, int64_t r1) {
               float* z = to.a + (b * P + p) * N * PANEL;
               float* slopes = to.slopes ? to.slopes + (b * P + p) * N * PANEL : nullptr;
@@ -344,7 +351,8 @@ class Segment {
     if (n == 0) return;
     float* logits = wide + (b * P + p) * V * PANEL;
     norm(h + at, c.gain, one + at);
-    panel_product(0, V, d, c.head, d, 1, one + at, n <= 8, [&](int64_t r, auto& acc) { store_rows(logits, r, acc); });
+    panel_product(0, V, d, c.head, d, 1, one + at, n <= 8,
+                  [&](int64_t r, auto& acc) { store_rows(logits, r, acc); });
     if (c.logits) store_lanes(logits, c.logits + first * V, V, V, 0, n);
     const int64_t end = c.len[b] - 1 - p * PANEL;
     if (c.last && end >= 0 && end < PANEL)
@@ -377,7 +385,8 @@ class Segment {
       for (int64_t j = v; j < std::min(v + 8, known); j++) logits[c.targets[first + j] * PANEL + j] -= 1;
     }
     if (!back) return;
-    panel_product(0, d, V, c.head, 1, d, logits, n <= 8, [&](int64_t r, auto& acc) { store_rows(one + at, r, acc); });
+    panel_product(0, d, V, c.head, 1, d, logits, n <= 8,
+                  [&](int64_t r, auto& acc) { store_rows(one + at, r, acc); });
     norm_backward(h + at, c.gain, one + at, slope + at, false);
   }
 
@@ -397,8 +406,9 @@ class Segment {
     if (level.learns) steps(d, N, level.down_step, slope, of.a);
     if (on)
       product(d, N, rows, [&](int64_t b) { return level.up[b]; }, 1, d, wide,
-              [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(one + (b * P + p) * size, r, acc); },
-              Nothing());
+              [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+                store_rows(one + (b * P + p) * size, r, acc);
+              }, Nothing());
     if (level.learns) steps(N, d, level.up_step, wide, of.n);
     if (!on) return;
     over(B * P, d, [&](int64_t j) {
@@ -406,27 +416,29 @@ class Segment {
     });
   }
 
-  // The steps of a matrix [R, K] of all rows that learn: its gradient is the sum over tokens of an error and an input,
-  // errors [R] and inputs [K] in panels, one chain for every weight. It is never in memory as a whole.
+  // The steps of a matrix [R, K] of all rows that learn: its gradient is a sum over tokens, of errors [R] and inputs
+  // [K] in panels, one chain for every weight. It is never in memory as a whole.
   void steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
     const int64_t count = (K + COLUMNS - 1) / COLUMNS;
     over(B * count, COLUMNS * R * P, [&](int64_t i) {
       const int64_t b = i / count, k = i % count * COLUMNS, w = std::min(COLUMNS, K - k), n = c.len[b];
       if (!learning(b) || !step[b].weight) return;
-      float* rows = strips + (b * count + i % count) * COLUMNS * P * PANEL;  // the inputs of these columns, [n, w]
+      float* rows = strips + (b * count + i % count) * COLUMNS * P * PANEL;  // the inputs here, [n, w]
       for (int64_t p = 0; p * PANEL < n; p++)
         store_lanes(inputs + ((b * P + p) * K + k) * PANEL, rows + p * PANEL * w, w, w, 0, tokens(b, p));
       const SegmentStep& s = step[b];
       const Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
       const Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
-      outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w, [&](int64_t r, int64_t at, auto& acc) {
-        constexpr int64_t rows_of = sizeof(acc) / sizeof(acc[0]), width = sizeof(acc[0]) / (sizeof(float));
-        alignas(64) float grad[rows_of * width];
-        for (int64_t j = 0; j < rows_of; j++) {
-          store_row(grad + j * width, acc[j]);
-          step_weights(rule, width, grad + j * width, weights.from((r + j) * K + k + at));
-        }
-      });
+      outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
+                    [&](int64_t r, int64_t at, auto& acc) {
+                      constexpr size_t row = sizeof(acc[0]), height = sizeof(acc) / row, number = sizeof(float);
+                      constexpr int64_t width = row / number;
+                      alignas(64) float grad[width];
+                      for (size_t j = 0; j < height; j++) {
+                        store_row(grad, acc[j]);
+                        step_weights(rule, width, grad, weights.from((r + j) * K + k + at));
+                      }
+                    });
     });
   }
 
@@ -450,7 +462,8 @@ class Segment {
     std::memset(ra, 0, row_floats() * sizeof(float));
     all_to_rows(from, ra, rows);
     float* gate = block.gate_proj ? kept_rows(i, 2) : nullptr;
-    hope_output_gate_backward(B * T, H, t.D, c.threads, kept_rows(i, 1), block.out_gain, gate, ra, rb, gate ? rc : nullptr);
+    hope_output_gate_backward(B * T, H, t.D, c.threads, kept_rows(i, 1), block.out_gain, gate, ra, rb,
+                              gate ? rc : nullptr);
     float* q = kept_rows(i, 0);
     if (t.qk_l2norm) hope_unit(B * T * H, t.D, c.threads, q, rd);
     const TitansReadBackward back{B, T, H, t.D, t.N, t.chunk_memory, chunks(block), c.threads, t.activation,

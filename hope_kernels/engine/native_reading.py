@@ -1,4 +1,5 @@
-"""What csrc/cpu/segment.h is handed for one segment: ids, what the mixers and levels have, and where all of it lies."""
+"""What csrc/cpu/segment.h is handed for one segment: tokens, what mixers and levels have, and where all of it
+lies."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from ..state import Counters
 from .head import Heads, Targets, check_logits, read_head
 from .native import floats, size_of
 
-HEAD_MOST = 4096  # tokens of a vocabulary whose head is read in C++: larger ones are PyTorch's, in pieces
+HEAD_MOST = 4096  # as segment.h has it: the head of a larger vocabulary is PyTorch's, in pieces
 MEMORY = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha", "conv_tail")
 
 
@@ -33,7 +34,9 @@ class Memory(ctypes.Structure):
 class LevelCall(ctypes.Structure):
     """``SegmentLevel``."""
 
-    _fields_ = [("N", SIZE), ("learns", SIZE), *((n, POINTER) for n in ("gain", "up", "down", "up_step", "down_step"))]
+    _fields_ = [
+        ("N", SIZE), ("learns", SIZE), *((n, POINTER) for n in ("gain", "up", "down", "up_step", "down_step"))
+    ]
 
 
 class BlockCall(ctypes.Structure):
@@ -64,10 +67,10 @@ class Reading:
 
     def __init__(self, reader: Any, B: int, T: int, keep: bool):
         self.reader, self.keep, self.shape = reader, keep, (B, T)
-        self.call, blocks = SegmentCall.from_buffer_copy(reader.call), type(reader.blocks).from_buffer_copy(reader.blocks)
-        self._blocks, call = blocks, self.call
+        self.call = call = SegmentCall.from_buffer_copy(reader.call)
+        self._blocks = blocks = type(reader.blocks).from_buffer_copy(reader.blocks)
         self._len, self._pos = row_array([0] * B, B), [row_array([0] * B, B) for _ in blocks]
-        self._levels = [(LevelCall * len(of)).from_buffer_copy(of) if len(of) else None for of in reader.levels]
+        self._levels: list[Any] = [type(of).from_buffer_copy(of) if len(of) else None for of in reader.levels]
         call.B, call.T, call.keep, call.block = B, T, keep, ctypes.addressof(blocks)
         call.len = ctypes.addressof(self._len)
         for block, pos, levels in zip(blocks, self._pos, self._levels):
@@ -97,8 +100,9 @@ class Reading:
             block.before, block.after = known[i], to[i]
             new.pos = Counters([p + n for p, n in zip(old.pos, lengths)])
             torch.add(old.count, on_device(lengths, old.count.device) if moved is None else moved, out=new.count)
-            if state.cms[i] is not None:
-                self._take_weights(i, state.cms[i], range(B) if among is None else among, state.batch)
+            cms = state.cms[i]
+            if cms is not None:
+                self._take_weights(i, cms, range(B) if among is None else among, state.batch)
         if self._work is None:
             self._work = torch.empty(floats("hope_segment_floats", call), dtype=torch.float32, device="cpu")
             call.work = self._work.data_ptr()
@@ -107,9 +111,11 @@ class Reading:
         return after
 
     def head(
-        self, targets: Targets | None, *, logits: bool, learners: list[bool] | None = None, check_finite: bool = False
+        self, targets: Targets | None, *, logits: bool, learners: list[bool] | None = None,
+        check_finite: bool = False
     ) -> tuple[Heads, Tensor]:
-        """What ``read_head`` makes of the reading; and what ``judged`` takes for slopes, where there are learners."""
+        """What ``read_head`` makes of the reading; and what ``judged`` takes for slopes, where any are wanted: a
+        stand-in where the slopes themselves stay in C++."""
         call, model, (B, T), V = self.call, self.reader.model, self.shape, self.call.vocab
         call.targets = call.nats = call.last = call.learns = call.slopes = call.h = None
         if V > HEAD_MOST:
@@ -168,7 +174,8 @@ class Reading:
             at.learns = l in learns
             for name, shared, count in names:
                 first = None if held is None else address(held[name], batch * count)
-                rows = (POINTER * len(among))(*[first + 4 * count * b if first and own[b] else shared for b in among])
+                mine = [first + 4 * count * b if first and own[b] else shared for b in among]
+                rows = (POINTER * len(among))(*mine)
                 kept.append(rows)
                 setattr(at, name, ctypes.addressof(rows))
             self._weights[i, l] = (up, down, list(own), among, kept)

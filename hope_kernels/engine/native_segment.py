@@ -47,7 +47,8 @@ class Reader:
         """Reads ``lengths`` tokens of each row of ids [B, n] from ``mixers``, which stay as they are, with what
         ``state`` has learned in the rows ``among`` (None: all): the reading, and the mixers after it. keep: its loss
         is to be learned."""
-        reading = self._readings.pop((*ids.shape, keep), None) or Reading(self, *ids.shape, keep)
+        B, T = ids.shape
+        reading = self._readings.pop((B, T, keep), None) or Reading(self, B, T, keep)
         return reading, reading.read(state, mixers, ids.contiguous(), lengths, among)
 
     def mixers_like(self, mixers: Sequence[TitansState]) -> tuple[list[TitansState], list[Memory]]:
@@ -99,7 +100,7 @@ class Reader:
             head=self._at(head, V * d),
         )
 
-    def _mixer(self, to: BlockCall, block: Any, d: int) -> None:
+    def _mixer(self, to: Any, block: Any, d: int) -> None:
         mixer, c = block.mixer, block.mixer.config
         for name in ("in_proj", "q_proj", "gate_proj", "out_proj"):
             module = getattr(mixer, name)

@@ -238,7 +238,8 @@ class HeldReading:
     ) -> None:
         """As ``Held.learn``."""
         with torch.inference_mode(False), torch.no_grad():
-            read, marked = self.read._replace(targets=_arrived(self.read, arriving)), [b for b, r in enumerate(rows) if r]
+            read = self.read._replace(targets=_arrived(self.read, arriving))
+            marked = [b for b, r in enumerate(rows) if r]
             heads, slopes = self.reading.head(read.targets, logits=False, learners=rows)
             _descend(model, state, self.reading, read, marked, list(marked), counts, None, heads, slopes)
 
