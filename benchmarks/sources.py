@@ -72,7 +72,7 @@ MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:g
 OPTIMIZERS = tuple(f"optim.{name}" for name in (
     "deep_momentum:DeepMomentum", "delta_momentum:DeltaMomentum", "dgd:DGD", "m3:M3"
 ))
-STEP_CPP = ("csrc/cpu/token*.cpp", *CPU_LIBRARY)
+STEP_CPP = ("csrc/cpu/token*.cpp", "csrc/cpu/segment*.cpp", *CPU_LIBRARY)
 
 # -- modules left out ----------------------------------------------------------------------------------------
 

@@ -244,7 +244,13 @@ def advance(state: ModelState, mixers: list[MixerState], lengths: list[int]) -> 
     def moved(pos: Counters) -> Counters:
         return Counters([p + n for p, n in zip(pos, lengths)])
 
-    cms = [None if c is None else replace(c, pos=moved(c.pos)) for c in state.cms]
+    def after(c: CMSState) -> CMSState:
+        if c.private is None:
+            return replace(c, pos=moved(c.pos))
+        c.pos = moved(c.pos)  # a draft is its call's own
+        return c
+
+    cms = [None if c is None else after(c) for c in state.cms]
     return replace(state, mixers=mixers, cms=cms, pos=moved(state.pos))
 
 

@@ -49,7 +49,7 @@ bool pointers_fit(const TitansCall& c) {
 
 }  // namespace
 
-extern "C" int hope_titans_abi() { return 7; }
+extern "C" int hope_titans_abi() { return 8; }
 
 extern "C" int hope_titans_supported() {
 #if defined(__aarch64__)

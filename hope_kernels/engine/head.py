@@ -73,7 +73,7 @@ def read_head(
     if targets is None:
         whole = model.logits(h, lengths)
         if check_finite:
-            _check(whole, lengths)
+            check_logits(whole, lengths)
         return Heads(whole, None, None, None)
     B, n = h.shape[:2]
     kind, V = placement(model.embed).dtype, model.config.vocab_size
@@ -91,7 +91,7 @@ def read_head(
             piece, loss, slope = _differentiated(model, part, here, targets.ids[:, a:b], known, learners, least, wide)
             slopes.append(slope)
         if check_finite:
-            _check(piece, here)
+            check_logits(piece, here)
         if finite is not None:
             finite.logical_and_(torch.isfinite(piece).all())
         nats.append(loss)
@@ -180,5 +180,6 @@ def _differentiated(
     return logits.detach(), loss, found
 
 
-def _check(logits: Tensor, lengths: list[int]) -> None:
+def check_logits(logits: Tensor, lengths: list[int]) -> None:
+    """Raises ValueError for values that are not finite among those that count."""
     check_values(OP, "logits (weights, state or learning rates diverged)", logits, lengths)

@@ -25,6 +25,7 @@ then the accumulators keep what they have.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,8 +37,9 @@ from ..state import master_dtype
 from . import segments
 from .compiling import run_traced
 from .head import Heads, Losses, Targets, read_head
+from .native_segment import Reader
 from .protocol import Model
-from .segments import Held
+from .segments import Held, HeldReading
 from .wavefront import run as run_wavefront
 
 
@@ -101,19 +103,19 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
 
 
 def read_learning(
-    model: Model, call: Call, state: ModelState, held: Held | None = None
-) -> tuple[Tensor | Losses, ModelState, Held | None]:
+    model: Model, call: Call, state: ModelState, held: Held | HeldReading | None = None
+) -> tuple[Tensor | Losses, ModelState, Held | HeldReading | None]:
     """The call in rounds; each round takes every row up to its next segment boundary: (logits or losses, new
     state, the graph of segments that end with the call). held: that of the call before this one."""
     lengths, B, C = call.lengths, call.ids.shape[0], model.segment
     done = [0] * B
     parts: list[Heads] = []
     places, width = [[] for _ in range(B)], 0
-    state = _draft(state)
+    state, reader = _draft(state), Reader(model, call.backend)
     while any(d < n for d, n in zip(done, lengths)):
         step = [min(n - d, C - p % C) for d, n, p in zip(done, lengths, state.pos)]
-        state = segments.boundary(model, state, step, call.ids, done, call.backend, held)
-        heads, state, held = _round(model, call, state, done, step)
+        state = segments.boundary(model, state, step, call.ids, done, call.backend, held, reader)
+        heads, state, held = _round(model, call, state, done, step, reader)
         parts.append(heads if call.losses else Heads(heads.logits, None, None, None))
         for b in range(B):
             places[b].extend(range(width, width + step[b]))
@@ -127,8 +129,8 @@ def _draft(state: ModelState) -> ModelState:
 
 
 def _round(
-    model: Model, call: Call, state: ModelState, done: list[int], step: list[int]
-) -> tuple[Heads, ModelState, Held | None]:
+    model: Model, call: Call, state: ModelState, done: list[int], step: list[int], reader: Reader
+) -> tuple[Heads, ModelState, Held | HeldReading | None]:
     """Reads the next ``step`` tokens of every row. Rows that read a whole segment and whose next token is
     known contribute its gradient at once; where all are at a segment's end and wait for the next token, the
     graph is held."""
@@ -148,7 +150,7 @@ def _round(
         counts = [p + n for p, n in zip(state.pos, step)]
         heads, mixers = segments.learn_segment(
             model, state, state.mixers, tokens, targets, whole, step, counts, call.backend, logits=not call.losses,
-            check_finite=check
+            check_finite=check, reader=reader
         )
         if state.kept is not None:
             rows = [b for b, w in enumerate(whole) if w]
@@ -156,8 +158,13 @@ def _round(
     elif model.holds and not frozen and waits == [n > 0 for n in step]:
         apart = [m.snapshot() for m in state.mixers]
         heads, mixers, held = segments.read_and_hold(
-            model, state, apart, tokens, targets, step, call.backend, losses=call.losses, check_finite=check
+            model, state, apart, tokens, targets, step, call.backend, losses=call.losses, check_finite=check,
+            reader=reader
         )
+    elif not frozen and reader.serves(state):
+        reading, mixers = reader.read(state, state.mixers, tokens, step, None, keep=False)
+        heads, _ = reading.head(targets if call.losses else None, logits=not call.losses, check_finite=check)
+        reading.done()
     else:
         h, mixers = model.run(model.embed(tokens), state.mixers, state.cms, step, call.backend)
         heads = read_head(model, h, step, targets if call.losses else None, logits=not call.losses, check_finite=check)
@@ -178,7 +185,7 @@ def _joined(model: Model, call: Call, parts: list[Heads], places: list[list[int]
     for part in parts:
         assert part.nats is not None and part.last is not None
         n = part.nats.shape[1]
-        read = [any(at <= i < at + n for i in p) for p in places]
+        read = [bisect_left(p, at) < bisect_left(p, at + n) for p in places]  # ascending
         last = part.last if all(read) else torch.where(
             torch.tensor(read, device=like.device).unsqueeze(1), part.last, last
         )

@@ -159,7 +159,7 @@ class NativeStep:
         self._call.logits = self._new(B * V).data_ptr()
         self._written = [t for _, _, t in self._seen]
         self._versions = [t._version for t in self._written]
-        self._call.work = self._new(_floats("hope_token_work", self._call)).data_ptr()
+        self._call.work = self._new(floats("hope_token_work", self._call)).data_ptr()
         _pack(ctypes.addressof(self._call))
 
     def current(self, state: ModelState) -> bool:
@@ -215,7 +215,7 @@ class NativeStep:
         c, H, D = mixer.config, mixer.config.num_heads, mixer.config.head_dim
         shapes = Layout.of(c).shapes(B, H)
         slots = B * max(c.chunk_memory, c.chunk_other) * H
-        counts = [_size(s) for s in shapes] + [slots * D, slots * D, slots, slots]
+        counts = [size_of(s) for s in shapes] + [slots * D, slots * D, slots, slots]
         where: dict[str, Any] = {}
         for name, count in zip(_STATE, counts):
             t = getattr(state, name)
@@ -232,7 +232,7 @@ class NativeStep:
             B=B, T=1, H=H, threads=1, update=1, **settings(c), **where, pos=ctypes.addressof(self._pos),
             len=ctypes.addressof(self._ones),
         )
-        to.packed = self._new(_floats("hope_token_packed", to.titans)).data_ptr()
+        to.packed = self._new(floats("hope_token_packed", to.titans)).data_ptr()
 
     def _rows(self, W: Tensor | Matrix, count: int, B: int) -> int:
         """The addresses of every row's own matrix."""
@@ -245,7 +245,7 @@ class NativeStep:
         return ctypes.addressof(rows)
 
 
-def _floats(name: str, call: ctypes.Structure) -> int:
+def floats(name: str, call: ctypes.Structure) -> int:
     """What the library's function ``name`` says of a buffer's size. Raises ValueError."""
     function = getattr(cpu_library.library(), name)
     function.restype = SIZE
@@ -255,7 +255,7 @@ def _floats(name: str, call: ctypes.Structure) -> int:
     return found
 
 
-def _size(shape: tuple[int, ...] | None) -> int:
+def size_of(shape: tuple[int, ...] | None) -> int:
     n = 1
     for extent in shape or (0,):
         n *= extent

@@ -8,6 +8,7 @@ so that what was given stays as it is if a call fails.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,12 @@ from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState
 from ..ops.cms.chain import Sink
 from ..ops.cms.level import Factors
+from ..ops.cms.plan import Plan
 from ..state import Counters
 from .guard import judge
 from .head import Heads, Targets, mask, read_head
+from .native_reading import Reading
+from .native_segment import Reader
 from .protocol import Model
 
 
@@ -44,16 +48,17 @@ def complete(state: ModelState) -> list[bool]:
 
 def boundary(
     model: Model, state: ModelState, step: list[int], ids: Tensor, done: list[int], backend: str | None,
-    held: Held | None = None,
+    held: Held | HeldReading | None = None, reader: Reader | None = None,
 ) -> ModelState:
     """What is due before a row that stands on a multiple of C reads on. step: tokens that each row reads
-    next, from ``ids[b, done[b]]`` on. held: the graph of the segments that end here."""
+    next, from ``ids[b, done[b]]`` on. held: what is kept of the segments that end here. reader: as
+    ``learn_segment`` has it."""
     here = [n > 0 and p > 0 and p % model.segment == 0 for n, p in zip(step, state.pos)]
     if not any(here):
         return state
     due = [h and c for h, c in zip(here, complete(state))]
     if any(due):
-        state = replay(model, state, due, ids, done, state.pos, backend, held)
+        state = replay(model, state, due, ids, done, state.pos, backend, held, reader)
     return replace(state, seen=Counters([0 if h else s for h, s in zip(here, state.seen)]))
 
 
@@ -82,9 +87,9 @@ def flush(model: Model, state: ModelState, backend: str | None) -> tuple[ModelSt
 
 def replay(
     model: Model, state: ModelState, rows: list[bool], ids: Tensor, done: list[int], counts: list[int] | None,
-    backend: str | None, held: Held | None = None,
+    backend: str | None, held: Held | HeldReading | None = None, reader: Reader | None = None,
 ) -> ModelState:
-    """Learns the open, complete segments of ``rows``: from the graph ``held`` of their reading, or read again
+    """Learns the open, complete segments of ``rows``: from what ``held`` kept of their reading, or read again
     from the snapshot at their start. Levels commit at ``counts`` (None: none does). ``ids[b, done[b]]`` is the
     token that arrives."""
     arriving = part_of(ids, done, 1)
@@ -103,7 +108,7 @@ def replay(
     else:
         learn_segment(
             model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
-            backend, None if all(rows) else idx, logits=False,
+            backend, None if all(rows) else idx, logits=False, reader=reader,
         )
     return kept(state, idx, tokens, targets, lengths)
 
@@ -150,7 +155,7 @@ def recorded(
 def learn_segment(
     model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, targets: Targets, rows: list[bool],
     lengths: list[int], counts: list[int] | None, backend: str | None, among: list[int] | None = None, *,
-    logits: bool = True, check_finite: bool = False, finite: Tensor | None = None,
+    logits: bool = True, check_finite: bool = False, finite: Tensor | None = None, reader: Reader | None = None,
 ) -> tuple[Heads, list[MixerState]]:
     """Reads one segment from ``mixers`` and descends its loss: the draft ``state.cms`` is changed, level by
     level, as the backward passes.
@@ -160,13 +165,22 @@ def learn_segment(
     (of the whole batch; None: nothing commits). among: the rows of the batch that ids and mixers are of; None:
     all. finite: as in ``read_head``. Returns what the head made of the segment (with logits only where asked)
     and the mixers after it, all detached. Runs with grad enabled and inference mode off whatever the caller's mode.
+    reader: of this call; None: asked for here. Whether it serves depends on the model and the backend, and not on
+    how a segment comes to be learned, so that its bits do not either.
     """
     marked = [b for b, r in enumerate(rows) if r]
     learners = marked if among is None else [among[b] for b in marked]
+    reader = Reader(model, backend) if reader is None else reader
     with torch.inference_mode(False), torch.enable_grad():
         ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
-        sinks = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1])
         read = Segment(mixers, ids, targets, lengths, backend)
+        if finite is None and reader.serves(state):
+            reading, after = reader.read(state, mixers, ids, lengths, among, keep=True)
+            heads, slopes = reading.head(targets, logits=logits, learners=rows, check_finite=check_finite)
+            _descend(model, state, reading, read, marked, learners, counts, among, heads, slopes)
+            reading.done()
+            return heads, after
+        sinks = _sinks(model, state, learners, counts, backend, among, targets.known, ids.shape[1])
         found = read_to_learn(
             model, state, read, rows, sinks, among, logits=logits, check_finite=check_finite, finite=finite
         )
@@ -215,6 +229,54 @@ def read_to_learn(
     return ReadToLearn(h, anchor, heads, mixers)
 
 
+def _descend(
+    model: Model, state: ModelState, reading: Reading, read: Segment, marked: list[int], learners: list[int],
+    counts: list[int] | None, among: list[int] | None, heads: Heads, slopes: Tensor
+) -> None:
+    """The levels of the draft ``state`` learn what ``reading`` kept, in the rows ``learners`` of the batch, which are
+    the ``marked`` ones of those read."""
+    assert heads.nats is not None
+    of, known = dict(zip(learners, marked)), read.targets.known
+    slopes = judged(model, state, read, marked, learners, heads.nats, slopes)
+    if not learners:
+        return
+    tokens = [0] * state.batch
+    for b in learners:
+        tokens[b] = known[of[b]]
+    plans = _plans(model, state, learners, counts, tokens, reading.reader)
+    here = {of[b] for b in learners}
+    reading.learn([b in here for b in range(len(known))], slopes, plans)
+    for levels in plans:
+        for plan in levels.values():
+            if plan.finish is not None:
+                plan.finish()
+
+
+@dataclass
+class HeldReading:
+    """``Held`` of a reading in C++."""
+
+    reading: Reading
+    read: Segment
+
+    def learn(
+        self, model: Model, state: ModelState, rows: list[bool], arriving: Tensor, counts: list[int] | None,
+        backend: str | None,
+    ) -> None:
+        """As ``Held.learn``."""
+        with torch.inference_mode(False), torch.no_grad():
+            read = self.read._replace(targets=_arrived(self.read, arriving))
+            marked = [b for b, r in enumerate(rows) if r]
+            heads, slopes = self.reading.head(read.targets, logits=False, learners=rows)
+            _descend(model, state, self.reading, read, marked, list(marked), counts, None, heads, slopes)
+
+
+def _arrived(read: Segment, arriving: Tensor) -> Targets:
+    """The targets of ``read`` once the tokens after its rows, ``arriving`` [B, 1], are known."""
+    place = torch.tensor([[max(m - 1, 0)] for m in read.lengths], dtype=torch.long, device=arriving.device)
+    return Targets(read.targets.ids.scatter(1, place, _usable(arriving)), read.lengths)
+
+
 @dataclass
 class Held:
     """The graph of segments that a call has read to their end, whose last losses the next token decides.
@@ -236,8 +298,7 @@ class Held:
         read again, in one product with all tokens: bit for bit what a state without the graph would learn."""
         with torch.inference_mode(False), torch.enable_grad():
             h, lengths, marked = self.h.detach(), self.read.lengths, [b for b, r in enumerate(rows) if r]
-            place = torch.tensor([[max(m - 1, 0)] for m in lengths], dtype=torch.long, device=h.device)
-            targets = Targets(self.read.targets.ids.scatter(1, place, _usable(arriving)), lengths)
+            targets = _arrived(self.read, arriving)
             heads = read_head(model, h, lengths, targets, logits=False, learners=rows)
             sinks = _sinks(model, state, marked, counts, backend, None, lengths, h.shape[1])
             for late, sink in zip(self.late, sinks):
@@ -261,12 +322,17 @@ class Late:
 
 def read_and_hold(
     model: Model, state: ModelState, mixers: list[MixerState], ids: Tensor, targets: Targets, lengths: list[int],
-    backend: str | None, *, losses: bool, check_finite: bool
-) -> tuple[Heads, list[MixerState], Held]:
+    backend: str | None, *, losses: bool, check_finite: bool, reader: Reader
+) -> tuple[Heads, list[MixerState], Held | HeldReading]:
     """Reads segments that end with the call, and holds their graph. mixers: nothing else may write into their
     tensors while it is held. losses: in place of logits."""
     with torch.inference_mode(False), torch.enable_grad():
         ids, targets = _usable(ids), targets._replace(ids=_usable(targets.ids))
+        if reader.serves(state):
+            reading, after = reader.read(state, mixers, ids, lengths, None, keep=True)
+            wanted = targets if losses else None
+            heads, _ = reading.head(wanted, logits=not losses, check_finite=check_finite)
+            return heads, after, HeldReading(reading, Segment(mixers, ids, targets, lengths, backend))
         late = [None if cms is None or block.cms is None else Late() for block, cms in zip(model.blocks, state.cms)]
         read = Segment([m.snapshot() for m in mixers], ids, targets, lengths, backend)
         h, mixers, anchor = read_graph(model, state, mixers, ids, lengths, backend, late, None)
@@ -302,6 +368,20 @@ def sinks_of(
             continue
         ops = block.cms.ops(like.dtype, like.device, backend, inner=True)
         found.append(block.cms.sink(cms, learners, counts, ops, among, tokens, real, scale))
+    return found
+
+
+def _plans(
+    model: Model, state: ModelState, learners: list[int], counts: list[int] | None, tokens: list[int], reader: Reader
+) -> list[dict[int, Plan]]:
+    """``ContinuumMemory.plans`` of each block, at the rates that the guard of ``state`` allows."""
+    scale, like, found = None if state.guard is None else state.guard.rate, placement(model.embed), []
+    for block, cms, known in zip(model.blocks, state.cms, reader.plans):
+        if cms is None or block.cms is None:
+            found.append({})
+            continue
+        ops = partial(block.cms.ops, like.dtype, like.device, reader.backend, inner=True)
+        found.append(block.cms.plans(cms, learners, counts, tokens, ops, scale, known))
     return found
 
 

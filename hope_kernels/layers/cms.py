@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ..ops.cms.continued import continued
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
+from ..ops.cms.plan import Known, Plan, planned
 from ..ops.cms.schedule import learning_levels, matrices
 from ..ops.cms.state import CMSState
 from ..ops.shared.across import Across
@@ -239,6 +241,18 @@ class ContinuumMemory(nn.Module):
     ) -> Sink:
         """What takes the factors of a segment to the draft ``state``: see ``cms_sink.py``."""
         return sink(self, state, rows, counts, ops, among, tokens, real, scale)
+
+    def plans(
+        self, state: CMSState, rows: list[int], counts: list[int] | None, tokens: list[int],
+        ops: Callable[[], Any], scale: Callable[[int], float] | None, known: dict[int, Known],
+    ) -> dict[int, Plan]:
+        """What ``rows`` of the draft ``state`` do with a segment of ``tokens`` [B], by level: see ``plan.py``."""
+        return {
+            l: planned(
+                state, self.config, partial(self.start, l), l, rows, counts, tokens, ops, self._sizes(l), scale,
+                known.setdefault(l, {})
+            ) for l in learning_levels(self.config)
+        }
 
     @torch.no_grad()
     def accumulate(self, state: CMSState, level_grads: list, rows: list[bool]) -> CMSState:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.cms import low_rank
-from ..ops.cms.absorb import absorb
+from ..ops.cms.absorb import absorb, alike
 from ..ops.cms.chain import Sink
 from ..ops.cms.level import Factors
 from ..ops.cms.state import CMSState
@@ -40,10 +40,7 @@ def sink(
             factors = {n: (_spread(left, among, B), _spread(right, among, B)) for n, (left, right) in pairs}
         slots = layer._slots(l)
         start, sizes = layer.start(l), layer._sizes(l)
-        alike: dict[float, list[int]] = {}
-        for b in rows:
-            alike.setdefault(1.0 if scale is None else scale(b), []).append(b)
-        for factor, group in alike.items():
+        for factor, group in alike(rows, scale).items():
             absorb(state, layer.config, start, l, factors, group, counts, slots, ops, counted, sizes, factor)
 
     return learned

@@ -5,61 +5,17 @@ import ctypes
 
 import pytest
 import torch
+from native_model import CASES, V, built, ids, small
 from numerics import relative
 from torch import nn
 
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+from hope_kernels import HopeForCausalLM
 from hope_kernels.engine import native, segments
 from hope_kernels.engine.decoder import Decoder
 from hope_kernels.engine.generation import generate
 from hope_kernels.ops.shared import cpu_library
 
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
-
-V = 40
-
-
-def small(d=16, heads=2, layers=2, chunks=(4, 16), titans=None, cms=None, **options) -> HopeForCausalLM:
-    torch.manual_seed(0)
-    titans = TitansConfig(d, heads, **{"chunk_memory": 4, "chunk_other": 4, **(titans or {})})
-    cms = {} if cms is None else cms
-    options.setdefault("cms", CMSConfig(d, chunks, **{"expansion": 2.0, "lr": 0.02, **cms}))
-    model = HopeForCausalLM(HopeConfig(V, d, layers, titans=titans, **options))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model.eval()
-
-
-CASES = {
-    "default": {},
-    "wide memories": {"titans": {"hidden_mult": 4, "activation": "gelu"}},
-    "48 outputs": {"d": 48, "heads": 1, "titans": {"activation": "silu"}},
-    "two clocks": {"titans": {"chunk_memory": 8, "chunk_other": 2}},
-    "no retention": {"titans": {"retention": False, "eta_activation": "softplus"}},
-    "from zero": {"titans": {"retain_to": "zero", "qk_l2norm": False, "dgd": False}},
-    "bare": {"titans": {"gate": False, "out_proj": False, "out_norm": False, "in_proj": False}},
-    "no convolution": {"titans": {"conv_window": None, "in_proj": True}},
-    "convolutions of one": {"titans": {"conv_window": 1, "objective": "dot"}},
-    "no CMS": {"cms": None},
-    "nested": {"cms": {"variant": "nested", "optimizer": "adam"}},
-    "a head of its own": {"tie_embeddings": False},
-    "one level": {"chunks": (8,), "cms": {"expansion": 4.0, "optimizer": "momentum"}},
-}
-
-
-def built(name: str) -> HopeForCausalLM:
-    options = dict(CASES[name])
-    if options.get("cms", {}) is None:
-        torch.manual_seed(0)
-        config = HopeConfig(V, 16, 2, titans=TitansConfig(16, 2, chunk_memory=4, chunk_other=4), cms=None)
-        return HopeForCausalLM(config).eval()
-    return small(**options)
-
-
-def ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, V, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
 
 def same(a, b, tolerance=2e-4) -> bool:
     """Two states: every counter, and every tensor to rounding."""

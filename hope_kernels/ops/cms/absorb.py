@@ -11,6 +11,8 @@ Everywhere: l is the level's index, 0 for level 1, and ``ops`` the functions of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def absorb(
         _accumulate(state, config, shared, l, factors, wait, ops)
     if step:
         _step(state, config, shared, l, factors, step, pending, ops, sizes, scale)
-        _mark(state.tokens[l], step, 0)
+        mark(state.tokens[l], step, 0)
     if back:
         reset(state, l, back)
 
@@ -66,11 +68,11 @@ def add_gradients(
 ) -> None:
     """Gradients [B, r, c] by the name of their matrix, of a segment of C1 tokens, join the accumulator in
     ``rows``."""
-    total = _grads(state, {n: g[0] for n, g in grads.items()}, l)
+    total = grads_of(state, {n: g[0] for n, g in grads.items()}, l)
     for name, g in grads.items():
         for b in rows:
             total[name][b].add_(g[b])
-    _mark(state.dirty[l], rows, 1)
+    mark(state.dirty[l], rows, 1)
     for b in rows:
         state.tokens[l][b] += config.chunks[0]
 
@@ -87,7 +89,7 @@ def fold(state: CMSState, config: CMSConfig, shared: Shared, l: int, rows: list[
         ops.refresh_(w, copies.get(name), left[name], right[name], held, config.learning_rates[l])
     _zero(left, held)
     _zero(right, held)
-    _mark(state.rank[l], held, 0)
+    mark(state.rank[l], held, 0)
 
 
 def own_weights(state: CMSState, shared: Shared, l: int, rows: list[int]) -> None:
@@ -109,7 +111,7 @@ def own_weights(state: CMSState, shared: Shared, l: int, rows: list[int]) -> Non
         for name, copy in state.writable("copies", l).items():
             for b in new:
                 copy[b].copy_(state.weights[l][name][b])
-    _mark(state.own[l], new, 1)
+    mark(state.own[l], new, 1)
 
 
 def share(state: CMSState, l: int, rows: list[int]) -> None:
@@ -118,7 +120,7 @@ def share(state: CMSState, l: int, rows: list[int]) -> None:
         if getattr(state, part)[l] is not None:
             _zero(state.writable(part, l), rows)
     for counters in (state.own, state.rank):
-        _mark(counters[l], rows, 0)
+        mark(counters[l], rows, 0)
 
 
 def reset(state: CMSState, l: int, rows: list[int]) -> None:
@@ -129,7 +131,7 @@ def reset(state: CMSState, l: int, rows: list[int]) -> None:
             _zero(state.writable(part, l), rows)
     forget_(state, l, rows)
     for counters in (state.dirty, state.tokens, state.steps):
-        _mark(counters[l], rows, 0)
+        mark(counters[l], rows, 0)
 
 
 def good_weights(
@@ -167,7 +169,7 @@ def go_back(
             _zero(state.writable(part, l), rows)
     forget_later_(state, l, rows)
     for counters in (state.dirty, state.tokens):
-        _mark(counters[l], rows, 0)
+        mark(counters[l], rows, 0)
 
 
 def _step(
@@ -187,10 +189,10 @@ def _step(
         if factors is not None:
             _accumulate(state, config, shared, l, factors, dirty, ops)
         if normalised and state.grads[l] is not None:
-            for g in _grads(state, shared, l).values():
+            for g in grads_of(state, shared, l).values():
                 normalise_(g, dirty, ops)
         if config.precondition is not None and state.grads[l] is not None:
-            precondition_total_(state, l, _grads(state, shared, l), dirty)
+            precondition_total_(state, l, grads_of(state, shared, l), dirty)
         rest = None
     if config.precondition is not None and factors is not None and clean:
         factors = preconditioned(state, config, l, factors, clean)
@@ -203,25 +205,43 @@ def _step(
     fold(state, config, shared, l, rows, ops)
     weights, copies = state.writable("weights", l), _copies(state, l)
     if config.optimizer == "muon":
-        total = _grads(state, shared, l)
+        total = grads_of(state, shared, l)
         for name, w in weights.items():
             muon_step_(w, copies.get(name), total[name], rows, rates[name], ops, hidden_dim(name))
     else:
-        moments, squares = _averages(state, config, l, "moments"), _averages(state, config, l, "squares")
+        moments, squares = averages(state, config, l, "moments"), averages(state, config, l, "squares")
         for b in rows if squares else ():
             state.steps[l][b] += 1
-        sums = _grads(state, shared, l) if dirty else {}
+        sums = grads_of(state, shared, l) if dirty else {}
         for group, new, total in ((clean, factors, {}), (dirty, rest, sums)):
-            for alike in _at_one_step(state, l, group) if squares else [group] if group else []:
-                at = state.steps[l][alike[0]], state.tokens[l][alike[0]]
+            for same in _at_one_step(state, l, group) if squares else [group] if group else []:
+                at = state.steps[l][same[0]], state.tokens[l][same[0]]
                 for name, w in weights.items():
                     left, right = (None, None) if new is None else new[name]
                     adam = Adam(squares[name], config.betas, *at) if squares else None
                     if adam is not None and state.private is not None and state.private.late is not None:
                         adam = adam._replace(late=state.private.late(l, adam, rates[name]))
-                    ops.refresh_(w, copies.get(name), left, right, alike, rates[name], moment=moments.get(name),
+                    ops.refresh_(w, copies.get(name), left, right, same, rates[name], moment=moments.get(name),
                                  mu=config.momentum, total=total.get(name), adam=adam)
-    _mark(state.dirty[l], rows, 0)
+    mark(state.dirty[l], rows, 0)
+
+
+def step_from_total(
+    state: CMSState, config: CMSConfig, shared: Shared, l: int, rows: list[int], ops, sizes: Sizes | None,
+    scale: Callable[[int], float] | None
+) -> None:
+    """The step of ``rows`` from what they have summed up, the newest segment included."""
+    for factor, group in alike(rows, scale).items():
+        _step(state, config, shared, l, None, group, 0, ops, sizes, factor)
+    mark(state.tokens[l], rows, 0)
+
+
+def alike(rows: list[int], scale: Callable[[int], float] | None) -> dict[float, list[int]]:
+    """``rows`` by the factor of their rates."""
+    groups: dict[float, list[int]] = {}
+    for b in rows:
+        groups.setdefault(1.0 if scale is None else scale(b), []).append(b)
+    return groups
 
 
 def _at_one_step(state: CMSState, l: int, rows: list[int]) -> list[list[int]]:
@@ -271,21 +291,22 @@ def _keep(
 def _accumulate(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, factors: Factors, rows: list[int], ops
 ) -> None:
-    for name, t in _grads(state, shared, l).items():
+    for name, t in grads_of(state, shared, l).items():
         ops.outer_add_(t, *factors[name], rows)
     if config.precondition is not None:
         take_up_later_(state, config, l, factors, rows)
-    _mark(state.dirty[l], rows, 1)
+    mark(state.dirty[l], rows, 1)
 
 
-def _grads(state: CMSState, like: Shared, l: int) -> dict[str, Tensor]:
+def grads_of(state: CMSState, like: Shared, l: int) -> dict[str, Tensor]:
+    """The sums of a level, for a draft to write into."""
     if state.grads[l] is not None:
         return state.writable("grads", l)
     zero = {n: t.new_zeros(state.batch, *t.shape, dtype=master_dtype(t.dtype)) for n, t in like.items()}
     return state.put("grads", l, zero)
 
 
-def _averages(state: CMSState, config: CMSConfig, l: int, part: str) -> dict[str, Tensor]:
+def averages(state: CMSState, config: CMSConfig, l: int, part: str) -> dict[str, Tensor]:
     """``moments`` or ``squares`` of a level whose optimizer has any."""
     if config.optimizer not in {"moments": ("momentum", "adam"), "squares": ("adam",)}[part]:
         return {}
@@ -306,6 +327,6 @@ def _zero(tensors: dict[str, Tensor], rows: list[int]) -> None:
             t[b].zero_()
 
 
-def _mark(counters: list[int], rows: list[int], value: int) -> None:
+def mark(counters: list[int], rows: list[int], value: int) -> None:
     for b in rows:
         counters[b] = value

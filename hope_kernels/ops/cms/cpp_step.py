@@ -24,7 +24,7 @@ __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "re
 _STEP = (SIZE, *[REAL] * 7)  # rule, lr, mu, beta2, first, second, root, eps
 _step = Function("hope_cms_step", "cms refresh_", *[SIZE] * 2, *_STEP, *[POINTER] * 6)
 _step_bf16 = Function("hope_cms_step_bf16", "cms refresh_", *[SIZE] * 4, *_STEP, *[POINTER] * 7)
-_GD, _MOMENTUM, _ADAM = range(3)
+GD, MOMENTUM, ADAM = range(3)
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
@@ -48,7 +48,7 @@ def outer_add_(
         level.outer_add_(target, left, right, rows, alpha, beta)
         return
     for b in rows:
-        _from_factors(left[b], right[b], (_GD, -alpha, 0, 0, 0, 0, 0, 0), None, (target[b], None, None, None))
+        _from_factors(left[b], right[b], (GD, -alpha, 0, 0, 0, 0, 0, 0), None, (target[b], None, None, None))
 
 
 def refresh_(
@@ -66,10 +66,10 @@ def refresh_(
     ):
         level.refresh_(weight, copy, left, right, rows, lr, moment=moment, mu=mu, total=total, adam=adam)
         return
-    numbers = (_GD if moment is None else _MOMENTUM, lr, mu, 0, 0, 0, 0, 0)
+    numbers = (GD if moment is None else MOMENTUM, lr, mu, 0, 0, 0, 0, 0)
     if adam is not None:
         rate, root = adam.rates(lr)
-        numbers = (_ADAM, rate, *adam.betas, *adam.shares, root, ADAM_EPS)
+        numbers = (ADAM, rate, *adam.betas, *adam.shares, root, ADAM_EPS)
     grad = None
     for b in rows:
         g, *held = (None if t is None else t[b] for t in (total, weight, moment, square, copy))

@@ -81,7 +81,7 @@ def titans_cpp(
         raise ValueError("titans: backend 'cpp' collects no statistics; the chunked backend does")
     if not (torch.is_grad_enabled() and inputs.q.requires_grad):
         with torch.no_grad():
-            new = _advanced(config, state, lengths) if update else state
+            new = advanced(config, state, lengths) if update else state
             return _scan(config, w_init, inputs, new, state.pos, lengths, update), new
     o, new, gradient = titans_cpp_gradient(config, w_init, inputs, state, lengths, update=update)
     return Pullback.apply(inputs.q, o, gradient), new
@@ -97,7 +97,7 @@ def titans_cpp_gradient(
 
         dq = do + w2^T (sigma'(w2 q) * (w1^T do))    at the weights of M_memory that each chunk was read with
     """
-    new = _advanced(config, state, lengths) if update else state
+    new = advanced(config, state, lengths) if update else state
     # without an update the whole call reads with the same weights
     pos, chunk = (list(state.pos), config.chunk_memory) if update else ([0] * len(lengths), max([1, *lengths]))
     kept = _kept(config, new, pos, chunk, lengths)
@@ -210,7 +210,7 @@ def _read_backward(
     return dq
 
 
-def _advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> TitansState:
+def advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> TitansState:
     """A state for the library to write into: copies of what this call will change, the rest shared with
     ``state``."""
     small = min(config.chunk_memory, config.chunk_other)

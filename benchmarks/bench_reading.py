@@ -1,0 +1,97 @@
+"""Reading a text on a CPU with the bundled model, learning off and on: a token's time with segments that are learned
+in C++, and beside it in calls of PyTorch, in the same rounds.
+
+    python -m benchmarks.bench_reading [--tokens 8192] [--rounds 9] [--threads 1] [--cpu-time] [--out FILE]
+
+Rows read the held-out text from different places, in calls of 4096 tokens; "guarded" is what ``read`` does unless told
+otherwise. ``--cpu-time`` counts the time that the process was at work, for a machine that others use as well. Before
+anything is timed both ways read the same 512 tokens, and their losses are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench_decode import summary
+from benchmarks.machine import machine, write_json
+from benchmarks.measure import ROOT
+from benchmarks.sources import mark
+from benchmarks.studies import KJV, text
+from hope_kernels import HopeForCausalLM
+from hope_kernels.engine import native_segment
+from hope_kernels.engine.generation import read
+
+RESULT = ROOT / "benchmarks" / "results" / "reading.json"
+HOW = {"off": {"learn": "off"}, "learning": {"learn": "next_token", "guard": False}, "guarded": {"learn": "next_token"}}
+CASES = ((1, "learning"), (1, "guarded"), (4, "learning"))
+AGREE = 1e-4  # the largest difference of the two ways' losses over the first 512 tokens, in nats
+
+
+@contextmanager
+def in_pytorch():
+    """Segments as calls of the model."""
+    with mock.patch.object(native_segment, "unserved", lambda *_: "measured without"):
+        yield
+
+
+def rows(B: int, tokens: int) -> Tensor:
+    """[B, tokens] bytes of the held-out text."""
+    data = text(KJV)
+    return torch.tensor([list(data[tokens * b : tokens * (b + 1)]) for b in range(B)])
+
+
+def per_token(model: HopeForCausalLM, ids: Tensor, clock: Callable[[], float], how: str) -> float:
+    """Microseconds."""
+    began = clock()
+    read(model, ids, **HOW[how])
+    return (clock() - began) / ids.numel() * 1e6
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--tokens", type=int, default=8192)
+    p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--cpu-time", action="store_true")
+    p.add_argument("--out", default=RESULT)
+    args = p.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    model, cases = HopeForCausalLM.from_pretrained("kjv-byte"), []
+    for B, how in CASES:
+        ids = rows(B, args.tokens)
+        ours = read(model, ids[:, :512], **HOW[how]).nats
+        with in_pytorch():
+            difference = float((read(model, ids[:, :512], **HOW[how]).nats - ours).abs().max())
+        if not difference <= AGREE:
+            raise RuntimeError(f"losses differ by {difference:.1e} nats; no speed is reported for a wrong result")
+        times: dict[str, list[float]] = {"us": [], "pytorch": [], "off": []}
+        for _ in range(args.rounds):
+            times["us"].append(per_token(model, ids, clock, how))
+            with in_pytorch():
+                times["pytorch"].append(per_token(model, ids, clock, how))
+            times["off"].append(per_token(model, ids, clock, "off"))
+        case = {"B": B, "how": how, "difference": difference} | {n: summary(t) for n, t in times.items()}
+        for name, above, below in (("ratio", "pytorch", "us"), ("over off", "us", "off")):
+            case[name] = summary([a / b for a, b in zip(times[above], times[below])])
+        cases.append(case)
+        us, pytorch, off = (statistics.median(times[n]) for n in ("us", "pytorch", "off"))
+        print(f"B {B} {how}: {us:.1f} us a token, in PyTorch {pytorch:.1f} ({case['ratio']['median']:.2f}x); "
+              f"learning off {off:.1f}", flush=True)
+    write_json(args.out, {
+        "what": __doc__.split("\n")[0], "machine": machine() | {"threads": args.threads}, "model": "kjv-byte",
+        "clock": "cpu" if args.cpu_time else "wall", "tokens": args.tokens, "rounds": args.rounds, "cases": cases,
+        **mark("model", device="cpu"),
+    })
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+// What the entry points of segment.h check, and the choice of vectors (width.h).
+
+#include <new>
+
+#include "segment_run.h"
+#include "width.h"
+
+namespace avx512 {  // segment_avx512.cpp
+int segment_read(const SegmentCall& c);
+void segment_head(const SegmentCall& c);
+int segment_learn(const SegmentCall& c);
+}  // namespace avx512
+
+namespace {
+
+bool titans_fit(const TitansCall& t, const SegmentCall& c) {
+  const int64_t big = std::max(t.chunk_memory, t.chunk_other), small = std::min(t.chunk_memory, t.chunk_other);
+  return t.B == c.B && t.T == c.T && t.H > 0 && width(t.D) && width(t.N) && t.H * t.D == c.d && t.Mf == 3 &&
+         t.Ms == 1 + (t.retention != 0) && t.self_modifying && t.update && !t.scalar_skip && !t.kept2 && small > 0 &&
+         big <= LARGEST && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) && extents({c.B, big, t.H, t.D}) &&
+         extents({c.B, t.H, c.T / t.chunk_memory + 2, t.N, t.D}) && t.len == c.len && t.pos;
+}
+
+// Two memories of one kind, which share nothing.
+bool memories_fit(const SegmentBlock& b, const SegmentCall& c) {
+  auto one = [&](const SegmentMemory& m) {
+    return all_given({m.delta2, m.delta1, m.delta1s, m.pending_k, m.pending_v, m.pending_eta}) &&
+           (!b.titans.retention || m.pending_alpha) && (!b.conv || c.W == 1 || m.tail);
+  };
+  return one(b.before) && one(b.after) && b.before.delta2 != b.after.delta2;
+}
+
+bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
+  if (!titans_fit(b.titans, c) || !all_given({b.gain, b.q_proj}) || b.levels < 0 || (b.levels && !b.level))
+    return false;
+  if ((b.conv && c.W < 1) || !memories_fit(b, c)) return false;
+  for (int64_t l = 0; l < b.levels; l++) {
+    const SegmentLevel& level = b.level[l];
+    if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N}) || !all_given({level.gain, level.up, level.down}))
+      return false;
+    for (int64_t i = 0; i < c.B; i++)
+      if (!all_given({level.up[i], level.down[i]})) return false;
+  }
+  return true;
+}
+
+bool fits(const SegmentCall* c) {
+  if (!c || c->B < 0 || c->T < 0 || !width(c->d) || c->W < 0 || c->blocks < 0 || c->vocab < 1 ||
+      !threads_fit(c->threads) || !extents({c->B, c->T + PANEL, c->d, c->blocks + 1}) ||
+      !extents({c->vocab, c->d}) || !extents({c->B, c->T + PANEL, c->vocab}))
+    return false;
+  if (c->B && c->T && !all_given({c->ids, c->len, c->embed, c->gain, c->head})) return false;
+  if ((c->blocks && !c->block) || (c->B && !c->len) || !rows_fit(c->B, c->T, nullptr, c->len)) return false;
+  for (int64_t b = 0; b < c->B; b++)
+    for (int64_t t = 0; t < c->len[b]; t++)
+      if (c->ids[b * c->T + t] < 0 || c->ids[b * c->T + t] >= c->vocab) return false;
+  for (int64_t i = 0; i < c->blocks; i++)
+    if (!block_fits(c->block[i], *c)) return false;
+  return true;
+}
+
+bool head_fits(const SegmentCall& c) {
+  if (c.vocab > HEAD_MOST) return !c.logits && !c.nats && !c.last && !c.learns;
+  if (!c.targets) return !c.nats && !c.learns;
+  if (!c.known) return false;
+  for (int64_t b = 0; b < c.B; b++) {
+    if (c.known[b] < 0 || c.known[b] > c.len[b]) return false;
+    for (int64_t t = 0; t < c.known[b]; t++)
+      if (c.targets[b * c.T + t] < 0 || c.targets[b * c.T + t] >= c.vocab) return false;
+  }
+  return true;
+}
+
+bool steps_fit(const SegmentStep* steps, int64_t B) {
+  for (int64_t b = 0; steps && b < B; b++) {
+    const SegmentStep& s = steps[b];
+    if (s.weight && !step_fits({s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps},
+                               {s.weight, s.moment, s.square, s.total, nullptr}))
+      return false;
+  }
+  return steps;
+}
+
+bool learning_fits(const SegmentCall& c) {
+  for (int64_t i = 0; i < c.blocks; i++)
+    for (int64_t l = 0; l < c.block[i].levels; l++) {
+      const SegmentLevel& level = c.block[i].level[l];
+      if (level.learns && !(steps_fit(level.up_step, c.B) && steps_fit(level.down_step, c.B))) return false;
+    }
+  return c.keep && all_given({c.work, c.learns});
+}
+
+bool empty(const SegmentCall& c) { return c.B * c.T == 0; }
+
+}  // namespace
+
+extern "C" int64_t hope_segment_floats(const SegmentCall* c) {
+  return fits(c) ? Segment(*c, nullptr).floats() : -1;
+}
+
+extern "C" int hope_segment_read(const SegmentCall* c) {
+  if (!fits(c) || !c->work) return BAD_ARGUMENT;
+  if (empty(*c)) return DONE;
+  try {
+    return wide() ? avx512::segment_read(*c) : segment_read(*c);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+}
+
+extern "C" int hope_segment_head(const SegmentCall* c) {
+  if (!fits(c) || !c->work || !head_fits(*c)) return BAD_ARGUMENT;
+  if (!empty(*c)) wide() ? avx512::segment_head(*c) : segment_head(*c);
+  return DONE;
+}
+
+extern "C" int hope_segment_learn(const SegmentCall* c) {
+  if (!fits(c) || !learning_fits(*c)) return BAD_ARGUMENT;
+  if (empty(*c)) return DONE;
+  try {
+    return wide() ? avx512::segment_learn(*c) : segment_learn(*c);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+}

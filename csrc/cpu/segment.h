@@ -1,0 +1,68 @@
+// A segment through a whole model of self-modifying blocks, and its loss back through it (called by
+// hope_kernels/engine/segment.py). All fp32, row-major, contiguous; widths are multiples of 8.
+#pragma once
+#include "call.h"
+
+constexpr int64_t HEAD_MOST = 4096;  // tokens of a vocabulary whose logits are panels of the work space
+
+// What a row does with the gradient of one of its matrices, as cms_step.h has it; weight null: nothing.
+struct SegmentStep {
+  int64_t rule;
+  float lr, mu, beta2, first, second, root, eps;
+  float *total, *weight, *moment, *square;
+};
+
+struct SegmentLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
+  int64_t N;
+  int64_t learns;                                // whether its gradient is wanted
+  const float* gain;                             // [d]
+  const float *const *up, *const *down;          // [B]: every row's own matrix, or its shared one: [N, d], [d, N]
+  const SegmentStep *up_step, *down_step;        // [B], for hope_segment_learn, where it learns
+};
+
+// What a mixer has of B rows: as in TitansCall, and the convolution's last inputs [B, W - 1, d].
+struct SegmentMemory {
+  float *delta2, *delta1, *delta1s, *pending_k, *pending_v, *pending_eta, *pending_alpha, *tail;
+};
+
+struct SegmentBlock {
+  const float* gain;                       // [d], of the norm before the mixer
+  const float* conv;                       // [d, W], or null: no convolution
+  const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
+  const float* out_gain;                   // [H, D], or null
+  // T tokens, memories that make their own k, v, eta, alpha; q, x, o, kept weights, and what a SegmentMemory has
+  // are not looked at
+  TitansCall titans;
+  SegmentMemory before, after;             // the second becomes what a reading makes of the first
+  int64_t levels;
+  const SegmentLevel* level;
+};
+
+struct SegmentCall {
+  int64_t B, T, d, W, vocab, blocks, threads;
+  int32_t keep;                            // whether hope_segment_learn is to follow
+  float eps;                               // of the norms of blocks, levels and model
+  const int64_t *ids, *len;                // [B, T], of which len [B] tokens a row count
+  const float *embed, *gain, *head;        // [vocab, d], [d], [vocab, d]
+  const SegmentBlock* block;
+  float* work;                             // hope_segment_floats numbers, from a reading to what follows it
+  // The head's, for vocabularies of at most HEAD_MOST; each but for known may be null. Past known[b] no loss is
+  // written, past len[b] no logits are.
+  const int64_t *targets, *known;          // [B, T], [B]
+  float *logits, *nats, *last;             // [B, T, vocab], [B, T], [B, vocab]: after each row's last token
+  float* h;                                // [B, T, d], what the head is given (before its norm)
+  // Rows whose loss is differentiated [B]; null: none is.
+  const int32_t* learns;
+  const float* slopes;                     // [B, T, d], dL/dh from elsewhere; null: hope_segment_head has them
+};
+
+extern "C" {
+int64_t hope_segment_floats(const SegmentCall*);  // -1 for arguments that do not fit each other
+// Reads ids through all blocks.
+int hope_segment_read(const SegmentCall*);
+// What follows a reading with the same work: h, logits, losses, and of `learns` the slopes, dL/dh.
+int hope_segment_head(const SegmentCall*);
+// What follows a head, or slopes, after a reading with keep: takes them back through the model, level after level,
+// and the steps of `learns`, each once the backward has left its level. Its weights may be those that were read.
+int hope_segment_learn(const SegmentCall*);
+}

@@ -1,0 +1,504 @@
+// A segment on panels of 16 tokens (panel.h): what is compiled for each width of vectors (width.h).
+//
+// Between the memories, which read and write token rows, everything is a product of a weight with panels, and
+// what happens to its outputs while they are in the cache. A number is one chain of operations over its own row of
+// the batch and its own tokens: company in a panel or a batch, and threads, do not change it.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "check.h"
+#include "cms_step.h"
+#include "layer.h"
+#include "panel.h"
+#include "rows.h"
+#include "segment.h"
+#include "titans_head.h"
+
+class Segment {
+ public:
+  Segment(const SegmentCall& call, float* base) : c(call), B(c.B), T(c.T), d(c.d), P(panels(c.T)) {
+    for (; first < c.blocks && lowest < 0; first++)
+      for (int64_t l = c.block[first].levels - 1; l >= 0; l--)
+        if (c.block[first].level[l].learns) lowest = l;
+    first -= lowest >= 0;
+    carve(base);
+  }
+
+  int64_t floats() const { return used; }
+
+  int read() {
+    over(B * P, d, [&](int64_t i) { embed(i / P, i % P); });
+    for (int64_t i = 0; i < c.blocks; i++) {
+      if (const int outcome = mixer(i)) return outcome;
+      for (int64_t l = 0; l < c.block[i].levels; l++) level(i, l);
+    }
+    return DONE;
+  }
+
+  void head() {
+    const float* h = stream(streams - 1);
+    if (c.h) over(B * P, d, [&](int64_t i) { to_rows(h, c.h, d, i / P, i % P); });
+    if (!c.logits && !c.nats && !c.last && !c.learns) return;
+    over(B * P, c.vocab * d, [&](int64_t i) { head_of(h, i / P, i % P); });
+  }
+
+  int learn() {
+    if (first == c.blocks) return DONE;
+    if (c.slopes) over(B * P, d, [&](int64_t i) { from_rows(c.slopes, slope, d, i / P, i % P); });
+    for (int64_t i = c.blocks - 1; i >= first; i--) {
+      for (int64_t l = c.block[i].levels - 1; l >= (i == first ? lowest : 0); l--)
+        level_backward(i, l, i > first || l > lowest);
+      if (i == first) break;
+      if (const int outcome = mixer_backward(i)) return outcome;
+    }
+    return DONE;
+  }
+
+ private:
+  const SegmentCall& c;
+  const int64_t B, T, d, P;
+  int64_t first = 0, lowest = -1;  // what a gradient is taken back to: the first level that learns
+  int64_t used = 0, streams = 0, kept_floats = 0;
+  float *streams_ = nullptr, *levels_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr;
+  float *slope, *one, *two, *wide, *strips;   // panels of d, d, d and of the widest level (or vocabulary)
+  float *ra, *rb, *rc, *rd, *re;              // token rows of d
+  static constexpr int64_t STRIP = 32;        // rows of a weight that meet all panels of a row of the batch
+  static constexpr int64_t COLUMNS = 32;      // of a weight that take their step together
+
+  static int64_t round(int64_t n) { return (n + 15) / 16 * 16 + 16; }
+  int64_t panel_floats() const { return B * P * PANEL * d; }
+  int64_t row_floats() const { return B * T * d; }
+
+  // that a row's tokens may lie in
+  int64_t chunks(const SegmentBlock& b) const { return T / b.titans.chunk_memory + 2; }
+
+  void carve(float* base) {
+    auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
+    streams = 1;
+    int64_t deepest = d, levels = 0, kept = 0;
+    for (int64_t i = 0; i < c.blocks; i++) {
+      const SegmentBlock& b = c.block[i];
+      streams += 1 + b.levels;
+      for (int64_t l = 0; l < b.levels; l++)
+        deepest = std::max(deepest, b.level[l].N), levels += level_floats(b.level[l]);
+      kept = std::max(kept, round(B * b.titans.H * chunks(b) * b.titans.N * b.titans.D));
+    }
+    kept_floats = kept;
+    take(streams_, (c.keep ? streams : 2) * round(panel_floats()));
+    take(levels_, c.keep ? levels : 0);
+    take(mixers_, c.keep ? c.blocks * 3 * round(row_floats()) : 0);
+    take(kept_, c.keep ? c.blocks * 2 * kept : 0);
+    take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats());
+    take(wide, B * P * PANEL * std::max(c.vocab <= HEAD_MOST ? c.vocab : 0, deepest));
+    take(strips, c.keep ? B * P * PANEL * (deepest + COLUMNS) : 0);
+    for (float** p : {&ra, &rb, &rc, &rd, &re}) take(*p, row_floats());
+  }
+
+  // -- what is kept of a reading ----------------------------------------------------------------------------
+
+  float* stream(int64_t at) const { return streams_ + (c.keep ? at : at % 2) * round(panel_floats()); }
+  int64_t stream_of(int64_t block) const {  // the number of its input
+    int64_t at = 0;
+    for (int64_t i = 0; i < block; i++) at += 1 + c.block[i].levels;
+    return at;
+  }
+  // of a level, panels: its inputs after the norm, [d], its hidden units, and the activation's derivatives, [N]
+  struct Kept {
+    float *n, *a, *slopes;
+  };
+  int64_t level_floats(const SegmentLevel& level) const { return B * P * PANEL * (d + 2 * level.N) + 16; }
+  Kept kept(int64_t block, int64_t l) const {
+    const SegmentLevel& level = c.block[block].level[l];
+    if (!c.keep) return {one, wide, nullptr};
+    float* at = levels_;
+    for (int64_t i = 0; i <= block; i++)
+      for (int64_t j = 0; j < (i < block ? c.block[i].levels : l); j++) at += level_floats(c.block[i].level[j]);
+    return {at, at + B * P * PANEL * d, at + B * P * PANEL * (d + level.N)};
+  }
+  // of a block's memory, its weights in every chunk that was read: 0 w2, 1 w1
+  float* kept_of(int64_t block, int which) const { return kept_ + (2 * block + which) * kept_floats; }
+  // of a block's mixer: 0 what q is before it is a unit vector, 1 the memory's answers, 2 the gate
+  float* kept_rows(int64_t block, int which) const { return mixers_ + (3 * block + which) * round(row_floats()); }
+
+  // -- who does what ----------------------------------------------------------------------------------------
+
+  bool half(int64_t b, int64_t p) const { return c.len[b] - p * PANEL <= 8; }
+  int64_t tokens(int64_t b, int64_t p) const {  // of a panel
+    return std::clamp<int64_t>(c.len[b] - p * PANEL, 0, PANEL);
+  }
+  bool learning(int64_t b) const { return c.learns && c.learns[b]; }
+
+  // f(i) for i in [0, n), each some `work` numbers for every token of a panel
+  template <class F>
+  void over(int64_t n, int64_t work, F f) const {
+    const int team = n * work * PANEL < (1 << 22) ? 1 : static_cast<int>(c.threads);
+    if (team == 1) {
+      const FlushDenormals flush;
+      for (int64_t i = 0; i < n; i++) f(i);
+      return;
+    }
+#pragma omp parallel for num_threads(team) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+      const FlushDenormals flush;
+      f(i);
+    }
+  }
+
+  // out = W x for every panel x of `from` [K], of rows of the batch for which `wanted`: done(b, p, r, acc) with
+  // rows r.. of W; then after(b, p, r0, r1), when those rows are done. weights(b): its W, element (r, k) at
+  // r rs + k ks.
+  template <class Wanted, class Weights, class Done, class After>
+  void product(int64_t R, int64_t K, Wanted wanted, Weights weights, int64_t rs, int64_t ks, const float* from,
+               Done done, After after) const {
+    const int64_t strip = rs == 1 ? PANEL : STRIP, strips = (R + strip - 1) / strip;
+    over(B * strips, strip * K * P, [&](int64_t i) {
+      const int64_t b = i / strips, r0 = i % strips * strip, r1 = std::min(R, r0 + strip);
+      if (!wanted(b)) return;
+      const float* W = weights(b);
+      for (int64_t p = 0; p * PANEL < c.len[b]; p++) {
+        panel_product(r0, r1, K, W, rs, ks, from + (b * P + p) * K * PANEL, half(b, p),
+                      [&](int64_t r, auto& acc) { done(b, p, r, acc); });
+        after(b, p, r0, r1);
+      }
+    });
+  }
+
+  struct All {
+    bool operator()(int64_t) const { return true; }
+  };
+  struct Nothing {
+    void operator()(int64_t, int64_t, int64_t, int64_t) const {}
+  };
+  struct Learning {
+    const Segment& s;
+    bool operator()(int64_t b) const { return s.learning(b); }
+  };
+
+  // panels [K] of `to` = W x, for a W [R, K] that all rows share, or with back its transposed, [K, R]
+  template <class Wanted>
+  void project(bool back, const float* W, const float* from, float* to, Wanted wanted) const {
+    product(d, d, wanted, [&](int64_t) { return W; }, back ? 1 : d, back ? d : 1, from,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              store_rows(to + (b * P + p) * d * PANEL, r, acc);
+            }, Nothing());
+  }
+
+  void to_rows(const float* from, float* to, int64_t K, int64_t b, int64_t p) const {
+    store_lanes(from + (b * P + p) * K * PANEL, to + (b * T + p * PANEL) * K, K, K, 0, tokens(b, p));
+  }
+  void from_rows(const float* from, float* to, int64_t K, int64_t b, int64_t p) const {
+    load_lanes(to + (b * P + p) * K * PANEL, from + (b * T + p * PANEL) * K, K, K, 0, tokens(b, p));
+  }
+  template <class Wanted>
+  void all_to_rows(const float* from, float* to, Wanted wanted) const {
+    over(B * P, d, [&](int64_t i) { if (wanted(i / P)) to_rows(from, to, d, i / P, i % P); });
+  }
+  template <class Wanted>
+  void all_from_rows(const float* from, float* to, Wanted wanted) const {
+    over(B * P, d, [&](int64_t i) { if (wanted(i / P)) from_rows(from, to, d, i / P, i % P); });
+  }
+
+  // -- forward ----------------------------------------------------------------------------------------------
+
+  void embed(int64_t b, int64_t p) const {
+    const int64_t n = tokens(b, p);
+    float *to = stream(0) + (b * P + p) * d * PANEL, *rows = ra + (b * T + p * PANEL) * d;
+    if (n == 0) return;
+    if (n < PANEL) std::memset(to, 0, d * PANEL * sizeof(float));
+    for (int64_t t = 0; t < n; t++)
+      std::memcpy(rows + t * d, c.embed + c.ids[b * T + p * PANEL + t] * d, d * sizeof(float));
+    load_lanes(to, rows, d, d, 0, n);
+  }
+
+  f8 norm_factor(const float* x) const {
+    return all(1) / root(squares(x, d) / all(static_cast<float>(d)) + all(c.eps));
+  }
+
+  // one panel: n = rmsnorm(x) gain
+  void norm(const float* x, const float* gain, float* n) const {
+    for (int v = 0; v < PANEL; v += 8) {
+      const f8 factor = norm_factor(x + v);
+      for (int64_t i = 0; i < d; i++) store(n + i * PANEL + v, load(x + i * PANEL + v) * factor * all(gain[i]));
+    }
+  }
+
+  // one panel: dx (+ dx, if more) for dn at the norm's output
+  void norm_backward(const float* x, const float* gain, const float* dn, float* dx, bool more) const {
+    for (int v = 0; v < PANEL; v += 8) {
+      const f8 factor = norm_factor(x + v);
+      f8 along[4] = {};
+      for (int64_t i = 0; i < d; i += 4)
+        for (int j = 0; j < 4; j++) {
+          const int64_t at = (i + j) * PANEL + v;
+          along[j] = fma(load(x + at), load(dn + at) * all(gain[i + j]), along[j]);
+        }
+      const f8 mean = ((along[0] + along[1]) + (along[2] + along[3])) / all(static_cast<float>(d));
+      const f8 m = factor * factor * mean;
+      for (int64_t i = 0; i < d; i++) {
+        const int64_t at = i * PANEL + v;
+        const f8 back = fnma(m, load(x + at), load(dn + at) * all(gain[i])) * factor;
+        store(dx + at, more ? back + load(dx + at) : back);
+      }
+    }
+  }
+
+  // The call of a block's memories, which are those before it once more.
+  TitansCall memory(const SegmentBlock& block) const {
+    TitansCall t = block.titans;
+    const SegmentMemory &from = block.before, &to = block.after;
+    const int64_t heads = B * t.H, slots = heads * std::max(t.chunk_memory, t.chunk_other);
+    auto copy = [](float* a, const float* b, int64_t n) {
+      if (b) std::memcpy(a, b, n * sizeof(float));
+    };
+    copy(to.delta2, from.delta2, heads * (t.Mf + t.Ms) * t.N * t.D);
+    copy(to.delta1, from.delta1, heads * t.Mf * t.D * t.N);
+    copy(to.delta1s, from.delta1s, heads * t.Ms * t.N);
+    copy(to.pending_k, from.pending_k, slots * t.D), copy(to.pending_v, from.pending_v, slots * t.D);
+    copy(to.pending_eta, from.pending_eta, slots), copy(to.pending_alpha, from.pending_alpha, slots);
+    t.delta2 = to.delta2, t.delta1 = to.delta1, t.delta1s = to.delta1s, t.pending_k = to.pending_k;
+    t.pending_v = to.pending_v, t.pending_eta = to.pending_eta, t.pending_alpha = to.pending_alpha;
+    return t;
+  }
+
+  int mixer(int64_t i) const {
+    const SegmentBlock& block = c.block[i];
+    const float* h = stream(stream_of(i));
+    float* next = stream(stream_of(i) + 1);
+    const int64_t size = d * PANEL;
+    // n: panels in one, rows in ra; u: panels in two, rows in rb
+    over(B * P, d, [&](int64_t j) {
+      norm(h + j * size, block.gain, one + j * size);
+      to_rows(one, ra, d, j / P, j % P);
+    });
+    float *x = ra, *panel = one;
+    if (block.conv) {
+      const int outcome = hope_conv(B, T, d, c.W, c.threads, ra, block.before.tail, block.conv, c.len, rb,
+                                    block.after.tail);
+      if (outcome) return outcome;
+      all_from_rows(rb, two, All());
+      x = rb, panel = two;
+    }
+    if (block.in_proj) {
+      project(false, block.in_proj, panel, wide, All());
+      all_to_rows(wide, rb, All());
+      x = rb, panel = wide;
+    }
+    const TitansCall given = memory(block);
+    float* q = c.keep ? kept_rows(i, 0) : given.qk_l2norm ? re : rd;
+    project(false, block.q_proj, panel, slope, All());
+    all_to_rows(slope, q, All());
+    if (given.qk_l2norm) hope_unit(B * T * given.H, given.D, c.threads, q, rd);
+    float* gate = block.gate_proj ? c.keep ? kept_rows(i, 2) : rc : nullptr;
+    if (gate) {
+      project(false, block.gate_proj, one, slope, All());
+      all_to_rows(slope, gate, All());
+    }
+    float* o = c.keep ? kept_rows(i, 1) : re;
+    TitansCall t = given;
+    t.q = given.qk_l2norm ? rd : q, t.x = x, t.o = o;
+    if (c.keep && i > first) t.kept = chunks(block), t.kept2 = kept_of(i, 0), t.kept1 = kept_of(i, 1);
+    if (const int outcome = hope_titans_scan(&t)) return outcome;
+    hope_output_gate(B * T, t.H, t.D, c.threads, o, block.out_gain, gate, ra);
+    all_from_rows(ra, one, All());
+    if (!block.out_proj) {
+      over(B * P, d, [&](int64_t j) {
+        for (int64_t k = j * size; k < (j + 1) * size; k += 8) store(next + k, load(h + k) + load(one + k));
+      });
+      return DONE;
+    }
+    product(d, d, All(), [&](int64_t) { return block.out_proj; }, d, 1, one,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              add_rows(acc, h + (b * P + p) * size, r);
+              store_rows(next + (b * P + p) * size, r, acc);
+            }, Nothing());
+    return DONE;
+  }
+
+  void level(int64_t i, int64_t l) const {
+    const SegmentLevel& level = c.block[i].level[l];
+    const int64_t at = stream_of(i) + 1 + l, N = level.N, size = d * PANEL;
+    const float* h = stream(at);
+    float* next = stream(at + 1);
+    const Kept to = kept(i, l);
+    over(B * P, d, [&](int64_t j) { norm(h + j * size, level.gain, to.n + j * size); });
+    product(N, d, All(), [&](int64_t b) { return level.up[b]; }, d, 1, to.n,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              store_rows(to.a + (b * P + p) * N * PANEL, r, acc);
+            },
+            [&](int64_t b, int64_t p, int64_t r0, int64_t r1) {
+              float* z = to.a + (b * P + p) * N * PANEL;
+              float* slopes = to.slopes ? to.slopes + (b * P + p) * N * PANEL : nullptr;
+              for (int64_t k = r0 * PANEL; k < r1 * PANEL; k += half(b, p) ? PANEL : 8) {
+                f8 s;
+                store(z + k, sigma<GELU_TANH>(load(z + k), s));
+                if (slopes) store(slopes + k, s);
+              }
+            });
+    product(d, N, All(), [&](int64_t b) { return level.down[b]; }, N, 1, to.a,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              add_rows(acc, h + (b * P + p) * size, r);
+              store_rows(next + (b * P + p) * size, r, acc);
+            }, Nothing());
+  }
+
+  // -- head -------------------------------------------------------------------------------------------------
+
+  // One panel: logits, losses p = softmax(logits), and head^T (p - onehot) back through the norm.
+  void head_of(const float* h, int64_t b, int64_t p) const {
+    const int64_t n = tokens(b, p), V = c.vocab, first = b * T + p * PANEL, at = (b * P + p) * d * PANEL;
+    if (n == 0) return;
+    float* logits = wide + (b * P + p) * V * PANEL;
+    norm(h + at, c.gain, one + at);
+    panel_product(0, V, d, c.head, d, 1, one + at, n <= 8,
+                  [&](int64_t r, auto& acc) { store_rows(logits, r, acc); });
+    if (c.logits) store_lanes(logits, c.logits + first * V, V, V, 0, n);
+    const int64_t end = c.len[b] - 1 - p * PANEL;
+    if (c.last && end >= 0 && end < PANEL)
+      for (int64_t r = 0; r < V; r++) c.last[b * V + r] = logits[r * PANEL + end];
+    if (!c.targets) return;
+    const int64_t known = std::clamp<int64_t>(c.known[b] - p * PANEL, 0, n);
+    const bool back = learning(b);
+    for (int64_t v = 0; v < (n <= 8 ? 8 : PANEL); v += 8) {
+      f8 highest = load(logits + v);
+      for (int64_t r = 1; r < V; r++) highest = most(load(logits + r * PANEL + v), highest);
+      f8 sum[4] = {};
+      float before[8], size[8], top[8];
+      for (int64_t j = v; j < std::min(v + 8, known); j++)
+        before[j - v] = logits[c.targets[first + j] * PANEL + j];
+      for (int64_t r = 0; r < V; r++) {
+        const f8 e = exp2((load(logits + r * PANEL + v) - highest) * all(LOG2_E));
+        store(logits + r * PANEL + v, e);
+        sum[r % 4] = sum[r % 4] + e;
+      }
+      const f8 total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      store(size, total), store(top, highest);
+      for (int64_t j = v; c.nats && j < std::min(v + 8, known); j++)
+        c.nats[first + j] = static_cast<float>(log1p_of(size[j - v] - 1.0)) - (before[j - v] - top[j - v]);
+      if (!back) continue;
+      float counts[8];
+      for (int64_t j = 0; j < 8; j++) counts[j] = v + j < known ? 1 : 0;
+      const f8 counted = load(counts), inverse = all(1) / total;
+      for (int64_t r = 0; r < V; r++)
+        store(logits + r * PANEL + v, unless_below(counted, 0, load(logits + r * PANEL + v) * inverse));
+      for (int64_t j = v; j < std::min(v + 8, known); j++) logits[c.targets[first + j] * PANEL + j] -= 1;
+    }
+    if (!back) return;
+    panel_product(0, d, V, c.head, 1, d, logits, n <= 8,
+                  [&](int64_t r, auto& acc) { store_rows(one + at, r, acc); });
+    norm_backward(h + at, c.gain, one + at, slope + at, false);
+  }
+
+  // -- backward ---------------------------------------------------------------------------------------------
+
+  void level_backward(int64_t i, int64_t l, bool on) const {
+    const SegmentLevel& level = c.block[i].level[l];
+    const int64_t N = level.N, size = d * PANEL;
+    const float* h = stream(stream_of(i) + 1 + l);
+    const Kept of = kept(i, l);
+    const Learning rows{*this};
+    product(N, d, rows, [&](int64_t b) { return level.down[b]; }, 1, N, slope,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              multiply_rows(acc, of.slopes + (b * P + p) * N * PANEL, r);
+              store_rows(wide + (b * P + p) * N * PANEL, r, acc);
+            }, Nothing());
+    if (level.learns) steps(d, N, level.down_step, slope, of.a);
+    if (on)
+      product(d, N, rows, [&](int64_t b) { return level.up[b]; }, 1, d, wide,
+              [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+                store_rows(one + (b * P + p) * size, r, acc);
+              }, Nothing());
+    if (level.learns) steps(N, d, level.up_step, wide, of.n);
+    if (!on) return;
+    over(B * P, d, [&](int64_t j) {
+      if (learning(j / P)) norm_backward(h + j * size, level.gain, one + j * size, slope + j * size, true);
+    });
+  }
+
+  // The steps of a matrix [R, K] of all rows that learn: its gradient is a sum over tokens, of errors [R] and inputs
+  // [K] in panels, one chain for every weight. It is never in memory as a whole.
+  void steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
+    const int64_t count = (K + COLUMNS - 1) / COLUMNS;
+    over(B * count, COLUMNS * R * P, [&](int64_t i) {
+      const int64_t b = i / count, k = i % count * COLUMNS, w = std::min(COLUMNS, K - k), n = c.len[b];
+      if (!learning(b) || !step[b].weight) return;
+      float* rows = strips + (b * count + i % count) * COLUMNS * P * PANEL;  // the inputs here, [n, w]
+      for (int64_t p = 0; p * PANEL < n; p++)
+        store_lanes(inputs + ((b * P + p) * K + k) * PANEL, rows + p * PANEL * w, w, w, 0, tokens(b, p));
+      const SegmentStep& s = step[b];
+      const Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
+      const Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
+      outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
+                    [&](int64_t r, int64_t at, auto& acc) {
+                      constexpr size_t row = sizeof(acc[0]), height = sizeof(acc) / row, number = sizeof(float);
+                      constexpr int64_t width = row / number;
+                      alignas(64) float grad[width];
+                      for (size_t j = 0; j < height; j++) {
+                        store_row(grad, acc[j]);
+                        step_weights(rule, width, grad, weights.from((r + j) * K + k + at));
+                      }
+                    });
+    });
+  }
+
+  template <class V, int NV>
+  static void store_row(float* to, const V (&acc)[NV]) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) store(to + LANES<V> * v, acc[v]);
+  }
+
+  int mixer_backward(int64_t i) const {
+    const SegmentBlock& block = c.block[i];
+    const TitansCall& t = block.titans;
+    const float *h = stream(stream_of(i)), *from = slope;
+    const int64_t size = d * PANEL, H = t.H;
+    const Learning rows{*this};
+    if (block.out_proj) {
+      project(true, block.out_proj, slope, one, rows);
+      from = one;
+    }
+    // rows that do not learn, and padding, go through what follows as zeros
+    std::memset(ra, 0, row_floats() * sizeof(float));
+    all_to_rows(from, ra, rows);
+    float* gate = block.gate_proj ? kept_rows(i, 2) : nullptr;
+    hope_output_gate_backward(B * T, H, t.D, c.threads, kept_rows(i, 1), block.out_gain, gate, ra, rb,
+                              gate ? rc : nullptr);
+    float* q = kept_rows(i, 0);
+    if (t.qk_l2norm) hope_unit(B * T * H, t.D, c.threads, q, rd);
+    const TitansReadBackward back{B, T, H, t.D, t.N, t.chunk_memory, chunks(block), c.threads, t.activation,
+                                  kept_of(i, 0), kept_of(i, 1), t.qk_l2norm ? rd : q, rb, t.pos, c.len, re};
+    if (const int outcome = hope_titans_read_backward(&back)) return outcome;
+    if (t.qk_l2norm) hope_unit_backward(B * T * H, t.D, c.threads, q, re, re);
+    all_from_rows(re, one, rows);
+    float *dx = two, *other = one;
+    project(true, block.q_proj, one, dx, rows);
+    if (block.in_proj) {
+      std::swap(dx, other);
+      project(true, block.in_proj, other, dx, rows);
+    }
+    if (block.conv) {
+      std::memset(ra, 0, row_floats() * sizeof(float));
+      all_to_rows(dx, ra, rows);
+      if (const int outcome = hope_conv_backward(B, T, d, c.W, c.threads, block.conv, ra, rb)) return outcome;
+      all_from_rows(rb, dx, rows);
+    }
+    if (gate) {
+      all_from_rows(rc, other, rows);
+      product(d, d, rows, [&](int64_t) { return block.gate_proj; }, 1, d, other,
+              [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+                add_rows(acc, dx + (b * P + p) * size, r);
+                store_rows(dx + (b * P + p) * size, r, acc);
+              }, Nothing());
+    }
+    over(B * P, d, [&](int64_t j) {
+      if (learning(j / P)) norm_backward(h + j * size, block.gain, dx + j * size, slope + j * size, true);
+    });
+    return DONE;
+  }
+};
+
+inline int64_t segment_floats(const SegmentCall& c) { return Segment(c, nullptr).floats(); }
+inline int segment_read(const SegmentCall& c) { return Segment(c, c.work).read(); }
+inline void segment_head(const SegmentCall& c) { Segment(c, c.work).head(); }
+inline int segment_learn(const SegmentCall& c) { return Segment(c, c.work).learn(); }

@@ -1,0 +1,209 @@
+"""What csrc/cpu/segment.h is handed for one segment: tokens, what mixers and levels have, and where all of it
+lies."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model_state import ModelState
+from ..ops.cms.plan import Plan, RowStep
+from ..ops.cms.schedule import learning_levels
+from ..ops.cms.state import CMSState
+from ..ops.shared.cpu_library import POINTER, SIZE, Function, address, row_array
+from ..ops.titans.cpp import TitansCall
+from ..ops.titans.state import Layout, TitansState, on_device
+from ..state import Counters
+from .head import Heads, Targets, check_logits, read_head
+from .native import floats, size_of
+
+HEAD_MOST = 4096  # as segment.h has it: the head of a larger vocabulary is PyTorch's, in pieces
+MEMORY = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha", "conv_tail")
+
+
+class Memory(ctypes.Structure):
+    """``SegmentMemory``."""
+
+    _fields_ = [(n, POINTER) for n in MEMORY]
+
+
+class LevelCall(ctypes.Structure):
+    """``SegmentLevel``."""
+
+    _fields_ = [
+        ("N", SIZE), ("learns", SIZE), *((n, POINTER) for n in ("gain", "up", "down", "up_step", "down_step"))
+    ]
+
+
+class BlockCall(ctypes.Structure):
+    """``SegmentBlock``."""
+
+    _fields_ = [
+        *((n, POINTER) for n in ("gain", "conv", "in_proj", "q_proj", "gate_proj", "out_proj", "out_gain")),
+        ("titans", TitansCall), ("before", Memory), ("after", Memory), ("levels", SIZE), ("level", POINTER),
+    ]
+
+
+class SegmentCall(ctypes.Structure):
+    """``SegmentCall``."""
+
+    _fields_ = [
+        *((n, SIZE) for n in ("B", "T", "d", "W", "vocab", "blocks", "threads")), ("keep", ctypes.c_int32),
+        ("eps", ctypes.c_float), *((n, POINTER) for n in ("ids", "len", "embed", "gain", "head")),
+        *((n, POINTER) for n in ("block", "work", "targets", "known", "logits", "nats", "last", "h", "learns",
+                                 "slopes")),
+    ]
+
+
+_read, _head, _learn = (Function(f"hope_segment_{n}", "HopeForCausalLM", POINTER) for n in ("read", "head", "learn"))
+
+
+class Reading:
+    """A segment of B rows of T tokens. Used again for the next segment of that shape, once it is done with."""
+
+    def __init__(self, reader: Any, B: int, T: int, keep: bool):
+        self.reader, self.keep, self.shape = reader, keep, (B, T)
+        self.call = call = SegmentCall.from_buffer_copy(reader.call)
+        self._blocks = blocks = type(reader.blocks).from_buffer_copy(reader.blocks)
+        self._len, self._pos = row_array([0] * B, B), [row_array([0] * B, B) for _ in blocks]
+        self._levels: list[Any] = [type(of).from_buffer_copy(of) if len(of) else None for of in reader.levels]
+        call.B, call.T, call.keep, call.block = B, T, keep, ctypes.addressof(blocks)
+        call.len = ctypes.addressof(self._len)
+        for block, pos, levels in zip(blocks, self._pos, self._levels):
+            t = block.titans
+            t.B, t.T, t.threads, t.len, t.pos = B, T, call.threads, call.len, ctypes.addressof(pos)
+            block.level = None if levels is None else ctypes.addressof(levels)
+        self._weights: dict[tuple[int, int], tuple] = {}  # of (block, level): what its addresses were made of
+        self._steps: dict[tuple[int, int], tuple] = {}
+        self._work: Tensor | None = None
+
+    def read(
+        self, state: ModelState, mixers: Sequence[TitansState], ids: Tensor, lengths: list[int],
+        among: list[int] | None
+    ) -> list[TitansState]:
+        """Reads ``lengths`` tokens of each row of ids: the mixers after it. ``mixers`` stay as they are."""
+        call, (B, T) = self.call, self.shape
+        self.ids, self.lengths, self.among, self.before = ids, lengths, among, mixers
+        call.ids, self._len[:] = address(ids, B * T, "ids", torch.int64), lengths
+        after, to = self.reader.mixers_like(mixers)
+        found, known = [], self.reader.made(mixers)
+        if known is None:
+            found = [addresses(m) for m in mixers]
+            known = [at for at, _ in found]
+        moved = None if len(set(lengths)) != 1 else lengths[0]
+        for i, (old, new) in enumerate(zip(mixers, after)):
+            block, self._pos[i][:] = self._blocks[i], old.pos
+            block.before, block.after = known[i], to[i]
+            new.pos = Counters([p + n for p, n in zip(old.pos, lengths)])
+            torch.add(old.count, on_device(lengths, old.count.device) if moved is None else moved, out=new.count)
+            cms = state.cms[i]
+            if cms is not None:
+                self._take_weights(i, cms, range(B) if among is None else among, state.batch)
+        if self._work is None:
+            self._work = torch.empty(floats("hope_segment_floats", call), dtype=torch.float32, device="cpu")
+            call.work = self._work.data_ptr()
+        _read(ctypes.addressof(call))
+        del found  # and the tensors that may have been made for the library to read
+        return after
+
+    def head(
+        self, targets: Targets | None, *, logits: bool, learners: list[bool] | None = None,
+        check_finite: bool = False
+    ) -> tuple[Heads, Tensor]:
+        """What ``read_head`` makes of the reading; and what ``judged`` takes for slopes, where any are wanted: a
+        stand-in where the slopes themselves stay in C++."""
+        call, model, (B, T), V = self.call, self.reader.model, self.shape, self.call.vocab
+        call.targets = call.nats = call.last = call.learns = call.slopes = call.h = None
+        if V > HEAD_MOST:
+            h = zeros(B, T, call.d)
+            call.h = h.data_ptr()
+            _head(ctypes.addressof(call))
+            heads = read_head(
+                model, h, self.lengths, targets, logits=logits, learners=learners, check_finite=check_finite
+            )
+            return heads, h if heads.slopes is None else heads.slopes
+        made = nats = last = None
+        if logits or check_finite:
+            whole = min(self.lengths, default=T) == T
+            made = torch.empty(B, T, V, dtype=torch.float32, device="cpu") if whole else zeros(B, T, V)
+        if targets is not None:
+            nats, last = zeros(B, T), zeros(B, V)
+            given, known = targets.ids.contiguous(), row_array(targets.known, B)
+            call.targets, call.known = address(given, B * T, "targets", torch.int64), ctypes.addressof(known)
+            call.nats, call.last = nats.data_ptr(), last.data_ptr()
+        marks = None if learners is None else (ctypes.c_int32 * B)(*learners)
+        call.learns = None if marks is None else ctypes.addressof(marks)
+        call.logits = None if made is None else made.data_ptr()
+        _head(ctypes.addressof(call))
+        if check_finite and made is not None:
+            check_logits(made, self.lengths)
+        return Heads(made if logits else None, nats, last, None), zeros(B, 1, 1)
+
+    def learn(self, rows: list[bool], slopes: Tensor, plans: list[dict[int, Plan]]) -> None:
+        """The steps that ``plans`` has for the marked rows, by block and level. slopes: as ``head`` has them."""
+        call, B, marks = self.call, len(rows), (ctypes.c_int32 * len(rows))(*rows)
+        places = [(b, b if self.among is None else self.among[b]) for b in range(B) if rows[b]]
+        for i, planned in enumerate(plans):
+            for l, plan in planned.items():
+                self._take_steps(i, l, plan, places)
+        call.learns = ctypes.addressof(marks)
+        if call.vocab > HEAD_MOST:
+            slopes = slopes.contiguous()
+            call.slopes = address(slopes, B * call.T * call.d)
+        _learn(ctypes.addressof(call))
+
+    def done(self) -> None:
+        """Nobody needs what was kept any more, nor the mixers before it."""
+        self.reader.give_back(self, self.before)
+
+    def _take_weights(self, i: int, state: CMSState, among: Sequence[int], batch: int) -> None:
+        """The levels of block ``i`` are what ``state`` has of them."""
+        levels = self._levels[i]
+        learns = learning_levels(state.config) if self.keep else []
+        for l, names in enumerate(self.reader.matrices[i]):
+            held, own = state.weights[l], state.own[l]
+            up, down = (None, None) if held is None else (held["up"], held["down"])
+            known = self._weights.get((i, l))
+            if known is not None and known[0] is up and known[1] is down and known[2] == own and known[3] == among:
+                continue
+            at, kept = levels[l], []
+            at.learns = l in learns
+            for name, shared, count in names:
+                first = None if held is None else address(held[name], batch * count)
+                mine = [first + 4 * count * b if first and own[b] else shared for b in among]
+                rows = (POINTER * len(among))(*mine)
+                kept.append(rows)
+                setattr(at, name, ctypes.addressof(rows))
+            self._weights[i, l] = (up, down, list(own), among, kept)
+
+    def _take_steps(self, i: int, l: int, plan: Plan, places: list[tuple[int, int]]) -> None:
+        """Level ``l`` of block ``i`` does what ``plan`` says in the rows (of the reading, of the batch)."""
+        known, level = self._steps.get((i, l)), self._levels[i][l]
+        if known is None or known[0] is not plan.steps or known[1] != places:
+            arrays = []
+            for name in ("up", "down"):
+                steps = (RowStep * self.shape[0])()
+                for here, b in places:
+                    if (name, b) in plan.steps:
+                        steps[here] = plan.steps[name, b]
+                arrays.append(steps)
+            self._steps[i, l] = known = (plan.steps, places, arrays, plan.held)
+        level.up_step, level.down_step = (ctypes.addressof(a) for a in known[2])
+
+
+def addresses(state: TitansState) -> tuple[Memory, list[Tensor | None]]:
+    """Of what a mixer has; and the tensors that lie there. Raises ValueError for what the library cannot read."""
+    c, B = state.config, state.batch
+    slots = B * max(c.chunk_memory, c.chunk_other) * c.num_heads
+    counts = [size_of(s) for s in Layout.of(c).shapes(B, c.num_heads)]
+    counts += [slots * c.head_dim, slots * c.head_dim, slots, slots, B * ((c.conv_window or 1) - 1) * c.d_model]
+    held = [None if t is None else t.detach().contiguous() for t in (getattr(state, n) for n in MEMORY)]
+    return Memory(*(address(t, count) for t, count in zip(held, counts))), held
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")

@@ -1,0 +1,126 @@
+"""What rows of a CMSState draft do with the gradient of a segment, for C++ that has yet to form it: ``absorb`` without
+its arithmetic. The counters move, tensors become the draft's own, and what is to be done to which of them is a
+``RowStep`` for every row and matrix.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from operator import is_
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...config import CMSConfig
+from ..shared.cpu_library import POINTER, REAL, SIZE, address
+from .absorb import Sizes, averages, grads_of, mark, own_weights, reset, step_from_total
+from .cpp_step import ADAM, GD, MOMENTUM
+from .level import ADAM_EPS, Adam
+from .relative import normalises, rate
+from .schedule import due, matrices
+from .state import CMSState
+
+Shared = Callable[[], dict[str, Tensor]]  # a level's matrices in the layer, where they are asked for
+Scale = Callable[[int], float] | None  # of the rates of a row
+
+
+class RowStep(ctypes.Structure):
+    """``SegmentStep`` of csrc/cpu/segment.h."""
+
+    _fields_ = [
+        ("rule", SIZE), *((n, REAL) for n in ("lr", "mu", "beta2", "first", "second", "root", "eps")),
+        *((n, POINTER) for n in ("total", "weight", "moment", "square")),
+    ]
+
+
+class Plan(NamedTuple):
+    """Of one level. steps: by matrix and row of the batch. held: the tensors that they point to. finish: what is
+    left to do once the steps are done."""
+
+    steps: dict[tuple[str, int], RowStep]
+    held: list[Tensor]
+    finish: Callable[[], None] | None = None
+
+
+Known = dict[tuple, Plan]  # plans of one level: by what rows do
+
+
+def planned(
+    state: CMSState, config: CMSConfig, shared: Shared, l: int, rows: list[int], counts: list[int] | None,
+    tokens: list[int], ops: Callable[[], Any], sizes: Sizes | None, scale: Scale, known: Known
+) -> Plan:
+    """``absorb`` of a segment of ``tokens`` [B] in ``rows`` of the draft ``state``, which holds no pending factors.
+
+    known: earlier plans, for the same batch and configuration, which hold as long as their tensors do."""
+    step, back, wait = due(config, l, rows, counts)
+    for b in rows:
+        state.tokens[l][b] += tokens[b]
+    summed = config.optimizer == "muon" or normalises(config)  # these ask for the gradient as a whole
+    adding, taking = (wait + step, []) if summed else (wait, step)
+    dirty = [b for b in taking if state.dirty[l][b]]
+    if taking and (state.weights[l] is None or not all([state.own[l][b] for b in taking])):
+        own_weights(state, shared(), l, taking)
+    parts = (
+        state.writable("weights", l) if taking else {}, averages(state, config, l, "moments") if taking else {},
+        averages(state, config, l, "squares") if taking else {}, _sums(state, shared, l) if adding or dirty else {},
+    )
+    for b in taking if parts[2] else ():
+        state.steps[l][b] += 1
+    rates = [1.0 if scale is None else scale(b) for b in taking]
+    key, held = (tuple(adding), tuple(taking), tuple(dirty), tuple(rates)), [t for of in parts for t in of.values()]
+    plan = known.get(key)
+    if plan is None or parts[2] or len(held) != len(plan.held) or not all(map(is_, held, plan.held)):
+        known[key] = plan = Plan({}, held)
+        _add(plan, parts[3], adding)
+        _take(plan, state, config, l, taking, rates, dirty, parts, sizes)
+    if adding:
+        mark(state.dirty[l], adding, 1)
+    for counters in (state.dirty, state.tokens) if taking else ():
+        mark(counters[l], taking, 0)
+    if back:
+        reset(state, l, back)
+    if summed and step:
+        return plan._replace(
+            finish=lambda: step_from_total(state, config, shared(), l, step, ops(), sizes, scale)
+        )
+    return plan
+
+
+def _sums(state: CMSState, shared: Shared, l: int) -> dict[str, Tensor]:
+    return grads_of(state, {} if state.grads[l] is not None else shared(), l)
+
+
+def _add(plan: Plan, sums: dict[str, Tensor], rows: list[int]) -> None:
+    """The gradient of ``rows`` joins their sums."""
+    for name, t in sums.items() if rows else ():
+        at = _rows_of(t)
+        for b in rows:
+            plan.steps[name, b] = RowStep(rule=GD, lr=-1, weight=at(b))
+
+
+def _take(
+    plan: Plan, state: CMSState, config: CMSConfig, l: int, rows: list[int], rates: list[float], dirty: list[int],
+    parts: tuple[dict[str, Tensor], ...], sizes: Sizes | None
+) -> None:
+    """``rows`` take a step, in those that are ``dirty`` with what they have summed up."""
+    weights, moments, squares, sums = parts
+    for name in matrices(config) if rows else ():
+        w, m, v, g = (_rows_of(part.get(name)) for part in (weights, moments, squares, sums))
+        lr = rate(config, l, None if sizes is None else sizes[name])
+        for b, factor in zip(rows, rates):
+            numbers: tuple = (MOMENTUM if moments else GD, factor * lr, config.momentum, 0, 0, 0, 0, 0)
+            if squares:
+                adam = Adam(squares[name], config.betas, state.steps[l][b], state.tokens[l][b])
+                first, root = adam.rates(factor * lr)
+                numbers = (ADAM, first, *adam.betas, *adam.shares, root, ADAM_EPS)
+            plan.steps[name, b] = RowStep(*numbers, g(b) if b in dirty else None, w(b), m(b), v(b))
+
+
+def _rows_of(t: Tensor | None) -> Callable[[int], int | None]:
+    """The address of a row of t [B, r, c]."""
+    if t is None:
+        return lambda b: None
+    first, size = address(t, t.numel()), 4 * t[0].numel()
+    assert first is not None
+    return lambda b: first + size * b

@@ -1,0 +1,300 @@
+"""Segments that are read, judged and learned by C++ learn what PyTorch learns, and the same bits however they come to
+be learned."""
+
+import copy
+import ctypes
+
+import pytest
+import torch
+from native_model import CASES, V, built, ids, small
+from numerics import relative, within_yardstick
+
+from hope_kernels import load_state
+from hope_kernels.engine import native_reading
+from hope_kernels.engine.native_segment import Reader
+from hope_kernels.ops.shared import cpu_library
+
+pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
+
+MORE = {
+    "momentum": {"cms": {"optimizer": "momentum"}},
+    "adam": {"cms": {"optimizer": "adam", "lr": 0.01}},
+    "muon": {"cms": {"optimizer": "muon"}},
+    "relative": {"cms": {"relative": True, "lr": 0.1}},
+    "relative momentum": {"cms": {"relative": True, "lr": 0.1, "optimizer": "momentum"}},
+    "a level of rate zero": {"cms": {"lr": (0.0, 0.02)}},
+    "the other level of rate zero": {"cms": {"lr": (0.02, 0.0)}},
+    "segments of 24": {"chunks": (24, 48), "d": 24, "heads": 3},
+}
+LEARNING = {**CASES, **MORE}
+del LEARNING["no CMS"]
+
+
+def model_of(name):
+    return built(name) if name in CASES else small(**MORE[name])
+
+
+def by_pytorch(model):
+    """The same model, which C++ does not serve."""
+    other = copy.deepcopy(model)
+    other.blocks[0].register_forward_hook(lambda *_: None)
+    assert "hooked" in Reader(other, None).reason
+    return other
+
+
+def learned(state):
+    """name -> tensor of all that a state has that decides what is read later."""
+    found = {}
+    for i, (mixer, cms) in enumerate(zip(state.mixers, state.cms)):
+        found |= {f"{i}.{n}": t for n, t in vars(mixer).items() if isinstance(t, torch.Tensor)}
+        for name in ("weights", "grads", "moments", "squares"):
+            for l, of in enumerate(getattr(cms, name)):
+                counts = cms.dirty[l] if name == "grads" else [1]
+                found |= {f"{i}.{name}.{l}.{n}": t for n, t in (of or {}).items() if any(counts)}
+    return found
+
+
+def same_bits(a, b) -> bool:
+    x, y = learned(a), learned(b)
+    return list(a.pos) == list(b.pos) and x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+@torch.no_grad()
+def test_learns_what_pytorch_learns(name):
+    model, text = model_of(name), ids(3, 26 if "24" not in name else 51)
+    assert Reader(model, None).reason is None
+    found = []
+    for one in (model, by_pytorch(model), copy.deepcopy(model).double()):
+        losses, state = one(text, learn="next_token", output="losses", lengths=[text.shape[1], 17, 0])
+        logits, state = one(text[:, :9], state, learn="next_token", lengths=[9, 2, 9])
+        found.append((logits, losses.nats, losses.last, learned(state)))
+    for i, part in enumerate(("logits", "nats", "last")):
+        within_yardstick(found[0][i], found[1][i], found[2][i], part)
+    ours, theirs, exact = (f[3] for f in found)
+    assert ours.keys() == theirs.keys() == exact.keys() and any("weights" in n for n in ours)
+    for n, t in ours.items():
+        if t.is_floating_point():
+            within_yardstick(t, theirs[n], exact[n], n)
+
+
+def test_a_vocabulary_too_large_for_the_head_in_cpp(monkeypatch):
+    monkeypatch.setattr(native_reading, "HEAD_MOST", V - 1)
+    test_learns_what_pytorch_learns("default")
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["head in C++", "head in PyTorch"])
+@pytest.mark.parametrize("name", ["default", "two clocks", "no convolution", "nested", "muon", "segments of 24"])
+@torch.no_grad()
+def test_bits_do_not_depend_on_how_a_text_is_cut(name, large, tmp_path, monkeypatch):
+    """Nor on whether a segment is read whole, replayed, held, or continued from a file."""
+    if large:
+        monkeypatch.setattr(native_reading, "HEAD_MOST", V - 1)
+    model, text = model_of(name), ids(1, 100, 7)
+    model.holds = name != "nested"
+    want, whole = model(text, learn="next_token")
+    for cuts in ([1, 2, 3, 7, 50], [33], [4, 8, 12, 16, 48, 96], [24, 48, 72], [16, 17, 97]):
+        state, parts = model.init_state(1), []
+        for a, b in zip([0, *cuts], [*cuts, 100]):
+            following = text[:, b] if a == 4 else None
+            part, state = model(text[:, a:b], state, learn="next_token", following=following)
+            parts.append(part)
+            if b % 3 == 0:
+                state.save(tmp_path / "state")
+                state = load_state(tmp_path / "state")
+        if not large:  # whose product is PyTorch's, and has bits that depend on how many tokens there are
+            assert torch.equal(torch.cat(parts, 1), want), cuts
+            assert same_bits(state, whole), cuts
+        assert relative(torch.cat(parts, 1), want) < 1e-4
+
+
+@torch.no_grad()
+def test_bits_do_not_depend_on_company():
+    model, text = small(), ids(4, 60, 5)
+    lengths = [60, 31, 16, 0]
+    logits, together = model(text, learn="next_token", lengths=lengths)
+    more, together = model(text, together, learn="next_token", lengths=[9, 60, 4, 20])
+    for b, n in enumerate(lengths):
+        row, state = text[b : b + 1], model.init_state(1)
+        alone, state = model(row[:, :n], state, learn="next_token")
+        again, state = model(row[:, : (9, 60, 4, 20)[b]], state, learn="next_token")
+        assert torch.equal(logits[b, :n], alone[0]) and torch.equal(more[b, : again.shape[1]], again[0]), b
+        assert all(torch.equal(t[b], s[0]) for t, s in zip(together.mixers[1].tensors(), state.mixers[1].tensors()))
+
+
+@torch.no_grad()
+def test_bits_are_those_of_any_width_and_number_of_threads():
+    model, text = small(d=128, heads=4, layers=2, chunks=(64, 128)), ids(2, 200, 3)
+    ask, before, found = cpu_library.library().hope_cpu_width, torch.get_num_threads(), []
+    most = ask(0)
+    try:
+        for bits, threads in ((most, 1), (most, 2), (256, 1)):
+            assert ask(bits) == bits
+            torch.set_num_threads(threads)
+            found.append(model(text, learn="next_token"))
+    finally:
+        ask(most)
+        torch.set_num_threads(before)
+    (want, state), *others = found
+    assert all(torch.equal(want, logits) and same_bits(state, other) for logits, other in others)
+
+
+@torch.no_grad()
+def test_flush_has_the_bits_of_a_state_that_was_cut_elsewhere():
+    model, text, states = small(), ids(2, 30, 4), []
+    for cuts in ([0, 30], [0, 1, 13, 27, 30]):
+        state = None
+        for a, b in zip(cuts, cuts[1:]):
+            _, state = model(text[:, a:b], state, learn="next_token")
+        assert model.flush(state) == [1, 1]
+        states.append(model(text, state, learn="next_token")[1])
+    assert same_bits(*states)
+
+
+@torch.no_grad()
+def test_under_a_guard():
+    model, text = small(cms={"lr": 20.0}, chunks=(16, 32)), ids(2, 160, 2)
+    found = [one(text, learn="next_token", guard=True) for one in (model, by_pytorch(model))]
+    (a, state), (b, other) = found
+    assert sum(state.rollbacks) > 0 and list(state.rollbacks) == list(other.rollbacks)
+    assert relative(a, b) < 1e-3
+
+
+def test_modes_of_autograd():
+    """What is learned while a graph is recorded, or in inference mode, is what is learned without."""
+    model, text = small(), ids(2, 40, 6)
+    with torch.no_grad():
+        want, whole = model(text, learn="next_token")
+    with torch.inference_mode():
+        logits, state = model(text[:, :30], learn="next_token")
+    with torch.no_grad():
+        more, state = model(text[:, 30:], state, learn="next_token")
+    assert torch.equal(torch.cat([logits, more], 1), want) and same_bits(state, whole)
+    logits, state = model(text, learn="next_token")
+    assert logits.requires_grad and relative(logits, want) < 1e-4
+
+
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("part", ["_read", "_head", "_learn"])
+@torch.no_grad()
+def test_a_call_that_fails_leaves_the_state_as_it_was(part, at, monkeypatch):
+    model, text = small(), ids(2, 60, 1)
+    _, state = model(text[:, :11], learn="next_token")
+    _, state = model(text[:, 11:20], state, learn="next_token")  # held
+    before, calls, real = state.clone(), [], getattr(native_reading, part)
+
+    def failing(*given):
+        calls.append(given)
+        if len(calls) > 3 * at + 1:
+            raise MemoryError("no memory")
+        real(*given)
+
+    with monkeypatch.context() as m, pytest.raises(MemoryError):
+        m.setattr(native_reading, part, failing)
+        model(text[:, 20:], state, learn="next_token")
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before.tensors(), strict=True))
+    assert [list(c) for c in state._counters()] == [list(c) for c in before._counters()]
+    want, _ = model(text[:, 20:], before, learn="next_token")
+    assert torch.equal(model(text[:, 20:], state, learn="next_token")[0], want)
+
+
+@torch.no_grad()
+def test_logits_that_are_not_finite_are_refused_before_anything_is_learned():
+    model, text = small(), ids(2, 40)
+    _, state = model(text[:, :20], learn="next_token")
+    before = state.clone()
+    model.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="logits .* non-finite value"):
+        model(text[:, 20:], state, learn="next_token", check_finite=True)
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before.tensors(), strict=True))
+
+
+def test_a_row_that_is_not_finite_stays_alone():
+    model, text = small(tie_embeddings=False), ids(2, 40)
+    with torch.no_grad():
+        model.embed.weight[text[0, 3]] = float("nan")
+        clean = (text[1] != text[0, 3]).nonzero().flatten()
+        text[1] = text[1, clean[0]]  # a text without the token
+        want, alone = model(text[1:], learn="next_token")
+        logits, state = model(text, learn="next_token")
+    assert logits[0].isnan().any() and torch.equal(logits[1], want[0])
+    assert torch.equal(state.cms[0].weights[0]["up"][1], alone.cms[0].weights[0]["up"][0])
+
+
+def test_what_is_not_served_is_named():
+    assert "chunked" in Reader(small(), "chunked").reason
+    assert "precondition" in Reader(small(cms={"precondition": 0.1}), None).reason
+    waiting = small()
+    waiting.blocks[1].cms.pending = 8
+    assert "wait" in Reader(waiting, None).reason
+    assert "float64" in Reader(small().double(), None).reason
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in Reader(small(), None).reason
+
+
+@torch.no_grad()
+def test_a_state_with_factors_that_wait_is_read_by_pytorch_until_they_are_folded():
+    model, text = small(), ids(1, 60)
+    for block in model.blocks:
+        block.cms.pending = 8
+    _, state = model(text[:, :6], learn="next_token")
+    for block in model.blocks:
+        block.cms.pending = None
+    reader, other = Reader(model, None), by_pytorch(model)
+    assert reader.reason is None and not reader.serves(state)
+    before = state.clone()
+    logits, state = model(text[:, 6:], state, learn="next_token")
+    assert reader.serves(state) and relative(logits, other(text[:, 6:], before, learn="next_token")[0]) < 1e-4
+
+
+@torch.no_grad()
+def test_the_library_refuses_what_does_not_fit():
+    model = small()
+    state, text = model.init_state(2), ids(2, 4)
+    reading, _ = Reader(model, None).read(state, state.mixers, text, [4, 4], None, keep=True)
+    call, library = reading.call, cpu_library.library()
+    marks = (ctypes.c_int32 * 2)(1, 1)
+    call.learns = ctypes.addressof(marks)
+    wrongs = {
+        "B": (-1, 2**62), "T": (-1, 2**62), "d": (0, 12, -8, 2**62), "W": (-1,), "vocab": (0, -1, 2**62),
+        "blocks": (-1,), "threads": (0, -1, 2**62), "ids": (None,), "len": (None,), "embed": (None,), "gain": (None,),
+        "head": (None,), "block": (None,), "work": (None,),
+    }
+
+    def refused(fields, functions=("read", "head", "learn")):
+        wrong = type(call).from_buffer_copy(call)
+        for name, value in fields.items():
+            setattr(wrong, name, value)
+        for name in functions:
+            assert getattr(library, f"hope_segment_{name}")(ctypes.byref(wrong)) == 2, (name, fields)
+
+    for name, values in wrongs.items():
+        for value in values:
+            refused({name: value})
+    known, far = (ctypes.c_int64 * 2)(4, 4), (ctypes.c_int64 * 2)(4, 5)
+    for bad in (-1, V):
+        other = text.clone()
+        other[1, 3] = bad
+        refused({"ids": other.data_ptr()})
+        refused({"targets": other.data_ptr(), "known": ctypes.addressof(known)}, ["head"])
+    refused({"targets": text.data_ptr(), "known": ctypes.addressof(far)}, ["head"])
+    refused({"targets": None}, ["head"])  # and slopes are asked for
+    for fields in ({"keep": 0}, {"learns": None}, {}):  # no steps were given
+        refused(fields, ["learn"])
+
+    def refused_in_a_block(part, name, value):
+        copied = type(reading._blocks).from_buffer_copy(reading._blocks)
+        setattr(part(copied[1]), name, value)
+        refused({"block": ctypes.addressof(copied)})
+
+    for name in ("gain", "q_proj", "level"):
+        refused_in_a_block(lambda b: b, name, None)
+    for name, values in {"H": (0, 3), "D": (12,), "N": (0, 4), "Mf": (2,), "Ms": (1,), "chunk_memory": (0, -4),
+                         "chunk_other": (0,), "pos": (None,), "len": (None,), "B": (1,), "T": (3,),
+                         "scalar_skip": (1,), "self_modifying": (0,), "update": (0,)}.items():
+        for value in values:
+            refused_in_a_block(lambda b: b.titans, name, value)
+    for name in native_reading.MEMORY:
+        refused_in_a_block(lambda b: b.before, name, None)
+        refused_in_a_block(lambda b: b.after, name, None)
+    refused_in_a_block(lambda b: b, "after", reading._blocks[1].before)
