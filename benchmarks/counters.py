@@ -21,7 +21,7 @@ from benchmarks import bench_titans, gpu_library, processes
 from benchmarks.script import Script
 
 CASE = bench_titans.P(T=2048)
-KERNELS = "regex:titans_prefill|scan_kernel"
+KERNELS = "regex:titans_prefill|scan_kernel|carry_kernel"
 SECTIONS = ("SchedulerStats", "WarpStateStats", "SpeedOfLight", "Occupancy", "LaunchStats")
 ABOUT = ("issue", "stall", "warps_active", "throughput", "duration", "registers", "shared_mem", "cluster",
          "occupancy")

@@ -12,7 +12,8 @@ from hope_kernels.ops.shared.triton_build import Specialization
 PROVIDERS = (
     "hope_kernels.ops.conv.triton.forward", "hope_kernels.ops.output_gate.triton.forward",
     "hope_kernels.ops.shared.triton_sum",
-    "hope_kernels.ops.titans.triton.tiles", "hope_kernels.ops.titans.triton.backward_tiles",
+    "hope_kernels.ops.titans.triton.tiles", "hope_kernels.ops.titans.triton.carried",
+    "hope_kernels.ops.titans.triton.backward_tiles",
     "hope_kernels.ops.cms.triton.tiles",
 )
 

@@ -11,8 +11,8 @@ measured by this repository, and a prediction is not a measurement.
     memory    bytes that the call cannot avoid to move
     warp      what a warp needs that has its scheduler for itself: stalls and scoreboards of its SASS
               (sass.by_stage), shared by as many warps as are resident
-    chain     where work waits for work: the same, along the stages of a chunk, times the chunks of a (row,
-              head)
+    chain     where work waits for work: the same, along the stages of a chunk and what is handed on between
+              them, times the chunks of a (row, head), and of all that come before it where not all fit at once
     host      launches of Triton's kernels by the host
     GEMM      products that PyTorch's library does, at its rate
 
@@ -129,20 +129,21 @@ def predict(c: Costs, size: Size, machine: Machine) -> Prediction:
     ``blocks`` of them for itself, and chains that do not fit wait for those before them."""
     sms, cycle = machine["multiprocessors"], 1 / machine["clock"]
     per_chain = size.units / size.chains  # one after the other
+    waves = 1
     if size.persistent:
         each, together = size.units / sms, sms * size.resident * size.warps
         warp = size.units * c.warp / together
     else:
-        at_once = min(size.chains, sms // size.blocks)
+        at_once = min(size.chains, sms * size.resident // size.blocks)
         waves = math.ceil(size.chains / at_once)
-        each = per_chain * waves / size.blocks
+        each = per_chain * waves * math.ceil(at_once * size.blocks / sms) / size.blocks
         warp = per_chain * waves * c.warp / (size.blocks * size.warps)
     cycles = {
         "issue": each * c.instructions / machine["issue"],
         "tensor": each * (c.mma / machine["mma"] + c.wgmma / machine["wgmma"]),
         "shared": each * c.wavefronts / machine["shared"],
         "warp": warp,
-        "chain": per_chain * c.chain,
+        "chain": per_chain * waves * c.chain,
     }
     bounds = {name: 1e3 * cycle * n for name, n in cycles.items()}
     if size.reuse:
@@ -154,11 +155,13 @@ def predict(c: Costs, size: Size, machine: Machine) -> Prediction:
         bounds["host"] = 1e3 * per_chain * c.launches * machine["host"]
     if size.library:
         bounds["GEMM"] = 1e3 * size.library / machine["GEMM"]
-    latency = machine["handoff" if size.persistent else "cluster"]
+    latency = machine["handoff" if size.persistent or size.exchange else "cluster"]
     added = {
         "launches": 1e3 * size.launches * machine["launch"],
         "barriers": 1e3 * cycle * per_chain * size.barriers * latency,
     }
+    if size.exchange:
+        bounds["chain"] += waves * added.pop("barriers")
     if size.passes:
         added["passes"] = 1e3 * size.passes / machine["memory"]
     if size.persistent:  # other chains fill the time that one waits

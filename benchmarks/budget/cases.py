@@ -18,7 +18,7 @@ from hope_kernels import CMSConfig, TitansConfig
 from hope_kernels.ops import RoundedWeights, TokenInputs, init_titans_state, titans_advance_, titans_chunk
 from hope_kernels.ops.cms.matrix import Matrix
 from hope_kernels.ops.titans.state import FastWeights, Layout
-from hope_kernels.ops.titans.triton import operator, tiles
+from hope_kernels.ops.titans.triton import carried, operator, tiles
 from hope_kernels.ops.titans.triton.groups import Tiles
 
 BF16 = torch.bfloat16
@@ -40,6 +40,7 @@ class Size:
     launches: int = 1
     resident: int = 1  # blocks a multiprocessor, by registers
     persistent: bool = False  # any block does any work: chains need not fill the machine
+    exchange: bool = False  # blocks hand to each other through L2, and other chains fill the time they wait
     memory_first: bool = False  # all bytes are requested before the first is used
     reuse: bool = False  # L1 has what is read again
     # stages of a unit that wait for one another, with the tasks that each is cut into
@@ -63,6 +64,7 @@ class Case:
     goal: Size | None = None
     cheap: bool = False
     tiles: tuple[int, int, int, int] | None = None  # of the memory's Triton kernel, in place of its table's
+    together: int = 1  # programs of a Triton kernel that run at a time while it is counted
     measured_as: str = ""  # "file: name of the case" of benchmarks.gpu that measures the call of ``goal``
 
     @contextmanager
@@ -220,6 +222,10 @@ def _tasks(config: TitansConfig, arch: int) -> tuple[tuple[str, int], ...]:
     return ("read", M * parts), ("errors", M * parts), ("hidden", M * cuts), ("gain", M), ("update", M * cuts)
 
 
+# Of carry.py: a chunk's stages with the members that share each; the gates' commit runs beside the others'
+CARRIED = (("read", 3), ("clock", 1), ("commit", 3))
+
+
 def _memories() -> Iterator[Case]:
     chunk = "chunk of a (row, head)"
     for mult, C, (heads, rows, tokens), blocks in (
@@ -231,10 +237,17 @@ def _memories() -> Iterator[Case]:
             size = _goal(mult, C, heads, rows, tokens, blocks, 8, barriers=(C // 16 + 1) * (blocks > 1))
             yield Case(f"prefill {shape} cuda sm_{arch}", "prefill", "cuda", arch, chunk,
                        partial(prefill, config, "cuda"), 2, 4, 2, size, arch == 90, None, f"{name} cuda")
+            if carried.carried(config, 2, arch):
+                size = _goal(mult, C, heads, rows, tokens, 4, carried.WARPS, tasks=CARRIED, barriers=2,
+                             exchange=True, resident=65536 // (32 * carried.WARPS * carried.REGISTERS))
+                yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
+                           partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90, None, 4,
+                           f"{name} triton")
+                continue
             size = _goal(mult, C, heads, rows, tokens, 1, 4, persistent=True, resident=3 if C == 16 else 2,
                          tasks=_tasks(config, arch), barriers=4)
             yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
-                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, None,
+                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, None, 1,
                        f"{name} triton")
             # weights are loaded once for a chunk on sm_90, for 32 or 16 tokens on sm_80: the other tiles beside
             other = (64, 32, 64, 16) if arch == 90 else (64, C, 64, C)
@@ -250,7 +263,7 @@ def _memories() -> Iterator[Case]:
     for arch in (90, 80):
         size = replace(size, launches=1 if arch == 90 else 2)  # blocks of a head need a cluster to meet
         yield Case(f"step C64 D64 N256 cuda sm_{arch}", "step", "cuda", arch, "token of a (row, head)",
-                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90, None,
+                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90, None, 1,
                    "ops: step graph C64 D64 N256 H32 B1 T1 bf16 cuda")
         kept = replace(size, bytes=m.step_bytes(whole, 1, 2, commit=False, rounded=True))
         yield Case(f"step C64 D64 N256 cuda sm_{arch} rounded", "step", "cuda", arch,
@@ -258,11 +271,11 @@ def _memories() -> Iterator[Case]:
                    arch == 90, None, "ops: step graph rounded C64 D64 N256 H32 B1 T1 bf16 cuda")
     size = replace(size, blocks=1, warps=4, launches=1, resident=2, persistent=True)
     yield Case("step C64 D64 N256 triton sm_90", "step", "triton", 90, "token of a (row, head)",
-               partial(decode, config, "triton"), 1, 3, 2, size, False, None,
+               partial(decode, config, "triton"), 1, 3, 2, size, False, None, 1,
                "ops: step graph C64 D64 N256 H32 B1 T1 bf16 triton")
     size = _goal(4, 64, 32, 1, 8192, 1, 4, persistent=True, resident=2)
     yield Case("grad C64 D64 N256 triton sm_90", "grad", "triton", 90, chunk, partial(grad, config), 2, 4, 2,
-               replace(size, flops=3 * size.flops), False, None,
+               replace(size, flops=3 * size.flops), False, None, 1,
                "ops: grad C64 D64 N256 H32 B1 T8192 bf16 triton")
 
 
@@ -283,11 +296,11 @@ def _others() -> Iterator[Case]:
         size = Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True)
         yield Case(f"cms refresh d{d} C{tokens} sm_90" + " own kernel" * long, "refresh", "triton", 90, unit,
                    lambda n, r=rows, d=d, t=tokens: refresh(r, d, t, own=True), 0, 1, 1, size, d == 256, None,
-                   "" if long else measured)
+                   1, "" if long else measured)
         if long:  # the master is read again and rounded
             size = replace(size, launches=2, library=size.flops, passes=(4 + 2) * d * d)
             yield Case(f"cms refresh d{d} C{tokens} sm_90", "refresh", "triton", 90, unit,
-                       lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1, size, False, None,
+                       lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1, size, False, None, 1,
                        measured)
     size = Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=8, reuse=True, persistent=True)
     yield Case("conv d2048 sm_90", "conv", "triton", 90, "1024 tokens", lambda n: conv(2048, 512 * n), 2, 4,

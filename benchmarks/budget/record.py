@@ -29,7 +29,7 @@ class Counted:
 
 def count(case: Case) -> Counted:
     """Raises BuildError where a compiler is missing, Fault where a kernel is wrong."""
-    with case.with_tiles(), recording(case.arch, case.backend == "cuda") as gpu:
+    with case.with_tiles(), recording(case.arch, case.backend == "cuda", case.together) as gpu:
         launched = lambda: sum(gpu.device.launches.values())
         few, marks = {}, [launched()]
         if case.few:

@@ -22,6 +22,11 @@ STAGES = {
     "momentum_body": "momentum", "errors_task": "errors", "hidden_task": "hidden", "gain_task": "gain",
     "update_task": "update", "_done": "release", "_slots": "schedule", "_extent": "schedule", "_commit": "",
     "scan_kernel": "schedule",
+    # and where memories are carried (carry.py)
+    "rounded_full": "read", "read_full": "read", "put_full": "read", "read_gates": "read gates",
+    "commit_full": "commit",
+    "commit_gates": "commit gates", "clock_block": "clock", "full_member": "carry", "gates_member": "carry",
+    "carry_kernel": "carry",
     # CUDA C++ (csrc/cuda/titans/prefill.cuh, commit.cuh, clock.cuh)
     "evaluate": "evaluate", "errors": "errors", "gradients": "gradients", "key_products": "key products",
     "decays": "decays", "transformed_keys": "transformed keys", "step_sizes": "step sizes",
@@ -56,7 +61,7 @@ def stage_of(functions: list[str], kernel: str) -> str:
         return WAIT
     found = [STAGES[name] for name in functions if STAGES.get(name)]
     # the kernel's own code and the schedule's are what is left over: a function further in says more
-    outer = ("panel loop", "schedule", "commit", "decode")
+    outer = ("panel loop", "schedule", "carry", "commit", "decode")
     inner = [stage for stage in found if stage not in outer]
     return inner[0] if inner else found[-1] if found else STAGES.get(kernel, kernel) if functions else UNKNOWN
 

@@ -118,12 +118,13 @@ def _device(arch: int) -> triton_device.Device:
 
 
 @contextmanager
-def recording(arch: int, with_cuda: bool = True) -> Iterator[Recorder]:
-    """A GPU of this compute capability. Of Triton's persistent kernels one program runs at a time, so that
-    none waits; of the CUDA kernels as many blocks as work together. Raises BuildError without nvcc."""
+def recording(arch: int, with_cuda: bool = True, together: int = 1) -> Iterator[Recorder]:
+    """A GPU of this compute capability. Of Triton's kernels ``together`` programs run at a time: one of a
+    persistent kernel, so that none waits, or those that exchange; of the CUDA kernels as many blocks as work
+    together. Raises BuildError without nvcc."""
     device = _device(80)
     device.arch, device.multiprocessors = arch, 1
-    device.options = Options(resident=1, races=False, measure=True)
+    device.options = Options(resident=together, races=False, measure=True)
     with poisoned():
         if not with_cuda:
             yield Recorder(arch, device, None)

@@ -141,6 +141,8 @@ def test_the_stage_is_that_of_the_outermost_function_that_has_one():
     assert stage_of(["titans_prefill", "prefill", "run", "evaluate", "hidden_group"], "k") == "evaluate"
     assert stage_of(["scan_kernel", "_commit", "update_task", "_slots"], "k") == "update"
     assert stage_of(["scan_kernel", "_commit", "_wait"], "k") == WAIT
+    assert stage_of(["carry_kernel", "full_member", "commit_full", "sigma"], "k") == "commit"
+    assert stage_of(["carry_kernel", "full_member", "clock_block", "_product"], "k") == "clock"
     assert stage_of(["scan_kernel", "_commit"], "k") == "schedule" and stage_of(["add"], "k") == "k"
 
 
@@ -259,6 +261,11 @@ def test_bounds_by_hand():
     assert spread.bounds["issue"] == pytest.approx(60 / 4 * 800 / 4 * 1e-3)
     assert spread.bounds["warp"] == pytest.approx(60 * 1600 / (4 * 2 * 8) * 1e-3)
     assert spread.bounds["chain"] == pytest.approx(10 * 3 * 20 * 1e-3) and "barriers" not in spread.added
+    # two blocks a multiprocessor that hand to each other through L2: four chains at a time, two waves
+    handing = predict(replace(costs, chain=5), replace(size, exchange=True, resident=2), machine)
+    assert handing.bounds["issue"] == pytest.approx(10 * 2 * 2 / 2 * 800 / 4 * 1e-3)
+    assert handing.bounds["warp"] == pytest.approx(10 * 2 * 1600 / 16 * 1e-3)
+    assert handing.bounds["chain"] == pytest.approx(10 * 2 * (5 + 3 * 20) * 1e-3) and "barriers" not in handing.added
     nothing = Costs(0, 0, 0, 0, 0, 0)
     library = predict(nothing, Size(1, 1, 1, 4, 0, 1000, library=2e9, passes=300), machine)
     assert library.bounds == pytest.approx({"GEMM": 2000.0, "memory": 10.0}) and library.limit == "GEMM"

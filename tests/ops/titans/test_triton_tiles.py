@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from hope_kernels import TitansConfig  # noqa: E402
 from hope_kernels.ops.shared.triton_build import SHARED_KIB  # noqa: E402
 from hope_kernels.ops.titans.triton import tiles as table  # noqa: E402
+from hope_kernels.ops.titans.triton.carried import carried  # noqa: E402
 from hope_kernels.ops.titans.triton.tiles import CHUNKS, ITEMSIZE, MULTIPLES, TABLE, WIDTHS, tile_row  # noqa: E402
 
 
@@ -73,3 +74,15 @@ def test_the_compile_report_sees_every_row_and_the_full_one_every_shape():
                 seen_by = 80 if s.constexprs["rule"].MOMENTUM else arch  # momentum spills in larger tiles
                 row = tile_row(s.constexprs["shape"].D, C, itemsize, seen_by)
                 assert s.constexprs["fast_tiles"] == row.tiles
+
+
+def test_what_is_carried_is_a_default_layer_with_heads_of_64():
+    usual = TitansConfig(512, 8)
+    assert all(carried(usual, 2, arch) for arch in (80, 86, 89, 90, 120))
+    assert not carried(usual, 2, 100) and not carried(usual, 4, 90)
+    for change in (
+        {"num_heads": 4}, {"num_heads": 16}, {"hidden_mult": 2}, {"chunk_memory": 32}, {"chunk_other": 32},
+        {"chunk_memory": 64, "chunk_other": 64}, {"momentum": 0.5}, {"adaptive_q": True}, {"retention": False},
+        {"scalar_skip": True}, {"retain_to": "zero"}, {"memory": "linear"}, {"self_modifying": False},
+    ):
+        assert not carried(usual.replace(**change), 2, 90), change

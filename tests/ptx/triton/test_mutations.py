@@ -16,15 +16,20 @@ from problems import cast, problem, results, run
 from hope_kernels import TitansConfig
 from tools.ptx.machine import Fault, Kernel, Options, UnknownInstruction
 
-SCANS = {80: (TitansConfig(32, 1), 39), 90: (TitansConfig(64, 1, chunk_memory=64, chunk_other=64), 70)}
+# architecture, configuration, tokens, the kernel that serves it
+SCANS = {
+    80: (80, TitansConfig(32, 1), 39, "scan_kernel"),
+    90: (90, TitansConfig(64, 1, chunk_memory=64, chunk_other=64), 70, "scan_kernel"),
+}
+CARRIED = {"carried": (90, TitansConfig(64, 1), 53, "carry_kernel")}
 ORDER = re.compile(r"\.(acquire|release|acq_rel)")
 
 
 class Judge:
     """Runs a problem of two commits, and says how a changed scan is caught; None if it is not."""
 
-    def __init__(self, device, arch: int):
-        self.config, tokens = SCANS[arch]
+    def __init__(self, device, name):
+        arch, self.config, tokens, kernel = (SCANS | CARRIED)[name]
         self.device, self.lengths = device, [tokens, tokens - 9]
         device.arch = arch
         given = problem(self.config, 2, tokens, 0.5)
@@ -37,7 +42,7 @@ class Judge:
         assert self.verdict() is None
         new = [t for t in device.kernels if t not in before or f".target sm_{arch}" in t]
         self.text = next(
-            t for t in reversed(new) if "entry scan_kernel(" in t and device.kernels[t].counts.executed.any()
+            t for t in reversed(new) if f"entry {kernel}(" in t and device.kernels[t].counts.executed.any()
         )
         self.kernel, self.lines = device.kernels[self.text], self.text.split("\n")
         self.executed = {
@@ -108,7 +113,7 @@ class Judge:
 def judge(request, device, judges={}):  # noqa: B006
     if request.param not in judges:
         judges[request.param] = Judge(device, request.param)
-    device.arch = request.param
+    device.arch = (SCANS | CARRIED)[request.param][0]
     return judges[request.param]
 
 
@@ -153,3 +158,11 @@ def test_copies_and_products_that_nobody_waits_for(judge):
                          (r"fence\.proxy\.async", {"fault"}), (r"wgmma\.fence", {"fault"})):
         caught = judge.tally([judge.replaced(n) for n in judge.at(pattern)], sample=3)
         assert set(caught) <= how | {None}, pattern
+
+
+@pytest.mark.parametrize("judge", CARRIED, indirect=True)
+def test_a_weaker_order_between_programs_that_exchange(judge):
+    orders = judge.at(r"ld\.global\.gpu\.acquire|atom\.global\.gpu\.release")
+    assert len(orders) >= 7  # each member releases and acquires what is read, and the clock once
+    caught = Counter(judge.of(judge.replaced(n, ORDER.sub(".relaxed", judge.lines[n]))) for n in orders)
+    assert set(caught) <= {"race", None} and caught["race"] > len(orders) / 2, caught

@@ -58,3 +58,23 @@ def test_pure_reads_wait_chunk_by_chunk(name, device, monkeypatch):
 
     alone = once(1, 0)
     assert all(torch.equal(once(programs, seed), alone) for programs, seed in ((4, 0), (6, 5), (8, 6)))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_memories_that_are_carried_meet_under_any_schedule(arch, device):
+    """Programs of a (row, head) wait for each other, those of others for a place: four are enough for all."""
+    device.arch, config = arch, TitansConfig(128, 2)
+    w_init, inputs = (cast(t, torch.bfloat16) for t in problem(config, 2, 53))
+
+    def once(**options):
+        device.options = Options(**options)
+        return results(*run(config, w_init, inputs, "triton", [53, 18]))
+
+    before = sum(n for launch, n in device.launches.items() if launch.kernel == "carry_kernel")
+    alone = once(resident=4, seed=0)
+    assert all(torch.isfinite(t).all() for t in alone.values())
+    for resident, seed in ((4, 3), (5, 4), (7, 5), (16, 6)):
+        together = once(resident=resident, seed=seed)
+        for part, t in together.items():
+            assert torch.equal(t, alone[part]), (resident, seed, part)
+    assert sum(n for launch, n in device.launches.items() if launch.kernel == "carry_kernel") == before + 5

@@ -19,6 +19,8 @@ SMALL = TitansConfig(32, 1)
 ERASING = titans(dgd=True, momentum=None, chunk_memory=32)
 CLOCKS = TitansConfig(32, 1, chunk_memory=16, chunk_other=32, target_norm=False, own_values=False, retention=False)
 MOMENTUM = titans(d_model=64, num_heads=2, dgd=True)
+CARRIED = TitansConfig(64, 1)  # one program a memory carries it from chunk to chunk
+WIDE = TitansConfig(64, 1, hidden_mult=2)
 LONG = TitansConfig(64, 1, chunk_memory=64, chunk_other=64)
 EVERYTHING = TitansConfig(32, 1, adaptive_q=True, momentum="learned", chunk_memory=32, chunk_other=16)
 # Switches of the write rule beside the default's; the first six as the tables offer them
@@ -38,6 +40,14 @@ RULES = {
     "erasing, momentum": MOMENTUM,
     "drifting": titans(retain_to="zero", step_clip=False, momentum=0.6, objective="dot"),
     "everything": EVERYTHING,
+}
+# of memories that are carried
+RULES |= {
+    "carried, free": CARRIED.replace(target_norm=False, step_clip=False, activation="gelu", eta_scale=0.1),
+    "carried, dot": CARRIED.replace(objective="dot", step_clip=False, qk_l2norm=False, eta_scale=0.1),
+    "carried, given values": CARRIED.replace(
+        own_values=False, dgd=False, activation="silu", eta_activation="softplus", eta_scale=0.1, grad_scale=2.0
+    ),
 }
 SLOW = ("two clocks", "titans, long chunks", "silu", "momentum", "everything")
 # on sm_90, what sm_80 has shown is left to the slow tests
@@ -81,22 +91,28 @@ class TestContract(Accurate, Streaming):
             Case(CLOCKS, 37, (37, 20), cuts=((0, 1, 17, 32, 37),)),
             Case(MOMENTUM, 37, (37, 20), cuts=((0, 1, 17, 32, 37),)),
             Case(SMALL, 37, (37, 20), cuts=((0, 1, 17, 32, 37),), setting=(90,)),
+            *(Case(CARRIED, 53, (53, 20), cuts=((0, 1, 17, 32, 37, 53), (0, 16, 53)), setting=(a,)) for a in (80, 90)),
             slowly(Case(EVERYTHING, 37, (37, 20), cuts=((0, 1, 17, 32, 37),))),
             # tiles of 64 tokens, which only sm_90 and sm_100 have
             slowly(Case(LONG, 70, (70, 41), cuts=((0, 1, 40, 64, 70),), setting=(90,))),
         ],
-        steps=[Case(SMALL, 19, rows=2), Case(MOMENTUM, 19, rows=1)],
-        neighbours=[Case(SMALL, 20, (20, 9)), Case(MOMENTUM, 20, (20, 9))],
+        steps=[Case(SMALL, 19, rows=2), Case(MOMENTUM, 19, rows=1), Case(CARRIED, 19, rows=2, setting=(90,))],
+        neighbours=[
+            Case(SMALL, 20, (20, 9)), Case(MOMENTUM, 20, (20, 9)), Case(CARRIED, 20, (20, 9)),
+            Case(TitansConfig(128, 2), 20, (20, 9), setting=(90,)),
+        ],
         reads=[
-            Case(SMALL, 44, (32, 32)), slowly(Case(TitansConfig(64, 1), 44, (32, 32), setting=(90,))),
+            Case(SMALL, 44, (32, 32)), slowly(Case(WIDE, 44, (32, 32), setting=(90,))),
+            Case(CARRIED, 44, (32, 32)), Case(CARRIED, 44, (32, 32), setting=(90,)),
             slowly(Case(EVERYTHING, 44, (32, 32))),
         ],
         empty=SMALL,
         yardstick=[
-            *(table(*shape, BF16) for shape in ((32, 4, 16), (32, 1, 32), (64, 1, 16), (64, 2, 32), (128, 1, 16))),
+            *(table(*shape, BF16) for shape in ((32, 4, 16), (32, 1, 32), (64, 2, 16), (64, 2, 32), (128, 1, 16))),
+            *(table(64, 1, 16, dtype, arch) for dtype in HALF for arch in (80, 90)),
             table(128, 1, 32, BF16), table(32, 1, 16, FP16), table(64, 1, 64, FP16, 90),
             table(32, 1, 16, SINGLE), table(64, 1, 16, SINGLE), table(128, 1, 16, SINGLE),
-            table(64, 1, 16, BF16, 90), table(64, 4, 64, BF16, 90), slowly(table(32, 1, 32, SINGLE, 90)),
+            table(64, 2, 16, BF16, 90), table(64, 4, 64, BF16, 90), slowly(table(32, 1, 32, SINGLE, 90)),
             slowly(table(64, 1, 32, BF16, 90)),
             *(slowly(table(*shape, BF16, 90)) for shape in ((32, 1, 16), (32, 1, 32), (128, 1, 16), (128, 1, 32))),
             *(slowly(table(*shape, SINGLE, 90)) for shape in ((64, 1, 16), (128, 1, 16))),
@@ -104,10 +120,11 @@ class TestContract(Accurate, Streaming):
             *(slowly(rule(n, BF16)) if n in SLOW else rule(n, BF16) for n in RULES),
             *(rule(n, BF16, 90) if n in USUAL_90 else slowly(rule(n, BF16, 90)) for n in RULES),
         ],
-        keys=[Case(SMALL, 37, rows=1, correlation=1.0)],
+        keys=[Case(SMALL, 37, rows=1, correlation=1.0), Case(CARRIED, 37, rows=1, correlation=1.0, setting=(90,))],
         decays=[
             decaying([1e-30, 0.999]), decaying([1.0] * 20 + [0.0] + [0.999] * 29),
             decaying([1e-30, 0.999], [0.999, 0.999, 1e-30, 0.0, 1.0]),
+            *(Case(CARRIED, 50, rows=1, correlation=0.5, alpha_bias=bias) for bias in (-90.0, 90.0)),
         ],
     )
 

@@ -25,6 +25,9 @@ Biases = namedtuple("Biases", "eta alpha")  # of the gates, [H]
 Progress = namedtuple("Progress", "pos lengths sync")
 # What the tasks of one chunk of one clock hand to each other; shapes: tiles.scratch_shapes
 Scratch = namedtuple("Scratch", "e es e2 a d norms keys vectors gram2 gain")
+# What the programs of a (row, head) hand to each other in carry.py: tokens that have been read, and the clock's terms
+Exchange = namedtuple("Exchange", "k eta alpha")
+Shared = namedtuple("Shared", "keys vectors gram2")
 
 # Of the backward. Slots lo .. hi that a row reads in a span, [B]
 Place = namedtuple("Place", "lo hi")

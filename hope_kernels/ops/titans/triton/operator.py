@@ -18,6 +18,7 @@ from ...shared.triton_build import DTYPES, aligned, filled
 from ...shared.triton_library import architecture, interpreted, multiprocessors, on_cpu
 from ..kernel_call import call
 from ..state import FastWeights, TitansState
+from . import carried
 from .groups import Biases, Momentum, Progress, Reads, Scratch, Weights, Writes
 from .schedule import scan_kernel
 from .spans import CARRIED
@@ -119,6 +120,10 @@ class _Plan:
         config = TitansConfig(H * D, H, hidden_mult=N // D, **more, **dict(zip(_SETTINGS, settings)))
         itemsize = dtype.itemsize
         self.arguments = constants(config, itemsize, update, arch) | options(config, itemsize, arch)
+        # programs that wait for each other cannot be interpreted, one after another
+        self.carried = None
+        if carried.carried(config, itemsize, arch) and not interpreted():
+            self.carried = carried.constants(config, update) | carried.options()
         self.eta_scale = config.eta_scale
         self.grad_scale = 1.0 if config.objective == "dot" else config.grad_scale
         of_clocks = scratch_shapes(config, itemsize, arch)
@@ -157,17 +162,21 @@ def _launch(
     x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias = map(aligned, given)
     states = [delta2, delta1, delta1s, s2, s1, s1s, pending_k, pending_v, pending_eta, pending_alpha, pending_beta]
     mine = [*map(aligned, filled(states, delta1))]
-    fast_scratch, slow_scratch = plan.scratch_of(B * H, q.device)
     sync = torch.zeros(counters(B * H), dtype=torch.int64, device=q.device)
+    common = {
+        "reads": Reads(x, q, o), "weights": Weights(base2, base1, base1s, *mine[:3]), "pending": Writes(*mine[6:]),
+        "biases": Biases(eta_bias, alpha_bias), "progress": Progress(aligned(pos), aligned(lengths), sync),
+        "eta_scale": plan.eta_scale, "grad_scale": plan.grad_scale,
+    }
     with torch.cuda.device_of(q):
-        scan_kernel[(_programs(q.device),)](
-            reads=Reads(x, q, o), given=Writes(k, v, eta, alpha, beta),
-            weights=Weights(base2, base1, base1s, *mine[:3]), momentum=Momentum(*mine[3:6]),
-            pending=Writes(*mine[6:]), biases=Biases(eta_bias, alpha_bias),
-            progress=Progress(aligned(pos), aligned(lengths), sync), fast_scratch=fast_scratch,
-            slow_scratch=slow_scratch, B=B, T=T, eta_scale=plan.eta_scale, grad_scale=plan.grad_scale,
-            **plan.arguments,
-        )
+        if plan.carried is not None:
+            carried.launch(plan.carried, **common)
+        else:
+            fast_scratch, slow_scratch = plan.scratch_of(B * H, q.device)
+            scan_kernel[(_programs(q.device),)](
+                given=Writes(k, v, eta, alpha, beta), momentum=Momentum(*mine[3:6]), fast_scratch=fast_scratch,
+                slow_scratch=slow_scratch, B=B, T=T, **common, **plan.arguments,
+            )
     for state, written in zip(states, mine):
         if state is not None and written is not state:
             state.copy_(written)

@@ -168,8 +168,8 @@ def specializations(full: bool = False) -> Iterator[Specialization]:
         offered = (80, 90, 100) if itemsize == 2 else (80, 90)
         known = [arch for arch in offered if tile_row(D, C, itemsize, arch).archs == archs]
         yield from _specializations(_config(D, 4, C), dtype, f"D={D} N={4 * D} C={C} {dtype}", tuple(known))
-    usual = _config(64, 1, 16)  # of a default layer with heads of 64
-    yield from _specializations(usual, "bf16", "D=64 N=64 C=16 bf16", (86, 89, 90, 120))
+    usual = _config(64, 2, 16)  # with as many hidden units as outputs: carried.py
+    yield from _specializations(usual, "bf16", "D=64 N=128 C=16 bf16", (86, 89, 90, 120))
     yield from _specializations(_config(128, 4, 256), "bf16", "D=128 N=512 C=256 bf16", (86,))
     yield from _specializations(_config(64, 4, 64), "fp16", "D=64 N=256 C=64 fp16", (90,))
     yield from _specializations(usual, "bf16", "reads only", (90,), update=False)
