@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from ...shared.triton_math import sigma_and_slope, unit_columns
-from .common import load_w1, load_w1s, load_w2
-from .evaluate import evaluate, evaluate_scalar
+from .common import load_w1s, rounded_w1, rounded_w2
+from .evaluate import evaluate_in_force, evaluate_scalar_in_force
 
 
 @triton.jit
@@ -30,10 +30,11 @@ def _columns(p, start, h, c0, H: tl.constexpr, D: tl.constexpr, CT: tl.constexpr
 
 @triton.jit
 def errors_task(
-    weights, pending, scratch, g, m, c0, start, grad_scale, shape: tl.constexpr, rule: tl.constexpr,
-    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
+    weights, in_force, updated, pending, scratch, g, m, c0, start, grad_scale, shape: tl.constexpr,
+    rule: tl.constexpr, no_base: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
-    """e [B H, MF, D, C], es [B H, MS, C], e2 [B H, M, C]."""
+    """e [B H, MF, D, C], es [B H, MS, C], e2 [B H, M, C]. updated: this call has written the memory before, and
+    in_force is true."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     MF: tl.constexpr = shape.MF
@@ -52,7 +53,9 @@ def errors_task(
             x = v if rule.OWN_VALUES else k
         out = x.to(tl.float32)
         if rule.OWN_VALUES or not rule.DOT:
-            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=True)
+            out = evaluate_in_force(
+                x, weights, in_force, updated, g, h, m, shape=shape, rule=rule, no_base=no_base, NT=NT, EARLY=True
+            )
         if rule.OWN_VALUES and not rule.DOT:
             at_k, target = tl.split(tl.reshape(out, [D, CT, 2]))
         elif rule.OWN_VALUES:
@@ -69,23 +72,30 @@ def errors_task(
         tl.store(scratch.e2 + (g * (MF + MS) + m) * C + c, tl.sum(e * e, 0))
     elif MS > 0:
         s = m - MF
-        k = _columns(pending.k, start, h, c0, H, D, CT)
-        v = _columns(pending.v, start, h, c0, H, D, CT)
-        target_s = evaluate_scalar(v, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+        # own names: a branch of the kernel may not leave x with another shape
+        x_s = _columns(pending.v, start, h, c0, H, D, CT)
+        if not rule.DOT:
+            x_s = tl.reshape(tl.join(_columns(pending.k, start, h, c0, H, D, CT), x_s), [D, 2 * CT])
+        out_s = evaluate_scalar_in_force(
+            x_s, weights, in_force, updated, g, h, m, shape=shape, rule=rule, no_base=no_base, NT=NT
+        )
+        if rule.DOT:
+            target_s = out_s
+        else:
+            at_k_s, target_s = tl.split(tl.reshape(out_s, [CT, 2]))
         if rule.TARGET_NORM:
             target_s = tl.minimum(tl.maximum(target_s, -1.0), 1.0)
         es = -target_s
         if not rule.DOT:
-            es += evaluate_scalar(k, weights, g, h, m, shape=shape, rule=rule, NT=NT)
-            es *= grad_scale
+            es = grad_scale * (at_k_s - target_s)
         tl.store(scratch.es + (g * MS + s) * C + c, es)
         tl.store(scratch.e2 + (g * (MF + MS) + m) * C + c, es * es)
 
 
 @triton.jit
 def hidden_task(
-    weights, pending, scratch, g, m, tile, start, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr,
-    CT: tl.constexpr, NT: tl.constexpr,
+    weights, in_force, updated, pending, scratch, g, m, tile, start, shape: tl.constexpr, rule: tl.constexpr,
+    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
     """a, d [B H, M, N, C] in the dtype of k and in fp32; norms [B H, M, N / NT, 2, C]."""
     H: tl.constexpr = shape.H
@@ -98,8 +108,8 @@ def hidden_task(
     f = tl.arange(0, D)
     n = tile * NT + tl.arange(0, NT)
     off2 = n[:, None] * D + f[None, :]
-    dtype = pending.k.dtype.element_ty
-    w2 = load_w2(weights, (g * R + m * N) * D + off2, (h * R + m * N) * D + off2, rule).to(dtype)
+    at2, base2 = (g * R + m * N) * D + off2, (h * R + m * N) * D + off2
+    w2 = rounded_w2(weights, in_force, updated, at2, base2, rule)
     gm = g * (MF + MS) + m
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
@@ -108,7 +118,7 @@ def hidden_task(
         if m < MF:
             off1 = f[None, :] * N + n[:, None]
             at1, base1 = (g * MF + m) * D * N + off1, (h * MF + m) * D * N + off1
-            w1 = load_w1(weights, at1, base1, rule).to(k.dtype)
+            w1 = rounded_w1(weights, in_force, updated, at1, base1, rule)
             e = tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :]).to(k.dtype)
             d = slope * tl.dot(w1, e, input_precision="ieee")
         else:
@@ -126,10 +136,11 @@ def hidden_task(
 
 @triton.jit
 def update_task(
-    weights, momentum, pending, scratch, g, m, tile, start, shape: tl.constexpr, rule: tl.constexpr,
-    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
+    weights, in_force, more, momentum, pending, scratch, g, m, tile, start, shape: tl.constexpr,
+    rule: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
-    """delta2, delta1, delta1s (and s2, s1, s1s) in place, NT hidden units; gain [B H, M, C].
+    """delta2, delta1, delta1s (and s2, s1, s1s) in place, NT hidden units; gain [B H, M, C]. more: the call goes
+    on to read what is written here, and finds it in_force.
 
     keys and vectors of the scratch: ``clock_body``'s, or ``momentum_body``'s, and then gradients move by
     keys[1] and what is erased, of delta2 and s2, by keys[0].
@@ -179,7 +190,7 @@ def update_task(
         moved = tl.dot(u.to(dtype), keys.to(dtype), moved, input_precision="ieee")
     if rule.MOMENTUM:
         s2 = tl.load(momentum.s2 + w2_off)
-        tl.store(w2_at, decay_chunk * delta2 - c_chunk * s2 - moved)
+        new2 = decay_chunk * delta2 - c_chunk * s2 - moved
         s2 = beta_chunk * s2
         for c0 in range(0, C, CT):
             c = c0 + tl.arange(0, CT)
@@ -190,7 +201,12 @@ def update_task(
             s2 = tl.dot(u.to(dtype), tl.trans(k), s2, input_precision="ieee")
         tl.store(momentum.s2 + w2_off, s2)
     else:
-        tl.store(w2_at, decay_chunk * delta2 - moved)
+        new2 = decay_chunk * delta2 - moved
+    tl.store(w2_at, new2)
+    if more:
+        if rule.HAS_BASE:
+            new2 += tl.load(weights.base2 + (h * R + m * N) * D + n[:, None] * D + f[None, :]).to(tl.float32)
+        tl.store(in_force.delta2 + w2_off, new2.to(dtype))
 
     if m < MF:
         w1_off = (g * MF + m) * D * N + f[:, None] * N + n[None, :]
@@ -213,6 +229,11 @@ def update_task(
                 e = gain_s[None, :] * tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :])
                 s1 = tl.dot(e.to(dtype), a, s1, input_precision="ieee")
         tl.store(w1_at, delta1)
+        if more:
+            if rule.HAS_BASE:
+                base1 = weights.base1 + (h * MF + m) * D * N + f[:, None] * N + n[None, :]
+                delta1 += tl.load(base1).to(tl.float32)
+            tl.store(in_force.delta1 + w1_off, delta1.to(dtype))
         if rule.MOMENTUM:
             tl.store(momentum.s1 + w1_off, s1)
     elif MS > 0:
@@ -266,6 +287,15 @@ def update_task(
         tl.store(w1s_at, delta1s)
         if rule.SKIP:
             tl.store(skip_at, kept, mask=tile == 0)
+        if more:
+            if rule.HAS_BASE:
+                delta1s += tl.load(weights.base1s + (h * MS + s) * N + n).to(tl.float32)
+            tl.store(in_force.delta1s + (g * MS + s) * N + n, delta1s)
+            if rule.SKIP:
+                if rule.HAS_BASE:
+                    base = weights.base2 + (h * R + (MF + MS) * N + s) * D + f
+                    kept += tl.load(base).to(tl.float32)
+                tl.store(in_force.delta2 + skip_off, kept.to(dtype), mask=tile == 0)
         if rule.MOMENTUM:
             tl.store(momentum.s1s + (g * MS + s) * N + n, s1s)
             if rule.SKIP:

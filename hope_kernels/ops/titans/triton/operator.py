@@ -157,12 +157,19 @@ def _launch(
     x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias = map(aligned, given)
     states = [delta2, delta1, delta1s, s2, s1, s1s, pending_k, pending_v, pending_eta, pending_alpha, pending_beta]
     mine = [*map(aligned, filled(states, delta1))]
+    # no weights are read again that a call of one token writes
+    again = update and T > 1
+    in_force = [
+        torch.empty(w.shape, dtype=kind, device=q.device) if again else given
+        for w, kind, given in zip(mine[:3], (q.dtype, q.dtype, torch.float32), (q, q, mine[2]))
+    ]
     fast_scratch, slow_scratch = plan.scratch_of(B * H, q.device)
     sync = torch.zeros(counters(B * H), dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
         scan_kernel[(_programs(q.device),)](
             reads=Reads(x, q, o), given=Writes(k, v, eta, alpha, beta),
-            weights=Weights(base2, base1, base1s, *mine[:3]), momentum=Momentum(*mine[3:6]),
+            weights=Weights(base2, base1, base1s, *mine[:3]),
+            in_force=Weights(base2, base1, base1s, *in_force), momentum=Momentum(*mine[3:6]),
             pending=Writes(*mine[6:]), biases=Biases(eta_bias, alpha_bias),
             progress=Progress(aligned(pos), aligned(lengths), sync), fast_scratch=fast_scratch,
             slow_scratch=slow_scratch, B=B, T=T, eta_scale=plan.eta_scale, grad_scale=plan.grad_scale,

@@ -127,10 +127,11 @@ def constants(config: TitansConfig, itemsize: int, update: bool, arch: int) -> d
     fast, *others = clocks(config)
     # without a second clock no memory has it, and its chunk is that of the pending slots
     slow = others[0] if others else Clock(0, 0, max(config.chunk_memory, config.chunk_other))
+    rule = rule_of(config, update)
     return {
         "UPDATE": update, "PRODUCE": update and config.self_modifying, "fast": fast, "slow": slow,
         "fast_tiles": tiles(config, fast, itemsize, arch), "slow_tiles": tiles(config, slow, itemsize, arch),
-        "shape": shape_of(config), "rule": rule_of(config, update),
+        "shape": shape_of(config), "rule": rule, "no_base": rule._replace(HAS_BASE=False),
     }
 
 
@@ -197,6 +198,7 @@ def _specializations(
     signature = {
         "reads": Reads(like, like, like), "given": Writes(like, like, like, like, like),
         "weights": Weights(like, like, like, "*fp32", "*fp32", "*fp32"),
+        "in_force": Weights(like, like, like, like, like, "*fp32"),
         "momentum": Momentum("*fp32", "*fp32", "*fp32"),
         "pending": Writes(like, like, "*fp32", "*fp32", "*fp32"), "biases": Biases(like, like),
         "progress": Progress("*i64", "*i64", "*i64"), "fast_scratch": scratch, "slow_scratch": scratch,
