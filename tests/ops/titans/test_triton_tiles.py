@@ -24,7 +24,7 @@ def test_every_served_shape_has_one_row_whose_tiles_divide_it():
 
 def test_only_heads_of_64_on_two_architectures_have_tiles_of_their_own():
     for D, C, itemsize, arch in product(WIDTHS, CHUNKS, (2, 4), SHARED_KIB):
-        own = (D, itemsize, C) == (64, 2, 64) and arch in (90, 100)
+        own = (D, itemsize) == (64, 2) and C >= 64 and arch in (90, 100)
         assert (tile_row(D, C, itemsize, arch) != tile_row(D, C, itemsize, 80)) == own
         assert not own or tile_row(D, C, itemsize, arch).tiles == (64, 64, 64, 64)
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ...shared.triton_math import sigma_and_slope, unit_columns
+from .clock import erases_at_once
 from .common import load_w1s, rounded_w1, rounded_w2
 from .evaluate import evaluate_in_force, evaluate_scalar_in_force
 
@@ -68,7 +69,8 @@ def errors_task(
             e = -target
         else:
             e = grad_scale * (at_k - target)
-        tl.store(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :], e)
+        e_at = scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :]
+        tl.store(e_at, e.to(scratch.e.dtype.element_ty))
         tl.store(scratch.e2 + (g * (MF + MS) + m) * C + c, tl.sum(e * e, 0))
     elif MS > 0:
         s = m - MF
@@ -97,7 +99,7 @@ def hidden_task(
     weights, in_force, updated, pending, scratch, g, m, tile, start, shape: tl.constexpr, rule: tl.constexpr,
     C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
-    """a, d [B H, M, N, C] in the dtype of k and in fp32; norms [B H, M, N / NT, 2, C]."""
+    """a, d [B H, M, N, C]; norms [B H, M, N / NT, 2, C]."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
@@ -119,7 +121,7 @@ def hidden_task(
             off1 = f[None, :] * N + n[:, None]
             at1, base1 = (g * MF + m) * D * N + off1, (h * MF + m) * D * N + off1
             w1 = rounded_w1(weights, in_force, updated, at1, base1, rule)
-            e = tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :]).to(k.dtype)
+            e = tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :])
             d = slope * tl.dot(w1, e, input_precision="ieee")
         else:
             s = m - MF
@@ -127,7 +129,7 @@ def hidden_task(
             d = slope * (w1s[:, None] * tl.load(scratch.es + (g * MS + s) * C + c)[None, :])
         to = (gm * N + n[:, None]) * C + c[None, :]
         tl.store(scratch.a + to, a.to(scratch.a.dtype.element_ty))
-        tl.store(scratch.d + to, d)
+        tl.store(scratch.d + to, d.to(scratch.d.dtype.element_ty))
         if rule.CLIP:
             part = scratch.norms + (gm * (N // NT) + tile) * 2 * C + c
             tl.store(part, tl.sum(a * a, 0))
@@ -142,8 +144,8 @@ def update_task(
     """delta2, delta1, delta1s (and s2, s1, s1s) in place, NT hidden units; gain [B H, M, C]. more: the call goes
     on to read what is written here, and finds it in_force.
 
-    keys and vectors of the scratch: ``clock_body``'s, or ``momentum_body``'s, and then gradients move by
-    keys[1] and what is erased, of delta2 and s2, by keys[0].
+    rounded_keys and vectors of the scratch: ``clock_body``'s, or ``momentum_body``'s, and then gradients move by
+    rounded_keys[1] and what is erased, of delta2 and s2, by rounded_keys[0].
     """
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
@@ -159,7 +161,8 @@ def update_task(
     n = tile * NT + tl.arange(0, NT)
     dtype = pending.k.dtype.element_ty
     vectors_p = scratch.vectors + g * VECTORS * C
-    moving_p = scratch.keys + (g * KEYS + KEYS - 1) * C * D
+    moving_p = scratch.rounded_keys + (g * KEYS + KEYS - 1) * C * D
+    d_at = scratch.d + (gm * N + n[:, None]) * C
     decay_chunk = tl.load(vectors_p + 2 * C)
     if rule.MOMENTUM:
         c_chunk, beta_chunk = tl.load(vectors_p + 2 * C + 1), tl.load(vectors_p + 2 * C + 2)
@@ -169,6 +172,9 @@ def update_task(
     delta2 = tl.load(w2_at)
     old = delta2.to(dtype)
     moved = tl.zeros([NT, D], tl.float32)
+    if erases_at_once(shape, rule, C):
+        erased_keys = tl.load(scratch.erased_keys + (g * D + f[:, None]) * D + f[None, :])
+        moved = tl.dot(old, erased_keys, moved, input_precision="ieee")
     if rule.MOMENTUM and rule.DGD:
         old_s = tl.load(momentum.s2 + w2_off).to(dtype)
         for c0 in range(0, C, CT):
@@ -176,18 +182,18 @@ def update_task(
             k = _columns(pending.k, start, h, c0, H, D, CT)
             erased = tl.load(vectors_p + c)[None, :] * tl.dot(old, k, input_precision="ieee")
             erased -= tl.load(vectors_p + 3 * C + c)[None, :] * tl.dot(old_s, k, input_precision="ieee")
-            keys = tl.load(scratch.keys + (g * KEYS * C + c)[:, None] * D + f[None, :])
-            moved = tl.dot(erased.to(dtype), keys.to(dtype), moved, input_precision="ieee")
+            keys = tl.load(scratch.rounded_keys + (g * KEYS * C + c)[:, None] * D + f[None, :])
+            moved = tl.dot(erased.to(dtype), keys, moved, input_precision="ieee")
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
         gain = tl.load(scratch.gain + gm * C + c)
-        u = gain[None, :] * tl.load(scratch.d + (gm * N + n[:, None]) * C + c[None, :])
-        if rule.DGD and not rule.MOMENTUM:
+        u = gain[None, :] * tl.load(d_at + c[None, :]).to(tl.float32)
+        if rule.DGD and not rule.MOMENTUM and not erases_at_once(shape, rule, C):
             erase = tl.load(vectors_p + c)
             k = _columns(pending.k, start, h, c0, H, D, CT)
             u += erase[None, :] * tl.dot(old, k, input_precision="ieee")
         keys = tl.load(moving_p + c[:, None] * D + f[None, :])
-        moved = tl.dot(u.to(dtype), keys.to(dtype), moved, input_precision="ieee")
+        moved = tl.dot(u.to(dtype), keys, moved, input_precision="ieee")
     if rule.MOMENTUM:
         s2 = tl.load(momentum.s2 + w2_off)
         new2 = decay_chunk * delta2 - c_chunk * s2 - moved
@@ -196,7 +202,7 @@ def update_task(
             c = c0 + tl.arange(0, CT)
             gain = tl.load(scratch.gain + gm * C + c)
             gain *= tl.load(vectors_p + 4 * C + c)
-            u = gain[None, :] * tl.load(scratch.d + (gm * N + n[:, None]) * C + c[None, :])
+            u = gain[None, :] * tl.load(d_at + c[None, :]).to(tl.float32)
             k = _columns(pending.k, start, h, c0, H, D, CT)
             s2 = tl.dot(u.to(dtype), tl.trans(k), s2, input_precision="ieee")
         tl.store(momentum.s2 + w2_off, s2)
@@ -222,12 +228,11 @@ def update_task(
             if rule.MOMENTUM:
                 gain_s = gain_after * tl.load(vectors_p + 4 * C + c)
             gain_after *= tl.load(vectors_p + C + c)
-            e = gain_after[None, :] * tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :])
+            e = tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :]).to(tl.float32)
             a = tl.load(scratch.a + (gm * N + n[None, :]) * C + c[:, None])
-            delta1 = tl.dot((-e).to(dtype), a, delta1, input_precision="ieee")
+            delta1 = tl.dot((-gain_after[None, :] * e).to(dtype), a, delta1, input_precision="ieee")
             if rule.MOMENTUM:
-                e = gain_s[None, :] * tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :])
-                s1 = tl.dot(e.to(dtype), a, s1, input_precision="ieee")
+                s1 = tl.dot((gain_s[None, :] * e).to(dtype), a, s1, input_precision="ieee")
         tl.store(w1_at, delta1)
         if more:
             if rule.HAS_BASE:
@@ -275,12 +280,12 @@ def update_task(
                         erased -= tl.load(vectors_p + 3 * C + c) * tl.sum(
                             skip_s.to(dtype).to(tl.float32)[:, None] * k, 0
                         )
-                        keys = tl.load(scratch.keys + (g * KEYS * C + c)[:, None] * D + f[None, :])
-                        keys = keys.to(dtype).to(tl.float32)
+                        keys = tl.load(scratch.rounded_keys + (g * KEYS * C + c)[:, None] * D + f[None, :])
+                        keys = keys.to(tl.float32)
                         kept -= tl.sum(erased.to(dtype).to(tl.float32)[:, None] * keys, 0)
                     else:
                         skip_u += erased
-                keys = tl.load(moving_p + c[:, None] * D + f[None, :]).to(dtype).to(tl.float32)
+                keys = tl.load(moving_p + c[:, None] * D + f[None, :]).to(tl.float32)
                 kept -= tl.sum(skip_u.to(dtype).to(tl.float32)[:, None] * keys, 0)
                 if rule.MOMENTUM:
                     kept_s += tl.sum(e_s.to(dtype).to(tl.float32)[None, :] * k, 1)

@@ -26,7 +26,7 @@ Biases = namedtuple("Biases", "eta alpha")  # of the gates, [H]
 # Where the rows of a call stand (pos), how many tokens they read (lengths), [B]; the counters of the schedule
 Progress = namedtuple("Progress", "pos lengths sync")
 # What the tasks of one chunk of one clock hand to each other; shapes: tiles.scratch_shapes
-Scratch = namedtuple("Scratch", "e es e2 a d norms keys vectors gram2 gain")
+Scratch = namedtuple("Scratch", "e es e2 a d norms keys rounded_keys erased_keys vectors gram2 sizes gain")
 
 # Of the backward. Slots lo .. hi that a row reads in a span, [B]
 Place = namedtuple("Place", "lo hi")

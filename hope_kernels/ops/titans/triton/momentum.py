@@ -55,6 +55,7 @@ def momentum_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.c
     f = tl.arange(0, D)
     vectors_p = scratch.vectors + g * 7 * C
     keys_p = scratch.keys + g * 2 * C * D
+    rounded_p = scratch.rounded_keys + g * 2 * C * D
     whole_p = vectors_p + 2 * C + 3
     c_chunk, beta_chunk = 0.0, 1.0
     for block in tl.range(BLOCKS, num_stages=1):
@@ -115,7 +116,9 @@ def momentum_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.c
                 c_between = whole * c_between + tl.load(whole_p + 3 * other + 1) * b_between
                 b_between *= b_whole
                 between *= whole
-        tl.store(keys_p + C * D + (i + block * BK)[:, None] * D + f[None, :], keys)
+        at_keys = C * D + (i + block * BK)[:, None] * D + f[None, :]
+        tl.store(keys_p + at_keys, keys)
+        tl.store(rounded_p + at_keys, keys.to(rounded_p.dtype.element_ty))
         whole_here = tl.load(whole_p + 3 * block)
         c_later = decay_later * tl.load(whole_p + 3 * block + 1) + c_later * tl.load(whole_p + 3 * block + 2)
         b_later *= tl.load(whole_p + 3 * block + 2)

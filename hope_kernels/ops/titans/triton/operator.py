@@ -21,7 +21,7 @@ from ..state import FastWeights, TitansState
 from .groups import Biases, Momentum, Progress, Reads, Scratch, Weights, Writes
 from .schedule import scan_kernel
 from .spans import CARRIED
-from .tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, options, scratch_shapes
+from .tiles import CHUNKS, MULTIPLES, ROUNDED, WIDTHS, clocks, constants, counters, options, scratch_shapes
 
 # What of a configuration the operator is told; widths, momentum (s2) and adaptive_q (no q) follow from the tensors.
 _SETTINGS = {
@@ -125,7 +125,7 @@ class _Plan:
         shapes = [item for clock in of_clocks for item in clock._asdict().items()]
         # a pure read touches none of it
         self.scratch = [
-            (prod(shape) if update else 1, dtype if name == "a" else torch.float32) for name, shape in shapes
+            (prod(shape) if update else 1, dtype if name in ROUNDED else torch.float32) for name, shape in shapes
         ]
 
     def scratch_of(self, groups: int, device: torch.device) -> tuple[Scratch, Scratch]:

@@ -148,7 +148,7 @@ def _commit(
                     _wait(counters + KIND + CLOCK, chunks)
                     gain_task(
                         pending.eta, scratch, g, m, start=(g // H) * BIG + first, factor=grad_scale,
-                        shape=shape, C=C, CT=tiles.TILE_CT, TILES=shape.N // tiles.TILE_NT, CLIP=rule.CLIP,
+                        shape=shape, C=C, TILES=shape.N // tiles.TILE_NT, CLIP=rule.CLIP,
                     )
                 _done(counters + KIND + HIDDEN)
             else:

@@ -48,9 +48,10 @@ TABLE = (
     TileRow(32, 2, 16, Tiles(32, 16, 32, 16), 168),
     TileRow(32, 2, 256, Tiles(32, 32, 32, 32), 255),
     TileRow(64, 2, 16, Tiles(32, 16, 64, 16), 168),
-    TileRow(64, 2, 32, Tiles(64, 32, 64, 16), 255),
+    TileRow(64, 2, 32, Tiles(64, 32, 64, 32), 255),
     TileRow(64, 2, 64, Tiles(64, 64, 64, 64), 255, WIDE),
-    TileRow(64, 2, 256, Tiles(64, 32, 64, 16), 255),
+    TileRow(64, 2, 256, Tiles(64, 64, 64, 64), 255, WIDE),
+    TileRow(64, 2, 256, Tiles(64, 32, 64, 32), 255),
     TileRow(128, 2, 16, Tiles(32, 16, 32, 16), 255),
     TileRow(128, 2, 256, Tiles(32, 16, 32, 32), 255),
     # products on FMA units, a thread holds its rows and columns of both operands
@@ -61,6 +62,8 @@ TABLE = (
 # One kernel holds the rows of both clocks, so these cannot depend on C. (D, itemsize) -> warps
 WARPS = {(32, 2): 4, (64, 2): 4, (128, 2): 8, (32, 4): 4, (64, 4): 8, (128, 4): 8}
 STAGES = 2
+# Of the scratch, what products take as they find it
+ROUNDED = ("e", "a", "d", "rounded_keys", "erased_keys")
 
 
 def tile_row(D: int, C: int, itemsize: int, arch: int) -> TileRow:
@@ -135,9 +138,15 @@ def constants(config: TitansConfig, itemsize: int, update: bool, arch: int) -> d
     }
 
 
+def erases_at_once(config: TitansConfig, C: int) -> bool:
+    """A clock's keys are multiplied once for all memories (``clock._erased_keys``): where there are more than
+    the head has features."""
+    return config.dgd and config.momentum is None and C > config.head_dim
+
+
 def scratch_shapes(config: TitansConfig, itemsize: int, arch: int) -> list[Scratch]:
-    """Per clock, what one chunk of one (row, head) leaves in scratch; ``a`` in the dtype of the operands, the
-    rest in fp32."""
+    """Per clock, what one chunk of one (row, head) leaves in scratch; ``ROUNDED`` in the dtype of the operands,
+    the rest in fp32."""
     layout = Layout.of(config)
     D, N, M, MF = config.head_dim, config.hidden, len(layout.names), len(layout.full)
     MS = max(1, len(layout.scalars))
@@ -146,7 +155,8 @@ def scratch_shapes(config: TitansConfig, itemsize: int, arch: int) -> list[Scrat
         Scratch(
             e=(MF, D, C), es=(MS, C), e2=(M, C), a=(M, N, C), d=(M, N, C),
             norms=(M, N // tiles(config, clock, itemsize, arch).TILE_NT, 2, C), keys=(KEYS, C, D),
-            vectors=(VECTORS, C), gram2=(C, C if config.step_clip else 1), gain=(M, C),
+            rounded_keys=(KEYS, C, D), erased_keys=(D, D if erases_at_once(config, C) else 1),
+            vectors=(VECTORS, C), gram2=(C, C if config.step_clip else 1), sizes=(M, C), gain=(M, C),
         )
         for clock in clocks(config) for C in (clock.C,)
     ]
@@ -191,10 +201,10 @@ def _config(D: int, mult: int, C: int, **changes) -> TitansConfig:
 def _specializations(
     config: TitansConfig, dtype: str, title: str, archs: tuple[int, ...], update: bool = True
 ) -> Iterator[Specialization]:
-    """One for the architectures that have the same tiles. Weights, momentum, gates and scratch are fp32, all
-    else is in the input dtype."""
+    """One for the architectures that have the same tiles. Weights, momentum, gates and most of scratch are fp32,
+    all else is in the input dtype."""
     itemsize, like = ITEMSIZE[dtype], f"*{dtype}"
-    scratch = Scratch(*["*fp32"] * len(Scratch._fields))._replace(a=like)
+    scratch = Scratch(*(like if name in ROUNDED else "*fp32" for name in Scratch._fields))
     signature = {
         "reads": Reads(like, like, like), "given": Writes(like, like, like, like, like),
         "weights": Weights(like, like, like, "*fp32", "*fp32", "*fp32"),
