@@ -112,7 +112,8 @@ def clock_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.cons
                 keys = tl.dot(inverse, keys, input_precision="ieee")
         at_keys = (i + block * BK)[:, None] * D + f[None, :]
         tl.store(keys_p + at_keys, keys)
-        tl.store(rounded_p + at_keys, keys.to(rounded_p.dtype.element_ty))
+        if not rule.MOMENTUM:
+            tl.store(rounded_p + at_keys, keys.to(rounded_p.dtype.element_ty))
         tl.debug_barrier()  # the next block reads what other threads have just written
         decay_later *= whole
     if erases_at_once(shape, rule, C):

@@ -137,6 +137,14 @@ def hidden_task(
 
 
 @triton.jit
+def _keep(to_p, new, base_p, rule: tl.constexpr):
+    """Weights in force after an update to ``new``, for the later tasks of the call."""
+    if rule.HAS_BASE:
+        new += tl.load(base_p).to(tl.float32)
+    tl.store(to_p, new.to(to_p.dtype.element_ty))
+
+
+@triton.jit
 def update_task(
     weights, in_force, more, momentum, pending, scratch, g, m, tile, start, shape: tl.constexpr,
     rule: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
@@ -168,6 +176,7 @@ def update_task(
         c_chunk, beta_chunk = tl.load(vectors_p + 2 * C + 1), tl.load(vectors_p + 2 * C + 2)
 
     w2_off = (g * R + m * N) * D + n[:, None] * D + f[None, :]
+    w2_base = (h * R + m * N) * D + n[:, None] * D + f[None, :]
     w2_at = weights.delta2 + w2_off
     delta2 = tl.load(w2_at)
     old = delta2.to(dtype)
@@ -197,6 +206,9 @@ def update_task(
     if rule.MOMENTUM:
         s2 = tl.load(momentum.s2 + w2_off)
         new2 = decay_chunk * delta2 - c_chunk * s2 - moved
+        tl.store(w2_at, new2)
+        if more:
+            _keep(in_force.delta2 + w2_off, new2, weights.base2 + w2_base, rule)
         s2 = beta_chunk * s2
         for c0 in range(0, C, CT):
             c = c0 + tl.arange(0, CT)
@@ -208,11 +220,9 @@ def update_task(
         tl.store(momentum.s2 + w2_off, s2)
     else:
         new2 = decay_chunk * delta2 - moved
-    tl.store(w2_at, new2)
-    if more:
-        if rule.HAS_BASE:
-            new2 += tl.load(weights.base2 + (h * R + m * N) * D + n[:, None] * D + f[None, :]).to(tl.float32)
-        tl.store(in_force.delta2 + w2_off, new2.to(dtype))
+        tl.store(w2_at, new2)
+        if more:
+            _keep(in_force.delta2 + w2_off, new2, weights.base2 + w2_base, rule)
 
     if m < MF:
         w1_off = (g * MF + m) * D * N + f[:, None] * N + n[None, :]
@@ -234,13 +244,11 @@ def update_task(
             if rule.MOMENTUM:
                 s1 = tl.dot((gain_s[None, :] * e).to(dtype), a, s1, input_precision="ieee")
         tl.store(w1_at, delta1)
-        if more:
-            if rule.HAS_BASE:
-                base1 = weights.base1 + (h * MF + m) * D * N + f[:, None] * N + n[None, :]
-                delta1 += tl.load(base1).to(tl.float32)
-            tl.store(in_force.delta1 + w1_off, delta1.to(dtype))
         if rule.MOMENTUM:
             tl.store(momentum.s1 + w1_off, s1)
+        if more:
+            w1_base = (h * MF + m) * D * N + f[:, None] * N + n[None, :]
+            _keep(in_force.delta1 + w1_off, delta1, weights.base1 + w1_base, rule)
     elif MS > 0:
         s = m - MF
         w1s_at = weights.delta1s + (g * MS + s) * N + n
@@ -293,14 +301,12 @@ def update_task(
         if rule.SKIP:
             tl.store(skip_at, kept, mask=tile == 0)
         if more:
-            if rule.HAS_BASE:
-                delta1s += tl.load(weights.base1s + (h * MS + s) * N + n).to(tl.float32)
-            tl.store(in_force.delta1s + (g * MS + s) * N + n, delta1s)
+            w1s_off = (g * MS + s) * N + n
+            _keep(in_force.delta1s + w1s_off, delta1s, weights.base1s + (h * MS + s) * N + n, rule)
             if rule.SKIP:
-                if rule.HAS_BASE:
-                    base = weights.base2 + (h * R + (MF + MS) * N + s) * D + f
-                    kept += tl.load(base).to(tl.float32)
-                tl.store(in_force.delta2 + skip_off, kept.to(dtype), mask=tile == 0)
+                if tile == 0:
+                    skip_base = (h * R + (MF + MS) * N + s) * D + f
+                    _keep(in_force.delta2 + skip_off, kept, weights.base2 + skip_base, rule)
         if rule.MOMENTUM:
             tl.store(momentum.s1s + (g * MS + s) * N + n, s1s)
             if rule.SKIP:

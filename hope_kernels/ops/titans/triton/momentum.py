@@ -45,7 +45,7 @@ def _betas(beta_p, H: tl.constexpr):
 
 @triton.jit
 def momentum_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr):
-    """After ``clock_body``, of (row, head) g: keys [2, C, D] (Y; Kg) and vectors [7, C] (erase; arrival_after;
+    """After ``clock_body``, of (row, head) g: keys [2, C, D] (Y; Kg), also rounded, and vectors [7, C] (erase; arrival_after;
     decay_chunk, c_chunk, beta_chunk and then every block's R, c, B; eta_t c_{t-1}; beta_after; R and c from the
     start of a token's block to the token before it)."""
     H: tl.constexpr = shape.H
@@ -55,7 +55,6 @@ def momentum_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.c
     f = tl.arange(0, D)
     vectors_p = scratch.vectors + g * 7 * C
     keys_p = scratch.keys + g * 2 * C * D
-    rounded_p = scratch.rounded_keys + g * 2 * C * D
     whole_p = vectors_p + 2 * C + 3
     c_chunk, beta_chunk = 0.0, 1.0
     for block in tl.range(BLOCKS, num_stages=1):
@@ -116,10 +115,14 @@ def momentum_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.c
                 c_between = whole * c_between + tl.load(whole_p + 3 * other + 1) * b_between
                 b_between *= b_whole
                 between *= whole
-        at_keys = C * D + (i + block * BK)[:, None] * D + f[None, :]
-        tl.store(keys_p + at_keys, keys)
-        tl.store(rounded_p + at_keys, keys.to(rounded_p.dtype.element_ty))
+        tl.store(keys_p + C * D + (i + block * BK)[:, None] * D + f[None, :], keys)
         whole_here = tl.load(whole_p + 3 * block)
         c_later = decay_later * tl.load(whole_p + 3 * block + 1) + c_later * tl.load(whole_p + 3 * block + 2)
         b_later *= tl.load(whole_p + 3 * block + 2)
         decay_later *= whole_here
+
+    tl.debug_barrier()  # read below by other threads
+    rounded_p = scratch.rounded_keys + g * 2 * C * D  # not above, where registers are scarce
+    for block in tl.range(2 * BLOCKS, num_stages=1):
+        at_keys = (i + block * BK)[:, None] * D + f[None, :]
+        tl.store(rounded_p + at_keys, tl.load(keys_p + at_keys).to(rounded_p.dtype.element_ty))

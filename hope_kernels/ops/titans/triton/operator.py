@@ -157,8 +157,8 @@ def _launch(
     x, k, v, eta, alpha, beta, base2, base1, base1s, eta_bias, alpha_bias = map(aligned, given)
     states = [delta2, delta1, delta1s, s2, s1, s1s, pending_k, pending_v, pending_eta, pending_alpha, pending_beta]
     mine = [*map(aligned, filled(states, delta1))]
-    # no weights are read again that a call of one token writes
-    again = update and T > 1
+    # no weights are read again that a call of one token writes; with momentum none are kept
+    again = update and T > 1 and s2 is None
     in_force = [
         torch.empty(w.shape, dtype=kind, device=q.device) if again else given
         for w, kind, given in zip(mine[:3], (q.dtype, q.dtype, torch.float32), (q, q, mine[2]))

@@ -115,6 +115,10 @@ def _commit(
         counters = progress.sync + (i_g + 1) * LINE
         chunks = end // C - phase // C  # commits of this clock, this one included
         first = (end - C) % BIG
+        # with momentum every task adds up its weights itself: one with both ways would spill on sm_80
+        updated, more = False, False
+        if not rule.MOMENTUM:
+            updated, more = chunks > 1, end < stop
         g = i_g.to(tl.int64)
         if stage == 0:
             _wait(counters + READS, (end // SMALL - phase // SMALL) * READ_UNITS)
@@ -128,7 +132,7 @@ def _commit(
                 m = clock.M0 + (unit - 1) // (C // tiles.WALK_CT)
                 c0 = (unit - 1) % (C // tiles.WALK_CT) * tiles.WALK_CT
                 errors_task(
-                    weights, in_force, chunks > 1, pending, scratch, g, m, c0=c0,
+                    weights, in_force, updated, pending, scratch, g, m, c0=c0,
                     start=(g // H) * BIG + first, grad_scale=grad_scale, shape=shape, rule=rule,
                     no_base=no_base, C=C, CT=tiles.WALK_CT, NT=tiles.WALK_NT,
                 )
@@ -138,7 +142,7 @@ def _commit(
             if stage == 1:
                 _wait(counters + KIND + ERRORS, chunks * PARTS)
                 hidden_task(
-                    weights, in_force, chunks > 1, pending, scratch, g, m, tile=tile,
+                    weights, in_force, updated, pending, scratch, g, m, tile=tile,
                     start=(g // H) * BIG + first, shape=shape, rule=rule, C=C, CT=tiles.TILE_CT,
                     NT=tiles.TILE_NT,
                 )
@@ -154,7 +158,7 @@ def _commit(
             else:
                 _wait(counters + KIND + HIDDEN, chunks * TILES)
                 update_task(
-                    weights, in_force, end < stop, momentum, pending, scratch, g, m, tile=tile,
+                    weights, in_force, more, momentum, pending, scratch, g, m, tile=tile,
                     start=(g // H) * BIG + first, shape=shape, rule=rule, C=C, CT=tiles.TILE_CT,
                     NT=tiles.TILE_NT,
                 )
@@ -239,8 +243,10 @@ def scan_kernel(
                                 _wait(counters + QUERIES, (step - phase // SMALL) * PARTS)
                             if m == 0:
                                 _wait(counters + QUERIES, (step + 1 - phase // SMALL) * PARTS)
-                        updated = (step > phase // SMALL) & UPDATE
-                        if SLOW_UNITS > 0:
+                        updated = False
+                        if UPDATE and not rule.MOMENTUM:
+                            updated = step > phase // SMALL
+                        if SLOW_UNITS > 0 and not rule.MOMENTUM:
                             updated = tl.where((m >= slow.M0) & (m < slow.M1), turn > 0, updated)
                         read_task(
                             reads, given, weights, in_force, updated, pending, biases, g.to(tl.int64), m,

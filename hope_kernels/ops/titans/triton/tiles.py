@@ -3,11 +3,10 @@
 
 The table was found by compiling for sm_80 to sm_120: large tiles that leave no architecture with a spill, in
 at most 99 KB of shared memory, so that most rows serve all of them. Where products take their operands from
-shared memory (WIDE), heads of 64 have a row of their own for chunks of 64: 64 tokens a tile, so that weights
-are read once for 64 tokens instead of 32 or 16: a third less time by count (docs/budget.md). It spills
-elsewhere, with longer chunks and with momentum. Results on these architectures have other last bits. Nothing
-in the table has been timed. Tiles of hidden units divide every N of their D, tiles of tokens every C of their
-row.
+shared memory (WIDE), heads of 64 have rows of their own for chunks of 64 tokens and more: 64 tokens a tile, so that
+weights are read once for 64 tokens instead of 32: a sixth less time by count (docs/budget.md). They spill
+elsewhere and with momentum. Results on these architectures have other last bits. Nothing in the table has been
+timed. Tiles of hidden units divide every N of their D, tiles of tokens every C of their row.
 """
 
 from __future__ import annotations
@@ -47,6 +46,7 @@ WIDE = (90, 100)
 TABLE = (
     TileRow(32, 2, 16, Tiles(32, 16, 32, 16), 168),
     TileRow(32, 2, 256, Tiles(32, 32, 32, 32), 255),
+    TileRow(64, 2, 16, Tiles(32, 16, 64, 16), 255, (100,)),  # 168 registers spill four there
     TileRow(64, 2, 16, Tiles(32, 16, 64, 16), 168),
     TileRow(64, 2, 32, Tiles(64, 32, 64, 32), 255),
     TileRow(64, 2, 64, Tiles(64, 64, 64, 64), 255, WIDE),
@@ -101,8 +101,10 @@ def clocks(config: TitansConfig) -> list[Clock]:
 
 def tiles(config: TitansConfig, clock: Clock, itemsize: int, arch: int) -> Tiles:
     """The row's; with two clocks 16 tokens, or the kernel that holds both would spill (D = 128, N = 512 above
-    16 still does, on sm_80)."""
+    16 still does, on sm_80). So would updates of heads of 64 with momentum."""
     found = row_of(config, clock, itemsize, arch).tiles
+    if config.momentum is not None and config.head_dim == 64:
+        found = found._replace(TILE_CT=16)
     return found if len(clocks(config)) == 1 else found._replace(WALK_CT=16, TILE_CT=16)
 
 
