@@ -15,9 +15,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)). Compiled, one instruction each for the power and the reciprocal, which take subnormal
-    numbers for 0: 1 + 0 is 1, and where the sum would be 2^127 sigmoid is 0 but for 2^-127. Triton's own forms
-    need eight more, in functions that evaluate little else."""
+    """1 / (1 + exp(-x)). Compiled, one instruction each for the power and the reciprocal. They take subnormal
+    numbers for 0, which changes nothing in the sum 1 + power, and makes 0 of a result below 2^-126. Triton's own
+    forms take seven instructions more."""
     if INTERPRETED:
         return 1.0 / (1.0 + tl.exp(-x))
     power = tl.inline_asm_elementwise(

@@ -40,7 +40,7 @@ def _block(pending, start, h, block, H: tl.constexpr, D: tl.constexpr, HAS_ALPHA
 @triton.jit
 def erases_at_once(shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr):
     """As in tiles.py."""
-    return rule.DGD and not rule.MOMENTUM and C > shape.D
+    return rule.DGD and not rule.MOMENTUM and C > shape.D and shape.D <= 64
 
 
 @triton.jit
@@ -62,8 +62,9 @@ def _dots(k_p, k, k_t, s_at, t_at, H: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def clock_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr):
-    """Of (row, head) g: keys [C, D] (Kg), also rounded; vectors [3, C] (erase, decay_after, decay_chunk in its first place);
-    gram2 [C, C]. With momentum two blocks of keys and seven vectors lie in scratch: ``momentum_body``."""
+    """Of (row, head) g: keys [C, D] (Kg), also rounded; vectors [3, C] (erase, decay_after, decay_chunk in its
+    first place); gram2 [C, C]. With momentum two blocks of keys and seven vectors lie in scratch:
+    ``momentum_body``, which rounds."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     KEYS: tl.constexpr = 2 if rule.MOMENTUM else 1

@@ -55,7 +55,8 @@ def errors_task(
         out = x.to(tl.float32)
         if rule.OWN_VALUES or not rule.DOT:
             out = evaluate_in_force(
-                x, weights, in_force, updated, g, h, m, shape=shape, rule=rule, no_base=no_base, NT=NT, EARLY=True
+                x, weights, in_force, updated, g, h, m, shape=shape, rule=rule, no_base=no_base, NT=NT,
+                EARLY=True,
             )
         if rule.OWN_VALUES and not rule.DOT:
             at_k, target = tl.split(tl.reshape(out, [D, CT, 2]))
@@ -152,8 +153,8 @@ def update_task(
     """delta2, delta1, delta1s (and s2, s1, s1s) in place, NT hidden units; gain [B H, M, C]. more: the call goes
     on to read what is written here, and finds it in_force.
 
-    rounded_keys and vectors of the scratch: ``clock_body``'s, or ``momentum_body``'s, and then gradients move by
-    rounded_keys[1] and what is erased, of delta2 and s2, by rounded_keys[0].
+    rounded_keys and vectors of the scratch: ``clock_body``'s, or ``momentum_body``'s, and then gradients move
+    by rounded_keys[1] and what is erased, of delta2 and s2, by rounded_keys[0].
     """
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D

@@ -45,9 +45,9 @@ def _betas(beta_p, H: tl.constexpr):
 
 @triton.jit
 def momentum_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr):
-    """After ``clock_body``, of (row, head) g: keys [2, C, D] (Y; Kg), also rounded, and vectors [7, C] (erase; arrival_after;
-    decay_chunk, c_chunk, beta_chunk and then every block's R, c, B; eta_t c_{t-1}; beta_after; R and c from the
-    start of a token's block to the token before it)."""
+    """After ``clock_body``, of (row, head) g: keys [2, C, D] (Y; Kg), also rounded, and vectors [7, C] (erase;
+    arrival_after; decay_chunk, c_chunk, beta_chunk and then every block's R, c, B; eta_t c_{t-1}; beta_after; R and
+    c from the start of a token's block to the token before it)."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     BLOCKS: tl.constexpr = C // BK
