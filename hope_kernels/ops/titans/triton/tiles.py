@@ -4,7 +4,7 @@
 The table was found by compiling for sm_80 to sm_120: large tiles that leave no architecture with a spill, in
 at most 99 KB of shared memory, so that most rows serve all of them. Where products take their operands from
 shared memory (WIDE), heads of 64 have rows of their own for chunks of 64 tokens and more: 64 tokens a tile, so that
-weights are read once for 64 tokens instead of 32: a sixth less time by count (docs/budget.md). They spill
+weights are read once for 64 tokens instead of 32: an eighth less time by count (docs/budget.md). They spill
 elsewhere and with momentum. Results on these architectures have other last bits. Nothing in the table has been
 timed. Tiles of hidden units divide every N of their D, tiles of tokens every C of their row.
 """
