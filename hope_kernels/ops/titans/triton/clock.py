@@ -40,7 +40,7 @@ def _block(pending, start, h, block, H: tl.constexpr, D: tl.constexpr, HAS_ALPHA
 @triton.jit
 def erases_at_once(shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr):
     """As in tiles.py."""
-    return rule.DGD and not rule.MOMENTUM and C > shape.D and shape.D <= 64
+    return rule.DGD and not rule.MOMENTUM and C > shape.D and shape.D == 64
 
 
 @triton.jit

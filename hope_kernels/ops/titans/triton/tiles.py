@@ -142,8 +142,8 @@ def constants(config: TitansConfig, itemsize: int, update: bool, arch: int) -> d
 
 def erases_at_once(config: TitansConfig, C: int) -> bool:
     """A clock's keys are multiplied once for all memories (``clock._erased_keys``): where there are more than the
-    head has features, whose square must fit the registers of an update."""
-    return config.dgd and config.momentum is None and C > config.head_dim <= 64
+    head has features. Heads of other widths would spill."""
+    return config.dgd and config.momentum is None and C > config.head_dim == 64
 
 
 def scratch_shapes(config: TitansConfig, itemsize: int, arch: int) -> list[Scratch]:
