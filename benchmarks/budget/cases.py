@@ -249,8 +249,8 @@ def _memories() -> Iterator[Case]:
             yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
                        partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, None, 1,
                        f"{name} triton")
-            # weights are loaded once for a chunk on sm_90, for 32 or 16 tokens on sm_80: the other tiles beside
-            other = (64, 32, 64, 16) if arch == 90 else (64, C, 64, C)
+            # weights are loaded once for a chunk on sm_90, for 32 tokens on sm_80: the other tiles beside
+            other = (64, 32, 64, 32) if arch == 90 else (64, C, 64, C)
             if C == 64:
                 title = f"prefill {shape} triton sm_{arch} tiles {' '.join(map(str, other))}"
                 call = partial(prefill, config, "triton")
@@ -258,6 +258,12 @@ def _memories() -> Iterator[Case]:
                 with changed.with_tiles():
                     goal = replace(size, tasks=_tasks(config, arch))
                 yield replace(changed, goal=goal)
+    config = _config(4, 256)  # which CUDA C++ does not serve
+    for arch in (90, 80):
+        size = _goal(4, 256, 32, 4, 8192, 1, 4, persistent=True, resident=2, tasks=_tasks(config, arch), barriers=4)
+        yield Case(f"prefill C256 D64 N256 triton sm_{arch}", "prefill", "triton", arch, chunk,
+                   partial(prefill, config, "triton"), 2, 4, 2, size, False, None,
+                   "ops: prefill C256 D64 N256 H32 B4 T8192 bf16 triton")
     config, whole = _config(4, 64), _config(4, 64, 32)
     size = Size(32, 32, 4, 8, 0.0, m.step_bytes(whole, 1, 2, commit=False), memory_first=True)
     for arch in (90, 80):

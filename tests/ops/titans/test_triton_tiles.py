@@ -25,8 +25,8 @@ def test_every_served_shape_has_one_row_whose_tiles_divide_it():
 
 def test_only_heads_of_64_on_two_architectures_have_tiles_of_their_own():
     for D, C, itemsize, arch in product(WIDTHS, CHUNKS, (2, 4), SHARED_KIB):
-        own = (D, itemsize, C) == (64, 2, 64) and arch in (90, 100)
-        assert (tile_row(D, C, itemsize, arch) != tile_row(D, C, itemsize, 80)) == own
+        own = (D, itemsize) == (64, 2) and C >= 64 and arch in (90, 100)
+        assert (tile_row(D, C, itemsize, arch).tiles != tile_row(D, C, itemsize, 80).tiles) == own
         assert not own or tile_row(D, C, itemsize, arch).tiles == (64, 64, 64, 64)
 
 
@@ -73,7 +73,9 @@ def test_the_compile_report_sees_every_row_and_the_full_one_every_shape():
                 itemsize = 4 if s.signature["reads"].q == "*fp32" else 2
                 seen_by = 80 if s.constexprs["rule"].MOMENTUM else arch  # momentum spills in larger tiles
                 row = tile_row(s.constexprs["shape"].D, C, itemsize, seen_by)
-                assert s.constexprs["fast_tiles"] == row.tiles
+                narrow = s.constexprs["rule"].MOMENTUM and row.D == 64
+                want = row.tiles._replace(TILE_CT=16) if narrow else row.tiles
+                assert s.constexprs["fast_tiles"] == want
 
 
 def test_what_is_carried_is_a_default_layer_with_heads_of_64():

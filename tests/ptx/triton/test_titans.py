@@ -114,6 +114,7 @@ class TestContract(Accurate, Streaming):
             table(32, 1, 16, SINGLE), table(64, 1, 16, SINGLE), table(128, 1, 16, SINGLE),
             table(64, 2, 16, BF16, 90), table(64, 4, 64, BF16, 90), slowly(table(32, 1, 32, SINGLE, 90)),
             slowly(table(64, 1, 32, BF16, 90)),
+            table(32, 1, 64, BF16), slowly(table(64, 1, 128, BF16, 90)),  # more tokens than features
             *(slowly(table(*shape, BF16, 90)) for shape in ((32, 1, 16), (32, 1, 32), (128, 1, 16), (128, 1, 32))),
             *(slowly(table(*shape, SINGLE, 90)) for shape in ((64, 1, 16), (128, 1, 16))),
             *(slowly(table(*shape, FP16)) for shape in ((64, 1, 32), (128, 1, 16))),

@@ -38,6 +38,12 @@ def _block(pending, start, h, block, H: tl.constexpr, D: tl.constexpr, HAS_ALPHA
 
 
 @triton.jit
+def erases_at_once(shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr):
+    """As in tiles.py."""
+    return rule.DGD and not rule.MOMENTUM and C > shape.D and shape.D == 64
+
+
+@triton.jit
 def _dots(k_p, k, k_t, s_at, t_at, H: tl.constexpr, D: tl.constexpr):
     """k_s.k_t [16, 16] of blocks k, k_t, which start at rows s_at, t_at of k_p. PART features at a time, in
     the same order as at once: a thread would hold its rows of both blocks whole (192 registers in fp32 at D =
@@ -56,8 +62,9 @@ def _dots(k_p, k, k_t, s_at, t_at, H: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def clock_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr):
-    """Of (row, head) g: keys [C, D] (Kg); vectors [3, C] (erase, decay_after, decay_chunk in its first place);
-    gram2 [C, C]. With momentum two blocks of keys and seven vectors lie in scratch: ``momentum_body``."""
+    """Of (row, head) g: keys [C, D] (Kg), also rounded; vectors [3, C] (erase, decay_after, decay_chunk in its
+    first place); gram2 [C, C]. With momentum two blocks of keys and seven vectors lie in scratch:
+    ``momentum_body``, which rounds."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     KEYS: tl.constexpr = 2 if rule.MOMENTUM else 1
@@ -68,6 +75,7 @@ def clock_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.cons
     vectors_p = scratch.vectors + g * VECTORS * C
     keys_p = scratch.keys + g * KEYS * C * D
     gram2_p = scratch.gram2 + g * C * C
+    rounded_p = scratch.rounded_keys + g * KEYS * C * D
     decay_chunk = 1.0
     for block in range(BLOCKS):
         _, eta, before, _, whole = _block(pending, start, h, block, H, D, rule.HAS_ALPHA)
@@ -103,9 +111,38 @@ def clock_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.cons
             if rule.DGD:
                 inverse = _inverse(dots * eta[None, :], pending.alpha + at, H, rule.HAS_ALPHA)
                 keys = tl.dot(inverse, keys, input_precision="ieee")
-        tl.store(keys_p + (i + block * BK)[:, None] * D + f[None, :], keys)
+        at_keys = (i + block * BK)[:, None] * D + f[None, :]
+        tl.store(keys_p + at_keys, keys)
+        if not rule.MOMENTUM:
+            tl.store(rounded_p + at_keys, keys.to(rounded_p.dtype.element_ty))
         tl.debug_barrier()  # the next block reads what other threads have just written
         decay_later *= whole
+    if erases_at_once(shape, rule, C):
+        _erased_keys(pending, scratch, g, start, h, shape=shape, C=C)
+
+
+@triton.jit
+def _erased_keys(pending, scratch, g, start, h, shape: tl.constexpr, C: tl.constexpr):
+    """erased_keys [D, D]: sum over t of k_t (erase_t Kg_t)^T, so that what a chunk erases of delta2 is delta2
+    erased_keys. A part of the columns at a time."""
+    H: tl.constexpr = shape.H
+    D: tl.constexpr = shape.D
+    CT: tl.constexpr = 16 if pending.k.dtype.element_ty == tl.float32 else 64
+    PART: tl.constexpr = 16 if pending.k.dtype.element_ty == tl.float32 else D
+    f = tl.arange(0, D)
+    vectors_p = scratch.vectors + g * 3 * C
+    keys_p = scratch.rounded_keys + g * C * D
+    for f0 in range(0, D, PART):
+        part = f0 + tl.arange(0, PART)
+        erased = tl.zeros([D, PART], tl.float32)
+        for c0 in tl.range(0, C, CT, num_stages=1):
+            c = c0 + tl.arange(0, CT)
+            k = tl.load(pending.k + (start + c)[None, :] * H * D + h * D + f[:, None])
+            keys = tl.load(keys_p + c[:, None] * D + part[None, :]).to(tl.float32)
+            keys *= tl.load(vectors_p + c)[:, None]
+            erased = tl.dot(k, keys.to(k.dtype), erased, input_precision="ieee")
+        at = scratch.erased_keys + (g * D + f[:, None]) * D + part[None, :]
+        tl.store(at, erased.to(scratch.erased_keys.dtype.element_ty))
 
 
 @triton.jit

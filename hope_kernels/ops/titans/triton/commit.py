@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from ...shared.triton_math import sigma_and_slope, unit_columns
-from .common import load_w1, load_w1s, load_w2
-from .evaluate import evaluate, evaluate_scalar
+from .clock import erases_at_once
+from .common import load_w1s, rounded_w1, rounded_w2
+from .evaluate import evaluate_in_force, evaluate_scalar_in_force
 
 
 @triton.jit
@@ -30,10 +31,11 @@ def _columns(p, start, h, c0, H: tl.constexpr, D: tl.constexpr, CT: tl.constexpr
 
 @triton.jit
 def errors_task(
-    weights, pending, scratch, g, m, c0, start, grad_scale, shape: tl.constexpr, rule: tl.constexpr,
-    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
+    weights, in_force, updated, pending, scratch, g, m, c0, start, grad_scale, shape: tl.constexpr,
+    rule: tl.constexpr, no_base: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
-    """e [B H, MF, D, C], es [B H, MS, C], e2 [B H, M, C]."""
+    """e [B H, MF, D, C], es [B H, MS, C], e2 [B H, M, C]. updated: this call has written the memory before, and
+    in_force is true."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     MF: tl.constexpr = shape.MF
@@ -52,7 +54,10 @@ def errors_task(
             x = v if rule.OWN_VALUES else k
         out = x.to(tl.float32)
         if rule.OWN_VALUES or not rule.DOT:
-            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=True)
+            out = evaluate_in_force(
+                x, weights, in_force, updated, g, h, m, shape=shape, rule=rule, no_base=no_base, NT=NT,
+                EARLY=True,
+            )
         if rule.OWN_VALUES and not rule.DOT:
             at_k, target = tl.split(tl.reshape(out, [D, CT, 2]))
         elif rule.OWN_VALUES:
@@ -65,29 +70,37 @@ def errors_task(
             e = -target
         else:
             e = grad_scale * (at_k - target)
-        tl.store(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :], e)
+        e_at = scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :]
+        tl.store(e_at, e.to(scratch.e.dtype.element_ty))
         tl.store(scratch.e2 + (g * (MF + MS) + m) * C + c, tl.sum(e * e, 0))
     elif MS > 0:
         s = m - MF
-        k = _columns(pending.k, start, h, c0, H, D, CT)
-        v = _columns(pending.v, start, h, c0, H, D, CT)
-        target_s = evaluate_scalar(v, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+        # own names: a branch of the kernel may not leave x with another shape
+        x_s = _columns(pending.v, start, h, c0, H, D, CT)
+        if not rule.DOT:
+            x_s = tl.reshape(tl.join(_columns(pending.k, start, h, c0, H, D, CT), x_s), [D, 2 * CT])
+        out_s = evaluate_scalar_in_force(
+            x_s, weights, in_force, updated, g, h, m, shape=shape, rule=rule, no_base=no_base, NT=NT
+        )
+        if rule.DOT:
+            target_s = out_s
+        else:
+            at_k_s, target_s = tl.split(tl.reshape(out_s, [CT, 2]))
         if rule.TARGET_NORM:
             target_s = tl.minimum(tl.maximum(target_s, -1.0), 1.0)
         es = -target_s
         if not rule.DOT:
-            es += evaluate_scalar(k, weights, g, h, m, shape=shape, rule=rule, NT=NT)
-            es *= grad_scale
+            es = grad_scale * (at_k_s - target_s)
         tl.store(scratch.es + (g * MS + s) * C + c, es)
         tl.store(scratch.e2 + (g * (MF + MS) + m) * C + c, es * es)
 
 
 @triton.jit
 def hidden_task(
-    weights, pending, scratch, g, m, tile, start, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr,
-    CT: tl.constexpr, NT: tl.constexpr,
+    weights, in_force, updated, pending, scratch, g, m, tile, start, shape: tl.constexpr, rule: tl.constexpr,
+    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
-    """a, d [B H, M, N, C] in the dtype of k and in fp32; norms [B H, M, N / NT, 2, C]."""
+    """a, d [B H, M, N, C]; norms [B H, M, N / NT, 2, C]."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
@@ -98,8 +111,8 @@ def hidden_task(
     f = tl.arange(0, D)
     n = tile * NT + tl.arange(0, NT)
     off2 = n[:, None] * D + f[None, :]
-    dtype = pending.k.dtype.element_ty
-    w2 = load_w2(weights, (g * R + m * N) * D + off2, (h * R + m * N) * D + off2, rule).to(dtype)
+    at2, base2 = (g * R + m * N) * D + off2, (h * R + m * N) * D + off2
+    w2 = rounded_w2(weights, in_force, updated, at2, base2, rule)
     gm = g * (MF + MS) + m
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
@@ -108,8 +121,8 @@ def hidden_task(
         if m < MF:
             off1 = f[None, :] * N + n[:, None]
             at1, base1 = (g * MF + m) * D * N + off1, (h * MF + m) * D * N + off1
-            w1 = load_w1(weights, at1, base1, rule).to(k.dtype)
-            e = tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :]).to(k.dtype)
+            w1 = rounded_w1(weights, in_force, updated, at1, base1, rule)
+            e = tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :])
             d = slope * tl.dot(w1, e, input_precision="ieee")
         else:
             s = m - MF
@@ -117,7 +130,7 @@ def hidden_task(
             d = slope * (w1s[:, None] * tl.load(scratch.es + (g * MS + s) * C + c)[None, :])
         to = (gm * N + n[:, None]) * C + c[None, :]
         tl.store(scratch.a + to, a.to(scratch.a.dtype.element_ty))
-        tl.store(scratch.d + to, d)
+        tl.store(scratch.d + to, d.to(scratch.d.dtype.element_ty))
         if rule.CLIP:
             part = scratch.norms + (gm * (N // NT) + tile) * 2 * C + c
             tl.store(part, tl.sum(a * a, 0))
@@ -125,14 +138,23 @@ def hidden_task(
 
 
 @triton.jit
-def update_task(
-    weights, momentum, pending, scratch, g, m, tile, start, shape: tl.constexpr, rule: tl.constexpr,
-    C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
-):
-    """delta2, delta1, delta1s (and s2, s1, s1s) in place, NT hidden units; gain [B H, M, C].
+def _keep(to_p, new, base_p, rule: tl.constexpr):
+    """Weights in force after an update to ``new``, for the later tasks of the call."""
+    if rule.HAS_BASE:
+        new += tl.load(base_p).to(tl.float32)
+    tl.store(to_p, new.to(to_p.dtype.element_ty))
 
-    keys and vectors of the scratch: ``clock_body``'s, or ``momentum_body``'s, and then gradients move by
-    keys[1] and what is erased, of delta2 and s2, by keys[0].
+
+@triton.jit
+def update_task(
+    weights, in_force, more, momentum, pending, scratch, g, m, tile, start, shape: tl.constexpr,
+    rule: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
+):
+    """delta2, delta1, delta1s (and s2, s1, s1s) in place, NT hidden units; gain [B H, M, C]. more: the call goes
+    on to read what is written here, and finds it in_force.
+
+    rounded_keys and vectors of the scratch: ``clock_body``'s, or ``momentum_body``'s, and then gradients move
+    by rounded_keys[1] and what is erased, of delta2 and s2, by rounded_keys[0].
     """
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
@@ -148,16 +170,21 @@ def update_task(
     n = tile * NT + tl.arange(0, NT)
     dtype = pending.k.dtype.element_ty
     vectors_p = scratch.vectors + g * VECTORS * C
-    moving_p = scratch.keys + (g * KEYS + KEYS - 1) * C * D
+    moving_p = scratch.rounded_keys + (g * KEYS + KEYS - 1) * C * D
+    d_at = scratch.d + (gm * N + n[:, None]) * C
     decay_chunk = tl.load(vectors_p + 2 * C)
     if rule.MOMENTUM:
         c_chunk, beta_chunk = tl.load(vectors_p + 2 * C + 1), tl.load(vectors_p + 2 * C + 2)
 
     w2_off = (g * R + m * N) * D + n[:, None] * D + f[None, :]
+    w2_base = (h * R + m * N) * D + n[:, None] * D + f[None, :]
     w2_at = weights.delta2 + w2_off
     delta2 = tl.load(w2_at)
     old = delta2.to(dtype)
     moved = tl.zeros([NT, D], tl.float32)
+    if erases_at_once(shape, rule, C):
+        erased_keys = tl.load(scratch.erased_keys + (g * D + f[:, None]) * D + f[None, :])
+        moved = tl.dot(old, erased_keys, moved, input_precision="ieee")
     if rule.MOMENTUM and rule.DGD:
         old_s = tl.load(momentum.s2 + w2_off).to(dtype)
         for c0 in range(0, C, CT):
@@ -165,32 +192,38 @@ def update_task(
             k = _columns(pending.k, start, h, c0, H, D, CT)
             erased = tl.load(vectors_p + c)[None, :] * tl.dot(old, k, input_precision="ieee")
             erased -= tl.load(vectors_p + 3 * C + c)[None, :] * tl.dot(old_s, k, input_precision="ieee")
-            keys = tl.load(scratch.keys + (g * KEYS * C + c)[:, None] * D + f[None, :])
-            moved = tl.dot(erased.to(dtype), keys.to(dtype), moved, input_precision="ieee")
+            keys = tl.load(scratch.rounded_keys + (g * KEYS * C + c)[:, None] * D + f[None, :])
+            moved = tl.dot(erased.to(dtype), keys, moved, input_precision="ieee")
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
         gain = tl.load(scratch.gain + gm * C + c)
-        u = gain[None, :] * tl.load(scratch.d + (gm * N + n[:, None]) * C + c[None, :])
-        if rule.DGD and not rule.MOMENTUM:
+        u = gain[None, :] * tl.load(d_at + c[None, :]).to(tl.float32)
+        if rule.DGD and not rule.MOMENTUM and not erases_at_once(shape, rule, C):
             erase = tl.load(vectors_p + c)
             k = _columns(pending.k, start, h, c0, H, D, CT)
             u += erase[None, :] * tl.dot(old, k, input_precision="ieee")
         keys = tl.load(moving_p + c[:, None] * D + f[None, :])
-        moved = tl.dot(u.to(dtype), keys.to(dtype), moved, input_precision="ieee")
+        moved = tl.dot(u.to(dtype), keys, moved, input_precision="ieee")
     if rule.MOMENTUM:
         s2 = tl.load(momentum.s2 + w2_off)
-        tl.store(w2_at, decay_chunk * delta2 - c_chunk * s2 - moved)
+        new2 = decay_chunk * delta2 - c_chunk * s2 - moved
+        tl.store(w2_at, new2)
+        if more:
+            _keep(in_force.delta2 + w2_off, new2, weights.base2 + w2_base, rule)
         s2 = beta_chunk * s2
         for c0 in range(0, C, CT):
             c = c0 + tl.arange(0, CT)
             gain = tl.load(scratch.gain + gm * C + c)
             gain *= tl.load(vectors_p + 4 * C + c)
-            u = gain[None, :] * tl.load(scratch.d + (gm * N + n[:, None]) * C + c[None, :])
+            u = gain[None, :] * tl.load(d_at + c[None, :]).to(tl.float32)
             k = _columns(pending.k, start, h, c0, H, D, CT)
             s2 = tl.dot(u.to(dtype), tl.trans(k), s2, input_precision="ieee")
         tl.store(momentum.s2 + w2_off, s2)
     else:
-        tl.store(w2_at, decay_chunk * delta2 - moved)
+        new2 = decay_chunk * delta2 - moved
+        tl.store(w2_at, new2)
+        if more:
+            _keep(in_force.delta2 + w2_off, new2, weights.base2 + w2_base, rule)
 
     if m < MF:
         w1_off = (g * MF + m) * D * N + f[:, None] * N + n[None, :]
@@ -206,15 +239,17 @@ def update_task(
             if rule.MOMENTUM:
                 gain_s = gain_after * tl.load(vectors_p + 4 * C + c)
             gain_after *= tl.load(vectors_p + C + c)
-            e = gain_after[None, :] * tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :])
+            e = tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :]).to(tl.float32)
             a = tl.load(scratch.a + (gm * N + n[None, :]) * C + c[:, None])
-            delta1 = tl.dot((-e).to(dtype), a, delta1, input_precision="ieee")
+            delta1 = tl.dot((-gain_after[None, :] * e).to(dtype), a, delta1, input_precision="ieee")
             if rule.MOMENTUM:
-                e = gain_s[None, :] * tl.load(scratch.e + (g * MF + m) * D * C + f[:, None] * C + c[None, :])
-                s1 = tl.dot(e.to(dtype), a, s1, input_precision="ieee")
+                s1 = tl.dot((gain_s[None, :] * e).to(dtype), a, s1, input_precision="ieee")
         tl.store(w1_at, delta1)
         if rule.MOMENTUM:
             tl.store(momentum.s1 + w1_off, s1)
+        if more:
+            w1_base = (h * MF + m) * D * N + f[:, None] * N + n[None, :]
+            _keep(in_force.delta1 + w1_off, delta1, weights.base1 + w1_base, rule)
     elif MS > 0:
         s = m - MF
         w1s_at = weights.delta1s + (g * MS + s) * N + n
@@ -254,18 +289,25 @@ def update_task(
                         erased -= tl.load(vectors_p + 3 * C + c) * tl.sum(
                             skip_s.to(dtype).to(tl.float32)[:, None] * k, 0
                         )
-                        keys = tl.load(scratch.keys + (g * KEYS * C + c)[:, None] * D + f[None, :])
-                        keys = keys.to(dtype).to(tl.float32)
+                        keys = tl.load(scratch.rounded_keys + (g * KEYS * C + c)[:, None] * D + f[None, :])
+                        keys = keys.to(tl.float32)
                         kept -= tl.sum(erased.to(dtype).to(tl.float32)[:, None] * keys, 0)
                     else:
                         skip_u += erased
-                keys = tl.load(moving_p + c[:, None] * D + f[None, :]).to(dtype).to(tl.float32)
+                keys = tl.load(moving_p + c[:, None] * D + f[None, :]).to(tl.float32)
                 kept -= tl.sum(skip_u.to(dtype).to(tl.float32)[:, None] * keys, 0)
                 if rule.MOMENTUM:
                     kept_s += tl.sum(e_s.to(dtype).to(tl.float32)[None, :] * k, 1)
         tl.store(w1s_at, delta1s)
         if rule.SKIP:
             tl.store(skip_at, kept, mask=tile == 0)
+        if more:
+            w1s_off = (g * MS + s) * N + n
+            _keep(in_force.delta1s + w1s_off, delta1s, weights.base1s + (h * MS + s) * N + n, rule)
+            if rule.SKIP:
+                if tile == 0:
+                    skip_base = (h * R + (MF + MS) * N + s) * D + f
+                    _keep(in_force.delta2 + skip_off, kept, weights.base2 + skip_base, rule)
         if rule.MOMENTUM:
             tl.store(momentum.s1s + (g * MS + s) * N + n, s1s)
             if rule.SKIP:

@@ -33,5 +33,25 @@ def load_w1(weights, at, base_at, rule: tl.constexpr):
 
 
 @triton.jit
+def rounded_w2(weights, in_force, updated, at, base_at, rule: tl.constexpr):
+    """Elements of w2 in force, in the dtype of the operands: as an update of this call has left them, or else
+    summed here."""
+    if updated:
+        w = tl.load(in_force.delta2 + at)
+    else:
+        w = load_w2(weights, at, base_at, rule).to(in_force.delta2.dtype.element_ty)
+    return w
+
+
+@triton.jit
+def rounded_w1(weights, in_force, updated, at, base_at, rule: tl.constexpr):
+    if updated:
+        w = tl.load(in_force.delta1 + at)
+    else:
+        w = load_w1(weights, at, base_at, rule).to(in_force.delta1.dtype.element_ty)
+    return w
+
+
+@triton.jit
 def load_w1s(weights, at, base_at, rule: tl.constexpr):
     return weight(weights.delta1s, weights.base1s, at, base_at, rule.HAS_BASE)

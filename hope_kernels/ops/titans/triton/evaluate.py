@@ -23,12 +23,19 @@ def evaluate(
     """M(x) [D, columns], fp32, of memory m < MF. EARLY: w1 is loaded before the activation. Loaded after it
     fewer registers are taken, but for the scan's errors (on sm_80) and the backward's kernels without a base
     (on sm_90 and sm_100)."""
+    return add_output(x.to(tl.float32), x, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=EARLY)
+
+
+@triton.jit
+def add_output(
+    out, x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr, NT: tl.constexpr, EARLY: tl.constexpr
+):
+    """out [D, columns] + w1 sigma(w2 x)."""
     D: tl.constexpr = shape.D
     N: tl.constexpr = shape.N
     w2_at, w2_base = (g * shape.R + m * N) * D, (h * shape.R + m * N) * D
     w1_at, w1_base = (g * shape.MF + m) * D * N, (h * shape.MF + m) * D * N
     f = tl.arange(0, D)
-    out = x.to(tl.float32)
     for n0 in range(0, N, NT):
         n = n0 + tl.arange(0, NT)
         off2, off1 = n[:, None] * D + f[None, :], f[:, None] * N + n[None, :]
@@ -39,6 +46,20 @@ def evaluate(
         if not EARLY:
             w1 = load_w1(weights, w1_at + off1, w1_base + off1, rule).to(x.dtype)
         out = tl.dot(w1, a, out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def evaluate_in_force(
+    x, weights, in_force, updated, g, h, m, shape: tl.constexpr, rule: tl.constexpr, no_base: tl.constexpr,
+    NT: tl.constexpr, EARLY: tl.constexpr = False
+):
+    """``evaluate``, with weights as an update of this call has left them, or else summed here."""
+    out = x.to(tl.float32)
+    if updated:
+        out = add_output(out, x, in_force, g, h, m, shape=shape, rule=no_base, NT=NT, EARLY=EARLY)
+    else:
+        out = add_output(out, x, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=EARLY)
     return out
 
 
@@ -65,6 +86,19 @@ def evaluate_scalar(x, weights, g, h, m, shape: tl.constexpr, rule: tl.constexpr
         skip_at, skip_base = (g * shape.R + SKIPS + s) * D, (h * shape.R + SKIPS + s) * D
         skip = load_w2(weights, skip_at + f, skip_base + f, rule).to(x.dtype)
         y += tl.sum(skip[:, None].to(tl.float32) * x.to(tl.float32), 0)
+    return y
+
+
+@triton.jit
+def evaluate_scalar_in_force(
+    x, weights, in_force, updated, g, h, m, shape: tl.constexpr, rule: tl.constexpr, no_base: tl.constexpr,
+    NT: tl.constexpr
+):
+    """``evaluate_scalar``, as ``evaluate_in_force``."""
+    if updated:
+        y = evaluate_scalar(x, in_force, g, h, m, shape=shape, rule=no_base, NT=NT)
+    else:
+        y = evaluate_scalar(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
     return y
 
 

@@ -24,14 +24,21 @@ def _gradient_size(norms_p, e2_p, gm, c, TILES: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def gain_task(
-    eta_p, scratch, g, m, start, factor, shape: tl.constexpr, C: tl.constexpr, CT: tl.constexpr,
-    TILES: tl.constexpr, CLIP: tl.constexpr,
+    eta_p, scratch, g, m, start, factor, shape: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr,
+    CLIP: tl.constexpr,
 ):
-    """gain [B H, M, C] (eta without CLIP) of memory m of (row, head) g; norms [B H, M, TILES, 2, C], e2 [B H,
-    M, C], gram2 [B H, C, C]; start: the chunk's first token, counted over the pending slots of all rows."""
+    """gain [B H, M, C] (eta without CLIP) of memory m of (row, head) g, and on the way m_t, sizes [B H, M, C];
+    norms [B H, M, TILES, 2, C], e2 [B H, M, C], gram2 [B H, C, C]; start: the chunk's first token, counted over
+    the pending slots of all rows. Tokens by CT, whatever the other tasks take."""
     H: tl.constexpr = shape.H
+    CT: tl.constexpr = 16 if C < 32 else 32 if C < 64 else 64
     gm = g * (shape.MF + shape.MS) + m
     eta_p += start * H + g % H
+    if CLIP:
+        for c0 in range(0, C, CT):
+            c = c0 + tl.arange(0, CT)
+            tl.store(scratch.sizes + gm * C + c, _gradient_size(scratch.norms, scratch.e2, gm, c, TILES, C))
+        tl.debug_barrier()  # read below by other threads
     for c0 in range(0, C, CT):
         c = c0 + tl.arange(0, CT)
         gain = tl.load(eta_p + c * H)
@@ -39,9 +46,8 @@ def gain_task(
             total = tl.zeros([CT], tl.float32)
             for s0 in range(0, C, CT):
                 s = s0 + tl.arange(0, CT)
-                size = tl.load(eta_p + s * H) * _gradient_size(scratch.norms, scratch.e2, gm, s, TILES, C)
+                size = tl.load(eta_p + s * H) * tl.load(scratch.sizes + gm * C + s)
                 gram2 = tl.load(scratch.gram2 + (g * C + s)[:, None] * C + c[None, :])
                 total += tl.sum(size[:, None] * gram2, 0)
-            size = _gradient_size(scratch.norms, scratch.e2, gm, c, TILES, C)
-            gain /= tl.maximum(1.0, factor * size * total)
+            gain /= tl.maximum(1.0, factor * tl.load(scratch.sizes + gm * C + c) * total)
         tl.store(scratch.gain + gm * C + c, gain)

@@ -18,13 +18,15 @@ Reads = namedtuple("Reads", "x q o")
 Writes = namedtuple("Writes", "k v eta alpha beta")
 # Initial weights [H, ...] and deviations [B, H, ...], as state.py lays them out; or their adjoints, and then
 # those of the initial weights are [B, H, ...] as well.
+# Weights in force, as the updates of a call leave them for its later tasks, have no base: w2 and w1 in the dtype
+# of the operands and w1s in fp32 stand where deviations do.
 Weights = namedtuple("Weights", "base2 base1 base1s delta2 delta1 delta1s")
 Momentum = namedtuple("Momentum", "s2 s1 s1s")  # laid out like the deviations
 Biases = namedtuple("Biases", "eta alpha")  # of the gates, [H]
 # Where the rows of a call stand (pos), how many tokens they read (lengths), [B]; the counters of the schedule
 Progress = namedtuple("Progress", "pos lengths sync")
 # What the tasks of one chunk of one clock hand to each other; shapes: tiles.scratch_shapes
-Scratch = namedtuple("Scratch", "e es e2 a d norms keys vectors gram2 gain")
+Scratch = namedtuple("Scratch", "e es e2 a d norms keys rounded_keys erased_keys vectors gram2 sizes gain")
 # What the programs of a (row, head) hand to each other in carry.py: tokens that have been read, and the clock's terms
 Exchange = namedtuple("Exchange", "k eta alpha")
 Shared = namedtuple("Shared", "keys vectors gram2")

@@ -45,9 +45,9 @@ def _betas(beta_p, H: tl.constexpr):
 
 @triton.jit
 def momentum_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr):
-    """After ``clock_body``, of (row, head) g: keys [2, C, D] (Y; Kg) and vectors [7, C] (erase; arrival_after;
-    decay_chunk, c_chunk, beta_chunk and then every block's R, c, B; eta_t c_{t-1}; beta_after; R and c from the
-    start of a token's block to the token before it)."""
+    """After ``clock_body``, of (row, head) g: keys [2, C, D] (Y; Kg), also rounded, and vectors [7, C] (erase;
+    arrival_after; decay_chunk, c_chunk, beta_chunk and then every block's R, c, B; eta_t c_{t-1}; beta_after; R and
+    c from the start of a token's block to the token before it)."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     BLOCKS: tl.constexpr = C // BK
@@ -120,3 +120,9 @@ def momentum_body(pending, scratch, g, start, h, shape: tl.constexpr, rule: tl.c
         c_later = decay_later * tl.load(whole_p + 3 * block + 1) + c_later * tl.load(whole_p + 3 * block + 2)
         b_later *= tl.load(whole_p + 3 * block + 2)
         decay_later *= whole_here
+
+    tl.debug_barrier()  # read below by other threads
+    rounded_p = scratch.rounded_keys + g * 2 * C * D  # not above, where registers are scarce
+    for block in tl.range(2 * BLOCKS, num_stages=1):
+        at_keys = (i + block * BK)[:, None] * D + f[None, :]
+        tl.store(rounded_p + at_keys, tl.load(keys_p + at_keys).to(rounded_p.dtype.element_ty))

@@ -22,7 +22,7 @@ from . import carried
 from .groups import Biases, Momentum, Progress, Reads, Scratch, Weights, Writes
 from .schedule import scan_kernel
 from .spans import CARRIED
-from .tiles import CHUNKS, MULTIPLES, WIDTHS, clocks, constants, counters, options, scratch_shapes
+from .tiles import CHUNKS, MULTIPLES, ROUNDED, WIDTHS, clocks, constants, counters, options, scratch_shapes
 
 # What of a configuration the operator is told; widths, momentum (s2) and adaptive_q (no q) follow from the tensors.
 _SETTINGS = {
@@ -130,7 +130,7 @@ class _Plan:
         shapes = [item for clock in of_clocks for item in clock._asdict().items()]
         # a pure read touches none of it
         self.scratch = [
-            (prod(shape) if update else 1, dtype if name == "a" else torch.float32) for name, shape in shapes
+            (prod(shape) if update else 1, dtype if name in ROUNDED else torch.float32) for name, shape in shapes
         ]
 
     def scratch_of(self, groups: int, device: torch.device) -> tuple[Scratch, Scratch]:
@@ -172,10 +172,17 @@ def _launch(
         if plan.carried is not None:
             carried.launch(plan.carried, **common)
         else:
+            # no weights are read again that a call of one token writes; with momentum none are kept
+            again = update and T > 1 and s2 is None
+            in_force = [
+                torch.empty(w.shape, dtype=kind, device=q.device) if again else given
+                for w, kind, given in zip(mine[:3], (q.dtype, q.dtype, torch.float32), (q, q, mine[2]))
+            ]
             fast_scratch, slow_scratch = plan.scratch_of(B * H, q.device)
             scan_kernel[(_programs(q.device),)](
-                given=Writes(k, v, eta, alpha, beta), momentum=Momentum(*mine[3:6]), fast_scratch=fast_scratch,
-                slow_scratch=slow_scratch, B=B, T=T, **common, **plan.arguments,
+                given=Writes(k, v, eta, alpha, beta), in_force=Weights(base2, base1, base1s, *in_force),
+                momentum=Momentum(*mine[3:6]), fast_scratch=fast_scratch, slow_scratch=slow_scratch, B=B, T=T,
+                **common, **plan.arguments,
             )
     for state, written in zip(states, mine):
         if state is not None and written is not state:

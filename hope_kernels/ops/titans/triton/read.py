@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 
 from ...shared.triton_math import log1p_exp, sigmoid, unit_columns
-from .evaluate import evaluate, evaluate_scalar
+from .evaluate import evaluate_in_force, evaluate_scalar_in_force
 
 
 @triton.jit
 def read_task(
-    reads, given, weights, pending, biases, g, m, first, phase, stop, T, eta_scale, shape: tl.constexpr,
-    rule: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
+    reads, given, weights, in_force, updated, pending, biases, g, m, first, phase, stop, T, eta_scale,
+    shape: tl.constexpr, rule: tl.constexpr, no_base: tl.constexpr, BIG: tl.constexpr, CT: tl.constexpr,
+    NT: tl.constexpr,
 ):
     """Memory m of (row, head) g on slots first .. first + CT, of which the row reads phase .. stop in this
-    call; pending has BIG slots a row."""
+    call; pending has BIG slots a row. updated: the call has written the memory, and in_force is true."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
     MF: tl.constexpr = shape.MF
@@ -37,7 +38,9 @@ def read_task(
         else:
             x = tl.load(reads.x + token[None, :] + f[:, None], mask=live[None, :], other=0.0)
         if m < MF:
-            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+            out = evaluate_in_force(
+                x, weights, in_force, updated, g, h, m, shape=shape, rule=rule, no_base=no_base, NT=NT
+            )
             if m == 0:
                 tl.store(
                     reads.o + token[None, :] + f[:, None], out.to(reads.o.dtype.element_ty),
@@ -63,7 +66,9 @@ def read_task(
                     mask=live[None, :]
                 )
         elif shape.MS > 0:
-            y = evaluate_scalar(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+            y = evaluate_scalar_in_force(
+                x, weights, in_force, updated, g, h, m, shape=shape, rule=rule, no_base=no_base, NT=NT
+            )
             if m == MF:
                 y += tl.load(biases.eta + h).to(tl.float32)
                 gate = log1p_exp(y) if rule.SOFTPLUS else sigmoid(y)

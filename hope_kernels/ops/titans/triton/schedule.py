@@ -62,6 +62,16 @@ def _done(counter_p):
 
 
 @triton.jit
+def _quotient(ticket, size):
+    """ticket // size, int32: a quotient of 64 bits is dear, and seldom needed."""
+    if ticket < 2147483648:
+        found = ticket.to(tl.int32) // size
+    else:
+        found = (ticket // size).to(tl.int32)
+    return found
+
+
+@triton.jit
 def _slots(progress, b, inside, T, BIG: tl.constexpr):
     """(phase, stop) of rows b: the slots they read, counted from the start of their open chunk of the slower
     clock."""
@@ -85,9 +95,9 @@ def _extent(progress, B, T, BIG: tl.constexpr):
 
 @triton.jit
 def _commit(
-    weights, momentum, pending, scratch, progress, task, G, T, end, grad_scale, clock: tl.constexpr,
+    weights, in_force, momentum, pending, scratch, progress, task, G, T, end, grad_scale, clock: tl.constexpr,
     tiles: tl.constexpr, KIND: tl.constexpr, READ_UNITS: tl.constexpr, SMALL: tl.constexpr, BIG: tl.constexpr,
-    shape: tl.constexpr, rule: tl.constexpr,
+    shape: tl.constexpr, rule: tl.constexpr, no_base: tl.constexpr,
 ):
     """Task number ``task`` of the commit of a clock's memories at slot ``end``; KIND: 0 or SLOW, where this
     clock's counters are."""
@@ -96,14 +106,19 @@ def _commit(
     PARTS: tl.constexpr = (clock.M1 - clock.M0) * (C // tiles.WALK_CT)
     TILES: tl.constexpr = (clock.M1 - clock.M0) * (shape.N // tiles.TILE_NT)
     local = task - G * (1 + PARTS)
-    stage = tl.where(local < 0, 0, 1 + local // (G * TILES))
-    i_g = tl.where(local < 0, task // (1 + PARTS), local // TILES % G)
-    unit = tl.where(local < 0, task % (1 + PARTS), local % TILES)
+    stage = tl.where(local < 0, 0, tl.where(local < G * TILES, 1, 2))
+    local = tl.where(stage == 2, local - G * TILES, local)
+    i_g = tl.where(stage == 0, task // (1 + PARTS), local // TILES)
+    unit = tl.where(stage == 0, task % (1 + PARTS), local % TILES)
     phase, stop = _slots(progress, i_g // H, True, T, BIG)
     if (phase < end) & (end <= stop):
         counters = progress.sync + (i_g + 1) * LINE
         chunks = end // C - phase // C  # commits of this clock, this one included
         first = (end - C) % BIG
+        # with momentum every task adds up its weights itself: one with both ways would spill on sm_80
+        updated, more = False, False
+        if not rule.MOMENTUM:
+            updated, more = chunks > 1, end < stop
         g = i_g.to(tl.int64)
         if stage == 0:
             _wait(counters + READS, (end // SMALL - phase // SMALL) * READ_UNITS)
@@ -117,8 +132,9 @@ def _commit(
                 m = clock.M0 + (unit - 1) // (C // tiles.WALK_CT)
                 c0 = (unit - 1) % (C // tiles.WALK_CT) * tiles.WALK_CT
                 errors_task(
-                    weights, pending, scratch, g, m, c0=c0, start=(g // H) * BIG + first,
-                    grad_scale=grad_scale, shape=shape, rule=rule, C=C, CT=tiles.WALK_CT, NT=tiles.WALK_NT,
+                    weights, in_force, updated, pending, scratch, g, m, c0=c0,
+                    start=(g // H) * BIG + first, grad_scale=grad_scale, shape=shape, rule=rule,
+                    no_base=no_base, C=C, CT=tiles.WALK_CT, NT=tiles.WALK_NT,
                 )
                 _done(counters + KIND + ERRORS)
         else:
@@ -126,8 +142,9 @@ def _commit(
             if stage == 1:
                 _wait(counters + KIND + ERRORS, chunks * PARTS)
                 hidden_task(
-                    weights, pending, scratch, g, m, tile=tile, start=(g // H) * BIG + first, shape=shape,
-                    rule=rule, C=C, CT=tiles.TILE_CT, NT=tiles.TILE_NT,
+                    weights, in_force, updated, pending, scratch, g, m, tile=tile,
+                    start=(g // H) * BIG + first, shape=shape, rule=rule, C=C, CT=tiles.TILE_CT,
+                    NT=tiles.TILE_NT,
                 )
                 tl.debug_barrier()
                 done = tl.atomic_add(counters + TILES_DONE + m, 1, sem="acq_rel")
@@ -135,24 +152,25 @@ def _commit(
                     _wait(counters + KIND + CLOCK, chunks)
                     gain_task(
                         pending.eta, scratch, g, m, start=(g // H) * BIG + first, factor=grad_scale,
-                        shape=shape, C=C, CT=tiles.TILE_CT, TILES=shape.N // tiles.TILE_NT, CLIP=rule.CLIP,
+                        shape=shape, C=C, TILES=shape.N // tiles.TILE_NT, CLIP=rule.CLIP,
                     )
                 _done(counters + KIND + HIDDEN)
             else:
                 _wait(counters + KIND + HIDDEN, chunks * TILES)
                 update_task(
-                    weights, momentum, pending, scratch, g, m, tile=tile, start=(g // H) * BIG + first,
-                    shape=shape, rule=rule, C=C, CT=tiles.TILE_CT, NT=tiles.TILE_NT,
+                    weights, in_force, more, momentum, pending, scratch, g, m, tile=tile,
+                    start=(g // H) * BIG + first, shape=shape, rule=rule, C=C, CT=tiles.TILE_CT,
+                    NT=tiles.TILE_NT,
                 )
                 _done(counters + KIND + UPDATES)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
 def scan_kernel(
-    reads, given, weights, momentum, pending, biases, progress, fast_scratch, slow_scratch, B: tl.int32,
-    T: tl.int64, eta_scale: tl.float32, grad_scale: tl.float32, UPDATE: tl.constexpr, PRODUCE: tl.constexpr,
-    fast: tl.constexpr, slow: tl.constexpr, fast_tiles: tl.constexpr, slow_tiles: tl.constexpr,
-    shape: tl.constexpr, rule: tl.constexpr,
+    reads, given, weights, in_force, momentum, pending, biases, progress, fast_scratch, slow_scratch,
+    B: tl.int32, T: tl.int64, eta_scale: tl.float32, grad_scale: tl.float32, UPDATE: tl.constexpr,
+    PRODUCE: tl.constexpr, fast: tl.constexpr, slow: tl.constexpr, fast_tiles: tl.constexpr,
+    slow_tiles: tl.constexpr, shape: tl.constexpr, rule: tl.constexpr, no_base: tl.constexpr,
 ):
     """The memories of clock ``fast`` commit every fast.C tokens, those of ``slow`` (if any) every slow.C; all
     of them are read every fast.C tokens. Groups of arguments: groups.py.
@@ -200,9 +218,11 @@ def scan_kernel(
                     _wait(counters + SLOW + UPDATES, end // BIG * SLOW_UPDATES)
                 close_task(pending, g.to(tl.int64), stop=end, shape=shape, rule=rule, BIG=BIG, CT=16)
         else:
-            turn = (ticket // per_round).to(tl.int32)
+            turn = _quotient(ticket, per_round)
             task = (ticket - turn.to(tl.int64) * per_round).to(tl.int32)
-            within = tl.minimum(task // per_step, STEPS - 1)
+            within = 0
+            if STEPS > 1:
+                within = tl.minimum(task // per_step, STEPS - 1)
             task -= within * per_step
             step = turn * STEPS + within
             if task < G * READ_UNITS:
@@ -223,11 +243,16 @@ def scan_kernel(
                                 _wait(counters + QUERIES, (step - phase // SMALL) * PARTS)
                             if m == 0:
                                 _wait(counters + QUERIES, (step + 1 - phase // SMALL) * PARTS)
+                        updated = False
+                        if UPDATE and not rule.MOMENTUM:
+                            updated = step > phase // SMALL
+                        if SLOW_UNITS > 0 and not rule.MOMENTUM:
+                            updated = tl.where((m >= slow.M0) & (m < slow.M1), turn > 0, updated)
                         read_task(
-                            reads, given, weights, pending, biases, g.to(tl.int64), m,
+                            reads, given, weights, in_force, updated, pending, biases, g.to(tl.int64), m,
                             first=step * SMALL + unit % PARTS * fast_tiles.WALK_CT, phase=phase, stop=end,
-                            T=T, eta_scale=eta_scale, shape=shape, rule=rule, BIG=BIG, CT=fast_tiles.WALK_CT,
-                            NT=fast_tiles.WALK_NT,
+                            T=T, eta_scale=eta_scale, shape=shape, rule=rule, no_base=no_base, BIG=BIG,
+                            CT=fast_tiles.WALK_CT, NT=fast_tiles.WALK_NT,
                         )
                         if rule.ADAPTIVE_Q:
                             if m == shape.MF - 1:
@@ -243,14 +268,15 @@ def scan_kernel(
                 task -= G * READ_UNITS
                 if task < G * FAST_UNITS:
                     _commit(
-                        weights, momentum, pending, fast_scratch, progress, task=task, G=G, T=T,
+                        weights, in_force, momentum, pending, fast_scratch, progress, task=task, G=G, T=T,
                         end=(step + 1) * SMALL, grad_scale=grad_scale, clock=fast, tiles=fast_tiles, KIND=0,
-                        READ_UNITS=READ_UNITS, SMALL=SMALL, BIG=BIG, shape=shape, rule=rule,
+                        READ_UNITS=READ_UNITS, SMALL=SMALL, BIG=BIG, shape=shape, rule=rule, no_base=no_base,
                     )
                 elif slow.M1 > slow.M0:
                     _commit(
-                        weights, momentum, pending, slow_scratch, progress, task=task - G * FAST_UNITS, G=G,
-                        T=T, end=(turn + 1) * BIG, grad_scale=grad_scale, clock=slow, tiles=slow_tiles,
-                        KIND=SLOW, READ_UNITS=READ_UNITS, SMALL=SMALL, BIG=BIG, shape=shape, rule=rule,
+                        weights, in_force, momentum, pending, slow_scratch, progress,
+                        task=task - G * FAST_UNITS, G=G, T=T, end=(turn + 1) * BIG, grad_scale=grad_scale,
+                        clock=slow, tiles=slow_tiles, KIND=SLOW, READ_UNITS=READ_UNITS, SMALL=SMALL, BIG=BIG,
+                        shape=shape, rule=rule, no_base=no_base,
                     )
         ticket = skipped + tl.atomic_add(progress.sync, 1, sem="relaxed")

@@ -3,11 +3,10 @@
 
 The table was found by compiling for sm_80 to sm_120: large tiles that leave no architecture with a spill, in
 at most 99 KB of shared memory, so that most rows serve all of them. Where products take their operands from
-shared memory (WIDE), heads of 64 have a row of their own for chunks of 64: 64 tokens a tile, so that weights
-are read once for 64 tokens instead of 32 or 16: a third less time by count (docs/budget.md). It spills
-elsewhere, with longer chunks and with momentum. Results on these architectures have other last bits. Nothing
-in the table has been timed. Tiles of hidden units divide every N of their D, tiles of tokens every C of their
-row.
+shared memory (WIDE), heads of 64 have rows of their own for chunks of 64 tokens and more: 64 tokens a tile, so that
+weights are read once for 64 tokens instead of 32: an eighth less time by count (docs/budget.md). They spill
+elsewhere and with momentum. Results on these architectures have other last bits. Nothing in the table has been
+timed. Tiles of hidden units divide every N of their D, tiles of tokens every C of their row.
 """
 
 from __future__ import annotations
@@ -47,10 +46,12 @@ WIDE = (90, 100)
 TABLE = (
     TileRow(32, 2, 16, Tiles(32, 16, 32, 16), 168),
     TileRow(32, 2, 256, Tiles(32, 32, 32, 32), 255),
+    TileRow(64, 2, 16, Tiles(32, 16, 64, 16), 255, (100,)),  # 168 registers spill four there
     TileRow(64, 2, 16, Tiles(32, 16, 64, 16), 168),
-    TileRow(64, 2, 32, Tiles(64, 32, 64, 16), 255),
+    TileRow(64, 2, 32, Tiles(64, 32, 64, 32), 255),
     TileRow(64, 2, 64, Tiles(64, 64, 64, 64), 255, WIDE),
-    TileRow(64, 2, 256, Tiles(64, 32, 64, 16), 255),
+    TileRow(64, 2, 256, Tiles(64, 64, 64, 64), 255, WIDE),
+    TileRow(64, 2, 256, Tiles(64, 32, 64, 32), 255),
     TileRow(128, 2, 16, Tiles(32, 16, 32, 16), 255),
     TileRow(128, 2, 256, Tiles(32, 16, 32, 32), 255),
     # products on FMA units, a thread holds its rows and columns of both operands
@@ -61,6 +62,8 @@ TABLE = (
 # One kernel holds the rows of both clocks, so these cannot depend on C. (D, itemsize) -> warps
 WARPS = {(32, 2): 4, (64, 2): 4, (128, 2): 8, (32, 4): 4, (64, 4): 8, (128, 4): 8}
 STAGES = 2
+# Of the scratch, what products take as they find it
+ROUNDED = ("e", "a", "d", "rounded_keys", "erased_keys")
 
 
 def tile_row(D: int, C: int, itemsize: int, arch: int) -> TileRow:
@@ -98,8 +101,10 @@ def clocks(config: TitansConfig) -> list[Clock]:
 
 def tiles(config: TitansConfig, clock: Clock, itemsize: int, arch: int) -> Tiles:
     """The row's; with two clocks 16 tokens, or the kernel that holds both would spill (D = 128, N = 512 above
-    16 still does, on sm_80)."""
+    16 still does, on sm_80). So would updates of heads of 64 with momentum."""
     found = row_of(config, clock, itemsize, arch).tiles
+    if config.momentum is not None and config.head_dim == 64:
+        found = found._replace(TILE_CT=16)
     return found if len(clocks(config)) == 1 else found._replace(WALK_CT=16, TILE_CT=16)
 
 
@@ -127,16 +132,23 @@ def constants(config: TitansConfig, itemsize: int, update: bool, arch: int) -> d
     fast, *others = clocks(config)
     # without a second clock no memory has it, and its chunk is that of the pending slots
     slow = others[0] if others else Clock(0, 0, max(config.chunk_memory, config.chunk_other))
+    rule = rule_of(config, update)
     return {
         "UPDATE": update, "PRODUCE": update and config.self_modifying, "fast": fast, "slow": slow,
         "fast_tiles": tiles(config, fast, itemsize, arch), "slow_tiles": tiles(config, slow, itemsize, arch),
-        "shape": shape_of(config), "rule": rule_of(config, update),
+        "shape": shape_of(config), "rule": rule, "no_base": rule._replace(HAS_BASE=False),
     }
 
 
+def erases_at_once(config: TitansConfig, C: int) -> bool:
+    """A clock's keys are multiplied once for all memories (``clock._erased_keys``): where there are more than the
+    head has features. Heads of other widths would spill."""
+    return config.dgd and config.momentum is None and C > config.head_dim == 64
+
+
 def scratch_shapes(config: TitansConfig, itemsize: int, arch: int) -> list[Scratch]:
-    """Per clock, what one chunk of one (row, head) leaves in scratch; ``a`` in the dtype of the operands, the
-    rest in fp32."""
+    """Per clock, what one chunk of one (row, head) leaves in scratch; ``ROUNDED`` in the dtype of the operands,
+    the rest in fp32."""
     layout = Layout.of(config)
     D, N, M, MF = config.head_dim, config.hidden, len(layout.names), len(layout.full)
     MS = max(1, len(layout.scalars))
@@ -145,7 +157,8 @@ def scratch_shapes(config: TitansConfig, itemsize: int, arch: int) -> list[Scrat
         Scratch(
             e=(MF, D, C), es=(MS, C), e2=(M, C), a=(M, N, C), d=(M, N, C),
             norms=(M, N // tiles(config, clock, itemsize, arch).TILE_NT, 2, C), keys=(KEYS, C, D),
-            vectors=(VECTORS, C), gram2=(C, C if config.step_clip else 1), gain=(M, C),
+            rounded_keys=(KEYS, C, D), erased_keys=(D, D if erases_at_once(config, C) else 1),
+            vectors=(VECTORS, C), gram2=(C, C if config.step_clip else 1), sizes=(M, C), gain=(M, C),
         )
         for clock in clocks(config) for C in (clock.C,)
     ]
@@ -190,13 +203,14 @@ def _config(D: int, mult: int, C: int, **changes) -> TitansConfig:
 def _specializations(
     config: TitansConfig, dtype: str, title: str, archs: tuple[int, ...], update: bool = True
 ) -> Iterator[Specialization]:
-    """One for the architectures that have the same tiles. Weights, momentum, gates and scratch are fp32, all
-    else is in the input dtype."""
+    """One for the architectures that have the same tiles. Weights, momentum, gates and most of scratch are fp32,
+    all else is in the input dtype."""
     itemsize, like = ITEMSIZE[dtype], f"*{dtype}"
-    scratch = Scratch(*["*fp32"] * len(Scratch._fields))._replace(a=like)
+    scratch = Scratch(*(like if name in ROUNDED else "*fp32" for name in Scratch._fields))
     signature = {
         "reads": Reads(like, like, like), "given": Writes(like, like, like, like, like),
         "weights": Weights(like, like, like, "*fp32", "*fp32", "*fp32"),
+        "in_force": Weights(like, like, like, like, like, "*fp32"),
         "momentum": Momentum("*fp32", "*fp32", "*fp32"),
         "pending": Writes(like, like, "*fp32", "*fp32", "*fp32"), "biases": Biases(like, like),
         "progress": Progress("*i64", "*i64", "*i64"), "fast_scratch": scratch, "slow_scratch": scratch,
