@@ -85,10 +85,11 @@ class Reader:
         self.levels: list[Any] = []
         for block, to in zip(model.blocks, self.blocks):
             self._mixer(to, block, d)
-            levels = [] if block.cms is None else [level.parameters_by_name() for level in block.cms.levels]
+            cms = block.cms
+            levels = [] if cms is None else [level.parameters_by_name() for level in cms.levels]
             calls = (LevelCall * len(levels))()
             for at, tensors in zip(calls, levels):
-                at.N, at.gain = block.cms.config.hidden, self._at(tensors["norm_gain"], d)
+                at.N, at.gain = tensors["up"].shape[0], self._at(tensors["norm_gain"], d)
             self.matrices.append([
                 [(n, self._at(t[n], t[n].numel()), t[n].numel()) for n in ("up", "down")] for t in levels
             ])
