@@ -91,22 +91,26 @@ inline const char* clear_arrivals([[maybe_unused]] const TitansParams& p, [[mayb
 template <int D, class T, int ACT, int MODE, bool SHARDED>
 const char* launch_prefill(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
-  const int cluster = MODE == kCluster ? plan.blocks : 1;
+  const int cluster = MODE != kGlobal ? plan.blocks : 1;
   if (MODE == kGlobal && plan.blocks > 1 && device.at_once == nullptr)
     if (const char* error = clear_arrivals(p, stream)) return error;
-  if (plan.weights >= 0)
-    return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true, SHARDED>), blocks, kThreads, cluster, device,
-                       stream);
-  return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false, SHARDED>), blocks, kThreads, cluster, device, stream);
+  if constexpr (MODE != kWarpgroups) {
+    if (plan.weights < 0)
+      return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false, SHARDED>), blocks, kThreads, cluster, device,
+                         stream);
+  }
+  return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true, SHARDED>), blocks, kThreads, cluster, device, stream);
 }
 
 template <int D, class T, int ACT, int MODE>
 const char* launch_step(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
-  const int cluster = MODE == kCluster ? plan.blocks : 1;
-  if (plan.weights >= 0)
-    return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, true>), blocks, kThreads, cluster, device, stream);
-  return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, false>), blocks, kThreads, cluster, device, stream);
+  const int cluster = MODE != kGlobal ? plan.blocks : 1;
+  if constexpr (MODE != kWarpgroups) {
+    if (plan.weights < 0)
+      return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, false>), blocks, kThreads, cluster, device, stream);
+  }
+  return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, true>), blocks, kThreads, cluster, device, stream);
 }
 
 template <int D, class T, int ACT, bool SHARDED>
@@ -130,6 +134,13 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
   const Plan plan_of_all = make_plan(D, p.N, p.C, retention, update, device);
   if constexpr (D == 128) {  // a token's outputs need both blocks of a memory, so prefill decodes as well
     if (plan_of_all.shards > 1) return launch_mode<D, T, ACT, true>(p, plan_of_all, device, stream);
+  }
+  if constexpr (D == 64 && kWideExponent<T>) {
+    if (update && by_warpgroups(D, p.N, p.C, true, device)) {
+      const Plan plan = make_warpgroup_plan(retention);
+      return p.T > 1 ? launch_prefill<D, T, ACT, kWarpgroups, false>(p, plan, device, stream)
+                     : launch_step<D, T, ACT, kWarpgroups>(p, plan, device, stream);
+    }
   }
   if (p.T > 1) return launch_mode<D, T, ACT, false>(p, plan_of_all, device, stream);
   if (!update || !in_one_launch(p, plan_of_all, device)) {

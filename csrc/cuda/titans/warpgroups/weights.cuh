@@ -1,0 +1,81 @@
+// Rounded weights where commits are by warpgroups: w2 as each lane's fragments, w1 as a matrix of the block.
+#pragma once
+#include "../../warpgroup.cuh"
+#include "../exchange.cuh"
+#include "../state.cuh"
+#include "plan.h"
+
+namespace hope {
+
+// Where a lane finds its row of four 8 x 8 pieces of a block's matrix [columns][rows][8], `rows` apart from column to
+// column: pieces of rows `row` to row + 15 of columns `column` and column + 1. ACROSS: the second piece is the one of
+// the next column, else of the next 8 rows.
+template <bool ACROSS, class T> HOPE_DEVICE T* four_pieces(T* matrix, int rows, int row, int column, int lane) {
+  const int right = ACROSS ? lane >> 3 & 1 : lane >> 4, below = ACROSS ? lane >> 4 : lane >> 3 & 1;
+  return matrix + (column + right) * 8 * rows + (row + 8 * below + (lane & 7)) * 8;
+}
+
+// In the place of StoredWeights: the same weights, at other places.
+struct WarpgroupWeights {
+  Own own;
+  static constexpr int kUnits = 256;  // of w1
+  static constexpr int kUnroll = 1;
+  template <class T> HOPE_DEVICE static T* w1_matrix(const Plan& plan) {
+    return reinterpret_cast<T*>(shared_memory() + plan.w1);
+  }
+  HOPE_DEVICE bool full() const { return load_shared(&own.call.rank) < 3; }
+  // As {x, z, y, w}: x and z, y and w are operands b of mma.
+  HOPE_DEVICE Word4& block(int i) const {
+    const int blocks = full() ? 8 : 16;
+    return reinterpret_cast<Word4*>(shared_memory() + own.plan.weights)[32 * (blocks * own.warp + i) + own.lane];
+  }
+  HOPE_DEVICE Word4 w2(int g, int s) const {
+    const Word4 v = block(4 * g + s);
+    return {v.x, v.z, v.y, v.w};
+  }
+  // 16 positions i of D by units of group g, as StoredWeights has them.
+  HOPE_DEVICE Word4 w1(int i, int g) const {
+    uint32_t r[4];
+    load_matrices_transposed(r, four_pieces<true>(w1_matrix<uint16_t>(own.plan), kUnits, 32 * own.warp + 16 * g, 2 * i,
+                                                  own.lane));
+    return {r[0], r[1], r[2], r[3]};
+  }
+  HOPE_DEVICE void put(int b, Word4 v) const {
+    if (b < 8 || !full()) {
+      block(b) = {v.x, v.z, v.y, v.w};
+    } else {
+      const int g = (b - 8) / 4, s = (b - 8) % 4;
+      store_matrices(four_pieces<false>(w1_matrix<uint16_t>(own.plan), kUnits, 32 * own.warp + 16 * g, 2 * s, own.lane),
+                     {v.x, v.y, v.z, v.w});
+    }
+  }
+};
+
+// As round_weights. Base weights of w1 are loaded as they lie and transposed in registers.
+template <class T>
+HOPE_DEVICE void round_weights_by_units(const float (&state)[16][8], const WarpgroupWeights& weights,
+                                        const Bases<T>& bases, const Place<64>& place, const Role& role, int N,
+                                        int lane) {
+  constexpr int kBatch = 8;
+  Word4 base[kBatch];
+  sync_warp();
+  for_blocks<64, true>(place, role.full(), N, [&](int i, int at, int row, bool w1) {
+    base[i % kBatch] = base_block<T>(bases, role, w1, at, row, lane);
+    if (i % kBatch < kBatch - 1) return;
+    const int first = i - (kBatch - 1);
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      Word4 b = base[k];
+      if (w1) b = {transpose8x8(b.x), transpose8x8(b.z), transpose8x8(b.y), transpose8x8(b.w)};
+      weights.put(first + k, round_block<T>(state[first + k], b));
+    }
+  });
+  fence_proxy();
+  sync_warp();
+}
+
+template <int D, int MODE, bool ON_CHIP> struct WeightsFor { using type = StoredWeights<D, ON_CHIP>; };
+template <int D, bool ON_CHIP> struct WeightsFor<D, kWarpgroups, ON_CHIP> { using type = WarpgroupWeights; };
+template <int D, int MODE, bool ON_CHIP> using WeightsOf = typename WeightsFor<D, MODE, ON_CHIP>::type;
+
+}  // namespace hope
