@@ -117,7 +117,7 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
     const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
     const WeightsOf<D, MODE, ON_CHIP> weights{own};
     if constexpr (MODE == kWarpgroups)
-      round_weights_by_units<T>(state, weights, bases, Place<D>::of(p, role), role, p.N, lane);
+      round_weights_by_units<T>(state, weights, bases, Place<D>::of(p, role), role, lane);
     else
       round_weights<D, T>(state, weights, own, bases, Place<D>::of(p, role), role, p.N, lane);
   }
@@ -138,6 +138,7 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
 
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
+  if constexpr (MODE == kWarpgroups) assume(p.N == 256 && p.C == 64);
   const int group = block_index() / plan.blocks, rank = block_index() % plan.blocks;
   const bool commit_only = p.flags & kCommitOnly;
   const int64_t b = group / p.H;

@@ -158,6 +158,7 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T, R>& shar
 
 template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
 HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
+  if constexpr (MODE == kWarpgroups) assume(p.N == 256 && p.C == 64);
   const bool update = p.flags & kUpdate;
 
   // --- which (row, head), and which of its blocks ---
@@ -239,7 +240,7 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
       const Bases<T> bases = Bases<T>::of(p, load_shared(&call.head), D, plan.memories);
       const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
       if constexpr (MODE == kWarpgroups)
-        round_weights_by_units<T>(state, weights, bases, place, role, p.N, lane);
+        round_weights_by_units<T>(state, weights, bases, place, role, lane);
       else
         round_weights<D, T>(state, weights, own, bases, place, role, p.N, lane);
     }

@@ -12,10 +12,12 @@ namespace hope {
 template <int D> struct PaddedRows {
   static constexpr bool kPieces = false;
   static constexpr int kRow = Width<D>::kRow;
+  HOPE_DEVICE static int hidden(const TitansParams& p) { return p.N; }
   HOPE_DEVICE static int at(int position) { return position; }
 };
 struct PieceRows {
   static constexpr bool kPieces = true;
+  HOPE_DEVICE static int hidden(const TitansParams&) { return 256; }  // a constant for the compiler
   static constexpr int kRow = 8, kColumn = 64 * 8 + 8;
   HOPE_DEVICE static int at(int position) { return (position >> 3) * kColumn + (position & 7); }
 };

@@ -125,11 +125,11 @@ HOPE_DEVICE void load_state(float (&state)[16][8], const TitansParams& p, const 
   const Place<D> place = Place<D>::of(p, role, before);
   const Deviations deviations = Deviations::of(p, group, D, plan.memories);
   const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
-  load_deviations<D, R::kPieces>(state, deviations, place, role, p.N, lane);
+  load_deviations<D, R::kPieces>(state, deviations, place, role, R::hidden(p), lane);
   load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
   const Own own{p, plan, shared.call(), warp, lane};
   if (plan.base >= 0)
-    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+    for_blocks<D>(place, role.full(), R::hidden(p), [&](int i, int at, int row, bool w1) {
       own.at(plan.base)[512 * warp + 32 * i] = base_block<T>(bases, role, w1, at, row, lane);
     });
 }
@@ -141,7 +141,7 @@ HOPE_DEVICE void store_state(const float (&state)[16][8], const TitansParams& p,
   if (role.idle()) return;
   const Place<D> place = Place<D>::of(p, role, before);
   const Deviations deviations = Deviations::of(p, group, D, shared.plan.memories);
-  for_blocks<D, R::kPieces>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+  for_blocks<D, R::kPieces>(place, role.full(), R::hidden(p), [&](int i, int at, int row, bool w1) {
     if (R::kPieces && w1)
       store_block_transposed(state[i], deviations.w1 + at, row, lane);
     else

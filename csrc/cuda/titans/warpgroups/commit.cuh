@@ -128,9 +128,13 @@ template <class T, int ACT> struct WarpgroupCommit {
     warpgroup_commit();
     warpgroup_wait();
   }
-  HOPE_DEVICE void put_hidden(const Me& me, int offset, int g, int s, const float (&z)[8]) const {
+  // mask: 0 puts zeros.
+  HOPE_DEVICE void put_hidden(const Me& me, int offset, int g, int s, const float (&z)[8],
+                              uint32_t mask = 0xffffffffu) const {
     uint32_t h[4];
     as_operand<T>(h, z);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) h[i] &= mask;
     store_matrices(hidden(me, offset, g, s), h);
   }
 
@@ -152,7 +156,7 @@ template <class T, int ACT> struct WarpgroupCommit {
       for (int s = 0; s < 4; ++s) {
         activate<ACT, false>(z[s], unused);
         if (full)
-          put_hidden(now, shared.plan.at_v, g, s, z[s]);
+          put_hidden(now, shared.plan.at_v, g, s, z[s], has(kOwnValues) ? 0xffffffffu : 0u);
         else
           add_weighted(y, z[s], s, weight);
       }
@@ -202,32 +206,30 @@ template <class T, int ACT> struct WarpgroupCommit {
     }
   }
 
+  // w1 times a or at_v: the warp's 16 tokens by its warpgroup's half of the positions.
+  HOPE_DEVICE void outputs(float (&y)[4][4], int offset) const {
+    const auto a = units_matrix(at<T>(offset), 256, 0);
+    const auto w1 = units_matrix(WarpgroupWeights::w1_matrix<T>(shared.plan), 256, 4 * (warp_index() >> 2));
+    warpgroup_fence();
+#pragma unroll
+    for (int s = 0; s < 16; ++s) warpgroup_mma_narrow(y[0], a + 256 * s, w1 + 256 * s, s == 0);
+    warpgroup_commit();
+    warpgroup_wait();
+  }
+
   HOPE_DEVICE void errors() const {
-    const Me now = me();
-    const int lane = now.lane, half = now.warpgroup(), slot = 16 * (now.warp & 3), row = slot + now.row();
-    const bool full = now.role.full();
-    float target[4][4], error[4][4];
-    if (full) {
-      const auto w1 = units_matrix(WarpgroupWeights::w1_matrix<T>(shared.plan), 256, 4 * half);
-      const auto a = units_matrix(at<T>(shared.plan.a), 256, 0), at_v = units_matrix(at<T>(shared.plan.at_v), 256, 0);
-      warpgroup_fence();
-#pragma unroll
-      for (int s = 0; s < 16; ++s) warpgroup_mma_narrow(target[0], at_v + 256 * s, w1 + 256 * s, s == 0);
-#pragma unroll
-      for (int s = 0; s < 16; ++s) warpgroup_mma_narrow(error[0], a + 256 * s, w1 + 256 * s, s == 0);
-      warpgroup_commit();
-      warpgroup_wait();
-      const bool own = has(kOwnValues);
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) target[j][i] = own ? target[j][i] : 0.f;
+    float target[4][4];
+    if (const Me now = me(); now.role.full()) {
+      const int lane = now.lane, half = now.warpgroup(), slot = 16 * (now.warp & 3), row = slot + now.row();
+      outputs(target, shared.plan.at_v);
       add_tokens(target, shared.v(slot), half, lane);
       const float first = square_sum(target, 0), second = square_sum(target, 1);
       if ((lane & 3) == 0) store_shared(shares(half, 0) + row, first), store_shared(shares(half, 0) + row + 8, second);
     }
     sync_block();
-    if (full) {
+    const Me now = me();
+    const int lane = now.lane, half = now.warpgroup(), slot = 16 * (now.warp & 3), row = slot + now.row();
+    if (now.role.full()) {
       float by[2] = {1.f, 1.f};
       if (has(kTargetNorm)) {
 #pragma unroll
@@ -236,6 +238,8 @@ template <class T, int ACT> struct WarpgroupCommit {
           by[r] = divide(1.f, norm > 1e-6f ? norm : 1e-6f);
         }
       }
+      float error[4][4];
+      outputs(error, shared.plan.a);
       add_tokens(error, shared.k(slot), half, lane);
       const bool dot = has(kDot);
 #pragma unroll

@@ -54,12 +54,11 @@ struct WarpgroupWeights {
 // As round_weights. Base weights of w1 are loaded as they lie and transposed in registers.
 template <class T>
 HOPE_DEVICE void round_weights_by_units(const float (&state)[16][8], const WarpgroupWeights& weights,
-                                        const Bases<T>& bases, const Place<64>& place, const Role& role, int N,
-                                        int lane) {
+                                        const Bases<T>& bases, const Place<64>& place, const Role& role, int lane) {
   constexpr int kBatch = 8;
   Word4 base[kBatch];
   sync_warp();
-  for_blocks<64, true>(place, role.full(), N, [&](int i, int at, int row, bool w1) {
+  for_blocks<64, true>(place, role.full(), WarpgroupWeights::kUnits, [&](int i, int at, int row, bool w1) {
     base[i % kBatch] = base_block<T>(bases, role, w1, at, row, lane);
     if (i % kBatch < kBatch - 1) return;
     const int first = i - (kBatch - 1);
