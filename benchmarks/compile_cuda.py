@@ -17,7 +17,7 @@ from benchmarks import compiled, cubin
 from tools import build_cuda
 
 # (file, architectures such as "90a", its kernels want tensor cores)
-SOURCES = tuple((path, tuple(map(str, build_cuda.ARCHITECTURES)), True) for path in build_cuda.kernels())
+SOURCES = tuple((path, tuple(map(build_cuda.target, build_cuda.ARCHITECTURES)), True) for path in build_cuda.kernels())
 FLAGS = (*build_cuda.DEVICE_FLAGS, "-Xptxas", "-v,-warn-spills")
 # C75xx: wgmma serialized; "setmaxnreg ignored" is only an info
 COMPLAINT = re.compile(r"warning|\(C7\d+\)|setmaxnreg", re.IGNORECASE)

@@ -108,7 +108,7 @@ def assembled(text: Text, arch: int) -> list[Instruction]:
         if cuda.SYMBOL.fullmatch(text.name):
             compiler = build_cuda.nvcc() or "nvcc"
             source = build_cuda.ptx(cuda.source_of(text.name), 80 if arch < 90 else arch)
-            ptxas, target = Path(compiler).with_name("ptxas"), f"sm_{arch}"
+            ptxas, target = Path(compiler).with_name("ptxas"), f"sm_{build_cuda.target(arch)}"
             _run(str(ptxas), "-arch", target, "-lineinfo", "--entry", text.name, "-o", out, str(source))
         else:
             source = Path(folder, "in.ptx")

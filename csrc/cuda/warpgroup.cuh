@@ -68,9 +68,9 @@ HOPE_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
 // 16 w + 15; a: its fragment, as mma's; c[4 j] to c[4 j + 3]: as mma's, of columns 8 j to 8 j + 7.
 template <Pieces B>
 HOPE_DEVICE void warpgroup_mma(float* c, const uint32_t (&a)[4], SharedMatrix<B> b, bool first) {
-  asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, %37, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HOPE_NAMES32 "}, "
-               "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
+  asm volatile("{.reg .pred p;\n setp.eq.b32 p, %37, 0;\n"
+               " wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HOPE_NAMES32 "}, "
+               "{%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
                : HOPE_SUMS32
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(static_cast<int>(first)),
                  "n"(static_cast<int>(B)));
@@ -78,9 +78,8 @@ HOPE_DEVICE void warpgroup_mma(float* c, const uint32_t (&a)[4], SharedMatrix<B>
 // The same with a in shared memory.
 template <Pieces A, Pieces B>
 HOPE_DEVICE void warpgroup_mma(float* c, SharedMatrix<A> a, SharedMatrix<B> b, bool first) {
-  asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, %34, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HOPE_NAMES32 "}, %32, %33, p, 1, 1, %35, %36;"
-               "\n}"
+  asm volatile("{.reg .pred p;\n setp.eq.b32 p, %34, 0;\n"
+               " wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HOPE_NAMES32 "}, %32, %33, p, 1, 1, %35, %36;}"
                : HOPE_SUMS32
                : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(first)), "n"(static_cast<int>(A)),
                  "n"(static_cast<int>(B)));
@@ -88,9 +87,8 @@ HOPE_DEVICE void warpgroup_mma(float* c, SharedMatrix<A> a, SharedMatrix<B> b, b
 // And 32 columns.
 template <Pieces A, Pieces B>
 HOPE_DEVICE void warpgroup_mma_narrow(float* c, SharedMatrix<A> a, SharedMatrix<B> b, bool first) {
-  asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, %18, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" HOPE_NAMES16 "}, %16, %17, p, 1, 1, %19, %20;"
-               "\n}"
+  asm volatile("{.reg .pred p;\n setp.eq.b32 p, %18, 0;\n"
+               " wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" HOPE_NAMES16 "}, %16, %17, p, 1, 1, %19, %20;}"
                : HOPE_SUMS16
                : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(first)), "n"(static_cast<int>(A)),
                  "n"(static_cast<int>(B)));

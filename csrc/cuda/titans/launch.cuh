@@ -135,8 +135,8 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
   if constexpr (D == 128) {  // a token's outputs need both blocks of a memory, so prefill decodes as well
     if (plan_of_all.shards > 1) return launch_mode<D, T, ACT, true>(p, plan_of_all, device, stream);
   }
-  if constexpr (D == 64 && kWideExponent<T>) {
-    if (update && by_warpgroups(D, p.N, p.C, true, device)) {
+  if constexpr (D == 64 && kWideExponent<T> && ACT != kGelu) {
+    if (by_warpgroups(p, D, true, device)) {
       const Plan plan = make_warpgroup_plan(retention);
       return p.T > 1 ? launch_prefill<D, T, ACT, kWarpgroups, false>(p, plan, device, stream)
                      : launch_step<D, T, ACT, kWarpgroups>(p, plan, device, stream);

@@ -20,8 +20,7 @@ Workspace titans_workspace(const TitansParams& p, int D, const Device& device) {
   const Plan plan = make_plan(D, p.N, p.C, p.flags & kRetention, p.flags & kUpdate, device);
   const int64_t groups = static_cast<int64_t>(p.B) * p.H;
   int64_t scratch = plan.scratch_bytes;
-  // by_warpgroups is asked as of bf16: what the tensors are is not known here
-  if ((p.flags & kUpdate) && by_warpgroups(D, p.N, p.C, true, device)) {
+  if (by_warpgroups(p, D, true, device)) {  // as of bf16: what the tensors are is not known here
     const int64_t other = make_warpgroup_plan(p.flags & kRetention).scratch_bytes;
     scratch = other > scratch ? other : scratch;
   }

@@ -35,16 +35,13 @@ template <class T, int ACT> struct WarpgroupCommit {
   struct Me {
     int warp, lane;
     Role role;
-    WarpgroupWeights weights;
+    Own own;
     HOPE_DEVICE int warpgroup() const { return warp >> 2; }
     HOPE_DEVICE int row() const { return lane >> 2; }
-    HOPE_DEVICE int groups() const { return role.full() ? kGroups : kScalarGroups; }
-    HOPE_DEVICE int units() const { return role.full() ? 256 : 512; }  // of the block
-    HOPE_DEVICE int unit(int g) const { return 16 * (groups() * warp + g); }
   };
   HOPE_DEVICE Me me() const {
     const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
-    return {warp, lane, shared.call().role(shared.plan, warp), {{p, shared.plan, shared.call(), warp, lane}}};
+    return {warp, lane, shared.call().role(shared.plan, warp), {p, shared.plan, shared.call(), warp, lane}};
   }
   HOPE_DEVICE bool has(int flag) const { return p.flags & flag; }
 
@@ -85,13 +82,15 @@ template <class T, int ACT> struct WarpgroupCommit {
   HOPE_DEVICE TokenTile<T> keys() const { return {shared.k(0)}; }
   HOPE_DEVICE TokenTile<T> values() const { return {shared.v(0)}; }
   HOPE_DEVICE TokenTile<T> errors_tile() const { return {shared.e(0, 0, C)}; }
-  // A lane's row of a or at_v of a group, 16 tokens s.
-  HOPE_DEVICE T* hidden(const Me& me, int offset, int g, int s) const {
-    return four_pieces<false>(at<T>(offset), me.units(), me.unit(g), 2 * s, me.lane);
+  // A lane's row of a or at_v of a group, 16 tokens s. GROUPS: of a warp.
+  template <int GROUPS> HOPE_DEVICE T* hidden(const Me& me, int offset, int g, int s) const {
+    constexpr int kUnits = 16 * GROUPS * kWarps;
+    return four_pieces<false>(at<T>(offset) + 8 * 16 * GROUPS * me.warp, kUnits, 0, 0, me.lane) +
+           8 * (16 * g + kUnits * 2 * s);
   }
   // sigma', later d, of a group: a lane's own, 32 s for 16 tokens s.
   HOPE_DEVICE Word4* kept(const Me& me, int g) const {
-    return me.weights.own.at(g < 2 ? shared.plan.d : shared.plan.more_d) + 32 * (8 * me.warp + 4 * (g & 1));
+    return me.own.at(g < 2 ? shared.plan.d : shared.plan.more_d) + 32 * (8 * me.warp + 4 * (g & 1));
   }
   // Memory by memory: the weights w1 of a lane's two units of a group.
   HOPE_DEVICE Float2 scalar_pair(const Me& me, int g) const {
@@ -115,11 +114,12 @@ template <class T, int ACT> struct WarpgroupCommit {
   }
 
   // z of a group: w2 times the tokens of a tile.
-  HOPE_DEVICE static void hidden_group(float (&z)[4][8], const Me& me, int g, const TokenTile<T>& tile) {
+  HOPE_DEVICE static void hidden_group(float (&z)[4][8], const WarpgroupWeights& weights, int g,
+                                       const TokenTile<T>& tile) {
     uint32_t w[4][4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      const Word4 block = me.weights.w2(g, s);
+      const Word4 block = weights.w2(g, s);
       w[s][0] = block.x, w[s][1] = block.y, w[s][2] = block.z, w[s][3] = block.w;
     }
     warpgroup_fence();
@@ -129,60 +129,65 @@ template <class T, int ACT> struct WarpgroupCommit {
     warpgroup_wait();
   }
   // mask: 0 puts zeros.
+  template <int GROUPS>
   HOPE_DEVICE void put_hidden(const Me& me, int offset, int g, int s, const float (&z)[8],
                               uint32_t mask = 0xffffffffu) const {
     uint32_t h[4];
     as_operand<T>(h, z);
 #pragma unroll
     for (int i = 0; i < 4; ++i) h[i] &= mask;
-    store_matrices(hidden(me, offset, g, s), h);
+    store_matrices(hidden<GROUPS>(me, offset, g, s), h);
   }
 
   HOPE_DEVICE void evaluate() const {
     const Me now = me();
     if (now.role.idle()) return;
-    evaluate_values(now);
-    evaluate_keys(now);
+    if (now.role.full())
+      evaluate_values<true>(now), evaluate_keys<true>(now);
+    else
+      evaluate_values<false>(now), evaluate_keys<false>(now);
   }
-  HOPE_DEVICE void evaluate_values(const Me& now) const {
-    const bool full = now.role.full();
+  template <bool FULL> HOPE_DEVICE void evaluate_values(const Me& now) const {
+    const WarpgroupWeights weights{now.own};
     float y[16] = {};
 #pragma unroll 1
-    for (int g = 0; g < now.groups(); ++g) {
+    for (int g = 0; g < (FULL ? kGroups : kScalarGroups); ++g) {
       float z[4][8], unused[8];
-      hidden_group(z, now, g, values());
-      const Float2 weight = full ? Float2{0.f, 0.f} : scalar_pair(now, g);
+      hidden_group(z, weights, g, values());
+      const Float2 weight = FULL ? Float2{0.f, 0.f} : scalar_pair(now, g);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
+        if (ACT != kGeluTanh) sync_warp();  // as in hidden_group of ../forward.cuh: registers are short
         activate<ACT, false>(z[s], unused);
-        if (full)
-          put_hidden(now, shared.plan.at_v, g, s, z[s], has(kOwnValues) ? 0xffffffffu : 0u);
+        if (FULL)
+          put_hidden<kGroups>(now, shared.plan.at_v, g, s, z[s], has(kOwnValues) ? 0xffffffffu : 0u);
         else
           add_weighted(y, z[s], s, weight);
       }
     }
-    if (!full) put_tokens(shares(now.warp, 1), y, now.lane);
+    if (!FULL) put_tokens(shares(now.warp, 1), y, now.lane);
   }
-  HOPE_DEVICE void evaluate_keys(const Me& now) const {
-    const bool full = now.role.full();
+  template <bool FULL> HOPE_DEVICE void evaluate_keys(const Me& now) const {
+    const WarpgroupWeights weights{now.own};
     float norm[16] = {}, y[16] = {};
 #pragma unroll 1
-    for (int g = 0; g < now.groups(); ++g) {
+    for (int g = 0; g < (FULL ? kGroups : kScalarGroups); ++g) {
       float z[4][8], slope[8];
-      hidden_group(z, now, g, keys());
-      const Float2 weight = full ? Float2{0.f, 0.f} : scalar_pair(now, g);
+      hidden_group(z, weights, g, keys());
+      const Float2 weight = FULL ? Float2{0.f, 0.f} : scalar_pair(now, g);
       Word4* to = kept(now, g);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
+        if (ACT != kGeluTanh) sync_warp();
         activate<ACT, true>(z[s], slope);
         add_squares(norm, z[s], s);
-        if (!full) add_weighted(y, z[s], s, weight);
-        put_hidden(now, shared.plan.a, g, s, z[s]);
+        if (!FULL) add_weighted(y, z[s], s, weight);
+        put_hidden<FULL ? kGroups : kScalarGroups>(now, shared.plan.a, g, s, z[s]);
         to[32 * s] = round_block<fp16>(slope);
       }
     }
     put_tokens(shared.norms(now.warp, 0, C), norm, now.lane);
-    if (!full) put_tokens(shares(now.warp, 0), y, now.lane);
+    if (!FULL) put_tokens(shares(now.warp, 0), y, now.lane);
   }
 
   // Of the four numbers of 8 positions j of a half: rows r and r + 8 of the warp's 16 tokens.
@@ -206,30 +211,38 @@ template <class T, int ACT> struct WarpgroupCommit {
     }
   }
 
-  // w1 times a or at_v: the warp's 16 tokens by its warpgroup's half of the positions.
+  // w1 times a or at_v, once it is waited for: the warp's 16 tokens by its warpgroup's half of the positions.
   HOPE_DEVICE void outputs(float (&y)[4][4], int offset) const {
     const auto a = units_matrix(at<T>(offset), 256, 0);
     const auto w1 = units_matrix(WarpgroupWeights::w1_matrix<T>(shared.plan), 256, 4 * (warp_index() >> 2));
-    warpgroup_fence();
 #pragma unroll
     for (int s = 0; s < 16; ++s) warpgroup_mma_narrow(y[0], a + 256 * s, w1 + 256 * s, s == 0);
     warpgroup_commit();
-    warpgroup_wait();
   }
 
   HOPE_DEVICE void errors() const {
-    float target[4][4];
     if (const Me now = me(); now.role.full()) {
-      const int lane = now.lane, half = now.warpgroup(), slot = 16 * (now.warp & 3), row = slot + now.row();
+      const int row = 16 * (now.warp & 3) + now.row(), half = now.warpgroup();
+      float target[4][4];
+      warpgroup_fence();
       outputs(target, shared.plan.at_v);
-      add_tokens(target, shared.v(slot), half, lane);
+      warpgroup_wait();
+      add_tokens(target, shared.v(16 * (now.warp & 3)), half, now.lane);
       const float first = square_sum(target, 0), second = square_sum(target, 1);
-      if ((lane & 3) == 0) store_shared(shares(half, 0) + row, first), store_shared(shares(half, 0) + row + 8, second);
+      if ((now.lane & 3) == 0)
+        store_shared(shares(half, 0) + row, first), store_shared(shares(half, 0) + row + 8, second);
     }
     sync_block();
     const Me now = me();
     const int lane = now.lane, half = now.warpgroup(), slot = 16 * (now.warp & 3), row = slot + now.row();
     if (now.role.full()) {
+      float target[4][4], error[4][4];  // the target once more: registers are too few to keep it
+      warpgroup_fence();
+      outputs(target, shared.plan.at_v);
+      outputs(error, shared.plan.a);
+      warpgroup_wait();
+      add_tokens(target, shared.v(slot), half, lane);
+      add_tokens(error, shared.k(slot), half, lane);
       float by[2] = {1.f, 1.f};
       if (has(kTargetNorm)) {
 #pragma unroll
@@ -238,16 +251,13 @@ template <class T, int ACT> struct WarpgroupCommit {
           by[r] = divide(1.f, norm > 1e-6f ? norm : 1e-6f);
         }
       }
-      float error[4][4];
-      outputs(error, shared.plan.a);
-      add_tokens(error, shared.k(slot), half, lane);
       const bool dot = has(kDot);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float aim = target[j][i] * by[i >> 1];
-          error[j][i] = dot ? -aim : p.grad_scale * (error[j][i] - aim);
+          const float wanted = target[j][i] * by[i >> 1];
+          error[j][i] = dot ? -wanted : p.grad_scale * (error[j][i] - wanted);
         }
       const float first = square_sum(error, 0), second = square_sum(error, 1);
       float* e2 = shared.e2(4 * half, C) + row;
@@ -275,14 +285,13 @@ template <class T, int ACT> struct WarpgroupCommit {
     if (now.role.idle()) return;
     float norm[16] = {};
     if (now.role.full()) {
+      const WarpgroupWeights weights{now.own};
 #pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
         uint32_t w[4][4];
         float d[4][8];
 #pragma unroll
-        for (int s = 0; s < 4; ++s)
-          load_matrices(w[s], four_pieces<false>(WarpgroupWeights::w1_matrix<T>(shared.plan), 256, now.unit(g), 2 * s,
-                                                 now.lane));
+        for (int s = 0; s < 4; ++s) weights.w1_rows(w[s], s, g);
         warpgroup_fence();
 #pragma unroll
         for (int s = 0; s < 4; ++s) warpgroup_mma(d[0], w[s], errors_tile().positions(s), s == 0);
@@ -431,7 +440,7 @@ template <class T, int ACT> struct WarpgroupCommit {
       uint32_t h[4][4];
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        load_matrices(h[s], hidden(now, shared.plan.a, g, s));
+        load_matrices(h[s], hidden<kGroups>(now, shared.plan.a, g, s));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const Float2 pair = unpack2<T>(h[s][i]);
@@ -474,7 +483,7 @@ template <class T, int ACT> struct WarpgroupCommit {
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         uint32_t h[4];
-        load_matrices(h, hidden(now, shared.plan.a, g, s));
+        load_matrices(h, hidden<kScalarGroups>(now, shared.plan.a, g, s));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const Float2 pair = unpack2<T>(h[i]);

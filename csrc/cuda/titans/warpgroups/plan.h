@@ -1,5 +1,6 @@
 // What commits by warpgroups serve, and where their data lies: heads of width 64 with 256 hidden units, chunks of 64
-// tokens, bf16, on compute capability 9.0. Four blocks a (row, head), owned as in ../plan.h.
+// tokens, bf16, on compute capability 9.0, with sigma of one tanh or exponential (registers are too few for an
+// exact gelu). Calls that only read take the kernels of ../prefill.cuh. Four blocks a (row, head), owned as in ../plan.h.
 //
 // Beside what ../plan.h has, a block keeps one kind of matrix in shared memory for several uses:
 //     w1      [8 columns of D][256 units][8]       rounded: operand of M(x) of all warps, and of each one's gradients
@@ -11,8 +12,9 @@
 
 namespace hope {
 
-inline bool by_warpgroups(int D, int N, int C, bool bf16, const Device& device) {
-  return device.capability == 90 && device.image == 90 && D == 64 && N == 256 && C == 64 && bf16;
+inline bool by_warpgroups(const TitansParams& p, int D, bool bf16, const Device& device) {
+  return device.capability == 90 && device.image == 90 && D == 64 && p.N == 256 && p.C == 64 && bf16 &&
+         p.activation != kGelu && (p.flags & kUpdate);
 }
 
 inline Plan make_warpgroup_plan(bool retention) {

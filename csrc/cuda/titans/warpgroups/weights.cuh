@@ -17,35 +17,41 @@ template <bool ACROSS, class T> HOPE_DEVICE T* four_pieces(T* matrix, int rows, 
 
 // In the place of StoredWeights: the same weights, at other places.
 struct WarpgroupWeights {
-  Own own;
   static constexpr int kUnits = 256;  // of w1
   static constexpr int kUnroll = 1;
+  Word4* blocks;  // a lane's, of w2
+  uint16_t* w1_;  // the warp's first unit in w1: number 8 r + 8 kUnits c is row r of column c
+  int lane;
+  bool full;
+
+  HOPE_DEVICE WarpgroupWeights(const Own& own)
+      : w1_(w1_matrix<uint16_t>(own.plan) + 8 * 32 * own.warp), lane(own.lane), full(load_shared(&own.call.rank) < 3) {
+    blocks = reinterpret_cast<Word4*>(shared_memory() + own.plan.weights) + 32 * (full ? 8 : 16) * own.warp + lane;
+  }
   template <class T> HOPE_DEVICE static T* w1_matrix(const Plan& plan) {
     return reinterpret_cast<T*>(shared_memory() + plan.w1);
   }
-  HOPE_DEVICE bool full() const { return load_shared(&own.call.rank) < 3; }
   // As {x, z, y, w}: x and z, y and w are operands b of mma.
-  HOPE_DEVICE Word4& block(int i) const {
-    const int blocks = full() ? 8 : 16;
-    return reinterpret_cast<Word4*>(shared_memory() + own.plan.weights)[32 * (blocks * own.warp + i) + own.lane];
-  }
   HOPE_DEVICE Word4 w2(int g, int s) const {
-    const Word4 v = block(4 * g + s);
+    const Word4 v = blocks[32 * (4 * g + s)];
     return {v.x, v.z, v.y, v.w};
   }
   // 16 positions i of D by units of group g, as StoredWeights has them.
   HOPE_DEVICE Word4 w1(int i, int g) const {
     uint32_t r[4];
-    load_matrices_transposed(r, four_pieces<true>(w1_matrix<uint16_t>(own.plan), kUnits, 32 * own.warp + 16 * g, 2 * i,
-                                                  own.lane));
+    load_matrices_transposed(r, four_pieces<true>(w1_, kUnits, 0, 0, lane) + 8 * (16 * g + kUnits * 2 * i));
     return {r[0], r[1], r[2], r[3]};
   }
+  // The same as operand a, units as m.
+  HOPE_DEVICE void w1_rows(uint32_t (&r)[4], int i, int g) const {
+    load_matrices(r, four_pieces<false>(w1_, kUnits, 0, 0, lane) + 8 * (16 * g + kUnits * 2 * i));
+  }
   HOPE_DEVICE void put(int b, Word4 v) const {
-    if (b < 8 || !full()) {
-      block(b) = {v.x, v.z, v.y, v.w};
+    if (b < 8 || !full) {
+      blocks[32 * b] = {v.x, v.z, v.y, v.w};
     } else {
-      const int g = (b - 8) / 4, s = (b - 8) % 4;
-      store_matrices(four_pieces<false>(w1_matrix<uint16_t>(own.plan), kUnits, 32 * own.warp + 16 * g, 2 * s, own.lane),
+      const int g = (b - 8) / 4, i = (b - 8) % 4;
+      store_matrices(four_pieces<false>(w1_, kUnits, 0, 0, lane) + 8 * (16 * g + kUnits * 2 * i),
                      {v.x, v.y, v.z, v.w});
     }
   }
@@ -55,7 +61,7 @@ struct WarpgroupWeights {
 template <class T>
 HOPE_DEVICE void round_weights_by_units(const float (&state)[16][8], const WarpgroupWeights& weights,
                                         const Bases<T>& bases, const Place<64>& place, const Role& role, int lane) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = 4;
   Word4 base[kBatch];
   sync_warp();
   for_blocks<64, true>(place, role.full(), WarpgroupWeights::kUnits, [&](int i, int at, int row, bool w1) {
