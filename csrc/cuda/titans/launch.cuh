@@ -135,13 +135,6 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
   if constexpr (D == 128) {  // a token's outputs need both blocks of a memory, so prefill decodes as well
     if (plan_of_all.shards > 1) return launch_mode<D, T, ACT, true>(p, plan_of_all, device, stream);
   }
-  if constexpr (D == 64 && kWideExponent<T> && ACT != kGelu) {
-    if (by_warpgroups(p, D, true, device)) {
-      const Plan plan = make_warpgroup_plan(retention);
-      return p.T > 1 ? launch_prefill<D, T, ACT, kWarpgroups, false>(p, plan, device, stream)
-                     : launch_step<D, T, ACT, kWarpgroups>(p, plan, device, stream);
-    }
-  }
   if (p.T > 1) return launch_mode<D, T, ACT, false>(p, plan_of_all, device, stream);
   if (!update || !in_one_launch(p, plan_of_all, device)) {
     const Plan plan = make_decode_plan(D, p.N, retention);
@@ -156,6 +149,13 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
   return launch_step<D, T, ACT, kGlobal>(p, plan_of_all, device, stream);
 }
 
+// A call that by_warpgroups allows.
+template <int ACT> const char* launch_warpgroups(const TitansParams& p, const Device& device, void* stream) {
+  const Plan plan = make_warpgroup_plan(p.flags & kRetention);
+  return p.T > 1 ? launch_prefill<64, bf16, ACT, kWarpgroups, false>(p, plan, device, stream)
+                 : launch_step<64, bf16, ACT, kWarpgroups>(p, plan, device, stream);
+}
+
 template <int D, class T> const char* launch_activation(const TitansParams& p, const Device& device, void* stream) {
   if (p.activation == kGeluTanh) return launch_call<D, T, kGeluTanh>(p, device, stream);
   return p.activation == kGelu ? launch_call<D, T, kGelu>(p, device, stream)
@@ -164,6 +164,7 @@ template <int D, class T> const char* launch_activation(const TitansParams& p, c
 
 // One for each source file: 64_bf16.cu and so on.
 const char* launch_64_bf16(const TitansParams& p, const Device& device, void* stream);
+const char* launch_64_bf16_warpgroups(const TitansParams& p, const Device& device, void* stream);
 const char* launch_64_fp16(const TitansParams& p, const Device& device, void* stream);
 const char* launch_128_bf16(const TitansParams& p, const Device& device, void* stream);
 const char* launch_128_fp16(const TitansParams& p, const Device& device, void* stream);
