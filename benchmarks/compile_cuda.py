@@ -31,6 +31,10 @@ PRODUCTS = {
     "titans_prefill<64": 256, "titans_prefill<128": 288, "titans_decode<": 64, "titans_step<64": 280,
     "titans_step<128": 312,
 }
+# Where a chunk is committed by warpgroups, mma are left for reading and for products of keys, wgmma are what
+# ../csrc/cuda/titans/warpgroups/commit.cuh counts, for memories of both kinds.
+BY_WARPGROUPS = re.compile(r"titans_\w+<64, hope::bf16, \d, 2,")
+BY_MMA, BY_WGMMA = 62, 128
 
 
 class Refused(Exception):
@@ -70,9 +74,11 @@ def label(path: Path) -> str:
     return path.relative_to(build_cuda.SOURCES).as_posix().replace("/", "_") if inside else path.name
 
 
-def lost_products(kernel: str, found: int) -> list[str]:
+def lost_products(kernel: str, mma: int, wgmma: int = 0) -> list[str]:
     wanted = next((n for part, n in PRODUCTS.items() if part in kernel), 0)
-    return [f"{found} mma instructions, expected {wanted} or more"] if found < wanted else []
+    by_warpgroups = BY_WARPGROUPS.search(kernel)
+    pairs = [("mma", mma, BY_MMA if by_warpgroups else wanted), ("wgmma", wgmma, BY_WGMMA if by_warpgroups else 0)]
+    return [f"{found} {name} instructions, expected {least} or more" for name, found, least in pairs if found < least]
 
 
 def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[dict]:
@@ -92,7 +98,7 @@ def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[
         return [
             {"kernel": readable(name), **common, **asdict(u),
              "violations": [*of_all, *(c for c in complaints if f"'{name}'" in c),
-                 *lost_products(readable(name), u.mma),
+                 *lost_products(readable(name), u.mma, u.wgmma),
                             *cubin.violations(u, sm, u.shared, wants_mma)]}
             for name, u in found.items()
         ]
