@@ -61,7 +61,7 @@ struct WarpgroupWeights {
 template <class T>
 HOPE_DEVICE void round_weights_by_units(const float (&state)[16][8], const WarpgroupWeights& weights,
                                         const Bases<T>& bases, const Place<64>& place, const Role& role, int lane) {
-  constexpr int kBatch = 4;
+  constexpr int kBatch = 8;
   Word4 base[kBatch];
   sync_warp();
   for_blocks<64, true>(place, role.full(), WarpgroupWeights::kUnits, [&](int i, int at, int row, bool w1) {
