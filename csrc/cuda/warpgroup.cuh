@@ -1,5 +1,5 @@
-// What compute capability 9.0 has beside simt.cuh: products of a warpgroup (four warps whose first one is a multiple
-// of four) on matrices in shared memory, which are under way until they are waited for.
+// What compute capability 9.0 has beside simt.cuh: products of a warpgroup (four warps whose first one is a
+// multiple of four) on matrices in shared memory, which are under way until they are waited for.
 //
 //     warpgroup_fence();                                 registers of sums and operands are written
 //     warpgroup_mma...(sums, a, b, first), several
@@ -7,15 +7,16 @@
 //     warpgroup_wait<N>();                               all batches but the last N are done: their sums are there, and
 //                                                        what they read may be written
 //
-// All threads of the warpgroup call. Products see shared memory through another proxy: between a store and a product
-// that reads it lies a fence_proxy(), of the writer before the barrier or of the reader after it.
+// All threads of the warpgroup call. Products see shared memory through another proxy: between a store and a
+// product that reads it lies a fence_proxy(), of the writer before the barrier or of the reader after it.
 #pragma once
 #include "simt.cuh"
 
 namespace hope {
 
-// A matrix of 16-bit numbers in shared memory, in pieces of 8 x 8: eight rows of 16 bytes, one after another. Pieces
-// lie `along` bytes apart along k (the index that is summed over) and `across` bytes apart across it.
+// A matrix of 16-bit numbers in shared memory, in pieces of 8 x 8: eight rows of 16 bytes, one after
+// another. Pieces lie `along` bytes apart along k (the index that is summed over) and `across` bytes apart
+// across it.
 //     rows:     a row of a piece is eight k of one m or n          (PTX calls it K-major)
 //     columns:  a row of a piece is eight m or n of one k          (MN-major)
 enum class Pieces : int { kRows = 0, kColumns = 1 };
@@ -64,8 +65,8 @@ HOPE_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
 #define HOPE_NAMES32 \
   HOPE_NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
-// c[64 x 64] += a[64 x 16] b[16 x 64], or = if it is the first of a sum; bf16, sums in fp32. Warp w has rows 16 w to
-// 16 w + 15; a: its fragment, as mma's; c[4 j] to c[4 j + 3]: as mma's, of columns 8 j to 8 j + 7.
+// c[64 x 64] += a[64 x 16] b[16 x 64], or = if it is the first of a sum; bf16, sums in fp32. Warp w has rows
+// 16 w to 16 w + 15; a: its fragment, as mma's; c[4 j] to c[4 j + 3]: as mma's, of columns 8 j to 8 j + 7.
 template <Pieces B>
 HOPE_DEVICE void warpgroup_mma(float* c, const uint32_t (&a)[4], SharedMatrix<B> b, bool first) {
   asm volatile("{.reg .pred p;\n setp.eq.b32 p, %37, 0;\n"

@@ -1,5 +1,6 @@
-// The names of cuda/warpgroup.cuh on a host. A warp computes its own 16 of the 64 rows when it issues a product; that
-// products are under way until they are waited for, and read through a proxy, shows in the PTX machine (ptx/wgmma.h).
+// The names of cuda/warpgroup.cuh on a host. A warp computes its own 16 of the 64 rows when it issues a
+// product; that products are under way until they are waited for, and read through a proxy, shows in the PTX
+// machine (ptx/wgmma.h).
 #pragma once
 #include <type_traits>
 

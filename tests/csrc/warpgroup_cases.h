@@ -11,7 +11,8 @@ template <Pieces P> int byte_of(int number, int k, int along, int across) {
   return number / 8 * across + k / 8 * along + 16 * row + 2 * column;
 }
 
-// a[64][16], b[N][16], then c[64][N] of fp32. Pieces of a are neighbours along k, those of b across it, with gaps.
+// a[64][16], b[N][16], then c[64][N] of fp32. Pieces of a are neighbours along k, those of b across it, with
+// gaps.
 template <Pieces A, Pieces B, int N, bool REGISTERS>
 HOPE_KERNEL(128) warpgroup_product(const uint16_t* a, const uint16_t* b, const float* c, float* out) {
   unsigned char *a_at = shared_memory(), *b_at = shared_memory() + 4096;

@@ -1,4 +1,5 @@
-// The memory's kernels for heads of width 64, operands in bf16, whose chunks are committed by products of warpgroups.
+// The memory's kernels for heads of width 64, operands in bf16, whose chunks are committed by products of
+// warpgroups.
 #include "launch.cuh"
 
 namespace hope {

@@ -1,5 +1,5 @@
-// Committing a chunk of 64 tokens by products of warpgroups (../../warpgroup.cuh): what ../commit.cuh does, for all
-// tokens at once and with other sums of the same numbers.
+// Committing a chunk of 64 tokens by products of warpgroups (../../warpgroup.cuh): what ../commit.cuh does,
+// for all tokens at once and with other sums of the same numbers.
 //
 //     evaluate      z^T = w2 K^T, w2 V^T; a = sigma(z), sigma', |a|^2; last warp: decays               | barrier
 //     errors        M(k), M(v) = a^T w1^T over all units, e; products of keys                          | 2 barriers

@@ -1,6 +1,7 @@
-// What commits by warpgroups serve, and where their data lies: heads of width 64 with 256 hidden units, chunks of 64
-// tokens, bf16, on compute capability 9.0, with sigma of one tanh or exponential (registers are too few for an
-// exact gelu). Calls that only read take the kernels of ../prefill.cuh. Four blocks a (row, head), owned as in ../plan.h.
+// What commits by warpgroups serve, and where their data lies: heads of width 64 with 256 hidden units,
+// chunks of 64 tokens, bf16, on compute capability 9.0, with sigma of one tanh or exponential (registers are
+// too few for an exact gelu). Calls that only read take the kernels of ../prefill.cuh. Four blocks a (row,
+// head), owned as in ../plan.h.
 //
 // Beside what ../plan.h has, a block keeps one kind of matrix in shared memory for several uses:
 //     w1      [8 columns of D][256 units][8]       rounded: operand of M(x) of all warps, and of each one's gradients
@@ -39,7 +40,8 @@ inline Plan make_warpgroup_plan(bool retention) {
   p.weights = take(kWarps * 16 * 512), p.w1 = p.weights + kWarps * 8 * 512;
   p.a = take(64 << 10), p.at_v = p.parts = p.a + (32 << 10);
   p.d = take(32 << 10);
-  // a scalar memory's warps have no errors of D numbers, the others have partial outputs that nobody needs meanwhile
+  // a scalar memory's warps have no errors of D numbers, the others have partial outputs that nobody needs
+  // meanwhile
   p.e = p.solved = take(kWarps * (panels - 1) * 512);
   p.base = -1;
   p.more_d = -1, p.scratch_bytes = 32 << 10;

@@ -1,7 +1,7 @@
-// Numbers of 16 hidden units (a warp's rows of a product of its warpgroup) by 64 tokens, as products of weights with
-// tokens leave them: x[s][i] with rows g and g + 8 of the 16 (i = 0, 1, 4, 5 and 2, 3, 6, 7), g = lane / 4, tokens
-// 16 s + 2 (lane % 4) (even i) and the next, 8 later for i >= 4. Rounded, x[s] is the operand a with units as m and
-// tokens as k.
+// Numbers of 16 hidden units (a warp's rows of a product of its warpgroup) by 64 tokens, as products of
+// weights with tokens leave them: x[s][i] with rows g and g + 8 of the 16 (i = 0, 1, 4, 5 and 2, 3, 6, 7), g
+// = lane / 4, tokens 16 s + 2 (lane % 4) (even i) and the next, 8 later for i >= 4. Rounded, x[s] is the
+// operand a with units as m and tokens as k.
 #pragma once
 #include "../../warpgroup.cuh"
 #include "../shared.cuh"
@@ -36,8 +36,8 @@ HOPE_DEVICE Float2 token_sums(float (&v)[16], int lane) {
   return {v[0], v[1]};
 }
 
-// The tile of a chunk's keys, values or errors as operand b: tokens as n, steps of 16 positions as k; or positions as
-// n, steps of 16 tokens as k.
+// The tile of a chunk's keys, values or errors as operand b: tokens as n, steps of 16 positions as k; or
+// positions as n, steps of 16 tokens as k.
 template <class T> struct TokenTile {
   const T* tile;
   HOPE_DEVICE SharedMatrix<Pieces::kRows> positions(int s) const {

@@ -7,9 +7,9 @@
 
 namespace hope {
 
-// Where a lane finds its row of four 8 x 8 pieces of a block's matrix [columns][rows][8], `rows` apart from column to
-// column: pieces of rows `row` to row + 15 of columns `column` and column + 1. ACROSS: the second piece is the one of
-// the next column, else of the next 8 rows.
+// Where a lane finds its row of four 8 x 8 pieces of a block's matrix [columns][rows][8], `rows` apart from
+// column to column: pieces of rows `row` to row + 15 of columns `column` and column + 1. ACROSS: the second
+// piece is the one of the next column, else of the next 8 rows.
 template <bool ACROSS, class T> HOPE_DEVICE T* four_pieces(T* matrix, int rows, int row, int column, int lane) {
   const int right = ACROSS ? lane >> 3 & 1 : lane >> 4, below = ACROSS ? lane >> 4 : lane >> 3 & 1;
   return matrix + (column + right) * 8 * rows + (row + 8 * below + (lane & 7)) * 8;
