@@ -17,7 +17,8 @@ from benchmarks import compiled, cubin
 from tools import build_cuda
 
 # (file, architectures such as "90a", its kernels want tensor cores)
-SOURCES = tuple((path, tuple(map(build_cuda.target, build_cuda.ARCHITECTURES)), True) for path in build_cuda.kernels())
+TARGETS = tuple(map(build_cuda.target, build_cuda.ARCHITECTURES))
+SOURCES = tuple((path, TARGETS, True) for path in build_cuda.kernels())
 FLAGS = (*build_cuda.DEVICE_FLAGS, "-Xptxas", "-v,-warn-spills")
 # C75xx: wgmma serialized; "setmaxnreg ignored" is only an info
 COMPLAINT = re.compile(r"warning|\(C7\d+\)|setmaxnreg", re.IGNORECASE)
@@ -76,9 +77,10 @@ def label(path: Path) -> str:
 
 def lost_products(kernel: str, mma: int, wgmma: int = 0) -> list[str]:
     wanted = next((n for part, n in PRODUCTS.items() if part in kernel), 0)
-    by_warpgroups = BY_WARPGROUPS.search(kernel)
-    pairs = [("mma", mma, BY_MMA if by_warpgroups else wanted), ("wgmma", wgmma, BY_WGMMA if by_warpgroups else 0)]
-    return [f"{found} {name} instructions, expected {least} or more" for name, found, least in pairs if found < least]
+    pairs = [("mma", mma, wanted), ("wgmma", wgmma, 0)]
+    if BY_WARPGROUPS.search(kernel):
+        pairs = [("mma", mma, BY_MMA), ("wgmma", wgmma, BY_WGMMA)]
+    return [f"{n} {name} instructions, expected {least} or more" for name, n, least in pairs if n < least]
 
 
 def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[dict]:

@@ -55,8 +55,9 @@ ANCHORS = ("tensor", "shared", "copy", "global", "exchange", "atomic")
 # rounded
 LATENCY = {"shared": 30, "exchange": 25, "special": 25, "convert": 15, "global": 270, "copy": 20,
            "atomic": 300, "parameter": 25, "tensor": 33, "fence": 20, "barrier": 20, "move": 15, "local": 35}
-# wgmma are under way one after the other, each as long as its products take at the full rate of a multiprocessor, or
-# its operands to come from shared memory (bounds.py), and a warp that waits sees the last one's sums this much later
+# wgmma are under way one after the other, each as long as its products take at the full rate of a
+# multiprocessor, or its operands to come from shared memory (bounds.py); a warp that waits has the last one's
+# sums this much later
 _GMMA = re.compile(r"[HIQB]GMMA\.(\d+)x(\d+)x(\d+)")
 GMMA_LATENCY = 30
 _SECTION = re.compile(r"\.section\s+\.text\.([\w$]+)")
@@ -189,7 +190,7 @@ def by_group(code: list[Instruction], counts: list[float]) -> Counter:
 
 
 def gmma_cycles(opcode: str) -> float:
-    """Of a product of 16-bit numbers. (What of it comes from shared memory an opcode does not say: b is taken to.)"""
+    """Of a product of 16-bit numbers. What of it comes from shared memory an opcode does not say: b is taken to."""
     m, n, k = map(int, _GMMA.match(opcode).groups())
     return max(2 * m * n * k / 4096, 2 * n * k / 128)
 

@@ -4,8 +4,8 @@
 //     warpgroup_fence();                                 registers of sums and operands are written
 //     warpgroup_mma...(sums, a, b, first), several
 //     warpgroup_commit();                                what was issued since the last one is a batch
-//     warpgroup_wait<N>();                               all batches but the last N are done: their sums are there, and
-//                                                        what they read may be written
+//     warpgroup_wait<N>();                               all batches but the last N are done: their sums are
+//                                                        there, and what they read may be written
 //
 // All threads of the warpgroup call. Products see shared memory through another proxy: between a store and a
 // product that reads it lies a fence_proxy(), of the writer before the barrier or of the reader after it.
@@ -54,13 +54,9 @@ HOPE_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
                ::"r"(a), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
-#define HOPE_SUMS16                                                                                                  \
-  "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]),        \
-      "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
-#define HOPE_SUMS32                                                                                                  \
-  HOPE_SUMS16, "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),            \
-      "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]),        \
-      "+f"(c[31])
+#define HOPE_SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define HOPE_SUMS16 HOPE_SUMS4(0), HOPE_SUMS4(4), HOPE_SUMS4(8), HOPE_SUMS4(12)
+#define HOPE_SUMS32 HOPE_SUMS16, HOPE_SUMS4(16), HOPE_SUMS4(20), HOPE_SUMS4(24), HOPE_SUMS4(28)
 #define HOPE_NAMES16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define HOPE_NAMES32 \
   HOPE_NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -80,7 +76,8 @@ HOPE_DEVICE void warpgroup_mma(float* c, const uint32_t (&a)[4], SharedMatrix<B>
 template <Pieces A, Pieces B>
 HOPE_DEVICE void warpgroup_mma(float* c, SharedMatrix<A> a, SharedMatrix<B> b, bool first) {
   asm volatile("{.reg .pred p;\n setp.eq.b32 p, %34, 0;\n"
-               " wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HOPE_NAMES32 "}, %32, %33, p, 1, 1, %35, %36;}"
+               " wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HOPE_NAMES32 "}, "
+               "%32, %33, p, 1, 1, %35, %36;}"
                : HOPE_SUMS32
                : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(first)), "n"(static_cast<int>(A)),
                  "n"(static_cast<int>(B)));
@@ -89,11 +86,13 @@ HOPE_DEVICE void warpgroup_mma(float* c, SharedMatrix<A> a, SharedMatrix<B> b, b
 template <Pieces A, Pieces B>
 HOPE_DEVICE void warpgroup_mma_narrow(float* c, SharedMatrix<A> a, SharedMatrix<B> b, bool first) {
   asm volatile("{.reg .pred p;\n setp.eq.b32 p, %18, 0;\n"
-               " wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" HOPE_NAMES16 "}, %16, %17, p, 1, 1, %19, %20;}"
+               " wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" HOPE_NAMES16 "}, "
+               "%16, %17, p, 1, 1, %19, %20;}"
                : HOPE_SUMS16
                : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(first)), "n"(static_cast<int>(A)),
                  "n"(static_cast<int>(B)));
 }
+#undef HOPE_SUMS4
 #undef HOPE_SUMS16
 #undef HOPE_SUMS32
 #undef HOPE_NAMES16

@@ -28,7 +28,8 @@ namespace emulator {
 
 // Numbers `first` to first + COUNT - 1 of m or n, by 16 of k: to[k][number].
 template <int COUNT, Pieces P>
-void gather_matrix(float (&to)[16][COUNT], const SharedMatrix<P>& matrix, int first, const char* kind, Place place) {
+void gather_matrix(float (&to)[16][COUNT], const SharedMatrix<P>& matrix, int first, const char* kind,
+                   Place place) {
   for (int piece = 0; piece < COUNT / 8 * 2; ++piece) {
     const int k = 8 * (piece % 2), number = 8 * (piece / 2);
     const unsigned char* from =

@@ -77,7 +77,8 @@ HOPE_DEVICE void gram(float (&c)[8], const Shared<D, T, R>& shared, int p, int q
 }
 
 // -M[p,q], p < q, as two operands a: higher halves of all lanes, then the lower ones.
-template <int D, class T, class R> HOPE_DEVICE void mix_panels(const Shared<D, T, R>& shared, int p, int q, int lane) {
+template <int D, class T, class R>
+HOPE_DEVICE void mix_panels(const Shared<D, T, R>& shared, int p, int q, int lane) {
   float c[8];
   gram<D>(c, shared, p, q, lane);
   float between = -1.f;
@@ -168,7 +169,8 @@ HOPE_DEVICE void invert_panels(const Shared<D, T, R>& shared, int first, int pan
 
 // What the solve needs of the keys and decays, dealt out to the warps: inverses to the last ones, which have
 // little else to do where a memory with one output is here.
-template <int D, class T, class R> HOPE_DEVICE void key_products(const Shared<D, T, R>& shared, int C, bool retention) {
+template <int D, class T, class R>
+HOPE_DEVICE void key_products(const Shared<D, T, R>& shared, int C, bool retention) {
   const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
   const int panels = C / kPanel;
   if (const int first = 2 * (kWarps - 1 - warp); first < panels) {

@@ -104,7 +104,8 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   // Two numbers of k (kind 0) or v (1) at row r of the panel that starts at `slot`.
   HOPE_DEVICE void put_pair(int round, int kind, int slot, int r, int position, uint32_t pair) const {
     T* tile = kind == 0 ? shared.k(slot + r) : shared.v(slot + r);
-    put(round, reinterpret_cast<uint32_t*>(tile + Rows::at(position)), (kind * kPanel + r) * (D / 2) + position / 2, pair);
+    put(round, reinterpret_cast<uint32_t*>(tile + Rows::at(position)),
+        (kind * kPanel + r) * (D / 2) + position / 2, pair);
   }
   // eta (kind 0) or alpha (1).
   HOPE_DEVICE void put_scalar(int round, int kind, int slot, int r, uint32_t bits) const {

@@ -102,8 +102,8 @@ HOPE_DEVICE void full_results(const TitansParams& p, const Shared<D, T, R>& shar
 // Stage 2: sink.pair(memory, r, position, two numbers of T) and sink.scalar(memory, r, number) for the rows
 // first <= r < stop that are read.
 template <int D, class T, class R, class Sink, class Outputs = Gathered>
-HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T, R>& shared, const Role& role, const T* tile, int h,
-                              int first, int stop, int lane, Sink& sink, const Outputs& outputs = {}) {
+HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T, R>& shared, const Role& role,
+                              const T* tile, int h, int first, int stop, int lane, Sink& sink, const Outputs& outputs = {}) {
   if (role.full()) {
     with_epilogue<D>(role.warps(), [&](auto e) {
       full_results<decltype(e)>(p, shared, role, tile, first, stop, lane, sink, outputs);

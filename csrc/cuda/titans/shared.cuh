@@ -29,7 +29,9 @@ template <int D, class T, class Rows = PaddedRows<D>> struct Shared {
   template <class V> HOPE_DEVICE V* at(int offset) const { return reinterpret_cast<V*>(shared_memory() + offset); }
 
   HOPE_DEVICE Call& call() const { return *at<Call>(plan.call); }
-  HOPE_DEVICE T* input(bool query, int buffer) const { return at<T>(query ? plan.q : plan.x) + buffer * kPanel * Width<D>::kRow; }
+  HOPE_DEVICE T* input(bool query, int buffer) const {
+    return at<T>(query ? plan.q : plan.x) + buffer * kPanel * Width<D>::kRow;
+  }
   HOPE_DEVICE T* k(int slot) const { return at<T>(plan.k) + slot * kRow; }
   HOPE_DEVICE T* v(int slot) const { return at<T>(plan.v) + slot * kRow; }
   HOPE_DEVICE T* kg(int slot) const { return v(slot); }

@@ -17,7 +17,8 @@ template <int D> struct Place {
 
 // f(block, first number, numbers a row, is it of w1) for the 16 blocks of a warp. BY_UNITS: blocks of w1 are kept
 // transposed, units by positions, and one group of units comes after the other, as those of w2 do.
-template <int D, bool BY_UNITS = false, class F> HOPE_DEVICE void for_blocks(const Place<D>& place, bool full, int N, F f) {
+template <int D, bool BY_UNITS = false, class F>
+HOPE_DEVICE void for_blocks(const Place<D>& place, bool full, int N, F f) {
   using W = Width<D>;
   if (full) {
 #pragma unroll

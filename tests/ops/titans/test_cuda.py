@@ -147,7 +147,9 @@ class TestContract(Accurate, Streaming, Partial, OnTheDevice):
         cuts=[usually(cut(c, gpu, seed), seed == 1 and (c, gpu) in USUAL) for seed in range(4) for c, gpu in SERVED],
         steps=[usually(Case(c, c.chunk_memory + 3, rows=1, setting=(gpu,)), (c, gpu) in USUAL) for c, gpu in SERVED],
         neighbours=[Case(WIDE, 20, (20, 9))],
-        reads=[Case(c, 19 + tokens, (19, 3)) for c in (*CONFIGS[:2], CONFIGS[4], WARPGROUPS[0]) for tokens in (1, 20)],
+        reads=[
+            Case(c, 19 + tokens, (19, 3)) for c in (*CONFIGS[:2], CONFIGS[4], WARPGROUPS[0]) for tokens in (1, 20)
+        ],
         empty=WIDE,
         yardstick=[
             *SHORT, *LONGER, *FULL,
@@ -162,7 +164,9 @@ class TestContract(Accurate, Streaming, Partial, OnTheDevice):
         keys=[
             Case(c, 47, dtype=torch.float16, correlation=share, setting=(90, 1)) for c in (WIDE, CONFIGS[4])
             for share in (0.0, 0.9, 1.0)
-        ] + [Case(WARPGROUPS[0], 133, dtype=torch.bfloat16, correlation=share, setting=(90, 2)) for share in (0.9, 1.0)],
+        ] + [
+            Case(WARPGROUPS[0], 133, dtype=torch.bfloat16, correlation=share, setting=(90, 2)) for share in (0.9, 1.0)
+        ],
         decays=[
             *(Case(WIDE, 47, None, 1, torch.float16, 0.5, alpha_bias=bias) for bias in (-30.0, 30.0)),
             *(Case(WARPGROUPS[0], 133, None, 1, torch.bfloat16, 0.5, alpha_bias=bias) for bias in (-30.0, 30.0)),

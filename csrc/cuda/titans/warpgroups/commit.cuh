@@ -1,22 +1,23 @@
 // Committing a chunk of 64 tokens by products of warpgroups (../../warpgroup.cuh): what ../commit.cuh does,
 // for all tokens at once and with other sums of the same numbers.
 //
-//     evaluate      z^T = w2 K^T, w2 V^T; a = sigma(z), sigma', |a|^2; last warp: decays               | barrier
-//     errors        M(k), M(v) = a^T w1^T over all units, e; products of keys                          | 2 barriers
-//     gradients     g^T = w1^T E^T, d = sigma' g, |d|^2; transformed keys                              | barrier
-//     step_sizes    K K^T; gains                                                     | 2 barriers of the warpgroup
+//     evaluate      z^T = w2 K^T, w2 V^T; a = sigma(z), sigma', |a|^2; last warp: decays     | barrier
+//     errors        M(k), M(v) = a^T w1^T over all units, e; products of keys                | 2 barriers
+//     gradients     g^T = w1^T E^T, d = sigma' g, |d|^2; transformed keys                    | barrier
+//     step_sizes    K K^T; gains                                           | 2 barriers of the warpgroup
 //     update        delta2 <- gamma[C,0] delta2 - U^T Kg,  u_t = gain_t d_t + erase_t delta2 k_t
 //                   delta1^T <- gamma[C,0] delta1^T - sum_t gain_t gamma[C,t] a_t e_t^T
 //
-// UNITS ARE ROWS (m), tokens columns (n), of all products but those of M(k) and M(v): a warp's 16 units are its rows of
-// the 64 that a warpgroup multiplies, so weights, deviations, a, d and u are operands a in registers of the warp that
-// owns the units, sums become operands without an exchange, and keys, values, errors and transformed keys are operands
-// b for all warps, each in the one tile it lies in, whichever of tokens and positions is summed over. delta1 is kept
-// transposed for that. M(k) and M(v) are summed over all units by the tensor cores: tokens as m, and of the 64
-// positions 32 for each warpgroup, from a of the whole block and w1 in shared memory.
+// UNITS ARE ROWS (m), tokens columns (n), of all products but those of M(k) and M(v): a warp's 16 units are
+// its rows of the 64 that a warpgroup multiplies. So weights, deviations, a, d and u are operands a in
+// registers of the warp that owns the units, sums become operands without an exchange, and keys, values,
+// errors and transformed keys are operands b for all warps, each in the one tile it lies in, whichever of
+// tokens and positions is summed over. delta1 is kept transposed for that. M(k) and M(v) are summed over all
+// units by the tensor cores: tokens as m, and of the 64 positions 32 for each warpgroup, from a of the whole
+// block and w1 in shared memory.
 // ROUNDING    as in ../commit.cuh; sigma', which is kept from evaluate to gradients, to fp16.
-// FLOPS       a warpgroup: 16 products of 64 x 64 x 64 with weights or for them (a scalar memory: 32), 8 for M(k) and
-//             M(v), 1 of keys.
+// FLOPS       a warpgroup: 12 products of 64 x 64 x 64 with weights or for them (a scalar memory: 16), 6 for
+//             M(k) and M(v), 1 of keys.
 #pragma once
 #include "../clock.cuh"
 #include "../read.cuh"
@@ -78,14 +79,16 @@ template <class T, int ACT> struct WarpgroupCommit {
   }
 
  private:
-  template <class V> HOPE_DEVICE V* at(int offset) const { return reinterpret_cast<V*>(shared_memory() + offset); }
+  template <class V> HOPE_DEVICE V* at(int offset) const {
+    return reinterpret_cast<V*>(shared_memory() + offset);
+  }
   HOPE_DEVICE TokenTile<T> keys() const { return {shared.k(0)}; }
   HOPE_DEVICE TokenTile<T> values() const { return {shared.v(0)}; }
   HOPE_DEVICE TokenTile<T> errors_tile() const { return {shared.e(0, 0, C)}; }
   // A lane's row of a or at_v of a group, 16 tokens s. GROUPS: of a warp.
   template <int GROUPS> HOPE_DEVICE T* hidden(const Me& me, int offset, int g, int s) const {
     constexpr int kUnits = 16 * GROUPS * kWarps;
-    return four_pieces<false>(at<T>(offset) + 8 * 16 * GROUPS * me.warp, kUnits, 0, 0, me.lane) +
+    return four_pieces<false>(at<T>(offset) + 8 * 16 * GROUPS * me.warp, kUnits, me.lane) +
            8 * (16 * g + kUnits * 2 * s);
   }
   // sigma', later d, of a group: a lane's own, 32 s for 16 tokens s.
@@ -98,7 +101,10 @@ template <class T, int ACT> struct WarpgroupCommit {
     const float *delta = shared.delta1s(me.warp) + unit, *base = shared.base1s(me.warp) + unit;
     return {load_shared(delta) + load_shared(base), load_shared(delta + 2) + load_shared(base + 2)};
   }
-  HOPE_DEVICE float* shares(int warp, int kind) const { return at<float>(shared.plan.partial) + (2 * warp + kind) * C; }
+  // A full memory: sums of squares of its warpgroup `warp`. A scalar one: a warp's share of M(k) (kind 0) or M(v).
+  HOPE_DEVICE float* shares(int warp, int kind) const {
+    return at<float>(shared.plan.partial) + (2 * warp + kind) * C;
+  }
   HOPE_DEVICE static void put_tokens(float* to, float (&v)[16], int lane) {
     store_shared(reinterpret_cast<Float2*>(to) + lane, token_sums(v, lane));
   }
@@ -194,7 +200,8 @@ template <class T, int ACT> struct WarpgroupCommit {
   HOPE_DEVICE static float square_sum(const float (&x)[4][4], int row) {
     float sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum = fma_(x[j][2 * row], x[j][2 * row], fma_(x[j][2 * row + 1], x[j][2 * row + 1], sum));
+    for (int j = 0; j < 4; ++j)
+      sum = fma_(x[j][2 * row], x[j][2 * row], fma_(x[j][2 * row + 1], x[j][2 * row + 1], sum));
     return row_sum4(sum);
   }
   // Adds a tile's numbers at the warp's 16 tokens and the half of the positions.
@@ -247,7 +254,8 @@ template <class T, int ACT> struct WarpgroupCommit {
       if (has(kTargetNorm)) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float norm = sqrt_(load_shared(shares(0, 0) + row + 8 * r) + load_shared(shares(1, 0) + row + 8 * r));
+          const int t = row + 8 * r;
+          const float norm = sqrt_(load_shared(shares(0, 0) + t) + load_shared(shares(1, 0) + t));
           by[r] = divide(1.f, norm > 1e-6f ? norm : 1e-6f);
         }
       }
@@ -265,7 +273,8 @@ template <class T, int ACT> struct WarpgroupCommit {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         store_matrices(const_cast<T*>(S::rows(shared.e(0, slot, C), 32 * half + 16 * i, lane)),
-                       {pack2<T>(error[2 * i][0], error[2 * i][1]), pack2<T>(error[2 * i][2], error[2 * i][3]),
+                       {pack2<T>(error[2 * i][0], error[2 * i][1]),
+                        pack2<T>(error[2 * i][2], error[2 * i][3]),
                         pack2<T>(error[2 * i + 1][0], error[2 * i + 1][1]),
                         pack2<T>(error[2 * i + 1][2], error[2 * i + 1][3])});
     } else if (!now.role.idle() && now.role.within < 2) {
@@ -377,7 +386,8 @@ template <class T, int ACT> struct WarpgroupCommit {
     for (int r = 0; r < 2; ++r) {
       const int t = 16 * (now.warp & 3) + now.row() + 8 * r;
       const float clip = factor * load_shared(size + t) * row_sum4(sums[r]);
-      if ((lane & 3) == 0) store_shared(gain + t, divide(load_shared(shared.eta() + t), clip <= 1.f ? 1.f : clip));
+      const float eta = load_shared(shared.eta() + t);
+      if ((lane & 3) == 0) store_shared(gain + t, divide(eta, clip <= 1.f ? 1.f : clip));
     }
     sync_warpgroup(group);
   }
@@ -409,8 +419,10 @@ template <class T, int ACT> struct WarpgroupCommit {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = 16 * s + 8 * (i >> 1);
-          const Float2 step = load_shared(reinterpret_cast<const Float2*>(gain + column) + (now.lane & 3));
-          const Float2 erase = load_shared(reinterpret_cast<const Float2*>(shared.erase() + column) + (now.lane & 3));
+          const auto at_tokens = [&](const float* from) {
+            return load_shared(reinterpret_cast<const Float2*>(from + column) + (now.lane & 3));
+          };
+          const Float2 step = at_tokens(gain), erase = at_tokens(shared.erase());
           const Float2 pair = unpack2<T>(words[i]);
           u[s][i] = pack2<T>(fma_(-step.x, pair.x, -erase.x * delta2_k[s][2 * i]),
                              fma_(-step.y, pair.y, -erase.y * delta2_k[s][2 * i + 1]));

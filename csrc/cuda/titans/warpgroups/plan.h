@@ -4,9 +4,9 @@
 // head), owned as in ../plan.h.
 //
 // Beside what ../plan.h has, a block keeps one kind of matrix in shared memory for several uses:
-//     w1      [8 columns of D][256 units][8]       rounded: operand of M(x) of all warps, and of each one's gradients
-//     a, at_v [8 columns of tokens][units][8]      sigma of the chunk's keys and values: operand of M(k) and M(v); a also
-//                                                  of the update
+//     w1      [8 columns of D][256 units][8]   rounded: operand of M(x) of all warps, and of each one's gradients
+//     a, at_v [8 columns of tokens][units][8]  sigma of the chunk's keys and values: operand of M(k) and M(v); a
+//                                              also of the update
 // Blocks of eta and alpha have twice the units and no w1, no errors with D numbers, no at_v.
 #pragma once
 #include "../plan.h"
@@ -20,7 +20,8 @@ inline bool by_warpgroups(const TitansParams& p, int D, bool bf16, const Device&
 
 inline Plan make_warpgroup_plan(bool retention) {
   Plan p{};
-  p.blocks = 4, p.shards = 1, p.full_warps = kWarps, p.scalar_warps = kWarps / 2, p.memories = retention ? 5 : 4;
+  p.blocks = 4, p.shards = 1, p.memories = retention ? 5 : 4;
+  p.full_warps = kWarps, p.scalar_warps = kWarps / 2;
   constexpr int C = 64, D = 64, tile = 8 * (C * 16 + 16), panels = C / kPanel;
   int at = 0;
   auto take = [&](int bytes) {

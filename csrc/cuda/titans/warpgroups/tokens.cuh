@@ -49,7 +49,8 @@ template <class T> struct TokenTile {
 };
 
 // Numbers [8 columns][units][8] as an operand with units as k, in steps of 16, from a column on.
-template <class T> HOPE_DEVICE SharedMatrix<Pieces::kColumns> units_matrix(const T* matrix, int units, int column) {
+template <class T>
+HOPE_DEVICE SharedMatrix<Pieces::kColumns> units_matrix(const T* matrix, int units, int column) {
   return shared_matrix<Pieces::kColumns>(matrix + column * 8 * units, 128, 16 * units);
 }
 

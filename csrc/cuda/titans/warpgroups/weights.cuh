@@ -7,12 +7,11 @@
 
 namespace hope {
 
-// Where a lane finds its row of four 8 x 8 pieces of a block's matrix [columns][rows][8], `rows` apart from
-// column to column: pieces of rows `row` to row + 15 of columns `column` and column + 1. ACROSS: the second
-// piece is the one of the next column, else of the next 8 rows.
-template <bool ACROSS, class T> HOPE_DEVICE T* four_pieces(T* matrix, int rows, int row, int column, int lane) {
+// Where a lane finds its row of the four 8 x 8 pieces in the first 16 rows of the first two columns of a matrix
+// [columns][rows][8]. ACROSS: the second piece is that of the next column, else that of the next 8 rows.
+template <bool ACROSS, class T> HOPE_DEVICE T* four_pieces(T* matrix, int rows, int lane) {
   const int right = ACROSS ? lane >> 3 & 1 : lane >> 4, below = ACROSS ? lane >> 4 : lane >> 3 & 1;
-  return matrix + (column + right) * 8 * rows + (row + 8 * below + (lane & 7)) * 8;
+  return matrix + 8 * (rows * right + 8 * below + (lane & 7));
 }
 
 // In the place of StoredWeights: the same weights, at other places.
@@ -24,9 +23,10 @@ struct WarpgroupWeights {
   int lane;
   bool full;
 
-  HOPE_DEVICE WarpgroupWeights(const Own& own)
-      : w1_(w1_matrix<uint16_t>(own.plan) + 8 * 32 * own.warp), lane(own.lane), full(load_shared(&own.call.rank) < 3) {
-    blocks = reinterpret_cast<Word4*>(shared_memory() + own.plan.weights) + 32 * (full ? 8 : 16) * own.warp + lane;
+  HOPE_DEVICE WarpgroupWeights(const Own& own) : lane(own.lane), full(load_shared(&own.call.rank) < 3) {
+    blocks = reinterpret_cast<Word4*>(shared_memory() + own.plan.weights);
+    blocks += 32 * (full ? 8 : 16) * own.warp + lane;
+    w1_ = w1_matrix<uint16_t>(own.plan) + 8 * 32 * own.warp;
   }
   template <class T> HOPE_DEVICE static T* w1_matrix(const Plan& plan) {
     return reinterpret_cast<T*>(shared_memory() + plan.w1);
@@ -39,19 +39,19 @@ struct WarpgroupWeights {
   // 16 positions i of D by units of group g, as StoredWeights has them.
   HOPE_DEVICE Word4 w1(int i, int g) const {
     uint32_t r[4];
-    load_matrices_transposed(r, four_pieces<true>(w1_, kUnits, 0, 0, lane) + 8 * (16 * g + kUnits * 2 * i));
+    load_matrices_transposed(r, four_pieces<true>(w1_, kUnits, lane) + 8 * (16 * g + kUnits * 2 * i));
     return {r[0], r[1], r[2], r[3]};
   }
   // The same as operand a, units as m.
   HOPE_DEVICE void w1_rows(uint32_t (&r)[4], int i, int g) const {
-    load_matrices(r, four_pieces<false>(w1_, kUnits, 0, 0, lane) + 8 * (16 * g + kUnits * 2 * i));
+    load_matrices(r, four_pieces<false>(w1_, kUnits, lane) + 8 * (16 * g + kUnits * 2 * i));
   }
   HOPE_DEVICE void put(int b, Word4 v) const {
     if (b < 8 || !full) {
       blocks[32 * b] = {v.x, v.z, v.y, v.w};
     } else {
       const int g = (b - 8) / 4, i = (b - 8) % 4;
-      store_matrices(four_pieces<false>(w1_, kUnits, 0, 0, lane) + 8 * (16 * g + kUnits * 2 * i),
+      store_matrices(four_pieces<false>(w1_, kUnits, lane) + 8 * (16 * g + kUnits * 2 * i),
                      {v.x, v.y, v.z, v.w});
     }
   }
@@ -60,7 +60,8 @@ struct WarpgroupWeights {
 // As round_weights. Base weights of w1 are loaded as they lie and transposed in registers.
 template <class T>
 HOPE_DEVICE void round_weights_by_units(const float (&state)[16][8], const WarpgroupWeights& weights,
-                                        const Bases<T>& bases, const Place<64>& place, const Role& role, int lane) {
+                                        const Bases<T>& bases, const Place<64>& place, const Role& role,
+                                        int lane) {
   constexpr int kBatch = 8;
   Word4 base[kBatch];
   sync_warp();
