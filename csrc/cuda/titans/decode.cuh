@@ -180,7 +180,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_KERNEL(kThreads) titans_step(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
   if constexpr (kHasMode<MODE> && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
-    step<D, T, ACT, MODE, ON_CHIP>(p, plan);
+    step<D, T, ACT, MODE, ON_CHIP>(p, MODE == kWarpgroups ? fixed_plan(plan) : plan);
   else
     trap();  // the launch chose a kernel that this code does not have
 #elif !defined(__CUDACC__)

@@ -297,7 +297,7 @@ template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
 HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
   if constexpr (kHasMode<MODE> && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
-    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
+    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, MODE == kWarpgroups ? fixed_plan(plan) : plan);
   else
     trap();  // the launch chose a kernel that this code does not have
 #elif !defined(__CUDACC__)

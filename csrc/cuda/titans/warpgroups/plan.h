@@ -18,7 +18,7 @@ inline bool by_warpgroups(const TitansParams& p, int D, bool bf16, const Device&
          p.activation != kGelu && (p.flags & kUpdate);
 }
 
-inline Plan make_warpgroup_plan(bool retention) {
+constexpr Plan make_warpgroup_plan(bool retention) {
   Plan p{};
   p.blocks = 4, p.shards = 1, p.memories = retention ? 5 : 4;
   p.full_warps = kWarps, p.scalar_warps = kWarps / 2;
@@ -49,5 +49,7 @@ inline Plan make_warpgroup_plan(bool retention) {
   p.shared_bytes = at;
   return p;
 }
+
+constexpr Plan kWarpgroupPlan = make_warpgroup_plan(true);
 
 }  // namespace hope
