@@ -40,6 +40,12 @@ template <Pieces P> HOPE_DEVICE SharedMatrix<P> shared_matrix(const void* start,
           static_cast<uint64_t>(across >> 4) << 32};
 }
 
+// The same matrix, named as by the warp's first lane: tells the compiler that a warp agrees on it.
+template <Pieces P> HOPE_DEVICE SharedMatrix<P> agreed(SharedMatrix<P> m) {
+  const uint32_t low = __shfl_sync(0xffffffffu, static_cast<uint32_t>(m.descriptor), 0);
+  return {(m.descriptor & 0xffffffff00000000u) | low};
+}
+
 HOPE_DEVICE void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 HOPE_DEVICE void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 HOPE_DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -19,6 +19,8 @@ template <Pieces P> SharedMatrix<P> shared_matrix(const void* start, int along, 
   return {static_cast<const unsigned char*>(start), along, across};
 }
 
+template <Pieces P> SharedMatrix<P> agreed(SharedMatrix<P> m) { return m; }
+
 inline void fence_proxy() {}
 inline void warpgroup_fence() {}
 inline void warpgroup_commit() {}

@@ -221,7 +221,8 @@ template <class T, int ACT> struct WarpgroupCommit {
   // w1 times a or at_v, once it is waited for: the warp's 16 tokens by its warpgroup's half of the positions.
   HOPE_DEVICE void outputs(float (&y)[4][4], int offset) const {
     const auto a = units_matrix(at<T>(offset), 256, 0);
-    const auto w1 = units_matrix(WarpgroupWeights::w1_matrix<T>(shared.plan), 256, 4 * (warp_index() >> 2));
+    const T* w1_matrix = WarpgroupWeights::w1_matrix<T>(shared.plan);
+    const auto w1 = agreed(units_matrix(w1_matrix, WarpgroupWeights::kUnits, 4 * me().warpgroup()));
 #pragma unroll
     for (int s = 0; s < 16; ++s) warpgroup_mma_narrow(y[0], a + 256 * s, w1 + 256 * s, s == 0);
     warpgroup_commit();
