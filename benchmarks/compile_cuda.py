@@ -17,7 +17,8 @@ from benchmarks import compiled, cubin
 from tools import build_cuda
 
 # (file, architectures such as "90a", its kernels want tensor cores)
-SOURCES = tuple((path, tuple(map(str, build_cuda.ARCHITECTURES)), True) for path in build_cuda.kernels())
+TARGETS = tuple(map(build_cuda.target, build_cuda.ARCHITECTURES))
+SOURCES = tuple((path, TARGETS, True) for path in build_cuda.kernels())
 FLAGS = (*build_cuda.DEVICE_FLAGS, "-Xptxas", "-v,-warn-spills")
 # C75xx: wgmma serialized; "setmaxnreg ignored" is only an info
 COMPLAINT = re.compile(r"warning|\(C7\d+\)|setmaxnreg", re.IGNORECASE)
@@ -31,6 +32,10 @@ PRODUCTS = {
     "titans_prefill<64": 256, "titans_prefill<128": 288, "titans_decode<": 64, "titans_step<64": 280,
     "titans_step<128": 312,
 }
+# Where a chunk is committed by warpgroups, mma are left for reading and for products of keys, wgmma are what
+# ../csrc/cuda/titans/warpgroups/commit.cuh counts, for memories of both kinds.
+BY_WARPGROUPS = re.compile(r"titans_\w+<64, hope::bf16, \d, 2,")
+BY_MMA, BY_WGMMA = 62, 128
 
 
 class Refused(Exception):
@@ -70,9 +75,12 @@ def label(path: Path) -> str:
     return path.relative_to(build_cuda.SOURCES).as_posix().replace("/", "_") if inside else path.name
 
 
-def lost_products(kernel: str, found: int) -> list[str]:
+def lost_products(kernel: str, mma: int, wgmma: int = 0) -> list[str]:
     wanted = next((n for part, n in PRODUCTS.items() if part in kernel), 0)
-    return [f"{found} mma instructions, expected {wanted} or more"] if found < wanted else []
+    pairs = [("mma", mma, wanted), ("wgmma", wgmma, 0)]
+    if BY_WARPGROUPS.search(kernel):
+        pairs = [("mma", mma, BY_MMA), ("wgmma", wgmma, BY_WGMMA)]
+    return [f"{n} {name} instructions, expected {least} or more" for name, n, least in pairs if n < least]
 
 
 def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[dict]:
@@ -92,7 +100,7 @@ def compile_file(compiler: str, path: Path, arch: str, wants_mma: bool) -> list[
         return [
             {"kernel": readable(name), **common, **asdict(u),
              "violations": [*of_all, *(c for c in complaints if f"'{name}'" in c),
-                 *lost_products(readable(name), u.mma),
+                 *lost_products(readable(name), u.mma, u.wgmma),
                             *cubin.violations(u, sm, u.shared, wants_mma)]}
             for name, u in found.items()
         ]

@@ -41,6 +41,12 @@ class BuildError(Exception):
     """Why there is no library, in one sentence or in the compiler's words."""
 
 
+def target(arch: int) -> str:
+    """What nvcc is asked for: on 9.0 instructions of that architecture alone are used (wgmma), which its name
+    says."""
+    return "90a" if arch == 90 else str(arch)
+
+
 def nvcc() -> str | None:
     """The compiler: on PATH, or of CUDA_HOME or CUDA_PATH."""
     homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
@@ -108,7 +114,7 @@ def build(archs: tuple[int, ...] | None = None) -> Path:
     if compiler is None:
         raise BuildError("nvcc was not found, neither on PATH nor in CUDA_HOME")
     archs = architectures(compiler) if archs is None else archs
-    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs] + [
+    code = [f"-gencode=arch=compute_{target(a)},code=sm_{target(a)}" for a in archs] + [
         f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     ]
     flags = [*DEVICE_FLAGS, *code, "-DUSE_CUDA", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -140,7 +146,7 @@ def ptx(source: Path, arch: int) -> Path:
     compiler = nvcc()
     if compiler is None:
         raise BuildError("nvcc was not found, neither on PATH nor in CUDA_HOME")
-    flags = [*DEVICE_FLAGS, "-DNDEBUG", "-lineinfo", "-ptx", f"-arch=compute_{arch}"]
+    flags = [*DEVICE_FLAGS, "-DNDEBUG", "-lineinfo", "-ptx", f"-arch=compute_{target(arch)}"]
     about = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     path = KEPT_PTX / f"{source.stem}-{arch}-{hash_of([source, *headers()], flags, about)}.ptx"
     if not path.exists():

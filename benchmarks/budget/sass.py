@@ -56,6 +56,11 @@ ANCHORS = ("tensor", "shared", "copy", "global", "exchange", "atomic")
 # rounded
 LATENCY = {"shared": 30, "exchange": 25, "special": 25, "convert": 15, "global": 270, "copy": 20,
            "atomic": 300, "parameter": 25, "tensor": 33, "fence": 20, "barrier": 20, "move": 15, "local": 35}
+# wgmma are under way one after the other, each as long as its products take at the full rate of a
+# multiprocessor, or its operands to come from shared memory (bounds.py); a warp that waits has the last one's
+# sums this much later
+_GMMA = re.compile(r"[HIQB]GMMA\.(\d+)x(\d+)x(\d+)")
+GMMA_LATENCY = 30
 _SECTION = re.compile(r"\.section\s+\.text\.([\w$]+)")
 _PTX_LINE = re.compile(r'//## File "\.nv_debug_ptx_txt[^"]*", line (\d+)')
 _LABEL = re.compile(r"\.L_\w+:|[\w$]+:")
@@ -109,7 +114,7 @@ def assembled(text: Text, arch: int) -> list[Instruction]:
         if cuda.SYMBOL.fullmatch(text.name):
             compiler = build_cuda.nvcc() or "nvcc"
             source = build_cuda.ptx(cuda.source_of(text.name), 80 if arch < 90 else arch)
-            ptxas, target = Path(compiler).with_name("ptxas"), f"sm_{arch}"
+            ptxas, target = Path(compiler).with_name("ptxas"), f"sm_{build_cuda.target(arch)}"
             _run(str(ptxas), "-arch", target, "-lineinfo", "--entry", text.name, "-o", out, str(source))
         else:
             source = Path(folder, "in.ptx")
@@ -185,6 +190,12 @@ def by_group(code: list[Instruction], counts: list[float]) -> Counter:
     return found
 
 
+def gmma_cycles(opcode: str) -> float:
+    """Of a product of 16-bit numbers. What of it comes from shared memory an opcode does not say: b is taken to."""
+    m, n, k = map(int, _GMMA.match(opcode).groups())
+    return max(2 * m * n * k / 4096, 2 * n * k / 128)
+
+
 def by_stage(
     code: list[Instruction], counts: list[float], stage_of: dict[int, str]
 ) -> dict[str, tuple[float, float]]:
@@ -192,13 +203,16 @@ def by_stage(
     Cycles: the sum over blocks of the time that a block takes, times its trips, to the stage of each
     instruction."""
     found: dict[str, tuple[float, float]] = {}
-    block, at, ready = None, 0.0, [0.0] * 6
+    block, at, ready, products = None, 0.0, [0.0] * 6, 0.0
     for i, n in zip(code, counts):
         if i.block != block:
-            block, at, ready = i.block, 0.0, [0.0] * 6
+            block, at, ready, products = i.block, 0.0, [0.0] * 6, 0.0
         stall, write, read, wait = i.control
         before = at
         at = max([at, *(ready[b] for b in range(6) if wait >> b & 1)])
+        if i.opcode.startswith("WARPGROUP.DEPBAR") and products:
+            at = max(at, products + GMMA_LATENCY)
+        products = max(products, at) + gmma_cycles(i.opcode) if _GMMA.match(i.opcode) else products
         if write < 6:
             ready[write] = max(ready[write], at + LATENCY.get(i.group, 15))
         if read < 6:

@@ -104,6 +104,7 @@ HOPE_DEVICE unsigned int load_acquire(const unsigned int* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+HOPE_DEVICE void assume(bool what) { __builtin_assume(what); }  // for the compiler
 HOPE_DEVICE void trap() { asm volatile("trap;"); }  // ends the launch with an error
 HOPE_DEVICE void pause() { __nanosleep(20); }  // in a loop that waits for another block
 // What another block has written since this one began: never from a cache of this multiprocessor.

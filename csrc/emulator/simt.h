@@ -30,6 +30,7 @@ inline int warp_index() { return emulator::grid.warp().index; }
 inline int block_index() { return emulator::grid.block().index; }
 inline unsigned char* shared_memory() { return emulator::grid.block().shared.get(); }
 
+inline void assume(bool) {}
 inline void trap() { emulator::grid.fail("trap"); }
 inline int thread_index_again() { return thread_index(); }
 

@@ -223,6 +223,19 @@ def test_trip_counts_reach_sass():
     assert stage == (22, 1 + 5 * (2 + sass.LATENCY["shared"] + 4 + 5) + 5)
 
 
+def test_a_wait_for_products_of_warpgroups_takes_as_long_as_they_do():
+    from benchmarks.budget import sass
+
+    code = sass.parsed(listing([
+        (1, "HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR4], RZ, !UPT", 1, 7, 0),
+        (1, "HGMMA.64x64x16.F32.BF16 R24, R60, gdesc[UR8], R24, gsb0", 1, 7, 0),
+        (2, "WARPGROUP.DEPBAR.LE gsb0, 0x0", 1, 7, 0), (3, "EXIT", 5, 7, 0),
+    ]), "k")
+    (stage,) = sass.by_stage(code, [1, 1, 1, 1], dict.fromkeys(range(1, 4), "s")).values()
+    # 64 x 64 x 16 products and sums, 4096 FLOP a cycle: 32 cycles each; then the wait and the exit
+    assert stage == (4, 2 * 32 + sass.GMMA_LATENCY + 1 + 5)
+
+
 def test_copies_of_exchanges_for_lanes_apart_do_not_count():
     from benchmarks.budget import sass
 

@@ -320,6 +320,15 @@ void once(const std::function<void()>& access) {  // 128 bytes of shared memory,
   });
 }
 
+}  // namespace
+}  // namespace hope
+
+#include "warpgroup_cases.h"
+
+namespace hope {
+namespace {
+
+constexpr Pieces kRows = Pieces::kRows, kColumns = Pieces::kColumns;
 using Case = std::function<void()>;
 const std::map<std::string, Case> cases = {
     {"mma_bf16", multiply_case<bf16>},
@@ -327,6 +336,13 @@ const std::map<std::string, Case> cases = {
     {"load_matrices", [] { load_case(false); }},
     {"load_matrices_transposed", [] { load_case(true); }},
     {"transpose8x8", transpose_case},
+    {"store_matrices", store_case},
+    {"warpgroup_rows_rows_64", warpgroup_case<kRows, kRows, 64>},
+    {"warpgroup_columns_columns_64", warpgroup_case<kColumns, kColumns, 64>},
+    {"warpgroup_registers_rows_64", warpgroup_case<kRows, kRows, 64, true>},
+    {"warpgroup_registers_columns_64", warpgroup_case<kRows, kColumns, 64, true>},
+    {"warpgroup_columns_columns_32", warpgroup_case<kColumns, kColumns, 32>},
+    {"warpgroup_rows_columns_32", warpgroup_case<kRows, kColumns, 32>},
     {"pack_bf16", pack_case<bf16>},
     {"pack_fp16", pack_case<fp16>},
     {"unpack_bf16", unpack_case<bf16>},

@@ -86,6 +86,30 @@ def test_transpose8x8(program):
     assert np.array_equal(result(program, "transpose8x8", matrix.tobytes(), np.uint16).reshape(8, 8), matrix.T)
 
 
+def test_store_matrices(program):
+    rows = np.random.default_rng(2).integers(0, 2**16, (32, 8), np.uint16)
+    assert np.array_equal(result(program, "store_matrices", rows.tobytes(), np.uint16).reshape(32, 8), rows)
+
+
+@pytest.mark.parametrize("form", [
+    "rows_rows_64", "columns_columns_64", "registers_rows_64", "registers_columns_64", "columns_columns_32",
+    "rows_columns_32"
+])
+def test_products_of_warpgroups_sum_in_order_of_k(program, form):
+    """Whichever way a and b lie in shared memory."""
+    rng, n = np.random.default_rng(4), int(form[-2:])
+    a, b = (
+        bits_of((rng.standard_normal(s) * 4.0 ** rng.integers(-3, 3, s)).astype(np.float32), "bf16")
+        for s in [(64, 16), (n, 16)]
+    )
+    c = rng.standard_normal((64, n)).astype(np.float32)
+    found = result(program, f"warpgroup_{form}", a.tobytes() + b.tobytes() + c.tobytes(), np.float32, seed=1)
+    x, y = numbers_of(a, "bf16"), numbers_of(b, "bf16")
+    for k in range(16):
+        c = c + x[:, k : k + 1] * y[:, k]
+    assert np.array_equal(found.reshape(64, n), c)
+
+
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_conversions(program, kind):
     every = np.arange(2**16, dtype=np.uint16)

@@ -53,7 +53,7 @@ def marked(case: Case):
 
 WAYS = {  # (width, hidden_mult, chunk, capability) of each way that prefill can go
     "one block": (64, 1, 16, 80), "memory": (64, 4, 16, 80), "memory, weights off chip": (64, 1, 32, 86),
-    "clusters": (64, 2, 16, 90), "clusters, weights off chip": (64, 2, 16, 120),
+    "clusters": (64, 2, 16, 90), "warpgroups": (64, 4, 64, 90), "clusters, weights off chip": (64, 2, 16, 120),
     "shards, memory": (128, 2, 16, 80), "shards, memory, weights off chip": (128, 2, 16, 86),
     "shards, clusters": (128, 2, 16, 90), "shards, clusters, weights off chip": (128, 2, 16, 120),
     "width 128": (128, 1, 16, 90), "width 128, memory": (128, 1, 16, 80),
@@ -160,12 +160,19 @@ class TestFp16(Kept):
 ])
 def test_the_host_launches_what_nvcc_has_compiled(width, dtype, arch):
     """By the same names, and no others."""
-    source = build_cuda.SOURCES / "titans" / f"{width}_{NAMES[dtype]}.cu"
     of_host = ptx.symbols(build_cuda.build_emulated()).values()
+    source = build_cuda.SOURCES / "titans" / f"{width}_{NAMES[dtype]}.cu"
     launched = [name for name in of_host if ptx.source_of(name) == source]
     assert sorted(launched) == sorted(ptx.names(build_cuda.ptx(source, arch).read_text()))
     # decode; steps by exchange and room, prefill also by shards
     assert len(launched) == 3 * (9 if width == 64 else 13)
+
+
+def test_commits_by_warpgroups_have_a_file_of_their_own():
+    source = build_cuda.SOURCES / "titans" / "64_bf16_warpgroups.cu"
+    launched = [n for n in ptx.symbols(build_cuda.build_emulated()).values() if ptx.source_of(n) == source]
+    assert sorted(launched) == sorted(ptx.names(build_cuda.ptx(source, 90).read_text()))
+    assert len(launched) == 2 * 2  # prefill and step of two activations
 
 
 def ran() -> set[str]:
@@ -173,10 +180,14 @@ def ran() -> set[str]:
     return {ptx.SYMBOL.fullmatch(name)[1].removeprefix("titans_") for name, _ in gpu.ran}
 
 
+def swift(way: str, width: int, dtype: torch.dtype, capability: int) -> bool:
+    return quick(width, dtype, capability) or (way == "warpgroups" and dtype == BF16)
+
+
 def ways():
     for name, (width, _, _, capability) in WAYS.items():
         for dtype in (BF16, FP16):
-            marks = () if quick(width, dtype, capability) else pytest.mark.slow
+            marks = () if swift(name, width, dtype, capability) else pytest.mark.slow
             yield pytest.param(name, dtype, marks=marks, id=f"{name}, {NAMES[dtype]}")
 
 
@@ -194,6 +205,8 @@ def test_the_same_bits_whatever_the_schedule_and_the_parts(way, dtype):
         again, state = run(config, w_init, inputs, "cuda", [T, T, 3])
         assert torch.equal(again, o) and same(state, end), (seed, resident)
     mode = "Li0E" if image_of(capability) >= 90 else "Li1E"
+    if way == "warpgroups" and dtype == BF16:
+        mode = "Li2E"
     on_chip, shards = "off chip" not in way, "shards" in way
     template = f"ILi{width}ENS_4{NAMES[dtype]}ELi0E"
     prefill = f"titans_prefill{template}{mode}Lb{on_chip:d}ELb{shards:d}EE"
@@ -206,7 +219,7 @@ def test_the_same_bits_whatever_the_schedule_and_the_parts(way, dtype):
         outputs.append(step_o)
     assert torch.equal(torch.cat(outputs, 1), o) and same(state, end)
     # blocks of a head meet in a cluster, or there is one
-    one = mode == "Li0E" or mult * width * width == 4096
+    one = mode != "Li1E" or mult * width * width == 4096
     assert ran() == ({"prefill"} if shards else {"prefill", "step"} | (set() if one else {"decode"}))
 
 
@@ -217,7 +230,7 @@ def compared():
             if width == 64 or usual:
                 yield pytest.param(
                     config_of(width, mult, chunk, 2, activation=activation), capability, dtype,
-                    marks=() if usual and quick(width, dtype, capability) else pytest.mark.slow,
+                    marks=() if usual and swift(name, width, dtype, capability) else pytest.mark.slow,
                     id=f"{name}, {NAMES[dtype]}, {activation}"
                 )
 

@@ -25,6 +25,7 @@ from .. import build_cuda
 from .machine import Kernel, Options, Region
 
 SYMBOL = re.compile(r"_ZN4hope\d+(titans_\w+?)ILi(\d+)ENS_4(bf16|fp16)E\w*")
+_WARPGROUPS = re.compile(r"ENS_4bf16ELi\dELi2E")  # activation, mode
 ENTRY = re.compile(r"^\.visible \.entry (\w+)\(", re.M)
 
 
@@ -46,7 +47,8 @@ _Executor = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Launch))
 def source_of(name: str) -> Path:
     """The file of kernels that has the kernel of this (mangled) name."""
     _, width, kind = SYMBOL.fullmatch(name).groups()
-    return next(p for p in build_cuda.kernels() if p.stem == f"{width}_{kind}")
+    way = "_warpgroups" * bool(_WARPGROUPS.search(name))
+    return next(p for p in build_cuda.kernels() if p.stem == f"{width}_{kind}{way}")
 
 
 def names(ptx: str) -> list[str]:

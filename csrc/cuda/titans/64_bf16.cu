@@ -3,6 +3,7 @@
 
 namespace hope {
 const char* launch_64_bf16(const TitansParams& p, const Device& device, void* stream) {
+  if (by_warpgroups(p, 64, true, device)) return launch_64_bf16_warpgroups(p, device, stream);
   return launch_activation<64, bf16>(p, device, stream);
 }
 

@@ -21,8 +21,8 @@ constexpr int kMostPanels = 4;  // of a chunk
 
 // One warp. before[t] = eta_t times the decays before t in its panel, after[s] the decays after s in it;
 // decay_after[s] = gamma[C,s], erase[t] = eta_t gamma[t-1,0], decay_chunk = gamma[C,0].
-template <int D, class T>
-HOPE_DEVICE void decays(const Shared<D, T>& shared, int C, bool retention, bool dgd, int lane) {
+template <int D, class T, class R>
+HOPE_DEVICE void decays(const Shared<D, T, R>& shared, int C, bool retention, bool dgd, int lane) {
   const int place = lane & 15;  // in the panel
   const bool second = lane >= kPanel;
   float to[2] = {1.f, 1.f}, from[2] = {1.f, 1.f};  // products up to a token, and from it on
@@ -64,20 +64,21 @@ HOPE_DEVICE void decays(const Shared<D, T>& shared, int C, bool retention, bool 
 }
 
 // k_s.k_t for s of panel p (rows), t of panel q.
-template <int D, class T>
-HOPE_DEVICE void gram(float (&c)[8], const Shared<D, T>& shared, int p, int q, int lane) {
+template <int D, class T, class R>
+HOPE_DEVICE void gram(float (&c)[8], const Shared<D, T, R>& shared, int p, int q, int lane) {
 #pragma unroll
   for (int s = 0; s < Width<D>::kSteps; ++s) {
     uint32_t a[4], b[4];
-    load_matrices(a, corner<D>(shared.k(p * kPanel), 16 * s, lane));
-    load_matrices(b, corner_b<D>(shared.k(q * kPanel), 16 * s, lane));
+    load_matrices(a, shared.rows(shared.k(p * kPanel), 16 * s, lane));
+    load_matrices(b, shared.rows_b(shared.k(q * kPanel), 16 * s, lane));
     mma<T>(c, a, b[0], b[1], s == 0);
     mma<T>(c + 4, a, b[2], b[3], s == 0);
   }
 }
 
 // -M[p,q], p < q, as two operands a: higher halves of all lanes, then the lower ones.
-template <int D, class T> HOPE_DEVICE void mix_panels(const Shared<D, T>& shared, int p, int q, int lane) {
+template <int D, class T, class R>
+HOPE_DEVICE void mix_panels(const Shared<D, T, R>& shared, int p, int q, int lane) {
   float c[8];
   gram<D>(c, shared, p, q, lane);
   float between = -1.f;
@@ -102,8 +103,8 @@ HOPE_DEVICE int piece(int r, int half) { return 2 * r + (half ^ (r >> 2 & 1)); }
 
 // The inverses of I + M[p,p] for the panels first and first + 1 (if there is one), 16 lanes each: two matrices
 // of 16-bit numbers, the higher halves and the lower ones.
-template <int D, class T>
-HOPE_DEVICE void invert_panels(const Shared<D, T>& shared, int first, int panels, bool retention, int lane) {
+template <int D, class T, class R>
+HOPE_DEVICE void invert_panels(const Shared<D, T, R>& shared, int first, int panels, bool retention, int lane) {
 #pragma unroll 1
   for (int p = first; p < first + 2 && p < panels; ++p) {
     float c[8];
@@ -168,7 +169,8 @@ HOPE_DEVICE void invert_panels(const Shared<D, T>& shared, int first, int panels
 
 // What the solve needs of the keys and decays, dealt out to the warps: inverses to the last ones, which have
 // little else to do where a memory with one output is here.
-template <int D, class T> HOPE_DEVICE void key_products(const Shared<D, T>& shared, int C, bool retention) {
+template <int D, class T, class R>
+HOPE_DEVICE void key_products(const Shared<D, T, R>& shared, int C, bool retention) {
   const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
   const int panels = C / kPanel;
   if (const int first = 2 * (kWarps - 1 - warp); first < panels) {
@@ -197,12 +199,13 @@ HOPE_DEVICE void as_operand_b(Halves (&b)[2], const float (&x)[4]) {
   }
 }
 
-// Kg, rounded to T, in the place of v. What later panels are made of waits in the warp's place for partial
-// outputs, each lane's own: registers are short, and so are these loops.
-template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& shared, int C, bool dgd) {
+// Kg, rounded to T, in the place of v. What earlier panels are made of waits in `solved`, the warp's own 512 bytes for
+// each panel but the first, each lane's own: registers are short, and so are these loops.
+template <int D, class T, class R>
+HOPE_DEVICE void transformed_keys(const Shared<D, T, R>& shared, int C, bool dgd, Word4* solved) {
   const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
   const int panels = C / kPanel;
-  Word4* solved = reinterpret_cast<Word4*>(shared.part(warp, 0)) + lane;  // of panel q: number 32 q
+  solved += lane - 32;  // of panel q: number 32 q
   sync_warp();
 #pragma unroll 1
   for (int column = 8 * warp; column < D; column += 8 * kWarps) {
@@ -212,7 +215,7 @@ template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& 
       float x[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const auto* key = reinterpret_cast<const uint32_t*>(shared.k(row + 8 * i) + at);
+        const auto* key = reinterpret_cast<const uint32_t*>(shared.k(row + 8 * i) + R::at(at));
         const Float2 k = unpack2<T>(load_shared(key));
         const float decay = load_shared(shared.decay_after() + row + 8 * i);
         x[2 * i] = decay * k.x, x[2 * i + 1] = decay * k.y;
@@ -238,7 +241,7 @@ template <int D, class T> HOPE_DEVICE void transformed_keys(const Shared<D, T>& 
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        store_shared(reinterpret_cast<uint32_t*>(shared.kg(row + 8 * i) + at),
+        store_shared(reinterpret_cast<uint32_t*>(shared.kg(row + 8 * i) + R::at(at)),
                      pack2<T>(x[2 * i], x[2 * i + 1]));
     }
   }

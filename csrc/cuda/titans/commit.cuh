@@ -62,7 +62,8 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       sync_block();
       gradients(slope, panel);
       // v and all partial outputs have been read, and the next ones are written after a barrier
-      if (last) transformed_keys<D, T>(shared, chunk(), has(kDgd));
+      if (last)
+        transformed_keys<D, T>(shared, chunk(), has(kDgd), reinterpret_cast<Word4*>(shared.part(me().warp, 0)));
       sync_block();
     }
     if constexpr (kSharded) {

@@ -118,21 +118,20 @@ HOPE_DEVICE uint32_t decode(const TitansParams& p, const Plan& plan, int group, 
 // counter tells in which order they have read them, the last one does. next: the mark of the next chunk.
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int group, int rank, uint32_t next) {
-  const Shared<D, T> shared{plan};
+  using Blocks = Exchange<D, T, MODE, false>;
+  const Shared<D, T, typename Blocks::Rows> shared{plan};
   Call& call = shared.call();
   call.enter<D>(p, plan, group, rank);
   if (thread_index() == 0) store_shared(&call.next, next);
   move_pending<D, T, true>(p, shared, group / p.H, group % p.H, 0, p.C);
   sync_block();
   if (plan.blocks > 1) {
-    if constexpr (MODE == kCluster) {
+    if constexpr (MODE != kGlobal) {
       cluster_arrive();
     } else if (thread_index() == 0) {
       store_shared(&call.arrived, static_cast<int>(fetch_add_release(p.arrivals + 1 + group, 1)));
     }
   }
-  using Blocks = Exchange<D, T, MODE, false>;
-  const Blocks exchange{shared, p, plan};
   float state[16][8];
   {
     const int lane = lane_index(), warp = warp_index();
@@ -140,24 +139,32 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
     load_state<D, T>(state, p, shared, role, 0, group, warp, lane);
     const Own own{p, plan, call, warp, lane};
     const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
-    const StoredWeights<D, ON_CHIP> weights{own};
-    round_weights<D, T>(state, weights, own, bases, Place<D>::of(p, role), role, p.N, lane);
+    const WeightsOf<D, MODE, ON_CHIP> weights{own};
+    if constexpr (MODE == kWarpgroups)
+      round_weights_by_units<T>(state, weights, bases, Place<D>::of(p, role), role, lane);
+    else
+      round_weights<D, T>(state, weights, own, bases, Place<D>::of(p, role), role, p.N, lane);
   }
-  Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
+  if constexpr (MODE == kWarpgroups)
+    WarpgroupCommit<T, ACT>{p, shared}.run(state);
+  else
+    Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, Blocks{shared, p, plan}}.run(state);
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
   const int g = load_shared(&call.group);
   const Role role = call.role(plan, warp);
   store_state<D, T>(state, p, shared, role, 0, g, warp, lane);
-  const auto rounded = Rounded<D>::of(p, static_cast<int64_t>(block_index()) * kWarps + warp);
-  if (rounded.words != nullptr && !role.idle()) {
-    const Bases<T> bases = Bases<T>::of(p, g % p.H, D, plan.memories);
-    const Own own{p, plan, call, warp, lane};
-    round_weights<D, T>(state, rounded, own, bases, Place<D>::of(p, role), role, p.N, lane);
-    rounded.finish(shared, load_shared(&call.next), role.full(), warp, lane);
+  if constexpr (MODE != kWarpgroups) {  // whose state has other blocks: the next token makes the copy anew
+    const auto rounded = Rounded<D>::of(p, static_cast<int64_t>(block_index()) * kWarps + warp);
+    if (rounded.words != nullptr && !role.idle()) {
+      const Bases<T> bases = Bases<T>::of(p, g % p.H, D, plan.memories);
+      const Own own{p, plan, call, warp, lane};
+      round_weights<D, T>(state, rounded, own, bases, Place<D>::of(p, role), role, p.N, lane);
+      rounded.finish(shared, load_shared(&call.next), role.full(), warp, lane);
+    }
   }
   bool last = load_shared(&call.rank) == 0;
   if (plan.blocks > 1) {
-    if constexpr (MODE == kCluster) cluster_wait();
+    if constexpr (MODE != kGlobal) cluster_wait();
     else last = load_shared(&call.arrived) == plan.blocks - 1;
   }
   if (last) clear_pending<D, T>(p, g / p.H, g % p.H, 0);
@@ -165,6 +172,7 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
 
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
+  if constexpr (MODE == kWarpgroups) assume(p.N == 256 && p.C == 64);
   // 1, 2 or 4 blocks; a division would come before the first request
   const int group = block_index() >> (plan.blocks / 2), rank = block_index() & (plan.blocks - 1);
   const bool commit_only = p.flags & kCommitOnly;
@@ -179,7 +187,7 @@ HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
   if (next == 0) return;
   if (!commit_only) {  // the other blocks' part of the token
     sync_block();
-    if constexpr (MODE == kCluster) {
+    if constexpr (MODE != kGlobal) {
       if (plan.blocks > 1) {
         cluster_arrive();
         cluster_wait();
@@ -206,8 +214,8 @@ HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan plan) {
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_KERNEL(kThreads) titans_step(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
-  if constexpr ((MODE == kCluster) == kInClusters && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
-    step<D, T, ACT, MODE, ON_CHIP>(p, plan);
+  if constexpr (kHasMode<MODE> && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
+    step<D, T, ACT, MODE, ON_CHIP>(p, MODE == kWarpgroups ? fixed_plan(plan) : plan);
   else
     trap();  // the launch chose a kernel that this code does not have
 #elif !defined(__CUDACC__)

@@ -23,10 +23,14 @@
 
 namespace hope {
 
-enum Mode : int { kCluster, kGlobal };
+// kWarpgroups: kCluster, on a device whose chunks are committed by products of warpgroups (warpgroups/commit.cuh).
+enum Mode : int { kCluster, kGlobal, kWarpgroups };
+template <int D, int MODE> struct RowsOf { using type = PaddedRows<D>; };
+template <int D> struct RowsOf<D, kWarpgroups> { using type = PieceRows; };
 
 template <int D, class T, int MODE, bool SHARDED> struct Exchange {
-  const Shared<D, T> shared;
+  using Rows = typename RowsOf<D, MODE>::type;
+  const Shared<D, T, Rows> shared;
   const TitansParams& p;
   const Plan& plan;
   static constexpr bool kSharded = SHARDED;
@@ -66,7 +70,7 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   }
   // What the blocks have put before this barrier is there for all of them after it.
   HOPE_DEVICE void barrier() const {
-    if constexpr (MODE == kCluster) {
+    if constexpr (MODE != kGlobal) {
       cluster_arrive();
       cluster_wait();
     } else {
@@ -81,12 +85,12 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   HOPE_DEVICE void begin() const { release(); }
   // Before the puts of the first panel after begin() or release().
   HOPE_DEVICE void acquire() const {
-    if constexpr (MODE == kCluster && !SHARDED) {
+    if constexpr (MODE != kGlobal && !SHARDED) {
       if (plan.blocks > 1) cluster_wait();
     }
   }
   HOPE_DEVICE void put(int round, uint32_t* place, int word, uint32_t value) const {
-    if constexpr (MODE == kCluster) {
+    if constexpr (MODE != kGlobal) {
       if (plan.blocks > 1) {
 #pragma unroll 1
         for (int r = 0; r < plan.blocks; ++r) store_remote(place, r, value);
@@ -100,7 +104,8 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   // Two numbers of k (kind 0) or v (1) at row r of the panel that starts at `slot`.
   HOPE_DEVICE void put_pair(int round, int kind, int slot, int r, int position, uint32_t pair) const {
     T* tile = kind == 0 ? shared.k(slot + r) : shared.v(slot + r);
-    put(round, reinterpret_cast<uint32_t*>(tile + position), (kind * kPanel + r) * (D / 2) + position / 2, pair);
+    put(round, reinterpret_cast<uint32_t*>(tile + Rows::at(position)),
+        (kind * kPanel + r) * (D / 2) + position / 2, pair);
   }
   // eta (kind 0) or alpha (1).
   HOPE_DEVICE void put_scalar(int round, int kind, int slot, int r, uint32_t bits) const {
@@ -110,7 +115,7 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   // Afterwards what all blocks have put into rows first <= r < stop of the panel is in this block's shared
   // memory. Also a barrier of the block.
   HOPE_DEVICE void finish(int round, int slot, int first, int stop) const {
-    if constexpr (MODE == kCluster) {
+    if constexpr (MODE != kGlobal) {
       if (plan.blocks > 1) {
         cluster_arrive();
         cluster_wait();
@@ -139,7 +144,7 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
         } else {
           const int position = 2 * (i % (D / 2));
           store_shared(
-              reinterpret_cast<uint32_t*>((kind == 0 ? shared.k(slot + r) : shared.v(slot + r)) + position),
+              reinterpret_cast<uint32_t*>((kind == 0 ? shared.k(slot + r) : shared.v(slot + r)) + Rows::at(position)),
               word);
         }
       }
@@ -149,7 +154,7 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   // This block reads the chunk's tokens no longer. `mail` needs no such signal: a block reads it before it
   // arrives at the next round, and no block writes the round after that before all have arrived.
   HOPE_DEVICE void release() const {
-    if constexpr (MODE == kCluster && !SHARDED) {
+    if constexpr (MODE != kGlobal && !SHARDED) {
       if (plan.blocks > 1) cluster_arrive();
     }
   }

@@ -42,6 +42,23 @@ HOPE_DEVICE void store_block(const float (&f)[8], float* p, int stride, int lane
                                                                         f[2 * half + 4], f[2 * half + 5]};
 }
 
+// A block of the transposed matrix: rows become columns.
+HOPE_DEVICE int transposed_offset(int lane, int stride) {
+  const int g = lane >> 2, t = lane & 3;
+  return 4 * t * stride + 4 * (g >> 1) + (g & 1);
+}
+HOPE_DEVICE int transposed_step(int i, int stride) { return ((i & 1) + 2 * (i >> 2)) * stride + 2 * (i >> 1 & 1); }
+HOPE_DEVICE void load_block_transposed(float (&f)[8], const float* p, int stride, int lane) {
+  p += transposed_offset(lane, stride);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) f[i] = p[transposed_step(i, stride)];
+}
+HOPE_DEVICE void store_block_transposed(const float (&f)[8], float* p, int stride, int lane) {
+  p += transposed_offset(lane, stride);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) p[transposed_step(i, stride)] = f[i];
+}
+
 template <class T> HOPE_DEVICE Word4 load_block16(const T* p, int stride, int lane) {
   const Word2 r0 = *reinterpret_cast<const Word2*>(p + block_offset(lane, 0, stride));
   const Word2 r1 = *reinterpret_cast<const Word2*>(p + block_offset(lane, 1, stride));

@@ -91,22 +91,26 @@ inline const char* clear_arrivals([[maybe_unused]] const TitansParams& p, [[mayb
 template <int D, class T, int ACT, int MODE, bool SHARDED>
 const char* launch_prefill(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
-  const int cluster = MODE == kCluster ? plan.blocks : 1;
+  const int cluster = MODE != kGlobal ? plan.blocks : 1;
   if (MODE == kGlobal && plan.blocks > 1 && device.at_once == nullptr)
     if (const char* error = clear_arrivals(p, stream)) return error;
-  if (plan.weights >= 0)
-    return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true, SHARDED>), blocks, kThreads, cluster, device,
-                       stream);
-  return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false, SHARDED>), blocks, kThreads, cluster, device, stream);
+  if constexpr (MODE != kWarpgroups) {
+    if (plan.weights < 0)
+      return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false, SHARDED>), blocks, kThreads, cluster, device,
+                         stream);
+  }
+  return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, true, SHARDED>), blocks, kThreads, cluster, device, stream);
 }
 
 template <int D, class T, int ACT, int MODE>
 const char* launch_step(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
-  const int cluster = MODE == kCluster ? plan.blocks : 1;
-  if (plan.weights >= 0)
-    return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, true>), blocks, kThreads, cluster, device, stream);
-  return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, false>), blocks, kThreads, cluster, device, stream);
+  const int cluster = MODE != kGlobal ? plan.blocks : 1;
+  if constexpr (MODE != kWarpgroups) {
+    if (plan.weights < 0)
+      return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, false>), blocks, kThreads, cluster, device, stream);
+  }
+  return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, true>), blocks, kThreads, cluster, device, stream);
 }
 
 template <int D, class T, int ACT, bool SHARDED>
@@ -145,6 +149,13 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
   return launch_step<D, T, ACT, kGlobal>(p, plan_of_all, device, stream);
 }
 
+// A call that by_warpgroups allows.
+template <int ACT> const char* launch_warpgroups(const TitansParams& p, const Device& device, void* stream) {
+  const Plan plan = make_warpgroup_plan(p.flags & kRetention);
+  return p.T > 1 ? launch_prefill<64, bf16, ACT, kWarpgroups, false>(p, plan, device, stream)
+                 : launch_step<64, bf16, ACT, kWarpgroups>(p, plan, device, stream);
+}
+
 template <int D, class T> const char* launch_activation(const TitansParams& p, const Device& device, void* stream) {
   if (p.activation == kGeluTanh) return launch_call<D, T, kGeluTanh>(p, device, stream);
   return p.activation == kGelu ? launch_call<D, T, kGelu>(p, device, stream)
@@ -153,6 +164,7 @@ template <int D, class T> const char* launch_activation(const TitansParams& p, c
 
 // One for each source file: 64_bf16.cu and so on.
 const char* launch_64_bf16(const TitansParams& p, const Device& device, void* stream);
+const char* launch_64_bf16_warpgroups(const TitansParams& p, const Device& device, void* stream);
 const char* launch_64_fp16(const TitansParams& p, const Device& device, void* stream);
 const char* launch_128_bf16(const TitansParams& p, const Device& device, void* stream);
 const char* launch_128_fp16(const TitansParams& p, const Device& device, void* stream);

@@ -88,6 +88,8 @@ struct Plan {
   int shares;               // [2][2][D / 64][8] blocks
   int norm_shares;          // [2][C] fp32
   int64_t scratch_bytes;
+  // Of commits by warpgroups (warpgroups/plan.h), whose weights, a and d have places of their own:
+  int w1, at_v, more_d, solved, partial;
 };
 
 // Fragment blocks of `a` (and of `d`) that the 8 warps of a block own in a panel: the most that any block

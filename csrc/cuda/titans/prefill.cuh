@@ -20,6 +20,8 @@
 #include "commit.cuh"
 #include "exchange.cuh"
 #include "state.cuh"
+#include "warpgroups/commit.cuh"
+#include "warpgroups/weights.cuh"
 
 namespace hope {
 
@@ -43,14 +45,14 @@ template <int D, class T, class Exchange> struct PrefillSink {
 };
 
 // This row's slots first <= s < stop of the open chunk, from the pending tensors to shared memory, or back.
-template <int D, class T, bool LOAD>
-HOPE_DEVICE void move_pending(const TitansParams& p, const Shared<D, T>& shared, int64_t b, int h, int first,
+template <int D, class T, bool LOAD, class R>
+HOPE_DEVICE void move_pending(const TitansParams& p, const Shared<D, T, R>& shared, int64_t b, int h, int first,
                               int stop) {
   for (int i = thread_index() + first * (D / 2); i < stop * (D / 2); i += kThreads) {
     const int slot = i / (D / 2), index = 2 * (i % (D / 2));
     const int64_t at = ((b * p.C + slot) * p.H + h) * D + index;
-    uint32_t* k = reinterpret_cast<uint32_t*>(shared.k(slot) + position_of(index));
-    uint32_t* v = reinterpret_cast<uint32_t*>(shared.v(slot) + position_of(index));
+    uint32_t* k = reinterpret_cast<uint32_t*>(shared.k(slot) + R::at(position_of(index)));
+    uint32_t* v = reinterpret_cast<uint32_t*>(shared.v(slot) + R::at(position_of(index)));
     uint32_t& k_there = *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_k) + at);
     uint32_t& v_there = *reinterpret_cast<uint32_t*>(static_cast<T*>(p.pending_v) + at);
     if (LOAD) {
@@ -111,16 +113,16 @@ struct Panel {
 template <class Exchange> struct SumOfShares {
   const Exchange& exchange;
   int round;
-  template <class E, int D, class T>
-  HOPE_DEVICE Float4 at(const Shared<D, T>&, const Role&, int, int i, int) const {
+  template <class E, int D, class T, class R>
+  HOPE_DEVICE Float4 at(const Shared<D, T, R>&, const Role&, int, int i, int) const {
     return exchange.sum_of_shares(round, 0, i);
   }
 };
 
 // After the barrier that follows read_shares: results go where they belong, and the warp goes on to the next
 // panel. Of two shards the first one has the results.
-template <int D, class T, class Exchange>
-HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared, const Exchange& exchange) {
+template <int D, class T, class Exchange, class R>
+HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T, R>& shared, const Exchange& exchange) {
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
   const bool update = p.flags & kUpdate;
   Call& call = shared.call();
@@ -156,6 +158,7 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T>& shared,
 
 template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
 HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
+  if constexpr (MODE == kWarpgroups) assume(p.N == 256 && p.C == 64);
   const bool update = p.flags & kUpdate;
 
   // --- which (row, head), and which of its blocks ---
@@ -169,7 +172,8 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
       sync_block();
     }
   }
-  const Shared<D, T> shared{plan};
+  using Blocks = Exchange<D, T, MODE, SHARDED>;
+  const Shared<D, T, typename Blocks::Rows> shared{plan};
   Call& call = shared.call();
   {
     const int lane = lane_index(), warp = warp_index();
@@ -191,7 +195,6 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   }
   sync_block();
   if (thread_index() == 0) count_tokens(p, group / p.H, load_shared(&call.n), plan.blocks);
-  using Blocks = Exchange<D, T, MODE, SHARDED>;
   const Blocks exchange{shared, p, plan};
   if (update) exchange.begin();
 
@@ -227,7 +230,7 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
   for (;;) {
     const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
     const Own own{p, plan, call, warp, lane};
-    const StoredWeights<D, ON_CHIP> weights{own};
+    const WeightsOf<D, MODE, ON_CHIP> weights{own};
     const Panel now = Panel::of(call, warp, p.C);
     // a new chunk: rounded weights, and the exchange, are those of the one before
     const bool fresh = first_round || (update && now.slot == 0);
@@ -236,7 +239,10 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
       const Role role = call.role(plan, warp);
       const Bases<T> bases = Bases<T>::of(p, load_shared(&call.head), D, plan.memories);
       const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
-      round_weights<D, T>(state, weights, own, bases, place, role, p.N, lane);
+      if constexpr (MODE == kWarpgroups)
+        round_weights_by_units<T>(state, weights, bases, place, role, lane);
+      else
+        round_weights<D, T>(state, weights, own, bases, place, role, p.N, lane);
     }
     fetch(now.token + now.stop - now.first);
     {
@@ -248,7 +254,10 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     if (update && fresh) exchange.acquire();
     finish_panel<D, T>(p, shared, exchange);
     if (update && Panel::of(call, thread_index_again() >> 5, p.C).slot == 0) {
-      Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
+      if constexpr (MODE == kWarpgroups)
+        WarpgroupCommit<T, ACT>{p, shared}.run(state);
+      else
+        Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
       if (load_shared(call.tokens + (thread_index_again() >> 5)) < load_shared(&call.n)) exchange.release();
     }
     if (load_shared(call.tokens + (thread_index_again() >> 5)) >= load_shared(&call.n)) break;
@@ -268,7 +277,14 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
 }
 
 #ifdef __CUDA_ARCH__
-constexpr bool kInClusters = in_clusters(__CUDA_ARCH__ / 10);
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;
+#endif
+// Whether this code has kernels of a mode.
+template <int MODE>
+constexpr bool kHasMode = MODE == kWarpgroups ? kHasWarpgroups : (MODE == kCluster) == in_clusters(__CUDA_ARCH__ / 10);
 constexpr bool kMayBeOnChip = may_be_on_chip(__CUDA_ARCH__ / 10), kMayBeOffChip = may_be_off_chip(__CUDA_ARCH__ / 10);
 #elif !defined(__CUDACC__)
 // Less for a host to compile: another activation's code is that of width 64.
@@ -280,8 +296,8 @@ constexpr bool in_fibers(int D, int act) { return D == 64 || act == kGeluTanh; }
 template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
 HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
-  if constexpr ((MODE == kCluster) == kInClusters && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
-    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
+  if constexpr (kHasMode<MODE> && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
+    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, MODE == kWarpgroups ? fixed_plan(plan) : plan);
   else
     trap();  // the launch chose a kernel that this code does not have
 #elif !defined(__CUDACC__)

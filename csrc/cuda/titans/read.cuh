@@ -20,8 +20,8 @@ HOPE_DEVICE void fetch_panel(T* tile, const T* from, int64_t stride, int first, 
 }
 
 // Stage 1: partial outputs to shared memory.
-template <int D, class T, int ACT, class Weights>
-HOPE_DEVICE void read_shares(const Shared<D, T>& shared, const Role& role, const T* tile,
+template <int D, class T, int ACT, class R, class Weights>
+HOPE_DEVICE void read_shares(const Shared<D, T, R>& shared, const Role& role, const T* tile,
                              const Weights& weights, int warp, int lane) {
   float z[8], unused[8];
   if (role.full()) {
@@ -73,14 +73,14 @@ template <class T> HOPE_DEVICE float bias_of(const void* p, int h, bool fp32) {
 
 // A lane's i-th four numbers of the memory's output, from the partial ones of this block's warps.
 struct Gathered {
-  template <class E, int D, class T>
-  HOPE_DEVICE Float4 at(const Shared<D, T>& shared, const Role& role, int r, int i, int lane) const {
-    return E::gather(shared.part(role.first(), 0), Shared<D, T>::kPart, r, E::column(lane, i), lane);
+  template <class E, int D, class T, class R>
+  HOPE_DEVICE Float4 at(const Shared<D, T, R>& shared, const Role& role, int r, int i, int lane) const {
+    return E::gather(shared.part(role.first(), 0), Shared<D, T, R>::kPart, r, E::column(lane, i), lane);
   }
 };
 
-template <class E, int D, class T, class Sink, class Outputs>
-HOPE_DEVICE void full_results(const TitansParams& p, const Shared<D, T>& shared, const Role& role, const T* tile,
+template <class E, int D, class T, class R, class Sink, class Outputs>
+HOPE_DEVICE void full_results(const TitansParams& p, const Shared<D, T, R>& shared, const Role& role, const T* tile,
                               int first, int stop, int lane, Sink& sink, const Outputs& outputs) {
   const int r = E::pair(role.within, lane);
   Float4 y[E::kEach];
@@ -101,9 +101,9 @@ HOPE_DEVICE void full_results(const TitansParams& p, const Shared<D, T>& shared,
 
 // Stage 2: sink.pair(memory, r, position, two numbers of T) and sink.scalar(memory, r, number) for the rows
 // first <= r < stop that are read.
-template <int D, class T, class Sink, class Outputs = Gathered>
-HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T>& shared, const Role& role, const T* tile, int h,
-                              int first, int stop, int lane, Sink& sink, const Outputs& outputs = {}) {
+template <int D, class T, class R, class Sink, class Outputs = Gathered>
+HOPE_DEVICE void read_results(const TitansParams& p, const Shared<D, T, R>& shared, const Role& role,
+                              const T* tile, int h, int first, int stop, int lane, Sink& sink, const Outputs& outputs = {}) {
   if (role.full()) {
     with_epilogue<D>(role.warps(), [&](auto e) {
       full_results<decltype(e)>(p, shared, role, tile, first, stop, lane, sink, outputs);

@@ -6,10 +6,10 @@
 //          w} of each as in StoredWeights; of a scalar memory base + deviation of w1, in fp32; a mark.
 // TRUTH    Kernels change weights where a chunk is committed and nowhere else, so `pos` says which chunk's
 //          weights they are: the mark is the position of the chunk's first token, plus one (so that 0 marks
-//          nothing). A commit of titans_step keeps what it leaves. A token that finds another mark rounds
-//          anew and keeps that: the first one, and any after other kernels (prefill, another graph) have read
-//          on. Positions count modulo 2^32 here. Weights that are written without a commit are the host's to
-//          find (hope_kernels/ops/titans/rounded.py), which then clears the marks.
+//          nothing). A commit of titans_step keeps what it leaves, but for one by warpgroups. A token that finds
+//          another mark rounds anew and keeps that: the first one, and any after other kernels (prefill, another
+//          graph) have read on. Positions count modulo 2^32 here. Weights that are written without a commit are
+//          the host's to find (hope_kernels/ops/titans/rounded.py), which then clears the marks.
 #pragma once
 #include "fragments.cuh"
 #include "role.cuh"

@@ -19,7 +19,12 @@ const char* titans_unserved(int D, int N, int C, const Device& device) {
 Workspace titans_workspace(const TitansParams& p, int D, const Device& device) {
   const Plan plan = make_plan(D, p.N, p.C, p.flags & kRetention, p.flags & kUpdate, device);
   const int64_t groups = static_cast<int64_t>(p.B) * p.H;
-  return {groups * plan.blocks * plan.scratch_bytes, 1 + groups};
+  int64_t scratch = plan.scratch_bytes;
+  if (by_warpgroups(p, D, true, device)) {  // as of bf16: what the tensors are is not known here
+    const int64_t other = make_warpgroup_plan(p.flags & kRetention).scratch_bytes;
+    scratch = other > scratch ? other : scratch;
+  }
+  return {groups * plan.blocks * scratch, 1 + groups};
 }
 
 const char* titans_at_once(int D, int N, int C, Device device, int* found) {

@@ -6,17 +6,42 @@
 
 namespace hope {
 
-template <int D, class T> struct Shared {
-  const Plan& plan;
+// How the keys, values and errors of a chunk lie: rows one after another, or as a product of warpgroups reads them
+// (../warpgroup.cuh), in pieces of 8 tokens by 8 positions; the pieces of 8 positions are a column of tokens, and 16
+// bytes more keep stores of one token to several columns free of bank conflicts.
+template <int D> struct PaddedRows {
+  static constexpr bool kPieces = false;
   static constexpr int kRow = Width<D>::kRow;
+  HOPE_DEVICE static int hidden(const TitansParams& p) { return p.N; }
+  HOPE_DEVICE static int at(int position) { return position; }
+};
+struct PieceRows {
+  static constexpr bool kPieces = true;
+  HOPE_DEVICE static int hidden(const TitansParams&) { return 256; }  // a constant for the compiler
+  static constexpr int kRow = 8, kColumn = 64 * 8 + 8;
+  HOPE_DEVICE static int at(int position) { return (position >> 3) * kColumn + (position & 7); }
+};
+
+template <int D, class T, class Rows = PaddedRows<D>> struct Shared {
+  const Plan& plan;
+  static constexpr int kRow = Rows::kRow;
 
   template <class V> HOPE_DEVICE V* at(int offset) const { return reinterpret_cast<V*>(shared_memory() + offset); }
 
   HOPE_DEVICE Call& call() const { return *at<Call>(plan.call); }
-  HOPE_DEVICE T* input(bool query, int buffer) const { return at<T>(query ? plan.q : plan.x) + buffer * kPanel * kRow; }
+  HOPE_DEVICE T* input(bool query, int buffer) const {
+    return at<T>(query ? plan.q : plan.x) + buffer * kPanel * Width<D>::kRow;
+  }
   HOPE_DEVICE T* k(int slot) const { return at<T>(plan.k) + slot * kRow; }
   HOPE_DEVICE T* v(int slot) const { return at<T>(plan.v) + slot * kRow; }
   HOPE_DEVICE T* kg(int slot) const { return v(slot); }
+  // Of k, v and e: as corner and corner_b of fragments.cuh.
+  HOPE_DEVICE static const T* rows(const T* tile, int c, int lane) {
+    return tile + (lane & 15) * kRow + Rows::at(c + (lane >> 4) * 8);
+  }
+  HOPE_DEVICE static const T* rows_b(const T* tile, int c, int lane) {
+    return tile + ((lane & 7) + (lane >> 4) * 8) * kRow + Rows::at(c + ((lane >> 3) & 1) * 8);
+  }
   HOPE_DEVICE T* e(int tile, int slot, int C) const { return at<T>(plan.e) + (tile * C + slot) * kRow; }
   HOPE_DEVICE float* eta() const { return at<float>(plan.eta); }
   HOPE_DEVICE float* alpha() const { return at<float>(plan.alpha); }

@@ -15,14 +15,19 @@ template <int D> struct Place {
   }
 };
 
-// f(block, first number, numbers a row, is it of w1) for the 16 blocks of a warp.
-template <int D, class F> HOPE_DEVICE void for_blocks(const Place<D>& place, bool full, int N, F f) {
+// f(block, first number, numbers a row, is it of w1) for the 16 blocks of a warp. BY_UNITS: blocks of w1 are kept
+// transposed, units by positions, and one group of units comes after the other, as those of w2 do.
+template <int D, bool BY_UNITS = false, class F>
+HOPE_DEVICE void for_blocks(const Place<D>& place, bool full, int N, F f) {
   using W = Width<D>;
   if (full) {
 #pragma unroll
     for (int b = 0; b < 8; ++b) f(b, place.w2 + (b / W::kSteps) * 16 * D + (b % W::kSteps) * 16, D, false);
 #pragma unroll
-    for (int b = 0; b < 8; ++b) f(8 + b, place.w1 + (b / W::kGroups) * 16 * N + (b % W::kGroups) * 16, N, true);
+    for (int b = 0; b < 8; ++b) {
+      const int i = BY_UNITS ? b % W::kSteps : b / W::kGroups, g = BY_UNITS ? b / W::kSteps : b % W::kGroups;
+      f(8 + b, place.w1 + i * 16 * N + g * 16, N, true);
+    }
   } else {
 #pragma unroll
     for (int b = 0; b < 16; ++b) f(b, place.w2 + (b / W::kSteps) * 16 * D + (b % W::kSteps) * 16, D, false);
@@ -80,12 +85,15 @@ HOPE_DEVICE void round_weights(const float (&state)[16][8], const Weights& weigh
 }
 
 // The deviations of a warp; zeros for one without a memory.
-template <int D>
+template <int D, bool BY_UNITS = false>
 HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, const Place<D>& place,
                                  const Role& role, int N, int lane) {
   if (!role.idle()) {
-    for_blocks<D>(place, role.full(), N, [&](int b, int first, int stride, bool w1) {
-      load_block(state[b], (w1 ? from.w1 : from.w2) + first, stride, lane);
+    for_blocks<D, BY_UNITS>(place, role.full(), N, [&](int b, int first, int stride, bool w1) {
+      if (BY_UNITS && w1)
+        sync_warp(), load_block_transposed(state[b], from.w1 + first, stride, lane);
+      else
+        load_block(state[b], (w1 ? from.w1 : from.w2) + first, stride, lane);
     });
   } else {
 #pragma unroll
@@ -96,8 +104,8 @@ HOPE_DEVICE void load_deviations(float (&state)[16][8], const Deviations& from, 
 }
 
 // One number of a scalar memory's w1 a unit, to shared memory.
-template <int D, class T>
-HOPE_DEVICE void load_scalar_weights(const Shared<D, T>& shared, const Deviations& from, const Bases<T>& base,
+template <int D, class T, class R>
+HOPE_DEVICE void load_scalar_weights(const Shared<D, T, R>& shared, const Deviations& from, const Bases<T>& base,
                                      const Place<D>& place, const Role& role, int warp, int lane) {
   if (role.full()) return;
   for (int u = lane; u < Width<D>::kScalarUnits; u += 32) {
@@ -111,31 +119,34 @@ HOPE_DEVICE void load_scalar_weights(const Shared<D, T>& shared, const Deviation
 
 // What a block keeps of a (row, head) while it commits: deviations in registers, the scalar memories' w1 and,
 // where there is room, base weights in shared memory. before: the memory's warps in blocks of lower rank.
-template <int D, class T>
-HOPE_DEVICE void load_state(float (&state)[16][8], const TitansParams& p, const Shared<D, T>& shared,
+template <int D, class T, class R>
+HOPE_DEVICE void load_state(float (&state)[16][8], const TitansParams& p, const Shared<D, T, R>& shared,
                             const Role& role, int before, int group, int warp, int lane) {
   const Plan& plan = shared.plan;
   const Place<D> place = Place<D>::of(p, role, before);
   const Deviations deviations = Deviations::of(p, group, D, plan.memories);
   const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
-  load_deviations<D>(state, deviations, place, role, p.N, lane);
+  load_deviations<D, R::kPieces>(state, deviations, place, role, R::hidden(p), lane);
   load_scalar_weights<D, T>(shared, deviations, bases, place, role, warp, lane);
   const Own own{p, plan, shared.call(), warp, lane};
   if (plan.base >= 0)
-    for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
+    for_blocks<D>(place, role.full(), R::hidden(p), [&](int i, int at, int row, bool w1) {
       own.at(plan.base)[512 * warp + 32 * i] = base_block<T>(bases, role, w1, at, row, lane);
     });
 }
 
 // The deviations, once chunks have been committed, to where they were loaded from.
-template <int D, class T>
-HOPE_DEVICE void store_state(const float (&state)[16][8], const TitansParams& p, const Shared<D, T>& shared,
+template <int D, class T, class R>
+HOPE_DEVICE void store_state(const float (&state)[16][8], const TitansParams& p, const Shared<D, T, R>& shared,
                              const Role& role, int before, int group, int warp, int lane) {
   if (role.idle()) return;
   const Place<D> place = Place<D>::of(p, role, before);
   const Deviations deviations = Deviations::of(p, group, D, shared.plan.memories);
-  for_blocks<D>(place, role.full(), p.N, [&](int i, int at, int row, bool w1) {
-    store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
+  for_blocks<D, R::kPieces>(place, role.full(), R::hidden(p), [&](int i, int at, int row, bool w1) {
+    if (R::kPieces && w1)
+      store_block_transposed(state[i], deviations.w1 + at, row, lane);
+    else
+      store_block(state[i], (w1 ? deviations.w1 : deviations.w2) + at, row, lane);
   });
   if (!role.full())
     for (int u = lane; u < Width<D>::kScalarUnits; u += 32)
