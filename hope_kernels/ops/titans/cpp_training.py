@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...config import TitansConfig
 from ...state import Counters
@@ -59,7 +58,7 @@ def titans_cpp_training(
 ) -> tuple[Tensor, TitansState]:
     """As ``scan.titans_chunk`` under grad: o and the new state carry the graph to whatever required a gradient.
 
-    Raises ValueError for ``stats``. Gradients of gradients are not there.
+    Raises ValueError for ``stats``. Gradients of gradients are not there, and say so when they are asked for.
     """
     carried = [getattr(state, n) for n in CARRIED]
     tensors = [*w_init, *inputs, *carried]
@@ -102,8 +101,19 @@ class _Training(torch.autograd.Function):
         return o, *(t.view_as(t) if t is not None and t is was else t for t, was in found)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do: Tensor | None, *dnew: Tensor | None):
+        with torch.no_grad():
+            found = _Training._gradients(ctx, do, *dnew)
+        if not torch.is_grad_enabled():
+            return None, *found
+        alive = [g for g in found if g is not None]
+        sources = [t for t in (do, *dnew, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        marked = iter(_Once.apply(len(alive), *alive, *sources))
+        return None, *(None if g is None else next(marked) for g in found)
+
+    @staticmethod
+    def _gradients(ctx, do: Tensor | None, *dnew: Tensor | None) -> list[Tensor | None]:
+        """By everything but the call that ``forward`` was given."""
         call, tensors = ctx.call, ctx.saved_tensors
         tensors, kept = tensors[:len(_NAMES)], tensors[len(_NAMES):]
         given = dict(zip(_NAMES, tensors))
@@ -123,9 +133,23 @@ class _Training(torch.autograd.Function):
         named = zip(_NAMES, (
             "base2", "base1", "base1s", "q", "x", "k", "v", "eta", "alpha", "beta", "eta_bias", "alpha_bias", *CARRIED
         ))
-        return None, *(
+        return [
             None if not wanted or (g := adjoint.get(by)) is None else g.to(given[name].dtype)
             for (name, by), wanted in zip(named, ctx.needs_input_grad[1:])
+        ]
+
+
+class _Once(torch.autograd.Function):
+    """The first ``count`` tensors, gradients that depend on the others: this cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor):
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        raise RuntimeError(
+            "titans: backend 'cpp' has no gradient of its gradient; the chunked backend can be differentiated twice"
         )
 
 
