@@ -1,15 +1,16 @@
 """Training on backend="cpp": csrc/cpu/titans_backward.cpp behind an autograd function.
 
-The forward is the one that serves no_grad, with the deviations at the start of every span kept beside it: a span
-is ``CHUNKS_A_SPAN`` chunks of the faster clock, or one of the slower where that is longer, counted from the start
-of each row's open chunk. The backward is one call: every thread takes a (row, head) through its spans from the
-last one, replays each from its state, and differentiates its chunks in reverse (BACKWARD.md derives how).
+The forward is the one that serves no_grad, with the deviations at the start of every span kept beside it. A span is
+one chunk, of the slower clock, where all of them fit into ``KEPT_BYTES``; else more, up to ``CHUNKS_A_SPAN`` of the
+faster clock. Spans count from the start of each row's open chunk. The backward is one call: every thread takes a
+(row, head) through its spans from the last one, replays each from its state, and differentiates its chunks in reverse
+(BACKWARD.md derives how).
 
     memory   tokens / span x state, beside inputs and outputs (plain autograd: every activation and every
              chunk's state)
-    work     the forward twice, and the backward
+    work     the forward's reads twice, its writes twice where a span has several chunks, and the backward
 
-Gradients have the same bits for any number of threads and in any company in the batch.
+Gradients have the same bits for any span, any number of threads and any company in the batch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from . import cpp
 from .inputs import TokenInputs
 from .state import FastWeights, TitansState
 
-CHUNKS_A_SPAN = 8
+CHUNKS_A_SPAN, KEPT_BYTES = 8, 2**25
 CARRIED = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _NAMES = FastWeights._fields + TokenInputs._fields + CARRIED
 _ADJOINTS = (
@@ -76,10 +77,12 @@ def titans_cpp_training(
     return o, state.advanced(lengths, **dict(zip(CARRIED, new)))
 
 
-def span_of(config: TitansConfig) -> int:
-    """Tokens between the states that are kept."""
-    small, big = sorted((config.chunk_memory, config.chunk_other))
-    return big * max(1, CHUNKS_A_SPAN * small // big)
+def span_of(call: Call, state_bytes: int) -> int:
+    """Tokens between the states that are kept, of ``state_bytes`` for all rows together."""
+    small, big = sorted((call.config.chunk_memory, call.config.chunk_other))
+    most = max(1, CHUNKS_A_SPAN * small // big)
+    chunks = max((p % big + n for p, n in zip(call.state.pos, call.lengths)), default=0) // big
+    return big * min(most, max(1, -(-chunks * state_bytes // KEPT_BYTES)))
 
 
 class _Training(torch.autograd.Function):
@@ -160,7 +163,8 @@ def _plain(t: Tensor | None) -> Tensor | None:
 def _spans(call: Call, new: TitansState) -> cpp.Spans:
     """Room for the deviations at the start of every span but the first: [B, H, spans, ...]."""
     config, pos = call.config, call.state.pos
-    size, big = span_of(config), max(config.chunk_memory, config.chunk_other)
+    state_bytes = sum(t.nbytes for t in new.deviation if t is not None)
+    size, big = span_of(call, state_bytes), max(config.chunk_memory, config.chunk_other)
     last = [(p % big + n - 1) // size for p, n in zip(pos, call.lengths) if n]
     count = max(last, default=0) if call.update else 0
     return cpp.Spans(size, tuple(

@@ -82,6 +82,12 @@ def test_drawn_configurations(seed):
     judged(*what, **call)
 
 
+@pytest.mark.parametrize("kept_bytes", [1, 2**25])
+def test_many_spans_meet_the_yardstick(kept_bytes, monkeypatch):
+    monkeypatch.setattr(cpp_training, "KEPT_BYTES", kept_bytes)
+    judged(CONFIGS["default"], *problem(CONFIGS["default"], 1, 300, 0.3))
+
+
 @pytest.mark.parametrize("correlation", [0.9, 1.0])
 def test_correlated_and_repeated_keys(correlation):
     judged(CONFIGS["default"], *problem(CONFIGS["default"], 1, 33, correlation))
@@ -126,7 +132,7 @@ def test_bits_do_not_depend_on_threads_spans_vectors_or_company(monkeypatch):
         finally:
             torch.set_num_threads(threads)
         with monkeypatch.context() as patch:
-            patch.setattr(cpp_training, "CHUNKS_A_SPAN", 1)
+            patch.setattr(cpp_training, "KEPT_BYTES", 1)  # spans of eight chunks
             assert alike(gradients_of(config, w_init, inputs, **call), whole)
         width = cpu_library.library().hope_cpu_width(0)
         try:
@@ -182,17 +188,28 @@ def test_a_detached_state_cuts_the_gradient_and_a_carried_one_does_not():
         assert (grad is not None and bool(grad.any())) == reached
 
 
-def test_one_state_is_kept_a_span(monkeypatch):
+@pytest.mark.parametrize("kept_bytes, span", [(1, 32), (2**25, 16)])
+def test_one_state_is_kept_a_span(kept_bytes, span, monkeypatch):
+    """Spans are single chunks as long as little is kept."""
     monkeypatch.setattr(cpp_training, "CHUNKS_A_SPAN", 2)
+    monkeypatch.setattr(cpp_training, "KEPT_BYTES", kept_bytes)
     saved = []
     for tokens in (32, 33, 65):
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             trained(CONFIGS["default"], tokens, [tokens])
-        spans = [t.shape[2] for t in saved if t.dim() == 5 and t.shape[3:] == (5 * 32, 32)]
-        assert spans == [(tokens - 1) // 32]
+        states = [t.shape[2] for t in saved if t.dim() == 5 and t.shape[3:] == (5 * 32, 32)]
+        assert states == [(tokens - 1) // span]
         # nothing else grows with the call but its inputs
         assert sum(t.numel() for t in saved if t.dim() == 4 and t.shape[1] == tokens) == 2 * 64 * tokens
+
+
+def test_what_is_kept_stays_below_its_limit_until_spans_are_longest(monkeypatch):
+    monkeypatch.setattr(cpp_training, "KEPT_BYTES", 100)
+    config, state = CONFIGS["default"], init_titans_state(CONFIGS["default"], None, 2)
+    for tokens, state_bytes, chunks in ((160, 10, 1), (160, 20, 2), (176, 20, 3), (5000, 20, 8), (3, 1000, 1)):
+        call = cpp_training.Call(config, state, [tokens, 0], True)
+        assert cpp_training.span_of(call, state_bytes) == 16 * chunks
 
 
 def test_the_graph_may_be_kept_but_not_differentiated_again():
