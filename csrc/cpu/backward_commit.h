@@ -370,25 +370,19 @@ class CommitBackward : private Commit<ACT> {
 
   // -- weights ----------------------------------------------------------------------------------------------
 
-  // <delta'_bar, delta>, the adjoint of decay_chunk: of 64 numbers at a time, whose sums meet in double precision
+  // <delta'_bar, delta>, the adjoint of decay_chunk. Its terms cancel, so they are added up in double precision, in
+  // which products of two floats are exact.
   float decayed() const {
-    double sum = 0;
+    double sums[8] = {};
     auto add = [&](const float* a, const float* b, int64_t begin, int64_t end) {
-      int64_t i = begin;
-      for (; i + 64 <= end; i += 64) {
-        f8 x[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-          x[j] = fma(load(a + i + 8 * j + 32), load(b + i + 8 * j + 32), load(a + i + 8 * j) * load(b + i + 8 * j));
-        sum += total((x[0] + x[1]) + (x[2] + x[3]));
-      }
-      for (; i < end; i += 8) sum += total(load(a + i) * load(b + i));
+      for (int64_t i = begin; i < end; i += 8)
+        for (int j = 0; j < 8; j++) sums[j] += double(a[i + j]) * double(b[i + j]);
     };
     add(bar.delta2, g.delta2, m.m0 * N * D, m.m1 * N * D);
     if (c.scalar_skip) add(bar.delta2, g.delta2, (hid + m.s0) * D, (hid + m.s1) * D);
     add(bar.delta1, g.delta1, m.f0 * D * N, m.f1 * D * N);
     if (m.s1 > m.s0) add(bar.delta1s, g.delta1s, m.s0 * N, m.s1 * N);
-    return static_cast<float>(sum);
+    return static_cast<float>(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
   }
 
   void weights() {

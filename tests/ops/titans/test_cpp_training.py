@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 from gradients import gradients, leaves, meets_yardstick, opened
-from problems import problem, results, rows_of, run, single
+from numerics import rms, within_yardstick
+from problems import noisy, problem, results, rows_of, run, single
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, SelfModifyingTitans, TitansConfig
 from hope_kernels.backend import BY_ALL, BY_INPUTS, Request
@@ -68,7 +69,7 @@ def drawn(seed: int) -> TitansConfig:
     r.shuffle(chunks)
     flip = lambda: r.random() < 0.5
     return TitansConfig(
-        r.choice([16, 24, 32]), 1, hidden_mult=r.choice([1, 2]), activation=r.choice(["gelu_tanh", "gelu", "silu"]),
+        2 * r.choice([16, 24, 32]), 2, hidden_mult=r.choice([1, 2]), activation=r.choice(["gelu_tanh", "gelu", "silu"]),
         chunk_memory=chunks[0], chunk_other=chunks[1], own_values=flip(), target_norm=flip(), step_clip=flip(),
         objective=r.choice(["l2", "dot"]), grad_scale=r.choice([1.0, 2.0]), dgd=flip(), retention=flip(),
         retain_to=r.choice(["init", "zero"]), qk_l2norm=r.random() < 0.7, scalar_skip=flip(),
@@ -76,10 +77,31 @@ def drawn(seed: int) -> TitansConfig:
     )
 
 
-@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(i, marks=pytest.mark.slow) for i in range(6, 40))])
-def test_drawn_configurations(seed):
-    what, call = opened(drawn(seed))
-    judged(*what, **call)
+def within_bounds(config) -> bool:
+    """As ``test_cpp.within_bounds``, for gradients: ten times the exact ones' largest response to noise in weights and
+    inputs is allowed as well; no comparison, and False, where a gradient leaves 1e6 or PyTorch cannot follow it."""
+    (_, w_init, inputs), call = opened(config)
+    of = lambda w, i, dtype=torch.float64: gradients(titans_chunk, config, w, i, dtype, **call)
+    exact, peer = of(w_init, inputs), of(w_init, inputs, torch.float32)
+    if not all(float(t.abs().max()) < 1e6 and rms(peer[n] - t) <= 1e-3 * rms(t) for n, t in exact.items()):
+        return False
+    ours, noise = gradients_of(config, w_init, inputs, **call), []
+    for seed in range(1, 5):
+        noise.append(of(noisy(w_init, seed), noisy(inputs, seed)))
+        try:
+            for name, t in exact.items():
+                within_yardstick(ours[name], peer[name], t, name, *(found[name] for found in noise))
+            return True
+        except AssertionError:
+            if seed == 4:
+                raise
+    raise AssertionError
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(12, 120, 12))])
+def test_drawn_configurations(first):
+    """Twelve of them, most of which do not diverge."""
+    assert sum(within_bounds(drawn(seed)) for seed in range(first, first + 12)) >= 6
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 2**25])
