@@ -175,8 +175,8 @@ class CommitBackward : private Commit<ACT> {
     const f8 by_d = load(s.by_d + t), after = load(s.gain_after + i * ld + t);
     for (int64_t r = i * N; r < (i + 1) * N; r++) {
       const int64_t at = (p * R + r) * PANEL + v, j = (p * hid + r) * PANEL + v;
-      f8 slope, curve;
-      sigma<ACT>(load(w.z + j), slope, curve);
+      f8 curve;
+      const f8 slope = slopes<ACT>(load(w.z + j), curve);
       const f8 u_bar = load(s.u_bar + at), d = load(w.d + at), back = i < c.Mf ? load(w.back + j) : scalar_back(r, p, v);
       const f8 d_bar = fma(gain, u_bar, by_d * d);
       store(w.z + j, slope);

@@ -105,41 +105,15 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do: Tensor | None, *dnew: Tensor | None):
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            found = _Training._gradients(ctx, do, *dnew)
+            found = _gradients(ctx, saved, do, dnew)
         if not torch.is_grad_enabled():
             return None, *found
         alive = [g for g in found if g is not None]
-        sources = [t for t in (do, *dnew, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        sources = [t for t in (do, *dnew, *saved) if t is not None and t.requires_grad]
         marked = iter(_Once.apply(len(alive), *alive, *sources))
         return None, *(None if g is None else next(marked) for g in found)
-
-    @staticmethod
-    def _gradients(ctx, do: Tensor | None, *dnew: Tensor | None) -> list[Tensor | None]:
-        """By everything but the call that ``forward`` was given."""
-        call, tensors = ctx.call, ctx.saved_tensors
-        tensors, kept = tensors[:len(_NAMES)], tensors[len(_NAMES):]
-        given = dict(zip(_NAMES, tensors))
-        inputs = TokenInputs(*tensors[3:-len(CARRIED)])
-        state = replace(call.state, **{n: _plain(given[n]) for n in CARRIED})
-        adjoint = _adjoints(call, given, do, dict(zip(CARRIED, dnew)))
-        spans = cpp.Spans(ctx.span, kept)
-        made, alive = cpp.titans_call(
-            call.config, FastWeights(*tensors[:3]), inputs, state, call.state.pos, call.lengths, call.update,
-            spans=spans)
-        back = _Backward(call=made, **{n: address(t, t.numel(), n) for n, t in adjoint.items() if t is not None})
-        check_outcome(library().hope_titans_backward(ctypes.byref(back)), "titans")
-        del alive
-        # of every row for itself so far
-        for name in ("base2", "base1", "base1s", "eta_bias", "alpha_bias"):
-            adjoint[name] = None if adjoint[name] is None else adjoint[name].sum(0)
-        named = zip(_NAMES, (
-            "base2", "base1", "base1s", "q", "x", "k", "v", "eta", "alpha", "beta", "eta_bias", "alpha_bias", *CARRIED
-        ))
-        return [
-            None if not wanted or (g := adjoint.get(by)) is None else g.to(given[name].dtype)
-            for (name, by), wanted in zip(named, ctx.needs_input_grad[1:])
-        ]
 
 
 class _Once(torch.autograd.Function):
@@ -154,6 +128,34 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(
             "titans: backend 'cpp' has no gradient of its gradient; the chunked backend can be differentiated twice"
         )
+
+
+def _gradients(
+    ctx, saved: tuple[Tensor | None, ...], do: Tensor | None, dnew: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """By everything but the call that ``_Training.forward`` was given."""
+    call, tensors, kept = ctx.call, saved[:len(_NAMES)], saved[len(_NAMES):]
+    given = dict(zip(_NAMES, tensors))
+    inputs = TokenInputs(*tensors[3:-len(CARRIED)])
+    state = replace(call.state, **{n: _plain(given[n]) for n in CARRIED})
+    adjoint = _adjoints(call, given, do, dict(zip(CARRIED, dnew)))
+    spans = cpp.Spans(ctx.span, kept)
+    made, alive = cpp.titans_call(
+        call.config, FastWeights(*tensors[:3]), inputs, state, call.state.pos, call.lengths, call.update,
+        spans=spans)
+    back = _Backward(call=made, **{n: address(t, t.numel(), n) for n, t in adjoint.items() if t is not None})
+    check_outcome(library().hope_titans_backward(ctypes.byref(back)), "titans")
+    del alive
+    # of every row for itself so far
+    for name in ("base2", "base1", "base1s", "eta_bias", "alpha_bias"):
+        adjoint[name] = None if adjoint[name] is None else adjoint[name].sum(0)
+    named = zip(_NAMES, (
+        "base2", "base1", "base1s", "q", "x", "k", "v", "eta", "alpha", "beta", "eta_bias", "alpha_bias", *CARRIED
+    ))
+    return [
+        None if not wanted or (g := adjoint.get(by)) is None else g.to(given[name].dtype)
+        for (name, by), wanted in zip(named, ctx.needs_input_grad[1:])
+    ]
 
 
 def _plain(t: Tensor | None) -> Tensor | None:
