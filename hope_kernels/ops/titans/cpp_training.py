@@ -29,7 +29,7 @@ from . import cpp
 from .inputs import TokenInputs
 from .state import FastWeights, TitansState
 
-CHUNKS_A_SPAN, KEPT_BYTES = 8, 2**25
+CHUNKS_A_SPAN, KEPT_BYTES = 8, 2**23  # more to keep costs as much in fresh pages as it saves in replays
 CARRIED = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _NAMES = FastWeights._fields + TokenInputs._fields + CARRIED
 _ADJOINTS = (

@@ -104,7 +104,7 @@ def test_drawn_configurations(first):
     assert sum(within_bounds(drawn(seed)) for seed in range(first, first + 12)) >= 6
 
 
-@pytest.mark.parametrize("kept_bytes", [1, 2**25])
+@pytest.mark.parametrize("kept_bytes", [1, 2**23])
 def test_many_spans_meet_the_yardstick(kept_bytes, monkeypatch):
     monkeypatch.setattr(cpp_training, "KEPT_BYTES", kept_bytes)
     judged(CONFIGS["default"], *problem(CONFIGS["default"], 1, 300, 0.3))
@@ -210,7 +210,7 @@ def test_a_detached_state_cuts_the_gradient_and_a_carried_one_does_not():
         assert (grad is not None and bool(grad.any())) == reached
 
 
-@pytest.mark.parametrize("kept_bytes, span", [(1, 32), (2**25, 16)])
+@pytest.mark.parametrize("kept_bytes, span", [(1, 32), (2**23, 16)])
 def test_one_state_is_kept_a_span(kept_bytes, span, monkeypatch):
     """Spans are single chunks as long as little is kept."""
     monkeypatch.setattr(cpp_training, "CHUNKS_A_SPAN", 2)
