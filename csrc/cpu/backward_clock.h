@@ -1,7 +1,7 @@
-// What all memories of a clock share, backwards: the adjoints of Kg, erase, decay_after and decay_chunk become those
-// of k, eta and alpha (hope_kernels/ops/titans/BACKWARD.md, "The clock").
+// What all memories of a clock share, backwards: the adjoints of Kg, erase, decay_after and decay_chunk
+// become those of k, eta and alpha (hope_kernels/ops/titans/BACKWARD.md, "The clock").
 //
-//     Y = (I + L)^-1 Kg_bar      L[t,s] = eta_t P[t,s] k_t.k_s      P[t,s] = gamma[t-1,s], s < t, tokens from 1
+//     Y = (I + L)^-1 Kg_bar      L[t,s] = eta_t P[t,s] k_t.k_s      P[t,s] = gamma[t-1,s], s < t
 //     L_bar[t,s] = -Kg_t.Y_s     decay_after_bar_t += Y_t.k_t       k_bar_t += decay_after_t Y_t
 #pragma once
 #include <cstring>
@@ -10,8 +10,10 @@
 
 class ClockBackward {
  public:
-  // w: the chunk's gram and keys. The adjoints so far, by token: keys_bar_rows and gram_bar (s.), erase, decay_after.
-  ClockBackward(const Head& head, const BackwardSpace& space, int64_t C, const float* k_rows, const float* erase_bar,
+  // w: the chunk's gram and keys. The adjoints so far, by token: keys_bar_rows and gram_bar (s.), erase,
+  // decay_after.
+  ClockBackward(const Head& head, const BackwardSpace& space, int64_t C, const float* k_rows,
+      const float* erase_bar,
                 float* after_bar, float chunk_bar)
       : h(head), c(h.c), w(h.w), s(space), D(h.D), ld(h.ld), C(C), k_rows(k_rows), erase_bar(erase_bar),
         after_bar(after_bar), chunk_bar(chunk_bar) {}
@@ -52,7 +54,8 @@ class ClockBackward {
       for (int64_t j = 0; c.dgd && j < t; j++)
         subtract(y, h.eta[t] * s.products[t * ld + j] * w.gram[t * ld + j], s.solved + j * D);
       after_bar[t] += dot(y, k_rows + t * D, D);
-      for (int64_t d = 0; d < D; d += 8) store(out + d, fma(all(h.decay_after[t]), load(y + d), load(out + d)));
+      const f8 after = all(h.decay_after[t]);
+      for (int64_t d = 0; d < D; d += 8) store(out + d, fma(after, load(y + d), load(out + d)));
     }
   }
 
@@ -99,7 +102,8 @@ class ClockBackward {
       for (int64_t j = 0; j < C; j++) {
         const f8 factor = all(s.gram_bar[t * ld + j] + s.gram_bar[j * ld + t]);
         float* out = k_bar + t * D;
-        for (int64_t d = 0; d < D; d += 8) store(out + d, fma(factor, load(k_rows + j * D + d), load(out + d)));
+        for (int64_t d = 0; d < D; d += 8)
+          store(out + d, fma(factor, load(k_rows + j * D + d), load(out + d)));
       }
   }
 

@@ -1,7 +1,8 @@
-// One chunk's write backwards, for the memories of a group (hope_kernels/ops/titans/BACKWARD.md, "The commit"). The
-// forward's stages come first, again, at the chunk-start weights; then, x_bar being the adjoint of x:
+// One chunk's write backwards, for the memories of a group (hope_kernels/ops/titans/BACKWARD.md, "The
+// commit"). The forward's stages come first, again, at the chunk-start weights; then, x_bar being the adjoint
+// of x:
 //
-//     sums      u_bar = -delta2'_bar Kg^T, delta1'_bar^T e; by token: the adjoints of gain, erase and decay_after
+//     sums      u_bar = -delta2'_bar Kg^T, delta1'_bar^T e; the adjoints of gain, erase, decay_after
 //     hidden    d_bar, sigma' d_bar, u, and the adjoint of Kg
 //     errors    e_bar, y_bar, the target's
 //     inputs    z_bar of k and v, and from them k_bar and v_bar
@@ -14,7 +15,8 @@
 template <int ACT>
 class CommitBackward : private Commit<ACT> {
   using Base = Commit<ACT>;
-  using Base::h, Base::c, Base::w, Base::g, Base::D, Base::N, Base::hid, Base::R, Base::ld, Base::m, Base::C, Base::P,
+  using Base::h, Base::c, Base::w, Base::g, Base::D, Base::N, Base::hid, Base::R, Base::ld, Base::m,
+      Base::C, Base::P,
       Base::k_rows, Base::v_rows, Base::scale, Base::delta_form, Base::half;
 
  public:
@@ -26,7 +28,8 @@ class CommitBackward : private Commit<ACT> {
   void run() {
     Base::prepare();
     for (int64_t p = 0; p < P; p++)
-      load_lanes(s.keys + p * D * PANEL, w.keys + p * PANEL * D, D, D, 0, std::min<int64_t>(PANEL, C - p * PANEL));
+      load_lanes(s.keys + p * D * PANEL, w.keys + p * PANEL * D, D, D, 0,
+                 std::min<int64_t>(PANEL, C - p * PANEL));
     std::memset(s.gram_bar, 0, C * ld * sizeof(float));
     for (float* x : {s.erase_bar, s.after_bar}) std::memset(x, 0, ld * sizeof(float));
     std::memset(s.eta_bar_sum, 0, ld * sizeof(double));
@@ -84,8 +87,8 @@ class CommitBackward : private Commit<ACT> {
       for (int v = 0; v < (half(p) ? 8 : PANEL); v += 8) hidden(i, p, v);
   }
 
-  // Eight tokens: gain_bar, and what the memory adds to the adjoints of erase and decay_after; sums of eight rows are
-  // added up, which is more exact than one long chain
+  // Eight tokens: gain_bar, and what the memory adds to the adjoints of erase and decay_after; sums of eight
+  // rows are added up, which is more exact than one long chain
   void token_sums(int64_t i, int64_t t) {
     const int64_t p = t / PANEL, v = t % PANEL;
     f8 gain = all(0), erase = all(0), after = all(0);
@@ -110,8 +113,9 @@ class CommitBackward : private Commit<ACT> {
     store(s.after_bar + t, fnma(load(h.gain + i * ld + t), after, load(s.after_bar + t)));
   }
 
-  // gain_t = eta_t / max(1, S_t), S_t = scale m_t q_t, q_t = sum_s eta_s m_s (k_t.k_s)^2. Leaves m_bar / m in s.ratio.
-  // In double precision: where every token is clipped a common factor of eta changes nothing, and terms cancel.
+  // gain_t = eta_t / max(1, S_t), S_t = scale m_t q_t, q_t = sum_s eta_s m_s (k_t.k_s)^2. Leaves m_bar / m in
+  // s.ratio. In double precision: where every token is clipped a common factor of eta changes nothing, and
+  // terms cancel.
   void clip(int64_t i) {
     double *q = s.q, *q_bar = s.q + ld;
     std::memset(q, 0, ld * sizeof(double));
@@ -167,8 +171,8 @@ class CommitBackward : private Commit<ACT> {
 
   // -- hidden -----------------------------------------------------------------------------------------------
 
-  // Eight tokens of memory i. Afterwards z holds sigma' and d holds u; z_bar is what comes through d, u_bar the
-  // adjoint of delta2 k, hidden that of a without y_bar.
+  // Eight tokens of memory i. Afterwards z holds sigma' and d holds u; z_bar is what comes through d, u_bar
+  // the adjoint of delta2 k, hidden that of a without y_bar.
   void hidden(int64_t i, int64_t p, int v) {
     const int64_t t = p * PANEL + v;
     const f8 gain = load(h.gain + i * ld + t), erase = load(h.erase + t), ratio = load(s.ratio + t);
@@ -177,7 +181,8 @@ class CommitBackward : private Commit<ACT> {
       const int64_t at = (p * R + r) * PANEL + v, j = (p * hid + r) * PANEL + v;
       f8 curve;
       const f8 slope = slopes<ACT>(load(w.z + j), curve);
-      const f8 u_bar = load(s.u_bar + at), d = load(w.d + at), back = i < c.Mf ? load(w.back + j) : scalar_back(r, p, v);
+      const f8 u_bar = load(s.u_bar + at), d = load(w.d + at),
+          back = i < c.Mf ? load(w.back + j) : scalar_back(r, p, v);
       const f8 d_bar = fma(gain, u_bar, by_d * d);
       store(w.z + j, slope);
       store(s.slope_d + j, slope * d_bar);
@@ -198,7 +203,8 @@ class CommitBackward : private Commit<ACT> {
       for (int64_t i = m.s0; i < m.s1; i++)
         for (int v = 0; v < PANEL; v += 8) {
           const int64_t t = p * PANEL + v, at = (p * R + hid + i) * PANEL + v;
-          const f8 gain = load(h.gain + (c.Mf + i) * ld + t), erase = load(h.erase + t), u_bar = load(s.u_bar + at);
+          const f8 gain = load(h.gain + (c.Mf + i) * ld + t), erase = load(h.erase + t),
+              u_bar = load(s.u_bar + at);
           const f8 step = gain * load(w.es + (p * c.Ms + i) * PANEL + v);
           store(s.skip_bar + (p * c.Ms + i) * PANEL + v, gain * u_bar);
           store(w.d + at, c.dgd ? fma(erase, load(w.delta2_k + at), step) : step);
@@ -209,7 +215,8 @@ class CommitBackward : private Commit<ACT> {
   // to = sign A^T U over the group's rows of w2 from row r0 on; more: added to what is there
   void back_product(const float* A, const float* U, int64_t r0, int64_t p, float* to, bool more) const {
     auto part = [&](int64_t a, int64_t b, bool add) {
-      panel_product(0, D, b - a, A + a * D, 1, D, U + (p * R + a) * PANEL, half(p), [&](int64_t i, auto& acc) {
+      panel_product(0, D, b - a, A + a * D, 1, D, U + (p * R + a) * PANEL, half(p),
+                    [&](int64_t i, auto& acc) {
         if (add) add_rows(acc, to, i);
         store_rows(to, i, acc);
       });
@@ -260,7 +267,8 @@ class CommitBackward : private Commit<ACT> {
     }
     if (!norm) return;
     // max(|M(v)|, 1e-6) is a constant below it
-    const f8 size = load(w.target_sizes + f * ld + p * PANEL + v), divided = all(1) / most(all(NORM_EPS), size);
+    const f8 size = load(w.target_sizes + f * ld + p * PANEL + v),
+             divided = all(1) / most(all(NORM_EPS), size);
     along = unless_small(size, along);
     for (int64_t d = 0; d < D * PANEL; d += PANEL) {
       float* to = s.target_bar + at + d;
@@ -276,7 +284,8 @@ class CommitBackward : private Commit<ACT> {
         const int64_t at = (p * c.Ms + i) * PANEL + v, j = (p * hid + (c.Mf + i) * N) * PANEL + v;
         const int64_t t = p * PANEL + v;
         f8 e_bar = four_chains(h.w1s + i * N, s.slope_d + j, N);
-        e_bar = fnma(load(s.gain_after + (c.Mf + i) * ld + t), four_chains(bar.delta1s + i * N, w.a + j, N), e_bar);
+        e_bar = fnma(load(s.gain_after + (c.Mf + i) * ld + t), four_chains(bar.delta1s + i * N, w.a + j, N),
+            e_bar);
         e_bar = fnma(load(s.by_e + (c.Mf + i) * ld + t), load(w.es + at), e_bar);
         if (c.scalar_skip) e_bar = e_bar + load(s.skip_bar + at);
         const f8 y_bar = c.objective_dot ? all(0) : all(scale) * e_bar;
@@ -305,7 +314,8 @@ class CommitBackward : private Commit<ACT> {
       store(values_bar + i, slope);
     }
     for (int64_t f = m.f0; f < m.f1; f++) {
-      const float *y_bar = s.y_bar + (p * c.Mf + f) * D * PANEL, *target = s.target_bar + (p * c.Mf + f) * D * PANEL;
+      const float *y_bar = s.y_bar + (p * c.Mf + f) * D * PANEL,
+          *target = s.target_bar + (p * c.Mf + f) * D * PANEL;
       through_outputs(f, p, y_bar, z_bar);
       if (c.own_values)
         panel_product(0, N, D, h.w1 + f * D * N, 1, N, target, half(p), [&](int64_t i, auto& acc) {
@@ -370,8 +380,8 @@ class CommitBackward : private Commit<ACT> {
 
   // -- weights ----------------------------------------------------------------------------------------------
 
-  // <delta'_bar, delta>, the adjoint of decay_chunk. Its terms cancel, so they are added up in double precision, in
-  // which products of two floats are exact.
+  // <delta'_bar, delta>, the adjoint of decay_chunk. Its terms cancel, so they are added up in double
+  // precision, in which products of two floats are exact.
   float decayed() const {
     double sums[8] = {};
     auto add = [&](const float* a, const float* b, int64_t begin, int64_t end) {
@@ -382,13 +392,16 @@ class CommitBackward : private Commit<ACT> {
     if (c.scalar_skip) add(bar.delta2, g.delta2, (hid + m.s0) * D, (hid + m.s1) * D);
     add(bar.delta1, g.delta1, m.f0 * D * N, m.f1 * D * N);
     if (m.s1 > m.s0) add(bar.delta1s, g.delta1s, m.s0 * N, m.s1 * N);
-    return static_cast<float>(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+    const double low = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const double high = (sums[4] + sums[5]) + (sums[6] + sums[7]);
+    return static_cast<float>(low + high);
   }
 
   void weights() {
     const float decay = Base::decay_chunk();
     const int64_t tall = R * PANEL, values0 = c.own_values ? m.m0 : std::max(m.m0, m.f1);
-    const Outer by_k{s.z_bar, tall, k_rows, D}, by_v{s.values_bar, tall, v_rows, D}, erased{s.u_bar, tall, k_rows, D};
+    const Outer by_k{s.z_bar, tall, k_rows, D}, by_v{s.values_bar, tall, v_rows, D},
+        erased{s.u_bar, tall, k_rows, D};
     auto rows = [&](int64_t a, int64_t b, bool values) {
       if (values) add_outer(a, b, D, C, {by_k, by_v}, {erased}, decay, bar.delta2, bar.base2);
       else add_outer(a, b, D, C, {by_k}, {erased}, decay, bar.delta2, bar.base2);
@@ -400,8 +413,9 @@ class CommitBackward : private Commit<ACT> {
       const Outer by_d{w.e + at, high, s.slope_d_rows + n, hid}, by_a{s.y_bar + at, high, w.a_rows + n, hid};
       const Outer by_values{s.target_bar + at, high, s.values_rows + n, hid};
       float* shared = bar.base1 ? bar.base1 + f * D * N : nullptr;
-      if (c.own_values) add_outer(0, D, N, C, {by_d, by_a, by_values}, {}, decay, bar.delta1 + f * D * N, shared);
-      else add_outer(0, D, N, C, {by_d, by_a}, {}, decay, bar.delta1 + f * D * N, shared);
+      float* own = bar.delta1 + f * D * N;
+      if (c.own_values) add_outer(0, D, N, C, {by_d, by_a, by_values}, {}, decay, own, shared);
+      else add_outer(0, D, N, C, {by_d, by_a}, {}, decay, own, shared);
     }
     const int64_t low = c.Ms * PANEL;
     for (int64_t i = m.s0; i < m.s1; i++) {

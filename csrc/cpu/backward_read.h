@@ -1,5 +1,5 @@
-// The reads of one chunk of the faster clock backwards: o_bar becomes q_bar, and the adjoints of the k, v, eta and
-// alpha that the memories made become x_bar; all of them go into those of the weights.
+// The reads of one chunk of the faster clock backwards: o_bar becomes q_bar, and the adjoints of the k, v,
+// eta and alpha that the memories made become x_bar; all of them go into those of the weights.
 //
 //     y = x + w1 sigma(w2 x):    z_bar = sigma'(w2 x) (w1^T y_bar)      x_bar = y_bar + w2^T z_bar
 //                                w1_bar = y_bar a^T                      w2_bar = z_bar x^T
@@ -19,8 +19,10 @@ class ReadBackward {
   // n tokens from the call's token `token` on; bars: of the state, their tokens begin with the first of them.
   // k, k_sizes, eta, alpha: what the forward made of them; null where it made nothing
   ReadBackward(const Head& head, int64_t token, int64_t n, const BackwardSpace& space, const Bars& bars,
-               const TokenBars& tokens, const float* k, const float* k_sizes, const float* eta, const float* alpha)
-      : h(head), c(h.c), s(space), bar(bars), to(tokens), D(h.D), N(h.N), hid(h.hid), step(c.H * D), token(token),
+               const TokenBars& tokens, const float* k, const float* k_sizes, const float* eta,
+                   const float* alpha)
+      : h(head), c(h.c), s(space), bar(bars), to(tokens), D(h.D), N(h.N), hid(h.hid), step(c.H * D),
+          token(token),
         n(n), k(k), k_sizes(k_sizes), eta(eta), alpha(alpha) {}
 
   void run() {
@@ -65,7 +67,8 @@ class ReadBackward {
     for (int64_t p = 0; p < panels(n); p++) {
       load_lanes(s.keys, rows + p * PANEL * step, step, D, 0, tokens(p));
       float *z = s.z + p * hid * PANEL, *hidden = s.hidden + p * hid * PANEL;
-      panel_product(a, b, D, h.w2, D, 1, s.keys, half(p), [&](int64_t i, auto& acc) { store_rows(z, i, acc); });
+      panel_product(a, b, D, h.w2, D, 1, s.keys, half(p),
+                    [&](int64_t i, auto& acc) { store_rows(z, i, acc); });
       for (int64_t i = a * PANEL; i < b * PANEL; i += step_of(half(p))) {
         f8 slope;
         store(hidden + i, sigma<ACT>(load(z + i), slope));
@@ -148,7 +151,8 @@ class ReadBackward {
                       store_rows(s.in_bar, i, acc);
                     });
       if (c.scalar_skip && m1 > c.Mf)
-        panel_product(0, D, c.Ms, h.w2 + hid * D, 1, D, z_bar + hid * PANEL, half(p), [&](int64_t i, auto& acc) {
+        panel_product(0, D, c.Ms, h.w2 + hid * D, 1, D, z_bar + hid * PANEL, half(p),
+                      [&](int64_t i, auto& acc) {
           add_rows(acc, s.in_bar, i);
           store_rows(s.in_bar, i, acc);
         });
@@ -166,7 +170,8 @@ class ReadBackward {
                 bar.delta1 + at, bar.base1 ? bar.base1 + at : nullptr);
     }
     for (int64_t i = 0; m1 > c.Mf && i < c.Ms; i++)
-      add_outer(i, i + 1, N, n, {{s.ys_bar, c.Ms * PANEL, s.values_rows + (c.Mf + i) * N, hid}}, {}, 1, bar.delta1s,
+      add_outer(i, i + 1, N, n, {{s.ys_bar, c.Ms * PANEL, s.values_rows + (c.Mf + i) * N, hid}}, {}, 1,
+          bar.delta1s,
                 bar.base1s);
   }
 };

@@ -24,8 +24,9 @@ struct BackwardSpace {
   float *keys, *keys_bar, *in_bar;             // [D]: Kg, its adjoint; that of k, v or x
   float *values_rows, *slope_d_rows;           // tokens as rows, [C, M N]
   float *keys_bar_rows, *solved, *rows;        // [C, D]
-  // Of a chunk's tokens, [C padded]: adjoints of erase, decay_after, eta, a memory's gain and its q; m_bar / m, and that
-  // over |e|^2. Of every memory: gain decay_after, and what e is multiplied with in its own adjoint
+  // Of a chunk's tokens, [C padded]: adjoints of erase, decay_after, eta, a memory's gain and its q; m_bar /
+  // m, and that over |e|^2. Of every memory: gain decay_after, and what e is multiplied with in its own
+  // adjoint
   float *erase_bar, *after_bar, *gain_bar, *ratio, *by_d, *gain_after, *by_e;
   double *eta_bar_sum, *q;                     // q's adjoint follows it
   float* skip_bar;                             // [Ms]: e's, through a row that skips the hidden layer

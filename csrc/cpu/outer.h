@@ -1,11 +1,12 @@
-// Products that the backward of the memory adds up: adjoints of weights, and rows of panels on their way through a
-// function.
+// Products that the backward of the memory adds up: adjoints of weights, and rows of panels on their way
+// through a function.
 #pragma once
 #include <initializer_list>
 
 #include "panel.h"
 
-// Rows of a product that meet vectors of their own on the way into a panel: f(row, lane, value) for each vector.
+// Rows of a product that meet vectors of their own on the way into a panel: f(row, lane, value) for each
+// vector.
 template <class V, int MR, int NV, class F>
 HK_INLINE void map_rows(float* panel, int64_t r, const V (&acc)[MR][NV], F f) {
 #pragma GCC unroll 8
@@ -23,16 +24,18 @@ struct Outer {
   int64_t ldv;
 };
 
-// For rows [r0, r1): sum of U V over both lists of factors and C tokens, the first list also added to `shared`.
-// to = decay to + sum. Matrices in rows of `cols` floats; V of a factor has as many columns.
+// For rows [r0, r1): sum of U V over both lists of factors and C tokens, the first list also added to
+// `shared`. to = decay to + sum. Matrices in rows of `cols` floats; V of a factor has as many columns.
 template <class T, int MR, int NV>
-HK_INLINE void outer_sums(int64_t r, int64_t col, int64_t cols, int64_t C, const Outer* a, int na, const Outer* b,
+HK_INLINE void outer_sums(int64_t r, int64_t col, int64_t cols, int64_t C, const Outer* a, int na,
+    const Outer* b,
                           int nb, float decay, float* to, float* shared) {
   T acc[MR][NV] = {};
   auto add = [&](const Outer& o) {
     const float* U = o.U;
     for (int64_t t = 0; t < C; t += PANEL, U += o.stride)
-      accumulate<MR, NV, T>(std::min<int64_t>(PANEL, C - t), U + r * PANEL, PANEL, 1, o.V + t * o.ldv + col, o.ldv,
+      accumulate<MR, NV, T>(std::min<int64_t>(PANEL, C - t), U + r * PANEL, PANEL, 1, o.V + t * o.ldv + col,
+          o.ldv,
                             acc);
   };
   for (int j = 0; j < na; j++) add(a[j]);

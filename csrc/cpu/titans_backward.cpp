@@ -1,6 +1,6 @@
 // The memory's gradient on a CPU: what training calls after hope_titans_scan has kept its spans. Derived in
-// hope_kernels/ops/titans/BACKWARD.md; scheduled in titans_backward.h. One thread does a (row, head) from its last
-// token to its first, so nothing depends on how many there are.
+// hope_kernels/ops/titans/BACKWARD.md; scheduled in titans_backward.h. One thread does a (row, head) from its
+// last token to its first, so nothing depends on how many there are.
 #include <new>
 
 #include "titans_backward.h"
@@ -19,7 +19,8 @@ bool fits(const TitansBackward& a) {
       !c.base2 != !a.base2_bar || !c.base1 != !a.base1_bar || !c.base1s != !a.base1s_bar)
     return false;
   if (!c.update) return true;
-  if (!all_given({a.pending_k_bar, a.pending_v_bar, a.pending_eta_bar}) || !c.pending_alpha != !a.pending_alpha_bar)
+  if (!all_given({a.pending_k_bar, a.pending_v_bar, a.pending_eta_bar}) ||
+      !c.pending_alpha != !a.pending_alpha_bar)
     return false;
   return c.self_modifying ? a.x_bar != nullptr
                           : all_given({a.k_bar, a.v_bar, a.eta_bar}) && !c.alpha == !a.alpha_bar;

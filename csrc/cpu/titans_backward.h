@@ -1,7 +1,7 @@
-// One (row, head) of a call backwards: its spans from the last one. A span is replayed from the state that the call
-// kept, with the forward's own stages and so with its bits, which leaves the deviations at the start of every step
-// (chunk of the faster clock) and the tokens that the memories made; then its steps from the last one: first the
-// commits that close a step, then its reads.
+// One (row, head) of a call backwards: its spans from the last one. A span is replayed from the state that
+// the call kept, with the forward's own stages and so with its bits, which leaves the deviations at the start
+// of every step (chunk of the faster clock) and the tokens that the memories made; then its steps from the
+// last one: first the commits that close a step, then its reads.
 #pragma once
 #include <cstring>
 
@@ -12,11 +12,13 @@
 class ScanBackward {
  public:
   // One thread for itself: space and work carved in memory of its own, own: Head::own_floats
-  ScanBackward(const TitansBackward& back, Workspace& work, const BackwardSpace& space, const Team& alone, float* own)
+  ScanBackward(const TitansBackward& back, Workspace& work, const BackwardSpace& space, const Team& alone,
+      float* own)
       : a(back), c(back.call), w(work), s(space), h(c, work, alone, own), D(h.D), N(h.N), M(h.M), big(h.big),
         small(h.small), n2(h.R * D), n1(c.Mf * D * N), n1s(c.Ms * N), state(n2 + n1 + n1s),
         produces(c.update && c.self_modifying) {
-    w.z = s.z, w.z_values = s.z_values, w.back = s.back, w.target_sizes = s.target_sizes, w.k_sizes = s.read_sizes;
+    w.z = s.z, w.z_values = s.z_values, w.back = s.back, w.target_sizes = s.target_sizes,
+        w.k_sizes = s.read_sizes;
   }
 
   template <int ACT>
@@ -50,12 +52,14 @@ class ScanBackward {
   const bool produces;
   Bars bar;
   double eta_bias, alpha_bias;
-  int64_t row, phase, n, lo, hi;  // slots of the span: what it reads is [lo, hi); slots before are pending tokens
+  // slots of the span: what it reads is [lo, hi); slots before are pending tokens
+  int64_t row, phase, n, lo, hi;
 
   static float* from(float* p, int64_t offset) { return p ? p + offset : nullptr; }
 
   void adjoints(int64_t b, int64_t head) {
-    bar = {a.delta2_bar + row * n2, a.delta1_bar + row * n1, from(a.delta1s_bar, row * n1s), from(a.base2_bar, row * n2),
+    bar = {a.delta2_bar + row * n2, a.delta1_bar + row * n1, from(a.delta1s_bar, row * n1s),
+        from(a.base2_bar, row * n2),
            from(a.base1_bar, row * n1), from(a.base1s_bar, row * n1s), nullptr, nullptr, nullptr, nullptr};
   }
 
@@ -68,14 +72,16 @@ class ScanBackward {
     const float* d2 = span ? c.spans2 + at * n2 : c.delta2 + row * n2;
     const float* d1 = span ? c.spans1 + at * n1 : c.delta1 + row * n1;
     std::memcpy(s.states, d2, n2 * sizeof(float)), std::memcpy(s.states + n2, d1, n1 * sizeof(float));
-    if (n1s) std::memcpy(s.states + n2 + n1, span ? c.spans1s + at * n1s : c.delta1s + row * n1s, n1s * sizeof(float));
+    if (n1s) std::memcpy(s.states + n2 + n1, span ? c.spans1s + at * n1s : c.delta1s + row * n1s,
+        n1s * sizeof(float));
   }
 
   // The deviations of step i are in force.
   void turn_to(int64_t i) {
     float* at = s.states + i * state;
     h.g.delta2 = at, h.g.delta1 = at + n2, h.g.delta1s = n1s ? at + n2 + n1 : nullptr;
-    h.w2 = c.base2 ? w.w2 : h.g.delta2, h.w1 = c.base1 ? w.w1 : h.g.delta1, h.w1s = c.base1s ? w.w1s : h.g.delta1s;
+    h.w2 = c.base2 ? w.w2 : h.g.delta2, h.w1 = c.base1 ? w.w1 : h.g.delta1,
+        h.w1s = c.base1s ? w.w1s : h.g.delta1s;
     if (!c.base2) return;
     sum(w.w2, h.g.base2, h.g.delta2, n2), sum(w.w1, h.g.base1, h.g.delta1, n1);
     if (n1s) sum(w.w1s, h.g.base1s, h.g.delta1s, n1s);
@@ -85,7 +91,8 @@ class ScanBackward {
     for (int64_t i = 0; i < n; i += 8) store(to + i, load(x + i) + load(y + i));
   }
 
-  // Pending tokens in slots [0, lo), and the adjoints of all slots: zero, or those of the state after the call.
+  // Pending tokens in slots [0, lo), and the adjoints of all slots: zero, or those of the state after the
+  // call.
   void open(int64_t b, int64_t head, int64_t span, bool last) {
     const int64_t slots = (hi + big - 1) / big * big + PANEL;
     for (float* x : {s.k_bar, s.v_bar}) std::memset(x, 0, slots * D * sizeof(float));
@@ -188,7 +195,8 @@ class ScanBackward {
 
   template <int ACT>
   void back(int64_t span, int64_t i) {
-    const int64_t first = lo / small + i, slot = std::max(lo, first * small), end = std::min((first + 1) * small, hi);
+    const int64_t first = lo / small + i, slot = std::max(lo, first * small),
+        end = std::min((first + 1) * small, hi);
     turn_to(i);
     turn_to_slot(slot);
     if (c.update && end % small == 0)
@@ -201,7 +209,8 @@ class ScanBackward {
     const Bars at = from_slot(slot);
     const TokenBars tokens{a.o_bar + offset, from(a.q_bar, offset), from(a.x_bar, offset),
                            &eta_bias, &alpha_bias};
-    ReadBackward<ACT>(h, token, end - slot, s, at, tokens, produces ? s.k + slot * D : nullptr, s.k_sizes + slot,
+    ReadBackward<ACT>(h, token, end - slot, s, at, tokens, produces ? s.k + slot * D : nullptr,
+        s.k_sizes + slot,
                       s.eta + slot, s.alpha + slot)
         .run();
   }
@@ -211,7 +220,8 @@ inline void all_heads_backward(const TitansBackward& a) {
   const TitansCall& c = a.call;
   Workspace sizes;
   BackwardSpace spaces;
-  const int64_t groups = c.B * c.H, forward = sizes.carve(c, nullptr), more = spaces.carve(c, c.span, nullptr);
+  const int64_t groups = c.B * c.H, forward = sizes.carve(c, nullptr),
+                more = spaces.carve(c, c.span, nullptr);
   const int64_t own = Head::own_floats(c), each = (forward + more + own + 15) / 16 * 16 + 16;
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c.threads, groups)));
   Memory memory(each > MOST_FLOATS ? each : each * threads);
