@@ -38,7 +38,10 @@ TITANS = {
     "triton": (*STATE, "ops.titans.triton.operator:titans_triton",
                "ops.titans.triton.operator:titans_advance_"),
 }
-TITANS_GRADIENT = {"triton": (*TITANS["triton"], "ops.titans.triton.training:titans_triton_training")}
+TITANS_GRADIENT = {
+    "cpp": (*TITANS["cpp"], "ops.titans.cpp_training:titans_cpp_training"),
+    "triton": (*TITANS["triton"], "ops.titans.triton.training:titans_triton_training"),
+}
 CONV = {
     "chunked": ("ops.conv.forward:causal_conv_chunked",),
     "cpp": ("ops.conv.cpp:causal_conv", "csrc/cpu/layer*.cpp", *CPU_LIBRARY),
@@ -80,7 +83,7 @@ CHECKS = ("*.check", "*.identity", "*.files", "*.folders", "*.state_file", "*.cl
           "*.compat.*")
 CHOICE = ("*.config", "*.config.*", "*.backend", "*.backends", "*.triton_library")
 OF_BACKEND = {
-    "cpp": ("*.cpp", "*.titans_pullback", "*.cpu_library"),
+    "cpp": ("*.cpp", "*.cpp_training", "*.titans_pullback", "*.cpu_library"),
     "triton": ("*.triton", "*.triton.*", "*.triton_library"),
     "cuda": ("*.cuda", "*.cuda_library"),
     "reference": ("*.reference", "*.reference_*"),
@@ -121,6 +124,8 @@ def code(case: dict) -> Code | None:
         return Code((*model, *parts(BLOCKS, used), *layer(used), *cms(used)), left_out)
     if kind == "optimizer":
         return Code((*OPTIMIZERS, *model, *parts(BLOCKS, used), *layer(used), *cms(used)), left_out)
+    if kind == "train":
+        return Code((*model, *parts(BLOCKS, used), *layer(used), *parts(TITANS_GRADIENT, used), *cms(used)), left_out)
     if kind == "serve":
         checked = tuple(p for p in left_out if p not in ("*.files", "*.state_file"))
         return Code((*SERVE, *model, *parts(BLOCKS, used), *layer(used), *cms(used)), checked)

@@ -9,7 +9,6 @@ from problems import DEVICE, noisy, part, problem
 from hope_kernels.ops.titans import scan as chunked
 from hope_kernels.ops.titans.state import init_titans_state
 from hope_kernels.ops.titans.triton.spans import CARRIED
-from hope_kernels.ops.titans.triton.training import titans_triton_training
 from hope_kernels.state import master_dtype
 
 OPEN = {"pos": [20, 7], "lengths": [14, 12]}  # one row closes its second chunk, one its first
@@ -56,10 +55,13 @@ def gradients(compute, config, w_init, inputs, dtype, lengths=None, before=None,
     return {n: g.cpu() for n, g in zip(named, grads) if g is not None}
 
 
-def meets_yardstick(config, w_init, inputs, dtype=torch.float32, cuts=None, **call):
+def meets_yardstick(config, w_init, inputs, dtype=torch.float32, cuts=None, compute=None, **call):
+    """compute: the backend that is judged; None: the Triton kernels."""
+    if compute is None:
+        from hope_kernels.ops.titans.triton.training import titans_triton_training as compute
     exact = gradients(chunked.titans_chunk, config, w_init, inputs, torch.float64, **call)
     peer = gradients(chunked.titans_chunk, config, w_init, inputs, dtype, **call)
-    ours = gradients(titans_triton_training, config, w_init, inputs, dtype, cuts=cuts, **call)
+    ours = gradients(compute, config, w_init, inputs, dtype, cuts=cuts, **call)
     # a head's bias has one number for a gradient, a sum of cancelling terms: any backend's error in it is
     # partly luck
     shaken = gradients(chunked.titans_chunk, config, noisy(w_init), noisy(inputs), torch.float64, **call)

@@ -21,8 +21,9 @@ memory | files)
   library=$PWD/build/sanitized/_titans_cpu.so
   "$compiler" "${flags[@]}" -fopenmp -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all \
     csrc/cpu/*.cpp -o "$library"
-  tests=(tests/ops/titans/test_cpp{,_backward}.py tests/ops/cms/test_cpp{,_step}.py tests/layers/test_titans_cpp.py
-    tests/engine/test_native{,_segment}.py tests/csrc/test_native_arguments.py tests/csrc/test_width.py)
+  tests=(tests/ops/titans/test_cpp{,_backward,_training}.py tests/ops/cms/test_cpp{,_step}.py
+    tests/layers/test_titans_cpp.py tests/engine/test_native{,_segment}.py
+    tests/csrc/test_native_arguments.py tests/csrc/test_width.py)
   if [ "$1" = files ]; then tests=(tests/state/test_files.py -m slow); fi
   # Python and PyTorch leak by design, and are not instrumented themselves
   LD_PRELOAD=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so) \

@@ -27,6 +27,23 @@ struct TitansCall {
   float* o;                                          // [B, T, H, D]; tokens past len are not written
   // M_memory's weights in each chunk read, in order: [B, H, kept, N, D], [B, H, kept, D, N]; or null
   float *kept2, *kept1;
+  // The deviations at the start of every span but the first: [B, H, spans, ...]. A span is `span` tokens, a
+  // multiple of both chunks, counted from the start of the open chunk; 0: nothing is kept.
+  int64_t span, spans;
+  float *spans2, *spans1, *spans1s;
+};
+
+// The gradient of hope_titans_scan by everything that it was given. `call` is the same call: the state that it
+// began with, which is not written, and the spans that it kept; o is not looked at.
+struct TitansBackward {
+  TitansCall call;
+  const float* o_bar;                                  // [B, T, H, D]; x_bar is the gradient by x
+  // [B, H, ...]: by the deviations after the call, in place of which come those before it
+  float *delta2_bar, *delta1_bar, *delta1s_bar;
+  float *base2_bar, *base1_bar, *base1s_bar;           // [B, H, ...], added to; null without a base
+  float *pending_k_bar, *pending_v_bar, *pending_eta_bar, *pending_alpha_bar;  // in place, as the deviations
+  float *q_bar, *x_bar, *k_bar, *v_bar, *eta_bar, *alpha_bar;  // as q, x, ...; tokens past len are not written
+  float *eta_bias_bar, *alpha_bias_bar;                // [B, H]; those of rows without tokens are not written
 };
 
 // The gradient of the reads o = q + w1 sigma(w2 q) by q, at the weights that hope_titans_scan kept.
@@ -49,4 +66,5 @@ int hope_cpu_width(int asked);
 // (check.h)
 int hope_titans_scan(const TitansCall*);
 int hope_titans_read_backward(const TitansReadBackward*);
+int hope_titans_backward(const TitansBackward*);
 }

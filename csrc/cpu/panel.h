@@ -6,7 +6,10 @@
 inline void load_lanes(float* panel, const float* rows, int64_t ld, int64_t D, int64_t a, int64_t b) {
   for (int64_t j = a; j < b;) {
     if (j + 8 <= b && j % 8 == 0) {
-      for (int64_t d = 0; d < D; d += 8) transpose8(rows + (j - a) * ld + d, ld, panel + d * PANEL + j, PANEL);
+      int64_t d = 0;
+      for (; d + 8 <= D; d += 8) transpose8(rows + (j - a) * ld + d, ld, panel + d * PANEL + j, PANEL);
+      for (; d < D; d++)
+        for (int64_t i = 0; i < 8; i++) panel[d * PANEL + j + i] = rows[(j - a + i) * ld + d];
       j += 8;
     } else {
       for (int64_t d = 0; d < D; d++) panel[d * PANEL + j] = rows[(j - a) * ld + d];
@@ -19,7 +22,10 @@ inline void load_lanes(float* panel, const float* rows, int64_t ld, int64_t D, i
 inline void store_lanes(const float* panel, float* rows, int64_t ld, int64_t D, int64_t a, int64_t b) {
   for (int64_t j = a; j < b;) {
     if (j + 8 <= b && j % 8 == 0) {
-      for (int64_t d = 0; d < D; d += 8) transpose8(panel + d * PANEL + j, PANEL, rows + (j - a) * ld + d, ld);
+      int64_t d = 0;
+      for (; d + 8 <= D; d += 8) transpose8(panel + d * PANEL + j, PANEL, rows + (j - a) * ld + d, ld);
+      for (; d < D; d++)
+        for (int64_t i = 0; i < 8; i++) rows[(j - a + i) * ld + d] = panel[d * PANEL + j + i];
       j += 8;
     } else {
       for (int64_t d = 0; d < D; d++) rows[(j - a) * ld + d] = panel[d * PANEL + j];

@@ -19,37 +19,11 @@
 
 #include <new>
 
-#include "check.h"
+#include "titans_check.h"
 #include "titans_heads.h"
 #include "width.h"
 
-namespace {
-
-bool sizes_fit(const TitansCall& c) {
-  const int64_t big = std::max(c.chunk_memory, c.chunk_other);
-  const int64_t small = std::min(c.chunk_memory, c.chunk_other);
-  const int64_t scalars = c.self_modifying ? 1 + (c.retention != 0) : 0;
-  return width(c.D) && width(c.N) && c.H > 0 && c.Mf == (c.self_modifying ? 3 : 1) && c.Ms == scalars &&
-         small > 0 && big <= LARGEST && big % small == 0 && extents({c.B, c.T, c.H, c.D}) &&
-         extents({c.B, c.H, c.Mf + c.Ms, c.N + 1, c.D}) && extents({c.B, big, c.H, c.D}) &&
-         extents({c.B, c.H, c.kept, c.N, c.D}) && extents({big, c.Mf + c.Ms, c.N + 1}) &&
-         threads_fit(c.threads) && c.activation >= GELU_TANH && c.activation <= SILU;
-}
-
-// for a call that has tokens
-bool pointers_fit(const TitansCall& c) {
-  if (!all_given({c.delta2, c.delta1, c.q, c.o, c.pos, c.len, c.pending_k, c.pending_v, c.pending_eta}))
-    return false;
-  if ((c.Ms && !c.delta1s) || !c.base2 != !c.base1 || !(c.base2 && c.Ms) != !c.base1s || !c.kept2 != !c.kept1)
-    return false;
-  if (!rows_fit(c.B, c.T, c.pos, c.len)) return false;
-  if (c.kept2 && !(c.update ? kept_fit(c.B, c.kept, c.chunk_memory, c.pos, c.len) : c.kept > 0)) return false;
-  return !c.update || (c.self_modifying ? c.x != nullptr : all_given({c.k, c.v, c.eta}));
-}
-
-}  // namespace
-
-extern "C" int hope_titans_abi() { return 8; }
+extern "C" int hope_titans_abi() { return 9; }
 
 extern "C" int hope_titans_supported() {
 #if defined(__aarch64__)
@@ -62,7 +36,7 @@ extern "C" int hope_titans_supported() {
 extern "C" int hope_titans_scan(const TitansCall* call) {
   if (!call || !sizes_fit(*call)) return BAD_ARGUMENT;
   if (call->B * call->T == 0) return DONE;
-  if (!pointers_fit(*call)) return BAD_ARGUMENT;
+  if (!call->o || !pointers_fit(*call) || !spans_fit(*call)) return BAD_ARGUMENT;
   try {
     wide() ? avx512::all_heads(*call) : all_heads(*call);
     return DONE;

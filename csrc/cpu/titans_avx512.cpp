@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <thread>
@@ -38,9 +39,12 @@
 namespace avx512 {
 namespace code {
 #include "titans_heads.h"
+#include "titans_backward.h"
 }  // namespace code
 
 void all_heads(const TitansCall& c) { code::all_heads(c); }
+
+void all_heads_backward(const TitansBackward& a) { code::all_heads_backward(a); }
 
 void commit_open(const TitansCall& c, int64_t b, int64_t h, int64_t end, float* scratch, float* own) {
   code::commit_open(c, b, h, end, scratch, own);

@@ -32,6 +32,17 @@ class Commit {
         delta_form(c.own_values && !c.target_norm && !c.objective_dot) {}
 
   void run() {
+    prepare();
+    const int64_t begin = h.by_memory ? rows.begin / N : m.m0, end = h.by_memory ? rows.end / N : m.m1;
+    for (int64_t i = begin; i < end; i++) step_sizes(i);
+    update_inputs();
+    update_outputs();
+    h.sync_rows();
+  }
+
+ protected:
+  // everything at the chunk-start weights, up to the step sizes
+  void prepare() {
     tokens();
     h.team.sync();
     evaluate();
@@ -42,14 +53,8 @@ class Commit {
     gradients();
     transformed_keys();
     h.team.sync();
-    const int64_t begin = h.by_memory ? rows.begin / N : m.m0, end = h.by_memory ? rows.end / N : m.m1;
-    for (int64_t i = begin; i < end; i++) step_sizes(i);
-    update_inputs();
-    update_outputs();
-    h.sync_rows();
   }
 
- private:
   const Head& h;
   const TitansCall& c;
   const Workspace& w;
@@ -114,6 +119,7 @@ class Commit {
     }
     const Range values = c.own_values ? r : r.within(m.f1 * N, m.m1 * N);
     product(values, h.w2, w.v, p, a_values);
+    keep(w.z, a, r, p), keep(w.z_values, a_values, values, p);
     const int64_t step = step_of(half(p));
     for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step) {
       f8 s, x = sigma<ACT>(load(a + i), s);
@@ -128,6 +134,13 @@ class Commit {
     for (int64_t i = r.begin; i < r.end; i += 8)
       for (int64_t t = 0; t < PANEL && p * PANEL + t < C; t += 8)
         transpose8(a + i * PANEL + t, PANEL, w.a_rows + (p * PANEL + t) * hid + i, hid);
+  }
+
+  // Rows r of a panel [hid], for the backward: where it is wanted.
+  void keep(float* to, const float* from, Range r, int64_t p) const {
+    if (to)
+      std::memcpy(to + (p * hid + r.begin) * PANEL, from + r.begin * PANEL,
+                  std::max<int64_t>(0, r.end - r.begin) * PANEL * sizeof(float));
   }
 
   // -- what all memories of the group share -----------------------------------------------------------------
@@ -246,7 +259,10 @@ class Commit {
     for (int64_t f = full.begin; f < full.end; f++) {
       const int64_t at = (p * c.Mf + f) * D * PANEL + lane;
       float *e = w.e + at, *target = w.target + at;
-      if (c.target_norm) normalize_lanes(target, D);
+      if (c.target_norm) {
+        if (w.target_sizes) store(w.target_sizes + f * ld + p * PANEL + lane, root(squares(target, D)));
+        normalize_lanes(target, D);
+      }
       for (int64_t d = 0; d < D; d++) {
         f8 t = load(target + d * PANEL);
         store(e + d * PANEL, c.objective_dot ? -t : (load(e + d * PANEL) - t) * all(scale));
@@ -263,6 +279,7 @@ class Commit {
         const float* e = w.e + (p * c.Mf + f) * D * PANEL;
         panel_product(r.begin - f * N, r.end - f * N, D, h.w1 + f * D * N, 1, N, e, half(p),
                       [&](int64_t i, auto& acc) {
+                        if (w.back) store_rows(w.back + p * hid * PANEL, i + f * N, acc);
                         multiply_rows(acc, d, i + f * N);
                         store_rows(d, i + f * N, acc);
                       });

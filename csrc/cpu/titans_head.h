@@ -110,7 +110,7 @@ struct Head {
     g.delta1s = from(c.delta1s, row * c.Ms * N);
     g.base2 = from(c.base2, h * R * D), g.base1 = from(c.base1, h * c.Mf * D * N);
     g.base1s = from(c.base1s, h * c.Ms * N);
-    g.q = c.q + token * D, g.o = c.o + token * D;
+    g.q = from(c.q, token * D), g.o = from(c.o, token * D);
     g.x = from(c.x, token * D), g.k = from(c.k, token * D), g.v = from(c.v, token * D);
     g.eta = from(c.eta, token), g.alpha = from(c.alpha, token);
     g.pending_k = c.pending_k + slot * D, g.pending_v = c.pending_v + slot * D;

@@ -37,12 +37,14 @@ class Scan {
     open(phase);
     int64_t chunk = 0;
     keep_weights(b, head, chunk);
+    const int64_t row = b * c.H + head;
     for (int64_t slot = phase; slot < phase + n;) {
       const int64_t end = std::min((slot / small + 1) * small, phase + n);
       Read<ACT>(h, slot, end, phase).run();
       if (c.update) {
         commit<ACT>(end);
         if (end % c.chunk_memory == 0 && end < phase + n) keep_weights(b, head, ++chunk);
+        if (c.span && end % c.span == 0 && end < phase + n) keep_state(row * c.spans + end / c.span - 1);
       }
       slot = end;
     }
@@ -109,6 +111,18 @@ class Scan {
     const Range own = !h.by_memory ? team.share(0, n, 8) : Range{0, team.id == 0 ? n : 0};
     std::memcpy(c.kept2 + at + own.begin, h.w2 + own.begin, (own.end - own.begin) * sizeof(float));
     std::memcpy(c.kept1 + at + own.begin, h.w1 + own.begin, (own.end - own.begin) * sizeof(float));
+  }
+
+  // The deviations at the start of a span
+  void keep_state(int64_t at) {
+    const int64_t n2 = h.R * D, n1 = c.Mf * D * N, n1s = c.Ms * N;
+    if (h.by_memory) team.sync();
+    auto copy = [&](float* to, const float* from, int64_t n) {
+      const Range own = team.share(0, n, 8);
+      if (n) std::memcpy(to + at * n + own.begin, from + own.begin, (own.end - own.begin) * sizeof(float));
+    };
+    copy(c.spans2, g.delta2, n2), copy(c.spans1, g.delta1, n1), copy(c.spans1s, g.delta1s, n1s);
+    team.sync();
   }
 
   // The open chunk's first `fill` slots as the state keeps them; the others are zero.

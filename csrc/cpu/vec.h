@@ -96,3 +96,26 @@ HK_INLINE f8 sigma(f8 z, f8& slope) {
   slope = fma(a * (e * gate), inner, gate);  // e gate is 1 - gate without its cancellation
   return a;
 }
+
+// sigma' and sigma'' together.
+template <int ACT>
+HK_INLINE f8 slopes(f8 z, f8& curve) {
+  // beyond 30 sigma' is 0 or 1 and sigma'' is 0 in fp32, and their factors would meet as 0 and infinity
+  const f8 c = most(all(-30), least(all(30), z)), square = c * c;
+  if constexpr (ACT == GELU) {
+    f8 slope;
+    sigma<ACT>(c, slope);
+    curve = all(0.39894228f) * exp2(square * all(-0.5f * LOG2_E)) * (all(2) - square);
+    return slope;
+  }
+  // with s = sigmoid(w(z)): s + z s (1 - s) w', and s (1 - s) (2 w' + z w'' + z (1 - 2 s) w'^2)
+  const f8 e = decay_of<ACT>(c), gate = all(1.0f) / (all(1.0f) + e), rest = e * gate, both = gate * rest;
+  if constexpr (ACT == GELU_TANH) {
+    const f8 first = fma(square, all(3 * 0.07135481628f), all(1.595769122f));
+    const f8 even = fma(square, all(6 * 0.07135481628f), first + first);  // 2 w' + z w''
+    curve = both * fma(c * (rest - gate), first * first, even);
+    return fma(c * both, first, gate);
+  }
+  curve = both * fma(c, rest - gate, all(2));
+  return fma(c, both, gate);
+}

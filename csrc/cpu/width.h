@@ -9,6 +9,7 @@
 
 namespace avx512 {  // titans_avx512.cpp: the same code, compiled for sixteen floats at a time
 void all_heads(const TitansCall& c);
+void all_heads_backward(const TitansBackward& a);
 void commit_open(const TitansCall& c, int64_t b, int64_t h, int64_t end, float* scratch, float* own);
 }  // namespace avx512
 

@@ -36,7 +36,7 @@ void scans() {
       for (const Floats* more : {&r.delta1, &r.delta1s, &r.pending_k, &r.pending_v, &r.pending_eta, &r.pending_alpha,
                                  &r.kept2, &r.kept1})
         state.insert(state.end(), more->begin(), more->end());
-      show(name + " o", r.o), show(name + " state", state);
+      show(name + " o", r.o), show(name + " state", state), show(name + " gradients", r.bars);
     }
     index++;
   }

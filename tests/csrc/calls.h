@@ -1,4 +1,5 @@
-// Calls of the CPU library on numbers that are the same everywhere: a scan in two parts, and a model's steps.
+// Calls of the CPU library on numbers that are the same everywhere: a scan in two parts, with the gradient of the
+// second, and a model's steps.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -37,7 +38,7 @@ struct Draw {  // of a bell's shape, variance 1, made of integers: the same in e
 };
 
 struct Results {
-  Floats delta2, delta1, delta1s, pending_k, pending_v, pending_eta, pending_alpha, o, kept2, kept1;
+  Floats delta2, delta1, delta1s, pending_k, pending_v, pending_eta, pending_alpha, o, kept2, kept1, bars;
   bool operator==(const Results& r) const {
     auto same = [](const Floats& a, const Floats& b) {
       return a.size() == b.size() && !std::memcmp(a.data(), b.data(), 4 * a.size());
@@ -45,9 +46,39 @@ struct Results {
     return same(delta2, r.delta2) && same(delta1, r.delta1) && same(delta1s, r.delta1s) &&
            same(pending_k, r.pending_k) && same(pending_v, r.pending_v) && same(pending_eta, r.pending_eta) &&
            same(pending_alpha, r.pending_alpha) && same(o, r.o) && same(kept2, r.kept2) &&
-           same(kept1, r.kept1);
+           same(kept1, r.kept1) && same(bars, r.bars);
   }
 };
+
+// The adjoints of everything that the call was given, one after another. start: the state that it began with.
+inline Floats differentiated(TitansCall c, const Results& start) {
+  Draw draw{7};
+  Results s = start;
+  c.delta2 = s.delta2.data(), c.delta1 = s.delta1.data(), c.delta1s = c.Ms ? s.delta1s.data() : nullptr, c.o = nullptr;
+  c.pending_k = s.pending_k.data(), c.pending_v = s.pending_v.data();
+  c.pending_eta = s.pending_eta.data(), c.pending_alpha = s.pending_alpha.data();
+  const int64_t tokens = c.B * c.T * c.H;
+  const Floats o_bar = draw(tokens * c.D, 1);
+  std::vector<Floats> parts;
+  auto drawn = [&](const Floats& like) { return parts.push_back(draw(like.size(), 0.1f)), parts.back().data(); };
+  auto zeros = [&](int64_t n) { return parts.push_back(Floats(n)), parts.back().data(); };
+  TitansBackward a{};
+  a.call = c, a.o_bar = o_bar.data();
+  a.delta2_bar = drawn(s.delta2), a.delta1_bar = drawn(s.delta1);
+  if (c.Ms) a.delta1s_bar = drawn(s.delta1s);
+  if (c.base2) a.base2_bar = zeros(s.delta2.size()), a.base1_bar = zeros(s.delta1.size());
+  if (c.base1s) a.base1s_bar = zeros(s.delta1s.size());
+  a.pending_k_bar = drawn(s.pending_k), a.pending_v_bar = drawn(s.pending_v);
+  a.pending_eta_bar = drawn(s.pending_eta), a.pending_alpha_bar = drawn(s.pending_alpha);
+  a.q_bar = zeros(tokens * c.D);
+  if (c.x) a.x_bar = zeros(tokens * c.D), a.eta_bias_bar = zeros(c.B * c.H), a.alpha_bias_bar = zeros(c.B * c.H);
+  if (c.k) a.k_bar = zeros(tokens * c.D), a.v_bar = zeros(tokens * c.D);
+  if (c.k) a.eta_bar = zeros(tokens), a.alpha_bar = zeros(tokens);
+  if (int outcome = hope_titans_backward(&a)) std::printf("refused: %d\n", outcome), std::exit(2);
+  Floats all;
+  for (const Floats& part : parts) all.insert(all.end(), part.begin(), part.end());
+  return all;
+}
 
 inline Results called(const Case& s, int64_t threads) {
   Draw draw;
@@ -63,7 +94,7 @@ inline Results called(const Case& s, int64_t threads) {
   const Floats kept(s.keep ? s.B * s.H * chunks * s.N * s.D : 0);
   Results r{draw(s.B * s.H * R * s.D, 0.1f * w2), draw(s.B * s.H * Mf * s.D * s.N, 0.1f * w1),
             draw(s.B * s.H * Ms * s.N, 0.1f * w1), Floats(s.B * C * s.H * s.D), Floats(s.B * C * s.H * s.D),
-            Floats(s.B * C * s.H), Floats(s.B * C * s.H), Floats(tokens * s.D), kept, kept};
+            Floats(s.B * C * s.H), Floats(s.B * C * s.H), Floats(tokens * s.D), kept, kept, {}};
   std::vector<int64_t> pos(s.B), len(s.B);
   TitansCall c{};
   c.B = s.B, c.T = s.T, c.H = s.H, c.D = s.D, c.N = s.N, c.Mf = Mf, c.Ms = Ms;
@@ -79,10 +110,15 @@ inline Results called(const Case& s, int64_t threads) {
   c.pending_eta = r.pending_eta.data(), c.pending_alpha = r.pending_alpha.data();
   if (s.keep) c.kept2 = r.kept2.data(), c.kept1 = r.kept1.data();
   c.pos = pos.data(), c.len = len.data();
+  c.span = C, c.spans = s.T / C + 2;  // as many states as chunks: a backward has several spans
+  Floats spans2(c.spans * r.delta2.size()), spans1(c.spans * r.delta1.size()), spans1s(c.spans * r.delta1s.size());
+  c.spans2 = spans2.data(), c.spans1 = spans1.data(), c.spans1s = Ms ? spans1s.data() : nullptr;
   for (int64_t part : {s.T / 3, s.T - s.T / 3}) {  // two calls: the second opens a chunk that is there
     for (int64_t b = 0; b < s.B; b++) len[b] = part - b % 2;
+    const Results start = r;
     c.o = r.o.data();  // the first call's outputs are written over by the second's, which are more
     if (int outcome = hope_titans_scan(&c)) std::printf("refused: %d\n", outcome), std::exit(2);
+    r.bars = differentiated(c, start);
     for (int64_t b = 0; b < s.B; b++) pos[b] += len[b];
   }
   return r;

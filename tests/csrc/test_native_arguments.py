@@ -15,8 +15,9 @@ from hope_kernels.ops.cms import cpp_step as cms_step
 from hope_kernels.ops.conv import cpp as conv_cpp
 from hope_kernels.ops.output_gate import cpp as gate_cpp
 from hope_kernels.ops.shared import cpu_library
-from hope_kernels.ops.titans import cpp
+from hope_kernels.ops.titans import cpp, cpp_training
 from hope_kernels.ops.titans.cpp import titans_cpp, titans_cpp_gradient
+from hope_kernels.ops.titans.cpp_training import titans_cpp_training
 from hope_kernels.ops.titans.state import FastWeights, init_titans_state
 from hope_kernels.ops.unit import cpp as unit_cpp
 
@@ -93,6 +94,41 @@ def test_the_library_refuses_a_call_before_it_writes(config, gradient, monkeypat
     assert len(tried) > 40 and same(state, before)
     (o, new, dq), (again, other, dq2) = found
     assert torch.equal(o, again) and same(new, other) and torch.equal(dq, dq2)  # refused calls have written nothing
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["self-modifying", "static"])
+def test_the_library_refuses_a_backward_before_it_writes(config, monkeypatch):
+    """The call inside it, as above, and pointers of its own."""
+    w_init, inputs = map(single, problem(config, 2, 40))
+    _, state = run(config, w_init, part(inputs, 0, 5), "cpp")
+    alive = [t.requires_grad_() for t in (*w_init, *inputs) if t is not None]
+    real, tried = cpu_library.library(), []
+
+    class Refused:
+        @staticmethod
+        def hope_titans_backward(reference):
+            right = reference._obj
+            refused = [(what, "call", changes) for what, changes in wrong_calls(right.call) if what != "o=null"]
+            refused += [(f"span={n}", "call", {"span": n}) for n in (0, -1, 3, FAR)]
+            refused += [(f"spans={n}", "call", {"spans": n}) for n in (-1, 0, FAR)]
+            refused += [(f"{name}_bar=null", "", {name: None}) for name, kind in right._fields_
+                        if kind is ctypes.c_void_p and getattr(right, name) and not name.endswith("_bias")]
+            for what, inside, changes in refused:
+                wrong = type(right).from_buffer_copy(right)
+                for name, value in changes.items():
+                    setattr(wrong.call if inside else wrong, name, value)
+                assert real.hope_titans_backward(ctypes.byref(wrong)) == BAD_ARGUMENT, what
+                tried.append(what)
+            assert real.hope_titans_backward(None) == BAD_ARGUMENT
+            return real.hope_titans_backward(reference)
+
+    found = []
+    for library in (lambda: real, lambda: Refused):
+        o, _ = titans_cpp_training(config, w_init, part(inputs, 5, 40), state, [35, 11])
+        monkeypatch.setattr(cpp_training, "library", library)
+        found.append(torch.autograd.grad(o.sum(), alive, allow_unused=True))
+    assert len(tried) > 70
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found))
 
 
 FUNCTIONS = {

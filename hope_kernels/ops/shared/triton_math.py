@@ -55,17 +55,18 @@ def sigma_and_slope(z, ACT: tl.constexpr):
 
 @triton.jit
 def sigma_two(z, ACT: tl.constexpr):
-    """sigma(z), sigma'(z), sigma''(z)."""
+    """sigma(z), sigma'(z), sigma''(z); the sigmoid in Triton's own forms, with which its kernels keep their
+    registers."""
     if ACT == GELU:
         gate = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
         bell = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return z * gate, gate + z * bell, bell * (2.0 - z * z)
     if ACT == GELU_TANH:
-        gate = sigmoid(z * (1.5957691216057308 + 0.07135481627362848 * z * z))
+        gate = 1.0 / (1.0 + tl.exp(-z * (1.5957691216057308 + 0.07135481627362848 * z * z)))
         inner = 1.5957691216057308 + 0.21406444882088544 * z * z
         bend = 0.4281288976417709 * z
     else:
-        gate = sigmoid(z)
+        gate = 1.0 / (1.0 + tl.exp(-z))
         inner = 1.0
         bend = 0.0
     between = gate * (1.0 - gate)

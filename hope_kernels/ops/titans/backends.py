@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...backend import NO_GRADIENT, Entry, Request, choose, gradient
+from ...backend import BY_ALL, NO_GRADIENT, Entry, Request, choose, gradient
 from ...config import TitansConfig
 from ..shared import cpu_library, cuda_library, triton_library
 from . import cpp
@@ -61,9 +61,17 @@ def _cuda_in_place(request: Request) -> Callable:
     return titans_advance_
 
 
+def _cpp(request: Request) -> Callable:
+    if request.gradient == BY_ALL:
+        from .cpp_training import titans_cpp_training
+
+        return titans_cpp_training
+    return cpp.titans_cpp
+
+
 ENTRIES = (
     Entry("reference", _reference),
-    Entry("cpp", lambda request: cpp.titans_cpp, cpp.unserved, cpu_library.unavailable, default=True),
+    Entry("cpp", _cpp, cpp.unserved, cpu_library.unavailable, default=True),
     Entry("chunked", lambda request: titans_chunk, default=True),
     Entry("triton", _triton, _triton_unserved, triton_library.unavailable),
     Entry("cuda", _cuda, _cuda_unserved, cuda_library.unavailable),

@@ -1,8 +1,8 @@
 """backend="cpp": csrc/cpu/titans.cpp, one call into a C++ library for all chunks of all rows and heads.
 x86-64 CPUs, fp32.
 
-Gradients are those of reads alone, by their queries, with fast weights and writes constants of the graph
-(``constant_memory``: what a learning model takes of its memories). There is none through the writes.
+Gradients here are those of reads alone, by their queries, with fast weights and writes constants of the graph
+(``constant_memory``: what a learning model takes of its memories); those of training are in cpp_training.py.
 Without the library this backend says so and the chunked one does the work.
 Results are bit-identical for any split of a sequence, any company in the batch and any number of threads.
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 from ...backend import BY_ALL, Request
 from ...config import TitansConfig
@@ -29,6 +30,15 @@ _POINTERS = (
     "alpha_bias", "pending_k", "pending_v", "pending_eta", "pending_alpha", "pos", "len", "o",
     "kept2", "kept1",
 )
+_SPANS = ("spans2", "spans1", "spans1s")
+
+
+class Spans(NamedTuple):
+    """Deviations that a call keeps for its gradient: at every multiple of ``size`` tokens, counted from the
+    start of a row's open chunk, but the first: [B, H, spans, ...] each."""
+
+    size: int
+    kept: tuple[Tensor | None, ...]
 
 
 class TitansCall(ctypes.Structure):
@@ -41,7 +51,8 @@ class TitansCall(ctypes.Structure):
                 "own_values", "target_norm",
                                          "step_clip", "scalar_skip", "qk_l2norm", "softplus", "update")]
         + [("grad_scale", ctypes.c_float), ("eta_scale", ctypes.c_float)]
-        + [(n, ctypes.c_void_p) for n in _POINTERS]
+        + [(n, ctypes.c_void_p) for n in _POINTERS] + [("span", ctypes.c_int64), ("spans", ctypes.c_int64)]
+        + [(n, ctypes.c_void_p) for n in _SPANS]
     )
 
 
@@ -62,8 +73,8 @@ def unserved(request: Request) -> str | None:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
     if torch.is_autocast_enabled("cpu"):
         return "serves float32, which projections under autocast are not"
-    if gradient == BY_ALL:
-        return "has no gradient through the writes, which training needs (torch.no_grad() serves the rest)"
+    if gradient == BY_ALL and (torch.compiler.is_compiling() or maybe_current_level() is not None):
+        return "has no gradient that torch.compile and transformations of torch.func can follow"
     if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
         return 'serves memory="mlp" without momentum and adaptive_q'
     if config.head_dim % 8 or config.hidden % 8:
@@ -133,42 +144,56 @@ def _kept(
 
 def _scan(
     config: TitansConfig, w_init: FastWeights, inputs, new: TitansState, pos: list[int], lengths: list[int],
-    update: bool, kept: tuple[Tensor, Tensor] | None = None,
+    update: bool, kept: tuple[Tensor, Tensor] | None = None, spans: Spans | None = None,
 ) -> Tensor:
     """o [B, T, H, D]; advances the tensors of ``new``, a state whose ``pos`` is that after the call, and
-    fills ``kept``."""
+    fills ``kept`` and ``spans``."""
+    first = inputs.x if inputs.x is not None else inputs.k
+    o = (first.new_empty if min(lengths, default=first.shape[1]) == first.shape[1] else first.new_zeros)(first.shape)
+    call, alive = titans_call(config, w_init, inputs, new, pos, lengths, update, o, kept, spans)
+    check_outcome(library().hope_titans_scan(ctypes.byref(call)), "titans")
+    del alive
+    return o
+
+
+def titans_call(
+    config: TitansConfig, w_init: FastWeights, inputs, new: TitansState, pos: list[int], lengths: list[int],
+    update: bool, o: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None, spans: Spans | None = None,
+) -> tuple[TitansCall, list[Any]]:
+    """What the library is handed, and what has to stay alive while it works."""
     first = inputs.x if inputs.x is not None else inputs.k
     B, T, H, D = first.shape
-    o = (first.new_empty if min(lengths, default=T) == T else first.new_zeros)(B, T, H, D)
     base = w_init if config.retain_to == "init" else FastWeights(None, None, None)
     tensors = {"base2": base.w2, "base1": base.w1, "base1s": base.w1s}
     tensors |= {n: getattr(inputs, n) for n in ("q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias")}
     tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
     tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | (
         {} if kept is None else {"kept2": kept[0], "kept1": kept[1]}
-    )
+    ) | ({} if spans is None else dict(zip(_SPANS, spans.kept)))
     N, Mf, Ms = config.hidden, *memories(config)
     # one head's numbers
     head2, head1, head1s = ((Mf + Ms) * N + (Ms if config.scalar_skip else 0)) * D, Mf * D * N, Ms * N
     tokens, pending, chunks = (
         B * T * H, B * max(config.chunk_memory, config.chunk_other) * H, 0 if kept is None else kept[0].shape[2]
     )
+    stops = 0 if spans is None or spans.kept[0] is None else spans.kept[0].shape[2]
     counts = {
         "base2": H * head2, "base1": H * head1, "base1s": H * head1s, "delta2": B * H * head2,
         "delta1": B * H * head1,
         "delta1s": B * H * head1s, "eta": tokens, "alpha": tokens, "eta_bias": H, "alpha_bias": H,
         "pending_k": pending * D,
         "pending_v": pending * D, "pending_eta": pending, "pending_alpha": pending, "kept2": B * H * chunks * N * D,
-        "kept1": B * H * chunks * N * D,
+        "kept1": B * H * chunks * N * D, "spans2": B * H * stops * head2, "spans1": B * H * stops * head1,
+        "spans1s": B * H * stops * head1s,
     }
     pointers = {n: address(t, counts.get(n, tokens * D), n) for n, t in tensors.items()}
     before, reads = row_array(pos, B), row_array(lengths, B)
     call = TitansCall(
         B=B, T=T, H=H, kept=chunks, threads=torch.get_num_threads(), update=update, **settings(config),
         **pointers, pos=ctypes.addressof(before), len=ctypes.addressof(reads),
+        span=0 if spans is None else spans.size, spans=stops,
     )
-    check_outcome(library().hope_titans_scan(ctypes.byref(call)), "titans")
-    return o
+    return call, [tensors, before, reads]
 
 
 def memories(config: TitansConfig) -> tuple[int, int]:

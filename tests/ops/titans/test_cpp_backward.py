@@ -146,7 +146,7 @@ def test_nothing_is_kept_where_no_query_needs_a_gradient(monkeypatch):
     assert [kept.shape[2] for kept, _ in made] == [4]  # the last row's: positions 30 to 79
 
 
-def test_serves_constant_memory_alone():
+def test_who_serves_constant_memory():
     layer, x = SelfModifyingTitans(TitansConfig(32, 2)), torch.randn(1, 20, 32, requires_grad=True)
     state = layer.init_state(1)
     default, asked, chunked = (
@@ -155,8 +155,6 @@ def test_serves_constant_memory_alone():
     )
     assert torch.equal(default, asked) and not torch.equal(default, chunked)
     torch.testing.assert_close(default, chunked, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="no gradient through the writes"):
-        layer.scan(x, state, [20], backend="cpp")
     cpu = torch.device("cpu")
     for change in ({"momentum": 0.9}, {"adaptive_q": True}, {"memory": "linear"}):
         config = TitansConfig(**{"d_model": 32, **change})

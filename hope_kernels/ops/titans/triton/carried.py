@@ -21,8 +21,9 @@ from .tiles import rule_of, shape_of
 
 CHUNKS = (16,)
 # Found by compiling: two programs a multiprocessor. With the 168 registers of three a few dozen would spill.
-# On sm_100, which has other matrix instructions, some do with 255, and so they do without a base.
-REGISTERS, WARPS, ARCHS = 255, 4, (80, 86, 89, 90, 120)
+# On sm_100, which has other matrix instructions, some do with 255, and so they do without a base, and for one head
+# on sm_120.
+REGISTERS, WARPS, ARCHS = 255, 4, (80, 86, 89, 90)
 
 
 def carried(config: TitansConfig, itemsize: int, arch: int) -> bool:

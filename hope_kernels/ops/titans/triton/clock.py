@@ -167,8 +167,5 @@ def unit_inverse(strict, UPPER: tl.constexpr):
     for level in tl.static_range(4):
         same = (early >> (level + 1)) == (late >> (level + 1))
         off = tl.where(same & ((row >> level) % 2 == ROW) & ((col >> level) % 2 == 1 - ROW), strict, 0.0)
-        if level == 0:  # the inverse is the identity, and products with it are exact
-            inverse -= off
-        else:
-            inverse -= tl.dot(inverse, tl.dot(off, inverse, input_precision="ieee"), input_precision="ieee")
+        inverse -= tl.dot(inverse, tl.dot(off, inverse, input_precision="ieee"), input_precision="ieee")
     return inverse

@@ -85,6 +85,7 @@ def options(config: TitansConfig, itemsize: int, arch: int) -> dict[str, int]:
     would spill."""
     both = clocks(config)
     registers = max(row_of(config, clock, itemsize, arch).registers for clock in both)
+    registers = registers if config.momentum is None else 255  # whose sums spill with fewer
     return {
         "num_warps": 8 if len(both) > 1 else WARPS[config.head_dim, itemsize], "num_stages": STAGES,
         "maxnreg": registers
