@@ -64,8 +64,8 @@ class Case:
     goal: Size | None = None
     cheap: bool = False
     tiles: tuple[int, int, int, int] | None = None  # of the memory's Triton kernel, in place of its table's
-    together: int = 1  # programs of a Triton kernel that run at a time while it is counted
     measured_as: str = ""  # "file: name of the case" of benchmarks.gpu that measures the call of ``goal``
+    together: int = 1  # programs of a Triton kernel that run at a time while it is counted
 
     @contextmanager
     def with_tiles(self) -> Iterator[None]:
@@ -241,13 +241,13 @@ def _memories() -> Iterator[Case]:
                 size = _goal(mult, C, heads, rows, tokens, 4, carried.WARPS, tasks=CARRIED, barriers=2,
                              exchange=True, resident=65536 // (32 * carried.WARPS * carried.REGISTERS))
                 yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
-                           partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90, None, 4,
-                           f"{name} triton")
+                           partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90, None,
+                           f"{name} triton", 4)
                 continue
             size = _goal(mult, C, heads, rows, tokens, 1, 4, persistent=True, resident=3 if C == 16 else 2,
                          tasks=_tasks(config, arch), barriers=4)
             yield Case(f"prefill {shape} triton sm_{arch}", "prefill", "triton", arch, chunk,
-                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, None, 1,
+                       partial(prefill, config, "triton"), 2, 4, 2, size, arch == 90 and C == 64, None,
                        f"{name} triton")
             # weights are loaded once for a chunk on sm_90, for 32 tokens on sm_80: the other tiles beside
             other = (64, 32, 64, 32) if arch == 90 else (64, C, 64, C)
@@ -269,7 +269,7 @@ def _memories() -> Iterator[Case]:
     for arch in (90, 80):
         size = replace(size, launches=1 if arch == 90 else 2)  # blocks of a head need a cluster to meet
         yield Case(f"step C64 D64 N256 cuda sm_{arch}", "step", "cuda", arch, "token of a (row, head)",
-                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90, None, 1,
+                   partial(decode, config, "cuda"), 1, 3, 2, size, arch == 90, None,
                    "ops: step graph C64 D64 N256 H32 B1 T1 bf16 cuda")
         kept = replace(size, bytes=m.step_bytes(whole, 1, 2, commit=False, rounded=True))
         yield Case(f"step C64 D64 N256 cuda sm_{arch} rounded", "step", "cuda", arch,
@@ -277,11 +277,11 @@ def _memories() -> Iterator[Case]:
                    arch == 90, None, "ops: step graph rounded C64 D64 N256 H32 B1 T1 bf16 cuda")
     size = replace(size, blocks=1, warps=4, launches=1, resident=2, persistent=True)
     yield Case("step C64 D64 N256 triton sm_90", "step", "triton", 90, "token of a (row, head)",
-               partial(decode, config, "triton"), 1, 3, 2, size, False, None, 1,
+               partial(decode, config, "triton"), 1, 3, 2, size, False, None,
                "ops: step graph C64 D64 N256 H32 B1 T1 bf16 triton")
     size = _goal(4, 64, 32, 1, 8192, 1, 4, persistent=True, resident=2)
     yield Case("grad C64 D64 N256 triton sm_90", "grad", "triton", 90, chunk, partial(grad, config), 2, 4, 2,
-               replace(size, flops=3 * size.flops), False, None, 1,
+               replace(size, flops=3 * size.flops), False, None,
                "ops: grad C64 D64 N256 H32 B1 T8192 bf16 triton")
 
 
@@ -302,11 +302,11 @@ def _others() -> Iterator[Case]:
         size = Size(d / rows, 1, 1, 4, 2 * d * d * tokens, moved, resident=2, persistent=True)
         yield Case(f"cms refresh d{d} C{tokens} sm_90" + " own kernel" * long, "refresh", "triton", 90, unit,
                    lambda n, r=rows, d=d, t=tokens: refresh(r, d, t, own=True), 0, 1, 1, size, d == 256, None,
-                   1, "" if long else measured)
+                   "" if long else measured)
         if long:  # the master is read again and rounded
             size = replace(size, launches=2, library=size.flops, passes=(4 + 2) * d * d)
             yield Case(f"cms refresh d{d} C{tokens} sm_90", "refresh", "triton", 90, unit,
-                       lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1, size, False, None, 1,
+                       lambda n, r=rows, d=d, t=tokens: refresh(r, d, t), 0, 1, 1, size, False, None,
                        measured)
     size = Size(8, 1, 1, 4, 0.0, 8 * 1024 * 2048 * 4, resident=8, reuse=True, persistent=True)
     yield Case("conv d2048 sm_90", "conv", "triton", 90, "1024 tokens", lambda n: conv(2048, 512 * n), 2, 4,

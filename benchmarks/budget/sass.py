@@ -42,7 +42,7 @@ GROUPS = (  # of SASS opcodes, by their first word
     ("exchange", r"SHFL|MOVM|REDUX|VOTEU?|MATCH"),
     ("barrier", r"BAR|B2R|UCGABAR_\w+|WARPSYNC|SYNCS"),
     ("fence", r"MEMBAR|FENCE|DEPBAR|LDGDEPBAR|ERRBAR|CCTL|WARPGROUP|CGAERRBAR|ARRIVES"),
-    ("branch", r"BRA|BRX|EXIT|BSSY|BSYNC|CALL|RET|BREAK|NANOSLEEP|YIELD|BPT|JMP|KILL|BMOV|WARPGROUPSET|"
+    ("branch", r"BRA|BRXU?|EXIT|BSSY|BSYNC|CALL|RET|BREAK|NANOSLEEP|YIELD|BPT|JMP|KILL|BMOV|WARPGROUPSET|"
                r"ENDCOLLECTIVE|RPCMOV"),
     ("predicate", r"U?ISETP|U?SEL|U?PLOP3|P2R|R2P|U?P2UR|UR2UP|CSEL"),
     ("move", r"U?MOV|R2UR|S2U?R|CS2R|GETLMEMBASE|LEPC|UR2R"),
@@ -143,7 +143,7 @@ def parsed(listing: str, name: str) -> list[Instruction]:
             pending = Instruction(m[3], group, block, line, (0, 7, 7, 0))
             if word != "NOP" and not left_out:
                 found.append(pending)
-            fresh = word in ("BRA", "EXIT", "BRX", "RET", "CALL", "JMP", "BREAK")
+            fresh = word in ("BRA", "EXIT", "BRX", "BRXU", "RET", "CALL", "JMP", "BREAK")
             left_out = left_out and not (word == "BRA" and not m[2])
         elif pending is not None and (m := _WORD.search(row)):
             high = int(m[1], 16) >> 41

@@ -110,9 +110,9 @@ def test_moving_a_module_makes_nothing_old(copy, function, place):
 def test_moving_and_commenting_c_files_makes_nothing_old(copy):
     cpu = copy / "csrc" / "cpu"
     (cpu / "lanes").mkdir()
-    (cpu / "vec.h").rename(cpu / "lanes" / "avx.h")
+    (cpu / "vec_x86.h").rename(cpu / "lanes" / "avx.h")
     for path in cpu.glob("*.*"):
-        text = path.read_text().replace('"vec.h"', '"lanes/avx.h"  // eight at a time')
+        text = path.read_text().replace('"vec_x86.h"', '"lanes/avx.h"  // eight at a time')
         path.write_text("// a remark\n\n" + text)
     assert differing(copy) == set()
 

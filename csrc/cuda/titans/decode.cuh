@@ -214,10 +214,12 @@ HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan plan) {
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_KERNEL(kThreads) titans_step(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
-  if constexpr (kHasMode<MODE> && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
-    step<D, T, ACT, MODE, ON_CHIP>(p, MODE == kWarpgroups ? fixed_plan(plan) : plan);
-  else
+  if constexpr (!kHasMode<MODE> || !(ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
     trap();  // the launch chose a kernel that this code does not have
+  else if constexpr (MODE == kWarpgroups)
+    step<D, T, ACT, MODE, ON_CHIP>(p, fixed_plan(plan));
+  else
+    step<D, T, ACT, MODE, ON_CHIP>(p, plan);
 #elif !defined(__CUDACC__)
   if constexpr (in_fibers(D, ACT)) step<D, T, ACT, MODE, ON_CHIP>(p, plan);
   else emulator::grid.fail("heads of width 128 run with gelu_tanh only");

@@ -296,10 +296,12 @@ constexpr bool in_fibers(int D, int act) { return D == 64 || act == kGeluTanh; }
 template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
 HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
-  if constexpr (kHasMode<MODE> && (ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
-    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, MODE == kWarpgroups ? fixed_plan(plan) : plan);
-  else
+  if constexpr (!kHasMode<MODE> || !(ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
     trap();  // the launch chose a kernel that this code does not have
+  else if constexpr (MODE == kWarpgroups)
+    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, fixed_plan(plan));
+  else
+    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
 #elif !defined(__CUDACC__)
   if constexpr (in_fibers(D, ACT)) prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
   else emulator::grid.fail("heads of width 128 run with gelu_tanh only");

@@ -19,7 +19,7 @@ from tools.ptx.machine import Fault, Kernel, Options, UnknownInstruction
 # architecture, configuration, tokens, the kernel that serves it
 SCANS = {
     80: (80, TitansConfig(32, 1), 39, "scan_kernel"),
-    90: (90, TitansConfig(64, 1, chunk_memory=64, chunk_other=64), 70, "scan_kernel"),
+    90: (90, TitansConfig(64, 1, chunk_memory=64, chunk_other=64), 140, "scan_kernel"),
 }
 CARRIED = {"carried": (90, TitansConfig(64, 1), 53, "carry_kernel")}
 ORDER = re.compile(r"\.(acquire|release|acq_rel)")

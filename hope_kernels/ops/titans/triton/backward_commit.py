@@ -36,7 +36,7 @@ orientations.
 import triton
 import triton.language as tl
 
-from ...shared.triton_math import sigma_and_slope, sigma_two
+from ...shared.triton_math import sigma_two
 from .backward_common import columns, commits_here
 from .common import load_w1, load_w1s, load_w2
 from .evaluate import add, add_where
@@ -185,7 +185,7 @@ def outputs_kernel(
             c = c0 + tl.arange(0, CT)
             wide = gm * D * C + f[:, None] * C + c[None, :]
             k = columns(k_p, b, h, end - C + c, S, H, D)
-            a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), rule.ACT)
+            a, slope, _ = sigma_two(tl.dot(w2, k, input_precision="ieee"), rule.ACT)  # in the registers there are
             e = tl.load(e_p + wide).to(dtype)
             d = slope * tl.dot(tl.trans(w1), e, input_precision="ieee")
             u_bar = tl.load(u_bar_p + (gm * N + n[:, None]) * C + c[None, :])
