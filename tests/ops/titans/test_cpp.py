@@ -193,11 +193,13 @@ def test_bit_identical_for_any_number_of_threads(config, rows):
         torch.set_num_threads(before)
 
 
-def test_serves_without_gradients():
+def test_serves_with_gradients_what_has_one():
     layer, x = SelfModifyingTitans(TitansConfig(32, 2)), torch.randn(1, 40, 32)
     assert layer(x)[0].requires_grad and available_backends()["cpp"] is None
-    with pytest.raises(ValueError, match="no gradient"):
-        layer(torch.randn(1, 20, 32), backend="cpp")
+    assert layer(x, backend="cpp")[0].requires_grad
+    linear = SelfModifyingTitans(TitansConfig(32, 2, memory="linear"))
+    with pytest.raises(ValueError, match="'cpp'"):
+        linear(x, backend="cpp")
 
 
 def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
