@@ -148,12 +148,12 @@ def _gradients(
     del alive
     # of every row for itself so far
     for name in ("base2", "base1", "base1s", "eta_bias", "alpha_bias"):
-        adjoint[name] = None if adjoint[name] is None else adjoint[name].sum(0)
+        adjoint[name] = None if (each := adjoint[name]) is None else each.sum(0)
     named = zip(_NAMES, (
         "base2", "base1", "base1s", "q", "x", "k", "v", "eta", "alpha", "beta", "eta_bias", "alpha_bias", *CARRIED
     ))
     return [
-        None if not wanted or (g := adjoint.get(by)) is None else g.to(given[name].dtype)
+        None if not wanted or (g := adjoint.get(by)) is None or (t := given[name]) is None else g.to(t.dtype)
         for (name, by), wanted in zip(named, ctx.needs_input_grad[1:])
     ]
 
@@ -179,6 +179,7 @@ def _adjoints(
 ) -> dict[str, Tensor | None]:
     """By the names of ``_ADJOINTS``: what the library reads and writes."""
     first = given["x"] if given["x"] is not None else given["k"]
+    assert first is not None
     B, H = first.shape[0], first.shape[2]
     whole = min(call.lengths, default=first.shape[1]) == first.shape[1]
     found: dict[str, Tensor | None] = {"o": (torch.zeros_like(first) if do is None else do).float().contiguous()}
@@ -190,7 +191,7 @@ def _adjoints(
             found[name] = fresh if error is None else fresh.copy_(error)
     if call.config.retain_to == "init":
         for by, name in zip(("base2", "base1", "base1s"), CARRIED):
-            found[by] = None if found.get(name) is None else torch.zeros_like(found[name])
+            found[by] = None if (t := found.get(name)) is None else torch.zeros_like(t)
     for name in ("q", "x", "k", "v", "eta", "alpha"):
         if (t := given[name]) is not None:
             make = torch.empty_like if whole and (call.update or name == "q") else torch.zeros_like
