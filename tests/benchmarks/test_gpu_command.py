@@ -116,8 +116,6 @@ def test_it_names_what_it_could_not_measure(written):
         if name not in read(written, section)["cases"]:
             assert found[section][name] == "needs a CUDA device"
     assert found["correctness"] and "matmul bf16" in found["env"]
-    skipped = [reason for name, reason in found["ops"].items() if reason.startswith("skipped: ")]
-    assert skipped
     lines = list(summary.told(found))
     assert sum(len(cases) for cases in found.values()) == sum(
         int(line.split(", ")[2].split(" (")[0]) for line in lines
