@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 from contract import Accurate, Backend, Case, OnTheDevice, Partial, Streaming
+from emulated_cuda import DEVICE, emulate, kernels  # noqa: F401
 from numerics import within_yardstick
 from problems import cast, part, problem, run, same
 
@@ -31,7 +32,6 @@ from hope_kernels.ops.shared.triton_build import SHARED_KIB
 from hope_kernels.ops.titans import cuda as titans
 from tools import build_cuda
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPUS = (80, 86, 90)  # blocks exchange through memory, with much shared memory and with little; blocks form clusters
 NARROW = 120  # clusters with little shared memory
 emulated_only = pytest.mark.skipif(DEVICE == "cuda", reason="a real GPU cannot play another one")
@@ -61,31 +61,8 @@ USUAL = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    """The library that backend="cuda" calls."""
-    if DEVICE == "cuda" and not build_cuda.LIBRARY.exists():
-        pytest.skip("the CUDA library was not built (python -m tools.build_cuda)")
-    if DEVICE == "cpu" and build_cuda.host_compiler() is None:
-        pytest.skip("needs a CUDA device or a C++ compiler")
-    if DEVICE == "cpu":
-        library.emulate(str(build_cuda.build_emulated()))
-    assert available_backends()["cuda"] is None
-    yield
-    library.emulate(None)
-
-
-def emulate(capability: int = 90, seed: int = 0, resident: int = 9) -> None:
-    """The GPU that the next calls run on, its threads in an order that follows from ``seed``, unordered
-    accesses being errors; on a real GPU this changes nothing. A number of resident blocks that is no
-    multiple of what works together shows who waits for whom."""
-    if DEVICE == "cpu":
-        image = 80 if capability < 90 else capability
-        torch.ops.hope_kernels_cuda.emulate(capability, 1024 * SHARED_KIB[capability], image, seed, resident, True)
-
-
 @pytest.fixture(autouse=True)
-def usual_gpu(kernels):
+def usual_gpu(kernels):  # noqa: F811
     emulate()
     with poisoned():  # scratch starts as NaN
         yield

@@ -2,44 +2,22 @@
 
 import pytest
 import torch
+from emulated_cuda import DEVICE, emulate, kernels  # noqa: F401
 from problems import cast, part, problem, run, same
 
 from benchmarks.measure import poisoned
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, available_backends
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 from hope_kernels.engine.decoder import Decoder
 from hope_kernels.ops import RoundedWeights, init_titans_state, titans_advance_, titans_chunk
-from hope_kernels.ops.shared import cuda_library as library
-from hope_kernels.ops.shared.triton_build import SHARED_KIB
 from hope_kernels.ops.titans import cuda as titans
 from hope_kernels.ops.titans.rounded import _NUMBERS
 from tools import build_cuda
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    if DEVICE == "cuda" and not build_cuda.LIBRARY.exists():
-        pytest.skip("the CUDA library was not built (python -m tools.build_cuda)")
-    if DEVICE == "cpu" and build_cuda.host_compiler() is None:
-        pytest.skip("needs a CUDA device or a C++ compiler")
-    if DEVICE == "cpu":
-        library.emulate(str(build_cuda.build_emulated()))
-    assert available_backends()["cuda"] is None
-    yield
-    library.emulate(None)
-
-
-def emulate(capability: int = 90, seed: int = 0, resident: int = 9) -> None:
-    """The GPU of the next calls; one with fewer resident blocks than a call has decodes in two launches."""
-    if DEVICE == "cpu":
-        image, shared = 80 if capability < 90 else capability, 1024 * SHARED_KIB[capability]
-        torch.ops.hope_kernels_cuda.emulate(capability, shared, image, seed, resident, True)
-
-
 @pytest.fixture(autouse=True)
-def usual_gpu(kernels):
+def usual_gpu(kernels):  # noqa: F811
     emulate()
     with poisoned():
         yield
