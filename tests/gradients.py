@@ -6,12 +6,30 @@ import torch
 from numerics import within_yardstick
 from problems import DEVICE, noisy, part, problem
 
+from hope_kernels import TitansConfig
 from hope_kernels.ops.titans import scan as chunked
 from hope_kernels.ops.titans.state import init_titans_state
 from hope_kernels.ops.titans.triton.spans import CARRIED
 from hope_kernels.state import master_dtype
 
 OPEN = {"pos": [20, 7], "lengths": [14, 12]}  # one row closes its second chunk, one its first
+
+# write rules that a gradient has to know of
+RULES = {
+    "two clocks, silu": TitansConfig(32, 1, chunk_memory=32, chunk_other=16, activation="silu"),
+    "slow others, no retention": TitansConfig(32, 1, chunk_memory=16, chunk_other=32, target_norm=False,
+        own_values=False, retention=False),
+    "nested_learning": TitansConfig.preset("nested_learning", d_model=32, chunk_memory=16, chunk_other=16),
+    "dot, free keys": TitansConfig(32, 1, objective="dot", step_clip=False, qk_l2norm=False, scalar_skip=True,
+        eta_scale=0.02),
+    "no dgd, gelu, skip": TitansConfig(32, 1, scalar_skip=True, activation="gelu", grad_scale=2.0,
+        own_values=False, dgd=False),
+    "zero, softplus": TitansConfig(32, 1, objective="dot", retain_to="zero", eta_activation="softplus",
+        chunk_memory=32, chunk_other=32),
+    "static, two heads": TitansConfig.preset("titans", d_model=64, num_heads=2, momentum=None, dgd=True,
+        step_clip=True, hidden_mult=2),
+    "static, bare": TitansConfig.preset("titans", d_model=32, momentum=None, retention=False),
+}
 
 
 def leaves(found, dtype):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from gradients import gradients, leaves, meets_yardstick, opened
+from gradients import RULES, gradients, leaves, meets_yardstick, opened
 from numerics import rms, within_yardstick
 from problems import noisy, problem, results, rows_of, run, single
 
@@ -22,21 +22,9 @@ pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"
 CONFIGS = {
     "default": TitansConfig(64, 2),
     "two heads, wide": TitansConfig(48, 2, hidden_mult=2),
-    "two clocks, silu": TitansConfig(32, 1, chunk_memory=32, chunk_other=16, activation="silu"),
-    "slow others, no retention": TitansConfig(32, 1, chunk_memory=16, chunk_other=32, target_norm=False,
-        own_values=False, retention=False),
-    "nested_learning": TitansConfig.preset("nested_learning", d_model=32, chunk_memory=16, chunk_other=16),
     "every token": TitansConfig.preset("nested_learning", d_model=16),
-    "dot, free keys": TitansConfig(32, 1, objective="dot", step_clip=False, qk_l2norm=False, scalar_skip=True,
-        eta_scale=0.02),
-    "no dgd, gelu, skip": TitansConfig(32, 1, scalar_skip=True, activation="gelu", grad_scale=2.0,
-        own_values=False, dgd=False),
-    "zero, softplus": TitansConfig(32, 1, objective="dot", retain_to="zero", eta_activation="softplus",
-        chunk_memory=32, chunk_other=32),
     "odd chunks": TitansConfig(40, 1, chunk_memory=12, chunk_other=4, activation="silu"),
-    "static, two heads": TitansConfig.preset("titans", d_model=64, num_heads=2, momentum=None, dgd=True,
-        step_clip=True, hidden_mult=2),
-    "static, bare": TitansConfig.preset("titans", d_model=32, momentum=None, retention=False),
+    **RULES,
 }
 
 

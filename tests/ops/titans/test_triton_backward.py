@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     available_backends()["triton"] is not None, reason=f"triton: {available_backends()['triton']}"
 )
 
-from gradients import gradients, leaves, meets_yardstick, opened  # noqa: E402
+from gradients import RULES, gradients, leaves, meets_yardstick, opened  # noqa: E402
 
 from hope_kernels.ops.titans.triton import backward as triton_backward  # noqa: E402
 from hope_kernels.ops.titans.triton import operator as triton  # noqa: E402
@@ -31,22 +31,7 @@ from hope_kernels.ops.titans.triton.tiles import rule_of, shape_of  # noqa: E402
 from hope_kernels.ops.titans.triton.training import titans_triton_training  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONFIGS = {
-    "default": TitansConfig(32, 1),
-    "two clocks, silu": TitansConfig(32, 1, chunk_memory=32, chunk_other=16, activation="silu"),
-    "slow others, no retention": TitansConfig(32, 1, chunk_memory=16, chunk_other=32, target_norm=False,
-        own_values=False, retention=False),
-    "nested_learning": TitansConfig.preset("nested_learning", d_model=32, chunk_memory=16, chunk_other=16),
-    "dot, free keys": TitansConfig(32, 1, objective="dot", step_clip=False, qk_l2norm=False, scalar_skip=True,
-        eta_scale=0.02),
-    "no dgd, gelu, skip": TitansConfig(32, 1, scalar_skip=True, activation="gelu", grad_scale=2.0,
-        own_values=False, dgd=False),
-    "zero, softplus": TitansConfig(32, 1, objective="dot", retain_to="zero", eta_activation="softplus",
-        chunk_memory=32, chunk_other=32),
-    "static, two heads": TitansConfig.preset("titans", d_model=64, num_heads=2, momentum=None, dgd=True,
-        step_clip=True, hidden_mult=2),
-    "static, bare": TitansConfig.preset("titans", d_model=32, momentum=None, retention=False),
-}
+CONFIGS = {"default": TitansConfig(32, 1), **RULES}
 
 
 # judged in other tests; the last has no switch that another one lacks
