@@ -6,11 +6,11 @@
 The text (the bundled one, or --text) has three parts: the first 80% trains, 10% chooses rates, and the last
 10% is judged. For every optimizer rates are tried, a factor of 2 apart, on seed 0 until the best one has a
 worse one on either side; then it trains with every seed at the best rate. All see the same bytes in the same
-order, the same first weights, and the same schedule (a warm-up, then a cosine). All but adamw train the
-matrices inside the blocks by their rule (dgd and sgd those of linear layers alone), and embedding, head,
-vectors and memories by AdamW at AdamW's best rate. Peers: adamw and muon are PyTorch's; nested_m3 is
-nested-learning's, where that package is installed. Every case is written at once, and one that the file has
-is not run again.
+order, the same first weights, and the same schedule (a warm-up, then a cosine). Seconds are of the processor
+(--threads 1), so other work on the machine is not in them. All but adamw train the matrices inside the blocks
+by their rule (dgd and sgd those of linear layers alone), and embedding, head, vectors and memories by AdamW
+at AdamW's best rate. Peers: adamw and muon are PyTorch's; nested_m3 is nested-learning's, where that package
+is installed. Every case is written at once, and one that the file has is not run again.
 """
 
 from __future__ import annotations
@@ -141,15 +141,15 @@ def train(
     rates = [group["lr"] for group in optimizer.param_groups]
     curve, losses, total, inside = [], [], 0.0, 0.0
     for step in range(steps):
-        ids, began = batch(text["train"], args, seed, step), time.perf_counter()
+        ids, began = batch(text["train"], args, seed, step), time.process_time()
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * schedule(step, steps)
         optimizer.zero_grad()
         loss = bits(model, ids)
         (loss * math.log(2)).backward()
-        stepped = time.perf_counter()
+        stepped = time.process_time()
         optimizer.step()
-        now = time.perf_counter()
+        now = time.process_time()
         total, inside = total + now - began, inside + now - stepped
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
