@@ -1,0 +1,129 @@
+"""Formal languages, trained short and tested long: HOPE, Titans and attention of one size.
+
+    python -m benchmarks.bench_languages [--languages parity ...] [--arms hope ...] [--steps 1000] [--seeds 0 1 2]
+        [--threads 1] [--out benchmarks/results/languages.json] [--table]
+
+One block is trained on words of up to 40 symbols to say, at every place, which symbols may follow and whether
+the word may end (benchmarks/synthetic/languages.py), and tested on words of up to 8 times that length. A word
+is right when every answer in it is. Rates are chosen from RATES by the training loss of seed 0, for every
+language and arm; then every seed is trained at the best. HOPE's and Titans' memories write after every token.
+Every case is written at once, and one that the file has is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import studies as s
+from benchmarks.synthetic.arms import ARMS, config, same_size, size
+from benchmarks.synthetic.fit import fit
+from benchmarks.synthetic.languages import LANGUAGES, Language
+from hope_kernels import HopeForCausalLM
+
+RESULT = os.path.join(os.path.dirname(__file__), "results", "languages.json")
+RATES = (1e-3, 3e-3, 1e-2)
+TRAINED, TESTED = 40, (1, 2, 4, 8)  # symbols of the longest words that train; times that length
+WORDS = 200  # that a length is tested on
+MEMORIES = {"chunk_memory": 1, "chunk_other": 1}
+
+
+def build(arm: str, language: Language, seed: int, args: argparse.Namespace) -> HopeForCausalLM:
+    def make(arm: str, hidden: int):
+        heads = args.attention_heads if arm == "attention" else 1
+        return config(arm, language.vocabulary, args.d_model, args.layers, heads, hidden,
+                      **({} if arm == "attention" else MEMORIES))
+
+    torch.manual_seed(seed)
+    return HopeForCausalLM(same_size(arm, make, 2 * args.d_model))
+
+
+@torch.no_grad()
+def right(model: HopeForCausalLM, language: Language, longest: int) -> dict[str, float]:
+    """Shares of answers and of words that are right, over words longer than half of ``longest``."""
+    words = language.words(WORDS, longest // 2 + 1, longest, torch.Generator().manual_seed(longest))
+    logits = torch.cat([model(ids)[0] for ids in words.ids.split(50)])
+    good = ((logits > 0) == (words.legal > 0)).all(-1)
+    return {"answers": float(good[words.counted].float().mean()),
+            "words": float((good | ~words.counted).all(1).float().mean())}
+
+
+def train(arm: str, language: Language, lr: float, seed: int, args: argparse.Namespace) -> dict:
+    model, g = build(arm, language, seed, args), torch.Generator().manual_seed(seed)
+
+    def loss(step: int) -> torch.Tensor:
+        words = language.words(args.batch, 2, TRAINED, g)
+        return F.binary_cross_entropy_with_logits(model(words.ids)[0][words.counted], words.legal[words.counted])
+
+    curve = fit(model, loss, args.steps, lr)
+    return {"arm": arm, "language": language.name, "lr": lr, "seed": seed, "parameters": size(model),
+            "loss": s.finite([curve[-1][1]])[0], "curve": [[n, *s.finite([x])] for n, x in curve],
+            "right": {str(k): right(model, language, k * TRAINED) for k in TESTED}}
+
+
+def table(data: dict) -> str:
+    """Markdown: share of right words, and of right answers, mean and least over the seeds."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for case, record in data["cases"].items():
+        if case.startswith("run "):
+            found.setdefault((record["language"], record["arm"]), []).append(record)
+    lines = ["| language | model | words right at " + " | at ".join(f"{k}x" for k in TESTED)
+             + f" | answers right at {TESTED[-1]}x | seeds | rate |", "|" + "---|" * (len(TESTED) + 5)]
+    for language in LANGUAGES:
+        for arm in ARMS:
+            records = found.get((language, arm))
+            if records is None:
+                continue
+            cells = [[r["right"][str(k)]["words"] for r in records] for k in TESTED]
+            cells.append([r["right"][str(TESTED[-1])]["answers"] for r in records])
+            shown = (f"{sum(c) / len(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in cells)
+            lines.append(f"| {language} | {arm} | {' | '.join(shown)} | {len(records)} | {records[0]['lr']:g} |")
+    return "\n".join(lines) if found else "no runs yet"
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--languages", nargs="+", choices=list(LANGUAGES), default=list(LANGUAGES))
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    p.add_argument("--steps", type=int, default=1000)
+    p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    p.add_argument("--d-model", type=int, default=32)
+    p.add_argument("--layers", type=int, default=1)
+    p.add_argument("--attention-heads", type=int, default=4)
+    p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--out", default=RESULT)
+    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
+    args = p.parse_args(argv)
+    if args.table:
+        print(table(s.load(args.out)))
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    sizes = ("steps", "d_model", "layers", "attention_heads", "batch")
+    study = s.Study(args.out, __doc__.split("\n")[0], {name: getattr(args, name) for name in sizes})
+    for language in map(LANGUAGES.__getitem__, args.languages):
+        for arm in args.arms:
+            losses = {}
+            for lr in RATES:
+                name = f"search {language.name} {arm} {lr:g}"
+                if name not in study.cases:
+                    study.put(name, train(arm, language, lr, 0, args))
+                value = study.cases[name]["loss"]
+                losses[lr] = math.inf if value is None else value
+            lr = min(losses, key=losses.get)
+            for seed in args.seeds:
+                case = f"run {language.name} {arm} seed {seed}"
+                if case not in study.cases:
+                    same = study.cases[f"search {language.name} {arm} {lr:g}"] if seed == 0 else None
+                    study.put(case, same or train(arm, language, lr, seed, args))
+                    print(f"{case}: {study.cases[case]['right']}", flush=True)
+    print(table(study.data))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Models of one size to compare: HOPE, Titans, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+
+ARMS = ("hope", "titans", "attention")
+WITHIN = 0.02  # sizes differ by no more
+
+
+def config(arm: str, vocabulary: int, d: int, layers: int, heads: int, hidden: int, **titans: object) -> HopeConfig:
+    """One arm with MLPs of ``hidden`` units; ``titans``: fields of its memories. Nothing learns while it reads but
+    the memories, and the head has weights of its own."""
+    cms = CMSConfig(d, (1 << 20,), intermediate_size=hidden, lr=0.0)
+    fields = {"cms": cms, "tie_embeddings": False}
+    if arm == "attention":
+        return HopeConfig(vocabulary, d, layers, mixer="attention", num_heads=heads, **fields)
+    preset, mixer = ("default", "self_modifying") if arm == "hope" else ("titans", "titans")
+    memories = TitansConfig.preset(preset, d_model=d, num_heads=heads, **titans)
+    return HopeConfig(vocabulary, d, layers, mixer=mixer, titans=memories, **fields)
+
+
+def size(model: HopeForCausalLM) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def same_size(arm: str, make: Callable[[str, int], HopeConfig], hidden: int) -> HopeConfig:
+    """An arm whose MLPs are as wide as gives it the size of HOPE with ``hidden`` units; make(arm, hidden)."""
+    wanted = size(HopeForCausalLM(make("hope", hidden)))
+    one, two = (size(HopeForCausalLM(make(arm, width))) for width in (1, 2))
+    found = make(arm, max(1, 1 + round((wanted - one) / (two - one))))
+    got = size(HopeForCausalLM(found))
+    if abs(got / wanted - 1) > WITHIN:
+        raise ValueError(f"same_size: argument arm is {arm!r} of {got} parameters, expected one of {wanted}")
+    return found
