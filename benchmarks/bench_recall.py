@@ -35,7 +35,7 @@ from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 RESULT = os.path.join(os.path.dirname(__file__), "results", "recall.json")
 KEYS = VALUES = 32
 FILLER, VOCAB = KEYS + VALUES, KEYS + VALUES + 1
-KINDS = ("once", "repeated", "updated")
+KINDS = ("once", "repeated", "updated", "updated in a chunk")
 # latest share of the steps; keys told once, repeated, updated
 STAGES = ((0.5, (4, 1, 1)), (0.7, (8, 2, 2)), (1.0, (12, 4, 4)))
 MASTERED = 0.5  # smoothed loss, nats, at which the next stage begins early
@@ -44,8 +44,7 @@ MASTERED = 0.5  # smoothed loss, nats, at which the next stage begins early
 def batch(
     size: int, g: torch.Generator, chunk: int, counts: tuple[int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids [B, T]; positions [n] at which a query's key stands; kind [B, n] of each query (0 once, 1 repeated,
-    2 updated)."""
+    """ids [B, T]; positions [n] at which a query's key stands; kind [B, n] of each query, of KINDS."""
     once, repeated, updated = counts
     distinct = sum(counts)
     keys = torch.rand(size, KEYS, generator=g).argsort(1)[:, :distinct]
@@ -58,6 +57,7 @@ def batch(
         order[:, once:distinct], order[:, distinct:]
     ), torch.maximum(order[:, once:distinct], order[:, distinct:])
     order = torch.cat([order[:, :once], low, high], 1).argsort(1)
+    within = 2 * order.argsort(1) // chunk  # the chunk of each telling
     index, late = index.gather(1, order), late.gather(1, order)
     newer = torch.where(torch.arange(distinct) >= once + repeated, values[:, 1], values[:, 0])
     told = torch.where(late == 1, newer.gather(1, index), values[:, 0].gather(1, index))
@@ -66,7 +66,9 @@ def batch(
     filler = torch.full((size, start - pairs.shape[1]), FILLER)
     asked = torch.rand(size, distinct, generator=g).argsort(1)
     queries = torch.stack([keys.gather(1, asked), newer.gather(1, asked)], -1).flatten(1)
+    both = F.pad(within[:, once:distinct] == within[:, distinct:], (once, 0))  # tellings of one key in one chunk
     kind = (asked >= once).long() + (asked >= once + repeated).long()
+    kind += ((kind == 2) & both.gather(1, asked)).long()
     return torch.cat([pairs, filler, queries], 1), start + 2 * torch.arange(distinct), kind
 
 
@@ -87,13 +89,13 @@ def build(args, chunk: int, step_clip: bool, dgd: bool) -> HopeForCausalLM:
 
 
 def accuracy(model, g: torch.Generator, chunk: int, sequences: int = 640) -> dict:
-    """Share of right answers by kind; 640 sequences are 7680 queries of keys told once, 2560 of each other kind."""
-    right, total = torch.zeros(3), torch.zeros(3)
+    """Share of right answers by kind; 640 sequences are 7680 queries of keys told once, 2560 repeated, 2560 updated."""
+    right, total = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
     with torch.no_grad():
         for _ in range(sequences // 64):
             ids, at, kind = batch(64, g, chunk, STAGES[-1][1])
             hit = (model(ids)[0][:, at].argmax(-1) == ids[:, at + 1]).float()
-            for i in range(3):
+            for i in range(len(KINDS)):
                 right[i] += hit[kind == i].sum()
                 total[i] += (kind == i).sum()
     return {name: float(r / t) for name, r, t in zip(KINDS, right, total)}
