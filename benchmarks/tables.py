@@ -17,14 +17,14 @@ import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import bench_continual, bench_rates, cms_table, plot, verdicts
+from benchmarks import bench_continual, bench_languages, bench_optim, bench_rates, cms_table, plot, verdicts
 from benchmarks.budget import table as budget_table
 from benchmarks.real import tables as real_tables
 from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT, at_rest
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/continual.md", "docs/llama.md",
-             "docs/real.md", "docs/serve.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/claims.md", "docs/continual.md",
+             "docs/llama.md", "docs/optim.md", "docs/real.md", "docs/serve.md")
 WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
@@ -92,6 +92,31 @@ def decode(run: dict) -> str:
     return (f"{markdown(head, rows)}\n\n`generate` with the bundled model ({data['weights'] / 1e6:.1f} M weights, "
             f"fp32), {threads}; both ways write {same}. Medians of {data['rounds']} rounds (least to most) that "
             f"take turns.{llama} {source('bench_decode', 'decode')}")
+
+
+def train(run: dict) -> str:
+    data = run["train"]
+    spread = lambda us: f"{us['median']:.0f} ({us['least']:.0f} to {us['most']:.0f})"
+    rows = [(c["backend"], *(spread(c["us"][part]) for part in ("step", "forward", "backward", "optimizer")))
+            for c in data["cases"]]
+    threads = WORDS.get(data["machine"]["threads"], "several threads")
+    return (f"{markdown('memories by | a step, us a token | forward | backward | clipping, optimizer', rows)}\n\n"
+            f"Model and optimizer of examples/train_lm.py, {data['batch']} rows of {data['tokens']} tokens, {threads}, "
+            f"medians of {data['rounds']} steps (least to most) that take turns. {source('bench_train', 'train')}")
+
+
+def languages(run: dict) -> str:
+    data = run["languages"]
+    return (f"{bench_languages.table(data)}\n\nOne block, trained on words of up to {bench_languages.TRAINED} symbols "
+            f"for {data['setting']['steps']} steps; mean (least to most) over the seeds. "
+            f"{source('bench_languages', 'languages')}")
+
+
+def optim(run: dict) -> str:
+    setting = run["optim"]["setting"]
+    return (f"{bench_optim.table(run['optim'])}\n\nBits per byte of held-out text after {setting['steps']} steps of a "
+            f"byte model (d = {setting['d_model']}, {setting['layers']} layers), mean over the seeds; seconds of the "
+            f"processor. {source('bench_optim --threads 1', 'optim')}")
 
 
 def learning(run: dict) -> str:
@@ -276,6 +301,7 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy, "sinks": sinks, "serve": serve, "decode": decode,
+                "train": train, "languages": languages, "optim": optim,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},
                 "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}
