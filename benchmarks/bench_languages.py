@@ -23,7 +23,7 @@ from benchmarks import studies as s
 from benchmarks.synthetic.arms import ARMS, config, same_size, size
 from benchmarks.synthetic.fit import fit
 from benchmarks.synthetic.languages import LANGUAGES, Language
-from hope_kernels import HopeForCausalLM
+from hope_kernels import HopeConfig, HopeForCausalLM
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "languages.json")
 RATES = (1e-3, 3e-3, 1e-2)
@@ -33,13 +33,14 @@ MEMORIES = {"chunk_memory": 1, "chunk_other": 1}
 
 
 def build(arm: str, language: Language, seed: int, args: argparse.Namespace) -> HopeForCausalLM:
-    def make(arm: str, hidden: int):
+    def make(hidden: int, arm: str = arm) -> HopeConfig:
         heads = args.attention_heads if arm == "attention" else 1
         return config(arm, language.vocabulary, args.d_model, args.layers, heads, hidden,
                       **({} if arm == "attention" else MEMORIES))
 
+    wanted = size(HopeForCausalLM(make(2 * args.d_model, "hope")))
     torch.manual_seed(seed)
-    return HopeForCausalLM(same_size(arm, make, 2 * args.d_model))
+    return HopeForCausalLM(same_size(wanted, make))
 
 
 @torch.no_grad()

@@ -17,7 +17,16 @@ import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import bench_continual, bench_languages, bench_optim, bench_rates, cms_table, plot, verdicts
+from benchmarks import (
+    bench_continual,
+    bench_languages,
+    bench_needles,
+    bench_optim,
+    bench_rates,
+    cms_table,
+    plot,
+    verdicts,
+)
 from benchmarks.budget import table as budget_table
 from benchmarks.real import tables as real_tables
 from benchmarks.records import RESULTS, load, runs
@@ -110,6 +119,13 @@ def languages(run: dict) -> str:
     return (f"{bench_languages.table(data)}\n\nOne block, trained on words of up to {bench_languages.TRAINED} symbols "
             f"for {data['setting']['steps']} steps; mean (least to most) over the seeds. "
             f"{source('bench_languages', 'languages')}")
+
+
+def needles(run: dict) -> str:
+    data = run["needles"]
+    return (f"{bench_needles.table(data)}\n\nShare of right answers by tokens of noise, 4 needles, chance 0.031, "
+            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps on "
+            f"{bench_needles.FIRST} to {bench_needles.LAST} tokens. {source('bench_needles', 'needles')}")
 
 
 def optim(run: dict) -> str:
@@ -301,7 +317,8 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy, "sinks": sinks, "serve": serve, "decode": decode,
-                "train": train, "languages": languages, "optim": optim,
+                "train": train, "languages": languages, "needles": needles,
+                "optim": optim,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},
                 "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}

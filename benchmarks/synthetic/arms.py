@@ -26,12 +26,11 @@ def size(model: HopeForCausalLM) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def same_size(arm: str, make: Callable[[str, int], HopeConfig], hidden: int) -> HopeConfig:
-    """An arm whose MLPs are as wide as gives it the size of HOPE with ``hidden`` units; make(arm, hidden)."""
-    wanted = size(HopeForCausalLM(make("hope", hidden)))
-    one, two = (size(HopeForCausalLM(make(arm, width))) for width in (1, 2))
-    found = make(arm, max(1, 1 + round((wanted - one) / (two - one))))
+def same_size(wanted: int, make: Callable[[int], HopeConfig]) -> HopeConfig:
+    """make(hidden), with MLPs as wide as brings the model closest to ``wanted`` parameters."""
+    one, two = (size(HopeForCausalLM(make(hidden))) for hidden in (1, 2))
+    found = make(max(1, 1 + round((wanted - one) / (two - one))))
     got = size(HopeForCausalLM(found))
     if abs(got / wanted - 1) > WITHIN:
-        raise ValueError(f"same_size: argument arm is {arm!r} of {got} parameters, expected one of {wanted}")
+        raise ValueError(f"same_size: argument make gives {got} parameters, expected about {wanted}")
     return found

@@ -46,6 +46,7 @@ class TitansConfig(Configuration):
     eta_scale: float = 0.5  # factor of the step size eta
     eta_bias: float = 0.0  # what eta's learned bias starts from, every head the same
     alpha_bias: float | None = None  # the same for alpha; None: half-lives of 16 to 16,384 tokens by head
+    q_identity: bool = False  # W_q starts as the identity: what asks is near what was written before any training
     scalar_skip: bool = False  # M_eta and M_alpha are w_skip z + w1 sigma(w2 z), and w_skip learns too
 
     PRESETS = {
@@ -56,6 +57,8 @@ class TitansConfig(Configuration):
             retain_to="zero", in_proj=False, out_norm=False, gate=False, out_proj=False, eta_activation="softplus",
             eta_scale=1e-3, eta_bias=0.0, alpha_bias=0.0, scalar_skip=True,
         ),
+        # pairs told in context: nothing decays, a pair is a token and the one before it, writes are large or none
+        "recall": dict(retention=False, conv_window=2, eta_scale=2.0, eta_bias=-2.0, q_identity=True),
         "titans": dict(self_modifying=False, own_values=False, target_norm=False, dgd=False, momentum="learned"),
     }
 
@@ -94,7 +97,11 @@ class TitansConfig(Configuration):
             require(ok, w, "momentum", self.momentum, "None, 'learned' or a float in [0, 1)")
         flags(self, w, "self_modifying", "own_values", "target_norm", "step_clip", "dgd", "retention",
                "adaptive_q", "qk_l2norm",
-               "out_norm", "gate", "out_proj", "scalar_skip", *(() if self.in_proj is None else ("in_proj",)))
+               "out_norm", "gate", "out_proj", "q_identity", "scalar_skip",
+               *(() if self.in_proj is None else ("in_proj",)))
+        require(
+            not (self.q_identity and self.adaptive_q), w, "q_identity", True, "False with adaptive_q, which has no W_q"
+        )
         require(
             self.self_modifying or not self.adaptive_q, w, "adaptive_q", True, "False when self_modifying=False"
         )

@@ -102,6 +102,8 @@ class SelfModifyingTitans(nn.Module):
         for module in self.children():
             weight: Any = module.weight
             nn.init.normal_(weight, std=c.d_model**-0.5)
+        if c.q_identity:
+            nn.init.eye_(self.q_proj.weight)
         if self.norm_gain is not None:
             self.norm_gain.fill_(1)
         self.eta_bias.fill_(c.eta_bias)

@@ -82,10 +82,12 @@ def test_arms_are_of_one_size():
     def make(arm, hidden):
         return config(arm, 7, 32, 1, 4 if arm == "attention" else 1, hidden)
 
-    sizes = [size(HopeForCausalLM(same_size(arm, make, 64))) for arm in ("hope", "titans", "attention")]
-    assert max(abs(n / sizes[0] - 1) for n in sizes) <= WITHIN
-    with pytest.raises(ValueError, match="same_size: argument arm"):
-        same_size("attention", lambda arm, hidden: config(arm, 7, 32, 1 if arm == "hope" else 9, 1, hidden), 3)
+    wanted = size(HopeForCausalLM(make("hope", 64)))
+    for arm in ("titans", "attention"):
+        model = HopeForCausalLM(same_size(wanted, lambda hidden, arm=arm: make(arm, hidden)))
+        assert abs(size(model) / wanted - 1) <= WITHIN
+    with pytest.raises(ValueError, match="same_size: argument make gives"):
+        same_size(wanted // 4, lambda hidden: make("attention", hidden))
 
 
 def test_the_study_writes_its_cases_and_runs_none_twice(tmp_path, capsys):

@@ -50,6 +50,7 @@ def unchanged(state, before) -> bool:
     ({"momentum": 1.0}, "momentum is 1.0"),
     ({"alpha_bias": float("nan")}, "alpha_bias is nan"),
     ({"self_modifying": False, "adaptive_q": True}, "adaptive_q"),
+    ({"q_identity": True, "adaptive_q": True}, "q_identity"),
 ])
 def test_titans_config(fields, words):
     with pytest.raises(ValueError, match="TitansConfig: ") as error:

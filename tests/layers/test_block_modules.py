@@ -270,3 +270,14 @@ def test_zero_gradient_reads_no_value():
     assert torch.equal(z, y) and torch.equal(torch.signbit(z), torch.signbit(y))
     by_y, by_bad = torch.autograd.grad(z[:3].sum(), (y, bad))
     assert torch.equal(by_y, torch.tensor([1.0, 1.0, 1.0, 0.0])) and torch.equal(by_bad, torch.zeros(3))
+
+
+def test_the_preset_recall_asks_with_what_it_reads():
+    """At first: W_q is the identity, and no memory of alpha or in-projection stands in between."""
+    layer = SelfModifyingTitans(TitansConfig.preset("recall", d_model=8))
+    assert torch.equal(layer.q_proj.weight, torch.eye(8)) and layer.alpha_bias is None and layer.conv.shape == (8, 2)
+    assert layer.eta_bias.item() == -2.0 and layer.config.eta_scale == 2.0
+    layer.q_proj.weight.data.zero_()
+    layer.reset_parameters()
+    assert torch.equal(layer.q_proj.weight, torch.eye(8))
+    assert not torch.equal(SelfModifyingTitans(TitansConfig(8)).q_proj.weight, torch.eye(8))

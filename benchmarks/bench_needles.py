@@ -1,0 +1,180 @@
+"""Needles in noise at lengths never trained: HOPE with the preset "recall", Titans and attention of one size.
+
+    python -m benchmarks.bench_needles [--arms recall ...] [--steps 700] [--seeds 0 1 2] [--lengths 256 1024 ...]
+        [--threads 1] [--out benchmarks/results/needles.json] [--table]
+
+Four pairs (key, value) stand somewhere among T tokens of noise and are asked for at the end
+(benchmarks/synthetic/needles.py); chance is 1/32. Training begins with T = 16, which doubles up to 1024 whenever
+the smoothed loss falls below 0.8 nats; rates are chosen from RATES by the training loss of seed 0. Once T is 1024
+the arm "recall" is also pressed to write little: PRESS times the mean logit of the step size, over all tokens, is
+added to the loss, so that noise is hardly written at all. The arm "unpressed" is the same without. Tested are 200
+sequences of each length, 4 answers each; attention up to 4096 tokens, for its cost grows with the square. Every
+case is written at once, and one that the file has is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import studies as s
+from benchmarks.synthetic.arms import same_size, size
+from benchmarks.synthetic.needles import NEEDLES, VOCABULARY, needles
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+
+RESULT = os.path.join(os.path.dirname(__file__), "results", "needles.json")
+ARMS = ("recall", "unpressed", "titans", "attention")
+RATES = (2e-3, 4e-3, 8e-3)
+FIRST, LAST, MASTERED = 16, 1024, 0.8  # tokens of noise that training begins and ends with; nats
+PRESS, DEEPEST = 0.01, -18.0  # nats a unit of the logit; the logit that is low enough
+ATTENTION_LONGEST = 4096  # tokens of noise
+SEQUENCES, LENGTHS = 200, (256, 1024, 4096, 16384, 65536)
+PIECE = 1 << 16  # tokens of all rows read at once in tests
+
+
+def configuration(arm: str, d: int, chunk: int, hidden: int) -> HopeConfig:
+    fields = {"cms": CMSConfig(d, (1 << 20,), intermediate_size=hidden, lr=0.0)}
+    if arm == "attention":  # a pair takes two layers of it: one that looks back, one that finds
+        return HopeConfig(VOCABULARY, d, 2, mixer="attention", num_heads=4, **fields)
+    preset, mixer = ("titans", "titans") if arm == "titans" else ("recall", "self_modifying")
+    titans = TitansConfig.preset(preset, d_model=d, chunk_memory=chunk, chunk_other=chunk)
+    return HopeConfig(VOCABULARY, d, 1, mixer=mixer, titans=titans, **fields)
+
+
+def build(arm: str, seed: int, d: int, chunk: int) -> HopeForCausalLM:
+    config = configuration("recall", d, chunk, 2 * d)
+    if arm in ("titans", "attention"):
+        config = same_size(size(HopeForCausalLM(config)), lambda hidden: configuration(arm, d, chunk, hidden))
+    torch.manual_seed(seed)
+    model = HopeForCausalLM(config)
+    # tied embeddings at 0.02 make flat logits: the first hundreds of steps would go into their length
+    torch.nn.init.normal_(model.embed.weight, std=0.3)
+    return model
+
+
+def write_logits(model: HopeForCausalLM, ids: Tensor) -> Tensor:
+    """[B, T]: the step size's logit at every token, as the first block's memory of eta has it before it learns."""
+    block = model.blocks[0]
+    mixer, x = block.mixer, block.norm(model.embed(ids)).transpose(1, 2)
+    taps = mixer.conv
+    x = F.conv1d(F.pad(x, (taps.shape[1] - 1, 0)), taps[:, None], groups=len(taps)).transpose(1, 2)
+    memory = mixer.memory_init("eta")
+    hidden = F.gelu(x @ memory["w2"][0].T, approximate="tanh")
+    return (hidden @ memory["w1"][0].T)[..., 0] + mixer.eta_bias[0]
+
+
+def train(arm: str, lr: float, seed: int, args: argparse.Namespace) -> tuple[HopeForCausalLM, dict]:
+    model, g = build(arm, seed, args.d_model, args.chunk), torch.Generator().manual_seed(seed)
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": biases}], betas=(0.9, 0.95), weight_decay=0.01)
+    T, smooth, since, curve = FIRST, None, 0, []
+    for step in range(args.steps):
+        rows = max(2, min(64, args.tokens // (T + args.chunk + 2 * NEEDLES)))
+        ids, at = needles(rows, T, args.chunk, g)
+        found = F.cross_entropy(model(ids)[0][:, at].flatten(0, 1), ids[:, at + 1].flatten())
+        loss = found
+        if arm == "recall" and T == LAST:
+            loss = found + PRESS * write_logits(model, ids).clamp(min=DEEPEST).mean()
+        cycle = min(1.0, (step + 1) / 50) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / args.steps)))
+        for group, factor in zip(optimizer.param_groups, (1.0, 3.0)):
+            group["lr"] = lr * cycle * factor
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        value = found.item()
+        if not math.isfinite(value):
+            break
+        smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
+        if step % 50 == 49 or step == args.steps - 1:
+            curve.append([step + 1, T, smooth])
+        if smooth < MASTERED and T < LAST and step - since > 20:
+            T, smooth, since = 2 * T, None, step
+    loss = math.inf if not curve or curve[-1][1] < LAST or not math.isfinite(value) else curve[-1][2]
+    return model.eval(), {"arm": arm, "lr": lr, "seed": seed, "parameters": size(model), "loss": s.finite([loss])[0],
+                          "reached": T, "curve": curve}
+
+
+@torch.no_grad()
+def found(model: HopeForCausalLM, T: int, chunk: int, sequences: int) -> float:
+    """Share of right answers, over ``sequences`` of T tokens of noise, the same for every model."""
+    g, right = torch.Generator().manual_seed(T), []
+    rows = max(1, min(sequences, (1 << 20) // T))
+    for first in range(0, sequences, rows):
+        ids, at = needles(min(rows, sequences - first), T, chunk, g)
+        state = None
+        for piece in ids[:, :-2 * NEEDLES].split(max(1, PIECE // len(ids)), 1):
+            state = model(piece, state)[1]
+        logits = model(ids[:, -2 * NEEDLES :], state)[0]
+        right.append((logits[:, ::2].argmax(-1) == ids[:, at + 1]).float().flatten())
+    return float(torch.cat(right).mean())
+
+
+def table(data: dict) -> str:
+    """Markdown: share of right answers by length, mean and range over the seeds."""
+    runs: dict[str, list[dict]] = {}
+    for case, record in data["cases"].items():
+        if case.startswith("run "):
+            runs.setdefault(record["arm"], []).append(record)
+    lengths = data["setting"]["lengths"]
+    lines = ["| model | parameters | " + " | ".join(f"{T:,}" for T in lengths) + " | seeds | rate |",
+             "|" + "---|" * (len(lengths) + 4)]
+    for arm in ARMS:
+        if arm in runs:
+            cells = [[r["found"][str(T)] for r in runs[arm] if str(T) in r["found"]] for T in lengths]
+            shown = (f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" if c else "-" for c in cells)
+            size, lr = f"{runs[arm][0]['parameters']:,}", f"{runs[arm][0]['lr']:g}"
+            lines.append(f"| {arm} | {size} | {' | '.join(shown)} | {len(runs[arm])} | {lr} |")
+    return "\n".join(lines) if runs else "no runs yet"
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    p.add_argument("--steps", type=int, default=700)
+    p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    p.add_argument("--d-model", type=int, default=64)
+    p.add_argument("--chunk", type=int, default=16)
+    p.add_argument("--tokens", type=int, default=8192, help="of a step")
+    p.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    p.add_argument("--sequences", type=int, default=SEQUENCES, help="that each length is tested on")
+    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--out", default=RESULT)
+    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
+    args = p.parse_args(argv)
+    if args.table:
+        print(table(s.load(args.out)))
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    sizes = ("steps", "d_model", "chunk", "tokens", "lengths", "sequences")
+    study = s.Study(args.out, __doc__.split("\n")[0], {name: getattr(args, name) for name in sizes})
+    for arm in args.arms:
+        losses = {}
+        for lr in RATES:
+            case = f"search {arm} {lr:g}"
+            if case not in study.cases:
+                study.put(case, train(arm, lr, 0, args)[1])
+                print(case, study.cases[case]["reached"], study.cases[case]["loss"], flush=True)
+            value = study.cases[case]["loss"]
+            losses[lr] = math.inf if value is None else value
+        lr = min(losses, key=losses.get)
+        for seed in args.seeds:
+            case = f"run {arm} seed {seed}"
+            if case not in study.cases:
+                model, record = train(arm, lr, seed, args)
+                lengths = [T for T in args.lengths if arm != "attention" or T <= ATTENTION_LONGEST]
+                shares = {str(T): found(model, T, args.chunk, args.sequences) for T in lengths}
+                study.put(case, record | {"found": shares})
+                print(case, study.cases[case]["found"], flush=True)
+    print(table(study.data))
+
+
+if __name__ == "__main__":
+    main()

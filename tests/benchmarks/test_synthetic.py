@@ -1,0 +1,77 @@
+"""The tasks of recall and of needles say what they promise, and the studies of them run none of their cases twice."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_needles, bench_recall
+from benchmarks.synthetic.needles import KEYS, NEEDLES, VALUES, needles
+
+
+def test_needles_are_told_once_and_asked_for_once():
+    ids, at = needles(50, 40, 16, torch.Generator().manual_seed(0))
+    assert ids.shape == (50, 40 + 16 + 2 * NEEDLES) and at.tolist() == [56, 58, 60, 62]
+    assert (ids[:, 40:56] >= KEYS + VALUES).all()
+    for row in ids.tolist():
+        hay = row[:40]
+        told = {hay[i]: hay[i + 1] for i in range(40) if hay[i] < KEYS}
+        assert len(told) == NEEDLES == sum(KEYS <= token < KEYS + VALUES for token in hay)
+        assert {row[i]: row[i + 1] for i in at.tolist()} == told
+    with pytest.raises(ValueError, match="needles: argument T is 7, expected at least 8"):
+        needles(1, 7, 16, torch.Generator())
+
+
+def test_recall_says_which_tellings_of_a_key_share_a_chunk():
+    ids, at, kind = bench_recall.batch(64, torch.Generator().manual_seed(0), 16, (12, 4, 4))
+    seen = [0] * len(bench_recall.KINDS)
+    for row, kinds in zip(ids.tolist(), kind.tolist()):
+        for place, k in zip(at.tolist(), kinds):
+            told = [i for i in range(0, 56, 2) if row[i] == row[place]]
+            assert row[told[-1] + 1] == row[place + 1]
+            seen[k] += 1
+            if k == 0:
+                assert len(told) == 1
+            elif k == 1:
+                assert len(told) == 2 and row[told[0] + 1] == row[told[1] + 1]
+            else:
+                assert len(told) == 2 and (told[0] // 16 == told[1] // 16) == (k == 3)
+    assert sum(seen) == 64 * 20 and min(seen) > 30
+
+
+def test_the_step_size_that_training_presses_on_is_the_layers_own():
+    """Of the tokens of a first chunk, whose memories are the initial ones."""
+    model = bench_needles.build("recall", 0, 64, 16)
+    with torch.no_grad():
+        mixer = model.blocks[0].mixer
+        torch.nn.init.normal_(mixer.memory_init("eta")["w1"])
+        ids = torch.randint(0, 128, (2, 15), generator=torch.Generator().manual_seed(1))
+        _, state = model(ids)
+        logits = bench_needles.write_logits(model, ids)
+    eta = state.mixers[0].pending_eta[:, :15, 0]
+    torch.testing.assert_close(2 * torch.sigmoid(logits), eta, rtol=1e-5, atol=1e-6)
+    assert eta.std() > 0.01
+
+
+def test_the_study_of_needles_writes_its_cases_and_runs_none_twice(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_needles, "RATES", (4e-3,))
+    out = tmp_path / "needles.json"
+    command = ["--arms", "unpressed", "attention", "--seeds", "0", "--steps", "3", "--tokens", "64",
+               "--lengths", "16", "64", "--sequences", "3", "--out", str(out)]
+    bench_needles.main(command)
+    first = json.loads(out.read_text())
+    assert set(first["cases"]["run attention seed 0"]["found"]) == {"16", "64"}
+    bench_needles.main(command)
+    assert json.loads(out.read_text())["cases"] == first["cases"]
+    assert "| unpressed | 65,985 |" in capsys.readouterr().out
+
+
+def test_a_needle_is_found_however_the_hay_is_cut(monkeypatch):
+    model = bench_needles.build("recall", 0, 64, 16)
+    whole = bench_needles.found(model, 64, 16, 10)
+    monkeypatch.setattr(bench_needles, "PIECE", 170)
+    assert bench_needles.found(model, 64, 16, 10) == whole
+    ids, at = needles(10, 64, 16, torch.Generator().manual_seed(64))
+    with torch.no_grad():
+        right = (model(ids)[0][:, at].argmax(-1) == ids[:, at + 1]).float().mean()
+    assert whole == float(right)
