@@ -57,7 +57,7 @@ struct TitansReadBackward {
 };
 
 extern "C" {
-int hope_titans_abi();                               // changes whenever one of these structs does
+int hope_titans_abi();                               // changes whenever what the library offers does
 int hope_titans_supported();                         // 1 if this CPU can run the library
 // The bits of the vectors that products are computed in: 256 or 512, the most that the CPU has, or as asked, which
 // changes no result; 128 with NEON. Other numbers only ask.
