@@ -91,7 +91,7 @@ void levels() {
   const Floats x = draw(rows * d, 1), gain = draw(d, 1), dn = draw(rows * d, 1), dy = draw(rows * d, 1);
   done(hope_cms_norm(rows, d, 1, 1e-6f, x.data(), gain.data(), dx.data()));
   show("norm", dx);
-  done(hope_cms_norm_backward(rows, d, 1, 1e-6f, x.data(), gain.data(), dn.data(), dy.data(), dx.data()));
+  done(hope_cms_norm_backward(rows, d, 1, 1e-6f, x.data(), gain.data(), dn.data(), dy.data(), dx.data(), nullptr));
   show("norm_backward", dx);
   for (int64_t rule : {0, 1, 2}) {
     const Floats grad = draw(n, 1);

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
 
 from ...backend import BY_ALL, Request
 from ...config import TitansConfig
 from ..shared.activations import ACTIVATION_CODES
-from ..shared.cpu_library import address, check_outcome, library, row_array
+from ..shared.cpu_library import NO_GRAPH, address, check_outcome, has_autograd, library, row_array
 from ..shared.pullback import Pullback
 from .state import FastWeights, TitansState
 
@@ -73,8 +72,8 @@ def unserved(request: Request) -> str | None:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
     if torch.is_autocast_enabled("cpu"):
         return "serves float32, which projections under autocast are not"
-    if gradient == BY_ALL and (torch.compiler.is_compiling() or maybe_current_level() is not None):
-        return "has no gradient that torch.compile and transformations of torch.func can follow"
+    if gradient == BY_ALL and not has_autograd():
+        return NO_GRAPH
     if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
         return 'serves memory="mlp" without momentum and adaptive_q'
     if config.head_dim % 8 or config.hidden % 8:
