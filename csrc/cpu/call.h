@@ -31,6 +31,9 @@ struct TitansCall {
   // multiple of both chunks, counted from the start of the open chunk; 0: nothing is kept.
   int64_t span, spans;
   float *spans2, *spans1, *spans1s;
+  // What the memories made of each token of x, as k, v, eta and alpha, and |k| before it was normalised [B, T, H]: for
+  // a call that keeps spans, so that its backward need not read again; or null
+  float *made_k, *made_v, *made_eta, *made_alpha, *made_size;
 };
 
 // The gradient of hope_titans_scan by everything that it was given. `call` is the same call: the state that it

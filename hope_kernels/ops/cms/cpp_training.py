@@ -9,6 +9,7 @@ tensors, are read in PyTorch.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -72,25 +73,34 @@ class _Level(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        part, wanted = ctx.part, ctx.needs_input_grad[1:]
-        x, *held, n, slope, a = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, *_again(part, x, held, dy, wanted)
-        tensors = _level(held)
-        d_up = times(dy, tensors["down"]).mul_(slope)
-        found: Factors = {"up": (d_up, n), "down": (dy, a)}
-        grads: dict[str, Tensor | None] = {}
-        for name, (left, right) in found.items():
-            rows = left.reshape(-1, left.shape[-1])
-            grads[name] = rows.t() @ right.reshape(-1, right.shape[-1]) if wanted[1 + _NAMES.index(name)] else None
-            grads[f"{name}_bias"] = rows.sum(0) if wanted[1 + _NAMES.index(f"{name}_bias")] else None
-        dx = None
-        if wanted[0] or wanted[1]:
-            dx, grads["norm_gain"] = cpp.norm_gradients(
-                x, tensors["norm_gain"], times(d_up, tensors["up"]), dy if part.residual else None, part.eps,
-                gain=wanted[1],
-            )
-        return None, dx if wanted[0] else None, *(grads.get(name) for name in _NAMES)
+        # a backward inside autocast, of a level that was read in its own dtype
+        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+            return None, *_gradients(ctx.part, ctx.saved_tensors, dy, ctx.needs_input_grad[1:])
+
+
+def _gradients(
+    part: Part, saved: tuple[Tensor | None, ...], dy: Tensor, wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """By x and by ``_NAMES``, where they are wanted."""
+    x, *held, n, slope, a = saved
+    assert x is not None and n is not None and slope is not None and a is not None
+    if torch.is_grad_enabled():
+        return _again(part, x, held, dy, wanted)
+    tensors, by = _level(held), dict(zip(_NAMES, wanted[1:]))
+    d_up = times(dy, tensors["down"]).mul_(slope)
+    factors: Factors = {"up": (d_up, n), "down": (dy, a)}
+    grads: dict[str, Tensor | None] = {}
+    for name, (left, right) in factors.items():
+        rows = left.reshape(-1, left.shape[-1])
+        grads[name] = rows.t() @ right.reshape(-1, right.shape[-1]) if by[name] else None
+        grads[f"{name}_bias"] = rows.sum(0) if by[f"{name}_bias"] else None
+    dx = None
+    if wanted[0] or by["norm_gain"]:
+        dx, grads["norm_gain"] = cpp.norm_gradients(
+            x, tensors["norm_gain"], times(d_up, tensors["up"]), dy if part.residual else None, part.eps,
+            gain=by["norm_gain"],
+        )
+    return [dx if wanted[0] else None, *(grads.get(name) for name in _NAMES)]
 
 
 def _again(
