@@ -6,6 +6,7 @@ import torch
 from numerics import within_yardstick
 
 from hope_kernels import CMSConfig
+from hope_kernels.layers.norm import rms_normed
 from hope_kernels.ops.cms import cpp_training as cms
 from hope_kernels.ops.cms import level
 from hope_kernels.ops.cms.matrix import Matrix
@@ -42,6 +43,15 @@ def level_case(T: int, residual: bool, bias: bool):
     )
 
 
+def norm(backend):
+    def read(x, weight):
+        module = torch.nn.RMSNorm(16, eps=1e-5, dtype=x.dtype)
+        module._parameters["weight"] = weight
+        return rms_normed(module, x, backend),
+
+    return read
+
+
 def conv(function, *, lengths=None):
     return lambda x, tail, weight: function(x, tail, weight, lengths)
 
@@ -63,6 +73,7 @@ CASES = {
     "norm without a gate": lambda: (lambda o, g: (output_gate_training(o, g, None),),
                                     lambda o, g: (output_gate_chunked(o, g, None),),
                                     (randn(1, 200, 2, 8), randn(2, 8))),
+    "norm": lambda: (norm("cpp"), norm("chunked"), (randn(2, 70, 16), randn(16))),
     "unit": lambda: (lambda t: (unit_training(t),), lambda t: (l2norm(t),), (randn(2, 5, 3, 8),)),
     "level": lambda: level_case(130, True, False),
     "level without its residual": lambda: level_case(3, False, False),
@@ -115,7 +126,7 @@ def test_gradients_of_gradients(name):
 
 def test_threads_change_no_bit():
     torch.manual_seed(2)
-    for name in ("conv", "gate", "norm without a gate"):
+    for name in ("conv", "gate", "norm without a gate", "norm"):
         ours, _, tensors = CASES[name]()
         tensors = tuple(t.repeat(8, *[1] * (t.dim() - 1)) if t.dim() > 2 else t for t in tensors)
         errors, found, before = None, [], torch.get_num_threads()

@@ -17,9 +17,9 @@ from hope_kernels import (
     HopeForCausalLM,
     SelfModifyingTitans,
     TitansConfig,
+    identity,
     load_state,
 )
-from hope_kernels import identity
 from hope_kernels.identity import checksum, fingerprint
 from hope_kernels.layers.attention import CausalAttention
 from hope_kernels.ops.shared import cpu_library

@@ -56,7 +56,7 @@ def level_forward(
 ) -> tuple[Tensor, Saved | None]:
     """``level.level_forward``."""
     if config.norm == "rmsnorm":
-        n = _norm(x.contiguous(), level["norm_gain"].contiguous(), eps)
+        n = normed(x.contiguous(), level["norm_gain"].contiguous(), eps)
     else:
         n = F.layer_norm(x, x.shape[-1:], level["norm_gain"], level.get("norm_bias"), eps)
     z = times_transposed(n, level["up"], level.get("up_bias")).contiguous()
@@ -92,7 +92,8 @@ def norm_gradients(
     return dx, dgain
 
 
-def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) gain over the last dimension."""
     n, every, d = torch.empty_like(x), x.numel(), x.shape[-1]
     tensors = ((x, every), (gain, d), (n, every))
     _norm_forward(every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))

@@ -25,7 +25,7 @@ __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "re
 
 level_backward, newton_schulz = level.level_backward, level.newton_schulz
 outer_add_, refresh_ = level.outer_add_, level.refresh_
-_NAMES = ("norm_gain", "up", "up_bias", "down", "down_bias")
+_NAMES: tuple[str, ...] = ("norm_gain", "up", "up_bias", "down", "down_bias")
 
 
 class Part(NamedTuple):

@@ -37,10 +37,14 @@ class _Conv(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, dtail: Tensor | None):
         (x, tail, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled() or dy is None or dtail is not None or wanted[1]:
-            return *gradients_again(
-                lambda *t: causal_conv_chunked(*t, None), (x, tail, weight), wanted, (dy, dtail)),
+            found = gradients_again(_chunked, (x, tail, weight), wanted, (dy, dtail))
+            return found[0], found[1], found[2]
         dx = causal_conv_backward(dy, weight) if wanted[0] else None
         return dx, None, _taps(x, tail, weight, dy) if wanted[2] else None
+
+
+def _chunked(x: Tensor, tail: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return causal_conv_chunked(x, tail, weight, None)
 
 
 def _taps(x: Tensor, tail: Tensor, weight: Tensor, dy: Tensor) -> Tensor:

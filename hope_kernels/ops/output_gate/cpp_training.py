@@ -28,9 +28,14 @@ class _Gate(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         (o, gain, gate), wanted = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return *gradients_again(lambda *t: (output_gate_chunked(*t),), (o, gain, gate), wanted, (dy,)),
+            found = gradients_again(_chunked, (o, gain, gate), wanted, (dy,))
+            return found[0], found[1], found[2]
         do, dgate = output_gate_backward(dy, o, gain, gate)
         return do, _gain(dy, o, gain, gate) if gain is not None and wanted[1] else None, dgate
+
+
+def _chunked(o: Tensor, gain: Tensor | None, gate: Tensor | None) -> tuple[Tensor]:
+    return output_gate_chunked(o, gain, gate),
 
 
 def _gain(dy: Tensor, o: Tensor, gain: Tensor, gate: Tensor | None) -> Tensor:

@@ -175,7 +175,7 @@ def _spans(call: Call, new: TitansState, inputs: TokenInputs) -> cpp.Spans:
         return cpp.Spans(size, kept, (None,) * 5)
     token, every = inputs.x.shape, inputs.x.shape[:-1]
     shapes = (token, token, every, every if config.retention else None, every)
-    return cpp.Spans(size, kept, tuple(None if s is None else kept[0].new_empty(s) for s in shapes))
+    return cpp.Spans(size, kept, tuple(None if s is None else new.delta2.new_empty(s) for s in shapes))
 
 
 def _adjoints(
