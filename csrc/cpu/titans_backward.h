@@ -1,7 +1,7 @@
-// One (row, head) of a call backwards: its spans from the last one. A span is replayed from the state that
-// the call kept, with the forward's own stages and so with its bits, which leaves the deviations at the start
-// of every step (chunk of the faster clock) and the tokens that the memories made; then its steps from the
-// last one: first the commits that close a step, then its reads.
+// One (row, head) of a call backwards: its spans from the last one. The writes of a span are replayed from the
+// state that the call kept, with the forward's own stages and so with its bits, which leaves the deviations at the
+// start of every step (chunk of the faster clock); what the memories made of its tokens was kept as well. Then its
+// steps from the last one: first the commits that close a step, then its reads.
 #pragma once
 #include <cstring>
 
