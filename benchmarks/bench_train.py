@@ -36,7 +36,7 @@ class Training:
         cms = CMSConfig(128, (64, 256), expansion=2.0)
         self.backend, self.tokens = backend, batch * tokens
         self.model = HopeForCausalLM(HopeConfig(256, 128, 3, titans=titans, cms=cms))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98), fused=True)
         self.ids, self.state = torch.randint(0, 256, (batch, tokens + 1)), self.model.init_state(batch)
 
     def gradients(self) -> list[torch.Tensor]:

@@ -305,14 +305,9 @@ class CommitBackward : private Commit<ACT> {
   // -- inputs -----------------------------------------------------------------------------------------------
 
   void inputs(int64_t p) {
-    const int64_t n = std::min<int64_t>(PANEL, C - p * PANEL), step = half(p) ? PANEL : 8;
-    const int64_t values0 = c.own_values ? m.m0 : std::max(m.m0, m.f1), at = p * hid * PANEL;
-    float *z_bar = s.z_bar + p * R * PANEL, *values_bar = s.values_bar + p * R * PANEL;
-    for (int64_t i = values0 * N * PANEL; i < m.m1 * N * PANEL; i += step) {
-      f8 slope;
-      store(w.a_values + at + i, sigma<ACT>(load(w.z_values + at + i), slope));
-      store(values_bar + i, slope);
-    }
+    const int64_t n = std::min<int64_t>(PANEL, C - p * PANEL);
+    const int64_t values0 = c.own_values ? m.m0 : std::max(m.m0, m.f1);
+    float *z_bar = s.z_bar + p * R * PANEL, *values_bar = s.values_bar + p * R * PANEL;  // sigma' at v so far
     for (int64_t f = m.f0; f < m.f1; f++) {
       const float *y_bar = s.y_bar + (p * c.Mf + f) * D * PANEL,
           *target = s.target_bar + (p * c.Mf + f) * D * PANEL;
@@ -324,7 +319,7 @@ class CommitBackward : private Commit<ACT> {
         });
     }
     for (int64_t i = m.s0; i < m.s1; i++) scalar_inputs(i, p, z_bar, values_bar);
-    transpose(w.a_values, s.values_rows, values0, p), transpose(s.slope_d, s.slope_d_rows, m.m0, p);
+    transpose(s.values, s.values_rows, values0, p), transpose(s.slope_d, s.slope_d_rows, m.m0, p);
     float* in_bar = s.in_bar;
     back_product(h.w2, s.z_bar, m.m0 * N, p, in_bar, false);
     if (c.dgd) back_product(g.delta2, s.u_bar, m.m0 * N, p, in_bar, true);

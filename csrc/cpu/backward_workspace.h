@@ -14,11 +14,11 @@ struct BackwardSpace {
   float *k, *v, *eta, *alpha, *k_sizes;        // its tokens, [S, D] and [S]; |k| before it was normalised
   float *k_bar, *v_bar, *eta_bar, *alpha_bar;
   // Of a chunk, panels [M N] unless said otherwise:
-  float *z, *z_values, *back, *target_sizes, *read_sizes;  // what the forward keeps (workspace.h)
+  float *z, *values, *back, *target_sizes;     // what the forward keeps (workspace.h)
   float *u_bar;            // [R]; then that of delta2 k, erase u_bar
   float *hidden;           // delta1'_bar^T e
   float *slope_d;          // sigma' d_bar
-  float *z_bar, *values_bar;   // [R] adjoints of w2 k and w2 v
+  float *z_bar, *values_bar;   // [R] adjoints of w2 k and w2 v; the latter sigma' at v before
   float *e_bar, *y_bar, *target_bar;           // [Mf D]
   float *ys_bar, *targets_bar;                 // [Ms]
   float *keys, *keys_bar, *in_bar;             // [D]: Kg, its adjoint; that of k, v or x
@@ -46,9 +46,9 @@ struct BackwardSpace {
     };
     take(state * (span / small + 1), states);
     take(S * D, k, v, k_bar, v_bar), take(S, eta, alpha, k_sizes, eta_bar, alpha_bar);
-    take(P * hid, z, z_values, back, hidden, slope_d, values_rows, slope_d_rows);
+    take(P * hid, z, values, back, hidden, slope_d, values_rows, slope_d_rows);
     take(P * R, u_bar, z_bar, values_bar), take(P * (c.Mf + c.Ms), target_sizes, gain_after, by_e);
-    take(P, erase_bar, after_bar, gain_bar, ratio, by_d, read_sizes);
+    take(P, erase_bar, after_bar, gain_bar, ratio, by_d);
     float *eta_sum, *q_and_bar;
     take(2 * P, eta_sum), take(4 * P, q_and_bar);
     eta_bar_sum = reinterpret_cast<double*>(eta_sum), q = reinterpret_cast<double*>(q_and_bar);

@@ -31,6 +31,9 @@ struct TitansCall {
   // multiple of both chunks, counted from the start of the open chunk; 0: nothing is kept.
   int64_t span, spans;
   float *spans2, *spans1, *spans1s;
+  // What the memories made of each token of x, as k, v, eta and alpha, and |k| before it was normalised [B, T, H]: for
+  // a call that keeps spans, so that its backward need not read again; or null
+  float *made_k, *made_v, *made_eta, *made_alpha, *made_size;
 };
 
 // The gradient of hope_titans_scan by everything that it was given. `call` is the same call: the state that it
@@ -57,7 +60,7 @@ struct TitansReadBackward {
 };
 
 extern "C" {
-int hope_titans_abi();                               // changes whenever one of these structs does
+int hope_titans_abi();                               // changes whenever what the library offers does
 int hope_titans_supported();                         // 1 if this CPU can run the library
 // The bits of the vectors that products are computed in: 256 or 512, the most that the CPU has, or as asked, which
 // changes no result; 128 with NEON. Other numbers only ask.

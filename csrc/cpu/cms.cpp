@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
+#include <vector>
 
 #include "check.h"
 #include "cms.h"
@@ -11,6 +13,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 1 << 12;  // numbers a thread takes at a time
+constexpr int64_t PART = 64;        // rows whose parts in a sum are added up first
 
 }  // namespace
 
@@ -45,26 +48,39 @@ extern "C" int hope_cms_norm(int64_t rows, int64_t d, int64_t threads, float eps
 }
 
 extern "C" int hope_cms_norm_backward(int64_t rows, int64_t d, int64_t threads, float eps, const float* x,
-                                      const float* gain, const float* dn, const float* dy, float* dx) {
+                                      const float* gain, const float* dn, const float* dy, float* dx,
+                                      float* dgain) try {
   if (!width(d) || rows < 0 || rows > MOST_FLOATS / d || !threads_fit(threads) ||
       (rows && !all_given({x, gain, dn, dx})))
     return BAD_ARGUMENT;
+  const int64_t parts = (rows + PART - 1) / PART;
+  std::vector<float> sums(dgain ? parts * d : 0);
   const int team = rows * d < 8 * BLOCK ? 1 : static_cast<int>(threads);
 #pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    const float *xr = x + r * d, *g = dn + r * d;
-    f8 square[2] = {}, along[2] = {};  // two chains each: one would wait for every addition
-    for (int64_t i = 0, j = 0; i < d; i += 8, j ^= 1) {
-      const f8 v = load(xr + i);
-      square[j] = fma(v, v, square[j]);
-      along[j] = fma(v, load(g + i) * load(gain + i), along[j]);
+  for (int64_t part = 0; part < parts; part++)
+    for (int64_t r = part * PART; r < std::min(rows, (part + 1) * PART); r++) {
+      const float *xr = x + r * d, *g = dn + r * d;
+      float* sum = dgain ? sums.data() + part * d : nullptr;
+      f8 square[2] = {}, along[2] = {};  // two chains each: one would wait for every addition
+      for (int64_t i = 0, j = 0; i < d; i += 8, j ^= 1) {
+        const f8 v = load(xr + i);
+        square[j] = fma(v, v, square[j]);
+        along[j] = fma(v, load(g + i) * load(gain + i), along[j]);
+      }
+      const float factor = 1 / std::sqrt(total(square[0] + square[1]) / d + eps);
+      const float mean = total(along[0] + along[1]) / d;
+      const f8 f = all(factor), m = all(factor * factor * mean);
+      for (int64_t i = 0; i < d; i += 8) {
+        const f8 back = fnma(m, load(xr + i), load(g + i) * load(gain + i)) * f;
+        if (sum) store(sum + i, fma(load(g + i), load(xr + i) * f, load(sum + i)));
+        store(dx + r * d + i, dy ? back + load(dy + r * d + i) : back);
+      }
     }
-    const float factor = 1 / std::sqrt(total(square[0] + square[1]) / d + eps), mean = total(along[0] + along[1]) / d;
-    const f8 f = all(factor), m = all(factor * factor * mean);
-    for (int64_t i = 0; i < d; i += 8) {
-      const f8 back = fnma(m, load(xr + i), load(g + i) * load(gain + i)) * f;
-      store(dx + r * d + i, dy ? back + load(dy + r * d + i) : back);
-    }
-  }
+  if (!dgain) return DONE;
+  std::fill_n(dgain, d, 0);
+  for (int64_t part = 0; part < parts; part++)
+    for (int64_t i = 0; i < d; i += 8) store(dgain + i, load(dgain + i) + load(sums.data() + part * d + i));
   return DONE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
 }

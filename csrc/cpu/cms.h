@@ -10,9 +10,10 @@ extern "C" {
 int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope);
 // n [rows, d] = rms_norm(x) gain
 int hope_cms_norm(int64_t rows, int64_t d, int64_t threads, float eps, const float* x, const float* gain, float* n);
-// dx [rows, d] = dy + the gradient of rms_norm(x) gain by x, for dn at its output; dy null: 0
+// dx [rows, d] = dy + the gradient of rms_norm(x) gain by x, for dn at its output; dy null: 0. dgain [d]: the gradient
+// by gain; null: not wanted
 int hope_cms_norm_backward(int64_t rows, int64_t d, int64_t threads, float eps, const float* x,
-                           const float* gain, const float* dn, const float* dy, float* dx);
+                           const float* gain, const float* dn, const float* dy, float* dx, float* dgain);
 // One step of n weights from the gradient grad + total, of which one may be null: cms_step.h says what the rules
 // are. copy: bf16, or null.
 int hope_cms_step(int64_t n, int64_t threads, int64_t rule, float lr, float mu, float beta2, float first,

@@ -1,7 +1,7 @@
-// One (row, head) of a call backwards: its spans from the last one. A span is replayed from the state that
-// the call kept, with the forward's own stages and so with its bits, which leaves the deviations at the start
-// of every step (chunk of the faster clock) and the tokens that the memories made; then its steps from the
-// last one: first the commits that close a step, then its reads.
+// One (row, head) of a call backwards: its spans from the last one. The writes of a span are replayed from the
+// state that the call kept, with the forward's own stages and so with its bits, which leaves the deviations at the
+// start of every step (chunk of the faster clock); what the memories made of its tokens was kept as well. Then its
+// steps from the last one: first the commits that close a step, then its reads.
 #pragma once
 #include <cstring>
 
@@ -17,8 +17,6 @@ class ScanBackward {
       : a(back), c(back.call), w(work), s(space), h(c, work, alone, own), D(h.D), N(h.N), M(h.M), big(h.big),
         small(h.small), n2(h.R * D), n1(c.Mf * D * N), n1s(c.Ms * N), state(n2 + n1 + n1s),
         produces(c.update && c.self_modifying) {
-    w.z = s.z, w.z_values = s.z_values, w.back = s.back, w.target_sizes = s.target_sizes,
-        w.k_sizes = s.read_sizes;
   }
 
   template <int ACT>
@@ -26,7 +24,6 @@ class ScanBackward {
     row = b * c.H + head, phase = c.pos[b] % big, n = c.len[b];
     if (n == 0) return;
     h.at(b, head);
-    h.g.o = nullptr;
     eta_bias = alpha_bias = 0;
     adjoints(b, head);
     const int64_t last = phase + n, spans = (last - 1) / c.span;
@@ -35,7 +32,12 @@ class ScanBackward {
       start(span);
       open(b, head, span, span == spans);
       const int64_t steps = replay<ACT>(span);
-      for (int64_t i = steps - 1; i >= 0; i--) back<ACT>(span, i);
+      keep(true);
+      for (int64_t i = steps - 1; i >= 0; i--) {
+        if (i < steps - 1) turn_to(i);  // the replay has left off at the last one
+        back<ACT>(span, i);
+      }
+      keep(false);
       close(b, head, span);
     }
     if (a.eta_bias_bar) a.eta_bias_bar[row] = static_cast<float>(eta_bias);
@@ -148,16 +150,35 @@ class ScanBackward {
 
   // -- the span again, and in reverse -----------------------------------------------------------------------
 
+  // Whether the forward's stages keep what only the backward wants to know.
+  void keep(bool on) {
+    auto to = [&](float* p) { return on ? p : nullptr; };
+    w.z = to(s.z), w.values = to(s.values), w.values_slope = to(s.values_bar), w.back = to(s.back);
+    w.target_sizes = to(s.target_sizes);
+  }
+
+  // The span's tokens, as they were given or made.
+  void tokens(int64_t span) {
+    for (int64_t slot = lo; slot < hi; slot++) {
+      const int64_t t = span * c.span + slot - phase, one = t * c.H, row = one * D;
+      std::memcpy(s.k + slot * D, (produces ? h.g.made_k : h.g.k) + row, D * sizeof(float));
+      std::memcpy(s.v + slot * D, (produces ? h.g.made_v : h.g.v) + row, D * sizeof(float));
+      s.eta[slot] = produces ? h.g.made_eta[one] : h.g.eta[one];
+      const float* alpha = produces ? h.g.made_alpha : h.g.alpha;
+      s.alpha[slot] = alpha ? alpha[one] : 1;
+      if (produces) s.k_sizes[slot] = h.g.made_size[one];
+    }
+  }
+
   // The steps of the span; step 0 holds slot lo.
   template <int ACT>
   int64_t replay(int64_t span) {
     int64_t i = 0;
     turn_to(0);
+    if (c.update) tokens(span);
     for (int64_t slot = lo; slot < hi; i++) {
       const int64_t end = std::min((slot / small + 1) * small, hi);
       turn_to_slot(slot);
-      if (c.update) Read<ACT>(h, slot, end, phase - span * c.span).run();
-      if (produces) std::memcpy(s.k_sizes + slot, s.read_sizes + slot % small, (end - slot) * sizeof(float));
       if (end < hi) {
         std::memcpy(s.states + (i + 1) * state, s.states + i * state, state * sizeof(float));
         if (c.update) {
@@ -197,7 +218,6 @@ class ScanBackward {
   void back(int64_t span, int64_t i) {
     const int64_t first = lo / small + i, slot = std::max(lo, first * small),
         end = std::min((first + 1) * small, hi);
-    turn_to(i);
     turn_to_slot(slot);
     if (c.update && end % small == 0)
       for_groups(end, [&](const Group& group, int64_t C) {

@@ -36,5 +36,7 @@ inline bool spans_fit(const TitansCall& c) {
   for (int64_t b = 0; b < c.B; b++)
     if (c.len[b] && (c.pos[b] % big + c.len[b] - 1) / c.span > c.spans) return false;
   return extents({c.B, c.H, c.spans, c.Mf + c.Ms, c.N + 1, c.D}) &&
-         (c.spans == 0 || (all_given({c.spans2, c.spans1}) && (!c.Ms || c.spans1s)));
+         (c.spans == 0 || (all_given({c.spans2, c.spans1}) && (!c.Ms || c.spans1s))) &&
+         (!c.self_modifying || (all_given({c.made_k, c.made_v, c.made_eta, c.made_size}) &&
+                                !c.made_alpha == !c.retention));
 }

@@ -119,21 +119,35 @@ class Commit {
     }
     const Range values = c.own_values ? r : r.within(m.f1 * N, m.m1 * N);
     product(values, h.w2, w.v, p, a_values);
-    keep(w.z, a, r, p), keep(w.z_values, a_values, values, p);
+    keep(w.z, a, r, p);
+    if (w.values) keep_values(a_values, values, p);
     const int64_t step = step_of(half(p));
     for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step) {
       f8 s, x = sigma<ACT>(load(a + i), s);
       store(a + i, x);
       store(slope + i, s);
     }
+    // the backward has made them; but gelu's sigma alone has other bits than beside its slope
+    const float* known = ACT == GELU || !w.values ? nullptr : w.values + p * hid * PANEL;
+    auto at_values = [&](int64_t i) { return known ? load(known + i) : sigma<ACT>(load(a_values + i)); };
     const int64_t split = delta_form ? std::max(values.begin, std::min(values.end, m.f1 * N)) : values.begin;
     for (int64_t i = values.begin * PANEL; i < split * PANEL; i += step)
-      store(a_values + i, load(a + i) - sigma<ACT>(load(a_values + i)));
+      store(a_values + i, load(a + i) - at_values(i));
     for (int64_t i = split * PANEL; i < values.end * PANEL; i += step)
-      store(a_values + i, sigma<ACT>(load(a_values + i)));
+      store(a_values + i, at_values(i));
     for (int64_t i = r.begin; i < r.end; i += 8)
       for (int64_t t = 0; t < PANEL && p * PANEL + t < C; t += 8)
         transpose8(a + i * PANEL + t, PANEL, w.a_rows + (p * PANEL + t) * hid + i, hid);
+  }
+
+  // sigma and sigma' at v for the backward
+  void keep_values(const float* z, Range r, int64_t p) const {
+    float *to = w.values + p * hid * PANEL, *slope = w.values_slope + p * R * PANEL;
+    for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step_of(half(p))) {
+      f8 s;
+      store(to + i, sigma<ACT>(load(z + i), s));
+      store(slope + i, s);
+    }
   }
 
   // Rows r of a panel [hid], for the backward: where it is wanted.

@@ -17,6 +17,7 @@ struct Tensors {  // of one (row, head): pointers into the call's
   const float *base2, *base1, *base1s;
   const float *q, *x, *k, *v, *eta, *alpha;
   float *o, *pending_k, *pending_v, *pending_eta, *pending_alpha;
+  float *made_k, *made_v, *made_eta, *made_alpha, *made_size;
   float eta_bias, alpha_bias;
 };
 
@@ -113,6 +114,8 @@ struct Head {
     g.q = from(c.q, token * D), g.o = from(c.o, token * D);
     g.x = from(c.x, token * D), g.k = from(c.k, token * D), g.v = from(c.v, token * D);
     g.eta = from(c.eta, token), g.alpha = from(c.alpha, token);
+    g.made_k = from(c.made_k, token * D), g.made_v = from(c.made_v, token * D), g.made_eta = from(c.made_eta, token);
+    g.made_alpha = from(c.made_alpha, token), g.made_size = from(c.made_size, token);
     g.pending_k = c.pending_k + slot * D, g.pending_v = c.pending_v + slot * D;
     g.pending_eta = c.pending_eta + slot, g.pending_alpha = from(c.pending_alpha, slot);
     g.eta_bias = c.eta_bias ? c.eta_bias[h] : 0, g.alpha_bias = c.alpha_bias ? c.alpha_bias[h] : 0;

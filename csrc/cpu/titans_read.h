@@ -1,5 +1,5 @@
 // Reading slots [slot, end) of one chunk of the faster clock: o from M_memory at q, and k, v, eta, alpha from
-// the other memories at x, into the open chunk. With o null M_memory is left out: a replay for the backward.
+// the other memories at x, into the open chunk.
 #pragma once
 #include <cstring>
 
@@ -42,7 +42,7 @@ class Read {
   void inputs() {
     for_panels(lanes, [&](int64_t p, int64_t a, int64_t b) {
       const int64_t t = token + p * PANEL + a - first;
-      if (h.owns_k() && g.o) load_lanes(w.q + p * D * PANEL, g.q + t * step, step, D, a, b);
+      if (h.owns_k()) load_lanes(w.q + p * D * PANEL, g.q + t * step, step, D, a, b);
       if (produce) load_lanes(h.x + p * D * PANEL, g.x + t * step, step, D, a, b);
     });
   }
@@ -58,14 +58,14 @@ class Read {
           store(hidden + i, sigma<ACT>(load(hidden + i)));
       });
     };
-    if (g.o) rows_at(rows.within(0, N), w.q);
+    rows_at(rows.within(0, N), w.q);
     if (produce) rows_at(rows.within(N, hid), h.x);
   }
 
   void outputs() {
     const int64_t full = produce ? 3 * D : D, total = full + (produce ? c.Ms : 0);
     const Range outs = h.output_rows(0, total), scalars = outs.within(full, total);
-    for (int64_t f = g.o ? 0 : 1; f < full / D; f++) {
+    for (int64_t f = 0; f < full / D; f++) {
       for_blocks(outs.within(f * D, (f + 1) * D), p0, p1, [&](Range r, int64_t p) {
         const float* in = (f == 0 ? w.q : h.x) + p * D * PANEL;
         float* out = w.out + p * c.Mf * D * PANEL;
@@ -87,24 +87,35 @@ class Read {
     for_panels(lanes, [&](int64_t p, int64_t a, int64_t b) {
       float* out = w.out + p * c.Mf * D * PANEL;
       const int64_t lane = p * PANEL + a, t = token + lane - first, s = (slot + lane - first) % h.big;
-      if (h.owns_k() && g.o) store_lanes(out, g.o + t * step, step, D, a, b);
+      if (h.owns_k()) store_lanes(out, g.o + t * step, step, D, a, b);
       if (produce && h.owns_k()) {
-        if (w.k_sizes) store(w.k_sizes + lane / 8 * 8, root(squares(out + D * PANEL + a / 8 * 8, D)));
+        if (g.made_size) sizes(out + D * PANEL + a / 8 * 8, g.made_size + t * c.H, a % 8, b - a);
         if (c.qk_l2norm) normalize_lanes(out + D * PANEL + a / 8 * 8, D);
         store_lanes(out + D * PANEL, w.k_rows + s * D, D, D, a, b);
+        if (g.made_k) store_lanes(out + D * PANEL, g.made_k + t * step, step, D, a, b);
       }
       if (produce && h.owns_v()) {
         store_lanes(out + 2 * D * PANEL, w.v_rows + s * D, D, D, a, b);
-        for (int64_t j = a; j < b; j++) gates(s + j - a, w.gates + p * c.Ms * PANEL + j);
+        if (g.made_v) store_lanes(out + 2 * D * PANEL, g.made_v + t * step, step, D, a, b);
+        for (int64_t j = 0; j < b - a; j++) gates(s + j, t + j, w.gates + p * c.Ms * PANEL + a + j);
       }
       for (int64_t j = 0; c.update && !produce && j < b - a; j++) given(s + j, t + j);
     });
   }
 
-  // w.eta[s], w.alpha[s] from the scalar memories' outputs, 16 floats apart
-  void gates(int64_t s, const float* raw) {
+  // w.eta[s], w.alpha[s], and token t's, from the scalar memories' outputs, 16 floats apart
+  void gates(int64_t s, int64_t t, const float* raw) {
     w.eta[s] = eta_of(c, raw[0], g.eta_bias);
     w.alpha[s] = c.retention ? alpha_of(c, raw[PANEL], g.alpha_bias) : 1;
+    if (g.made_eta) g.made_eta[t * c.H] = w.eta[s];
+    if (g.made_alpha) g.made_alpha[t * c.H] = w.alpha[s];
+  }
+
+  // |k| of n lanes of eight, the first of them `skipped`
+  void sizes(const float* k, float* to, int64_t skipped, int64_t n) {
+    float found[8];
+    store(found, root(squares(k, D)));
+    for (int64_t j = 0; j < n; j++) to[j * c.H] = found[skipped + j];
   }
 
   // k, v, eta, alpha of slot s as the call brings them with token t

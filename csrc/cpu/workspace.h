@@ -25,9 +25,9 @@ struct Workspace {
   float *gram, *keys;            // k_t.k_s [C, C padded]; transformed keys Kg [C, D]
   float *norms;                  // partial sums of a^2 and d^2 over 8 rows, [2][M N / 8][C padded]
   // What only the backward wants to know, in buffers of its own (titans_backward.h):
-  float *z = nullptr, *z_values = nullptr, *back = nullptr;  // w2 k, w2 v and w1^T e, panels [M N]
+  float *z = nullptr, *back = nullptr;                       // w2 k and w1^T e, panels [M N]
+  float *values = nullptr, *values_slope = nullptr;          // sigma and sigma' at v, panels [M N] and [R]
   float* target_sizes = nullptr;                             // |M(v)| [Mf, C padded]
-  float* k_sizes = nullptr;                                  // |k| before it was normalised, of one step of reads
 
   // Assigns every buffer in `base`; returns the number of floats (base may be null to ask for it).
   int64_t carve(const TitansCall& c, float* base) {

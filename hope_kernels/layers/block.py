@@ -10,6 +10,7 @@ from ..ops.cms.level import Level
 from ..ops.cms.state import CMSState
 from .attention import CausalAttention
 from .cms import ContinuumMemory, Inner
+from .norm import rms_normed
 from .recording import check_block_recorded
 from .titans import SelfModifyingTitans
 
@@ -49,8 +50,9 @@ class Block(nn.Module):
             # a wrapper that casts what a block is given (FSDP's mixed precision) rounds masters too
             mixer.validate(type(self).__name__, h.dtype, h.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
+            x = self.norm(h) if inner is not None else rms_normed(self.norm, h, backend)
             y, mixer = self.mixer(
-                self.norm(h), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None
+                x, mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None
             )
             h = self.joined(h, y)
         if self.cms is not None:

@@ -6,8 +6,10 @@
 #include <string>
 
 #include "calls.h"
+#include "checksum.h"
 #include "cms.h"
 #include "layer.h"
+#include "layer_parameters.h"
 
 namespace {
 
@@ -68,6 +70,9 @@ void layers() {
   show("conv", y), show("conv tail", more);
   done(hope_conv_backward(B, T, d, W, 1, weight.data(), dy.data(), dx.data()));
   show("conv_backward", dx);
+  Floats taps(d * W), dgain(d);
+  done(hope_conv_weight_backward(B, T, d, W, 1, x.data(), tail.data(), dy.data(), taps.data()));
+  show("conv_weight_backward", taps);
   done(hope_unit(B * T * H, D, 1, x.data(), y.data()));
   show("unit", y);
   done(hope_unit_backward(B * T * H, D, 1, x.data(), dy.data(), dx.data()));
@@ -76,6 +81,8 @@ void layers() {
   show("output_gate", y);
   done(hope_output_gate_backward(B * T, H, D, 1, x.data(), gain.data(), gate.data(), dy.data(), dx.data(), other.data()));
   show("output_gate_backward o", dx), show("output_gate_backward gate", other);
+  done(hope_output_gate_gain_backward(B * T, H, D, 1, x.data(), gate.data(), dy.data(), dgain.data()));
+  show("output_gate_gain_backward", dgain);
 }
 
 void levels() {
@@ -85,14 +92,17 @@ void levels() {
   const float extremes[] = {0, -0.f, 1e-40f, -1e-30f, 88, -88, 130, -130, 3e38f, -3e38f,
                             std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()};
   std::copy(std::begin(extremes), std::end(extremes), z.begin());
-  Floats a(n), slope(n), dx(rows * d);
+  Floats a(n), slope(n), dx(rows * d), dgain(d);
   done(hope_cms_gelu(n, 1, z.data(), a.data(), slope.data()));
   show("gelu", a), show("gelu slope", slope);
   const Floats x = draw(rows * d, 1), gain = draw(d, 1), dn = draw(rows * d, 1), dy = draw(rows * d, 1);
   done(hope_cms_norm(rows, d, 1, 1e-6f, x.data(), gain.data(), dx.data()));
   show("norm", dx);
-  done(hope_cms_norm_backward(rows, d, 1, 1e-6f, x.data(), gain.data(), dn.data(), dy.data(), dx.data()));
-  show("norm_backward", dx);
+  done(hope_cms_norm_backward(rows, d, 1, 1e-6f, x.data(), gain.data(), dn.data(), dy.data(), dx.data(), dgain.data()));
+  show("norm_backward", dx), show("norm_backward gain", dgain);
+  int64_t sum;
+  done(hope_checksum(4 * n - 3, a.data(), &sum));
+  show("checksum", std::vector<int32_t>{static_cast<int32_t>(sum), static_cast<int32_t>(sum >> 32)});
   for (int64_t rule : {0, 1, 2}) {
     const Floats grad = draw(n, 1);
     Floats total = draw(n, 1), weight = draw(n, 1), moment = draw(n, 0.1f), square = draw(n, 0.1f);

@@ -112,6 +112,9 @@ inline Results called(const Case& s, int64_t threads) {
   c.pos = pos.data(), c.len = len.data();
   c.span = C, c.spans = s.T / C + 2;  // as many states as chunks: a backward has several spans
   Floats spans2(c.spans * r.delta2.size()), spans1(c.spans * r.delta1.size()), spans1s(c.spans * r.delta1s.size());
+  Floats made_k(tokens * s.D), made_v(tokens * s.D), made_eta(tokens), made_alpha(tokens), made_size(tokens);
+  c.made_k = made_k.data(), c.made_v = made_v.data(), c.made_eta = made_eta.data();
+  c.made_alpha = made_alpha.data(), c.made_size = made_size.data();
   c.spans2 = spans2.data(), c.spans1 = spans1.data(), c.spans1s = Ms ? spans1s.data() : nullptr;
   for (int64_t part : {s.T / 3, s.T - s.T / 3}) {  // two calls: the second opens a chunk that is there
     for (int64_t b = 0; b < s.B; b++) len[b] = part - b % 2;

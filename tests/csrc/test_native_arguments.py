@@ -8,12 +8,14 @@ import pytest
 import torch
 from problems import part, problem, run, same, single
 
-from hope_kernels import TitansConfig
+from hope_kernels import TitansConfig, identity
 from hope_kernels.ops import TokenInputs
 from hope_kernels.ops.cms import cpp as cms
 from hope_kernels.ops.cms import cpp_step as cms_step
 from hope_kernels.ops.conv import cpp as conv_cpp
+from hope_kernels.ops.conv import cpp_training as conv_training
 from hope_kernels.ops.output_gate import cpp as gate_cpp
+from hope_kernels.ops.output_gate import cpp_training as gate_training
 from hope_kernels.ops.shared import cpu_library
 from hope_kernels.ops.titans import cpp, cpp_training
 from hope_kernels.ops.titans.cpp import titans_cpp, titans_cpp_gradient
@@ -136,7 +138,8 @@ FUNCTIONS = {
     "unit_backward": unit_cpp._backward, "output_gate": gate_cpp._forward,
     "output_gate_backward": gate_cpp._backward, "cms_gelu": cms._gelu_forward,
     "cms_norm": cms._norm_forward, "cms_norm_backward": cms._norm_backward, "cms_step": cms_step._step,
-    "cms_step_bf16": cms_step._step_bf16,
+    "cms_step_bf16": cms_step._step_bf16, "conv_weight_backward": conv_training._weight_backward,
+    "output_gate_gain_backward": gate_training._gain_backward, "checksum": identity._in_cpp,
 }
 
 
@@ -145,6 +148,10 @@ FUNCTIONS = {
         [(-1,), (2, -1), (2, 5, 12), (2, 5, 0), (2, 5, 16, 0), (2, 5, 16, 4, 0), (2, FAR)]),
     ("conv_backward", (2, 5, 16, 4, 1, 1, 1, 1),
         [(-1,), (2, -1), (2, 5, 12), (2, 5, 16, 0), (2, 5, 16, 4, -1), (FAR,)]),
+    ("conv_weight_backward", (2, 5, 16, 4, 1, 1, 1, 1, 1),
+        [(-1,), (2, -1), (2, 5, 12), (2, 5, 16, 0), (2, 5, 16, 4, 0), (FAR,)]),
+    ("output_gate_gain_backward", (5, 2, 16, 1, 1, 1, 1, 1), [(-1,), (5, 0), (5, 2, 12), (5, 2, 16, 0), (FAR, FAR)]),
+    ("checksum", (16, 1, 1), [(-1,), (FAR,)]),
     ("unit", (5, 16, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
     ("unit_backward", (5, 16, 1, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
     ("output_gate", (5, 2, 16, 1, 1, 1, 1, 1), [(-1,), (5, -2), (5, 2, 12), (5, 2, 16, 0), (FAR, FAR)]),
@@ -152,7 +159,7 @@ FUNCTIONS = {
         [(-1,), (5, -2), (5, 2, 12), (5, 2, 16, 0), (FAR, FAR)]),
     ("cms_gelu", (16, 1, 1, 1, 1), [(-8,), (12,), (16, 0), (FAR,)]),
     ("cms_norm", (5, 16, 1, 1e-6, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
-    ("cms_norm_backward", (5, 16, 1, 1e-6, 1, 1, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
+    ("cms_norm_backward", (5, 16, 1, 1e-6, 1, 1, 1, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
     ("cms_step", (9, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1), [(-1,), (FAR,), (9, 0), (9, 1, 3), (9, 1, -1)]),
     ("cms_step_bf16", (3, 5, 7, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1, 1),
         [(-1,), (FAR,), (3, -1), (3, FAR), (3, 5, -1), (3, 5, FAR), (3, 5, 7, 0), (3, 5, 7, 1, 3)]),
@@ -164,7 +171,8 @@ def test_what_surrounds_the_memories_is_refused_as_well(name, right, wrong):
         assert function(*changes, *right[len(changes) :]) == BAD_ARGUMENT, changes
     first = next(i for i, kind in enumerate(function.argtypes) if kind is ctypes.c_void_p)
     optional = {
-        "output_gate": (1, 2), "output_gate_backward": (1,), "cms_gelu": (2,), "cms_norm_backward": (3,),
+        "output_gate": (1, 2), "output_gate_backward": (1,), "cms_gelu": (2,), "cms_norm_backward": (3, 5),
+        "output_gate_gain_backward": (1,),
         "cms_step": (0, 1, 5), "cms_step_bf16": (2, 6),
     }.get(name, ())
     for i in range(first, len(right)):

@@ -41,7 +41,7 @@ def test_one_choice_picks_all():
     ) is cms_triton
     request = Request(config, *at, BY_ALL)
     assert surroundings(request, "triton") == (causal_conv_triton, l2norm, output_gate_triton)
-    for backend in (None, "chunked", "cpp", "reference"):
+    for backend in ("chunked", "reference"):
         assert surroundings(request, backend) == (causal_conv_chunked, l2norm, output_gate_chunked)
     wide = request._replace(config=TitansConfig(64, conv_window=9))
     assert surroundings(wide, "triton") == (causal_conv_chunked, l2norm, output_gate_triton)

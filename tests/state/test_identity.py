@@ -17,10 +17,12 @@ from hope_kernels import (
     HopeForCausalLM,
     SelfModifyingTitans,
     TitansConfig,
+    identity,
     load_state,
 )
 from hope_kernels.identity import checksum, fingerprint
 from hope_kernels.layers.attention import CausalAttention
+from hope_kernels.ops.shared import cpu_library
 
 D, V = 16, 32
 
@@ -213,3 +215,15 @@ def test_weights_edited_behind_pytorch_are_seen_where_a_state_changes_hands(kind
         state.adopt(model)
         state.save(tmp_path / "s")
         copy.deepcopy(model)(x[:, :1], load_state(tmp_path / "s"))
+
+
+@pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 4 * 4095, 8 * 4096, 8 * 4096 * 3 + 13, 8 * 4096 * 2048 * 2 + 8 * 5 + 3])
+def test_the_library_and_pytorch_have_one_checksum(size):
+    x = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    assert int(identity._weighted_sum(x)) == int(identity._weighted_sum_chunked(x))
+    apart = torch.cat([x[:1], x])[1:]  # begins where no number does
+    assert int(identity._weighted_sum(apart)) == int(identity._weighted_sum(x))
+    if size:
+        assert int(identity._weighted_sum(x.index_fill(0, torch.tensor([size // 2]), 7) + 1)) != int(
+            identity._weighted_sum(x))

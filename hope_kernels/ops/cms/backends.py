@@ -1,6 +1,6 @@
 """Who serves the CMS levels, in order of preference: modules with the functions of ``level.py``.
 
-Where a backend has none for a configuration, and for training, PyTorch serves.
+Where a backend has none for a configuration, PyTorch serves; training, of the Triton ones, too.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from ...backend import BY_ALL, Entry, Request, choose, gradient
 from ...config import CMSConfig
 from ..shared import cpu_library, triton_library
 from ..shared.across import Across
-from . import cpp, cpp_step, level
+from . import cpp, cpp_step, cpp_training, level
 
 TRAINING = "training runs in PyTorch"
 
 
+def _cpp(request: Request) -> ModuleType:
+    return cpp_training if request.gradient == BY_ALL else cpp
+
+
 def _cpp_unserved(request: Request) -> str | None:
-    return TRAINING if request.gradient == BY_ALL else cpp.unserved(request.config, request.dtype, request.device)
+    return _cpp(request).unserved(request.config, request.dtype, request.device)
 
 
 def _triton(request: Request) -> ModuleType:
@@ -37,7 +41,7 @@ def _triton_unserved(request: Request) -> str | None:
 
 
 ENTRIES = (
-    Entry("cpp", lambda request: cpp, _cpp_unserved, cpu_library.unavailable, default=True),
+    Entry("cpp", _cpp, _cpp_unserved, cpu_library.unavailable, default=True),
     Entry("triton", _triton, _triton_unserved, triton_library.unavailable, serves=("cuda",)),
     Entry("chunked", lambda request: level, default=True, serves=("*",)),
 )

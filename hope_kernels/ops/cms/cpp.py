@@ -24,7 +24,7 @@ __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "re
 
 _gelu_forward = Function("hope_cms_gelu", "cms gelu", *[SIZE] * 2, *[POINTER] * 3)
 _norm_forward = Function("hope_cms_norm", "cms norm", *[SIZE] * 3, REAL, *[POINTER] * 3)
-_norm_backward = Function("hope_cms_norm_backward", "cms norm_backward", *[SIZE] * 3, REAL, *[POINTER] * 5)
+_norm_backward = Function("hope_cms_norm_backward", "cms norm_backward", *[SIZE] * 3, REAL, *[POINTER] * 6)
 
 
 class Saved(NamedTuple):
@@ -56,7 +56,7 @@ def level_forward(
 ) -> tuple[Tensor, Saved | None]:
     """``level.level_forward``."""
     if config.norm == "rmsnorm":
-        n = _norm(x.contiguous(), level["norm_gain"].contiguous(), eps)
+        n = normed(x.contiguous(), level["norm_gain"].contiguous(), eps)
     else:
         n = F.layer_norm(x, x.shape[-1:], level["norm_gain"], level.get("norm_bias"), eps)
     z = times_transposed(n, level["up"], level.get("up_bias")).contiguous()
@@ -78,15 +78,22 @@ def level_backward(
     if config.norm != "rmsnorm":
         dx = norm_backward(dn, saved.x, level["norm_gain"], config.norm, eps)
         return dx + dy if residual else dx, factors
-    x, dn, gain = saved.x.contiguous(), dn.contiguous(), level["norm_gain"].contiguous()
-    given = dy.contiguous() if residual else None
-    dx, every, d = torch.empty_like(x), x.numel(), x.shape[-1]
-    tensors = ((x, every), (gain, d), (dn, every), (given, every), (dx, every))
+    return norm_gradients(saved.x, level["norm_gain"], dn, dy if residual else None, eps, gain=False)[0], factors
+
+
+def norm_gradients(
+    x: Tensor, weight: Tensor, dn: Tensor, dy: Tensor | None, eps: float, *, gain: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dL/dx = dy + rms_norm'(x)^T dn, and with ``gain`` dL/dweight [d], for dn = dL/d(rms_norm(x) weight)."""
+    x, weight, dn, dy = x.contiguous(), weight.contiguous(), dn.contiguous(), None if dy is None else dy.contiguous()
+    dx, dgain, every, d = torch.empty_like(x), torch.empty_like(weight) if gain else None, x.numel(), x.shape[-1]
+    tensors = ((x, every), (weight, d), (dn, every), (dy, every), (dx, every), (dgain, d))
     _norm_backward(every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))
-    return dx, factors
+    return dx, dgain
 
 
-def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) gain over the last dimension."""
     n, every, d = torch.empty_like(x), x.numel(), x.shape[-1]
     tensors = ((x, every), (gain, d), (n, every))
     _norm_forward(every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))

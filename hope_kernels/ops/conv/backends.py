@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...backend import Entry, Request
+from ...backend import NO_GRADIENT, Entry, Request
 from ..shared import cpu_library, triton_library
-from . import cpp
+from . import cpp, cpp_training
 from .forward import causal_conv_chunked
 
 
@@ -23,12 +23,16 @@ def _triton_unserved(request: Request) -> str | None:
     return None if window is None or window <= MAX_WINDOW else f"serves windows up to {MAX_WINDOW}"
 
 
+def _cpp(request: Request) -> Callable:
+    return cpp.causal_conv if request.gradient == NO_GRADIENT else cpp_training.causal_conv_training
+
+
 def _cpp_unserved(request: Request) -> str | None:
     return cpu_library.unserved(request, request.config.d_model)
 
 
 ENTRIES = (
-    Entry("cpp", lambda request: cpp.causal_conv, _cpp_unserved, cpu_library.unavailable, default=True),
+    Entry("cpp", _cpp, _cpp_unserved, cpu_library.unavailable, default=True),
     Entry("triton", _triton, _triton_unserved, triton_library.unavailable, serves=("cuda",)),
     Entry("chunked", lambda request: causal_conv_chunked, default=True, serves=("*",)),
 )

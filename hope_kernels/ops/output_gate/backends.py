@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...backend import Entry, Request
+from ...backend import NO_GRADIENT, Entry, Request
 from ..shared import cpu_library, triton_library
-from . import cpp
+from . import cpp, cpp_training
 from .forward import output_gate_chunked
 
 
@@ -16,12 +16,16 @@ def _triton(request: Request) -> Callable:
     return output_gate_triton
 
 
+def _cpp(request: Request) -> Callable:
+    return cpp.output_gate if request.gradient == NO_GRADIENT else cpp_training.output_gate_training
+
+
 def _cpp_unserved(request: Request) -> str | None:
     return cpu_library.unserved(request, request.config.head_dim)
 
 
 ENTRIES = (
-    Entry("cpp", lambda request: cpp.output_gate, _cpp_unserved, cpu_library.unavailable, default=True),
+    Entry("cpp", _cpp, _cpp_unserved, cpu_library.unavailable, default=True),
     Entry("triton", _triton, unavailable=triton_library.unavailable, serves=("cuda",)),
     Entry("chunked", lambda request: output_gate_chunked, default=True, serves=("*",)),
 )

@@ -12,13 +12,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
 
 from ...backend import NO_GRADIENT, Request
 from ...tracing import constant_result
 
 LIBRARY = str(Path(__file__).parents[2] / "_titans_cpu.so")
-ABI = 9
+ABI = 10
+NO_GRAPH = "has no gradient that torch.compile and transformations of torch.func can follow"
 SIZE, POINTER, REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
@@ -91,12 +93,26 @@ class Function:
 
 
 def unserved(request: Request, width: int) -> str | None:
-    """Why what surrounds the memories cannot be served without a graph, or None. width: of its vectors."""
+    """Why what surrounds the memories cannot be served, or None. width: of its vectors."""
     if request.device.type != "cpu" or request.dtype != torch.float32:
         return f"serves float32 on the CPU, not {request.dtype} on {request.device.type}"
-    if request.gradient != NO_GRADIENT:
-        return "has no autograd graph"
+    if request.gradient != NO_GRADIENT and not has_autograd():
+        return NO_GRAPH
+    if request.gradient != NO_GRADIENT and torch.is_autocast_enabled("cpu"):
+        return "serves float32, which projections under autocast are not"
     return None if width % 8 == 0 else f"serves widths that are multiples of 8, not {width}"
+
+
+def has_autograd() -> bool:
+    """Whether functions of PyTorch's autograd work here: torch.compile and torch.func cannot look inside them."""
+    return not torch.compiler.is_compiling() and maybe_current_level() is None
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the library can read all of them: fp32 on the CPU, and of no class of their own."""
+    return all([
+        t is None or t.dtype is torch.float32 and t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors
+    ])
 
 
 def address(

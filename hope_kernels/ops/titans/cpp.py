@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
 
 from ...backend import BY_ALL, Request
 from ...config import TitansConfig
 from ..shared.activations import ACTIVATION_CODES
-from ..shared.cpu_library import address, check_outcome, library, row_array
+from ..shared.cpu_library import NO_GRAPH, address, check_outcome, has_autograd, library, row_array
 from ..shared.pullback import Pullback
 from .state import FastWeights, TitansState
 
@@ -31,14 +30,17 @@ _POINTERS = (
     "kept2", "kept1",
 )
 _SPANS = ("spans2", "spans1", "spans1s")
+_MADE = ("made_k", "made_v", "made_eta", "made_alpha", "made_size")
 
 
 class Spans(NamedTuple):
-    """Deviations that a call keeps for its gradient: at every multiple of ``size`` tokens, counted from the
-    start of a row's open chunk, but the first: [B, H, spans, ...] each."""
+    """What a call keeps for its gradient. kept: deviations at every multiple of ``size`` tokens, counted from the
+    start of a row's open chunk, but the first: [B, H, spans, ...] each.  made: what the memories made of each token,
+    k and v [B, T, H, D], eta, alpha and |k| [B, T, H]; None where they are given."""
 
     size: int
     kept: tuple[Tensor | None, ...]
+    made: tuple[Tensor | None, ...]
 
 
 class TitansCall(ctypes.Structure):
@@ -52,7 +54,7 @@ class TitansCall(ctypes.Structure):
                                          "step_clip", "scalar_skip", "qk_l2norm", "softplus", "update")]
         + [("grad_scale", ctypes.c_float), ("eta_scale", ctypes.c_float)]
         + [(n, ctypes.c_void_p) for n in _POINTERS] + [("span", ctypes.c_int64), ("spans", ctypes.c_int64)]
-        + [(n, ctypes.c_void_p) for n in _SPANS]
+        + [(n, ctypes.c_void_p) for n in _SPANS + _MADE]
     )
 
 
@@ -73,8 +75,8 @@ def unserved(request: Request) -> str | None:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
     if torch.is_autocast_enabled("cpu"):
         return "serves float32, which projections under autocast are not"
-    if gradient == BY_ALL and (torch.compiler.is_compiling() or maybe_current_level() is not None):
-        return "has no gradient that torch.compile and transformations of torch.func can follow"
+    if gradient == BY_ALL and not has_autograd():
+        return NO_GRAPH
     if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
         return 'serves memory="mlp" without momentum and adaptive_q'
     if config.head_dim % 8 or config.hidden % 8:
@@ -169,7 +171,7 @@ def titans_call(
     tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
     tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | (
         {} if kept is None else {"kept2": kept[0], "kept1": kept[1]}
-    ) | ({} if spans is None else dict(zip(_SPANS, spans.kept)))
+    ) | ({} if spans is None else dict(zip(_SPANS + _MADE, spans.kept + spans.made)))
     N, Mf, Ms = config.hidden, *memories(config)
     # one head's numbers
     head2, head1, head1s = ((Mf + Ms) * N + (Ms if config.scalar_skip else 0)) * D, Mf * D * N, Ms * N
@@ -184,7 +186,7 @@ def titans_call(
         "pending_k": pending * D,
         "pending_v": pending * D, "pending_eta": pending, "pending_alpha": pending, "kept2": B * H * chunks * N * D,
         "kept1": B * H * chunks * N * D, "spans2": B * H * stops * head2, "spans1": B * H * stops * head1,
-        "spans1s": B * H * stops * head1s,
+        "spans1s": B * H * stops * head1s, "made_eta": tokens, "made_alpha": tokens, "made_size": tokens,
     }
     pointers = {n: address(t, counts.get(n, tokens * D), n) for n, t in tensors.items()}
     before, reads = row_array(pos, B), row_array(lengths, B)

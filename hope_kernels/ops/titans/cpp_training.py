@@ -8,7 +8,8 @@ faster clock. Spans count from the start of each row's open chunk. The backward 
 
     memory   tokens / span x state, beside inputs and outputs (plain autograd: every activation and every
              chunk's state)
-    work     the forward's reads twice, its writes twice where a span has several chunks, and the backward
+             and what the memories made of every token
+    work     the forward's writes twice where a span has several chunks, and the backward
 
 Gradients have the same bits for any span, any number of threads and any company in the batch.
 """
@@ -29,7 +30,7 @@ from . import cpp
 from .inputs import TokenInputs
 from .state import FastWeights, TitansState
 
-CHUNKS_A_SPAN, KEPT_BYTES = 8, 2**23  # more to keep costs as much in fresh pages as it saves in replays
+CHUNKS_A_SPAN, KEPT_BYTES = 8, 2**25  # beyond that every call would ask the system for fresh pages
 CARRIED = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _NAMES = FastWeights._fields + TokenInputs._fields + CARRIED
 _ADJOINTS = (
@@ -92,11 +93,11 @@ class _Training(torch.autograd.Function):
         w_init, inputs = FastWeights(*tensors[:3]), TokenInputs(*tensors[3:-len(CARRIED)])
         state = replace(call.state, **{n: _plain(given[n]) for n in CARRIED})
         new = cpp.advanced(call.config, state, call.lengths) if call.update else state
-        spans = _spans(call, new)
+        spans = _spans(call, new, inputs)
         o = cpp._scan(call.config, w_init, inputs, new, call.state.pos, call.lengths, call.update, spans=spans)
         ctx.call, ctx.span = call, spans.size
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *spans.kept)
+        ctx.save_for_backward(*tensors, *spans.kept, *spans.made)
         if not call.update:
             return o, *[None] * len(CARRIED)
         # what this call did not write is the caller's own: an output of the graph is a tensor of its own
@@ -134,12 +135,12 @@ def _gradients(
     ctx, saved: tuple[Tensor | None, ...], do: Tensor | None, dnew: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
     """By everything but the call that ``_Training.forward`` was given."""
-    call, tensors, kept = ctx.call, saved[:len(_NAMES)], saved[len(_NAMES):]
+    call, tensors, kept = ctx.call, saved[:len(_NAMES)], tuple(saved[len(_NAMES):])
     given = dict(zip(_NAMES, tensors))
     inputs = TokenInputs(*tensors[3:-len(CARRIED)])
     state = replace(call.state, **{n: _plain(given[n]) for n in CARRIED})
     adjoint = _adjoints(call, given, do, dict(zip(CARRIED, dnew)))
-    spans = cpp.Spans(ctx.span, kept)
+    spans = cpp.Spans(ctx.span, kept[:3], kept[3:])
     made, alive = cpp.titans_call(
         call.config, FastWeights(*tensors[:3]), inputs, state, call.state.pos, call.lengths, call.update,
         spans=spans)
@@ -162,16 +163,19 @@ def _plain(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _spans(call: Call, new: TitansState) -> cpp.Spans:
-    """Room for the deviations at the start of every span but the first: [B, H, spans, ...]."""
+def _spans(call: Call, new: TitansState, inputs: TokenInputs) -> cpp.Spans:
+    """Room for what a call keeps."""
     config, pos = call.config, call.state.pos
     state_bytes = sum(t.nbytes for t in new.deviation if t is not None)
     size, big = span_of(call, state_bytes), max(config.chunk_memory, config.chunk_other)
     last = [(p % big + n - 1) // size for p, n in zip(pos, call.lengths) if n]
     count = max(last, default=0) if call.update else 0
-    return cpp.Spans(size, tuple(
-        None if t is None else t.new_empty(*t.shape[:2], count, *t.shape[2:]) for t in new.deviation
-    ))
+    kept = tuple(None if t is None else t.new_empty(*t.shape[:2], count, *t.shape[2:]) for t in new.deviation)
+    if inputs.x is None or not call.update:
+        return cpp.Spans(size, kept, (None,) * 5)
+    token, every = inputs.x.shape, inputs.x.shape[:-1]
+    shapes = (token, token, every, every if config.retention else None, every)
+    return cpp.Spans(size, kept, tuple(None if s is None else new.delta2.new_empty(s) for s in shapes))
 
 
 def _adjoints(

@@ -8,7 +8,7 @@ from cms_stream import make
 from numerics import within_yardstick
 
 from hope_kernels import CMSConfig
-from hope_kernels.ops.cms import cpp
+from hope_kernels.ops.cms import cpp, cpp_training
 from hope_kernels.ops.cms import level as chunked
 from hope_kernels.ops.cms.backends import resolve
 from hope_kernels.ops.cms.matrix import Matrix
@@ -131,6 +131,9 @@ def test_who_is_served():
         assert resolve(config, torch.float64, CPU) is chunked
         for other in ({"d_model": 12}, {"mlp": "swiglu"}, {"mlp": "geglu"}, {"post_norm": True}):
             assert resolve(config.replace(**other), torch.float32, CPU) is chunked
-    assert resolve(config, torch.float32, CPU) is chunked and resolve(
+    assert resolve(config, torch.float32, CPU) is cpp_training and resolve(
         config, torch.float32, CPU, inner=True
     ) is cpp
+    for other in ({"d_model": 12}, {"mlp": "swiglu"}, {"norm": "layernorm"}, {"post_norm": True}):
+        assert resolve(config.replace(**other), torch.float32, CPU) is chunked
+    assert torch.func.grad(lambda x: x * (resolve(config, torch.float32, CPU) is chunked))(torch.ones(())) == 1
