@@ -23,6 +23,7 @@ from .engine import segments
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, generate
 from .engine.learning import Call, read_learning, read_off, with_following
+from .engine.outer import check_outer
 from .engine.protocol import CMSWeights
 from .engine.replay import DREAMS, JOINED, KNOWN, OnSegment, ReadAndSlept, Replays, Sleep, read, sleep
 from .engine.source import Source
@@ -59,6 +60,7 @@ class Asked(NamedTuple):
     following: Tensor | None
     guard: bool | None
     embeds: Tensor | None
+    outer: str | None = None
 
 
 class HopeForCausalLM(nn.Module):
@@ -138,6 +140,7 @@ class HopeForCausalLM(nn.Module):
         backend: str | None = None,
         *, check_finite: bool = False, wavefront: int | None = None, output: str = "logits",
         following: Tensor | None = None, guard: bool | None = None, embeds: Tensor | None = None,
+        outer: str | None = None,
     ) -> tuple[Any, ModelState]:
         """Reads T tokens per row.
 
@@ -153,7 +156,8 @@ class HopeForCausalLM(nn.Module):
         learned is watched from here on, and taken back where it reads worse than the model's own weights
         (``engine/guard.py``; ``state.rollbacks`` counts); False: no more; None: as the state has it. embeds:
         [B, T, d_model], read in place of the vectors of ids where nothing learns; the values of ids then mean
-        nothing.
+        nothing. outer: in grad mode with learn="next_token", how the graph goes through what is learned:
+        "first_order", "second_order" (docs/training.md); None: rows that have learned are constants of it.
 
         Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
         advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
@@ -167,7 +171,7 @@ class HopeForCausalLM(nn.Module):
         looked at when compiled), a given state inside an ``autograd.Function`` (reentrant activation
         checkpointing), and with check_finite for non-finite logits; the given state is then as it was.
         """
-        asked = Asked(learn, backend, check_finite, wavefront, output, following, guard, embeds)
+        asked = Asked(learn, backend, check_finite, wavefront, output, following, guard, embeds, outer)
         if torch.compiler.is_compiling() and (
             output != "logits" or self.parallel is not None or not traced(self, ids, state, learn, backend)
         ):
@@ -179,7 +183,7 @@ class HopeForCausalLM(nn.Module):
         self, ids: Tensor, state: ModelState | None, lengths: Any, asked: Asked
     ) -> tuple[Any, ModelState]:
         name, given = "HopeForCausalLM", state
-        learn, backend, check_finite, wavefront, output, following, guard, embeds = asked
+        learn, backend, check_finite, wavefront, output, following, guard, embeds, outer = asked
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if guard not in (None, True, False):
@@ -211,11 +215,13 @@ class HopeForCausalLM(nn.Module):
             if learning:
                 raise ValueError(f"{name}: argument embeds is given, expected None with learn='next_token': what "
                                  "learns predicts ids")
+        if outer is not None:
+            check_outer(name, self, state, outer, learn, guard)
         in_place = given is not None and not torch.is_grad_enabled()
         tokens, known = with_following(ids, lengths, following)
         if self.parallel is not None:
             self.parallel.check(name, self, ids, state, lengths, known, asked)
-        call = Call(ids, lengths, tokens, known, output == "losses", backend, check_finite, wavefront, embeds)
+        call = Call(ids, lengths, tokens, known, output == "losses", backend, check_finite, wavefront, embeds, outer)
         with state.reading(name, self, in_place or given is None):
             held = state.take_held(self) if in_place else None
             if given is not None and not in_place:
