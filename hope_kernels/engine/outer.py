@@ -25,12 +25,12 @@ def check_outer(op: str, model: Any, state: ModelState, outer: str, learn: str, 
     if outer not in ORDERS:
         raise ValueError(f"{where}, expected None, 'first_order' or 'second_order'")
     if learn != "next_token":
-        raise ValueError(f"{where}, expected None with learn={learn!r}: nothing is learned that a graph could go through")
+        raise ValueError(f"{where}, expected None with learn={learn!r}: nothing is learned")
     if not torch.is_grad_enabled():
         raise ValueError(f"{where}, expected None outside grad mode: there is no outer graph")
     if guard or state.guard is not None and guard is None:
-        raise ValueError(f"{where}, expected None with a guard: what the guard takes back is no function of the weights; "
-                         "pass guard=False")
+        raise ValueError(f"{where}, expected None with a guard: what a guard takes back is no function of the "
+                         "weights; pass guard=False")
     if model.parallel is not None:
         raise ValueError(f"{where}, expected None for a model that is divided over processes")
     if outer == "second_order":

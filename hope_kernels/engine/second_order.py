@@ -65,7 +65,7 @@ class Refreshes:
         """What the draft has learned since becomes a function of what it was learned from."""
         new = {place: t for place, t in _places(state) if self.constant.get(place) is not t}
         self.made = list(new)
-        params = [p for p in self.model.parameters() if p.requires_grad]  # ty: of an nn.Module
+        params = [p for p in _module(self.model).parameters() if p.requires_grad]
         floating = [t for m in self.mixers for t in m.tensors() if t.is_floating_point()]
         found = _Refreshed.apply(self, list(new.values()), *self.given.values(), *floating, *params)
         values = {**self.given, **dict(zip(new, found))}
@@ -118,8 +118,7 @@ class Refreshes:
         model, gate, read = self.model, Gate(), {}
         index = torch.tensor(self.rows, device=self.ids.device)
         levels: list[Any] = []
-        for i, block in enumerate(model.blocks):
-            cms = block.cms
+        for cms in [b.cms for b in model.blocks]:
             levels.append(None if cms is None else [dict(cms._parameters_of(l)) for l in range(cms.config.num_levels)])
             for level in levels[-1] or ():
                 level.pop("log_rates", None)
@@ -148,17 +147,19 @@ class Refreshes:
         assert dirty is not None
         before = given.get((i, "grads", l, n))
         total = g if before is None else g + torch.where(_marks(dirty[l], g), before, 0)
-        step, wait = ([int(b in rows) for b in range(self.batch)] for rows in (what.step, what.wait))
-        new[i, "grads", l, n] = torch.where(_marks(wait, g), total, 0 if before is None else before)
-        if what.step:
-            new[i, "grads", l, n] = torch.where(_marks(step, g), 0, new[i, "grads", l, n])
+        step, wait, back = (_marks([int(b in rows) for b in range(self.batch)], g) for rows in (
+            what.step, what.wait, what.reset
+        ))
+        zero = torch.zeros_like(g)
+        kept = torch.where(wait, total, zero if before is None else before)
+        new[i, "grads", l, n] = torch.where(step | back, zero, kept)
         if normalises(config):
             total = total / total.square().mean((1, 2), keepdim=True).sqrt().clamp(min=TINY)
         if config.optimizer == "momentum":
-            old = given.get((i, "moments", l, n))
-            total = total if old is None else config.momentum * old + total
-            new[i, "moments", l, n] = torch.where(_marks(step, g), total, 0 if old is None else old)
-        new[i, "weights", l, n] = torch.where(_marks(step, g), weight - self._rate(*place, config) * total, weight)
+            old = given.get((i, "moments", l, n), zero)
+            total = config.momentum * old + total
+            new[i, "moments", l, n] = torch.where(back, zero, torch.where(step, total, old))
+        new[i, "weights", l, n] = torch.where(step, weight - self._rate(*place, config) * total, weight)
 
     def _rate(self, i: int, l: int, n: str, config: CMSConfig) -> Tensor | float:
         """What ``relative.rate`` says, as a function of the parameters."""
@@ -204,6 +205,10 @@ def begun(model: Model, state: ModelState) -> ModelState:
                 for k, (n, t) in enumerate(held.items())
             }
     return state
+
+
+def _module(model: Model) -> Any:
+    return model
 
 
 def _places(state: ModelState) -> list[tuple[Place, Tensor]]:

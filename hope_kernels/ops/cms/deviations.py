@@ -94,7 +94,7 @@ def followed(state: CMSState, mark: Checksum | None, matrices: list[Shared]) -> 
         held, now = draft.weights[l], matrices[l]
         if before is None or held is None or not any(draft.own[l]):
             continue
-        shift = {n: now[n].to(held[n].device, held[n].dtype) - before[n].to(held[n].device, held[n].dtype) for n in held}
+        shift = {n: now[n].to(t) - before[n].to(t) for n, t in held.items()}
         if not any(bool(t.any()) for t in shift.values()):
             continue
         moved, copies = True, draft.copies[l]

@@ -88,7 +88,8 @@ def cms_refresh_(
     if config.lr == "learned" or len(set(rates.values())) > 1:
         raise ValueError(f"{name}: argument config has lr={config.lr!r}, expected one number for all matrices of "
                          f"level {level}: which matrix this is, the function does not know")
-    lr, ops = rate(config, level, next(iter(rates)), size), resolve(config, left.dtype, left.device, backend, inner=True)
+    lr = rate(config, level, next(iter(rates)), size)
+    ops = resolve(config, left.dtype, left.device, backend, inner=True)
     if lr == 0 or not rows:
         return
     if normalises(config):

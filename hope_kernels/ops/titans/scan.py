@@ -117,8 +117,8 @@ def titans_chunk(
 
     w_init [H, ...]: stacked initial fast weights. lengths: tokens of each row that count. ``update=False``
     reads everything with the memories as they are and returns ``state``. ``constant_memory`` keeps the graph
-    through q only: writes and fast weights are constants; a ``Gate``: while it is closed. ``stats`` collects what every commit did. Slots of
-    o past a row's length hold no meaning.
+    through q only: writes and fast weights are constants; a ``Gate``: while it is closed. ``stats`` collects what
+    every commit did. Slots of o past a row's length hold no meaning.
     """
     return _Scan(config, w_init, inputs, state, lengths, constant_memory, stats).run(update)
 
