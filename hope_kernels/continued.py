@@ -57,7 +57,12 @@ def _followed(model: Model, state: ModelState) -> ModelState:
     if all([c is None or c.base is None for c in state.cms]):
         return state
     cms = [c if c is None or b.cms is None else b.cms.followed(c) for b, c in zip(model.blocks, state.cms)]
-    return state if all(map(is_, cms, state.cms)) else replace(state, cms=cms)
+    if all(map(is_, cms, state.cms)):
+        return state
+    if state.guard is not None:
+        raise ValueError("HopeForCausalLM: argument state holds deviations from weights that have moved since, and a "
+                         "guard, whose good weights have not; state.guard = None forgets what it keeps")
+    return replace(state, cms=cms)
 
 
 def _name(state: ModelState, config: HopeConfig) -> None:

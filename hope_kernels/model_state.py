@@ -81,17 +81,16 @@ class ModelState(State):
     def adopt(self, module: nn.Module) -> None:
         """As for any state. Rows that hold deviations from the model's weights (after calls with ``outer``) have
         them from the weights as they are now, so that a file made next goes on with these."""
+        super().adopt(module)
         blocks = cast("Iterable[Block]", module.blocks)
         for block, cms in zip(blocks, self.cms):
             if cms is not None and block.cms is not None:
                 cms.assign(block.cms.followed(cms))
-        super().adopt(module)
 
     def merge(self, other, rows: list[bool]):
         # the CMS may have tensors on one side only: they merge as states of their own
         cms = [c if c is None else c.merge(o, rows) for c, o in zip(self.cms, other.cms)]
-        bare = [replace(s, cms=[]) for s in (self, other)]
-        return replace(State.merge(*bare, rows), cms=cms)
+        return replace(State.merge(replace(self, cms=[]), replace(other, cms=[]), rows), cms=cms)
 
     def owned_by(self, module: nn.Module) -> None:
         self.owner = module

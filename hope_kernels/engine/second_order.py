@@ -195,8 +195,10 @@ class _Refreshed(torch.autograd.Function):
 def begun(model: Model, state: ModelState) -> ModelState:
     """The draft ``state``, which has a base, with what rows have learned as a function of the model's weights."""
     for block, c in zip(model.blocks, state.cms):
-        for l, held in enumerate(c.weights if c is not None else ()):
-            if c is None or block.cms is None or held is None or any(t.requires_grad for t in held.values()):
+        if c is None or block.cms is None:
+            continue
+        for l, held in enumerate(c.weights):
+            if held is None or any(t.requires_grad for t in held.values()):
                 continue
             params = block.cms._parameters_of(l)
             rates = params.get("log_rates")

@@ -1,10 +1,12 @@
 """Training through refreshes: gradients of calls with ``outer`` against plain autograd and finite differences."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from numerics import relative
 from small_model import ids, tiny
 
@@ -204,6 +206,33 @@ def test_rows_of_several_lengths_have_the_gradients_they_have_alone(outer):
     alone = [of_call(model, tokens[b : b + 1, : n + 1], outer)[0] for b, n in enumerate(lengths) if n]
     for n, g in together.items():
         assert relative(g, sum(a[n] for a in alone)) < 1e-10, n
+
+
+@pytest.mark.parametrize("outer", ["first_order", "second_order"])
+def test_two_calls_and_checkpointed_blocks_have_the_gradients_of_one_call(outer):
+    model, tokens = tiny(cms=cms()), ids(2, 20)
+    whole, _ = of_call(model, tokens, outer)
+    first, state = model(tokens[:, :10], outer=outer, **READ)
+    second, _ = model(tokens[:, 10:-1], state, outer=outer, **READ)
+    parts = grads(model, nats(torch.cat([first, second], 1), tokens))
+    model.checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    again, _ = of_call(model, tokens, outer)
+    for n, g in whole.items():
+        assert relative(parts[n], g) < 1e-10 and relative(again[n], g) < 1e-10, n
+
+
+def test_a_guard_does_not_outlive_the_weights_it_has_seen():
+    model, tokens = tiny("attention", cms=cms()), ids(1, 21)
+    _, state = model(tokens[:, :9], outer="first_order", **READ)
+    with torch.no_grad():
+        model(tokens[:, 9:], state.detach(), guard=True, **READ)  # nothing has moved
+        guarded = state.detach()
+        model(tokens[:, 9:], guarded, guard=True, **READ)
+        model.blocks[0].cms.levels[0]["up"].add_(0.01)
+        with pytest.raises(ValueError, match="state.guard = None forgets"):
+            model(tokens, guarded, **READ)
+        guarded.guard = None
+        model(tokens, guarded, **READ)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

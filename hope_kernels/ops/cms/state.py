@@ -270,7 +270,8 @@ class CMSState(State):
         return replace(self, **lists)
 
     def merge(self, other, rows: list[bool]):
-        return State.merge(*self._alike([self, other]), rows)
+        mine, theirs = self._alike([self, other])
+        return State.merge(mine, theirs, rows)
 
     def to(self, device=None, dtype: torch.dtype | None = None):
         casts = dtype is not None or isinstance(device, torch.dtype)
