@@ -193,7 +193,8 @@ class _Refreshed(torch.autograd.Function):
 
 
 def begun(model: Model, state: ModelState) -> ModelState:
-    """The draft ``state``, which has a base, with what rows have learned as a function of the model's weights."""
+    """The draft ``state``, which has a base, with what rows have as a function of the model's weights: what they have
+    learned before the call is a constant."""
     for block, c in zip(model.blocks, state.cms):
         if c is None or block.cms is None:
             continue
@@ -201,11 +202,7 @@ def begun(model: Model, state: ModelState) -> ModelState:
             if held is None or any(t.requires_grad for t in held.values()):
                 continue
             params = block.cms._parameters_of(l)
-            rates = params.get("log_rates")
-            c.weights[l] = {
-                n: straight(c, l, n, t, params[n], None if rates is None else rates[k])
-                for k, (n, t) in enumerate(held.items())
-            }
+            c.weights[l] = {n: straight(c, l, n, t, params[n], None) for n, t in held.items()}
     return state
 
 

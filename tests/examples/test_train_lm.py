@@ -45,9 +45,9 @@ def texts(tmp_path):
 def test_a_run_that_is_stopped_ends_with_the_bits_of_one_that_is_not(example, texts, monkeypatch):
     """Before and after the CMS begins to learn; the second part with a state that holds deviations."""
     train_lm = example("train_lm")
-    common = [str(texts / "a.txt"), f"{texts / 'b'}=0.5", "--suffix", ".py", "--steps", "12", "--through-refreshes", "0.6",
-              "--d-model", "16", "--heads", "2", "--layers", "1", "--chunk", "4", "--cms", "8", "16", "--batch", "3",
-              "--tokens", "24", "--restart", "0.2", "--heldout-share", "0.02"]
+    common = [str(texts / "a.txt"), f"{texts / 'b'}=0.5", "--suffix", ".py", "--heldout-share", "0.02",
+              "--steps", "12", "--through-refreshes", "0.6", "--d-model", "16", "--heads", "2", "--layers", "1",
+              "--chunk", "4", "--cms", "8", "16", "--batch", "3", "--tokens", "24", "--restart", "0.2"]
     before = torch.get_num_threads()
 
     def run(out, *options):
