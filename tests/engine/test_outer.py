@@ -103,6 +103,22 @@ def test_the_first_order_gradient_is_that_of_constant_deviations(name):
             assert relative(ours[n], wanted[n]) < 1e-10, n
 
 
+def test_pending_factors_and_16_bit_weights_have_the_first_order_gradient_too():
+    plain, waiting, low = (tiny("attention", cms=cms()) for _ in range(3))
+    for block in waiting.blocks:
+        block.cms.pending = 8
+    tokens, (wanted, _) = ids(2, 27), of_call(plain, ids(2, 27), "first_order")
+    ours, state = of_call(waiting, tokens, "first_order")
+    assert any(state.cms[0].rank[0]) and all(state.cms[0].own[0])  # some wait, others are folded
+    assert all(relative(ours[n], g) < 1e-10 for n, g in wanted.items())
+    low = low.to(torch.bfloat16)
+    rounded, state = of_call(low, tokens, "first_order")
+    assert state.cms[0].copies[0] is not None
+    unlearned = [grads(m, nats(m(tokens[:, :-1])[0], tokens)) for m in (low, plain)]
+    error = lambda a, b: max(relative(a[n].double(), g) for n, g in b.items())
+    assert error(rounded, wanted) < 2 * error(*unlearned) < 0.5
+
+
 def scaled(place, e):
     return lambda *at: math.exp(e) if at == place else 1.0
 
