@@ -52,11 +52,11 @@ STAGES = ("before", "after_A", "after_B")
 def learner(model: HopeForCausalLM, K: int, seed: int = 0) -> HopeForCausalLM:
     """The model with K learning levels; the first ones have its own weights, periods and rates."""
     cms = model.config.block_cms[0]
-    chunks, rates = list(cms.chunks), list(cms.learning_rates)
+    chunks, rates = list(cms.chunks), [tuple(cms.matrix_rates(l).values()) for l in range(cms.num_levels)]
     while len(chunks) < K:
         chunks.append(4 * chunks[-1])
-        rates.append(rates[-1] / 4)
-    rates = [lr if l < K else 0.0 for l, lr in enumerate(rates)]
+        rates.append(tuple(lr / 4 for lr in rates[-1]))
+    rates = [own if l < K else 0.0 for l, own in enumerate(rates)]
     return s.with_cms(model, cms.replace(chunks=tuple(chunks), lr=tuple(rates)), seed)
 
 

@@ -39,7 +39,9 @@ def text_bytes(path: str, n: int | None = None) -> bytes:
 def variant(model: HopeForCausalLM, lr_scale: float = 1.0, eta_scale: float | None = None) -> HopeForCausalLM:
     """The same weights under other inner rates."""
     c = model.config
-    cms = tuple(m.replace(lr=tuple(lr * lr_scale for lr in m.learning_rates)) for m in c.block_cms)
+    cms = tuple(m.replace(lr=tuple(
+        tuple(lr * lr_scale for lr in m.matrix_rates(l).values()) for l in range(m.num_levels)
+    )) for m in c.block_cms)
     titans = c.titans if eta_scale is None else c.titans.replace(eta_scale=eta_scale)
     other = HopeForCausalLM(
         HopeConfig.from_dict({**c.to_dict(), "cms": [m.to_dict() for m in cms], "titans": titans.to_dict()})

@@ -1,41 +1,59 @@
-"""Train a byte-level HOPE language model on any text files; resumes where it was when killed.
+"""Train a byte-level HOPE language model on any text files; goes on where it was when stopped.
 
-    python examples/train_lm.py TEXT [TEXT ...] --out runs/lm --minutes 60 --heldout HELDOUT
+    python examples/train_lm.py TEXT[=WEIGHT] [TEXT ...] --out runs/lm --minutes 60 --through-refreshes 0.3
 
-Every batch row reads its own stretch of the corpus, carrying the state of its memories from step to step
-(gradients are cut there); now and then a row starts afresh elsewhere. The CMS does not learn while training
-reads: it learns when the model is used.
-OUT holds config.json and model.safetensors (what from_pretrained loads), checkpoint.safetensors (optimizer
-and progress; every minute, atomically) and log.jsonl. Data order depends on the seed and the step alone.
+Every batch row reads its own stretch of one source (``mixed_text.py``), carrying the state of its memories from step
+to step (gradients are cut there); now and then a row starts afresh elsewhere. At first the CMS does not learn while
+training reads. In the last ``--through-refreshes`` of the training it does, as it will when the model is used: what
+rows have learned is carried as deviations from the weights, which move on under it (docs/training.md), and the inner
+rates are trained too. In OUT they are numbers of the configuration.
+
+OUT holds config.json and model.safetensors (what from_pretrained loads), checkpoint and state-STEP.safetensors
+(weights, optimizer, progress; what the rows' memories and levels hold; every minute, atomically, and on SIGTERM or
+Ctrl-C) and log.jsonl. Data order depends on the seed and the step alone. With --steps the schedule does too: on one
+machine and as many threads, a run that was stopped ends with the bits of one that was not.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import math
 import os
+import signal
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mixed_text import Source, Streams, sources
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, load_state
 from hope_kernels.files import write_atomically
 from hope_kernels.generation import read
+from hope_kernels.model_state import ModelState
+
+RATES = 10.0  # how much faster logarithms of inner rates move than other parameters
+SAVE_SECONDS = 60
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("texts", nargs="+", help="text files, read as bytes")
+    p.add_argument("texts", nargs="+", metavar="TEXT[=WEIGHT]", help="text files or folders of them, read as bytes")
+    p.add_argument("--suffix", nargs="+", default=[], help="of the files that are taken from folders (all text files)")
     p.add_argument("--out", required=True)
     p.add_argument("--heldout", help="text for the bits per byte at the end (first 100 KB)")
+    p.add_argument("--heldout-share", type=float, default=0.0, help="of each source, its end, for the same")
     p.add_argument(
         "--minutes", type=float, default=60.0, help="training time; the learning-rate schedule follows it"
     )
+    p.add_argument("--steps", type=int, help="in place of --minutes: a schedule that knows no clock")
+    p.add_argument("--pause", type=int, help="stop after so many steps of this run; the same command goes on")
+    p.add_argument("--through-refreshes", type=float, default=0.0, help="share of the training, its end")
     p.add_argument("--d-model", type=int, default=128)
     p.add_argument("--heads", type=int, default=4)
     p.add_argument("--layers", type=int, default=3)
@@ -46,137 +64,166 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--tokens", type=int, default=256, help="tokens per row and step")
     p.add_argument("--restart", type=float, default=0.04, help="chance per row and step to start afresh elsewhere")
     p.add_argument("--lr", type=float, default=3e-3)
-    p.add_argument("--warmup", type=float, default=0.02, help="share of the time")
+    p.add_argument("--warmup", type=float, default=0.02, help="share of the training")
     p.add_argument("--weight-decay", type=float, default=0.05)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's choice)")
     return p.parse_args()
 
 
-class Streams:
-    """Where each batch row stands in the corpus; a pure function of (seed, steps taken)."""
-
-    def __init__(self, data: torch.Tensor, batch: int, tokens: int, restart: float, seed: int):
-        self.data, self.tokens, self.restart, self.seed = data, tokens, restart, seed
-        self.at = self._draw(batch, -1)
-
-    def _draw(self, n: int, step: int) -> list[int]:
-        g = torch.Generator().manual_seed(hash((self.seed, step)) & (2**63 - 1))
-        return torch.randint(0, len(self.data) - self.tokens - 1, (n,), generator=g).tolist()
-
-    def next(self, step: int) -> tuple[torch.Tensor, list[bool]]:
-        """ids [B, tokens + 1], and which rows start afresh."""
-        g = torch.Generator().manual_seed(hash((self.seed, step, 1)) & (2**63 - 1))
-        coin = torch.rand(len(self.at), generator=g).tolist()
-        places = self._draw(len(self.at), step)
-        fresh = [c < self.restart or a + self.tokens + 1 >= len(self.data) for c, a in zip(coin, self.at)]
-        self.at = [p if f else a for p, f, a in zip(places, fresh, self.at)]
-        ids = torch.stack([self.data[a : a + self.tokens + 1] for a in self.at])
-        self.at = [a + self.tokens for a in self.at]
-        return ids, fresh
-
-
-def learning_rate(args, progress: float) -> float:
+def learning_rate(args: argparse.Namespace, progress: float) -> float:
     if progress < args.warmup:
         return args.lr * progress / args.warmup
     return args.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def save(args, model, optimizer, progress: dict) -> None:
-    model.save_pretrained(args.out)
+def built(args: argparse.Namespace, device: torch.device) -> tuple[HopeForCausalLM, torch.optim.Optimizer]:
+    titans = TitansConfig(args.d_model, args.heads, chunk_memory=args.chunk, chunk_other=args.chunk)
+    lr = "learned" if args.through_refreshes > 0 else None
+    cms = CMSConfig(args.d_model, tuple(args.cms), expansion=args.expansion, lr=lr)
+    model = HopeForCausalLM(HopeConfig(256, args.d_model, args.layers, titans=titans, cms=cms), device=device)
+    groups: dict[str, list] = {"matrices": [], "vectors": [], "rates": []}
+    for name, p in model.named_parameters():
+        groups["rates" if name.endswith("log_rates") else "matrices" if p.dim() >= 2 else "vectors"].append(p)
+    optimizer = torch.optim.AdamW([
+        {"params": groups["matrices"], "weight_decay": args.weight_decay, "factor": 1.0},
+        {"params": groups["vectors"], "weight_decay": 0.0, "factor": 1.0},
+        {"params": groups["rates"], "weight_decay": 0.0, "factor": RATES},
+    ], lr=args.lr, betas=(0.9, 0.98), fused=device.type == "cpu")  # one pass; a loop over parameters takes longer
+    return model, optimizer
+
+
+def save(args: argparse.Namespace, model, optimizer, state: ModelState | None, progress: dict) -> None:
+    """The folder as it stands after ``progress["step"]`` steps. The checkpoint is written last, and names its state:
+    whenever this is cut, one pair of the two is whole."""
+    (model.with_fixed_rates() if args.through_refreshes > 0 else model).save_pretrained(args.out)
+    name = f"state-{progress['step']}.safetensors"
+    if state is not None:
+        state.adopt(model)
+        state.save(os.path.join(args.out, name))
     tensors = {}
     for i, p in enumerate(model.parameters()):
-        for name, value in optimizer.state.get(p, {}).items():
-            tensors[f"{i}.{name}"] = value.detach().cpu().contiguous()
-    meta = {"progress": json.dumps(progress)}
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{i}.{key}"] = value.detach().cpu().contiguous()
+    meta = {"progress": json.dumps({**progress, "state": name if state is not None else None})}
     weights = {f"model.{n}": t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     write_atomically(
         os.path.join(args.out, "checkpoint.safetensors"), safetensors_bytes({**tensors, **weights}, metadata=meta)
     )
+    for old in glob.glob(os.path.join(glob.escape(args.out), "state-*.safetensors")):
+        if os.path.basename(old) != name:
+            os.remove(old)
 
 
-def restore(args, model, optimizer) -> dict:
-    """Progress of an interrupted run of the same configuration, or that of a new one."""
+def restore(args: argparse.Namespace, model, optimizer) -> tuple[dict, ModelState | None]:
+    """Progress and state of an interrupted run of the same configuration, or those of a new one."""
     path = os.path.join(args.out, "checkpoint.safetensors")
+    mine = {"config": json.loads(json.dumps(model.config.to_dict())), "texts": args.texts, "seed": args.seed}
     if not os.path.exists(path):
-        return {"step": 0, "seconds": 0.0, "config": model.config.to_dict(), "seed": args.seed}
+        return {"step": 0, "seconds": 0.0, "smooth": None, **mine}, None
     with safe_open(path, framework="pt") as f:
         progress = json.loads(f.metadata()["progress"])
-        if HopeConfig.from_dict(progress["config"]) != model.config or progress["seed"] != args.seed:
-            raise SystemExit(f"{path} belongs to another configuration or seed; choose another --out")
+        if any(progress.get(name) != value for name, value in mine.items()):
+            raise SystemExit(f"{path} belongs to another configuration, seed or texts; choose another --out")
         model.load_state_dict({n[len("model.") :]: f.get_tensor(n) for n in f.keys() if n.startswith("model.")})
         for i, p in enumerate(model.parameters()):
-            state = {n.split(".", 1)[1]: f.get_tensor(n) for n in f.keys() if n.split(".", 1)[0] == str(i)}
-            if state:
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+            held = {n.split(".", 1)[1]: f.get_tensor(n) for n in f.keys() if n.split(".", 1)[0] == str(i)}
+            if held:
+                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in held.items()}
+    name = progress.pop("state")
+    state: Any = None if name is None else load_state(os.path.join(args.out, name), next(model.parameters()).device)
     print(f"resuming {args.out} at step {progress['step']}, {progress['seconds'] / 60:.1f} minutes")
-    return progress
+    return progress, state
 
 
-def main() -> None:
-    args = arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = torch.frombuffer(
-        bytearray(b"".join(open(t, "rb").read() for t in args.texts)), dtype=torch.uint8
-    ).long().to(device)
-    titans = TitansConfig(args.d_model, args.heads, chunk_memory=args.chunk, chunk_other=args.chunk)
-    config = HopeConfig(256, args.d_model, args.layers, titans=titans,
-                        cms=CMSConfig(args.d_model, tuple(args.cms), expansion=args.expansion))
-    model = HopeForCausalLM(config, device=device)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    # in one pass on a CPU, where the loop over parameters takes several times as long
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=device.type == "cpu")
-    progress = restore(args, model, optimizer)
-    streams = Streams(data, args.batch, args.tokens, args.restart, args.seed)
+def train(args: argparse.Namespace, model, optimizer, found: list[Source], progress: dict, state) -> bool:
+    """Whether the training has come to its end."""
+    device = next(model.parameters()).device
+    streams = Streams(found, args.batch, args.tokens, args.restart, args.seed)
     for step in range(progress["step"]):
-        streams.next(step)
-    os.makedirs(args.out, exist_ok=True)
+        streams.skip(step)
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.append(1))
     log = open(os.path.join(args.out, "log.jsonl"), "a")
-    total = args.minutes * 60
-    bar = tqdm(total=round(total), initial=round(progress["seconds"]), unit="s", desc="training")
-    state, saved, smooth = None, time.monotonic(), None
-    while progress["seconds"] < total:
-        began = time.monotonic()
+    total, unit = (args.steps, "step") if args.steps else (args.minutes * 60, "s")
+    done = lambda: progress["step"] if args.steps else progress["seconds"]
+    until = math.inf if args.pause is None else progress["step"] + args.pause
+    bar = tqdm(total=round(total), initial=round(done()), unit=unit, desc="training")
+    saved = time.monotonic()
+    while done() < total and progress["step"] < until and not stopped:
+        began, share = time.monotonic(), done() / total
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, progress["seconds"] / total)
+            group["lr"] = group["factor"] * learning_rate(args, share)
         ids, fresh = streams.next(progress["step"])
+        ids = ids.to(device)
         if state is None:
             state = model.init_state(args.batch)
         elif any(fresh):
             state = state.merge(model.init_state(args.batch).detach(), fresh)
-        logits, state = model(ids[:, :-1], state)
+        through = share >= 1 - args.through_refreshes
+        options = {"learn": "next_token", "outer": "first_order"} if through else {}
+        logits, state = model(ids[:, :-1], state, **options)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         state = state.detach()
-        bits = loss.item() / math.log(2)
-        smooth = bits if smooth is None else 0.98 * smooth + 0.02 * bits
+        bits, smooth = loss.item() / math.log(2), progress["smooth"]
+        progress["smooth"] = smooth = bits if smooth is None else 0.98 * smooth + 0.02 * bits
         progress["step"] += 1
         progress["seconds"] += time.monotonic() - began
-        bar.n = round(progress["seconds"])
+        bar.n = round(done())
         bar.set_postfix(step=progress["step"], bits=f"{smooth:.3f}", refresh=False)
         bar.refresh()
         if progress["step"] % 50 == 0:
-            seconds, bits = round(progress["seconds"], 1), round(smooth, 4)
-            line = {"step": progress["step"], "seconds": seconds, "bits_per_byte": bits}
+            line = {"step": progress["step"], "seconds": round(progress["seconds"], 1),
+                    "bits_per_byte": round(smooth, 4), "through_refreshes": through}
             print(json.dumps(line), file=log, flush=True)
-        if time.monotonic() - saved > 60:
-            save(args, model, optimizer, progress)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save(args, model, optimizer, state, progress)
             saved = time.monotonic()
-    save(args, model, optimizer, progress)
+    save(args, model, optimizer, state, progress)
     bar.close()
+    return done() >= total
+
+
+def report(args: argparse.Namespace, model: HopeForCausalLM, found: list[Source]) -> None:
+    texts = [(s.name, s.heldout[:100_000]) for s in found if len(s.heldout) > 1]
     if args.heldout:
-        text = open(args.heldout, "rb").read(100_000)
-        reading = read(model, torch.tensor([list(text)], device=device))
-        bits = float(reading.nats[0]) / math.log(2) / reading.predicted[0]
-        print(f"held-out bits per byte ({len(text)} bytes, learning off): {bits:.4f}")
+        data = torch.frombuffer(bytearray(open(args.heldout, "rb").read(100_000)), dtype=torch.uint8).long()
+        texts.append((args.heldout, data))
+    for name, text in texts:
+        found_bits = []
+        for learn in ("off", "next_token"):
+            reading = read(model, text.unsqueeze(0).to(next(model.parameters()).device), learn=learn)
+            found_bits.append(float(reading.nats[0]) / math.log(2) / reading.predicted[0])
+        off, on = found_bits
+        print(f"{name}: held-out bits per byte ({len(text)} bytes): learning off {off:.4f}, on {on:.4f}")
+
+
+def main() -> None:
+    args = arguments()
+    if not 0 <= args.through_refreshes <= 1 or not 0 <= args.heldout_share < 1:
+        raise SystemExit("--through-refreshes and --heldout-share are shares, from 0 to 1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = sources(args.texts, args.heldout_share, tuple(args.suffix))
+    model, optimizer = built(args, device)
+    os.makedirs(args.out, exist_ok=True)
+    progress, state = restore(args, model, optimizer)
+    if not train(args, model, optimizer, found, progress, state):
+        print(f"stopped at step {progress['step']}; the same command goes on")
+        return
+    if args.through_refreshes > 0:
+        model = model.with_fixed_rates()
+        for i, c in enumerate(model.config.block_cms):
+            assert c is not None
+            print(f"block {i}: inner rates {[c.matrix_rates(l) for l in range(c.num_levels)]}")
+    report(args, model, found)
 
 
 if __name__ == "__main__":

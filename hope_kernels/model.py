@@ -3,7 +3,6 @@ CMS learn while it reads."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,10 +11,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from . import pretrained
 from .check import check_batch, check_index, check_lengths, check_state, check_tensor
 from .config import HopeConfig
 from .continued import continued
@@ -23,14 +21,12 @@ from .engine import segments
 from .engine.compiling import REASON, traced
 from .engine.generation import Generation, generate
 from .engine.learning import Call, read_learning, read_off, with_following
+from .engine.outer import check_outer
 from .engine.protocol import CMSWeights
 from .engine.replay import DREAMS, JOINED, KNOWN, OnSegment, ReadAndSlept, Replays, Sleep, read, sleep
 from .engine.source import Source
 from .engine.unread import check_read_next, left
-from .files import write_atomically
-from .folders import model_folder, read_config
 from .guard_state import new_guard
-from .hub import config_json, files_beside, load_weights
 from .identity import checksum
 from .layers.autocast import in_own_dtype
 from .layers.block import Block, HopeAttentionBlock, HopeBlock
@@ -44,7 +40,6 @@ from .ops.cms.level import Level
 from .ops.cms.state import CMSState
 from .session_bytes import session_bytes
 from .state import Counters
-from .text.files import read_files, write_files
 from .tracing import constant_result
 
 
@@ -59,6 +54,7 @@ class Asked(NamedTuple):
     following: Tensor | None
     guard: bool | None
     embeds: Tensor | None
+    outer: str | None = None
 
 
 class HopeForCausalLM(nn.Module):
@@ -138,6 +134,7 @@ class HopeForCausalLM(nn.Module):
         backend: str | None = None,
         *, check_finite: bool = False, wavefront: int | None = None, output: str = "logits",
         following: Tensor | None = None, guard: bool | None = None, embeds: Tensor | None = None,
+        outer: str | None = None,
     ) -> tuple[Any, ModelState]:
         """Reads T tokens per row.
 
@@ -153,7 +150,8 @@ class HopeForCausalLM(nn.Module):
         learned is watched from here on, and taken back where it reads worse than the model's own weights
         (``engine/guard.py``; ``state.rollbacks`` counts); False: no more; None: as the state has it. embeds:
         [B, T, d_model], read in place of the vectors of ids where nothing learns; the values of ids then mean
-        nothing.
+        nothing. outer: in grad mode with learn="next_token", how the graph goes through what is learned:
+        "first_order", "second_order" (docs/training.md); None: rows that have learned are constants of it.
 
         Returns logits [B, T, vocab_size] (zero where padded) and the state: under no_grad the given one,
         advanced in place; in grad mode a new one. Where the state has an ``unread`` token, ids begin with it.
@@ -167,7 +165,7 @@ class HopeForCausalLM(nn.Module):
         looked at when compiled), a given state inside an ``autograd.Function`` (reentrant activation
         checkpointing), and with check_finite for non-finite logits; the given state is then as it was.
         """
-        asked = Asked(learn, backend, check_finite, wavefront, output, following, guard, embeds)
+        asked = Asked(learn, backend, check_finite, wavefront, output, following, guard, embeds, outer)
         if torch.compiler.is_compiling() and (
             output != "logits" or self.parallel is not None or not traced(self, ids, state, learn, backend)
         ):
@@ -179,7 +177,7 @@ class HopeForCausalLM(nn.Module):
         self, ids: Tensor, state: ModelState | None, lengths: Any, asked: Asked
     ) -> tuple[Any, ModelState]:
         name, given = "HopeForCausalLM", state
-        learn, backend, check_finite, wavefront, output, following, guard, embeds = asked
+        learn, backend, check_finite, wavefront, output, following, guard, embeds, outer = asked
         check_tensor(name, "ids", ids, ("B", "T"), dtype=torch.int64, device=placement(self.embed).device)
         lengths = check_lengths(name, lengths, *ids.shape)
         if guard not in (None, True, False):
@@ -211,11 +209,13 @@ class HopeForCausalLM(nn.Module):
             if learning:
                 raise ValueError(f"{name}: argument embeds is given, expected None with learn='next_token': what "
                                  "learns predicts ids")
+        if outer is not None:
+            check_outer(name, self, state, outer, learn, guard)
         in_place = given is not None and not torch.is_grad_enabled()
         tokens, known = with_following(ids, lengths, following)
         if self.parallel is not None:
             self.parallel.check(name, self, ids, state, lengths, known, asked)
-        call = Call(ids, lengths, tokens, known, output == "losses", backend, check_finite, wavefront, embeds)
+        call = Call(ids, lengths, tokens, known, output == "losses", backend, check_finite, wavefront, embeds, outer)
         with state.reading(name, self, in_place or given is None):
             held = state.take_held(self) if in_place else None
             if given is not None and not in_place:
@@ -445,21 +445,13 @@ class HopeForCausalLM(nn.Module):
         Raises ValueError, and writes nothing, where submodules have been wrapped, quantized or parametrized: the
         configuration, and so ``from_pretrained``, knows nothing of that."""
         self._check_undivided("save_pretrained", "save_pretrained")
-        held = self.state_dict()
-        if type(self) is HopeForCausalLM:
-            other = sorted(held.keys() ^ type(self)(self.config, device="meta").state_dict().keys())
-            if other:
-                raise ValueError(f"save_pretrained: {other[0]} and {len(other) - 1} more are the model's or its "
-                                 "configuration's only, expected the same: merge or remove what wraps its "
-                                 "modules, or save its state_dict()")
-        os.makedirs(folder, exist_ok=True)
-        tensors = {n: t.detach().cpu().contiguous() for n, t in held.items()}
-        write_atomically(
-            os.path.join(folder, "model.safetensors"), safetensors_bytes(tensors, metadata={"format": "pt"})
-        )
-        write_files(folder, files_beside(self.text_files, self.config.vocab_size) | self.text_files)
-        dtype = placement(self.embed).dtype
-        write_atomically(os.path.join(folder, "config.json"), config_json(self.config, dtype))
+        pretrained.save(self, folder, type(self) is HopeForCausalLM)
+
+    def with_fixed_rates(self) -> HopeForCausalLM:
+        """A model of the same weights, whose learned rates (``CMSConfig(lr="learned")``) are numbers of its
+        configuration, level by level and matrix by matrix; states of this one may be read with it. Raises
+        ValueError without a CMS, or with ``learn_blocks``."""
+        return pretrained.with_fixed_rates(self)
 
     @classmethod
     def from_pretrained(
@@ -470,20 +462,7 @@ class HopeForCausalLM(nn.Module):
         Raises FileNotFoundError for an unknown name or folder, ValueError for files that do not fit together,
         are damaged, or are a model of transformers (which ``python -m hope_kernels convert`` takes).
         """
-        folder = model_folder(name, "from_pretrained")
-        weights = os.path.join(folder, "model.safetensors")
-        try:
-            config = HopeConfig.from_dict(read_config(folder))
-            tensors = load_weights(folder)
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-            raise ValueError(f"from_pretrained: {folder} holds a damaged file ({error})") from None
-        model = cls(config, device=device, dtype=next(iter(tensors.values())).dtype)
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"from_pretrained: {weights} does not fit its config.json ({error})") from None
-        model.text_files = read_files(folder)
-        return model.to(device=device, dtype=dtype).eval()
+        return pretrained.load(cls, name, device, dtype)
 
 
 _untraced: Any = None  # ``HopeForCausalLM._forward`` as the compiler runs it without a look inside

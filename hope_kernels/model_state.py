@@ -78,6 +78,20 @@ class ModelState(State):
         versions = [(id(t), -1 if t.is_inference() else t._version) for t in self.tensors()]
         return versions, list(self.pos), list(self.seen)
 
+    def adopt(self, module: nn.Module) -> None:
+        """As for any state. Rows that hold deviations from the model's weights (after calls with ``outer``) have
+        them from the weights as they are now, so that a file made next goes on with these."""
+        super().adopt(module)
+        blocks = cast("Iterable[Block]", module.blocks)
+        for block, cms in zip(blocks, self.cms):
+            if cms is not None and block.cms is not None:
+                cms.assign(block.cms.followed(cms))
+
+    def merge(self, other, rows: list[bool]):
+        # the CMS may have tensors on one side only: they merge as states of their own
+        cms = [c if c is None else c.merge(o, rows) for c, o in zip(self.cms, other.cms)]
+        return replace(State.merge(replace(self, cms=[]), replace(other, cms=[]), rows), cms=cms)
+
     def owned_by(self, module: nn.Module) -> None:
         self.owner = module
         blocks = cast("Iterable[Block]", module.blocks)  # of a model; PyTorch knows no types of submodules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .base import Configuration
 from .checks import PERIOD, SIZE, finite, flags, items, one_of, positive_int, require
@@ -26,9 +27,11 @@ class CMSConfig(Configuration):
     intermediate_size: int | None = None  # hidden units, in place of ``expansion``: for pre-trained MLPs
     norm: str = "rmsnorm"  # of a level's input; or "layernorm"
     post_norm: bool = False  # an RMSNorm of a level's output, before the residual, as in Gemma
-    lr: float | tuple[float, ...] | None = None  # inner rate, or one a level; 0 freezes; None: ``default_rate``
+    # inner rate, or one a level, or for a level one a matrix (up, gate, down); 0 freezes; None: ``default_rate``;
+    # "learned": a parameter for each matrix, which training moves (docs/training.md), at first as None
+    lr: float | tuple[float | tuple[float, ...], ...] | str | None = None
     # of a refresh: "gd" (gradient descent), "momentum", "muon" (orthogonalised) or "adam"; None: adam where lr is
-    # None too, else gd, as in the paper
+    # None or "learned", else gd, as in the paper
     optimizer: str | None = None
     momentum: float = 0.9  # mu of m = mu m + g; for optimizer="momentum" only
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam's averages of g and g^2; for optimizer="adam" only
@@ -36,7 +39,7 @@ class CMSConfig(Configuration):
     rank: int | None = None  # a sequence learns W + L S, L [r, rank], S fixed (ops/cms/low_rank.py); None: all of W
 
     # rates count in sizes of the matrix (RMS of its initial weights), and gd and momentum normalise the gradient; None:
-    # where lr is None
+    # where lr is None or "learned"
     relative: bool | None = None
 
     NEXT_STEP = frozenset({"lr", "optimizer", "momentum", "betas", "precondition", "relative"})
@@ -60,11 +63,12 @@ class CMSConfig(Configuration):
         one_of(w, "mlp", self.mlp, ("gelu", "gelu_erf", "swiglu", "geglu"))
         one_of(w, "norm", self.norm, ("rmsnorm", "layernorm"))
         if self.optimizer is None:
-            object.__setattr__(self, "optimizer", "adam" if self.lr is None else "gd")
+            object.__setattr__(self, "optimizer", "adam" if self._searched else "gd")
         one_of(w, "optimizer", self.optimizer, ("gd", "momentum", "muon", "adam"))
         if self.relative is None:
-            object.__setattr__(self, "relative", self.lr is None)
-        require(self.relative or self.lr is not None, w, "relative", self.relative, "True where lr is None")
+            object.__setattr__(self, "relative", self._searched)
+        require(self.relative or not self._searched, w, "relative", self.relative,
+                "True where lr is None or 'learned'")
         flags(self, w, "bias", "post_norm", "relative")
         finite(w, "expansion", self.expansion)
         require(self.expansion > 0, w, "expansion", self.expansion, "a positive number")
@@ -84,12 +88,30 @@ class CMSConfig(Configuration):
             require(self.precondition > 0, w, "precondition", self.precondition, "None or a positive number")
         if self.rank is not None:
             positive_int(w, "rank", self.rank, min(self.d_model, self.hidden))
-        if self.lr is not None and not isinstance(self.lr, (int, float)):
-            object.__setattr__(self, "lr", items(w, "lr", self.lr, "None, a number or one per level"))
-            require(len(self.lr) == len(chunks), w, "lr", self.lr, f"one value per level ({len(chunks)})")
-        for value in self.learning_rates:
+        self._check_rates(w)
+
+    def _check_rates(self, w: str) -> None:
+        if not self._searched and not isinstance(self.lr, (int, float)):
+            rates = items(w, "lr", self.lr, "None, 'learned', a number or one per level")
+            rates = tuple(tuple(r) if isinstance(r, (list, tuple)) else r for r in rates)
+            object.__setattr__(self, "lr", rates)
+            require(len(rates) == self.num_levels, w, "lr", rates, f"one value per level ({self.num_levels})")
+            for own in rates:
+                require(not isinstance(own, tuple) or len(own) == len(self.matrices), w, "lr", own,
+                        f"a number, or one for each of {self.matrices}")
+        for value in (r for l in range(self.num_levels) for r in self.matrix_rates(l).values()):
             finite(w, "lr", value)
             require(value >= 0, w, "lr", value, "a number >= 0")
+
+    @property
+    def _searched(self) -> bool:
+        """Whether the rates are (at first) those of ``default_rate``."""
+        return self.lr is None or isinstance(self.lr, str) and self.lr == "learned"
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the matrices of one level: what a refresh may change."""
+        return ("up", "gate", "down") if self.gated else ("up", "down")
 
     @property
     def gated(self) -> bool:
@@ -106,10 +128,16 @@ class CMSConfig(Configuration):
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """lr_l per level, level 1 first."""
-        if self.lr is None:
+        """lr_l per level, level 1 first; where matrices have rates of their own, the largest; where rates are
+        learned, those at first."""
+        return tuple(max(self.matrix_rates(l).values()) for l in range(self.num_levels))
+
+    def matrix_rates(self, level: int) -> dict[str, float]:
+        """The rates of ``level`` (index, level 1 is 0) by the name of the matrix; where they are learned, those at
+        first."""
+        if self._searched:
             assert self.optimizer is not None
-            return tuple(default_rate(self.optimizer, c) for c in self.chunks)
-        if isinstance(self.lr, tuple):
-            return self.lr
-        return (self.lr,) * len(self.chunks)
+            own: Any = default_rate(self.optimizer, self.chunks[level])
+        else:
+            own = self.lr[level] if isinstance(self.lr, tuple) else self.lr
+        return dict(zip(self.matrices, own if isinstance(own, tuple) else (own,) * len(self.matrices)))

@@ -311,8 +311,8 @@ def _with_slots(level: Level, state: CMSState, l: int) -> Level:
     left, right = state.left[l], state.right[l]
     if left is None or right is None:
         return level
-    scale = -state.config.learning_rates[l]
-    slots = {n: {"left": t, "right": right[n], "scale": scale} for n, t in left.items()}
+    rates = state.config.matrix_rates(l)
+    slots = {n: {"left": t, "right": right[n], "scale": -rates[n]} for n, t in left.items()}
     return {n: replace(Matrix.of(t), **slots[n]) if n in slots else t for n, t in level.items()}
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..layers.wrapped import placement
 from ..model_state import ModelState, advance, advance_off
 from ..state import master_dtype
-from . import segments
+from . import outer, segments
 from .compiling import run_traced
 from .head import Heads, Losses, Targets, read_head
 from .native_segment import Reader
@@ -50,6 +50,7 @@ class Call:
     ids [B, T], of which ``lengths`` tokens a row count. tokens: the same, and after them what follows, where
     the caller said so: [B, T] or [B, T + 1]; known: tokens of each row whose next one is among them. losses:
     whether losses are returned in place of logits. embeds: [B, T, d], what is read in place of the vectors of ids.
+    outer: how an outer graph goes through refreshes (``engine/outer.py``); None: rows that have learned are constants.
     """
 
     ids: Tensor
@@ -61,6 +62,7 @@ class Call:
     check_finite: bool
     wavefront: int | None
     embeds: Tensor | None = None
+    outer: str | None = None
 
     def targets(self, done: list[int], step: list[int]) -> Targets:
         """Of the tokens ``ids[b, done[b] : done[b] + step[b]]``."""
@@ -111,7 +113,7 @@ def read_learning(
     done = [0] * B
     parts: list[Heads] = []
     places, width = [[] for _ in range(B)], 0
-    state, reader = _draft(state), Reader(model, call.backend)
+    state, reader = outer.begun(model, _draft(state, call.outer), call.outer), Reader(model, call.backend)
     while any(d < n for d, n in zip(done, lengths)):
         step = [min(n - d, C - p % C) for d, n, p in zip(done, lengths, state.pos)]
         state = segments.boundary(model, state, step, call.ids, done, call.backend, held, reader)
@@ -124,8 +126,8 @@ def read_learning(
     return _joined(model, call, parts, places), segments.finished(state), held
 
 
-def _draft(state: ModelState) -> ModelState:
-    return segments.draft(state, "none" if torch.is_grad_enabled() else "made")
+def _draft(state: ModelState, outer: str | None = None) -> ModelState:
+    return segments.draft(state, "none" if torch.is_grad_enabled() else "made", outer)
 
 
 def _round(

@@ -27,12 +27,14 @@ from .head import Heads, Targets, mask, read_head
 from .native_reading import Reading
 from .native_segment import Reader
 from .protocol import Model
+from .second_order import Refreshes
 
 
-def draft(state: ModelState, in_place: str = "made") -> ModelState:
-    """A state for a call to change. in_place: which CMS tensors it may write, see ``cms.state.Private``."""
+def draft(state: ModelState, in_place: str = "made", outer: str | None = None) -> ModelState:
+    """A state for a call to change. in_place, outer: which CMS tensors it may write, and whether an outer graph goes
+    through what is learned, see ``cms.state.Private``."""
     guard = None if state.guard is None else state.guard.draft()
-    return replace(state, cms=[c and c.draft(in_place) for c in state.cms], guard=guard)
+    return replace(state, cms=[c and c.draft(in_place, outer) for c in state.cms], guard=guard)
 
 
 def finished(state: ModelState) -> ModelState:
@@ -106,10 +108,15 @@ def replay(
     if held is not None and all([held.read.lengths[b] == n for b, n in zip(idx, lengths)]):
         held.learn(model, state, rows, arriving, counts, backend)
     else:
+        of, among = Targets(targets, lengths), None if all(rows) else idx
+        exact = any([c is not None and c.private is not None and c.private.outer == "second_order" for c in state.cms])
+        through = Refreshes(model, state, part.snapshot, tokens, of, lengths, counts, among) if exact else None
         learn_segment(
-            model, state, part.snapshot, tokens, Targets(targets, lengths), [True] * len(idx), lengths, counts,
-            backend, None if all(rows) else idx, logits=False, reader=reader,
+            model, state, part.snapshot, tokens, of, [True] * len(idx), lengths, counts, backend, among,
+            logits=False, reader=reader,
         )
+        if through is not None:
+            through.attach(state)
     return kept(state, idx, tokens, targets, lengths)
 
 

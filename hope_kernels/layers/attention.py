@@ -264,7 +264,7 @@ class CausalAttention(nn.Module):
     def forward(
         self, x: Tensor, state: AttentionState | None = None, lengths=None, update: bool = True,
         backend: str | None = None,
-        *, check_finite: bool = False, functional: bool = False, constant_memory: bool = False,
+        *, check_finite: bool = False, functional: bool = False, constant_memory: Any = False,
     ) -> tuple[Tensor, AttentionState]:
         """Reads T tokens per row and caches their keys and values.
 
@@ -307,15 +307,16 @@ class CausalAttention(nn.Module):
 
     def scan(
         self, x: Tensor, state: AttentionState, lengths: list[int], *, update: bool = True,
-        backend: str | None = None, constant_memory: bool = False,
+        backend: str | None = None, constant_memory: Any = False,
     ) -> tuple[Tensor, AttentionState]:
         """``forward`` without its checks. Without a graph, new keys are appended to the given storage, after
         all that counts.
 
         constant_memory: the graph runs through this call's keys and values; those from before are constants
-        if ``state`` is detached, and the returned state is detached.
+        if ``state`` is detached, and the returned state is detached. A ``Gate`` (``ops/titans/scan.py``): as False,
+        since there are no fast weights.
         """
-        T = x.shape[1]
+        T, constant_memory = x.shape[1], constant_memory is True
         if not any(lengths):
             y = torch.zeros_like(x)
             if torch.is_grad_enabled() and not constant_memory:

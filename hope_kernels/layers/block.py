@@ -49,12 +49,15 @@ class Block(nn.Module):
         if h.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
             # a wrapper that casts what a block is given (FSDP's mixed precision) rounds masters too
             mixer.validate(type(self).__name__, h.dtype, h.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
+        gate = None if inner is None else inner.gate
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None or gate is not None)):
             x = self.norm(h) if inner is not None else rms_normed(self.norm, h, backend)
             y, mixer = self.mixer(
-                x, mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None
+                x, mixer, lengths, backend=backend, functional=True,
+                constant_memory=inner is not None if gate is None else gate
             )
             h = self.joined(h, y)
+        inner = inner if gate is None else None  # the levels are given, and read as in any graph
         if self.cms is not None:
             h, _ = self.cms(h, cms, lengths, backend=backend, functional=True, inner=inner)
         return h, mixer

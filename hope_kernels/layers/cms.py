@@ -19,6 +19,7 @@ from ..ops.cms.absorb import absorb, add_gradients
 from ..ops.cms.backends import divided, resolve
 from ..ops.cms.chain import NORM_EPS, Sink, Work, pull_back, read_level, read_levels
 from ..ops.cms.continued import continued
+from ..ops.cms.deviations import based, followed
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.pending import pending_tokens
@@ -26,6 +27,7 @@ from ..ops.cms.plan import Known, Plan, planned
 from ..ops.cms.schedule import learning_levels, matrices
 from ..ops.cms.state import CMSState
 from ..ops.shared.across import Across
+from ..ops.titans.scan import Gate
 from ..state import Counters, master_dtype
 from . import cms_consolidate
 from .autocast import in_own_dtype
@@ -45,12 +47,15 @@ class Inner(NamedTuple):
     """One block's part in the pass that learns. anchor: the scalar its gradient is taken to.  sink: where the
     levels' factors go (None without a CMS).  among: the rows of the state's batch that the pass reads; None:
     all.  apart: what it reads are parts of one segment, side by side: the mixers do not see one from another,
-    and to the CMS, which reads every token for itself, they are tokens of the one row in ``among``."""
+    and to the CMS, which reads every token for itself, they are tokens of the one row in ``among``.  gate: where the
+    gradient itself is to be differentiated: the graph is that of training, but for this between the memories and
+    what is read from them; there is no sink, and the CMS is given as levels."""
 
     anchor: Tensor
     sink: Sink | None
     among: list[int] | None = None
     apart: bool = False
+    gate: Gate | None = None
 
 
 class ContinuumMemory(nn.Module):
@@ -67,7 +72,7 @@ class ContinuumMemory(nn.Module):
 
     Parameters: ``levels.<l>.norm_gain`` [d], ``.up`` [N, d], ``.down`` [d, N]; ``.gate`` [N, d] (gated);
     ``.norm_bias`` [d] (layernorm); ``.post_gain`` [d] (post_norm); ``.up_bias``, ``.gate_bias``, ``.down_bias``
-    (bias=True); ``mix`` [K] (independent).
+    (bias=True); ``.log_rates``, one a matrix in the order up, gate, down (lr="learned"); ``mix`` [K] (independent).
 
     ``pending`` (an attribute; None: as the table in ``ops/cms/pending.py`` has it): tokens whose factors a
     row may hold per level before they become weights of its own. Until then rows share one base, and a row
@@ -90,6 +95,8 @@ class ContinuumMemory(nn.Module):
             shapes["gate"] = (n, d)
         if config.bias:
             shapes.update({f"{name}_bias": (shapes[name][0],) for name in matrices(config)})
+        if config.lr == "learned":
+            shapes["log_rates"] = (len(matrices(config)),)
 
         def empty(shape):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -100,11 +107,13 @@ class ContinuumMemory(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices ~ N(0, 1/fan_in), gains 1, biases and mix 0."""
+        """Matrices ~ N(0, 1/fan_in), gains 1, biases and mix 0, learned rates the default ones."""
         for l in range(self.config.num_levels):
             for name, p in self._parameters_of(l).items():
                 if name in matrices(self.config):
                     nn.init.normal_(p, std=p.shape[1] ** -0.5)
+                elif name == "log_rates":
+                    p.copy_(torch.tensor(list(self.config.matrix_rates(l).values()), dtype=torch.float64).log())
                 else:
                     nn.init.constant_(p, 1.0 if name in ("norm_gain", "post_gain") else 0.0)
         if self.mix is not None:
@@ -213,9 +222,21 @@ class ContinuumMemory(nn.Module):
     def continued(self, state: CMSState) -> CMSState:
         """``state``, which may have other rates or another optimizer, under this layer's configuration: see
         ``ops/cms/continued.py``. Itself where there is no difference; it stays as it is."""
+        state = self.followed(state)
         if state.config is self.config or state.config == self.config:
             return state
         return continued(state, self.config, self.start)
+
+    def followed(self, state: CMSState) -> CMSState:
+        """``state`` at this layer's matrices as they are now, where it holds deviations from them: see
+        ``ops/cms/deviations.py``. Itself where nothing has moved; it stays as it is."""
+        if state.base is None:
+            return state
+        return followed(state, checksum(self), [self._matrices(l) for l in range(self.config.num_levels)])
+
+    def based(self, state: CMSState) -> CMSState:
+        """``state``, whose rows hold deviations from this layer's matrices from here on."""
+        return based(state, checksum(self), [self._matrices(l) for l in range(self.config.num_levels)])
 
     def effective_levels(self, state: CMSState, dtype: torch.dtype | None = None) -> list[Level]:
         """The levels as ``cms_forward`` takes them, in ``dtype`` (None: that of the parameters).
@@ -337,9 +358,16 @@ class ContinuumMemory(nn.Module):
         return held if self.config.rank is None else low_rank.nothing(self.config, held)
 
     @torch.no_grad()
+    def rates(self, l: int) -> dict[str, float]:
+        """The rates of level ``l`` in force, by the name of the matrix."""
+        if self.config.lr != "learned":
+            return self.config.matrix_rates(l)
+        return dict(zip(matrices(self.config), self._parameters_of(l)["log_rates"].double().exp().tolist()))
+
+    @torch.no_grad()
     def _sizes(self, l: int) -> dict[str, float] | None:
-        """The RMS of each matrix, which relative rates are relative to, looked at again only when the parameters
-        may have changed. None: rates are absolute."""
+        """The RMS of each matrix, which relative rates are relative to, times its rate where that is learned; looked
+        at again only when the parameters may have changed. None: rates are absolute."""
         if not self.config.relative:
             return None
         mark, (known, found) = checksum(self), self._known_sizes.get(l, (None, {}))
@@ -348,6 +376,8 @@ class ContinuumMemory(nn.Module):
             if self.across is not None:  # parts of one size
                 means = {n: self.across.sum(mean) / self.across.size for n, mean in means.items()}
             found = {n: float(mean) ** 0.5 for n, mean in means.items()}
+            if self.config.lr == "learned":
+                found = {n: size * own for (n, size), own in zip(found.items(), self.rates(l).values())}
             self._known_sizes[l] = mark, found
         return found
 
@@ -398,7 +428,7 @@ class ContinuumMemory(nn.Module):
     ) -> Tensor:
         """Every level through its own call, inside which its weights are taken. constant: without a graph to
         the parameters."""
-        anchor, sink, among, _ = inner or (None, None, None, False)
+        anchor, sink, among = inner[:3] if inner is not None else (None, None, None)
         work = Work(self.config, self.norm_eps, ops, sink, anchor)
 
         def read(l: int, residual: bool) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
@@ -412,7 +442,7 @@ class ContinuumMemory(nn.Module):
                 y = read_level(l, x, level, work, residual)
                 if inner is None and torch.is_grad_enabled():  # no row shares a matrix that all have learned
                     learned = [n for n, t in level.items() if isinstance(t, Matrix) and t.rows and all(t.rows)]
-                    y = with_zero_gradient(y, [parameters[n] for n in learned])
+                    y = with_zero_gradient(y, [parameters[n] for n in (*learned, "log_rates") if n in parameters])
                 return y
 
             return with_parameters

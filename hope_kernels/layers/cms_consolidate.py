@@ -52,6 +52,7 @@ def consolidate(layer, state: CMSState, row: int, levels: Sequence[int] | None) 
         for name, value in learned.items():
             write_weight(f"{NAME}.consolidate", layer.levels[level], name, value)
         share(draft, level, [row])
+    draft.base = None  # what they deviated from is no more: what rows have is theirs
     state.assign(draft.finished())
 
 

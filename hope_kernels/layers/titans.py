@@ -23,7 +23,7 @@ from ..ops.shared.across import Across
 from ..ops.shared.pullback import Pullback
 from ..ops.titans.backends import resolve
 from ..ops.titans.inputs import Stats, TokenInputs
-from ..ops.titans.scan import eta_gate
+from ..ops.titans.scan import Gate, eta_gate
 from ..ops.titans.state import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.unit.backends import ENTRIES as UNIT
 from ..ops.unit.forward import l2norm
@@ -151,7 +151,7 @@ class SelfModifyingTitans(nn.Module):
     def forward(
         self, x: Tensor, state: TitansState | None = None, lengths=None, update: bool = True,
         backend: str | None = None,
-        *, check_finite: bool = False, functional: bool = False, constant_memory: bool = False,
+        *, check_finite: bool = False, functional: bool = False, constant_memory: bool | Gate = False,
     ) -> tuple[Tensor, TitansState]:
         """Reads T tokens per row and learns them.
 
@@ -191,17 +191,18 @@ class SelfModifyingTitans(nn.Module):
 
     def scan(
         self, x: Tensor, state: TitansState, lengths: list[int], *, update: bool = True, backend: str | None = None,
-        constant_memory: bool = False, stats: Stats | None = None,
+        constant_memory: bool | Gate = False, stats: Stats | None = None,
     ) -> tuple[Tensor, TitansState]:
         """``forward`` without its checks and without touching ``state``: returns y and the new state.
 
         constant_memory: fast weights and writes are constants of the graph, which then runs from y to x
         through q, convolution and gate only, and the returned state is detached (the inner gradient of a
-        learning model). Gradients by parameters are not promised.
+        learning model). Gradients by parameters are not promised. A ``Gate``, on the chunked backend: so while it
+        is closed, and with all gradients while it is open.
         """
         c = self.config
         own = c if self.across is None else part_of(c, self.across.size)
-        compute = resolve(own, x.dtype, x.device, backend, constant_memory)
+        compute = resolve(own, x.dtype, x.device, backend, constant_memory is True)
         # a backend that builds no graph: where x needs a gradient, ``pullback`` supplies it
         by_formulas = hasattr(compute, "with_pullback") and stats is None and self._is_plain()
         if by_formulas and torch.compiler.is_compiling():

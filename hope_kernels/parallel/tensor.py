@@ -54,7 +54,7 @@ def tensor_parallel(model: HopeForCausalLM, mesh: DeviceMesh | None = None) -> H
 
     Raises ValueError for heads or hidden units that cannot be divided evenly, other weights than in the first
     process, a model that is divided or wrapped already, and CMS levels that learn with ``precondition`` or ``rank``,
-    which mix all hidden units.
+    which mix all hidden units, or with learned rates.
     """
     op = "tensor_parallel"
     mesh = mesh_for(op, model, mesh)
@@ -118,6 +118,9 @@ def _even(op: str, counts: dict[str, int], size: int) -> None:
 def _check_level(op: str, config: CMSConfig) -> None:
     if not any(config.learning_rates):
         return
+    if config.lr == "learned":
+        raise ValueError(f"{op}: the CMS of argument model has lr='learned', expected numbers: each process would have "
+                         "a part of a rate's gradient; model.with_fixed_rates() makes them numbers")
     for name in ("precondition", "rank"):
         value = getattr(config, name)
         if value is not None:

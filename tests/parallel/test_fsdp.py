@@ -53,7 +53,7 @@ def test_generation_equals_a_single_process(found, mixer):
     assert found[f"generate {mixer}"]
 
 
-@pytest.mark.parametrize("kind", ["momentum", "muon", "adam", "precondition", "rank", "independent"])
+@pytest.mark.parametrize("kind", ["momentum", "muon", "adam", "learned", "precondition", "rank", "independent"])
 def test_every_way_of_learning(found, kind):
     assert found[f"learn {kind}"] < 1e-11
 
@@ -112,7 +112,8 @@ def measure(rank, world) -> dict:
     found["between"] = between(part)
     kinds = {
         "momentum": dict(optimizer="momentum", lr=0.02), "muon": dict(optimizer="muon", lr=0.02),
-        "adam": dict(), "precondition": dict(lr=0.02, precondition=0.1), "rank": dict(lr=0.02, rank=4),
+        "adam": dict(), "learned": dict(lr="learned"),
+        "precondition": dict(lr=0.02, precondition=0.1), "rank": dict(lr=0.02, rank=4),
         "independent": dict(lr=0.02, variant="independent", norm="layernorm", bias=True),
     }
     for kind, options in kinds.items():

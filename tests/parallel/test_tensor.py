@@ -120,7 +120,7 @@ def test_every_backend_serves_parts(found):
 def test_what_cannot_be_divided_is_refused(found):
     of = found["refused"]
     assert "precondition=0.1, which mixes all hidden units" in of["precondition"]
-    assert "rank=4, which mixes" in of["rank"]
+    assert "rank=4, which mixes" in of["rank"] and "lr='learned', expected numbers" in of["learned"]
     assert "heads, expected a multiple" in of["heads"] and "hidden units of a CMS level" in of["hidden"]
     assert "other weights" in of["weights"] and "is wrapped, hooked" in of["hooked"]
     assert "key-value heads" in of["kv"]
@@ -341,7 +341,7 @@ def backends() -> dict:
 def refused(rank, world) -> dict:
     found = {}
     many = {"precondition": dict(precondition=0.1), "rank": dict(rank=4),
-            "hidden": dict(intermediate_size=2 * world + 1)}
+            "hidden": dict(intermediate_size=2 * world + 1), "learned": dict(lr="learned")}
     four = TitansConfig(8, 4, chunk_memory=4, chunk_other=2)
     for name, options in many.items():
         torch.manual_seed(0)

@@ -86,7 +86,7 @@ def fold(state: CMSState, config: CMSConfig, shared: Shared, l: int, rows: list[
     weights, copies = state.writable("weights", l), _copies(state, l)
     left, right = state.writable("left", l), state.writable("right", l)
     for name, w in weights.items():
-        ops.refresh_(w, copies.get(name), left[name], right[name], held, config.learning_rates[l])
+        ops.refresh_(w, copies.get(name), left[name], right[name], held, config.matrix_rates(l)[name])
     _zero(left, held)
     _zero(right, held)
     mark(state.rank[l], held, 0)
@@ -180,7 +180,7 @@ def _step(
     the optimizer needs its size or its singular values."""
     dirty = [b for b in rows if state.dirty[l][b]]
     clean = [b for b in rows if b not in dirty]
-    rates = {n: scale * rate(config, l, None if sizes is None else sizes[n]) for n in matrices(config)}
+    rates = {n: scale * rate(config, l, n, None if sizes is None else sizes[n]) for n in matrices(config)}
     normalised = normalises(config)
     rest = factors  # what is new in dirty rows
     if config.optimizer == "muon" or normalised:

@@ -30,10 +30,10 @@ def continued(state: CMSState, config: CMSConfig, start: Callable[[int], Shared]
     """``state`` under ``config``, which differs from its own in fields of ``NEXT_STEP`` alone. It shares what
     is the same with ``state``, which stays as it is. start: what rows of a level start from, by its index."""
     before, draft, none = state.config, state.draft(), [0] * state.batch
-    for l, (old, new) in enumerate(zip(before.learning_rates, config.learning_rates)):
+    for l, new in enumerate(config.learning_rates):
         other = any(getattr(before, field) != getattr(config, field) for field in _units(config))
         held = [b for b, rank in enumerate(draft.rank[l]) if rank]
-        if held and (other or old != new):
+        if held and (other or before.matrix_rates(l) != config.matrix_rates(l)):
             fold(draft, before, start(l), l, held)
         if other or new == 0:
             for part in KEPT:

@@ -107,7 +107,7 @@ def _take(
     weights, moments, squares, sums = parts
     for name in matrices(config) if rows else ():
         w, m, v, g = (_rows_of(part.get(name)) for part in (weights, moments, squares, sums))
-        lr = rate(config, l, None if sizes is None else sizes[name])
+        lr = rate(config, l, name, None if sizes is None else sizes[name])
         for b, factor in zip(rows, rates):
             numbers: tuple = (MOMENTUM if moments else GD, factor * lr, config.momentum, 0, 0, 0, 0, 0)
             if squares:

@@ -251,7 +251,7 @@ class Row:
             if due[l] and rate > 0:
                 self.steps[l] += 1
                 for n in self.names:
-                    self._step(l, n, rate)
+                    self._step(l, n, self.config.matrix_rates(l)[n])
                 self.tokens[l] = 0
                 self.refreshed.add(l)
         if self.config.variant == "nested":

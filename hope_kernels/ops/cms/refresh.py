@@ -84,7 +84,12 @@ def cms_refresh_(
         if type(n) is not int or n < 1:
             raise ValueError(f"{name}: argument {field} is {n!r}, expected a positive integer")
     rows = list(range(sizes["B"])) if rows is None else sorted(set(check_rows(name, "rows", rows, sizes["B"])))
-    lr, ops = rate(config, level, size), resolve(config, left.dtype, left.device, backend, inner=True)
+    rates = config.matrix_rates(level)
+    if config.lr == "learned" or len(set(rates.values())) > 1:
+        raise ValueError(f"{name}: argument config has lr={config.lr!r}, expected one number for all matrices of "
+                         f"level {level}: which matrix this is, the function does not know")
+    lr = rate(config, level, next(iter(rates)), size)
+    ops = resolve(config, left.dtype, left.device, backend, inner=True)
     if lr == 0 or not rows:
         return
     if normalises(config):

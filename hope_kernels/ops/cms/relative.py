@@ -15,9 +15,10 @@ from .muon import RMS
 TINY = 1e-30  # gradients of this size or below count as zero
 
 
-def rate(config: CMSConfig, l: int, size: float | None) -> float:
-    """What level ``l`` multiplies the steps of a matrix of this size by; absolute rates need no size."""
-    lr = config.learning_rates[l]
+def rate(config: CMSConfig, l: int, name: str, size: float | None) -> float:
+    """What level ``l`` multiplies the steps of its matrix ``name`` by, which is of this size; absolute rates need
+    no size. Where rates are learned, the size that a layer says is the rate times the size."""
+    lr = 1.0 if config.lr == "learned" else config.matrix_rates(l)[name]
     if not config.relative:
         return lr
     assert size is not None

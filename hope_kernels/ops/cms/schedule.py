@@ -9,7 +9,7 @@ from ...config import CMSConfig
 
 def matrices(config: CMSConfig) -> tuple[str, ...]:
     """Names of the matrices of one level: what a refresh may change."""
-    return ("up", "gate", "down") if config.gated else ("up", "down")
+    return config.matrices
 
 
 def hidden_dim(name: str) -> int:

@@ -35,9 +35,10 @@ class Private:
     "none", where a graph outside may hold any of them. spare: see ``CMSState.spare``.
 
     late: in a call that is recorded to be made again, where ``Adam.late`` of a step lies, by level, step and
-    rate."""
+    rate. outer: how an outer graph goes through refreshes, "first_order" or "second_order"; None: it does not."""
 
     late: Callable[[int, Adam, float], Tensor] | None = None
+    outer: str | None = None
 
     def __init__(self, which: str, spare: dict[Place, Tensor]):
         self.which, self.spare, self.made = which, spare, {}
@@ -106,6 +107,9 @@ class CMSState(State):
     call copies a tensor there when it first writes it; when the call has succeeded (``assign``), the state has
     the tensors written, and those it had are spare. So a call allocates nothing that an earlier one of the
     same state has allocated, and one that fails leaves the state as it was.
+
+    ``base``: the layer's matrices that ``weights`` are to be read as deviations from, after calls with ``outer``
+    (``deviations.py``); None: they are what they are, wherever the layer's go. No file has it.
     """
 
     weights: list = field(default_factory=list)
@@ -128,6 +132,7 @@ class CMSState(State):
     inverses: list = field(default_factory=list)
     following: list = field(default_factory=list)
     private: Private | None = field(default=None, repr=False, kw_only=True)
+    base: Any = field(default=None, repr=False, kw_only=True)
 
     INPUT_DTYPE = frozenset({"inputs", "errors", "copies", "left", "right"})
 
@@ -149,10 +154,11 @@ class CMSState(State):
         super().__setstate__(fields)
         for name in ("squares", "tokens", "steps", "inverses", "following"):  # of earlier pickles
             self.__dict__.setdefault(name, [])
+        self.__dict__.setdefault("base", None)
         self.__post_init__()
 
     def _fields(self):
-        return [(n, v) for n, v in super()._fields() if n != "private"]
+        return [(n, v) for n, v in super()._fields() if n not in ("private", "base")]
 
     def input_dtype(self) -> torch.dtype | None:
         for part in (self.inputs, self.errors, *self.copies, *self.left, *self.right):
@@ -238,7 +244,9 @@ class CMSState(State):
                 for state, part in zip(states, parts) if held else ():
                     slots = max(t["up"].shape[1] for t in held)
                     part[name][l] = _filled(name, part, l, held[0], state.batch, slots)
-        found = [replace(s, **p) for s, p in zip(states, parts)]
+        # rows that were read with the same weights deviate from the same ones
+        base = next((s.base for s in states if s.base is not None), None)
+        found = [replace(s, base=base, **p) for s, p in zip(states, parts)]
         for name in ("inputs", "errors"):
             held = [t for s in found if (t := getattr(s, name)) is not None]
             for s in found if held else ():
@@ -261,18 +269,24 @@ class CMSState(State):
                 lists["inverses"][l], lists["following"][l] = self.inverses[l], self.following[l]
         return replace(self, **lists)
 
+    def merge(self, other, rows: list[bool]):
+        mine, theirs = self._alike([self, other])
+        return State.merge(mine, theirs, rows)
+
     def to(self, device=None, dtype: torch.dtype | None = None):
         casts = dtype is not None or isinstance(device, torch.dtype)
         # copies round the masters once: not those of another dtype a second time
         return State.to(self.compact() if casts else self, device, dtype)
 
-    def draft(self, in_place: str = "made") -> CMSState:
+    def draft(self, in_place: str = "made", outer: str | None = None) -> CMSState:
         """A state for one call to change: its lists and counters are its own, its tensors become so when they
-        are first written. in_place: see ``Private``."""
+        are first written. in_place, outer: see ``Private``."""
         lists = {n: list(getattr(self, n)) for n in _LISTS} | {
             n: [Counters(c) for c in getattr(self, n)] for n in _FLAGS
         }
-        return replace(self, **lists, private=Private(in_place, self.spare))
+        private = Private(in_place, self.spare)
+        private.outer = outer
+        return replace(self, **lists, private=private)
 
     def finished(self) -> CMSState:
         """The draft as a state of its own."""
@@ -294,7 +308,7 @@ class CMSState(State):
                 for n, t in now.items():
                     if n in old and old[n] is not t and id(t) in new.made:
                         self.spare[part, l, n], kept[n] = old[n], t
-        new.made = {}
+        new.made, self.base = {}, new.base
         return super().assign(new)
 
     def writable(self, part: str, level: int) -> dict[str, Tensor]:

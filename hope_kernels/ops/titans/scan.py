@@ -11,7 +11,8 @@ slots meets every row's chunk boundaries together.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,36 @@ from .evaluate import read
 from .inputs import Stats, TokenInputs
 from .slots import Slots
 from .state import FastWeights, Layout, MaybeTensor, TitansState, on_device
+
+
+class Gate:
+    """Between fast weights and what is read from them, where a gradient is differentiated again: closed, fast
+    weights are constants of the first derivative; the second one goes through."""
+
+    def __init__(self):
+        self.shut = False
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        self.shut = True
+        try:
+            yield
+        finally:
+            self.shut = False
+
+    def __call__(self, weights: FastWeights) -> FastWeights:
+        return FastWeights(*(None if t is None else _Gated.apply(t, self) for t in weights))
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, gate):
+        ctx.gate = gate
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None if ctx.gate.shut else grad, None
 
 
 class Tokens(NamedTuple):
@@ -80,14 +111,14 @@ class _Group:
 
 def titans_chunk(
     config: TitansConfig, w_init: FastWeights, inputs: TokenInputs, state: TitansState, lengths: list[int],
-    *, update: bool = True, constant_memory: bool = False, stats: Stats | None = None,
+    *, update: bool = True, constant_memory: bool | Gate = False, stats: Stats | None = None,
 ) -> tuple[Tensor, TitansState]:
     """Reads and writes T tokens per row: (o [B, T, H, D], the new state); ``state`` itself is not modified.
 
     w_init [H, ...]: stacked initial fast weights. lengths: tokens of each row that count. ``update=False``
     reads everything with the memories as they are and returns ``state``. ``constant_memory`` keeps the graph
-    through q only: writes and fast weights are constants. ``stats`` collects what every commit did. Slots of
-    o past a row's length hold no meaning.
+    through q only: writes and fast weights are constants; a ``Gate``: while it is closed. ``stats`` collects what
+    every commit did. Slots of o past a row's length hold no meaning.
     """
     return _Scan(config, w_init, inputs, state, lengths, constant_memory, stats).run(update)
 
@@ -99,7 +130,8 @@ class _Scan:
         self.B, self.T, self.H, _ = first.shape
         self.dtype, self.master = first.dtype, master_dtype(first.dtype)
         self.layout = Layout.of(config)
-        self.writing = torch.no_grad if constant_memory else nullcontext
+        self.gate = constant_memory if isinstance(constant_memory, Gate) else None
+        self.writing = torch.no_grad if constant_memory is True else nullcontext
         self.small, self.big = sorted((config.chunk_memory, config.chunk_other))
         self.rows = Slots(state.pos, lengths, self.big, self.T, first.device)
         self.in_place = not torch.is_grad_enabled()
@@ -177,15 +209,18 @@ class _Scan:
     def _rounded(self, t: Tensor) -> Tensor:
         return t.to(self.dtype).to(self.master)
 
+    def _gated(self, weights: FastWeights) -> FastWeights:
+        return weights if self.gate is None else self.gate(weights)
+
     def _read_memory(self, q: Tensor) -> Tensor:
         return read(
-            self._rounded(q).mT, self.memory_w, self.memory_layout, self.config.activation, self.dtype
+            self._rounded(q).mT, self._gated(self.memory_w), self.memory_layout, self.config.activation, self.dtype
         ).full[:, 0].mT
 
     def _adaptive_q(self, x: Tensor) -> Tensor:
         """q = norm(M_q(x)) under grad while every other production is a constant."""
         q = read(
-            x.to(self.master).mT, self.other_w, self.other_layout, self.config.activation, self.dtype
+            x.to(self.master).mT, self._gated(self.other_w), self.other_layout, self.config.activation, self.dtype
         ).full[:, 2].mT
         return l2norm(q) if self.config.qk_l2norm else q
 
@@ -221,7 +256,7 @@ class _Scan:
                     tokens = self._keep_pending(tokens, slot, end)
             if q is not None:
                 q_t = q[:, a:b]
-            elif x is not None and self.writing is torch.no_grad:
+            elif x is not None and (self.writing is torch.no_grad or self.gate is not None):
                 q_t = self._adaptive_q(x[:, a:b])
             outputs.append(self._read_memory(q_t))
             pieces.append(tokens)

@@ -1,0 +1,94 @@
+"""examples/train_lm.py: a run that is stopped ends with the bits of one that is not; mixed text."""
+
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hope_kernels import HopeForCausalLM
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def loaded(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield loaded
+    sys.modules.pop("mixed_text", None)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A file, and a folder of which one file is no text."""
+    letters = random.Random(0)
+    (tmp_path / "a.txt").write_text("".join(letters.choices("abcd ", k=6000)))
+    (tmp_path / "b" / "inner").mkdir(parents=True)
+    (tmp_path / "b" / "one.py").write_text("x = 1\n" * 900)
+    (tmp_path / "b" / "inner" / "two.py").write_text("y = 2\n" * 900)
+    (tmp_path / "b" / "three.rst").write_text("z" * 5000)
+    (tmp_path / "b" / "four.py").write_bytes(b"\xff\xfe" * 3000)
+    return tmp_path
+
+
+def test_a_run_that_is_stopped_ends_with_the_bits_of_one_that_is_not(example, texts, monkeypatch):
+    """Before and after the CMS begins to learn; the second part with a state that holds deviations."""
+    train_lm = example("train_lm")
+    common = [str(texts / "a.txt"), f"{texts / 'b'}=0.5", "--suffix", ".py", "--heldout-share", "0.02",
+              "--steps", "12", "--through-refreshes", "0.6", "--d-model", "16", "--heads", "2", "--layers", "1",
+              "--chunk", "4", "--cms", "8", "16", "--batch", "3", "--tokens", "24", "--restart", "0.2"]
+    before = torch.get_num_threads()
+
+    def run(out, *options):
+        monkeypatch.setattr(sys, "argv", ["train_lm.py", *common, "--out", str(texts / out), *options])
+        train_lm.main()
+        return load_file(texts / out / "checkpoint.safetensors")
+
+    try:
+        torch.set_num_threads(1)
+        whole = run("whole")
+        for pause in ("3", "5"):
+            run("parts", "--pause", pause)
+        parts = run("parts")
+    finally:
+        torch.set_num_threads(before)
+    assert whole.keys() == parts.keys() and all(torch.equal(t, parts[n]) for n, t in whole.items())
+    states = [load_file(next((texts / out).glob("state-*.safetensors"))) for out in ("whole", "parts")]
+    assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+    assert any(".weights." in n for n in states[0])
+    model = HopeForCausalLM.from_pretrained(texts / "parts")
+    rates = model.config.block_cms[0].lr
+    start = json.loads((texts / "whole" / "config.json").read_text())
+    assert start["model_type"] and all(len(own) == 2 for own in rates) and len({*rates[0], *rates[1]}) == 4
+
+
+def test_sources_are_drawn_by_weight_and_end_where_they_are_held_out(example, texts):
+    mixed = example("mixed_text")
+    found = mixed.sources([str(texts / "a.txt"), f"{texts / 'b'}=3"], 0.25, (".py",))
+    assert [(s.name, s.weight, len(s.data), len(s.heldout)) for s in found] == [
+        ("a.txt", 1.0, 4500, 1500), ("b", 3.0, 8100, 2700)
+    ]
+    assert bytes(found[1].data[:6].tolist()) == b"x = 1\n"
+    streams = mixed.Streams(found, 8, 32, 0.5, seed=1)
+    again, counts = mixed.Streams(found, 8, 32, 0.5, seed=1), [0, 0]
+    for step in range(200):
+        ids, fresh = streams.next(step)
+        assert again.skip(step) == fresh and again.at == streams.at
+        for b, (s, a) in enumerate(streams.at):
+            assert torch.equal(ids[b], found[s].data[a - 32 : a + 1])
+            counts[s] += fresh[b]
+    assert 0.68 < counts[1] / sum(counts) < 0.82
+    for spec, message in ((f"{texts / 'a.txt'}=no", "the weight is 'no'"), (str(texts / "b" / "four.py"), "0 bytes")):
+        with pytest.raises(SystemExit, match=message):
+            mixed.sources([spec], 0.0)
