@@ -39,8 +39,12 @@ class Segment {
 
   void head() {
     const float* h = stream(streams - 1);
-    if (c.h) over(B * P, d, [&](int64_t i) { to_rows(h, c.h, d, i / P, i % P); });
-    if (!c.logits && !c.nats && !c.last && !c.learns) return;
+    if (c.h)
+      over(B * P, d, [&](int64_t i) {
+        const int64_t b = i / P, p = i % P;
+        store_lanes(h + i * d * PANEL, c.h + (b * c.stride + p * PANEL) * d, d, d, 0, tokens(b, p));
+      });
+    if (!c.logits && !c.nats && !c.last && !c.learns && !c.finite) return;
     over(B * P, c.vocab * d, [&](int64_t i) { head_of(h, i / P, i % P); });
   }
 
@@ -208,7 +212,7 @@ class Segment {
     if (n == 0) return;
     if (n < PANEL) std::memset(to, 0, d * PANEL * sizeof(float));
     for (int64_t t = 0; t < n; t++)
-      std::memcpy(rows + t * d, c.embed + c.ids[b * T + p * PANEL + t] * d, d * sizeof(float));
+      std::memcpy(rows + t * d, c.embed + c.ids[b * c.stride + p * PANEL + t] * d, d * sizeof(float));
     load_lanes(to, rows, d, d, 0, n);
   }
 
@@ -345,15 +349,27 @@ class Segment {
 
   // -- head -------------------------------------------------------------------------------------------------
 
+  // Whether n tokens of a panel are, in all its rows.
+  static bool finite(const float* panel, int64_t rows, int64_t n) {
+    float sum[PANEL] = {};  // of zeros, and of NaN where a number is no finite one
+    for (int v = 0; v < n; v += 8) {
+      f8 s = all(0);
+      for (int64_t r = 0; r < rows; r++) s = fma(load(panel + r * PANEL + v), all(0), s);
+      store(sum + v, s);
+    }
+    return std::all_of(sum, sum + n, [](float s) { return s == 0; });
+  }
+
   // One panel: logits, losses p = softmax(logits), and head^T (p - onehot) back through the norm.
   void head_of(const float* h, int64_t b, int64_t p) const {
-    const int64_t n = tokens(b, p), V = c.vocab, first = b * T + p * PANEL, at = (b * P + p) * d * PANEL;
+    const int64_t n = tokens(b, p), V = c.vocab, first = b * c.stride + p * PANEL, at = (b * P + p) * d * PANEL;
     if (n == 0) return;
     float* logits = wide + (b * P + p) * V * PANEL;
     norm(h + at, c.gain, one + at);
     panel_product(0, V, d, c.head, d, 1, one + at, n <= 8,
                   [&](int64_t r, auto& acc) { store_rows(logits, r, acc); });
     if (c.logits) store_lanes(logits, c.logits + first * V, V, V, 0, n);
+    if (c.finite && !finite(logits, V, n)) c.finite[b] = 0;
     const int64_t end = c.len[b] - 1 - p * PANEL;
     if (c.last && end >= 0 && end < PANEL)
       for (int64_t r = 0; r < V; r++) c.last[b * V + r] = logits[r * PANEL + end];

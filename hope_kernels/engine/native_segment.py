@@ -47,9 +47,12 @@ class Reader:
         """Reads ``lengths`` tokens of each row of ids [B, n] from ``mixers``, which stay as they are, with what
         ``state`` has learned in the rows ``among`` (None: all): the reading, and the mixers after it. keep: its loss
         is to be learned."""
-        B, T = ids.shape
-        reading = self._readings.pop((B, T, keep), None) or Reading(self, B, T, keep)
+        reading = self.reading(*ids.shape, keep)
         return reading, reading.read(state, mixers, ids.contiguous(), lengths, among)
+
+    def reading(self, B: int, T: int, keep: bool) -> Reading:
+        """For segments of T tokens."""
+        return self._readings.pop((B, T, keep), None) or Reading(self, B, T, keep)
 
     def mixers_like(self, mixers: Sequence[TitansState]) -> tuple[list[TitansState], list[Memory]]:
         """States as ``mixers``, whose tensors are to be written, and where these lie."""
@@ -71,6 +74,10 @@ class Reader:
     def give_back(self, reading: Reading, mixers: Sequence[Any]) -> None:
         """Nobody needs ``reading``, nor the ``mixers`` before it, if a reading has made them."""
         self._readings[(*reading.shape, reading.keep)] = reading
+        self.free(mixers)
+
+    def free(self, mixers: Sequence[Any]) -> None:
+        """Nobody needs ``mixers``, if a reading has made them."""
         known = self._made.get(id(mixers))
         if known is not None:
             self._free.append(known[0])
