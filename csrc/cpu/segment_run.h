@@ -160,10 +160,15 @@ class Segment {
     over(B * strips, strip * K * P, [&](int64_t i) {
       const int64_t b = i / strips, r0 = i % strips * strip, r1 = std::min(R, r0 + strip);
       if (!wanted(b)) return;
-      const float* W = weights(b);
-      for (int64_t p = 0; p * PANEL < c.len[b]; p++) {
-        panel_product(r0, r1, K, W, rs, ks, from + (b * P + p) * K * PANEL, half(b, p),
-                      [&](int64_t r, auto& acc) { done(b, p, r, acc); });
+      const float *W = weights(b), *x = from + b * P * K * PANEL;
+      auto to = [&](int64_t p) { return [&done, b, p](int64_t r, auto& acc) { done(b, p, r, acc); }; };
+      for (int64_t p = 0; p * PANEL < c.len[b]; p++, x += K * PANEL) {
+        if (tokens(b, p + 1) > 8) {
+          panel_products(r0, r1, K, W, rs, ks, x, x + K * PANEL, to(p), to(p + 1));
+          after(b, p++, r0, r1), x += K * PANEL;
+        } else {
+          panel_product(r0, r1, K, W, rs, ks, x, half(b, p), to(p));
+        }
         after(b, p, r0, r1);
       }
     });
@@ -446,22 +451,30 @@ class Segment {
       const Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
       const Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
       outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
-                    [&](int64_t r, int64_t at, auto& acc) {
-                      constexpr size_t row = sizeof(acc[0]), height = sizeof(acc) / row, number = sizeof(float);
-                      constexpr int64_t width = row / number;
-                      alignas(64) float grad[width];
-                      for (size_t j = 0; j < height; j++) {
-                        store_row(grad, acc[j]);
-                        step_weights(rule, width, grad, weights.from((r + j) * K + k + at));
-                      }
-                    });
+                    [&](int64_t r, int64_t at, auto& acc) { step_tile(rule, weights.from(r * K + k + at), K, acc); });
     });
   }
 
-  template <class V, int NV>
-  static void store_row(float* to, const V (&acc)[NV]) {
+  // A tile of gradients, whose rows lie K apart.
+  template <class V, int MR, int NV>
+  static void step_tile(const Step& s, const Weights& p, int64_t K, const V (&acc)[MR][NV]) {
+    if (s.rule == GD && !p.total) {
+      const V lr = all_as<V>(s.lr);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; r++)
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) store(to + LANES<V> * v, acc[v]);
+        for (int v = 0; v < NV; v++) {
+          float* w = p.weight + r * K + LANES<V> * v;
+          store(w, fnma(lr, acc[r][v], load_as<V>(w)));
+        }
+      return;
+    }
+    alignas(64) float grad[MR][NV * LANES<V>];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) store(grad[r] + LANES<V> * v, acc[r][v]);
+    for (int r = 0; r < MR; r++) step_weights(s, NV * LANES<V>, grad[r], p.from(r * K));
   }
 
   int mixer_backward(int64_t i) const {

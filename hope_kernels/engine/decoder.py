@@ -36,7 +36,7 @@ from ..ops.titans.rounded import RoundedWeights, unserved_copy
 from ..ops.titans.state import FastWeights, TitansState
 from ..state import expanded
 from . import native, segments
-from .native import NativeStep
+from .native import NativeStep, Strips
 from .protocol import Model
 from .unread import check_read_next
 
@@ -102,6 +102,7 @@ class Decoder:
         self._pool = self._signature = None
         self._native: NativeStep | None = None  # the step in C++; None: does not serve, if ``_asked``
         self._asked = False
+        self._strips: Strips = {}
         self._expected = list(state.pos)
 
     @torch.no_grad()
@@ -232,7 +233,7 @@ class Decoder:
             self._asked = True
             served = self._whole and self.state.batch > 0 and native.dense(self._levels)
             if served and native.unserved(self.model, self.backend) is None:
-                self._native = NativeStep(self.model, self.state, self._levels, self._tokens)
+                self._native = NativeStep(self.model, self.state, self._levels, self._tokens, self._strips)
         return self._native
 
     def _step(self) -> Tensor:

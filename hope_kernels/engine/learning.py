@@ -211,8 +211,8 @@ def _several(
         state = segments.kept(state, rows, ids[:, a : a + C], targets.ids[:, a : a + C], [C] * state.batch)
     step = [read.done * C] * state.batch
     logits, nats, last, _ = read.heads
-    heads = Heads(None if logits is None else logits[:, : step[0]], None if nats is None else nats[:, : step[0]], last, None)
-    return heads, advance(state, read.mixers, step), step
+    logits, nats = (None if t is None else t[:, : step[0]] for t in (logits, nats))
+    return Heads(logits, nats, last, None), advance(state, read.mixers, step), step
 
 
 def _plans_at(
