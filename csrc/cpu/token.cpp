@@ -136,6 +136,7 @@ class Step {
           (wide() ? avx512::commit_open : commit_open)(t, g / t.H, g % t.H, slot(t, g / t.H) + 1, scratch, own);
           pack(t, g / t.H, g % t.H, block.packed + g * packed_floats(t));
         }
+      for (int64_t b = 0; block.count && team.id == 0 && b < B; b++) block.count[b]++;
       const int64_t n = (c.W - 1) * d;
       if (block.conv && n)
         for_rows([&](int64_t b) { std::memcpy(block.tail + b * n, w.tails + (i * B + b) * n, n * sizeof(float)); });

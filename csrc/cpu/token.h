@@ -20,6 +20,7 @@ struct TokenBlock {
   float* packed;                           // hope_token_packed floats, written by hope_token_pack
   int64_t levels;
   const TokenLevel* level;
+  int64_t* count;                          // [B], tokens read, advanced in place; or null
 };
 
 struct TokenCall {

@@ -148,7 +148,7 @@ class Decoder:
         """What is due when a token arrives and before it is read, as in ``learning.read_off`` and
         ``read_learning``: what the state is to be once the token has been read, and its snapshot; None, None where
         nothing is due, or where the state has it already."""
-        state, model, C = self.state, self.model, self.model.segment
+        state, model = self.state, self.model
         learned = None
         if self.learn == "off":
             complete = segments.complete(state)
@@ -156,6 +156,7 @@ class Decoder:
                 done = [0] * state.batch
                 learned = segments.replay(model, self._draft(), complete, tokens, done, None, self.backend)
             return self._kept(learned), None
+        C = model.segment
         if any(p % C == 0 for p in state.pos):
             done = [0] * state.batch
             learned = segments.boundary(model, self._draft(), self._ones, tokens, done, self.backend)
@@ -275,8 +276,9 @@ class Decoder:
 
     def _count(self, tokens: Tensor) -> None:
         """The token joins the open segment, and the model's counters move."""
-        state, C, first = self.state, self.model.segment, self.state.seen[0] if self.state.batch else 0
+        state, first = self.state, self.state.seen[0] if self.state.batch else 0
         if self.learn == "next_token":
+            C = self.model.segment
             if first != TAINTED and all(s == first for s in state.seen):
                 state.ids[:, first].copy_(tokens[:, 0])
                 state.seen[:] = [first + 1] * state.batch

@@ -7,7 +7,7 @@ are looked up once and hold until something else has changed a tensor of the sta
 from __future__ import annotations
 
 import ctypes
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ..ops.titans.state import Layout, TitansState
 from .protocol import Model
 
 NOT_FINITE = 3  # csrc/cpu/token.cpp
+_version = attrgetter("_version")
 _STATE = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _PLAIN = (nn.Embedding, nn.RMSNorm, nn.Linear, nn.ModuleList, nn.ModuleDict, HopeBlock, ContinuumMemory, CMSLevel,
           SelfModifyingTitans)
@@ -45,6 +46,7 @@ class _Block(ctypes.Structure):
     _fields_ = [
         *((n, POINTER) for n in ("gain", "conv", "tail", "in_proj", "q_proj", "gate_proj", "out_proj", "out_gain")),
         ("titans", TitansCall), ("packed", POINTER), ("levels", SIZE), ("level", ctypes.POINTER(_Level)),
+        ("count", POINTER),
     ]
 
 
@@ -149,7 +151,6 @@ class NativeStep:
         self._threads = torch.get_num_threads()  # that the work space is for
         self._mixers = list(state.mixers)
         self._seen: list[tuple[TitansState, str, Tensor]] = []  # whose, and as what: the tensors that a step writes
-        self._counts = [m.count for m in state.mixers if isinstance(m, TitansState) and m.count is not None]
         blocks = (_Block * len(model.blocks))()
         for i, (block, mixer, of) in enumerate(zip(model.blocks, state.mixers, levels)):
             assert isinstance(mixer, TitansState)
@@ -163,16 +164,16 @@ class NativeStep:
         )
         self._shape, self._blocks = (B, 1, V), blocks
         self._call.logits = self._new(B * V).data_ptr()
-        self._written = [t for _, _, t in self._seen]
-        self._versions = [t._version for t in self._written]
+        self._owners, self._names, self._written = (list(of) for of in zip(*self._seen))
+        self._versions = [*map(_version, self._written)]
         self._call.work = self._new(floats("hope_token_work", self._call)).data_ptr()
         _pack(ctypes.addressof(self._call))
 
     def current(self, state: ModelState) -> bool:
         """Whether nothing but this has changed what was packed, since."""
         same = self.mark is not None and self.mark is state.fingerprint and all(map(is_, state.mixers, self._mixers))
-        return same and all([getattr(owner, name) is t for owner, name, t in self._seen]) and (
-            [t._version for _, _, t in self._seen] == self._versions
+        return same and all(map(is_, map(getattr, self._owners, self._names), self._written)) and (
+            [*map(_version, self._written)] == self._versions
         )
 
     def step(self, state: ModelState, finite: bool) -> Tensor | None:
@@ -186,7 +187,6 @@ class NativeStep:
         if outcome == NOT_FINITE:
             return None
         cpu_library.check_outcome(outcome, "Decoder")
-        torch.ops.aten._foreach_add_.Scalar(self._counts, 1)
         # a graph that has kept one of these tensors must find out
         torch.autograd.graph.increment_version(self._written)
         self._versions = [version + 1 for version in self._versions]
@@ -228,6 +228,9 @@ class NativeStep:
             where[name] = self._at(t, count)
             if t is not None:
                 self._seen.append((state, name, t))
+        if state.count is not None:
+            to.count = address(state.count, B, "count", torch.int64)
+            self._seen.append((state, "count", state.count))
         if state.conv_tail is not None:
             self._seen.append((state, "conv_tail", state.conv_tail))
         if c.retain_to == "init":

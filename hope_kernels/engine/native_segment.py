@@ -1,8 +1,8 @@
 """A segment through a whole model, its loss, and back, in three calls of C++ (csrc/cpu/segment.h): what is read to
-be learned on a CPU, and what that learns from it.
+be learned on a CPU, and what that learns from it. ``native_segments.py`` has several of them in one call.
 
-Between the calls stands what only Python knows: whether logits are to be checked, what the guard says of the losses,
-and which levels are due (``ops/cms/plan.py``). Every number is one chain of operations over its own token and row, so
+Between the calls stands what only Python knows: what the guard says of the losses, and which levels are due
+(``ops/cms/plan.py``). Every number is one chain of operations over its own token and row, so
 what is learned does not depend on how a text is cut, on company in a batch, or on threads: not by a bit, as long as
 tokens are read by such calls alone.
 """
