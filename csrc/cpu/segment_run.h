@@ -69,6 +69,7 @@ class Segment {
   float *slope, *one, *two, *wide, *strips;   // panels of d, d, d and of the widest level (or vocabulary)
   float *ra, *rb, *rc, *rd, *re;              // token rows of d
   static constexpr int64_t STRIP = 32;        // rows of a weight that meet all panels of a row of the batch
+  static constexpr int64_t COLUMNS_MOST = 512;  // of a transposed weight that are copied to lie beside each other
   static constexpr int64_t COLUMNS = 32;      // of a weight that take their step together
 
   static int64_t round(int64_t n) { return (n + 15) / 16 * 16 + 16; }
@@ -160,14 +161,20 @@ class Segment {
     over(B * strips, strip * K * P, [&](int64_t i) {
       const int64_t b = i / strips, r0 = i % strips * strip, r1 = std::min(R, r0 + strip);
       if (!wanted(b)) return;
-      const float *W = weights(b), *x = from + b * P * K * PANEL;
-      auto to = [&](int64_t p) { return [&done, b, p](int64_t r, auto& acc) { done(b, p, r, acc); }; };
+      const float *W = weights(b) + r0 * rs, *x = from + b * P * K * PANEL;
+      int64_t next = ks;
+      alignas(64) float columns[PANEL * COLUMNS_MOST];
+      if (rs == 1 && K <= COLUMNS_MOST && r1 - r0 == PANEL) {  // whose lines would evict each other, ks apart
+        for (int64_t k = 0; k < K; k++) std::memcpy(columns + k * PANEL, W + k * ks, PANEL * sizeof(float));
+        W = columns, next = PANEL;
+      }
+      auto to = [&](int64_t p) { return [&done, b, p, r0](int64_t r, auto& acc) { done(b, p, r0 + r, acc); }; };
       for (int64_t p = 0; p * PANEL < c.len[b]; p++, x += K * PANEL) {
         if (tokens(b, p + 1) > 8) {
-          panel_products(r0, r1, K, W, rs, ks, x, x + K * PANEL, to(p), to(p + 1));
+          panel_products(0, r1 - r0, K, W, rs, next, x, x + K * PANEL, to(p), to(p + 1));
           after(b, p++, r0, r1), x += K * PANEL;
         } else {
-          panel_product(r0, r1, K, W, rs, ks, x, half(b, p), to(p));
+          panel_product(0, r1 - r0, K, W, rs, next, x, half(b, p), to(p));
         }
         after(b, p, r0, r1);
       }

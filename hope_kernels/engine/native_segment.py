@@ -47,7 +47,8 @@ class Reader:
         """Reads ``lengths`` tokens of each row of ids [B, n] from ``mixers``, which stay as they are, with what
         ``state`` has learned in the rows ``among`` (None: all): the reading, and the mixers after it. keep: its loss
         is to be learned."""
-        reading = self.reading(*ids.shape, keep)
+        B, T = ids.shape
+        reading = self.reading(B, T, keep)
         return reading, reading.read(state, mixers, ids.contiguous(), lengths, among)
 
     def reading(self, B: int, T: int, keep: bool) -> Reading:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -48,13 +48,13 @@ class Read(NamedTuple):
 
     done: int
     heads: Heads
-    mixers: list[TitansState]
+    mixers: list[Any]
 
 
 def read_frozen(
     reader: Reader, state: ModelState, ids: Tensor, lengths: list[int], targets: Targets | None, *, logits: bool,
     check_finite: bool
-) -> tuple[Heads, list[TitansState]]:
+) -> tuple[Heads, list[Any]]:
     """``lengths`` tokens of each row of ids [B, n], read with what ``state`` has learned: what ``read_head`` makes of
     them, and the mixers after it."""
     B, n = ids.shape
@@ -152,7 +152,7 @@ def _read(
     logits: bool, check_finite: bool, h: Tensor | None = None, **learning: Any
 ) -> Read:
     """``count`` segments. h: becomes what the head is given. learning: ``steps`` and more of a ``SegmentsCall``."""
-    (B, T), reader, mixers = reading.shape, reading.reader, state.mixers
+    (B, T), reader, mixers = reading.shape, reading.reader, cast("list[TitansState]", state.mixers)
     after, to = reader.mixers_like(mixers)
     spare, others = reader.mixers_like(mixers)
     held = reading.begin(state, mixers, ids.contiguous(), lengths, None, to)
