@@ -20,8 +20,9 @@ def decides(state) -> list[torch.Tensor]:
     """All that decides what is read next."""
     found = [t for mixer in state.mixers for t in mixer.tensors()]
     for cms in state.cms:
-        for l, of in enumerate(cms.weights if cms is not None else ()):
-            found += [t for t in (of or {}).values() if all(cms.own[l])]
+        if cms is not None:
+            levels = zip(cms.weights, cms.own)
+            found += [t for of, own in levels if of is not None and all(own) for t in of.values()]
     return found
 
 
@@ -75,9 +76,9 @@ def test_rows_of_a_ragged_batch_and_files(name, learn, tmp_path):
 
 @torch.no_grad()
 def test_rates_of_zero_read_as_without_learning():
-    text, rates = ids(2, 70), {"cms": {"lr": 0.0}}
-    want, state = small(**rates)(text)
-    logits, other = small(**rates)(text, learn="next_token")
+    text, model = ids(2, 70), small(cms={"lr": 0.0})
+    want, state = model(text)
+    logits, other = model(text, learn="next_token")
     assert torch.equal(logits, want) and same(state, other)
     learning, _ = small()(text, learn="next_token")  # until the first step
     assert torch.equal(learning[:, :4], want[:, :4]) and not torch.equal(learning, want)
@@ -90,11 +91,13 @@ def test_losses_threads_and_widths():
     most, found = ask(0), []
     try:
         for bits, threads in ((most, 1), (most, 2), (256, 1)):
-            ask(bits), torch.set_num_threads(threads)
+            ask(bits)
+            torch.set_num_threads(threads)
             losses, state = model(text, output="losses")
             found.append((losses.nats, losses.last, *decides(state)))
     finally:
-        ask(most), torch.set_num_threads(before)
+        ask(most)
+        torch.set_num_threads(before)
     assert all(map(torch.equal, found[0] * 2, (*found[1], *found[2])))
     logits, _ = model(text)
     assert torch.equal(found[0][1], logits[:, -1])
