@@ -57,6 +57,41 @@ HK_INLINE void panel_product(int64_t r0, int64_t r1, int64_t K, const float* A, 
 #endif
 }
 
+#ifdef HOPE_WIDE
+// tile_rows for two panels, which share every broadcast of A
+template <int MR, class First, class Second>
+HK_INLINE int64_t tile_pairs(int64_t r0, int64_t r1, int64_t K, const float* A, int64_t rs, int64_t ks,
+                             const float* B, const float* C, First first, Second second) {
+  for (; r0 + MR <= r1; r0 += MR) {
+    f16 x[MR][1] = {}, y[MR][1] = {};
+    const float* a = A + r0 * rs;
+    for (int64_t k = 0; k < K; k++, a += ks) {
+      const f16 b = load_as<f16>(B + k * PANEL), c = load_as<f16>(C + k * PANEL);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; r++) {
+        const f16 v = all_as<f16>(a[r * rs]);
+        x[r][0] = fma(v, b, x[r][0]), y[r][0] = fma(v, c, y[r][0]);
+      }
+    }
+    first(r0, x), second(r0, y);
+  }
+  return r0;
+}
+#endif
+
+// panel_product for two whole panels
+template <class First, class Second>
+HK_INLINE void panel_products(int64_t r0, int64_t r1, int64_t K, const float* A, int64_t rs, int64_t ks,
+                              const float* B, const float* C, First first, Second second) {
+#ifdef HOPE_WIDE
+  r0 = tile_pairs<8>(r0, r1, K, A, rs, ks, B, C, first, second);
+  tile_pairs<1>(r0, r1, K, A, rs, ks, B, C, first, second);
+#else
+  panel_product(r0, r1, K, A, rs, ks, B, false, first);
+  panel_product(r0, r1, K, A, rs, ks, C, false, second);
+#endif
+}
+
 // out(r, c, acc) for rows [r0, r1) and all columns of sum over panels p of U_p [rows][16] V[16 p .., cols],
 // tokens counted by C: the update of a weight by C tokens. U element (r, token) at U + p * stride + r * 16 +
 // token % 16; V [C, cols], rows ldv apart.

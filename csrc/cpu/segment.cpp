@@ -47,26 +47,27 @@ bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
 bool fits(const SegmentCall* c) {
   if (!c || c->B < 0 || c->T < 0 || !width(c->d) || c->W < 0 || c->blocks < 0 || c->vocab < 1 ||
       !threads_fit(c->threads) || !extents({c->B, c->T + PANEL, c->d, c->blocks + 1}) ||
-      !extents({c->vocab, c->d}) || !extents({c->B, c->T + PANEL, c->vocab}))
+      !extents({c->vocab, c->d}) || !extents({c->B, c->T + PANEL, c->vocab}) || c->stride < c->T ||
+      !extents({c->B, c->stride, c->vocab}))
     return false;
   if (c->B && c->T && !all_given({c->ids, c->len, c->embed, c->gain, c->head})) return false;
   if ((c->blocks && !c->block) || (c->B && !c->len) || !rows_fit(c->B, c->T, nullptr, c->len)) return false;
   for (int64_t b = 0; b < c->B; b++)
     for (int64_t t = 0; t < c->len[b]; t++)
-      if (c->ids[b * c->T + t] < 0 || c->ids[b * c->T + t] >= c->vocab) return false;
+      if (c->ids[b * c->stride + t] < 0 || c->ids[b * c->stride + t] >= c->vocab) return false;
   for (int64_t i = 0; i < c->blocks; i++)
     if (!block_fits(c->block[i], *c)) return false;
   return true;
 }
 
 bool head_fits(const SegmentCall& c) {
-  if (c.vocab > HEAD_MOST) return !c.logits && !c.nats && !c.last && !c.learns;
+  if (c.vocab > HEAD_MOST) return !c.logits && !c.nats && !c.last && !c.learns && !c.finite;
   if (!c.targets) return !c.nats && !c.learns;
   if (!c.known) return false;
   for (int64_t b = 0; b < c.B; b++) {
     if (c.known[b] < 0 || c.known[b] > c.len[b]) return false;
     for (int64_t t = 0; t < c.known[b]; t++)
-      if (c.targets[b * c.T + t] < 0 || c.targets[b * c.T + t] >= c.vocab) return false;
+      if (c.targets[b * c.stride + t] < 0 || c.targets[b * c.stride + t] >= c.vocab) return false;
   }
   return true;
 }

@@ -40,6 +40,7 @@ struct SegmentBlock {
 
 struct SegmentCall {
   int64_t B, T, d, W, vocab, blocks, threads;
+  int64_t stride;                          // from a row's first token to the next row's, in all but slopes
   int32_t keep;                            // whether hope_segment_learn is to follow
   float eps;                               // of the norms of blocks, levels and model
   const int64_t *ids, *len;                // [B, T], of which len [B] tokens a row count
@@ -51,9 +52,20 @@ struct SegmentCall {
   const int64_t *targets, *known;          // [B, T], [B]
   float *logits, *nats, *last;             // [B, T, vocab], [B, T], [B, vocab]: after each row's last token
   float* h;                                // [B, T, d], what the head is given (before its norm)
+  int32_t* finite;                         // [B]: becomes 0 where a logit of a row's tokens is not
   // Rows whose loss is differentiated [B]; null: none is.
   const int32_t* learns;
   const float* slopes;                     // [B, T, d], dL/dh from elsewhere; null: hope_segment_head has them
+};
+
+// Segments one after another, each read, then its head, and learned where there are steps.
+struct SegmentsCall {
+  SegmentCall first;                       // len and known are those of all; without slopes
+  int64_t count;
+  const SegmentMemory* other;              // [blocks]: what `after` is to the first, these are to the second, ...
+  const SegmentStep* const* steps;         // [count, levels of all blocks, 2]: up_step, down_step; or null
+  // The running mean of a row's loss a token, and the rise above it that ends the reading; null: nothing does.
+  double *mean, rise, share;               // mean <- (1 - share) mean + share loss
 };
 
 extern "C" {
@@ -65,4 +77,8 @@ int hope_segment_head(const SegmentCall*);
 // What follows a head, or slopes, after a reading with keep: takes them back through the model, level after level,
 // and the steps of `learns`, each once the backward has left its level. Its weights may be those that were read.
 int hope_segment_learn(const SegmentCall*);
+// All of it; or as far as logits are finite (if first.finite is given) and losses even. done: how many segments; the
+// memories after them are `after` of an odd number, `other` of an even one. Of the one behind them, memories, losses
+// and logits may have been written.
+int hope_segments(const SegmentsCall*, int64_t* done);
 }

@@ -4,29 +4,11 @@
 // what happens to its outputs while they are in the cache. A number is one chain of operations over its own row of
 // the batch and its own tokens: company in a panel or a batch, and threads, do not change it.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstring>
+#include "segment_panels.h"
 
-#include "check.h"
-#include "cms_step.h"
-#include "layer.h"
-#include "panel.h"
-#include "rows.h"
-#include "segment.h"
-#include "titans_head.h"
-
-class Segment {
+class Segment : public SegmentPanels {
  public:
-  Segment(const SegmentCall& call, float* base) : c(call), B(c.B), T(c.T), d(c.d), P(panels(c.T)) {
-    for (; first < c.blocks && lowest < 0; first++)
-      for (int64_t l = c.block[first].levels - 1; l >= 0; l--)
-        if (c.block[first].level[l].learns) lowest = l;
-    first -= lowest >= 0;
-    carve(base);
-  }
-
-  int64_t floats() const { return used; }
+  using SegmentPanels::SegmentPanels;
 
   int read() {
     over(B * P, d, [&](int64_t i) { embed(i / P, i % P); });
@@ -39,8 +21,12 @@ class Segment {
 
   void head() {
     const float* h = stream(streams - 1);
-    if (c.h) over(B * P, d, [&](int64_t i) { to_rows(h, c.h, d, i / P, i % P); });
-    if (!c.logits && !c.nats && !c.last && !c.learns) return;
+    if (c.h)
+      over(B * P, d, [&](int64_t i) {
+        const int64_t b = i / P, p = i % P;
+        store_lanes(h + i * d * PANEL, c.h + (b * c.stride + p * PANEL) * d, d, d, 0, tokens(b, p));
+      });
+    if (!c.logits && !c.nats && !c.last && !c.learns && !c.finite) return;
     over(B * P, c.vocab * d, [&](int64_t i) { head_of(h, i / P, i % P); });
   }
 
@@ -57,149 +43,6 @@ class Segment {
   }
 
  private:
-  const SegmentCall& c;
-  const int64_t B, T, d, P;
-  int64_t first = 0, lowest = -1;  // what a gradient is taken back to: the first level that learns
-  int64_t used = 0, streams = 0, kept_floats = 0;
-  float *streams_ = nullptr, *levels_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr;
-  float *slope, *one, *two, *wide, *strips;   // panels of d, d, d and of the widest level (or vocabulary)
-  float *ra, *rb, *rc, *rd, *re;              // token rows of d
-  static constexpr int64_t STRIP = 32;        // rows of a weight that meet all panels of a row of the batch
-  static constexpr int64_t COLUMNS = 32;      // of a weight that take their step together
-
-  static int64_t round(int64_t n) { return (n + 15) / 16 * 16 + 16; }
-  int64_t panel_floats() const { return B * P * PANEL * d; }
-  int64_t row_floats() const { return B * T * d; }
-
-  // that a row's tokens may lie in
-  int64_t chunks(const SegmentBlock& b) const { return T / b.titans.chunk_memory + 2; }
-
-  void carve(float* base) {
-    auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
-    streams = 1;
-    int64_t deepest = d, levels = 0, kept = 0;
-    for (int64_t i = 0; i < c.blocks; i++) {
-      const SegmentBlock& b = c.block[i];
-      streams += 1 + b.levels;
-      for (int64_t l = 0; l < b.levels; l++)
-        deepest = std::max(deepest, b.level[l].N), levels += level_floats(b.level[l]);
-      kept = std::max(kept, round(B * b.titans.H * chunks(b) * b.titans.N * b.titans.D));
-    }
-    kept_floats = kept;
-    take(streams_, (c.keep ? streams : 2) * round(panel_floats()));
-    take(levels_, c.keep ? levels : 0);
-    take(mixers_, c.keep ? c.blocks * 3 * round(row_floats()) : 0);
-    take(kept_, c.keep ? c.blocks * 2 * kept : 0);
-    take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats());
-    take(wide, B * P * PANEL * std::max(c.vocab <= HEAD_MOST ? c.vocab : 0, deepest));
-    take(strips, c.keep ? B * P * PANEL * (deepest + COLUMNS) : 0);
-    for (float** p : {&ra, &rb, &rc, &rd, &re}) take(*p, row_floats());
-  }
-
-  // -- what is kept of a reading ----------------------------------------------------------------------------
-
-  float* stream(int64_t at) const { return streams_ + (c.keep ? at : at % 2) * round(panel_floats()); }
-  int64_t stream_of(int64_t block) const {  // the number of its input
-    int64_t at = 0;
-    for (int64_t i = 0; i < block; i++) at += 1 + c.block[i].levels;
-    return at;
-  }
-  // of a level, panels: its inputs after the norm, [d], its hidden units, and the activation's derivatives, [N]
-  struct Kept {
-    float *n, *a, *slopes;
-  };
-  int64_t level_floats(const SegmentLevel& level) const { return B * P * PANEL * (d + 2 * level.N) + 16; }
-  Kept kept(int64_t block, int64_t l) const {
-    const SegmentLevel& level = c.block[block].level[l];
-    if (!c.keep) return {one, wide, nullptr};
-    float* at = levels_;
-    for (int64_t i = 0; i <= block; i++)
-      for (int64_t j = 0; j < (i < block ? c.block[i].levels : l); j++) at += level_floats(c.block[i].level[j]);
-    return {at, at + B * P * PANEL * d, at + B * P * PANEL * (d + level.N)};
-  }
-  // of a block's memory, its weights in every chunk that was read: 0 w2, 1 w1
-  float* kept_of(int64_t block, int which) const { return kept_ + (2 * block + which) * kept_floats; }
-  // of a block's mixer: 0 what q is before it is a unit vector, 1 the memory's answers, 2 the gate
-  float* kept_rows(int64_t block, int which) const { return mixers_ + (3 * block + which) * round(row_floats()); }
-
-  // -- who does what ----------------------------------------------------------------------------------------
-
-  bool half(int64_t b, int64_t p) const { return c.len[b] - p * PANEL <= 8; }
-  int64_t tokens(int64_t b, int64_t p) const {  // of a panel
-    return std::clamp<int64_t>(c.len[b] - p * PANEL, 0, PANEL);
-  }
-  bool learning(int64_t b) const { return c.learns && c.learns[b]; }
-
-  // f(i) for i in [0, n), each some `work` numbers for every token of a panel
-  template <class F>
-  void over(int64_t n, int64_t work, F f) const {
-    const int team = n * work * PANEL < (1 << 22) ? 1 : static_cast<int>(c.threads);
-    if (team == 1) {
-      const FlushDenormals flush;
-      for (int64_t i = 0; i < n; i++) f(i);
-      return;
-    }
-#pragma omp parallel for num_threads(team) schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-      const FlushDenormals flush;
-      f(i);
-    }
-  }
-
-  // out = W x for every panel x of `from` [K], of rows of the batch for which `wanted`: done(b, p, r, acc) with
-  // rows r.. of W; then after(b, p, r0, r1), when those rows are done. weights(b): its W, element (r, k) at
-  // r rs + k ks.
-  template <class Wanted, class Weights, class Done, class After>
-  void product(int64_t R, int64_t K, Wanted wanted, Weights weights, int64_t rs, int64_t ks, const float* from,
-               Done done, After after) const {
-    const int64_t strip = rs == 1 ? PANEL : STRIP, strips = (R + strip - 1) / strip;
-    over(B * strips, strip * K * P, [&](int64_t i) {
-      const int64_t b = i / strips, r0 = i % strips * strip, r1 = std::min(R, r0 + strip);
-      if (!wanted(b)) return;
-      const float* W = weights(b);
-      for (int64_t p = 0; p * PANEL < c.len[b]; p++) {
-        panel_product(r0, r1, K, W, rs, ks, from + (b * P + p) * K * PANEL, half(b, p),
-                      [&](int64_t r, auto& acc) { done(b, p, r, acc); });
-        after(b, p, r0, r1);
-      }
-    });
-  }
-
-  struct All {
-    bool operator()(int64_t) const { return true; }
-  };
-  struct Nothing {
-    void operator()(int64_t, int64_t, int64_t, int64_t) const {}
-  };
-  struct Learning {
-    const Segment& s;
-    bool operator()(int64_t b) const { return s.learning(b); }
-  };
-
-  // panels [K] of `to` = W x, for a W [R, K] that all rows share, or with back its transposed, [K, R]
-  template <class Wanted>
-  void project(bool back, const float* W, const float* from, float* to, Wanted wanted) const {
-    product(d, d, wanted, [&](int64_t) { return W; }, back ? 1 : d, back ? d : 1, from,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-              store_rows(to + (b * P + p) * d * PANEL, r, acc);
-            }, Nothing());
-  }
-
-  void to_rows(const float* from, float* to, int64_t K, int64_t b, int64_t p) const {
-    store_lanes(from + (b * P + p) * K * PANEL, to + (b * T + p * PANEL) * K, K, K, 0, tokens(b, p));
-  }
-  void from_rows(const float* from, float* to, int64_t K, int64_t b, int64_t p) const {
-    load_lanes(to + (b * P + p) * K * PANEL, from + (b * T + p * PANEL) * K, K, K, 0, tokens(b, p));
-  }
-  template <class Wanted>
-  void all_to_rows(const float* from, float* to, Wanted wanted) const {
-    over(B * P, d, [&](int64_t i) { if (wanted(i / P)) to_rows(from, to, d, i / P, i % P); });
-  }
-  template <class Wanted>
-  void all_from_rows(const float* from, float* to, Wanted wanted) const {
-    over(B * P, d, [&](int64_t i) { if (wanted(i / P)) from_rows(from, to, d, i / P, i % P); });
-  }
-
   // -- forward ----------------------------------------------------------------------------------------------
 
   void embed(int64_t b, int64_t p) const {
@@ -208,7 +51,7 @@ class Segment {
     if (n == 0) return;
     if (n < PANEL) std::memset(to, 0, d * PANEL * sizeof(float));
     for (int64_t t = 0; t < n; t++)
-      std::memcpy(rows + t * d, c.embed + c.ids[b * T + p * PANEL + t] * d, d * sizeof(float));
+      std::memcpy(rows + t * d, c.embed + c.ids[b * c.stride + p * PANEL + t] * d, d * sizeof(float));
     load_lanes(to, rows, d, d, 0, n);
   }
 
@@ -345,15 +188,27 @@ class Segment {
 
   // -- head -------------------------------------------------------------------------------------------------
 
+  // Whether n tokens of a panel are, in all its rows.
+  static bool finite(const float* panel, int64_t rows, int64_t n) {
+    float sum[PANEL] = {};  // of zeros, and of NaN where a number is no finite one
+    for (int v = 0; v < n; v += 8) {
+      f8 s = all(0);
+      for (int64_t r = 0; r < rows; r++) s = fma(load(panel + r * PANEL + v), all(0), s);
+      store(sum + v, s);
+    }
+    return std::all_of(sum, sum + n, [](float s) { return s == 0; });
+  }
+
   // One panel: logits, losses p = softmax(logits), and head^T (p - onehot) back through the norm.
   void head_of(const float* h, int64_t b, int64_t p) const {
-    const int64_t n = tokens(b, p), V = c.vocab, first = b * T + p * PANEL, at = (b * P + p) * d * PANEL;
+    const int64_t n = tokens(b, p), V = c.vocab, first = b * c.stride + p * PANEL, at = (b * P + p) * d * PANEL;
     if (n == 0) return;
     float* logits = wide + (b * P + p) * V * PANEL;
     norm(h + at, c.gain, one + at);
     panel_product(0, V, d, c.head, d, 1, one + at, n <= 8,
                   [&](int64_t r, auto& acc) { store_rows(logits, r, acc); });
     if (c.logits) store_lanes(logits, c.logits + first * V, V, V, 0, n);
+    if (c.finite && !finite(logits, V, n)) c.finite[b] = 0;
     const int64_t end = c.len[b] - 1 - p * PANEL;
     if (c.last && end >= 0 && end < PANEL)
       for (int64_t r = 0; r < V; r++) c.last[b * V + r] = logits[r * PANEL + end];
@@ -430,22 +285,33 @@ class Segment {
       const Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
       const Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
       outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
-                    [&](int64_t r, int64_t at, auto& acc) {
-                      constexpr size_t row = sizeof(acc[0]), height = sizeof(acc) / row, number = sizeof(float);
-                      constexpr int64_t width = row / number;
-                      alignas(64) float grad[width];
-                      for (size_t j = 0; j < height; j++) {
-                        store_row(grad, acc[j]);
-                        step_weights(rule, width, grad, weights.from((r + j) * K + k + at));
-                      }
-                    });
+                    [&](int64_t r, int64_t at, auto& acc) { step_tile(rule, weights.from(r * K + k + at), K, acc); });
     });
   }
 
-  template <class V, int NV>
-  static void store_row(float* to, const V (&acc)[NV]) {
+  // A tile of gradients, whose rows lie K apart.
+  template <class V, int MR, int NV>
+  static void step_tile(const Step& s, const Weights& p, int64_t K, const V (&acc)[MR][NV]) {
+#pragma GCC unroll 8
+    for (int r = MR; r < 2 * MR; r++)  // the tile below
+      __builtin_prefetch(p.weight + r * K, 1), __builtin_prefetch(p.weight + r * K + 16, 1);
+    if (s.rule == GD && !p.total) {
+      const V lr = all_as<V>(s.lr);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; r++)
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) store(to + LANES<V> * v, acc[v]);
+        for (int v = 0; v < NV; v++) {
+          float* w = p.weight + r * K + LANES<V> * v;
+          store(w, fnma(lr, acc[r][v], load_as<V>(w)));
+        }
+      return;
+    }
+    alignas(64) float grad[MR][NV * LANES<V>];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) store(grad[r] + LANES<V> * v, acc[r][v]);
+    for (int r = 0; r < MR; r++) step_weights(s, NV * LANES<V>, grad[r], p.from(r * K));
   }
 
   int mixer_backward(int64_t i) const {

@@ -112,13 +112,19 @@ class Commit {
   void evaluate_block(Range r, int64_t p) {
     float *a = w.a + p * hid * PANEL, *a_values = w.a_values + p * hid * PANEL;
     float *slope = w.d + p * R * PANEL, *delta2_k = w.delta2_k + p * R * PANEL;
-    product(r, h.w2, w.k, p, a);
+    const Range values = c.own_values ? r : r.within(m.f1 * N, m.m1 * N);
+    if (c.own_values && !half(p)) {  // one reading of the weights
+      panel_products(r.begin, r.end, D, h.w2, D, 1, w.k + p * D * PANEL, w.v + p * D * PANEL,
+                     [&](int64_t i, auto& acc) { store_rows(a, i, acc); },
+                     [&](int64_t i, auto& acc) { store_rows(a_values, i, acc); });
+    } else {
+      product(r, h.w2, w.k, p, a);
+      product(values, h.w2, w.v, p, a_values);
+    }
     if (c.dgd && c.base2) product(r, g.delta2, w.k, p, delta2_k);
     if (c.dgd && !c.base2) {
       std::memcpy(delta2_k + r.begin * PANEL, a + r.begin * PANEL, (r.end - r.begin) * PANEL * sizeof(float));
     }
-    const Range values = c.own_values ? r : r.within(m.f1 * N, m.m1 * N);
-    product(values, h.w2, w.v, p, a_values);
     keep(w.z, a, r, p);
     if (w.values) keep_values(a_values, values, p);
     const int64_t step = step_of(half(p));

@@ -4,7 +4,8 @@
 //
 // A team of threads shares out every product by rows of weights, with barriers in between; a number is one chain
 // of operations, whatever the batch and the threads. Memories have the bits of hope_titans_scan, and their chunks
-// are committed by its code. Everything a step would advance is written last, once the logits are known.
+// are committed by its code; so have all products those of panels (segment_run.h), which is why weights lie input by
+// input here. Everything a step would advance is written last, once the logits are known.
 
 #include <algorithm>
 #include <cmath>
@@ -22,42 +23,56 @@ namespace {
 constexpr int NOT_FINITE = 3;
 constexpr int64_t ALONE = 1 << 21;  // products that one thread is done with before others are worth waking
 
-// y_b[r] = W_b[r] . x_b for rows [r0, r1) of W [., K]: done(b, r, the sum), rows of the batch that share W one
-// after the other, while it is in the cache.
-template <int MR, class Done>
-HK_INLINE void dot_rows(int64_t r0, int64_t r1, int64_t K, const float* W, const float* x, Done done) {
-  for (int64_t r = r0; r + MR <= r1; r += MR) {
-    f8 acc[MR][2] = {};
-    const float* w = W + r * K;
-    int64_t k = 0;
-    for (; k + 16 <= K; k += 16) {
-      const f8 a = load(x + k), b = load(x + k + 8);
+constexpr int64_t STRIP = 64;  // outputs of a weight that lie beside each other, input by input; the last has fewer
+
+// Outputs [j, j + 8 NV) of a strip `w` wide for NB rows x, K apart: one chain over the inputs each, as in panels.
+template <int NB, int NV>
+HK_INLINE void columns(int64_t K, const float* W, int64_t w, int64_t j, const float* x, float (*y)[STRIP]) {
+  f8 acc[NB][NV] = {};
+  W += j;
+  for (int64_t k = 0; k < K; k++, W += w) {
+    f8 a[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) a[v] = load(W + 8 * v);
 #pragma GCC unroll 4
-      for (int i = 0; i < MR; i++) {
-        acc[i][0] = fma(load(w + i * K + k), a, acc[i][0]);
-        acc[i][1] = fma(load(w + i * K + k + 8), b, acc[i][1]);
-      }
+    for (int b = 0; b < NB; b++) {
+      const f8 in = all(x[b * K + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[b][v] = fma(a[v], in, acc[b][v]);
     }
-    if (k < K) {
-      const f8 a = load(x + k);
-#pragma GCC unroll 4
-      for (int i = 0; i < MR; i++) acc[i][0] = fma(load(w + i * K + k), a, acc[i][0]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < MR; i++) done(r + i, total(acc[i][0] + acc[i][1]));
   }
+#pragma GCC unroll 4
+  for (int b = 0; b < NB; b++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) store(y[b] + j + 8 * v, acc[b][v]);
 }
 
-// weights(b): row b's matrix [rows, K]
+template <int NB>
+HK_INLINE void strip_product(int64_t K, const float* W, int64_t w, const float* x, float (*y)[STRIP]) {
+  int64_t j = 0;
+  if constexpr (NB == 1) {
+    for (; j + 64 <= w; j += 64) columns<1, 8>(K, W, w, j, x, y);
+    for (; j + 32 <= w; j += 32) columns<1, 4>(K, W, w, j, x, y);
+  }
+  for (; j + 16 <= w; j += 16) columns<NB, 2>(K, W, w, j, x, y);
+  for (; j < w; j += 8) columns<NB, 1>(K, W, w, j, x, y);
+}
+
+// y_b = W_b x_b for every row b: done(b, r, the sum). weights(b): W_b [rows, K] in strips. Rows of the batch that
+// share W take it together.
 template <class Weights, class Done>
 void product(const Team& team, int64_t B, int64_t rows, int64_t K, const float* x, Weights weights, Done done) {
-  const Range own = team.share(0, rows, 4);
-  for (int64_t r = own.begin; r < own.end; r += BLOCK) {
-    const int64_t end = std::min(r + BLOCK, own.end), even = r + (end - r) / 4 * 4;
-    for (int64_t b = 0; b < B; b++) {
-      auto to = [&](int64_t i, float sum) { done(b, i, sum); };
-      dot_rows<4>(r, even, K, weights(b), x + b * K, to);
-      dot_rows<1>(even, end, K, weights(b), x + b * K, to);
+  const FlushDenormals flush;
+  const Range own = team.share(0, rows, STRIP);
+  for (int64_t r = own.begin; r < own.end; r += STRIP) {
+    const int64_t count = std::min(STRIP, rows - r), w = (count + 7) / 8 * 8;
+    for (int64_t b = 0; b < B;) {
+      const float* W = weights(b);
+      const bool four = b + 4 <= B && weights(b + 1) == W && weights(b + 2) == W && weights(b + 3) == W;
+      float y[4][STRIP];
+      four ? strip_product<4>(K, W + r * K, w, x + b * K, y) : strip_product<1>(K, W + r * K, w, x + b * K, y);
+      for (int64_t i = 0; i < (four ? 4 : 1); i++, b++)
+        for (int64_t n = 0; n < count; n++) done(b, r + n, y[i][n]);
     }
   }
 }
@@ -121,6 +136,7 @@ class Step {
           (wide() ? avx512::commit_open : commit_open)(t, g / t.H, g % t.H, slot(t, g / t.H) + 1, scratch, own);
           pack(t, g / t.H, g % t.H, block.packed + g * packed_floats(t));
         }
+      for (int64_t b = 0; block.count && team.id == 0 && b < B; b++) block.count[b]++;
       const int64_t n = (c.W - 1) * d;
       if (block.conv && n)
         for_rows([&](int64_t b) { std::memcpy(block.tail + b * n, w.tails + (i * B + b) * n, n * sizeof(float)); });
@@ -167,8 +183,9 @@ class Step {
   void norm(const float* gain) const {
     team.sync();
     for_rows([&](int64_t b) {
+      const FlushDenormals flush;
       const float* x = w.h + b * d;
-      const f8 factor = all(rms_factor(x, d, c.eps));
+      const f8 factor = all(1 / std::sqrt(four_chains_of(x, x, d) / d + c.eps));
       for (int64_t i = 0; i < d; i += 8) store(w.n + b * d + i, load(x + i) * factor * load(gain + i));
     });
     team.sync();
@@ -198,6 +215,7 @@ class Step {
       product(team, B, d, d, w.o, shared(block.out_proj), [&](int64_t b, int64_t r, float y) { w.h[b * d + r] += y; });
     } else {
       for_rows([&](int64_t b) {
+        const FlushDenormals flush;
         for (int64_t i = b * d; i < (b + 1) * d; i += 8) store(w.h + i, load(w.h + i) + load(w.o + i));
       });
     }
@@ -227,11 +245,11 @@ class Step {
   }
 
   void head(const TokenBlock& block, int64_t g, const float* x) const {
-    const FlushDenormals flush;
     const TitansCall& t = block.titans;
     TokenRead to = place(t, g);
     to.x = x + g * t.D;
     if (t.qk_l2norm) unit_row(to.q, t.D, w.q + g * t.D);
+    const FlushDenormals flush;
     float* hidden = w.heads + team.id * w.head;
     const float* W = block.packed + g * packed_floats(t);
     switch (t.activation) {
@@ -315,6 +333,17 @@ int team_of(const TokenCall& c) {
 
 extern "C" int64_t hope_token_packed(const TitansCall* t) {
   return t && extents({t->B, t->H, t->Mf + t->Ms, t->N + 1, t->D}) ? t->B * t->H * packed_floats(*t) : -1;
+}
+
+extern "C" int hope_token_strips(int64_t rows, int64_t K, const float* W, float* to) {
+  if (!extents({rows, K}) || (rows * K && !all_given({W, to}))) return BAD_ARGUMENT;
+  for (int64_t r = 0; r < rows; r += STRIP) {
+    const int64_t count = std::min(STRIP, rows - r), w = (count + 7) / 8 * 8;
+    float* strip = to + r * K;
+    for (int64_t k = 0; k < K; k++)
+      for (int64_t n = 0; n < w; n++) strip[k * w + n] = n < count ? W[(r + n) * K + k] : 0;
+  }
+  return DONE;
 }
 
 extern "C" int64_t hope_token_work(const TokenCall* c) { return fits(c) ? Buffers().carve(*c, nullptr) : -1; }

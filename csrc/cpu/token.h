@@ -1,5 +1,5 @@
 // One token a row through a whole model of self-modifying blocks (called by hope_kernels/engine/native.py). All
-// fp32, row-major, contiguous; widths are multiples of 8.
+// fp32, contiguous; row-major but for matrices, which are hope_token_strips; widths are multiples of 8.
 #pragma once
 #include "call.h"
 
@@ -20,6 +20,7 @@ struct TokenBlock {
   float* packed;                           // hope_token_packed floats, written by hope_token_pack
   int64_t levels;
   const TokenLevel* level;
+  int64_t* count;                          // [B], tokens read, advanced in place; or null
 };
 
 struct TokenCall {
@@ -27,7 +28,7 @@ struct TokenCall {
   int32_t finite;                          // 1: refuse logits that are not
   float eps;                               // of the norms of blocks, levels and model
   const int64_t* ids;                      // [B]
-  const float *embed, *gain, *head;        // [vocab, d], [d], [vocab, d]
+  const float *embed, *gain, *head;        // [vocab, d] (row-major), [d], [vocab, d]
   const TokenBlock* block;
   float *logits, *work;                    // [B, vocab]; hope_token_work floats
 };
@@ -35,6 +36,8 @@ struct TokenCall {
 extern "C" {
 int64_t hope_token_packed(const TitansCall*);  // floats that a block's weights in force take, packed
 int64_t hope_token_work(const TokenCall*);     // floats; both -1 for arguments that do not fit each other
+// W [rows, K] as a step takes it: K times as many floats as rows, rounded up to a multiple of 8.
+int hope_token_strips(int64_t rows, int64_t K, const float* W, float* to);
 // Packs the weights in force of every block: before the first step, and whenever others have changed them.
 int hope_token_pack(const TokenCall*);
 // Reads ids: writes logits and advances what the blocks point to. Or, before anything is advanced, 1 when memory

@@ -34,6 +34,7 @@ HK_INLINE f8 scaled(f8 x, f8 n) {
 using f16 = __m512;
 HK_INLINE void store(float* p, f16 x) { _mm512_storeu_ps(p, x); }
 HK_INLINE f16 fma(f16 a, f16 b, f16 c) { return _mm512_fmadd_ps(a, b, c); }
+HK_INLINE f16 fnma(f16 a, f16 b, f16 c) { return _mm512_fnmadd_ps(a, b, c); }
 HK_INLINE f16 fms(f16 a, f16 b, f16 c) { return _mm512_fmsub_ps(a, b, c); }
 #endif
 

@@ -36,7 +36,7 @@ from ..ops.titans.rounded import RoundedWeights, unserved_copy
 from ..ops.titans.state import FastWeights, TitansState
 from ..state import expanded
 from . import native, segments
-from .native import NativeStep
+from .native import NativeStep, Strips
 from .protocol import Model
 from .unread import check_read_next
 
@@ -102,6 +102,7 @@ class Decoder:
         self._pool = self._signature = None
         self._native: NativeStep | None = None  # the step in C++; None: does not serve, if ``_asked``
         self._asked = False
+        self._strips: Strips = {}
         self._expected = list(state.pos)
 
     @torch.no_grad()
@@ -147,7 +148,7 @@ class Decoder:
         """What is due when a token arrives and before it is read, as in ``learning.read_off`` and
         ``read_learning``: what the state is to be once the token has been read, and its snapshot; None, None where
         nothing is due, or where the state has it already."""
-        state, model, C = self.state, self.model, self.model.segment
+        state, model = self.state, self.model
         learned = None
         if self.learn == "off":
             complete = segments.complete(state)
@@ -155,6 +156,7 @@ class Decoder:
                 done = [0] * state.batch
                 learned = segments.replay(model, self._draft(), complete, tokens, done, None, self.backend)
             return self._kept(learned), None
+        C = model.segment
         if any(p % C == 0 for p in state.pos):
             done = [0] * state.batch
             learned = segments.boundary(model, self._draft(), self._ones, tokens, done, self.backend)
@@ -232,7 +234,7 @@ class Decoder:
             self._asked = True
             served = self._whole and self.state.batch > 0 and native.dense(self._levels)
             if served and native.unserved(self.model, self.backend) is None:
-                self._native = NativeStep(self.model, self.state, self._levels, self._tokens)
+                self._native = NativeStep(self.model, self.state, self._levels, self._tokens, self._strips)
         return self._native
 
     def _step(self) -> Tensor:
@@ -274,8 +276,9 @@ class Decoder:
 
     def _count(self, tokens: Tensor) -> None:
         """The token joins the open segment, and the model's counters move."""
-        state, C, first = self.state, self.model.segment, self.state.seen[0] if self.state.batch else 0
+        state, first = self.state, self.state.seen[0] if self.state.batch else 0
         if self.learn == "next_token":
+            C = self.model.segment
             if first != TAINTED and all(s == first for s in state.seen):
                 state.ids[:, first].copy_(tokens[:, 0])
                 state.seen[:] = [first + 1] * state.batch

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -54,11 +55,10 @@ def judge(
 
     own_losses: those of the model's own weights, asked only where they are needed.
     """
-    means = torch.stack([t.double().mean() for t in losses]).tolist()
+    means = [_mean(t) for t in losses]
     running, looked = guard.mean.tolist(), []
     for b, mean, tokens in zip(rows, means, losses):
-        n, scatter = guard.pos[b], max(1.0, math.sqrt(EVEN / max(len(tokens), 1)))
-        uneven = not math.isfinite(mean) or mean > running[b] + RISE * scatter
+        n, uneven = guard.pos[b], not math.isfinite(mean) or mean > running[b] + rise(len(tokens))
         if n and (n == 1 or uneven or n - guard.looked[b] >= EVERY):
             looked.append(b)
     bad: list[int] = []
@@ -79,6 +79,17 @@ def judge(
             guard.pos[b] += 1
     guard.mean = torch.tensor(running, dtype=torch.float64, device=guard.mean.device)
     return bad
+
+
+def rise(tokens: int) -> float:
+    """Above the running mean, in nats per token, that asks for a look at a segment."""
+    return RISE * max(1.0, math.sqrt(EVEN / max(tokens, 1)))
+
+
+def _mean(losses: Tensor) -> float:
+    """Added up one by one in fp64, as C++ does (csrc/cpu/segments.cpp), so that both see the same."""
+    *_, total = accumulate(losses.double().tolist(), initial=0.0)
+    return total / max(len(losses), 1)
 
 
 def _difference(d: Tensor) -> tuple[float, float]:

@@ -27,17 +27,20 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..layers.wrapped import placement
 from ..model_state import ModelState, advance, advance_off
+from ..ops.cms.plan import Plan
 from ..state import master_dtype
 from . import outer, segments
 from .compiling import run_traced
 from .head import Heads, Losses, Targets, read_head
 from .native_segment import Reader
+from .native_segments import learn_several, read_frozen, segments_ahead
 from .protocol import Model
 from .segments import Held, HeldReading
 from .wavefront import run as run_wavefront
@@ -91,6 +94,16 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
             done = [0] * len(lengths)
             draft = segments.replay(model, _draft(state), complete, ids, done, None, backend)
             state = segments.finished(draft)
+    targets = call.targets([0] * len(lengths), [ids.shape[1]] * len(lengths)) if call.losses else None
+    plain = call.embeds is None and call.wavefront is None and max(lengths, default=0) > 0
+    if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        reader = Reader(model, backend)
+        if reader.serves(state):
+            with torch.inference_mode(False):
+                heads, mixers = read_frozen(
+                    reader, state, ids, lengths, targets, logits=not call.losses, check_finite=call.check_finite
+                )
+            return _output(heads, call.losses), advance_off(state, mixers, lengths)
     h = model.embed(ids) if call.embeds is None else call.embeds
     if torch.compiler.is_compiling() and call.wavefront is None:
         h, mixers = run_traced(model, h, state, lengths, backend)
@@ -98,8 +111,6 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
         h, mixers = model.run(h, state.mixers, state.cms, lengths, backend)
     else:
         h, mixers = run_wavefront(model, h, state.mixers, state.cms, lengths, call.wavefront, backend)
-    full = [ids.shape[1]] * len(lengths)
-    targets = call.targets([0] * len(lengths), full) if call.losses else None
     heads = read_head(model, h, lengths, targets, logits=not call.losses, check_finite=call.check_finite)
     return _output(heads, call.losses), advance_off(state, mixers, lengths)
 
@@ -117,7 +128,12 @@ def read_learning(
     while any(d < n for d, n in zip(done, lengths)):
         step = [min(n - d, C - p % C) for d, n, p in zip(done, lengths, state.pos)]
         state = segments.boundary(model, state, step, call.ids, done, call.backend, held, reader)
-        heads, state, held = _round(model, call, state, done, step, reader)
+        several = _several(model, call, state, done, reader)
+        if several is None:
+            heads, state, held = _round(model, call, state, done, step, reader)
+        else:
+            heads, state, step = several
+            held = None
         parts.append(heads if call.losses else Heads(heads.logits, None, None, None))
         for b in range(B):
             places[b].extend(range(width, width + step[b]))
@@ -172,6 +188,39 @@ def _round(
         heads = read_head(model, h, step, targets if call.losses else None, logits=not call.losses, check_finite=check)
     kept, seen = segments.recorded(state, tokens, step, whole, C)
     return heads, replace(advance(state, mixers, step), snapshot=snapshot, ids=kept, seen=seen), held
+
+
+def _several(
+    model: Model, call: Call, state: ModelState, done: list[int], reader: Reader
+) -> tuple[Heads, ModelState, list[int]] | None:
+    """As many segments as every row reads whole and learns in one call of C++, with their tokens; None: the next is
+    to be read alone."""
+    C, rows = model.segment, list(range(state.batch))
+    if torch.is_grad_enabled():
+        return None
+    count = segments_ahead(model, state, [k - d for k, d in zip(call.known, done)], reader)
+    if not count:
+        return None
+    plans_at = partial(_plans_at, model, state, rows, [C] * state.batch, reader)
+    with torch.inference_mode(False), torch.no_grad():
+        ids, targets = segments.part_of(call.ids, done, count * C), call.targets(done, [count * C] * state.batch)
+        read = learn_several(
+            model, state, ids, targets, count, plans_at, reader, logits=not call.losses, check_finite=call.check_finite
+        )
+    if not read.done:
+        return None
+    for a in range(0, read.done * C, C) if state.kept is not None else ():
+        state = segments.kept(state, rows, ids[:, a : a + C], targets.ids[:, a : a + C], [C] * state.batch)
+    step = [read.done * C] * state.batch
+    logits, nats, last, _ = read.heads
+    logits, nats = (None if t is None else t[:, : step[0]] for t in (logits, nats))
+    return Heads(logits, nats, last, None), advance(state, read.mixers, step), step
+
+
+def _plans_at(
+    model: Model, state: ModelState, rows: list[int], tokens: list[int], reader: Reader, counts: list[int]
+) -> list[dict[int, Plan]]:
+    return segments.plans_of(model, state, rows, counts, tokens, reader)
 
 
 def _joined(model: Model, call: Call, parts: list[Heads], places: list[list[int]]) -> Tensor | Losses:

@@ -7,7 +7,7 @@ are looked up once and hold until something else has changed a tensor of the sta
 from __future__ import annotations
 
 import ctypes
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ..ops.titans.state import Layout, TitansState
 from .protocol import Model
 
 NOT_FINITE = 3  # csrc/cpu/token.cpp
+_version = attrgetter("_version")
 _STATE = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
 _PLAIN = (nn.Embedding, nn.RMSNorm, nn.Linear, nn.ModuleList, nn.ModuleDict, HopeBlock, ContinuumMemory, CMSLevel,
           SelfModifyingTitans)
@@ -45,6 +46,7 @@ class _Block(ctypes.Structure):
     _fields_ = [
         *((n, POINTER) for n in ("gain", "conv", "tail", "in_proj", "q_proj", "gate_proj", "out_proj", "out_gain")),
         ("titans", TitansCall), ("packed", POINTER), ("levels", SIZE), ("level", ctypes.POINTER(_Level)),
+        ("count", POINTER),
     ]
 
 
@@ -58,6 +60,9 @@ class _Call(ctypes.Structure):
 
 _pack = Function("hope_token_pack", "Decoder", POINTER)
 _step = Function("hope_token_step", "Decoder", POINTER)
+_strips = Function("hope_token_strips", "Decoder", SIZE, SIZE, POINTER, POINTER)
+
+Strips = dict[int, tuple[Tensor, int, Tensor]]  # of a model's matrices, by address: whose, its version, the strips
 
 
 def unserved(model: Model, backend: str | None) -> str | None:
@@ -132,9 +137,12 @@ def _plain(p: Tensor) -> bool:
 class NativeStep:
     """What a step of ``model`` reads and writes. levels: the CMS weights in force, as ``model.levels`` has them."""
 
-    def __init__(self, model: Any, state: ModelState, levels: list[list[Level] | None], tokens: Tensor):
-        """tokens: [B, 1] int64, where every step finds its tokens. Raises ValueError for tensors that the library
-        cannot read."""
+    def __init__(
+        self, model: Any, state: ModelState, levels: list[list[Level] | None], tokens: Tensor, strips: Strips
+    ):
+        """tokens: [B, 1] int64, where every step finds its tokens. strips: of earlier steps; some may join. Raises
+        ValueError for tensors that the library cannot read."""
+        self._strips = strips
         config, B, d, V = model.config, state.batch, model.config.d_model, model.config.vocab_size
         self.mark = state.fingerprint  # of the model's weights as they are now
         self._held: list[Any] = [tokens, levels]  # whatever the library is handed the address of
@@ -143,7 +151,6 @@ class NativeStep:
         self._threads = torch.get_num_threads()  # that the work space is for
         self._mixers = list(state.mixers)
         self._seen: list[tuple[TitansState, str, Tensor]] = []  # whose, and as what: the tensors that a step writes
-        self._counts = [m.count for m in state.mixers if isinstance(m, TitansState) and m.count is not None]
         blocks = (_Block * len(model.blocks))()
         for i, (block, mixer, of) in enumerate(zip(model.blocks, state.mixers, levels)):
             assert isinstance(mixer, TitansState)
@@ -152,21 +159,21 @@ class NativeStep:
         self._call = _Call(
             B=B, d=d, W=config.titans.conv_window or 0, vocab=V, blocks=len(blocks), threads=self._threads,
             eps=config.norm_eps, ids=tokens.data_ptr(), embed=self._at(model.embed.weight, V * d),
-            gain=self._at(model.norm.weight, d), head=self._at(head, V * d),
+            gain=self._at(model.norm.weight, d), head=self._matrix(head, V, d),
             block=ctypes.cast(blocks, ctypes.POINTER(_Block)),
         )
         self._shape, self._blocks = (B, 1, V), blocks
         self._call.logits = self._new(B * V).data_ptr()
-        self._written = [t for _, _, t in self._seen]
-        self._versions = [t._version for t in self._written]
+        self._owners, self._names, self._written = (list(of) for of in zip(*self._seen))
+        self._versions = [*map(_version, self._written)]
         self._call.work = self._new(floats("hope_token_work", self._call)).data_ptr()
         _pack(ctypes.addressof(self._call))
 
     def current(self, state: ModelState) -> bool:
         """Whether nothing but this has changed what was packed, since."""
         same = self.mark is not None and self.mark is state.fingerprint and all(map(is_, state.mixers, self._mixers))
-        return same and all([getattr(owner, name) is t for owner, name, t in self._seen]) and (
-            [t._version for _, _, t in self._seen] == self._versions
+        return same and all(map(is_, map(getattr, self._owners, self._names), self._written)) and (
+            [*map(_version, self._written)] == self._versions
         )
 
     def step(self, state: ModelState, finite: bool) -> Tensor | None:
@@ -180,7 +187,6 @@ class NativeStep:
         if outcome == NOT_FINITE:
             return None
         cpu_library.check_outcome(outcome, "Decoder")
-        torch.ops.aten._foreach_add_.Scalar(self._counts, 1)
         # a graph that has kept one of these tensors must find out
         torch.autograd.graph.increment_version(self._written)
         self._versions = [version + 1 for version in self._versions]
@@ -199,7 +205,7 @@ class NativeStep:
         mixer, c, d = block.mixer, block.mixer.config, block.mixer.config.d_model
         weights = {n: getattr(mixer, n) for n in ("in_proj", "q_proj", "gate_proj", "out_proj")}
         for name, module in weights.items():
-            setattr(to, name, None if module is None else self._at(module.weight, d * d))
+            setattr(to, name, None if module is None else self._matrix(module.weight, d, d))
         W = c.conv_window or 1
         to.gain, to.out_gain = self._at(block.norm.weight, d), self._at(mixer.norm_gain, d)
         to.conv, to.tail = self._at(mixer.conv, W * d), self._at(state.conv_tail, B * (W - 1) * d)
@@ -207,7 +213,7 @@ class NativeStep:
         of = (_Level * len(levels or ()))()
         for level, at in zip(levels or (), of):
             at.N, at.gain = block.cms.config.hidden, self._at(level["norm_gain"], d)
-            at.up, at.down = (self._rows(level[n], at.N * d, B) for n in ("up", "down"))
+            at.up, at.down = self._rows(level["up"], at.N, d, B), self._rows(level["down"], d, at.N, B)
         self._held.append(of)
         to.levels, to.level = len(of), ctypes.cast(of, ctypes.POINTER(_Level))
 
@@ -222,6 +228,9 @@ class NativeStep:
             where[name] = self._at(t, count)
             if t is not None:
                 self._seen.append((state, name, t))
+        if state.count is not None:
+            to.count = address(state.count, B, "count", torch.int64)
+            self._seen.append((state, "count", state.count))
         if state.conv_tail is not None:
             self._seen.append((state, "conv_tail", state.conv_tail))
         if c.retain_to == "init":
@@ -234,15 +243,29 @@ class NativeStep:
         )
         to.packed = self._new(floats("hope_token_packed", to.titans)).data_ptr()
 
-    def _rows(self, W: Tensor | Matrix, count: int, B: int) -> int:
+    def _rows(self, W: Tensor | Matrix, rows: int, K: int, B: int) -> int:
         """The addresses of every row's own matrix."""
         found = Matrix.of(W)
-        own = None if found.own is None else address(found.own, B * count)
-        shared: Any = None if found.shared is None else address(found.shared, count)
         mine = found.rows or (False,) * B
-        rows = (ctypes.c_void_p * B)(*[own + 4 * count * b if own and mine[b] else shared for b in range(B)])
-        self._held.append(rows)
-        return ctypes.addressof(rows)
+        shared = None if found.shared is None or all(mine) else self._matrix(found.shared, rows, K)
+        own = [shared if found.own is None or not m else self._packed(found.own[b], rows, K).data_ptr()
+               for b, m in enumerate(mine)]
+        addresses = (ctypes.c_void_p * B)(*own)
+        self._held.append(addresses)
+        return ctypes.addressof(addresses)
+
+    def _matrix(self, W: Tensor, rows: int, K: int) -> int:
+        """Strips of a matrix of the model."""
+        known = self._strips.get(W.data_ptr())
+        if known is None or known[1] != W._version or known[0].shape != W.shape:
+            known = self._strips[W.data_ptr()] = (W, W._version, self._packed(W, rows, K))
+        self._held.append(known)
+        return known[2].data_ptr()
+
+    def _packed(self, W: Tensor, rows: int, K: int) -> Tensor:
+        to = self._new(-(-rows // 8) * 8 * K)
+        _strips(rows, K, address(W, rows * K), to.data_ptr())
+        return to
 
 
 def floats(name: str, call: ctypes.Structure) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..model_state import ModelState
@@ -52,10 +53,10 @@ class SegmentCall(ctypes.Structure):
     """``SegmentCall``."""
 
     _fields_ = [
-        *((n, SIZE) for n in ("B", "T", "d", "W", "vocab", "blocks", "threads")), ("keep", ctypes.c_int32),
+        *((n, SIZE) for n in ("B", "T", "d", "W", "vocab", "blocks", "threads", "stride")), ("keep", ctypes.c_int32),
         ("eps", ctypes.c_float), *((n, POINTER) for n in ("ids", "len", "embed", "gain", "head")),
-        *((n, POINTER) for n in ("block", "work", "targets", "known", "logits", "nats", "last", "h", "learns",
-                                 "slopes")),
+        *((n, POINTER) for n in ("block", "work", "targets", "known", "logits", "nats", "last", "h", "finite",
+                                 "learns", "slopes")),
     ]
 
 
@@ -72,6 +73,7 @@ class Reading:
         self._len, self._pos = row_array([0] * B, B), [row_array([0] * B, B) for _ in blocks]
         self._levels: list[Any] = [type(of).from_buffer_copy(of) if len(of) else None for of in reader.levels]
         call.B, call.T, call.keep, call.block = B, T, keep, ctypes.addressof(blocks)
+        call.stride = T
         call.len = ctypes.addressof(self._len)
         for block, pos, levels in zip(blocks, self._pos, self._levels):
             t = block.titans
@@ -86,29 +88,55 @@ class Reading:
         among: list[int] | None
     ) -> list[TitansState]:
         """Reads ``lengths`` tokens of each row of ids: the mixers after it. ``mixers`` stay as they are."""
-        call, (B, T) = self.call, self.shape
-        self.ids, self.lengths, self.among, self.before = ids, lengths, among, mixers
-        call.ids, self._len[:] = address(ids, B * T, "ids", torch.int64), lengths
         after, to = self.reader.mixers_like(mixers)
+        held = self.begin(state, mixers, ids, lengths, among, to)
+        _read(ctypes.addressof(self.call))
+        del held  # tensors that may have been made for the library to read
+        advanced(after, mixers, lengths)
+        return after
+
+    def begin(
+        self, state: ModelState, mixers: Sequence[TitansState], ids: Tensor, lengths: list[int],
+        among: list[int] | None, to: list[Memory]
+    ) -> list[Any]:
+        """Everything that a reading of ids [B, n] is told, whose mixers are written ``to``; what has to live on until
+        then."""
+        call, (B, _) = self.call, self.shape
+        self.ids, self.lengths, self.among, self.before = ids, lengths, among, mixers
+        call.ids, call.stride = address(ids, ids.numel(), "ids", torch.int64), ids.shape[1]
         found, known = [], self.reader.made(mixers)
         if known is None:
             found = [addresses(m) for m in mixers]
             known = [at for at, _ in found]
-        moved = None if len(set(lengths)) != 1 else lengths[0]
-        for i, (old, new) in enumerate(zip(mixers, after)):
+        for i, old in enumerate(mixers):
             block, self._pos[i][:] = self._blocks[i], old.pos
             block.before, block.after = known[i], to[i]
-            new.pos = Counters([p + n for p, n in zip(old.pos, lengths)])
-            torch.add(old.count, on_device(lengths, old.count.device) if moved is None else moved, out=new.count)
             cms = state.cms[i]
             if cms is not None:
                 self._take_weights(i, cms, range(B) if among is None else among, state.batch)
         if self._work is None:
             self._work = torch.empty(floats("hope_segment_floats", call), dtype=torch.float32, device="cpu")
             call.work = self._work.data_ptr()
-        _read(ctypes.addressof(call))
-        del found  # and the tensors that may have been made for the library to read
-        return after
+        self._len[:] = lengths
+        call.targets = call.nats = call.last = call.logits = call.learns = call.slopes = call.h = call.finite = None
+        return found
+
+    def results(self, targets: Targets | None, logits: bool) -> tuple[Heads, list[Any]]:
+        """Where the head of ids [B, n] puts what it makes of them; and what has to live on until then."""
+        call, (B, n), V = self.call, self.ids.shape, self.call.vocab
+        made = nats = last = None
+        call.targets = call.nats = call.last = call.logits = call.learns = call.slopes = call.h = None
+        held: list[Any] = []
+        if logits:
+            whole = min(self.lengths, default=n) == n
+            made = torch.empty(B, n, V, dtype=torch.float32, device="cpu") if whole else zeros(B, n, V)
+            call.logits = made.data_ptr()
+        if targets is not None:
+            nats, last = zeros(B, n), zeros(B, V)
+            held = [targets.ids.contiguous(), row_array(targets.known, B)]
+            call.targets = address(held[0], B * n, "targets", torch.int64)
+            call.known, call.nats, call.last = ctypes.addressof(held[1]), nats.data_ptr(), last.data_ptr()
+        return Heads(made, nats, last, None), held
 
     def head(
         self, targets: Targets | None, *, logits: bool, learners: list[bool] | None = None,
@@ -116,32 +144,39 @@ class Reading:
     ) -> tuple[Heads, Tensor]:
         """What ``read_head`` makes of the reading; and what ``judged`` takes for slopes, where any are wanted: a
         stand-in where the slopes themselves stay in C++."""
-        call, model, (B, T), V = self.call, self.reader.model, self.shape, self.call.vocab
-        call.targets = call.nats = call.last = call.learns = call.slopes = call.h = None
-        if V > HEAD_MOST:
-            h = zeros(B, T, call.d)
+        call, B = self.call, self.shape[0]
+        if call.vocab > HEAD_MOST:
+            _, held = self.results(None, False)
+            h = zeros(*self.ids.shape, call.d)
             call.h = h.data_ptr()
             _head(ctypes.addressof(call))
             heads = read_head(
-                model, h, self.lengths, targets, logits=logits, learners=learners, check_finite=check_finite
+                self.reader.model, h, self.lengths, targets, logits=logits, learners=learners,
+                check_finite=check_finite
             )
             return heads, h if heads.slopes is None else heads.slopes
-        made = nats = last = None
-        if logits or check_finite:
-            whole = min(self.lengths, default=T) == T
-            made = torch.empty(B, T, V, dtype=torch.float32, device="cpu") if whole else zeros(B, T, V)
-        if targets is not None:
-            nats, last = zeros(B, T), zeros(B, V)
-            given, known = targets.ids.contiguous(), row_array(targets.known, B)
-            call.targets, call.known = address(given, B * T, "targets", torch.int64), ctypes.addressof(known)
-            call.nats, call.last = nats.data_ptr(), last.data_ptr()
+        heads, held = self.results(targets, logits)
         marks = None if learners is None else (ctypes.c_int32 * B)(*learners)
+        good = (ctypes.c_int32 * B)(*[1] * B)
         call.learns = None if marks is None else ctypes.addressof(marks)
-        call.logits = None if made is None else made.data_ptr()
+        call.finite = ctypes.addressof(good) if check_finite else None
         _head(ctypes.addressof(call))
-        if check_finite and made is not None:
-            check_logits(made, self.lengths)
-        return Heads(made if logits else None, nats, last, None), zeros(B, 1, 1)
+        del held
+        if not all(good):
+            self.refuse()
+        return heads, zeros(B, 1, 1)
+
+    def refuse(self, past: int = 0) -> None:
+        """Raises ValueError for logits that are not finite: of the segment read last, behind ``past`` tokens."""
+        T = self.shape[1]
+        self.lengths = [min(max(n - past, 0), T) for n in self.lengths]
+        part = self.ids[:, past : past + T]
+        self.ids = F.pad(part, (0, T - part.shape[1])).contiguous()
+        self._len[:], self.call.ids, self.call.stride = self.lengths, self.ids.data_ptr(), T
+        heads, _ = self.results(None, True)
+        assert heads.logits is not None
+        _head(ctypes.addressof(self.call))
+        check_logits(heads.logits, self.lengths)
 
     def learn(self, rows: list[bool], slopes: Tensor, plans: list[dict[int, Plan]]) -> None:
         """The steps that ``plans`` has for the marked rows, by block and level. slopes: as ``head`` has them."""
@@ -184,15 +219,28 @@ class Reading:
         """Level ``l`` of block ``i`` does what ``plan`` says in the rows (of the reading, of the batch)."""
         known, level = self._steps.get((i, l)), self._levels[i][l]
         if known is None or known[0] is not plan.steps or known[1] != places:
-            arrays = []
-            for name in ("up", "down"):
-                steps = (RowStep * self.shape[0])()
-                for here, b in places:
-                    if (name, b) in plan.steps:
-                        steps[here] = plan.steps[name, b]
-                arrays.append(steps)
-            self._steps[i, l] = known = (plan.steps, places, arrays, plan.held)
+            self._steps[i, l] = known = (plan.steps, places, arrays_of(plan, self.shape[0], places), plan.held)
         level.up_step, level.down_step = (ctypes.addressof(a) for a in known[2])
+
+
+def arrays_of(plan: Plan, B: int, places: list[tuple[int, int]]) -> list[Any]:
+    """The steps of ``plan``, up and down, for the rows ``places`` (of a reading of B rows, of the batch)."""
+    arrays = []
+    for name in ("up", "down"):
+        steps = (RowStep * B)()
+        for here, b in places:
+            if (name, b) in plan.steps:
+                steps[here] = plan.steps[name, b]
+        arrays.append(steps)
+    return arrays
+
+
+def advanced(after: list[TitansState], mixers: Sequence[TitansState], lengths: list[int]) -> None:
+    """The counters of ``after``, whose tensors are ``mixers`` after ``lengths`` tokens."""
+    for old, new in zip(mixers, after):
+        new.pos = Counters([p + n for p, n in zip(old.pos, lengths)])
+        moved = on_device(lengths, old.count.device) if len(set(lengths)) != 1 else lengths[0]
+        torch.add(old.count, moved, out=new.count)
 
 
 def addresses(state: TitansState) -> tuple[Memory, list[Tensor | None]]:

@@ -1,8 +1,8 @@
 """A segment through a whole model, its loss, and back, in three calls of C++ (csrc/cpu/segment.h): what is read to
-be learned on a CPU, and what that learns from it.
+be learned on a CPU, and what that learns from it. ``native_segments.py`` has several of them in one call.
 
-Between the calls stands what only Python knows: whether logits are to be checked, what the guard says of the losses,
-and which levels are due (``ops/cms/plan.py``). Every number is one chain of operations over its own token and row, so
+Between the calls stands what only Python knows: what the guard says of the losses, and which levels are due
+(``ops/cms/plan.py``). Every number is one chain of operations over its own token and row, so
 what is learned does not depend on how a text is cut, on company in a batch, or on threads: not by a bit, as long as
 tokens are read by such calls alone.
 """
@@ -48,8 +48,12 @@ class Reader:
         ``state`` has learned in the rows ``among`` (None: all): the reading, and the mixers after it. keep: its loss
         is to be learned."""
         B, T = ids.shape
-        reading = self._readings.pop((B, T, keep), None) or Reading(self, B, T, keep)
+        reading = self.reading(B, T, keep)
         return reading, reading.read(state, mixers, ids.contiguous(), lengths, among)
+
+    def reading(self, B: int, T: int, keep: bool) -> Reading:
+        """For segments of T tokens."""
+        return self._readings.pop((B, T, keep), None) or Reading(self, B, T, keep)
 
     def mixers_like(self, mixers: Sequence[TitansState]) -> tuple[list[TitansState], list[Memory]]:
         """States as ``mixers``, whose tensors are to be written, and where these lie."""
@@ -71,6 +75,10 @@ class Reader:
     def give_back(self, reading: Reading, mixers: Sequence[Any]) -> None:
         """Nobody needs ``reading``, nor the ``mixers`` before it, if a reading has made them."""
         self._readings[(*reading.shape, reading.keep)] = reading
+        self.free(mixers)
+
+    def free(self, mixers: Sequence[Any]) -> None:
+        """Nobody needs ``mixers``, if a reading has made them."""
         known = self._made.get(id(mixers))
         if known is not None:
             self._free.append(known[0])

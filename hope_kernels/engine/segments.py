@@ -250,7 +250,7 @@ def _descend(
     tokens = [0] * state.batch
     for b in learners:
         tokens[b] = known[of[b]]
-    plans = _plans(model, state, learners, counts, tokens, reading.reader)
+    plans = plans_of(model, state, learners, counts, tokens, reading.reader)
     here = {of[b] for b in learners}
     reading.learn([b in here for b in range(len(known))], slopes, plans)
     for levels in plans:
@@ -378,7 +378,7 @@ def sinks_of(
     return found
 
 
-def _plans(
+def plans_of(
     model: Model, state: ModelState, learners: list[int], counts: list[int] | None, tokens: list[int], reader: Reader
 ) -> list[dict[int, Plan]]:
     """``ContinuumMemory.plans`` of each block, at the rates that the guard of ``state`` allows."""

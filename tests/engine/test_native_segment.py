@@ -10,7 +10,7 @@ from native_model import CASES, V, built, ids, small
 from numerics import relative, within_yardstick
 
 from hope_kernels import load_state
-from hope_kernels.engine import native_reading
+from hope_kernels.engine import native_reading, native_segments
 from hope_kernels.engine.native_segment import Reader
 from hope_kernels.ops.shared import cpu_library
 
@@ -175,22 +175,25 @@ def test_modes_of_autograd():
 
 
 @pytest.mark.parametrize("at", range(3))
-@pytest.mark.parametrize("part", ["_read", "_head", "_learn"])
+@pytest.mark.parametrize("part", ["_read", "_head", "_learn", "_several"])
 @torch.no_grad()
 def test_a_call_that_fails_leaves_the_state_as_it_was(part, at, monkeypatch):
+    several = part == "_several"
+    module = native_segments if several else native_reading
+    monkeypatch.setattr(native_segments, "AHEAD", 3 if several else 0)
     model, text = small(), ids(2, 60, 1)
     _, state = model(text[:, :11], learn="next_token")
     _, state = model(text[:, 11:20], state, learn="next_token")  # held
-    before, calls, real = state.clone(), [], getattr(native_reading, part)
+    before, calls, real = state.clone(), [], getattr(module, part)
 
     def failing(*given):
         calls.append(given)
-        if len(calls) > 3 * at + 1:
+        if len(calls) > (at if several else 3 * at + 1):
             raise MemoryError("no memory")
         real(*given)
 
     with monkeypatch.context() as m, pytest.raises(MemoryError):
-        m.setattr(native_reading, part, failing)
+        m.setattr(module, part, failing)
         model(text[:, 20:], state, learn="next_token")
     assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before.tensors(), strict=True))
     assert [list(c) for c in state._counters()] == [list(c) for c in before._counters()]

@@ -1,0 +1,120 @@
+"""On a CPU a whole model keeps the streaming contract bit for bit: one call, any split of it, token by token, by a
+decoder, as a row among others, and from a file."""
+
+import pytest
+import torch
+from native_model import CASES, V, built, ids, small
+
+from hope_kernels import load_state
+from hope_kernels.engine import native_segments
+from hope_kernels.engine.decoder import Decoder
+from hope_kernels.engine.native_segment import Reader
+from hope_kernels.ops.shared import cpu_library
+
+pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
+
+LEARN = ["off", "next_token"]
+
+
+def decides(state) -> list[torch.Tensor]:
+    """All that decides what is read next."""
+    found = [t for mixer in state.mixers for t in mixer.tensors()]
+    for cms in state.cms:
+        if cms is not None:
+            levels = zip(cms.weights, cms.own)
+            found += [t for of, own in levels if of is not None and all(own) for t in of.values()]
+    return found
+
+
+def same(a, b) -> bool:
+    x, y = decides(a), decides(b)
+    return list(a.pos) == list(b.pos) and len(x) == len(y) and all(map(torch.equal, x, y))
+
+
+def in_parts(model, text, cuts, learn, state=None):
+    parts = []
+    for a, b in zip([0, *cuts], [*cuts, text.shape[1]]):
+        part, state = model(text[:, a:b], state, learn=learn)
+        parts.append(part)
+    return torch.cat(parts, 1), state
+
+
+@pytest.mark.parametrize("learn", LEARN)
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_splits_tokens_and_a_decoder(name, learn, monkeypatch):
+    monkeypatch.setattr(native_segments, "PIECE", 48)
+    model, text = built(name), ids(2, 75)
+    assert Reader(model, None).reason is None
+    want, whole = model(text, learn=learn)
+    for cuts in ([33], [4, 16, 20, 64], [1, 2, 3, 40], range(1, 75)):
+        logits, state = in_parts(model, text, cuts, learn)
+        assert torch.equal(logits, want) and same(state, whole), cuts
+    state = model.init_state(2)
+    first, state = in_parts(model, text[:, :5], [2], learn, state)
+    decoder = Decoder(model, state, learn)
+    written = torch.cat([decoder.step(text[:, t : t + 1]) for t in range(5, 75)], 1)
+    assert decoder._native is not None
+    assert torch.equal(torch.cat([first, written], 1), want) and same(state, whole)
+
+
+@pytest.mark.parametrize("learn", LEARN)
+@pytest.mark.parametrize("name", ["default", "two clocks", "no convolution"])
+@torch.no_grad()
+def test_rows_of_a_ragged_batch_and_files(name, learn, tmp_path):
+    model, text, lengths = built(name), ids(6, 60), [60, 33, 17, 1, 0, 60]
+    logits, state = model(text, lengths=lengths, learn=learn)
+    state.save(tmp_path / "state")
+    more, after = model(text[:, :25], load_state(tmp_path / "state"), learn=learn)
+    for b, n in enumerate(lengths):
+        alone, own = model(text[b : b + 1, :n], learn=learn)
+        again, own = model(text[b : b + 1, :25], own, learn=learn)
+        assert torch.equal(logits[b, :n], alone[0]) and torch.equal(more[b], again[0]), b
+        assert all(torch.equal(t[b], o[0]) for t, o in zip(after.mixers[1].tensors(), own.mixers[1].tensors())), b
+    assert not logits[1, 33:].any()
+
+
+@torch.no_grad()
+def test_rates_of_zero_read_as_without_learning():
+    text, model = ids(2, 70), small(cms={"lr": 0.0})
+    want, state = model(text)
+    logits, other = model(text, learn="next_token")
+    assert torch.equal(logits, want) and same(state, other)
+    learning, _ = small()(text, learn="next_token")  # until the first step
+    assert torch.equal(learning[:, :4], want[:, :4]) and not torch.equal(learning, want)
+
+
+@torch.no_grad()
+def test_losses_threads_and_widths():
+    model, text = small(d=128, heads=4, chunks=(64, 128)), ids(5, 260, 3)
+    ask, before = cpu_library.library().hope_cpu_width, torch.get_num_threads()
+    most, found = ask(0), []
+    try:
+        for bits, threads in ((most, 1), (most, 2), (256, 1)):
+            ask(bits)
+            torch.set_num_threads(threads)
+            losses, state = model(text, output="losses")
+            found.append((losses.nats, losses.last, *decides(state)))
+    finally:
+        ask(most)
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, found[0] * 2, (*found[1], *found[2])))
+    logits, _ = model(text)
+    assert torch.equal(found[0][1], logits[:, -1])
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten(), reduction="none")
+    assert (found[0][0][:, :-1].flatten() - nats).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_logit_that_is_not_finite_is_named(monkeypatch):
+    monkeypatch.setattr(native_segments, "PIECE", 32)
+    model, text = small(tie_embeddings=False), ids(2, 70) % (V - 1)
+    text[1, 50] = V - 1
+    model.embed.weight[V - 1] = torch.inf
+    for output in ("logits", "losses"):
+        _, state = model(text[:, :3])
+        kept = state.clone()
+        with pytest.raises(ValueError, match="logits .* non-finite value"):
+            model(text[:, 3:], state, check_finite=True, output=output)
+        assert same(state, kept)
+        model(text[:, 3:], state, lengths=[67, 40], check_finite=True, output=output)
