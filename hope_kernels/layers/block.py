@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..backend import Request, gradient
 from ..config import CMSConfig, HopeConfig
 from ..ops.cms.level import Level
 from ..ops.cms.state import CMSState
+from ..ops.linear.backends import resolve
 from .attention import CausalAttention
 from .cms import ContinuumMemory, Inner
 from .recording import check_block_recorded
 from .titans import SelfModifyingTitans
+from .wrapped import normed
 
 
 class Block(nn.Module):
@@ -23,6 +26,7 @@ class Block(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        self.config = config
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
         norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
         self.post_norm = norm if config.post_norm else None
@@ -49,18 +53,14 @@ class Block(nn.Module):
             # a wrapper that casts what a block is given (FSDP's mixed precision) rounds masters too
             mixer.validate(type(self).__name__, h.dtype, h.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
+            ops = resolve(Request(self.config, h.dtype, h.device, gradient(False)), backend)
             y, mixer = self.mixer(
-                self.norm(h), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None
+                normed(self.norm, h, ops), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None
             )
-            h = self.joined(h, y)
+            h = h + (y if self.post_norm is None else normed(self.post_norm, y, ops))
         if self.cms is not None:
             h, _ = self.cms(h, cms, lengths, backend=backend, functional=True, inner=inner)
         return h, mixer
-
-
-    def joined(self, h: Tensor, y: Tensor) -> Tensor:
-        """The residual stream after the mixer, of the stream before it and the mixer's output."""
-        return h + (y if self.post_norm is None else self.post_norm(y))
 
 
 class HopeBlock(Block):

@@ -8,6 +8,7 @@
 #include "calls.h"
 #include "cms.h"
 #include "layer.h"
+#include "linear.h"
 
 namespace {
 
@@ -78,6 +79,22 @@ void layers() {
   show("output_gate_backward o", dx), show("output_gate_backward gate", other);
 }
 
+void projections() {
+  Draw draw;
+  for (int64_t tokens : {1, 5, 29}) {
+    const int64_t K = 600, R = 131;  // more than one depth of a strip, and outputs that fill none
+    const Floats x = draw(tokens * K, 1), weight = draw(R * K, 0.1f), more = draw(tokens * R, 1);
+    Floats y(tokens * R), sum(tokens * R);
+    done(hope_linear(tokens, K, R, 1, x.data(), weight.data(), nullptr, y.data()));
+    done(hope_linear(tokens, K, R, 1, x.data(), weight.data(), more.data(), sum.data()));
+    show("linear " + std::to_string(tokens), y), show("linear " + std::to_string(tokens) + " more", sum);
+  }
+  const Floats x = draw(5 * 40, 1), gain = draw(40, 1);
+  Floats y(5 * 40);
+  done(hope_rms_norm(5, 40, 1, 1e-6f, x.data(), gain.data(), y.data()));
+  show("rms_norm", y);
+}
+
 void levels() {
   Draw draw;
   const int64_t rows = 5, d = 40, n = 1000;
@@ -89,8 +106,6 @@ void levels() {
   done(hope_cms_gelu(n, 1, z.data(), a.data(), slope.data()));
   show("gelu", a), show("gelu slope", slope);
   const Floats x = draw(rows * d, 1), gain = draw(d, 1), dn = draw(rows * d, 1), dy = draw(rows * d, 1);
-  done(hope_cms_norm(rows, d, 1, 1e-6f, x.data(), gain.data(), dx.data()));
-  show("norm", dx);
   done(hope_cms_norm_backward(rows, d, 1, 1e-6f, x.data(), gain.data(), dn.data(), dy.data(), dx.data()));
   show("norm_backward", dx);
   for (int64_t rule : {0, 1, 2}) {
@@ -109,6 +124,6 @@ void levels() {
 
 int main(int count, char** arguments) {
   if (count > 1 && hope_cpu_width(std::atoi(arguments[1])) != std::atoi(arguments[1])) return 3;
-  scans(), reads(), layers(), levels();
+  scans(), reads(), layers(), projections(), levels();
   show("model's steps", stepped(1));
 }

@@ -18,7 +18,7 @@ from ...backend import NO_GRADIENT, Request
 from ...tracing import constant_result
 
 LIBRARY = str(Path(__file__).parents[2] / "_titans_cpu.so")
-ABI = 9
+ABI = 10
 SIZE, POINTER, REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 

@@ -1,0 +1,52 @@
+// What the entry points of linear.h check, the choice of vectors (width.h), and the norm.
+
+#include "linear.h"
+
+#include <cmath>
+
+#include "linear_run.h"
+#include "width.h"
+
+namespace avx512 {  // linear_avx512.cpp
+void linear(int64_t n, int64_t K, int64_t R, int64_t threads, const float* x, const float* W, const float* more,
+            float* y);
+}  // namespace avx512
+
+namespace {
+
+constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
+
+// The sum of squares of a row, in the order that a panel has it (`squares` of titans_head.h): four chains.
+float squares_of(const float* x, int64_t d) {
+  float s[4] = {};
+  for (int64_t i = 0; i < d; i += 4)
+    for (int j = 0; j < 4; j++) s[j] = std::fma(x[i + j], x[i + j], s[j]);
+  return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+}  // namespace
+
+extern "C" int hope_linear(int64_t n, int64_t K, int64_t R, int64_t threads, const float* x, const float* W,
+                           const float* more, float* y) {
+  if (!extents({n, K, R}) || K < 1 || !threads_fit(threads)) return BAD_ARGUMENT;
+  if (n * R == 0) return DONE;
+  if (!all_given({x, W, y})) return BAD_ARGUMENT;
+  if (wide()) avx512::linear(n, K, R, threads, x, W, more, y);
+  else Linear(n, K, R, x, W, more, y).run(threads);
+  return DONE;
+}
+
+extern "C" int hope_rms_norm(int64_t n, int64_t d, int64_t threads, float eps, const float* x, const float* gain,
+                             float* y) {
+  if (!width(d) || n < 0 || n > MOST_FLOATS / d || !threads_fit(threads) || (n && !all_given({x, gain, y})))
+    return BAD_ARGUMENT;
+  const int team = n * d <= ALONE ? 1 : static_cast<int>(threads);
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t r = 0; r < n; r++) {
+    const FlushDenormals flush;
+    const float* row = x + r * d;
+    const f8 factor = all(1 / std::sqrt(squares_of(row, d) / static_cast<float>(d) + eps));
+    for (int64_t i = 0; i < d; i += 8) store(y + r * d + i, load(row + i) * factor * load(gain + i));
+  }
+  return DONE;
+}

@@ -1,0 +1,49 @@
+"""Projections and norms on the C++ backend (csrc/cpu/linear.cpp): fp32 on the CPU, no graph: call under no_grad.
+
+A token's numbers are bit-identical in any company, which a GEMM of a library does not promise: it takes other tiles,
+and so other orders of sums, for other numbers of tokens. They are those of whole segments in C++ (segment.h), too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C._functorch import maybe_current_level
+
+from ...backend import Request
+from ..shared import cpu_library
+from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
+
+_linear = Function("hope_linear", "linear", *[SIZE] * 4, *[POINTER] * 4)
+_rms_norm = Function("hope_rms_norm", "rms_norm", *[SIZE] * 3, REAL, *[POINTER] * 3)
+
+
+def unserved(request: Request) -> str | None:
+    """Why the backend cannot serve a call, or None."""
+    reason = cpu_library.unserved(request, request.config.d_model)
+    if reason is None and (torch.compiler.is_compiling() or maybe_current_level() is not None):
+        return "cannot be followed by torch.compile and transformations of torch.func"
+    if reason is None and torch.is_autocast_enabled("cpu"):
+        return "serves float32, which projections under autocast are not"
+    return reason
+
+
+def linear(x: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
+    """``forward.linear``; ``more`` [.., R] is added to it."""
+    x, weight, more = x.contiguous(), weight.contiguous(), None if more is None else more.contiguous()
+    R, K = weight.shape
+    n = x.numel() // K if K else 0
+    y = torch.empty((*x.shape[:-1], R), dtype=x.dtype, device=x.device)
+    _linear(
+        n, K, R, torch.get_num_threads(), address(x, n * K), address(weight, R * K), address(more, n * R),
+        address(y, n * R),
+    )
+    return y
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """``forward.rms_norm``; d is a multiple of 8."""
+    x, gain = x.contiguous(), gain.contiguous()
+    y, every, d = torch.empty_like(x), x.numel(), gain.numel()
+    _rms_norm(every // d, d, torch.get_num_threads(), eps, address(x, every), address(gain, d), address(y, every))
+    return y
