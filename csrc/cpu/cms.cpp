@@ -22,9 +22,13 @@ extern "C" int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* 
   for (int64_t block = 0; block < count; block++) {
     const FlushDenormals flush;
     for (int64_t i = block * BLOCK; i < std::min(n, (block + 1) * BLOCK); i += 8) {
+      if (!slope) {
+        store(a + i, sigma<GELU_TANH>(load(z + i)));
+        continue;
+      }
       f8 s;
       store(a + i, sigma<GELU_TANH>(load(z + i), s));
-      if (slope) store(slope + i, s);
+      store(slope + i, s);
     }
   }
   return DONE;

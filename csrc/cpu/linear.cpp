@@ -2,6 +2,7 @@
 
 #include "linear.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "linear_run.h"
@@ -16,12 +17,24 @@ namespace {
 
 constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
 
-// The sum of squares of a row, in the order that a panel has it (`squares` of titans_head.h): four chains.
-float squares_of(const float* x, int64_t d) {
-  float s[4] = {};
-  for (int64_t i = 0; i < d; i += 4)
-    for (int j = 0; j < 4; j++) s[j] = std::fma(x[i + j], x[i + j], s[j]);
-  return (s[0] + s[1]) + (s[2] + s[3]);
+// The sums of squares of up to eight rows of d, in the order that a panel has them (`squares` of titans_head.h): four
+// chains each.
+void squares_of(const float* x, int64_t rows, int64_t d, float* sums) {
+  if (rows == 8) {
+    f8 s[4] = {};
+    for (int64_t i = 0; i < d; i += 8) {
+      float columns[64];
+      transpose8(x + i, d, columns, 8);
+      for (int j = 0; j < 8; j++) s[j % 4] = fma(load(columns + 8 * j), load(columns + 8 * j), s[j % 4]);
+    }
+    return store(sums, (s[0] + s[1]) + (s[2] + s[3]));
+  }
+  for (int64_t r = 0; r < rows; r++, x += d) {
+    float s[4] = {};
+    for (int64_t i = 0; i < d; i += 4)
+      for (int j = 0; j < 4; j++) s[j] = std::fma(x[i + j], x[i + j], s[j]);
+    sums[r] = (s[0] + s[1]) + (s[2] + s[3]);
+  }
 }
 
 }  // namespace
@@ -42,11 +55,16 @@ extern "C" int hope_rms_norm(int64_t n, int64_t d, int64_t threads, float eps, c
     return BAD_ARGUMENT;
   const int team = n * d <= ALONE ? 1 : static_cast<int>(threads);
 #pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t r = 0; r < n; r++) {
+  for (int64_t r = 0; r < n; r += 8) {
     const FlushDenormals flush;
-    const float* row = x + r * d;
-    const f8 factor = all(1 / std::sqrt(squares_of(row, d) / static_cast<float>(d) + eps));
-    for (int64_t i = 0; i < d; i += 8) store(y + r * d + i, load(row + i) * factor * load(gain + i));
+    const int64_t rows = std::min<int64_t>(8, n - r);
+    float sums[8];
+    squares_of(x + r * d, rows, d, sums);
+    for (int64_t j = 0; j < rows; j++) {
+      const float* row = x + (r + j) * d;
+      const f8 factor = all(1 / std::sqrt(sums[j] / static_cast<float>(d) + eps));
+      for (int64_t i = 0; i < d; i += 8) store(y + (r + j) * d + i, load(row + i) * factor * load(gain + i));
+    }
   }
   return DONE;
 }
