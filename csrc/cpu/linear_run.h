@@ -38,7 +38,7 @@ class Linear {
 
  private:
   static constexpr int64_t WIDEST = 64, DEEP = 512, SHALLOW = 64, SHORT = 1024, FEW = 96, TILE = 6;
-  static constexpr int64_t ALONE = 1 << 22;  // products that one thread is done with before others are worth waking
+  static constexpr int64_t ALONE = 1 << 21;  // products that one thread is done with before others are worth waking
   const int64_t n, K, R;
   const float *x, *W, *more;
   float* y;

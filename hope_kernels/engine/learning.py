@@ -42,8 +42,6 @@ from .protocol import Model
 from .segments import Held, HeldReading
 from .wavefront import run as run_wavefront
 
-PIECE = 512  # tokens that C++ reads at a time, so that what lies between blocks stays in the cache
-
 
 @dataclass(frozen=True)
 class Call:
@@ -91,10 +89,6 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
             done = [0] * len(lengths)
             draft = segments.replay(model, _draft(state), complete, ids, done, None, backend)
             state = segments.finished(draft)
-    if _plain(call):
-        reader = Reader(model, backend)
-        if reader.serves(state):
-            return _read_in_cpp(model, call, state, reader)
     h = model.embed(ids) if call.embeds is None else call.embeds
     if torch.compiler.is_compiling() and call.wavefront is None:
         h, mixers = run_traced(model, h, state, lengths, backend)
@@ -106,32 +100,6 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
     targets = call.targets([0] * len(lengths), full) if call.losses else None
     heads = read_head(model, h, lengths, targets, logits=not call.losses, check_finite=call.check_finite)
     return _output(heads, call.losses), advance_off(state, mixers, lengths)
-
-
-def _plain(call: Call) -> bool:
-    """Whether there is something to read, and nothing but that is asked for."""
-    asked = call.embeds is not None or call.wavefront is not None or torch.is_grad_enabled()
-    return not asked and not torch.compiler.is_compiling() and any(call.lengths)
-
-
-def _read_in_cpp(
-    model: Model, call: Call, state: ModelState, reader: Reader
-) -> tuple[Tensor | Losses, ModelState]:
-    """``read_off`` with all blocks in one call of C++ a piece of the text: bit for bit what the blocks make of it."""
-    lengths, mixers, parts, width = call.lengths, state.mixers, [], 0
-    places: list[list[int]] = [[] for _ in lengths]
-    for a in range(0, max(lengths), PIECE):
-        step = [min(max(n - a, 0), PIECE) for n in lengths]
-        done, n = [min(a, m) for m in lengths], max(step)
-        reading, mixers = reader.read(state, mixers, segments.part_of(call.ids, done, n), step, None, keep=False)
-        targets = call.targets(done, step) if call.losses else None
-        heads, _ = reading.head(targets, logits=not call.losses, check_finite=call.check_finite)
-        reading.done()
-        parts.append(heads if call.losses else Heads(heads.logits, None, None, None))
-        for b, read in enumerate(step):
-            places[b].extend(range(width, width + read))
-        width += n
-    return _joined(model, call, parts, places), advance_off(state, mixers, lengths)
 
 
 def read_learning(

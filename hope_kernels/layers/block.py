@@ -55,7 +55,8 @@ class Block(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None)):
             ops = resolve(Request(self.config, h.dtype, h.device, gradient(False)), backend)
             y, mixer = self.mixer(
-                normed(self.norm, h, ops), mixer, lengths, backend=backend, functional=True, constant_memory=inner is not None
+                normed(self.norm, h, ops), mixer, lengths, backend=backend, functional=True,
+                constant_memory=inner is not None
             )
             h = h + (y if self.post_norm is None else normed(self.post_norm, y, ops))
         if self.cms is not None:

@@ -66,9 +66,9 @@ def normed(module: nn.Module, x: Tensor, ops: Any) -> Tensor:
 
 
 def project(module: nn.Module, x: Tensor, ops: Any = None) -> Tensor:
-    """``module(x)``; where that is plain, by ``ops``, the functions of ops/linear. A dynamically quantized Linear, whose output PyTorch gives no gradient by x, has that of
-    its dequantized weight; raises ValueError where such a one is hidden in ``module`` and x requires a
-    gradient."""
+    """``module(x)``; where that is plain, by ``ops``, the functions of ops/linear. A dynamically quantized Linear,
+    whose output PyTorch gives no gradient by x, has that of its dequantized weight; raises ValueError where such a
+    one is hidden in ``module`` and x requires a gradient."""
     if ops is not None and is_plain(module):
         plain: Any = module
         return ops.linear(x, plain.weight)

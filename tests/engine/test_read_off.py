@@ -9,7 +9,6 @@ import torch
 from native_model import CASES, built, ids, small
 
 from hope_kernels import load_state
-from hope_kernels.engine import learning
 from hope_kernels.engine.native_segment import Reader
 from hope_kernels.ops.shared import cpu_library
 
@@ -60,12 +59,19 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(name, tmp_path):
 @torch.no_grad()
 def test_blocks_one_after_another_have_the_bits_of_one_call(name):
     model, text = built(name), ids(3, T)
-    with mock.patch.object(learning, "PIECE", 10):
-        for lengths in (None, [T, 11, 0]):
-            ours, state = model(text, lengths=lengths)
-            with by_blocks():
-                theirs, other = model(text, lengths=lengths)
-            assert torch.equal(ours, theirs) and alike(state, other)
+    for lengths in ([T] * 3, [T, 11, 0]):
+        reader, start = Reader(model, None), model.init_state(3)
+        assert reader.serves(start)
+        reading, mixers = reader.read(start, start.mixers, text, lengths, None, keep=False)
+        logits = reading.head(None, logits=True)[0].logits
+        ours, state = model(text, lengths=lengths)
+        with by_blocks():
+            theirs, other = model(text, lengths=lengths)
+        assert torch.equal(ours, theirs) and alike(state, other)
+        for b, n in enumerate(lengths):
+            assert torch.equal(logits[b, :n], theirs[b, :n])
+        found = [t for m in mixers for t in m.tensors()]
+        assert all(torch.equal(x, y) for x, y in zip(found, memories(other), strict=True))
 
 
 @torch.no_grad()
@@ -86,8 +92,7 @@ def test_what_rows_have_learned_is_read_alike():
 def test_losses_are_those_of_the_logits():
     model, text = small(), ids(2, T)
     logits, _ = model(text)
-    with mock.patch.object(learning, "PIECE", 10):
-        losses, _ = model(text, output="losses", lengths=[T, 20])
+    losses, _ = model(text, output="losses", lengths=[T, 20])
     nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten(), reduction="none")
     nats = nats.view(2, -1)
     torch.testing.assert_close(losses.nats[0, :-1], nats[0], rtol=1e-5, atol=1e-6)

@@ -95,7 +95,10 @@ def _product(x: Tensor, W: Matrix, bias: Tensor | None, more: Tensor | None = No
     def with_shared(w: Tensor, rows) -> Tensor:
         return linear(x[torch.tensor(list(rows), dtype=torch.long)], w)
 
-    y = by_rows(W, x.shape[0], with_shared, lambda w, rows: torch.cat([linear(x[b : b + 1], m) for b, m in zip(rows, w)]))
+    def with_own(w: Tensor, rows) -> Tensor:
+        return torch.cat([linear(x[b : b + 1], matrix) for b, matrix in zip(rows, w)])
+
+    y = by_rows(W, x.shape[0], with_shared, with_own)
     if W.left is not None and W.right is not None:
         y = torch.baddbmm(y, torch.bmm(x, W.right.mT), W.left, alpha=W.scale)
     y = y if bias is None else y + bias

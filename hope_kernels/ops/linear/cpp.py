@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
-from ...backend import Request
+from ...backend import NO_GRADIENT, Request
 from ..shared import cpu_library
 from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
 
@@ -20,6 +20,8 @@ _rms_norm = Function("hope_rms_norm", "rms_norm", *[SIZE] * 3, REAL, *[POINTER] 
 
 def unserved(request: Request) -> str | None:
     """Why the backend cannot serve a call, or None."""
+    if request.gradient != NO_GRADIENT:
+        return "has no autograd graph"
     reason = cpu_library.unserved(request, request.config.d_model)
     if reason is None and (torch.compiler.is_compiling() or maybe_current_level() is not None):
         return "cannot be followed by torch.compile and transformations of torch.func"
