@@ -1,10 +1,11 @@
-// What the entry points of linear.h check, the choice of vectors (width.h), and the norm.
+// What the entry points of linear.h check, the choice of vectors (width.h), norm and gates.
 
 #include "linear.h"
 
 #include <algorithm>
 #include <cmath>
 
+#include "gates.h"
 #include "linear_run.h"
 #include "width.h"
 
@@ -66,5 +67,15 @@ extern "C" int hope_rms_norm(int64_t n, int64_t d, int64_t threads, float eps, c
       for (int64_t i = 0; i < d; i += 8) store(y + (r + j) * d + i, load(row + i) * factor * load(gain + i));
     }
   }
+  return DONE;
+}
+
+extern "C" int hope_gate(int64_t n, int64_t H, int32_t softplus, float scale, const float* x, const float* bias,
+                         float* y) {
+  if (!extents({n, H})) return BAD_ARGUMENT;
+  if (n * H && !all_given({x, bias, y})) return BAD_ARGUMENT;
+  TitansCall c{};
+  c.softplus = softplus, c.eta_scale = scale;
+  for (int64_t i = 0; i < n * H; i++) y[i] = eta_of(c, x[i], bias[i % H]);
   return DONE;
 }

@@ -24,10 +24,8 @@ from ..ops.shared.across import Across
 from ..ops.shared.pullback import Pullback
 from ..ops.titans.backends import resolve
 from ..ops.titans.inputs import Stats, TokenInputs
-from ..ops.titans.scan import eta_gate
 from ..ops.titans.state import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.unit.backends import ENTRIES as UNIT
-from ..ops.unit.forward import l2norm
 from ..tracing import constant_result
 from .autocast import in_own_dtype
 from .recording import check_recorded, check_whole
@@ -225,7 +223,7 @@ class SelfModifyingTitans(nn.Module):
                 u = project(self.in_proj, u, ops)
             u, mine = self._shared(u)
             raw = None if self.q_proj is None else self._heads(project(self.q_proj, u, ops))
-            inputs = self._inputs(u, raw if raw is None or not c.qk_l2norm else unit(raw), mine, ops)
+            inputs = self._inputs(u, raw if raw is None or not c.qk_l2norm else unit(raw), mine, ops, unit)
             if wanted:
                 o, new, by_q = compute.with_pullback(own, self.w_init, inputs, state, lengths, update=update)
             else:
@@ -288,11 +286,11 @@ class SelfModifyingTitans(nn.Module):
         return (self.across.gathered(u, summed=True) if mixes else u), u
 
     def _inputs(
-        self, u: Tensor, q: Tensor | None, mine: Tensor | None = None, ops: Any = None
+        self, u: Tensor, q: Tensor | None, mine: Tensor | None, ops: Any, unit: Callable[[Tensor], Tensor]
     ) -> TokenInputs:
         """What the memories get of u [B, T, d], of the queries q [B, T, H, D] (None with adaptive_q), and of
-        ``mine``, the channels that belong to the heads at hand (None: all of u). ops: of ops/linear, for
-        projections."""
+        ``mine``, the channels that belong to the heads at hand (None: all of u). ops: of ops/linear. unit: of
+        ops/unit."""
         c, heads, mine = self.config, self._heads, u if mine is None else mine
         beta = None
         if c.momentum == "learned":
@@ -302,10 +300,10 @@ class SelfModifyingTitans(nn.Module):
             beta = torch.full_like(mine[..., : c.num_heads // self.parts], float(c.momentum))
         if c.self_modifying:
             return TokenInputs(q, x=heads(mine), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
-        eta = eta_gate(project(self.eta_proj, u, ops), self.eta_bias, c)
-        alpha = torch.sigmoid(project(self.alpha_proj, u, ops) + self.alpha_bias) if c.retention else None
+        eta = ops.gate(project(self.eta_proj, u, ops), self.eta_bias, c.eta_activation == "softplus", c.eta_scale)
+        alpha = ops.gate(project(self.alpha_proj, u, ops), self.alpha_bias) if c.retention else None
         k, v = heads(project(self.k_proj, u, ops)), heads(project(self.v_proj, u, ops))
-        return TokenInputs(q, k=l2norm(k) if c.qk_l2norm else k, v=v, eta=eta, alpha=alpha, beta=beta)
+        return TokenInputs(q, k=unit(k) if c.qk_l2norm else k, v=v, eta=eta, alpha=alpha, beta=beta)
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, state: TitansState | None = None) -> dict:

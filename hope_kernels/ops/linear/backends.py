@@ -1,5 +1,5 @@
-"""Who serves projections and norms, in order of preference: modules with the functions of ``forward.py``; PyTorch
-where a backend has none."""
+"""Who serves projections, norms and gates, in order of preference: modules with the functions of ``forward.py``;
+PyTorch where a backend has none."""
 
 from __future__ import annotations
 

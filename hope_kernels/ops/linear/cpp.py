@@ -1,10 +1,12 @@
-"""Projections and norms on the C++ backend (csrc/cpu/linear.cpp): fp32 on the CPU, no graph: call under no_grad.
+"""Projections, norms and gates on the C++ backend (csrc/cpu/linear.cpp): fp32 on the CPU, no graph: call under no_grad.
 
 A token's numbers are bit-identical in any company, which a GEMM of a library does not promise: it takes other tiles,
 and so other orders of sums, for other numbers of tokens. They are those of whole segments in C++ (segment.h), too.
 """
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ..shared import cpu_library
 from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
 
 _linear = Function("hope_linear", "linear", *[SIZE] * 4, *[POINTER] * 4)
+_gate = Function("hope_gate", "gate", *[SIZE] * 2, ctypes.c_int32, REAL, *[POINTER] * 3)
 _rms_norm = Function("hope_rms_norm", "rms_norm", *[SIZE] * 3, REAL, *[POINTER] * 3)
 
 
@@ -48,4 +51,12 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     x, gain = x.contiguous(), gain.contiguous()
     y, every, d = torch.empty_like(x), x.numel(), gain.numel()
     _rms_norm(every // d, d, torch.get_num_threads(), eps, address(x, every), address(gain, d), address(y, every))
+    return y
+
+
+def gate(raw: Tensor, bias: Tensor, softplus: bool = False, scale: float = 1.0) -> Tensor:
+    """``forward.gate``, as the memories' own gates are computed in a scan."""
+    raw, bias = raw.contiguous(), bias.contiguous()
+    y, every, H = torch.empty_like(raw), raw.numel(), bias.numel()
+    _gate(every // H, H, softplus, scale, address(raw, every), address(bias, H), address(y, every))
     return y

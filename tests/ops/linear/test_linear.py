@@ -77,6 +77,15 @@ def test_a_norm_is_as_exact_as_pytorchs(n, d):
     assert torch.equal(cpp.rms_norm(0 * x, gain, 1e-6), 0 * x)
 
 
+@pytest.mark.parametrize("softplus", [False, True])
+def test_a_gate_is_as_exact_as_pytorchs(softplus):
+    raw, bias = 8 * draw(3, 7, 5), draw(5, seed=1)
+    exact = forward.gate(raw.double(), bias.double(), softplus, 0.5)
+    y = cpp.gate(raw, bias, softplus, 0.5)
+    within_yardstick(y, forward.gate(raw, bias, softplus, 0.5), exact, "y")
+    assert torch.equal(torch.cat([cpp.gate(raw[:, t : t + 1], bias, softplus, 0.5) for t in range(7)], 1), y)
+
+
 def test_weights_that_change_in_place_are_seen():
     x, w = draw(3, 16), draw(24, 16, seed=1)
     before = cpp.linear(x, w)
@@ -113,6 +122,11 @@ def test_what_does_not_fit_is_refused():
     for pointers in ((None, 1, None, 1), (1, None, None, 1), (1, 1, None, None)):
         with pytest.raises(ValueError, match="linear"):
             cpp._linear(3, 16, 24, 1, *pointers)
+    for pointers in ((None, 1, 1), (1, None, 1), (1, 1, None)):
+        with pytest.raises(ValueError, match="gate"):
+            cpp._gate(3, 16, 0, 1.0, *pointers)
+    with pytest.raises(ValueError, match="gate"):
+        cpp._gate(-1, 16, 0, 1.0, x.data_ptr(), x.data_ptr(), x.data_ptr())
     for wrong in ((-1, 16, 1), (3, 12, 1), (2**60, 16, 1), (3, 16, 0)):
         with pytest.raises(ValueError, match="rms_norm"):
             cpp._rms_norm(*wrong, 1e-6, x.data_ptr(), w.data_ptr(), x.data_ptr())
