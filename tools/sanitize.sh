@@ -22,7 +22,7 @@ memory | files)
   "$compiler" "${flags[@]}" -fopenmp -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all \
     csrc/cpu/*.cpp -o "$library"
   tests=(tests/ops/titans/test_cpp{,_backward,_training}.py tests/ops/cms/test_cpp{,_step}.py
-    tests/layers/test_titans_cpp.py tests/engine/test_native{,_segment}.py
+    tests/layers/test_{titans_cpp,bits}.py tests/ops/linear/test_linear.py tests/engine/test_native{,_segment}.py
     tests/csrc/test_native_arguments.py tests/csrc/test_width.py)
   if [ "$1" = files ]; then tests=(tests/state/test_files.py -m slow); fi
   # Python and PyTorch leak by design, and are not instrumented themselves

@@ -25,6 +25,8 @@ def unserved(request: Request) -> str | None:
     """Why the backend cannot serve a call, or None."""
     if request.gradient != NO_GRADIENT:
         return "has no autograd graph"
+    if getattr(request.config, "mixer", None) == "attention":
+        return "serves no attention, whose bits depend on how a text is cut anyway, and one token sooner in PyTorch"
     reason = cpu_library.unserved(request, request.config.d_model)
     if reason is None and (torch.compiler.is_compiling() or maybe_current_level() is not None):
         return "cannot be followed by torch.compile and transformations of torch.func"
