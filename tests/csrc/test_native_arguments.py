@@ -167,8 +167,8 @@ def test_what_surrounds_the_memories_is_refused_as_well(name, right, wrong):
         assert function(*changes, *right[len(changes) :]) == BAD_ARGUMENT, changes
     first = next(i for i, kind in enumerate(function.argtypes) if kind is ctypes.c_void_p)
     optional = {
-        "output_gate": (1, 2), "output_gate_backward": (1,), "linear": (2,), "cms_gelu": (2,), "cms_norm_backward": (3,),
-        "cms_step": (0, 1, 5), "cms_step_bf16": (2, 6),
+        "output_gate": (1, 2), "output_gate_backward": (1,), "linear": (2,), "cms_gelu": (2,),
+        "cms_norm_backward": (3,), "cms_step": (0, 1, 5), "cms_step_bf16": (2, 6),
     }.get(name, ())
     for i in range(first, len(right)):
         if i - first not in optional:
