@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
 
 from ...backend import NO_GRADIENT, Request
 from ..shared import cpu_library
 from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
+from . import forward
 
 _linear = Function("hope_linear", "linear", *[SIZE] * 4, *[POINTER] * 4)
 _gate = Function("hope_gate", "gate", *[SIZE] * 2, ctypes.c_int32, REAL, *[POINTER] * 3)
@@ -36,7 +37,10 @@ def unserved(request: Request) -> str | None:
 
 
 def linear(x: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
-    """``forward.linear``; ``more`` [.., R] is added to it."""
+    """``forward.linear``, which it is for tensors of a class of their own; ``more`` [.., R] is added to it."""
+    if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter):
+        y = forward.linear(x, weight)
+        return y if more is None else y + more
     x, weight, more = x.contiguous(), weight.contiguous(), None if more is None else more.contiguous()
     R, K = weight.shape
     n = x.numel() // K if K else 0

@@ -94,6 +94,17 @@ def test_weights_that_change_in_place_are_seen():
     assert torch.equal(cpp.linear(x, w.t().contiguous().t()), 2 * before)  # however it lies in memory
 
 
+def test_a_tensor_of_a_class_of_its_own_computes_for_itself():
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            with torch._C.DisableTorchFunctionSubclass():
+                return 2 * function(*args, **(kwargs or {}))
+
+    x, w = draw(3, 16), draw(24, 16, seed=1)
+    assert torch.equal(cpp.linear(x, w.as_subclass(Doubled)), 2 * forward.linear(x, w))
+
+
 def test_who_serves():
     config, cpu = TitansConfig(16, 2), torch.device("cpu")
     assert resolve(Request(config, torch.float32, cpu, NO_GRADIENT)) is cpp
