@@ -5,8 +5,8 @@ and the ceiling of the machine's cores.
 
 B = 1, T = 512, fp32. "same" is the preset ``nested_learning`` with the package's weights: the same function,
 outputs compared. "drop_in" is the class of ``compat.nested_learning``, called as the package's is, a new state
-included; also with the package's default chunks of one token, there at T = 64. "default" is the default
-configuration, which does more (output projection, gate, target norm, step clip). titans-pytorch's memory, where
+included; also with the package's default chunks of one token, there at T = 64 and d = 64 and 256. "default" is the
+default configuration, which does more (output projection, gate, target norm, step clip). titans-pytorch's memory, where
 it is installed, is a two-layer MLP of the same width and chunk that computes another function: speed only. Each
 round times a loop of fused multiply-adds on as many threads (fma_peak.py; the best of all rounds is the ceiling),
 ours (the default backend, median of five calls) and the packages, in turn; figures are medians over the rounds,
@@ -34,7 +34,7 @@ from hope_kernels.compat.nested_learning import SelfModifyingTitansConfig as Dro
 RESULT = os.path.join(os.path.dirname(__file__), "results", "cpu.json")
 CASES = ((64, 16), (256, 16), (256, 64))
 T = 512
-DEFAULT_CHUNKS = (64, 1, 64)  # d, chunk, T
+DEFAULT_CHUNKS = {"default_chunks": (64, 1, 64), "default_chunks_wide": (256, 1, 64)}  # d, chunk, T
 
 
 def spread(values: list[float]) -> dict:
@@ -158,11 +158,13 @@ def main() -> None:
         print(f"{d:5}{chunk:6}{m['same']:12.0f}{m['default']:10.0f}{m['package']:9.0f}{m['ratio']:8.1f}"
               f"{m['of_fma']:9.0%}{m['of_fma_default']:9.0%}{m['fma_gflops']:11.1f}{c['relative_error']:9.1e}"
               f"{m['ratio_drop_in']:9.1f}")
-    result["default_chunks"] = case(*DEFAULT_CHUNKS[:2], args.rounds, DEFAULT_CHUNKS[2])
-    write_json(args.out, result)
+    for name, (d, chunk, tokens) in DEFAULT_CHUNKS.items():
+        result[name] = case(d, chunk, args.rounds, tokens)
+        write_json(args.out, result)
     print(f"geometric mean of the ratios: {result['geometric_mean_ratio']:.1f}, of the drop-in class "
           f"{result['geometric_mean_drop_in']:.1f}; with the package's default chunks "
-          f"{result['default_chunks']['ratio_drop_in']['median']:.1f}")
+          f"{result['default_chunks']['ratio_drop_in']['median']:.1f}, at d = 256 "
+          f"{result['default_chunks_wide']['ratio_drop_in']['median']:.1f}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import pretrained
+from .backend import Request, gradient
 from .check import check_batch, check_index, check_lengths, check_state, check_tensor
 from .config import HopeConfig
 from .continued import continued
@@ -34,10 +34,11 @@ from .layers.cms import Inner
 from .layers.cms_consolidate import check_consolidation, consolidate
 from .layers.embedding import ScaledEmbedding
 from .layers.recording import check_recorded, check_whole
-from .layers.wrapped import is_hooked, placement, project, token_vectors
+from .layers.wrapped import is_hooked, normed, placement, project, token_vectors
 from .model_state import MixerState, ModelState
 from .ops.cms.level import Level
 from .ops.cms.state import CMSState
+from .ops.linear.backends import resolve
 from .session_bytes import session_bytes
 from .state import Counters
 from .tracing import constant_result
@@ -339,11 +340,12 @@ class HopeForCausalLM(nn.Module):
         return h, new
 
     def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
-        h = self.norm(h)
+        ops = resolve(Request(self.config, h.dtype, h.device, gradient(False)))
+        h = normed(self.norm, h, ops)
         if self.head is None:
-            logits = F.linear(h, token_vectors(self.embed, self.config.vocab_size, self.config.embed_scale))
+            logits = ops.linear(h, token_vectors(self.embed, self.config.vocab_size, self.config.embed_scale))
         else:
-            logits = project(self.head, h)
+            logits = project(self.head, h, ops)
         T = h.shape[1]
         if min(lengths, default=T) < T:
             count = torch.tensor(lengths, dtype=torch.long, device=h.device).unsqueeze(1)

@@ -1,4 +1,4 @@
-// A CMS level between its products: the activation with its derivative from one exponential, and the norm's
+// A CMS level between its products (its norm: linear.h): the activation with its derivative from one exponential, and the norm's
 // backward in two passes over a row. fp32. A number's value depends on its own inputs, or its row's, alone.
 
 #include <algorithm>
@@ -25,24 +25,14 @@ extern "C" int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* 
   for (int64_t block = 0; block < count; block++) {
     const FlushDenormals flush;
     for (int64_t i = block * BLOCK; i < std::min(n, (block + 1) * BLOCK); i += 8) {
+      if (!slope) {
+        store(a + i, sigma<GELU_TANH>(load(z + i)));
+        continue;
+      }
       f8 s;
       store(a + i, sigma<GELU_TANH>(load(z + i), s));
-      if (slope) store(slope + i, s);
+      store(slope + i, s);
     }
-  }
-  return DONE;
-}
-
-extern "C" int hope_cms_norm(int64_t rows, int64_t d, int64_t threads, float eps, const float* x, const float* gain,
-                             float* n) {
-  if (!width(d) || rows < 0 || rows > MOST_FLOATS / d || !threads_fit(threads) || (rows && !all_given({x, gain, n})))
-    return BAD_ARGUMENT;
-  const int team = rows * d < 8 * BLOCK ? 1 : static_cast<int>(threads);
-#pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    const float* row = x + r * d;
-    const f8 factor = all(rms_factor(row, d, eps));
-    for (int64_t i = 0; i < d; i += 8) store(n + r * d + i, load(row + i) * factor * load(gain + i));
   }
   return DONE;
 }

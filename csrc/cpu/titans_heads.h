@@ -16,11 +16,21 @@ inline void scan(const TitansCall& c, const Workspace& work, const Team& team, f
   }
 }
 
+// Whether one thread is done before others are awake: 2^18 products are some 5 us. A call has about 8 D N a token, head
+// and memory (titans.cpp).
+inline bool small_work(const TitansCall& c) {
+#ifdef HOPE_STD_THREADS  // the thread sanitizer is to see threads in small calls
+  return false;
+#else
+  return 8.0 * c.B * c.T * c.H * (c.Mf + c.Ms) * c.D * c.N < 1 << 18;
+#endif
+}
+
 inline void all_heads(const TitansCall& c) {
   const int64_t groups = c.B * c.H;
   Workspace sizes;
   const int64_t floats = sizes.carve(c, nullptr);
-  const int threads = static_cast<int>(c.threads);
+  const int threads = small_work(c) ? 1 : static_cast<int>(c.threads);
   const bool together = groups < threads;  // all threads on one (row, head), or one on each
   const int works = together ? 1 : threads;
   Memory memory(floats > MOST_FLOATS ? floats : floats * works);

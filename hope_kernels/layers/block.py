@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
+from ..backend import Request, gradient
 from ..config import CMSConfig, HopeConfig
 from ..ops.cms.level import Level
 from ..ops.cms.state import CMSState
+from ..ops.linear.backends import resolve
 from .attention import CausalAttention
 from .cms import ContinuumMemory, Inner
 from .norm import rms_normed
 from .recording import check_block_recorded
 from .titans import SelfModifyingTitans
+from .wrapped import normed
 
 
 class Block(nn.Module):
@@ -24,6 +29,7 @@ class Block(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        self.config = config
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
         norm = nn.RMSNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
         self.post_norm = norm if config.post_norm else None
@@ -51,21 +57,21 @@ class Block(nn.Module):
             mixer.validate(type(self).__name__, h.dtype, h.device)
         gate = None if inner is None else inner.gate
         with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None or gate is not None)):
-            x = self.norm(h) if inner is not None else rms_normed(self.norm, h, backend)
+            ops = resolve(Request(self.config, h.dtype, h.device, gradient(False)), backend)
+            train = inner is None and torch.is_grad_enabled()
             y, mixer = self.mixer(
-                x, mixer, lengths, backend=backend, functional=True,
-                constant_memory=inner is not None if gate is None else gate
+                rms_normed(self.norm, h, backend) if train else normed(self.norm, h, ops), mixer, lengths,
+                backend=backend, functional=True, constant_memory=inner is not None if gate is None else gate
             )
-            h = self.joined(h, y)
+            h = self.joined(h, y, ops)
         inner = inner if gate is None else None  # the levels are given, and read as in any graph
         if self.cms is not None:
             h, _ = self.cms(h, cms, lengths, backend=backend, functional=True, inner=inner)
         return h, mixer
 
-
-    def joined(self, h: Tensor, y: Tensor) -> Tensor:
-        """The residual stream after the mixer, of the stream before it and the mixer's output."""
-        return h + (y if self.post_norm is None else self.post_norm(y))
+    def joined(self, h: Tensor, y: Tensor, ops: ModuleType) -> Tensor:
+        """The residual stream after the mixer, of the stream before it and the mixer's output; ops: of ops/linear."""
+        return h + (y if self.post_norm is None else normed(self.post_norm, y, ops))
 
 
 class HopeBlock(Block):

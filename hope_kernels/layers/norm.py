@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.cms.cpp import norm_gradients, normed
+from ..ops.cms.cpp import norm_gradients
+from ..ops.linear.cpp import rms_norm
 from ..ops.shared import cpu_library
 from ..ops.shared.again import gradients_again
 from .wrapped import is_hooked
@@ -33,7 +34,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return normed(x.contiguous(), weight.contiguous(), eps)
+        return rms_norm(x, weight, eps)
 
     @staticmethod
     def backward(ctx, dn: Tensor):

@@ -18,15 +18,15 @@ from ..check import check_lengths, check_state, check_tensor, check_values
 from ..config import TitansConfig
 from ..identity import checksum
 from ..ops.conv.backends import ENTRIES as CONV
+from ..ops.linear.backends import resolve as linear_ops
 from ..ops.output_gate.backends import ENTRIES as OUTPUT_GATE
 from ..ops.shared.across import Across
 from ..ops.shared.pullback import Pullback
 from ..ops.titans.backends import resolve
 from ..ops.titans.inputs import Stats, TokenInputs
-from ..ops.titans.scan import Gate, eta_gate
+from ..ops.titans.scan import Gate
 from ..ops.titans.state import FastWeights, Layout, TitansState, init_titans_state
 from ..ops.unit.backends import ENTRIES as UNIT
-from ..ops.unit.forward import l2norm
 from ..tracing import constant_result
 from .autocast import in_own_dtype
 from .recording import check_recorded, check_whole
@@ -213,6 +213,7 @@ class SelfModifyingTitans(nn.Module):
         # nothing around the memories has to build a graph where the formulas know its gradient
         request = Request(c, x.dtype, x.device, NO_GRADIENT if by_formulas else BY_ALL)
         causal_conv, unit, output_gate = surroundings(request, backend)
+        ops = linear_ops(request, backend)
         given, wanted = x, by_formulas and torch.is_grad_enabled() and x.requires_grad
         n, real = self._real(lengths, x)
         with torch.no_grad() if by_formulas else contextlib.nullcontext():
@@ -223,10 +224,10 @@ class SelfModifyingTitans(nn.Module):
                 x, conv = across.enter(x), None if conv is None else across.enter(conv)
             u, tail = (x, None) if conv is None else causal_conv(x, state.conv_tail, conv, n)
             if self.in_proj is not None:
-                u = project(self.in_proj, u)
+                u = project(self.in_proj, u, ops)
             u, mine = self._shared(u)
-            raw = None if self.q_proj is None else self._heads(project(self.q_proj, u))
-            inputs = self._inputs(u, raw if raw is None or not c.qk_l2norm else unit(raw), mine)
+            raw = None if self.q_proj is None else self._heads(project(self.q_proj, u, ops))
+            inputs = self._inputs(u, raw if raw is None or not c.qk_l2norm else unit(raw), mine, ops, unit)
             if wanted:
                 o, new, by_q = compute.with_pullback(own, self.w_init, inputs, state, lengths, update=update)
             else:
@@ -234,10 +235,10 @@ class SelfModifyingTitans(nn.Module):
                     own, self.w_init, inputs, state, lengths, update=update, constant_memory=constant_memory,
                     stats=stats,
                 )
-            gate = None if self.gate_proj is None else project(self.gate_proj, x)
+            gate = None if self.gate_proj is None else project(self.gate_proj, x, ops)
             y = output_gate(o, self.norm_gain, gate)
             if self.out_proj is not None:
-                y = project(self.out_proj, y)
+                y = project(self.out_proj, y, ops)
                 y = y if across is None else across.total(y)
             elif across is not None:
                 y = across.gathered(y, summed=False)
@@ -288,22 +289,25 @@ class SelfModifyingTitans(nn.Module):
         mixes = any([m is not None for m in (self.q_proj, self.k_proj, self.beta_proj)])
         return (self.across.gathered(u, summed=True) if mixes else u), u
 
-    def _inputs(self, u: Tensor, q: Tensor | None, mine: Tensor | None = None) -> TokenInputs:
+    def _inputs(
+        self, u: Tensor, q: Tensor | None, mine: Tensor | None, ops: Any, unit: Callable[[Tensor], Tensor]
+    ) -> TokenInputs:
         """What the memories get of u [B, T, d], of the queries q [B, T, H, D] (None with adaptive_q), and of
-        ``mine``, the channels that belong to the heads at hand (None: all of u)."""
+        ``mine``, the channels that belong to the heads at hand (None: all of u). ops: of ops/linear. unit: of
+        ops/unit."""
         c, heads, mine = self.config, self._heads, u if mine is None else mine
         beta = None
         if c.momentum == "learned":
-            beta = torch.sigmoid(project(self.beta_proj, u) + self.beta_bias)
+            beta = torch.sigmoid(project(self.beta_proj, u, ops) + self.beta_bias)
         elif c.momentum is not None:
             # batched by vmap where u is
             beta = torch.full_like(mine[..., : c.num_heads // self.parts], float(c.momentum))
         if c.self_modifying:
             return TokenInputs(q, x=heads(mine), beta=beta, eta_bias=self.eta_bias, alpha_bias=self.alpha_bias)
-        eta = eta_gate(project(self.eta_proj, u), self.eta_bias, c)
-        alpha = torch.sigmoid(project(self.alpha_proj, u) + self.alpha_bias) if c.retention else None
-        k, v = heads(project(self.k_proj, u)), heads(project(self.v_proj, u))
-        return TokenInputs(q, k=l2norm(k) if c.qk_l2norm else k, v=v, eta=eta, alpha=alpha, beta=beta)
+        eta = ops.gate(project(self.eta_proj, u, ops), self.eta_bias, c.eta_activation == "softplus", c.eta_scale)
+        alpha = ops.gate(project(self.alpha_proj, u, ops), self.alpha_bias) if c.retention else None
+        k, v = heads(project(self.k_proj, u, ops)), heads(project(self.v_proj, u, ops))
+        return TokenInputs(q, k=unit(k) if c.qk_l2norm else k, v=v, eta=eta, alpha=alpha, beta=beta)
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, state: TitansState | None = None) -> dict:

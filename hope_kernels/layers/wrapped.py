@@ -50,10 +50,28 @@ def placement(module: nn.Module) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device="cpu")
 
 
-def project(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``. A dynamically quantized Linear, whose output PyTorch gives no gradient by x, has that of
-    its dequantized weight; raises ValueError where such a one is hidden in ``module`` and x requires a
-    gradient."""
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a ``nn.RMSNorm`` as PyTorch makes it, with its gain and ``eps`` and nothing else."""
+    if type(module) is not nn.RMSNorm or module.eps is None or is_hooked(module):
+        return False
+    return type(module._parameters.get("weight")) is nn.Parameter
+
+
+def normed(module: nn.Module, x: Tensor, ops: Any) -> Tensor:
+    """``module(x)`` of a norm; where that is plain, by ``ops``, the functions of ops/linear."""
+    if not is_plain_norm(module):
+        return module(x)
+    norm: Any = module
+    return ops.rms_norm(x, norm.weight, norm.eps)
+
+
+def project(module: nn.Module, x: Tensor, ops: Any = None) -> Tensor:
+    """``module(x)``; where that is plain, by ``ops``, the functions of ops/linear. A dynamically quantized Linear,
+    whose output PyTorch gives no gradient by x, has that of its dequantized weight; raises ValueError where such a
+    one is hidden in ``module`` and x requires a gradient."""
+    if ops is not None and is_plain(module):
+        plain: Any = module
+        return ops.linear(x, plain.weight)
     if type(module) is nn.Linear or not (torch.is_grad_enabled() and x.requires_grad):
         return module(x)
     if not _quantized(module):

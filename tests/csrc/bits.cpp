@@ -10,6 +10,7 @@
 #include "cms.h"
 #include "layer.h"
 #include "layer_parameters.h"
+#include "linear.h"
 
 namespace {
 
@@ -85,6 +86,27 @@ void layers() {
   show("output_gate_gain_backward", dgain);
 }
 
+void projections() {
+  Draw draw;
+  for (int64_t tokens : {1, 5, 29}) {
+    const int64_t K = 600, R = 131;  // more than one depth of a strip, and outputs that fill none
+    const Floats x = draw(tokens * K, 1), weight = draw(R * K, 0.1f), more = draw(tokens * R, 1);
+    Floats y(tokens * R), sum(tokens * R);
+    done(hope_linear(tokens, K, R, 1, x.data(), weight.data(), nullptr, y.data()));
+    done(hope_linear(tokens, K, R, 1, x.data(), weight.data(), more.data(), sum.data()));
+    show("linear " + std::to_string(tokens), y), show("linear " + std::to_string(tokens) + " more", sum);
+  }
+  const Floats x = draw(5 * 40, 1), gain = draw(40, 1);
+  Floats y(5 * 40);
+  done(hope_rms_norm(5, 40, 1, 1e-6f, x.data(), gain.data(), y.data()));
+  show("rms_norm", y);
+  Floats gates(5 * 40);
+  for (int32_t softplus : {0, 1}) {
+    done(hope_gate(5, 40, softplus, 0.5f, x.data(), gain.data(), gates.data()));
+    show("gate " + std::to_string(softplus), gates);
+  }
+}
+
 void levels() {
   Draw draw;
   const int64_t rows = 5, d = 40, n = 1000;
@@ -96,8 +118,6 @@ void levels() {
   done(hope_cms_gelu(n, 1, z.data(), a.data(), slope.data()));
   show("gelu", a), show("gelu slope", slope);
   const Floats x = draw(rows * d, 1), gain = draw(d, 1), dn = draw(rows * d, 1), dy = draw(rows * d, 1);
-  done(hope_cms_norm(rows, d, 1, 1e-6f, x.data(), gain.data(), dx.data()));
-  show("norm", dx);
   done(hope_cms_norm_backward(rows, d, 1, 1e-6f, x.data(), gain.data(), dn.data(), dy.data(), dx.data(), dgain.data()));
   show("norm_backward", dx), show("norm_backward gain", dgain);
   int64_t sum;
@@ -119,6 +139,6 @@ void levels() {
 
 int main(int count, char** arguments) {
   if (count > 1 && hope_cpu_width(std::atoi(arguments[1])) != std::atoi(arguments[1])) return 3;
-  scans(), reads(), layers(), levels();
+  scans(), reads(), layers(), projections(), levels();
   show("model's steps", stepped(1));
 }

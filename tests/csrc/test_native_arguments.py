@@ -14,6 +14,7 @@ from hope_kernels.ops.cms import cpp as cms
 from hope_kernels.ops.cms import cpp_step as cms_step
 from hope_kernels.ops.conv import cpp as conv_cpp
 from hope_kernels.ops.conv import cpp_training as conv_training
+from hope_kernels.ops.linear import cpp as linear_cpp
 from hope_kernels.ops.output_gate import cpp as gate_cpp
 from hope_kernels.ops.output_gate import cpp_training as gate_training
 from hope_kernels.ops.shared import cpu_library
@@ -137,8 +138,9 @@ FUNCTIONS = {
     "conv": conv_cpp._forward, "conv_backward": conv_cpp._backward, "unit": unit_cpp._forward,
     "unit_backward": unit_cpp._backward, "output_gate": gate_cpp._forward,
     "output_gate_backward": gate_cpp._backward, "cms_gelu": cms._gelu_forward,
-    "cms_norm": cms._norm_forward, "cms_norm_backward": cms._norm_backward, "cms_step": cms_step._step,
-    "cms_step_bf16": cms_step._step_bf16, "conv_weight_backward": conv_training._weight_backward,
+    "linear": linear_cpp._linear, "rms_norm": linear_cpp._rms_norm, "gate": linear_cpp._gate,
+    "cms_norm_backward": cms._norm_backward, "cms_step": cms_step._step, "cms_step_bf16": cms_step._step_bf16,
+    "conv_weight_backward": conv_training._weight_backward,
     "output_gate_gain_backward": gate_training._gain_backward, "checksum": identity._in_cpp,
 }
 
@@ -158,7 +160,9 @@ FUNCTIONS = {
     ("output_gate_backward", (5, 2, 16, 1, 1, 1, 1, 1, 1, 1),
         [(-1,), (5, -2), (5, 2, 12), (5, 2, 16, 0), (FAR, FAR)]),
     ("cms_gelu", (16, 1, 1, 1, 1), [(-8,), (12,), (16, 0), (FAR,)]),
-    ("cms_norm", (5, 16, 1, 1e-6, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
+    ("linear", (5, 16, 7, 1, 1, 1, 1, 1), [(-1,), (5, 0), (5, 16, -1), (5, 16, FAR), (5, 16, 7, 0), (FAR,)]),
+    ("rms_norm", (5, 16, 1, 1e-6, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
+    ("gate", (5, 3, 1, 0.5, 1, 1, 1), [(-1,), (5, -1), (5, FAR), (FAR, FAR)]),
     ("cms_norm_backward", (5, 16, 1, 1e-6, 1, 1, 1, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
     ("cms_step", (9, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1), [(-1,), (FAR,), (9, 0), (9, 1, 3), (9, 1, -1)]),
     ("cms_step_bf16", (3, 5, 7, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1, 1),
@@ -171,8 +175,8 @@ def test_what_surrounds_the_memories_is_refused_as_well(name, right, wrong):
         assert function(*changes, *right[len(changes) :]) == BAD_ARGUMENT, changes
     first = next(i for i, kind in enumerate(function.argtypes) if kind is ctypes.c_void_p)
     optional = {
-        "output_gate": (1, 2), "output_gate_backward": (1,), "cms_gelu": (2,), "cms_norm_backward": (3, 5),
-        "output_gate_gain_backward": (1,),
+        "output_gate": (1, 2), "output_gate_backward": (1,), "linear": (2,), "cms_gelu": (2,),
+        "cms_norm_backward": (3, 5), "output_gate_gain_backward": (1,),
         "cms_step": (0, 1, 5), "cms_step_bf16": (2, 6),
     }.get(name, ())
     for i in range(first, len(right)):

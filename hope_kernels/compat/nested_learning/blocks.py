@@ -3,6 +3,7 @@ self-modifying memory."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class SelfModBlock(HopeBlock):
         super().__init__(config, cms, device, dtype)
         self.norm = nn.Identity()
 
-    def joined(self, h: Tensor, y: Tensor) -> Tensor:
+    def joined(self, h: Tensor, y: Tensor, ops: ModuleType) -> Tensor:
         return y
 
 
@@ -36,7 +37,7 @@ class AttentionBlock(HopeAttentionBlock):
         if config.qk_norm:
             self.mixer.q_norm, self.mixer.k_norm = UnitVectors(), UnitVectors()
 
-    def joined(self, h: Tensor, y: Tensor) -> Tensor:
+    def joined(self, h: Tensor, y: Tensor, ops: ModuleType) -> Tensor:
         assert self.post_norm is not None
         return self.post_norm(h + y)
 

@@ -7,6 +7,7 @@ starts from the weights of the state: with ``retain_to="zero"`` a ``TitansState`
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ...backend import NO_GRADIENT, Request, choose
 from ...config import TitansConfig
 from ...ops.conv.backends import ENTRIES as CONV
 from ...ops.conv.forward import causal_conv_chunked
+from ...ops.linear.backends import resolve as linear_ops
 from ...ops.titans.backends import resolve
 from ...ops.titans.inputs import TokenInputs
 from ...ops.titans.scan import titans_chunk
@@ -51,6 +53,11 @@ def fast_unit(config: SelfModifyingTitansConfig, z: Tensor) -> Callable | None:
         return None
     serves = choose("unit", UNIT, _request(config, z))
     return None if serves is l2norm else serves
+
+
+def products(config: SelfModifyingTitansConfig, x: Tensor) -> ModuleType:
+    """The functions of ops/linear for x, without a graph."""
+    return linear_ops(_request(config, x))
 
 
 def _request(config: SelfModifyingTitansConfig, x: Tensor) -> Request:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...check import check_tensor
-from ...layers.wrapped import effective_weight, is_hooked, placement, write_weight
+from ...layers.wrapped import effective_weight, is_hooked, placement, project, write_weight
 from .call import read_and_write
 from .config import SelfModifyingTitansConfig, engine
 from .evaluate import evaluate
-from .kernels import fast_convolution, fast_unit
+from .kernels import fast_convolution, fast_unit, products
 from .state import NAMES, ResidualMLPMemoryState, SelfModifyingTitansState
 
 
@@ -111,7 +111,7 @@ class SelfModifyingTitans(nn.Module):
             )
         state = self._batched(state, x.shape[0], engine(self.config).memories)
         x = self._convolved(x)
-        q = None if self.config.adaptive_q else self._query(self.w_q(x))
+        q = None if self.config.adaptive_q else self._query(project(self.w_q, x, products(self.config, x)))
         with torch.autocast(x.device.type, enabled=False):
             return read_and_write(self, x, q, state, other, memory), state
 

@@ -1,5 +1,5 @@
-"""A CMS level on the C++ backend: PyTorch's matrix products, and one pass over the tokens for everything
-between them (csrc/cpu/cms.cpp).
+"""A CMS level on the C++ backend: products and norm as those of a projection (``ops/linear/cpp.py``), and one pass
+over the tokens for what is between them (csrc/cpu/cms.cpp); the backward's products are PyTorch's.
 
 The functions are those of ``level.py``, for gelu levels in fp32 on the CPU and without a graph: call under
 no_grad. The activation and its derivative come from one exponential, so the backward multiplies by what the
@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import CMSConfig
+from ..linear.cpp import linear, rms_norm
 from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
 from .cpp_step import outer_add_, refresh_
 from .level import Factors, Level, newton_schulz, norm_backward
-from .matrix import times, times_transposed
+from .matrix import Matrix, by_rows, times
 
 __all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "unserved"]
 
 _gelu_forward = Function("hope_cms_gelu", "cms gelu", *[SIZE] * 2, *[POINTER] * 3)
-_norm_forward = Function("hope_cms_norm", "cms norm", *[SIZE] * 3, REAL, *[POINTER] * 3)
 _norm_backward = Function("hope_cms_norm_backward", "cms norm_backward", *[SIZE] * 3, REAL, *[POINTER] * 6)
 
 
@@ -56,14 +56,14 @@ def level_forward(
 ) -> tuple[Tensor, Saved | None]:
     """``level.level_forward``."""
     if config.norm == "rmsnorm":
-        n = normed(x.contiguous(), level["norm_gain"].contiguous(), eps)
+        n = rms_norm(x, level["norm_gain"], eps)
     else:
         n = F.layer_norm(x, x.shape[-1:], level["norm_gain"], level.get("norm_bias"), eps)
-    z = times_transposed(n, level["up"], level.get("up_bias")).contiguous()
+    z = _product(n, level["up"], level.get("up_bias"))
     a, slope = torch.empty_like(z), torch.empty_like(z) if keep else None
     _gelu(z, a, slope)
-    y = times_transposed(a, level["down"], level.get("down_bias"))
-    return x + y if residual else y, None if slope is None else Saved(x, n, slope, a)
+    y = _product(a, level["down"], level.get("down_bias"), x if residual else None)
+    return y, None if slope is None else Saved(x, n, slope, a)
 
 
 def level_backward(
@@ -92,12 +92,23 @@ def norm_gradients(
     return dx, dgain
 
 
-def normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """rms_norm(x) gain over the last dimension."""
-    n, every, d = torch.empty_like(x), x.numel(), x.shape[-1]
-    tensors = ((x, every), (gain, d), (n, every))
-    _norm_forward(every // d, d, torch.get_num_threads(), eps, *(address(*t) for t in tensors))
-    return n
+def _product(x: Tensor, W: Matrix, bias: Tensor | None, more: Tensor | None = None) -> Tensor:
+    """more + (x W^T + bias): x [B, T, c] -> [B, T, r]; None: without."""
+    shared = W.shared
+    if shared is not None and bias is None and W.left is None and not any(W.rows):
+        return linear(x, shared, more)
+
+    def with_shared(w: Tensor, rows) -> Tensor:
+        return linear(x[torch.tensor(list(rows), dtype=torch.long)], w)
+
+    def with_own(w: Tensor, rows) -> Tensor:
+        return torch.cat([linear(x[b : b + 1], matrix) for b, matrix in zip(rows, w)])
+
+    y = by_rows(W, x.shape[0], with_shared, with_own)
+    if W.left is not None and W.right is not None:
+        y = torch.baddbmm(y, torch.bmm(x, W.right.mT), W.left, alpha=W.scale)
+    y = y if bias is None else y + bias
+    return y if more is None else more + y
 
 
 def _gelu(z: Tensor, a: Tensor, slope: Tensor | None) -> None:

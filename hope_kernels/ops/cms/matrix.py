@@ -48,7 +48,7 @@ class Matrix:
 
     def dense(self, batch: int) -> Tensor:
         """[B, r, c]: the matrices written out."""
-        w = _by_rows(self, batch, lambda w, rows: w.expand(len(rows), -1, -1), lambda w, rows: w)
+        w = by_rows(self, batch, lambda w, rows: w.expand(len(rows), -1, -1), lambda w, rows: w)
         if self.left is None or self.right is None:
             return w
         return torch.baddbmm(w, self.left.mT, self.right, alpha=self.scale)
@@ -57,7 +57,7 @@ class Matrix:
         return {n: getattr(self, n) for n in ("shared", "own", "left", "right")}
 
 
-def _by_rows(W: Matrix, batch: int, with_shared, with_own) -> Tensor:
+def by_rows(W: Matrix, batch: int, with_shared, with_own) -> Tensor:
     """Results [B, ...] of the rows that share the base and of those that have their own, in the order of the
     rows."""
     mine = [b for b in range(batch) if W.own is not None and W.rows[b]]
@@ -84,7 +84,7 @@ def times_transposed(x: Tensor, W: Matrix, bias: Tensor | None = None) -> Tensor
         y = torch.bmm(of(rows), w.mT)
         return y if bias is None else y + bias
 
-    y = _by_rows(W, x.shape[0], lambda w, rows: torch.nn.functional.linear(of(rows), w, bias), with_own)
+    y = by_rows(W, x.shape[0], lambda w, rows: torch.nn.functional.linear(of(rows), w, bias), with_own)
     if W.left is None or W.right is None:
         return y
     return torch.baddbmm(y, torch.bmm(x, W.right.mT), W.left, alpha=W.scale)
@@ -99,7 +99,7 @@ def times(e: Tensor, W: Matrix) -> Tensor:
     def with_own(w: Tensor, rows) -> Tensor:
         return of(rows) @ w[0] if len(w) == 1 else torch.bmm(of(rows), w)
 
-    y = _by_rows(W, e.shape[0], lambda w, rows: of(rows) @ w, with_own)
+    y = by_rows(W, e.shape[0], lambda w, rows: of(rows) @ w, with_own)
     if W.left is None or W.right is None:
         return y
     return torch.baddbmm(y, torch.bmm(e, W.left.mT), W.right, alpha=W.scale)

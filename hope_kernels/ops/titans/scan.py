@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...config import TitansConfig
 from ...state import master_dtype
+from ..linear.forward import gate
 from ..unit.forward import l2norm
 from .commit import shared_terms, write
 from .evaluate import read
@@ -89,11 +90,7 @@ def _where(mask: Tensor, new, old):
 
 
 def eta_gate(raw: Tensor, bias: Tensor | float, config: TitansConfig) -> Tensor:
-    raw = raw + bias
-    # softplus turns linear at its threshold: 20, the default, is an error of 2e-9 there
-    return config.eta_scale * (
-        torch.sigmoid(raw) if config.eta_activation == "sigmoid" else F.softplus(raw, threshold=40)
-    )
+    return gate(raw, bias, config.eta_activation == "softplus", config.eta_scale)
 
 
 @dataclass
