@@ -300,6 +300,18 @@ def test_goals_see_predictions_and_results_do_not():
     assert all(set(r) & {"status", "ms", "host_ms"} == set() for r in BUDGET["cases"].values())
 
 
+def test_a_backward_is_compared_with_a_forward_of_as_many_tokens():
+    from benchmarks.budget.cases import cases
+
+    sizes = {c.name: c.goal for c in cases()}
+    reading, learning = "prefill C64 D64 N256 triton sm_90", "grad C64 D64 N256 triton sm_90"
+    assert sizes[reading].units == 4 * sizes[learning].units and sizes[reading].chains == sizes[learning].chains
+    goal = next(g for g in GOALS if g.what.startswith("gradient"))
+    of = {name: BUDGET["cases"][name]["prediction"]["ms"] for name in (reading, learning)}
+    found = predicted.value(goal, BUDGET)
+    assert found == pytest.approx((of[learning] - of[reading] / 4) / (of[reading] / 4))
+
+
 # -- the gate
 # --------------------------------------------------------------------------------------------------
 

@@ -229,12 +229,11 @@ class _Span:
 
     def _read(self, in_force: list[Tensor | None], slot: int, chunks: int = 1) -> None:
         """The adjoint of the reads of chunks from ``slot`` on; of several where the memories are constants."""
-        made, bar, constant = self.constants, self.bar, self.call.constant_memory
-        c = made["read_adjoint"] | {"CONSTANT": constant}
+        made, bar = self.constants, self.bar
+        c = made["read_adjoint"] | {"CONSTANT": self.call.constant_memory}
         M = len(self.config.memories) if self.produces else 1
         tiles = self.config.hidden // c["NT"]
         parts = self._scratch("reads", len(self.config.memories), tiles, 2, self.D, self.small, count=chunks)
-        weights = self._weights(in_force)
         at = {"place": self.place, "slot": slot, "S": self.S}
         if self.produces and self.config.qk_l2norm:
             unit_adjoint_kernel[(self.G, self.small // 16)](
@@ -243,7 +242,7 @@ class _Span:
         # a layer that makes no k, v, eta, alpha has nothing to hand back to them
         slots_bar, sizes = (self._slots_bar(), self.sizes) if self.produces else (Slots(*[parts] * 4), parts)
         read_adjoint_kernel[(self.G, M, chunks * tiles)](
-            read_p=self.read, in_force=weights, weights_bar=weights if constant else self._weights_bar(),
+            read_p=self.read, in_force=self._weights(in_force), weights_bar=self._weights_bar(),
             okv_bar_p=self.okv_bar, slots_bar=slots_bar, sizes_p=sizes, parts_p=parts, **at, **c,
         )
         collect_kernel[(self.G, chunks * (self.small // 16), len(self.read_bar))](

@@ -133,7 +133,6 @@ _INPUTS = ("x_p", "read_p", "k_p", "u_bar_p")  # in the input dtype
 _WHOLE = ("slot", "S", "end", "first")
 _GROUPS = {
     "weights": Weights(*["*fp32"] * 6), "weights_bar": Weights(*["*fp32"] * 6),
-    "in_force": Weights(*["*bf16"] * 5, "*fp32"),
     "slots": Slots("*bf16", "*bf16", "*fp32", "*fp32"), "slots_bar": Slots(*["*fp32"] * 4),
     "place": Place("*i64", "*i64"), "biases": Biases("*bf16", "*bf16"), "terms": ClockTerms(*["*fp32"] * 4),
     "errors": Errors(*["*fp32"] * 3),
@@ -142,10 +141,12 @@ _PRODUCTS = ("reread", "read_adjoint", "errors", "sums", "hidden", "inputs", "ou
 
 
 def _specialization(name: str, fn: Any, consts: dict, row: str) -> Specialization:
-    signature = {}
+    signature: dict[str, Any] = {}
     for arg in fn.arg_names:
         if arg in _GROUPS:
             signature[arg] = _GROUPS[arg]
+        elif arg == "in_force":  # without scalar memories delta1 stands for delta1s
+            signature[arg] = Weights(*["*bf16"] * 5, "*fp32" if consts["shape"].MS else "*bf16")
         elif arg.endswith("_p"):
             signature[arg] = "*bf16" if arg in _INPUTS else "*fp32"
         elif arg not in consts:
