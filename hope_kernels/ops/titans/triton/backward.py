@@ -34,7 +34,7 @@ from .backward_clock import clock_adjoint_kernel, clock_kernel
 from .backward_commit import inputs_kernel, outputs_kernel
 from .backward_hidden import hidden_kernel, sums_kernel
 from .backward_read import collect_kernel, read_adjoint_kernel, reread_kernel, unit_adjoint_kernel
-from .backward_tiles import clock_constants, constants
+from .backward_tiles import clock_constants, constants, rounds
 from .backward_tokens import errors_kernel, gain_kernel, targets_kernel
 from .groups import Biases, Clock, ClockTerms, Errors, Place, Slots, Weights
 from .operator import titans_triton
@@ -67,6 +67,7 @@ class _Span:
         first = inputs.x if inputs.x is not None else inputs.k
         self.B, self.H, self.D = first.shape[0], *first.shape[2:]
         self.G, self.device, self.dtype = self.B * self.H, first.device, first.dtype
+        self.narrow = self.dtype if rounds(self.D) else torch.float32
         self.layout, self.clocks = Layout.of(self.config), clocks(self.config)
         self.constants = constants(self.config, self.dtype.itemsize)
         self.commit_constants = {c: clock_constants(self.config, self.dtype.itemsize, c) for c in self.clocks}
@@ -194,9 +195,10 @@ class _Span:
         return starts
 
     def _in_force(self, starts: list[Tensor | None]) -> list[Tensor | None]:
-        """The weights in force where the deviations are ``starts``, as products take them; w1s in fp32."""
+        """The weights in force where the deviations are ``starts``, as products take them, and for them in fp32
+        where the kernels would spill (``backward_tiles.rounds``); w1s in fp32."""
         found: list[Tensor | None] = []
-        for t, base, dtype in zip(starts, self.base, (self.dtype, self.dtype, torch.float32)):
+        for t, base, dtype in zip(starts, self.base, (self.narrow, self.narrow, torch.float32)):
             if t is None or base is None:
                 found.append(None if t is None else t.to(dtype))
             else:
@@ -287,7 +289,7 @@ class _Span:
         made, C, D, M = self.commit_constants[clock], clock.C, self.D, len(self.config.memories)
         tiles, memories, new = self.config.hidden // made["inputs"]["NT"], clock.M1 - clock.M0, self._scratch
         factors, sums = new("factors", M, 9, C), new("sums", M, tiles, 6, C)
-        u_bar = new("u_bar", M, self.config.hidden, C, dtype=self.dtype)
+        u_bar = new("u_bar", M, self.config.hidden, C, dtype=self.narrow)
         outputs_bar = new("outputs_bar", M, 2, D, C)
         parts, keys_bar = new("parts", M, tiles, 2, D, C), new("keys_bar", M, tiles, C, D)
         scale = self._scale

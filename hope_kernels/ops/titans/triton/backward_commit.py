@@ -70,7 +70,7 @@ def inputs_kernel(
         decay_chunk = tl.load(vectors_p + (g * 3 + 2) * C)
         off2 = (m * N + n[:, None]) * D + f[None, :]
         at2 = g * R * D + off2
-        w2 = tl.load(in_force.delta2 + at2)
+        w2 = tl.load(in_force.delta2 + at2).to(dtype)
         w2_bar = tl.zeros([NT, D], tl.float32)
         parts_p += (gm * (N // NT) + tile) * 2 * D * C
         outputs_bar_p += gm * 2 * D * C
@@ -78,7 +78,7 @@ def inputs_kernel(
         if m < MF:
             off1 = m * D * N + f[:, None] * N + n[None, :]
             at1 = g * MF * D * N + off1
-            w1 = tl.load(in_force.delta1 + at1)
+            w1 = tl.load(in_force.delta1 + at1).to(dtype)
             delta1_bar = tl.load(weights_bar.delta1 + at1).to(dtype)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)
@@ -181,11 +181,11 @@ def outputs_kernel(
         outputs_bar_p += gm * 2 * D * C
         factors_p += gm * 9 * C
         parts_p += ((gm * (N // NT) + tile) * 2 + 1) * D * C
-        w2 = tl.load(in_force.delta2 + at2)
+        w2 = tl.load(in_force.delta2 + at2).to(dtype)
         w2_bar = tl.zeros([NT, D], tl.float32)
         if m < MF:
             at1 = g * MF * D * N + m * D * N + f[:, None] * N + n[None, :]
-            w1 = tl.load(in_force.delta1 + at1)
+            w1 = tl.load(in_force.delta1 + at1).to(dtype)
             w1_bar = tl.zeros([D, NT], tl.float32)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)

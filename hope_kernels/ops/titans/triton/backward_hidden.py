@@ -61,12 +61,12 @@ def sums_kernel(
         delta2 = tl.load(weights.delta2 + g * R * D + off2)
         delta2_bar = tl.load(weights_bar.delta2 + g * R * D + off2)
         decay_chunk_bar = tl.sum(tl.sum(delta2 * delta2_bar, 1), 0)
-        w2 = tl.load(in_force.delta2 + g * R * D + off2)
+        w2 = tl.load(in_force.delta2 + g * R * D + off2).to(dtype)
         delta2, delta2_bar = delta2.to(dtype), delta2_bar.to(dtype)
         sums_p += (gm * (N // NT) + tile) * 6 * C
         if m < MF:
             off1 = m * D * N + f[None, :] * N + n[:, None]
-            w1 = tl.load(in_force.delta1 + g * MF * D * N + off1)
+            w1 = tl.load(in_force.delta1 + g * MF * D * N + off1).to(dtype)
             delta1_bar = tl.load(weights_bar.delta1 + g * MF * D * N + off1)
             delta1 = tl.load(weights.delta1 + g * MF * D * N + off1)
             decay_chunk_bar += tl.sum(tl.sum(delta1 * delta1_bar, 1), 0)
@@ -149,7 +149,7 @@ def hidden_kernel(
         gm = g * (MF + MS) + m
         dtype = slots.k.dtype.element_ty
         off2 = (m * N + n[:, None]) * D + f[None, :]
-        w2 = tl.load(in_force.delta2 + g * R * D + off2)
+        w2 = tl.load(in_force.delta2 + g * R * D + off2).to(dtype)
         delta2 = tl.load(weights.delta2 + g * R * D + off2).to(dtype)
         delta2_bar = tl.load(weights_bar.delta2 + g * R * D + off2).to(dtype)
         decay_chunk = tl.load(vectors_p + (g * 3 + 2) * C)
@@ -159,7 +159,7 @@ def hidden_kernel(
         factors_p += gm * 9 * C
         if m < MF:
             off1 = m * D * N + f[:, None] * N + n[None, :]
-            w1 = tl.load(in_force.delta1 + g * MF * D * N + off1)
+            w1 = tl.load(in_force.delta1 + g * MF * D * N + off1).to(dtype)
             delta1_bar = tl.load(weights_bar.delta1 + g * MF * D * N + off1).to(dtype)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)

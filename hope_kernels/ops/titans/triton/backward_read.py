@@ -48,7 +48,7 @@ def reread_kernel(
         x = columns(x_p, b, h, t, S, H, D)
         g += tl.program_id(2) * CT // C * tl.num_programs(0)
         if m < MF:
-            out = evaluate(x, in_force, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=True)
+            out = evaluate(x, in_force, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=D < 128)
             if m == 1:
                 if rule.UNIT_K:
                     size = tl.sqrt(tl.sum(out * out, 0))
@@ -121,7 +121,7 @@ def read_adjoint_kernel(
         f = tl.arange(0, D)
         n = tile * NT + tl.arange(0, NT)
         off2 = (m * N + n[:, None]) * D + f[None, :]
-        w2 = tl.load(in_force.delta2 + g * R * D + off2)
+        w2 = tl.load(in_force.delta2 + g * R * D + off2).to(read_p.dtype.element_ty)
         w2_bar = tl.zeros([NT, D], tl.float32)
         plane = tl.num_programs(0) * S
         read_p += tl.minimum(m, 1) * plane * D
@@ -129,7 +129,7 @@ def read_adjoint_kernel(
         parts_p += ((g * (MF + MS) + m) * (N // NT) + tile) * 2 * D * C
         if m < MF:
             off1 = m * D * N + f[:, None] * N + n[None, :]
-            w1 = tl.load(in_force.delta1 + g * MF * D * N + off1)
+            w1 = tl.load(in_force.delta1 + g * MF * D * N + off1).to(read_p.dtype.element_ty)
             w1_bar = tl.zeros([D, NT], tl.float32)
             for c0 in range(0, C, CT):
                 t = slot + c0 + tl.arange(0, CT)

@@ -44,6 +44,11 @@ def tiles(D: int, C: int, itemsize: int, skip: bool) -> BackwardTiles:
     )
 
 
+def rounds(D: int) -> bool:
+    """Whether weights in force and the adjoint of u lie rounded in memory: heads of 128 would spill on sm_80."""
+    return D < 128
+
+
 def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
     """Compile-time arguments of the reads' kernels."""
     shape, rule, small = shape_of(config), rule_of(config, True), clocks(config)[0].C
@@ -129,7 +134,7 @@ def _rows() -> Iterator[tuple[TitansConfig, str]]:
     yield TitansConfig.preset("titans", d_model=128, num_heads=2, momentum=None, chunk_memory=64), "titans"
 
 
-_INPUTS = ("x_p", "read_p", "k_p", "u_bar_p")  # in the input dtype
+_INPUTS = ("x_p", "read_p", "k_p")  # in the input dtype
 _WHOLE = ("slot", "S", "end", "first")
 _GROUPS = {
     "weights": Weights(*["*fp32"] * 6), "weights_bar": Weights(*["*fp32"] * 6),
@@ -146,9 +151,11 @@ def _specialization(name: str, fn: Any, consts: dict, row: str) -> Specializatio
         if arg in _GROUPS:
             signature[arg] = _GROUPS[arg]
         elif arg == "in_force":  # without scalar memories delta1 stands for delta1s
-            signature[arg] = Weights(*["*bf16"] * 5, "*fp32" if consts["shape"].MS else "*bf16")
+            kind = "*bf16" if rounds(consts["shape"].D) else "*fp32"
+            signature[arg] = Weights(*[kind] * 5, "*fp32" if consts["shape"].MS else kind)
         elif arg.endswith("_p"):
-            signature[arg] = "*bf16" if arg in _INPUTS else "*fp32"
+            narrow = arg in _INPUTS or arg == "u_bar_p" and rounds(consts["shape"].D)
+            signature[arg] = "*bf16" if narrow else "*fp32"
         elif arg not in consts:
             signature[arg] = "i64" if arg in _WHOLE else "fp32"
     constexprs = {k: v for k, v in consts.items() if k not in ("num_warps", "num_stages")}

@@ -54,7 +54,7 @@ def errors_kernel(
         if m < MF:
             target = v.to(tl.float32)
             if rule.OWN_VALUES:
-                target = evaluate(v, in_force, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=True)
+                target = evaluate(v, in_force, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=D < 128)
             if rule.TARGET_NORM:
                 size = tl.sqrt(tl.sum(target * target, 0))
                 target /= tl.maximum(size, 1e-6)[None, :]
@@ -64,7 +64,7 @@ def errors_kernel(
             # on its own: with v's as columns of one product (errors_task) a tile of 2 CT columns would need
             # 100 KB of shared memory at D = 128, more than sm_86 has
             if not rule.DOT:
-                at_k = evaluate(k, in_force, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=True)
+                at_k = evaluate(k, in_force, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=D < 128)
                 e = grad_scale * (at_k - target)
             tl.store(errors.e + (gm * D + f[:, None]) * C + c[None, :], e)
             tl.store(errors.sizes + gm * 2 * C + c, tl.sum(e * e, 0))

@@ -104,7 +104,8 @@ class SpanGraphs:
 
     def _record(self, call: Call, span: Span, tensors: Tensors) -> _Kind | None:
         assert self.recorder is not None
-        mine: Tensors = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        mine: Tensors = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
+                         for t in tensors]
         span = replace(span, at=span.at.clone(), reads=span.reads.clone())
         found: list[Adjoint] = []
         try:
