@@ -35,7 +35,7 @@ def where(t: torch.Tensor) -> int:
 
 
 class EmulatedRecorder:
-    """Records as ``engine.recorder.Recorder`` says. parts: of each recording, how often each operator is in
+    """Records as ``hope_kernels.recorder.Recorder`` says. parts: of each recording, how often each operator is in
     it."""
 
     def __init__(self):

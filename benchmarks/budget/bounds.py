@@ -13,11 +13,11 @@ measured by this repository, and a prediction is not a measurement.
               (sass.by_stage), shared by as many warps as are resident
     chain     where work waits for work: the same, along the stages of a chunk and what is handed on between
               them, times the chunks of a (row, head), and of all that come before it where not all fit at once
-    host      launches of Triton's kernels by the host
+    host      launches of Triton's kernels by the host, where no CUDA graph makes them
     GEMM      products that PyTorch's library does, at its rate
 
 A prediction is the largest of these and, added to it, what nothing hides: latencies of launches and of
-barriers between blocks, and what PyTorch moves after its products. It lies low: warps that wait for each other
+barriers between blocks, and what PyTorch moves in passes of its own. It lies low: warps that wait for each other
 or for one unit at once take longer than each alone.
 """
 
@@ -151,13 +151,14 @@ def predict(c: Costs, size: Size, machine: Machine) -> Prediction:
     else:
         bounds["L2"] = 1e3 * size.units * c.l2_bytes / machine["L2"]
     bounds["memory"] = 1e3 * size.bytes / machine["memory"]
-    if c.launches:
+    if c.launches and not size.recorded:
         bounds["host"] = 1e3 * per_chain * c.launches * machine["host"]
     if size.library:
         bounds["GEMM"] = 1e3 * size.library / machine["GEMM"]
     latency = machine["handoff" if size.persistent or size.exchange else "cluster"]
+    launches = per_chain * c.launches if size.recorded else size.launches
     added = {
-        "launches": 1e3 * size.launches * machine["launch"],
+        "launches": 1e3 * launches * machine["launch"],
         "barriers": 1e3 * cycle * per_chain * size.barriers * latency,
     }
     if size.exchange:

@@ -20,6 +20,7 @@ from hope_kernels.ops.cms.matrix import Matrix
 from hope_kernels.ops.titans.state import FastWeights, Layout
 from hope_kernels.ops.titans.triton import carried, operator, tiles
 from hope_kernels.ops.titans.triton.groups import Tiles
+from hope_kernels.ops.titans.triton.spans import CHUNKS_A_SPAN
 
 BF16 = torch.bfloat16
 
@@ -46,6 +47,7 @@ class Size:
     # stages of a unit that wait for one another, with the tasks that each is cut into
     tasks: tuple[tuple[str, int], ...] = ()
     barriers: int = 0  # of several blocks, or from task to task, on the way of a unit
+    recorded: bool = False  # launches are those of CUDA graphs
     library: float = 0.0
     passes: float = 0.0
 
@@ -279,7 +281,9 @@ def _memories() -> Iterator[Case]:
     yield Case("step C64 D64 N256 triton sm_90", "step", "triton", 90, "token of a (row, head)",
                partial(decode, config, "triton"), 1, 3, 2, size, False, None,
                "ops: step graph C64 D64 N256 H32 B1 T1 bf16 triton")
-    size = _goal(4, 64, 32, 1, 8192, 1, 4, persistent=True, resident=2)
+    # PyTorch's copies of the state at every chunk, its weights in force, and of a span's graph what goes in and out
+    moved = (8 + 6 + 24 / CHUNKS_A_SPAN) * sum(s.numel() for s in _weights(whole) if s is not None) * 8192 / 64
+    size = _goal(4, 64, 32, 1, 8192, 1, 4, persistent=True, resident=2, recorded=True, passes=moved)
     yield Case("grad C64 D64 N256 triton sm_90", "grad", "triton", 90, chunk, partial(grad, config), 2, 4, 2,
                replace(size, flops=3 * size.flops), False, None,
                "ops: grad C64 D64 N256 H32 B1 T8192 bf16 triton")

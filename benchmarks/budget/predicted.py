@@ -32,7 +32,8 @@ def run(budget: dict) -> dict[str, dict]:
     learning = "grad C64 D64 N256 H32 B1 T8192 bf16 triton"
     cases = found.get("ops", {}).get("cases", {})
     if reading in cases and learning in cases:
-        forward = lookup(cases[reading], "ms.median") / 4  # of as many tokens
+        # a forward of as many tokens as the gradient: a quarter of the reading
+        forward = lookup(cases[reading], "ms.median") / 4
         cases[learning]["backward_per_forward"] = lookup(cases[learning], "ms.median") / forward - 1
     if (fla := budget["assumptions"].get(MACHINE, {}).get("FLA")) is not None:
         for name in FLA:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..check import check_integer
 from ..model_state import ModelState
+from ..recorder import recorder_for
 from .protocol import Model
-from .recorder import recorder_for
 from .segment_graphs import SegmentGraphs, unserved
 
 PIECE = 4096  # tokens read per forward call: bounds activations and logits, whatever the prompt's length

@@ -34,12 +34,12 @@ from ..check import check_tensor
 from ..identity import checksum
 from ..layers.wrapped import is_hooked, placement
 from ..model_state import ModelState, advance
+from ..recorder import Part, Recorder, alike
 from ..state import expanded, master_dtype
 from . import segments
 from .head import Heads, Losses, Targets
 from .protocol import Model
 from .recorded_steps import RecordedSteps
-from .recorder import Part, Recorder
 from .segments import Segment
 from .unread import check_read_next
 from .wavefront import chunk_of
@@ -88,7 +88,7 @@ class SegmentGraphs:
     """Reads whole segments with learn="next_token", advancing ``state`` in place: losses, state and counters
     of the model's own call under ``no_grad``, bit for bit.
 
-    backend: as in the model's ``forward``. recorder: see ``engine/recorder.py``. recorded, replayed: how many
+    backend: as in the model's ``forward``. recorder: see ``recorder.py``. recorded, replayed: how many
     kinds, and how many segments from their graphs, so far. The state may be used by others between calls. A
     call that raises leaves it after some of its segments, unlike the model's ``forward``. Raises ValueError
     where ``unserved`` has a reason.
@@ -286,7 +286,7 @@ class SegmentGraphs:
         mine, heads = self._replay(kind, ids, targets), self._learn(apart, ids, targets)
         pairs = list(zip(self.state.tensors(), apart.tensors(), strict=True))
         pairs += [(a, b) for a, b in zip(mine, heads) if a is not None and b is not None]
-        kind.checked = self.state._counters() == apart._counters() and _alike(pairs)
+        kind.checked = self.state._counters() == apart._counters() and alike(pairs)
         if kind.checked:
             return mine
         self._refuse("a recorded learning segment has other bits than the segment itself")
@@ -322,10 +322,3 @@ def _move(tensors: Moved) -> None:
     """Copies, a launch or two for all of a dtype."""
     for new, old in tensors.values():
         torch.ops.aten._foreach_copy_.default(old, new)
-
-
-def _alike(pairs: list[tuple[Tensor, Tensor]]) -> bool:
-    """Whether all bits agree; waits for the device once."""
-    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    bits = lambda t: t.detach().contiguous().view(kinds[t.element_size()])
-    return bool(torch.stack([(bits(a) == bits(b)).all() for a, b in pairs]).all())

@@ -279,6 +279,12 @@ def test_bounds_by_hand():
     assert handing.bounds["issue"] == pytest.approx(10 * 2 * 2 / 2 * 800 / 4 * 1e-3)
     assert handing.bounds["warp"] == pytest.approx(10 * 2 * 1600 / 16 * 1e-3)
     assert handing.bounds["chain"] == pytest.approx(10 * 2 * (5 + 3 * 20) * 1e-3) and "barriers" not in handing.added
+    # three launches a unit by the host, or from a graph, which makes room for nothing else between them
+    machine.of["host"] = Assumption(2e-3, "", "here")
+    for recorded in (False, True):
+        launched = predict(replace(costs, launches=3), replace(size, recorded=recorded), machine)
+        assert launched.bounds.get("host") == (None if recorded else pytest.approx(10 * 3 * 2.0))
+        assert launched.added["launches"] == pytest.approx(10 * 3 * 1.0 if recorded else 2.0)
     nothing = Costs(0, 0, 0, 0, 0, 0)
     library = predict(nothing, Size(1, 1, 1, 4, 0, 1000, library=2e9, passes=300), machine)
     assert library.bounds == pytest.approx({"GEMM": 2000.0, "memory": 10.0}) and library.limit == "GEMM"
@@ -292,6 +298,18 @@ def test_goals_see_predictions_and_results_do_not():
     other = next(g for g in GOALS if g.on == "cpu")
     assert predicted.value(other, BUDGET) is None
     assert all(set(r) & {"status", "ms", "host_ms"} == set() for r in BUDGET["cases"].values())
+
+
+def test_a_backward_is_compared_with_a_forward_of_as_many_tokens():
+    from benchmarks.budget.cases import cases
+
+    sizes = {c.name: c.goal for c in cases()}
+    reading, learning = "prefill C64 D64 N256 triton sm_90", "grad C64 D64 N256 triton sm_90"
+    assert sizes[reading].units == 4 * sizes[learning].units and sizes[reading].chains == sizes[learning].chains
+    goal = next(g for g in GOALS if g.what.startswith("gradient"))
+    of = {name: BUDGET["cases"][name]["prediction"]["ms"] for name in (reading, learning)}
+    found = predicted.value(goal, BUDGET)
+    assert found == pytest.approx((of[learning] - of[reading] / 4) / (of[reading] / 4))
 
 
 # -- the gate

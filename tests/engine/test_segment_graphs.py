@@ -8,8 +8,8 @@ from small_model import V, ids, tiny
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, available_backends
 from hope_kernels.engine import generation, guard, options
-from hope_kernels.engine.recorder import CudaRecorder, recorder_for
 from hope_kernels.engine.segment_graphs import SegmentGraphs
+from hope_kernels.recorder import CudaRecorder, recorder_for
 
 pytestmark = pytest.mark.filterwarnings("error:SegmentGraphs")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

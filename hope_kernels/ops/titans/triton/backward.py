@@ -1,13 +1,13 @@
 """One span of a call backwards, in kernels: memory="mlp" without momentum and adaptive_q.
 
 The span is read again, chunk by chunk of the faster clock, with the forward's kernels, and the deviations at
-the start of every chunk are kept; k, v, eta and alpha of its tokens are read again from them. Then the chunks
-in reverse: the commits that close one, and its reads. What needs no adjoint of the state is done for all of
-the span at once.
+the start of every chunk are kept, and the weights in force, rounded once; k, v, eta and alpha of its tokens are
+read again from these. Then the chunks in reverse: the commits that close one, and its reads. What needs no adjoint
+of the state is done for all of the span at once.
 
     per chunk    the forward's scan
     per span     reread, and of each clock: clock, errors
-    per commit   sums, gain, hidden, targets, inputs, outputs, values, clock_adjoint, collect
+    per commit   sums, gain, hidden, targets, inputs, outputs, clock_adjoint, collect
     per chunk    unit_adjoint, read_adjoint, collect
 
 With constant memories (a model that learns while it reads) nothing depends on anything after it, and a span
@@ -33,14 +33,8 @@ from ..state import FastWeights, Layout, TitansState
 from .backward_clock import clock_adjoint_kernel, clock_kernel
 from .backward_commit import inputs_kernel, outputs_kernel
 from .backward_hidden import hidden_kernel, sums_kernel
-from .backward_read import (
-    collect_kernel,
-    read_adjoint_kernel,
-    reread_kernel,
-    unit_adjoint_kernel,
-    values_kernel,
-)
-from .backward_tiles import clock_constants, constants
+from .backward_read import collect_kernel, read_adjoint_kernel, reread_kernel, unit_adjoint_kernel
+from .backward_tiles import clock_constants, constants, rounds
 from .backward_tokens import errors_kernel, gain_kernel, targets_kernel
 from .groups import Biases, Clock, ClockTerms, Errors, Place, Slots, Weights
 from .operator import titans_triton
@@ -73,6 +67,7 @@ class _Span:
         first = inputs.x if inputs.x is not None else inputs.k
         self.B, self.H, self.D = first.shape[0], *first.shape[2:]
         self.G, self.device, self.dtype = self.B * self.H, first.device, first.dtype
+        self.narrow = self.dtype if rounds(self.D) else torch.float32
         self.layout, self.clocks = Layout.of(self.config), clocks(self.config)
         self.constants = constants(self.config, self.dtype.itemsize)
         self.commit_constants = {c: clock_constants(self.config, self.dtype.itemsize, c) for c in self.clocks}
@@ -88,7 +83,7 @@ class _Span:
         lo = torch.where(span.reads > 0, span.at % self.big, 0)
         self.place = Place(lo, lo + span.reads)
         base = w_init if self.config.retain_to == "init" else FastWeights(None, None, None)
-        self.base = [None if t is None else aligned(t.detach().float()) for t in base]
+        self.base = [None if t is None else t.detach() for t in base]
         self._lay_out(do)
 
     # -- slots -----------------------------------------------------------------------------------------------
@@ -162,20 +157,22 @@ class _Span:
     def run(self) -> tuple[list[Tensor | None], dict[str, Tensor | None]]:
         steps = range(min(lo for _, lo, _ in self.rows) // self.small, triton.cdiv(max(self.hi), self.small))
         starts = self._replay(steps)
+        in_force = self._in_force(starts)
         if self.call.constant_memory and len(starts[1]) == len(steps):
-            self._read(starts, steps.start * self.small, len(steps))
+            self._read(in_force, steps.start * self.small, len(steps))
             return self._found()
         if self.produces:
-            self._reread(starts, steps.start * self.small, len(steps))
-        commits = {clock: self._before(starts, clock, steps) for clock in self.clocks} if self.writes else {}
+            self._reread(in_force, steps.start * self.small, len(steps))
+        commits = {clock: self._before(in_force, clock, steps) for clock in self.clocks} if self.writes else {}
         for step in reversed(steps):
             # a pure read finds the memories as they were
             at = min(step - steps.start, len(starts[1]) - 1)
-            deltas, end = [None if t is None else t[at] for t in starts], (step + 1) * self.small
+            deltas, here = ([None if t is None else t[at] for t in of] for of in (starts, in_force))
+            end = (step + 1) * self.small
             for clock, before in commits.items():
                 if end % clock.C == 0 and any(lo < end <= hi for lo, hi in zip(self.lo, self.hi)):
-                    self._commit(deltas, clock, end, *before[end])
-            self._read(deltas, step * self.small)
+                    self._commit(deltas, here, clock, end, *before[end])
+            self._read(here, step * self.small)
         return self._found()
 
     def _replay(self, steps: range) -> list[Tensor | None]:
@@ -197,36 +194,48 @@ class _Span:
                 titans_triton(self.config, self.w_init, part.take_inputs(self.inputs), here, part.counts)
         return starts
 
-    def _weights(self, deltas: list[Tensor | None]) -> Weights:
-        return Weights(*filled([*self.base, *deltas], deltas[1]))
+    def _in_force(self, starts: list[Tensor | None]) -> list[Tensor | None]:
+        """The weights in force where the deviations are ``starts``, as products take them, and for them in fp32
+        where the kernels would spill (``backward_tiles.rounds``); w1s in fp32."""
+        found: list[Tensor | None] = []
+        for t, base, dtype in zip(starts, self.base, (self.narrow, self.narrow, torch.float32)):
+            if t is None or base is None:
+                found.append(None if t is None else t.to(dtype))
+            else:
+                found.append(torch.add(t, base, out=torch.empty_like(t, dtype=dtype)))
+        return found
+
+    @staticmethod
+    def _weights(deltas: list[Tensor | None]) -> Weights:
+        """Without a base."""
+        return Weights(*filled([None, None, None, *deltas], deltas[1]))
 
     def _weights_bar(self) -> Weights:
         return Weights(*filled([*self.base_bar, *self.deltas_bar], self.deltas_bar[1]))
 
-    def _scratch(self, what: str, *shape: int, count: int = 1) -> Tensor:
+    def _scratch(self, what: str, *shape: int, count: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
         """[count B H, ...], the same memory whenever it is asked for again."""
         key = what, count, *shape
         if key not in self._held:
-            self._held[key] = torch.empty(count * self.G, *shape, dtype=torch.float32, device=self.device)
+            self._held[key] = torch.empty(count * self.G, *shape, dtype=dtype, device=self.device)
         return self._held[key]
 
-    def _reread(self, starts: list[Tensor | None], slot: int, chunks: int) -> None:
+    def _reread(self, in_force: list[Tensor | None], slot: int, chunks: int) -> None:
         c, i = self.constants["reread"], self.inputs
         biases = [aligned(t.detach()) for t in filled((i.eta_bias, i.alpha_bias), self.read)]
         reread_kernel[(self.G, len(self.config.memories) - 1, chunks * (self.small // c["CT"]))](
-            x_p=self.read[1], weights=self._weights(starts), slots=Slots(**self.slots), sizes_p=self.sizes,
+            x_p=self.read[1], in_force=self._weights(in_force), slots=Slots(**self.slots), sizes_p=self.sizes,
             biases=Biases(*biases), place=self.place, slot=slot, S=self.S, eta_scale=self.config.eta_scale,
             **c,
         )
 
-    def _read(self, deltas: list[Tensor | None], slot: int, chunks: int = 1) -> None:
+    def _read(self, in_force: list[Tensor | None], slot: int, chunks: int = 1) -> None:
         """The adjoint of the reads of chunks from ``slot`` on; of several where the memories are constants."""
-        made, bar, constant = self.constants, self.bar, self.call.constant_memory
-        c = made["read_adjoint"] | {"CONSTANT": constant}
+        made, bar = self.constants, self.bar
+        c = made["read_adjoint"] | {"CONSTANT": self.call.constant_memory}
         M = len(self.config.memories) if self.produces else 1
         tiles = self.config.hidden // c["NT"]
         parts = self._scratch("reads", len(self.config.memories), tiles, 2, self.D, self.small, count=chunks)
-        weights = self._weights(deltas)
         at = {"place": self.place, "slot": slot, "S": self.S}
         if self.produces and self.config.qk_l2norm:
             unit_adjoint_kernel[(self.G, self.small // 16)](
@@ -235,7 +244,7 @@ class _Span:
         # a layer that makes no k, v, eta, alpha has nothing to hand back to them
         slots_bar, sizes = (self._slots_bar(), self.sizes) if self.produces else (Slots(*[parts] * 4), parts)
         read_adjoint_kernel[(self.G, M, chunks * tiles)](
-            read_p=self.read, weights=weights, weights_bar=weights if constant else self._weights_bar(),
+            read_p=self.read, in_force=self._weights(in_force), weights_bar=self._weights_bar(),
             okv_bar_p=self.okv_bar, slots_bar=slots_bar, sizes_p=sizes, parts_p=parts, **at, **c,
         )
         collect_kernel[(self.G, chunks * (self.small // 16), len(self.read_bar))](
@@ -250,7 +259,7 @@ class _Span:
         return 1.0 if self.config.objective == "dot" else self.config.grad_scale
 
     def _before(
-        self, starts: list[Tensor | None], clock: Clock, steps: range
+        self, in_force: list[Tensor | None], clock: Clock, steps: range
     ) -> dict[int, tuple[ClockTerms, Errors]]:
         """What the commits of a clock need of the forward, by the slots where they are."""
         made, C, D, M = self.commit_constants[clock], clock.C, self.D, len(self.config.memories)
@@ -264,7 +273,7 @@ class _Span:
         at, c = {"place": self.place, "end": ends[0], "S": self.S}, made["errors"]
         clock_kernel[(self.G, n)](slots=slots, terms=terms, **at, **made["clock"])
         errors_kernel[(self.G, clock.M1 - clock.M0, n * (C // c["CT"]))](
-            weights=self._weights(starts), slots=slots, errors=errors, first=steps.start,
+            in_force=self._weights(in_force), slots=slots, errors=errors, first=steps.start,
             grad_scale=self._scale, **at, **c,
         )
         return {
@@ -273,30 +282,33 @@ class _Span:
         }
 
     def _commit(
-        self, deltas: list[Tensor | None], clock: Clock, end: int, terms: ClockTerms, errors: Errors
+        self, deltas: list[Tensor | None], here: list[Tensor | None], clock: Clock, end: int, terms: ClockTerms,
+        errors: Errors,
     ) -> None:
-        """The adjoint of one clock's commit at slot ``end``."""
+        """The adjoint of one clock's commit at slot ``end``; here: the weights in force."""
         made, C, D, M = self.commit_constants[clock], clock.C, self.D, len(self.config.memories)
         tiles, memories, new = self.config.hidden // made["inputs"]["NT"], clock.M1 - clock.M0, self._scratch
         factors, sums = new("factors", M, 9, C), new("sums", M, tiles, 6, C)
-        u_bar, outputs_bar = new("u_bar", M, self.config.hidden, C), new("outputs_bar", M, 2, D, C)
+        u_bar = new("u_bar", M, self.config.hidden, C, dtype=self.narrow)
+        outputs_bar = new("outputs_bar", M, 2, D, C)
         parts, keys_bar = new("parts", M, tiles, 2, D, C), new("keys_bar", M, tiles, C, D)
         scale = self._scale
         slots, weights, weights_bar = Slots(**self.slots), self._weights(deltas), self._weights_bar()
+        in_force = self._weights(here)
         at = {"place": self.place, "end": end, "S": self.S}
-        of_weights = {"weights": weights, "weights_bar": weights_bar}
+        of_weights = {"in_force": in_force, "weights_bar": weights_bar}
         tile_grid = (self.G, memories, tiles)
 
         sums_kernel[tile_grid](
-            **of_weights, k_p=slots.k, e_p=errors.e, keys_p=terms.keys, u_bar_p=u_bar, sums_p=sums, **at,
-            **made["sums"],
+            weights=weights, **of_weights, k_p=slots.k, e_p=errors.e, keys_p=terms.keys, u_bar_p=u_bar,
+            sums_p=sums, **at, **made["sums"],
         )
         gain_kernel[(self.G, memories)](
             eta_p=slots.eta, sums_p=sums, sizes_p=errors.sizes, gram_p=terms.gram, vectors_p=terms.vectors,
             factors_p=factors, factor=scale, **at, **made["gain"],
         )
         hidden_kernel[tile_grid](
-            **of_weights, slots=slots, e_p=errors.e, keys_p=terms.keys, vectors_p=terms.vectors,
+            weights=weights, **of_weights, slots=slots, e_p=errors.e, keys_p=terms.keys, vectors_p=terms.vectors,
             factors_p=factors, u_bar_p=u_bar, parts_p=parts, keys_bar_p=keys_bar, **at, **made["hidden"],
         )
         c = made["targets"]
@@ -308,13 +320,9 @@ class _Span:
             **of_weights, k_p=slots.k, e_p=errors.e, vectors_p=terms.vectors, factors_p=factors,
             u_bar_p=u_bar, outputs_bar_p=outputs_bar, parts_p=parts, **at, **made["inputs"],
         )
-        if full := min(clock.M1, len(self.layout.full)) - clock.M0:
-            outputs_kernel[(self.G, full, tiles)](
-                **of_weights, k_p=slots.k, e_p=errors.e, vectors_p=terms.vectors, factors_p=factors,
-                u_bar_p=u_bar, outputs_bar_p=outputs_bar, **at, **made["outputs"],
-            )
-        values_kernel[tile_grid](
-            **of_weights, v_p=slots.v, outputs_bar_p=outputs_bar, parts_p=parts, **at, **made["values"]
+        outputs_kernel[tile_grid](
+            **of_weights, slots=slots, e_p=errors.e, vectors_p=terms.vectors, factors_p=factors, u_bar_p=u_bar,
+            outputs_bar_p=outputs_bar, parts_p=parts, **at, **made["outputs"],
         )
         clock_adjoint_kernel[(self.G,)](
             slots=slots, terms=terms, factors_p=factors, sums_p=sums, keys_bar_p=keys_bar,
@@ -354,7 +362,7 @@ class _Span:
                 continue
             found = torch.zeros_like(like, dtype=torch.float32) if error is None else error.float().clone()
             for b, lo, _ in self.rows:
-                found[b] = 0.0
+                found[b].zero_()
                 found[b, :lo] = bar[short][b, :lo]
             before[name] = found
         return [*bases, *given, *biases], before

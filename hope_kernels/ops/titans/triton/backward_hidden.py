@@ -5,8 +5,8 @@ Equations: backward_commit.py.
     hidden_kernel    this tile's parts of the adjoints of e and of Kg, and what goes past the gradient:
                      decay_chunk delta2 and delta2 k
 
-FLOPs a token and memory: 10 D N and 16 D N; bytes: the weights and their adjoints, fp32, and u_bar through
-scratch (L2).
+FLOPs a token and memory: 10 D N and 16 D N; bytes: the weights in force, deviations and their adjoints, fp32, and
+u_bar through scratch (L2) in the dtype of the operands.
 """
 
 import triton
@@ -14,7 +14,6 @@ import triton.language as tl
 
 from ...shared.triton_math import sigma_and_slope
 from .backward_common import columns, commits_here
-from .common import load_w1, load_w1s, load_w2
 
 
 @triton.jit
@@ -36,7 +35,7 @@ def _late(p, at, early, AGAIN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["end", "S"])
 def sums_kernel(
-    weights, weights_bar, k_p, place, e_p, keys_p, u_bar_p, sums_p, end: tl.int64, S: tl.int64,
+    weights, in_force, weights_bar, k_p, place, e_p, keys_p, u_bar_p, sums_p, end: tl.int64, S: tl.int64,
     shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
     """u_bar [B H, M, N, C]; sums [B H, M, N / NT, 6, C]: |a|^2, |d|^2, gain', erase_bar, gain_after_bar, and
@@ -62,12 +61,12 @@ def sums_kernel(
         delta2 = tl.load(weights.delta2 + g * R * D + off2)
         delta2_bar = tl.load(weights_bar.delta2 + g * R * D + off2)
         decay_chunk_bar = tl.sum(tl.sum(delta2 * delta2_bar, 1), 0)
-        w2 = load_w2(weights, g * R * D + off2, h * R * D + off2, rule).to(dtype)
+        w2 = tl.load(in_force.delta2 + g * R * D + off2).to(dtype)
         delta2, delta2_bar = delta2.to(dtype), delta2_bar.to(dtype)
         sums_p += (gm * (N // NT) + tile) * 6 * C
         if m < MF:
             off1 = m * D * N + f[None, :] * N + n[:, None]
-            w1 = load_w1(weights, g * MF * D * N + off1, h * MF * D * N + off1, rule).to(dtype)
+            w1 = tl.load(in_force.delta1 + g * MF * D * N + off1).to(dtype)
             delta1_bar = tl.load(weights_bar.delta1 + g * MF * D * N + off1)
             delta1 = tl.load(weights.delta1 + g * MF * D * N + off1)
             decay_chunk_bar += tl.sum(tl.sum(delta1 * delta1_bar, 1), 0)
@@ -90,7 +89,7 @@ def sums_kernel(
                 tl.store(sums_p + 4 * C + c, -tl.sum(a * tl.dot(delta1_bar, e, input_precision="ieee"), 0))
         elif MS > 0:
             s = m - MF
-            w1s = load_w1s(weights, (g * MS + s) * N + n, (h * MS + s) * N + n, rule)
+            w1s = tl.load(in_force.delta1s + (g * MS + s) * N + n)
             delta1s_bar = tl.load(weights_bar.delta1s + (g * MS + s) * N + n)
             decay_chunk_bar += tl.sum(delta1s_bar * tl.load(weights.delta1s + (g * MS + s) * N + n), 0)
             skip = tl.zeros([D], tl.float32)
@@ -125,7 +124,7 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["end", "S"])
 def hidden_kernel(
-    weights, weights_bar, slots, place, e_p, keys_p, vectors_p, factors_p, u_bar_p, parts_p, keys_bar_p,
+    weights, in_force, weights_bar, slots, place, e_p, keys_p, vectors_p, factors_p, u_bar_p, parts_p, keys_bar_p,
     end: tl.int64, S: tl.int64, shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr,
     CT: tl.constexpr, NT: tl.constexpr,
 ):
@@ -150,7 +149,7 @@ def hidden_kernel(
         gm = g * (MF + MS) + m
         dtype = slots.k.dtype.element_ty
         off2 = (m * N + n[:, None]) * D + f[None, :]
-        w2 = load_w2(weights, g * R * D + off2, h * R * D + off2, rule).to(dtype)
+        w2 = tl.load(in_force.delta2 + g * R * D + off2).to(dtype)
         delta2 = tl.load(weights.delta2 + g * R * D + off2).to(dtype)
         delta2_bar = tl.load(weights_bar.delta2 + g * R * D + off2).to(dtype)
         decay_chunk = tl.load(vectors_p + (g * 3 + 2) * C)
@@ -160,7 +159,7 @@ def hidden_kernel(
         factors_p += gm * 9 * C
         if m < MF:
             off1 = m * D * N + f[:, None] * N + n[None, :]
-            w1 = load_w1(weights, g * MF * D * N + off1, h * MF * D * N + off1, rule).to(dtype)
+            w1 = tl.load(in_force.delta1 + g * MF * D * N + off1).to(dtype)
             delta1_bar = tl.load(weights_bar.delta1 + g * MF * D * N + off1).to(dtype)
             for c0 in range(0, C, CT):
                 c = c0 + tl.arange(0, CT)
@@ -170,7 +169,7 @@ def hidden_kernel(
                 a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), rule.ACT)
                 e = tl.load(e_p + (gm * D + f[:, None]) * C + c[None, :]).to(dtype)
                 d = slope * tl.dot(tl.trans(w1), e, input_precision="ieee")
-                u_bar = tl.load(u_bar_p + (gm * N + n[:, None]) * C + c[None, :])
+                u_bar = tl.load(u_bar_p + (gm * N + n[:, None]) * C + c[None, :]).to(tl.float32)
                 back_bar = slope * (gain[None, :] * u_bar + tl.load(factors_p + 2 * C + c)[None, :] * d)
                 e_bar = tl.dot(w1, back_bar.to(dtype), input_precision="ieee")
                 delta1_bar = _late(weights_bar.delta1, g * MF * D * N + off1, delta1_bar, D == 128 and C == CT)
@@ -193,7 +192,7 @@ def hidden_kernel(
                 )
         elif MS > 0:
             s = m - MF
-            w1s = load_w1s(weights, (g * MS + s) * N + n, (h * MS + s) * N + n, rule)
+            w1s = tl.load(in_force.delta1s + (g * MS + s) * N + n)
             delta1s_bar = tl.load(weights_bar.delta1s + (g * MS + s) * N + n)
             skip_at = (g * R + (MF + MS) * N + s) * D + f
             skip = tl.zeros([D], tl.float32)
@@ -210,7 +209,7 @@ def hidden_kernel(
                 a, slope = sigma_and_slope(tl.dot(w2, k, input_precision="ieee"), rule.ACT)
                 es = tl.load(e_p + gm * D * C + c)
                 d = slope * w1s[:, None] * es[None, :]
-                u_bar = tl.load(u_bar_p + (gm * N + n[:, None]) * C + c[None, :])
+                u_bar = tl.load(u_bar_p + (gm * N + n[:, None]) * C + c[None, :]).to(tl.float32)
                 back_bar = slope * (gain[None, :] * u_bar + tl.load(factors_p + 2 * C + c)[None, :] * d)
                 es_bar = tl.sum(w1s[:, None] * back_bar, 0) - gain_after * tl.sum(delta1s_bar[:, None] * a, 0)
                 u = gain[None, :] * d

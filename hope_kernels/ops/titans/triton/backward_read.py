@@ -7,27 +7,25 @@
     unit_adjoint   B H, C / CT                          the normalisation of k backwards
     read_adjoint   B H, memories, chunks N / NT         y = M(x) of a chunk backwards, on its hidden units; of
                                                         several chunks where the memories are constants
-    values         B H, memories, N / NT                M(v) of a commit backwards, likewise
     collect        B H, chunks C / 16, 1 or 2           sums over memories and tiles, in one order
 
-Of several chunks deviations are [chunks, B H, ...], at the start of each, and so are parts.
+Of several chunks weights in force are [chunks, B H, ...], at the start of each, and so are parts.
 
-FLOPs backwards: 10 D N a token and memory; bytes: 2 D N x 4 (1 + 1 + 2 + 2) a memory and chunk, for
-deviation, base, the adjoint and the shared gradient.
+FLOPs backwards: 10 D N a token and memory; bytes: 2 D N (2 + 8 + 8) a memory and chunk, for the weights in force,
+the adjoint and the shared gradient.
 """
 
 import triton
 import triton.language as tl
 
 from ...shared.triton_math import log1p_exp, sigmoid
-from .backward_common import columns, commits_here
-from .common import load_w1, load_w1s, load_w2
+from .backward_common import columns
 from .evaluate import add, add_where, evaluate, evaluate_adjoint, evaluate_scalar, evaluate_scalar_adjoint
 
 
 @triton.jit(do_not_specialize=["slot", "S"])
 def reread_kernel(
-    x_p, weights, slots, sizes_p, biases, place, slot: tl.int64, S: tl.int64, eta_scale: tl.float32,
+    x_p, in_force, slots, sizes_p, biases, place, slot: tl.int64, S: tl.int64, eta_scale: tl.float32,
     shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
 ):
     """x, k, v [B, S, H, D]; eta, alpha [B, S, H]; sizes [3, B, S, H]: |k|, d eta / d y, d alpha / d y. Slots
@@ -50,7 +48,7 @@ def reread_kernel(
         x = columns(x_p, b, h, t, S, H, D)
         g += tl.program_id(2) * CT // C * tl.num_programs(0)
         if m < MF:
-            out = evaluate(x, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=not rule.HAS_BASE)
+            out = evaluate(x, in_force, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=D < 128)
             if m == 1:
                 if rule.UNIT_K:
                     size = tl.sqrt(tl.sum(out * out, 0))
@@ -62,7 +60,7 @@ def reread_kernel(
                 v_at = slots.v + at[None, :] * D + f[:, None]
                 tl.store(v_at, out.to(slots.v.dtype.element_ty), mask=live[None, :])
         elif MS > 0:
-            y = evaluate_scalar(x, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+            y = evaluate_scalar(x, in_force, g, h, m, shape=shape, rule=rule, NT=NT)
             if m == MF:
                 y += tl.load(biases.eta + h).to(tl.float32)
                 gate = sigmoid(y)
@@ -100,7 +98,7 @@ def unit_adjoint_kernel(
 
 @triton.jit(do_not_specialize=["slot", "S"])
 def read_adjoint_kernel(
-    read_p, weights, weights_bar, okv_bar_p, slots_bar, sizes_p, parts_p, place, slot: tl.int64, S: tl.int64,
+    read_p, in_force, weights_bar, okv_bar_p, slots_bar, sizes_p, parts_p, place, slot: tl.int64, S: tl.int64,
     shape: tl.constexpr, rule: tl.constexpr, C: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
     CONSTANT: tl.constexpr,
 ):
@@ -123,8 +121,7 @@ def read_adjoint_kernel(
         f = tl.arange(0, D)
         n = tile * NT + tl.arange(0, NT)
         off2 = (m * N + n[:, None]) * D + f[None, :]
-        dtype = read_p.dtype.element_ty
-        w2 = load_w2(weights, g * R * D + off2, h * R * D + off2, rule).to(dtype)
+        w2 = tl.load(in_force.delta2 + g * R * D + off2).to(read_p.dtype.element_ty)
         w2_bar = tl.zeros([NT, D], tl.float32)
         plane = tl.num_programs(0) * S
         read_p += tl.minimum(m, 1) * plane * D
@@ -132,7 +129,7 @@ def read_adjoint_kernel(
         parts_p += ((g * (MF + MS) + m) * (N // NT) + tile) * 2 * D * C
         if m < MF:
             off1 = m * D * N + f[:, None] * N + n[None, :]
-            w1 = load_w1(weights, g * MF * D * N + off1, h * MF * D * N + off1, rule).to(dtype)
+            w1 = tl.load(in_force.delta1 + g * MF * D * N + off1).to(read_p.dtype.element_ty)
             w1_bar = tl.zeros([D, NT], tl.float32)
             for c0 in range(0, C, CT):
                 t = slot + c0 + tl.arange(0, CT)
@@ -150,14 +147,13 @@ def read_adjoint_kernel(
         elif MS > 0:
             s = m - MF
             off1s = (g * MS + s) * N + n
-            w1s = load_w1s(weights, off1s, (h * MS + s) * N + n, rule)
+            w1s = tl.load(in_force.delta1s + off1s)
             w1s_bar = tl.zeros([NT], tl.float32)
             skip_off = ((MF + MS) * N + s) * D + f
             skip = tl.zeros([D], tl.float32)
             skip_bar = tl.zeros([D], tl.float32)
             if rule.SKIP:
-                skip = load_w2(weights, g * R * D + skip_off, h * R * D + skip_off, rule).to(dtype)
-                skip = skip.to(tl.float32)
+                skip = tl.load(in_force.delta2 + g * R * D + skip_off).to(tl.float32)
             for c0 in range(0, C, CT):
                 t = slot + c0 + tl.arange(0, CT)
                 live = (t >= lo) & (t < hi)
@@ -180,84 +176,6 @@ def read_adjoint_kernel(
                 if rule.HAS_BASE:
                     add_where(weights_bar.base2, g * R * D + skip_off, skip_bar, tile == 0)
         if not CONSTANT:
-            add(weights_bar.delta2, g * R * D + off2, w2_bar)
-            if rule.HAS_BASE:
-                add(weights_bar.base2, g * R * D + off2, w2_bar)
-
-
-@triton.jit(do_not_specialize=["end", "S"])
-def values_kernel(
-    weights, weights_bar, v_p, place, outputs_bar_p, parts_p, end: tl.int64, S: tl.int64,
-    shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr, CT: tl.constexpr, NT: tl.constexpr,
-):
-    """outputs_bar [B H, M, 2, D, C], second half: adjoint of M(v). Adds to weights_bar; parts [B H, M, N /
-    NT, 2, D, C], second half: of v. Without own values it is v that receives outputs_bar, from all but the
-    scalar memories."""
-    H: tl.constexpr = shape.H
-    D: tl.constexpr = shape.D
-    N: tl.constexpr = shape.N
-    MF: tl.constexpr = shape.MF
-    MS: tl.constexpr = shape.MS
-    R: tl.constexpr = shape.R
-    M0: tl.constexpr = clock.M0
-    C: tl.constexpr = clock.C
-    g = tl.program_id(0).to(tl.int64)
-    m = M0 + tl.program_id(1)
-    tile = tl.program_id(2)
-    b, h = g // H, g % H
-    if commits_here(place, b, end):
-        f = tl.arange(0, D)
-        n = tile * NT + tl.arange(0, NT)
-        off2 = (m * N + n[:, None]) * D + f[None, :]
-        gm = g * (MF + MS) + m
-        outputs_bar_p += (gm * 2 + 1) * D * C
-        parts_p += ((gm * (N // NT) + tile) * 2 + 1) * D * C
-        w2 = load_w2(weights, g * R * D + off2, h * R * D + off2, rule).to(v_p.dtype.element_ty)
-        w2_bar = tl.zeros([NT, D], tl.float32)
-        if m < MF:
-            off1 = m * D * N + f[:, None] * N + n[None, :]
-            w1 = load_w1(weights, g * MF * D * N + off1, h * MF * D * N + off1, rule).to(w2.dtype)
-            w1_bar = tl.zeros([D, NT], tl.float32)
-            for c0 in range(0, C, CT):
-                c = c0 + tl.arange(0, CT)
-                v_bar = tl.load(outputs_bar_p + f[:, None] * C + c[None, :])
-                if rule.OWN_VALUES:
-                    v = columns(v_p, b, h, end - C + c, S, H, D)
-                    v_bar, w2_bar, w1_bar = evaluate_adjoint(v, v_bar, w2, w1, w2_bar, w1_bar, tile, rule.ACT)
-                else:
-                    v_bar = tl.where(tile == 0, v_bar, 0.0)
-                tl.store(parts_p + f[:, None] * C + c[None, :], v_bar)
-            if rule.OWN_VALUES:
-                add(weights_bar.delta1, g * MF * D * N + off1, w1_bar)
-                if rule.HAS_BASE:
-                    add(weights_bar.base1, g * MF * D * N + off1, w1_bar)
-        elif MS > 0:
-            s = m - MF
-            off1s = (g * MS + s) * N + n
-            w1s = load_w1s(weights, off1s, (h * MS + s) * N + n, rule)
-            w1s_bar = tl.zeros([NT], tl.float32)
-            skip_off = ((MF + MS) * N + s) * D + f
-            skip = tl.zeros([D], tl.float32)
-            skip_bar = tl.zeros([D], tl.float32)
-            if rule.SKIP:
-                skip = load_w2(weights, g * R * D + skip_off, h * R * D + skip_off, rule).to(w2.dtype)
-                skip = skip.to(tl.float32)
-            for c0 in range(0, C, CT):
-                c = c0 + tl.arange(0, CT)
-                v = columns(v_p, b, h, end - C + c, S, H, D)
-                y_bar = tl.load(outputs_bar_p + c)
-                x_bar, w2_bar, w1s_bar, skip_bar = evaluate_scalar_adjoint(
-                    v, y_bar, w2, w1s, skip, w2_bar, w1s_bar, skip_bar, tile, rule.ACT, rule.SKIP
-                )
-                tl.store(parts_p + f[:, None] * C + c[None, :], x_bar)
-            add(weights_bar.delta1s, off1s, w1s_bar)
-            if rule.HAS_BASE:
-                add(weights_bar.base1s, off1s, w1s_bar)
-            if rule.SKIP:
-                add_where(weights_bar.delta2, g * R * D + skip_off, skip_bar, tile == 0)
-                if rule.HAS_BASE:
-                    add_where(weights_bar.base2, g * R * D + skip_off, skip_bar, tile == 0)
-        if rule.OWN_VALUES or m >= MF:
             add(weights_bar.delta2, g * R * D + off2, w2_bar)
             if rule.HAS_BASE:
                 add(weights_bar.base2, g * R * D + off2, w2_bar)

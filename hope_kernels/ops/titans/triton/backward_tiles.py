@@ -18,7 +18,7 @@ from .tiles import clocks, rule_of, shape_of
 
 class BackwardTiles(NamedTuple):
     """Hidden units and tokens a tile, and warps: of the kernels that walk over all N, and of those that own a
-    tile of N (SUMS_CT: of ``sums``)."""
+    tile of N (SUMS_CT: of ``sums``; READ_CT: of ``outputs`` and ``read_adjoint``)."""
 
     WALK_NT: int
     WALK_CT: int
@@ -26,6 +26,7 @@ class BackwardTiles(NamedTuple):
     TILE_NT: int
     TILE_CT: int
     SUMS_CT: int
+    READ_CT: int
     tile_warps: int
 
 
@@ -35,10 +36,17 @@ def tiles(D: int, C: int, itemsize: int, skip: bool) -> BackwardTiles:
     # less work a tile where the chunk is one tile, and all of it is in flight at once, or where more weights
     # are held
     small = C == 16 or D == 128 or itemsize == 4 or skip
+    # what a tile's program loads of the tokens it loads for all of its hidden units; 8 warps have the registers
+    wide = D == 64 and not small
     return BackwardTiles(
-        WALK_NT=32, WALK_CT=min(C, 32), walk_warps=warps, TILE_NT=16 if small else 32, TILE_CT=16,
-        SUMS_CT=16 if small or C == 32 else 32, tile_warps=warps,
+        WALK_NT=32, WALK_CT=min(C, 64 if wide else 32), walk_warps=warps, TILE_NT=16 if small else 64 if wide else 32,
+        TILE_CT=16, SUMS_CT=16 if small or C == 32 else 32, READ_CT=32 if wide else 16, tile_warps=8 if wide else warps,
     )
+
+
+def rounds(D: int) -> bool:
+    """Whether weights in force and the adjoint of u lie rounded in memory: heads of 128 would spill on sm_80."""
+    return D < 128
 
 
 def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
@@ -47,9 +55,12 @@ def constants(config: TitansConfig, itemsize: int) -> dict[str, dict[str, Any]]:
     t, M = tiles(shape.D, small, itemsize, rule.SKIP), shape.MF + shape.MS
     model = {"shape": shape, "rule": rule}
     made = {
-        "reread": model | {"C": small, "CT": t.WALK_CT, "NT": t.WALK_NT, "num_warps": t.walk_warps},
+        "reread": {
+            "shape": shape, "rule": rule._replace(HAS_BASE=False), "C": small, "CT": t.WALK_CT, "NT": t.WALK_NT,
+            "num_warps": t.walk_warps,
+        },
         "read_adjoint": model | {
-            "C": small, "CT": t.TILE_CT, "NT": t.TILE_NT, "CONSTANT": False, "num_warps": t.tile_warps,
+            "C": small, "CT": t.READ_CT, "NT": t.TILE_NT, "CONSTANT": False, "num_warps": t.tile_warps,
         },
         "unit_adjoint": {"H": shape.H, "D": shape.D, "CT": 16, "num_warps": 4},
         "collect": {
@@ -68,15 +79,15 @@ def clock_constants(config: TitansConfig, itemsize: int, clock: Clock) -> dict[s
     tile = model | {"clock": clock, "CT": t.TILE_CT, "NT": t.TILE_NT, "num_warps": t.tile_warps}
     made = {
         "clock": model | {"C": C, "num_warps": 4, "num_stages": 1},
-        "errors": model | {
-            "clock": clock, "SMALL": clocks(config)[0].C, "CT": t.WALK_CT, "NT": t.WALK_NT,
-            "num_warps": t.walk_warps,
+        "errors": {
+            "shape": shape, "rule": rule._replace(HAS_BASE=False), "clock": clock, "SMALL": clocks(config)[0].C,
+            "CT": t.WALK_CT, "NT": t.WALK_NT, "num_warps": t.walk_warps,
         },
         "sums": tile | {"CT": t.SUMS_CT},
         "gain": {"shape": shape, "clock": clock, "TILES": TILES, "CLIP": rule.CLIP, "num_warps": 4},
         "hidden": tile,
         "targets": model | {"clock": clock, "CT": min(C, 16), "TILES": TILES, "num_warps": 4},
-        "inputs": tile, "outputs": tile, "values": tile,
+        "inputs": tile, "outputs": tile | {"CT": t.READ_CT},
         "clock_adjoint": model | {"clock": clock, "TILES": TILES, "num_warps": 4, "num_stages": 1},
         "collect": {
             "H": shape.H, "D": shape.D, "C": C, "M": shape.MF + shape.MS, "M0": clock.M0, "M1": clock.M1,
@@ -123,7 +134,7 @@ def _rows() -> Iterator[tuple[TitansConfig, str]]:
     yield TitansConfig.preset("titans", d_model=128, num_heads=2, momentum=None, chunk_memory=64), "titans"
 
 
-_INPUTS = ("x_p", "read_p", "k_p", "v_p")  # in the input dtype
+_INPUTS = ("x_p", "read_p", "k_p")  # in the input dtype
 _WHOLE = ("slot", "S", "end", "first")
 _GROUPS = {
     "weights": Weights(*["*fp32"] * 6), "weights_bar": Weights(*["*fp32"] * 6),
@@ -131,23 +142,24 @@ _GROUPS = {
     "place": Place("*i64", "*i64"), "biases": Biases("*bf16", "*bf16"), "terms": ClockTerms(*["*fp32"] * 4),
     "errors": Errors(*["*fp32"] * 3),
 }
-_PRODUCTS = ("reread", "read_adjoint", "errors", "sums", "hidden", "inputs", "outputs", "values")
+_PRODUCTS = ("reread", "read_adjoint", "errors", "sums", "hidden", "inputs", "outputs")
 
 
 def _specialization(name: str, fn: Any, consts: dict, row: str) -> Specialization:
-    signature = {}
+    signature: dict[str, Any] = {}
     for arg in fn.arg_names:
         if arg in _GROUPS:
             signature[arg] = _GROUPS[arg]
+        elif arg == "in_force":  # without scalar memories delta1 stands for delta1s
+            kind = "*bf16" if rounds(consts["shape"].D) else "*fp32"
+            signature[arg] = Weights(*[kind] * 5, "*fp32" if consts["shape"].MS else kind)
         elif arg.endswith("_p"):
-            signature[arg] = "*bf16" if arg in _INPUTS else "*fp32"
+            narrow = arg in _INPUTS or arg == "u_bar_p" and rounds(consts["shape"].D)
+            signature[arg] = "*bf16" if narrow else "*fp32"
         elif arg not in consts:
             signature[arg] = "i64" if arg in _WHOLE else "fp32"
     constexprs = {k: v for k, v in consts.items() if k not in ("num_warps", "num_stages")}
-    products = name in _PRODUCTS
-    if name == "values":  # without own values it only hands v's adjoint on
-        products = consts["rule"].OWN_VALUES or consts["shape"].MS > 0
     return Specialization(
         f"titans_backward_{name}", fn, signature, constexprs, consts["num_warps"], consts["num_stages"],
-        wants_mma=products, row=row,
+        wants_mma=name in _PRODUCTS, row=row,
     )

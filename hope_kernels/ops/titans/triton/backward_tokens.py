@@ -25,13 +25,13 @@ from .evaluate import evaluate, evaluate_scalar
 
 @triton.jit(do_not_specialize=["end", "S", "first"])
 def errors_kernel(
-    weights, slots, place, errors, end: tl.int64, S: tl.int64, first: tl.int64, grad_scale: tl.float32,
+    in_force, slots, place, errors, end: tl.int64, S: tl.int64, first: tl.int64, grad_scale: tl.float32,
     shape: tl.constexpr, rule: tl.constexpr, clock: tl.constexpr, SMALL: tl.constexpr, CT: tl.constexpr,
     NT: tl.constexpr,
 ):
     """Of commits C slots apart, the first at ``end``, [commits, B H, ...]: e, target [M, D, C] (a scalar
     memory in its first row); sizes [M, 2, C]: |e|^2, and |M(v)| (1 where a scalar target is not clamped, else 0).
-    weights: deviations at the start of every chunk of SMALL slots from number ``first`` on, [chunks, B H,
+    in_force: weights at the start of every chunk of SMALL slots from number ``first`` on, [chunks, B H,
     ...]."""
     H: tl.constexpr = shape.H
     D: tl.constexpr = shape.D
@@ -54,7 +54,7 @@ def errors_kernel(
         if m < MF:
             target = v.to(tl.float32)
             if rule.OWN_VALUES:
-                target = evaluate(v, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=not rule.HAS_BASE)
+                target = evaluate(v, in_force, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=D < 128)
             if rule.TARGET_NORM:
                 size = tl.sqrt(tl.sum(target * target, 0))
                 target /= tl.maximum(size, 1e-6)[None, :]
@@ -64,18 +64,18 @@ def errors_kernel(
             # on its own: with v's as columns of one product (errors_task) a tile of 2 CT columns would need
             # 100 KB of shared memory at D = 128, more than sm_86 has
             if not rule.DOT:
-                at_k = evaluate(k, weights, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=not rule.HAS_BASE)
+                at_k = evaluate(k, in_force, g, h, m, shape=shape, rule=rule, NT=NT, EARLY=D < 128)
                 e = grad_scale * (at_k - target)
             tl.store(errors.e + (gm * D + f[:, None]) * C + c[None, :], e)
             tl.store(errors.sizes + gm * 2 * C + c, tl.sum(e * e, 0))
         elif MS > 0:
-            target_s = evaluate_scalar(v, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+            target_s = evaluate_scalar(v, in_force, g, h, m, shape=shape, rule=rule, NT=NT)
             if rule.TARGET_NORM:
                 tl.store(errors.sizes + (gm * 2 + 1) * C + c, tl.where(tl.abs(target_s) <= 1.0, 1.0, 0.0))
                 target_s = tl.minimum(tl.maximum(target_s, -1.0), 1.0)
             es = -target_s
             if not rule.DOT:
-                at_key = evaluate_scalar(k, weights, g, h, m, shape=shape, rule=rule, NT=NT)
+                at_key = evaluate_scalar(k, in_force, g, h, m, shape=shape, rule=rule, NT=NT)
                 es = grad_scale * (at_key - target_s)
             tl.store(errors.e + gm * D * C + c, es)
             tl.store(errors.sizes + gm * 2 * C + c, es * es)

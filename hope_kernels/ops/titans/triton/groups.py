@@ -18,8 +18,8 @@ Reads = namedtuple("Reads", "x q o")
 Writes = namedtuple("Writes", "k v eta alpha beta")
 # Initial weights [H, ...] and deviations [B, H, ...], as state.py lays them out; or their adjoints, and then
 # those of the initial weights are [B, H, ...] as well.
-# Weights in force, as the updates of a call leave them for its later tasks, have no base: w2 and w1 in the dtype
-# of the operands and w1s in fp32 stand where deviations do.
+# Weights in force, as the updates of a call leave them for its later tasks, or those of a chunk that goes backwards,
+# have no base: w2 and w1 in the dtype of the operands and w1s in fp32 stand where deviations do.
 Weights = namedtuple("Weights", "base2 base1 base1s delta2 delta1 delta1s")
 Momentum = namedtuple("Momentum", "s2 s1 s1s")  # laid out like the deviations
 Biases = namedtuple("Biases", "eta alpha")  # of the gates, [H]

@@ -12,7 +12,8 @@ of the state on to the span before:
     work     the forward twice, and the backward
 
 ``recompute_span`` differentiates the span as the chunked backend computes it.
-``backward.span_adjoint`` does it in kernels, for the configurations they serve.
+``backward.span_adjoint`` does it in kernels, for the configurations they serve; on a GPU from a recorded CUDA
+graph (``span_graphs.py``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..inputs import TokenInputs
 from ..scan import titans_chunk
 from ..state import FastWeights, TitansState, on_device
 from . import backward as triton_backward
+from . import span_graphs
 from .operator import titans_triton
 from .spans import CARRIED, TOKENS, Call, Span
 
@@ -101,7 +103,7 @@ class _Training(torch.autograd.Function):
         for index, span in reversed(list(enumerate(ctx.spans))):
             state = call.at(span, saved[12 + index * size : 12 + (index + 1) * size])
             error = None if do is None else span.take(do)
-            back = triton_backward.span_adjoint if triton_backward.serves(call.config) else recompute_span
+            back = span_graphs.span_adjoint if triton_backward.serves(call.config) else recompute_span
             found, adjoint = back(call, w_init, span.take_inputs(inputs), state, span, error, adjoint, needed[:12])
             for j, part in enumerate(found):
                 if part is None or not needed[j]:

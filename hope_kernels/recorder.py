@@ -6,10 +6,11 @@ the host knows are part of it. So it must ask the host for nothing, and bring no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 Part = Callable[[], object]
 
@@ -34,7 +35,8 @@ class CudaRecorder:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             for part in parts:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool):
+                # other threads (one that pins memory, say) may go on meanwhile
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     part()
                 graphs.append(graph)
         return [graph.replay for graph in graphs]
@@ -43,3 +45,10 @@ class CudaRecorder:
 def recorder_for(device: torch.device) -> Recorder | None:
     """None: work on this device cannot be recorded."""
     return CudaRecorder(device) if device.type == "cuda" else None
+
+
+def alike(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Whether all bits agree; waits for the device once."""
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    bits = lambda t: t.detach().contiguous().view(kinds[t.element_size()])
+    return bool(torch.stack([(bits(a) == bits(b)).all() for a, b in pairs]).all())
