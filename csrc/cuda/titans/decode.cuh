@@ -198,12 +198,13 @@ HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
 }
 
 template <int D, class T, int ACT>
-HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan plan) {
+HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan given) {
 #ifndef __CUDACC__
   if constexpr (!in_fibers(D, ACT)) emulator::grid.fail("heads of width 128 run with gelu_tanh only");
   else
 #endif
   {
+    const Plan plan = given;  // as in plan_of_kernel
     const int group = block_index() / 4, rank = block_index() % 4;
     // nobody has arrived in the launch that commits
     if (rank == 0 && thread_index() == 0 && (p.flags & kUpdate)) p.arrivals[1 + group] = 0;
@@ -216,10 +217,8 @@ HOPE_KERNEL(kThreads) titans_step(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
   if constexpr (!kHasMode<MODE> || !(ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
     trap();  // the launch chose a kernel that this code does not have
-  else if constexpr (MODE == kWarpgroups)
-    step<D, T, ACT, MODE, ON_CHIP>(p, fixed_plan(plan));
   else
-    step<D, T, ACT, MODE, ON_CHIP>(p, plan);
+    step<D, T, ACT, MODE, ON_CHIP>(p, plan_of_kernel<MODE>(plan));
 #elif !defined(__CUDACC__)
   if constexpr (in_fibers(D, ACT)) step<D, T, ACT, MODE, ON_CHIP>(p, plan);
   else emulator::grid.fail("heads of width 128 run with gelu_tanh only");

@@ -298,10 +298,10 @@ HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
   if constexpr (!kHasMode<MODE> || !(ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
     trap();  // the launch chose a kernel that this code does not have
-  else if constexpr (MODE == kWarpgroups)
-    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, fixed_plan(plan));
-  else
+  else if constexpr (D == 64 && ACT == kGelu && MODE == kGlobal && !ON_CHIP)  // with a copy two words were spilled
     prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
+  else
+    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan_of_kernel<MODE>(plan));
 #elif !defined(__CUDACC__)
   if constexpr (in_fibers(D, ACT)) prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
   else emulator::grid.fail("heads of width 128 run with gelu_tanh only");

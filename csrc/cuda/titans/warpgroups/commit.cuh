@@ -328,13 +328,10 @@ template <class T, int ACT> struct WarpgroupCommit {
   HOPE_DEVICE static void finish_gradient(float (&d)[4][8], float (&norm)[16], Word4* kept) {
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      const Word4 slope = kept[32 * s];
-      const uint32_t words[4] = {slope.x, slope.y, slope.z, slope.w};
+      float slope[8];
+      unpack_block<fp16>(slope, kept[32 * s]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Float2 by = unpack2<fp16>(words[i]);
-        d[s][2 * i] *= by.x, d[s][2 * i + 1] *= by.y;
-      }
+      for (int i = 0; i < 8; ++i) d[s][i] *= slope[i];
       kept[32 * s] = round_block<T>(d[s]);
       add_squares(norm, d[s], s);
     }
@@ -415,8 +412,8 @@ template <class T, int ACT> struct WarpgroupCommit {
       uint32_t u[4][4];
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        const Word4 d = d_blocks[32 * s];
-        const uint32_t words[4] = {d.x, d.y, d.z, d.w};
+        float d[8];
+        unpack_block<T>(d, d_blocks[32 * s]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = 16 * s + 8 * (i >> 1);
@@ -424,9 +421,8 @@ template <class T, int ACT> struct WarpgroupCommit {
             return load_shared(reinterpret_cast<const Float2*>(from + column) + (now.lane & 3));
           };
           const Float2 step = at_tokens(gain), erase = at_tokens(shared.erase());
-          const Float2 pair = unpack2<T>(words[i]);
-          u[s][i] = pack2<T>(fma_(-step.x, pair.x, -erase.x * delta2_k[s][2 * i]),
-                             fma_(-step.y, pair.y, -erase.y * delta2_k[s][2 * i + 1]));
+          u[s][i] = pack2<T>(fma_(-step.x, d[2 * i], -erase.x * delta2_k[s][2 * i]),
+                             fma_(-step.y, d[2 * i + 1], -erase.y * delta2_k[s][2 * i + 1]));
         }
       }
 #pragma unroll

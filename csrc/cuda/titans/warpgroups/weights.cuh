@@ -7,47 +7,17 @@
 
 namespace hope {
 
-// The plan of such a kernel, as constants for the compiler.
-HOPE_DEVICE Plan fixed_plan(const Plan& given) {
-  Plan p = given;
-  p.blocks = kWarpgroupPlan.blocks;
-  p.shards = kWarpgroupPlan.shards;
-  p.full_warps = kWarpgroupPlan.full_warps;
-  p.scalar_warps = kWarpgroupPlan.scalar_warps;
-  p.one_buffer = kWarpgroupPlan.one_buffer;
-  p.call = kWarpgroupPlan.call;
-  p.x = kWarpgroupPlan.x;
-  p.q = kWarpgroupPlan.q;
-  p.k = kWarpgroupPlan.k;
-  p.v = kWarpgroupPlan.v;
-  p.e = kWarpgroupPlan.e;
-  p.eta = kWarpgroupPlan.eta;
-  p.alpha = kWarpgroupPlan.alpha;
-  p.solve = kWarpgroupPlan.solve;
-  p.before = kWarpgroupPlan.before;
-  p.after = kWarpgroupPlan.after;
-  p.erase = kWarpgroupPlan.erase;
-  p.decay_after = kWarpgroupPlan.decay_after;
-  p.decay_panel = kWarpgroupPlan.decay_panel;
-  p.e2 = kWarpgroupPlan.e2;
-  p.es = kWarpgroupPlan.es;
-  p.norms = kWarpgroupPlan.norms;
-  p.gain = kWarpgroupPlan.gain;
-  p.sums = kWarpgroupPlan.sums;
-  p.delta1s = kWarpgroupPlan.delta1s;
-  p.base1s = kWarpgroupPlan.base1s;
-  p.parts = kWarpgroupPlan.parts;
-  p.weights = kWarpgroupPlan.weights;
-  p.a = kWarpgroupPlan.a;
-  p.d = kWarpgroupPlan.d;
-  p.base = kWarpgroupPlan.base;
-  p.w1 = kWarpgroupPlan.w1;
-  p.at_v = kWarpgroupPlan.at_v;
-  p.more_d = kWarpgroupPlan.more_d;
-  p.solved = kWarpgroupPlan.solved;
-  p.partial = kWarpgroupPlan.partial;
-  p.scratch_bytes = kWarpgroupPlan.scratch_bytes;
-  return p;
+// The plan of a kernel for its code: constants where all calls have one plan but for a number; else a copy, which
+// the compiler keeps in registers, where it would load a kernel's parameter anew at every use.
+template <int MODE> HOPE_DEVICE Plan plan_of_kernel(const Plan& given) {
+  if constexpr (MODE == kWarpgroups) {
+    constexpr Plan fixed = kWarpgroupPlan;
+    Plan p = fixed;
+    p.memories = given.memories;
+    return p;
+  } else {
+    return given;
+  }
 }
 
 // Where a lane finds its row of the four 8 x 8 pieces in the first 16 rows of the first two columns of a matrix
