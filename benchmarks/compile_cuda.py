@@ -34,7 +34,7 @@ PRODUCTS = {
 }
 # Where a chunk is committed by warpgroups, mma are left for reading and for products of keys, wgmma are what
 # ../csrc/cuda/titans/warpgroups/commit.cuh counts, for memories of both kinds.
-BY_WARPGROUPS = re.compile(r"titans_\w+<64, hope::bf16, \d, 2,")
+BY_WARPGROUPS = re.compile(r"titans_\w+<64, hope::bf16, \d, [23],")
 BY_MMA, BY_WGMMA = 62, 128
 
 

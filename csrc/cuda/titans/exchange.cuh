@@ -23,10 +23,13 @@
 
 namespace hope {
 
-// kWarpgroups: kCluster, on a device whose chunks are committed by products of warpgroups (warpgroups/commit.cuh).
-enum Mode : int { kCluster, kGlobal, kWarpgroups };
+// Where chunks are committed by products of warpgroups, the blocks of a cluster are four, one or two memories each
+// (kWarpgroups, warpgroups/commit.cuh), or one block has all memories (kOneBlock, warpgroups/one_block.cuh).
+enum Mode : int { kCluster, kGlobal, kWarpgroups, kOneBlock };
+template <int MODE> constexpr bool kByWarpgroups = MODE == kWarpgroups || MODE == kOneBlock;
 template <int D, int MODE> struct RowsOf { using type = PaddedRows<D>; };
-template <int D> struct RowsOf<D, kWarpgroups> { using type = PieceRows; };
+template <int D> struct RowsOf<D, kWarpgroups> { using type = PieceRows<256>; };
+template <int D> struct RowsOf<D, kOneBlock> { using type = PieceRows<64>; };
 
 template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   using Rows = typename RowsOf<D, MODE>::type;
