@@ -5,7 +5,7 @@
 //     evaluate        a, sigma', shares of M(k) and M(v)      last panel: also decays             | barrier
 //     errors          e = M(k) - target, some tokens a warp   last panel: also key_products       | barrier
 //     gradients       d = sigma' (w1^T e), |a|^2, |d|^2       last panel: also transformed_keys   | barrier
-//   step_sizes        gain = eta / max(1, clip), every warp a share of its memory's tokens        | barrier
+//   step_sizes        gain = eta / max(1, clip) (step_sizes.cuh)                              | 2 barriers
 //   update_inputs     delta2 <- gamma[C,0] delta2 - U^T Kg,   u_t = gain_t d_t + erase_t delta2 k_t
 //   update_outputs    delta1 <- gamma[C,0] delta1 - sum_t gain_t gamma[C,t] e_t a_t^T
 //
@@ -17,6 +17,7 @@
 #pragma once
 #include "clock.cuh"
 #include "read.cuh"
+#include "step_sizes.cuh"
 
 namespace hope {
 
@@ -70,7 +71,7 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       put_norms();
       exchange.barrier();
     }
-    step_sizes();
+    step_sizes<D, T>(p, shared, exchange);
     sync_block();
     const Role role = me().role;
     if (role.idle()) return;
@@ -327,91 +328,6 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     for (int i = 0; i < 8; ++i) d[i] *= slope[i];
     add_squares(norm, d);
     *block = round_block<T>(d);
-  }
-
-  // gain_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2. Each memory's warps have its sizes m; then a
-  // warp has the products of eight keys with all of the chunk, for all memories of the block, or, where there are
-  // more warps than eights, for some of them.
-  HOPE_DEVICE void step_sizes() const {
-    const int C = chunk();
-    if (const Role role = me().role; !role.idle()) sizes(role);
-    if (!has(kClip)) return;
-    sync_block();
-    const auto [warp, lane, mine, weights] = me();
-    const int eights = C / 8, t = 8 * (warp % eights);
-    uint32_t keys[W::kSteps / 2][4];  // operands b of steps 2 i and 2 i + 1
-#pragma unroll
-    for (int i = 0; i < W::kSteps / 2; ++i)
-      load_matrices(keys[i], shared.k(t + (lane & 7)) + 32 * i + 8 * (lane >> 3));
-    float c[kMostPanels][4];  // (k_s.k_t)^2
-#pragma unroll
-    for (int panel = 0; panel < kMostPanels; ++panel) {
-      if (panel * kPanel >= C) break;
-#pragma unroll
-      for (int s = 0; s < W::kSteps; ++s) {
-        uint32_t rows[4];
-        load_matrices(rows, corner<D>(shared.k(panel * kPanel), 16 * s, lane));
-        mma<T>(c[panel], rows, keys[s / 2][2 * (s & 1)], keys[s / 2][2 * (s & 1) + 1], s == 0);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[panel][i] *= c[panel][i];
-    }
-    const float factor = has(kDot) ? 1.f : p.grad_scale;
-    int turn = warp / eights;
-#pragma unroll 1
-    for (int first = 0; first < kWarps;) {  // memory after memory
-      const Role role = shared.call().role(shared.plan, first);
-      if (role.idle()) break;
-      if (turn-- == 0) {
-        turn += kWarps / eights;
-        const float *size = sizes_of(first), *weight = size + C + (lane >> 2);
-        float sums[2] = {};
-#pragma unroll
-        for (int panel = 0; panel < kMostPanels; ++panel) {
-          if (panel * kPanel >= C) break;
-          const float w0 = load_shared(weight + panel * kPanel), w1 = load_shared(weight + panel * kPanel + 8);
-          sums[0] = fma_(w1, c[panel][2], fma_(w0, c[panel][0], sums[0]));
-          sums[1] = fma_(w1, c[panel][3], fma_(w0, c[panel][1], sums[1]));
-        }
-#pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2)
-          sums[0] += shuffle_xor(sums[0], mask), sums[1] += shuffle_xor(sums[1], mask);
-        if (lane < 4) {
-          const Float2 m = load_shared(reinterpret_cast<const Float2*>(size + t) + lane);
-          const Float2 eta = load_shared(reinterpret_cast<const Float2*>(shared.eta() + t) + lane);
-          const float clip[2] = {factor * m.x * sums[0], factor * m.y * sums[1]};
-          store_shared(reinterpret_cast<Float2*>(shared.gain(first, C) + t) + lane,
-                       Float2{divide(eta.x, clip[0] <= 1.f ? 1.f : clip[0]),
-                              divide(eta.y, clip[1] <= 1.f ? 1.f : clip[1])});
-        }
-      }
-      first += role.warps();
-    }
-  }
-  // m and eta m [2][C] of the memory whose first warp here is `first`, where its partial outputs were.
-  HOPE_DEVICE float* sizes_of(int first) const { return reinterpret_cast<float*>(shared.part(first, 0)); }
-  // Without a clip these are the gains.
-  HOPE_DEVICE void sizes(const Role& role) const {
-    const int C = chunk(), first = role.first();
-#pragma unroll 1
-    for (int t = 32 * role.within + (thread_index_again() & 31); t < C; t += 32 * role.warps()) {
-      const float eta = load_shared(shared.eta() + t);
-      if (!has(kClip)) {
-        store_shared(shared.gain(first, C) + t, eta);
-        continue;
-      }
-      float a2 = 0.f, d2 = 0.f;
-      if (kSharded && role.full()) {
-        a2 = exchange.sum_of_norms(0, t), d2 = exchange.sum_of_norms(1, t);
-      } else {
-        const float* norms = shared.norms(first, 0, C) + t;
-#pragma unroll 2
-        for (int w = role.warps(); w > 0; --w, norms += 2 * C) a2 += load_shared(norms), d2 += load_shared(norms + C);
-      }
-      const float e2 = load_shared(shared.e2(first, C) + t);
-      const float m = sqrt_(a2 + divide(d2, e2 + 1e-9f) + 1e-12f);
-      store_shared(sizes_of(first) + t, m), store_shared(sizes_of(first) + C + t, eta * m);
-    }
   }
 
   // delta2 of the warp's units: blocks g * kSteps + s.

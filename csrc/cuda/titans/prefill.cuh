@@ -7,7 +7,7 @@
 //             and each lane's rounded weights, refreshed once a chunk, as 16-byte fragments. With several blocks
 //             a (row, head), k, v, eta, alpha of 16 tokens at a time go from one to the others.
 // SCHEDULE    per panel   read shares | barrier | results to all blocks | barrier (of the cluster)
-//             per chunk   + three barriers a panel, and one more (commit.cuh)
+//             per chunk   + three barriers a panel, and two more (commit.cuh)
 //             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more
 //             (exchange.cuh). The next panel's x and q are fetched while this one is computed.
 // BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan
@@ -150,7 +150,7 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T, R>& shar
   }
   wait_copies();
   if (update)
-    exchange.finish(now.round, slot, now.first, now.stop);
+    exchange.finish(now.round, slot, now.first, now.stop, role.memory != kMemory);
   else
     sync_block();
   if (lane == 0) store_shared(call.tokens + warp, now.token + now.stop - now.first);

@@ -1,5 +1,5 @@
 // Committing a chunk of 64 tokens by products of warpgroups (../../warpgroup.cuh): what ../commit.cuh does,
-// for all tokens at once and with other sums of the same numbers.
+// for all tokens at once and with other sums of the same numbers. A memory with D outputs has a block for itself.
 //
 //     evaluate      z^T = w2 K^T, w2 V^T; a = sigma(z), sigma', |a|^2; last warp: decays     | barrier
 //     errors        M(k), M(v) = a^T w1^T over all units, e; products of keys                | 2 barriers
@@ -201,7 +201,7 @@ template <class T, int ACT> struct WarpgroupCommit : WarpgroupStages<T, ACT, 256
     }
     Base::put_tokens(shared.norms(now.warp, 1, C), norm, now.lane);
   }
-  // As in ../commit.cuh; a memory of two warpgroups has its gains twice.
+  // As in ../step_sizes.cuh; a memory of two warpgroups has its gains twice.
   HOPE_DEVICE void step_sizes() const {
     const Me now = me();
     const int lane = now.lane, group = now.warpgroup(), thread = 32 * (now.warp & 3) + lane;

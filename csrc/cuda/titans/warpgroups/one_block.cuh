@@ -7,12 +7,12 @@
 // ONE TILE FOR ALL   Keys, values and transformed keys are those of all memories: a product of a warpgroup with them
 // takes 64 units, whosever they are. The second warpgroup does it for the four groups of a scalar memory's warps;
 // M_v's warps, who have two, keep nothing of the other two: their operand is zero where it would move weights.
-// ONE TILE FOR EACH  Errors differ. A product with a memory's errors has zeros in the rows of other memories' units, and
-// products with the errors of the warpgroup's memories are added up: each row has the one that is its own. (So a number
-// that is not finite in one memory's errors reaches the other's weights a chunk earlier than through the keys.)
+// ONE TILE FOR EACH  Errors differ. A product with a memory's errors has zeros in the rows of other memories' units,
+// and products with the errors of the warpgroup's memories are added up: each row has the one that is its own. (So a
+// number that is not finite in one memory's errors reaches the other's weights without the detour through keys.)
 // M(k) and M(v)      as in commit.cuh, of one memory after the other, over its 64 units.
-// FLOPS              a warpgroup: 16 and 16 products of 64 x 64 x 16 with w2, 16 with w1 (the second: 8), 32 (48) for
-// delta2, 16 (8) for delta1, 24 of half the width for M(k) and M(v) and as many of M(v) for its norm, 4 of keys.
+// FLOPS              products of 64 x 64 x 16 of the first warpgroup (the second): 16 (32) of w2, 16 (8) of w1, 16 (32)
+//                    for delta2, 16 (8) for delta1, 4 of keys, and of half the width 36 for M(k) and M(v).
 #pragma once
 #include "stages.cuh"
 
@@ -196,7 +196,7 @@ template <class T, int ACT> struct OneBlockCommit : WarpgroupStages<T, ACT, 64> 
     Base::put_tokens(shared.norms(now.warp, 1, C), norm, now.lane);
   }
 
-  // As in ../commit.cuh: a warp has the products of 16 keys with all of the chunk, for the memories of its warpgroup.
+  // As in ../step_sizes.cuh: a warp has the products of 16 keys with all others, for the memories of its warpgroup.
   HOPE_DEVICE void step_sizes() const {
     const Me now = me();
     const int lane = now.lane, group = now.warpgroup();
