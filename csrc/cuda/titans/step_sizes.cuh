@@ -2,8 +2,8 @@
 // |a_t|^2 + |d_t|^2 / |e_t|^2 of a memory, c = grad_scale (dot: 1). Without a clip the gains are eta.
 //
 // Products of keys are those of all memories. So every memory's warps have its m first, and after a barrier a warp
-// has the products of eight keys with all of the chunk, for all memories of the block, or, where there are more warps
-// than eights, for some of them. FLOPs a block: 2 C^2 D times the warps that share eights.
+// has the products of eight keys with all of the chunk, for all memories of the block or, where there are warps
+// enough, for every other one. FLOPs a block: 2 C^2 D, or twice that.
 #pragma once
 #include "clock.cuh"
 
@@ -52,6 +52,8 @@ HOPE_DEVICE void step_sizes(const TitansParams& p, const Shared<D, T>& shared, c
   constexpr int kSteps = Width<D>::kSteps;
   const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
   const int C = load_shared(&shared.call().chunk), eights = C / 8, t = 8 * (warp % eights);
+  const int turns = eights < kWarps ? 2 : 1;  // of every other memory, or of all
+  if (warp >= turns * eights) return;
   uint32_t keys[kSteps / 2][4];  // operands b of steps 2 i and 2 i + 1
 #pragma unroll
   for (int i = 0; i < kSteps / 2; ++i) load_matrices(keys[i], shared.k(t + (lane & 7)) + 32 * i + 8 * (lane >> 3));
@@ -75,7 +77,7 @@ HOPE_DEVICE void step_sizes(const TitansParams& p, const Shared<D, T>& shared, c
     const Role role = shared.call().role(shared.plan, first);
     if (role.idle()) break;
     if (turn-- == 0) {
-      turn += kWarps / eights;
+      turn += turns;
       const float *size = sizes_of(shared, first), *weight = size + C + (lane >> 2);
       float sums[2] = {};
 #pragma unroll
