@@ -277,23 +277,26 @@ def test_in_place_by_what_the_device_knows_and_with_lengths_out_of_range():
 @pytest.mark.parametrize("config, capability, dtype, multiprocessors, kernels", [
     (MEMORY, 80, BF16, 9, {"decode", "step"}), (config_of(64, 1), 80, BF16, 9, {"step"}),
     (CLUSTERS, 90, FP16, 9, {"step"}), (CLUSTERS, 90, FP16, 7, {"decode", "step"}),
-    pytest.param(config_of(64, 2), 120, FP16, 1, {"decode", "step"}, marks=pytest.mark.slow)
+    *(pytest.param(*case, {"decode", "step"}, marks=pytest.mark.slow) for case in (
+        (config_of(64, 2), 120, FP16, 1), (config_of(64, 1, 64), 90, BF16, 1)
+    ))
 ])
 def test_steps_count_what_they_read(config, capability, dtype, multiprocessors, kernels):
     """The last block of a row to know where it stands advances the counter, in the last launch of a call. The
     middle step commits, and a row reads nothing."""
-    w_init, inputs = (cast(t, dtype) for t in problem(config, 2, 17))
+    C = config.chunk_memory
+    w_init, inputs = (cast(t, dtype) for t in problem(config, 2, C + 1))
     emulate(capability)
-    want, end = run(config, w_init, inputs, "cuda", [17, 14])
-    _, state = run(config, w_init, part(inputs, 0, 14), "cuda")
+    want, end = run(config, w_init, inputs, "cuda", [C + 1, C - 2])
+    _, state = run(config, w_init, part(inputs, 0, C - 2), "cuda")
     image, shared = image_of(capability), 1024 * SHARED_KIB[capability]
     torch.ops.hope_kernels_cuda.emulate(capability, shared, image, 0, multiprocessors, True)
-    for t in (14, 15, 16):
+    for t in (C - 2, C - 1, C):
         gpu.options, lengths = Options(seed=t, resident=5), torch.tensor([3, 0])
         gpu.ran.clear()
         with torch.no_grad():
             o = titans_advance_(config, w_init, part(inputs, t, t + 1), state, lengths, backend="cuda")
-        assert torch.equal(o, want[:, t : t + 1]) and state.count.tolist() == [t + 1, 14]
+        assert torch.equal(o, want[:, t : t + 1]) and state.count.tolist() == [t + 1, C - 2]
         assert ran() == kernels
     assert same(state.synchronize(), end)
 

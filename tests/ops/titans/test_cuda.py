@@ -238,8 +238,11 @@ def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
 
 
 @pytest.mark.parametrize("config, capability, resident", [
-    pytest.param(CONFIGS[i], gpu, resident, marks=() if (gpu, resident) == (90, 9) else emulated_only)
-    for i, gpu, resident in ((0, 80, 9), (0, 90, 2), (2, 90, 9), (2, 80, 9), (4, 90, 9), (4, 80, 9))
+    pytest.param(config, gpu, resident, marks=() if (gpu, resident) == (90, 9) else emulated_only)
+    for config, gpu, resident in (
+        (CONFIGS[0], 80, 9), (CONFIGS[0], 90, 2), (CONFIGS[2], 90, 9), (CONFIGS[2], 80, 9), (CONFIGS[4], 90, 9),
+        (CONFIGS[4], 80, 9), (WARPGROUPS[1], 90, 9), (WARPGROUPS[1], 90, 2)
+    )
 ])
 def test_steps_in_place_count_what_they_read(config, capability, resident):
     """In one launch and in two, over a boundary and over 2^32 tokens, whatever the host believes; a row that

@@ -25,7 +25,7 @@ namespace hope {
 
 template <class T, int ACT> struct WarpgroupCommit : WarpgroupStages<T, ACT, 256> {
   using Base = WarpgroupStages<T, ACT, 256>;
-  using typename Base::Me, typename Base::S, typename Base::Weights;
+  using typename Base::Me, typename Base::Weights;
   using Base::p, Base::shared, Base::D, Base::C, Base::kGroups, Base::kScalarGroups;
   using Base::me, Base::has, Base::keys, Base::values;
 

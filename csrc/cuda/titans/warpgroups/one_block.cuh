@@ -20,7 +20,7 @@ namespace hope {
 
 template <class T, int ACT> struct OneBlockCommit : WarpgroupStages<T, ACT, 64> {
   using Base = WarpgroupStages<T, ACT, 64>;
-  using typename Base::Me, typename Base::S, typename Base::Weights;
+  using typename Base::Me, typename Base::Weights;
   using Base::p, Base::shared, Base::D, Base::C, Base::kGroups, Base::kScalarGroups;
   using Base::me, Base::has, Base::keys, Base::values;
   static constexpr int kMemories = 3, kFullUnits = 64 * kMemories, kUnits = kFullUnits + 2 * 64;  // in w1, at_v; in a
