@@ -29,7 +29,7 @@ STAGES = {
     "carry_kernel": "carry",
     # CUDA C++ (csrc/cuda/titans/prefill.cuh, commit.cuh, clock.cuh)
     "evaluate": "evaluate", "errors": "errors", "gradients": "gradients", "key_products": "key products",
-    "decays": "decays", "transformed_keys": "transformed keys", "step_sizes": "step sizes", "sizes": "step sizes",
+    "decays": "decays", "transformed_keys": "transformed keys", "step_sizes": "step sizes",
     "update_inputs": "update inputs", "update_outputs": "update outputs",
     "update_scalar_outputs": "update outputs", "read_shares": "read", "finish_panel": "results",
     "read_results": "results", "fetch": "fetch", "fetch_panel": "fetch", "round_block": "weights",

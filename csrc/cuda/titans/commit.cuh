@@ -5,7 +5,7 @@
 //     evaluate        a, sigma', shares of M(k) and M(v)      last panel: also decays             | barrier
 //     errors          e = M(k) - target, some tokens a warp   last panel: also key_products       | barrier
 //     gradients       d = sigma' (w1^T e), |a|^2, |d|^2       last panel: also transformed_keys   | barrier
-//   step_sizes        gain = eta / max(1, clip) (step_sizes.cuh)                              | 2 barriers
+//   step_sizes        gain = eta / max(1, clip), every warp a share of its memory's tokens        | barrier
 //   update_inputs     delta2 <- gamma[C,0] delta2 - U^T Kg,   u_t = gain_t d_t + erase_t delta2 k_t
 //   update_outputs    delta1 <- gamma[C,0] delta1 - sum_t gain_t gamma[C,t] e_t a_t^T
 //
@@ -17,7 +17,6 @@
 #pragma once
 #include "clock.cuh"
 #include "read.cuh"
-#include "step_sizes.cuh"
 
 namespace hope {
 
@@ -71,7 +70,7 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       put_norms();
       exchange.barrier();
     }
-    step_sizes<D, T>(p, shared, exchange);
+    step_sizes();
     sync_block();
     const Role role = me().role;
     if (role.idle()) return;
@@ -328,6 +327,81 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
     for (int i = 0; i < 8; ++i) d[i] *= slope[i];
     add_squares(norm, d);
     *block = round_block<T>(d);
+  }
+
+  // gain_t = eta_t / max(1, S_t), S_t = c m_t sum_s eta_s m_s (k_t.k_s)^2: the memory's warps take eight tokens
+  // t in turn. Every one of them has the sizes m of all tokens; products of keys are made again, which is
+  // cheaper than to keep them.
+  HOPE_DEVICE void step_sizes() const {
+    const auto [warp, lane, role, weights] = me();
+    if (role.idle()) return;
+    const int C = chunk();
+    float* gain = shared.gain(role.first(), C);
+    if (!has(kClip)) {
+      for (int t = 32 * role.within + lane; t < C; t += 32 * role.warps())
+        store_shared(gain + t, load_shared(shared.eta() + t));
+      return;
+    }
+    // where the warp's partial outputs were
+    float* size = reinterpret_cast<float*>(shared.part(warp, 0));
+    float* weight = size + C;  // eta m
+    sync_warp();
+    if (const int t = 2 * lane; t < C) {
+      Float2 a2{0.f, 0.f}, d2{0.f, 0.f};
+      if (kSharded && role.full()) {
+        a2 = {exchange.sum_of_norms(0, t), exchange.sum_of_norms(0, t + 1)};
+        d2 = {exchange.sum_of_norms(1, t), exchange.sum_of_norms(1, t + 1)};
+      } else {
+        const float* norms = shared.norms(role.first(), 0, C) + t;
+#pragma unroll 1
+        for (int w = role.warps(); w > 0; --w, norms += 2 * C) {
+          const Float2 a = load_shared(reinterpret_cast<const Float2*>(norms));
+          const Float2 d = load_shared(reinterpret_cast<const Float2*>(norms + C));
+          a2 = {a2.x + a.x, a2.y + a.y}, d2 = {d2.x + d.x, d2.y + d.y};
+        }
+      }
+      const Float2 e2 = load_shared(reinterpret_cast<const Float2*>(shared.e2(role.first(), C) + t));
+      const Float2 m{sqrt_(a2.x + divide(d2.x, e2.x + 1e-9f) + 1e-12f),
+                     sqrt_(a2.y + divide(d2.y, e2.y + 1e-9f) + 1e-12f)};
+      const Float2 eta = load_shared(reinterpret_cast<const Float2*>(shared.eta() + t));
+      store_shared(reinterpret_cast<Float2*>(size + t), m);
+      store_shared(reinterpret_cast<Float2*>(weight + t), Float2{eta.x * m.x, eta.y * m.y});
+    }
+    sync_warp();
+    const float factor = has(kDot) ? 1.f : p.grad_scale;
+#pragma unroll 1
+    for (int t = 8 * role.within; t < C; t += 8 * role.warps()) {
+      uint32_t keys[W::kSteps / 2][4];  // operands b of steps 2 i and 2 i + 1
+#pragma unroll
+      for (int i = 0; i < W::kSteps / 2; ++i)
+        load_matrices(keys[i], shared.k(t + (lane & 7)) + 32 * i + 8 * (lane >> 3));
+      float sums[2] = {};
+#pragma unroll 1
+      for (int slot = 0; slot < C; slot += kPanel) {
+        float c[4];  // k_s.k_t
+#pragma unroll
+        for (int s = 0; s < W::kSteps; ++s) {
+          uint32_t rows[4];
+          load_matrices(rows, corner<D>(shared.k(slot), 16 * s, lane));
+          mma<T>(c, rows, keys[s / 2][2 * (s & 1)], keys[s / 2][2 * (s & 1) + 1], s == 0);
+        }
+        const float* by = weight + slot + (lane >> 2);
+        const float w0 = load_shared(by), w1 = load_shared(by + 8);
+        sums[0] = fma_(w1 * c[2], c[2], fma_(w0 * c[0], c[0], sums[0]));
+        sums[1] = fma_(w1 * c[3], c[3], fma_(w0 * c[1], c[1], sums[1]));
+      }
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2)
+        sums[0] += shuffle_xor(sums[0], mask), sums[1] += shuffle_xor(sums[1], mask);
+      if (lane < 4) {
+        const Float2 m = load_shared(reinterpret_cast<const Float2*>(size + t) + lane);
+        const Float2 eta = load_shared(reinterpret_cast<const Float2*>(shared.eta() + t) + lane);
+        const float clip[2] = {factor * m.x * sums[0], factor * m.y * sums[1]};
+        store_shared(reinterpret_cast<Float2*>(gain + t) + lane,
+                     Float2{divide(eta.x, clip[0] <= 1.f ? 1.f : clip[0]),
+                            divide(eta.y, clip[1] <= 1.f ? 1.f : clip[1])});
+      }
+    }
   }
 
   // delta2 of the warp's units: blocks g * kSteps + s.

@@ -7,7 +7,7 @@
 //             and each lane's rounded weights, refreshed once a chunk, as 16-byte fragments. With several blocks
 //             a (row, head), k, v, eta, alpha of 16 tokens at a time go from one to the others.
 // SCHEDULE    per panel   read shares | barrier | results to all blocks | barrier (of the cluster)
-//             per chunk   + three barriers a panel, and two more (commit.cuh)
+//             per chunk   + three barriers a panel, and one more (commit.cuh)
 //             Shards add barriers of the (row, head): one a panel, and for a chunk one a panel and one more
 //             (exchange.cuh). The next panel's x and q are fetched while this one is computed.
 // BYTES       a call: the state in and out, 12 d T for x, q, o. Nothing else goes to memory in between (see Plan

@@ -201,7 +201,7 @@ template <class T, int ACT> struct WarpgroupCommit : WarpgroupStages<T, ACT, 256
     }
     Base::put_tokens(shared.norms(now.warp, 1, C), norm, now.lane);
   }
-  // As in ../step_sizes.cuh; a memory of two warpgroups has its gains twice.
+  // As in ../commit.cuh; a memory of two warpgroups has its gains twice.
   HOPE_DEVICE void step_sizes() const {
     const Me now = me();
     const int lane = now.lane, group = now.warpgroup(), thread = 32 * (now.warp & 3) + lane;

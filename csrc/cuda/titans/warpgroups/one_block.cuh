@@ -196,7 +196,7 @@ template <class T, int ACT> struct OneBlockCommit : WarpgroupStages<T, ACT, 64> 
     Base::put_tokens(shared.norms(now.warp, 1, C), norm, now.lane);
   }
 
-  // As in ../step_sizes.cuh: a warp has the products of 16 keys with all others, for the memories of its warpgroup.
+  // As in ../commit.cuh: a warp has the products of 16 keys with all others, for the memories of its warpgroup.
   HOPE_DEVICE void step_sizes() const {
     const Me now = me();
     const int lane = now.lane, group = now.warpgroup();
