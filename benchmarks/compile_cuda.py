@@ -33,9 +33,9 @@ PRODUCTS = {
     "titans_step<128": 312,
 }
 # Where a chunk is committed by warpgroups, mma are left for reading and for products of keys, wgmma are what
-# ../csrc/cuda/titans/warpgroups/commit.cuh counts, for memories of both kinds.
-BY_WARPGROUPS = re.compile(r"titans_\w+<64, hope::bf16, \d, 2,")
-BY_MMA, BY_WGMMA = 62, 128
+# ../csrc/cuda/titans/warpgroups/commit.cuh counts, for memories of both kinds, or one_block.cuh.
+BY_WARPGROUPS = re.compile(r"titans_\w+<64, hope::bf16, \d, ([23]),")
+BY_MMA, BY_WGMMA = 62, {"2": 128, "3": 80}
 
 
 class Refused(Exception):
@@ -78,8 +78,8 @@ def label(path: Path) -> str:
 def lost_products(kernel: str, mma: int, wgmma: int = 0) -> list[str]:
     wanted = next((n for part, n in PRODUCTS.items() if part in kernel), 0)
     pairs = [("mma", mma, wanted), ("wgmma", wgmma, 0)]
-    if BY_WARPGROUPS.search(kernel):
-        pairs = [("mma", mma, BY_MMA), ("wgmma", wgmma, BY_WGMMA)]
+    if found := BY_WARPGROUPS.search(kernel):
+        pairs = [("mma", mma, BY_MMA), ("wgmma", wgmma, BY_WGMMA[found[1]])]
     return [f"{n} {name} instructions, expected {least} or more" for name, n, least in pairs if n < least]
 
 

@@ -178,7 +178,8 @@ def tally(
                 stage.shared_bytes += delta["bytes"][k] / units
             elif group_of(kind) in ("global", "copy", "atomic"):
                 stage.global_bytes += delta["bytes"][k] / units
-                stage.l2_bytes += min(delta["bytes"][k], 32 * delta["sectors"][k]) / units
+            # also of generic addresses that are some warps' shared memory and others' global memory
+            stage.l2_bytes += min(delta["bytes"][k], 32 * delta["sectors"][k]) / units
     return dict(found)
 
 

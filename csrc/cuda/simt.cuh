@@ -137,6 +137,8 @@ HOPE_DEVICE void store_remote(uint32_t* p, int rank, uint32_t v) {
 }
 // A barrier of all threads of a cluster in two halves: what was written before arriving is seen after waiting.
 HOPE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Where nothing that the warp has written is for others: it does not wait until its stores are done.
+HOPE_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 HOPE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // --- numbers -----------------------------------------------------------------------------------------------

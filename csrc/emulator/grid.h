@@ -186,8 +186,9 @@ class Grid {
 
   // A phase of a cluster's barrier is over when every warp that has not ended has arrived. Phases alternate
   // between two barriers: a warp that arrives at the next but one knows that all have waited for this one.
-  void cluster_arrive(Place place) {
-    gather("cluster_arrive", nullptr, place, [this](Warp& w) {
+  // relaxed: what was done before arriving is not ordered before what others do after waiting.
+  void cluster_arrive(Place place, bool relaxed = false) {
+    gather(relaxed ? "cluster_arrive_relaxed" : "cluster_arrive", nullptr, place, [this, relaxed](Warp& w) {
       if (w.cluster_arrived) fail("cluster_arrive at " + w.place.text() + ", twice without cluster_wait");
       w.cluster_arrived = true;
       Barrier& b = w.block->cluster->barriers[w.cluster_phase & 1];
@@ -196,7 +197,10 @@ class Grid {
         b.arrived = 0;
         b.joined.clear();
       }
-      arrive(b, w);
+      if (!relaxed)
+        arrive(b, w);
+      else
+        ++b.arrived, b.joined.warps.resize(w.knows.warps.size());
       if (b.arrived == w.block->cluster->live) release(b, false);
       return true;
     });

@@ -167,6 +167,7 @@ inline void store_remote(uint32_t* p, int rank, uint32_t v, HOPE_FROM) {
   emulator::grid.store_remote(p, rank, v, {file, line});
 }
 inline void cluster_arrive(HOPE_FROM) { emulator::grid.cluster_arrive({file, line}); }
+inline void cluster_arrive_relaxed(HOPE_FROM) { emulator::grid.cluster_arrive({file, line}, true); }
 inline void cluster_wait(HOPE_FROM) { emulator::grid.cluster_wait({file, line}); }
 
 // --- numbers -----------------------------------------------------------------------------------------------

@@ -173,11 +173,11 @@ void half_words() {  // two lanes, one word
 
 void same_value() { launch(1, 64, 1, 64, [] { store_shared(words(), 7u); }); }
 
-void cluster_exchange(bool first, bool second) {
+void cluster_exchange(bool first, bool second, bool relaxed = false) {
   launch(4, 32, 2, 128, [&] {
     if (first) cluster_arrive(), cluster_wait();
     store_remote(words() + lane_index(), cluster_rank() ^ 1, 1u);
-    cluster_arrive();
+    relaxed ? cluster_arrive_relaxed() : cluster_arrive();
     if (!second) load_shared(words() + lane_index());
     cluster_wait();
     load_shared(words() + lane_index());
@@ -364,6 +364,7 @@ const std::map<std::string, Case> cases = {
     {"cluster", [] { cluster_exchange(true, true); }},
     {"cluster_too_early", [] { cluster_exchange(false, true); }},
     {"cluster_race", [] { cluster_exchange(true, false); }},
+    {"cluster_relaxed_race", [] { cluster_exchange(true, true, true); }},
     {"early_end", early_end},
     {"deadlock", deadlock},
     {"divergent", divergent},

@@ -167,6 +167,7 @@ ERRORS = {
     "same_value": r"race on byte 0 .*: store_shared .* and write",
     "cluster_too_early": r"store_remote .* before a cluster barrier",
     "cluster_race": r"race on byte \d+ .*(store_remote|load_shared) by block",
+    "cluster_relaxed_race": r"race on byte \d+ .*load_shared by block",
     "early_end": r"block 1 ends without a barrier after a store_remote to it by block 0 warp 0 lane"
                  r"|to block 1, which has ended",
     "deadlock": r"deadlock(.|\n)*block 0 warp 0 at sync_block .*2 of 3 warps"

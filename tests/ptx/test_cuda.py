@@ -53,7 +53,8 @@ def marked(case: Case):
 
 WAYS = {  # (width, hidden_mult, chunk, capability) of each way that prefill can go
     "one block": (64, 1, 16, 80), "memory": (64, 4, 16, 80), "memory, weights off chip": (64, 1, 32, 86),
-    "clusters": (64, 2, 16, 90), "warpgroups": (64, 4, 64, 90), "clusters, weights off chip": (64, 2, 16, 120),
+    "clusters": (64, 2, 16, 90), "warpgroups": (64, 4, 64, 90), "warpgroups, one block": (64, 1, 64, 90),
+    "clusters, weights off chip": (64, 2, 16, 120),
     "shards, memory": (128, 2, 16, 80), "shards, memory, weights off chip": (128, 2, 16, 86),
     "shards, clusters": (128, 2, 16, 90), "shards, clusters, weights off chip": (128, 2, 16, 120),
     "width 128": (128, 1, 16, 90), "width 128, memory": (128, 1, 16, 80),
@@ -172,7 +173,7 @@ def test_commits_by_warpgroups_have_a_file_of_their_own():
     source = build_cuda.SOURCES / "titans" / "64_bf16_warpgroups.cu"
     launched = [n for n in ptx.symbols(build_cuda.build_emulated()).values() if ptx.source_of(n) == source]
     assert sorted(launched) == sorted(ptx.names(build_cuda.ptx(source, 90).read_text()))
-    assert len(launched) == 2 * 2  # prefill and step of two activations
+    assert len(launched) == 2 * 2 * 2  # prefill and step of two activations, with a memory a block or all in one
 
 
 def ran() -> set[str]:
@@ -181,7 +182,7 @@ def ran() -> set[str]:
 
 
 def swift(way: str, width: int, dtype: torch.dtype, capability: int) -> bool:
-    return quick(width, dtype, capability) or (way == "warpgroups" and dtype == BF16)
+    return quick(width, dtype, capability) or (way.startswith("warpgroups") and dtype == BF16)
 
 
 def ways():
@@ -205,8 +206,8 @@ def test_the_same_bits_whatever_the_schedule_and_the_parts(way, dtype):
         again, state = run(config, w_init, inputs, "cuda", [T, T, 3])
         assert torch.equal(again, o) and same(state, end), (seed, resident)
     mode = "Li0E" if image_of(capability) >= 90 else "Li1E"
-    if way == "warpgroups" and dtype == BF16:
-        mode = "Li2E"
+    if way.startswith("warpgroups") and dtype == BF16:
+        mode = "Li3E" if mult == 1 else "Li2E"
     on_chip, shards = "off chip" not in way, "shards" in way
     template = f"ILi{width}ENS_4{NAMES[dtype]}ELi0E"
     prefill = f"titans_prefill{template}{mode}Lb{on_chip:d}ELb{shards:d}EE"
@@ -276,23 +277,26 @@ def test_in_place_by_what_the_device_knows_and_with_lengths_out_of_range():
 @pytest.mark.parametrize("config, capability, dtype, multiprocessors, kernels", [
     (MEMORY, 80, BF16, 9, {"decode", "step"}), (config_of(64, 1), 80, BF16, 9, {"step"}),
     (CLUSTERS, 90, FP16, 9, {"step"}), (CLUSTERS, 90, FP16, 7, {"decode", "step"}),
-    pytest.param(config_of(64, 2), 120, FP16, 1, {"decode", "step"}, marks=pytest.mark.slow)
+    *(pytest.param(*case, {"decode", "step"}, marks=pytest.mark.slow) for case in (
+        (config_of(64, 2), 120, FP16, 1), (config_of(64, 1, 64), 90, BF16, 1)
+    ))
 ])
 def test_steps_count_what_they_read(config, capability, dtype, multiprocessors, kernels):
     """The last block of a row to know where it stands advances the counter, in the last launch of a call. The
     middle step commits, and a row reads nothing."""
-    w_init, inputs = (cast(t, dtype) for t in problem(config, 2, 17))
+    C = config.chunk_memory
+    w_init, inputs = (cast(t, dtype) for t in problem(config, 2, C + 1))
     emulate(capability)
-    want, end = run(config, w_init, inputs, "cuda", [17, 14])
-    _, state = run(config, w_init, part(inputs, 0, 14), "cuda")
+    want, end = run(config, w_init, inputs, "cuda", [C + 1, C - 2])
+    _, state = run(config, w_init, part(inputs, 0, C - 2), "cuda")
     image, shared = image_of(capability), 1024 * SHARED_KIB[capability]
     torch.ops.hope_kernels_cuda.emulate(capability, shared, image, 0, multiprocessors, True)
-    for t in (14, 15, 16):
+    for t in (C - 2, C - 1, C):
         gpu.options, lengths = Options(seed=t, resident=5), torch.tensor([3, 0])
         gpu.ran.clear()
         with torch.no_grad():
             o = titans_advance_(config, w_init, part(inputs, t, t + 1), state, lengths, backend="cuda")
-        assert torch.equal(o, want[:, t : t + 1]) and state.count.tolist() == [t + 1, 14]
+        assert torch.equal(o, want[:, t : t + 1]) and state.count.tolist() == [t + 1, C - 2]
         assert ran() == kernels
     assert same(state.synchronize(), end)
 

@@ -25,7 +25,7 @@ from .. import build_cuda
 from .machine import Kernel, Options, Region
 
 SYMBOL = re.compile(r"_ZN4hope\d+(titans_\w+?)ILi(\d+)ENS_4(bf16|fp16)E\w*")
-_WARPGROUPS = re.compile(r"ENS_4bf16ELi\dELi2E")  # activation, mode
+_WARPGROUPS = re.compile(r"ENS_4bf16ELi\dELi[23]E")  # activation, mode
 ENTRY = re.compile(r"^\.visible \.entry (\w+)\(", re.M)
 
 

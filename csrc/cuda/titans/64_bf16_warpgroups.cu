@@ -4,7 +4,10 @@
 
 namespace hope {
 const char* launch_64_bf16_warpgroups(const TitansParams& p, const Device& device, void* stream) {
-  return p.activation == kGeluTanh ? launch_warpgroups<kGeluTanh>(p, device, stream)
-                                   : launch_warpgroups<kSilu>(p, device, stream);
+  if (p.N == 64)
+    return p.activation == kGeluTanh ? launch_warpgroups<kGeluTanh, kOneBlock>(p, device, stream)
+                                     : launch_warpgroups<kSilu, kOneBlock>(p, device, stream);
+  return p.activation == kGeluTanh ? launch_warpgroups<kGeluTanh, kWarpgroups>(p, device, stream)
+                                   : launch_warpgroups<kSilu, kWarpgroups>(p, device, stream);
 }
 }  // namespace hope

@@ -437,8 +437,9 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
         const Me now = kKept ? mine : me();
         const int lane = now.lane, slot = panel * kPanel, row = slot + (lane >> 2);
         const float* gain = shared.gain(now.role.first(), chunk());
-        const Word4 d = kKept ? d_blocks[32 * panel]
-                              : fragments(now.weights.own, shared.plan.d, panel)[g * group_stride()];
+        float d[8];
+        unpack_block<T>(d, kKept ? d_blocks[32 * panel]
+                                 : fragments(now.weights.own, shared.plan.d, panel)[g * group_stride()]);
         float delta2_k[8] = {};
         if (has(kDgd)) {
 #pragma unroll
@@ -452,13 +453,11 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
         const float step[2] = {-range.up * load_shared(gain + row), -range.up * load_shared(gain + row + 8)};
         const float erase[2] = {-range.up * load_shared(shared.erase() + row),
                                 -range.up * load_shared(shared.erase() + row + 8)};
-        const uint32_t words[4] = {d.x, d.y, d.z, d.w};
         uint32_t moved[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // rows g, g + 8 take turns
-          const Float2 pair = unpack2<T>(words[i]);
-          const float u0 = fma_(step[i & 1], pair.x, erase[i & 1] * delta2_k[2 * i]);
-          const float u1 = fma_(step[i & 1], pair.y, erase[i & 1] * delta2_k[2 * i + 1]);
+          const float u0 = fma_(step[i & 1], d[2 * i], erase[i & 1] * delta2_k[2 * i]);
+          const float u1 = fma_(step[i & 1], d[2 * i + 1], erase[i & 1] * delta2_k[2 * i + 1]);
           moved[i] = transpose8x8(pack2<T>(u0, u1));
         }
         const uint32_t rows[4] = {moved[0], moved[2], moved[1], moved[3]};  // units x tokens
@@ -506,13 +505,10 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
       uint32_t h[W::kGroups][4];
 #pragma unroll
       for (int g = 0; g < W::kGroups; ++g) {
-        const Word4 a = fragments(weights.own, shared.plan.a, panel)[g * group_stride()];
-        const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+        float a[8];
+        unpack_block<T>(a, fragments(weights.own, shared.plan.a, panel)[g * group_stride()]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Float2 pair = unpack2<T>(words[i]);
-          h[g][i] = transpose8x8(pack2<T>(by[i & 1] * pair.x, by[i & 1] * pair.y));
-        }
+        for (int i = 0; i < 4; ++i) h[g][i] = transpose8x8(pack2<T>(by[i & 1] * a[2 * i], by[i & 1] * a[2 * i + 1]));
       }
       const T* e = shared.e(role.first() / role.warps(), slot, chunk());
 #pragma unroll
@@ -551,10 +547,10 @@ template <int D, class T, int ACT, bool ON_CHIP, class Exchange> struct Commit {
         for (int half = 0; half < 2; ++half)
           by[half] = load_shared(gain + row + 8 * half) * load_shared(shared.decay_after() + row + 8 * half) *
                      load_shared(shared.es(role.first(), chunk()) + row + 8 * half);
-        const Word4 a = a_blocks[32 * panel];
-        const Float2 a0 = unpack2<T>(a.x), a1 = unpack2<T>(a.y), a2 = unpack2<T>(a.z), a3 = unpack2<T>(a.w);
-        sum = {fma_(a1.x, by[1], fma_(a0.x, by[0], sum.x)), fma_(a1.y, by[1], fma_(a0.y, by[0], sum.y)),
-               fma_(a3.x, by[1], fma_(a2.x, by[0], sum.z)), fma_(a3.y, by[1], fma_(a2.y, by[0], sum.w))};
+        float a[8];
+        unpack_block<T>(a, a_blocks[32 * panel]);
+        sum = {fma_(a[2], by[1], fma_(a[0], by[0], sum.x)), fma_(a[3], by[1], fma_(a[1], by[0], sum.y)),
+               fma_(a[6], by[1], fma_(a[4], by[0], sum.z)), fma_(a[7], by[1], fma_(a[5], by[0], sum.w))};
       }
 #pragma unroll
       for (int mask = 4; mask < 32; mask *= 2)

@@ -140,20 +140,17 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
     const Own own{p, plan, call, warp, lane};
     const Bases<T> bases = Bases<T>::of(p, group % p.H, D, plan.memories);
     const WeightsOf<D, MODE, ON_CHIP> weights{own};
-    if constexpr (MODE == kWarpgroups)
+    if constexpr (kByWarpgroups<MODE>)
       round_weights_by_units<T>(state, weights, bases, Place<D>::of(p, role), role, lane);
     else
       round_weights<D, T>(state, weights, own, bases, Place<D>::of(p, role), role, p.N, lane);
   }
-  if constexpr (MODE == kWarpgroups)
-    WarpgroupCommit<T, ACT>{p, shared}.run(state);
-  else
-    Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, Blocks{shared, p, plan}}.run(state);
+  commit_chunk<D, T, ACT, ON_CHIP>(state, p, shared, Blocks{shared, p, plan});
   const int thread = thread_index_again(), lane = thread & 31, warp = thread >> 5;
   const int g = load_shared(&call.group);
   const Role role = call.role(plan, warp);
   store_state<D, T>(state, p, shared, role, 0, g, warp, lane);
-  if constexpr (MODE != kWarpgroups) {  // whose state has other blocks: the next token makes the copy anew
+  if constexpr (!kByWarpgroups<MODE>) {  // whose state has other blocks: the next token makes the copy anew
     const auto rounded = Rounded<D>::of(p, static_cast<int64_t>(block_index()) * kWarps + warp);
     if (rounded.words != nullptr && !role.idle()) {
       const Bases<T> bases = Bases<T>::of(p, g % p.H, D, plan.memories);
@@ -172,7 +169,7 @@ HOPE_DEVICE void commit_pending(const TitansParams& p, const Plan& plan, int gro
 
 template <int D, class T, int ACT, int MODE, bool ON_CHIP>
 HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
-  if constexpr (MODE == kWarpgroups) assume(p.N == 256 && p.C == 64);
+  if constexpr (kByWarpgroups<MODE>) assume(p.N == RowsOf<D, MODE>::type::hidden(p) && p.C == 64);
   // 1, 2 or 4 blocks; a division would come before the first request
   const int group = block_index() >> (plan.blocks / 2), rank = block_index() & (plan.blocks - 1);
   const bool commit_only = p.flags & kCommitOnly;
@@ -198,12 +195,13 @@ HOPE_DEVICE void step(const TitansParams& p, const Plan& plan) {
 }
 
 template <int D, class T, int ACT>
-HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan plan) {
+HOPE_KERNEL(kThreads) titans_decode(const TitansParams p, const Plan given) {
 #ifndef __CUDACC__
   if constexpr (!in_fibers(D, ACT)) emulator::grid.fail("heads of width 128 run with gelu_tanh only");
   else
 #endif
   {
+    const Plan plan = given;  // as in plan_of_kernel
     const int group = block_index() / 4, rank = block_index() % 4;
     // nobody has arrived in the launch that commits
     if (rank == 0 && thread_index() == 0 && (p.flags & kUpdate)) p.arrivals[1 + group] = 0;
@@ -216,10 +214,8 @@ HOPE_KERNEL(kThreads) titans_step(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
   if constexpr (!kHasMode<MODE> || !(ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
     trap();  // the launch chose a kernel that this code does not have
-  else if constexpr (MODE == kWarpgroups)
-    step<D, T, ACT, MODE, ON_CHIP>(p, fixed_plan(plan));
   else
-    step<D, T, ACT, MODE, ON_CHIP>(p, plan);
+    step<D, T, ACT, MODE, ON_CHIP>(p, plan_of_kernel<MODE>(plan));
 #elif !defined(__CUDACC__)
   if constexpr (in_fibers(D, ACT)) step<D, T, ACT, MODE, ON_CHIP>(p, plan);
   else emulator::grid.fail("heads of width 128 run with gelu_tanh only");

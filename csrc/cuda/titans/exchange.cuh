@@ -23,10 +23,13 @@
 
 namespace hope {
 
-// kWarpgroups: kCluster, on a device whose chunks are committed by products of warpgroups (warpgroups/commit.cuh).
-enum Mode : int { kCluster, kGlobal, kWarpgroups };
+// Where chunks are committed by products of warpgroups, the blocks of a cluster are four, one or two memories each
+// (kWarpgroups, warpgroups/commit.cuh), or one block has all memories (kOneBlock, warpgroups/one_block.cuh).
+enum Mode : int { kCluster, kGlobal, kWarpgroups, kOneBlock };
+template <int MODE> constexpr bool kByWarpgroups = MODE == kWarpgroups || MODE == kOneBlock;
 template <int D, int MODE> struct RowsOf { using type = PaddedRows<D>; };
-template <int D> struct RowsOf<D, kWarpgroups> { using type = PieceRows; };
+template <int D> struct RowsOf<D, kWarpgroups> { using type = PieceRows<256>; };
+template <int D> struct RowsOf<D, kOneBlock> { using type = PieceRows<64>; };
 
 template <int D, class T, int MODE, bool SHARDED> struct Exchange {
   using Rows = typename RowsOf<D, MODE>::type;
@@ -113,11 +116,17 @@ template <int D, class T, int MODE, bool SHARDED> struct Exchange {
     put(round, reinterpret_cast<uint32_t*>(place), kPanel * D + kind * kPanel + r, bits);
   }
   // Afterwards what all blocks have put into rows first <= r < stop of the panel is in this block's shared
-  // memory. Also a barrier of the block.
-  HOPE_DEVICE void finish(int round, int slot, int first, int stop) const {
+  // memory. Also a barrier of the block. puts: whether the warp has put anything. One that has stored o and nothing
+  // else would wait for global memory before it arrives (a release is MEMBAR.ALL.GPU, at the scope of a cluster too);
+  // what it has done for its own block is ordered by a barrier of that block.
+  HOPE_DEVICE void finish(int round, int slot, int first, int stop, bool puts) const {
     if constexpr (MODE != kGlobal) {
       if (plan.blocks > 1) {
-        cluster_arrive();
+        if (!SHARDED && load_shared(&shared.call().rank) == 0) sync_block();  // where M_memory is
+        if (SHARDED || puts)
+          cluster_arrive();
+        else
+          cluster_arrive_relaxed();
         cluster_wait();
         return;
       }

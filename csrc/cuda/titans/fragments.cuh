@@ -69,11 +69,23 @@ template <class T> HOPE_DEVICE Word4 round_block(const float (&f)[8]) {
   return {pack2<T>(f[0], f[1]), pack2<T>(f[2], f[3]), pack2<T>(f[4], f[5]), pack2<T>(f[6], f[7])};
 }
 
+// The converse: the numbers of a rounded block.
+template <class T> HOPE_DEVICE void unpack_block(float (&f)[8], Word4 v) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Float2 pair = unpack2<T>(words[i]);
+    f[2 * i] = pair.x, f[2 * i + 1] = pair.y;
+  }
+}
+
 // base + deviation, rounded.
 template <class T> HOPE_DEVICE Word4 round_block(const float (&f)[8], Word4 base) {
-  const Float2 b0 = unpack2<T>(base.x), b1 = unpack2<T>(base.y), b2 = unpack2<T>(base.z), b3 = unpack2<T>(base.w);
-  return {pack2<T>(f[0] + b0.x, f[1] + b0.y), pack2<T>(f[2] + b1.x, f[3] + b1.y), pack2<T>(f[4] + b2.x, f[5] + b2.y),
-          pack2<T>(f[6] + b3.x, f[7] + b3.y)};
+  float sum[8];
+  unpack_block<T>(sum, base);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum[i] += f[i];
+  return round_block<T>(sum);
 }
 
 // Two numbers as sums of two bf16 each: the product of two such sums without that of the lower halves is right to

@@ -94,7 +94,7 @@ const char* launch_prefill(const TitansParams& p, const Plan& plan, const Device
   const int cluster = MODE != kGlobal ? plan.blocks : 1;
   if (MODE == kGlobal && plan.blocks > 1 && device.at_once == nullptr)
     if (const char* error = clear_arrivals(p, stream)) return error;
-  if constexpr (MODE != kWarpgroups) {
+  if constexpr (!kByWarpgroups<MODE>) {
     if (plan.weights < 0)
       return HOPE_LAUNCH((titans_prefill<D, T, ACT, MODE, false, SHARDED>), blocks, kThreads, cluster, device,
                          stream);
@@ -106,7 +106,7 @@ template <int D, class T, int ACT, int MODE>
 const char* launch_step(const TitansParams& p, const Plan& plan, const Device& device, void* stream) {
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * plan.blocks;
   const int cluster = MODE != kGlobal ? plan.blocks : 1;
-  if constexpr (MODE != kWarpgroups) {
+  if constexpr (!kByWarpgroups<MODE>) {
     if (plan.weights < 0)
       return HOPE_LAUNCH((titans_step<D, T, ACT, MODE, false>), blocks, kThreads, cluster, device, stream);
   }
@@ -129,6 +129,17 @@ inline bool in_one_launch(const TitansParams& p, const Plan& plan, const Device&
          static_cast<int64_t>(p.B) * p.H * plan.blocks <= device.multiprocessors;
 }
 
+// Reads a token, and leaves the commit, which counts, to the next launch.
+template <int D, class T, int ACT> const char* launch_decode(TitansParams& p, const Device& device, void* stream) {
+  const Plan plan = make_decode_plan(D, p.N, p.flags & kRetention);
+  const int flags = p.flags;
+  p.flags &= ~kCount;
+  const char* error = HOPE_LAUNCH((titans_decode<D, T, ACT>), static_cast<int64_t>(p.B) * p.H * 4, 32 * plan.full_warps,
+                                  1, device, stream);
+  p.flags = flags | kCommitOnly;
+  return error;
+}
+
 template <int D, class T, int ACT> const char* launch_call(TitansParams p, const Device& device, void* stream) {
   const bool retention = p.flags & kRetention, update = p.flags & kUpdate;
   const Plan plan_of_all = make_plan(D, p.N, p.C, retention, update, device);
@@ -137,23 +148,19 @@ template <int D, class T, int ACT> const char* launch_call(TitansParams p, const
   }
   if (p.T > 1) return launch_mode<D, T, ACT, false>(p, plan_of_all, device, stream);
   if (!update || !in_one_launch(p, plan_of_all, device)) {
-    const Plan plan = make_decode_plan(D, p.N, retention);
-    const int flags = p.flags;
-    p.flags &= ~kCount;  // the last launch counts
-    const char* error = HOPE_LAUNCH((titans_decode<D, T, ACT>), static_cast<int64_t>(p.B) * p.H * 4,
-                                    32 * plan.full_warps, 1, device, stream);
+    const char* error = launch_decode<D, T, ACT>(p, device, stream);
     if (error != nullptr || !update) return error;
-    p.flags = flags | kCommitOnly;
   }
   if (in_clusters(device.image)) return launch_step<D, T, ACT, kCluster>(p, plan_of_all, device, stream);
   return launch_step<D, T, ACT, kGlobal>(p, plan_of_all, device, stream);
 }
 
-// A call that by_warpgroups allows.
-template <int ACT> const char* launch_warpgroups(const TitansParams& p, const Device& device, void* stream) {
-  const Plan plan = make_warpgroup_plan(p.flags & kRetention);
-  return p.T > 1 ? launch_prefill<64, bf16, ACT, kWarpgroups, false>(p, plan, device, stream)
-                 : launch_step<64, bf16, ACT, kWarpgroups>(p, plan, device, stream);
+// A call that by_warpgroups allows: a prefill, or a token that titans_decode has not read or has (kCommitOnly).
+template <int ACT, int MODE>
+const char* launch_warpgroups(const TitansParams& p, const Device& device, void* stream) {
+  const Plan plan = make_warpgroup_plan(p.N, p.flags & kRetention);
+  return p.T > 1 ? launch_prefill<64, bf16, ACT, MODE, false>(p, plan, device, stream)
+                 : launch_step<64, bf16, ACT, MODE>(p, plan, device, stream);
 }
 
 template <int D, class T> const char* launch_activation(const TitansParams& p, const Device& device, void* stream) {

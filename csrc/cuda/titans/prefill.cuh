@@ -21,6 +21,7 @@
 #include "exchange.cuh"
 #include "state.cuh"
 #include "warpgroups/commit.cuh"
+#include "warpgroups/one_block.cuh"
 #include "warpgroups/weights.cuh"
 
 namespace hope {
@@ -149,16 +150,29 @@ HOPE_DEVICE void finish_panel(const TitansParams& p, const Shared<D, T, R>& shar
   }
   wait_copies();
   if (update)
-    exchange.finish(now.round, slot, now.first, now.stop);
+    exchange.finish(now.round, slot, now.first, now.stop, role.memory != kMemory);
   else
     sync_block();
   if (lane == 0) store_shared(call.tokens + warp, now.token + now.stop - now.first);
   sync_warp();
 }
 
+// The chunk that is full now, by the way of the launch.
+template <int D, class T, int ACT, bool ON_CHIP, int MODE, bool SHARDED>
+HOPE_DEVICE void commit_chunk(float (&state)[16][8], const TitansParams& p,
+                              const Shared<D, T, typename RowsOf<D, MODE>::type>& shared,
+                              const Exchange<D, T, MODE, SHARDED>& exchange) {
+  if constexpr (MODE == kWarpgroups)
+    WarpgroupCommit<T, ACT>{{p, shared}}.run(state);
+  else if constexpr (MODE == kOneBlock)
+    OneBlockCommit<T, ACT>{{p, shared}}.run(state);
+  else
+    Commit<D, T, ACT, ON_CHIP, Exchange<D, T, MODE, SHARDED>>{p, shared, exchange}.run(state);
+}
+
 template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
 HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
-  if constexpr (MODE == kWarpgroups) assume(p.N == 256 && p.C == 64);
+  if constexpr (kByWarpgroups<MODE>) assume(p.N == RowsOf<D, MODE>::type::hidden(p) && p.C == 64);
   const bool update = p.flags & kUpdate;
 
   // --- which (row, head), and which of its blocks ---
@@ -239,7 +253,7 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
       const Role role = call.role(plan, warp);
       const Bases<T> bases = Bases<T>::of(p, load_shared(&call.head), D, plan.memories);
       const Place<D> place = Place<D>::of(p, role, exchange.warps_before(role));
-      if constexpr (MODE == kWarpgroups)
+      if constexpr (kByWarpgroups<MODE>)
         round_weights_by_units<T>(state, weights, bases, place, role, lane);
       else
         round_weights<D, T>(state, weights, own, bases, place, role, p.N, lane);
@@ -254,10 +268,7 @@ HOPE_DEVICE void prefill(const TitansParams& p, const Plan& plan) {
     if (update && fresh) exchange.acquire();
     finish_panel<D, T>(p, shared, exchange);
     if (update && Panel::of(call, thread_index_again() >> 5, p.C).slot == 0) {
-      if constexpr (MODE == kWarpgroups)
-        WarpgroupCommit<T, ACT>{p, shared}.run(state);
-      else
-        Commit<D, T, ACT, ON_CHIP, Blocks>{p, shared, exchange}.run(state);
+      commit_chunk<D, T, ACT, ON_CHIP>(state, p, shared, exchange);
       if (load_shared(call.tokens + (thread_index_again() >> 5)) < load_shared(&call.n)) exchange.release();
     }
     if (load_shared(call.tokens + (thread_index_again() >> 5)) >= load_shared(&call.n)) break;
@@ -284,7 +295,7 @@ constexpr bool kHasWarpgroups = false;
 #endif
 // Whether this code has kernels of a mode.
 template <int MODE>
-constexpr bool kHasMode = MODE == kWarpgroups ? kHasWarpgroups : (MODE == kCluster) == in_clusters(__CUDA_ARCH__ / 10);
+constexpr bool kHasMode = kByWarpgroups<MODE> ? kHasWarpgroups : (MODE == kCluster) == in_clusters(__CUDA_ARCH__ / 10);
 constexpr bool kMayBeOnChip = may_be_on_chip(__CUDA_ARCH__ / 10), kMayBeOffChip = may_be_off_chip(__CUDA_ARCH__ / 10);
 #elif !defined(__CUDACC__)
 // Less for a host to compile: another activation's code is that of width 64.
@@ -298,10 +309,10 @@ HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
   if constexpr (!kHasMode<MODE> || !(ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
     trap();  // the launch chose a kernel that this code does not have
-  else if constexpr (MODE == kWarpgroups)
-    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, fixed_plan(plan));
-  else
+  else if constexpr (D == 64 && ACT == kGelu && MODE == kGlobal && !ON_CHIP)  // with a copy two words were spilled
     prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
+  else
+    prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan_of_kernel<MODE>(plan));
 #elif !defined(__CUDACC__)
   if constexpr (in_fibers(D, ACT)) prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
   else emulator::grid.fail("heads of width 128 run with gelu_tanh only");

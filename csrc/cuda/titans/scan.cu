@@ -21,7 +21,7 @@ Workspace titans_workspace(const TitansParams& p, int D, const Device& device) {
   const int64_t groups = static_cast<int64_t>(p.B) * p.H;
   int64_t scratch = plan.scratch_bytes;
   if (by_warpgroups(p, D, true, device)) {  // as of bf16: what the tensors are is not known here
-    const int64_t other = make_warpgroup_plan(p.flags & kRetention).scratch_bytes;
+    const int64_t other = make_warpgroup_plan(p.N, p.flags & kRetention).scratch_bytes;
     scratch = other > scratch ? other : scratch;
   }
   return {groups * plan.blocks * scratch, 1 + groups};

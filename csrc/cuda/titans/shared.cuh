@@ -14,12 +14,16 @@ template <int D> struct PaddedRows {
   static constexpr int kRow = Width<D>::kRow;
   HOPE_DEVICE static int hidden(const TitansParams& p) { return p.N; }
   HOPE_DEVICE static int at(int position) { return position; }
+  HOPE_DEVICE static int tile(int C) { return C * kRow; }  // numbers of a tile
 };
-struct PieceRows {
+// Of 64 tokens, in heads with N hidden units: a constant for the compiler.
+constexpr int kPieceColumn = 64 * 8 + 8;
+template <int N> struct PieceRows {
   static constexpr bool kPieces = true;
-  HOPE_DEVICE static int hidden(const TitansParams&) { return 256; }  // a constant for the compiler
-  static constexpr int kRow = 8, kColumn = 64 * 8 + 8;
-  HOPE_DEVICE static int at(int position) { return (position >> 3) * kColumn + (position & 7); }
+  static constexpr int kRow = 8;
+  HOPE_DEVICE static int hidden(const TitansParams&) { return N; }
+  HOPE_DEVICE static int at(int position) { return (position >> 3) * kPieceColumn + (position & 7); }
+  HOPE_DEVICE static int tile(int) { return 8 * kPieceColumn; }
 };
 
 template <int D, class T, class Rows = PaddedRows<D>> struct Shared {
@@ -42,7 +46,7 @@ template <int D, class T, class Rows = PaddedRows<D>> struct Shared {
   HOPE_DEVICE static const T* rows_b(const T* tile, int c, int lane) {
     return tile + ((lane & 7) + (lane >> 4) * 8) * kRow + Rows::at(c + ((lane >> 3) & 1) * 8);
   }
-  HOPE_DEVICE T* e(int tile, int slot, int C) const { return at<T>(plan.e) + (tile * C + slot) * kRow; }
+  HOPE_DEVICE T* e(int tile, int slot, int C) const { return at<T>(plan.e) + tile * Rows::tile(C) + slot * kRow; }
   HOPE_DEVICE float* eta() const { return at<float>(plan.eta); }
   HOPE_DEVICE float* alpha() const { return at<float>(plan.alpha); }
   HOPE_DEVICE Word4* solve(int p, int q) const { return at<Word4>(plan.solve) + 64 * (q * (q + 1) / 2 + p); }

@@ -43,21 +43,24 @@ CONFIGS = [
 ]
 
 
-def by_warpgroups(**switches) -> TitansConfig:
-    """What commits by warpgroups serve, in bf16 on 9.0."""
-    return TitansConfig(64, hidden_mult=4, chunk_memory=64, chunk_other=64, **switches)
+def by_warpgroups(mult: int = 4, **switches) -> TitansConfig:
+    """What commits by warpgroups serve, in bf16 on 9.0: a memory a block (mult 4), or all in one (1)."""
+    return TitansConfig(64, hidden_mult=mult, chunk_memory=64, chunk_other=64, **switches)
 
 
 # (head width, hidden_mult, chunk)
 TOO_MUCH_FOR_99_KB = {(64, 1, 64), (64, 2, 64), (128, 1, 32), (128, 1, 64), (128, 2, 32), (128, 2, 64)}
 # 99 KB are too few for that one
 SERVED = [(config, gpu) for config in CONFIGS for gpu in GPUS if (config is not CONFIGS[3]) or gpu != 86]
-WARPGROUPS = by_warpgroups(), by_warpgroups(activation="silu", retention=False)
+WARPGROUPS = (
+    by_warpgroups(), by_warpgroups(1), by_warpgroups(activation="silu", retention=False),
+    by_warpgroups(1, activation="silu", retention=False)
+)
 SERVED += [(config, 90) for config in WARPGROUPS]
 # Each configuration once, and among them each way of a head's blocks to meet; the rest of the table is slow.
 USUAL = [
     (CONFIGS[0], 80), (CONFIGS[0], 86), (CONFIGS[0], 90), (CONFIGS[1], 90), (CONFIGS[2], 86),
-    (CONFIGS[3], 80), (CONFIGS[4], 90), (WARPGROUPS[0], 90)
+    (CONFIGS[3], 80), (CONFIGS[4], 90), (WARPGROUPS[0], 90), (WARPGROUPS[1], 90)
 ]
 
 
@@ -125,15 +128,15 @@ class TestContract(Accurate, Streaming, Partial, OnTheDevice):
         steps=[usually(Case(c, c.chunk_memory + 3, rows=1, setting=(gpu,)), (c, gpu) in USUAL) for c, gpu in SERVED],
         neighbours=[Case(WIDE, 20, (20, 9))],
         reads=[
-            Case(c, 19 + tokens, (19, 3)) for c in (*CONFIGS[:2], CONFIGS[4], WARPGROUPS[0]) for tokens in (1, 20)
+            Case(c, 19 + tokens, (19, 3)) for c in (*CONFIGS[:2], CONFIGS[4], *WARPGROUPS[:2]) for tokens in (1, 20)
         ],
         empty=WIDE,
         yardstick=[
             *SHORT, *LONGER, *FULL,
             *(Case(TitansConfig(64, **change), 47, None, 1, torch.float16, 0.5) for change in SWITCHES),
             *(Case(c, 47, None, 1, torch.float16, 0.5) for c in PRESETS),
-            *(usually(Case(by_warpgroups(**change), 133, None, 1, torch.bfloat16, 0.5), i < 5)
-              for i, change in enumerate(SWITCHES)),
+            *(usually(Case(by_warpgroups(mult, **change), 133, None, 1, torch.bfloat16, 0.5), i < 5)
+              for mult in (4, 1) for i, change in enumerate(SWITCHES)),
             *(pytest.param(Case(c, 1100, (1100, 777, 16, 0), 4, correlation=share), marks=pytest.mark.gpu)
               for c in WIDEST for share in (0.0, 0.9)),
             pytest.param(Case(TitansConfig(64), 160_000, None, 1, correlation=0.5), marks=pytest.mark.gpu),
@@ -142,11 +145,13 @@ class TestContract(Accurate, Streaming, Partial, OnTheDevice):
             Case(c, 47, dtype=torch.float16, correlation=share, setting=(90, 1)) for c in (WIDE, CONFIGS[4])
             for share in (0.0, 0.9, 1.0)
         ] + [
-            Case(WARPGROUPS[0], 133, dtype=torch.bfloat16, correlation=share, setting=(90, 2)) for share in (0.9, 1.0)
+            Case(c, 133, dtype=torch.bfloat16, correlation=share, setting=(90, 2)) for c in WARPGROUPS[:2]
+            for share in (0.9, 1.0)
         ],
         decays=[
             *(Case(WIDE, 47, None, 1, torch.float16, 0.5, alpha_bias=bias) for bias in (-30.0, 30.0)),
-            *(Case(WARPGROUPS[0], 133, None, 1, torch.bfloat16, 0.5, alpha_bias=bias) for bias in (-30.0, 30.0)),
+            *(Case(c, 133, None, 1, torch.bfloat16, 0.5, alpha_bias=bias) for c in WARPGROUPS[:2]
+              for bias in (-30.0, 30.0)),
         ],
         default=TitansConfig(64), refused=[(change, dtype, reason) for change, dtype, reason in (
             ({"memory": "linear"}, torch.bfloat16, 'serves memory="mlp", not memory="linear"'),
@@ -233,8 +238,11 @@ def test_a_step_that_commits_where_few_blocks_run_at_a_time(resident):
 
 
 @pytest.mark.parametrize("config, capability, resident", [
-    pytest.param(CONFIGS[i], gpu, resident, marks=() if (gpu, resident) == (90, 9) else emulated_only)
-    for i, gpu, resident in ((0, 80, 9), (0, 90, 2), (2, 90, 9), (2, 80, 9), (4, 90, 9), (4, 80, 9))
+    pytest.param(config, gpu, resident, marks=() if (gpu, resident) == (90, 9) else emulated_only)
+    for config, gpu, resident in (
+        (CONFIGS[0], 80, 9), (CONFIGS[0], 90, 2), (CONFIGS[2], 90, 9), (CONFIGS[2], 80, 9), (CONFIGS[4], 90, 9),
+        (CONFIGS[4], 80, 9), (WARPGROUPS[1], 90, 9), (WARPGROUPS[1], 90, 2)
+    )
 ])
 def test_steps_in_place_count_what_they_read(config, capability, resident):
     """In one launch and in two, over a boundary and over 2^32 tokens, whatever the host believes; a row that

@@ -1,5 +1,5 @@
 // Committing a chunk of 64 tokens by products of warpgroups (../../warpgroup.cuh): what ../commit.cuh does,
-// for all tokens at once and with other sums of the same numbers.
+// for all tokens at once and with other sums of the same numbers. A memory with D outputs has a block for itself.
 //
 //     evaluate      z^T = w2 K^T, w2 V^T; a = sigma(z), sigma', |a|^2; last warp: decays     | barrier
 //     errors        M(k), M(v) = a^T w1^T over all units, e; products of keys                | 2 barriers
@@ -19,32 +19,15 @@
 // FLOPS       a warpgroup: 12 products of 64 x 64 x 64 with weights or for them (a scalar memory: 16), 6 for
 //             M(k) and M(v), 1 of keys.
 #pragma once
-#include "../clock.cuh"
-#include "../read.cuh"
-#include "tokens.cuh"
-#include "weights.cuh"
+#include "stages.cuh"
 
 namespace hope {
 
-template <class T, int ACT> struct WarpgroupCommit {
-  static constexpr int D = 64, C = kChunk;
-  static constexpr int kGroups = Width<D>::kGroups, kScalarGroups = Width<D>::kScalarGroups;
-  using S = Shared<D, T, PieceRows>;
-  const TitansParams& p;
-  const S& shared;
-
-  struct Me {
-    int warp, lane;
-    Role role;
-    Own own;
-    HOPE_DEVICE int warpgroup() const { return warp >> 2; }
-    HOPE_DEVICE int row() const { return lane >> 2; }
-  };
-  HOPE_DEVICE Me me() const {
-    const int thread = thread_index_again(), warp = thread >> 5, lane = thread & 31;
-    return {warp, lane, shared.call().role(shared.plan, warp), {p, shared.plan, shared.call(), warp, lane}};
-  }
-  HOPE_DEVICE bool has(int flag) const { return p.flags & flag; }
+template <class T, int ACT> struct WarpgroupCommit : WarpgroupStages<T, ACT, 256> {
+  using Base = WarpgroupStages<T, ACT, 256>;
+  using typename Base::Me, typename Base::Weights;
+  using Base::p, Base::shared, Base::D, Base::C, Base::kGroups, Base::kScalarGroups;
+  using Base::me, Base::has, Base::keys, Base::values;
 
   HOPE_DEVICE void run(float (&state)[16][8]) const {
     fence_proxy();  // tokens are there, from other blocks as well
@@ -79,72 +62,19 @@ template <class T, int ACT> struct WarpgroupCommit {
   }
 
  private:
-  template <class V> HOPE_DEVICE V* at(int offset) const {
-    return reinterpret_cast<V*>(shared_memory() + offset);
-  }
-  HOPE_DEVICE TokenTile<T> keys() const { return {shared.k(0)}; }
-  HOPE_DEVICE TokenTile<T> values() const { return {shared.v(0)}; }
   HOPE_DEVICE TokenTile<T> errors_tile() const { return {shared.e(0, 0, C)}; }
   // A lane's row of a or at_v of a group, 16 tokens s. GROUPS: of a warp.
   template <int GROUPS> HOPE_DEVICE T* hidden(const Me& me, int offset, int g, int s) const {
-    constexpr int kUnits = 16 * GROUPS * kWarps;
-    return four_pieces<false>(at<T>(offset) + 8 * 16 * GROUPS * me.warp, kUnits, me.lane) +
-           8 * (16 * g + kUnits * 2 * s);
+    return Base::hidden_rows(offset, 16 * GROUPS * kWarps, 16 * GROUPS * me.warp + 16 * g, s, me.lane);
   }
   // sigma', later d, of a group: a lane's own, 32 s for 16 tokens s.
   HOPE_DEVICE Word4* kept(const Me& me, int g) const {
     return me.own.at(g < 2 ? shared.plan.d : shared.plan.more_d) + 32 * (8 * me.warp + 4 * (g & 1));
   }
-  // Memory by memory: the weights w1 of a lane's two units of a group.
-  HOPE_DEVICE Float2 scalar_pair(const Me& me, int g) const {
-    const int unit = 16 * g + 4 * (me.row() >> 1) + (me.row() & 1);
-    const float *delta = shared.delta1s(me.warp) + unit, *base = shared.base1s(me.warp) + unit;
-    return {load_shared(delta) + load_shared(base), load_shared(delta + 2) + load_shared(base + 2)};
-  }
   // A full memory: sums of squares of its warpgroup `warp`. A scalar one: a warp's share of M(k) (kind 0) or M(v).
   HOPE_DEVICE float* shares(int warp, int kind) const {
-    return at<float>(shared.plan.partial) + (2 * warp + kind) * C;
+    return shared_at<float>(shared.plan.partial) + (2 * warp + kind) * C;
   }
-  HOPE_DEVICE static void put_tokens(float* to, float (&v)[16], int lane) {
-    store_shared(reinterpret_cast<Float2*>(to) + lane, token_sums(v, lane));
-  }
-
-  // Of 16 tokens s, a lane's: adds w z, or z^2.
-  HOPE_DEVICE static void add_weighted(float (&y)[16], const float (&z)[8], int s, Float2 w) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y[token_of(s, i)] = fma_(z[i], i & 2 ? w.y : w.x, y[token_of(s, i)]);
-  }
-  HOPE_DEVICE static void add_squares(float (&sums)[16], const float (&z)[8], int s) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sums[token_of(s, i)] = fma_(z[i], z[i], sums[token_of(s, i)]);
-  }
-
-  // z of a group: w2 times the tokens of a tile.
-  HOPE_DEVICE static void hidden_group(float (&z)[4][8], const WarpgroupWeights& weights, int g,
-                                       const TokenTile<T>& tile) {
-    uint32_t w[4][4];
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const Word4 block = weights.w2(g, s);
-      w[s][0] = block.x, w[s][1] = block.y, w[s][2] = block.z, w[s][3] = block.w;
-    }
-    warpgroup_fence();
-#pragma unroll
-    for (int s = 0; s < 4; ++s) warpgroup_mma(z[0], w[s], tile.positions(s), s == 0);
-    warpgroup_commit();
-    warpgroup_wait();
-  }
-  // mask: 0 puts zeros.
-  template <int GROUPS>
-  HOPE_DEVICE void put_hidden(const Me& me, int offset, int g, int s, const float (&z)[8],
-                              uint32_t mask = 0xffffffffu) const {
-    uint32_t h[4];
-    as_operand<T>(h, z);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) h[i] &= mask;
-    store_matrices(hidden<GROUPS>(me, offset, g, s), h);
-  }
-
   HOPE_DEVICE void evaluate() const {
     const Me now = me();
     if (now.role.idle()) return;
@@ -154,75 +84,53 @@ template <class T, int ACT> struct WarpgroupCommit {
       evaluate_values<false>(now), evaluate_keys<false>(now);
   }
   template <bool FULL> HOPE_DEVICE void evaluate_values(const Me& now) const {
-    const WarpgroupWeights weights{now.own};
+    const Weights weights{now.own};
     float y[16] = {};
 #pragma unroll 1
     for (int g = 0; g < (FULL ? kGroups : kScalarGroups); ++g) {
       float z[4][8], unused[8];
-      hidden_group(z, weights, g, values());
-      const Float2 weight = FULL ? Float2{0.f, 0.f} : scalar_pair(now, g);
+      Base::hidden_group(z, weights, g, values());
+      const Float2 weight = FULL ? Float2{0.f, 0.f} : Base::scalar_pair(now, g);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         if (ACT != kGeluTanh) sync_warp();  // as in hidden_group of ../forward.cuh: registers are short
         activate<ACT, false>(z[s], unused);
         if (FULL)
-          put_hidden<kGroups>(now, shared.plan.at_v, g, s, z[s], has(kOwnValues) ? 0xffffffffu : 0u);
+          Base::put_hidden(hidden<kGroups>(now, shared.plan.at_v, g, s), z[s], has(kOwnValues));
         else
-          add_weighted(y, z[s], s, weight);
+          Base::add_weighted(y, z[s], s, weight);
       }
     }
-    if (!FULL) put_tokens(shares(now.warp, 1), y, now.lane);
+    if (!FULL) Base::put_tokens(shares(now.warp, 1), y, now.lane);
   }
   template <bool FULL> HOPE_DEVICE void evaluate_keys(const Me& now) const {
-    const WarpgroupWeights weights{now.own};
+    const Weights weights{now.own};
     float norm[16] = {}, y[16] = {};
 #pragma unroll 1
     for (int g = 0; g < (FULL ? kGroups : kScalarGroups); ++g) {
       float z[4][8], slope[8];
-      hidden_group(z, weights, g, keys());
-      const Float2 weight = FULL ? Float2{0.f, 0.f} : scalar_pair(now, g);
+      Base::hidden_group(z, weights, g, keys());
+      const Float2 weight = FULL ? Float2{0.f, 0.f} : Base::scalar_pair(now, g);
       Word4* to = kept(now, g);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         if (ACT != kGeluTanh) sync_warp();
         activate<ACT, true>(z[s], slope);
-        add_squares(norm, z[s], s);
-        if (!FULL) add_weighted(y, z[s], s, weight);
-        put_hidden<FULL ? kGroups : kScalarGroups>(now, shared.plan.a, g, s, z[s]);
+        Base::add_squares(norm, z[s], s);
+        if (!FULL) Base::add_weighted(y, z[s], s, weight);
+        Base::put_hidden(hidden<FULL ? kGroups : kScalarGroups>(now, shared.plan.a, g, s), z[s]);
         to[32 * s] = round_block<fp16>(slope);
       }
     }
-    put_tokens(shared.norms(now.warp, 0, C), norm, now.lane);
-    if (!FULL) put_tokens(shares(now.warp, 0), y, now.lane);
-  }
-
-  // Of the four numbers of 8 positions j of a half: rows r and r + 8 of the warp's 16 tokens.
-  HOPE_DEVICE static float square_sum(const float (&x)[4][4], int row) {
-    float sum = 0.f;
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      sum = fma_(x[j][2 * row], x[j][2 * row], fma_(x[j][2 * row + 1], x[j][2 * row + 1], sum));
-    return row_sum4(sum);
-  }
-  // Adds a tile's numbers at the warp's 16 tokens and the half of the positions.
-  HOPE_DEVICE static void add_tokens(float (&x)[4][4], const T* rows, int half, int lane) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t words[4];
-      load_matrices(words, S::rows(rows, 32 * half + 16 * i, lane));
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const Float2 v = unpack2<T>(words[n]);
-        x[2 * i + (n >> 1)][2 * (n & 1)] += v.x, x[2 * i + (n >> 1)][2 * (n & 1) + 1] += v.y;
-      }
-    }
+    Base::put_tokens(shared.norms(now.warp, 0, C), norm, now.lane);
+    if (!FULL) Base::put_tokens(shares(now.warp, 0), y, now.lane);
   }
 
   // w1 times a or at_v, once it is waited for: the warp's 16 tokens by its warpgroup's half of the positions.
   HOPE_DEVICE void outputs(float (&y)[4][4], int offset) const {
-    const auto a = units_matrix(at<T>(offset), 256, 0);
-    const T* w1_matrix = WarpgroupWeights::w1_matrix<T>(shared.plan);
-    const auto w1 = agreed(units_matrix(w1_matrix, WarpgroupWeights::kUnits, 4 * me().warpgroup()));
+    const auto a = units_matrix(shared_at<T>(offset), 256, 0);
+    const T* w1_matrix = Weights::template w1_matrix<T>(shared.plan);
+    const auto w1 = agreed(units_matrix(w1_matrix, Weights::kUnits, 4 * me().warpgroup()));
 #pragma unroll
     for (int s = 0; s < 16; ++s) warpgroup_mma_narrow(y[0], a + 256 * s, w1 + 256 * s, s == 0);
     warpgroup_commit();
@@ -235,51 +143,23 @@ template <class T, int ACT> struct WarpgroupCommit {
       warpgroup_fence();
       outputs(target, shared.plan.at_v);
       warpgroup_wait();
-      add_tokens(target, shared.v(16 * (now.warp & 3)), half, now.lane);
-      const float first = square_sum(target, 0), second = square_sum(target, 1);
+      Base::add_tokens(target, shared.v(16 * (now.warp & 3)), half, now.lane);
+      const float first = Base::square_sum(target, 0), second = Base::square_sum(target, 1);
       if ((now.lane & 3) == 0)
         store_shared(shares(half, 0) + row, first), store_shared(shares(half, 0) + row + 8, second);
     }
     sync_block();
     const Me now = me();
-    const int lane = now.lane, half = now.warpgroup(), slot = 16 * (now.warp & 3), row = slot + now.row();
     if (now.role.full()) {
       float target[4][4], error[4][4];  // the target once more: registers are too few to keep it
       warpgroup_fence();
       outputs(target, shared.plan.at_v);
       outputs(error, shared.plan.a);
       warpgroup_wait();
-      add_tokens(target, shared.v(slot), half, lane);
-      add_tokens(error, shared.k(slot), half, lane);
-      float by[2] = {1.f, 1.f};
-      if (has(kTargetNorm)) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int t = row + 8 * r;
-          const float norm = sqrt_(load_shared(shares(0, 0) + t) + load_shared(shares(1, 0) + t));
-          by[r] = divide(1.f, norm > 1e-6f ? norm : 1e-6f);
-        }
-      }
-      const bool dot = has(kDot);
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float wanted = target[j][i] * by[i >> 1];
-          error[j][i] = dot ? -wanted : p.grad_scale * (error[j][i] - wanted);
-        }
-      const float first = square_sum(error, 0), second = square_sum(error, 1);
-      float* e2 = shared.e2(4 * half, C) + row;
-      if ((lane & 3) == 0) store_shared(e2, first), store_shared(e2 + 8, second);
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        store_matrices(const_cast<T*>(S::rows(shared.e(0, slot, C), 32 * half + 16 * i, lane)),
-                       {pack2<T>(error[2 * i][0], error[2 * i][1]),
-                        pack2<T>(error[2 * i][2], error[2 * i][3]),
-                        pack2<T>(error[2 * i + 1][0], error[2 * i + 1][1]),
-                        pack2<T>(error[2 * i + 1][2], error[2 * i + 1][3])});
+      Base::put_errors(target, error, now, shares(0, 0), shares(1, 0), shared.e2(4 * now.warpgroup(), C),
+                       shared.e(0, 0, C));
     } else if (!now.role.idle() && now.role.within < 2) {
-      const int t = 32 * now.role.within + lane, memory = now.role.first();
+      const int t = 32 * now.role.within + now.lane, memory = now.role.first();
       float y = 0.f, v = 0.f;
       for (int w = 0; w < now.role.warps(); ++w)
         y += load_shared(shares(memory + w, 0) + t), v += load_shared(shares(memory + w, 1) + t);
@@ -295,7 +175,7 @@ template <class T, int ACT> struct WarpgroupCommit {
     if (now.role.idle()) return;
     float norm[16] = {};
     if (now.role.full()) {
-      const WarpgroupWeights weights{now.own};
+      const Weights weights{now.own};
 #pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
         uint32_t w[4][4];
@@ -307,46 +187,20 @@ template <class T, int ACT> struct WarpgroupCommit {
         for (int s = 0; s < 4; ++s) warpgroup_mma(d[0], w[s], errors_tile().positions(s), s == 0);
         warpgroup_commit();
         warpgroup_wait();
-        finish_gradient(d, norm, kept(now, g));
+        Base::finish_gradient(d, norm, kept(now, g));
       }
     } else {
       float e[16];
       of_tokens(e, shared.es(now.role.first(), C), now.lane);
 #pragma unroll 1
       for (int g = 0; g < kScalarGroups; ++g) {
-        const Float2 w = scalar_pair(now, g);
         float d[4][8];
-#pragma unroll
-        for (int s = 0; s < 4; ++s)
-#pragma unroll
-          for (int i = 0; i < 8; ++i) d[s][i] = (i & 2 ? w.y : w.x) * e[token_of(s, i)];
-        finish_gradient(d, norm, kept(now, g));
+        Base::scalar_gradient(d, e, Base::scalar_pair(now, g));
+        Base::finish_gradient(d, norm, kept(now, g));
       }
     }
-    put_tokens(shared.norms(now.warp, 1, C), norm, now.lane);
+    Base::put_tokens(shared.norms(now.warp, 1, C), norm, now.lane);
   }
-  HOPE_DEVICE static void finish_gradient(float (&d)[4][8], float (&norm)[16], Word4* kept) {
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const Word4 slope = kept[32 * s];
-      const uint32_t words[4] = {slope.x, slope.y, slope.z, slope.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Float2 by = unpack2<fp16>(words[i]);
-        d[s][2 * i] *= by.x, d[s][2 * i + 1] *= by.y;
-      }
-      kept[32 * s] = round_block<T>(d[s]);
-      add_squares(norm, d[s], s);
-    }
-  }
-
-  HOPE_DEVICE static void sync_warpgroup(int group) {
-    if (group == 0)
-      sync_some(1, 128);
-    else
-      sync_some(2, 128);
-  }
-
   // As in ../commit.cuh; a memory of two warpgroups has its gains twice.
   HOPE_DEVICE void step_sizes() const {
     const Me now = me();
@@ -354,7 +208,7 @@ template <class T, int ACT> struct WarpgroupCommit {
     float* gain = shared.gain(4 * group, C);
     if (!has(kClip)) {
       if (thread < C) store_shared(gain + thread, load_shared(shared.eta() + thread));
-      return sync_warpgroup(group);
+      return Base::sync_warpgroup(group);
     }
     float* size = shared.sums(4 * group, 0);
     float* weight = size + C;  // eta m
@@ -368,7 +222,7 @@ template <class T, int ACT> struct WarpgroupCommit {
       const float m = sqrt_(a2 + divide(d2, e2 + 1e-9f) + 1e-12f);
       store_shared(size + t, m), store_shared(weight + t, load_shared(shared.eta() + t) * m);
     }
-    sync_warpgroup(group);
+    Base::sync_warpgroup(group);
     float c[4][8];  // products of the warp's 16 keys with all of them
     warpgroup_fence();
 #pragma unroll
@@ -390,7 +244,7 @@ template <class T, int ACT> struct WarpgroupCommit {
       const float eta = load_shared(shared.eta() + t);
       if ((lane & 3) == 0) store_shared(gain + t, divide(eta, clip <= 1.f ? 1.f : clip));
     }
-    sync_warpgroup(group);
+    Base::sync_warpgroup(group);
   }
 
   // delta2 of the warp's units.
@@ -411,24 +265,8 @@ template <class T, int ACT> struct WarpgroupCommit {
         warpgroup_commit();
         warpgroup_wait();
       }
-      const Word4* d_blocks = kept(now, g);
       uint32_t u[4][4];
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        const Word4 d = d_blocks[32 * s];
-        const uint32_t words[4] = {d.x, d.y, d.z, d.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = 16 * s + 8 * (i >> 1);
-          const auto at_tokens = [&](const float* from) {
-            return load_shared(reinterpret_cast<const Float2*>(from + column) + (now.lane & 3));
-          };
-          const Float2 step = at_tokens(gain), erase = at_tokens(shared.erase());
-          const Float2 pair = unpack2<T>(words[i]);
-          u[s][i] = pack2<T>(fma_(-step.x, pair.x, -erase.x * delta2_k[s][2 * i]),
-                             fma_(-step.y, pair.y, -erase.y * delta2_k[s][2 * i + 1]));
-        }
-      }
+      Base::inputs_step(u, kept(now, g), delta2_k, gain, now.lane);
 #pragma unroll
       for (int s = 0; s < 4; ++s)
 #pragma unroll
@@ -447,20 +285,12 @@ template <class T, int ACT> struct WarpgroupCommit {
     const Me now = me();
     const float decay_chunk = load_shared(shared.decay_chunk(C));
     float by[16];
-    step_after(by, now);
+    Base::step_after(by, shared.gain(4 * now.warpgroup(), C), now.lane);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       uint32_t h[4][4];
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        load_matrices(h[s], hidden<kGroups>(now, shared.plan.a, g, s));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Float2 pair = unpack2<T>(h[s][i]);
-          const int n = token_of(s, 2 * i);
-          h[s][i] = pack2<T>(by[n] * pair.x, by[n + 1] * pair.y);
-        }
-      }
+      for (int s = 0; s < 4; ++s) Base::outputs_step(h[s], hidden<kGroups>(now, shared.plan.a, g, s), by, s);
 #pragma unroll
       for (int s = 0; s < 4; ++s)
 #pragma unroll
@@ -472,21 +302,13 @@ template <class T, int ACT> struct WarpgroupCommit {
       warpgroup_wait();
     }
   }
-  // -gain_t gamma[C,t] of a lane's tokens.
-  HOPE_DEVICE void step_after(float (&by)[16], const Me& me) const {
-    float after[16];
-    of_tokens(by, shared.gain(4 * me.warpgroup(), C), me.lane);
-    of_tokens(after, shared.decay_after(), me.lane);
-#pragma unroll
-    for (int n = 0; n < 16; ++n) by[n] = -(by[n] * after[n]);
-  }
 
   // delta1s of the warp's units, in shared memory.
   HOPE_DEVICE void update_scalar_outputs() const {
     const Me now = me();
     const float decay_chunk = load_shared(shared.decay_chunk(C));
     float by[16], e[16];
-    step_after(by, now);
+    Base::step_after(by, shared.gain(4 * now.warpgroup(), C), now.lane);
     of_tokens(e, shared.es(now.role.first(), C), now.lane);
 #pragma unroll
     for (int n = 0; n < 16; ++n) by[n] *= e[n];
@@ -494,22 +316,8 @@ template <class T, int ACT> struct WarpgroupCommit {
     for (int g = 0; g < kScalarGroups; ++g) {
       float sums[2] = {};
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        uint32_t h[4];
-        load_matrices(h, hidden<kScalarGroups>(now, shared.plan.a, g, s));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Float2 pair = unpack2<T>(h[i]);
-          const int n = token_of(s, 2 * i);
-          sums[i & 1] = fma_(pair.y, by[n + 1], fma_(pair.x, by[n], sums[i & 1]));
-        }
-      }
-      const float first = row_sum4(sums[0]), second = row_sum4(sums[1]);
-      if ((now.lane & 3) == 0) {
-        float* to = shared.delta1s(now.warp) + 16 * g + 4 * (now.row() >> 1) + (now.row() & 1);
-        store_shared(to, fma_(decay_chunk, load_shared(to), first));
-        store_shared(to + 2, fma_(decay_chunk, load_shared(to + 2), second));
-      }
+      for (int s = 0; s < 4; ++s) Base::add_unit_sums(sums, hidden<kScalarGroups>(now, shared.plan.a, g, s), by, s);
+      Base::put_scalar_weights(now, g, sums, decay_chunk);
     }
     sync_warp();
   }

@@ -41,10 +41,10 @@ HOPE_DEVICE Float2 token_sums(float (&v)[16], int lane) {
 template <class T> struct TokenTile {
   const T* tile;
   HOPE_DEVICE SharedMatrix<Pieces::kRows> positions(int s) const {
-    return shared_matrix<Pieces::kRows>(tile, 2 * PieceRows::kColumn, 128) + 4 * PieceRows::kColumn * s;
+    return shared_matrix<Pieces::kRows>(tile, 2 * kPieceColumn, 128) + 4 * kPieceColumn * s;
   }
   HOPE_DEVICE SharedMatrix<Pieces::kColumns> tokens(int s) const {
-    return shared_matrix<Pieces::kColumns>(tile, 128, 2 * PieceRows::kColumn) + 256 * s;
+    return shared_matrix<Pieces::kColumns>(tile, 128, 2 * kPieceColumn) + 256 * s;
   }
 };
 

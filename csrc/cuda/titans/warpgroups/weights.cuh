@@ -7,47 +7,17 @@
 
 namespace hope {
 
-// The plan of such a kernel, as constants for the compiler.
-HOPE_DEVICE Plan fixed_plan(const Plan& given) {
-  Plan p = given;
-  p.blocks = kWarpgroupPlan.blocks;
-  p.shards = kWarpgroupPlan.shards;
-  p.full_warps = kWarpgroupPlan.full_warps;
-  p.scalar_warps = kWarpgroupPlan.scalar_warps;
-  p.one_buffer = kWarpgroupPlan.one_buffer;
-  p.call = kWarpgroupPlan.call;
-  p.x = kWarpgroupPlan.x;
-  p.q = kWarpgroupPlan.q;
-  p.k = kWarpgroupPlan.k;
-  p.v = kWarpgroupPlan.v;
-  p.e = kWarpgroupPlan.e;
-  p.eta = kWarpgroupPlan.eta;
-  p.alpha = kWarpgroupPlan.alpha;
-  p.solve = kWarpgroupPlan.solve;
-  p.before = kWarpgroupPlan.before;
-  p.after = kWarpgroupPlan.after;
-  p.erase = kWarpgroupPlan.erase;
-  p.decay_after = kWarpgroupPlan.decay_after;
-  p.decay_panel = kWarpgroupPlan.decay_panel;
-  p.e2 = kWarpgroupPlan.e2;
-  p.es = kWarpgroupPlan.es;
-  p.norms = kWarpgroupPlan.norms;
-  p.gain = kWarpgroupPlan.gain;
-  p.sums = kWarpgroupPlan.sums;
-  p.delta1s = kWarpgroupPlan.delta1s;
-  p.base1s = kWarpgroupPlan.base1s;
-  p.parts = kWarpgroupPlan.parts;
-  p.weights = kWarpgroupPlan.weights;
-  p.a = kWarpgroupPlan.a;
-  p.d = kWarpgroupPlan.d;
-  p.base = kWarpgroupPlan.base;
-  p.w1 = kWarpgroupPlan.w1;
-  p.at_v = kWarpgroupPlan.at_v;
-  p.more_d = kWarpgroupPlan.more_d;
-  p.solved = kWarpgroupPlan.solved;
-  p.partial = kWarpgroupPlan.partial;
-  p.scratch_bytes = kWarpgroupPlan.scratch_bytes;
-  return p;
+// The plan of a kernel for its code: constants where all calls have one plan but for a number; else a copy, which
+// the compiler keeps in registers, where it would load a kernel's parameter anew at every use.
+template <int MODE> HOPE_DEVICE Plan plan_of_kernel(const Plan& given) {
+  if constexpr (kByWarpgroups<MODE>) {
+    constexpr Plan fixed = kWarpgroupPlan<MODE == kOneBlock ? 64 : 256>;
+    Plan p = fixed;
+    p.memories = given.memories;
+    return p;
+  } else {
+    return given;
+  }
 }
 
 // Where a lane finds its row of the four 8 x 8 pieces in the first 16 rows of the first two columns of a matrix
@@ -57,19 +27,21 @@ template <bool ACROSS, class T> HOPE_DEVICE T* four_pieces(T* matrix, int rows, 
   return matrix + 8 * (rows * right + 8 * below + (lane & 7));
 }
 
-// In the place of StoredWeights: the same weights, at other places.
-struct WarpgroupWeights {
-  static constexpr int kUnits = 256;  // of w1
+// In the place of StoredWeights, of heads with N hidden units: the same weights, at other places.
+template <int N> struct WarpgroupWeights {
+  static constexpr int kFull = N == 64 ? 6 : kWarps;  // warps of a block with memories of D outputs
+  static constexpr int kUnits = 32 * kFull;                        // of w1
   static constexpr int kUnroll = 1;
   Word4* blocks;  // a lane's, of w2
   uint16_t* w1_;  // the warp's first unit in w1: number 8 r + 8 kUnits c is row r of column c
   int lane;
   bool full;
 
-  HOPE_DEVICE WarpgroupWeights(const Own& own) : lane(own.lane), full(load_shared(&own.call.rank) < 3) {
-    blocks = reinterpret_cast<Word4*>(shared_memory() + own.plan.weights);
-    blocks += 32 * (full ? 8 : 16) * own.warp + lane;
-    w1_ = w1_matrix<uint16_t>(own.plan) + 8 * 32 * own.warp;
+  HOPE_DEVICE WarpgroupWeights(const Own& own) : lane(own.lane) {
+    full = N == 64 ? own.warp < kFull : load_shared(&own.call.rank) < 3;
+    blocks = reinterpret_cast<Word4*>(shared_memory() + own.plan.weights) + lane;
+    blocks += 32 * (full ? 8 * own.warp : 16 * own.warp - 8 * (kFull % kWarps));
+    w1_ = w1_matrix<uint16_t>(own.plan) + (full ? 8 * 32 * own.warp : 0);
   }
   template <class T> HOPE_DEVICE static T* w1_matrix(const Plan& plan) {
     return reinterpret_cast<T*>(shared_memory() + plan.w1);
@@ -101,14 +73,14 @@ struct WarpgroupWeights {
 };
 
 // As round_weights. Base weights of w1 are loaded as they lie and transposed in registers.
-template <class T>
-HOPE_DEVICE void round_weights_by_units(const float (&state)[16][8], const WarpgroupWeights& weights,
+template <class T, int N>
+HOPE_DEVICE void round_weights_by_units(const float (&state)[16][8], const WarpgroupWeights<N>& weights,
                                         const Bases<T>& bases, const Place<64>& place, const Role& role,
                                         int lane) {
   constexpr int kBatch = 8;
   Word4 base[kBatch];
   sync_warp();
-  for_blocks<64, true>(place, role.full(), WarpgroupWeights::kUnits, [&](int i, int at, int row, bool w1) {
+  for_blocks<64, true>(place, role.full(), N, [&](int i, int at, int row, bool w1) {
     base[i % kBatch] = base_block<T>(bases, role, w1, at, row, lane);
     if (i % kBatch < kBatch - 1) return;
     const int first = i - (kBatch - 1);
@@ -124,7 +96,8 @@ HOPE_DEVICE void round_weights_by_units(const float (&state)[16][8], const Warpg
 }
 
 template <int D, int MODE, bool ON_CHIP> struct WeightsFor { using type = StoredWeights<D, ON_CHIP>; };
-template <int D, bool ON_CHIP> struct WeightsFor<D, kWarpgroups, ON_CHIP> { using type = WarpgroupWeights; };
+template <int D, bool ON_CHIP> struct WeightsFor<D, kWarpgroups, ON_CHIP> { using type = WarpgroupWeights<256>; };
+template <int D, bool ON_CHIP> struct WeightsFor<D, kOneBlock, ON_CHIP> { using type = WarpgroupWeights<64>; };
 template <int D, int MODE, bool ON_CHIP> using WeightsOf = typename WeightsFor<D, MODE, ON_CHIP>::type;
 
 }  // namespace hope
