@@ -96,9 +96,10 @@ class ModelState(State):
         self.owner = module
         blocks = cast("Iterable[Block]", module.blocks)  # of a model; PyTorch knows no types of submodules
         for block, mixer, cms in zip(blocks, self.mixers, self.cms):
-            mixer.owner = block.mixer
+            parts = block._modules  # a module's own access to them costs microseconds, and every token asks
+            mixer.owner = parts["mixer"] if "mixer" in parts else block.mixer
             if cms is not None:
-                cms.owner = block.cms
+                cms.owner = parts["cms"] if "cms" in parts else block.cms
 
     def input_dtype(self) -> torch.dtype | None:
         return (

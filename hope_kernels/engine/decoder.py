@@ -17,6 +17,7 @@ third of the bytes (ops/titans/rounded.py, which says what keeps it true).
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..check import check_tensor
 from ..config import TitansConfig
+from ..identity import unchanged
 from ..layers.titans import SelfModifyingTitans
 from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState, seen_off
@@ -59,6 +61,8 @@ class Decoder:
     state as it was. Hooks that come later are not called, and what is written past PyTorch (``.data``, NumPy) is not
     seen: both need a new decoder.
 
+    alone: set it where no code of others runs between steps; weights are then looked at in the first one in C++ only.
+
     Rows of which some have refreshed a CMS level and some have not are read without a graph. No GPU has run a
     capture yet.
     Raises ValueError for attention (its cache grows), a state of another model, an unknown ``learn``, and
@@ -85,6 +89,7 @@ class Decoder:
         self.learn = learn if model.learns else "off"
         self.capture = possible if capture is None else capture
         self.captures = 0
+        self.alone = False
         # a step in C++ reads a token or changes nothing, so learning before it must not either
         self._whole = self.device.type == "cpu" and native.unserved(model, backend) is None
         with torch.inference_mode(False):
@@ -126,7 +131,9 @@ class Decoder:
                 )
         check_read_next("Decoder.step", state.unread, tokens, self._ones)
         state.drop_held()
-        with self.model.reading("Decoder.step", state):
+        looked = self.alone and self._native is not None and self._native.mark is state.fingerprint
+        seen = unchanged(self.model, state.fingerprint) if looked else contextlib.nullcontext()
+        with seen, self.model.reading("Decoder.step", state):
             if self._expected != state.pos:
                 self._stale = True  # another call has advanced the state
             try:

@@ -229,6 +229,8 @@ def generate(
                 break
             if n == 1 and decoder is None and (graph or native.unserved(model, backend) is None):
                 decoder = Decoder(model, state, learn, backend)
+            if decoder is not None:
+                decoder.alone = on_token is None and should_stop is None
             if decoder is None or any(ended):
                 step = [0 if e else 1 for e in ended]
                 out, state = options.call(model, newest, state, step)

@@ -28,15 +28,14 @@ def draw(
     drawn; tokens at +inf share everything.
     Raises ValueError for a row with NaN or with all tokens at -inf.
     """
-    likeliest = logits.argmax(-1)
-    top = logits.gather(-1, likeliest.unsqueeze(-1))  # NaN where a row has one
+    top, likeliest = logits.max(-1, keepdim=True)  # NaN where a row has one
     bad = [math.isnan(value) or value == -math.inf for value in top.flatten().tolist()]
     if any(bad):
         raise ValueError(
             f"generate: the logits of row {bad.index(True)} are no distribution (NaN, or -inf everywhere)"
         )
     if temperature == 0:
-        return likeliest
+        return likeliest.squeeze(-1)
     # on the CPU sums have one order, so that a session draws the same text again
     values, top = logits.to("cpu", torch.float64), top.to("cpu", torch.float64)
     scaled = (values - top) / temperature

@@ -2,6 +2,7 @@
 changes between two steps."""
 
 import ctypes
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from native_model import CASES, V, built, ids, small
 from numerics import relative
 from torch import nn
 
-from hope_kernels import HopeForCausalLM
+from hope_kernels import HopeForCausalLM, identity
 from hope_kernels.engine import native, segments
 from hope_kernels.engine.decoder import Decoder
 from hope_kernels.engine.generation import generate
@@ -316,3 +317,26 @@ def test_the_library_refuses_what_does_not_fit():
             wrong.block = ctypes.cast(copied, type(call.block))
             assert step(ctypes.byref(wrong)) == 2, (name, value)
     assert step(None) == 2 and same(state, before, 1e-12)
+
+
+@torch.no_grad()
+def test_who_decodes_alone_looks_at_the_weights_once():
+    model, text = built("default"), ids(1, 6)
+    state = model.init_state(1)
+    decoder, looked = Decoder(model, state), []
+    decoder.alone = True
+    holds = identity._Known.holds
+    with mock.patch.object(identity._Known, "holds", lambda known: looked.append(known) or holds(known)):
+        steps = [decoder.step(token) for token in text.split(1, 1)]
+        assert served(decoder) and len(looked) == 1
+        decoder.alone = False
+        model.embed.weight.mul_(2)
+        changed = decoder.step(text[:, :1])
+        assert len(looked) == 2
+    doubled = model.embed.weight.clone()
+    model.embed.weight.div_(2)
+    expected, other = model(text, model.init_state(1))
+    assert torch.equal(torch.cat(steps, 1), expected)
+    model.embed.weight.copy_(doubled)
+    other.adopt(model)
+    assert torch.equal(changed, model(text[:, :1], other)[0]) and str(state.fingerprint) == str(other.fingerprint)
