@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
     model, cases = HopeForCausalLM.from_pretrained("kjv-byte"), []
-    off = off_cases(model, args.rounds, clock)
+    frozen = off_cases(model, args.rounds, clock)
     for B, how in CASES:
         ids = rows(B, args.tokens)
         ours = read(model, ids[:, :512], **HOW[how]).nats
@@ -141,9 +141,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"B {B} {how}: {us:.1f} us a token, in PyTorch {pytorch:.1f} ({case['ratio']['median']:.2f}x); "
               f"learning off {off:.1f}", flush=True)
     write_json(args.out, {
-        "what": __doc__.split("\n")[0], "machine": machine() | {"threads": args.threads}, "model": "kjv-byte",
+        "what": __doc__.split("\n\n")[0].replace("\n", " "),
+        "machine": machine() | {"threads": args.threads}, "model": "kjv-byte",
         "clock": "cpu" if args.cpu_time else "wall", "tokens": args.tokens, "rounds": args.rounds, "cases": cases,
-        "off": off,
+        "off": frozen,
         **mark("model", device="cpu"),
     })
 

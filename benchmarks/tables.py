@@ -103,6 +103,21 @@ def decode(run: dict) -> str:
             f"take turns.{llama} {source('bench_decode', 'decode')}")
 
 
+def reading(run: dict) -> str:
+    data = run["reading"]
+    spread = lambda us: f"{us['median']:.0f} ({us['least']:.0f} to {us['most']:.0f})"
+    off = [(c["case"], spread(c["us"]), spread(c["library"]), f"{c['ratio']['median']:.2f}") for c in data["off"]]
+    on = [(c["B"], c["how"], spread(c["us"]), spread(c["pytorch"]), f"{c['ratio']['median']:.2f}",
+           f"{c['over off']['median']:.2f}") for c in data["cases"]]
+    clock = {"cpu": "seconds of the processor, other work on the machine", "wall": "wall clock"}[data["clock"]]
+    threads = WORDS.get(data["machine"]["threads"], "several threads")
+    return (f"{markdown('learning off, T = 512 | us a token | with products of MKL | ratio', off)}\n\n"
+            f"{markdown('rows | reading | us a token | segments in PyTorch | ratio | of learning off', on)}\n\n"
+            f"The bundled model (a byte is a token), and layers of the default configuration in fp32; {threads}, "
+            f"{clock}; medians of {data['rounds']} rounds (least to most) that take turns. \"guarded\" is what `read` "
+            f"does unless told otherwise. {source('bench_reading', 'reading')}")
+
+
 def train(run: dict) -> str:
     data = run["train"]
     spread = lambda us: f"{us['median']:.0f} ({us['least']:.0f} to {us['most']:.0f})"
@@ -317,7 +332,7 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy, "sinks": sinks, "serve": serve, "decode": decode,
-                "train": train, "languages": languages, "needles": needles,
+                "reading": reading, "train": train, "languages": languages, "needles": needles,
                 "optim": optim,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},

@@ -83,7 +83,7 @@ def test_every_goal_has_a_figure_a_command_and_cases_that_are_planned():
     assert len({g.what for g in GOALS}) == len(GOALS)
     planned = plan.names("cuda", False)
     for goal in GOALS:
-        assert goal.better in ("<=", ">=") and goal.unit in ("%", "x", "s", "") and goal.command.startswith(
+        assert goal.better in ("<=", ">=") and goal.unit in ("%", "x", "s", "us", "") and goal.command.startswith(
             "python -m benchmarks."
         )
         assert isinstance(goal.figure, (Key, Ratio, Computed))
@@ -101,13 +101,16 @@ def test_goals_of_the_cpu_from_known_files(tmp_path):
     cases = [case(64, 16, 200.0, 0.1), case(256, 64, 50.0, 0.5), case(256, 16, 9.0, 0.9)]
     run = {"cpu": {"machine": {"dirty": True}, "cases": cases, "geometric_mean_drop_in": 130.0,
                    "default_chunks": {"ratio_drop_in": spread(10.0)}},
-           "context": {"learning": {"reading_per_learning": 6.4}, "next_token": {}}}
+           "reading": {"cases": [{"B": 1, "how": "learning", "over off": spread(4.4), "us": spread(45.0)}]},
+           "decode": {"cases": [{"B": 1, "learn": "off", "how": "greedy", "us": spread(300.0)}]},
+           "train": {"cases": [{"backend": "cpp", "us": {"step": spread(120.0)}}]}}
     for name, data in run.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"dirty": name == "cpu"}} | data))
     found = {r.goal.what: r for r in verdicts.rows(tmp_path, tuple(known.values()))}
     assert sorted((round(r.value, 6), r.verdict, r.dirty) for r in found.values()) == [
-        (0.5, "missed by 1.10x", True), (6.4, "missed by 2.00x", False), (10.0, "missed by 2.00x", True),
-        (100.0, "missed by 1.50x", True), (130.0, "met", True)]
+        (0.5, "missed by 1.10x", True), (4.4, "missed by 2.00x", False), (10.0, "missed by 2.00x", True),
+        (45.0, "met", False), (100.0, "missed by 1.50x", True), (120.0, "met", False), (130.0, "met", True),
+        (300.0, "missed by 2.00x", False)]
 
 
 # -- ages ----------------------------------------------------------------------------------------------------
