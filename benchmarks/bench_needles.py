@@ -96,9 +96,14 @@ def train(arm: str, lr: float, seed: int, args: argparse.Namespace) -> tuple[Hop
             curve.append([step + 1, T, smooth])
         if smooth < MASTERED and T < LAST and step - since > 20:
             T, smooth, since = 2 * T, None, step
-    loss = math.inf if not curve or curve[-1][1] < LAST or not math.isfinite(value) else curve[-1][2]
+    loss = smooth if math.isfinite(value) and smooth is not None else math.inf
     return model.eval(), {"arm": arm, "lr": lr, "seed": seed, "parameters": size(model), "loss": s.finite([loss])[0],
                           "reached": T, "curve": curve}
+
+
+def rank(record: dict) -> tuple[float, float]:
+    """Rates are compared by this, the least is the best: the longest length that was reached, and the loss there."""
+    return -record["reached"], math.inf if record["loss"] is None else record["loss"]
 
 
 @torch.no_grad()
@@ -130,6 +135,8 @@ def table(data: dict) -> str:
             cells = [[r["found"][str(T)] for r in runs[arm] if str(T) in r["found"]] for T in lengths]
             shown = (f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" if c else "-" for c in cells)
             size, lr = f"{runs[arm][0]['parameters']:,}", f"{runs[arm][0]['lr']:g}"
+            reached = min(r["reached"] for r in runs[arm])
+            lr += "" if reached == LAST else f", stuck at {reached} tokens"
             lines.append(f"| {arm} | {size} | {' | '.join(shown)} | {len(runs[arm])} | {lr} |")
     return "\n".join(lines) if runs else "no runs yet"
 
@@ -156,15 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     sizes = ("steps", "d_model", "chunk", "tokens", "lengths", "sequences")
     study = s.Study(args.out, __doc__.split("\n")[0], {name: getattr(args, name) for name in sizes})
     for arm in args.arms:
-        losses = {}
+        ranks = {}
         for lr in RATES:
             case = f"search {arm} {lr:g}"
             if case not in study.cases:
                 study.put(case, train(arm, lr, 0, args)[1])
                 print(case, study.cases[case]["reached"], study.cases[case]["loss"], flush=True)
-            value = study.cases[case]["loss"]
-            losses[lr] = math.inf if value is None else value
-        lr = min(losses, key=losses.get)
+            ranks[lr] = rank(study.cases[case])
+        lr = min(ranks, key=ranks.__getitem__)
         for seed in args.seeds:
             case = f"run {arm} seed {seed}"
             if case not in study.cases:

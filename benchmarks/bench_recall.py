@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import time
 
 import torch
@@ -98,7 +97,7 @@ def accuracy(model, g: torch.Generator, chunk: int, sequences: int = 640) -> dic
             for i in range(len(KINDS)):
                 right[i] += hit[kind == i].sum()
                 total[i] += (kind == i).sum()
-    return {name: float(r / t) for name, r, t in zip(KINDS, right, total)}
+    return {name: float(r / t) if t else None for name, r, t in zip(KINDS, right, total)}
 
 
 def train(args, chunk: int, step_clip: bool, dgd: bool, seed: int) -> dict:
@@ -176,6 +175,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe = {k: v for k, v in vars(args).items() if k not in ("only", "seeds", "resume", "out", "threads")}
+    recipe["kinds"] = list(KINDS)
     result = {
         "what": __doc__.split("\n")[0], "chance": 1 / VALUES, "recipe": recipe, "machine": machine(), "runs": []
     }
@@ -190,17 +190,11 @@ def main() -> None:
             continue
         result["runs"].append({"name": name, **mark("model", device="cpu"), **train(args, chunk, clip, dgd, seed)})
         write_json(args.out, result)
-    print(f"{'':24}{'once':>8}{'repeated':>10}{'updated':>9}")
+    print(" " * 24 + "".join(f"{kind:>20}" for kind in KINDS))
     for r in result["runs"]:
-        a = r["accuracy"]
+        shares = "".join(f"{'-':>20}" if share is None else f"{share:20.3f}" for share in r["accuracy"].values())
         name = f"{r['name']} seed {r['seed']}"
-        print(f"{name:24}{a['once']:8.3f}{a['repeated']:10.3f}{a['updated']:9.3f}   {r['seconds']:.0f} s")
-    default = [r["accuracy"] for r in result["runs"] if r["name"] == "default"]
-    if len(default) > 1:
-        print(
-            f"{'default, mean':24}"
-            + "".join(f"{statistics.fmean(a[k] for a in default):{w}.3f}" for k, w in zip(KINDS, (8, 10, 9)))
-        )
+        print(f"{name:24}{shares}   {r['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

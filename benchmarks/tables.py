@@ -173,16 +173,18 @@ def learning_memory(run: dict) -> str:
 
 
 def recall(run: dict) -> str:
-    data, kinds, word = run["recall"], ("once", "repeated", "updated"), {True: "on", False: "off"}
+    data, word = run["recall"], {True: "on", False: "off"}
+    kinds = tuple(data["runs"][0]["accuracy"])  # corrections within one chunk are told apart since a while
     row = lambda r, seed, accuracy: (
-        r["chunk"], word[r["step_clip"]], word[r["dgd"]], seed, *(f"{accuracy[k]:.3f}" for k in kinds)
+        r["chunk"], word[r["step_clip"]], word[r["dgd"]], seed,
+        *("-" if accuracy[k] is None else f"{accuracy[k]:.3f}" for k in kinds)
     )
     rows = [row(r, r["seed"], r["accuracy"]) for r in data["runs"]]
     default = [r for r in data["runs"] if r["name"] == "default"]
     mean = {k: statistics.fmean(r["accuracy"][k] for r in default) for k in kinds}
     rows.append(row(default[0], f"mean of {len(default)}", mean))
     recipe = data["recipe"]
-    head = "chunk | step_clip | dgd | seeds | told once | told twice | updated"
+    head = " | ".join(("chunk | step_clip | dgd | seeds | told once | told twice", *kinds[2:]))
     threads = WORDS.get(data["machine"]["threads"], "several threads")
     return (f"{markdown(head, rows)}\n\n20 distinct keys in 28 pairs, chance {data['chance']:.3f}, "
             f"{recipe['steps']} steps of {recipe['batch']} sequences, {threads}. {source('bench_recall', 'recall')}")

@@ -39,6 +39,9 @@ from hope_kernels.model_state import ModelState
 
 RATES = 10.0  # how much faster logarithms of inner rates move than other parameters
 SAVE_SECONDS = 60
+# what a run that goes on has to have in common with its beginning, or other text would be read, at other rates
+SAME = ("texts", "suffix", "heldout_share", "through_refreshes", "batch", "tokens", "restart", "lr", "warmup",
+        "weight_decay", "seed", "steps")
 
 
 def arguments() -> argparse.Namespace:
@@ -118,13 +121,14 @@ def save(args: argparse.Namespace, model, optimizer, state: ModelState | None, p
 def restore(args: argparse.Namespace, model, optimizer) -> tuple[dict, ModelState | None]:
     """Progress and state of an interrupted run of the same configuration, or those of a new one."""
     path = os.path.join(args.out, "checkpoint.safetensors")
-    mine = {"config": json.loads(json.dumps(model.config.to_dict())), "texts": args.texts, "seed": args.seed}
+    mine = {"config": json.loads(json.dumps(model.config.to_dict()))} | {n: getattr(args, n) for n in SAME}
     if not os.path.exists(path):
         return {"step": 0, "seconds": 0.0, "smooth": None, **mine}, None
     with safe_open(path, framework="pt") as f:
         progress = json.loads(f.metadata()["progress"])
         if any(progress.get(name) != value for name, value in mine.items()):
-            raise SystemExit(f"{path} belongs to another configuration, seed or texts; choose another --out")
+            wrong = ", ".join(name for name, value in mine.items() if progress.get(name) != value)
+            raise SystemExit(f"{path} belongs to a run with other settings ({wrong}); choose another --out")
         model.load_state_dict({n[len("model.") :]: f.get_tensor(n) for n in f.keys() if n.startswith("model.")})
         for i, p in enumerate(model.parameters()):
             held = {n.split(".", 1)[1]: f.get_tensor(n) for n in f.keys() if n.split(".", 1)[0] == str(i)}
@@ -143,8 +147,7 @@ def train(args: argparse.Namespace, model, optimizer, found: list[Source], progr
     for step in range(progress["step"]):
         streams.skip(step)
     stopped: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.append(1))
+    before = {n: signal.signal(n, lambda *_: stopped.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     log = open(os.path.join(args.out, "log.jsonl"), "a")
     total, unit = (args.steps, "step") if args.steps else (args.minutes * 60, "s")
     done = lambda: progress["step"] if args.steps else progress["seconds"]
@@ -186,6 +189,8 @@ def train(args: argparse.Namespace, model, optimizer, found: list[Source], progr
             saved = time.monotonic()
     save(args, model, optimizer, state, progress)
     bar.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return done() >= total
 
 

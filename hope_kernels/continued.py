@@ -11,7 +11,6 @@ segment:
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import is_
 
 import torch
 
@@ -26,7 +25,7 @@ def continued(model: Model, state: ModelState) -> ModelState:
     """``state``, which ``model`` may read, under the model's configuration: itself where it has that already,
     else one that shares with ``state`` what is the same. ``state`` stays as it is. Rows that hold deviations from
     the model's weights (``ops/cms/deviations.py``) follow these."""
-    config, state = model.config, _followed(model, state)
+    config, state = model.config, state.followed(model)
     if state.config is config:
         return state
     if state.config == config:
@@ -51,18 +50,6 @@ def continued(model: Model, state: ModelState) -> ModelState:
     ids = torch.zeros(B, C, dtype=state.ids.dtype, device=state.ids.device)
     seen = Counters([TAINTED if p % C else 0 for p in state.pos])
     return replace(new, ids=ids, seen=seen, snapshot=[m.snapshot() for m in mixers])
-
-
-def _followed(model: Model, state: ModelState) -> ModelState:
-    if all([c is None or c.base is None for c in state.cms]):
-        return state
-    cms = [c if c is None or b.cms is None else b.cms.followed(c) for b, c in zip(model.blocks, state.cms)]
-    if all(map(is_, cms, state.cms)):
-        return state
-    if state.guard is not None:
-        raise ValueError("HopeForCausalLM: argument state holds deviations from weights that have moved since, and a "
-                         "guard, whose good weights have not; state.guard = None forgets what it keeps")
-    return replace(state, cms=cms)
 
 
 def _name(state: ModelState, config: HopeConfig) -> None:

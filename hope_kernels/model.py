@@ -451,7 +451,7 @@ class HopeForCausalLM(nn.Module):
 
     def with_fixed_rates(self) -> HopeForCausalLM:
         """A model of the same weights, whose learned rates (``CMSConfig(lr="learned")``) are numbers of its
-        configuration, level by level and matrix by matrix; states of this one may be read with it. Raises
+        configuration, level by level and matrix by matrix; it reads states of this one after ``state.adopt``. Raises
         ValueError without a CMS, or with ``learn_blocks``."""
         return pretrained.with_fixed_rates(self)
 

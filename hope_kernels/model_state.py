@@ -3,8 +3,10 @@ of a model that learns."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any, cast
 
 import torch
@@ -57,7 +59,7 @@ class ModelState(State):
 
     def hold(self, module: nn.Module, graph: Any) -> None:
         """Keeps ``graph``, which belongs to this state as it is and to ``module``'s weights as they are."""
-        self._held = graph, module, checksum(module), self._marks()
+        self._held = graph, module, checksum(module), self._marks(), os.getpid()
 
     def take_held(self, module: nn.Module) -> Any:
         """What ``hold`` was given, once; None where the state or the weights have changed since."""
@@ -66,8 +68,9 @@ class ModelState(State):
         held, self._held = self._held, None
         if held is None:
             return None
-        graph, owner, mark, marks = held
+        graph, owner, mark, marks, process = held  # a forked process has not the threads that a graph counts on
         same = owner is module and mark is not None and checksum(module) is mark and self._marks() == marks
+        same = same and process == os.getpid()
         return graph if same else None
 
     def drop_held(self) -> None:
@@ -78,16 +81,37 @@ class ModelState(State):
         versions = [(id(t), -1 if t.is_inference() else t._version) for t in self.tensors()]
         return versions, list(self.pos), list(self.seen)
 
+    def followed(self, module: nn.Module) -> ModelState:
+        """This state where rows that deviate from the model's weights (after calls with ``outer``) deviate by as much
+        from these as they are now; itself where they have not moved. Raises ValueError where a guard keeps weights
+        that have not."""
+        if all([c is None or c.base is None for c in self.cms]):
+            return self
+        blocks = cast("Iterable[Block]", module.blocks)
+        cms = [c if c is None or b.cms is None else b.cms.followed(c) for b, c in zip(blocks, self.cms)]
+        if all(map(is_, cms, self.cms)):
+            return self
+        moved = any(a is not None and b is not None and a.weights is not b.weights for a, b in zip(cms, self.cms))
+        if self.guard is not None and moved:
+            raise ValueError("HopeForCausalLM: argument state holds deviations from weights that have moved since, and "
+                             "a guard, whose good weights have not; state.guard = None forgets what it keeps")
+        return replace(self, cms=cms)
+
     def adopt(self, module: nn.Module) -> None:
         """As for any state. Rows that hold deviations from the model's weights (after calls with ``outer``) have
         them from the weights as they are now, so that a file made next goes on with these."""
+        new = self.followed(module)
         super().adopt(module)
-        blocks = cast("Iterable[Block]", module.blocks)
-        for block, cms in zip(blocks, self.cms):
-            if cms is not None and block.cms is not None:
-                cms.assign(block.cms.followed(cms))
+        for cms, moved in zip(self.cms, new.cms):
+            if cms is not None and moved is not None:
+                cms.assign(moved)
 
     def merge(self, other, rows: list[bool]):
+        deviates = any(c is not None and c.base is not None for c in (*self.cms, *other.cms))
+        marks = {str(s.fingerprint) for s in (self, other) if s.fingerprint is not None} if deviates else {}
+        if len(marks) > 1:
+            raise ValueError(f"ModelState.merge: the rows deviate from other weights ({' and '.join(sorted(marks))}); "
+                             "state.adopt(model) takes either of them to the model's own")
         # the CMS may have tensors on one side only: they merge as states of their own
         cms = [c if c is None else c.merge(o, rows) for c, o in zip(self.cms, other.cms)]
         return replace(State.merge(replace(self, cms=[]), replace(other, cms=[]), rows), cms=cms)

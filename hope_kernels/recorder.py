@@ -6,6 +6,7 @@ the host knows are part of it. So it must ask the host for nothing, and bring no
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -23,22 +24,31 @@ class Recorder(Protocol):
         ...
 
 
+_recording = threading.Lock()
+
+
 class CudaRecorder:
-    """A graph a part, all of them in one pool of memory. No GPU has run it yet."""
+    """A graph a part, all of them in one pool of memory, recorded on a stream of its own; one thread at a time. No GPU
+    has run it yet."""
 
     def __init__(self, device: torch.device):
-        self.device, self._pool = device, None
+        self.device, self._pool, self._stream = device, None, None
 
     def record(self, parts: Sequence[Part]) -> list[Part]:
         graphs = []
-        with torch.cuda.device(self.device):
+        with _recording, torch.cuda.device(self.device):
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            for part in parts:
-                graph = torch.cuda.CUDAGraph()
-                # other threads (one that pins memory, say) may go on meanwhile
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    part()
-                graphs.append(graph)
+            self._stream = self._stream or torch.cuda.Stream()
+            before = torch.cuda.current_stream()
+            try:
+                for part in parts:
+                    graph = torch.cuda.CUDAGraph()
+                    # other threads (one that pins memory, say) may go on meanwhile
+                    with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                        part()
+                    graphs.append(graph)
+            finally:
+                torch.cuda.set_stream(before)  # where a capture has failed, PyTorch is still on its stream
         return [graph.replay for graph in graphs]
 
 

@@ -90,7 +90,7 @@ class Runs(Language):
         self.kinds = kinds
 
     def draw(self, rows, shortest, longest, g):
-        n = torch.randint(max(1, shortest // self.kinds), longest // self.kinds + 1, (rows,), generator=g)
+        n = torch.randint(max(1, -(-shortest // self.kinds)), longest // self.kinds + 1, (rows,), generator=g)
         symbols = (torch.arange(longest) // n[:, None]).clamp_(max=self.kinds - 1)
         return symbols, self.kinds * n
 

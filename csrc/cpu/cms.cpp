@@ -1,5 +1,5 @@
-// A CMS level between its products (its norm: linear.h): the activation with its derivative from one exponential, and the norm's
-// backward in two passes over a row. fp32. A number's value depends on its own inputs, or its row's, alone.
+// A CMS level between its products (its norm: linear.h): the activation with its derivative from one exponential, and
+// the norm's backward in two passes over a row. fp32. A number's value depends on its own inputs, or its row's, alone.
 
 #include <algorithm>
 #include <cmath>
@@ -47,7 +47,8 @@ extern "C" int hope_cms_norm_backward(int64_t rows, int64_t d, int64_t threads, 
   std::vector<float> sums(dgain ? parts * d : 0);
   const int team = rows * d < 8 * BLOCK ? 1 : static_cast<int>(threads);
 #pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t part = 0; part < parts; part++)
+  for (int64_t part = 0; part < parts; part++) {
+    const FlushDenormals flush;
     for (int64_t r = part * PART; r < std::min(rows, (part + 1) * PART); r++) {
       const float *xr = x + r * d, *g = dn + r * d;
       float* sum = dgain ? sums.data() + part * d : nullptr;
@@ -66,6 +67,7 @@ extern "C" int hope_cms_norm_backward(int64_t rows, int64_t d, int64_t threads, 
         store(dx + r * d + i, dy ? back + load(dy + r * d + i) : back);
       }
     }
+  }
   if (!dgain) return DONE;
   std::fill_n(dgain, d, 0);
   for (int64_t part = 0; part < parts; part++)

@@ -1,5 +1,5 @@
-// Projections of token rows, the norm before them, and gates of what they make (called by hope_kernels/ops/linear/cpp.py). All fp32, row-major,
-// contiguous.
+// Projections of token rows, the norm before them, and gates of what they make (called by
+// hope_kernels/ops/linear/cpp.py). All fp32, row-major, contiguous.
 #pragma once
 #include <cstdint>
 

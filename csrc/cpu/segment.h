@@ -1,5 +1,5 @@
 // A segment through a whole model of self-modifying blocks, and its loss back through it (called by
-// hope_kernels/engine/segment.py). All fp32, row-major, contiguous; widths are multiples of 8.
+// hope_kernels/engine/native_reading.py). All fp32, row-major, contiguous; widths are multiples of 8.
 #pragma once
 #include "call.h"
 

@@ -229,8 +229,7 @@ class ScanBackward {
     const Bars at = from_slot(slot);
     const TokenBars tokens{a.o_bar + offset, from(a.q_bar, offset), from(a.x_bar, offset),
                            &eta_bias, &alpha_bias};
-    ReadBackward<ACT>(h, token, end - slot, s, at, tokens, produces ? s.k + slot * D : nullptr,
-        s.k_sizes + slot,
+    ReadBackward<ACT>(h, token, end - slot, s, at, tokens, produces ? s.k + slot * D : nullptr, s.k_sizes + slot,
                       s.eta + slot, s.alpha + slot)
         .run();
   }

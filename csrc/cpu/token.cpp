@@ -291,7 +291,8 @@ bool titans_fit(const TitansCall& t, const TokenCall& c) {
          big <= LARGEST && big % small == 0 && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) &&
          extents({c.B, big, t.H, t.D}) && extents({big, t.Mf + t.Ms, t.N + 1}) && t.activation >= GELU_TANH &&
          t.activation <= SILU && rows_fit(c.B, 1, t.pos, t.len) && !t.base2 == !t.base1 && !t.base2 == !t.base1s &&
-         all_given({t.delta2, t.delta1, t.delta1s, t.pending_k, t.pending_v, t.pending_eta, t.eta_bias, t.pos, t.len}) &&
+         all_given({t.delta2, t.delta1, t.delta1s, t.pending_k, t.pending_v}) &&
+         all_given({t.pending_eta, t.eta_bias, t.pos, t.len}) &&
          (!t.retention || all_given({t.pending_alpha, t.alpha_bias}));
 }
 

@@ -108,6 +108,7 @@ class Decoder:
         self._native: NativeStep | None = None  # the step in C++; None: does not serve, if ``_asked``
         self._asked = False
         self._strips: Strips = {}
+        self._packed = None  # the mark of the weights that ``_strips`` are of
         self._expected = list(state.pos)
 
     @torch.no_grad()
@@ -134,8 +135,11 @@ class Decoder:
         looked = self.alone and self._native is not None and self._native.mark is state.fingerprint
         seen = unchanged(self.model, state.fingerprint) if looked else contextlib.nullcontext()
         with seen, self.model.reading("Decoder.step", state):
-            if self._expected != state.pos:
-                self._stale = True  # another call has advanced the state
+            new = state.followed(self.model)
+            if new is not state:
+                state.assign(new)
+            if new is not state or self._expected != state.pos:
+                self._stale = True  # another call has advanced the state, or weights that it deviates from have moved
             try:
                 learned, opened = self._arrive(tokens)
                 self._tokens.copy_(tokens)
@@ -241,6 +245,8 @@ class Decoder:
             self._asked = True
             served = self._whole and self.state.batch > 0 and native.dense(self._levels)
             if served and native.unserved(self.model, self.backend) is None:
+                if self._packed is not self.state.fingerprint:  # fused optimizers move no version counter
+                    self._strips, self._packed = {}, self.state.fingerprint
                 self._native = NativeStep(self.model, self.state, self._levels, self._tokens, self._strips)
         return self._native
 

@@ -99,7 +99,7 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
     if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         reader = Reader(model, backend)
         if reader.serves(state):
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 heads, mixers = read_frozen(
                     reader, state, ids, lengths, targets, logits=not call.losses, check_finite=call.check_finite
                 )

@@ -125,7 +125,7 @@ class Reading:
         """Where the head of ids [B, n] puts what it makes of them; and what has to live on until then."""
         call, (B, n), V = self.call, self.ids.shape, self.call.vocab
         made = nats = last = None
-        call.targets = call.nats = call.last = call.logits = call.learns = call.slopes = call.h = None
+        call.targets = call.nats = call.last = call.logits = call.learns = call.slopes = call.h = call.finite = None
         held: list[Any] = []
         if logits:
             whole = min(self.lengths, default=n) == n

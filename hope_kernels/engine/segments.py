@@ -338,7 +338,8 @@ def read_and_hold(
         if reader.serves(state):
             reading, after = reader.read(state, mixers, ids, lengths, None, keep=True)
             wanted = targets if losses else None
-            heads, _ = reading.head(wanted, logits=not losses, check_finite=check_finite)
+            with torch.no_grad():
+                heads, _ = reading.head(wanted, logits=not losses, check_finite=check_finite)
             return heads, after, HeldReading(reading, Segment(mixers, ids, targets, lengths, backend))
         late = [None if cms is None or block.cms is None else Late() for block, cms in zip(model.blocks, state.cms)]
         read = Segment([m.snapshot() for m in mixers], ids, targets, lengths, backend)

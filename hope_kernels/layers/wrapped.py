@@ -58,10 +58,13 @@ def is_plain_norm(module: nn.Module) -> bool:
 
 
 def normed(module: nn.Module, x: Tensor, ops: Any) -> Tensor:
-    """``module(x)`` of a norm; where that is plain, by ``ops``, the functions of ops/linear."""
-    if not is_plain_norm(module):
-        return module(x)
+    """``module(x)`` of a norm; where that is plain, of x's dtype and last dimension, by ``ops``, the functions of
+    ops/linear."""
     norm: Any = module
+    if not is_plain_norm(module) or type(x) is not Tensor or norm.weight.shape != x.shape[-1:] or (
+        norm.weight.dtype != x.dtype
+    ):
+        return module(x)
     return ops.rms_norm(x, norm.weight, norm.eps)
 
 

@@ -340,3 +340,32 @@ def test_who_decodes_alone_looks_at_the_weights_once():
     model.embed.weight.copy_(doubled)
     other.adopt(model)
     assert torch.equal(changed, model(text[:, :1], other)[0]) and str(state.fingerprint) == str(other.fingerprint)
+
+
+@torch.no_grad()
+def test_a_decoder_sees_steps_of_optimizers_that_move_no_version():
+    model, text = built("default"), ids(1, 8)
+    state = model.init_state(1)
+    decoder = Decoder(model, state)
+    for token in text[:, :3].split(1, 1):
+        decoder.step(token)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state.adopt(model)
+    expected, _ = model(text[:, 3:4], state.clone())
+    assert torch.equal(decoder.step(text[:, 3:4]), expected)
+
+
+@torch.no_grad()
+def test_a_decoder_follows_weights_that_rows_deviate_from():
+    model, text = built("default"), ids(2, 40)
+    with torch.enable_grad():
+        _, state = model(text[:, :17], learn="next_token", outer="first_order")
+    state = state.detach()
+    decoder = Decoder(model, state)
+    decoder.step(text[:, 17:18])
+    model.blocks[0].cms.levels[0].up.mul_(1.1)
+    expected, _ = model(text[:, 18:19], state.clone())
+    assert torch.equal(decoder.step(text[:, 18:19]), expected)

@@ -325,3 +325,59 @@ def test_what_is_not_served_says_so():
     for lr, message in (("fast", "'learned'"), (((0.1,), 0.1), "one for each of"), ((0.1, (0.1, -1.0)), ">= 0")):
         with pytest.raises(ValueError, match=message):
             CMSConfig(8, (4, 8), lr=lr)
+
+
+def moved(model, by=0.05):
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.add_(by * torch.randn_like(p))
+
+
+def rows_of(state, model):
+    """By block: what rows have learned in level 1's ``up``, [B, r, c]."""
+    return [deviation(c, 0, "up", b.cms.levels[0].up) for c, b in zip(state.cms, model.blocks)]
+
+
+def test_what_rows_learn_after_a_move_is_carried_once():
+    """Weights move before any row has learned; then rows learn in a call without ``outer``, and weights stay."""
+    model = tiny(cms=cms())
+    _, state = model(ids(2, 3), outer="first_order", **READ)
+    state = state.detach()
+    moved(model)
+    with torch.no_grad():
+        _, state = model(ids(2, 14), state, **READ)
+    before = rows_of(state, model)
+    with torch.no_grad():
+        _, after = model(ids(2, 1), state.clone(), **READ)
+    assert any(bool(t.any()) for t in before)
+    for a, b in zip(rows_of(after, model), before):
+        assert torch.equal(a, b)
+
+
+def test_rows_that_deviate_from_other_weights_do_not_merge():
+    model = tiny(cms=cms())
+    _, one = model(ids(2, 12), outer="first_order", **READ)
+    moved(model)
+    _, two = model(ids(2, 12), outer="first_order", **READ)
+    one, two = one.detach(), two.detach()
+    with pytest.raises(ValueError, match="merge: the rows deviate from other weights"):
+        one.merge(two, [True, False])
+    kept = rows_of(two, model)
+    one.adopt(model)
+    both = one.merge(two, [False, True])
+    for merged, mine, theirs in zip(rows_of(both, model), rows_of(one, model), kept):
+        assert torch.equal(merged[0], mine[0]) and torch.equal(merged[1], theirs[1])
+
+
+def test_adopt_refuses_what_a_guard_would_not_follow():
+    model = tiny(cms=cms())
+    _, state = model(ids(2, 12), outer="first_order", **READ)
+    state = state.detach()
+    with torch.no_grad():
+        model(ids(2, 12), state, guard=True, **READ)
+    moved(model)
+    before = [t.clone() for t in state.tensors()]
+    with pytest.raises(ValueError, match="guard, whose good weights have not"):
+        state.adopt(model)
+    assert all(map(torch.equal, before, state.tensors()))

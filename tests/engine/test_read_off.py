@@ -8,7 +8,8 @@ import pytest
 import torch
 from native_model import CASES, built, ids, small
 
-from hope_kernels import load_state
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, load_state
+from hope_kernels.engine import native_reading
 from hope_kernels.engine.native_segment import Reader
 from hope_kernels.ops.shared import cpu_library
 
@@ -124,3 +125,37 @@ def test_logits_that_are_not_finite_are_refused_and_nothing_is_read():
     with pytest.raises(ValueError, match="logits"):
         model(text[:, 5:], state, check_finite=True)
     assert alike(state, kept)
+
+
+@pytest.mark.parametrize("options", [{}, {"output": "losses"}, {"learn": "next_token"},
+                                     {"learn": "next_token", "output": "losses"}])
+def test_no_graph_is_built_where_none_is_asked_for(options):
+    """Also with more token ids than the head in C++ serves."""
+    torch.manual_seed(0)
+    config = HopeConfig(5000, 16, 1, titans=TitansConfig(16, 2), cms=CMSConfig(16, (4, 8), expansion=2.0, lr=0.02))
+    model, text = HopeForCausalLM(config), torch.randint(0, 5000, (2, 12))
+    with torch.no_grad():
+        found, _ = model(text, **options)
+    with torch.inference_mode():
+        inside, _ = model(text, **options)
+    for a, b in zip([found] if torch.is_tensor(found) else found, [inside] if torch.is_tensor(inside) else inside):
+        if torch.is_tensor(a):
+            assert not a.requires_grad and torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_logits_that_are_refused_leave_no_address_behind(monkeypatch):
+    model, seen = built("default"), []
+    model.norm.weight.fill_(float("nan"))
+    check = native_reading.Reading.refuse
+
+    def refuse(reading, past=0):
+        try:
+            check(reading, past)
+        finally:
+            seen.append(reading.call.finite)
+
+    monkeypatch.setattr(native_reading.Reading, "refuse", refuse)
+    with pytest.raises(ValueError, match="finite"):
+        model(ids(2, 100), check_finite=True)
+    assert seen == [None]

@@ -5,6 +5,8 @@ import torch
 
 from hope_kernels import CMSConfig, ContinuumMemory, HopeConfig, SelfModifyingTitans, TitansConfig, load_state
 from hope_kernels.layers.block import HopeBlock
+from hope_kernels.layers.wrapped import normed
+from hope_kernels.ops.linear import cpp
 from hope_kernels.ops.shared import cpu_library
 
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
@@ -123,3 +125,12 @@ def test_a_block():
         parts.append(y)
     assert torch.equal(torch.cat(parts, 1), whole)
     assert torch.equal(block(x[:1], block.mixer.init_state(1), block.cms.init_state(1), [T])[0], whole[:1])
+
+
+@torch.no_grad()
+def test_norms_of_another_dtype_or_width_are_pytorchs():
+    norm = torch.nn.RMSNorm(16, eps=1e-6).bfloat16()
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(normed(norm, x, cpp), norm(x))
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        normed(torch.nn.RMSNorm(8, eps=1e-6), x, cpp)

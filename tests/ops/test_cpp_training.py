@@ -3,6 +3,7 @@ input against PyTorch in fp64, with the error that PyTorch has in fp32; gradient
 
 import pytest
 import torch
+from native_model import small
 from numerics import within_yardstick
 
 from hope_kernels import CMSConfig
@@ -147,3 +148,20 @@ def test_what_rows_have_learned_is_read_in_pytorch():
     x = torch.randn(2, 3, 8)
     ours, theirs = (m.level_forward(x, tensors, config, 1e-6, residual=True, keep=False)[0] for m in (cms, level))
     assert torch.equal(ours, theirs)
+
+
+def test_gradients_of_modules_that_stand_twice_can_be_differentiated_again():
+    """A tensor of one call may have been made of another one's: that way is counted once."""
+    for share in ("norm", "cms"):
+        model = small(d=16)
+        setattr(model.blocks[1], share, getattr(model.blocks[0], share))
+        text = torch.randint(0, 40, (2, 20))
+        found = []
+        for backend, again in ((None, False), (None, True), ("chunked", True)):
+            logits, _ = model(text, backend=backend)
+            loss = logits.logsumexp(-1).square().mean()
+            of = list(getattr(model.blocks[0], share).parameters())
+            found.append(torch.autograd.grad(loss, of, create_graph=again))
+        for plain, again, chunked in zip(*found):
+            torch.testing.assert_close(again, chunked, rtol=1e-3, atol=1e-5 * float(chunked.detach().abs().max()))
+            torch.testing.assert_close(plain, chunked, rtol=1e-3, atol=1e-5 * float(chunked.detach().abs().max()))

@@ -17,6 +17,8 @@
 //             other instructions a warp (../README.md counts them): the kernel is bound by issue slots, not by
 //             tensor cores.
 #pragma once
+#include <type_traits>
+
 #include "commit.cuh"
 #include "exchange.cuh"
 #include "state.cuh"
@@ -302,6 +304,11 @@ constexpr bool kMayBeOnChip = may_be_on_chip(__CUDA_ARCH__ / 10), kMayBeOffChip 
 constexpr bool in_fibers(int D, int act) { return D == 64 || act == kGeluTanh; }
 #endif
 
+// Kernels that spill a few words beside a copy of their plan.
+template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
+constexpr bool kSpillsWithCopy = D == 64 ? ACT == kGelu && MODE == kGlobal && !ON_CHIP
+                                         : std::is_same_v<T, fp16> && MODE == kCluster && ON_CHIP && SHARDED;
+
 // T: bf16, fp16. ON_CHIP: the plan has found room for the rounded weights in shared memory. SHARDED:
 // plan.shards is 2.
 template <int D, class T, int ACT, int MODE, bool ON_CHIP, bool SHARDED>
@@ -309,7 +316,7 @@ HOPE_KERNEL(kThreads) titans_prefill(const TitansParams p, const Plan plan) {
 #ifdef __CUDA_ARCH__
   if constexpr (!kHasMode<MODE> || !(ON_CHIP ? kMayBeOnChip : kMayBeOffChip))
     trap();  // the launch chose a kernel that this code does not have
-  else if constexpr (D == 64 && ACT == kGelu && MODE == kGlobal && !ON_CHIP)  // with a copy two words were spilled
+  else if constexpr (kSpillsWithCopy<D, T, ACT, MODE, ON_CHIP, SHARDED>)
     prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan);
   else
     prefill<D, T, ACT, MODE, ON_CHIP, SHARDED>(p, plan_of_kernel<MODE>(plan));

@@ -82,9 +82,9 @@ def based(state: CMSState, mark: Checksum | None, matrices: list[Shared]) -> CMS
 
 @torch.no_grad()
 def followed(state: CMSState, mark: Checksum | None, matrices: list[Shared]) -> CMSState:
-    """``state``, which has a base, at the layer's ``matrices`` [r, c] (by level) as they are now; itself where they
-    have not moved. It stays as it is, and shares what is the same. With ``rank``, W_b = W_0 + L_b S follows by
-    itself."""
+    """``state``, which has a base, at the layer's ``matrices`` [r, c] (by level) as they are now. It stays as it is and
+    shares what is the same: ``weights`` where no row has to move. With ``rank``, W_b = W_0 + L_b S follows by itself.
+    """
     base = state.base
     assert base is not None
     if mark is not None and base.mark is mark or state.config.rank is not None:
@@ -101,4 +101,4 @@ def followed(state: CMSState, mark: Checksum | None, matrices: list[Shared]) -> 
         draft.weights[l] = {n: t + shift[n] for n, t in held.items()}
         if copies is not None:
             draft.copies[l] = {n: draft.weights[l][n].to(t.dtype) for n, t in copies.items()}
-    return based(draft.finished(), mark, matrices) if moved else state
+    return based(draft.finished() if moved else state, mark, matrices)

@@ -17,8 +17,9 @@ def gradients_again(
     zero). With a graph of their own in grad mode."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        if not again:
-            tensors = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(tensors, wanted)]
+        # leaves, or else aliases: where one of the tensors was made of another, a way through it is not theirs
+        alias = (lambda t, _: t.view_as(t)) if again else (lambda t, w: t.detach().requires_grad_(w))
+        tensors = [None if t is None else alias(t, w) for t, w in zip(tensors, wanted)]
         results = function(*tensors)
         pairs = [(y, e) for y, e in zip(results, errors) if y is not None and e is not None and y.requires_grad]
         sources = [t for t, w in zip(tensors, wanted) if w and t is not None]

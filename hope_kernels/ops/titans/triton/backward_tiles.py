@@ -28,6 +28,7 @@ class BackwardTiles(NamedTuple):
     SUMS_CT: int
     READ_CT: int
     tile_warps: int
+    hidden_stages: int  # of ``hidden``'s loop over tokens
 
 
 def tiles(D: int, C: int, itemsize: int, skip: bool) -> BackwardTiles:
@@ -41,6 +42,7 @@ def tiles(D: int, C: int, itemsize: int, skip: bool) -> BackwardTiles:
     return BackwardTiles(
         WALK_NT=32, WALK_CT=min(C, 64 if wide else 32), walk_warps=warps, TILE_NT=16 if small else 64 if wide else 32,
         TILE_CT=16, SUMS_CT=16 if small or C == 32 else 32, READ_CT=32 if wide else 16, tile_warps=8 if wide else warps,
+        hidden_stages=1 if wide else 2,  # two spilled a few words on sm_100
     )
 
 
@@ -85,7 +87,7 @@ def clock_constants(config: TitansConfig, itemsize: int, clock: Clock) -> dict[s
         },
         "sums": tile | {"CT": t.SUMS_CT},
         "gain": {"shape": shape, "clock": clock, "TILES": TILES, "CLIP": rule.CLIP, "num_warps": 4},
-        "hidden": tile,
+        "hidden": tile | {"num_stages": t.hidden_stages},
         "targets": model | {"clock": clock, "CT": min(C, 16), "TILES": TILES, "num_warps": 4},
         "inputs": tile, "outputs": tile | {"CT": t.READ_CT},
         "clock_adjoint": model | {"clock": clock, "TILES": TILES, "num_warps": 4, "num_stages": 1},
