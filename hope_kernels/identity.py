@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -82,7 +83,7 @@ _steps = 0  # of all optimizers of the process
 
 
 class _Vouched(threading.local):
-    of: tuple[nn.Module | None, Checksum | None] = (None, None)
+    of: tuple[Any, Any] = (None, None)  # a module, and its checksum
 
 
 _vouched = _Vouched()
@@ -118,7 +119,7 @@ register_optimizer_step_post_hook(_stepped)
 
 
 @contextmanager
-def unchanged(module: nn.Module, mark: Checksum | None) -> Iterator[None]:
+def unchanged(module: Any, mark: Checksum | str | None) -> Iterator[None]:
     """Inside, in this thread, ``checksum(module)`` is ``mark`` unlooked: for loops in which no code of others runs."""
     before, _vouched.of = _vouched.of, (module, mark)
     try:

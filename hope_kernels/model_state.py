@@ -81,7 +81,7 @@ class ModelState(State):
         versions = [(id(t), -1 if t.is_inference() else t._version) for t in self.tensors()]
         return versions, list(self.pos), list(self.seen)
 
-    def followed(self, module: nn.Module) -> ModelState:
+    def followed(self, module: Any) -> ModelState:
         """This state where rows that deviate from the model's weights (after calls with ``outer``) deviate by as much
         from these as they are now; itself where they have not moved. Raises ValueError where a guard keeps weights
         that have not."""

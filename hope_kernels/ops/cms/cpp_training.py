@@ -107,7 +107,7 @@ def _again(
     part: Part, x: Tensor, held: list[Tensor | None], dy: Tensor, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The gradients that can be differentiated again; by aliases, for one tensor may have been made of another."""
-    x, *held = (None if t is None else t.view_as(t) for t in (x, *held))
+    x, held = x.view_as(x), [None if t is None else t.view_as(t) for t in held]
     y, _ = level.level_forward(x, _level(held), part.config, part.eps, residual=part.residual, keep=False)
     sources = [t for t, w in zip((x, *held), wanted) if w and t is not None]
     found = iter(torch.autograd.grad(y, sources, dy, create_graph=True))
