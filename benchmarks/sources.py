@@ -53,7 +53,8 @@ GATE = {
     "triton": ("ops.output_gate.triton.forward:output_gate_triton",),
 }
 LAYER = ("layers.titans:SelfModifyingTitans",)
-LAYER_CPP = ("layers.titans_pullback:pullback", "ops.unit.cpp:unit")
+LINEAR_CPP = ("csrc/cpu/linear*.cpp", *CPU_LIBRARY)
+LAYER_CPP = ("layers.titans_pullback:pullback", "ops.unit.cpp:unit", "ops.linear.cpp:linear", *LINEAR_CPP)
 CMS_KINDS = {
     "forward": ("ops.cms.chain:cms_forward",),
     "refresh": ("ops.cms.refresh:cms_refresh_",),
@@ -64,7 +65,7 @@ CMS_KINDS = {
 CMS_FUNCTIONS = ("level_forward", "level_backward", "refresh_", "outer_add_", "newton_schulz")
 CMS = {
     "chunked": tuple(f"ops.cms.level:{name}" for name in CMS_FUNCTIONS),
-    "cpp": (*(f"ops.cms.cpp:{name}" for name in CMS_FUNCTIONS), "csrc/cpu/cms*.cpp", *CPU_LIBRARY),
+    "cpp": (*(f"ops.cms.cpp:{name}" for name in CMS_FUNCTIONS), "csrc/cpu/cms*.cpp", *LINEAR_CPP),
     "triton": tuple(f"ops.cms.triton.operator:{name}" for name in CMS_FUNCTIONS),
 }
 ATTENTION = ("layers.attention:CausalAttention",)
@@ -75,7 +76,7 @@ MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:g
 OPTIMIZERS = tuple(f"optim.{name}" for name in (
     "deep_momentum:DeepMomentum", "delta_momentum:DeltaMomentum", "dgd:DGD", "m3:M3"
 ))
-STEP_CPP = ("csrc/cpu/token*.cpp", "csrc/cpu/segment*.cpp", *CPU_LIBRARY)
+STEP_CPP = ("csrc/cpu/token*.cpp", "csrc/cpu/segment*.cpp", "csrc/cpu/checksum*.cpp", *CPU_LIBRARY)
 
 # -- modules left out ----------------------------------------------------------------------------------------
 

@@ -339,8 +339,8 @@ class HopeForCausalLM(nn.Module):
             new.append(mixer)
         return h, new
 
-    def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
-        ops = resolve(Request(self.config, h.dtype, h.device, gradient(False)))
+    def logits(self, h: Tensor, lengths: list[int], backend: str | None = None) -> Tensor:
+        ops = resolve(Request(self.config, h.dtype, h.device, gradient(False)), backend)
         h = normed(self.norm, h, ops)
         if self.head is None:
             logits = ops.linear(h, token_vectors(self.embed, self.config.vocab_size, self.config.embed_scale))

@@ -78,7 +78,8 @@ def learn_apart(
         mixers = [m.snapshot() for m in before]
         h, _, anchor = read_graph(model, state, mixers, parts.ids.clone(), parts.lengths, backend, sinks, [row], True)
         heads = read_head(
-            model, h.detach(), parts.lengths, read.targets, logits=False, learners=[True] * R, least=least
+            model, h.detach(), parts.lengths, read.targets, logits=False, learners=[True] * R, least=least,
+            backend=backend
         )
         assert heads.slopes is not None and heads.nats is not None
         slopes = judged(model, state, read, list(range(R)), learners, heads.nats, heads.slopes)
@@ -96,7 +97,7 @@ def _dreamt(
     found: list[dict[int, Factors]] = [{} for _ in model.blocks]
     sinks: list[Sink | None] = [None if c is None else into.__setitem__ for c, into in zip(state.cms, found)]
     h, _, anchor = read_graph(model, state, empty, dreams.ids.clone(), [m] * D, backend, sinks, [row], True)
-    _, back = drift(model, h.detach(), dreams.h)
+    _, back = drift(model, h.detach(), dreams.h, backend)
     torch.autograd.grad(h, anchor, back * (weight / (D * m)))
     return found
 

@@ -273,7 +273,7 @@ class Decoder:
             pairs = zip(mixers, rounded)
             mixers = [m.in_place(self._one_each, of) if isinstance(m, TitansState) else m for m, of in pairs]
         h, new = self.model.run(self.model.embed(self._tokens), mixers, self._levels, self._ones, self.backend)
-        return self.model.logits(h, self._ones), new
+        return self.model.logits(h, self._ones, self.backend), new
 
     def _capture(self) -> None:
         with torch.cuda.device(self.device):

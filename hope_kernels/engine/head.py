@@ -59,7 +59,7 @@ class Heads(NamedTuple):
 def read_head(
     model: Model, h: Tensor, lengths: list[int], targets: Targets | None, *, logits: bool = True,
     learners: list[bool] | None = None, check_finite: bool = False, least: float = 0.0,
-    finite: Tensor | None = None,
+    finite: Tensor | None = None, backend: str | None = None,
 ) -> Heads:
     """The head over h [B, n, d], of which ``lengths`` tokens a row count.
 
@@ -71,7 +71,7 @@ def read_head(
     Raises ValueError for non-finite logits, with ``check_finite``.
     """
     if targets is None:
-        whole = model.logits(h, lengths)
+        whole = model.logits(h, lengths, backend)
         if check_finite:
             check_logits(whole, lengths)
         return Heads(whole, None, None, None)
@@ -85,10 +85,12 @@ def read_head(
         known = [min(max(m - a, 0), b - a) for m in targets.known]
         part = h[:, a:b]
         if learners is None:
-            piece = model.logits(part, here)
+            piece = model.logits(part, here, backend)
             loss = _losses(piece.to(wide), targets.ids[:, a:b], known)
         else:
-            piece, loss, slope = _differentiated(model, part, here, targets.ids[:, a:b], known, learners, least, wide)
+            piece, loss, slope = _differentiated(
+                model, part, here, targets.ids[:, a:b], known, learners, least, wide, backend
+            )
             slopes.append(slope)
         if check_finite:
             check_logits(piece, here)
@@ -105,12 +107,12 @@ def read_head(
             parts.append(piece)
     empty = h.new_zeros(B, 0, dtype=wide)
     return Heads(
-        joined(parts) if parts else model.logits(h, lengths) if logits else None,
+        joined(parts) if parts else model.logits(h, lengths, backend) if logits else None,
         joined(nats) if nats else empty, last, joined(slopes) if slopes else None
     )
 
 
-def drift(model: Model, h: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def drift(model: Model, h: Tensor, own: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """KL(model at ``own`` || model at ``h``), [B, n] nats, of the next token's distribution; and the gradient of
     its sum by h, [B, n, d]: p_h - p_own, through the head. Both are what the blocks made of the same tokens."""
     (B, n), wide = h.shape[:2], master_dtype(placement(model.embed).dtype)
@@ -119,9 +121,9 @@ def drift(model: Model, h: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         lengths = [b - a] * B
         with torch.enable_grad():
             part = h[:, a:b].detach().requires_grad_()
-            logits = model.logits(part, lengths)
+            logits = model.logits(part, lengths, backend)
         with torch.no_grad():
-            was = F.log_softmax(model.logits(own[:, a:b], lengths).to(wide), -1)
+            was = F.log_softmax(model.logits(own[:, a:b], lengths, backend).to(wide), -1)
             now = F.log_softmax(logits.detach().to(wide), -1)
             found.append((was.exp() * (was - now)).sum(-1))
             slope = now.exp_().sub_(was.exp_()).to(logits.dtype)
@@ -155,13 +157,13 @@ def _losses(logits: Tensor, ids: Tensor, known: list[int]) -> Tensor:
 
 def _differentiated(
     model: Model, h: Tensor, lengths: list[int], ids: Tensor, known: list[int], learners: list[bool], least: float,
-    wide: torch.dtype
+    wide: torch.dtype, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, losses, d(sum of the learners' losses)/dh) of a piece; two numbers in ``wide`` a logit are
     held at once."""
     with torch.enable_grad():
         h = h.detach().requires_grad_()
-        logits = model.logits(h, lengths)
+        logits = model.logits(h, lengths, backend)
     with torch.no_grad():
         p = F.log_softmax(logits.detach().to(wide), -1)
         index = ids.unsqueeze(-1)

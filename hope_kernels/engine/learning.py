@@ -111,7 +111,9 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
         h, mixers = model.run(h, state.mixers, state.cms, lengths, backend)
     else:
         h, mixers = run_wavefront(model, h, state.mixers, state.cms, lengths, call.wavefront, backend)
-    heads = read_head(model, h, lengths, targets, logits=not call.losses, check_finite=call.check_finite)
+    heads = read_head(
+        model, h, lengths, targets, logits=not call.losses, check_finite=call.check_finite, backend=backend
+    )
     return _output(heads, call.losses), advance_off(state, mixers, lengths)
 
 
@@ -185,7 +187,10 @@ def _round(
         reading.done()
     else:
         h, mixers = model.run(model.embed(tokens), state.mixers, state.cms, step, call.backend)
-        heads = read_head(model, h, step, targets if call.losses else None, logits=not call.losses, check_finite=check)
+        heads = read_head(
+            model, h, step, targets if call.losses else None, logits=not call.losses, check_finite=check,
+            backend=call.backend
+        )
     kept, seen = segments.recorded(state, tokens, step, whole, C)
     return heads, replace(advance(state, mixers, step), snapshot=snapshot, ids=kept, seen=seen), held
 

@@ -124,7 +124,7 @@ def learn_several(
         if cms is not None:
             cms.tokens[:], cms.dirty[:], cms.steps[:] = counters
     if guard is not None:
-        guard.mean = torch.tensor(list(mean), dtype=torch.float64)
+        guard.mean = torch.tensor(list(mean), dtype=torch.float64, device="cpu")
         guard.pos[:] = [n + read.done for n in guard.pos]
     return read
 

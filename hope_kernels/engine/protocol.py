@@ -74,7 +74,7 @@ class Model(Protocol):
         """All blocks over h, as a function of its arguments: (h, new mixer states)."""
         ...
 
-    def logits(self, h: Tensor, lengths: list[int]) -> Tensor:
+    def logits(self, h: Tensor, lengths: list[int], backend: str | None = None) -> Tensor:
         """The head over h [B, T, d_model]: [B, T, vocab_size], zero past a row's length."""
         ...
 

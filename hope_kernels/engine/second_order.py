@@ -128,7 +128,7 @@ class Refreshes:
         inner = [Inner(anchor, None, gate=gate) for _ in model.blocks]
         with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
             h, _ = model.run(model.embed(self.ids), mixers, levels, self.lengths, "chunked", inner)
-        logits = model.logits(h, self.lengths)
+        logits = model.logits(h, self.lengths, "chunked")
         nats = -logits.to(master_dtype(logits.dtype)).log_softmax(-1)
         nats = nats.gather(-1, self.targets.ids.unsqueeze(-1)).squeeze(-1)
         loss = torch.where(mask(self.targets.known, self.ids.shape[1], h.device), nats, 0).sum()

@@ -231,7 +231,7 @@ def read_to_learn(
     h, mixers, anchor = read_graph(model, state, read.mixers, read.ids, lengths, read.backend, sinks, among)
     heads = read_head(
         model, h.detach(), lengths, read.targets, logits=logits, learners=rows, check_finite=check_finite,
-        finite=finite,
+        finite=finite, backend=read.backend,
     )
     return ReadToLearn(h, anchor, heads, mixers)
 
@@ -306,7 +306,7 @@ class Held:
         with torch.inference_mode(False), torch.enable_grad():
             h, lengths, marked = self.h.detach(), self.read.lengths, [b for b, r in enumerate(rows) if r]
             targets = _arrived(self.read, arriving)
-            heads = read_head(model, h, lengths, targets, logits=False, learners=rows)
+            heads = read_head(model, h, lengths, targets, logits=False, learners=rows, backend=backend)
             sinks = _sinks(model, state, marked, counts, backend, None, lengths, h.shape[1])
             for late, sink in zip(self.late, sinks):
                 if late is not None:
@@ -345,7 +345,9 @@ def read_and_hold(
         read = Segment([m.snapshot() for m in mixers], ids, targets, lengths, backend)
         h, mixers, anchor = read_graph(model, state, mixers, ids, lengths, backend, late, None)
     wanted = targets if losses else None
-    heads = read_head(model, h.detach(), lengths, wanted, logits=not losses, check_finite=check_finite)
+    heads = read_head(
+        model, h.detach(), lengths, wanted, logits=not losses, check_finite=check_finite, backend=backend
+    )
     return heads, mixers, Held(h, anchor, late, read)
 
 
@@ -412,7 +414,7 @@ def judged(
         levels = [b.cms and b.cms.effective_levels(b.cms.init_state(len(read.lengths))) for b in model.blocks]
         with torch.no_grad():
             h, _ = model.run(model.embed(read.ids), mixers, levels, read.lengths, read.backend)
-            found = read_head(model, h, read.lengths, read.targets, logits=False)
+            found = read_head(model, h, read.lengths, read.targets, logits=False, backend=read.backend)
         assert found.nats is not None
         return counted(found.nats)
 

@@ -58,7 +58,8 @@ class Block(nn.Module):
         gate = None if inner is None else inner.gate
         with torch.set_grad_enabled(torch.is_grad_enabled() and (h.requires_grad or inner is None or gate is not None)):
             ops = resolve(Request(self.config, h.dtype, h.device, gradient(False)), backend)
-            train = inner is None and torch.is_grad_enabled()
+            # attention's bits are those of the model it was converted from
+            train = inner is None and torch.is_grad_enabled() and self.config.mixer != "attention"
             y, mixer = self.mixer(
                 rms_normed(self.norm, h, backend) if train else normed(self.norm, h, ops), mixer, lengths,
                 backend=backend, functional=True, constant_memory=inner is not None if gate is None else gate

@@ -113,7 +113,8 @@ class ContinuumMemory(nn.Module):
                 if name in matrices(self.config):
                     nn.init.normal_(p, std=p.shape[1] ** -0.5)
                 elif name == "log_rates":
-                    p.copy_(torch.tensor(list(self.config.matrix_rates(l).values()), dtype=torch.float64).log())
+                    rates = list(self.config.matrix_rates(l).values())
+                    p.copy_(torch.tensor(rates, dtype=torch.float64, device="cpu").log())
                 else:
                     nn.init.constant_(p, 1.0 if name in ("norm_gain", "post_gain") else 0.0)
         if self.mix is not None:

@@ -126,8 +126,7 @@ CPU_TITANS = {"titans cpp", "layer cpp", "model on a CPU", *GPU_MODEL}
     # shared by the memories and the levels
     ("sigma(z, ACT", "    return ", "    return 1.0 * ", {*TRITON_MEMORIES, "cms triton"}),
     ("l2norm", "    return ", "    return 1.0 * ", {
-        "titans chunked", "layer chunked", "layer cpp", "layer triton", "gradient triton", "model on a CPU",
-        *GPU_MODEL}),
+        "titans chunked", "layer chunked", "gradient triton", "model on a CPU", *GPU_MODEL}),
     ("causal_conv_kernel", "tl.where(", "tl.where(True & ", {"conv triton", "layer triton", *GPU_MODEL}),
     ("project", "    return ", "    return 1.0 * ", {
         "layer chunked", "layer cpp", "layer triton", "attention", "model on a CPU", *GPU_MODEL}),

@@ -97,14 +97,15 @@ def test_attention_is_traced_from_nothing():
 
 @pytest.mark.parametrize("tokens", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_training_step(tokens):
-    """Loss and backward under the compiler: one graph, however many steps."""
+    """Loss and backward under the compiler: one graph, however many steps. The steps are small: large ones make the
+    difference of those before ten times as large, and eager training is C++ with roundings of its own."""
     model, twin = build(), build()
 
     def loss_of(net, text):
         return F.cross_entropy(net(text[:, :-1])[0].flatten(0, 1), text[:, 1:].flatten())
 
     form, count = compiled(loss_of)
-    pair = [torch.optim.SGD(net.parameters(), lr=0.5) for net in (model, twin)]
+    pair = [torch.optim.SGD(net.parameters(), lr=0.02) for net in (model, twin)]
     for _ in range(3):
         text = ids(tokens + 1)
         losses = form(model, text), loss_of(twin, text)
@@ -116,6 +117,19 @@ def test_training_step(tokens):
     assert count.frame_count == 1
     for (name, p), q in zip(model.named_parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_step_in_fp32_has_the_gradients_of_eager_training():
+    model, twin, text = build(), build(), ids(10)
+
+    def loss_of(net):
+        return F.cross_entropy(net(text[:, :-1])[0].flatten(0, 1), text[:, 1:].flatten())
+
+    form, _ = compiled(loss_of)
+    for net, f in ((model, form), (twin, loss_of)):
+        f(net).backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_wrong_ids_and_states_are_refused_as_in_eager_mode():

@@ -8,6 +8,8 @@ from problems import problem
 
 import hope_kernels as hk
 from hope_kernels import ops
+from hope_kernels.ops.linear import forward
+from hope_kernels.ops.unit.forward import l2norm
 
 
 def case(**options):
@@ -17,7 +19,7 @@ def case(**options):
     x = torch.randn(2, 21, 8, dtype=torch.float64)
     with torch.no_grad():
         q = None if config.adaptive_q else F.normalize(layer.q_proj(x).unflatten(-1, (2, 4)), dim=-1, eps=1e-6)
-        return layer, x, layer._inputs(x, q)
+        return layer, x, layer._inputs(x, q, None, forward, l2norm)
 
 
 @pytest.mark.parametrize(

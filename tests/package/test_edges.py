@@ -121,7 +121,7 @@ def moved(state, by: int):
         s.pos = Counters([p + by for p in s.pos])
         if getattr(s, "count", None) is not None:
             s.count += by
-        if hasattr(s, "base"):
+        if hasattr(s, "filled"):
             s.base = Counters([b + by for b in s.base])
     return state
 
@@ -136,7 +136,7 @@ def test_positions_past_32_bits(kind, tmp_path):
         if "attention" in kind:  # keys are turned by where they were read; zeros are the same anywhere
             near = moved(module.init_state(2), 8)
             for s in near.states():
-                if hasattr(s, "base"):
+                if hasattr(s, "filled"):
                     s.base, s.filled = Counters([0, 0]), [8, 8]
                     s.k, s.v = (t.new_zeros(2, 8, *t.shape[2:]) for t in (s.k, s.v))
         else:

@@ -99,7 +99,7 @@ def _product(x: Tensor, W: Matrix, bias: Tensor | None, more: Tensor | None = No
         return linear(x, shared, more)
 
     def with_shared(w: Tensor, rows) -> Tensor:
-        return linear(x[torch.tensor(list(rows), dtype=torch.long)], w)
+        return linear(x[torch.tensor(list(rows), dtype=torch.long, device=x.device)], w)
 
     def with_own(w: Tensor, rows) -> Tensor:
         return torch.cat([linear(x[b : b + 1], matrix) for b, matrix in zip(rows, w)])
