@@ -174,7 +174,7 @@ class _Refreshed(torch.autograd.Function):
     """What was learned, as a function of what it was learned from."""
 
     @staticmethod
-    def forward(ctx, refreshes, values, *inputs):
+    def forward(ctx: Any, refreshes: Any, values: list[Tensor], *inputs: Tensor):
         ctx.refreshes = refreshes
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
@@ -182,7 +182,7 @@ class _Refreshed(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *errors):
+    def backward(ctx: Any, *errors: Tensor | None):
         if all(e is None for e in errors):
             return (None,) * (2 + len(ctx.saved_tensors))
         with torch.enable_grad():

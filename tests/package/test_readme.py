@@ -84,9 +84,17 @@ def optim(names):
     assert names["losses"][-1] < names["losses"][0] - 1
 
 
+def training(names):
+    fixed, model = names["fixed"], names["model"]
+    assert any(names["state"].cms[0].own[0]) and model.blocks[0].cms.levels[0].log_rates.grad is not None
+    names["state"].adopt(fixed)
+    assert [type(rate) for rate in fixed.config.cms[0].lr] == [tuple, tuple]
+
+
 HOLDS = {"README.md": readme, "docs/llama.md": llama, "docs/streaming.md": streaming, "docs/backends.md": backends,
          "docs/wrapping.md": wrapping, "docs/generation.md": generation, "docs/continual.md": continual,
-         "docs/replay.md": replay, "docs/hf.md": hf, "docs/optim.md": optim}
+         "docs/replay.md": replay, "docs/hf.md": hf, "docs/optim.md": optim,
+         "docs/training.md": training}
 
 
 @pytest.mark.parametrize("document", HOLDS)

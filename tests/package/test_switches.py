@@ -14,7 +14,7 @@ from hope_kernels.ops.titans import cpp, cuda
 
 TEXT = (Path(__file__).parents[2] / "docs" / "backends.md").read_text()
 ROWS = re.findall(r"^\| (the default|`[^|]*=[^|]*`) \| (yes|no) \| (yes|no) \| (yes|no) \|$", TEXT, re.M)
-OUTSIDE = {"d_model", "conv_window", "in_proj", "out_norm", "gate", "out_proj"}  # around the memories
+OUTSIDE = {"d_model", "conv_window", "in_proj", "out_norm", "gate", "out_proj", "q_identity"}  # around the memories
 NUMBERS = {"grad_scale", "eta_scale", "eta_bias", "alpha_bias"}  # and the sizes of what every kernel has
 
 
