@@ -8,6 +8,7 @@ balanced each for itself.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Words(NamedTuple):
     counted: Tensor  # [B, T + 1] bool: False beyond a word's end
 
 
-class Language:
+class Language(ABC):
     """``words`` draws words, or prefixes of them, of ``shortest`` to ``longest`` symbols, T = longest."""
 
     def __init__(self, name: str, symbols: int):
@@ -36,13 +37,13 @@ class Language:
         legal[..., FIRST:], legal[..., END] = may, end
         return Words(ids, legal, torch.arange(longest + 1) <= lengths[:, None])
 
+    @abstractmethod
     def draw(self, rows: int, shortest: int, longest: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """Symbols [rows, longest], lengths [rows]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def follow(self, symbols: Tensor) -> tuple[Tensor, Tensor]:
         """After none, one, ... all of the symbols: who may follow [rows, T + 1, symbols], may it end [rows, T + 1]."""
-        raise NotImplementedError
 
 
 def lengths(rows: int, shortest: int, longest: int, g: torch.Generator) -> Tensor:
