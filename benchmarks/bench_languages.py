@@ -96,15 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--layers", type=int, default=1)
     p.add_argument("--attention-heads", type=int, default=4)
     p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--out", default=RESULT)
-    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
-    args = p.parse_args(argv)
-    if args.table:
-        print(table(s.load(args.out)))
+    args = s.arguments(p, argv, RESULT, table)
+    if args is None:
         return
-    if args.threads:
-        torch.set_num_threads(args.threads)
     sizes = ("steps", "d_model", "layers", "attention_heads", "batch")
     study = s.Study(args.out, __doc__.split("\n")[0], {name: getattr(args, name) for name in sizes})
     for language in map(LANGUAGES.__getitem__, args.languages):

@@ -151,15 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--tokens", type=int, default=8192, help="of a step")
     p.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     p.add_argument("--sequences", type=int, default=SEQUENCES, help="that each length is tested on")
-    p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--out", default=RESULT)
-    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
-    args = p.parse_args(argv)
-    if args.table:
-        print(table(s.load(args.out)))
+    args = s.arguments(p, argv, RESULT, table)
+    if args is None:
         return
-    if args.threads:
-        torch.set_num_threads(args.threads)
     sizes = ("steps", "d_model", "chunk", "tokens", "lengths", "sequences")
     study = s.Study(args.out, __doc__.split("\n")[0], {name: getattr(args, name) for name in sizes})
     for arm in args.arms:

@@ -250,15 +250,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--tokens", type=int, default=128)
     p.add_argument("--judge-rows", type=int, default=10**9, help="rows of the text that are judged, at most")
     p.add_argument("--every", type=int, default=20, help="steps between points of a curve")
-    p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--out", default=RESULT)
-    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
-    args = p.parse_args(argv)
-    if args.table:
-        print(table(s.load(args.out)))
+    args = s.arguments(p, argv, RESULT, table)
+    if args is None:
         return
-    if args.threads:
-        torch.set_num_threads(args.threads)
     sizes = ("steps", "search_steps", "widest", "d_model", "layers", "batch", "tokens", "judge_rows", "every")
     setting = {name: getattr(args, name) for name in sizes} | {"text": s.digest(s.text(args.text))}
     study, text = s.Study(args.out, __doc__.split("\n")[0], setting, kind="optimizer"), parts(args.text)

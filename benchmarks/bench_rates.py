@@ -80,15 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--plays", help="a file of Shakespeare's plays")
     p.add_argument("--periods", type=int, nargs="+", default=PERIODS)
     p.add_argument("--factors", type=float, nargs="+", default=(1.0,))
-    p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--out", default=RESULT)
-    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
-    args = p.parse_args(argv)
-    if args.table:
-        print(table(s.load(args.out)))
+    args = s.arguments(p, argv, RESULT, table)
+    if args is None:
         return
-    if args.threads:
-        torch.set_num_threads(args.threads)
     folders = {BUNDLED: BUNDLED} | ({} if args.real is None else {REAL: args.real})
     found = texts(args.wiki, args.plays)
     models = {name: HopeForCausalLM.from_pretrained(folder) for name, folder in folders.items()}

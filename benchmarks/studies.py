@@ -3,11 +3,13 @@ results that outlive a kill."""
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -96,6 +98,23 @@ def load(path: str) -> dict:
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def arguments(
+    p: argparse.ArgumentParser, argv: list[str] | None, result: str, table: Callable[[dict], str]
+) -> argparse.Namespace | None:
+    """Those of ``p`` and of every study: threads, and the file. None where only its table was asked for, and has been
+    printed."""
+    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--out", default=result)
+    p.add_argument("--table", action="store_true", help="only print what the file says, as Markdown")
+    args = p.parse_args(argv)
+    if args.table:
+        print(table(load(args.out)))
+        return None
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
 
 
 class Study:

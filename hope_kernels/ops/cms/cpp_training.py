@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...config import CMSConfig
+from ..shared.again import gradients_again
 from ..shared.cpu_library import NO_GRAPH, has_autograd, is_plain
 from . import cpp, level
 from .level import Factors, Level
@@ -106,9 +107,9 @@ def _gradients(
 def _again(
     part: Part, x: Tensor, held: list[Tensor | None], dy: Tensor, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The gradients that can be differentiated again; by aliases, for one tensor may have been made of another."""
-    x, held = x.view_as(x), [None if t is None else t.view_as(t) for t in held]
-    y, _ = level.level_forward(x, _level(held), part.config, part.eps, residual=part.residual, keep=False)
-    sources = [t for t, w in zip((x, *held), wanted) if w and t is not None]
-    found = iter(torch.autograd.grad(y, sources, dy, create_graph=True))
-    return [next(found) if w and t is not None else None for t, w in zip((x, *held), wanted)]
+    """The gradients that can be differentiated again."""
+    def read(x: Tensor, *held: Tensor | None) -> tuple[Tensor]:
+        y, _ = level.level_forward(x, _level(list(held)), part.config, part.eps, residual=part.residual, keep=False)
+        return (y,)
+
+    return gradients_again(read, (x, *held), wanted, (dy,))
