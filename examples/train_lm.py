@@ -1,22 +1,25 @@
 """Train a byte-level HOPE language model on any text files; goes on where it was when stopped.
 
     python examples/train_lm.py TEXT[=WEIGHT] [TEXT ...] --out runs/lm --minutes 60 --through-refreshes 0.3
+    torchrun --nproc-per-node 2 examples/train_lm.py TEXT ...    # the rows of a step divided over two processes
 
 Every batch row reads its own stretch of one source (``mixed_text.py``), carrying the state of its memories from step
 to step (gradients are cut there); now and then a row starts afresh elsewhere. At first the CMS does not learn while
 training reads. In the last ``--through-refreshes`` of the training it does, as it will when the model is used: what
 rows have learned is carried as deviations from the weights, which move on under it (docs/training.md), and the inner
-rates are trained too. In OUT they are numbers of the configuration.
+rates are trained too. In OUT they are numbers of the configuration. Matrices are trained by delta momentum with
+orthogonal steps (``hope_kernels.optim``, docs/optim.md), the rest by AdamW.
 
-OUT holds config.json and model.safetensors (what from_pretrained loads), checkpoint and state-STEP.safetensors
+OUT holds config.json and model.safetensors (what from_pretrained loads), checkpoint and state-STEP-RANK.safetensors
 (weights, optimizer, progress; what the rows' memories and levels hold; every minute, atomically, and on SIGTERM or
 Ctrl-C) and log.jsonl. Data order depends on the seed and the step alone. With --steps the schedule does too: on one
-machine and as many threads, a run that was stopped ends with the bits of one that was not.
+machine, with as many threads and processes, a run that was stopped ends with the bits of one that was not.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import glob
 import json
 import math
@@ -28,20 +31,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mixed_text import Source, Streams, sources
+from parity import trusted
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
+from together import Together
 from tqdm import tqdm
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, load_state
 from hope_kernels.files import write_atomically
 from hope_kernels.generation import read
 from hope_kernels.model_state import ModelState
+from hope_kernels.optim import DeltaMomentum, groups
 
 RATES = 10.0  # how much faster logarithms of inner rates move than other parameters
 SAVE_SECONDS = 60
 # what a run that goes on has to have in common with its beginning, or other text would be read, at other rates
-SAME = ("texts", "suffix", "heldout_share", "through_refreshes", "batch", "tokens", "restart", "lr", "warmup",
-        "weight_decay", "seed", "steps")
+SAME = ("texts", "suffix", "heldout_share", "through_refreshes", "batch", "tokens", "restart", "lr", "matrices",
+        "warmup", "weight_decay", "seed", "steps", "processes")
 
 
 def arguments() -> argparse.Namespace:
@@ -67,6 +73,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--tokens", type=int, default=256, help="tokens per row and step")
     p.add_argument("--restart", type=float, default=0.04, help="chance per row and step to start afresh elsewhere")
     p.add_argument("--lr", type=float, default=3e-3)
+    p.add_argument("--matrices", type=float, default=8.0, help="rate of the matrices' orthogonal steps, in --lr")
     p.add_argument("--warmup", type=float, default=0.02, help="share of the training")
     p.add_argument("--weight-decay", type=float, default=0.05)
     p.add_argument("--seed", type=int, default=0)
@@ -85,40 +92,52 @@ def built(args: argparse.Namespace, device: torch.device) -> tuple[HopeForCausal
     lr = "learned" if args.through_refreshes > 0 else None
     cms = CMSConfig(args.d_model, tuple(args.cms), expansion=args.expansion, lr=lr)
     model = HopeForCausalLM(HopeConfig(256, args.d_model, args.layers, titans=titans, cms=cms), device=device)
-    groups: dict[str, list] = {"matrices": [], "vectors": [], "rates": []}
-    for name, p in model.named_parameters():
-        groups["rates" if name.endswith("log_rates") else "matrices" if p.dim() >= 2 else "vectors"].append(p)
-    optimizer = torch.optim.AdamW([
-        {"params": groups["matrices"], "weight_decay": args.weight_decay, "factor": 1.0},
-        {"params": groups["vectors"], "weight_decay": 0.0, "factor": 1.0},
-        {"params": groups["rates"], "weight_decay": 0.0, "factor": RATES},
-    ], lr=args.lr, betas=(0.9, 0.98), fused=device.type == "cpu")  # one pass; a loop over parameters takes longer
+    rates = [p for n, p in model.named_parameters() if n.endswith("log_rates")]
+    matrices, others = (group["params"] for group in groups(model))
+    others = [p for p in others if all(p is not rate for rate in rates)]
+    tables = [p for p in others if p.dim() >= 2]
+    vectors = [p for p in others if p.dim() < 2]
+    chosen = [
+        {"params": matrices, "weight_decay": args.weight_decay, "factor": args.matrices},
+        {"params": tables, "weight_decay": args.weight_decay, "factor": 1.0, "adamw": True},
+        {"params": vectors, "weight_decay": 0.0, "factor": 1.0, "adamw": True},
+        {"params": rates, "weight_decay": 0.0, "factor": RATES, "adamw": True},
+    ]
+    optimizer = DeltaMomentum(
+        [group for group in chosen if group["params"]], lr=args.lr, orthogonalize=True, adjust_lr_fn="match_rms_adamw",
+        adamw_betas=(0.9, 0.98),
+    )
     return model, optimizer
 
 
-def save(args: argparse.Namespace, model, optimizer, state: ModelState | None, progress: dict) -> None:
-    """The folder as it stands after ``progress["step"]`` steps. The checkpoint is written last, and names its state:
-    whenever this is cut, one pair of the two is whole."""
-    (model.with_fixed_rates() if args.through_refreshes > 0 else model).save_pretrained(args.out)
-    name = f"state-{progress['step']}.safetensors"
-    if state is not None:
-        state.adopt(model)
-        state.save(os.path.join(args.out, name))
-    tensors = {}
-    for i, p in enumerate(model.parameters()):
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"{i}.{key}"] = value.detach().cpu().contiguous()
-    meta = {"progress": json.dumps({**progress, "state": name if state is not None else None})}
-    weights = {f"model.{n}": t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-    write_atomically(
-        os.path.join(args.out, "checkpoint.safetensors"), safetensors_bytes({**tensors, **weights}, metadata=meta)
-    )
-    for old in glob.glob(os.path.join(glob.escape(args.out), "state-*.safetensors")):
-        if os.path.basename(old) != name:
-            os.remove(old)
+def state_path(args: argparse.Namespace, step: int, rank: int | str) -> str:
+    return os.path.join(args.out, f"state-{step}-{rank}.safetensors")
 
 
-def restore(args: argparse.Namespace, model, optimizer) -> tuple[dict, ModelState | None]:
+def save(args: argparse.Namespace, together: Together, model, optimizer, state: ModelState, progress: dict) -> None:
+    """The folder as it stands after ``progress["step"]`` steps. The checkpoint is written last, and says of which step
+    its states are: whenever this is cut, checkpoint and states are whole."""
+    state.adopt(model)
+    state.save(state_path(args, progress["step"], together.rank))
+    together.wait()
+    if together.rank == 0:
+        (model.with_fixed_rates() if args.through_refreshes > 0 else model).save_pretrained(args.out)
+        tensors = {f"model.{n}": t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+        for i, p in enumerate(model.parameters()):
+            for key, value in optimizer.state.get(p, {}).items():
+                tensors[f"{i}.{key}"] = value.detach().cpu().contiguous()
+        write_atomically(
+            os.path.join(args.out, "checkpoint.safetensors"),
+            safetensors_bytes(tensors, metadata={"progress": json.dumps(progress)}),
+        )
+        kept = {state_path(args, progress["step"], rank) for rank in range(together.world)}
+        for path in glob.glob(glob.escape(args.out) + "/state-*.safetensors"):
+            if path not in kept:
+                os.remove(path)
+    together.wait()
+
+
+def restore(args: argparse.Namespace, together: Together, model, optimizer) -> tuple[dict, ModelState | None]:
     """Progress and state of an interrupted run of the same configuration, or those of a new one."""
     path = os.path.join(args.out, "checkpoint.safetensors")
     mine = {"config": json.loads(json.dumps(model.config.to_dict()))} | {n: getattr(args, n) for n in SAME}
@@ -134,60 +153,74 @@ def restore(args: argparse.Namespace, model, optimizer) -> tuple[dict, ModelStat
             held = {n.split(".", 1)[1]: f.get_tensor(n) for n in f.keys() if n.split(".", 1)[0] == str(i)}
             if held:
                 optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in held.items()}
-    name = progress.pop("state")
-    state: Any = None if name is None else load_state(os.path.join(args.out, name), next(model.parameters()).device)
-    print(f"resuming {args.out} at step {progress['step']}, {progress['seconds'] / 60:.1f} minutes")
+    state: Any = load_state(state_path(args, progress["step"], together.rank), together.device)
+    if together.rank == 0:
+        print(f"resuming {args.out} at step {progress['step']}, {progress['seconds'] / 60:.1f} minutes")
     return progress, state
 
 
-def train(args: argparse.Namespace, model, optimizer, found: list[Source], progress: dict, state) -> bool:
+def agreed(together: Together, model: HopeForCausalLM, ids: torch.Tensor) -> str | None:
+    """The backend of all processes: "chunked" where one of them cannot trust the package's choice (``parity.py``)."""
+    backend, own, chunked = trusted(model, together.mine(ids).to(together.device))
+    trust = together.mean([], [float(backend is None)])[0]
+    if together.rank == 0:
+        print(f"error of gradients: {own:.1e}, by the chunked backend {chunked:.1e}")
+    return None if trust == 1 else "chunked"
+
+
+def train(
+    args: argparse.Namespace, together: Together, model, optimizer, found: list[Source], progress: dict, state
+) -> bool:
     """Whether the training has come to its end."""
-    device = next(model.parameters()).device
     streams = Streams(found, args.batch, args.tokens, args.restart, args.seed)
     for step in range(progress["step"]):
         streams.skip(step)
     stopped: list[int] = []
     before = {n: signal.signal(n, lambda *_: stopped.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
+    backend = agreed(together, model, copy.copy(streams).next(progress["step"])[0])
     log = open(os.path.join(args.out, "log.jsonl"), "a")
     total, unit = (args.steps, "step") if args.steps else (args.minutes * 60, "s")
     done = lambda: progress["step"] if args.steps else progress["seconds"]
     until = math.inf if args.pause is None else progress["step"] + args.pause
-    bar = tqdm(total=round(total), initial=round(done()), unit=unit, desc="training")
-    saved = time.monotonic()
-    while done() < total and progress["step"] < until and not stopped:
-        began, share = time.monotonic(), done() / total
+    bar = tqdm(total=round(total), initial=round(done()), unit=unit, desc="training", disable=together.rank > 0)
+    if state is None:
+        state = model.init_state(args.batch // together.world).detach()
+    saved, asked, clock = progress["seconds"], 0.0, time.monotonic()
+    while done() < total and progress["step"] < until and not asked:
+        share = done() / total
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(args, share)
         ids, fresh = streams.next(progress["step"])
-        ids = ids.to(device)
-        if state is None:
-            state = model.init_state(args.batch)
-        elif any(fresh):
-            state = state.merge(model.init_state(args.batch).detach(), fresh)
+        ids, fresh = together.mine(ids).to(together.device), together.mine(fresh)
+        if any(fresh):
+            state = state.merge(model.init_state(len(ids)).detach(), fresh)
         through = share >= 1 - args.through_refreshes
         options = {"learn": "next_token", "outer": "first_order"} if through else {}
-        logits, state = model(ids[:, :-1], state, **options)
+        logits, state = model(ids[:, :-1], state, backend=backend, **options)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        told = [loss.item() / math.log(2), time.monotonic() - clock, float(bool(stopped))]
+        clock += told[1]
+        bits, seconds, asked = together.mean(model.parameters(), told)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         state = state.detach()
-        bits, smooth = loss.item() / math.log(2), progress["smooth"]
+        smooth = progress["smooth"]
         progress["smooth"] = smooth = bits if smooth is None else 0.98 * smooth + 0.02 * bits
         progress["step"] += 1
-        progress["seconds"] += time.monotonic() - began
+        progress["seconds"] += seconds
         bar.n = round(done())
         bar.set_postfix(step=progress["step"], bits=f"{smooth:.3f}", refresh=False)
         bar.refresh()
-        if progress["step"] % 50 == 0:
+        if progress["step"] % 50 == 0 and together.rank == 0:
             line = {"step": progress["step"], "seconds": round(progress["seconds"], 1),
                     "bits_per_byte": round(smooth, 4), "through_refreshes": through}
             print(json.dumps(line), file=log, flush=True)
-        if time.monotonic() - saved > SAVE_SECONDS:
-            save(args, model, optimizer, state, progress)
-            saved = time.monotonic()
-    save(args, model, optimizer, state, progress)
+        if progress["seconds"] - saved > SAVE_SECONDS:
+            save(args, together, model, optimizer, state, progress)
+            saved = progress["seconds"]
+    save(args, together, model, optimizer, state, progress)
     bar.close()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -214,13 +247,20 @@ def main() -> None:
         raise SystemExit("--through-refreshes and --heldout-share are shares, from 0 to 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    together = Together()
+    args.processes = together.world
+    if args.batch % together.world:
+        raise SystemExit(f"--batch is {args.batch}, expected a multiple of the {together.world} processes")
+    torch.manual_seed(args.seed)  # the same weights everywhere
     found = sources(args.texts, args.heldout_share, tuple(args.suffix))
-    model, optimizer = built(args, device)
+    model, optimizer = built(args, together.device)
     os.makedirs(args.out, exist_ok=True)
-    progress, state = restore(args, model, optimizer)
-    if not train(args, model, optimizer, found, progress, state):
+    progress, state = restore(args, together, model, optimizer)
+    ended = train(args, together, model, optimizer, found, progress, state)
+    together.close()
+    if together.rank > 0:
+        return
+    if not ended:
         print(f"stopped at step {progress['step']}; the same command goes on")
         return
     if args.through_refreshes > 0:

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hope_kernels import HopeForCausalLM
+from hope_kernels import HopeConfig, HopeForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -26,7 +28,8 @@ def example(monkeypatch):
         return module
 
     yield loaded
-    sys.modules.pop("mixed_text", None)
+    for name in ("mixed_text", "parity", "together"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -42,12 +45,14 @@ def texts(tmp_path):
     return tmp_path
 
 
+SMALL = ["--suffix", ".py", "--heldout-share", "0.02", "--steps", "12", "--through-refreshes", "0.6", "--d-model", "16",
+         "--heads", "2", "--layers", "1", "--chunk", "4", "--cms", "8", "16", "--tokens", "24", "--restart", "0.2"]
+
+
 def test_a_run_that_is_stopped_ends_with_the_bits_of_one_that_is_not(example, texts, monkeypatch):
     """Before and after the CMS begins to learn; the second part with a state that holds deviations."""
     train_lm = example("train_lm")
-    common = [str(texts / "a.txt"), f"{texts / 'b'}=0.5", "--suffix", ".py", "--heldout-share", "0.02",
-              "--steps", "12", "--through-refreshes", "0.6", "--d-model", "16", "--heads", "2", "--layers", "1",
-              "--chunk", "4", "--cms", "8", "16", "--batch", "3", "--tokens", "24", "--restart", "0.2"]
+    common = [str(texts / "a.txt"), f"{texts / 'b'}=0.5", *SMALL, "--batch", "3"]
     before = torch.get_num_threads()
 
     def run(out, *options):
@@ -73,6 +78,26 @@ def test_a_run_that_is_stopped_ends_with_the_bits_of_one_that_is_not(example, te
     assert start["model_type"] and all(len(own) == 2 for own in rates) and len({*rates[0], *rates[1]}) == 4
 
 
+def test_two_processes_train_as_one_does(texts):
+    """On the same rows, to the rounding of a mean; and stopped and gone on with, to the bit."""
+    def run(out, processes, *options):
+        subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+             str(EXAMPLES / "train_lm.py"), str(texts / "a.txt"), f"{texts / 'b'}=0.5", *SMALL, "--batch", "4",
+             "--threads", "1", "--out", str(texts / out), *options],
+            check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        return load_file(texts / out / "checkpoint.safetensors")
+
+    one, two = run("one", 1), run("two", 2)
+    run("parts", 2, "--pause", "7")
+    parts = run("parts", 2)
+    assert all(torch.equal(t, parts[n]) for n, t in two.items())
+    assert len(list((texts / "parts").glob("state-12-*.safetensors"))) == 2
+    for name in (n for n in one if n.startswith("model.")):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
 def test_sources_are_drawn_by_weight_and_end_where_they_are_held_out(example, texts):
     mixed = example("mixed_text")
     found = mixed.sources([str(texts / "a.txt"), f"{texts / 'b'}=3"], 0.25, (".py",))
@@ -92,3 +117,24 @@ def test_sources_are_drawn_by_weight_and_end_where_they_are_held_out(example, te
     for spec, message in ((f"{texts / 'a.txt'}=no", "the weight is 'no'"), (str(texts / "b" / "four.py"), "0 bytes")):
         with pytest.raises(SystemExit, match=message):
             mixed.sources([spec], 0.0)
+
+
+class Wrong(HopeForCausalLM):
+    """Its own choice of backend is a hundredth off."""
+
+    def forward(self, ids, *args, backend=None, **options):
+        logits, state = super().forward(ids, *args, backend=backend, **options)
+        return (1.01 * logits if backend is None else logits), state
+
+
+def test_a_backend_with_wrong_gradients_is_not_trained_with(example):
+    trusted = example("parity").trusted
+    torch.manual_seed(0)
+    config, ids = HopeConfig(40, 16, 1, num_heads=2), torch.randint(40, (2, 33))
+    right, wrong = HopeForCausalLM(config), Wrong(config)
+    backend, own, chunked = trusted(right, ids)
+    assert backend is None and own < 1e-5 and chunked < 1e-5
+    assert all(p.grad is None for p in right.parameters())
+    backend, own, _ = trusted(wrong, ids)
+    assert backend == "chunked" and 1e-3 < own < 0.1
+    assert trusted(right, ids, "no such backend")[0] == "chunked"
