@@ -173,6 +173,16 @@ def test_the_second_order_gradient_is_that_of_finite_differences(name, before):
         assert abs((found[0] - found[1]) / (2 * eps) - float((ours[n] * along).sum())) < 1e-6, n
 
 
+@pytest.mark.parametrize("name", ["hope", "titans"])
+def test_gradcheck_over_three_segments(name):
+    model, tokens = SECOND[name](), ids(1, 12)
+
+    def loss(*_):  # gradcheck moves the parameters' data, which their versions, and learned rates, do not see
+        return nats(model(tokens[:, :-1], outer="second_order", **READ)[0], tokens)
+
+    assert torch.autograd.gradcheck(loss, list(model.parameters()), fast_mode=True)
+
+
 @pytest.mark.parametrize("outer", ["first_order", "second_order"])
 @pytest.mark.parametrize("mixer", ["attention", "self_modifying"])
 def test_what_is_read_and_learned_is_what_other_calls_read_and_learn(mixer, outer):
