@@ -7,7 +7,10 @@ The stream is read in blocks of a few segments. Before a block is learned it is 
     none does                                                                     a new member starts, as a copy of
                                                                                   whoever reads the block best
 
-"Not much worse" than the member's running mean loss: by at most MARGIN, or ERRORS standard errors of the block's mean.
+"Not much worse" than in the member's running means: a loss higher by at most MARGIN, or ERRORS standard errors of the
+block's mean; and at least half of what it usually gains on the model's own weights, within ERRORS standard errors of
+the difference: another text may well be as easy as the member's own was hard, but the gain is gone.
+
 The present member is left for another only where their difference, token by token, has more than ERRORS standard
 errors. A member that is left stays as it was; but where its last block was half as much worse already, as it was
 before that block, in which the other text may have begun.
@@ -36,19 +39,27 @@ OWN = -1  # the model's own weights, among members
 @dataclass
 class Member:
     """``kept``: a fresh sequence that has learned what this has. mean: of its blocks' losses before each was learned,
-    nats per token; last: the block of the stream that it learned last."""
+    nats per token; gain: of how much lower that is than with the model's own weights; last: the block of the stream
+    that it learned last."""
 
     kept: ModelState
     mean: float = math.inf
     last: int = -1
+    gain: float = 0.0
 
-    def excess(self, losses: Tensor) -> float:
-        """How much worse than its own text a block with ``losses`` [n] is, in units of what is much worse."""
-        return (float(losses.mean()) - self.mean) / max(MARGIN, ERRORS * _error(losses))
+    def excess(self, losses: Tensor, own: Tensor) -> float:
+        """How much worse than its own text a block with ``losses`` [n] is, in units of what is much worse. own: the
+        losses with the model's own weights."""
+        level = (float(losses.mean()) - self.mean) / max(MARGIN, ERRORS * _error(losses))
+        missing = self.gain / 2 - float((own - losses).mean())
+        return max(level, missing / max(ERRORS * _error(own - losses), 1e-6))
 
-    def count(self, loss: float, block: int) -> None:
+    def count(self, losses: Tensor, own: Tensor, block: int) -> None:
+        loss, gain = float(losses.mean()), float((own - losses).mean())
         share = FALL if loss < self.mean else RISE
-        self.mean, self.last = loss if math.isinf(self.mean) else self.mean + share * (loss - self.mean), block
+        self.mean = loss if math.isinf(self.mean) else self.mean + share * (loss - self.mean)
+        self.gain += (FALL if gain > self.gain else RISE) * (gain - self.gain)
+        self.last = block
 
 
 class Bank:
@@ -85,8 +96,8 @@ class Bank:
         elif chosen != origin:
             self.members[chosen] = Member(before)
         member = self.members[chosen]
-        member.kept = before if member.excess(losses[origin]) > 0.5 else forgotten(state, self.model)
-        member.count(float(losses[origin].mean()), self.blocks)
+        member.kept = before if member.excess(losses[origin], losses[OWN]) > 0.5 else forgotten(state, self.model)
+        member.count(losses[origin], losses[OWN], self.blocks)
         self.state, self.current, self.blocks = state, chosen, self.blocks + 1
         return losses[origin]
 
@@ -99,7 +110,7 @@ class Bank:
             d = losses[now] - losses[best]
             if float(d.mean()) <= ERRORS * _error(d):
                 best = now
-        if best != OWN and self.members[best].excess(losses[best]) <= 1:
+        if best != OWN and self.members[best].excess(losses[best], losses[OWN]) <= 1:
             return best, best
         if len(self.members) < self.limit:
             return best, len(self.members)
