@@ -234,9 +234,9 @@ def test_the_bank_goes_on_with_who_reads_best_and_starts_anew_where_nobody_does(
 
 def test_a_text_as_easy_as_the_member_s_own_was_hard_is_told_by_the_gain(model):
     bank = bank_of(model, [3.2], 0)
-    assert bank.chosen(flat(own=3.4, m0=3.41)) == (0, 0)
+    assert bank.chosen(flat(own=3.42, m0=3.41)) == (0, 0)
     bank.members[0].gain = 1.5
-    assert bank.chosen(flat(own=3.4, m0=3.41)) == (0, 1)
+    assert bank.chosen(flat(own=3.42, m0=3.41)) == (0, 1)
     assert bank.chosen(flat(own=4.4, m0=3.41)) == (0, 0)
 
 
