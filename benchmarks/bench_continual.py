@@ -1,7 +1,7 @@
 """What is left of one text when others have been learned, rule by rule at equal gain on the new text.
 
     python -m benchmarks.bench_continual --text FILE FILE ... [--title NAME ...] [--model bundled|FOLDER]
-        [--parts pairs levels chain bank] [--rules gd ...] [--length 8192]
+        [--parts pairs levels chain bank] [--rules gd ...] [--length 4096]
         [--out benchmarks/results/continual.json] [--table]
 
 Texts: the bundled model's own (John and Acts, held out of its training) and one per --text; three disjoint excerpts
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--model", default="bundled", help="bundled, or a folder (that of make real, say)")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--rules", nargs="+", choices=tuple(RULES), default=tuple(RULES), help="gd is always one of them")
-    p.add_argument("--length", type=int, default=8192, help="of each excerpt, in tokens")
+    p.add_argument("--length", type=int, default=4096, help="of each excerpt, in tokens")
     p.add_argument("--seed", type=int, default=0)
     args = s.arguments(p, argv, RESULT, table)
     if args is None:
