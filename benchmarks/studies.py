@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,16 +32,16 @@ def text(path: str) -> bytes:
         return f.read()
 
 
-def excerpts(data: bytes, length: int, longest: int, seed: int, rows: int = ROWS) -> Tensor:
-    """[rows, length] int64: disjoint excerpts, one from each of ``rows`` equal parts of the text, at offsets
-    drawn from ``seed``.
+def excerpts(data: Sequence[int], length: int, longest: int, seed: int, rows: int = ROWS) -> Tensor:
+    """[rows, length] int64: disjoint excerpts, one from each of ``rows`` equal parts of the text (bytes, or token
+    ids), at offsets drawn from ``seed``.
 
-    Room is left for ``longest`` bytes, so a shorter excerpt is the start of the longer one of the same seed.
+    Room is left for ``longest`` of them, so a shorter excerpt is the start of the longer one of the same seed.
     Raises ValueError if the text is too short.
     """
     part = len(data) // rows
     if part < longest:
-        raise ValueError(f"excerpts: argument data has {len(data)} bytes, expected at least {rows} x {longest}")
+        raise ValueError(f"excerpts: argument data has {len(data)} tokens, expected at least {rows} x {longest}")
     g = torch.Generator().manual_seed(seed)
     starts = [row * part + int(torch.randint(0, part - longest + 1, (), generator=g)) for row in range(rows)]
     return torch.tensor([list(data[s : s + length]) for s in starts])
@@ -61,6 +61,12 @@ def with_cms(model: HopeForCausalLM, cms: CMSConfig, seed: int = 0) -> HopeForCa
             elif name not in kept and p.dim() == 2:
                 p.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5)
     return other.to(model.embed.weight.device).eval()
+
+
+def cms_of(model: HopeForCausalLM) -> CMSConfig:
+    """Of the first block whose CMS learns, or of the first that has one."""
+    found = [c for c in model.config.block_cms if c is not None]
+    return next((c for c in found if any(c.learning_rates)), found[0])
 
 
 def bits(

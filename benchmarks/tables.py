@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import (
-    bench_continual,
     bench_languages,
     bench_needles,
     bench_optim,
@@ -28,6 +27,7 @@ from benchmarks import (
     verdicts,
 )
 from benchmarks.budget import table as budget_table
+from benchmarks.continual import bank, chain, pairs
 from benchmarks.real import tables as real_tables
 from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT, at_rest
@@ -225,23 +225,24 @@ def real(name: str, run: dict) -> str:
             + f" {source(f'bench_real {options}', 'real')}")
 
 
-def continual(run: dict) -> str:
-    return f"{bench_continual.table(run['continual'])}\n\n{source('bench_continual --text FILE ...', 'continual')}"
+FORGETTING = {
+    "forgetting": (pairs.table, "{excerpts} excerpts of {length} tokens of each text. \"forgets\": bits of A after B "
+                   "minus before it, of what gd forgets, over all pairs (least to most of one), where the rule gains "
+                   "on B what gd gains at the model's own rates; pairs: in how many a rate does; the next columns: "
+                   "there."),
+    "forgetting_levels": (lambda data: pairs.table(data, "levels"), "Gradient descent, compared as above. Rank R / k: "
+                          "k levels that learn products of that rank, equally many numbers together."),
+    "forgetting_chain": (chain.table, "Bits of each text's last half at the end minus when it had been read, at rates "
+                         "of equal gain over pairs. {texts} texts in the order of the columns, the last not shown."),
+    "forgetting_bank": (bank.table, "First halves of all texts in turn, then second halves; one stream for each of "
+                        "{excerpts} excerpts. Forgotten: the most of them."),
+}
 
 
-def forgetting(run: dict) -> str:
-    """The part of ``continual`` that docs/continual.md shows."""
-    mean = lambda values: f"{sum(values) / len(values):.3f}"
-    rows = []
-    for r in run["continual"]["cases"].values():
-        a, b = r["A"]["cms"], r["B"]["cms"]
-        rows.append((f"{r['first']}, then {r['second']}", r["K"] or "off",
-                     *(mean(a[k]) for k in ("before", "after_A", "after_B")),
-                     *(mean(b[k]) for k in ("before", "after_B"))))
-    head = "A, then B | levels that learn | A before | after A | after B | B before | after B"
-    return (f"{markdown(head, rows)}\n\nBits per byte of the second halves of A and B, read without learning by "
-            "the bundled model with what its CMS had learned and empty memories; level 3 is a new one, the identity at "
-            f"first. {source('bench_continual --text FILE ...', 'continual')}")
+def forgetting(name: str, run: dict) -> str:
+    data, (make, text) = run["continual"], FORGETTING[name]
+    setting = data["setting"] | {"texts": len(data["setting"]["texts"])}
+    return f"{make(data)}\n\n{text.format(**setting)} {source('bench_continual --text FILE ...', 'continual')}"
 
 
 def context(run: dict) -> str:
@@ -338,12 +339,13 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
                 "optim": optim,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},
-                "cms": cms, "rates": rates, "continual": continual, "forgetting": forgetting}
+                "cms": cms, "rates": rates,
+                **{name: lambda run, name=name: forgetting(name, run) for name in FORGETTING}}
     absent = lambda name: (f"Not measured yet: `python -m benchmarks.bench_{name}` writes "
                            f"`benchmarks/results/{name}.json`.")
     # what is not called as the block
-    file = {"figures": "cpu", "forgetting": "continual", **dict.fromkeys(budget_table.BLOCKS, "budget"),
-            **dict.fromkeys(REAL, "real")}
+    file = {"figures": "cpu", **dict.fromkeys(FORGETTING, "continual"),
+            **dict.fromkeys(budget_table.BLOCKS, "budget"), **dict.fromkeys(REAL, "real")}
     made = lambda name, make: make(run) if (of := file.get(name, name)) in run else absent(of)
     return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
         "goals": lambda: goals(results), "gpu": lambda: gpu(results), "plots": lambda: plots(results, folder)}

@@ -9,7 +9,7 @@ import pytest
 import small_model
 import torch
 
-from benchmarks import bench_cms, bench_continual, bench_model, bench_rates, studies
+from benchmarks import bench_cms, bench_model, bench_rates, studies
 from benchmarks.bench_cms import Case
 from benchmarks.sources import kernel_hash
 from hope_kernels import CMSConfig, HopeForCausalLM
@@ -42,13 +42,11 @@ def test_excerpts_are_disjoint_and_a_shorter_one_starts_the_longer_one():
 def test_a_level_that_is_added_is_the_identity_until_it_learns(small):
     model = HopeForCausalLM.from_pretrained(small)
     ids = studies.excerpts(WORDS, 70, 70, 0)
-    three = bench_continual.learner(model, 3)
-    assert three.config.cms.chunks == (8, 32, 128) and three.config.cms.learning_rates == (0.1, 0.05, 0.0125)
+    three = studies.with_cms(model, model.config.cms.replace(chunks=(8, 32, 128), lr=0.1))
     assert torch.equal(three(ids)[0], model(ids)[0]) and float(
         three.blocks[0].cms.levels[2]["up"].detach().std()
     ) > 0.2
-    assert bench_continual.learner(model, 1).config.cms.learning_rates == (0.1, 0.0)
-    assert not bench_continual.learner(model, 0).learns
+    assert studies.cms_of(three) is three.config.block_cms[0] and studies.cms_of(three).chunks == (8, 32, 128)
 
 
 @torch.no_grad()
@@ -107,63 +105,6 @@ def test_the_default_rate_is_what_is_measured():
         default = CMSConfig(128, (C,), expansion=2.0)
         assert config.learning_rates == (default.learning_rates[0], 0.0)
         assert (config.optimizer, config.relative) == (default.optimizer, default.relative)
-
-
-# -- continual -----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_the_forgetful_state_is_the_learned_cms_and_nothing_else(small):
-    model = bench_continual.learner(HopeForCausalLM.from_pretrained(small), 2)
-    A, B = studies.excerpts(WORDS, 96, 96, 0)[:1], studies.excerpts(WORDS[::-1], 64, 64, 0)[:1]
-    _, state = model(A, learn="next_token")
-    before = state.clone()
-    found, _ = studies.bits(model, B, "off", bench_continual.forgotten(state, model))
-    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before.tensors())) and state.pos == before.pos
-    frozen = HopeForCausalLM.from_pretrained(small)  # the same by hand: the learned weights as parameters
-    levels = model.levels(state)[0]
-    for level, learned in zip(frozen.blocks[0].cms.levels, levels):
-        for name in ("up", "down"):
-            assert not torch.equal(level[name], dense(learned[name]))
-            level[name].copy_(dense(learned[name]))
-    assert found == pytest.approx(studies.bits(frozen, B, "off")[0], rel=1e-5)
-
-
-def dense(matrix) -> torch.Tensor:
-    """A single row's matrix of a level, written out."""
-    return matrix[0] if isinstance(matrix, torch.Tensor) else matrix.dense(1)[0]
-
-
-def test_continual_command_runs_and_resumes(small, tmp_path, capsys):
-    out = tmp_path / "continual.json"
-    command = ["--text", str(small / "text"), "--title", "words", "--model", str(small), "--bytes", "128",
-               "--levels", "0", "2",
-               "--out", str(out)]
-    bench_continual.main(command)
-    first = json.loads(out.read_text())
-    assert len(first["cases"]) == 4
-    for record in first["cases"].values():
-        before = record["A"]["cms"]["before"]
-        assert len(before) == 3 and record["A"]["whole"]["before"] == before
-        assert sorted(before) == pytest.approx(sorted(record["A_other"]["cms"]["before"]))
-        cms = [record[name]["cms"] for name in ("A", "A_other", "B")]
-        same = [stages[stage] == stages["before"] for stages in cms for stage in ("after_A", "after_B")]
-        assert all(same) if record["K"] == 0 else not any(same)
-    learned = first["cases"]["words, then John and Acts (KJV), K 2"]
-    assert studies.mean(learned["A"]["cms"]["after_A"]) < studies.mean(learned["A"]["cms"]["before"])
-    written = out.read_bytes()
-    capsys.readouterr()
-    bench_continual.main(command)
-    shown = capsys.readouterr().out
-    bench_continual.main(["--table", "--out", str(out)])
-    assert out.read_bytes() == written and shown == capsys.readouterr().out and len(shown.splitlines()) == 6
-
-
-def test_kept_is_a_share_of_the_gain():
-    stages = {"before": [2.0, 4.0], "after_A": [1.0, 1.0], "after_B": [1.5, 2.5]}
-    assert bench_continual.kept(stages) == pytest.approx(0.5)
-    assert bench_continual.kept(stages | {"after_A": [3.0, 3.0]}) is None
-    assert bench_continual.kept(stages | {"after_B": [1.0, None]}) is None
 
 
 # -- measurements --------------------------------------------------------------------------------------------
