@@ -195,9 +195,9 @@ def main(argv: list[str] | None = None) -> None:
         "other": {name: s.digest(data) for name, data in other.items()},
     }
     study = s.Study(args.out, __doc__.split("\n")[0], setting, kind="train")
-    for arm in sorted(args.arms, key=list(TITLES).index):
-        lr = chosen("hope" if arm in ABLATIONS else arm, study, args)
-        for seed in args.seeds:
+    rates = {arm: chosen("hope" if arm in ABLATIONS else arm, study, args) for arm in args.arms}
+    for seed in args.seeds:
+        for arm, lr in rates.items():
             case = f"run {arm} seed {seed}"
             if case not in study.cases:
                 model, record = train(arm, lr, seed, args.steps, args)
