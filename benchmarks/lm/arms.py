@@ -36,8 +36,8 @@ def configuration(arm: str, d: int, layers: int, hidden: int) -> HopeConfig:
     if arm in ("attention", "attention_cms"):
         return HopeConfig(VOCABULARY, d, layers, mixer="attention", num_heads=heads, cms=cms)
     if arm == "titans":
-        # at the preset's own bias of 0 these memories grow without bound within some thousand bytes of text
-        titans = TitansConfig.preset("titans", d_model=d, num_heads=heads, eta_bias=-4.0)
+        # by the preset itself, of steps up to 0.5, these memories grow without bound within some thousand bytes of text
+        titans = TitansConfig.preset("titans", d_model=d, num_heads=heads, eta_scale=0.02, target_norm=True)
         return HopeConfig(VOCABULARY, d, layers, mixer="titans", titans=titans, cms=cms)
     changed = ABLATIONS[arm][1] if arm in ABLATIONS else {}
     return HopeConfig(VOCABULARY, d, layers, titans=TitansConfig(d, heads, **changed), cms=cms)
