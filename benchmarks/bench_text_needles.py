@@ -1,6 +1,6 @@
 """Needles in real text at lengths never trained: HOPE with the preset "recall", Titans and attention of one size.
 
-    python -m benchmarks.bench_text_needles [--text FILE] [--arms recall ...] [--steps 400] [--seeds 0 1 2]
+    python -m benchmarks.bench_text_needles [--text FILE] [--arms recall ...] [--steps 1000] [--seeds 0 1 2]
         [--lengths 256 1024 ...] [--threads 1] [--out benchmarks/results/text_needles.json] [--table]
 
 As benchmarks/bench_needles.py, whose arms, curriculum and tests these are, with bytes of a text for noise: four strings
@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--text", default=s.KJV, help="a text file, or .gz")
     p.add_argument("--arms", nargs="+", choices=n.ARMS, default=("recall", "titans", "attention"))
-    p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--steps", type=int, default=1000)
     p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     p.add_argument("--d-model", type=int, default=64)
     p.add_argument("--chunk", type=int, default=16)
-    p.add_argument("--tokens", type=int, default=4096, help="of a step")
+    p.add_argument("--tokens", type=int, default=2048, help="of a step")
     p.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     p.add_argument("--sequences", type=int, default=100, help="that each length is tested on")
     args = s.arguments(p, argv, RESULT, n.table)
