@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,9 @@ ATTENTION_LONGEST = 4096  # tokens of noise
 SEQUENCES, LENGTHS = 200, (256, 1024, 4096, 16384, 65536)
 PIECE = 1 << 16  # tokens of all rows read at once in tests
 
+Build = Callable[[str, int, int, int], HopeForCausalLM]  # of arm, seed, width and chunk
+Sample = Callable[[int, int, int, torch.Generator], tuple[Tensor, Tensor]]  # of rows, length, chunk and generator
+
 
 def configuration(arm: str, d: int, chunk: int, hidden: int) -> HopeConfig:
     fields = {"cms": CMSConfig(d, (1 << 20,), intermediate_size=hidden, lr=0.0)}
@@ -46,7 +50,9 @@ def configuration(arm: str, d: int, chunk: int, hidden: int) -> HopeConfig:
     return HopeConfig(VOCABULARY, d, 1, mixer=mixer, titans=titans, **fields)
 
 
-def build(arm: str, seed: int, d: int, chunk: int) -> HopeForCausalLM:
+def build(
+    arm: str, seed: int, d: int, chunk: int, configuration: Callable[..., HopeConfig] = configuration
+) -> HopeForCausalLM:
     config = configuration("recall", d, chunk, 2 * d)
     if arm in ("titans", "attention"):
         config = same_size(size(HopeForCausalLM(config)), lambda hidden: configuration(arm, d, chunk, hidden))
@@ -68,7 +74,9 @@ def write_logits(model: HopeForCausalLM, ids: Tensor) -> Tensor:
     return (hidden @ memory["w1"][0].T)[..., 0] + mixer.eta_bias[0]
 
 
-def train(arm: str, lr: float, seed: int, args: argparse.Namespace) -> tuple[HopeForCausalLM, dict]:
+def train(
+    arm: str, lr: float, seed: int, args: argparse.Namespace, build: Build = build, sample: Sample = needles
+) -> tuple[HopeForCausalLM, dict]:
     model, g = build(arm, seed, args.d_model, args.chunk), torch.Generator().manual_seed(seed)
     biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
     others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
@@ -76,7 +84,7 @@ def train(arm: str, lr: float, seed: int, args: argparse.Namespace) -> tuple[Hop
     T, smooth, since, curve = FIRST, None, 0, []
     for step in range(args.steps):
         rows = max(2, min(64, args.tokens // (T + args.chunk + 2 * NEEDLES)))
-        ids, at = needles(rows, T, args.chunk, g)
+        ids, at = sample(rows, T, args.chunk, g)
         found = F.cross_entropy(model(ids)[0][:, at].flatten(0, 1), ids[:, at + 1].flatten())
         loss = found
         if arm == "recall" and T == LAST:
@@ -107,17 +115,17 @@ def rank(record: dict) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def found(model: HopeForCausalLM, T: int, chunk: int, sequences: int) -> float:
+def found(model: HopeForCausalLM, T: int, chunk: int, sequences: int, sample: Sample = needles) -> float:
     """Share of right answers, over ``sequences`` of T tokens of noise, the same for every model."""
     g, right = torch.Generator().manual_seed(T), []
     rows = max(1, min(sequences, (1 << 20) // T))
     for first in range(0, sequences, rows):
-        ids, at = needles(min(rows, sequences - first), T, chunk, g)
-        state = None
-        for piece in ids[:, :-2 * NEEDLES].split(max(1, PIECE // len(ids)), 1):
+        ids, at = sample(min(rows, sequences - first), T, chunk, g)
+        state, asked = None, int(at[0])
+        for piece in ids[:, :asked].split(max(1, PIECE // len(ids)), 1):
             state = model(piece, state)[1]
-        logits = model(ids[:, -2 * NEEDLES :], state)[0]
-        right.append((logits[:, ::2].argmax(-1) == ids[:, at + 1]).float().flatten())
+        logits = model(ids[:, asked:], state)[0]
+        right.append((logits[:, at - asked].argmax(-1) == ids[:, at + 1]).float().flatten())
     return float(torch.cat(right).mean())
 
 
@@ -141,6 +149,28 @@ def table(data: dict) -> str:
     return "\n".join(lines) if runs else "no runs yet"
 
 
+def compare(study: s.Study, args: argparse.Namespace, build: Build = build, sample: Sample = needles,
+            tests: Sample = needles) -> None:
+    """Runs what the study does not have yet: rates of every arm, then every seed at the best. sample: what trains."""
+    for arm in args.arms:
+        ranks = {}
+        for lr in RATES:
+            case = f"search {arm} {lr:g}"
+            if case not in study.cases:
+                study.put(case, train(arm, lr, 0, args, build, sample)[1])
+                print(case, study.cases[case]["reached"], study.cases[case]["loss"], flush=True)
+            ranks[lr] = rank(study.cases[case])
+        lr = min(ranks, key=ranks.__getitem__)
+        for seed in args.seeds:
+            case = f"run {arm} seed {seed}"
+            if case not in study.cases:
+                model, record = train(arm, lr, seed, args, build, sample)
+                lengths = [T for T in args.lengths if arm != "attention" or T <= ATTENTION_LONGEST]
+                shares = {str(T): found(model, T, args.chunk, args.sequences, tests) for T in lengths}
+                study.put(case, record | {"found": shares})
+                print(case, study.cases[case]["found"], flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
@@ -156,23 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     sizes = ("steps", "d_model", "chunk", "tokens", "lengths", "sequences")
     study = s.Study(args.out, __doc__.split("\n")[0], {name: getattr(args, name) for name in sizes})
-    for arm in args.arms:
-        ranks = {}
-        for lr in RATES:
-            case = f"search {arm} {lr:g}"
-            if case not in study.cases:
-                study.put(case, train(arm, lr, 0, args)[1])
-                print(case, study.cases[case]["reached"], study.cases[case]["loss"], flush=True)
-            ranks[lr] = rank(study.cases[case])
-        lr = min(ranks, key=ranks.__getitem__)
-        for seed in args.seeds:
-            case = f"run {arm} seed {seed}"
-            if case not in study.cases:
-                model, record = train(arm, lr, seed, args)
-                lengths = [T for T in args.lengths if arm != "attention" or T <= ATTENTION_LONGEST]
-                shares = {str(T): found(model, T, args.chunk, args.sequences) for T in lengths}
-                study.put(case, record | {"found": shares})
-                print(case, study.cases[case]["found"], flush=True)
+    compare(study, args)
     print(table(study.data))
 
 

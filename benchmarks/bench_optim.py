@@ -32,7 +32,7 @@ from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, o
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "optim.json")
 MATCHED = {"adjust_lr_fn": "match_rms_adamw"}  # rates of orthogonal steps on AdamW's scale
-FACTOR, WIDEST = 2.0, 6  # between rates that are tried; how many steps of it at most from the first
+WIDEST = 6  # rates that are tried at most on either side of the first
 DECAY = 0.05
 
 
@@ -167,28 +167,15 @@ def train(
 
 
 def best_rate(name: str, base: float, study: s.Study, text: dict, args: argparse.Namespace) -> float:
-    """Tries rates outwards from the first until the best one has a worse one on either side."""
-    first, found = OPTIMIZERS[name][1], {}
+    def loss(lr: float) -> float:
+        case = f"search {name} {lr:g}"
+        if case not in study.cases:
+            study.put(case, train(name, lr, base, 0, args.search_steps, text | {"search": True}, args))
+            print(f"{case}: {study.cases[case]['bits']}", flush=True)
+        value = study.cases[case]["bits"]
+        return math.inf if value is None else value
 
-    def tried(k: int) -> float:
-        if k not in found:
-            lr = first * FACTOR**k
-            case = f"search {name} {lr:g}"
-            if case not in study.cases:
-                study.put(case, train(name, lr, base, 0, args.search_steps, text | {"search": True}, args))
-                print(f"{case}: {study.cases[case]['bits']}", flush=True)
-            value = study.cases[case]["bits"]
-            found[k] = math.inf if value is None else value
-        return found[k]
-
-    k = 0
-    tried(k)
-    while True:
-        beside = [j for j in (k - 1, k + 1) if abs(j) <= args.widest]
-        better = [j for j in beside if tried(j) < found[k]]
-        if not better:
-            return first * FACTOR**k
-        k = min(better, key=tried)
+    return s.best_rate(OPTIMIZERS[name][1], loss, args.widest)
 
 
 def at_time(curve: list[list[float]], seconds: float) -> float | None:

@@ -97,6 +97,26 @@ def mean(values: list[float | None]) -> float:
     return math.inf if None in values else sum(values) / len(values)
 
 
+def best_rate(first: float, loss: Callable[[float], float], widest: int, factor: float = 2.0) -> float:
+    """Tries rates, ``factor`` apart, outwards from ``first`` until the best one has a worse one on either side; at
+    most ``widest`` of them on a side. loss(rate): infinite where it diverges."""
+    found: dict[int, float] = {}
+
+    def tried(k: int) -> float:
+        if k not in found:
+            found[k] = loss(first * factor**k)
+        return found[k]
+
+    k = 0
+    tried(k)
+    while True:
+        beside = [j for j in (k - 1, k + 1) if abs(j) <= widest]
+        better = [j for j in beside if tried(j) < found[k]]
+        if not better:
+            return first * factor**k
+        k = min(better, key=tried)
+
+
 def load(path: str) -> dict:
     with open(path) as f:
         return json.load(f)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks import (
     bench_languages,
+    bench_lm,
     bench_needles,
     bench_optim,
     bench_rates,
@@ -141,6 +142,22 @@ def needles(run: dict) -> str:
     return (f"{bench_needles.table(data)}\n\nShare of right answers by tokens of noise, 4 needles, chance 0.031, "
             f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps on "
             f"{bench_needles.FIRST} to {bench_needles.LAST} tokens. {source('bench_needles', 'needles')}")
+
+
+def text_needles(run: dict) -> str:
+    data = run["text_needles"]
+    return (f"{bench_needles.table(data)}\n\nShare of right answers by bytes of text, 4 needles, chance 0.038, "
+            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps on "
+            f"{bench_needles.FIRST} to {bench_needles.LAST} bytes. {source('bench_text_needles', 'text_needles')}")
+
+
+def lm(run: dict) -> str:
+    setting = run["lm"]["setting"]
+    read = setting["steps"] * setting["batch"] * setting["tokens"]
+    return (f"{bench_lm.table(run['lm'])}\n\nBits per byte by length of the context, learning off and on, mean (least "
+            f"to most) over the seeds; trained on {read / 1e6:.1f} million bytes (d = {setting['d_model']}, "
+            f"{setting['layers']} layers). Bytes/s of one core, by its own seconds, other work on the machine. "
+            f"{source('bench_lm --threads 1 --text FILE ...', 'lm')}")
 
 
 def optim(run: dict) -> str:
@@ -336,7 +353,7 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy, "sinks": sinks, "serve": serve, "decode": decode,
                 "reading": reading, "train": train, "languages": languages, "needles": needles,
-                "optim": optim,
+                "text_needles": text_needles, "lm": lm, "optim": optim,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},
                 "cms": cms, "rates": rates,

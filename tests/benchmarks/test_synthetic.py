@@ -1,12 +1,14 @@
 """The tasks of recall and of needles say what they promise, and the studies of them run none of their cases twice."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from benchmarks import bench_needles, bench_recall
+from benchmarks import bench_needles, bench_recall, bench_text_needles
 from benchmarks.synthetic.needles import KEYS, NEEDLES, VALUES, needles
+from benchmarks.synthetic.text_needles import hay, text_needles
 
 
 def test_needles_are_told_once_and_asked_for_once():
@@ -75,3 +77,40 @@ def test_a_needle_is_found_however_the_hay_is_cut(monkeypatch):
     with torch.no_grad():
         right = (model(ids)[0][:, at].argmax(-1) == ids[:, at + 1]).float().mean()
     assert whole == float(right)
+
+
+def test_needles_in_text_are_told_once_and_asked_for_once_and_the_rest_is_text():
+    text = b"In the beginning was the Word, @ and the Word was with God. " * 5
+    ids, at = text_needles(hay(text), 50, 64, 16, torch.Generator().manual_seed(0))
+    assert ids.shape == (50, 64 + 16 + 4 * NEEDLES) and at.tolist() == [82, 86, 90, 94]
+    for row in map(bytes, ids.tolist()):
+        strings = [row[i : i + 4] for i in range(len(row)) if row[i : i + 1] == b"@"]
+        told, asked = strings[:NEEDLES], strings[NEEDLES:]
+        assert sorted(told) == sorted(asked) and b"".join(asked) == row[80:] and len({n[:3] for n in told}) == NEEDLES
+        assert all(n[1:].isalpha() and n[1:].islower() for n in told)
+        assert [row[i - 2 : i + 2] for i in at.tolist()] == asked
+        between = b"....".join(map(re.escape, re.split(b"@...", row[:80])))
+        assert re.search(between, bytes(hay(text).tolist()))
+    with pytest.raises(ValueError, match="text_needles: argument T is 15, expected at least 16"):
+        text_needles(hay(text), 1, 15, 16, torch.Generator())
+    with pytest.raises(ValueError, match="argument text has 60 bytes, expected at least T . close, 80"):
+        text_needles(hay(text)[:60], 1, 64, 16, torch.Generator())
+
+
+def test_the_study_of_needles_in_text_trains_and_tests_on_its_two_parts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_needles, "RATES", (4e-3,))
+    drawn = []
+    monkeypatch.setattr(bench_text_needles, "text_needles", lambda text, *how: drawn.append(text) or text_needles(
+        text, *how))
+    source, out = tmp_path / "text.txt", tmp_path / "text_needles.json"
+    source.write_bytes(b"a" * 800 + b"b" * 200)
+    command = ["--arms", "recall", "attention", "--seeds", "0", "--steps", "2", "--tokens", "64", "--text", str(source),
+               "--lengths", "16", "64", "--sequences", "3", "--out", str(out)]
+    bench_text_needles.main(command)
+    first = json.loads(out.read_text())
+    assert set(first["cases"]["run attention seed 0"]["found"]) == {"16", "64"}
+    assert {bytes(t.unique().tolist()): len(t) for t in drawn} == {b"a": 800, b"b": 200}
+    bench_text_needles.main(command)
+    assert json.loads(out.read_text())["cases"] == first["cases"]
+    sizes = [first["cases"][f"run {arm} seed 0"]["parameters"] for arm in ("recall", "attention")]
+    assert abs(sizes[1] / sizes[0] - 1) <= 0.02 and f"| recall | {sizes[0]:,} |" in capsys.readouterr().out
