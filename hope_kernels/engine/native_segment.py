@@ -20,6 +20,7 @@ from ..model_state import ModelState
 from ..ops.shared.cpu_library import address
 from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
+from .head import Targets
 from .native import size_of, unserved
 from .native_reading import MEMORY, BlockCall, LevelCall, Memory, Reading, SegmentCall, addresses
 
@@ -50,6 +51,17 @@ class Reader:
         B, T = ids.shape
         reading = self.reading(B, T, keep)
         return reading, reading.read(state, mixers, ids.contiguous(), lengths, among)
+
+    def own_losses(
+        self, state: ModelState, mixers: Sequence[Any], ids: Tensor, lengths: list[int], targets: Targets
+    ) -> Tensor:
+        """Nats [B, n] of tokens as the model's own weights read them, from ``mixers``, which stay as they are."""
+        own = replace(state, cms=[b.cms and b.cms.init_state(len(lengths)) for b in self.model.blocks])
+        reading, after = self.read(own, mixers, ids, lengths, None, keep=False)
+        heads, _ = reading.head(targets, logits=False)
+        self.give_back(reading, after)
+        assert heads.nats is not None
+        return heads.nats
 
     def reading(self, B: int, T: int, keep: bool) -> Reading:
         """For segments of T tokens."""

@@ -37,23 +37,30 @@ def draw(
     if temperature == 0:
         return likeliest.squeeze(-1)
     # on the CPU sums have one order, so that a session draws the same text again
-    values, top = logits.to("cpu", torch.float64), top.to("cpu", torch.float64)
-    scaled = (values - top) / temperature
-    # the likeliest are at 0 even where they are infinite or the temperature's reciprocal is; -inf stays where
-    # the temperature is infinite
-    scaled = torch.where(values == top, 0.0, torch.where(values == -torch.inf, -torch.inf, scaled))
+    values, order = logits.to("cpu", torch.float64), None
     if top_k is not None or top_p is not None:
-        order = values.argsort(dim=-1, descending=True, stable=True)
-        ranked = scaled.gather(-1, order)
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+    scaled = _scaled(values, top.to("cpu", torch.float64), temperature)
+    if order is not None:
         if top_k is not None:
-            ranked[:, top_k:] = -torch.inf
+            scaled[:, top_k:] = -torch.inf
         if top_p is not None and top_p < 1:
-            p = ranked.softmax(-1)
-            ranked = ranked.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
-        scaled = torch.full_like(ranked, -torch.inf).scatter(-1, order, ranked)
-    u = torch.tensor([[uniform(seed, row, t)] for row, t in enumerate(pos)], dtype=torch.float64, device="cpu")
+            p = scaled.softmax(-1)
+            scaled.masked_fill_(p.cumsum(-1).sub_(p) >= top_p, -torch.inf)
+        scaled = torch.empty_like(scaled).scatter_(-1, order, scaled)
     mass = scaled.softmax(-1).cumsum(-1)
-    total = mass[:, -1:]
+    totals = mass[:, -1].tolist()
     # below the total whatever the product rounds to: the token found always has a mass
-    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return (mass <= target).sum(-1).to(logits.device)
+    targets = [[min(uniform(seed, b, t) * total, math.nextafter(total, 0))] for b, (t, total) in
+               enumerate(zip(pos, totals))]
+    found = torch.searchsorted(mass, torch.tensor(targets, dtype=torch.float64, device="cpu"), right=True)
+    return found.squeeze(-1).to(logits.device)
+
+
+def _scaled(values: Tensor, top: Tensor, temperature: float) -> Tensor:
+    """(values - top) / temperature. The likeliest are at 0 even where they are infinite or the temperature's
+    reciprocal is; what is infinitely less likely stays so where the temperature is infinite."""
+    scaled = (values - top).div_(temperature)
+    if 0 < 1 / temperature < math.inf and max(top.flatten().tolist()) < math.inf:
+        return scaled
+    return torch.where(values == top, 0.0, torch.where(values - top == -torch.inf, -torch.inf, scaled))

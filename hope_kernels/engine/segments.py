@@ -244,7 +244,7 @@ def _descend(
     the ``marked`` ones of those read."""
     assert heads.nats is not None
     of, known = dict(zip(learners, marked)), read.targets.known
-    slopes = judged(model, state, read, marked, learners, heads.nats, slopes)
+    slopes = judged(model, state, read, marked, learners, heads.nats, slopes, reading.reader)
     if not learners:
         return
     tokens = [0] * state.batch
@@ -397,11 +397,11 @@ def plans_of(
 
 def judged(
     model: Model, state: ModelState, read: Segment, marked: list[int], learners: list[int], nats: Tensor,
-    slopes: Tensor
+    slopes: Tensor, reader: Reader | None = None
 ) -> Tensor:
     """``slopes`` of the segment ``read``, whose rows ``marked`` are the rows ``learners`` of the batch (or parts
     of a segment of its one learner), without those that the guard of ``state`` lets not learn; they leave
-    ``learners``."""
+    ``learners``. reader: what has read the segment in C++, and does so with the model's own weights; or None."""
     if state.guard is None or not learners:
         return slopes
 
@@ -410,6 +410,8 @@ def judged(
         return [torch.cat(rows)] if read.apart else rows
 
     def own() -> list[Tensor]:
+        if reader is not None:
+            return counted(reader.own_losses(state, read.mixers, read.ids, read.lengths, read.targets))
         mixers = [m.snapshot() for m in read.mixers]
         levels = [b.cms and b.cms.effective_levels(b.cms.init_state(len(read.lengths))) for b in model.blocks]
         with torch.no_grad():

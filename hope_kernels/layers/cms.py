@@ -268,12 +268,14 @@ class ContinuumMemory(nn.Module):
         self, state: CMSState, rows: list[int], counts: list[int] | None, tokens: list[int],
         ops: Callable[[], Any], scale: Callable[[int], float] | None, known: dict[int, Known],
     ) -> dict[int, Plan]:
-        """What ``rows`` of the draft ``state`` do with a segment of ``tokens`` [B], by level: see ``plan.py``."""
+        """What ``rows`` of the draft ``state`` do with a segment of ``tokens`` [B], by level: see ``plan.py``. known:
+        earlier ones, by level; at first empty."""
+        if not known:
+            known.update((l, {}) for l in learning_levels(self.config))
         return {
             l: planned(
-                state, self.config, partial(self.start, l), l, rows, counts, tokens, ops, self._sizes(l), scale,
-                known.setdefault(l, {})
-            ) for l in learning_levels(self.config)
+                state, self.config, partial(self.start, l), l, rows, counts, tokens, ops, self._sizes(l), scale, plans
+            ) for l, plans in known.items()
         }
 
     @torch.no_grad()
@@ -365,12 +367,13 @@ class ContinuumMemory(nn.Module):
             return self.config.matrix_rates(l)
         return dict(zip(matrices(self.config), self._parameters_of(l)["log_rates"].double().exp().tolist()))
 
-    @torch.no_grad()
     def _sizes(self, l: int) -> dict[str, float] | None:
         """The RMS of each matrix, which relative rates are relative to, times its rate where that is learned; looked
         at again only when the parameters may have changed. None: rates are absolute."""
-        if not self.config.relative:
-            return None
+        return self._measured(l) if self.config.relative else None
+
+    @torch.no_grad()
+    def _measured(self, l: int) -> dict[str, float]:
         mark, (known, found) = checksum(self), self._known_sizes.get(l, (None, {}))
         if mark is None or mark is not known:
             means = {n: t.to(master_dtype(t.dtype)).square().mean() for n, t in self._matrices(l).items()}

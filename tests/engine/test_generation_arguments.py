@@ -232,6 +232,7 @@ def test_any_temperature(dtype):
 def test_infinite_logits_and_none():
     assert set(drawn([-torch.inf, 0.0, -torch.inf, 0.0])) == {1, 3}
     assert set(drawn([1e4, torch.inf, 3.0, torch.inf])) == {1, 3}
+    assert set(drawn([1e4, torch.inf, 3.0, torch.inf], temperature=torch.inf)) == {1, 3}
     assert draw(torch.tensor([[-torch.inf, 0.0]]), 0.0, None, None, 0, [0]).tolist() == [1]
     for bad in ([0.0, torch.nan], [-torch.inf, -torch.inf]):
         for temperature in (0.0, 1.0):

@@ -11,6 +11,7 @@ from numerics import relative, within_yardstick
 
 from hope_kernels import load_state
 from hope_kernels.engine import native_reading, native_segments
+from hope_kernels.engine.head import Targets
 from hope_kernels.engine.native_segment import Reader
 from hope_kernels.ops.shared import cpu_library
 
@@ -158,6 +159,19 @@ def test_under_a_guard():
     (a, state), (b, other) = found
     assert sum(state.rollbacks) > 0 and list(state.rollbacks) == list(other.rollbacks)
     assert relative(a, b) < 1e-3
+
+
+@torch.no_grad()
+def test_own_losses_are_those_of_the_models_own_weights():
+    model, text = model_of("adam"), ids(2, 33)
+    _, state = model(text, learn="next_token")
+    mixers, reader = model.init_state(2).mixers, Reader(model, None)
+    own = reader.own_losses(state, mixers, text[:, :15], [15, 9], Targets(text[:, 1:16], [15, 9]))
+    expected = model(text[:, :16], learn="off", output="losses")[0].nats[:, :15]
+    assert torch.equal(own[0], expected[0]) and torch.equal(own[1, :9], expected[1, :9]) and not own[1, 9:].any()
+    reading, _ = reader.read(state, mixers, text[:, :15].contiguous(), [15, 9], None, keep=False)
+    heads, _ = reading.head(Targets(text[:, 1:16], [15, 9]), logits=False)
+    assert not torch.isclose(own[0], heads.nats[0], rtol=1e-4).all()  # what has been learned says something else
 
 
 def test_modes_of_autograd():
