@@ -27,7 +27,8 @@ from hope_kernels import HopeConfig, HopeForCausalLM, TitansConfig
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "mad.json")
 RATES = (3e-3, 1e-2, 3e-2)
-HELD_OUT, MASTERED = 500, 0.01  # sequences; nats an answer, below which training ends
+TESTED, HELD_OUT = 500, 100  # sequences: of the test; that a rate and the end of training are judged by
+MASTERED = 0.01  # nats an answer, below which training ends
 SPREAD = 0.3  # of the embeddings; from 0.02 the first hundreds of steps go into their length
 CHUNKS = {"chunk_memory": 2, "chunk_other": 2}
 MEMORIES = {"hope": {**TitansConfig.PRESETS["recall"], **CHUNKS}, "titans": CHUNKS, "attention": {}}
@@ -46,9 +47,9 @@ def build(arm: str, seed: int, args: argparse.Namespace) -> HopeForCausalLM:
 
 
 @torch.no_grad()
-def held_out(model: HopeForCausalLM, task: str, seed: int) -> tuple[float, float]:
-    """(loss, share of right answers) of HELD_OUT sequences that no training draws."""
-    sample = TASKS[task](HELD_OUT, torch.Generator().manual_seed(1_000_000 + seed))
+def unseen(model: HopeForCausalLM, task: str, seed: int, rows: int) -> tuple[float, float]:
+    """(loss, share of right answers) of ``rows`` sequences that no training draws."""
+    sample = TASKS[task](rows, torch.Generator().manual_seed(1_000_000 + seed))
     loss, right = score(torch.cat([model(ids)[0] for ids in sample.ids.split(100)]), sample)
     return float(loss), float(right)
 
@@ -60,9 +61,10 @@ def train(arm: str, task: str, lr: float, seed: int, args: argparse.Namespace) -
         sample = TASKS[task](args.batch, g)
         return score(model(sample.ids)[0], sample)[0]
 
-    curve = fit(model, loss, args.steps, lr, lambda: held_out(model, task, 0)[0] < MASTERED)
+    curve = fit(model, loss, args.steps, lr, lambda: unseen(model, task, 0, HELD_OUT)[0] < MASTERED)
     return {"arm": arm, "task": task, "lr": lr, "seed": seed, "parameters": size(model),
-            "loss": s.finite([held_out(model, task, 0)[0]])[0], "right": held_out(model, task, 1)[1],
+            "loss": s.finite([unseen(model, task, 0, HELD_OUT)[0]])[0],
+            "right": unseen(model, task, 1, TESTED)[1],
             "curve": [[n, *s.finite([x])] for n, x in curve]}
 
 

@@ -140,7 +140,7 @@ def languages(run: dict) -> str:
 
 def mad(run: dict) -> str:
     setting = run["mad"]["setting"]
-    return (f"{bench_mad.table(run['mad'])}\n\nShare of right answers among {bench_mad.HELD_OUT} sequences never seen, "
+    return (f"{bench_mad.table(run['mad'])}\n\nShare of right answers among {bench_mad.TESTED} sequences never seen, "
             f"chance {1 / CHOICES:.3f}, after at most {setting['steps']} steps (those needed stand beside); mean "
             f"(least to most) over the seeds. {source('bench_mad', 'mad')}")
 

@@ -111,6 +111,7 @@ def test_facts_are_the_same_in_every_sequence():
 
 def test_the_study_writes_its_cases_and_runs_none_twice(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_mad, "RATES", (1e-2,))
+    monkeypatch.setattr(bench_mad, "TESTED", 4)
     monkeypatch.setattr(bench_mad, "HELD_OUT", 4)
     out = tmp_path / "mad.json"
     command = ["--tasks", "in-context recall", "--seeds", "0", "1", "--steps", "2", "--batch", "2", "--d-model", "16",
