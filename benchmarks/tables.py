@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks import (
     bench_languages,
     bench_lm,
+    bench_mad,
     bench_needles,
     bench_optim,
     bench_rates,
@@ -32,6 +33,7 @@ from benchmarks.continual import bank, chain, pairs
 from benchmarks.real import tables as real_tables
 from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT, at_rest
+from benchmarks.synthetic.mad import CHOICES
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/claims.md", "docs/continual.md",
              "docs/llama.md", "docs/optim.md", "docs/real.md", "docs/serve.md")
@@ -133,8 +135,15 @@ def train(run: dict) -> str:
 def languages(run: dict) -> str:
     data = run["languages"]
     return (f"{bench_languages.table(data)}\n\nOne block, trained on words of up to {bench_languages.TRAINED} symbols "
-            f"for {data['setting']['steps']} steps; mean (least to most) over the seeds. "
-            f"{source('bench_languages', 'languages')}")
+            f"for at most {data['setting']['steps']} steps (the column says how many were needed); mean (least to "
+            f"most) over the seeds. {source('bench_languages', 'languages')}")
+
+
+def mad(run: dict) -> str:
+    setting = run["mad"]["setting"]
+    return (f"{bench_mad.table(run['mad'])}\n\nShare of right answers among {bench_mad.TESTED} sequences never seen, "
+            f"chance {1 / CHOICES:.3f}, after at most {setting['steps']} steps (those needed stand beside); mean "
+            f"(least to most) over the seeds. {source('bench_mad', 'mad')}")
 
 
 def needles(run: dict) -> str:
@@ -352,7 +361,7 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy, "sinks": sinks, "serve": serve, "decode": decode,
-                "reading": reading, "train": train, "languages": languages, "needles": needles,
+                "reading": reading, "train": train, "languages": languages, "mad": mad, "needles": needles,
                 "text_needles": text_needles, "lm": lm, "optim": optim,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},
