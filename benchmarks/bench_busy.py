@@ -27,7 +27,7 @@ if {theirs}: import torch
 from hope_kernels import HopeForCausalLM
 import torch
 torch.set_num_threads({threads})
-model, ids = HopeForCausalLM.from_pretrained("kjv-byte"), torch.arange({tokens}).remainder(256).unsqueeze(0)
+model, ids = HopeForCausalLM.from_pretrained("hope-byte"), torch.arange({tokens}).remainder(256).unsqueeze(0)
 with torch.no_grad():
     for _ in range(2):
         state, began = model.init_state(1), time.perf_counter()

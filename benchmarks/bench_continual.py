@@ -35,7 +35,7 @@ from hope_kernels import HopeForCausalLM
 from hope_kernels.identity import fingerprint
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "continual.json")
-BUNDLED = "kjv-byte"
+BUNDLED = "hope-byte"
 PARTS = ("pairs", "levels", "chain", "bank")
 
 

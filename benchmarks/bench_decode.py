@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", default=RESULT)
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
-    model = HopeForCausalLM.from_pretrained("kjv-byte")
+    model = HopeForCausalLM.from_pretrained("hope-byte")
     weights = sum(p.numel() for p in model.parameters())
     peer = None if llama_cpp.absent() else _llama(model, weights, args.threads)
     cases = []
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"B {B} {learn} {how}: {case['us']['median']:.0f} us a step ({case['step']['median']:.0f} in C++), "
               f"in PyTorch {case['pytorch']['median']:.0f}: {case['ratio']['median']:.1f}x", flush=True)
     write_json(args.out, {
-        "what": __doc__.split("\n")[0], "machine": machine() | {"threads": args.threads}, "model": "kjv-byte",
+        "what": __doc__.split("\n")[0], "machine": machine() | {"threads": args.threads}, "model": "hope-byte",
         "weights": weights, "tokens": args.tokens, "rounds": args.rounds, "cases": cases, **mark("model", device="cpu"),
     })
 

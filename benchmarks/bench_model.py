@@ -8,7 +8,7 @@ benchmarks.gpu.
     long     a long text read with learning: speed and peak memory of every tenth, a decoded token after 1000
              tokens and after all
 
-"kjv-byte" is the bundled model. "heavy" and "1.3B" have random weights: two blocks of width 256 with three
+"hope-byte" is the bundled model. "heavy" and "1.3B" have random weights: two blocks of width 256 with three
 levels each, and 14 blocks of width 2048 with two levels of 33.5 M weights each. Before a case is timed,
 logits read with learning are compared with the fp64 model (``measure.compare``); of "1.3B" the check takes
 two blocks. FLOPs count reading without learning; a decoded token must read the weights and the memories once.
@@ -61,7 +61,7 @@ class Case:
 
 
 def K(kind: str, T: int = 0, **more) -> Case:
-    return Case(kind, "kjv-byte", T=T, **more)
+    return Case(kind, "hope-byte", T=T, **more)
 
 
 def H(kind: str, T: int = 0, **more) -> Case:

@@ -29,7 +29,7 @@ from hope_kernels.text import Tokenizer
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "rates.json")
 PERIODS = (16, 64, 256, 1024, 4096)
-BUNDLED, REAL = "kjv-byte", "SmolLM2-135M-Instruct"
+BUNDLED, REAL = "hope-byte", "SmolLM2-135M-Instruct"
 WINDOW = 256  # tokens over which a worsening counts, at least
 # tokens read at each period: several steps, as far as a CPU bears
 TOKENS = {BUNDLED: lambda C: max(8192, 4 * C), REAL: lambda C: {16: 2048, 64: 2048, 256: 2048}.get(C, 2 * C + 2048)}

@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    model, cases = HopeForCausalLM.from_pretrained("kjv-byte"), []
+    model, cases = HopeForCausalLM.from_pretrained("hope-byte"), []
     frozen = off_cases(model, args.rounds, clock)
     for B, how in CASES:
         ids = rows(B, args.tokens)
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
               f"learning off {off:.1f}", flush=True)
     write_json(args.out, {
         "what": __doc__.split("\n\n")[0].replace("\n", " "),
-        "machine": machine() | {"threads": args.threads}, "model": "kjv-byte",
+        "machine": machine() | {"threads": args.threads}, "model": "hope-byte",
         "clock": "cpu" if args.cpu_time else "wall", "tokens": args.tokens, "rounds": args.rounds, "cases": cases,
         "off": frozen,
         **mark("model", device="cpu"),

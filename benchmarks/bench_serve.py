@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as at:
         folder = Path(at)
-        model = HopeForCausalLM.from_pretrained("kjv-byte").double()
+        model = HopeForCausalLM.from_pretrained("hope-byte").double()
         model.save_pretrained(folder / "model")
         server = Server(folder / "model", folder / "sessions", free_port(), args.batch)
         found = killed(args, model, folder / "sessions", server)

@@ -28,7 +28,7 @@ class Tokenizer:
     library, unless its ``tokenizer.json`` says otherwise; for any other ``tokenizers`` is needed, and
     ``jinja2`` for ``chat`` (the extra ``text``).
 
-    >>> tokenizer = Tokenizer.from_pretrained("kjv-byte")
+    >>> tokenizer = Tokenizer.from_pretrained("hope-byte")
     >>> tokenizer.encode("Go!"), tokenizer.decode([71, 111])
     ([71, 111, 33], 'Go')
     """

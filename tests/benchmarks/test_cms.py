@@ -82,24 +82,24 @@ def test_rates_command_compares_resumes_and_tells(tmp_path, capsys, monkeypatch)
     bench_rates.main(command)
     first = json.loads(out.read_text())
     assert len(first["cases"]) == 2 * 2 * 2 and {c["domain"] for c in first["cases"].values()} == {"KJV", "Python"}
-    one = first["cases"]["kjv-byte Python C64 x1"]
+    one = first["cases"]["hope-byte Python C64 x1"]
     assert one["tokens"] == 768 and one["change"] < 0 and one["second_half"] < one["change"] <= one["worst"]
-    assert first["cases"]["kjv-byte Python C64 x2"]["change"] < one["change"]  # far off, more is better
+    assert first["cases"]["hope-byte Python C64 x2"]["change"] < one["change"]  # far off, more is better
     kept = first["cases"].copy()
-    gone = kept.pop("kjv-byte KJV C256 x1")
+    gone = kept.pop("hope-byte KJV C256 x1")
     out.write_text(json.dumps(first | {"cases": kept}))
     capsys.readouterr()
     bench_rates.main(command)
     again, lines = json.loads(out.read_text()), capsys.readouterr().out.splitlines()
-    assert again["cases"]["kjv-byte KJV C256 x1"] == gone and sum(" C256 x" in line for line in lines) == 1
+    assert again["cases"]["hope-byte KJV C256 x1"] == gone and sum(" C256 x" in line for line in lines) == 1
     bench_rates.main(["--table", "--out", str(out)])
     shown = capsys.readouterr().out
     assert shown == bench_rates.table(again) + "\n"
-    assert f"| kjv-byte | Python | {one['off']:.3f} | {one['change']:+.3f} ({one['worst']:+.3f}) |" in shown
+    assert f"| hope-byte | Python | {one['off']:.3f} | {one['change']:+.3f} ({one['worst']:+.3f}) |" in shown
 
 
 def test_the_default_rate_is_what_is_measured():
-    model = HopeForCausalLM.from_pretrained("kjv-byte")
+    model = HopeForCausalLM.from_pretrained("hope-byte")
     for C in bench_rates.PERIODS:
         config = bench_rates.model_at(model, C, 1.0).config.block_cms[0]
         default = CMSConfig(128, (C,), expansion=2.0)

@@ -247,7 +247,7 @@ def test_the_bank_stays_where_a_difference_is_noise(model):
 
 
 def test_a_text_that_returns_is_read_with_the_very_state_that_was_kept():
-    model = HopeForCausalLM.from_pretrained("kjv-byte")
+    model = HopeForCausalLM.from_pretrained("hope-byte")
     bank, words, figures = Bank(model, block=2), text(2 * WORDS, 1280)[:1], text(2 * FIGURES, 1280)[:1]
     assert {m for m, _ in bank.learn(words[:, :768])} == {0}
     learned = [t.clone() for t in bank.members[0].kept.tensors()]

@@ -14,7 +14,7 @@ from hope_kernels.text import Tokenizer
 
 @pytest.fixture(scope="module")
 def parts():
-    return HopeForCausalLM.from_pretrained("kjv-byte"), Tokenizer.from_pretrained("kjv-byte")
+    return HopeForCausalLM.from_pretrained("hope-byte"), Tokenizer.from_pretrained("hope-byte")
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_needles_ask_the_session_the_weights_and_another_process(parts, study):
     asked = []
     original, needles.elsewhere = needles.elsewhere, lambda *given: asked.append(given) or {"session": {"exact": 0}}
     try:
-        needles.run(study, "kjv-byte", model, tokenizer, found, 2, 512, 3, 2, cms)
+        needles.run(study, "hope-byte", model, tokenizer, found, 2, 512, 3, 2, cms)
     finally:
         needles.elsewhere = original
     record = study.cases["needles 2 in 512, all blocks, 3 passes, chunks=64 optimizer=adam lr=0.002 relative=True"]

@@ -205,7 +205,7 @@ def test_with_dreams_a_model_learns_as_much_and_drifts_less(options):
 @torch.no_grad()
 def test_backends_replay_alike():
     """The C++ kernels beside the chunked PyTorch ones, in fp32."""
-    model = HopeForCausalLM.from_pretrained("kjv-byte")
+    model = HopeForCausalLM.from_pretrained("hope-byte")
     text = torch.tensor([list(b"In the beginning was the Word, and the Word was with God, and the Word was God. " * 4)])
     options = {"replay": 4, "flush": True, "passes": 3, "seed": 2, "dreams": 8}
     slept = [model.read(text, backend=name, **options).sleep for name in ("chunked", "cpp")]

@@ -32,7 +32,7 @@ def losses(net, x, **options):
 
 def bundled(**cms):
     """The bundled model and its weights, with other settings of its levels."""
-    like = hk.HopeForCausalLM.from_pretrained("kjv-byte")
+    like = hk.HopeForCausalLM.from_pretrained("hope-byte")
     net = hk.HopeForCausalLM(like.config.replace(cms=like.config.block_cms[0].replace(**cms)))
     net.load_state_dict(like.state_dict())
     return net.eval()

@@ -86,7 +86,7 @@ assert type(model) is transformers.HopeForCausalLM is hope_kernels.hf.HopeForCau
 def test_bytes_have_a_fast_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 
-    model = hk.HopeForCausalLM.from_pretrained("kjv-byte")
+    model = hk.HopeForCausalLM.from_pretrained("hope-byte")
     model.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.is_fast and len(tokenizer) == 256 and tokenizer.padding_side == "left"
@@ -109,10 +109,10 @@ def test_pipeline_of_the_bundled_model():
 
     import hope_kernels.hf  # noqa: F401
 
-    folder = os.path.join(hk.folders.ASSETS, "kjv-byte")
+    folder = os.path.join(hk.folders.ASSETS, "hope-byte")
     pipe = pipeline("text-generation", model=folder)
     assert pipe.model.name_or_path == folder
-    ours, prompts = hk.HopeForCausalLM.from_pretrained("kjv-byte"), [TEXT, "And he said unto them, I am"]
+    ours, prompts = hk.HopeForCausalLM.from_pretrained("hope-byte"), [TEXT, "And he said unto them, I am"]
     found = pipe(prompts, max_new_tokens=12, do_sample=False, batch_size=2, return_full_text=False)
     for prompt, row in zip(prompts, found):
         out = ours.generate(torch.tensor([list(prompt.encode())]), 12, learn="off")

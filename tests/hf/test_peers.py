@@ -43,14 +43,14 @@ def test_windows_of_lm_eval():
 
     import hope_kernels as hk
 
-    folder = os.path.join(hk.folders.ASSETS, "kjv-byte")
+    folder = os.path.join(hk.folders.ASSETS, "hope-byte")
     evaluated = models.HFLM(pretrained=folder, device="cpu", batch_size=2, trust_remote_code=True)
     from lm_eval.api.instance import Instance
 
     pairs = [("In the beginning was", " the Word"), ("And he said", " unto them, Go ye")]
     requests = [Instance("loglikelihood", {}, p, i) for i, p in enumerate(pairs)]
     found = evaluated.loglikelihood(requests, disable_tqdm=True)
-    model = hk.HopeForCausalLM.from_pretrained("kjv-byte")
+    model = hk.HopeForCausalLM.from_pretrained("hope-byte")
     for (context, rest), (value, _) in zip(pairs, found):
         ids = torch.tensor([list((context + rest).encode())])
         with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from hope_kernels import Decoder, HopeForCausalLM
 
 torch.set_num_threads(2)
-model = HopeForCausalLM.from_pretrained("kjv-byte")
+model = HopeForCausalLM.from_pretrained("hope-byte")
 ids = torch.arange(512).remainder(256).view(4, 128)
 state = model.init_state(4)
 with torch.no_grad():

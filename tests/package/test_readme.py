@@ -70,7 +70,7 @@ def replay(names):
 
 def hf(names):
     out, again, rows = names["out"].sequences, names["again"], names["prompts"].attention_mask.sum(1).tolist()
-    ours, T = names["hk"].HopeForCausalLM.from_pretrained("kjv-byte"), max(rows)
+    ours, T = names["hk"].HopeForCausalLM.from_pretrained("hope-byte"), max(rows)
     for b, n in enumerate(rows):
         first = ours.generate(out[b : b + 1, T - n : T], 40)
         assert torch.equal(first.tokens[0], out[b, T:])

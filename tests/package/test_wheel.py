@@ -79,7 +79,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(plain):
     expected = {n for n in listed.stdout.split() if n.endswith((".py", ".typed", ".html")) or "/assets/" in n}
     if not expected:
         pytest.skip("not in a git repository")
-    assert {"hope_kernels/py.typed", "hope_kernels/assets/kjv-byte/model.safetensors"} < expected
+    assert {"hope_kernels/py.typed", "hope_kernels/assets/hope-byte/model.safetensors"} < expected
     assert packed == expected
 
 

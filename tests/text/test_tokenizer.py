@@ -82,7 +82,7 @@ def test_a_context_decides_about_a_space(tokenizer):
 
 
 def test_bytes_need_no_library():
-    tokenizer = hk.Tokenizer.from_pretrained("kjv-byte")
+    tokenizer = hk.Tokenizer.from_pretrained("hope-byte")
     assert tokenizer.unit == "bytes" and tokenizer.eos_ids == tokenizer.start_ids == ()
     ids = tokenizer.encode("日\udcff")
     assert ids == [*"日".encode(), 255]
