@@ -7,6 +7,7 @@ A sequence is 28 tellings of 20 keys, 8 fillers, then one question per key (benc
 are told once, 4 twice, 4 are told two values of which the newer counts. Training begins with 6 keys and goes on to
 12 and 20 whenever the smoothed loss falls below MASTERED nats. Corrections within a chunk are scored apart: the
 writes of a chunk are computed from the memory at its start, so there the later of two is told by the erasure alone.
+What was trained at one chunk is asked again by the same weights in the shorter chunks of READ, where fewer share one.
 Beside the questions of 20 keys are those of more keys told once each, up to all 32, which shows what the memory has
 room for.
 
@@ -39,6 +40,7 @@ RATES = (2e-3, 4e-3, 8e-3)
 STAGES = (Counts(4, 1, 1), Counts(8, 2, 2), Counts(12, 4, 4))
 MASTERED, AT_LEAST = 0.5, 20  # nats; steps of a stage
 ROOM = (8, 16, 24, KEYS)  # keys told once each
+READ = (4, 1)  # tokens of the chunks that tests read in, beside the model's own
 ROWS = 64  # sequences read at once in tests
 
 
@@ -76,6 +78,16 @@ def build(arm: Arm, seed: int, d: int) -> HopeForCausalLM:
     # tied embeddings at 0.02 make flat logits: the first hundreds of steps would go into their length
     torch.nn.init.normal_(model.embed.weight, std=0.3)
     return model
+
+
+def in_chunks(model: HopeForCausalLM, chunk: int) -> HopeForCausalLM:
+    """The same weights, reading in chunks of another length."""
+    titans = model.config.titans
+    assert titans is not None
+    titans = titans.replace(chunk_memory=chunk, chunk_other=chunk)
+    other = HopeForCausalLM(model.config.replace(titans=titans))
+    other.load_state_dict(model.state_dict())
+    return other.eval()
 
 
 class Lessons:
@@ -117,10 +129,14 @@ def run(name: str, lr: float, seed: int, args: argparse.Namespace) -> dict:
     curve = fit(model, lessons, args.steps, lr)
     model.eval()
     room = {str(n): answered(model, Counts(n), arm.chunk, args.sequences // 4)["once"] for n in ROOM}
+    shares = {str(arm.chunk): answered(model, STAGES[-1], arm.chunk, args.sequences)}
+    for chunk in READ if arm.preset else ():
+        if chunk < arm.chunk:
+            shares[str(chunk)] = answered(in_chunks(model, chunk), STAGES[-1], chunk, args.sequences)
     return {"arm": name, "lr": lr, "seed": seed, "parameters": size(model), "chunk": arm.chunk,
             "stage": lessons.stage, "loss": s.finite([curve[-1][1]])[0],
             "curve": [[step, *s.finite([loss])] for step, loss in curve],
-            "answered": answered(model, STAGES[-1], arm.chunk, args.sequences), "room": room}
+            "answered": shares, "room": room}
 
 
 def rank(record: dict) -> tuple[int, float]:
@@ -143,9 +159,13 @@ def table(data: dict) -> str:
             continue
         lr = min(searched, key=rank)["lr"]
         runs = [record for record in cases if record["lr"] == lr]
-        cells = [spread([r["answered"][kind] for r in runs if kind in r["answered"]]) for kind in KINDS]
-        cells += [spread([r["room"][str(KEYS)] for r in runs]), str(len(runs)), f"{lr:g}"]
-        lines.append(f"| {arm} | {runs[0]['parameters']:,} | {' | '.join(cells)} |")
+        for chunk in runs[0]["answered"]:
+            own = chunk == str(runs[0]["chunk"])
+            shares = [r["answered"][chunk] for r in runs]
+            cells = [spread([share[kind] for share in shares if kind in share]) for kind in KINDS]
+            cells += [spread([r["room"][str(KEYS)] for r in runs if own]), str(len(runs)), f"{lr:g}"]
+            name = arm if own else f"{arm}, read in chunks of {chunk}"
+            lines.append(f"| {name} | {runs[0]['parameters']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "no runs yet"
 
 

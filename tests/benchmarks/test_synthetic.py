@@ -105,7 +105,19 @@ def test_the_study_of_recall_searches_rates_and_runs_no_case_twice(tmp_path, cap
     capsys.readouterr()
     bench_recall.main([*command, "--table"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| delta |") and lines[2].endswith("| 2 | 0.004 |")
+    names = ["attention", "delta", "delta, read in chunks of 4", "delta, read in chunks of 1"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
+    assert all(line.endswith("| 2 | 0.004 |") for line in lines[2:])
+
+
+def test_a_model_of_recall_reads_in_other_chunks():
+    model = bench_recall.build(bench_recall.ARMS["recall"], 0, 32)
+    other = bench_recall.in_chunks(model, 4)
+    direct = bench_recall.build(bench_recall.ARMS["recall, chunk 4"], 0, 32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        a, b, c = (m.eval()(ids)[0] for m in (model, other, direct))
+    assert torch.equal(b, c) and not torch.allclose(a, b)
 
 
 def test_the_step_size_that_training_presses_on_is_the_layers_own():
