@@ -148,10 +148,15 @@ def spread(shares: list[float]) -> str:
     return f"{statistics.fmean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})" if shares else "-"
 
 
+def stuck(runs: list[dict]) -> str:
+    reached = min(r["stage"] for r in runs)
+    return "" if reached == len(STAGES) - 1 else f", stuck at {sum(STAGES[reached])} keys"
+
+
 def table(data: dict) -> str:
     """Markdown: share of right answers by kind, mean and range over the seeds."""
-    lines = [f"| model | parameters | {' | '.join(f'told {kind}' for kind in KINDS[:2])} | {' | '.join(KINDS[2:])} | "
-             f"{KEYS} keys, once | seeds | rate |", "|" + "---|" * (len(KINDS) + 5)]
+    lines = [f"| model | parameters | told once | told twice | {' | '.join(KINDS[2:])} | {KEYS} keys | seeds | rate |",
+             "|" + "---|" * (len(KINDS) + 5)]
     for arm in ARMS:
         cases = [record for record in data["cases"].values() if record["arm"] == arm]
         searched = [record for record in cases if record["seed"] == 0]
@@ -163,7 +168,7 @@ def table(data: dict) -> str:
             own = chunk == str(runs[0]["chunk"])
             shares = [r["answered"][chunk] for r in runs]
             cells = [spread([share[kind] for share in shares if kind in share]) for kind in KINDS]
-            cells += [spread([r["room"][str(KEYS)] for r in runs if own]), str(len(runs)), f"{lr:g}"]
+            cells += [spread([r["room"][str(KEYS)] for r in runs if own]), str(len(runs)), f"{lr:g}{stuck(runs)}"]
             name = arm if own else f"{arm}, read in chunks of {chunk}"
             lines.append(f"| {name} | {runs[0]['parameters']:,} | {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "no runs yet"

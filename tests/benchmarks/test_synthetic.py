@@ -107,7 +107,7 @@ def test_the_study_of_recall_searches_rates_and_runs_no_case_twice(tmp_path, cap
     lines = capsys.readouterr().out.splitlines()
     names = ["attention", "delta", "delta, read in chunks of 4", "delta, read in chunks of 1"]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
-    assert all(line.endswith("| 2 | 0.004 |") for line in lines[2:])
+    assert all(line.endswith("| 2 | 0.004, stuck at 6 keys |") for line in lines[2:])
 
 
 def test_a_model_of_recall_reads_in_other_chunks():
