@@ -12,9 +12,9 @@ Beside the questions of 20 keys are those of more keys told once each, up to all
 room for.
 
 The arms have one size: the preset "recall" with chunks of 16 and of 4 tokens; the default preset; two layers of
-attention; "delta", the preset "recall" with linear memories by the delta rule, W (I - eta k k^T) + eta v k^T, which
-keeps the order inside a chunk. Rates are chosen from RATES by the loss that seed 0 ends with. Every case is written
-at once, and one that the file has is not run again.
+attention, once with as many steps and once with four times as many; "delta", the preset "recall" with linear memories
+by the delta rule, W (I - eta k k^T) + eta v k^T, which keeps the order inside a chunk. Rates are chosen from RATES by
+the loss that seed 0 ends with. Every case is written at once, and one that the file has is not run again.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Arm(NamedTuple):
     preset: str | None
     chunk: int = 16
     fields: dict = {}
+    times: int = 1  # as many steps as the others
 
 
 ARMS = {
@@ -57,6 +58,7 @@ ARMS = {
     "recall, chunk 4": Arm("recall", 4),
     "default": Arm("default"),
     "attention": Arm(None),
+    "attention, 4 times the steps": Arm(None, times=4),
     "delta": Arm("recall", fields={"memory": "linear", "objective": "dot"}),
 }
 
@@ -126,7 +128,7 @@ def run(name: str, lr: float, seed: int, args: argparse.Namespace) -> dict:
     arm = ARMS[name]
     model = build(arm, seed, args.d_model)
     lessons = Lessons(model, arm.chunk, args.rows, seed)
-    curve = fit(model, lessons, args.steps, lr)
+    curve = fit(model, lessons, arm.times * args.steps, lr)
     model.eval()
     room = {str(n): answered(model, Counts(n), arm.chunk, args.sequences // 4)["once"] for n in ROOM}
     shares = {str(arm.chunk): answered(model, STAGES[-1], arm.chunk, args.sequences)}
