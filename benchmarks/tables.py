@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ from benchmarks import (
     bench_needles,
     bench_optim,
     bench_rates,
+    bench_recall,
     cms_table,
     plot,
     verdicts,
@@ -199,21 +199,11 @@ def learning_memory(run: dict) -> str:
 
 
 def recall(run: dict) -> str:
-    data, word = run["recall"], {True: "on", False: "off"}
-    kinds = tuple(data["runs"][0]["accuracy"])  # corrections within one chunk are told apart since a while
-    row = lambda r, seed, accuracy: (
-        r["chunk"], word[r["step_clip"]], word[r["dgd"]], seed,
-        *("-" if accuracy[k] is None else f"{accuracy[k]:.3f}" for k in kinds)
-    )
-    rows = [row(r, r["seed"], r["accuracy"]) for r in data["runs"]]
-    default = [r for r in data["runs"] if r["name"] == "default"]
-    mean = {k: statistics.fmean(r["accuracy"][k] for r in default) for k in kinds}
-    rows.append(row(default[0], f"mean of {len(default)}", mean))
-    recipe = data["recipe"]
-    head = " | ".join(("chunk | step_clip | dgd | seeds | told once | told twice", *kinds[2:]))
-    threads = WORDS.get(data["machine"]["threads"], "several threads")
-    return (f"{markdown(head, rows)}\n\n20 distinct keys in 28 pairs, chance {data['chance']:.3f}, "
-            f"{recipe['steps']} steps of {recipe['batch']} sequences, {threads}. {source('bench_recall', 'recall')}")
+    data = run["recall"]
+    rates = ", ".join(f"{rate:g}" for rate in bench_recall.RATES)
+    return (f"{bench_recall.table(data)}\n\nShare of right answers, mean and range over the seeds, chance 0.031: 20 "
+            f"keys in 28 tellings, or {bench_recall.KEYS} keys told once. {data['setting']['steps']} steps of "
+            f"{data['setting']['rows']} sequences; rates chosen from {rates}. {source('bench_recall', 'recall')}")
 
 
 def cms(run: dict) -> str:

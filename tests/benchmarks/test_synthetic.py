@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from benchmarks import bench_needles, bench_recall, bench_text_needles
+from benchmarks.synthetic.arms import WITHIN, size
 from benchmarks.synthetic.needles import KEYS, NEEDLES, VALUES, needles
+from benchmarks.synthetic.pairs import KINDS, Counts, pairs
 from benchmarks.synthetic.text_needles import hay, text_needles
 
 
@@ -24,10 +26,12 @@ def test_needles_are_told_once_and_asked_for_once():
         needles(1, 7, 16, torch.Generator())
 
 
-def test_recall_says_which_tellings_of_a_key_share_a_chunk():
-    ids, at, kind = bench_recall.batch(64, torch.Generator().manual_seed(0), 16, (12, 4, 4))
-    seen = [0] * len(bench_recall.KINDS)
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_pairs_say_which_tellings_of_a_key_share_a_chunk(chunk):
+    ids, at, kind = pairs(64, Counts(12, 4, 4), chunk, torch.Generator().manual_seed(0))
+    seen = [0] * len(KINDS)
     for row, kinds in zip(ids.tolist(), kind.tolist()):
+        assert sorted(row[place] for place in at) == sorted(set(row[:56:2]))
         for place, k in zip(at.tolist(), kinds):
             told = [i for i in range(0, 56, 2) if row[i] == row[place]]
             assert row[told[-1] + 1] == row[place + 1]
@@ -37,8 +41,85 @@ def test_recall_says_which_tellings_of_a_key_share_a_chunk():
             elif k == 1:
                 assert len(told) == 2 and row[told[0] + 1] == row[told[1] + 1]
             else:
-                assert len(told) == 2 and (told[0] // 16 == told[1] // 16) == (k == 3)
-    assert sum(seen) == 64 * 20 and min(seen) > 30
+                assert len(told) == 2 and (told[0] // chunk == told[1] // chunk) == (k == 3)
+    assert sum(seen) == 64 * 20 and seen[0] == 64 * 12 and seen[1] == 64 * 4
+    assert seen[3] == 0 if chunk == 1 else seen[3] > 5
+
+
+def test_pairs_say_what_they_can_not_do():
+    with pytest.raises(ValueError, match="pairs: argument chunk is 32, expected a divisor of 16"):
+        pairs(1, Counts(4), 32, torch.Generator())
+    with pytest.raises(ValueError, match="pairs: argument counts asks for 33 keys, expected at most 32"):
+        pairs(1, Counts(30, 3), 16, torch.Generator())
+
+
+class Last(torch.nn.Module):
+    """Answers with what a key was told first, or last."""
+
+    def __init__(self, last: bool):
+        super().__init__()
+        self.last = last
+
+    def forward(self, ids):
+        logits = torch.zeros(*ids.shape, bench_recall.VOCABULARY)
+        for b, row in enumerate(ids.tolist()):
+            for place in range(64, len(row), 2):
+                told = [i for i in range(0, 64, 2) if row[i] == row[place]]
+                logits[b, place, row[told[-1 if self.last else 0] + 1]] = 1
+        return logits, None
+
+
+def test_the_study_of_recall_scores_kinds_apart():
+    assert bench_recall.answered(Last(True), Counts(12, 4, 4), 16, 70) == dict.fromkeys(KINDS, 1.0)
+    first = bench_recall.answered(Last(False), Counts(12, 4, 4), 16, 70)
+    assert first["once"] == first["repeated"] == 1 and first["updated"] < 0.1 > first["updated in a chunk"]
+    assert bench_recall.answered(Last(False), Counts(32), 16, 3) == {"once": 1.0}
+
+
+def test_a_stage_is_left_when_it_is_mastered(monkeypatch):
+    lessons = bench_recall.Lessons(bench_recall.build(bench_recall.ARMS["delta"], 0, 32), 16, 2, 0)
+    lessons(0)
+    assert lessons.stage == 0 and lessons.smooth > bench_recall.MASTERED
+    lessons.smooth = 0.1
+    lessons(bench_recall.AT_LEAST - 1)
+    assert lessons.stage == 0
+    lessons.smooth = 0.1
+    lessons(bench_recall.AT_LEAST)
+    assert lessons.stage == 1 and lessons.smooth > bench_recall.MASTERED
+
+
+def test_the_arms_of_recall_have_one_size():
+    sizes = [size(bench_recall.build(arm, 0, 64)) for arm in bench_recall.ARMS.values()]
+    assert max(sizes) < 70_000 and max(sizes) / min(sizes) < 1 + WITHIN
+
+
+def test_the_study_of_recall_searches_rates_and_runs_no_case_twice(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_recall, "RATES", (1e-9, 4e-3))
+    out = tmp_path / "recall.json"
+    command = ["--arms", "delta", "attention", "--seeds", "0", "1", "--steps", "12", "--rows", "4", "--sequences", "8",
+               "--d-model", "32", "--out", str(out)]
+    bench_recall.main(command)
+    first = json.loads(out.read_text())
+    assert set(first["cases"]) == {f"{arm} rate {case}" for arm in ("delta", "attention")
+                                   for case in ("1e-09 seed 0", "0.004 seed 0", "0.004 seed 1")}
+    bench_recall.main(command)
+    assert json.loads(out.read_text())["cases"] == first["cases"]
+    capsys.readouterr()
+    bench_recall.main([*command, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    names = ["attention", "delta", "delta, read in chunks of 4", "delta, read in chunks of 1"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
+    assert all(line.endswith("| 2 | 0.004, stuck at 6 keys |") for line in lines[2:])
+
+
+def test_a_model_of_recall_reads_in_other_chunks():
+    model = bench_recall.build(bench_recall.ARMS["recall"], 0, 32)
+    other = bench_recall.in_chunks(model, 4)
+    direct = bench_recall.build(bench_recall.ARMS["recall, chunk 4"], 0, 32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        a, b, c = (m.eval()(ids)[0] for m in (model, other, direct))
+    assert torch.equal(b, c) and not torch.allclose(a, b)
 
 
 def test_the_step_size_that_training_presses_on_is_the_layers_own():
