@@ -4,12 +4,12 @@
         [--threads 1] [--out benchmarks/results/needles.json] [--table]
 
 Four pairs (key, value) stand somewhere among T tokens of noise and are asked for at the end
-(benchmarks/synthetic/needles.py); chance is 1/32. Training begins with T = 16, which doubles up to 1024 whenever
-the smoothed loss falls below 0.8 nats; attention takes six times the steps of the others. Rates are chosen from RATES
-by the training loss of seed 0. Once T is 1024 the arm "recall" is also pressed to write little: PRESS times the mean
-logit of the step size, over all tokens, is added to the loss, so that noise is hardly written at all. The arm "unpressed" is the same without. Tested are 200
-sequences of each length, 4 answers each; attention up to 4096 tokens, for its cost grows with the square. Every
-case is written at once, and one that the file has is not run again.
+(benchmarks/synthetic/needles.py); chance is 1/32. Training begins with T = 16, which doubles up to 1024 whenever the
+smoothed loss falls below 0.8 nats; attention takes six times the steps of the others. Rates are chosen from RATES by
+the training loss of seed 0. Once T is 1024 the arm "recall" is also pressed to write little: PRESS times the mean
+logit of the step size, over all tokens, is added to the loss, so that noise is hardly written at all. The arm
+"unpressed" is the same without. Tested are 200 sequences of each length, 4 answers each; attention up to 4096 tokens,
+for its cost grows with the square. Every case is written at once, and one that the file has is not run again.
 """
 
 from __future__ import annotations
