@@ -11,7 +11,7 @@ memories. Parts:
     pairs   six ordered pairs (A, B) of the first three texts, by rule: gradient descent, momentum, Muon, Adam,
             preconditioned steps, replay, EWC, learning only what surprises. Gain: bits of B before it was read minus
             after. Forgotten: bits of A after B minus before it. Each rule is run at several rates, and what it
-            forgets is interpolated where it gains as much as gd does at the model's own rates.
+            forgets is interpolated where it gains as much as the model's own rule does at its own rates.
     levels  the same for gd with other levels and periods: 1, 2 and 3 levels, also of equal state
     chain   all texts in turn, every rule at the rate of equal gain
     bank    the first halves of all texts in turn, then their second halves, by a bank of deltas that is not told
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--title", nargs="+", help="how the result names them (default: the files' names)")
     p.add_argument("--model", default="bundled", help="bundled, or a folder (that of make real, say)")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    p.add_argument("--rules", nargs="+", choices=tuple(RULES), default=tuple(RULES), help="gd is always one of them")
+    p.add_argument("--rules", nargs="+", choices=tuple(RULES), default=tuple(RULES), help="beside own and gd")
     p.add_argument("--length", type=int, default=4096, help="of each excerpt, in tokens")
     p.add_argument("--seed", type=int, default=0)
     args = s.arguments(p, argv, RESULT, table)
@@ -78,16 +78,19 @@ def main(argv: list[str] | None = None) -> None:
     name = BUNDLED if args.model == "bundled" else args.model
     model = HopeForCausalLM.from_pretrained(name)
     texts = excerpts(name, data, args.length, args.seed)
+    block = 2 * bank.BLOCK * model.segment
+    if "bank" in args.parts and args.length < block:
+        p.error(f"--length is {args.length}, expected at least {block}: a bank reads whole blocks of half a text")
     study = s.Study(args.out, __doc__.split("\n")[0], {
         "model": os.path.basename(os.path.normpath(name)), "weights": fingerprint(model), "length": args.length,
         "excerpts": s.ROWS, "seed": args.seed, "texts": {t: s.digest(of) for t, of in data.items()},
     })
     three = dict(list(texts.items())[:3])
-    rules = {name: rule for name, rule in RULES.items() if name == "gd" or name in args.rules}
+    rules = {name: rule for name, rule in RULES.items() if name in ("own", "gd", *args.rules)}
     if "pairs" in args.parts:
         pairs.run(study, model, rules, three)
     if "levels" in args.parts:
-        pairs.run(study, model, {"gd": RULES["gd"]}, three)
+        pairs.run(study, model, {name: RULES[name] for name in ("own", "gd")}, three)
         pairs.run(study, model, levels(model), three, "levels")
     if "chain" in args.parts:
         chain.run(study, model, rules, texts, "pairs")

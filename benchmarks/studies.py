@@ -47,10 +47,13 @@ def excerpts(data: Sequence[int], length: int, longest: int, seed: int, rows: in
     return torch.tensor([list(data[s : s + length]) for s in starts])
 
 
-def with_cms(model: HopeForCausalLM, cms: CMSConfig, seed: int = 0) -> HopeForCausalLM:
-    """The same weights with another CMS in every block. Levels that the model does not have are the identity:
-    w_down = 0, and w_up ~ N(0, 1/d) drawn from ``seed``, so that the first refresh can move w_down."""
-    other = HopeForCausalLM(HopeConfig.from_dict({**model.config.to_dict(), "cms": cms.to_dict()}))
+def with_cms(
+    model: HopeForCausalLM, cms: CMSConfig | Sequence[CMSConfig | None], seed: int = 0
+) -> HopeForCausalLM:
+    """The same weights with another CMS in every block, or one for each. Levels that the model does not have are the
+    identity: w_down = 0, and w_up ~ N(0, 1/d) drawn from ``seed``, so that the first refresh can move w_down."""
+    changed = cms.to_dict() if isinstance(cms, CMSConfig) else [c and c.to_dict() for c in cms]
+    other = HopeForCausalLM(HopeConfig.from_dict({**model.config.to_dict(), "cms": changed}))
     kept = {n: p for n, p in model.state_dict().items() if n in other.state_dict()}
     other.load_state_dict(kept, strict=False)
     g = torch.Generator().manual_seed(seed)
@@ -70,12 +73,14 @@ def cms_of(model: HopeForCausalLM) -> CMSConfig:
 
 
 def bits(
-    model: HopeForCausalLM, ids: Tensor, learn: str, state=None, last: Tensor | None = None, piece: int = 4096
+    model: HopeForCausalLM, ids: Tensor, learn: str, state=None, last: Tensor | None = None, piece: int = 4096,
+    guard: bool = True,
 ):
     """(bits per byte of each row of ids [B, T], the reading). A piece holds 8 segments at least: one that
     ends with its call is read twice, since its last token has no loss before the next call."""
     reading = read(
-        model, ids, state, learn=learn, last=last, piece=max(piece, 8 * model.segment), check_finite=False
+        model, ids, state, learn=learn, last=last, piece=max(piece, 8 * model.segment), check_finite=False,
+        guard=guard,
     )
     return [float(n) / math.log(2) / p for n, p in zip(reading.nats, reading.predicted)], reading
 
@@ -171,7 +176,7 @@ class Study:
     def put(self, name: str, record: dict, **more) -> None:
         """Adds a case, with a hash of the code it measured, and ``more`` (what follows from all cases) at the
         top level."""
-        self.cases[name] = record | mark(self.kind, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.cases[name] = mark(self.kind, device="cuda" if torch.cuda.is_available() else "cpu") | record
         self.data |= more
         if self.path is not None:
             write_json(self.path, self.data)

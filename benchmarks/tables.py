@@ -244,14 +244,14 @@ def real(name: str, run: dict) -> str:
 FORGETTING = {
     "forgetting": (pairs.table, "{excerpts} excerpts of {length} tokens of each text. \"forgets\": bits of A after B "
                    "minus before it, of what gd forgets, over all pairs (least to most of one), where the rule gains "
-                   "on B what gd gains at the model's own rates; pairs: in how many a rate does; the next columns: "
-                   "there."),
+                   "on B what the model's own rule gains at its own rates; pairs: in how many a rate does; the next "
+                   "columns: there. Texts in which gd forgets under 0.05 bits have no share."),
     "forgetting_levels": (lambda data: pairs.table(data, "levels"), "Gradient descent, compared as above. Rank R / k: "
                           "k levels that learn products of that rank, equally many numbers together."),
     "forgetting_chain": (chain.table, "Bits of each text's last half at the end minus when it had been read, at rates "
                          "of equal gain over pairs. {texts} texts in the order of the columns, the last not shown."),
     "forgetting_bank": (bank.table, "First halves of all texts in turn, then second halves; one stream for each of "
-                        "{excerpts} excerpts. Forgotten: the most of them."),
+                        "{excerpts} excerpts. Forgotten: the most of them. Texts begin where blocks do."),
 }
 
 

@@ -33,6 +33,7 @@ from hope_kernels.state import Counters
 
 MARGIN, ERRORS = 0.35, 2.5  # nats per token; standard errors
 FALL, RISE = 0.5, 0.2  # of a block that is better, or worse, than the running mean: what is new is learned fast
+BLOCK = 8  # segments
 OWN = -1  # the model's own weights, among members
 
 
@@ -66,7 +67,7 @@ class Bank:
     """Learns one stream of text in at most ``limit`` members, of which a new one replaces the one that was used least
     recently; ``block``: segments."""
 
-    def __init__(self, model: HopeForCausalLM, limit: int = 8, block: int = 8):
+    def __init__(self, model: HopeForCausalLM, limit: int = 8, block: int = BLOCK):
         assert limit > 1, "one member keeps nothing apart"
         self.model, self.limit, self.block = model, limit, block
         self.members: list[Member] = []

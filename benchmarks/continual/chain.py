@@ -31,12 +31,15 @@ def case(model: HopeForCausalLM, rule: Rule, factor: float, texts: dict[str, Ten
 def run(
     study: s.Study, model: HopeForCausalLM, rules: dict[str, Rule], texts: dict[str, Tensor], part: str
 ) -> None:
-    """Every rule of ``part`` at the rate that gains what gd gains on pairs."""
+    """Every rule of ``part`` at the rate that gains what the model's own rule gains on pairs."""
     for name, rule in rules.items():
-        key, factor = f"chain {part} {name}", factor_at_gain(study.data, part, name)
-        if key in study.cases or factor is None:
+        factor = 1.0 if rule.own else factor_at_gain(study.data, part, name)
+        if factor is None:
             continue
-        factor = 1.0 if name == "gd" else round(factor, 4)
+        factor = round(factor, 4)
+        key = f"chain {part} {name} x{factor:g}"
+        if key in study.cases:
+            continue
         record = {"part": "chain", "of": part, "rule": name, "factor": factor}
         study.put(key, record | case(model, rule, factor, texts))
         print(f"{key} x{factor:g}: {summary(study.cases[key])}", flush=True)

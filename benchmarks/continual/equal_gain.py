@@ -22,7 +22,8 @@ def at_gain(points: Iterable[tuple[float, float, float]], gain: float) -> float 
 
 def bracketed(measure: Callable[[float], float], start: float, target: float) -> dict[float, float]:
     """{rate: gain} around ``target``: from ``start`` in factors of 2, up until the target is reached or more no longer
-    gains more, down until a gain below ENOUGH of it. measure: the gain at a rate, -inf where it diverged."""
+    gains more, down until a gain below ENOUGH of it, or, where it is not reached, until less gains less. measure: the
+    gain at a rate, -inf where it diverged."""
     found, rate = {start: measure(start)}, start
     while math.isfinite(found[rate]) and max(found.values()) < target and rate < start * 2**DOUBLINGS:
         best, rate = max(found.values()), 2 * rate
@@ -30,7 +31,10 @@ def bracketed(measure: Callable[[float], float], start: float, target: float) ->
         if not found[rate] > best:
             break
     rate = start
-    while (found[rate] > ENOUGH * target or not math.isfinite(found[rate])) and rate > start / 2**DOUBLINGS:
+    while rate > start / 2**DOUBLINGS:
+        best = max(found.values())
+        if math.isfinite(found[rate]) and found[rate] <= ENOUGH * target and (best >= target or found[rate] < best):
+            break
         rate /= 2
         found[rate] = measure(rate)
     return found

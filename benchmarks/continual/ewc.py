@@ -1,7 +1,7 @@
 """Elastic weight consolidation for a CMS (Kirkpatrick et al., arXiv 1612.00796), as a baseline.
 
 After a text, F is the mean of the squared gradients of its segments at the weights learned by then. While another
-text is learned, every segment ends with
+text is learned, every step of a level ends with
 
     W <- argmin_V  |V - W|^2 / 2 + strength / 2 sum (F / mean F) (V - W_A)^2
        = W_A + (W - W_A) / (1 + strength F / mean F)
@@ -62,9 +62,10 @@ def added(old: dict[Place, Tensor], new: dict[Place, Tensor]) -> dict[Place, Ten
 
 @torch.no_grad()
 def pull_(state: ModelState, anchor: dict[Place, Tensor], fisher: dict[Place, Tensor], strength: float) -> None:
-    """The proximal step, in place, in every matrix that has an anchor and an F."""
+    """The proximal step, in place, in every matrix that has an anchor and an F, where its level has just stepped."""
     total = sum(float(F.double().sum()) for F in fisher.values())
     mean = total / max(sum(F.numel() for F in fisher.values()), 1)
     for place, W in weights(state).items():
-        if place in anchor and place in fisher:
+        period = state.cms[place[0]].config.chunks[place[1]]
+        if place in anchor and place in fisher and not state.pos[0] % period:
             W.sub_(anchor[place]).div_(fisher[place] * (strength / max(mean, 1e-30)) + 1).add_(anchor[place])

@@ -13,7 +13,7 @@ from benchmarks.continual.rules import Rule, under
 from benchmarks.continual.sessions import HOW
 from hope_kernels import HopeForCausalLM
 
-LOW = 0.75  # of gd's gain: the other place where rules are compared
+LOW = 0.75  # of the gain of the model's own rule: the other place where rules are compared
 
 
 def case(model: HopeForCausalLM, rule: Rule, factor: float, first: str, texts: dict[str, Tensor]) -> dict:
@@ -40,7 +40,7 @@ def case(model: HopeForCausalLM, rule: Rule, factor: float, first: str, texts: d
 def run(
     study: s.Study, model: HopeForCausalLM, rules: dict[str, Rule], texts: dict[str, Tensor], part: str = "pairs"
 ) -> None:
-    """Every rule at rates around those that gain as much as gd at the model's own; gd itself comes first."""
+    """Every rule at rates around those that gain as much as the model's own rule, which comes first."""
     for name, rule in rules.items():
         def gain(factor: float, name: str = name, rule: Rule = rule) -> float:
             for first in texts:
@@ -52,11 +52,9 @@ def run(
             print(f"{part}, {name} x{factor:g}: gain {found:.3f}", flush=True)
             return found if math.isfinite(found) else -math.inf
 
-        if name == "gd":
-            for factor in (1.0, 0.5, 0.25, 2.0):
-                gain(factor)
-        else:
-            bracketed(gain, rule.start, mean_gain(study.data, "pairs", "gd", 1.0))
+        if rule.own:
+            gain(1.0)
+        bracketed(gain, rule.start, mean_gain(study.data, "pairs", "own", 1.0))
 
 
 def points(data: dict, part: str, rule: str) -> dict[str, list[dict[str, float]]]:
@@ -82,28 +80,31 @@ def mean_gain(data: dict, part: str, rule: str, factor: float) -> float:
 
 
 def compared(data: dict, part: str, rule: str, of: str = "forgotten", of_gain: float = 1.0) -> dict[str, float | None]:
-    """{pair: ``of`` where the rule gains ``of_gain`` of what gd gains at the model's own rates}."""
+    """{pair: ``of`` where the rule gains ``of_gain`` of what the model's own rule gains at its own rates}."""
     found: dict[str, float | None] = {}
-    for pair, gd in points(data, "pairs", "gd").items():
-        target = of_gain * next(p["gain"] for p in gd if p["factor"] == 1.0)
+    for pair, own in points(data, "pairs", "own").items():
+        target = of_gain * next(p["gain"] for p in own if p["factor"] == 1.0)
         curve = points(data, part, rule).get(pair, [])
         found[pair] = at_gain([(p["factor"], p["gain"], p[of]) for p in curve], target)
     return found
 
 
 def factor_at_gain(data: dict, part: str, rule: str) -> float | None:
-    """The factor at which the mean gain over the pairs is gd's at the model's own rates; where none reaches it, the one
-    that gains most. None: the rule was not measured."""
-    factors = sorted({p["factor"] for of in points(data, part, rule).values() for p in of})
-    gains = {f: g for f in factors if math.isfinite(g := mean_gain(data, part, rule, f))}
+    """The factor at which the mean gain over the pairs is that of the model's own rule; where none reaches it, the one
+    that gains most. None: the rule was not measured at all pairs."""
+    of_pair, wanted = points(data, part, rule), len(points(data, "pairs", "own"))
+    factors = sorted({p["factor"] for of in of_pair.values() for p in of})
+    whole = [f for f in factors if sum(p["factor"] == f for of in of_pair.values() for p in of) == wanted]
+    gains = {f: g for f in whole if math.isfinite(g := mean_gain(data, part, rule, f))}
     if not gains:
         return None
-    found = at_gain([(f, g, f) for f, g in gains.items()], mean_gain(data, "pairs", "gd", 1.0))
+    found = at_gain([(f, g, f) for f, g in gains.items()], mean_gain(data, "pairs", "own", 1.0))
     return max(gains, key=gains.__getitem__) if found is None else found
 
 
 def table(data: dict, part: str = "pairs") -> str:
-    """Markdown: what every rule forgets at gd's gain, of what gd forgets; mean and range over the pairs."""
+    """Markdown: what every rule forgets at the gain of the model's own, of what gd forgets there; mean and range over
+    the pairs."""
     rules = dict.fromkeys(r["rule"] for r in data["cases"].values() if r.get("part") == part)
     lines = ["| rule | forgets, of gd's | at 75% of the gain | pairs | bits forgotten | first text learned, bits "
              "| rates, times the first |", "|---|---|---|---|---|---|---|"]

@@ -18,7 +18,7 @@ from hope_kernels.config.rates import default_rate
 class Rule:
     """cms: fields of CMSConfig that differ. start: the factor that a search of the rate begins with. how: the session
     of sessions.py, with its options. periods: of the levels, in units of the model's shortest; None: its own.
-    learns: which of the levels learn; None: all. unit: what a rate is multiplied by beside."""
+    learns: which of the levels learn; None: all. own: the model's own CMS, as it is but for ``factor`` in its rates."""
 
     cms: dict[str, Any] = field(default_factory=dict)
     start: float = 1.0
@@ -26,14 +26,15 @@ class Rule:
     options: dict[str, Any] = field(default_factory=dict)
     periods: tuple[float, ...] | None = None
     learns: tuple[bool, ...] | None = None
-    unit: float = 1.0
+    own: bool = False
 
 
 RULES: dict[str, Rule] = {
-    "gd": Rule(),
-    "momentum": Rule({"optimizer": "momentum"}),
+    "own": Rule(own=True),
+    "gd": Rule(start=4.0),
+    "momentum": Rule({"optimizer": "momentum"}, start=4.0),
     "muon": Rule({"optimizer": "muon", "relative": True}, start=64.0),
-    "adam": Rule({"optimizer": "adam", "relative": True}, start=64.0),
+    "adam": Rule({"optimizer": "adam", "relative": True}, start=4.0),
     "precondition 10": Rule({"precondition": 10.0}, start=4.0),
     "precondition 100": Rule({"precondition": 100.0}, start=2.0),
     "gd, replay": Rule(how="replay"),
@@ -59,7 +60,7 @@ def levels(model: HopeForCausalLM) -> dict[str, Rule]:
     found |= {
         "2 levels": Rule(periods=third[:2]), "3 levels": Rule(periods=third),
         **{f"{k} level{'s' * (k > 1)}, rank R / {k}": Rule(
-            {"rank": R // k}, periods=third, learns=tuple(l < k for l in range(3)), unit=1 / (R // k)
+            {"rank": R // k}, periods=third, learns=tuple(l < k for l in range(3))
         ) for k in (1, 2, 3)},
         "2 levels, both faster": Rule(periods=(fast / 4, fast)),
         "2 levels, faster and slower": Rule(periods=(fast / 4, 16 * fast)),
@@ -73,6 +74,8 @@ def levels(model: HopeForCausalLM) -> dict[str, Rule]:
 def under(model: HopeForCausalLM, rule: Rule, factor: float) -> HopeForCausalLM:
     """``model`` with the CMS of ``rule`` at ``factor`` times its first rates."""
     own = s.cms_of(model)
+    if rule.own:
+        return scaled(model, factor)
     periods = rule.periods or tuple(c / own.chunks[0] for c in own.chunks)
     chunks = tuple(max(1, round(p * own.chunks[0])) for p in periods)
     chunks += tuple(chunks[-1] * 4**i for i in range(1, own.num_levels - len(chunks) + 1))  # frozen: they are read
@@ -81,13 +84,22 @@ def under(model: HopeForCausalLM, rule: Rule, factor: float) -> HopeForCausalLM:
     absolute = not own.relative and own.optimizer == "gd" and not rule.cms.get("relative")
     rates = [
         tuple(
-            factor * rule.unit * r if l < len(learns) and learns[l] else 0.0
-            for r in _rates(own, optimizer, C, l, absolute)
+            factor * r if l < len(learns) and learns[l] else 0.0 for r in _rates(own, optimizer, C, l, absolute)
         )
         for l, C in enumerate(chunks)
     ]
     changes = {"optimizer": optimizer, "relative": not absolute, **rule.cms}
     return s.with_cms(model, own.replace(chunks=chunks, lr=tuple(rates), **changes))
+
+
+def scaled(model: HopeForCausalLM, factor: float) -> HopeForCausalLM:
+    """The model with ``factor`` times the rates of each of its blocks."""
+    changed = [
+        None if c is None else c.replace(lr=tuple(
+            tuple(factor * r for r in c.matrix_rates(l).values()) for l in range(c.num_levels)
+        )) for c in model.config.block_cms
+    ]
+    return s.with_cms(model, changed)
 
 
 def _rates(own: CMSConfig, optimizer: str, C: int, l: int, absolute: bool) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import small_model
@@ -55,6 +56,8 @@ def test_the_search_of_a_rate_encloses_the_gain_and_ends_where_more_does_not_gai
     assert sorted(found) == [1, 2, 4, 8] and min(found.values()) <= 3.5 and max(found.values()) >= 5
     assert sorted(bracketed(lambda rate: min(rate, 4.0 / rate), 1.0, 5.0)) == [1, 2, 4]
     assert sorted(bracketed(lambda rate: -math.inf if rate > 2 else rate, 4.0, 1.0)) == [0.5, 1, 2, 4]
+    assert sorted(bracketed(lambda rate: min(rate, 4.0 / rate), 64.0, 1.5)) == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert sorted(bracketed(lambda rate: min(rate, 4.0 / rate), 16.0, 5.0)) == [1, 2, 4, 8, 16, 32]
 
 
 def test_a_share_is_of_all_pairs_and_its_spread_of_those_with_enough_to_forget():
@@ -248,23 +251,25 @@ def test_the_bank_stays_where_a_difference_is_noise(model):
 
 def test_a_text_that_returns_is_read_with_the_very_state_that_was_kept():
     model = HopeForCausalLM.from_pretrained("hope-byte")
-    bank, words, figures = Bank(model, block=2), text(2 * WORDS, 1280)[:1], text(2 * FIGURES, 1280)[:1]
-    assert {m for m, _ in bank.learn(words[:, :768])} == {0}
+    bank, letters = Bank(model, block=4), random.Random(0)
+    words = text(studies.text(studies.KJV)[:9000], 2560)[:1]
+    figures = torch.tensor([[letters.choice(b"0123456789abcdef ") for _ in range(2560)]])
+    assert {m for m, _ in bank.learn(words[:, :1280])} == {0}
     learned = [t.clone() for t in bank.members[0].kept.tensors()]
     for a, b in zip(learned, forgotten(bank.state, model).tensors()):
         assert torch.equal(a, b)  # of the state that has just learned
-    others = {m for m, _ in bank.learn(figures[:, :768])}
+    others = {m for m, _ in bank.learn(figures[:, :1280])}
     assert others == {1}
     kept = bank.members[0].kept
     assert len(learned) == len(kept.tensors()) and all(map(torch.equal, learned, kept.tensors()))
     again = bank._with(kept)  # what the returning text is read with: memories of the stream, weights of the member
-    assert list(again.pos) == [1536]
+    assert list(again.pos) == [2560]
     assert all(map(torch.equal, again.mixers[0].tensors(), bank.state.mixers[0].tensors()))
     assert len(ewc.weights(kept)) == 12
     for place, W in ewc.weights(again).items():
         assert torch.equal(W, ewc.weights(kept)[place])
-    assert {m for m, _ in bank.learn(words[:, 768:])} == {0}
-    assert {m for m, _ in bank.learn(figures[:, 768:])} == {1}
+    assert {m for m, _ in bank.learn(words[:, 1280:])} == {0}
+    assert {m for m, _ in bank.learn(figures[:, 1280:])} == {1}
 
 
 # -- the command ---------------------------------------------------------------------------------------------
@@ -277,22 +282,22 @@ def test_command_measures_resumes_and_tells(small, tmp_path, capsys, monkeypatch
                "gd, EWC 0.1", "--length", "128", "--out", str(out)]
     bench_continual.main([*command, "--parts", "pairs"])
     data = json.loads(out.read_text())
-    gd = pairs.points(data, "pairs", "gd")
-    assert len(gd) == 6 and all({p["factor"] for p in of} == {0.25, 0.5, 1.0, 2.0} for of in gd.values())
-    record = data["cases"]["pairs gd x1: words"]
+    own, gd = (pairs.points(data, "pairs", rule) for rule in ("own", "gd"))
+    assert len(own) == len(gd) == 6 and all(len(of) > 1 for of in gd.values())
+    record = data["cases"]["pairs own x1: words"]
     then = record["then"]["figures"]
-    point = next(p for p in gd["words, then figures"] if p["factor"] == 1.0)
+    point = next(p for p in own["words, then figures"] if p["factor"] == 1.0)
     assert point["gain"] == studies.mean(then["before"]) - studies.mean(then["after"]) > 0
     assert point["forgotten"] == studies.mean(then["lost"]) - studies.mean(record["after"])
-    assert pairs.compared(data, "pairs", "gd")["words, then figures"] == pytest.approx(point["forgotten"])
-    gone = data["cases"].pop("pairs gd x2: figures")
+    assert pairs.compared(data, "pairs", "own")["words, then figures"] == pytest.approx(point["forgotten"])
+    gone = data["cases"].pop("pairs gd x4: figures")
     out.write_text(json.dumps(data))
     bench_continual.main([*command, "--parts", "pairs", "chain", "bank"])
     again = json.loads(out.read_text())
-    same = again["cases"]["pairs gd x2: figures"]
+    same = again["cases"]["pairs gd x4: figures"]
     assert {k: v for k, v in same.items() if k != "seconds"} == {k: v for k, v in gone.items() if k != "seconds"}
     assert {k: v for k, v in again["cases"].items() if k in data["cases"]} == data["cases"]
-    made = again["cases"]["chain pairs gd"]
+    made = again["cases"]["chain pairs own x1"]
     assert made["factor"] == 1.0 and list(chain.summary(made)["lost"]) == [studies.KJV_TITLE, "words"]
     assert sum(name.startswith("bank") for name in again["cases"]) == 3
     shown = capsys.readouterr().out
