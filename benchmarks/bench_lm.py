@@ -188,6 +188,10 @@ def main(argv: list[str] | None = None) -> None:
         p.error("--text: nothing to train on")
     args.found, test, other = sources(args.text, TAIL), named(args.test), named(args.other)
     args.tests = test | other
+    for t in args.found:
+        if len(t.heldout) < max(args.lengths):
+            p.error(f"--text {t.name}: its last {TAIL:.0%} are {len(t.heldout)} bytes, expected at least "
+                    f"{max(args.lengths)}, which choose the rates")
     sizes = ("steps", "search_steps", "widest", "d_model", "layers", "batch", "tokens", "lengths", "excerpts", "every")
     setting = {name: getattr(args, name) for name in sizes} | {
         "text": {t.name: [t.weight, s.digest(raw(t.data))] for t in args.found},

@@ -164,6 +164,8 @@ def table(data: dict) -> str:
         searched = [record for record in cases if record["seed"] == 0]
         if not searched:
             continue
+        if len(searched) < len(RATES):
+            continue  # the search of its rate goes on
         lr = min(searched, key=rank)["lr"]
         runs = [record for record in cases if record["lr"] == lr]
         for chunk in runs[0]["answered"]:

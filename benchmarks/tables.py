@@ -135,8 +135,9 @@ def train(run: dict) -> str:
 def languages(run: dict) -> str:
     data = run["languages"]
     return (f"{bench_languages.table(data)}\n\nOne block, trained on words of up to {bench_languages.TRAINED} symbols "
-            f"for at most {data['setting']['steps']} steps (the column says how many were needed); mean (least to "
-            f"most) over the seeds. {source('bench_languages', 'languages')}")
+            f"for at most {data['setting']['steps']} steps (the column says how many were needed), at the rate, of "
+            f"those in the program, that reads other words of twice the length best; mean (least to most) over the "
+            f"seeds. {source('bench_languages', 'languages')}")
 
 
 def mad(run: dict) -> str:
@@ -149,15 +150,18 @@ def mad(run: dict) -> str:
 def needles(run: dict) -> str:
     data = run["needles"]
     return (f"{bench_needles.table(data)}\n\nShare of right answers by tokens of noise, 4 needles, chance 0.031, "
-            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps on "
-            f"{bench_needles.FIRST} to {bench_needles.LAST} tokens. {source('bench_needles', 'needles')}")
+            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps "
+            f"(attention: {bench_needles.TIMES['attention']} times as many) on {bench_needles.FIRST} to "
+            f"{bench_needles.LAST} tokens. A needle begins at an even place. {source('bench_needles', 'needles')}")
 
 
 def text_needles(run: dict) -> str:
     data = run["text_needles"]
     return (f"{bench_needles.table(data)}\n\nShare of right answers by bytes of text, 4 needles, chance 0.038, "
-            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps on "
-            f"{bench_needles.FIRST} to {bench_needles.LAST} bytes. {source('bench_text_needles', 'text_needles')}")
+            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps "
+            f"(attention: {bench_needles.TIMES['attention']} times as many) on {bench_needles.FIRST} to "
+            f"{bench_needles.LAST} bytes. A needle begins at a multiple of 4. "
+            f"{source('bench_text_needles', 'text_needles')}")
 
 
 def lm(run: dict) -> str:
@@ -165,7 +169,8 @@ def lm(run: dict) -> str:
     read = setting["steps"] * setting["batch"] * setting["tokens"]
     return (f"{bench_lm.table(run['lm'])}\n\nBits per byte by length of the context, learning off and on, mean (least "
             f"to most) over the seeds; trained on {read / 1e6:.1f} million bytes (d = {setting['d_model']}, "
-            f"{setting['layers']} layers). Bytes/s of one core, by its own seconds, other work on the machine. "
+            f"{setting['layers']} layers), at the best rate after "
+            f"{setting['search_steps']} steps. Bytes/s of one core, by its own seconds, other work on the machine. "
             f"{source('bench_lm --threads 1 --text FILE ...', 'lm')}")
 
 
@@ -193,9 +198,8 @@ def learning_memory(run: dict) -> str:
     return (f"{learning(run)}\n\nPeak memory of the same process while reading with learning: {peaks[0]:.0f} MiB "
             f"in the first 10,000 bytes, {peaks[late - 1]:.0f} MiB between {10 * (late - 1)},000 and {10 * late},000. "
             f"Reading speed: {first['off']['bytes_per_s']:.0f} bytes/s off, {first['on_lr_x1']['bytes_per_s']:.0f} on, "
-            f"{threads}, other work on the machine.\n\nThe memories' own writes are worth little in this model "
-            "(compare the columns learning off and writes off): it was trained on 256-token gradients for 75 minutes, "
-            "and almost all of the gain is the CMS.")
+            f"{threads}, other work on the machine.\n\nWhat the memories write is worth what the columns learning "
+            "off and writes off have between them.")
 
 
 def recall(run: dict) -> str:

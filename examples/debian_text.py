@@ -12,6 +12,7 @@ import glob
 import gzip
 import hashlib
 import re
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -52,6 +53,11 @@ class Prose(HTMLParser):
             self.text.append(data)
 
 
+def plain(text: str) -> str:
+    """Quotes, dashes and accents as ASCII has them."""
+    return unicodedata.normalize("NFKD", text.translate(PLAIN).expandtabs())
+
+
 def prose(path: str) -> str:
     with gzip.open(path) if path.endswith((".gz", ".dz")) else open(path, "rb") as f:
         text = f.read().decode(errors="ignore")
@@ -59,7 +65,7 @@ def prose(path: str) -> str:
         parser = Prose()
         parser.feed(text)
         text = "".join(parser.text)
-    lines = (re.sub(r"[^\n\x20-\x7e]", "", line).rstrip() for line in text.translate(PLAIN).split("\n"))
+    lines = (re.sub(r"[^\n\x20-\x7e]", "", line).rstrip() for line in plain(text).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n\n"
 
 

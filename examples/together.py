@@ -20,6 +20,8 @@ class Together:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if self.device.index >= torch.cuda.device_count():
+                raise SystemExit(f"process {self.device.index} has no GPU: {torch.cuda.device_count()} are here")
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -29,7 +31,8 @@ class Together:
         return rows[self.rank :: self.world]
 
     def mean(self, parameters: Iterable[Tensor], numbers: list[float]) -> list[float]:
-        """Makes each gradient the mean of those of all processes; returns the means of ``numbers``."""
+        """Makes each gradient the mean of those of all processes, which have gradients of the same parameters; returns
+        the means of ``numbers``."""
         if self.world == 1:
             return numbers
         grads = [p.grad for p in parameters if p.grad is not None]

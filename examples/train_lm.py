@@ -1,7 +1,7 @@
 """Train a byte-level HOPE language model on any text files; goes on where it was when stopped.
 
     python examples/train_lm.py TEXT[=WEIGHT] [TEXT ...] --out runs/lm --minutes 60 --through-refreshes 0.3
-    torchrun --nproc-per-node 2 examples/train_lm.py TEXT ...    # the rows of a step divided over two processes
+    torchrun --nproc-per-node 2 examples/train_lm.py TEXT ... --threads 4   # a step's rows divided over two processes
 
 Every batch row reads its own stretch of one source (``mixed_text.py``), carrying the state of its memories from step
 to step (gradients are cut there); now and then a row starts afresh elsewhere. At first the CMS does not learn while
@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--warmup", type=float, default=0.02, help="share of the training")
     p.add_argument("--weight-decay", type=float, default=0.05)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's choice)")
+    p.add_argument("--threads", type=int, default=0, help="of a process (0: PyTorch's choice; torchrun's is 1)")
     return p.parse_args()
 
 
@@ -131,7 +131,7 @@ def save(args: argparse.Namespace, together: Together, model, optimizer, state: 
             safetensors_bytes(tensors, metadata={"progress": json.dumps(progress)}),
         )
         kept = {state_path(args, progress["step"], rank) for rank in range(together.world)}
-        for path in glob.glob(glob.escape(args.out) + "/state-*.safetensors"):
+        for path in glob.glob(glob.escape(args.out) + "/state-*"):
             if path not in kept:
                 os.remove(path)
     together.wait()
@@ -177,7 +177,9 @@ def train(
         streams.skip(step)
     stopped: list[int] = []
     before = {n: signal.signal(n, lambda *_: stopped.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
-    backend = agreed(together, model, copy.copy(streams).next(progress["step"])[0])
+    if "backend" not in progress:  # a run that goes on keeps the one it began with
+        progress["backend"] = agreed(together, model, copy.copy(streams).next(0)[0])
+    backend = progress["backend"]
     log = open(os.path.join(args.out, "log.jsonl"), "a")
     total, unit = (args.steps, "step") if args.steps else (args.minutes * 60, "s")
     done = lambda: progress["step"] if args.steps else progress["seconds"]
@@ -203,7 +205,10 @@ def train(
         told = [loss.item() / math.log(2), time.monotonic() - clock, float(bool(stopped))]
         clock += told[1]
         bits, seconds, asked = together.mean(model.parameters(), told)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise SystemExit(f"step {progress['step']}: the gradient's norm is {float(norm)}; nothing of this step was "
+                             f"taken, and {args.out} is as it was saved last. A lower --lr may help.")
         optimizer.step()
         state = state.detach()
         smooth = progress["smooth"]
@@ -219,7 +224,7 @@ def train(
             print(json.dumps(line), file=log, flush=True)
         if progress["seconds"] - saved > SAVE_SECONDS:
             save(args, together, model, optimizer, state, progress)
-            saved = progress["seconds"]
+            saved, clock = progress["seconds"], time.monotonic()  # saving is no training time
     save(args, together, model, optimizer, state, progress)
     bar.close()
     for number, handler in before.items():

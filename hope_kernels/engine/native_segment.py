@@ -52,6 +52,7 @@ class Reader:
         reading = self.reading(B, T, keep)
         return reading, reading.read(state, mixers, ids.contiguous(), lengths, among)
 
+    @torch.no_grad()  # a segment is learned with a graph, which this look has no part in
     def own_losses(
         self, state: ModelState, mixers: Sequence[Any], ids: Tensor, lengths: list[int], targets: Targets
     ) -> Tensor:
@@ -65,7 +66,11 @@ class Reader:
 
     def reading(self, B: int, T: int, keep: bool) -> Reading:
         """For segments of T tokens."""
-        return self._readings.pop((B, T, keep), None) or Reading(self, B, T, keep)
+        spare = self._readings.pop((B, T, keep), None)
+        if spare is None:
+            return Reading(self, B, T, keep)
+        spare.reader = self
+        return spare
 
     def mixers_like(self, mixers: Sequence[TitansState]) -> tuple[list[TitansState], list[Memory]]:
         """States as ``mixers``, whose tensors are to be written, and where these lie."""
@@ -86,6 +91,7 @@ class Reader:
 
     def give_back(self, reading: Reading, mixers: Sequence[Any]) -> None:
         """Nobody needs ``reading``, nor the ``mixers`` before it, if a reading has made them."""
+        reading.reader = None  # while it waits here: what both hold would otherwise live on until garbage is collected
         self._readings[(*reading.shape, reading.keep)] = reading
         self.free(mixers)
 

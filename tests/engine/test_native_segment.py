@@ -3,13 +3,14 @@ be learned."""
 
 import copy
 import ctypes
+import gc
 
 import pytest
 import torch
 from native_model import CASES, V, built, ids, small
 from numerics import relative, within_yardstick
 
-from hope_kernels import load_state
+from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, load_state
 from hope_kernels.engine import native_reading, native_segments
 from hope_kernels.engine.head import Targets
 from hope_kernels.engine.native_segment import Reader
@@ -172,6 +173,38 @@ def test_own_losses_are_those_of_the_models_own_weights():
     reading, _ = reader.read(state, mixers, text[:, :15].contiguous(), [15, 9], None, keep=False)
     heads, _ = reading.head(Targets(text[:, 1:16], [15, 9]), logits=False)
     assert not torch.isclose(own[0], heads.nats[0], rtol=1e-4).all()  # what has been learned says something else
+
+
+def test_a_look_at_the_own_weights_has_no_graph():
+    """Where the head is one of PyTorch too, as with this many tokens."""
+    model = HopeForCausalLM(HopeConfig(5000, 16, 1, num_heads=2, cms=CMSConfig(16, (4, 16)))).eval()
+    text = ids(2, 33)
+    with torch.no_grad():
+        _, state = model(text, learn="next_token")
+    mixers = model.init_state(2).mixers
+    own = Reader(model, None).own_losses(state, mixers, text[:, :15], [15, 15], Targets(text[:, 1:16], [15, 15]))
+    assert not own.requires_grad
+
+
+@torch.no_grad()
+def test_a_call_leaves_no_tensor_to_the_garbage_collector():
+    """Or a long reading grows until that comes by."""
+    model, text = small(), ids(2, 90)
+    model(text, learn="next_token")
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for guard in (False, True):
+            _, state = model(text[:, :50], learn="next_token", guard=guard)
+            model(text[:, 50:], state, learn="next_token")
+        del state
+        gc.collect()
+        assert not any(isinstance(o, torch.Tensor) for o in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def test_modes_of_autograd():

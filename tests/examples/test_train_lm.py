@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import random
 import subprocess
@@ -85,7 +86,7 @@ def test_two_processes_train_as_one_does(texts):
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
              str(EXAMPLES / "train_lm.py"), str(texts / "a.txt"), f"{texts / 'b'}=0.5", *SMALL, "--batch", "4",
              "--threads", "1", "--out", str(texts / out), *options],
-            check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
         return load_file(texts / out / "checkpoint.safetensors")
 
@@ -138,3 +139,19 @@ def test_a_backend_with_wrong_gradients_is_not_trained_with(example):
     backend, own, _ = trusted(wrong, ids)
     assert backend == "chunked" and 1e-3 < own < 0.1
     assert trusted(right, ids, "no such backend")[0] == "chunked"
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training_and_loses_nothing(example, texts, monkeypatch):
+    train_lm, out = example("train_lm"), texts / "out"
+    command = ["train_lm.py", str(texts / "a.txt"), *SMALL, "--batch", "2", "--threads", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--pause", "3"])
+    train_lm.main()
+    kept = {p.name: p.read_bytes() for p in out.iterdir() if p.suffix == ".safetensors"}
+    (out / "state-3-0.safetensors.0123abcd.part").write_bytes(b"of a write that was killed")
+    monkeypatch.setattr(sys, "argv", command)
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="step 3: the gradient's norm is nan"):
+        broken.setattr(train_lm.F, "cross_entropy", lambda logits, *_: logits.sum() * math.nan)
+        train_lm.main()
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.suffix == ".safetensors"} == kept
+    train_lm.main()
+    assert [p.name for p in out.glob("state-*")] == ["state-12-0.safetensors"]
