@@ -21,7 +21,7 @@ from .meter import PeakMemory, megabytes
 
 TEXT = "kjv-john-acts.txt.gz"
 PIECE = 1024
-BYTES = 105_000  # of the text, unless told otherwise: a few minutes on two cores
+BYTES = 105_000  # of the text, unless told otherwise: some twenty seconds on two cores
 FEWEST = 4 * PIECE  # with fewer, no piece ends in the last quarter but the last one
 
 
