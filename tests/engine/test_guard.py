@@ -48,7 +48,8 @@ def off(net, x):
 
 
 @pytest.mark.parametrize("tokens, options", [
-    (4096, {"lr": 2.0, "optimizer": "gd"}), (4096, {"lr": 0.3, "optimizer": "adam"}), (8192, {"lr": 1.0, "optimizer": "muon"})
+    (4096, {"lr": 2.0, "optimizer": "gd"}), (4096, {"lr": 0.3, "optimizer": "adam"}),
+    (8192, {"lr": 1.0, "optimizer": "muon"}),
 ])
 def test_rates_that_destroy_a_model_are_caught(tokens, options):
     net, x = bundled(relative=False, **options), book(tokens)
