@@ -47,13 +47,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     sizes = ("steps", "d_model", "chunk", "tokens", "lengths", "sequences")
     data = s.text(args.text)
-    setting = {name: getattr(args, name) for name in sizes} | {"text": s.digest(data)}
-    study, text = s.Study(args.out, __doc__.split("\n")[0], setting), hay(data)
+    text = hay(data)
     cut = int(TRAINS * len(text))
     for part, needed in ((text[:cut], n.LAST), (text[cut:], max(args.lengths))):
-        if len(part) < 2 * needed:
+        if len(part) < needed + args.chunk:
             p.error(f"--text has {len(text)} bytes, of which {len(part)} for lengths of up to {needed}: expected at "
-                    f"least {2 * needed}")
+                    f"least {needed + args.chunk}")
+    setting = {name: getattr(args, name) for name in sizes} | {"text": s.digest(data)}
+    study = s.Study(args.out, __doc__.split("\n")[0], setting)
     n.compare(study, args, partial(n.build, configuration=configuration), partial(text_needles, text[:cut]),
               partial(text_needles, text[cut:]))
     print(n.table(study.data))

@@ -184,14 +184,17 @@ def test_the_study_of_needles_in_text_trains_and_tests_on_its_two_parts(tmp_path
     monkeypatch.setattr(bench_text_needles, "text_needles", lambda text, *how: drawn.append(text) or text_needles(
         text, *how))
     source, out = tmp_path / "text.txt", tmp_path / "text_needles.json"
-    source.write_bytes(b"a" * 800 + b"b" * 200)
+    source.write_bytes(b"a" * 1600 + b"b" * 400)
     command = ["--arms", "recall", "attention", "--seeds", "0", "--steps", "2", "--tokens", "64", "--text", str(source),
                "--lengths", "16", "64", "--sequences", "3", "--out", str(out)]
     bench_text_needles.main(command)
     first = json.loads(out.read_text())
     assert set(first["cases"]["run attention seed 0"]["found"]) == {"16", "64"}
-    assert {bytes(t.unique().tolist()): len(t) for t in drawn} == {b"a": 800, b"b": 200}
+    assert {bytes(t.unique().tolist()): len(t) for t in drawn} == {b"a": 1600, b"b": 400}
     bench_text_needles.main(command)
     assert json.loads(out.read_text())["cases"] == first["cases"]
     sizes = [first["cases"][f"run {arm} seed 0"]["parameters"] for arm in ("recall", "attention")]
     assert abs(sizes[1] / sizes[0] - 1) <= 0.02 and f"| recall | {sizes[0]:,} |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # before an arm is trained
+        bench_text_needles.main([*command, "--lengths", "1024"])
+    assert "of which 400 for lengths of up to 1024: expected at least 1040" in capsys.readouterr().err
