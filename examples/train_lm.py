@@ -110,7 +110,7 @@ def built(args: argparse.Namespace, device: torch.device) -> tuple[HopeForCausal
     return model, optimizer
 
 
-def state_path(args: argparse.Namespace, step: int, rank: int | str) -> str:
+def state_path(args: argparse.Namespace, step: int, rank: int) -> str:
     return os.path.join(args.out, f"state-{step}-{rank}.safetensors")
 
 
