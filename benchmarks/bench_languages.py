@@ -22,12 +22,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import studies as s
-from benchmarks.synthetic.arms import ARMS, config, same_size, size
+from benchmarks.synthetic.arms import ARMS, as_large_as_hope, config, size
 from benchmarks.synthetic.fit import SMOOTH, fit
 from benchmarks.synthetic.languages import LANGUAGES, Language, Words
 from hope_kernels import HopeConfig, HopeForCausalLM
@@ -38,22 +39,17 @@ TRAINED, TESTED = 40, (1, 2, 4, 8)  # symbols of the longest words that train; t
 WORDS = 200  # that a length is tested on
 SHORT, LONGER = 4, 0.05  # symbols of the longest words at first; nats a place, below which they get longer
 MASTERED, HELD_OUT = 2e-5, 200  # nats a place, below which training ends; words that this, and the rate, are judged by
-SPREAD = 0.3  # of the embeddings; from 0.02 the first hundreds of steps go into their length
 EVERY_TOKEN = {"chunk_memory": 1, "chunk_other": 1}
 MEMORIES = {"hope": {**EVERY_TOKEN, "retention": False, "conv_window": None, "eta_scale": 2.0},
             "titans": EVERY_TOKEN, "attention": {}}
 
 
 def build(arm: str, language: Language, seed: int, args: argparse.Namespace) -> HopeForCausalLM:
-    def make(hidden: int, arm: str = arm) -> HopeConfig:
+    def make(arm: str, hidden: int) -> HopeConfig:
         heads = args.attention_heads if arm == "attention" else 1
         return config(arm, language.vocabulary, args.d_model, args.layers, heads, hidden, **MEMORIES[arm])
 
-    wanted = size(HopeForCausalLM(make(2 * args.d_model, "hope")))
-    torch.manual_seed(seed)
-    model = HopeForCausalLM(same_size(wanted, make))
-    torch.nn.init.normal_(model.embed.weight, std=SPREAD)
-    return model
+    return as_large_as_hope(arm, seed, args.d_model, make)
 
 
 def answers(model: HopeForCausalLM, words: Words) -> torch.Tensor:
@@ -133,20 +129,8 @@ def main(argv: list[str] | None = None) -> None:
     study = s.Study(args.out, __doc__.split("\n")[0], {name: getattr(args, name) for name in sizes})
     for language in map(LANGUAGES.__getitem__, args.languages):
         for arm in args.arms:
-            losses = {}
-            for lr in RATES:
-                name = f"search {language.name} {arm} {lr:g}"
-                if name not in study.cases:
-                    study.put(name, train(arm, language, lr, 0, args))
-                value = study.cases[name]["loss"]
-                losses[lr] = math.inf if value is None else value
-            lr = min(losses, key=losses.get)
-            for seed in args.seeds:
-                case = f"run {language.name} {arm} seed {seed}"
-                if case not in study.cases:
-                    same = study.cases[f"search {language.name} {arm} {lr:g}"] if seed == 0 else None
-                    study.put(case, same or train(arm, language, lr, seed, args))
-                    print(f"{case}: {study.cases[case]['right']}", flush=True)
+            named = partial(train, arm, language, args=args)
+            study.run_at_best(f"{language.name} {arm}", RATES, args.seeds, named, "right")
     print(table(study.data))
 
 

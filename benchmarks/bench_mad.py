@@ -14,13 +14,13 @@ its next one is asked for. Every case is written at once, and one that the file 
 from __future__ import annotations
 
 import argparse
-import math
 import os
+from functools import partial
 
 import torch
 
 from benchmarks import studies as s
-from benchmarks.synthetic.arms import ARMS, config, same_size, size
+from benchmarks.synthetic.arms import ARMS, as_large_as_hope, config, size
 from benchmarks.synthetic.fit import fit
 from benchmarks.synthetic.mad import TASKS, VOCABULARY, score
 from hope_kernels import HopeConfig, HopeForCausalLM, TitansConfig
@@ -29,21 +29,16 @@ RESULT = os.path.join(os.path.dirname(__file__), "results", "mad.json")
 RATES = (3e-3, 1e-2, 3e-2)
 TESTED, HELD_OUT = 500, 100  # sequences: of the test; that a rate and the end of training are judged by
 MASTERED = 0.01  # nats an answer, below which training ends
-SPREAD = 0.3  # of the embeddings; from 0.02 the first hundreds of steps go into their length
 CHUNKS = {"chunk_memory": 2, "chunk_other": 2}
 MEMORIES = {"hope": {**TitansConfig.PRESETS["recall"], **CHUNKS}, "titans": CHUNKS, "attention": {}}
 
 
 def build(arm: str, seed: int, args: argparse.Namespace) -> HopeForCausalLM:
-    def make(hidden: int, arm: str = arm) -> HopeConfig:
+    def make(arm: str, hidden: int) -> HopeConfig:
         layers, heads = (2, args.attention_heads) if arm == "attention" else (1, 1)
         return config(arm, VOCABULARY, args.d_model, layers, heads, hidden, **MEMORIES[arm])
 
-    wanted = size(HopeForCausalLM(make(2 * args.d_model, "hope")))
-    torch.manual_seed(seed)
-    model = HopeForCausalLM(same_size(wanted, make))
-    torch.nn.init.normal_(model.embed.weight, std=SPREAD)
-    return model
+    return as_large_as_hope(arm, seed, args.d_model, make)
 
 
 @torch.no_grad()
@@ -104,20 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     study = s.Study(args.out, __doc__.split("\n")[0], {name: getattr(args, name) for name in sizes})
     for task in args.tasks:
         for arm in args.arms:
-            losses = {}
-            for lr in RATES:
-                name = f"search {task} {arm} {lr:g}"
-                if name not in study.cases:
-                    study.put(name, train(arm, task, lr, 0, args))
-                value = study.cases[name]["loss"]
-                losses[lr] = math.inf if value is None else value
-            lr = min(losses, key=losses.__getitem__)
-            for seed in args.seeds:
-                case = f"run {task} {arm} seed {seed}"
-                if case not in study.cases:
-                    same = study.cases[f"search {task} {arm} {lr:g}"] if seed == 0 else None
-                    study.put(case, same or train(arm, task, lr, seed, args))
-                    print(case, study.cases[case]["right"], flush=True)
+            study.run_at_best(f"{task} {arm}", RATES, args.seeds, partial(train, arm, task, args=args), "right")
     print(table(study.data))
 
 

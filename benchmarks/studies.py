@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,22 +75,21 @@ def cms_of(model: HopeForCausalLM) -> CMSConfig:
 
 def bits(
     model: HopeForCausalLM, ids: Tensor, learn: str, state=None, last: Tensor | None = None, piece: int = 4096,
-    guard: bool = True,
+    **options: Any,
 ):
-    """(bits per byte of each row of ids [B, T], the reading). A piece holds 8 segments at least: one that
-    ends with its call is read twice, since its last token has no loss before the next call."""
+    """(bits per byte of each row of ids [B, T], the reading). options: of ``read``. A piece holds 8 segments at least:
+    one that ends with its call is read twice, since its last token has no loss before the next call."""
     reading = read(
         model, ids, state, learn=learn, last=last, piece=max(piece, 8 * model.segment), check_finite=False,
-        guard=guard,
+        **options,
     )
     return [float(n) / math.log(2) / p for n, p in zip(reading.nats, reading.predicted)], reading
 
 
-def last_half(model: HopeForCausalLM, ids: Tensor, learn: str) -> tuple[list[float], Reading]:
-    """Bits per byte of the last half of every row, the first half having been read by the same rule."""
-    middle = ids.shape[1] // 2
-    _, first = bits(model, ids[:, :middle], learn)
-    return bits(model, ids[:, middle:], learn, first.state, first.logits)
+def from_place(model: HopeForCausalLM, ids: Tensor, at: int, learn: str) -> tuple[list[float], Reading]:
+    """Bits per byte of every row from ``at`` on, what is before having been read by the same rule."""
+    _, first = bits(model, ids[:, :at], learn)
+    return bits(model, ids[:, at:], learn, first.state, first.logits)
 
 
 def finite(values: list[float]) -> list[float | None]:
@@ -180,3 +180,22 @@ class Study:
         self.data |= more
         if self.path is not None:
             write_json(self.path, self.data)
+
+    def run_at_best(
+        self, name: str, rates: Sequence[float], seeds: Sequence[int], train: Callable[[float, int], dict], shown: str
+    ) -> None:
+        """The cases "search NAME RATE" of seed 0, and "run NAME seed N" at the rate whose "loss" is the least; None is
+        the worst. train(rate, seed): the record. shown: the field of it that is printed."""
+        losses = {}
+        for lr in rates:
+            case = f"search {name} {lr:g}"
+            if case not in self.cases:
+                self.put(case, train(lr, 0))
+            value = self.cases[case]["loss"]
+            losses[lr] = math.inf if value is None else value
+        lr = min(losses, key=losses.__getitem__)
+        for seed in seeds:
+            case = f"run {name} seed {seed}"
+            if case not in self.cases:
+                self.put(case, self.cases[f"search {name} {lr:g}"] if seed == 0 else train(lr, seed))
+                print(f"{case}: {self.cases[case][shown]}", flush=True)

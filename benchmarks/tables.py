@@ -128,7 +128,7 @@ def train(run: dict) -> str:
             for c in data["cases"]]
     threads = WORDS.get(data["machine"]["threads"], "several threads")
     return (f"{markdown('memories by | a step, us a token | forward | backward | clipping, optimizer', rows)}\n\n"
-            f"Model and optimizer of examples/train_lm.py, {data['batch']} rows of {data['tokens']} tokens, {threads}, "
+            f"Model of examples/train_lm.py, AdamW, {data['batch']} rows of {data['tokens']} tokens, {threads}, "
             f"medians of {data['rounds']} steps (least to most) that take turns. {source('bench_train', 'train')}")
 
 
@@ -148,20 +148,19 @@ def mad(run: dict) -> str:
 
 
 def needles(run: dict) -> str:
-    data = run["needles"]
-    return (f"{bench_needles.table(data)}\n\nShare of right answers by tokens of noise, 4 needles, chance 0.031, "
-            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps "
-            f"(attention: {bench_needles.TIMES['attention']} times as many) on {bench_needles.FIRST} to "
-            f"{bench_needles.LAST} tokens. A needle begins at an even place. {source('bench_needles', 'needles')}")
+    return _needles("needles", run, "tokens", "noise", "0.031", "an even place")
 
 
 def text_needles(run: dict) -> str:
-    data = run["text_needles"]
-    return (f"{bench_needles.table(data)}\n\nShare of right answers by bytes of text, 4 needles, chance 0.038, "
+    return _needles("text_needles", run, "bytes", "text", "0.038", "a multiple of 4")
+
+
+def _needles(name: str, run: dict, units: str, hay: str, chance: str, place: str) -> str:
+    data = run[name]
+    return (f"{bench_needles.table(data)}\n\nShare of right answers by {units} of {hay}, 4 needles, chance {chance}, "
             f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps "
             f"(attention: {bench_needles.TIMES['attention']} times as many) on {bench_needles.FIRST} to "
-            f"{bench_needles.LAST} bytes. A needle begins at a multiple of 4. "
-            f"{source('bench_text_needles', 'text_needles')}")
+            f"{bench_needles.LAST} {units}. A needle begins at {place}. {source(f'bench_{name}', name)}")
 
 
 def lm(run: dict) -> str:

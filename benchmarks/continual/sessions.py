@@ -13,7 +13,6 @@ from benchmarks import studies as s
 from benchmarks.continual import ewc
 from benchmarks.continual.reading import forgotten, segments
 from hope_kernels import HopeForCausalLM
-from hope_kernels.engine.generation import read
 
 
 class Session:
@@ -49,12 +48,11 @@ class Replaying(Session):
 
     @torch.no_grad()
     def learn(self, ids: Tensor) -> list[float]:
-        reading = read(self.model, ids, self.state, learn="next_token", replay=self.kept, check_finite=False,
-                       guard=False)
+        found, reading = s.bits(self.model, ids, "next_token", self.state, guard=False, replay=self.kept)
         self.state = reading.state
         self.model.flush(self.state)
         self.model.replay(self.state, part=0, dreams=0, known=1.0, fade=False)
-        return [float(n) / math.log(2) / p for n, p in zip(reading.nats, reading.predicted)]
+        return found
 
 
 class Pulled(Session):

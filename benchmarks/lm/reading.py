@@ -70,7 +70,5 @@ def judged(model: HopeForCausalLM, rows: Tensor, length: int, learn: str) -> flo
     where one diverged."""
     ids = cut(rows, length)
     before = length - length // JUDGED
-    _, read = s.bits(model, ids[:, :before], learn)
-    found, _ = s.bits(model, ids[:, before:], learn, read.state, read.logits)
-    values = s.finite(found)
+    values = s.finite(s.from_place(model, ids, before, learn)[0])
     return None if None in values else s.mean(values)

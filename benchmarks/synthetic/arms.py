@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
 ARMS = ("hope", "titans", "attention")
 WITHIN = 0.02  # sizes differ by no more
+SPREAD = 0.3  # of the embeddings; from 0.02 the first hundreds of steps go into their length
 
 
 def config(arm: str, vocabulary: int, d: int, layers: int, heads: int, hidden: int, **titans: object) -> HopeConfig:
@@ -34,3 +37,12 @@ def same_size(wanted: int, make: Callable[[int], HopeConfig]) -> HopeConfig:
     if abs(got / wanted - 1) > WITHIN:
         raise ValueError(f"same_size: argument make gives {got} parameters, expected about {wanted}")
     return found
+
+
+def as_large_as_hope(arm: str, seed: int, d: int, make: Callable[[str, int], HopeConfig]) -> HopeForCausalLM:
+    """A new model make(arm, hidden), of as many parameters as make("hope", 2 d)."""
+    wanted = size(HopeForCausalLM(make("hope", 2 * d)))
+    torch.manual_seed(seed)
+    model = HopeForCausalLM(same_size(wanted, lambda hidden: make(arm, hidden)))
+    torch.nn.init.normal_(model.embed.weight, std=SPREAD)
+    return model
