@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     p.add_argument("--steps", type=int, default=800)
     p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    p.add_argument("--d-model", type=int, default=32)
+    p.add_argument("--d-model", type=int, default=64)
     p.add_argument("--attention-heads", type=int, default=4)
     p.add_argument("--batch", type=int, default=32)
     args = s.arguments(p, argv, RESULT, table)

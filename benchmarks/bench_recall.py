@@ -12,8 +12,8 @@ Beside the questions of 20 keys are those of more keys told once each, up to all
 room for.
 
 The arms have one size: the preset "recall" with chunks of 16 and of 4 tokens; the default preset; two layers of
-attention, once with as many steps and once with four times as many; "delta", the preset "recall" with linear memories
-by the delta rule, W (I - eta k k^T) + eta v k^T, which keeps the order inside a chunk. Rates are chosen from RATES by
+attention, once as the others and once after lessons (benchmarks/synthetic/lessons.py); "delta", the preset "recall" with linear
+memories by the delta rule, W (I - eta k k^T) + eta v k^T, which keeps the order inside a chunk. Rates are chosen from RATES by
 the loss that seed 0 ends with. Every case is written at once, and one that the file has is not run again.
 """
 
@@ -32,7 +32,8 @@ from torch import Tensor
 from benchmarks import studies as s
 from benchmarks.synthetic.arms import same_size, size
 from benchmarks.synthetic.fit import fit
-from benchmarks.synthetic.pairs import KEYS, KINDS, VOCABULARY, Counts, pairs
+from benchmarks.synthetic.lessons import teach
+from benchmarks.synthetic.pairs import KEYS, KINDS, VALUES, VOCABULARY, Counts, pairs
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "recall.json")
@@ -42,6 +43,7 @@ MASTERED, AT_LEAST = 0.5, 20  # nats; steps of a stage
 ROOM = (8, 16, 24, KEYS)  # keys told once each
 READ = (4, 1)  # tokens of the chunks that tests read in, beside the model's own
 ROWS = 64  # sequences read at once in tests
+TOLD = torch.arange(KEYS)[:, None], torch.arange(KEYS, KEYS + VALUES)  # keys and values, for lessons
 
 
 class Arm(NamedTuple):
@@ -50,7 +52,7 @@ class Arm(NamedTuple):
     preset: str | None
     chunk: int = 16
     fields: dict = {}
-    times: int = 1  # as many steps as the others
+    lessons: bool = False  # before the training
 
 
 ARMS = {
@@ -58,7 +60,7 @@ ARMS = {
     "recall, chunk 4": Arm("recall", 4),
     "default": Arm("default"),
     "attention": Arm(None),
-    "attention, 4 times the steps": Arm(None, times=4),
+    "attention after lessons": Arm(None, lessons=True),
     "delta": Arm("recall", fields={"memory": "linear", "objective": "dot"}),
 }
 
@@ -127,8 +129,9 @@ def answered(model: HopeForCausalLM, counts: Counts, chunk: int, sequences: int)
 def run(name: str, lr: float, seed: int, args: argparse.Namespace) -> dict:
     arm = ARMS[name]
     model = build(arm, seed, args.d_model)
+    taught = teach(model, *TOLD, seed) if arm.lessons else 0
     lessons = Lessons(model, arm.chunk, args.rows, seed)
-    curve = fit(model, lessons, arm.times * args.steps, lr)
+    curve = fit(model, lessons, args.steps, lr)
     model.eval()
     room = {str(n): answered(model, Counts(n), arm.chunk, args.sequences // 4)["once"] for n in ROOM}
     shares = {str(arm.chunk): answered(model, STAGES[-1], arm.chunk, args.sequences)}
@@ -136,7 +139,7 @@ def run(name: str, lr: float, seed: int, args: argparse.Namespace) -> dict:
         if chunk < arm.chunk:
             shares[str(chunk)] = answered(in_chunks(model, chunk), STAGES[-1], chunk, args.sequences)
     return {"arm": name, "lr": lr, "seed": seed, "parameters": size(model), "chunk": arm.chunk,
-            "stage": lessons.stage, "loss": s.finite([curve[-1][1]])[0],
+            "lessons": taught, "stage": lessons.stage, "loss": s.finite([curve[-1][1]])[0],
             "curve": [[step, *s.finite([loss])] for step, loss in curve],
             "answered": shares, "room": room}
 

@@ -16,7 +16,7 @@ from functools import partial
 
 from benchmarks import bench_needles as n
 from benchmarks import studies as s
-from benchmarks.synthetic.text_needles import WIDTH, hay, text_needles
+from benchmarks.synthetic.text_needles import TOLD, WIDTH, hay, text_needles
 from hope_kernels import HopeConfig
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "text_needles.json")
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     setting = {name: getattr(args, name) for name in sizes} | {"text": s.digest(data)}
     study = s.Study(args.out, __doc__.split("\n")[0], setting)
     n.compare(study, args, partial(n.build, configuration=configuration), partial(text_needles, text[:cut]),
-              partial(text_needles, text[cut:]))
+              partial(text_needles, text[cut:]), TOLD)
     print(n.table(study.data))
 
 

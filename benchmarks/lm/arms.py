@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from benchmarks.synthetic.arms import same_size, size
+from benchmarks.synthetic.arms import as_large_as_hope
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
 VOCABULARY, HEAD = 256, 32  # bytes; the width of a head
@@ -21,6 +19,7 @@ ABLATIONS: dict[str, tuple[str, dict]] = {
     "no_retention": ("HOPE without retention", {"retention": False}),
     "no_cms": ("HOPE with MLPs for the CMS", {}),
     "no_own_values": ("HOPE without own values", {"own_values": False}),
+    "no_conv": ("HOPE without convolution", {"conv_window": None}),
     "momentum": ("HOPE with momentum", {"momentum": "learned"}),
 }
 TITLES = ARMS | {name: title for name, (title, _) in ABLATIONS.items()}
@@ -46,7 +45,4 @@ def configuration(arm: str, d: int, layers: int, hidden: int) -> HopeConfig:
 
 def build(arm: str, seed: int, d: int, layers: int) -> HopeForCausalLM:
     """A new model of the arm, of as many parameters as HOPE with levels of 2 d units."""
-    wanted = size(HopeForCausalLM(configuration("hope", d, layers, 2 * d)))
-    config = same_size(wanted, lambda hidden: configuration(arm, d, layers, hidden))
-    torch.manual_seed(seed)
-    return HopeForCausalLM(config)
+    return as_large_as_hope(arm, seed, d, lambda arm, hidden: configuration(arm, d, layers, hidden))

@@ -16,11 +16,17 @@ from benchmarks.synthetic.needles import NEEDLES
 MARK = b"@"
 LETTERS = 26
 WIDTH = 4  # bytes of a needle
+FIRST = ord("a")
 
 
 def hay(text: bytes) -> Tensor:
     """Bytes of a text without the mark, [n] uint8."""
     return torch.frombuffer(bytearray(text.replace(MARK, b"")), dtype=torch.uint8)
+
+
+def spelled(keys: Tensor) -> Tensor:
+    """[..., 3]: the mark and the two letters of keys, numbers below LETTERS^2."""
+    return torch.stack([torch.full_like(keys, MARK[0]), FIRST + keys // LETTERS, FIRST + keys % LETTERS], -1)
 
 
 def text_needles(text: Tensor, rows: int, T: int, close: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -36,11 +42,15 @@ def text_needles(text: Tensor, rows: int, T: int, close: int, g: torch.Generator
     ids = torch.stack([text[i : i + T + close] for i in starts]).long()
     keys = torch.rand(rows, LETTERS**2, generator=g).argsort(1)[:, :NEEDLES]
     values = torch.randint(0, LETTERS, (rows, NEEDLES), generator=g)
-    marks, first = torch.full_like(keys, MARK[0]), ord("a")
-    told = torch.stack([marks, first + keys // LETTERS, first + keys % LETTERS, first + values], -1)
+    told = torch.cat([spelled(keys), FIRST + values[..., None]], -1)
     places = WIDTH * torch.rand(rows, T // WIDTH, generator=g).argsort(1)[:, :NEEDLES]
     for i in range(WIDTH):
         ids.scatter_(1, places + i, told[..., i])
     order = torch.rand(rows, NEEDLES, generator=g).argsort(1)
     asked = told.gather(1, order[..., None].expand_as(told)).flatten(1)
     return torch.cat([ids, asked], 1), T + close + WIDTH - 2 + WIDTH * torch.arange(NEEDLES)
+
+
+# keys, those of few different letters first, and values, for lessons
+TOLD = (spelled(torch.tensor(sorted(range(LETTERS**2), key=lambda k: max(k // LETTERS, k % LETTERS)))),
+        FIRST + torch.arange(LETTERS))

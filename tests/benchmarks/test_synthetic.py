@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from benchmarks import bench_needles, bench_recall, bench_text_needles
+from benchmarks.synthetic import lessons
 from benchmarks.synthetic.arms import WITHIN, size
 from benchmarks.synthetic.needles import KEYS, NEEDLES, VALUES, needles
 from benchmarks.synthetic.pairs import KINDS, Counts, pairs
-from benchmarks.synthetic.text_needles import hay, text_needles
+from benchmarks.synthetic.text_needles import TOLD, hay, text_needles
 
 
 def test_needles_are_told_once_and_asked_for_once():
@@ -95,19 +96,21 @@ def test_the_arms_of_recall_have_one_size():
 
 def test_the_study_of_recall_searches_rates_and_runs_no_case_twice(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_recall, "RATES", (1e-9, 4e-3))
+    monkeypatch.setattr(lessons, "MOST", 3)
     out = tmp_path / "recall.json"
-    command = ["--arms", "delta", "attention", "--seeds", "0", "1", "--steps", "12", "--rows", "4", "--sequences", "8",
+    command = ["--arms", "delta", "attention after lessons", "--seeds", "0", "1", "--steps", "12", "--rows", "4", "--sequences", "8",
                "--d-model", "32", "--out", str(out)]
     bench_recall.main(command)
     first = json.loads(out.read_text())
-    assert set(first["cases"]) == {f"{arm} rate {case}" for arm in ("delta", "attention")
+    assert set(first["cases"]) == {f"{arm} rate {case}" for arm in ("delta", "attention after lessons")
                                    for case in ("1e-09 seed 0", "0.004 seed 0", "0.004 seed 1")}
     bench_recall.main(command)
     assert json.loads(out.read_text())["cases"] == first["cases"]
     capsys.readouterr()
     bench_recall.main([*command, "--table"])
     lines = capsys.readouterr().out.splitlines()
-    names = ["attention", "delta", "delta, read in chunks of 4", "delta, read in chunks of 1"]
+    assert [r["lessons"] for r in first["cases"].values()] == 3 * [0] + 3 * [3]
+    names = ["attention after lessons", "delta", "delta, read in chunks of 4", "delta, read in chunks of 1"]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
     assert all(line.endswith("| 2 | 0.004, stuck at 6 keys |") for line in lines[2:])
 
@@ -138,12 +141,14 @@ def test_the_step_size_that_training_presses_on_is_the_layers_own():
 
 def test_the_study_of_needles_writes_its_cases_and_runs_none_twice(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_needles, "RATES", (4e-3,))
+    monkeypatch.setattr(lessons, "MOST", 2)
     out = tmp_path / "needles.json"
     command = ["--arms", "unpressed", "attention", "--seeds", "0", "--steps", "3", "--tokens", "64",
                "--lengths", "16", "64", "--sequences", "3", "--out", str(out)]
     bench_needles.main(command)
     first = json.loads(out.read_text())
     assert set(first["cases"]["run attention seed 0"]["found"]) == {"16", "64"}
+    assert [first["cases"][f"run {arm} seed 0"]["lessons"] for arm in ("unpressed", "attention")] == [0, 2]
     bench_needles.main(command)
     assert json.loads(out.read_text())["cases"] == first["cases"]
     assert "| unpressed | 65,985 |" in capsys.readouterr().out
@@ -158,6 +163,34 @@ def test_a_needle_is_found_however_the_hay_is_cut(monkeypatch):
     with torch.no_grad():
         right = (model(ids)[0][:, at].argmax(-1) == ids[:, at + 1]).float().mean()
     assert whole == float(right)
+
+
+@pytest.mark.parametrize("keys, values", [bench_needles.TOLD, TOLD])
+def test_a_lesson_asks_for_every_telling_after_the_first(keys, values):
+    ids, answers = lessons.lesson(50, keys, values, torch.Generator().manual_seed(0))
+    width = keys.shape[1] + 1
+    known = set(map(tuple, keys.tolist()))
+    for row, asked in zip(ids.unflatten(1, (lessons.PAIRS, width)).tolist(), answers.unflatten(1, (-1, width)).tolist()):
+        told: dict[tuple, int] = {}
+        for (*key, value), (*nothing, answer, last) in zip(row, asked):
+            assert tuple(key) in known and value in values and {*nothing, last} == {lessons.NONE}
+            assert answer == lessons.NONE if tuple(key) not in told else values[answer] == told[tuple(key)] == value
+            told[tuple(key)] = value
+        assert len(told) <= lessons.KEYS
+    drawn = ids.unflatten(1, (-1, width))[..., 0 if width == 2 else 1].unique()
+    assert len(drawn) > 20  # of all keys, not only the first
+
+
+def test_lessons_end_when_a_model_finds_a_value_by_its_key(monkeypatch):
+    monkeypatch.setattr(lessons, "RATE", 1e-2)
+    model = bench_needles.build("recall", 0, 32, 2)  # which learns in a few steps what takes attention hundreds
+    keys, values = bench_needles.TOLD[0][:8], bench_needles.TOLD[1][:4]
+    steps = lessons.teach(model, keys, values, 0)
+    assert 20 < steps < lessons.MOST
+    ids, answers = lessons.lesson(100, keys, values, torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        said = model(ids)[0][..., values].argmax(-1)
+    assert (said == answers)[answers != lessons.NONE].float().mean() > 0.9
 
 
 def test_needles_in_text_are_told_once_and_asked_for_once_and_the_rest_is_text():
@@ -180,6 +213,7 @@ def test_needles_in_text_are_told_once_and_asked_for_once_and_the_rest_is_text()
 
 def test_the_study_of_needles_in_text_trains_and_tests_on_its_two_parts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_needles, "RATES", (4e-3,))
+    monkeypatch.setattr(lessons, "MOST", 2)
     drawn = []
     monkeypatch.setattr(bench_text_needles, "text_needles", lambda text, *how: drawn.append(text) or text_needles(
         text, *how))
