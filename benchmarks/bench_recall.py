@@ -12,9 +12,9 @@ Beside the questions of 20 keys are those of more keys told once each, up to all
 room for.
 
 The arms have one size: the preset "recall" with chunks of 16 and of 4 tokens; the default preset; two layers of
-attention, once as the others and once after lessons (benchmarks/synthetic/lessons.py); "delta", the preset "recall" with linear
-memories by the delta rule, W (I - eta k k^T) + eta v k^T, which keeps the order inside a chunk. Rates are chosen from RATES by
-the loss that seed 0 ends with. Every case is written at once, and one that the file has is not run again.
+attention, once as the others and once after lessons (benchmarks/synthetic/lessons.py); "delta", the preset of linear
+memories by the delta rule, W (I - eta k k^T) + eta v k^T, which keeps the order inside a chunk. Rates are chosen from
+RATES by the loss that seed 0 ends with. Every case is written at once, and one that the file has is not run again.
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ TOLD = torch.arange(KEYS)[:, None], torch.arange(KEYS, KEYS + VALUES)  # keys an
 
 
 class Arm(NamedTuple):
-    """Of models with memories: the preset, the chunk, and what differs from the preset. No preset: attention."""
+    """Of models with memories: the preset and the chunk. No preset: attention."""
 
     preset: str | None
     chunk: int = 16
-    fields: dict = {}
     lessons: bool = False  # before the training
 
 
@@ -61,7 +60,7 @@ ARMS = {
     "default": Arm("default"),
     "attention": Arm(None),
     "attention after lessons": Arm(None, lessons=True),
-    "delta": Arm("recall", fields={"memory": "linear", "objective": "dot"}),
+    "delta": Arm("delta"),
 }
 
 
@@ -70,7 +69,7 @@ def configuration(arm: Arm, d: int, hidden: int) -> HopeConfig:
     if arm.preset is None:  # a pair takes two layers of it: one that looks back, one that finds
         return HopeConfig(VOCABULARY, d, 2, mixer="attention", num_heads=4, cms=cms)
     chunks = {"chunk_memory": arm.chunk, "chunk_other": arm.chunk}
-    titans = TitansConfig.preset(arm.preset, d_model=d, **chunks, **arm.fields)
+    titans = TitansConfig.preset(arm.preset, d_model=d, **chunks)
     return HopeConfig(VOCABULARY, d, 1, titans=titans, cms=cms)
 
 

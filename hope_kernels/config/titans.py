@@ -59,6 +59,11 @@ class TitansConfig(Configuration):
         ),
         # pairs told in context: nothing decays, a pair is a token and the one before it, writes are large or none
         "recall": dict(retention=False, conv_window=2, eta_scale=2.0, eta_bias=-2.0, q_identity=True),
+        # the same with W (I - eta k k^T) + eta v k^T for a memory: the newer of two values holds inside a chunk, too
+        "delta": dict(
+            retention=False, conv_window=2, eta_scale=2.0, eta_bias=-2.0, q_identity=True, memory="linear",
+            objective="dot",
+        ),
         "titans": dict(self_modifying=False, own_values=False, target_norm=False, dgd=False, momentum="learned"),
     }
 

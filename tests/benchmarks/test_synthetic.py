@@ -98,8 +98,8 @@ def test_the_study_of_recall_searches_rates_and_runs_no_case_twice(tmp_path, cap
     monkeypatch.setattr(bench_recall, "RATES", (1e-9, 4e-3))
     monkeypatch.setattr(lessons, "MOST", 3)
     out = tmp_path / "recall.json"
-    command = ["--arms", "delta", "attention after lessons", "--seeds", "0", "1", "--steps", "12", "--rows", "4", "--sequences", "8",
-               "--d-model", "32", "--out", str(out)]
+    command = ["--arms", "delta", "attention after lessons", "--seeds", "0", "1", "--steps", "12", "--rows", "4",
+               "--sequences", "8", "--d-model", "32", "--out", str(out)]
     bench_recall.main(command)
     first = json.loads(out.read_text())
     assert set(first["cases"]) == {f"{arm} rate {case}" for arm in ("delta", "attention after lessons")
@@ -169,8 +169,9 @@ def test_a_needle_is_found_however_the_hay_is_cut(monkeypatch):
 def test_a_lesson_asks_for_every_telling_after_the_first(keys, values):
     ids, answers = lessons.lesson(50, keys, values, torch.Generator().manual_seed(0))
     width = keys.shape[1] + 1
+    tellings = (t.unflatten(1, (lessons.PAIRS, width)).tolist() for t in (ids, answers))
     known = set(map(tuple, keys.tolist()))
-    for row, asked in zip(ids.unflatten(1, (lessons.PAIRS, width)).tolist(), answers.unflatten(1, (-1, width)).tolist()):
+    for row, asked in zip(*tellings):
         told: dict[tuple, int] = {}
         for (*key, value), (*nothing, answer, last) in zip(row, asked):
             assert tuple(key) in known and value in values and {*nothing, last} == {lessons.NONE}

@@ -499,6 +499,14 @@ def test_gradients_are_those_of_the_chunks_start():
     assert np.array_equal(write_linear([(X, Y, 0.5)], chunk_memory=2, chunk_other=2), np.zeros((2, 2)))
 
 
+def test_the_delta_rule_keeps_the_order_of_a_chunk():
+    """The newer of two values told for a key is all that is left of them, whatever stands beside."""
+    fields = {"dgd": True, "objective": "dot", "chunk_memory": 4, "chunk_other": 4}
+    tokens = [(X, Y, 1.0), (Y, X, 1.0), (X, 3 * Y, 1.0), (Y, 2 * X, 1.0)]
+    assert np.array_equal(write_linear(tokens, **fields), [[0, 2], [3, 0]])
+    assert np.array_equal(write_linear(tokens, **fields | {"dgd": False}), [[0, 3], [4, 0]])
+
+
 def test_step_clip():
     chunks = dict(chunk_memory=4, chunk_other=4, step_clip=True)
     # |k| = m = 1: four equal keys have S = 4 eta = 2, half of each step, and together write v exactly

@@ -101,7 +101,7 @@ def test_softplus_gate_is_exact_for_large_arguments():
     ) < 1e-15
 
 
-@pytest.mark.parametrize("preset", ["default", "paper", "nested_learning", "titans", "recall"])
+@pytest.mark.parametrize("preset", ["default", "paper", "nested_learning", "titans", "recall", "delta"])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65])
 def test_presets(preset, tokens):
     torch.manual_seed(tokens)
