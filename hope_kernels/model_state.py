@@ -141,7 +141,9 @@ class ModelState(State):
         }
         for name, kinds in held.items():
             found = getattr(self, name)
-            if not isinstance(found, list) or [None if s is None else type(s) for s in found] != kinds:
+            if not isinstance(found, list) or len(found) != len(kinds) or not all(
+                isinstance(s, type(None) if kind is None else kind) for s, kind in zip(found, kinds)
+            ):
                 raise ValueError(
                     f"{where}: state.{name} does not hold what the {c.num_layers} blocks of its configuration need"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.lm.convolved import convolved
 from benchmarks.synthetic.arms import as_large_as_hope
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
@@ -12,7 +13,10 @@ ARMS = {
     "titans": "Titans without momentum, with the CMS",
     "attention": "attention with MLPs",
     "attention_cms": "attention with the CMS",
+    "attention_conv": "attention with MLPs and a convolution",
+    "attention_cms_conv": "attention with the CMS and a convolution",
 }
+CONVOLVED = {name + "_conv": name for name in ("attention", "attention_cms")}
 # of HOPE: its name in the table, and what differs in its memories
 ABLATIONS: dict[str, tuple[str, dict]] = {
     "no_dgd": ("HOPE without DGD", {"dgd": False}),
@@ -45,4 +49,6 @@ def configuration(arm: str, d: int, layers: int, hidden: int) -> HopeConfig:
 
 def build(arm: str, seed: int, d: int, layers: int) -> HopeForCausalLM:
     """A new model of the arm, of as many parameters as HOPE with levels of 2 d units."""
-    return as_large_as_hope(arm, seed, d, lambda arm, hidden: configuration(arm, d, layers, hidden))
+    like = CONVOLVED.get(arm, arm)
+    model = as_large_as_hope(like, seed, d, lambda arm, hidden: configuration(arm, d, layers, hidden))
+    return convolved(model) if arm in CONVOLVED else model

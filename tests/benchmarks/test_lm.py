@@ -13,6 +13,7 @@ from benchmarks import studies as s
 from benchmarks.lm.arms import ABLATIONS, TITLES, build, configuration
 from benchmarks.lm.reading import contexts, cut, judged
 from benchmarks.synthetic.arms import WITHIN, size
+from hope_kernels.layers.attention import CausalAttention
 
 SMALL = ("--steps 6 --search-steps 2 --widest 1 --seeds 0 1 --d-model 16 --layers 1 --batch 2 --tokens 16 "
          "--lengths 32 64 --excerpts 2 --every 3").split()
@@ -66,12 +67,34 @@ def test_arms_are_of_one_size_and_ablations_lack_what_they_say():
     for arm in TITLES:
         model = build(arm, 0, 64, 2)
         assert abs(size(model) / wanted - 1) <= WITHIN
-        assert model.learns == (arm not in ("attention", "no_cms"))
+        assert model.learns == (arm not in ("attention", "attention_conv", "no_cms"))
     whole = configuration("hope", 64, 2, 128).titans
     for arm in ABLATIONS:
         titans = configuration(arm, 64, 2, 128).titans
         differ = {name for name, value in titans.to_dict().items() if value != whole.to_dict()[name]}
         assert differ == {"no_cms": set(), "no_conv": {"conv_window"}}.get(arm, {arm.removeprefix("no_")})
+
+
+@torch.no_grad()
+def test_convolved_attention_reads_what_a_convolution_of_the_whole_would_give():
+    torch.manual_seed(0)
+    ids = torch.randint(0, 256, (2, 90))
+    model, plain = build("attention_cms_conv", 0, 32, 2), build("attention_cms", 0, 32, 2)
+    whole, state = model(ids)[0], None
+    parts = []
+    for part in ids.split([1, 2, 3, 50, 34], 1):
+        logits, state = model(part, state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    mixer, x = model.blocks[0].mixer, torch.randn(2, 9, 32)
+    u = torch.stack([sum(mixer.conv[:, 3 - j] * x[:, t - j] for j in range(min(4, t + 1))) for t in range(9)], 1)
+    torch.testing.assert_close(mixer(x)[0], CausalAttention.scan(mixer, u, mixer.init_state(2), [9, 9])[0])
+    for block in model.blocks:  # of the token alone: attention as it was
+        block.mixer.conv.zero_()[:, -1] = 1
+    plain.load_state_dict({n: p for n, p in model.state_dict().items() if not n.endswith("conv")})
+    torch.testing.assert_close(model(ids)[0], plain(ids)[0])
+    with pytest.raises(ValueError, match="ConvolvedAttention: argument lengths is .3, 9., expected 9 in every row"):
+        mixer(x, lengths=[3, 9])
 
 
 def test_the_command_searches_compares_resumes_and_tells(tmp_path, capsys):
