@@ -7,7 +7,7 @@ Bytes are tokens. Models have equal parameters (within 2%) and read the same byt
 4k and 16k bytes, a third of the bytes in each, in steps of 256 bytes a row. What they hold (memories, or the keys and
 values of attention) is carried from step to step, and gradients are cut there. Nothing but the memories learns while
 training reads. Embeddings begin wide (SPREAD of benchmarks/synthetic/arms.py): from 0.02 attention spends its first
-hundreds of steps on their length. Rates, a factor of 2 apart, are tried for each of the four models with seed 0 until
+hundreds of steps on their length. Rates, a factor of 2 apart, are tried for each of the models with seed 0 until
 the best has a worse one on either side; what chooses is the last 2% of every text, which does not train. HOPE without
 one of its parts takes HOPE's rate.
 
