@@ -127,13 +127,21 @@ def test_what_is_written_has_the_bits_of_what_is_read():
     assert torch.equal(torch.cat([first.tokens, rest.tokens], 1), out.tokens)
 
 
+@pytest.mark.parametrize("mlp, post_norm", [("swiglu", False), ("geglu", True)])
 @torch.no_grad()
-def test_a_converted_model_keeps_bits_over_splits_when_asked_to():
-    """By default it has those of its original (tests/test_convert.py)."""
-    model, text = moved(HopeForCausalLM(config(OPTIONS["grouped, biases"]).replace(rope_dtype="float32"))), ids(2, 150)
-    whole, _ = model(text, backend="cpp")
-    for cuts in ([33], range(1, 150)):
-        assert torch.equal(in_parts(lambda x, s: model(x, s, backend="cpp"), text, cuts)[0], whole)
-    theirs, _ = model(text)
-    assert not torch.equal(theirs, whole)
-    torch.testing.assert_close(theirs, whole, rtol=1e-3, atol=1e-3)
+def test_a_converted_model_keeps_bits_over_splits_when_asked_to(mlp, post_norm):
+    """By default it has those of its original (tests/test_convert.py), as far as calls go."""
+    levels = CMSConfig(D, (4, 16), mlp=mlp, post_norm=post_norm, intermediate_size=72, lr=0.02)
+    settings = config(OPTIONS["grouped, biases"]).replace(
+        rope_dtype="float32", cms=levels, post_norm=post_norm, qk_norm=post_norm, window=30
+    )
+    model, text = moved(HopeForCausalLM(settings)), ids(2, 150)
+    _, learned = model(ids(2, 21, 5), learn="next_token", backend="cpp")
+    for start in (model.init_state(2), learned):
+        whole, _ = model(text, start.clone(), backend="cpp")
+        for cuts in ([33], range(1, 150)):
+            parts, _ = in_parts(lambda x, s: model(x, s, backend="cpp"), text, cuts, start.clone())
+            assert torch.equal(parts, whole)
+        theirs, _ = model(text, start.clone())
+        assert not torch.equal(theirs, whole)
+        torch.testing.assert_close(theirs, whole, rtol=1e-3, atol=1e-3)

@@ -11,7 +11,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...backend import Request
 from ...config import HopeConfig
 from ..linear.cpp import unserved, unserved_unasked
 from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address, is_plain, row_array
