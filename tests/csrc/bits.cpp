@@ -138,9 +138,10 @@ void levels() {
   done(hope_cms_gelu(n, 1, z.data(), a.data(), slope.data()));
   show("gelu", a), show("gelu slope", slope);
   const Floats x = draw(rows * d, 1), gain = draw(d, 1), dn = draw(rows * d, 1), dy = draw(rows * d, 1);
+  Floats gated(n);
   for (int32_t silu : {0, 1}) {
-    done(hope_cms_gate(n, 1, silu, z.data(), slope.data(), a.data()));
-    show("cms gate " + std::to_string(silu), a);
+    done(hope_cms_gate(n, 1, silu, z.data(), slope.data(), gated.data()));
+    show("cms gate " + std::to_string(silu), gated);
   }
   done(hope_cms_norm_backward(rows, d, 1, 1e-6f, x.data(), gain.data(), dn.data(), dy.data(), dx.data(), dgain.data()));
   show("norm_backward", dx), show("norm_backward gain", dgain);
