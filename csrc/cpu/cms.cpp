@@ -37,6 +37,19 @@ extern "C" int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* 
   return DONE;
 }
 
+extern "C" int hope_cms_gate(int64_t n, int64_t threads, int32_t silu, const float* g, const float* z, float* a) {
+  if (n < 0 || n > MOST_FLOATS || n % 8 || !threads_fit(threads) || (n && !all_given({g, z, a}))) return BAD_ARGUMENT;
+  const int64_t count = (n + BLOCK - 1) / BLOCK;
+  const int team = count < 8 ? 1 : static_cast<int>(threads);
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t block = 0; block < count; block++) {
+    const FlushDenormals flush;
+    for (int64_t i = block * BLOCK; i < std::min(n, (block + 1) * BLOCK); i += 8)
+      store(a + i, (silu ? sigma<SILU>(load(g + i)) : sigma<GELU_TANH>(load(g + i))) * load(z + i));
+  }
+  return DONE;
+}
+
 extern "C" int hope_cms_norm_backward(int64_t rows, int64_t d, int64_t threads, float eps, const float* x,
                                       const float* gain, const float* dn, const float* dy, float* dx,
                                       float* dgain) try {

@@ -8,6 +8,8 @@
 extern "C" {
 // a = gelu_tanh(z); slope = its derivative, null: not wanted
 int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope);
+// a = silu(g) z, or with silu 0 gelu_tanh(g) z
+int hope_cms_gate(int64_t n, int64_t threads, int32_t silu, const float* g, const float* z, float* a);
 // dx [rows, d] = dy + the gradient of rms_norm(x) gain by x, for dn at its output; dy null: 0. dgain [d]: the gradient
 // by gain; null: not wanted
 int hope_cms_norm_backward(int64_t rows, int64_t d, int64_t threads, float eps, const float* x,

@@ -36,6 +36,9 @@ HK_INLINE void store(float* p, f16 x) { _mm512_storeu_ps(p, x); }
 HK_INLINE f16 fma(f16 a, f16 b, f16 c) { return _mm512_fmadd_ps(a, b, c); }
 HK_INLINE f16 fnma(f16 a, f16 b, f16 c) { return _mm512_fnmadd_ps(a, b, c); }
 HK_INLINE f16 fms(f16 a, f16 b, f16 c) { return _mm512_fmsub_ps(a, b, c); }
+HK_INLINE f16 by_sign(f16 z, f16 a, f16 b) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(z)), a, b);
+}
 #endif
 
 // The sum of the eight: of those four apart, then of those two apart, then of two neighbours.

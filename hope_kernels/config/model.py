@@ -219,6 +219,11 @@ class HopeConfig(Configuration):
         return self._one("window"), self._one("sinks")
 
     @property
+    def keeps_bits(self) -> bool:
+        """Whether its attention has the bits of another program, with whose angles it was converted."""
+        return self.mixer == "attention" and self.rope_dtype == "float32"
+
+    @property
     def rope(self) -> tuple[float, RopeScaling | None]:
         """rope_theta and rope_scaling, as ``sight``."""
         return self._one("rope_theta"), self._one("rope_scaling")

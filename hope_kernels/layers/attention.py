@@ -4,22 +4,25 @@ RoPE, grouped heads, norms of queries and keys, a window, and sinks beside it.""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backend import Request, gradient
 from ..check import check_batch, check_counters, check_lengths, check_part, check_state, check_tensor, check_values
 from ..config import HopeConfig
+from ..ops.attention import backends as attention
+from ..ops.linear import backends as linear
 from ..ops.shared.across import Across
 from ..state import Counters, State, master_dtype
 from .attention_cache import appended, mask_before, stored, trimmed
-from .attention_product import attend
 from .autocast import in_own_dtype
 from .recording import check_recorded
 from .rope import rope_rates, rotate
-from .wrapped import placement, project
+from .wrapped import normed, placement, project
 from .zero_gradient import with_zero_gradient
 
 
@@ -271,8 +274,8 @@ class CausalAttention(nn.Module):
         x: [B, T, d_model], the layer's dtype. state: from ``init_state``, an earlier call or a file; None
         starts new sequences. lengths: [B] ints or tensor, tokens of each row that count (right padding);
         padded outputs are zero. update=False: a pure read, the state stays as it is. check_finite: refuse an
-        x with NaN or infinities (one sync on a device). ``backend`` is accepted for the other mixers' sake;
-        attention is PyTorch's scaled_dot_product_attention.
+        x with NaN or infinities (one sync on a device). backend: None takes the best one; attention is C++ in fp32
+        on the CPU without a graph, else PyTorch's scaled_dot_product_attention.
         Returns y [B, T, d_model] and the state after the last token: under no_grad the given state itself,
         advanced in place; in grad mode a new one that carries the graph. An error leaves the given state as it was.
         Raises ValueError for wrong shapes, dtypes, lengths, values, a state of another configuration or a
@@ -300,7 +303,7 @@ class CausalAttention(nn.Module):
         with state.reading(name, self, in_place or given is None):
             if state.config is not self.config and state.config != self.config:
                 state = state.continued(self.config, state.unreachable())
-            y, new = self.scan(x, state, lengths, update=update)
+            y, new = self.scan(x, state, lengths, update=update, backend=backend)
             if given is not None and not update:
                 return y, given
             return y, given.assign(new) if given is not None and in_place else new
@@ -328,9 +331,11 @@ class CausalAttention(nn.Module):
             x = torch.where(valid, x, 0.0)
         across = self.across
         x = x if across is None else across.enter(x)
-        q, k, v = [self._heads(project(m, x)) for m in (self.q_proj, self.k_proj, self.v_proj)]
+        request = Request(self.config, x.dtype, x.device, gradient(False))
+        ops, attend = linear.resolve(request, backend), attention.resolve(request, backend).attend
+        q, k, v = [self._heads(project(m, x, ops)) for m in (self.q_proj, self.k_proj, self.v_proj)]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
+            q, k = self._normed(self.q_norm, q, ops), self._normed(self.k_norm, k, ops)
         far, farthest = None, self._farthest
         if farthest is not None and max(p + n for p, n in zip(state.pos, lengths)) > farthest + 1:
             far = rotate(q, *self._rotation(state.pos, T, x, farthest))
@@ -354,16 +359,16 @@ class CausalAttention(nn.Module):
             full = [keys.shape[1]] * len(pos)
             new = replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full)
             new = trimmed(new, self._keep, self.sinks)
-        y = project(self.o_proj, attend(self.config, q, keys, values, used, lengths, far).flatten(2))
+        y = project(self.o_proj, attend(self.config, q, keys, values, used, lengths, state.base, far).flatten(2), ops)
         y = y if across is None else across.total(y)
         if valid is not None:
             y = torch.where(valid, y, 0.0)
         return y, replace(new, pos=pos, base=Counters(new.base)) if update else state
 
-    def _normed(self, norm: nn.Module, t: Tensor) -> Tensor:
+    def _normed(self, norm: nn.Module, t: Tensor, ops: ModuleType) -> Tensor:
         """``norm`` of every head, whose gain all heads of all processes have in common."""
         if self.across is None:
-            return norm(t)
+            return norm(t) if self.head_dim % 8 else normed(norm, t, ops)
         gain: Any = norm.weight
         return F.rms_norm(t, (self.head_dim,), self.across.enter(gain), self.config.norm_eps)
 

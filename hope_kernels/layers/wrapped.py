@@ -20,14 +20,17 @@ from ..ops.shared.pullback import Pullback
 from .cms_level import CMSLevel
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module, bias: bool = False) -> bool:
     """Whether ``module`` is x -> x W^T with W = ``module.weight`` and nothing else: a ``nn.Linear`` without a
-    bias as PyTorch makes it, without hooks, a ``forward`` of its own, a parametrization, or a weight of a
-    tensor subclass. dL/dx is then dL/dy W."""
+    bias (bias=True: or with one) as PyTorch makes it, without hooks, a ``forward`` of its own, a parametrization,
+    or a weight of a tensor subclass. dL/dx is then dL/dy W."""
     if type(module) is not nn.Linear or is_hooked(module):
         return False
     held = module._parameters  # a module's own access to them costs microseconds, and this is asked at every step
-    return held.get("bias") is None and type(held.get("weight")) in (nn.Parameter, Tensor)
+    added = held.get("bias")
+    return (added is None or bias and type(added) in (nn.Parameter, Tensor)) and (
+        type(held.get("weight")) in (nn.Parameter, Tensor)
+    )
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -72,9 +75,9 @@ def project(module: nn.Module, x: Tensor, ops: Any = None) -> Tensor:
     """``module(x)``; where that is plain, by ``ops``, the functions of ops/linear. A dynamically quantized Linear,
     whose output PyTorch gives no gradient by x, has that of its dequantized weight; raises ValueError where such a
     one is hidden in ``module`` and x requires a gradient."""
-    if ops is not None and is_plain(module):
+    if ops is not None and is_plain(module, bias=True):
         plain: Any = module
-        return ops.linear(x, plain.weight)
+        return ops.linear(x, plain.weight, bias=plain.bias)
     if type(module) is nn.Linear or not (torch.is_grad_enabled() and x.requires_grad):
         return module(x)
     if not _quantized(module):

@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 
+#include "attention.h"
 #include "calls.h"
 #include "checksum.h"
 #include "cms.h"
@@ -107,6 +108,25 @@ void projections() {
   }
 }
 
+void attention() {
+  Draw draw;
+  const int64_t B = 2, T = 90, H = 6, Hkv = 2, slots = 240;
+  const std::vector<int64_t> used{130, 0}, base{70, 0}, len{90, 51};
+  for (int64_t D : {16, 13})
+    for (int64_t window : {0, 40, 5}) {
+      const int64_t sinks = window == 40 ? 70 : window ? 3 : 0, n = B * T * H * D, keys = B * slots * Hkv * D;
+      Floats q = draw(n, 2), far = draw(n, 2), k = draw(keys, 1), v = draw(keys, 1), y(n);
+      k[30 * Hkv * D] = 300, v[(slots + 20) * Hkv * D] = std::numeric_limits<float>::infinity();
+      for (int64_t tokens : {90, 1}) {  // panels, and a few lanes
+        const std::vector<int64_t> some{std::min(tokens, len[0]), std::min(tokens, len[1])};
+        const AttentionCall c{B, T, H, Hkv, D, slots, window, sinks, 1, 0.25f, q.data(), sinks ? far.data() : nullptr,
+                              k.data(), v.data(), used.data(), base.data(), some.data(), y.data()};
+        done(hope_attention(&c));
+        show("attention " + std::to_string(D) + " window " + std::to_string(window) + " of " + std::to_string(tokens), y);
+      }
+    }
+}
+
 void levels() {
   Draw draw;
   const int64_t rows = 5, d = 40, n = 1000;
@@ -118,6 +138,11 @@ void levels() {
   done(hope_cms_gelu(n, 1, z.data(), a.data(), slope.data()));
   show("gelu", a), show("gelu slope", slope);
   const Floats x = draw(rows * d, 1), gain = draw(d, 1), dn = draw(rows * d, 1), dy = draw(rows * d, 1);
+  Floats gated(n);
+  for (int32_t silu : {0, 1}) {
+    done(hope_cms_gate(n, 1, silu, z.data(), slope.data(), gated.data()));
+    show("cms gate " + std::to_string(silu), gated);
+  }
   done(hope_cms_norm_backward(rows, d, 1, 1e-6f, x.data(), gain.data(), dn.data(), dy.data(), dx.data(), dgain.data()));
   show("norm_backward", dx), show("norm_backward gain", dgain);
   int64_t sum;
@@ -139,6 +164,6 @@ void levels() {
 
 int main(int count, char** arguments) {
   if (count > 1 && hope_cpu_width(std::atoi(arguments[1])) != std::atoi(arguments[1])) return 3;
-  scans(), reads(), layers(), projections(), levels();
+  scans(), reads(), layers(), projections(), attention(), levels();
   show("model's steps", stepped(1));
 }

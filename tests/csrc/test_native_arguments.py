@@ -11,6 +11,7 @@ from problems import part, problem, run, same, single
 from hope_kernels import TitansConfig, identity
 from hope_kernels.ops import TokenInputs
 from hope_kernels.ops.cms import cpp as cms
+from hope_kernels.ops.cms import cpp_gated
 from hope_kernels.ops.cms import cpp_step as cms_step
 from hope_kernels.ops.conv import cpp as conv_cpp
 from hope_kernels.ops.conv import cpp_training as conv_training
@@ -138,6 +139,7 @@ FUNCTIONS = {
     "conv": conv_cpp._forward, "conv_backward": conv_cpp._backward, "unit": unit_cpp._forward,
     "unit_backward": unit_cpp._backward, "output_gate": gate_cpp._forward,
     "output_gate_backward": gate_cpp._backward, "cms_gelu": cms._gelu_forward,
+    "cms_gate": cpp_gated._gate,
     "linear": linear_cpp._linear, "rms_norm": linear_cpp._rms_norm, "gate": linear_cpp._gate,
     "cms_norm_backward": cms._norm_backward, "cms_step": cms_step._step, "cms_step_bf16": cms_step._step_bf16,
     "conv_weight_backward": conv_training._weight_backward,
@@ -160,6 +162,7 @@ FUNCTIONS = {
     ("output_gate_backward", (5, 2, 16, 1, 1, 1, 1, 1, 1, 1),
         [(-1,), (5, -2), (5, 2, 12), (5, 2, 16, 0), (FAR, FAR)]),
     ("cms_gelu", (16, 1, 1, 1, 1), [(-8,), (12,), (16, 0), (FAR,)]),
+    ("cms_gate", (16, 1, 1, 1, 1, 1), [(-8,), (12,), (16, 0), (FAR,)]),
     ("linear", (5, 16, 7, 1, 1, 1, 1, 1), [(-1,), (5, 0), (5, 16, -1), (5, 16, FAR), (5, 16, 7, 0), (FAR,)]),
     ("rms_norm", (5, 16, 1, 1e-6, 1, 1, 1), [(-1,), (5, 0), (5, 12), (5, 16, 0), (FAR,)]),
     ("gate", (5, 3, 1, 0.5, 1, 1, 1), [(-1,), (5, -1), (5, FAR), (FAR, FAR)]),
@@ -232,8 +235,8 @@ def test_surroundings_of_another_size_are_value_errors():
         lambda: conv_cpp.causal_conv(meta, tail, weight, [5, 5]), lambda: conv_cpp.causal_conv_backward(x, weight[:8]),
         lambda: unit_cpp.unit(meta), lambda: unit_cpp.unit(x[..., :12]), lambda: unit_cpp.unit_backward(small, x),
         lambda: gate_cpp.output_gate(heads, small, None), lambda: gate_cpp.output_gate(heads, None, small),
-        lambda: gate_cpp.output_gate_backward(small, heads, None, None), lambda: cms._gelu(x, small, None),
-        lambda: cms._gelu(x, x.clone(), small),
+        lambda: gate_cpp.output_gate_backward(small, heads, None, None), lambda: cms.gelu(x, small, None),
+        lambda: cms.gelu(x, x.clone(), small), lambda: cpp_gated.gated(small, x, True),
     ):
         with pytest.raises(ValueError, match="cpp"):
             call()
@@ -276,7 +279,7 @@ def test_the_activation_of_cms_levels_at_every_size():
     z = torch.tensor(SIZES_OF_Z + [-v for v in SIZES_OF_Z])
     z = torch.cat([z, torch.zeros(-len(z) % 8)])
     a, slope = torch.empty_like(z), torch.empty_like(z)
-    cms._gelu(z, a, slope)
+    cms.gelu(z, a, slope)
     gate = (z > 0).float()
     far = z.abs() > 20
     torch.testing.assert_close(a[far], (gate * z)[far], rtol=2e-6, atol=0.0)

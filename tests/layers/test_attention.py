@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from numerics import relative
 
 from hope_kernels import CMSConfig, HopeConfig, load_state
-from hope_kernels.layers import attention_product
 from hope_kernels.layers.attention import AttentionState, CausalAttention
+from hope_kernels.ops.attention import forward as attention_product
 
 D_MODEL, TOKENS = 16, 40
 TIGHT = 1e-10

@@ -15,7 +15,7 @@ from ...backend import BY_ALL, Entry, Request, choose, gradient
 from ...config import CMSConfig
 from ..shared import cpu_library, triton_library
 from ..shared.across import Across
-from . import cpp, cpp_step, cpp_training, level
+from . import cpp, cpp_gated, cpp_step, cpp_training, level
 
 TRAINING = "training runs in PyTorch"
 
@@ -26,6 +26,12 @@ def _cpp(request: Request) -> ModuleType:
 
 def _cpp_unserved(request: Request) -> str | None:
     return _cpp(request).unserved(request.config, request.dtype, request.device)
+
+
+def _gated_unserved(request: Request) -> str | None:
+    return TRAINING if request.gradient == BY_ALL else cpp_gated.unserved(
+        request.config, request.dtype, request.device
+    )
 
 
 def _triton(request: Request) -> ModuleType:
@@ -42,6 +48,7 @@ def _triton_unserved(request: Request) -> str | None:
 
 ENTRIES = (
     Entry("cpp", _cpp, _cpp_unserved, cpu_library.unavailable, default=True),
+    Entry("cpp", lambda request: cpp_gated, _gated_unserved, cpu_library.unavailable),
     Entry("triton", _triton, _triton_unserved, triton_library.unavailable, serves=("cuda",)),
     Entry("chunked", lambda request: level, default=True, serves=("*",)),
 )

@@ -3,7 +3,7 @@ over the tokens for what is between them (csrc/cpu/cms.cpp); the backward's prod
 
 The functions are those of ``level.py``, for gelu levels in fp32 on the CPU and without a graph: call under
 no_grad. The activation and its derivative come from one exponential, so the backward multiplies by what the
-forward kept. SwiGLU levels stay PyTorch's: they come from models whose every bit is promised.
+forward kept. Other levels: ``cpp_gated.py``.
 """
 
 from __future__ import annotations
@@ -38,14 +38,19 @@ class Saved(NamedTuple):
 
 def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the backend cannot serve a level, or None."""
-    if device.type != "cpu" or dtype != torch.float32:
-        return f"serves float32 on the CPU, not {dtype} on {device.type}"
-    if torch.is_autocast_enabled("cpu"):
-        return "serves float32, which products under autocast are not"
     if config.mlp != "gelu":
         return f'serves mlp="gelu", not "{config.mlp}"'
     if config.post_norm:
         return "serves levels without post_norm"
+    return placed(config, dtype, device)
+
+
+def placed(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no level of such a dtype, device and width can be served, or None."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"serves float32 on the CPU, not {dtype} on {device.type}"
+    if torch.is_autocast_enabled("cpu"):
+        return "serves float32, which products under autocast are not"
     if config.d_model % 8 or config.hidden % 8:
         return f"serves widths and hidden widths that are multiples of 8, not {config.d_model} and {config.hidden}"
     return None
@@ -55,14 +60,11 @@ def level_forward(
     x: Tensor, level: Level, config: CMSConfig, eps: float, *, residual: bool, keep: bool
 ) -> tuple[Tensor, Saved | None]:
     """``level.level_forward``."""
-    if config.norm == "rmsnorm":
-        n = rms_norm(x, level["norm_gain"], eps)
-    else:
-        n = F.layer_norm(x, x.shape[-1:], level["norm_gain"], level.get("norm_bias"), eps)
-    z = _product(n, level["up"], level.get("up_bias"))
+    n = inner_norm(x, level, config, eps)
+    z = product(n, level["up"], level.get("up_bias"))
     a, slope = torch.empty_like(z), torch.empty_like(z) if keep else None
-    _gelu(z, a, slope)
-    y = _product(a, level["down"], level.get("down_bias"), x if residual else None)
+    gelu(z, a, slope)
+    y = product(a, level["down"], level.get("down_bias"), x if residual else None)
     return y, None if slope is None else Saved(x, n, slope, a)
 
 
@@ -81,6 +83,13 @@ def level_backward(
     return norm_gradients(saved.x, level["norm_gain"], dn, dy if residual else None, eps, gain=False)[0], factors
 
 
+def inner_norm(x: Tensor, level: Level, config: CMSConfig, eps: float) -> Tensor:
+    """norm(x) of a level."""
+    if config.norm == "rmsnorm":
+        return rms_norm(x, level["norm_gain"], eps)
+    return F.layer_norm(x, x.shape[-1:], level["norm_gain"], level.get("norm_bias"), eps)
+
+
 def norm_gradients(
     x: Tensor, weight: Tensor, dn: Tensor, dy: Tensor | None, eps: float, *, gain: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -92,7 +101,7 @@ def norm_gradients(
     return dx, dgain
 
 
-def _product(x: Tensor, W: Matrix, bias: Tensor | None, more: Tensor | None = None) -> Tensor:
+def product(x: Tensor, W: Matrix, bias: Tensor | None, more: Tensor | None = None) -> Tensor:
     """more + (x W^T + bias): x [B, T, c] -> [B, T, r]; None: without."""
     shared = W.shared
     if shared is not None and bias is None and W.left is None and not any(W.rows):
@@ -111,7 +120,7 @@ def _product(x: Tensor, W: Matrix, bias: Tensor | None, more: Tensor | None = No
     return y if more is None else more + y
 
 
-def _gelu(z: Tensor, a: Tensor, slope: Tensor | None) -> None:
+def gelu(z: Tensor, a: Tensor, slope: Tensor | None) -> None:
     """a becomes sigma(z), slope sigma'(z)."""
     count = z.numel()
     _gelu_forward(count, torch.get_num_threads(), *(address(t, count) for t in (z, a, slope)))

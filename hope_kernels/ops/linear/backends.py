@@ -10,7 +10,8 @@ from ..shared import cpu_library
 from . import cpp, forward
 
 ENTRIES = (
-    Entry("cpp", lambda request: cpp, cpp.unserved, cpu_library.unavailable, default=True),
+    Entry("cpp", lambda request: cpp, cpp.unserved_unasked, cpu_library.unavailable, default=True),
+    Entry("cpp", lambda request: cpp, cpp.unserved, cpu_library.unavailable),
     Entry("chunked", lambda request: forward, default=True, serves=("*",)),
 )
 

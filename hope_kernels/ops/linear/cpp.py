@@ -26,8 +26,6 @@ def unserved(request: Request) -> str | None:
     """Why the backend cannot serve a call, or None."""
     if request.gradient != NO_GRADIENT:
         return "has no autograd graph"
-    if getattr(request.config, "mixer", None) == "attention":
-        return "serves no attention, whose bits depend on how a text is cut anyway, and one token sooner in PyTorch"
     reason = cpu_library.unserved(request, request.config.d_model)
     if reason is None and (torch.compiler.is_compiling() or maybe_current_level() is not None):
         return "cannot be followed by torch.compile and transformations of torch.func"
@@ -36,10 +34,17 @@ def unserved(request: Request) -> str | None:
     return reason
 
 
-def linear(x: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
+def unserved_unasked(request: Request) -> str | None:
+    """Why the backend does not serve a call that names no backend, or None."""
+    if getattr(request.config, "keeps_bits", False):
+        return "leaves a converted model the bits of its original unless it is asked for by name"
+    return unserved(request)
+
+
+def linear(x: Tensor, weight: Tensor, more: Tensor | None = None, *, bias: Tensor | None = None) -> Tensor:
     """``forward.linear``, which it is for tensors of a class of their own; ``more`` [.., R] is added to it."""
     if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter):
-        y = forward.linear(x, weight)
+        y = forward.linear(x, weight, bias=bias)
         return y if more is None else y + more
     x, weight, more = x.contiguous(), weight.contiguous(), None if more is None else more.contiguous()
     R, K = weight.shape
@@ -49,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
         n, K, R, torch.get_num_threads(), address(x, n * K), address(weight, R * K), address(more, n * R),
         address(y, n * R),
     )
-    return y
+    return y if bias is None else y.add_(bias)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

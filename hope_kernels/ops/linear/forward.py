@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T: x [.., K], weight [R, K] -> [.., R]."""
-    return F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias: x [.., K], weight [R, K], bias [R] -> [.., R]."""
+    return F.linear(x, weight, bias)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -8,7 +8,7 @@ from cms_stream import make
 from numerics import within_yardstick
 
 from hope_kernels import CMSConfig
-from hope_kernels.ops.cms import cpp, cpp_training
+from hope_kernels.ops.cms import cpp, cpp_gated, cpp_training
 from hope_kernels.ops.cms import level as chunked
 from hope_kernels.ops.cms.backends import resolve
 from hope_kernels.ops.cms.matrix import Matrix
@@ -34,9 +34,10 @@ def problem(config: CMSConfig, B: int, T: int, bias: bool, rank: int, scale: flo
 
     level = {"norm_gain": 1 + 0.3 * torch.randn(d, dtype=torch.float64), "up": matrix(N, d), "down": matrix(d, N)}
     level |= {"norm_bias": torch.randn(d, dtype=torch.float64)} if config.norm == "layernorm" else {}
-    level |= {
-        f"{n}_bias": torch.randn(d if n == "down" else N, dtype=torch.float64) for n in ("up", "down") if bias
-    }
+    names = ("up", "gate", "down") if config.gated else ("up", "down")
+    level |= {"gate": matrix(N, d)} if config.gated else {}
+    level |= {"post_gain": 1 + 0.3 * torch.randn(d, dtype=torch.float64)} if config.post_norm else {}
+    level |= {f"{n}_bias": torch.randn(d if n == "down" else N, dtype=torch.float64) for n in names if bias}
     x, dy = scale * torch.randn(B, T, d, dtype=torch.float64), torch.randn(B, T, d, dtype=torch.float64)
     return x, dy, level
 
@@ -70,6 +71,44 @@ def test_a_level_and_its_gradient(norm, residual):
             within_yardstick(ours[name], theirs[name], exact[name], f"{name} at {scale}")
 
 
+GATED = [{"mlp": "swiglu"}, {"mlp": "geglu", "norm": "layernorm"}, {"mlp": "swiglu", "post_norm": True},
+         {"post_norm": True}]
+
+
+@pytest.mark.parametrize("options, residual", itertools.product(GATED, (True, False)))
+def test_a_gated_level_or_one_with_a_norm_behind_it(options, residual):
+    config = CMSConfig(24, (4,), expansion=3.0, **options)
+    for scale, T in ((1.0, 7), (1e-3, 1), (30.0, 300)):
+        x, dy, level = problem(config, 3, T, "norm" in options, 2, scale)
+        exact = passed(chunked, x, dy, level, config, residual)
+        single = (x.float(), dy.float(), narrow(level), config, residual)
+        ours, theirs = passed(cpp_gated, *single), passed(chunked, *single)
+        assert ours.keys() == exact.keys()
+        for name in exact:
+            within_yardstick(ours[name], theirs[name], exact[name], f"{name} at {scale}")
+
+
+@pytest.mark.parametrize("options", GATED)
+def test_bits_of_gated_levels_do_not_depend_on_company_or_threads(options):
+    config = CMSConfig(40, (4,), **options)
+    x, _, level = problem(config, 3, 150, "norm" in options, 1, 1.0)
+    x, held = x.float(), {
+        n: Matrix(t.shared, t.own, t.rows) if isinstance(t, Matrix) else t for n, t in narrow(level).items()
+    }
+
+    def read(a, b):
+        return cpp_gated.level_forward(x[:, a:b], held, config, EPS, residual=True, keep=False)[0]
+
+    whole, before = read(0, 150), torch.get_num_threads()
+    for a, b in ((0, 1), (1, 20), (20, 21), (21, 150)):
+        assert torch.equal(read(a, b), whole[:, a:b])
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(read(0, 150), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_extreme_inputs_and_zero_rows():
     config = CMSConfig(8, (4,), expansion=1.0)
     level = {"norm_gain": torch.ones(8), "up": Matrix(1e4 * torch.eye(8)), "down": Matrix(torch.eye(8))}
@@ -90,7 +129,7 @@ def test_bits_do_not_depend_on_threads_or_on_what_is_kept():
             torch.set_num_threads(threads)
             z = torch.randn(2, 200, 256, generator=torch.Generator().manual_seed(1))
             a, slope = torch.empty_like(z), torch.empty_like(z)
-            cpp._gelu(z, a, slope)
+            cpp.gelu(z, a, slope)
             found.append((a, slope))
         kept, _ = cpp.level_forward(*single[:1], single[2], config, EPS, residual=True, keep=True)
         bare, _ = cpp.level_forward(*single[:1], single[2], config, EPS, residual=True, keep=False)
@@ -131,6 +170,11 @@ def test_who_is_served():
         assert resolve(config, torch.float64, CPU) is chunked
         for other in ({"d_model": 12}, {"mlp": "swiglu"}, {"mlp": "geglu"}, {"post_norm": True}):
             assert resolve(config.replace(**other), torch.float32, CPU) is chunked
+        for options in GATED:
+            assert resolve(config.replace(**options), torch.float32, CPU, "cpp") is cpp_gated
+        for other in ({"mlp": "gelu_erf"}, {"mlp": "swiglu", "d_model": 12}):
+            assert resolve(config.replace(**other), torch.float32, CPU, "cpp") is chunked
+    assert resolve(config.replace(mlp="swiglu"), torch.float32, CPU, "cpp") is chunked
     assert resolve(config, torch.float32, CPU) is cpp_training and resolve(
         config, torch.float32, CPU, inner=True
     ) is cpp

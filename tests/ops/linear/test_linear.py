@@ -25,6 +25,8 @@ def test_a_projection_is_as_exact_as_pytorchs(n, K, R):
     x, w, more = draw(n, K), draw(R, K, seed=1), draw(n, R, seed=2)
     within_yardstick(cpp.linear(x, w), forward.linear(x, w), forward.linear(x.double(), w.double()), "y")
     assert torch.equal(cpp.linear(x, w, more), cpp.linear(x, w) + more)
+    bias = draw(R, seed=3)
+    assert torch.equal(cpp.linear(x, w, bias=bias), cpp.linear(x, w) + bias)
 
 
 @pytest.mark.parametrize("n, K, R", SHAPES)
@@ -112,9 +114,12 @@ def test_who_serves():
         Request(config, torch.float32, cpu, BY_ALL), Request(config, torch.float64, cpu, NO_GRADIENT),
         Request(config, torch.float32, torch.device("meta"), NO_GRADIENT),
         Request(TitansConfig(12, 2), torch.float32, cpu, NO_GRADIENT),
-        Request(HopeConfig(8, 16, 1, num_heads=2, mixer="attention"), torch.float32, cpu, NO_GRADIENT),
     ):
         assert resolve(request) is forward
+    attention = HopeConfig(8, 16, 1, num_heads=2, mixer="attention")
+    assert resolve(Request(attention, torch.float32, cpu, NO_GRADIENT)) is cpp
+    converted = Request(attention.replace(rope_dtype="float32"), torch.float32, cpu, NO_GRADIENT)
+    assert resolve(converted) is forward and resolve(converted, "cpp") is cpp
     assert resolve(Request(config, torch.float32, cpu, NO_GRADIENT), "chunked") is forward
     with torch.autocast("cpu"):
         assert resolve(Request(config, torch.float32, cpu, NO_GRADIENT)) is forward

@@ -1,4 +1,4 @@
-"""softmax(q k^T) v of queries against a cache, with a window and sinks, a block of queries at a time."""
+"""softmax(q k^T) v of queries against a cache, with a window and sinks, a block of queries at a time, in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import HopeConfig
-from ..state import master_dtype
-from .attention_cache import uniform
+from ...config import HopeConfig
+from ...state import master_dtype
 
 BLOCK = 512  # queries per masked product: bounds the mask at BLOCK x keys
 
 
 def attend(
-    config: HopeConfig, q: Tensor, k: Tensor, v: Tensor, used: list[int], lengths: list[int],
+    config: HopeConfig, q: Tensor, k: Tensor, v: Tensor, used: list[int], lengths: list[int], base: list[int],
     far: Tensor | None = None
 ) -> Tensor:
-    """q [B, T, H, D] against slots of k, v [B, S, Hkv, D]; query t of row b stands at slot used[b] + t.
+    """q [B, T, H, D] against slots of k, v [B, S, Hkv, D]; query t of row b stands at slot used[b] + t. Only the
+    outputs of the first lengths[b] mean something.
 
+    base[b]: tokens between the sinks and the slots after them, which the cache has dropped; nothing here depends on it.
     far: q as it sees the sinks, where some query stands past the last position that looks at them from
     its own; None: none does.
     """
@@ -34,7 +35,7 @@ def attend(
         return y.transpose(1, 2)
     # padding looks where the row's last token does: a query that sees nothing would be NaN
     ends = [max(u + n, 1) for u, n in zip(used, lengths)]
-    same = uniform(used, lengths) and lengths[0] == T
+    same = len({*zip(used, lengths)}) == 1 and lengths[0] == T
     if same:
         used, ends = used[:1], ends[:1]
     start, last = (

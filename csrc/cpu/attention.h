@@ -1,0 +1,18 @@
+// Causal softmax attention of a call's queries to a cache of keys and values (called by
+// hope_kernels/ops/attention/cpp.py). All fp32, row-major, contiguous.
+#pragma once
+#include <cstdint>
+
+struct AttentionCall {
+  int64_t B, T, H, Hkv, D, slots;  // rows, tokens, heads of queries and of keys, width of a head, slots of a row
+  int64_t window, sinks, threads;  // window 0: every token before is seen, and sinks is 0
+  float scale;                     // of the scores
+  const float *q, *far;            // [B, T, H, D]; far: q as it sees the sinks; null: it is q
+  const float *k, *v;              // [B, slots, Hkv, D]
+  // [B]: query t of row b stands at slot used[b] + t; base[b]: tokens dropped between the sinks and the slots after
+  // them; len[b]: queries that count. The others' outputs are zero.
+  const int64_t *used, *base, *len;
+  float* y;                        // [B, T, H, D]
+};
+
+extern "C" int hope_attention(const AttentionCall* call);
