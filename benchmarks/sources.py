@@ -69,6 +69,7 @@ CMS = {
     "triton": tuple(f"ops.cms.triton.operator:{name}" for name in CMS_FUNCTIONS),
 }
 ATTENTION = ("layers.attention:CausalAttention",)
+ATTENTION_CPP = ("ops.attention.cpp:attend", "csrc/cpu/attention*.cpp", *LINEAR_CPP)
 BLOCKS = ("layers.block:HopeBlock", "layers.block:HopeAttentionBlock")
 SERVE = ("joined:joined", "serve.worker:Worker", "serve.store:Store")
 MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:generate",
@@ -142,9 +143,11 @@ def code(case: dict) -> Code | None:
     if kind in ("layer", "layer step", "package"):
         return operator._replace(entries=layer(used))
     if kind in ("attention", "attention step"):
-        return operator._replace(entries=ATTENTION)
+        return operator._replace(entries=(*ATTENTION, *ATTENTION_CPP * ("cpp" in used)))
     if kind and kind.startswith("block "):
-        return operator._replace(entries=(*BLOCKS, *layer(used), *cms(used)))
+        return operator._replace(
+            entries=(*BLOCKS, *ATTENTION_CPP * ("cpp" in used), *layer(used), *cms(used))
+        )
     return EVERYTHING
 
 
