@@ -7,10 +7,10 @@ Four pairs (key, value) stand somewhere among T tokens of noise and are asked fo
 (benchmarks/synthetic/needles.py); chance is 1/32. Training begins with T = 16, which doubles up to 1024 whenever the
 smoothed loss falls below 0.8 nats; attention takes lessons before (benchmarks/synthetic/lessons.py), without which it
 never finds a value by its key, and twice the steps of the others. Rates are chosen from RATES by the training loss of
-seed 0. Once T is 1024 the arm "recall" is also pressed to write little: PRESS times the mean
-logit of the step size, over all tokens, is added to the loss, so that noise is hardly written at all. The arm
-"unpressed" is the same without. Tested are 200 sequences of each length, 4 answers each; attention up to 4096 tokens,
-for its cost grows with the square. Every case is written at once, and one that the file has is not run again.
+seed 0. Once T is 1024 the arm "recall" is also pressed to write little: PRESS times the mean logit of the step size,
+over all tokens, is added to the loss, so that noise is hardly written at all. The arm "unpressed" is the same without.
+Tested are 200 sequences of each length, 4 answers each; attention up to 4096 tokens, for its cost grows with the
+square. Every case is written at once, and one that the file has is not run again.
 """
 
 from __future__ import annotations

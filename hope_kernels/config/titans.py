@@ -9,6 +9,8 @@ from .checks import SIZE, finite, flags, one_of, positive_int, require
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu")
 
+RECALL = dict(retention=False, conv_window=2, eta_scale=2.0, eta_bias=-2.0, q_identity=True)  # see PRESETS
+
 
 @dataclass(frozen=True)
 class TitansConfig(Configuration):
@@ -58,12 +60,9 @@ class TitansConfig(Configuration):
             eta_scale=1e-3, eta_bias=0.0, alpha_bias=0.0, scalar_skip=True,
         ),
         # pairs told in context: nothing decays, a pair is a token and the one before it, writes are large or none
-        "recall": dict(retention=False, conv_window=2, eta_scale=2.0, eta_bias=-2.0, q_identity=True),
+        "recall": RECALL,
         # the same with W (I - eta k k^T) + eta v k^T for a memory: the newer of two values holds inside a chunk, too
-        "delta": dict(
-            retention=False, conv_window=2, eta_scale=2.0, eta_bias=-2.0, q_identity=True, memory="linear",
-            objective="dot",
-        ),
+        "delta": {**RECALL, "memory": "linear", "objective": "dot"},
         "titans": dict(self_modifying=False, own_values=False, target_norm=False, dgd=False, momentum="learned"),
     }
 

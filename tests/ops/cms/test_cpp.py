@@ -58,17 +58,20 @@ def passed(ops, x, dy, level, config, residual):
     }
 
 
-@pytest.mark.parametrize("norm, residual", itertools.product(("rmsnorm", "layernorm"), (True, False)))
-def test_a_level_and_its_gradient(norm, residual):
-    config = CMSConfig(24, (4,), norm=norm, expansion=3.0)
+def equals_chunked(backend, config, residual):
     for scale, T in ((1.0, 7), (1e-3, 1), (30.0, 300)):
-        x, dy, level = problem(config, 3, T, norm == "layernorm", 2, scale)
+        x, dy, level = problem(config, 3, T, config.norm == "layernorm", 2, scale)
         exact = passed(chunked, x, dy, level, config, residual)
         single = (x.float(), dy.float(), narrow(level), config, residual)
-        ours, theirs = passed(cpp, *single), passed(chunked, *single)
+        ours, theirs = passed(backend, *single), passed(chunked, *single)
         assert ours.keys() == exact.keys()
         for name in exact:
             within_yardstick(ours[name], theirs[name], exact[name], f"{name} at {scale}")
+
+
+@pytest.mark.parametrize("norm, residual", itertools.product(("rmsnorm", "layernorm"), (True, False)))
+def test_a_level_and_its_gradient(norm, residual):
+    equals_chunked(cpp, CMSConfig(24, (4,), norm=norm, expansion=3.0), residual)
 
 
 GATED = [{"mlp": "swiglu"}, {"mlp": "geglu", "norm": "layernorm"}, {"mlp": "swiglu", "post_norm": True},
@@ -77,15 +80,7 @@ GATED = [{"mlp": "swiglu"}, {"mlp": "geglu", "norm": "layernorm"}, {"mlp": "swig
 
 @pytest.mark.parametrize("options, residual", itertools.product(GATED, (True, False)))
 def test_a_gated_level_or_one_with_a_norm_behind_it(options, residual):
-    config = CMSConfig(24, (4,), expansion=3.0, **options)
-    for scale, T in ((1.0, 7), (1e-3, 1), (30.0, 300)):
-        x, dy, level = problem(config, 3, T, "norm" in options, 2, scale)
-        exact = passed(chunked, x, dy, level, config, residual)
-        single = (x.float(), dy.float(), narrow(level), config, residual)
-        ours, theirs = passed(cpp_gated, *single), passed(chunked, *single)
-        assert ours.keys() == exact.keys()
-        for name in exact:
-            within_yardstick(ours[name], theirs[name], exact[name], f"{name} at {scale}")
+    equals_chunked(cpp_gated, CMSConfig(24, (4,), expansion=3.0, **options), residual)
 
 
 @pytest.mark.parametrize("options", GATED)
