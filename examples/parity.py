@@ -14,7 +14,7 @@ from hope_kernels import HopeForCausalLM
 def gradient(model: HopeForCausalLM, ids: Tensor, backend: str | None) -> Tensor:
     """[P] fp64, of the mean loss of ids [B, T + 1]."""
     logits, _ = model(ids[:, :-1], backend=backend)
-    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss = F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten())
     found = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     return torch.cat([g.double().flatten() for g in found])
 

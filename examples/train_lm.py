@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from mixed_text import Source, Streams, sources
 from parity import trusted
+from rounded import Rounded
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from together import Together
@@ -47,7 +48,8 @@ RATES = 10.0  # how much faster logarithms of inner rates move than other parame
 SAVE_SECONDS = 60
 # what a run that goes on has to have in common with its beginning, or other text would be read, at other rates
 SAME = ("texts", "suffix", "heldout_share", "through_refreshes", "batch", "tokens", "restart", "lr", "matrices",
-        "warmup", "weight_decay", "seed", "steps", "processes")
+        "warmup", "weight_decay", "seed", "steps", "processes", "dtype")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def arguments() -> argparse.Namespace:
@@ -77,6 +79,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--warmup", type=float, default=0.02, help="share of the training")
     p.add_argument("--weight-decay", type=float, default=0.05)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of what computes; steps are taken in fp32")
+    p.add_argument("--backend", help="who computes, if its gradients can be trusted (the package's choice)")
     p.add_argument("--threads", type=int, default=0, help="of a process (0: PyTorch's choice; torchrun's is 1)")
     return p.parse_args()
 
@@ -114,10 +118,13 @@ def state_path(args: argparse.Namespace, step: int, rank: int) -> str:
     return os.path.join(args.out, f"state-{step}-{rank}.safetensors")
 
 
-def save(args: argparse.Namespace, together: Together, model, optimizer, state: ModelState, progress: dict) -> None:
+def save(
+    args: argparse.Namespace, together: Together, rounded: Rounded, optimizer, state: ModelState, progress: dict
+) -> None:
     """The folder as it stands after ``progress["step"]`` steps. The checkpoint is written last, and says of which step
     its states are: whenever this is cut, checkpoint and states are whole."""
-    state.adopt(model)
+    model = rounded.model
+    state.adopt(rounded.computes)
     state.save(state_path(args, progress["step"], together.rank))
     together.wait()
     if together.rank == 0:
@@ -159,26 +166,27 @@ def restore(args: argparse.Namespace, together: Together, model, optimizer) -> t
     return progress, state
 
 
-def agreed(together: Together, model: HopeForCausalLM, ids: torch.Tensor) -> str | None:
-    """The backend of all processes: "chunked" where one of them cannot trust the package's choice (``parity.py``)."""
-    backend, own, chunked = trusted(model, together.mine(ids).to(together.device))
-    trust = together.mean([], [float(backend is None)])[0]
+def agreed(together: Together, model: HopeForCausalLM, ids: torch.Tensor, chosen: str | None) -> str | None:
+    """The backend of all processes: "chunked" where one of them cannot trust ``chosen`` (``parity.py``)."""
+    backend, own, chunked = trusted(model, together.mine(ids).to(together.device), chosen)
+    trust = together.mean([], [float(backend == chosen)])[0]
     if together.rank == 0:
         print(f"error of gradients: {own:.1e}, by the chunked backend {chunked:.1e}")
-    return None if trust == 1 else "chunked"
+    return chosen if trust == 1 else "chunked"
 
 
 def train(
     args: argparse.Namespace, together: Together, model, optimizer, found: list[Source], progress: dict, state
 ) -> bool:
     """Whether the training has come to its end."""
+    rounded = Rounded(model, DTYPES[args.dtype])
     streams = Streams(found, args.batch, args.tokens, args.restart, args.seed)
     for step in range(progress["step"]):
         streams.skip(step)
     stopped: list[int] = []
     before = {n: signal.signal(n, lambda *_: stopped.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     if "backend" not in progress:  # a run that goes on keeps the one it began with
-        progress["backend"] = agreed(together, model, copy.copy(streams).next(0)[0])
+        progress["backend"] = agreed(together, rounded.computes, copy.copy(streams).next(0)[0], args.backend)
     backend = progress["backend"]
     log = open(os.path.join(args.out, "log.jsonl"), "a")
     total, unit = (args.steps, "step") if args.steps else (args.minutes * 60, "s")
@@ -186,7 +194,7 @@ def train(
     until = math.inf if args.pause is None else progress["step"] + args.pause
     bar = tqdm(total=round(total), initial=round(done()), unit=unit, desc="training", disable=together.rank > 0)
     if state is None:
-        state = model.init_state(args.batch // together.world).detach()
+        state = rounded.computes.init_state(args.batch // together.world).detach()
     saved, asked, clock = progress["seconds"], 0.0, time.monotonic()
     while done() < total and progress["step"] < until and not asked:
         share = done() / total
@@ -195,13 +203,14 @@ def train(
         ids, fresh = streams.next(progress["step"])
         ids, fresh = together.mine(ids).to(together.device), together.mine(fresh)
         if any(fresh):
-            state = state.merge(model.init_state(len(ids)).detach(), fresh)
+            state = state.merge(rounded.computes.init_state(len(ids)).detach(), fresh)
         through = share >= 1 - args.through_refreshes
         options = {"learn": "next_token", "outer": "first_order"} if through else {}
-        logits, state = model(ids[:, :-1], state, backend=backend, **options)
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        logits, state = rounded.computes(ids[:, :-1], state, backend=backend, **options)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        rounded.take_gradients()
         told = [loss.item() / math.log(2), time.monotonic() - clock, float(bool(stopped))]
         clock += told[1]
         bits, seconds, asked = together.mean(model.parameters(), told)
@@ -210,6 +219,7 @@ def train(
             raise SystemExit(f"step {progress['step']}: the gradient's norm is {float(norm)}; nothing of this step was "
                              f"taken, and {args.out} is as it was saved last. A lower --lr may help.")
         optimizer.step()
+        rounded.round()
         state = state.detach()
         smooth = progress["smooth"]
         progress["smooth"] = smooth = bits if smooth is None else 0.98 * smooth + 0.02 * bits
@@ -223,9 +233,9 @@ def train(
                     "bits_per_byte": round(smooth, 4), "through_refreshes": through}
             print(json.dumps(line), file=log, flush=True)
         if progress["seconds"] - saved > SAVE_SECONDS:
-            save(args, together, model, optimizer, state, progress)
+            save(args, together, rounded, optimizer, state, progress)
             saved, clock = progress["seconds"], time.monotonic()  # saving is no training time
-    save(args, together, model, optimizer, state, progress)
+    save(args, together, rounded, optimizer, state, progress)
     bar.close()
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -29,7 +29,7 @@ def example(monkeypatch):
         return module
 
     yield loaded
-    for name in ("mixed_text", "parity", "together"):
+    for name in ("mixed_text", "parity", "rounded", "together"):
         sys.modules.pop(name, None)
 
 
@@ -50,10 +50,11 @@ SMALL = ["--suffix", ".py", "--heldout-share", "0.02", "--steps", "12", "--throu
          "--heads", "2", "--layers", "1", "--chunk", "4", "--cms", "8", "16", "--tokens", "24", "--restart", "0.2"]
 
 
-def test_a_run_that_is_stopped_ends_with_the_bits_of_one_that_is_not(example, texts, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_that_is_stopped_ends_with_the_bits_of_one_that_is_not(example, texts, monkeypatch, dtype):
     """Before and after the CMS begins to learn; the second part with a state that holds deviations."""
     train_lm = example("train_lm")
-    common = [str(texts / "a.txt"), f"{texts / 'b'}=0.5", *SMALL, "--batch", "3"]
+    common = [str(texts / "a.txt"), f"{texts / 'b'}=0.5", *SMALL, "--batch", "3", "--dtype", dtype]
     before = torch.get_num_threads()
 
     def run(out, *options):
@@ -74,6 +75,7 @@ def test_a_run_that_is_stopped_ends_with_the_bits_of_one_that_is_not(example, te
     assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())
     assert any(".weights." in n for n in states[0])
     model = HopeForCausalLM.from_pretrained(texts / "parts")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
     rates = model.config.block_cms[0].lr
     start = json.loads((texts / "whole" / "config.json").read_text())
     assert start["model_type"] and all(len(own) == 2 for own in rates) and len({*rates[0], *rates[1]}) == 4
@@ -155,3 +157,26 @@ def test_a_gradient_that_is_not_finite_ends_the_training_and_loses_nothing(examp
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.suffix == ".safetensors"} == kept
     train_lm.main()
     assert [p.name for p in out.glob("state-*")] == ["state-12-0.safetensors"]
+
+
+def test_what_computes_in_16_bits_is_the_model_rounded_and_hands_its_gradients_to_it(example):
+    """Steps far below what bf16 can tell apart add up in the model."""
+    rounded, train_lm = example("rounded"), example("train_lm")
+    torch.manual_seed(0)
+    model = HopeForCausalLM(HopeConfig(32, 16, 1, num_heads=2))
+    pair = rounded.Rounded(model, train_lm.DTYPES["bfloat16"])
+    before = model.embed.weight.detach().clone()
+    ids = torch.randint(0, 32, (2, 9))
+    for _ in range(50):
+        pair.computes(ids)[0].float().square().mean().backward()
+        pair.take_gradients()
+        assert all(p.grad is None for p in pair.computes.parameters())
+        with torch.no_grad():
+            model.embed.weight.sub_(1e-5 * before.sign())
+        pair.round()
+    assert model.embed.weight.grad.dtype == torch.float32 and model.embed.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(model.embed.weight, before - 5e-4 * before.sign(), rtol=0, atol=1e-6)
+    for own, exact in zip(pair.computes.parameters(), model.parameters()):
+        assert torch.equal(own, exact.bfloat16())
+    same = rounded.Rounded(model, torch.float32)
+    assert same.computes is model
