@@ -18,11 +18,13 @@ struct TitansCall {
   // initial weights [H, R, D], [H, Mf, D, N], [H, Ms, N]; null: zero (retain_to="zero")
   const float *base2, *base1, *base1s;
   float *delta2, *delta1, *delta1s;                  // deviations [B, H, ...], advanced in place
-  const float *q, *x, *k, *v, *eta, *alpha;          // [B, T, H, D] and [B, T, H]
+  float *s2, *s1, *s1s;                              // their momentum, likewise; null: there is none
+  const float *q, *x, *k, *v, *eta, *alpha, *beta;   // [B, T, H, D] and [B, T, H]; beta with momentum
   const float *eta_bias, *alpha_bias;                // [H]
   // the open chunk, advanced in place: [B, C, H, D], C = max(chunk_memory, chunk_other)
   float *pending_k, *pending_v;
-  float *pending_eta, *pending_alpha;                // [B, C, H]; alpha null without retention
+  // [B, C, H]; alpha null without retention, beta without momentum
+  float *pending_eta, *pending_alpha, *pending_beta;
   const int64_t *pos, *len;                          // [B] tokens read before this call, and in it
   float* o;                                          // [B, T, H, D]; tokens past len are not written
   // M_memory's weights in each chunk read, in order: [B, H, kept, N, D], [B, H, kept, D, N]; or null

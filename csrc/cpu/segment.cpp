@@ -16,7 +16,7 @@ namespace {
 bool titans_fit(const TitansCall& t, const SegmentCall& c) {
   const int64_t big = std::max(t.chunk_memory, t.chunk_other), small = std::min(t.chunk_memory, t.chunk_other);
   return t.B == c.B && t.T == c.T && t.H > 0 && width(t.D) && width(t.N) && t.H * t.D == c.d && t.Mf == 3 &&
-         t.Ms == 1 + (t.retention != 0) && t.self_modifying && t.update && !t.scalar_skip && !t.kept2 && small > 0 &&
+         t.Ms == 1 + (t.retention != 0) && t.self_modifying && t.update && !t.scalar_skip && !t.kept2 && !t.s2 && small > 0 &&
          big <= LARGEST && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) && extents({c.B, big, t.H, t.D}) &&
          extents({c.B, t.H, c.T / t.chunk_memory + 2, t.N, t.D}) && t.len == c.len && t.pos;
 }

@@ -23,6 +23,8 @@ inline bool pointers_fit(const TitansCall& c) {
     return false;
   if ((c.Ms && !c.delta1s) || !c.base2 != !c.base1 || !(c.base2 && c.Ms) != !c.base1s || !c.kept2 != !c.kept1)
     return false;
+  if (!c.s2 != !c.s1 || !(c.s2 && c.Ms) != !c.s1s || !c.s2 != !c.pending_beta || (c.update && !c.s2 != !c.beta))
+    return false;
   if (!rows_fit(c.B, c.T, c.pos, c.len)) return false;
   if (c.kept2 && !(c.update ? kept_fit(c.B, c.kept, c.chunk_memory, c.pos, c.len) : c.kept > 0)) return false;
   if (c.span < 0 || (c.span && c.span % std::max(c.chunk_memory, c.chunk_other))) return false;

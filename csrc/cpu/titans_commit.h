@@ -33,8 +33,7 @@ class Commit {
 
   void run() {
     prepare();
-    const int64_t begin = h.by_memory ? rows.begin / N : m.m0, end = h.by_memory ? rows.end / N : m.m1;
-    for (int64_t i = begin; i < end; i++) step_sizes(i);
+    all_step_sizes();
     update_inputs();
     update_outputs();
     h.sync_rows();
@@ -334,6 +333,11 @@ class Commit {
   }
 
   // -- step sizes -------------------------------------------------------------------------------------------
+
+  void all_step_sizes() {
+    const int64_t begin = h.by_memory ? rows.begin / N : m.m0, end = h.by_memory ? rows.end / N : m.m1;
+    for (int64_t i = begin; i < end; i++) step_sizes(i);
+  }
 
   // Of memory i: gain_t = eta_t / max(1, S_t), S_t = scale m_t sum_s eta_s m_s (k_t.k_s)^2.
   void step_sizes(int64_t i) {

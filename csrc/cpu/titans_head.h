@@ -13,10 +13,10 @@
 constexpr int64_t BLOCK = 32;  // rows that meet every panel of tokens before the next rows do
 
 struct Tensors {  // of one (row, head): pointers into the call's
-  float *delta2, *delta1, *delta1s;
+  float *delta2, *delta1, *delta1s, *s2, *s1, *s1s;
   const float *base2, *base1, *base1s;
-  const float *q, *x, *k, *v, *eta, *alpha;
-  float *o, *pending_k, *pending_v, *pending_eta, *pending_alpha;
+  const float *q, *x, *k, *v, *eta, *alpha, *beta;
+  float *o, *pending_k, *pending_v, *pending_eta, *pending_alpha, *pending_beta;
   float *made_k, *made_v, *made_eta, *made_alpha, *made_size;
   float eta_bias, alpha_bias;
 };
@@ -84,11 +84,12 @@ struct Head {
   float* gain;                          // [M, ld]
   float *size, *eta_size;               // [ld]: m_t of a memory, and eta_t m_t
   float *eta, *erase, *decay_after;     // [ld]
+  float *arrival, *carried;             // with momentum: A [C + 1, ld], B[C,.] [ld] (titans_momentum.h)
 
   // Floats that each thread has to itself.
   static int64_t own_floats(const TitansCall& c) {
     const int64_t C = std::max(c.chunk_memory, c.chunk_other);
-    return (C + 1 + c.Mf + c.Ms + 5) * panels(C) * PANEL;
+    return (C + 1 + c.Mf + c.Ms + 5 + (c.s2 ? C + 2 : 0)) * panels(C) * PANEL;
   }
 
   Head(const TitansCall& call, const Workspace& work, const Team& team, float* own)
@@ -100,6 +101,7 @@ struct Head {
     gain = gamma + (big + 1) * ld;
     size = gain + M * ld, eta_size = size + ld;
     eta = eta_size + ld, erase = eta + ld, decay_after = erase + ld;
+    arrival = decay_after + ld, carried = arrival + (big + 1) * ld;
     x = by_memory && team.id ? w.x_second : w.x;
   }
 
@@ -109,15 +111,17 @@ struct Head {
     auto from = [](auto* p, int64_t offset) { return p ? p + offset : nullptr; };
     g.delta2 = c.delta2 + row * R * D, g.delta1 = c.delta1 + row * c.Mf * D * N;
     g.delta1s = from(c.delta1s, row * c.Ms * N);
+    g.s2 = from(c.s2, row * R * D), g.s1 = from(c.s1, row * c.Mf * D * N), g.s1s = from(c.s1s, row * c.Ms * N);
     g.base2 = from(c.base2, h * R * D), g.base1 = from(c.base1, h * c.Mf * D * N);
     g.base1s = from(c.base1s, h * c.Ms * N);
     g.q = from(c.q, token * D), g.o = from(c.o, token * D);
     g.x = from(c.x, token * D), g.k = from(c.k, token * D), g.v = from(c.v, token * D);
-    g.eta = from(c.eta, token), g.alpha = from(c.alpha, token);
+    g.eta = from(c.eta, token), g.alpha = from(c.alpha, token), g.beta = from(c.beta, token);
     g.made_k = from(c.made_k, token * D), g.made_v = from(c.made_v, token * D), g.made_eta = from(c.made_eta, token);
     g.made_alpha = from(c.made_alpha, token), g.made_size = from(c.made_size, token);
     g.pending_k = c.pending_k + slot * D, g.pending_v = c.pending_v + slot * D;
     g.pending_eta = c.pending_eta + slot, g.pending_alpha = from(c.pending_alpha, slot);
+    g.pending_beta = from(c.pending_beta, slot);
     g.eta_bias = c.eta_bias ? c.eta_bias[h] : 0, g.alpha_bias = c.alpha_bias ? c.alpha_bias[h] : 0;
     w2 = c.base2 ? w.w2 : g.delta2, w1 = c.base1 ? w.w1 : g.delta1, w1s = c.base1s ? w.w1s : g.delta1s;
   }

@@ -99,6 +99,7 @@ class Read {
         if (g.made_v) store_lanes(out + 2 * D * PANEL, g.made_v + t * step, step, D, a, b);
         for (int64_t j = 0; j < b - a; j++) gates(s + j, t + j, w.gates + p * c.Ms * PANEL + a + j);
       }
+      for (int64_t j = 0; c.update && c.s2 && h.owns_v() && j < b - a; j++) w.beta[s + j] = g.beta[(t + j) * c.H];
       for (int64_t j = 0; c.update && !produce && j < b - a; j++) given(s + j, t + j);
     });
   }

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "titans_commit.h"
+#include "titans_momentum.h"
 #include "titans_read.h"
 
 struct Memory {  // zeroed, 64-byte aligned
@@ -74,11 +75,16 @@ class Scan {
   void commit(int64_t end) {
     const bool memory = end % c.chunk_memory == 0, other = M > 1 && end % c.chunk_other == 0;
     if (memory && other && c.chunk_memory == c.chunk_other) {
-      Commit<ACT>(h, {0, M, 0, c.Mf, 0, c.Ms}, big, end).run();
+      commit<ACT>({0, M, 0, c.Mf, 0, c.Ms}, big, end);
     } else {
-      if (memory) Commit<ACT>(h, {0, 1, 0, 1, 0, 0}, c.chunk_memory, end).run();
-      if (other) Commit<ACT>(h, {1, M, 1, c.Mf, 0, c.Ms}, c.chunk_other, end).run();
+      if (memory) commit<ACT>({0, 1, 0, 1, 0, 0}, c.chunk_memory, end);
+      if (other) commit<ACT>({1, M, 1, c.Mf, 0, c.Ms}, c.chunk_other, end);
     }
+  }
+
+  template <int ACT>
+  void commit(const Group& group, int64_t C, int64_t end) {
+    c.s2 ? MomentumCommit<ACT>(h, group, C, end).run() : Commit<ACT>(h, group, C, end).run();
   }
 
   // The weights in force, and the open chunk's tokens.
@@ -94,6 +100,7 @@ class Scan {
       std::memcpy(w.v_rows + t * D, g.pending_v + t * step, D * sizeof(float));
       w.eta[t] = g.pending_eta[t * c.H];
       w.alpha[t] = g.pending_alpha ? g.pending_alpha[t * c.H] : 1;
+      if (c.s2) w.beta[t] = g.pending_beta[t * c.H];
     }
     team.sync();
   }
@@ -140,6 +147,7 @@ class Scan {
       }
       g.pending_eta[t * c.H] = filled ? w.eta[t] : 0;
       if (g.pending_alpha) g.pending_alpha[t * c.H] = filled ? w.alpha[t] : 0;
+      if (c.s2) g.pending_beta[t * c.H] = filled ? w.beta[t] : 0;
     }
   }
 };

@@ -287,7 +287,7 @@ bool finite(const float* x, int64_t n) {
 bool titans_fit(const TitansCall& t, const TokenCall& c) {
   const int64_t big = std::max(t.chunk_memory, t.chunk_other), small = std::min(t.chunk_memory, t.chunk_other);
   return t.B == c.B && t.T == 1 && t.H > 0 && width(t.D) && width(t.N) && t.H * t.D == c.d && t.Mf == 3 &&
-         t.Ms == 1 + (t.retention != 0) && t.self_modifying && t.update && !t.scalar_skip && !t.kept2 && small > 0 &&
+         t.Ms == 1 + (t.retention != 0) && t.self_modifying && t.update && !t.scalar_skip && !t.kept2 && !t.s2 && small > 0 &&
          big <= LARGEST && big % small == 0 && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) &&
          extents({c.B, big, t.H, t.D}) && extents({big, t.Mf + t.Ms, t.N + 1}) && t.activation >= GELU_TANH &&
          t.activation <= SILU && rows_fit(c.B, 1, t.pos, t.len) && !t.base2 == !t.base1 && !t.base2 == !t.base1s &&

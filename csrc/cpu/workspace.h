@@ -14,7 +14,9 @@ struct Workspace {
   float *hidden, *out, *gates;   // activations [M N], outputs [Mf D], eta and alpha before their gates [Ms]
   // The open chunk:
   float *k_rows, *v_rows;        // its tokens, [C, D]
-  float *eta, *alpha;            // [C]
+  float *eta, *alpha, *beta;     // [C]; beta only with momentum, as these:
+  float *s2_k;                   // s2 k, panels [R]
+  float *solved, *carried_k;     // the keys X and B[C,t] k_t of titans_momentum.h [C, D]
   // The chunk to commit, panels but for a_rows:
   float *k, *v;                  // [D]
   float *a, *a_values;           // sigma at k [M N]; at v, or sigma(k) - sigma(v)
@@ -45,6 +47,9 @@ struct Workspace {
     take(x, Ps * D), take(x_second, Ps * D), take(q, Ps * D);
     take(hidden, Ps * hid), take(out, Ps * c.Mf * D), take(gates, Ps * (c.Ms + 1));
     take(k_rows, Pb * D), take(v_rows, Pb * D), take(eta, Pb), take(alpha, Pb);
+    const bool momentum = c.s2 != nullptr;
+    take(beta, momentum ? Pb : 0), take(s2_k, momentum ? Pb * R : 0);
+    take(solved, momentum ? Pb * D : 0), take(carried_k, momentum ? Pb * D : 0);
     take(k, Pb * D), take(v, Pb * D);
     take(a, Pb * hid), take(a_values, Pb * hid), take(d, Pb * R), take(delta2_k, Pb * R), take(a_rows, Pb * hid);
     take(e, Pb * c.Mf * D), take(target, Pb * c.Mf * D), take(es, Pb * (c.Ms + 1)), take(target_s, Pb * (c.Ms + 1));

@@ -88,8 +88,10 @@ def dense(levels: list[list[Level] | None]) -> bool:
 
 def _config_unserved(config: HopeConfig) -> str | None:
     titans = config.titans
-    if config.mixer != "self_modifying" or titans is None or not titans.self_modifying or titans.scalar_skip:
-        return "serves self-modifying memories without scalar_skip"
+    if config.mixer != "self_modifying" or titans is None or not titans.self_modifying or (
+        titans.scalar_skip or titans.momentum is not None
+    ):
+        return "serves self-modifying memories without scalar_skip and momentum"
     if config.post_norm or config.embed_scale != 1 or config.d_model % 8:
         return "serves plain blocks, embeddings without a scale, and widths that are multiples of 8"
     for cms in config.block_cms:

@@ -298,7 +298,7 @@ class SelfModifyingTitans(nn.Module):
         c, heads, mine = self.config, self._heads, u if mine is None else mine
         beta = None
         if c.momentum == "learned":
-            beta = torch.sigmoid(project(self.beta_proj, u, ops) + self.beta_bias)
+            beta = ops.gate(project(self.beta_proj, u, ops), self.beta_bias)
         elif c.momentum is not None:
             # batched by vmap where u is
             beta = torch.full_like(mine[..., : c.num_heads // self.parts], float(c.momentum))

@@ -38,9 +38,10 @@ void scans() {
       const std::string name = "scan " + std::to_string(index) + " activation " + std::to_string(activation);
       Floats state = r.delta2;
       for (const Floats* more : {&r.delta1, &r.delta1s, &r.pending_k, &r.pending_v, &r.pending_eta, &r.pending_alpha,
-                                 &r.kept2, &r.kept1})
+                                 &r.kept2, &r.kept1, &r.s2, &r.s1, &r.s1s, &r.pending_beta})
         state.insert(state.end(), more->begin(), more->end());
-      show(name + " o", r.o), show(name + " state", state), show(name + " gradients", r.bars);
+      show(name + " o", r.o), show(name + " state", state);
+      if (!s.momentum) show(name + " gradients", r.bars);
     }
     index++;
   }

@@ -16,6 +16,7 @@ struct Case {
   bool own, target_norm, clip, dgd, skip, based, modifying, keep;
   bool update = true;
   int32_t activation = 0, softplus = 0;
+  bool momentum = false;  // which has no gradient here
 };
 
 using Floats = std::vector<float>;
@@ -39,6 +40,7 @@ struct Draw {  // of a bell's shape, variance 1, made of integers: the same in e
 
 struct Results {
   Floats delta2, delta1, delta1s, pending_k, pending_v, pending_eta, pending_alpha, o, kept2, kept1, bars;
+  Floats s2, s1, s1s, pending_beta;
   bool operator==(const Results& r) const {
     auto same = [](const Floats& a, const Floats& b) {
       return a.size() == b.size() && !std::memcmp(a.data(), b.data(), 4 * a.size());
@@ -46,7 +48,8 @@ struct Results {
     return same(delta2, r.delta2) && same(delta1, r.delta1) && same(delta1s, r.delta1s) &&
            same(pending_k, r.pending_k) && same(pending_v, r.pending_v) && same(pending_eta, r.pending_eta) &&
            same(pending_alpha, r.pending_alpha) && same(o, r.o) && same(kept2, r.kept2) &&
-           same(kept1, r.kept1) && same(bars, r.bars);
+           same(kept1, r.kept1) && same(bars, r.bars) && same(s2, r.s2) && same(s1, r.s1) && same(s1s, r.s1s) &&
+           same(pending_beta, r.pending_beta);
   }
 };
 
@@ -94,7 +97,7 @@ inline Results called(const Case& s, int64_t threads) {
   const Floats kept(s.keep ? s.B * s.H * chunks * s.N * s.D : 0);
   Results r{draw(s.B * s.H * R * s.D, 0.1f * w2), draw(s.B * s.H * Mf * s.D * s.N, 0.1f * w1),
             draw(s.B * s.H * Ms * s.N, 0.1f * w1), Floats(s.B * C * s.H * s.D), Floats(s.B * C * s.H * s.D),
-            Floats(s.B * C * s.H), Floats(s.B * C * s.H), Floats(tokens * s.D), kept, kept, {}};
+            Floats(s.B * C * s.H), Floats(s.B * C * s.H), Floats(tokens * s.D), kept, kept, {}, {}, {}, {}, {}};
   std::vector<int64_t> pos(s.B), len(s.B);
   TitansCall c{};
   c.B = s.B, c.T = s.T, c.H = s.H, c.D = s.D, c.N = s.N, c.Mf = Mf, c.Ms = Ms;
@@ -108,6 +111,14 @@ inline Results called(const Case& s, int64_t threads) {
   else c.k = k.data(), c.v = v.data(), c.eta = eta.data(), c.alpha = alpha.data();
   c.pending_k = r.pending_k.data(), c.pending_v = r.pending_v.data();
   c.pending_eta = r.pending_eta.data(), c.pending_alpha = r.pending_alpha.data();
+  Floats beta(tokens);
+  if (s.momentum) {
+    for (float& b : beta) b = std::min(0.9f, std::abs(draw.one()));
+    r.s2.resize(r.delta2.size()), r.s1.resize(r.delta1.size()), r.s1s.resize(r.delta1s.size());
+    r.pending_beta.resize(r.pending_eta.size());
+    c.s2 = r.s2.data(), c.s1 = r.s1.data(), c.s1s = Ms ? r.s1s.data() : nullptr;
+    c.beta = beta.data(), c.pending_beta = r.pending_beta.data();
+  }
   if (s.keep) c.kept2 = r.kept2.data(), c.kept1 = r.kept1.data();
   c.pos = pos.data(), c.len = len.data();
   c.span = C, c.spans = s.T / C + 2;  // as many states as chunks: a backward has several spans
@@ -121,7 +132,7 @@ inline Results called(const Case& s, int64_t threads) {
     const Results start = r;
     c.o = r.o.data();  // the first call's outputs are written over by the second's, which are more
     if (int outcome = hope_titans_scan(&c)) std::printf("refused: %d\n", outcome), std::exit(2);
-    r.bars = differentiated(c, start);
+    if (!s.momentum) r.bars = differentiated(c, start);
     for (int64_t b = 0; b < s.B; b++) pos[b] += len[b];
   }
   return r;
@@ -183,4 +194,7 @@ const Case CASES[] = {
     {3, 2, 8, 8, 16, 32, 70, on, on, on, on, off, on, on, off},
     {1, 1, 16, 16, 16, 8, 60, on, on, on, on, off, off, off, on},
     {2, 1, 16, 16, 16, 8, 50, on, on, on, on, off, on, on, off, off},
+    {2, 1, 16, 16, 16, 16, 60, on, on, on, on, off, on, on, on, on, 0, 0, on},
+    {1, 2, 16, 32, 24, 48, 110, off, off, on, on, on, on, on, off, on, 0, 0, on},
+    {1, 2, 16, 16, 4, 8, 40, on, on, off, off, off, off, off, on, on, 0, 0, on},
 };

@@ -29,7 +29,8 @@ pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"
 
 BAD_ARGUMENT = 2  # csrc/cpu/check.h
 CONFIGS = [
-    TitansConfig(16, 2, chunk_memory=4, chunk_other=8), TitansConfig.preset("titans", d_model=16, momentum=None)
+    TitansConfig(16, 2, chunk_memory=4, chunk_other=8), TitansConfig.preset("titans", d_model=16, momentum=None),
+    TitansConfig(16, 2, momentum="learned", chunk_memory=4, chunk_other=8),
 ]
 FAR = 2**62
 SIZES = {
@@ -81,7 +82,7 @@ class Refusing:
         return call
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["self-modifying", "static"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["self-modifying", "static", "momentum"])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_library_refuses_a_call_before_it_writes(config, gradient, monkeypatch):
     w_init, inputs = map(single, problem(config, 2, 20))
@@ -100,7 +101,7 @@ def test_the_library_refuses_a_call_before_it_writes(config, gradient, monkeypat
     assert torch.equal(o, again) and same(new, other) and torch.equal(dq, dq2)  # refused calls have written nothing
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["self-modifying", "static"])
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=["self-modifying", "static"])
 def test_the_library_refuses_a_backward_before_it_writes(config, monkeypatch):
     """The call inside it, as above, and pointers of its own."""
     w_init, inputs = map(single, problem(config, 2, 40))
@@ -193,7 +194,7 @@ def spoiled(t: torch.Tensor):
     yield "device", t.to("meta")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["self-modifying", "static"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["self-modifying", "static", "momentum"])
 def test_tensors_of_another_size_dtype_or_device_are_value_errors(config):
     w_init, inputs = map(single, problem(config, 2, 20))
     state = init_titans_state(config, w_init, 2)

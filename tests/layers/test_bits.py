@@ -19,6 +19,8 @@ TITANS = {
     "widths of one strip and more": TitansConfig(136, 1, chunk_memory=16, chunk_other=16, activation="gelu"),
     "bare": TitansConfig(32, 4, gate=False, out_proj=False, out_norm=False, conv_window=None, in_proj=False, **CHUNKS),
     "static": TitansConfig.preset("titans", d_model=32, num_heads=4, momentum=None, **CHUNKS),
+    "momentum": TitansConfig(32, 2, momentum=0.9, **CHUNKS),
+    "static, momentum": TitansConfig.preset("titans", d_model=32, num_heads=4, **CHUNKS),
     "static, softplus": TitansConfig(32, 2, self_modifying=False, eta_activation="softplus", **CHUNKS),
     "from zero": TitansConfig(32, 2, retain_to="zero", retention=False, hidden_mult=2, **CHUNKS),
 }

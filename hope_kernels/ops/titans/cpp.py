@@ -23,12 +23,11 @@ from ..shared.cpu_library import NO_GRAPH, address, check_outcome, has_autograd,
 from ..shared.pullback import Pullback
 from .state import FastWeights, TitansState
 
-_WRITTEN = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
-_POINTERS = (
-    "base2", "base1", "base1s", "delta2", "delta1", "delta1s", "q", "x", "k", "v", "eta", "alpha", "eta_bias",
-    "alpha_bias", "pending_k", "pending_v", "pending_eta", "pending_alpha", "pos", "len", "o",
-    "kept2", "kept1",
-)
+_WEIGHTS = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s")
+_PENDING = ("pending_k", "pending_v", "pending_eta", "pending_alpha", "pending_beta")
+_WRITTEN = _WEIGHTS + _PENDING
+_INPUTS = ("q", "x", "k", "v", "eta", "alpha", "beta", "eta_bias", "alpha_bias")
+_POINTERS = ("base2", "base1", "base1s", *_WEIGHTS, *_INPUTS, *_PENDING, "pos", "len", "o", "kept2", "kept1")
 _SPANS = ("spans2", "spans1", "spans1s")
 _MADE = ("made_k", "made_v", "made_eta", "made_alpha", "made_size")
 
@@ -77,8 +76,10 @@ def unserved(request: Request) -> str | None:
         return "serves float32, which projections under autocast are not"
     if gradient == BY_ALL and not has_autograd():
         return NO_GRAPH
-    if config.memory != "mlp" or config.momentum is not None or config.adaptive_q:
-        return 'serves memory="mlp" without momentum and adaptive_q'
+    if config.memory != "mlp" or config.adaptive_q:
+        return 'serves memory="mlp" without adaptive_q'
+    if config.momentum is not None and gradient == BY_ALL:
+        return "trains memories without momentum"
     if config.head_dim % 8 or config.hidden % 8:
         widths = f"{config.head_dim} and {config.hidden}"
         return f"serves head widths and hidden widths that are multiples of 8, not {widths}"
@@ -167,7 +168,7 @@ def titans_call(
     B, T, H, D = first.shape
     base = w_init if config.retain_to == "init" else FastWeights(None, None, None)
     tensors = {"base2": base.w2, "base1": base.w1, "base1s": base.w1s}
-    tensors |= {n: getattr(inputs, n) for n in ("q", "x", "k", "v", "eta", "alpha", "eta_bias", "alpha_bias")}
+    tensors |= {n: getattr(inputs, n) for n in _INPUTS}
     tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
     tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | (
         {} if kept is None else {"kept2": kept[0], "kept1": kept[1]}
@@ -181,10 +182,10 @@ def titans_call(
     stops = 0 if spans is None or spans.kept[0] is None else spans.kept[0].shape[2]
     counts = {
         "base2": H * head2, "base1": H * head1, "base1s": H * head1s, "delta2": B * H * head2,
-        "delta1": B * H * head1,
-        "delta1s": B * H * head1s, "eta": tokens, "alpha": tokens, "eta_bias": H, "alpha_bias": H,
-        "pending_k": pending * D,
-        "pending_v": pending * D, "pending_eta": pending, "pending_alpha": pending, "kept2": B * H * chunks * N * D,
+        "delta1": B * H * head1, "delta1s": B * H * head1s, "s2": B * H * head2, "s1": B * H * head1,
+        "s1s": B * H * head1s, "eta": tokens, "alpha": tokens, "beta": tokens, "eta_bias": H, "alpha_bias": H,
+        "pending_k": pending * D, "pending_v": pending * D, "pending_eta": pending, "pending_alpha": pending,
+        "pending_beta": pending, "kept2": B * H * chunks * N * D,
         "kept1": B * H * chunks * N * D, "spans2": B * H * stops * head2, "spans1": B * H * stops * head1,
         "spans1s": B * H * stops * head1s, "made_eta": tokens, "made_alpha": tokens, "made_size": tokens,
     }

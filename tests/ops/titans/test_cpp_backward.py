@@ -156,7 +156,7 @@ def test_who_serves_constant_memory():
     assert torch.equal(default, asked) and not torch.equal(default, chunked)
     torch.testing.assert_close(default, chunked, rtol=1e-5, atol=1e-5)
     cpu = torch.device("cpu")
-    for change in ({"momentum": 0.9}, {"adaptive_q": True}, {"memory": "linear"}):
+    for change in ({"adaptive_q": True}, {"memory": "linear"}):
         config = TitansConfig(**{"d_model": 32, **change})
         assert resolve(config, torch.float32, cpu, constant_memory=True) is titans_chunk
     assert resolve(layer.config, torch.float64, cpu, constant_memory=True) is titans_chunk

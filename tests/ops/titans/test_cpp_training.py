@@ -275,7 +275,7 @@ def test_who_serves_training():
     for change in ({"momentum": 0.9}, {"adaptive_q": True}, {"memory": "linear"}):
         other = TitansConfig(**{"d_model": 32, **change})
         assert resolve(other, torch.float32, cpu) is titans_chunk
-        assert "without momentum" in cpp.unserved(Request(other, torch.float32, cpu, BY_ALL))
+        assert cpp.unserved(Request(other, torch.float32, cpu, BY_ALL))
     assert cpp.unserved(Request(config, torch.float32, cpu, BY_INPUTS)) is None
     served = torch.vmap(lambda t: t if resolve(config, torch.float32, cpu) is titans_chunk else t + 1)(torch.zeros(2))
     assert not served.any()
