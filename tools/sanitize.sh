@@ -13,7 +13,7 @@ mkdir -p build/sanitized
 case "$1" in
 races)
   # OpenMP's own threads are not instrumented: a call starts threads of the standard library instead
-  "$compiler" "${flags[@]}" -DHOPE_STD_THREADS -fsanitize=thread tests/csrc/races.cpp csrc/cpu/{titans*,token,width}.cpp -pthread \
+  "$compiler" "${flags[@]}" -DHOPE_STD_THREADS -fsanitize=thread tests/csrc/races.cpp csrc/cpu/{titans*,token,width,cms_whole*}.cpp -pthread \
     -o build/sanitized/races
   build/sanitized/races
   ;;
@@ -21,7 +21,7 @@ memory | files)
   library=$PWD/build/sanitized/_titans_cpu.so
   "$compiler" "${flags[@]}" -fopenmp -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all \
     csrc/cpu/*.cpp -o "$library"
-  tests=(tests/ops/titans/test_cpp{,_backward,_training}.py tests/ops/cms/test_cpp{,_step}.py
+  tests=(tests/ops/titans/test_cpp{,_backward,_training}.py tests/ops/cms/test_cpp{,_step,_whole}.py
     tests/ops/test_cpp_training.py tests/ops/{attention/test_attention,linear/test_linear}.py tests/state/test_identity.py
     tests/layers/test_{titans_cpp,bits,attention_bits}.py tests/engine/test_native{,_segment}.py
     tests/csrc/test_native_arguments.py tests/csrc/test_width.py)

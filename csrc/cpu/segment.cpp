@@ -75,8 +75,9 @@ bool head_fits(const SegmentCall& c) {
 bool steps_fit(const SegmentStep* steps, int64_t B) {
   for (int64_t b = 0; steps && b < B; b++) {
     const SegmentStep& s = steps[b];
-    if (s.weight && !step_fits({s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps},
-                               {s.weight, s.moment, s.square, s.total, nullptr}))
+    if (s.weight && (!step_fits({s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps},
+                                {s.weight, s.moment, s.square, s.total, nullptr}) ||
+                     s.whole < AS_IT_IS || s.whole > NORMALISED || (s.whole && !s.total)))
       return false;
   }
   return steps;

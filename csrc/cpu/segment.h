@@ -5,9 +5,10 @@
 
 constexpr int64_t HEAD_MOST = 4096;  // tokens of a vocabulary whose logits are panels of the work space
 
-// What a row does with the gradient of one of its matrices, as cms_step.h has it; weight null: nothing.
+// What a row does with the gradient of one of its matrices, as cms_step.h has it; weight null: nothing. whole: what the
+// gradient becomes before (cms_whole.h), once it is in total.
 struct SegmentStep {
-  int64_t rule;
+  int64_t rule, whole;
   float lr, mu, beta2, first, second, root, eps;
   float *total, *weight, *moment, *square;
 };

@@ -22,6 +22,8 @@
 
 #include "call.h"
 #include "check.h"
+#include "cms.h"
+#include "cms_whole.h"
 #include "gates.h"
 #include "layer.h"
 #include "segment.h"

@@ -6,7 +6,9 @@
 #include <cstring>
 
 #include "check.h"
+#include "cms.h"
 #include "cms_step.h"
+#include "cms_whole.h"
 #include "layer.h"
 #include "panel.h"
 #include "rows.h"

@@ -35,7 +35,7 @@ class Segment : public SegmentPanels {
     if (c.slopes) over(B * P, d, [&](int64_t i) { from_rows(c.slopes, slope, d, i / P, i % P); });
     for (int64_t i = c.blocks - 1; i >= first; i--) {
       for (int64_t l = c.block[i].levels - 1; l >= (i == first ? lowest : 0); l--)
-        level_backward(i, l, i > first || l > lowest);
+        if (const int outcome = level_backward(i, l, i > first || l > lowest)) return outcome;
       if (i == first) break;
       if (const int outcome = mixer_backward(i)) return outcome;
     }
@@ -247,7 +247,7 @@ class Segment : public SegmentPanels {
 
   // -- backward ---------------------------------------------------------------------------------------------
 
-  void level_backward(int64_t i, int64_t l, bool on) const {
+  int level_backward(int64_t i, int64_t l, bool on) const {
     const SegmentLevel& level = c.block[i].level[l];
     const int64_t N = level.N, size = d * PANEL;
     const float* h = stream(stream_of(i) + 1 + l);
@@ -258,22 +258,23 @@ class Segment : public SegmentPanels {
               multiply_rows(acc, of.slopes + (b * P + p) * N * PANEL, r);
               store_rows(wide + (b * P + p) * N * PANEL, r, acc);
             }, Nothing());
-    if (level.learns) steps(d, N, level.down_step, slope, of.a);
+    if (const int outcome = level.learns ? steps(d, N, level.down_step, slope, of.a) : DONE) return outcome;
     if (on)
       product(d, N, rows, [&](int64_t b) { return level.up[b]; }, 1, d, wide,
               [&](int64_t b, int64_t p, int64_t r, auto& acc) {
                 store_rows(one + (b * P + p) * size, r, acc);
               }, Nothing());
-    if (level.learns) steps(N, d, level.up_step, wide, of.n);
-    if (!on) return;
+    if (const int outcome = level.learns ? steps(N, d, level.up_step, wide, of.n) : DONE) return outcome;
+    if (!on) return DONE;
     over(B * P, d, [&](int64_t j) {
       if (learning(j / P)) norm_backward(h + j * size, level.gain, one + j * size, slope + j * size, true);
     });
+    return DONE;
   }
 
   // The steps of a matrix [R, K] of all rows that learn: its gradient is a sum over tokens, of errors [R] and inputs
-  // [K] in panels, one chain for every weight. It is never in memory as a whole.
-  void steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
+  // [K] in panels, one chain for every weight. It is in memory as a whole only where a step asks for that.
+  int steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
     const int64_t count = (K + COLUMNS - 1) / COLUMNS;
     over(B * count, COLUMNS * R * P, [&](int64_t i) {
       const int64_t b = i / count, k = i % count * COLUMNS, w = std::min(COLUMNS, K - k), n = c.len[b];
@@ -282,11 +283,25 @@ class Segment : public SegmentPanels {
       for (int64_t p = 0; p * PANEL < n; p++)
         store_lanes(inputs + ((b * P + p) * K + k) * PANEL, rows + p * PANEL * w, w, w, 0, tokens(b, p));
       const SegmentStep& s = step[b];
-      const Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
-      const Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
+      Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
+      Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
+      if (s.whole) rule = {GD, -1, 0, 0, 0, 0, 0, 0}, weights = {s.total, nullptr, nullptr, nullptr, nullptr};
       outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
                     [&](int64_t r, int64_t at, auto& acc) { step_tile(rule, weights.from(r * K + k + at), K, acc); });
     });
+    for (int64_t b = 0; b < B; b++)
+      if (const int outcome = learning(b) && step[b].weight && step[b].whole ? step_of(step[b], R, K) : DONE)
+        return outcome;
+    return DONE;
+  }
+
+  // The step from the gradient as a whole, which total has.
+  int step_of(const SegmentStep& s, int64_t R, int64_t K) const {
+    const int outcome = s.whole == ORTHOGONAL ? hope_newton_schulz(1, R, K, c.threads, s.total, s.total)
+                                              : hope_normalise(R * K, c.threads, s.total);
+    if (outcome) return outcome;
+    return hope_cms_step(R * K, c.threads, s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps, nullptr,
+                         s.total, s.weight, s.moment, s.square, nullptr);
   }
 
   // A tile of gradients, whose rows lie K apart.

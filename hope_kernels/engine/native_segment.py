@@ -29,7 +29,7 @@ class Reader:
     """Reads segments of ``model`` for one call, in C++ where that serves it. reason: why it does not, or None."""
 
     def __init__(self, model: Any, backend: str | None):
-        self.backend, self.plans = backend, [{} for _ in model.blocks]  # of steps, by block and level
+        self.plans = [{} for _ in model.blocks]  # of steps, by block and level
         self.model, self.reason = model, unserved(model, backend) or _cms_unserved(model)
         self._readings: dict[tuple, Reading] = {}  # that are done with
         self._made: dict[int, tuple[list[TitansState], list[Memory]]] = {}  # mixers after readings: by their id

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..model_state import ModelState
 from ..ops.cms.plan import Plan
-from ..ops.cms.relative import normalises
 from ..ops.cms.schedule import learning_levels
 from ..ops.cms.state import CMSState
 from ..ops.shared.cpu_library import POINTER, SIZE, Function
@@ -82,14 +81,8 @@ def segments_ahead(model: Any, state: ModelState, known: list[int], reader: Read
         found = min([found, *[EVERY - n + looked if n > 1 else 0 for n, looked in zip(guard.pos, guard.looked)]])
     for cms in state.cms:
         if cms is not None:
-            found = min(found, _until_first_step(cms, C) if _only_counts(cms) else 0)
+            found = min(found, 0 if cms.config.variant == "nested" else _until_first_step(cms, C))
     return found if found > 1 else 0
-
-
-def _only_counts(cms: CMSState) -> bool:
-    """Whether nothing but steps is due at a boundary."""
-    c = cms.config
-    return c.variant != "nested" and c.optimizer != "muon" and not normalises(c)
 
 
 def _until_first_step(cms: CMSState, C: int) -> int:

@@ -8,7 +8,6 @@ so that what was given stays as it is if a call fails.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -253,10 +252,6 @@ def _descend(
     plans = plans_of(model, state, learners, counts, tokens, reading.reader)
     here = {of[b] for b in learners}
     reading.learn([b in here for b in range(len(known))], slopes, plans)
-    for levels in plans:
-        for plan in levels.values():
-            if plan.finish is not None:
-                plan.finish()
 
 
 @dataclass
@@ -385,14 +380,11 @@ def plans_of(
     model: Model, state: ModelState, learners: list[int], counts: list[int] | None, tokens: list[int], reader: Reader
 ) -> list[dict[int, Plan]]:
     """``ContinuumMemory.plans`` of each block, at the rates that the guard of ``state`` allows."""
-    scale, like, found = None if state.guard is None else state.guard.rate, placement(model.embed), []
-    for block, cms, known in zip(model.blocks, state.cms, reader.plans):
-        if cms is None or block.cms is None:
-            found.append({})
-            continue
-        ops = partial(block.cms.ops, like.dtype, like.device, reader.backend, inner=True)
-        found.append(block.cms.plans(cms, learners, counts, tokens, ops, scale, known))
-    return found
+    scale = None if state.guard is None else state.guard.rate
+    return [
+        {} if cms is None or block.cms is None else block.cms.plans(cms, learners, counts, tokens, scale, known)
+        for block, cms, known in zip(model.blocks, state.cms, reader.plans)
+    ]
 
 
 def judged(

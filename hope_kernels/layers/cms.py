@@ -266,7 +266,7 @@ class ContinuumMemory(nn.Module):
 
     def plans(
         self, state: CMSState, rows: list[int], counts: list[int] | None, tokens: list[int],
-        ops: Callable[[], Any], scale: Callable[[int], float] | None, known: dict[int, Known],
+        scale: Callable[[int], float] | None, known: dict[int, Known],
     ) -> dict[int, Plan]:
         """What ``rows`` of the draft ``state`` do with a segment of ``tokens`` [B], by level: see ``plan.py``. known:
         earlier ones, by level; at first empty."""
@@ -274,7 +274,7 @@ class ContinuumMemory(nn.Module):
             known.update((l, {}) for l in learning_levels(self.config))
         return {
             l: planned(
-                state, self.config, partial(self.start, l), l, rows, counts, tokens, ops, self._sizes(l), scale, plans
+                state, self.config, partial(self.start, l), l, rows, counts, tokens, self._sizes(l), scale, plans
             ) for l, plans in known.items()
         }
 

@@ -9,6 +9,7 @@
 #include "calls.h"
 #include "checksum.h"
 #include "cms.h"
+#include "cms_whole.h"
 #include "layer.h"
 #include "layer_parameters.h"
 #include "linear.h"
@@ -161,10 +162,22 @@ void levels() {
   }
 }
 
+void whole() {
+  Draw draw;
+  for (auto [r, c] : {std::pair<int64_t, int64_t>{5, 3}, {24, 33}, {70, 200}, {200, 70}}) {
+    Floats g = draw(2 * r * c, 1);
+    done(hope_newton_schulz(2, r, c, 1, g.data(), g.data()));
+    show("newton_schulz " + std::to_string(r) + " x " + std::to_string(c), g);
+  }
+  Floats g = draw(5000, 1e-3f);
+  done(hope_normalise(5000, 1, g.data()));
+  show("normalise", g);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   if (count > 1 && hope_cpu_width(std::atoi(arguments[1])) != std::atoi(arguments[1])) return 3;
-  scans(), reads(), layers(), projections(), attention(), levels();
+  scans(), reads(), layers(), projections(), attention(), levels(), whole();
   show("model's steps", stepped(1));
 }

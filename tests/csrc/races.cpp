@@ -1,9 +1,10 @@
-// Calls hope_titans_scan, and hope_token_step, with one and with several threads over shapes that share the work
-// differently; the thread sanitizer watches. Exit code 1 where a number of threads changes a bit.
+// Calls hope_titans_scan, hope_token_step and hope_newton_schulz with one and with several threads over shapes that
+// share the work differently; the thread sanitizer watches. Exit code 1 where a number of threads changes a bit.
 #include <cstdio>
 #include <cstring>
 
 #include "calls.h"
+#include "cms_whole.h"
 
 int main() {
   int changed = 0, index = 0;
@@ -18,5 +19,15 @@ int main() {
   for (int64_t threads : {2, 3})
     if (std::memcmp(alone.data(), stepped(threads).data(), 4 * alone.size()))
       changed++, std::printf("a step: other bits with %d threads\n", int(threads));
+  Draw draw;
+  const Floats g = draw(70 * 200, 1);
+  Floats one = g;
+  changed += hope_newton_schulz(1, 70, 200, 1, g.data(), one.data());
+  for (int64_t threads : {2, 3}) {
+    Floats found = g;
+    changed += hope_newton_schulz(1, 70, 200, threads, found.data(), found.data());
+    if (std::memcmp(one.data(), found.data(), 4 * one.size()))
+      changed++, std::printf("newton_schulz: other bits with %d threads\n", int(threads));
+  }
   return changed != 0;
 }

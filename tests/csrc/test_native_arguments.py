@@ -143,6 +143,7 @@ FUNCTIONS = {
     "cms_gate": cpp_gated._gate,
     "linear": linear_cpp._linear, "rms_norm": linear_cpp._rms_norm, "gate": linear_cpp._gate,
     "cms_norm_backward": cms._norm_backward, "cms_step": cms_step._step, "cms_step_bf16": cms_step._step_bf16,
+    "newton_schulz": cms_step._newton_schulz, "normalise": cms_step._normalise,
     "conv_weight_backward": conv_training._weight_backward,
     "output_gate_gain_backward": gate_training._gain_backward, "checksum": identity._in_cpp,
 }
@@ -171,6 +172,9 @@ FUNCTIONS = {
     ("cms_step", (9, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1), [(-1,), (FAR,), (9, 0), (9, 1, 3), (9, 1, -1)]),
     ("cms_step_bf16", (3, 5, 7, 1, 2, *[0.5] * 7, 1, 1, 1, 1, 1, 1, 1),
         [(-1,), (FAR,), (3, -1), (3, FAR), (3, 5, -1), (3, 5, FAR), (3, 5, 7, 0), (3, 5, 7, 1, 3)]),
+    ("newton_schulz", (2, 5, 7, 1, 1, 1),
+        [(-1,), (FAR,), (2, -1), (2, FAR), (2, 5, -1), (2, 5, FAR), (2, 2**30, 2**30), (2, 5, 7, 0), (2, 5, 7, FAR)]),
+    ("normalise", (9, 1, 1), [(-1,), (FAR,), (9, 0)]),
 ])
 def test_what_surrounds_the_memories_is_refused_as_well(name, right, wrong):
     """``right``: sizes, then addresses, which a refused call does not follow."""

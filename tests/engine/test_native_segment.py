@@ -86,7 +86,8 @@ def test_a_vocabulary_too_large_for_the_head_in_cpp(monkeypatch):
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["head in C++", "head in PyTorch"])
-@pytest.mark.parametrize("name", ["default", "two clocks", "no convolution", "nested", "muon", "segments of 24"])
+@pytest.mark.parametrize("name", ["default", "two clocks", "no convolution", "nested", "muon", "relative",
+                                  "relative momentum", "segments of 24"])
 @torch.no_grad()
 def test_bits_do_not_depend_on_how_a_text_is_cut(name, large, tmp_path, monkeypatch):
     """Nor on whether a segment is read whole, replayed, held, or continued from a file."""
@@ -110,9 +111,10 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(name, large, tmp_path, monkeypa
         assert relative(torch.cat(parts, 1), want) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["default", "muon", "relative momentum"])
 @torch.no_grad()
-def test_bits_do_not_depend_on_company():
-    model, text = small(), ids(4, 60, 5)
+def test_bits_do_not_depend_on_company(name):
+    model, text = model_of(name), ids(4, 60, 5)
     lengths = [60, 31, 16, 0]
     logits, together = model(text, learn="next_token", lengths=lengths)
     more, together = model(text, together, learn="next_token", lengths=[9, 60, 4, 20])
@@ -121,12 +123,15 @@ def test_bits_do_not_depend_on_company():
         alone, state = model(row[:, :n], state, learn="next_token")
         again, state = model(row[:, : (9, 60, 4, 20)[b]], state, learn="next_token")
         assert torch.equal(logits[b, :n], alone[0]) and torch.equal(more[b, : again.shape[1]], again[0]), b
-        assert all(torch.equal(t[b], s[0]) for t, s in zip(together.mixers[1].tensors(), state.mixers[1].tensors()))
+        for part in ("mixers", "cms"):
+            assert all(torch.equal(t[b], s[0]) for t, s in zip(
+                getattr(together, part)[1].tensors(), getattr(state, part)[1].tensors()))
 
 
+@pytest.mark.parametrize("cms", [{}, {"optimizer": "muon"}, {"relative": True}], ids=["gd", "muon", "relative"])
 @torch.no_grad()
-def test_bits_are_those_of_any_width_and_number_of_threads():
-    model, text = small(d=128, heads=4, layers=2, chunks=(64, 128)), ids(2, 200, 3)
+def test_bits_are_those_of_any_width_and_number_of_threads(cms):
+    model, text = small(d=128, heads=4, layers=2, chunks=(64, 128), cms=cms), ids(2, 200, 3)
     ask, before, found = cpu_library.library().hope_cpu_width, torch.get_num_threads(), []
     most = ask(0)
     try:

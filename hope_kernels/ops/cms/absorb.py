@@ -226,16 +226,6 @@ def _step(
     mark(state.dirty[l], rows, 0)
 
 
-def step_from_total(
-    state: CMSState, config: CMSConfig, shared: Shared, l: int, rows: list[int], ops, sizes: Sizes | None,
-    scale: Callable[[int], float] | None
-) -> None:
-    """The step of ``rows`` from what they have summed up, the newest segment included."""
-    for factor, group in alike(rows, scale).items():
-        _step(state, config, shared, l, None, group, 0, ops, sizes, factor)
-    mark(state.tokens[l], rows, 0)
-
-
 def alike(rows: list[int], scale: Callable[[int], float] | None) -> dict[float, list[int]]:
     """``rows`` by the factor of their rates."""
     groups: dict[float, list[int]] = {}

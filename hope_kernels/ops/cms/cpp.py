@@ -17,11 +17,11 @@ from torch import Tensor
 from ...config import CMSConfig
 from ..linear.cpp import linear, rms_norm
 from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
-from .cpp_step import outer_add_, refresh_
-from .level import Factors, Level, newton_schulz, norm_backward
+from .cpp_step import newton_schulz, normalise_, outer_add_, refresh_
+from .level import Factors, Level, norm_backward
 from .matrix import Matrix, by_rows, times
 
-__all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "unserved"]
+__all__ = ["level_backward", "level_forward", "newton_schulz", "normalise_", "outer_add_", "refresh_", "unserved"]
 
 _gelu_forward = Function("hope_cms_gelu", "cms gelu", *[SIZE] * 2, *[POINTER] * 3)
 _norm_backward = Function("hope_cms_norm_backward", "cms norm_backward", *[SIZE] * 3, REAL, *[POINTER] * 6)

@@ -15,10 +15,10 @@ from ...config import CMSConfig
 from ..linear.cpp import rms_norm
 from ..shared.cpu_library import POINTER, SIZE, Function, address
 from .cpp import gelu, inner_norm, placed, product
-from .cpp_step import outer_add_, refresh_
-from .level import Level, Saved, level_backward, newton_schulz
+from .cpp_step import newton_schulz, normalise_, outer_add_, refresh_
+from .level import Level, Saved, level_backward
 
-__all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "unserved"]
+__all__ = ["level_backward", "level_forward", "newton_schulz", "normalise_", "outer_add_", "refresh_", "unserved"]
 
 _gate = Function("hope_cms_gate", "cms gate", *[SIZE] * 2, ctypes.c_int32, *[POINTER] * 3)
 

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from ..shared import cpu_library
-from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
+from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address, has_autograd, is_plain
 from . import level
-from .level import ADAM_EPS, Adam, level_backward, level_forward, orthogonal
+from .level import ADAM_EPS, BF16_FROM, Adam, level_backward, level_forward, orthogonal
 
-__all__ = ["level_backward", "level_forward", "newton_schulz", "outer_add_", "refresh_", "serves"]
+__all__ = ["level_backward", "level_forward", "newton_schulz", "normalise_", "outer_add_", "refresh_", "serves"]
 
 _STEP = (SIZE, *[REAL] * 7)  # rule, lr, mu, beta2, first, second, root, eps
 _step = Function("hope_cms_step", "cms refresh_", *[SIZE] * 2, *_STEP, *[POINTER] * 6)
 _step_bf16 = Function("hope_cms_step_bf16", "cms refresh_", *[SIZE] * 4, *_STEP, *[POINTER] * 7)
+_newton_schulz = Function("hope_newton_schulz", "cms newton_schulz", *[SIZE] * 4, *[POINTER] * 2)
+_normalise = Function("hope_normalise", "cms normalise_", *[SIZE] * 2, POINTER)
 GD, MOMENTUM, ADAM = range(3)
+AS_IT_IS, ORTHOGONAL, NORMALISED = range(3)  # what a gradient becomes before its step: csrc/cpu/cms_whole.h
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
@@ -87,8 +90,26 @@ def refresh_(
 
 
 def newton_schulz(grad: Tensor, narrow: bool = False) -> Tensor:
-    """``level.newton_schulz``; in bf16 where this CPU multiplies it, without it that is a hundred times slower."""
-    return orthogonal(grad, narrow and multiplies_bf16())
+    """``level.newton_schulz``, with bits that depend on the matrix alone; a large one of a 16-bit model in bf16, by
+    PyTorch, where this CPU multiplies it: without it that is a hundred times slower."""
+    in_bf16 = narrow and min(grad.shape[-2:]) >= BF16_FROM and multiplies_bf16()
+    graph = grad.requires_grad and torch.is_grad_enabled()
+    if in_bf16 or graph or not has_autograd() or not is_plain(grad):
+        return orthogonal(grad, in_bf16)
+    grad = grad.contiguous()
+    found, (r, c) = torch.empty_like(grad), grad.shape[-2:]
+    count = 0 if grad.numel() == 0 else grad.numel() // (r * c)
+    _newton_schulz(count, r, c, torch.get_num_threads(), grad.data_ptr(), found.data_ptr())
+    return found
+
+
+def normalise_(total: Tensor, rows: list[int]) -> None:
+    """total [B, r, c] of RMS 1 in ``rows``, in place; fp32."""
+    for b in rows:
+        g = total[b].contiguous()
+        _normalise(g.numel(), torch.get_num_threads(), address(g, g.numel()))
+        if g.data_ptr() != total[b].data_ptr():
+            total[b].copy_(g)
 
 
 def _from_factors(left: Tensor, right: Tensor, numbers: tuple, total: Tensor | None, held) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from operator import is_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ...config import CMSConfig
 from ..shared.cpu_library import POINTER, REAL, SIZE, address
-from .absorb import Sizes, averages, grads_of, mark, own_weights, reset, step_from_total
-from .cpp_step import ADAM, GD, MOMENTUM
+from .absorb import Sizes, averages, grads_of, mark, own_weights, reset
+from .cpp_step import ADAM, AS_IT_IS, GD, MOMENTUM, NORMALISED, ORTHOGONAL
 from .level import ADAM_EPS, Adam
+from .muon import step_size
 from .relative import normalises, rate
 from .schedule import due, matrices
 from .state import CMSState
@@ -29,18 +30,16 @@ class RowStep(ctypes.Structure):
     """``SegmentStep`` of csrc/cpu/segment.h."""
 
     _fields_ = [
-        ("rule", SIZE), *((n, REAL) for n in ("lr", "mu", "beta2", "first", "second", "root", "eps")),
+        ("rule", SIZE), ("whole", SIZE), *((n, REAL) for n in ("lr", "mu", "beta2", "first", "second", "root", "eps")),
         *((n, POINTER) for n in ("total", "weight", "moment", "square")),
     ]
 
 
 class Plan(NamedTuple):
-    """Of one level. steps: by matrix and row of the batch. held: the tensors that they point to. finish: what is
-    left to do once the steps are done."""
+    """Of one level. steps: by matrix and row of the batch. held: the tensors that they point to."""
 
     steps: dict[tuple[str, int], RowStep]
     held: list[Tensor]
-    finish: Callable[[], None] | None = None
 
 
 Known = dict[tuple, Plan]  # plans of one level: by what rows do
@@ -48,7 +47,7 @@ Known = dict[tuple, Plan]  # plans of one level: by what rows do
 
 def planned(
     state: CMSState, config: CMSConfig, shared: Shared, l: int, rows: list[int], counts: list[int] | None,
-    tokens: list[int], ops: Callable[[], Any], sizes: Sizes | None, scale: Scale, known: Known
+    tokens: list[int], sizes: Sizes | None, scale: Scale, known: Known
 ) -> Plan:
     """``absorb`` of a segment of ``tokens`` [B] in ``rows`` of the draft ``state``, which holds no pending factors.
 
@@ -56,35 +55,34 @@ def planned(
     step, back, wait = due(config, l, rows, counts)
     for b in rows:
         state.tokens[l][b] += tokens[b]
-    summed = config.optimizer == "muon" or normalises(config)  # these ask for the gradient as a whole
-    adding, taking = (wait + step, []) if summed else (wait, step)
-    dirty = [b for b in taking if state.dirty[l][b]]
-    if taking and (state.weights[l] is None or not all([state.own[l][b] for b in taking])):
-        own_weights(state, shared(), l, taking)
+    dirty = [b for b in step if state.dirty[l][b] or _whole(config)]
+    if step and (state.weights[l] is None or not all([state.own[l][b] for b in step])):
+        own_weights(state, shared(), l, step)
     parts = (
-        state.writable("weights", l) if taking else {}, averages(state, config, l, "moments") if taking else {},
-        averages(state, config, l, "squares") if taking else {}, _sums(state, shared, l) if adding or dirty else {},
+        state.writable("weights", l) if step else {}, averages(state, config, l, "moments") if step else {},
+        averages(state, config, l, "squares") if step else {}, _sums(state, shared, l) if wait or dirty else {},
     )
-    for b in taking if parts[2] else ():
+    for b in step if parts[2] else ():
         state.steps[l][b] += 1
-    rates = [1.0 if scale is None else scale(b) for b in taking]
-    key, held = (tuple(adding), tuple(taking), tuple(dirty), tuple(rates)), [t for of in parts for t in of.values()]
+    rates = [1.0 if scale is None else scale(b) for b in step]
+    key, held = (tuple(wait), tuple(step), tuple(dirty), tuple(rates)), [t for of in parts for t in of.values()]
     plan = known.get(key)
     if plan is None or parts[2] or len(held) != len(plan.held) or not all(map(is_, held, plan.held)):
         known[key] = plan = Plan({}, held)
-        _add(plan, parts[3], adding)
-        _take(plan, state, config, l, taking, rates, dirty, parts, sizes)
-    if adding:
-        mark(state.dirty[l], adding, 1)
-    for counters in (state.dirty, state.tokens) if taking else ():
-        mark(counters[l], taking, 0)
+        _add(plan, parts[3], wait)
+        _take(plan, state, config, l, step, rates, dirty, parts, sizes)
+    if wait:
+        mark(state.dirty[l], wait, 1)
+    for counters in (state.dirty, state.tokens) if step else ():
+        mark(counters[l], step, 0)
     if back:
         reset(state, l, back)
-    if summed and step:
-        return plan._replace(
-            finish=lambda: step_from_total(state, config, shared(), l, step, ops(), sizes, scale)
-        )
     return plan
+
+
+def _whole(config: CMSConfig) -> int:
+    """What a step asks of its gradient as a whole, which therefore is in the level's sum."""
+    return ORTHOGONAL if config.optimizer == "muon" else NORMALISED if normalises(config) else AS_IT_IS
 
 
 def _sums(state: CMSState, shared: Shared, l: int) -> dict[str, Tensor]:
@@ -105,15 +103,17 @@ def _take(
 ) -> None:
     """``rows`` take a step, in those that are ``dirty`` with what they have summed up."""
     weights, moments, squares, sums = parts
+    whole = _whole(config)
     for name in matrices(config) if rows else ():
         w, m, v, g = (_rows_of(part.get(name)) for part in (weights, moments, squares, sums))
         lr = rate(config, l, name, None if sizes is None else sizes[name])
         for b, factor in zip(rows, rates):
-            numbers: tuple = (MOMENTUM if moments else GD, factor * lr, config.momentum, 0, 0, 0, 0, 0)
+            size = step_size(factor * lr, *weights[name].shape[1:]) if whole == ORTHOGONAL else factor * lr
+            numbers: tuple = (MOMENTUM if moments else GD, whole, size, config.momentum, 0, 0, 0, 0, 0)
             if squares:
                 adam = Adam(squares[name], config.betas, state.steps[l][b], state.tokens[l][b])
                 first, root = adam.rates(factor * lr)
-                numbers = (ADAM, first, *adam.betas, *adam.shares, root, ADAM_EPS)
+                numbers = (ADAM, whole, first, *adam.betas, *adam.shares, root, ADAM_EPS)
             plan.steps[name, b] = RowStep(*numbers, g(b) if b in dirty else None, w(b), m(b), v(b))
 
 

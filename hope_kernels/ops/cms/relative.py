@@ -31,8 +31,11 @@ def normalises(config: CMSConfig) -> bool:
 
 
 def normalise_(total: Tensor, rows: list[int], ops) -> None:
-    """Gradients [B, r, c] of RMS 1 in ``rows``, in place. ops: the backend; where processes have a part of the matrix
-    each, the RMS is that of all."""
+    """Gradients [B, r, c] of RMS 1 in ``rows``, in place. ops: the backend, or what it has of its own for this; where
+    processes have a part of the matrix each, the RMS is that of all."""
+    if hasattr(ops, "normalise_"):
+        ops.normalise_(total, rows)
+        return
     means, across = [total[b].square().mean() for b in rows], getattr(ops, "across", None)
     if across is not None:
         means = (across.sum(torch.stack(means)) / across.size).unbind()
