@@ -34,10 +34,16 @@ CASES = {
     "a head of its own": {"tie_embeddings": False},
     "one level": {"chunks": (8,), "cms": {"expansion": 4.0, "optimizer": "momentum"}},
 }
+IN_SEGMENTS = {  # whose steps are not one call
+    "titans": {"mixer": "titans", "titans": {"self_modifying": False, "own_values": False, "momentum": "learned"}},
+    "static": {"mixer": "titans", "titans": {"self_modifying": False, "retention": False, "eta_activation": "softplus"}},
+    "momentum": {"titans": {"momentum": 0.5, "conv_window": None, "in_proj": False}},
+    "learned momentum": {"titans": {"momentum": "learned", "scalar_skip": True, "chunk_other": 2}},
+}
 
 
 def built(name: str) -> HopeForCausalLM:
-    options = dict(CASES[name])
+    options = dict((CASES | IN_SEGMENTS)[name])
     if options.get("cms", {}) is None:
         torch.manual_seed(0)
         config = HopeConfig(V, 16, 2, titans=TitansConfig(16, 2, chunk_memory=4, chunk_other=4), cms=None)

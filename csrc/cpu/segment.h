@@ -23,16 +23,20 @@ struct SegmentLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
 
 // What a mixer has of B rows: as in TitansCall, and the convolution's last inputs [B, W - 1, d].
 struct SegmentMemory {
-  float *delta2, *delta1, *delta1s, *pending_k, *pending_v, *pending_eta, *pending_alpha, *tail;
+  float *delta2, *delta1, *delta1s, *s2, *s1, *s1s;
+  float *pending_k, *pending_v, *pending_eta, *pending_alpha, *pending_beta, *tail;
 };
 
 struct SegmentBlock {
   const float* gain;                       // [d], of the norm before the mixer
   const float* conv;                       // [d, W], or null: no convolution
   const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
+  const float *k_proj, *v_proj;            // [d, d], for memories that are given theirs; else null, as these [H, d]:
+  const float *eta_proj, *alpha_proj, *beta_proj;        // alpha's with retention; beta's for a learned momentum,
+  const float* beta_bias;                  // with its bias [H]
+  float beta;                              // the momentum, if there is one that is not learned
   const float* out_gain;                   // [H, D], or null
-  // T tokens, memories that make their own k, v, eta, alpha; q, x, o, kept weights, and what a SegmentMemory has
-  // are not looked at
+  // T tokens; q, x, k, v, eta, alpha, beta, o, kept weights, and what a SegmentMemory has are not looked at
   TitansCall titans;
   SegmentMemory before, after;             // the second becomes what a reading makes of the first
   int64_t levels;

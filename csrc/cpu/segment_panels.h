@@ -10,6 +10,7 @@
 #include "cms_step.h"
 #include "cms_whole.h"
 #include "layer.h"
+#include "linear.h"
 #include "panel.h"
 #include "rows.h"
 #include "segment.h"
@@ -35,6 +36,7 @@ class SegmentPanels {
   float *streams_ = nullptr, *levels_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr;
   float *slope, *one, *two, *wide, *strips;   // panels of d, d, d and of the widest level (or vocabulary)
   float *ra, *rb, *rc, *rd, *re;              // token rows of d
+  float *rk, *rv, *raw, *eta, *alpha, *beta;  // of d, d, and H for every head, where memories are given theirs
   static constexpr int64_t STRIP = 32;        // rows of a weight that meet all panels of a row of the batch
   static constexpr int64_t COLUMNS_MOST = 512;  // of a transposed weight that are copied to lie beside each other
   static constexpr int64_t FETCH = 32;        // lines of the next strip of a weight that are asked for at a time
@@ -50,13 +52,15 @@ class SegmentPanels {
   void carve(float* base) {
     auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
     streams = 1;
-    int64_t deepest = d, levels = 0, kept = 0;
+    int64_t deepest = d, levels = 0, kept = 0, given = 0, gates = 0;
     for (int64_t i = 0; i < c.blocks; i++) {
       const SegmentBlock& b = c.block[i];
       streams += 1 + b.levels;
       for (int64_t l = 0; l < b.levels; l++)
         deepest = std::max(deepest, b.level[l].N), levels += level_floats(b.level[l]);
       kept = std::max(kept, round(B * b.titans.H * chunks(b) * b.titans.N * b.titans.D));
+      if (!b.titans.self_modifying) given = row_floats();
+      if (!b.titans.self_modifying || b.before.s2) gates = std::max(gates, B * T * b.titans.H);
     }
     kept_floats = kept;
     take(streams_, (c.keep ? streams : 2) * round(panel_floats()));
@@ -67,6 +71,8 @@ class SegmentPanels {
     take(wide, B * P * PANEL * std::max(c.vocab <= HEAD_MOST ? c.vocab : 0, deepest));
     take(strips, c.keep ? B * P * PANEL * (deepest + COLUMNS) : 0);
     for (float** p : {&ra, &rb, &rc, &rd, &re}) take(*p, row_floats());
+    for (float** p : {&rk, &rv}) take(*p, given);
+    for (float** p : {&raw, &eta, &alpha, &beta}) take(*p, gates);
   }
 
   // -- what is kept of a reading ----------------------------------------------------------------------------

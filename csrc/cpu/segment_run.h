@@ -95,13 +95,16 @@ class Segment : public SegmentPanels {
     auto copy = [](float* a, const float* b, int64_t n) {
       if (b) std::memcpy(a, b, n * sizeof(float));
     };
-    copy(to.delta2, from.delta2, heads * (t.Mf + t.Ms) * t.N * t.D);
-    copy(to.delta1, from.delta1, heads * t.Mf * t.D * t.N);
-    copy(to.delta1s, from.delta1s, heads * t.Ms * t.N);
+    const int64_t rows = (t.Mf + t.Ms) * t.N + (t.scalar_skip ? t.Ms : 0);
+    copy(to.delta2, from.delta2, heads * rows * t.D), copy(to.s2, from.s2, heads * rows * t.D);
+    copy(to.delta1, from.delta1, heads * t.Mf * t.D * t.N), copy(to.s1, from.s1, heads * t.Mf * t.D * t.N);
+    copy(to.delta1s, from.delta1s, heads * t.Ms * t.N), copy(to.s1s, from.s1s, heads * t.Ms * t.N);
     copy(to.pending_k, from.pending_k, slots * t.D), copy(to.pending_v, from.pending_v, slots * t.D);
     copy(to.pending_eta, from.pending_eta, slots), copy(to.pending_alpha, from.pending_alpha, slots);
-    t.delta2 = to.delta2, t.delta1 = to.delta1, t.delta1s = to.delta1s, t.pending_k = to.pending_k;
-    t.pending_v = to.pending_v, t.pending_eta = to.pending_eta, t.pending_alpha = to.pending_alpha;
+    copy(to.pending_beta, from.pending_beta, slots);
+    t.delta2 = to.delta2, t.delta1 = to.delta1, t.delta1s = to.delta1s, t.s2 = to.s2, t.s1 = to.s1, t.s1s = to.s1s;
+    t.pending_k = to.pending_k, t.pending_v = to.pending_v, t.pending_eta = to.pending_eta;
+    t.pending_alpha = to.pending_alpha, t.pending_beta = to.pending_beta;
     return t;
   }
 
@@ -140,7 +143,14 @@ class Segment : public SegmentPanels {
     }
     float* o = c.keep ? kept_rows(i, 1) : re;
     TitansCall t = given;
-    t.q = given.qk_l2norm ? rd : q, t.x = x, t.o = o;
+    t.q = given.qk_l2norm ? rd : q, t.o = o;
+    if (t.self_modifying) t.x = x;
+    else give(block, panel, t);
+    if (t.s2) {
+      if (block.beta_proj) gates(block.beta_proj, block.beta_bias, t.H, false, 1, panel, beta);
+      else std::fill_n(beta, B * T * t.H, block.beta);
+      t.beta = beta;
+    }
     if (c.keep && i > first) t.kept = chunks(block), t.kept2 = kept_of(i, 0), t.kept1 = kept_of(i, 1);
     if (const int outcome = hope_titans_scan(&t)) return outcome;
     hope_output_gate(B * T, t.H, t.D, c.threads, o, block.out_gain, gate, ra);
@@ -157,6 +167,28 @@ class Segment : public SegmentPanels {
               store_rows(next + (b * P + p) * size, r, acc);
             }, Nothing());
     return DONE;
+  }
+
+  // k, v, eta and alpha of memories that do not make their own; from: panels. Writes slope and ra.
+  void give(const SegmentBlock& block, const float* from, TitansCall& t) const {
+    project(false, block.k_proj, from, slope, All());
+    all_to_rows(slope, t.qk_l2norm ? ra : rk, All());
+    if (t.qk_l2norm) hope_unit(B * T * t.H, t.D, c.threads, ra, rk);
+    project(false, block.v_proj, from, slope, All());
+    all_to_rows(slope, rv, All());
+    gates(block.eta_proj, t.eta_bias, t.H, t.softplus, t.eta_scale, from, eta);
+    if (t.retention) gates(block.alpha_proj, t.alpha_bias, t.H, false, 1, from, alpha);
+    t.k = rk, t.v = rv, t.eta = eta, t.alpha = t.retention ? alpha : nullptr;
+  }
+
+  // to [B, T, H]: a gate of every head. Writes slope.
+  void gates(const float* W, const float* bias, int64_t H, bool softplus, float scale, const float* from,
+             float* to) const {
+    product(H, d, All(), [&](int64_t) { return W; }, d, 1, from,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(slope + (b * P + p) * H * PANEL, r, acc); },
+            Nothing());
+    over(B * P, H, [&](int64_t i) { to_rows(slope, raw, H, i / P, i % P); });
+    hope_gate(B * T, H, softplus, scale, raw, bias, to);
   }
 
   void level(int64_t i, int64_t l) const {

@@ -91,7 +91,7 @@ class Decoder:
         self.captures = 0
         self.alone = False
         # a step in C++ reads a token or changes nothing, so learning before it must not either
-        self._whole = self.device.type == "cpu" and native.unserved(model, backend) is None
+        self._whole = self.device.type == "cpu" and native.unserved_step(model, backend) is None
         with torch.inference_mode(False):
             if any(t.requires_grad or t.is_inference() or expanded(t) for t in state.tensors()):
                 state.assign(state.usable())
@@ -244,7 +244,7 @@ class Decoder:
         if not self._asked:
             self._asked = True
             served = self._whole and self.state.batch > 0 and native.dense(self._levels)
-            if served and native.unserved(self.model, self.backend) is None:
+            if served and native.unserved_step(self.model, self.backend) is None:
                 if self._packed is not self.state.fingerprint:  # fused optimizers move no version counter
                     self._strips, self._packed = {}, self.state.fingerprint
                 self._native = NativeStep(self.model, self.state, self._levels, self._tokens, self._strips)

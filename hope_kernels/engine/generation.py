@@ -227,7 +227,7 @@ def generate(
             if options.stopped():
                 finished = False
                 break
-            if n == 1 and decoder is None and (graph or native.unserved(model, backend) is None):
+            if n == 1 and decoder is None and (graph or native.unserved_step(model, backend) is None):
                 decoder = Decoder(model, state, learn, backend)
             if decoder is not None:
                 decoder.alone = on_token is None and should_stop is None
@@ -268,4 +268,4 @@ def _goes_on(
     if state.unread is None or not torch.equal(ids, state.unread):
         return False
     guarded = options.learn == "off" or options.guard == (state.guard is not None)
-    return guarded and native.unserved(model, options.backend) is None
+    return guarded and native.unserved_step(model, options.backend) is None

@@ -65,8 +65,16 @@ _strips = Function("hope_token_strips", "Decoder", SIZE, SIZE, POINTER, POINTER)
 Strips = dict[int, tuple[Tensor, int, Tensor]]  # of a model's matrices, by address: whose, its version, the strips
 
 
-def unserved(model: Model, backend: str | None) -> str | None:
+def unserved_step(model: Model, backend: str | None) -> str | None:
     """Why a step of ``model`` is not one call of C++, or None."""
+    titans = model.config.titans
+    if titans is None or not titans.self_modifying or titans.scalar_skip or titans.momentum is not None:
+        return "serves self-modifying memories without scalar_skip and momentum"
+    return unserved(model, backend)
+
+
+def unserved(model: Model, backend: str | None) -> str | None:
+    """Why segments of ``model`` are not read in C++, or None."""
     if backend not in (None, "cpp"):
         return f"backend is {backend!r}"
     config, like = model.config, getattr(model.embed, "weight", None)
@@ -87,11 +95,8 @@ def dense(levels: list[list[Level] | None]) -> bool:
 
 
 def _config_unserved(config: HopeConfig) -> str | None:
-    titans = config.titans
-    if config.mixer != "self_modifying" or titans is None or not titans.self_modifying or (
-        titans.scalar_skip or titans.momentum is not None
-    ):
-        return "serves self-modifying memories without scalar_skip and momentum"
+    if config.mixer == "attention":
+        return "serves memories"
     if config.post_norm or config.embed_scale != 1 or config.d_model % 8:
         return "serves plain blocks, embeddings without a scale, and widths that are multiples of 8"
     for cms in config.block_cms:

@@ -23,7 +23,10 @@ from .head import Heads, Targets, check_logits, read_head
 from .native import floats, size_of
 
 HEAD_MOST = 4096  # as segment.h has it: the head of a larger vocabulary is PyTorch's, in pieces
-MEMORY = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha", "conv_tail")
+MEMORY = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s", "pending_k", "pending_v", "pending_eta", "pending_alpha",
+          "pending_beta", "conv_tail")
+SQUARE, GATES = ("in_proj", "q_proj", "gate_proj", "out_proj", "k_proj", "v_proj"), (
+    "eta_proj", "alpha_proj", "beta_proj")
 
 
 class Memory(ctypes.Structure):
@@ -44,8 +47,8 @@ class BlockCall(ctypes.Structure):
     """``SegmentBlock``."""
 
     _fields_ = [
-        *((n, POINTER) for n in ("gain", "conv", "in_proj", "q_proj", "gate_proj", "out_proj", "out_gain")),
-        ("titans", TitansCall), ("before", Memory), ("after", Memory), ("levels", SIZE), ("level", POINTER),
+        *((n, POINTER) for n in ("gain", "conv", *SQUARE, *GATES, "beta_bias")), ("beta", ctypes.c_float),
+        ("out_gain", POINTER), ("titans", TitansCall), ("before", Memory), ("after", Memory), ("levels", SIZE), ("level", POINTER),
     ]
 
 
@@ -247,8 +250,8 @@ def addresses(state: TitansState) -> tuple[Memory, list[Tensor | None]]:
     """Of what a mixer has; and the tensors that lie there. Raises ValueError for what the library cannot read."""
     c, B = state.config, state.batch
     slots = B * max(c.chunk_memory, c.chunk_other) * c.num_heads
-    counts = [size_of(s) for s in Layout.of(c).shapes(B, c.num_heads)]
-    counts += [slots * c.head_dim, slots * c.head_dim, slots, slots, B * ((c.conv_window or 1) - 1) * c.d_model]
+    counts = 2 * [size_of(s) for s in Layout.of(c).shapes(B, c.num_heads)]
+    counts += [slots * c.head_dim, slots * c.head_dim, slots, slots, slots, B * ((c.conv_window or 1) - 1) * c.d_model]
     held = [None if t is None else t.detach().contiguous() for t in (getattr(state, n) for n in MEMORY)]
     return Memory(*(address(t, count) for t, count in zip(held, counts))), held
 

@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from native_model import CASES, V, built, ids, small
+from native_model import CASES, IN_SEGMENTS, V, built, ids, small
 from numerics import relative, within_yardstick
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, load_state
@@ -28,12 +28,12 @@ MORE = {
     "the other level of rate zero": {"cms": {"lr": (0.02, 0.0)}},
     "segments of 24": {"chunks": (24, 48), "d": 24, "heads": 3},
 }
-LEARNING = {**CASES, **MORE}
+LEARNING = {**CASES, **IN_SEGMENTS, **MORE}
 del LEARNING["no CMS"]
 
 
 def model_of(name):
-    return built(name) if name in CASES else small(**MORE[name])
+    return small(**MORE[name]) if name in MORE else built(name)
 
 
 def by_pytorch(model):
@@ -85,9 +85,13 @@ def test_a_vocabulary_too_large_for_the_head_in_cpp(monkeypatch):
     test_learns_what_pytorch_learns("default")
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["head in C++", "head in PyTorch"])
-@pytest.mark.parametrize("name", ["default", "two clocks", "no convolution", "nested", "muon", "relative",
-                                  "relative momentum", "segments of 24"])
+CUT = ("default", "two clocks", "no convolution", "nested", "muon", "relative", "relative momentum", "segments of 24")
+
+
+@pytest.mark.parametrize("name, large", [
+    *((name, False) for name in (*CUT, *IN_SEGMENTS)),
+    *(pytest.param(name, True, id=f"{name}, head in PyTorch") for name in CUT),
+])
 @torch.no_grad()
 def test_bits_do_not_depend_on_how_a_text_is_cut(name, large, tmp_path, monkeypatch):
     """Nor on whether a segment is read whole, replayed, held, or continued from a file."""
@@ -302,9 +306,10 @@ def test_a_state_with_factors_that_wait_is_read_by_pytorch_until_they_are_folded
     assert reader.serves(state) and relative(logits, other(text[:, 6:], before, learn="next_token")[0]) < 1e-4
 
 
+@pytest.mark.parametrize("case", ["default", "titans"])
 @torch.no_grad()
-def test_the_library_refuses_what_does_not_fit():
-    model = small()
+def test_the_library_refuses_what_does_not_fit(case):
+    model = built(case)
     state, text = model.init_state(2), ids(2, 4)
     reading, _ = Reader(model, None).read(state, state.mixers, text, [4, 4], None, keep=True)
     call, library = reading.call, cpu_library.library()
@@ -342,14 +347,16 @@ def test_the_library_refuses_what_does_not_fit():
         setattr(part(copied[1]), name, value)
         refused({"block": ctypes.addressof(copied)})
 
-    for name in ("gain", "q_proj", "level"):
-        refused_in_a_block(lambda b: b, name, None)
-    for name, values in {"H": (0, 3), "D": (12,), "N": (0, 4), "Mf": (2,), "Ms": (1,), "chunk_memory": (0, -4),
+    given = ("k_proj", "v_proj", "eta_proj", "alpha_proj", "beta_bias") if case == "titans" else ()
+    for part in ("gain", "q_proj", "level", *given):
+        refused_in_a_block(lambda b: b, part, None)
+    for part, values in {"H": (0, 3), "D": (12,), "N": (0, 4), "Mf": (2,), "Ms": (1,), "chunk_memory": (0, -4),
                          "chunk_other": (0,), "pos": (None,), "len": (None,), "B": (1,), "T": (3,),
-                         "scalar_skip": (1,), "self_modifying": (0,), "update": (0,)}.items():
+                         "self_modifying": (int(case == "titans"),), "update": (0,)}.items():
         for value in values:
-            refused_in_a_block(lambda b: b.titans, name, value)
-    for name in native_reading.MEMORY:
-        refused_in_a_block(lambda b: b.before, name, None)
-        refused_in_a_block(lambda b: b.after, name, None)
+            refused_in_a_block(lambda b: b.titans, part, value)
+    for part in native_reading.MEMORY:
+        for state in ("before", "after"):
+            if getattr(getattr(reading._blocks[1], state), part):
+                refused_in_a_block(lambda b: getattr(b, state), part, None)
     refused_in_a_block(lambda b: b, "after", reading._blocks[1].before)
