@@ -36,7 +36,7 @@ CASES = {
 }
 IN_SEGMENTS = {  # whose steps are not one call
     "titans": {"mixer": "titans", "titans": {"self_modifying": False, "own_values": False, "momentum": "learned"}},
-    "static": {"mixer": "titans", "titans": {"self_modifying": False, "retention": False, "eta_activation": "softplus"}},
+    "static": {"mixer": "titans", "titans": {"self_modifying": False, "retention": False}},
     "momentum": {"titans": {"momentum": 0.5, "conv_window": None, "in_proj": False}},
     "learned momentum": {"titans": {"momentum": "learned", "scalar_skip": True, "chunk_other": 2}},
 }

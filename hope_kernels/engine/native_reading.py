@@ -25,8 +25,8 @@ from .native import floats, size_of
 HEAD_MOST = 4096  # as segment.h has it: the head of a larger vocabulary is PyTorch's, in pieces
 MEMORY = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s", "pending_k", "pending_v", "pending_eta", "pending_alpha",
           "pending_beta", "conv_tail")
-SQUARE, GATES = ("in_proj", "q_proj", "gate_proj", "out_proj", "k_proj", "v_proj"), (
-    "eta_proj", "alpha_proj", "beta_proj")
+SQUARE = ("in_proj", "q_proj", "gate_proj", "out_proj", "k_proj", "v_proj")  # of a mixer: [d, d]
+GATES = ("eta_proj", "alpha_proj", "beta_proj")  # [H, d]
 
 
 class Memory(ctypes.Structure):
@@ -48,7 +48,8 @@ class BlockCall(ctypes.Structure):
 
     _fields_ = [
         *((n, POINTER) for n in ("gain", "conv", *SQUARE, *GATES, "beta_bias")), ("beta", ctypes.c_float),
-        ("out_gain", POINTER), ("titans", TitansCall), ("before", Memory), ("after", Memory), ("levels", SIZE), ("level", POINTER),
+        ("out_gain", POINTER), ("titans", TitansCall),
+        ("before", Memory), ("after", Memory), ("levels", SIZE), ("level", POINTER),
     ]
 
 

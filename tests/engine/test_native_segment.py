@@ -4,6 +4,7 @@ be learned."""
 import copy
 import ctypes
 import gc
+from operator import attrgetter
 
 import pytest
 import torch
@@ -358,5 +359,5 @@ def test_the_library_refuses_what_does_not_fit(case):
     for part in native_reading.MEMORY:
         for state in ("before", "after"):
             if getattr(getattr(reading._blocks[1], state), part):
-                refused_in_a_block(lambda b: getattr(b, state), part, None)
+                refused_in_a_block(attrgetter(state), part, None)
     refused_in_a_block(lambda b: b, "after", reading._blocks[1].before)
