@@ -70,10 +70,10 @@ class Commit {
 
   bool half(int64_t p) const { return C - p * PANEL <= 8; }
 
-  // Rows `own` of A times panel p of `in`, to the same rows of `to`.
-  void product(Range own, const float* A, const float* in, int64_t p, float* to) const {
-    panel_product(own.begin, own.end, D, A, D, 1, in + p * D * PANEL, half(p),
-                  [&](int64_t i, auto& acc) { store_rows(to, i, acc); });
+  // Rows `own` of A times panel p of `in`
+  template <class Done>
+  HK_INLINE void product(Range own, const float* A, const float* in, int64_t p, Done done) const {
+    panel_product(own.begin, own.end, D, A, D, 1, in + p * D * PANEL, half(p), done);
   }
 
   void tokens() {
@@ -105,62 +105,47 @@ class Commit {
     for_blocks(rows, 0, P, [&](Range r, int64_t p) { evaluate_block(r, p); });
     if (c.dgd && c.scalar_skip && h.team.id == h.team.size - 1) {
       for (int64_t p = 0; p < P; p++)
-        product({hid + m.s0, hid + m.s1}, g.delta2, w.k, p, w.delta2_k + p * R * PANEL);
+        product({hid + m.s0, hid + m.s1}, g.delta2, w.k, p,
+                [&](int64_t i, auto& x) { store_rows(w.delta2_k + p * R * PANEL, i, x); });
     }
   }
 
   void evaluate_block(Range r, int64_t p) {
     float *a = w.a + p * hid * PANEL, *a_values = w.a_values + p * hid * PANEL;
     float *slope = w.d + p * R * PANEL, *delta2_k = w.delta2_k + p * R * PANEL;
+    auto at_keys = [&](int64_t i, auto& z) {
+      if (w.z) store_rows(w.z + p * hid * PANEL, i, z);
+      if (c.dgd && !c.base2) store_rows(delta2_k, i, z);
+      activate_rows<ACT>(z, slope, i);
+      store_rows(a, i, z);
+    };
+    auto at_values = [&](int64_t i, auto& z) {
+      if (w.values) keep_values(z, i, p);
+      else activate<ACT>(z);
+      if (delta_form && i < m.f1 * N) subtract_from_rows(z, a, i);
+      store_rows(a_values, i, z);
+    };
     const Range values = c.own_values ? r : r.within(m.f1 * N, m.m1 * N);
     if (c.own_values && !half(p)) {  // one reading of the weights
-      panel_products(r.begin, r.end, D, h.w2, D, 1, w.k + p * D * PANEL, w.v + p * D * PANEL,
-                     [&](int64_t i, auto& acc) { store_rows(a, i, acc); },
-                     [&](int64_t i, auto& acc) { store_rows(a_values, i, acc); });
+      panel_products(r.begin, r.end, D, h.w2, D, 1, w.k + p * D * PANEL, w.v + p * D * PANEL, at_keys, at_values);
     } else {
-      product(r, h.w2, w.k, p, a);
-      product(values, h.w2, w.v, p, a_values);
+      product(r, h.w2, w.k, p, at_keys);
+      product(values, h.w2, w.v, p, at_values);
     }
-    if (c.dgd && c.base2) product(r, g.delta2, w.k, p, delta2_k);
-    if (c.dgd && !c.base2) {
-      std::memcpy(delta2_k + r.begin * PANEL, a + r.begin * PANEL, (r.end - r.begin) * PANEL * sizeof(float));
-    }
-    keep(w.z, a, r, p);
-    if (w.values) keep_values(a_values, values, p);
-    const int64_t step = step_of(half(p));
-    for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step) {
-      f8 s, x = sigma<ACT>(load(a + i), s);
-      store(a + i, x);
-      store(slope + i, s);
-    }
-    // the backward has made them; but gelu's sigma alone has other bits than beside its slope
-    const float* known = ACT == GELU || !w.values ? nullptr : w.values + p * hid * PANEL;
-    auto at_values = [&](int64_t i) { return known ? load(known + i) : sigma<ACT>(load(a_values + i)); };
-    const int64_t split = delta_form ? std::max(values.begin, std::min(values.end, m.f1 * N)) : values.begin;
-    for (int64_t i = values.begin * PANEL; i < split * PANEL; i += step)
-      store(a_values + i, load(a + i) - at_values(i));
-    for (int64_t i = split * PANEL; i < values.end * PANEL; i += step)
-      store(a_values + i, at_values(i));
+    if (c.dgd && c.base2) product(r, g.delta2, w.k, p, [&](int64_t i, auto& x) { store_rows(delta2_k, i, x); });
     for (int64_t i = r.begin; i < r.end; i += 8)
       for (int64_t t = 0; t < PANEL && p * PANEL + t < C; t += 8)
         transpose8(a + i * PANEL + t, PANEL, w.a_rows + (p * PANEL + t) * hid + i, hid);
   }
 
-  // sigma and sigma' at v for the backward
-  void keep_values(const float* z, Range r, int64_t p) const {
-    float *to = w.values + p * hid * PANEL, *slope = w.values_slope + p * R * PANEL;
-    for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step_of(half(p))) {
-      f8 s;
-      store(to + i, sigma<ACT>(load(z + i), s));
-      store(slope + i, s);
-    }
-  }
-
-  // Rows r of a panel [hid], for the backward: where it is wanted.
-  void keep(float* to, const float* from, Range r, int64_t p) const {
-    if (to)
-      std::memcpy(to + (p * hid + r.begin) * PANEL, from + r.begin * PANEL,
-                  std::max<int64_t>(0, r.end - r.begin) * PANEL * sizeof(float));
+  // z = sigma(z), after sigma and sigma' for the backward; gelu's sigma alone has other bits than beside its slope
+  template <class Tile>
+  HK_INLINE void keep_values(Tile& z, int64_t i, int64_t p) const {
+    float *values = w.values + p * hid * PANEL, *slope = w.values_slope + p * R * PANEL;
+    if constexpr (ACT == GELU) store_rows(w.a_values + p * hid * PANEL, i, z);
+    activate_rows<ACT>(z, slope, i);
+    store_rows(values, i, z);
+    if constexpr (ACT == GELU) load_rows(z, w.a_values + p * hid * PANEL, i), activate<ACT>(z);
   }
 
   // -- what all memories of the group share -----------------------------------------------------------------

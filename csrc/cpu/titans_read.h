@@ -52,10 +52,10 @@ class Read {
     auto rows_at = [&](Range own, const float* in) {
       for_blocks(own, p0, p1, [&](Range r, int64_t p) {
         float* hidden = w.hidden + p * hid * PANEL;
-        panel_product(r.begin, r.end, D, h.w2, D, 1, in + p * D * PANEL, half(p),
-                      [&](int64_t i, auto& acc) { store_rows(hidden, i, acc); });
-        for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step_of(half(p)))
-          store(hidden + i, sigma<ACT>(load(hidden + i)));
+        panel_product(r.begin, r.end, D, h.w2, D, 1, in + p * D * PANEL, half(p), [&](int64_t i, auto& acc) {
+          activate<ACT>(acc);
+          store_rows(hidden, i, acc);
+        });
       });
     };
     rows_at(rows.within(0, N), w.q);
