@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "titans_head.h"
+#include "titans_update.h"
 
 // Memories [m0, m1), which commit together: [f0, f1) with D outputs, scalar ones [s0, s1).
 struct Group {
@@ -367,77 +368,64 @@ class Commit {
 
   // w2 and its skip rows
   void update_inputs() {
-    const float decay = decay_chunk();
-    auto done = [&](int64_t r, int64_t col, auto& acc) {
-      advance(g.delta2, g.base2, w.w2, decay, r * D + col, D, acc);
-    };
-    for (int64_t r = rows.begin; r < rows.end; r += BLOCK) {
-      const int64_t stop = std::min(r + BLOCK, rows.end);
-      for (int64_t p = 0; p < P; p++)
-        for (int64_t i = r; i < stop; i++) left_factor(i, i / N, w.d + (p * R + i) * PANEL, p);
-      outer_product(r, stop, D, C, w.d, R * PANEL, w.keys, D, done);
+    const FastWeight weight{g.delta2, g.base2, w.w2, D, decay_chunk()};
+    const Factors factors{w.d, R * PANEL, w.keys, D};
+    for (int64_t r = rows.begin; r < rows.end;) {
+      const int64_t stop = std::min({r + BLOCK, rows.end, (r / N + 1) * N});
+      for (int64_t p = 0; p < P; p++) left_factors(r, stop, r / N, w.d + (p * R + r) * PANEL, p);
+      update(weight, factors, C, r, stop);
+      r = stop;
     }
     if (c.scalar_skip && h.team.id == h.team.size - 1) {
       for (int64_t p = 0; p < P; p++)
         for (int64_t s = m.s0; s < m.s1; s++)
-          left_factor(hid + s, c.Mf + s, w.es + (p * c.Ms + s) * PANEL, p);
-      outer_product(hid + m.s0, hid + m.s1, D, C, w.d, R * PANEL, w.keys, D, done);
+          left_factors(hid + s, hid + s + 1, c.Mf + s, w.es + (p * c.Ms + s) * PANEL, p);
+      update(weight, factors, C, hid + m.s0, hid + m.s1);
     }
   }
 
-  // u = gain d + erase (delta2 k), a row of a panel; it takes the place of d
-  void left_factor(int64_t row, int64_t memory, const float* d, int64_t p) {
-    float* u = w.d + (p * R + row) * PANEL;
-    const float* delta2_k = w.delta2_k + (p * R + row) * PANEL;
-    for (int64_t v = 0; v < PANEL; v += 8) {
-      const f8 step = load(h.gain + memory * ld + p * PANEL + v) * load(d + v);
-      store(u + v, c.dgd ? fma(load(h.erase + p * PANEL + v), load(delta2_k + v), step) : step);
+  // u = gain d + erase (delta2 k), rows of a panel; they take the place of d
+  void left_factors(int64_t begin, int64_t end, int64_t memory, const float* d, int64_t p) {
+    float* u = w.d + p * R * PANEL;
+    const float* delta2_k = w.delta2_k + p * R * PANEL;
+    const bool dgd = c.dgd;
+    for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
+      const widest gain = load_as<widest>(h.gain + memory * ld + p * PANEL + v);
+      const widest erase = load_as<widest>(h.erase + p * PANEL + v);
+      for (int64_t i = begin; i < end; i++) {
+        const widest step = gain * load_as<widest>(d + (i - begin) * PANEL + v);
+        store(u + i * PANEL + v, dgd ? fma(erase, load_as<widest>(delta2_k + i * PANEL + v), step) : step);
+      }
     }
   }
 
   // w1 and w1s
   void update_outputs() {
-    const float decay = decay_chunk();
+    const FastWeight full{g.delta1, g.base1, w.w1, N, decay_chunk()};
     for (int64_t f = m.f0; f < m.f1; f++) {
       const Range own = outs.within(f * D, (f + 1) * D);
-      for (int64_t p = 0; p < P; p++)
-        for (int64_t i = own.begin; i < own.end; i++) step_rows(w.target, w.e, p, c.Mf * D, i, f);
-      outer_product(own.begin, own.end, N, C, w.target, c.Mf * D * PANEL, w.a_rows + f * N, hid,
-                    [&](int64_t r, int64_t col, auto& acc) {
-                      advance(g.delta1, g.base1, w.w1, decay, r * N + col, N, acc);
-                    });
+      for (int64_t p = 0; p < P; p++) {
+        const int64_t at = (p * c.Mf * D + own.begin) * PANEL;
+        scaled_errors(w.target + at, w.e + at, own.end - own.begin, f, p);
+      }
+      update(full, {w.target, c.Mf * D * PANEL, w.a_rows + f * N, hid}, C, own.begin, own.end);
     }
+    const FastWeight scalar{g.delta1s, g.base1s, w.w1s, N, decay_chunk()};
     const Range scalars = outs.within(m.f1 * D, outs.end);
     for (int64_t i = scalars.begin; i < scalars.end; i++) {
       const int64_t s = m.s0 + i - m.f1 * D;
-      for (int64_t p = 0; p < P; p++) step_rows(w.target_s, w.es, p, c.Ms, s, c.Mf + s);
-      outer_product(s, s + 1, N, C, w.target_s, c.Ms * PANEL, w.a_rows + (c.Mf + s) * N, hid,
-                    [&](int64_t r, int64_t col, auto& acc) {
-                      advance(g.delta1s, g.base1s, w.w1s, decay, r * N + col, N, acc);
-                    });
+      for (int64_t p = 0; p < P; p++)
+        scaled_errors(w.target_s + (p * c.Ms + s) * PANEL, w.es + (p * c.Ms + s) * PANEL, 1, c.Mf + s, p);
+      update(scalar, {w.target_s, c.Ms * PANEL, w.a_rows + (c.Mf + s) * N, hid}, C, s, s + 1);
     }
   }
 
-  // to = gain gamma[C,t] e for row i of a panel
-  void step_rows(float* to, const float* e, int64_t p, int64_t height, int64_t i, int64_t memory) {
-    for (int64_t v = 0; v < PANEL; v += 8) {
-      const int64_t t = p * PANEL + v, at = (p * height + i) * PANEL + v;
-      store(to + at, load(h.gain + memory * ld + t) * load(h.decay_after + t) * load(e + at));
+  // to = gain gamma[C,t] e for n rows of a panel
+  void scaled_errors(float* to, const float* e, int64_t n, int64_t memory, int64_t p) {
+    for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
+      const int64_t t = p * PANEL + v;
+      const widest factor = load_as<widest>(h.gain + memory * ld + t) * load_as<widest>(h.decay_after + t);
+      for (int64_t i = v; i < n * PANEL; i += PANEL) store(to + i, factor * load_as<widest>(e + i));
     }
-  }
-
-  // delta <- decay delta - acc, w <- base + delta, for a tile whose first element is at `at`
-  template <class V, int MR, int NV>
-  static HK_INLINE void advance(
-      float* delta, const float* base, float* to, float decay, int64_t at, int64_t step, V (&acc)[MR][NV]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) {
-        const int64_t j = at + i * step + LANES<V> * v;
-        const V x = fms(all_as<V>(decay), load_as<V>(delta + j), acc[i][v]);
-        store(delta + j, x);
-        if (base) store(to + j, x + load_as<V>(base + j));
-      }
   }
 };
