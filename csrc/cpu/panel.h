@@ -34,14 +34,19 @@ inline void store_lanes(const float* panel, float* rows, int64_t ld, int64_t D, 
   }
 }
 
-// f(vector, place) for every vector of rows r .. r + MR - 1 of a tile, place being where a panel has it: all of its
-// tokens, or the first half.
+// f(vector, place) for every vector of rows r .. r + MR - 1 of a tile, in a matrix of rows ld floats apart.
 template <class V, int MR, int NV, class P, class F>
-HK_INLINE void with_rows(V (&acc)[MR][NV], P* panel, int64_t r, F f) {
+HK_INLINE void with_rows(V (&acc)[MR][NV], P* matrix, int64_t ld, int64_t r, F f) {
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) f(acc[i][v], panel + (r + i) * PANEL + LANES<V> * v);
+    for (int v = 0; v < NV; v++) f(acc[i][v], matrix + (r + i) * ld + LANES<V> * v);
+}
+
+// The same in a panel: all of its tokens, or the first half.
+template <class V, int MR, int NV, class P, class F>
+HK_INLINE void with_rows(V (&acc)[MR][NV], P* panel, int64_t r, F f) {
+  with_rows(acc, panel, PANEL, r, f);
 }
 
 template <class V, int MR, int NV>
@@ -67,6 +72,18 @@ HK_INLINE void subtract_from_rows(V (&acc)[MR][NV], const float* panel, int64_t 
 template <class V, int MR, int NV>
 HK_INLINE void multiply_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
   with_rows(acc, panel, r, [](V& x, const float* p) { x = x * load_as<V>(p); });
+}
+
+// to += the squares of a tile's rows; from zero where the first of a group of eight rows is among them
+template <class V, int MR, int NV>
+HK_INLINE void add_squares(const V (&acc)[MR][NV], int64_t r, float* to) {
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; v++) {
+    V s = r % 8 == 0 ? V{} : load_as<V>(to + LANES<V> * v);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) s = fma(acc[i][v], acc[i][v], s);
+    store(to + LANES<V> * v, s);
+  }
 }
 
 // sigma of a tile, and its slope to rows of a panel

@@ -14,7 +14,7 @@
 #include <cfloat>
 #include <cstring>
 
-#include "titans_head.h"
+#include "titans_clock.h"
 #include "titans_update.h"
 
 // Memories [m0, m1), which commit together: [f0, f1) with D outputs, scalar ones [s0, s1).
@@ -28,7 +28,7 @@ class Commit {
   Commit(const Head& head, const Group& group, int64_t C, int64_t end)
       : h(head), c(h.c), w(h.w), g(h.g), D(h.D), N(h.N), hid(h.hid), R(h.R), ld(h.ld), m(group), C(C),
         P(panels(C)), first((end - C) % h.big), k_rows(w.k_rows + first * D), v_rows(w.v_rows + first * D),
-        rows(h.hidden_rows(m.m0 * N, m.m1 * N)), outs(h.output_rows(m.f0 * D, m.f1 * D + m.s1 - m.s0)),
+        clock(head, C, first, k_rows), rows(h.hidden_rows(m.m0 * N, m.m1 * N)), outs(h.output_rows(m.f0 * D, m.f1 * D + m.s1 - m.s0)),
         scale(c.objective_dot ? 1 : c.grad_scale),
         delta_form(c.own_values && !c.target_norm && !c.objective_dot) {}
 
@@ -47,12 +47,12 @@ class Commit {
     tokens();
     h.team.sync();
     evaluate();
-    if (c.dgd || c.step_clip) key_products();
+    if (c.dgd || c.step_clip) clock.key_products();
     h.sync_rows();
     errors();
-    decays();
+    clock.decays();
     gradients();
-    transformed_keys();
+    clock.transformed_keys(c.dgd);
     h.team.sync();
   }
 
@@ -65,6 +65,7 @@ class Commit {
   const int64_t C, P;                // tokens, and their panels
   const int64_t first;               // the chunk's first slot
   const float *k_rows, *v_rows;      // the chunk's tokens, [C, D]
+  const Clock clock;
   const Range rows, outs;            // hidden rows and outputs of this thread
   const float scale;
   const bool delta_form;             // M(k) - M(v) with one product
@@ -84,20 +85,6 @@ class Commit {
     });
   }
 
-  void decays() {
-    const float* alpha = w.alpha + first;
-    for (int64_t t = 0; t <= C; t++) {
-      for (int64_t s = 0; s < t; s++) h.gamma[t * ld + s] = alpha[t - 1] * h.gamma[(t - 1) * ld + s];
-      if (t < ld) h.gamma[t * ld + t] = 1;
-    }
-    std::memcpy(h.eta, w.eta + first, C * sizeof(float));
-    for (int64_t t = 0; t < C; t++) {
-      h.erase[t] = h.eta[t] * decay_before(t);
-      h.decay_after[t] = t + 1 == C ? 1 : h.gamma[C * ld + t + 1];
-    }
-  }
-
-  float decay_before(int64_t t) const { return h.gamma[t * ld]; }
   float decay_chunk() const { return h.gamma[C * ld]; }
 
   // -- evaluate ---------------------------------------------------------------------------------------------
@@ -118,6 +105,7 @@ class Commit {
       if (w.z) store_rows(w.z + p * hid * PANEL, i, z);
       if (c.dgd && !c.base2) store_rows(delta2_k, i, z);
       activate_rows<ACT>(z, slope, i);
+      if (c.step_clip) add_squares(z, i, w.norms + i / 8 * ld + p * PANEL);
       store_rows(a, i, z);
     };
     auto at_values = [&](int64_t i, auto& z) {
@@ -149,50 +137,6 @@ class Commit {
     if constexpr (ACT == GELU) load_rows(z, w.a_values + p * hid * PANEL, i), activate<ACT>(z);
   }
 
-  // -- what all memories of the group share -----------------------------------------------------------------
-
-  void key_products() {
-    const Range own = h.clock_share(C, 4);
-    for (int64_t p = 0; p < P; p++)
-      panel_product(own.begin, own.end, D, k_rows, D, 1, w.k + p * D * PANEL, half(p),
-                    [&](int64_t i, auto& acc) {
-                      store_tile(w.gram + i * ld + p * PANEL, ld, acc);
-                    });
-  }
-
-  template <class V, int MR, int NV>
-  static HK_INLINE void store_tile(float* to, int64_t step, const V (&acc)[MR][NV]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) store(to + i * step + LANES<V> * v, acc[i][v]);
-  }
-
-  // By back substitution, this thread's columns.
-  void transformed_keys() {
-    const Range cols = h.clock_share(D, 8);
-    int64_t d = cols.begin;
-    for (; d + 32 <= cols.end; d += 32) substitute<4>(k_rows + d, w.keys + d);
-    for (; d < cols.end; d += 8) substitute<1>(k_rows + d, w.keys + d);
-  }
-
-  template <int NV>
-  void substitute(const float* k, float* keys) {
-    for (int64_t s = C - 1; s >= 0; s--) {
-      f8 x[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) x[v] = all(h.decay_after[s]) * load(k + s * D + 8 * v);
-      for (int64_t t = C - 1; c.dgd && t > s; t--) {
-        // the README's gamma[t-1,s], whose tokens count from 1
-        const f8 L = all(h.gamma[t * ld + s + 1] * w.gram[t * ld + s] * h.eta[t]);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) x[v] = fnma(L, load(keys + t * D + 8 * v), x[v]);
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) store(keys + s * D + 8 * v, x[v]);
-    }
-  }
-
   // -- errors -----------------------------------------------------------------------------------------------
 
   void errors() {
@@ -205,7 +149,7 @@ class Commit {
     h.sync_rows();
     if (delta_form) return;
     const Range owned = h.by_memory ? Range{outs.begin / D, std::min(outs.end / D, m.f1)} : Range{m.f0, m.f1};
-    for_panels(h.own_lanes(C), [&](int64_t p, int64_t a, int64_t) { target_errors(owned, p, a / 8 * 8); });
+    for_lanes(h.own_lanes(C), [&](int64_t t, auto v) { target_errors<decltype(v)>(owned, t); });
     h.sync_rows();
   }
 
@@ -260,18 +204,23 @@ class Commit {
     }
   }
 
-  // e = scale (M(k) - target) or -target, the target normalised, for eight lanes
-  void target_errors(Range full, int64_t p, int64_t lane) {
+  // e = scale (M(k) - target) or -target, the target normalised, for tokens t ..
+  template <class V>
+  void target_errors(Range full, int64_t t) {
+    const bool norm = c.target_norm, dot = c.objective_dot;
     for (int64_t f = full.begin; f < full.end; f++) {
-      const int64_t at = (p * c.Mf + f) * D * PANEL + lane;
+      const int64_t at = (t / PANEL * c.Mf + f) * D * PANEL + t % PANEL;
       float *e = w.e + at, *target = w.target + at;
-      if (c.target_norm) {
-        if (w.target_sizes) store(w.target_sizes + f * ld + p * PANEL + lane, root(squares(target, D)));
-        normalize_lanes(target, D);
+      V factor = all_as<V>(1);
+      if (norm) {
+        const V size = root(squares<V>(target, D));
+        if (w.target_sizes) store(w.target_sizes + f * ld + t, size);
+        factor = unit_factor(size);
       }
-      for (int64_t d = 0; d < D; d++) {
-        f8 t = load(target + d * PANEL);
-        store(e + d * PANEL, c.objective_dot ? -t : (load(e + d * PANEL) - t) * all(scale));
+      for (int64_t i = 0; i < D * PANEL; i += PANEL) {
+        V x = load_as<V>(target + i);
+        if (norm) x = x * factor, store(target + i, x);
+        store(e + i, dot ? -x : (load_as<V>(e + i) - x) * all_as<V>(scale));
       }
     }
   }
@@ -287,36 +236,35 @@ class Commit {
                       [&](int64_t i, auto& acc) {
                         if (w.back) store_rows(w.back + p * hid * PANEL, i + f * N, acc);
                         multiply_rows(acc, d, i + f * N);
+                        if (c.step_clip) add_squares(acc, i + f * N, d_norms(i + f * N, p));
                         store_rows(d, i + f * N, acc);
                       });
       });
     }
     for (int64_t s = m.s0; s < m.s1; s++) scalar_gradients(s);
-    if (!c.step_clip) return;
-    for (int64_t p = 0; p < P; p++)
-      for (int64_t i = rows.begin; i < rows.end; i += 8) {
-        partial_norm(w.a + (p * hid + i) * PANEL, w.norms + i / 8 * ld + p * PANEL);
-        partial_norm(w.d + (p * R + i) * PANEL, w.norms + (hid / 8 + i / 8) * ld + p * PANEL);
-      }
   }
+
+  float* d_norms(int64_t row, int64_t p) const { return w.norms + (hid / 8 + row / 8) * ld + p * PANEL; }
 
   void scalar_gradients(int64_t s) {
     const int64_t top = (c.Mf + s) * N;
     const Range own = rows.within(top, top + N);
+    const float* w1s = h.w1s + s * N - top;
     for (int64_t p = 0; p < P; p++)
-      for (int64_t i = own.begin; i < own.end; i++)
-        for (int64_t v = 0; v < PANEL; v += 8) {
-          float* d = w.d + (p * R + i) * PANEL + v;
-          store(d, load(d) * (all(h.w1s[i - top + s * N]) * load(w.es + (p * c.Ms + s) * PANEL + v)));
+      for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
+        const widest e = load_as<widest>(w.es + (p * c.Ms + s) * PANEL + v);
+        float* d = w.d + p * R * PANEL + v;
+        for (int64_t i = own.begin; i < own.end; i += 8) {
+          widest sum{};
+#pragma GCC unroll 8
+          for (int64_t j = i; j < i + 8; j++) {
+            const widest x = load_as<widest>(d + j * PANEL) * (all_as<widest>(w1s[j]) * e);
+            store(d + j * PANEL, x);
+            sum = fma(x, x, sum);
+          }
+          if (c.step_clip) store(d_norms(i, p) + v, sum);
         }
-  }
-
-  static HK_INLINE void partial_norm(const float* rows, float* to) {
-    for (int v = 0; v < PANEL; v += 8) {
-      f8 s = all(0);
-      for (int i = 0; i < 8; i++) s = fma(load(rows + i * PANEL + v), load(rows + i * PANEL + v), s);
-      store(to + v, s);
-    }
+      }
   }
 
   // -- step sizes -------------------------------------------------------------------------------------------
@@ -328,40 +276,48 @@ class Commit {
       std::memcpy(gain, h.eta, C * sizeof(float));
       return;
     }
-    sizes(i);
-    for (int64_t t = 0; t < C; t++) {
-      const float weight = h.eta[t] * h.size[t];
-      h.eta_size[t] = weight > FLT_MAX ? FLT_MAX : weight;
-    }
-    for (int64_t t = 0; t < C; t += 8) {
-      f8 s = all(0);
-      for (int64_t j = 0; j < C; j++) {
-        f8 gram = load(w.gram + j * ld + t);
-        s = fma(all(h.eta_size[j]), gram * gram, s);
+    for_lanes({0, C}, [&](int64_t t, auto v) { sizes<decltype(v)>(i, t); });
+    int64_t t = 0;
+    for (; t + 4 * LANES<widest> <= C; t += 4 * LANES<widest>) gains<4>(gain, t);
+    for (; t < C; t += LANES<widest>) gains<1>(gain, t);
+  }
+
+  template <int NV>
+  void gains(float* gain, int64_t t) {
+    widest s[NV] = {};
+    for (int64_t j = 0; j < C; j++)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        const widest gram = load_as<widest>(w.gram + j * ld + t + LANES<widest> * v);
+        s[v] = fma(all_as<widest>(h.eta_size[j]), gram * gram, s[v]);
       }
-      f8 clip = all(scale) * load(h.size + t) * s;
-      store(gain + t, load(h.eta + t) / most(all(1), clip));
+    for (int v = 0; v < NV; v++, t += LANES<widest>) {
+      const widest clip = all_as<widest>(scale) * load_as<widest>(h.size + t) * s[v];
+      store(gain + t, load_as<widest>(h.eta + t) / most(all_as<widest>(1), clip));
     }
   }
 
-  void sizes(int64_t i) {
-    for (int64_t t = 0; t < C; t += 8) {
-      const int64_t p = t / PANEL, lane = t % PANEL;
-      f8 a2 = all(0), d2 = all(0), e2;
-      for (int64_t r = i * N / 8; r < (i + 1) * N / 8; r++) {
-        a2 = a2 + load(w.norms + r * ld + t);
-        d2 = d2 + load(w.norms + (hid / 8 + r) * ld + t);
-      }
-      if (i < c.Mf) {
-        e2 = squares(w.e + (p * c.Mf + i) * D * PANEL + lane, D);
-      } else {
-        f8 e = load(w.es + (p * c.Ms + i - c.Mf) * PANEL + lane);
-        e2 = e * e;
-      }
-      // where a square overflows S does and the step is 0; bounds, since inf / inf and 0 inf would be NaN
-      const f8 m = root(a2 + d2 / (least(all(FLT_MAX), e2) + all(1e-9f)) + all(1e-12f));
-      store(h.size + t, least(all(1e30f), m));
+  // m_t and eta_t m_t of memory i, for tokens t ..
+  template <class V>
+  void sizes(int64_t i, int64_t t) {
+    V a2{}, d2{}, e2;
+    for (int64_t r = i * N / 8; r < (i + 1) * N / 8; r++) {
+      a2 = a2 + load_as<V>(w.norms + r * ld + t);
+      d2 = d2 + load_as<V>(w.norms + (hid / 8 + r) * ld + t);
     }
+    const int64_t p = t / PANEL, lane = t % PANEL;
+    if (i < c.Mf) {
+      e2 = squares<V>(w.e + (p * c.Mf + i) * D * PANEL + lane, D);
+    } else {
+      const V e = load_as<V>(w.es + (p * c.Ms + i - c.Mf) * PANEL + lane);
+      e2 = e * e;
+    }
+    // where a square overflows S does and the step is 0; bounds, since inf / inf and 0 inf would be NaN
+    const V most_of = all_as<V>(FLT_MAX);
+    const V m = root(a2 + d2 / (least(most_of, e2) + all_as<V>(1e-9f)) + all_as<V>(1e-12f));
+    const V size = least(all_as<V>(1e30f), m);
+    store(h.size + t, size);
+    store(h.eta_size + t, least(most_of, load_as<V>(h.eta + t) * size));
   }
 
   // -- updates ----------------------------------------------------------------------------------------------
