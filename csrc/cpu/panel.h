@@ -34,28 +34,72 @@ inline void store_lanes(const float* panel, float* rows, int64_t ld, int64_t D, 
   }
 }
 
-// Rows r .. r + MR - 1 of a tile's accumulators: stored to a panel, or with a panel's rows added to them, or
-// multiplied into them. The vectors of a row that the tile has: all of a panel's tokens, or the first half.
-template <class V, int MR, int NV>
-HK_INLINE void store_rows(float* p, int64_t r, const V (&acc)[MR][NV]) {
+// f(vector, place) for every vector of rows r .. r + MR - 1 of a tile, in a matrix of rows ld floats apart.
+template <class V, int MR, int NV, class P, class F>
+HK_INLINE void with_rows(V (&acc)[MR][NV], P* matrix, int64_t ld, int64_t r, F f) {
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) store(p + (r + i) * PANEL + LANES<V> * v, acc[i][v]);
+    for (int v = 0; v < NV; v++) f(acc[i][v], matrix + (r + i) * ld + LANES<V> * v);
+}
+
+// The same in a panel: all of its tokens, or the first half.
+template <class V, int MR, int NV, class P, class F>
+HK_INLINE void with_rows(V (&acc)[MR][NV], P* panel, int64_t r, F f) {
+  with_rows(acc, panel, PANEL, r, f);
+}
+
+template <class V, int MR, int NV>
+HK_INLINE void store_rows(float* panel, int64_t r, V (&acc)[MR][NV]) {
+  with_rows(acc, panel, r, [](V& x, float* p) { store(p, x); });
+}
+
+template <class V, int MR, int NV>
+HK_INLINE void load_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
+  with_rows(acc, panel, r, [](V& x, const float* p) { x = load_as<V>(p); });
 }
 
 template <class V, int MR, int NV>
 HK_INLINE void add_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] + load_as<V>(panel + (r + i) * PANEL + LANES<V> * v);
+  with_rows(acc, panel, r, [](V& x, const float* p) { x = x + load_as<V>(p); });
+}
+
+template <class V, int MR, int NV>
+HK_INLINE void subtract_from_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
+  with_rows(acc, panel, r, [](V& x, const float* p) { x = load_as<V>(p) - x; });
 }
 
 template <class V, int MR, int NV>
 HK_INLINE void multiply_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
+  with_rows(acc, panel, r, [](V& x, const float* p) { x = x * load_as<V>(p); });
+}
+
+// to += the squares of a tile's rows; from zero where the first of a group of eight rows is among them
+template <class V, int MR, int NV>
+HK_INLINE void add_squares(const V (&acc)[MR][NV], int64_t r, float* to) {
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; v++) {
+    V s = r % 8 == 0 ? V{} : load_as<V>(to + LANES<V> * v);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) s = fma(acc[i][v], acc[i][v], s);
+    store(to + LANES<V> * v, s);
+  }
+}
+
+// sigma of a tile, and its slope to rows of a panel
+template <int ACT, class V, int MR, int NV>
+HK_INLINE void activate(V (&acc)[MR][NV]) {
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] * load_as<V>(panel + (r + i) * PANEL + LANES<V> * v);
+    for (int v = 0; v < NV; v++) acc[i][v] = sigma<ACT>(acc[i][v]);
+}
+
+template <int ACT, class V, int MR, int NV>
+HK_INLINE void activate_rows(V (&acc)[MR][NV], float* slope, int64_t r) {
+  with_rows(acc, slope, r, [](V& x, float* p) {
+    V s;
+    x = sigma<ACT>(x, s);
+    store(p, s);
+  });
 }

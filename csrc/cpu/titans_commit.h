@@ -14,7 +14,8 @@
 #include <cfloat>
 #include <cstring>
 
-#include "titans_head.h"
+#include "titans_clock.h"
+#include "titans_update.h"
 
 // Memories [m0, m1), which commit together: [f0, f1) with D outputs, scalar ones [s0, s1).
 struct Group {
@@ -27,7 +28,8 @@ class Commit {
   Commit(const Head& head, const Group& group, int64_t C, int64_t end)
       : h(head), c(h.c), w(h.w), g(h.g), D(h.D), N(h.N), hid(h.hid), R(h.R), ld(h.ld), m(group), C(C),
         P(panels(C)), first((end - C) % h.big), k_rows(w.k_rows + first * D), v_rows(w.v_rows + first * D),
-        rows(h.hidden_rows(m.m0 * N, m.m1 * N)), outs(h.output_rows(m.f0 * D, m.f1 * D + m.s1 - m.s0)),
+        clock(head, C, first, k_rows), rows(h.hidden_rows(m.m0 * N, m.m1 * N)),
+        outs(h.output_rows(m.f0 * D, m.f1 * D + m.s1 - m.s0)),
         scale(c.objective_dot ? 1 : c.grad_scale),
         delta_form(c.own_values && !c.target_norm && !c.objective_dot) {}
 
@@ -45,12 +47,12 @@ class Commit {
     tokens();
     h.team.sync();
     evaluate();
-    if (c.dgd || c.step_clip) key_products();
+    if (c.dgd || c.step_clip) clock.key_products();
     h.sync_rows();
     errors();
-    decays();
+    clock.decays();
     gradients();
-    transformed_keys();
+    clock.transformed_keys(c.dgd);
     h.team.sync();
   }
 
@@ -63,16 +65,17 @@ class Commit {
   const int64_t C, P;                // tokens, and their panels
   const int64_t first;               // the chunk's first slot
   const float *k_rows, *v_rows;      // the chunk's tokens, [C, D]
+  const Clock clock;
   const Range rows, outs;            // hidden rows and outputs of this thread
   const float scale;
   const bool delta_form;             // M(k) - M(v) with one product
 
   bool half(int64_t p) const { return C - p * PANEL <= 8; }
 
-  // Rows `own` of A times panel p of `in`, to the same rows of `to`.
-  void product(Range own, const float* A, const float* in, int64_t p, float* to) const {
-    panel_product(own.begin, own.end, D, A, D, 1, in + p * D * PANEL, half(p),
-                  [&](int64_t i, auto& acc) { store_rows(to, i, acc); });
+  // Rows `own` of A times panel p of `in`
+  template <class Done>
+  HK_INLINE void product(Range own, const float* A, const float* in, int64_t p, Done done) const {
+    panel_product(own.begin, own.end, D, A, D, 1, in + p * D * PANEL, half(p), done);
   }
 
   void tokens() {
@@ -82,20 +85,6 @@ class Commit {
     });
   }
 
-  void decays() {
-    const float* alpha = w.alpha + first;
-    for (int64_t t = 0; t <= C; t++) {
-      for (int64_t s = 0; s < t; s++) h.gamma[t * ld + s] = alpha[t - 1] * h.gamma[(t - 1) * ld + s];
-      if (t < ld) h.gamma[t * ld + t] = 1;
-    }
-    std::memcpy(h.eta, w.eta + first, C * sizeof(float));
-    for (int64_t t = 0; t < C; t++) {
-      h.erase[t] = h.eta[t] * decay_before(t);
-      h.decay_after[t] = t + 1 == C ? 1 : h.gamma[C * ld + t + 1];
-    }
-  }
-
-  float decay_before(int64_t t) const { return h.gamma[t * ld]; }
   float decay_chunk() const { return h.gamma[C * ld]; }
 
   // -- evaluate ---------------------------------------------------------------------------------------------
@@ -104,106 +93,48 @@ class Commit {
     for_blocks(rows, 0, P, [&](Range r, int64_t p) { evaluate_block(r, p); });
     if (c.dgd && c.scalar_skip && h.team.id == h.team.size - 1) {
       for (int64_t p = 0; p < P; p++)
-        product({hid + m.s0, hid + m.s1}, g.delta2, w.k, p, w.delta2_k + p * R * PANEL);
+        product({hid + m.s0, hid + m.s1}, g.delta2, w.k, p,
+                [&](int64_t i, auto& x) { store_rows(w.delta2_k + p * R * PANEL, i, x); });
     }
   }
 
   void evaluate_block(Range r, int64_t p) {
     float *a = w.a + p * hid * PANEL, *a_values = w.a_values + p * hid * PANEL;
     float *slope = w.d + p * R * PANEL, *delta2_k = w.delta2_k + p * R * PANEL;
+    auto at_keys = [&](int64_t i, auto& z) {
+      if (w.z) store_rows(w.z + p * hid * PANEL, i, z);
+      if (c.dgd && !c.base2) store_rows(delta2_k, i, z);
+      activate_rows<ACT>(z, slope, i);
+      if (c.step_clip) add_squares(z, i, w.norms + i / 8 * ld + p * PANEL);
+      store_rows(a, i, z);
+    };
+    auto at_values = [&](int64_t i, auto& z) {
+      if (w.values) keep_values(z, i, p);
+      else activate<ACT>(z);
+      if (delta_form && i < m.f1 * N) subtract_from_rows(z, a, i);
+      store_rows(a_values, i, z);
+    };
     const Range values = c.own_values ? r : r.within(m.f1 * N, m.m1 * N);
     if (c.own_values && !half(p)) {  // one reading of the weights
-      panel_products(r.begin, r.end, D, h.w2, D, 1, w.k + p * D * PANEL, w.v + p * D * PANEL,
-                     [&](int64_t i, auto& acc) { store_rows(a, i, acc); },
-                     [&](int64_t i, auto& acc) { store_rows(a_values, i, acc); });
+      panel_products(r.begin, r.end, D, h.w2, D, 1, w.k + p * D * PANEL, w.v + p * D * PANEL, at_keys, at_values);
     } else {
-      product(r, h.w2, w.k, p, a);
-      product(values, h.w2, w.v, p, a_values);
+      product(r, h.w2, w.k, p, at_keys);
+      product(values, h.w2, w.v, p, at_values);
     }
-    if (c.dgd && c.base2) product(r, g.delta2, w.k, p, delta2_k);
-    if (c.dgd && !c.base2) {
-      std::memcpy(delta2_k + r.begin * PANEL, a + r.begin * PANEL, (r.end - r.begin) * PANEL * sizeof(float));
-    }
-    keep(w.z, a, r, p);
-    if (w.values) keep_values(a_values, values, p);
-    const int64_t step = step_of(half(p));
-    for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step) {
-      f8 s, x = sigma<ACT>(load(a + i), s);
-      store(a + i, x);
-      store(slope + i, s);
-    }
-    // the backward has made them; but gelu's sigma alone has other bits than beside its slope
-    const float* known = ACT == GELU || !w.values ? nullptr : w.values + p * hid * PANEL;
-    auto at_values = [&](int64_t i) { return known ? load(known + i) : sigma<ACT>(load(a_values + i)); };
-    const int64_t split = delta_form ? std::max(values.begin, std::min(values.end, m.f1 * N)) : values.begin;
-    for (int64_t i = values.begin * PANEL; i < split * PANEL; i += step)
-      store(a_values + i, load(a + i) - at_values(i));
-    for (int64_t i = split * PANEL; i < values.end * PANEL; i += step)
-      store(a_values + i, at_values(i));
+    if (c.dgd && c.base2) product(r, g.delta2, w.k, p, [&](int64_t i, auto& x) { store_rows(delta2_k, i, x); });
     for (int64_t i = r.begin; i < r.end; i += 8)
       for (int64_t t = 0; t < PANEL && p * PANEL + t < C; t += 8)
         transpose8(a + i * PANEL + t, PANEL, w.a_rows + (p * PANEL + t) * hid + i, hid);
   }
 
-  // sigma and sigma' at v for the backward
-  void keep_values(const float* z, Range r, int64_t p) const {
-    float *to = w.values + p * hid * PANEL, *slope = w.values_slope + p * R * PANEL;
-    for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step_of(half(p))) {
-      f8 s;
-      store(to + i, sigma<ACT>(load(z + i), s));
-      store(slope + i, s);
-    }
-  }
-
-  // Rows r of a panel [hid], for the backward: where it is wanted.
-  void keep(float* to, const float* from, Range r, int64_t p) const {
-    if (to)
-      std::memcpy(to + (p * hid + r.begin) * PANEL, from + r.begin * PANEL,
-                  std::max<int64_t>(0, r.end - r.begin) * PANEL * sizeof(float));
-  }
-
-  // -- what all memories of the group share -----------------------------------------------------------------
-
-  void key_products() {
-    const Range own = h.clock_share(C, 4);
-    for (int64_t p = 0; p < P; p++)
-      panel_product(own.begin, own.end, D, k_rows, D, 1, w.k + p * D * PANEL, half(p),
-                    [&](int64_t i, auto& acc) {
-                      store_tile(w.gram + i * ld + p * PANEL, ld, acc);
-                    });
-  }
-
-  template <class V, int MR, int NV>
-  static HK_INLINE void store_tile(float* to, int64_t step, const V (&acc)[MR][NV]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) store(to + i * step + LANES<V> * v, acc[i][v]);
-  }
-
-  // By back substitution, this thread's columns.
-  void transformed_keys() {
-    const Range cols = h.clock_share(D, 8);
-    int64_t d = cols.begin;
-    for (; d + 32 <= cols.end; d += 32) substitute<4>(k_rows + d, w.keys + d);
-    for (; d < cols.end; d += 8) substitute<1>(k_rows + d, w.keys + d);
-  }
-
-  template <int NV>
-  void substitute(const float* k, float* keys) {
-    for (int64_t s = C - 1; s >= 0; s--) {
-      f8 x[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) x[v] = all(h.decay_after[s]) * load(k + s * D + 8 * v);
-      for (int64_t t = C - 1; c.dgd && t > s; t--) {
-        // the README's gamma[t-1,s], whose tokens count from 1
-        const f8 L = all(h.gamma[t * ld + s + 1] * w.gram[t * ld + s] * h.eta[t]);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) x[v] = fnma(L, load(keys + t * D + 8 * v), x[v]);
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) store(keys + s * D + 8 * v, x[v]);
-    }
+  // z = sigma(z), after sigma and sigma' for the backward; gelu's sigma alone has other bits than beside its slope
+  template <class Tile>
+  HK_INLINE void keep_values(Tile& z, int64_t i, int64_t p) const {
+    float *values = w.values + p * hid * PANEL, *slope = w.values_slope + p * R * PANEL;
+    if constexpr (ACT == GELU) store_rows(w.a_values + p * hid * PANEL, i, z);
+    activate_rows<ACT>(z, slope, i);
+    store_rows(values, i, z);
+    if constexpr (ACT == GELU) load_rows(z, w.a_values + p * hid * PANEL, i), activate<ACT>(z);
   }
 
   // -- errors -----------------------------------------------------------------------------------------------
@@ -218,7 +149,7 @@ class Commit {
     h.sync_rows();
     if (delta_form) return;
     const Range owned = h.by_memory ? Range{outs.begin / D, std::min(outs.end / D, m.f1)} : Range{m.f0, m.f1};
-    for_panels(h.own_lanes(C), [&](int64_t p, int64_t a, int64_t) { target_errors(owned, p, a / 8 * 8); });
+    for_lanes(h.own_lanes(C), [&](int64_t t, auto v) { target_errors<decltype(v)>(owned, t); });
     h.sync_rows();
   }
 
@@ -273,18 +204,23 @@ class Commit {
     }
   }
 
-  // e = scale (M(k) - target) or -target, the target normalised, for eight lanes
-  void target_errors(Range full, int64_t p, int64_t lane) {
+  // e = scale (M(k) - target) or -target, the target normalised, for tokens t ..
+  template <class V>
+  void target_errors(Range full, int64_t t) {
+    const bool norm = c.target_norm, dot = c.objective_dot;
     for (int64_t f = full.begin; f < full.end; f++) {
-      const int64_t at = (p * c.Mf + f) * D * PANEL + lane;
+      const int64_t at = (t / PANEL * c.Mf + f) * D * PANEL + t % PANEL;
       float *e = w.e + at, *target = w.target + at;
-      if (c.target_norm) {
-        if (w.target_sizes) store(w.target_sizes + f * ld + p * PANEL + lane, root(squares(target, D)));
-        normalize_lanes(target, D);
+      V factor = all_as<V>(1);
+      if (norm) {
+        const V size = root(squares<V>(target, D));
+        if (w.target_sizes) store(w.target_sizes + f * ld + t, size);
+        factor = unit_factor(size);
       }
-      for (int64_t d = 0; d < D; d++) {
-        f8 t = load(target + d * PANEL);
-        store(e + d * PANEL, c.objective_dot ? -t : (load(e + d * PANEL) - t) * all(scale));
+      for (int64_t i = 0; i < D * PANEL; i += PANEL) {
+        V x = load_as<V>(target + i);
+        if (norm) x = x * factor, store(target + i, x);
+        store(e + i, dot ? -x : (load_as<V>(e + i) - x) * all_as<V>(scale));
       }
     }
   }
@@ -300,36 +236,35 @@ class Commit {
                       [&](int64_t i, auto& acc) {
                         if (w.back) store_rows(w.back + p * hid * PANEL, i + f * N, acc);
                         multiply_rows(acc, d, i + f * N);
+                        if (c.step_clip) add_squares(acc, i + f * N, d_norms(i + f * N, p));
                         store_rows(d, i + f * N, acc);
                       });
       });
     }
     for (int64_t s = m.s0; s < m.s1; s++) scalar_gradients(s);
-    if (!c.step_clip) return;
-    for (int64_t p = 0; p < P; p++)
-      for (int64_t i = rows.begin; i < rows.end; i += 8) {
-        partial_norm(w.a + (p * hid + i) * PANEL, w.norms + i / 8 * ld + p * PANEL);
-        partial_norm(w.d + (p * R + i) * PANEL, w.norms + (hid / 8 + i / 8) * ld + p * PANEL);
-      }
   }
+
+  float* d_norms(int64_t row, int64_t p) const { return w.norms + (hid / 8 + row / 8) * ld + p * PANEL; }
 
   void scalar_gradients(int64_t s) {
     const int64_t top = (c.Mf + s) * N;
     const Range own = rows.within(top, top + N);
+    const float* w1s = h.w1s + s * N - top;
     for (int64_t p = 0; p < P; p++)
-      for (int64_t i = own.begin; i < own.end; i++)
-        for (int64_t v = 0; v < PANEL; v += 8) {
-          float* d = w.d + (p * R + i) * PANEL + v;
-          store(d, load(d) * (all(h.w1s[i - top + s * N]) * load(w.es + (p * c.Ms + s) * PANEL + v)));
+      for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
+        const widest e = load_as<widest>(w.es + (p * c.Ms + s) * PANEL + v);
+        float* d = w.d + p * R * PANEL + v;
+        for (int64_t i = own.begin; i < own.end; i += 8) {
+          widest sum{};
+#pragma GCC unroll 8
+          for (int64_t j = i; j < i + 8; j++) {
+            const widest x = load_as<widest>(d + j * PANEL) * (all_as<widest>(w1s[j]) * e);
+            store(d + j * PANEL, x);
+            sum = fma(x, x, sum);
+          }
+          if (c.step_clip) store(d_norms(i, p) + v, sum);
         }
-  }
-
-  static HK_INLINE void partial_norm(const float* rows, float* to) {
-    for (int v = 0; v < PANEL; v += 8) {
-      f8 s = all(0);
-      for (int i = 0; i < 8; i++) s = fma(load(rows + i * PANEL + v), load(rows + i * PANEL + v), s);
-      store(to + v, s);
-    }
+      }
   }
 
   // -- step sizes -------------------------------------------------------------------------------------------
@@ -346,117 +281,113 @@ class Commit {
       std::memcpy(gain, h.eta, C * sizeof(float));
       return;
     }
-    sizes(i);
-    for (int64_t t = 0; t < C; t++) {
-      const float weight = h.eta[t] * h.size[t];
-      h.eta_size[t] = weight > FLT_MAX ? FLT_MAX : weight;
-    }
-    for (int64_t t = 0; t < C; t += 8) {
-      f8 s = all(0);
-      for (int64_t j = 0; j < C; j++) {
-        f8 gram = load(w.gram + j * ld + t);
-        s = fma(all(h.eta_size[j]), gram * gram, s);
+    for_lanes({0, C}, [&](int64_t t, auto v) { sizes<decltype(v)>(i, t); });
+    int64_t t = 0;
+    for (; t + 4 * LANES<widest> <= C; t += 4 * LANES<widest>) gains<4>(gain, t);
+    for (; t < C; t += LANES<widest>) gains<1>(gain, t);
+  }
+
+  template <int NV>
+  void gains(float* gain, int64_t t) {
+    widest s[NV] = {};
+    for (int64_t j = 0; j < C; j++)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        const widest gram = load_as<widest>(w.gram + j * ld + t + LANES<widest> * v);
+        s[v] = fma(all_as<widest>(h.eta_size[j]), gram * gram, s[v]);
       }
-      f8 clip = all(scale) * load(h.size + t) * s;
-      store(gain + t, load(h.eta + t) / most(all(1), clip));
+    for (int v = 0; v < NV; v++, t += LANES<widest>) {
+      const widest clip = all_as<widest>(scale) * load_as<widest>(h.size + t) * s[v];
+      store(gain + t, load_as<widest>(h.eta + t) / most(all_as<widest>(1), clip));
     }
   }
 
-  void sizes(int64_t i) {
-    for (int64_t t = 0; t < C; t += 8) {
-      const int64_t p = t / PANEL, lane = t % PANEL;
-      f8 a2 = all(0), d2 = all(0), e2;
-      for (int64_t r = i * N / 8; r < (i + 1) * N / 8; r++) {
-        a2 = a2 + load(w.norms + r * ld + t);
-        d2 = d2 + load(w.norms + (hid / 8 + r) * ld + t);
-      }
-      if (i < c.Mf) {
-        e2 = squares(w.e + (p * c.Mf + i) * D * PANEL + lane, D);
-      } else {
-        f8 e = load(w.es + (p * c.Ms + i - c.Mf) * PANEL + lane);
-        e2 = e * e;
-      }
-      // where a square overflows S does and the step is 0; bounds, since inf / inf and 0 inf would be NaN
-      const f8 m = root(a2 + d2 / (least(all(FLT_MAX), e2) + all(1e-9f)) + all(1e-12f));
-      store(h.size + t, least(all(1e30f), m));
+  // m_t and eta_t m_t of memory i, for tokens t ..
+  template <class V>
+  void sizes(int64_t i, int64_t t) {
+    V a2{}, d2{}, e2;
+    for (int64_t r = i * N / 8; r < (i + 1) * N / 8; r++) {
+      a2 = a2 + load_as<V>(w.norms + r * ld + t);
+      d2 = d2 + load_as<V>(w.norms + (hid / 8 + r) * ld + t);
     }
+    const int64_t p = t / PANEL, lane = t % PANEL;
+    if (i < c.Mf) {
+      e2 = squares<V>(w.e + (p * c.Mf + i) * D * PANEL + lane, D);
+    } else {
+      const V e = load_as<V>(w.es + (p * c.Ms + i - c.Mf) * PANEL + lane);
+      e2 = e * e;
+    }
+    // where a square overflows S does and the step is 0; bounds, since inf / inf and 0 inf would be NaN
+    const V most_of = all_as<V>(FLT_MAX);
+    const V m = root(a2 + d2 / (least(most_of, e2) + all_as<V>(1e-9f)) + all_as<V>(1e-12f));
+    const V size = least(all_as<V>(1e30f), m);
+    store(h.size + t, size);
+    store(h.eta_size + t, least(most_of, load_as<V>(h.eta + t) * size));
   }
 
   // -- updates ----------------------------------------------------------------------------------------------
 
   // w2 and its skip rows
   void update_inputs() {
-    const float decay = decay_chunk();
-    auto done = [&](int64_t r, int64_t col, auto& acc) {
-      advance(g.delta2, g.base2, w.w2, decay, r * D + col, D, acc);
-    };
-    for (int64_t r = rows.begin; r < rows.end; r += BLOCK) {
-      const int64_t stop = std::min(r + BLOCK, rows.end);
-      for (int64_t p = 0; p < P; p++)
-        for (int64_t i = r; i < stop; i++) left_factor(i, i / N, w.d + (p * R + i) * PANEL, p);
-      outer_product(r, stop, D, C, w.d, R * PANEL, w.keys, D, done);
+    const FastWeight weight{g.delta2, g.base2, w.w2, D, decay_chunk()};
+    const Factors factors{w.d, R * PANEL, w.keys, D};
+    for (int64_t r = rows.begin; r < rows.end;) {
+      const int64_t stop = std::min({r + BLOCK, rows.end, (r / N + 1) * N});
+      for (int64_t p = 0; p < P; p++) left_factors(r, stop, r / N, w.d + (p * R + r) * PANEL, p);
+      update(weight, factors, C, r, stop);
+      r = stop;
     }
     if (c.scalar_skip && h.team.id == h.team.size - 1) {
       for (int64_t p = 0; p < P; p++)
         for (int64_t s = m.s0; s < m.s1; s++)
-          left_factor(hid + s, c.Mf + s, w.es + (p * c.Ms + s) * PANEL, p);
-      outer_product(hid + m.s0, hid + m.s1, D, C, w.d, R * PANEL, w.keys, D, done);
+          left_factors(hid + s, hid + s + 1, c.Mf + s, w.es + (p * c.Ms + s) * PANEL, p);
+      update(weight, factors, C, hid + m.s0, hid + m.s1);
     }
   }
 
-  // u = gain d + erase (delta2 k), a row of a panel; it takes the place of d
-  void left_factor(int64_t row, int64_t memory, const float* d, int64_t p) {
-    float* u = w.d + (p * R + row) * PANEL;
-    const float* delta2_k = w.delta2_k + (p * R + row) * PANEL;
-    for (int64_t v = 0; v < PANEL; v += 8) {
-      const f8 step = load(h.gain + memory * ld + p * PANEL + v) * load(d + v);
-      store(u + v, c.dgd ? fma(load(h.erase + p * PANEL + v), load(delta2_k + v), step) : step);
+  // u = gain d + erase (delta2 k), rows of a panel; they take the place of d
+  void left_factors(int64_t begin, int64_t end, int64_t memory, const float* d, int64_t p) {
+    float* u = w.d + p * R * PANEL;
+    const float* delta2_k = w.delta2_k + p * R * PANEL;
+    const bool dgd = c.dgd;
+    for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
+      const widest gain = load_as<widest>(h.gain + memory * ld + p * PANEL + v);
+      const widest erase = load_as<widest>(h.erase + p * PANEL + v);
+      for (int64_t i = begin; i < end; i++) {
+        const widest step = gain * load_as<widest>(d + (i - begin) * PANEL + v);
+        store(u + i * PANEL + v, dgd ? fma(erase, load_as<widest>(delta2_k + i * PANEL + v), step) : step);
+      }
     }
   }
 
   // w1 and w1s
   void update_outputs() {
-    const float decay = decay_chunk();
+    const FastWeight full{g.delta1, g.base1, w.w1, N, decay_chunk()};
     for (int64_t f = m.f0; f < m.f1; f++) {
       const Range own = outs.within(f * D, (f + 1) * D);
-      for (int64_t p = 0; p < P; p++)
-        for (int64_t i = own.begin; i < own.end; i++) step_rows(w.target, w.e, p, c.Mf * D, i, f);
-      outer_product(own.begin, own.end, N, C, w.target, c.Mf * D * PANEL, w.a_rows + f * N, hid,
-                    [&](int64_t r, int64_t col, auto& acc) {
-                      advance(g.delta1, g.base1, w.w1, decay, r * N + col, N, acc);
-                    });
+      for (int64_t p = 0; p < P; p++) {
+        const int64_t at = (p * c.Mf * D + own.begin) * PANEL;
+        scaled_errors(w.target + at, w.e + at, own.end - own.begin, f, h.decay_after, p);
+      }
+      update(full, {w.target, c.Mf * D * PANEL, w.a_rows + f * N, hid}, C, own.begin, own.end);
     }
+    const FastWeight scalar{g.delta1s, g.base1s, w.w1s, N, decay_chunk()};
     const Range scalars = outs.within(m.f1 * D, outs.end);
     for (int64_t i = scalars.begin; i < scalars.end; i++) {
       const int64_t s = m.s0 + i - m.f1 * D;
-      for (int64_t p = 0; p < P; p++) step_rows(w.target_s, w.es, p, c.Ms, s, c.Mf + s);
-      outer_product(s, s + 1, N, C, w.target_s, c.Ms * PANEL, w.a_rows + (c.Mf + s) * N, hid,
-                    [&](int64_t r, int64_t col, auto& acc) {
-                      advance(g.delta1s, g.base1s, w.w1s, decay, r * N + col, N, acc);
-                    });
+      for (int64_t p = 0; p < P; p++)
+        scaled_errors(w.target_s + (p * c.Ms + s) * PANEL, w.es + (p * c.Ms + s) * PANEL, 1, c.Mf + s, h.decay_after,
+                      p);
+      update(scalar, {w.target_s, c.Ms * PANEL, w.a_rows + (c.Mf + s) * N, hid}, C, s, s + 1);
     }
   }
 
-  // to = gain gamma[C,t] e for row i of a panel
-  void step_rows(float* to, const float* e, int64_t p, int64_t height, int64_t i, int64_t memory) {
-    for (int64_t v = 0; v < PANEL; v += 8) {
-      const int64_t t = p * PANEL + v, at = (p * height + i) * PANEL + v;
-      store(to + at, load(h.gain + memory * ld + t) * load(h.decay_after + t) * load(e + at));
+  // to = gain after[t] e for n rows of a panel
+  void scaled_errors(float* to, const float* e, int64_t n, int64_t memory, const float* after, int64_t p) {
+    for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
+      const int64_t t = p * PANEL + v;
+      const widest factor = load_as<widest>(h.gain + memory * ld + t) * load_as<widest>(after + t);
+      for (int64_t i = v; i < n * PANEL; i += PANEL) store(to + i, factor * load_as<widest>(e + i));
     }
-  }
-
-  // delta <- decay delta - acc, w <- base + delta, for a tile whose first element is at `at`
-  template <class V, int MR, int NV>
-  static HK_INLINE void advance(
-      float* delta, const float* base, float* to, float decay, int64_t at, int64_t step, V (&acc)[MR][NV]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) {
-        const int64_t j = at + i * step + LANES<V> * v;
-        const V x = fms(all_as<V>(decay), load_as<V>(delta + j), acc[i][v]);
-        store(delta + j, x);
-        if (base) store(to + j, x + load_as<V>(base + j));
-      }
   }
 };

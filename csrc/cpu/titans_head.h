@@ -26,26 +26,41 @@ inline int64_t step_of(bool half) { return half ? PANEL : 8; }
 
 // Sums over n rows (a multiple of 4) in four interleaved chains: a single one would wait for the latency of
 // every addition.
-HK_INLINE f8 four_chains(const float* A, const float* B, int64_t n) {
-  f8 s[4] = {};
+template <class V = f8>
+HK_INLINE V four_chains(const float* A, const float* B, int64_t n) {
+  V s[4] = {};
   for (int64_t i = 0; i < n; i += 4)
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) s[j] = fma(all(A[i + j]), load(B + (i + j) * PANEL), s[j]);
+    for (int j = 0; j < 4; j++) s[j] = fma(all_as<V>(A[i + j]), load_as<V>(B + (i + j) * PANEL), s[j]);
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-HK_INLINE f8 squares(const float* x, int64_t n) {
-  f8 s[4] = {};
+template <class V = f8>
+HK_INLINE V squares(const float* x, int64_t n) {
+  V s[4] = {};
   for (int64_t i = 0; i < n; i += 4)
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) s[j] = fma(load(x + (i + j) * PANEL), load(x + (i + j) * PANEL), s[j]);
+    for (int j = 0; j < 4; j++) {
+      const V y = load_as<V>(x + (i + j) * PANEL);
+      s[j] = fma(y, y, s[j]);
+    }
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-// Eight lanes x of [D][16], divided by max(|x|, 1e-6).
-inline void normalize_lanes(float* x, int64_t D) {
-  const f8 n = all(1) / most(all(NORM_EPS), root(squares(x, D)));
-  for (int64_t d = 0; d < D; d++) store(x + d * PANEL, load(x + d * PANEL) * n);
+// What a vector of this size is multiplied with to become a unit vector.
+template <class V>
+HK_INLINE V unit_factor(V size) {
+  return all_as<V>(1) / most(all_as<V>(NORM_EPS), size);
+}
+
+// f(first lane, a vector to say how many) over a range of tokens: panels at once where the CPU can and they hold more
+// than eight.
+template <class F>
+HK_INLINE void for_lanes(Range tokens, F f) {
+  for (int64_t t = tokens.begin / 8 * 8; t < tokens.end;) {
+    if (LANES<widest> == PANEL && t % PANEL == 0 && tokens.end - t > 8) f(t, widest()), t += PANEL;
+    else f(t, f8()), t += 8;
+  }
 }
 
 // f(panel, first lane, last lane) over a range of lanes, cut where groups of eight lanes and panels end
@@ -84,12 +99,15 @@ struct Head {
   float* gain;                          // [M, ld]
   float *size, *eta_size;               // [ld]: m_t of a memory, and eta_t m_t
   float *eta, *erase, *decay_after;     // [ld]
-  float *arrival, *carried;             // with momentum: A [C + 1, ld], B[C,.] [ld] (titans_momentum.h)
+  float* factors;                       // [ld, 8], see Clock
+  // With momentum (titans_momentum.h): A [C + 1, ld]; row C of B, and of each token gamma[t-1,0], A[t-1,0], A[C,t] and
+  // -B[C,t] [ld].
+  float *arrival, *carried, *decay_before, *arrived_before, *arrived_after, *carried_after;
 
   // Floats that each thread has to itself.
   static int64_t own_floats(const TitansCall& c) {
     const int64_t C = std::max(c.chunk_memory, c.chunk_other);
-    return (C + 1 + c.Mf + c.Ms + 5 + (c.s2 ? C + 2 : 0)) * panels(C) * PANEL;
+    return (C + 1 + c.Mf + c.Ms + 5 + 8 + (c.s2 ? C + 6 : 0)) * panels(C) * PANEL;
   }
 
   Head(const TitansCall& call, const Workspace& work, const Team& team, float* own)
@@ -100,8 +118,9 @@ struct Head {
     gamma = own;
     gain = gamma + (big + 1) * ld;
     size = gain + M * ld, eta_size = size + ld;
-    eta = eta_size + ld, erase = eta + ld, decay_after = erase + ld;
-    arrival = decay_after + ld, carried = arrival + (big + 1) * ld;
+    eta = eta_size + ld, erase = eta + ld, decay_after = erase + ld, factors = decay_after + ld;
+    arrival = factors + 8 * ld, carried = arrival + (big + 1) * ld, decay_before = carried + ld;
+    arrived_before = decay_before + ld, arrived_after = arrived_before + ld, carried_after = arrived_after + ld;
     x = by_memory && team.id ? w.x_second : w.x;
   }
 

@@ -52,10 +52,10 @@ class Read {
     auto rows_at = [&](Range own, const float* in) {
       for_blocks(own, p0, p1, [&](Range r, int64_t p) {
         float* hidden = w.hidden + p * hid * PANEL;
-        panel_product(r.begin, r.end, D, h.w2, D, 1, in + p * D * PANEL, half(p),
-                      [&](int64_t i, auto& acc) { store_rows(hidden, i, acc); });
-        for (int64_t i = r.begin * PANEL; i < r.end * PANEL; i += step_of(half(p)))
-          store(hidden + i, sigma<ACT>(load(hidden + i)));
+        panel_product(r.begin, r.end, D, h.w2, D, 1, in + p * D * PANEL, half(p), [&](int64_t i, auto& acc) {
+          activate<ACT>(acc);
+          store_rows(hidden, i, acc);
+        });
       });
     };
     rows_at(rows.within(0, N), w.q);
@@ -84,39 +84,50 @@ class Read {
   }
 
   void results() {
+    if (produce && h.owns_k()) for_lanes(lanes, [&](int64_t t, auto v) { unit_keys<decltype(v)>(t); });
     for_panels(lanes, [&](int64_t p, int64_t a, int64_t b) {
-      float* out = w.out + p * c.Mf * D * PANEL;
+      const float* out = w.out + p * c.Mf * D * PANEL;
       const int64_t lane = p * PANEL + a, t = token + lane - first, s = (slot + lane - first) % h.big;
       if (h.owns_k()) store_lanes(out, g.o + t * step, step, D, a, b);
       if (produce && h.owns_k()) {
-        if (g.made_size) sizes(out + D * PANEL + a / 8 * 8, g.made_size + t * c.H, a % 8, b - a);
-        if (c.qk_l2norm) normalize_lanes(out + D * PANEL + a / 8 * 8, D);
         store_lanes(out + D * PANEL, w.k_rows + s * D, D, D, a, b);
         if (g.made_k) store_lanes(out + D * PANEL, g.made_k + t * step, step, D, a, b);
       }
       if (produce && h.owns_v()) {
         store_lanes(out + 2 * D * PANEL, w.v_rows + s * D, D, D, a, b);
         if (g.made_v) store_lanes(out + 2 * D * PANEL, g.made_v + t * step, step, D, a, b);
-        for (int64_t j = 0; j < b - a; j++) gates(s + j, t + j, w.gates + p * c.Ms * PANEL + a + j);
+        gates(s, t, w.gates + p * c.Ms * PANEL + a, b - a);
       }
       for (int64_t j = 0; c.update && c.s2 && h.owns_v() && j < b - a; j++) w.beta[s + j] = g.beta[(t + j) * c.H];
       for (int64_t j = 0; c.update && !produce && j < b - a; j++) given(s + j, t + j);
     });
   }
 
-  // w.eta[s], w.alpha[s], and token t's, from the scalar memories' outputs, 16 floats apart
-  void gates(int64_t s, int64_t t, const float* raw) {
-    w.eta[s] = eta_of(c, raw[0], g.eta_bias);
-    w.alpha[s] = c.retention ? alpha_of(c, raw[PANEL], g.alpha_bias) : 1;
-    if (g.made_eta) g.made_eta[t * c.H] = w.eta[s];
-    if (g.made_alpha) g.made_alpha[t * c.H] = w.alpha[s];
+  // The keys of lanes t .. as unit vectors, and what their sizes were
+  template <class V>
+  void unit_keys(int64_t t) {
+    if (!g.made_size && !c.qk_l2norm) return;
+    float* k = w.out + (t / PANEL * c.Mf + 1) * D * PANEL + t % PANEL;
+    const V size = root(squares<V>(k, D));
+    if (g.made_size) {
+      float found[LANES<V>];
+      store(found, size);
+      const Range own = lanes.within(t, t + LANES<V>);
+      for (int64_t i = own.begin; i < own.end; i++) g.made_size[(token + i - first) * c.H] = found[i - t];
+    }
+    if (!c.qk_l2norm) return;
+    const V factor = unit_factor(size);
+    for (int64_t i = 0; i < D * PANEL; i += PANEL) store(k + i, load_as<V>(k + i) * factor);
   }
 
-  // |k| of n lanes of eight, the first of them `skipped`
-  void sizes(const float* k, float* to, int64_t skipped, int64_t n) {
-    float found[8];
-    store(found, root(squares(k, D)));
-    for (int64_t j = 0; j < n; j++) to[j * c.H] = found[skipped + j];
+  // w.eta and w.alpha of n slots from s on, and token t's .., from the scalar memories' outputs
+  void gates(int64_t s, int64_t t, const float* raw, int64_t n) {
+    etas_of(c, raw, g.eta_bias, n, w.eta + s);
+    alphas_of(c, raw + PANEL, g.alpha_bias, n, w.alpha + s);
+    for (int64_t j = 0; j < n; j++) {
+      if (g.made_eta) g.made_eta[(t + j) * c.H] = w.eta[s + j];
+      if (g.made_alpha) g.made_alpha[(t + j) * c.H] = w.alpha[s + j];
+    }
   }
 
   // k, v, eta, alpha of slot s as the call brings them with token t

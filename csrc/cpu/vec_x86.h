@@ -1,4 +1,4 @@
-// Eight floats at a time with AVX2 and FMA; with HOPE_WIDE also sixteen (AVX-512), for products.
+// Eight floats at a time with AVX2 and FMA; with HOPE_WIDE also sixteen (AVX-512).
 #pragma once
 #include <immintrin.h>
 
@@ -36,8 +36,18 @@ HK_INLINE void store(float* p, f16 x) { _mm512_storeu_ps(p, x); }
 HK_INLINE f16 fma(f16 a, f16 b, f16 c) { return _mm512_fmadd_ps(a, b, c); }
 HK_INLINE f16 fnma(f16 a, f16 b, f16 c) { return _mm512_fnmadd_ps(a, b, c); }
 HK_INLINE f16 fms(f16 a, f16 b, f16 c) { return _mm512_fmsub_ps(a, b, c); }
+HK_INLINE f16 abs(f16 x) { return _mm512_abs_ps(x); }
+HK_INLINE f16 root(f16 x) { return _mm512_sqrt_ps(x); }
+HK_INLINE f16 least(f16 a, f16 b) { return _mm512_min_ps(a, b); }
+HK_INLINE f16 most(f16 a, f16 b) { return _mm512_max_ps(a, b); }
 HK_INLINE f16 by_sign(f16 z, f16 a, f16 b) {
   return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(z)), a, b);
+}
+HK_INLINE f16 unless_below(f16 z, float limit, f16 a) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_set1_ps(limit), _CMP_NLE_UQ), a);
+}
+HK_INLINE f16 scaled(f16 x, f16 n) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
 }
 #endif
 

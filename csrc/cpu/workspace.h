@@ -16,7 +16,7 @@ struct Workspace {
   float *k_rows, *v_rows;        // its tokens, [C, D]
   float *eta, *alpha, *beta;     // [C]; beta only with momentum, as these:
   float *s2_k;                   // s2 k, panels [R]
-  float *solved, *carried_k;     // the keys X and B[C,t] k_t of titans_momentum.h [C, D]
+  float *solved, *carried_k;     // the keys X and -B[C,t] k_t of titans_momentum.h [C, D]
   // The chunk to commit, panels but for a_rows:
   float *k, *v;                  // [D]
   float *a, *a_values;           // sigma at k [M N]; at v, or sigma(k) - sigma(v)
