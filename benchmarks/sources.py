@@ -69,7 +69,7 @@ CMS = {
     "triton": tuple(f"ops.cms.triton.operator:{name}" for name in CMS_FUNCTIONS),
 }
 ATTENTION = ("layers.attention:CausalAttention",)
-ATTENTION_CPP = ("ops.attention.cpp:attend", "csrc/cpu/attention*.cpp", *LINEAR_CPP)
+ATTENTION_CPP = ("ops.attention.cpp:attend", "csrc/cpu/attention.cpp", "csrc/cpu/attention_avx512.cpp", *LINEAR_CPP)
 BLOCKS = ("layers.block:HopeBlock", "layers.block:HopeAttentionBlock")
 SERVE = ("joined:joined", "serve.worker:Worker", "serve.store:Store")
 MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:generate",
@@ -77,7 +77,8 @@ MODEL = ("model:HopeForCausalLM", "engine.generation:read", "engine.generation:g
 OPTIMIZERS = tuple(f"optim.{name}" for name in (
     "deep_momentum:DeepMomentum", "delta_momentum:DeltaMomentum", "dgd:DGD", "m3:M3"
 ))
-STEP_CPP = ("csrc/cpu/token*.cpp", "csrc/cpu/segment*.cpp", "csrc/cpu/checksum*.cpp", *CPU_LIBRARY)
+STEP_CPP = ("csrc/cpu/token*.cpp", "csrc/cpu/segment*.cpp", "csrc/cpu/attention_model.cpp", "csrc/cpu/checksum*.cpp",
+            *CPU_LIBRARY)
 
 # -- modules left out ----------------------------------------------------------------------------------------
 

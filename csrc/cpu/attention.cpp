@@ -12,9 +12,7 @@ namespace avx512 {  // attention_avx512.cpp
 void attention(const AttentionCall& c);
 }  // namespace avx512
 
-namespace {
-
-bool fits(const AttentionCall& c) {
+bool attention_fits(const AttentionCall& c) {
   if (!extents({c.B, c.T, c.H, c.D}) || !extents({c.B, c.slots, c.Hkv, c.D}) || c.Hkv < 1 || c.H < 1 || c.D < 1 ||
       c.H % c.Hkv || c.window < 0 || c.window > LARGEST || c.sinks < 0 || c.sinks > LARGEST ||
       (c.sinks && !c.window) || !threads_fit(c.threads) || !std::isfinite(c.scale))
@@ -28,10 +26,8 @@ bool fits(const AttentionCall& c) {
   return true;
 }
 
-}  // namespace
-
 extern "C" int hope_attention(const AttentionCall* call) try {
-  if (!call || !fits(*call)) return BAD_ARGUMENT;
+  if (!call || !attention_fits(*call)) return BAD_ARGUMENT;
   wide() ? avx512::attention(*call) : Attention(*call).run();
   return DONE;
 } catch (const std::bad_alloc&) {

@@ -16,3 +16,4 @@ struct AttentionCall {
 };
 
 extern "C" int hope_attention(const AttentionCall* call);
+bool attention_fits(const AttentionCall& c);  // whether it takes the call

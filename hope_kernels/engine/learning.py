@@ -36,7 +36,7 @@ from ..layers.wrapped import placement
 from ..model_state import ModelState, advance, advance_off
 from ..ops.cms.plan import Plan
 from ..state import master_dtype
-from . import outer, segments
+from . import native_attention, outer, segments
 from .compiling import run_traced
 from .head import Heads, Losses, Targets, read_head
 from .native_segment import Reader
@@ -102,6 +102,13 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
             with torch.inference_mode(False), torch.no_grad():
                 heads, mixers = read_frozen(
                     reader, state, ids, lengths, targets, logits=not call.losses, check_finite=call.check_finite
+                )
+            return _output(heads, call.losses), advance_off(state, mixers, lengths)
+        if native_attention.serves(model, state, backend):
+            with torch.inference_mode(False), torch.no_grad():
+                h, mixers = native_attention.read(model, model.embed(ids), state, lengths)
+                heads = read_head(
+                    model, h, lengths, targets, logits=not call.losses, check_finite=call.check_finite, backend=backend
                 )
             return _output(heads, call.losses), advance_off(state, mixers, lengths)
     h = model.embed(ids) if call.embeds is None else call.embeds

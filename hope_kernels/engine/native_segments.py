@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model_state import ModelState
-from ..ops.cms.plan import Plan
-from ..ops.cms.schedule import learning_levels
+from ..ops.cms.plan import Plan, take_back
 from ..ops.cms.state import CMSState
 from ..ops.shared.cpu_library import POINTER, SIZE, Function
 from ..ops.titans.state import TitansState
@@ -81,16 +80,16 @@ def segments_ahead(model: Any, state: ModelState, known: list[int], reader: Read
         found = min([found, *[EVERY - n + looked if n > 1 else 0 for n, looked in zip(guard.pos, guard.looked)]])
     for cms in state.cms:
         if cms is not None:
-            found = min(found, 0 if cms.config.variant == "nested" else _until_first_step(cms, C))
+            found = min([found, *_until_taken_back(cms, C)])
     return found if found > 1 else 0
 
 
-def _until_first_step(cms: CMSState, C: int) -> int:
-    """Segments until a level of some row takes its first step, which gives it weights of its own."""
-    chunks = cms.config.chunks
-    left = [(chunks[l] - p % chunks[l]) // C for l in learning_levels(cms.config) for own, p in zip(cms.own[l], cms.pos)
-            if not own]
-    return min(left, default=AHEAD + 1) - 1
+def _until_taken_back(cms: CMSState, C: int) -> list[int]:
+    """Segments until nested levels of some row go back to the shared weights, which is done behind the last one: what
+    these levels sum up, and the weights they read with, are tensors of the whole call."""
+    if cms.config.variant != "nested":
+        return []
+    return [(period - p % period) // C for period in cms.config.chunks[1:] for p in cms.pos]
 
 
 def learn_several(
@@ -115,7 +114,10 @@ def learn_several(
     reader.give_back(reading, state.mixers if read.done else [])
     for cms, counters in zip(state.cms, marks[read.done]) if read.done < count else ():
         if cms is not None:
-            cms.tokens[:], cms.dirty[:], cms.steps[:] = counters
+            cms.own[:], cms.tokens[:], cms.dirty[:], cms.steps[:] = counters
+    if read.done == count:
+        for cms, levels in zip(state.cms, plans[-1]):
+            take_back(cms, levels)
     if guard is not None:
         guard.mean = torch.tensor(list(mean), dtype=torch.float64, device="cpu")
         guard.pos[:] = [n + read.done for n in guard.pos]
@@ -124,7 +126,7 @@ def learn_several(
 
 def _counters(cms: CMSState | None) -> list[list[Counters]]:
     """What a plan moves."""
-    return [] if cms is None else [[Counters(c) for c in of] for of in (cms.tokens, cms.dirty, cms.steps)]
+    return [] if cms is None else [[Counters(c) for c in of] for of in (cms.own, cms.tokens, cms.dirty, cms.steps)]
 
 
 def _pointers(plans: list[list[dict[int, Plan]]], reader: Reader, B: int) -> tuple[Any, list[Any]]:

@@ -19,7 +19,7 @@ from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState
 from ..ops.cms.chain import Sink
 from ..ops.cms.level import Factors
-from ..ops.cms.plan import Plan
+from ..ops.cms.plan import Plan, take_back
 from ..state import Counters
 from .guard import judge
 from .head import Heads, Targets, mask, read_head
@@ -252,6 +252,8 @@ def _descend(
     plans = plans_of(model, state, learners, counts, tokens, reading.reader)
     here = {of[b] for b in learners}
     reading.learn([b in here for b in range(len(known))], slopes, plans)
+    for cms, levels in zip(state.cms, plans):
+        take_back(cms, levels)
 
 
 @dataclass

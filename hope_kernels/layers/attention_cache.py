@@ -37,6 +37,18 @@ def stored(
     return state
 
 
+def roomy(state: AttentionState, lengths: list[int]) -> AttentionState:
+    """The cache with room for ``lengths`` more tokens, whose slots count as written from here on: the given storage
+    where no other state has written on and it has room, else new storage. ``pos`` is not advanced."""
+    total = [u + n for u, n in zip(state.used(), lengths)]
+    if state.k.requires_grad or max(total) > state.k.shape[1] or state.diverged(lengths):
+        more = max(64, 2 * max(total)) - state.k.shape[1]
+        k, v = (F.pad(t.detach(), (0, 0, 0, 0, 0, more)) for t in (state.k, state.v))
+        return replace(state, k=k, v=v, base=Counters(state.base), filled=total)
+    state.filled[:] = [t if n else f for t, n, f in zip(total, lengths, state.filled)]
+    return state
+
+
 def renewed(
     state: AttentionState, k: Tensor, v: Tensor, lengths: list[int], keep: int | None, sinks: int
 ) -> AttentionState:

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "attention.h"
+#include "attention_model.h"
 #include "calls.h"
 #include "checksum.h"
 #include "cms.h"
@@ -129,6 +130,32 @@ void attention() {
     }
 }
 
+void attention_model() {
+  Draw draw;
+  const int64_t B = 2, T = 37, d = 16, H = 4, Hkv = 2, D = 20, N = 24, slots = 50;  // heads that fill no vectors
+  const std::vector<int64_t> used{7, 0}, base{2, 0}, len{37, 21};
+  const Floats gain = draw(d, 1), q_proj = draw(H * D * d, 0.2f), k_proj = draw(Hkv * D * d, 0.2f);
+  const Floats v_proj = draw(Hkv * D * d, 0.2f), o_proj = draw(d * H * D, 0.2f), bias = draw(H * D, 0.1f);
+  const Floats cos = draw(B * T * D / 2, 0.5f), sin = draw(B * T * D / 2, 0.5f), up = draw(N * d, 0.2f);
+  const Floats down = draw(d * N, 0.2f), other = draw(N * d, 0.2f);
+  Floats k = draw(B * slots * Hkv * D, 1), v = draw(B * slots * Hkv * D, 1), h = draw(B * T * d, 1);
+  const float* ups[] = {up.data(), other.data()};
+  const float* downs[] = {down.data(), down.data()};
+  const AttentionLevel level{N, gain.data(), ups, downs};
+  AttentionBlock block{};
+  block.gain = gain.data(), block.q_proj = q_proj.data(), block.k_proj = k_proj.data(), block.v_proj = v_proj.data();
+  block.o_proj = o_proj.data(), block.q_bias = bias.data(), block.cos = block.far_sin = cos.data();
+  block.sin = block.far_cos = sin.data(), block.k = k.data(), block.v = v.data();
+  block.levels = 1, block.level = &level;
+  block.attention.B = B, block.attention.H = H, block.attention.Hkv = Hkv, block.attention.D = D;
+  block.attention.slots = slots, block.attention.window = 9, block.attention.sinks = 3, block.attention.threads = 1;
+  block.attention.scale = 0.3f, block.attention.used = used.data(), block.attention.base = base.data();
+  const AttentionReading c{B, T, d, 1, 1, 16, B, 1e-6f, len.data(), &block, h.data()};
+  done(hope_attention_read(&c));
+  std::fill(h.begin() + (T + len[1]) * d, h.end(), 0.0f);  // of tokens that do not count
+  show("attention_model", h), show("attention_model keys", k);
+}
+
 void levels() {
   Draw draw;
   const int64_t rows = 5, d = 40, n = 1000;
@@ -178,6 +205,6 @@ void whole() {
 
 int main(int count, char** arguments) {
   if (count > 1 && hope_cpu_width(std::atoi(arguments[1])) != std::atoi(arguments[1])) return 3;
-  scans(), reads(), layers(), projections(), attention(), levels(), whole();
+  scans(), reads(), layers(), projections(), attention(), attention_model(), levels(), whole();
   show("model's steps", stepped(1));
 }

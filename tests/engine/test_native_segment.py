@@ -172,6 +172,30 @@ def test_under_a_guard():
     assert relative(a, b) < 1e-3
 
 
+@pytest.mark.parametrize("name, guard", [*((n, False) for n in LEARNING), ("nested", True), ("muon", True)])
+@torch.no_grad()
+def test_many_segments_a_call_are_segments_one_by_one(name, guard, monkeypatch):
+    """Bits, and what counts them; also where a call ends early, as the guard wants to look at a loss that has risen."""
+    model, text, done, real = model_of(name), ids(2, 193, 4), [], native_segments.learn_several
+    if guard:
+        text[0, :100] = text[0, 0]  # what comes behind it is a surprise
+
+    def counted(*given, **options):
+        read = real(*given, **options)
+        done.append((given[4], read.done))
+        return read
+
+    monkeypatch.setattr("hope_kernels.engine.learning.learn_several", counted)
+    found = [model(text, learn="next_token", guard=guard)]
+    monkeypatch.setattr(native_segments, "AHEAD", 0)
+    asked = len(done)
+    found.append(model(text, learn="next_token", guard=guard))
+    (a, state), (b, alone) = found
+    assert torch.equal(a, b) and same_bits(state, alone) and len(done) == asked > 0
+    assert [list(c) for c in state._counters()] == [list(c) for c in alone._counters()]
+    assert any(n < count for count, n in done) if guard else sum(n for _, n in done) > 0.7 * 192 / model.segment
+
+
 @torch.no_grad()
 def test_own_losses_are_those_of_the_models_own_weights():
     model, text = model_of("adam"), ids(2, 33)

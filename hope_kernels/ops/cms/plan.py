@@ -36,10 +36,12 @@ class RowStep(ctypes.Structure):
 
 
 class Plan(NamedTuple):
-    """Of one level. steps: by matrix and row of the batch. held: the tensors that they point to."""
+    """Of one level. steps: by matrix and row of the batch. held: the tensors that they point to. back: rows that
+    ``take_back`` resets."""
 
     steps: dict[tuple[str, int], RowStep]
     held: list[Tensor]
+    back: list[int]
 
 
 Known = dict[tuple, Plan]  # plans of one level: by what rows do
@@ -68,16 +70,21 @@ def planned(
     key, held = (tuple(wait), tuple(step), tuple(dirty), tuple(rates)), [t for of in parts for t in of.values()]
     plan = known.get(key)
     if plan is None or parts[2] or len(held) != len(plan.held) or not all(map(is_, held, plan.held)):
-        known[key] = plan = Plan({}, held)
+        known[key] = plan = Plan({}, held, [])
         _add(plan, parts[3], wait)
         _take(plan, state, config, l, step, rates, dirty, parts, sizes)
     if wait:
         mark(state.dirty[l], wait, 1)
     for counters in (state.dirty, state.tokens) if step else ():
         mark(counters[l], step, 0)
-    if back:
-        reset(state, l, back)
-    return plan
+    return plan._replace(back=back) if back else plan
+
+
+def take_back(state: CMSState | None, plans: dict[int, Plan]) -> None:
+    """What ``plans``, by level, leave to be done to ``state`` once their steps are done."""
+    for l, plan in plans.items():
+        if plan.back and state is not None:
+            reset(state, l, plan.back)
 
 
 def _whole(config: CMSConfig) -> int:

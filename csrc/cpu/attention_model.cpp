@@ -1,0 +1,175 @@
+// The functions that a layer calls, one after another, on a few tokens at a time, so that what these are on the way
+// stays in the cache. Every number has the bits that it has layer by layer.
+
+#include "attention_model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "cms.h"
+#include "linear.h"
+#include "vec.h"
+
+namespace {
+
+constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
+
+class Reader {
+ public:
+  explicit Reader(const AttentionReading& call) : c(call), len(c.B), used(c.B) {
+    int64_t queries = 0, keys = 0, hidden = 0;
+    for (int64_t i = 0; i < c.blocks; i++) {
+      const AttentionBlock& b = c.block[i];
+      queries = std::max(queries, b.attention.H * b.attention.D);
+      keys = std::max(keys, b.attention.Hkv * b.attention.D);
+      for (int64_t l = 0; l < b.levels; l++) hidden = std::max(hidden, b.level[l].N);
+    }
+    const int64_t rows = c.B * std::min(c.piece, c.T);
+    int64_t floats = 0;
+    for (int64_t n : {c.d, c.d, c.d, queries, queries, queries, keys, keys, hidden}) floats += rows * n + 16;
+    work.reset(new float[floats]);
+    float* at = work.get();
+    auto take = [&](float*& p, int64_t n) { p = at, at += rows * n + 16; };
+    take(x, c.d), take(next, c.d), take(normed, c.d), take(q, queries), take(far, queries), take(y, queries);
+    take(k, keys), take(v, keys), take(a, hidden);
+  }
+
+  int run() {
+    for (first = 0; first < c.T; first += n) {
+      n = std::min(c.piece, c.T - first), rows = c.B * n;
+      for (int64_t b = 0; b < c.B; b++) {
+        len[b] = std::clamp<int64_t>(c.len[b] - first, 0, n);
+        std::memcpy(x + b * n * c.d, c.h + (b * c.T + first) * c.d, n * c.d * sizeof(float));
+      }
+      for (int64_t i = 0; i < c.blocks; i++) {
+        if (const int outcome = mixer(c.block[i])) return outcome;
+        for (int64_t l = 0; l < c.block[i].levels; l++)
+          if (const int outcome = level(c.block[i].level[l])) return outcome;
+      }
+      for (int64_t b = 0; b < c.B; b++)
+        std::memcpy(c.h + (b * c.T + first) * c.d, x + b * n * c.d, n * c.d * sizeof(float));
+    }
+    return DONE;
+  }
+
+ private:
+  const AttentionReading& c;
+  std::vector<int64_t> len, used;  // of this piece
+  std::unique_ptr<float[]> work;
+  float *x, *next, *normed, *q, *far, *y, *k, *v, *a;
+  int64_t first = 0, n = 0, rows = 0;
+
+  int mixer(const AttentionBlock& b) {
+    AttentionCall t = b.attention;
+    const int64_t D = t.D, wide = t.H * D, kv = t.Hkv * D;
+    hope_rms_norm(rows, c.d, c.threads, c.eps, x, b.gain, normed);
+    project(b.q_proj, b.q_bias, b.q_gain, wide, D, q);
+    project(b.k_proj, b.k_bias, b.k_gain, kv, D, k);
+    project(b.v_proj, b.v_bias, nullptr, kv, D, v);
+    if (b.far_cos) rotate(q, b.far_cos, b.far_sin, t.H, D, far);
+    rotate(q, b.cos, b.sin, t.H, D, q), rotate(k, b.cos, b.sin, t.Hkv, D, k);
+    for (int64_t r = 0; r < c.B; r++) {
+      used[r] = t.used[r] + std::min(c.len[r], first);
+      const int64_t to = (r * t.slots + used[r]) * kv;
+      std::memcpy(b.k + to, k + r * n * kv, len[r] * kv * sizeof(float));
+      std::memcpy(b.v + to, v + r * n * kv, len[r] * kv * sizeof(float));
+    }
+    t.T = n, t.q = q, t.far = b.far_cos ? far : nullptr, t.k = b.k, t.v = b.v, t.y = y;
+    t.used = used.data(), t.len = len.data();
+    if (const int outcome = hope_attention(&t)) return outcome;
+    hope_linear(rows, wide, c.d, c.threads, y, b.o_proj, x, next);
+    std::swap(x, next);
+    return DONE;
+  }
+
+  void project(const float* W, const float* bias, const float* gain, int64_t wide, int64_t D, float* to) const {
+    hope_linear(rows, c.d, wide, c.threads, normed, W, nullptr, to);
+    for (int64_t i = 0; bias && i < rows; i++)
+      for (int64_t j = 0; j < wide; j++) to[i * wide + j] += bias[j];
+    if (gain) hope_rms_norm(rows * wide / D, D, c.threads, c.eps, to, gain, to);
+  }
+
+  // RoPE, which may be in place: pairs (i, i + D / 2) turned by the token's angle i
+  void rotate(const float* from, const float* cos, const float* sin, int64_t H, int64_t D, float* to) const {
+    const int64_t half = D / 2;
+    const int team = rows * H * D <= ALONE ? 1 : static_cast<int>(c.threads);
+#pragma omp parallel for num_threads(team) schedule(static)
+    for (int64_t i = 0; i < rows * H; i++) {
+      const int64_t row = i / H, at = ((c.rotations == 1 ? 0 : row / n) * c.T + first + row % n) * half;
+      const float *p = from + i * D, *u = cos + at, *w = sin + at;
+      float* y = to + i * D;
+      int64_t j = 0;
+      for (; j + 8 <= half; j += 8) turn(load(p + j), load(p + half + j), load(u + j), load(w + j), y + j, half);
+      for (; j < half; j++) {
+        const float one = p[j], other = p[half + j];
+        y[j] = one * u[j] - other * w[j], y[half + j] = other * u[j] + one * w[j];
+      }
+    }
+  }
+
+  static void turn(f8 one, f8 other, f8 u, f8 w, float* y, int64_t half) {
+    store(y, one * u - other * w), store(y + half, other * u + one * w);
+  }
+
+  int level(const AttentionLevel& l) {
+    hope_rms_norm(rows, c.d, c.threads, c.eps, x, l.gain, normed);
+    product(l.up, c.d, l.N, normed, nullptr, a);
+    if (const int outcome = hope_cms_gelu(rows * l.N, c.threads, a, a, nullptr)) return outcome;
+    product(l.down, l.N, c.d, a, x, next);
+    std::swap(x, next);
+    return DONE;
+  }
+
+  // to = from W^T (+ more), by every row's W [R, K]
+  void product(const float* const* W, int64_t K, int64_t R, const float* from, const float* more, float* to) const {
+    const bool shared = std::count(W, W + c.B, W[0]) == c.B;
+    const int64_t parts = shared ? 1 : c.B, tokens = rows / parts;
+    for (int64_t b = 0; b < parts; b++)
+      hope_linear(tokens, K, R, c.threads, from + b * tokens * K, W[b], more ? more + b * tokens * R : nullptr,
+                  to + b * tokens * R);
+  }
+};
+
+bool block_fits(const AttentionBlock& b, const AttentionReading& c) {
+  AttentionCall t = b.attention;
+  t.T = c.T, t.q = t.y = c.h, t.k = b.k, t.v = b.v, t.len = c.len;
+  if (!attention_fits(t) || t.B != c.B || t.D % 2 || !extents({c.B, c.T + 1, t.H, t.D}) ||
+      !extents({c.d, t.H, t.D}) || b.levels < 0 || (b.levels && !b.level))
+    return false;
+  if (!all_given({b.gain, b.q_proj, b.k_proj, b.v_proj, b.o_proj, b.cos, b.sin, b.k, b.v}) ||
+      !b.far_cos != !b.far_sin || !b.q_gain != !b.k_gain || (b.q_gain && !width(t.D)))
+    return false;
+  for (int64_t l = 0; l < b.levels; l++) {
+    const AttentionLevel& level = b.level[l];
+    if (!width(level.N) || !extents({c.B, c.T + 1, level.N}) || !all_given({level.gain, level.up, level.down}))
+      return false;
+    for (int64_t r = 0; r < c.B; r++)
+      if (!all_given({level.up[r], level.down[r]})) return false;
+  }
+  return true;
+}
+
+bool fits(const AttentionReading* c) {
+  if (!c || !extents({c->B, c->T + 1, c->d}) || !width(c->d) || c->T < 0 || c->blocks < 0 || c->piece < 1 ||
+      !threads_fit(c->threads) || (c->rotations != 1 && c->rotations != c->B) || (c->blocks && !c->block))
+    return false;
+  if (c->B * c->T == 0) return true;
+  if (!all_given({c->len, c->h}) || !rows_fit(c->B, c->T, nullptr, c->len)) return false;
+  for (int64_t i = 0; i < c->blocks; i++)
+    if (!block_fits(c->block[i], *c)) return false;
+  return true;
+}
+
+}  // namespace
+
+extern "C" int hope_attention_read(const AttentionReading* c) try {
+  if (!fits(c)) return BAD_ARGUMENT;
+  return c->B * c->T == 0 ? int{DONE} : Reader(*c).run();
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
+}

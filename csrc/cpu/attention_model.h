@@ -1,0 +1,36 @@
+// Tokens through the blocks of a model with attention, without learning (called by
+// hope_kernels/engine/native_attention.py). All fp32, row-major, contiguous; d, hidden widths, and D where heads are
+// normed, are multiples of 8; D is even.
+#pragma once
+#include "attention.h"
+
+struct AttentionLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
+  int64_t N;
+  const float* gain;                     // [d]
+  const float *const *up, *const *down;  // [B]: every row's own matrix, or its shared one: [N, d], [d, N]
+};
+
+struct AttentionBlock {
+  const float* gain;                       // [d], of the norm before
+  const float *q_proj, *k_proj, *v_proj, *o_proj;  // [H D, d], [Hkv D, d] twice, [d, H D]
+  const float *q_bias, *k_bias, *v_bias;   // of the first three, or null
+  const float *q_gain, *k_gain;            // [D], of the norms of heads, or both null
+  // [rotations, T, D / 2]: of the pairs of a head, by the token's place; far: as it sees the sinks, or both null
+  const float *cos, *sin, *far_cos, *far_sin;
+  float *k, *v;                            // the caches, where the tokens that are read are put
+  AttentionCall attention;                 // but for T, q, far, k, v, len, y; used and base are those before the call
+  int64_t levels;
+  const AttentionLevel* level;
+};
+
+struct AttentionReading {
+  int64_t B, T, d, blocks, threads;
+  int64_t piece;      // tokens of a row that go through all blocks together
+  int64_t rotations;  // 1: all rows stand at one place; or B
+  float eps;          // of all norms
+  const int64_t* len;  // [B], tokens that count; what becomes of the others means nothing
+  const AttentionBlock* block;
+  float* h;           // [B, T, d], what the first block is given; becomes what the last one makes
+};
+
+extern "C" int hope_attention_read(const AttentionReading* c);
