@@ -249,6 +249,7 @@ class Commit {
   void scalar_gradients(int64_t s) {
     const int64_t top = (c.Mf + s) * N;
     const Range own = rows.within(top, top + N);
+    if (own.begin == own.end) return;
     const float* w1s = h.w1s + s * N - top;
     for (int64_t p = 0; p < P; p++)
       for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
