@@ -9,10 +9,10 @@
 //
 // With it: titans_momentum.h.
 //
-// Schedule: stages (titans_read.h, titans_commit.h), each a product over rows of weights that the threads of
-// a team share out, with barriers between them. A thread owns whole rows, never a part of a sum: every number
-// is one chain of operations whose order follows from shapes and the token's place in its chunk. So results
-// are bit-identical for any number of threads, any split of the sequence, any company in the batch. Where
+// Schedule: stages (titans_read.h; titans_commit.h with titans_clock.h and titans_update.h), each a product over rows
+// of weights that the threads of a team share out, with barriers between them. A thread owns whole rows, never a part
+// of a sum: every number is one chain of operations whose order follows from shapes and the token's place in its chunk.
+// So results are bit-identical for any number of threads, any split of the sequence, any company in the batch. Where
 // there are at least as many (row, head) as threads, each team is one thread.
 //
 // At most 64 D N + 3 C D FLOPs a token and head; 70 D N with target norms, 80 with deviations kept beside a

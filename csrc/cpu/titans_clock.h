@@ -46,6 +46,7 @@ class Clock {
   // Kg by back substitution, this thread's columns
   void transformed_keys(bool dgd) const {
     const Range columns = h.clock_share(D, 8);
+    if (columns.begin == columns.end) return;
     for (int64_t s = (C - 1) / BLOCKED * BLOCKED; s >= 0; s -= BLOCKED) {
       if (dgd) factors(s);
       int64_t d = columns.begin;

@@ -29,8 +29,7 @@ class Commit {
       : h(head), c(h.c), w(h.w), g(h.g), D(h.D), N(h.N), hid(h.hid), R(h.R), ld(h.ld), m(group), C(C),
         P(panels(C)), first((end - C) % h.big), k_rows(w.k_rows + first * D), v_rows(w.v_rows + first * D),
         clock(head, C, first, k_rows), rows(h.hidden_rows(m.m0 * N, m.m1 * N)),
-        outs(h.output_rows(m.f0 * D, m.f1 * D + m.s1 - m.s0)),
-        scale(c.objective_dot ? 1 : c.grad_scale),
+        outs(h.output_rows(m.f0 * D, m.f1 * D + m.s1 - m.s0)), scale(c.objective_dot ? 1 : c.grad_scale),
         delta_form(c.own_values && !c.target_norm && !c.objective_dot) {}
 
   void run() {
@@ -197,10 +196,10 @@ class Commit {
     float *e = w.es + (p * c.Ms + s) * PANEL, *target = w.target_s + (p * c.Ms + s) * PANEL;
     h.scalar_output(s, w.a_values + (p * hid + (c.Mf + s) * N) * PANEL, v, target);
     if (!c.objective_dot) h.scalar_output(s, w.a + (p * hid + (c.Mf + s) * N) * PANEL, k, e);
-    for (int i = 0; i < PANEL; i += 8) {
-      f8 t = load(target + i);
-      if (c.target_norm) t = most(all(-1), least(all(1), t));
-      store(e + i, c.objective_dot ? -t : (load(e + i) - t) * all(scale));
+    for (int i = 0; i < PANEL; i += LANES<widest>) {
+      widest t = load_as<widest>(target + i);
+      if (c.target_norm) t = most(all_as<widest>(-1), least(all_as<widest>(1), t));
+      store(e + i, c.objective_dot ? -t : (load_as<widest>(e + i) - t) * all_as<widest>(scale));
     }
   }
 
@@ -249,6 +248,7 @@ class Commit {
   void scalar_gradients(int64_t s) {
     const int64_t top = (c.Mf + s) * N;
     const Range own = rows.within(top, top + N);
+    if (own.begin == own.end) return;
     const float* w1s = h.w1s + s * N - top;
     for (int64_t p = 0; p < P; p++)
       for (int64_t v = 0; v < PANEL; v += LANES<widest>) {

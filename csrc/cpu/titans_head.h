@@ -57,6 +57,7 @@ HK_INLINE V unit_factor(V size) {
 // than eight.
 template <class F>
 HK_INLINE void for_lanes(Range tokens, F f) {
+  if (tokens.begin >= tokens.end) return;  // another thread's may lie in the same eight
   for (int64_t t = tokens.begin / 8 * 8; t < tokens.end;) {
     if (LANES<widest> == PANEL && t % PANEL == 0 && tokens.end - t > 8) f(t, widest()), t += PANEL;
     else f(t, f8()), t += 8;
@@ -182,9 +183,9 @@ struct Head {
 
   // M(x) of scalar memory s for one panel: w1s a, plus the skip row
   void scalar_output(int64_t s, const float* a, const float* in, float* out) const {
-    for (int v = 0; v < PANEL; v += 8) {
-      f8 y = four_chains(w1s + s * N, a + v, N);
-      if (c.scalar_skip) y = y + four_chains(w2 + (hid + s) * D, in + v, D);
+    for (int v = 0; v < PANEL; v += LANES<widest>) {
+      widest y = four_chains<widest>(w1s + s * N, a + v, N);
+      if (c.scalar_skip) y = y + four_chains<widest>(w2 + (hid + s) * D, in + v, D);
       store(out + v, y);
     }
   }

@@ -82,7 +82,8 @@ HK_INLINE V sigma(V z, V& slope) {
   if constexpr (ACT == GELU) {
     // the density is needed anyway, and Phi(-y) = density(y) P(y) / Q(y): Mills' ratio, a fit with error 9e-9
     // in Phi
-    const V y = least(all_as<V>(20), abs(z)), density = all_as<V>(0.39894228f) * exp2(z * z * all_as<V>(-0.5f * LOG2_E));
+    const V y = least(all_as<V>(20), abs(z));
+    const V density = all_as<V>(0.39894228f) * exp2(z * z * all_as<V>(-0.5f * LOG2_E));
     const V p = fma(fma(all_as<V>(8.89502496e-2f), y, all_as<V>(4.66484117e-1f)), y, all_as<V>(1.25331416f));
     V q = all_as<V>(3.65479940e-4f);
     q = fma(q, y, all_as<V>(8.35882678e-2f));

@@ -84,24 +84,23 @@ HK_INLINE void store_bf16(uint16_t* p, f8 x) {
 
 // An 8 x 8 block: dst[j][i] = src[i][j], rows lds and ldd floats apart.
 HK_INLINE void transpose8(const float* src, int64_t lds, float* dst, int64_t ldd) {
-  f8 r[8], s[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) r[i] = load(src + i * lds);
+  f8 r[8], s[8];  // r: rows i and i + 4, first their columns 0 .. 3, then 4 .. 7
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    s[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    s[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    const float *low = src + i * lds, *high = low + 4 * lds;
+    r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+    r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
   }
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; i++) {
-    r[4 * i] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0x44);
-    r[4 * i + 1] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0xEE);
-    r[4 * i + 2] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0x44);
-    r[4 * i + 3] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0xEE);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    store(dst + i * ldd, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    store(dst + (i + 4) * ldd, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  for (int i = 0; i < 8; i += 4) {
+    store(dst + i * ldd, _mm256_shuffle_ps(s[i], s[i + 2], 0x44));
+    store(dst + (i + 1) * ldd, _mm256_shuffle_ps(s[i], s[i + 2], 0xEE));
+    store(dst + (i + 2) * ldd, _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44));
+    store(dst + (i + 3) * ldd, _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xEE));
   }
 }

@@ -1,5 +1,5 @@
-// Which vectors the products of a call are computed in. Every number is the same chain of operations in all, so it
-// has the same bits.
+// Which vectors the products and activations of a call are computed in. Every number is the same chain of operations in
+// all, so it has the same bits.
 #pragma once
 #include "call.h"
 
