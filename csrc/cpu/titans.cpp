@@ -23,7 +23,7 @@
 #include "titans_heads.h"
 #include "width.h"
 
-extern "C" int hope_titans_abi() { return 12; }
+extern "C" int hope_titans_abi() { return 13; }
 
 extern "C" int hope_titans_supported() {
 #if defined(__aarch64__)

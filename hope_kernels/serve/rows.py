@@ -164,7 +164,7 @@ class Batch:
         learn, unread = self.rows[0].job.learn, state.unread
         assert unread is not None and unread.shape[0] == rows
         if state is not self._decoded:  # the company has changed
-            served = native.unserved(self.model, self.settings.backend) is None
+            served = native.unserved_step(self.model, self.settings.backend) is None
             self._decoder = Decoder(self.model, state, learn, self.settings.backend) if served else None
             self._decoded = state
         if self._decoder is not None:

@@ -143,7 +143,8 @@ def test_changing_a_shared_function_makes_older_what_uses_it(copy, function, old
 @pytest.mark.parametrize("file, changed", [
     ("csrc/cpu/titans.cpp", CPU_TITANS), ("csrc/cpu/cms.cpp", {"cms on a CPU", "model on a CPU", *GPU_MODEL}),
     ("csrc/cpu/layer.cpp", {"layer cpp", "model on a CPU", *GPU_MODEL}),
-    ("csrc/cpu/vec.h", {*CPU_TITANS, "cms on a CPU", "attention"}), ("csrc/cpu/attention.cpp", {"attention"}),
+    ("csrc/cpu/vec.h", {*CPU_TITANS, "cms on a CPU", "attention"}),
+    ("csrc/cpu/attention.cpp", {"attention", "model on a CPU", *GPU_MODEL}),
 ])
 def test_changing_c_code_makes_older_what_uses_it(copy, file, changed):
     path = copy / file

@@ -233,7 +233,7 @@ def test_generation_is_what_it_is_without(how, learn, monkeypatch):
     found = []
     for reason in (None, "no"):
         if reason:
-            monkeypatch.setattr(native, "unserved", lambda *_, reason=reason: reason)
+            monkeypatch.setattr(native, "unserved_step", lambda *_, reason=reason: reason)
         out = generate(model, prompt, 30, lengths=[21, 9, 1], learn=learn, **how)
         more = generate(model, None, 12, out.state, learn=learn, **how)
         found.append((out, more))
@@ -244,35 +244,35 @@ def test_generation_is_what_it_is_without(how, learn, monkeypatch):
 
 def test_what_is_not_served_is_named():
     model = small()
-    assert native.unserved(model, None) is None and native.unserved(model, "cpp") is None
-    assert "chunked" in native.unserved(model, "chunked")
-    assert "float64" in native.unserved(small().double(), None)
-    assert "rank" in native.unserved(small(cms={"rank": 2, "optimizer": "adam"}), None)
-    assert "geglu" in native.unserved(small(cms={"mlp": "geglu"}), None)
-    assert "scalar_skip" in native.unserved(small(titans={"scalar_skip": True}), None)
-    assert "momentum" in native.unserved(small(titans={"momentum": 0.9}), None)
+    assert native.unserved_step(model, None) is None and native.unserved_step(model, "cpp") is None
+    assert "chunked" in native.unserved_step(model, "chunked")
+    assert "float64" in native.unserved_step(small().double(), None)
+    assert "rank" in native.unserved_step(small(cms={"rank": 2, "optimizer": "adam"}), None)
+    assert "geglu" in native.unserved_step(small(cms={"mlp": "geglu"}), None)
+    assert "scalar_skip" in native.unserved_step(small(titans={"scalar_skip": True}), None)
+    assert "momentum" in native.unserved_step(small(titans={"momentum": 0.9}), None)
     hooked = small()
     hooked.blocks[1].cms.register_forward_hook(lambda *_: None)
-    assert "blocks.1.cms" in native.unserved(hooked, None)
+    assert "blocks.1.cms" in native.unserved_step(hooked, None)
     adapted = small()
     nn.utils.parametrizations.weight_norm(adapted.blocks[0].mixer.out_proj)
-    assert "out_proj" in native.unserved(adapted, None)
+    assert "out_proj" in native.unserved_step(adapted, None)
     subclass = small()
     subclass.__class__ = type("Other", (HopeForCausalLM,), {"logits": lambda self, h, lengths: None})
-    assert "another class" in native.unserved(subclass, None)
+    assert "another class" in native.unserved_step(subclass, None)
     called = small()
     called.register_forward_hook(lambda *_: None)
-    assert "hooked" in native.unserved(called, None)
+    assert "hooked" in native.unserved_step(called, None)
     for change in (lambda m: setattr(m.norm, "eps", 0.1), lambda m: setattr(m.blocks[0].cms, "norm_eps", 0.1)):
         other = small()
         change(other)
-        assert "norm" in native.unserved(other, None)
+        assert "norm" in native.unserved_step(other, None)
     with torch.inference_mode():
         frozen = small()
-    assert "plain tensor" in native.unserved(frozen, None)
+    assert "plain tensor" in native.unserved_step(frozen, None)
     replaced = small()
     replaced.blocks[0].mixer.gate_proj = nn.Linear(16, 16)  # with a bias
-    assert "gate_proj" in native.unserved(replaced, None)
+    assert "gate_proj" in native.unserved_step(replaced, None)
 
 
 @torch.no_grad()
@@ -312,7 +312,9 @@ def test_the_library_refuses_what_does_not_fit():
         for value in values:
             blocks = type(call.block.contents) * 2
             copied = blocks.from_buffer_copy(ctypes.cast(call.block, ctypes.POINTER(blocks)).contents)
-            setattr(copied[1].titans, name, value)
+            memories = type(copied[1].memories.contents).from_buffer_copy(copied[1].memories.contents)
+            setattr(memories.titans, name, value)
+            copied[1].memories = ctypes.pointer(memories)
             wrong = type(call).from_buffer_copy(call)
             wrong.block = ctypes.cast(copied, type(call.block))
             assert step(ctypes.byref(wrong)) == 2, (name, value)
