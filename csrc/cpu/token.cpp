@@ -90,12 +90,7 @@ extern "C" int64_t hope_token_packed(const TitansCall* t) {
 
 extern "C" int hope_token_strips(int64_t rows, int64_t K, const float* W, float* to) {
   if (!extents({rows, K}) || (rows * K && !all_given({W, to}))) return BAD_ARGUMENT;
-  for (int64_t r = 0; r < rows; r += STRIP) {
-    const int64_t count = std::min(STRIP, rows - r), w = (count + 7) / 8 * 8;
-    float* strip = to + r * K;
-    for (int64_t k = 0; k < K; k++)
-      for (int64_t n = 0; n < w; n++) strip[k * w + n] = n < count ? W[(r + n) * K + k] : 0;
-  }
+  for (int64_t r = 0; r < rows; r += STRIP) turn_strip(W + r * K, std::min(STRIP, rows - r), K, to + r * K);
   return DONE;
 }
 

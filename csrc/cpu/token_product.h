@@ -7,6 +7,15 @@
 
 constexpr int64_t STRIP = 64;  // outputs of a weight that lie beside each other, input by input; the last has fewer
 
+// The strip of `count` rows of W, K apart; of outputs that fill no vector the others are zero.
+inline void turn_strip(const float* W, int64_t count, int64_t K, float* to) {
+  const int64_t w = (count + 7) / 8 * 8, full = count / 8 * 8, even = K / 8 * 8;
+  for (int64_t k = 0; k < even; k += 8)
+    for (int64_t n = 0; n < full; n += 8) transpose8(W + n * K + k, K, to + k * w + n, w);
+  for (int64_t k = 0; k < K; k++)
+    for (int64_t n = k < even ? full : 0; n < w; n++) to[k * w + n] = n < count ? W[n * K + k] : 0;
+}
+
 // Outputs [j, j + 8 NV) of a strip `w` wide for NB rows x, K apart: one chain over the inputs each, as in panels.
 template <int NB, int NV>
 HK_INLINE void columns(int64_t K, const float* W, int64_t w, int64_t j, const float* x, float (*y)[STRIP]) {

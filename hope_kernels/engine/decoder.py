@@ -39,7 +39,7 @@ from ..ops.titans.rounded import RoundedWeights, unserved_copy
 from ..ops.titans.state import FastWeights, TitansState
 from ..state import expanded
 from . import native, segments
-from .native import NativeStep, Strips
+from .native import NativeStep
 from .protocol import Model
 from .unread import check_read_next
 
@@ -112,8 +112,8 @@ class Decoder:
         self._pool = self._signature = None
         self._native: NativeStep | None = None  # the step in C++; None: does not serve, if ``_asked``
         self._asked = False
-        self._strips: Strips = {}
-        self._packed = None  # the mark of the weights that ``_strips`` are of
+        self._packed = state.fingerprint  # the mark of the weights that ``_strips`` are of
+        self._strips = native.strips_of(model, self._packed)
         self._expected = list(state.pos)
 
     @torch.no_grad()
@@ -251,7 +251,8 @@ class Decoder:
             served = self._whole and self.state.batch > 0 and native.dense(self._levels)
             if served and native.unserved_step(self.model, self.backend) is None:
                 if self._packed is not self.state.fingerprint:  # fused optimizers move no version counter
-                    self._strips, self._packed = {}, self.state.fingerprint
+                    self._packed = self.state.fingerprint
+                    self._strips = native.strips_of(self.model, self._packed)
                 self._native = NativeStep(self.model, self.state, self._levels, self._tokens, self._strips)
         return self._native
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from operator import attrgetter, is_
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from ..state import State
 from .native_attention import Angles, AttentionBlock, Cache
 from .native_served import unserved, unserved_step
 
-__all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "unserved", "unserved_step"]
+__all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "unserved", "unserved_step"]
 
 NOT_FINITE = 3  # csrc/cpu/token.cpp
 _version = attrgetter("_version")
@@ -65,7 +66,22 @@ _pack = Function("hope_token_pack", "Decoder", POINTER)
 _step = Function("hope_token_step", "Decoder", POINTER)
 _strips = Function("hope_token_strips", "Decoder", SIZE, SIZE, POINTER, POINTER)
 
-Strips = dict[int, tuple[Tensor, int, Tensor]]  # of a model's matrices, by address: whose, its version, the strips
+
+class Strips(dict[int, tuple[Tensor, int, Tensor]]):
+    """Of a model's matrices, by address: whose, its version, the strips."""
+
+
+_living: WeakKeyDictionary[Any, tuple[Any, ref[Strips]]] = WeakKeyDictionary()  # by model, with the mark of its weights
+
+
+def strips_of(model: Any, mark: Any) -> Strips:
+    """What decoders of ``model`` that are still there have in common, of weights of that ``mark``."""
+    of, known = _living.get(model, (None, None))
+    strips = known() if known is not None and mark is not None and of is mark else None
+    if strips is None:
+        strips = Strips()
+        _living[model] = mark, ref(strips)
+    return strips
 
 
 def dense(levels: list[list[Level] | None]) -> bool:
