@@ -25,7 +25,9 @@ class Step {
   Step(const TokenCall& call, const TokenBuffers& buffers, const Team& team) : c(call), s(call, buffers, team) {}
 
   void read() const {
-    s.each(c.B, [&](int64_t b) { std::memcpy(s.w.h + b * c.d, c.embed + c.ids[b] * c.d, c.d * sizeof(float)); });
+    s.each(c.B, [&](int64_t b) {
+      for (int64_t i = 0; i < c.d; i++) s.w.h[b * c.d + i] = c.embed[c.ids[b] * c.d + i] * c.scale;
+    });
     for (int64_t i = 0; i < c.blocks; i++) {
       const TokenBlock& block = c.block[i];
       if (block.memories) memories(i).read(block.gain);

@@ -50,7 +50,7 @@ struct TokenBlock {
 struct TokenCall {
   int64_t B, d, W, vocab, blocks, threads;
   int32_t finite;                                    // 1: refuse logits that are not
-  float eps;                                         // of the norms of heads, blocks, levels and model
+  float eps, scale;                                  // of the norms of heads, blocks, levels and model; of embeddings
   const int64_t* ids;                                // [B]
   const float *embed, *gain, *head;                  // [vocab, d] (row-major), [d], [vocab, d]
   const TokenBlock* block;

@@ -21,7 +21,7 @@ from ..model_state import ModelState
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.shared import cpu_library
-from ..ops.shared.cpu_library import POINTER, SIZE, Function, address
+from ..ops.shared.cpu_library import POINTER, REAL, SIZE, Function, address
 from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
 from ..state import State
@@ -57,7 +57,7 @@ class _Block(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = [
         *((n, SIZE) for n in ("B", "d", "W", "vocab", "blocks", "threads")), ("finite", ctypes.c_int32),
-        ("eps", ctypes.c_float), *((n, POINTER) for n in ("ids", "embed", "gain", "head")),
+        ("eps", REAL), ("scale", REAL), *((n, POINTER) for n in ("ids", "embed", "gain", "head")),
         ("block", ctypes.POINTER(_Block)), ("logits", POINTER), ("work", POINTER),
     ]
 
@@ -119,8 +119,8 @@ class NativeStep:
             self._levels(to, block, of, B)
         head = model.embed.weight if model.head is None else model.head.weight
         self._call = _Call(
-            B=B, d=d, W=_window(config), vocab=V, blocks=len(blocks), threads=self._threads,
-            eps=config.norm_eps, ids=tokens.data_ptr(), embed=self._at(model.embed.weight, V * d),
+            B=B, d=d, W=_window(config), vocab=V, blocks=len(blocks), threads=self._threads, eps=config.norm_eps,
+            scale=getattr(model.embed, "scale", 1.0), ids=tokens.data_ptr(), embed=self._at(model.embed.weight, V * d),
             gain=self._at(model.norm.weight, d), head=self._matrix(head, V, d),
             block=ctypes.cast(blocks, ctypes.POINTER(_Block)),
         )

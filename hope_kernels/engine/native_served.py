@@ -14,6 +14,7 @@ from ..layers.attention import CausalAttention
 from ..layers.block import HopeAttentionBlock, HopeBlock
 from ..layers.cms import ContinuumMemory
 from ..layers.cms_level import CMSLevel
+from ..layers.embedding import ScaledEmbedding
 from ..layers.titans import SelfModifyingTitans
 from ..layers.wrapped import is_hooked, is_plain, placement
 from ..ops.cms import cpp as cms_cpp
@@ -23,14 +24,14 @@ from ..ops.shared import cpu_library
 from ..ops.titans import cpp as titans_cpp
 from .protocol import Model
 
-_PLAIN = (nn.Embedding, nn.RMSNorm, nn.Linear, nn.ModuleList, nn.ModuleDict, HopeBlock, HopeAttentionBlock,
-          ContinuumMemory, CMSLevel, SelfModifyingTitans, CausalAttention)
+_PLAIN = (nn.Embedding, ScaledEmbedding, nn.RMSNorm, nn.Linear, nn.ModuleList, nn.ModuleDict, HopeBlock,
+          HopeAttentionBlock, ContinuumMemory, CMSLevel, SelfModifyingTitans, CausalAttention)
 
 
 def unserved(model: Model, backend: str | None) -> str | None:
     """Why segments of ``model`` are not read in C++, or None."""
-    if model.config.mixer == "attention":
-        return "serves memories"
+    if model.config.mixer == "attention" or model.config.embed_scale != 1:
+        return "serves memories, and embeddings without a scale"
     reason, like = unserved_step(model, backend), placement(model.embed)
     for cms in model.config.block_cms:
         if reason is None and cms is not None:
@@ -54,8 +55,8 @@ def unserved_step(model: Model, backend: str | None) -> str | None:
 
 
 def _config_unserved(config: HopeConfig) -> str | None:
-    if config.embed_scale != 1 or config.d_model % 8:
-        return "serves embeddings without a scale, and widths that are multiples of 8"
+    if config.d_model % 8:
+        return f"serves widths that are multiples of 8, not {config.d_model}"
     reason = _attention_unserved(config) if config.mixer == "attention" else _memories_unserved(config)
     for cms in config.block_cms:
         reason = reason or (None if cms is None else _cms_unserved(cms))

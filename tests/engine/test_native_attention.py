@@ -5,7 +5,7 @@ import ctypes
 
 import pytest
 import torch
-from attention_model import OPTIONS, D, built, config, converted, ids
+from attention_model import OPTIONS, D, V, built, config, converted, ids
 from torch import nn
 
 from hope_kernels import CMSConfig, load_state
@@ -348,7 +348,6 @@ def test_what_is_not_served_is_named():
     assert "memories" in native.unserved(model, "cpp")
     norms = built({"qk_norm": True, "num_heads": 4})
     assert "multiples of 8, not 12" in native.unserved_step(norms, None)
-    assert "scale" in native.unserved_step(built({"embed_scale": 2.0}), None)
     gated = built(converted("swiglu", False))
     assert native.unserved_step(gated, "cpp") is None and "bits of its original" in native.unserved_step(gated, None)
     assert "swiglu" in native.unserved_step(built(converted("swiglu", False).replace(rope_dtype="float64")), None)
@@ -369,6 +368,7 @@ def test_the_library_refuses_what_does_not_fit():
     steps(decoder, ids(2, 3))
     call, before = decoder._native._call, state.clone()
     step, kind = cpu_library.library().hope_token_step, type(call.block.contents) * 2
+    logits = torch.empty(2, V)
 
     def refused(change) -> bool:
         blocks = kind.from_buffer_copy(ctypes.cast(call.block, ctypes.POINTER(kind)).contents)
@@ -376,7 +376,7 @@ def test_the_library_refuses_what_does_not_fit():
         blocks[1].attention = ctypes.pointer(attention)
         change(blocks[1], attention)
         wrong = type(call).from_buffer_copy(call)
-        wrong.block = ctypes.cast(blocks, type(call.block))
+        wrong.block, wrong.logits = ctypes.cast(blocks, type(call.block)), logits.data_ptr()
         return step(ctypes.byref(wrong)) == 2
 
     for name in ("k", "v", "q_proj", "k_proj", "v_proj", "o_proj", "cos", "sin", "far_cos", "far_sin"):
