@@ -5,8 +5,9 @@ beside it in calls of PyTorch, in the same rounds.
 
 Times are those of the whole loop: the step, the draw, stops, and with learning on the segments learned on the way.
 What reading the prompt takes is not in them: a round is the difference of two runs of different length.
-``step`` is the call of C++ alone. Where the wheels xllamacpp and gguf are installed, llama.cpp writes as many tokens
-with a random Llama of as many weights, in the same rounds, by its own clock.
+``step`` is the call of C++ alone. One case is a random model of the same width and depth with attention. Where the
+wheels xllamacpp and gguf are installed, llama.cpp writes as many tokens with a random Llama of as many weights, in the
+same rounds, by its own clock.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from hope_kernels.engine import native
 
 RESULT = ROOT / "benchmarks" / "results" / "decode.json"
 CASES = tuple((B, learn, how) for B in (1, 4, 16) for learn in ("off", "next_token") for how in ("greedy",)) + (
-    (1, "off", "drawn"),
+    (1, "off", "drawn"), (1, "off", "greedy, attention"),
 )
-HOW = {"greedy": {}, "drawn": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "seed": 1}}
+HOW = {"greedy": {}, "drawn": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "seed": 1}, "greedy, attention": {}}
 
 
 @contextmanager
 def in_pytorch():
     """Steps as calls of the model."""
-    with mock.patch.object(native, "unserved", lambda *_: "measured without"):
+    with mock.patch.object(native, "unserved_step", lambda *_: "measured without"):
         yield
 
 
@@ -72,8 +73,18 @@ def step_alone(model: HopeForCausalLM, ids: Tensor, steps: int = 64) -> float:
     began = time.perf_counter()
     for _ in range(steps):
         step.step(state, True)
-        state.pos[:] = [p + 1 for p in state.pos]
+        for part in (state, *state.mixers):
+            part.pos[:] = [p + 1 for p in part.pos]
     return (time.perf_counter() - began) / steps * 1e6
+
+
+def with_attention(model: HopeForCausalLM) -> HopeForCausalLM:
+    """Attention in place of the memories of ``model``."""
+    c = model.config
+    assert c.titans is not None
+    torch.manual_seed(0)
+    config = c.replace(mixer="attention", titans=None, num_heads=c.titans.num_heads, num_kv_heads=c.titans.num_heads)
+    return HopeForCausalLM(config).eval()
 
 
 def _llama(model: HopeForCausalLM, weights: int, threads: int) -> llama_cpp.Llama:
@@ -97,11 +108,13 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", default=RESULT)
     args = p.parse_args(argv)
     torch.set_num_threads(args.threads)
-    model = HopeForCausalLM.from_pretrained("hope-byte")
-    weights = sum(p.numel() for p in model.parameters())
-    peer = None if llama_cpp.absent() else _llama(model, weights, args.threads)
+    bundled = HopeForCausalLM.from_pretrained("hope-byte")
+    weights = sum(p.numel() for p in bundled.parameters())
+    attention = with_attention(bundled)
+    peer = None if llama_cpp.absent() else _llama(bundled, weights, args.threads)
     cases = []
     for B, learn, how in CASES:
+        model = attention if how.endswith("attention") else bundled
         ids, given = prompts(B), {"learn": learn, **HOW[how]}
         with in_pytorch():
             want = model.generate(ids, 40, **given).tokens

@@ -48,8 +48,8 @@ PIECE = 512  # tokens of a call
 class Kept(CausalAttention):
     """Sinks at their own distance, however far."""
 
-    def _rotation(self, pos: list[int], T: int, x: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
-        return super()._rotation(pos, T, x)
+    def rotation(self, pos: list[int], T: int, x: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+        return super().rotation(pos, T, x)
 
 
 def texts(given: list[str]) -> dict[str, str]:

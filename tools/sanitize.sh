@@ -13,8 +13,8 @@ mkdir -p build/sanitized
 case "$1" in
 races)
   # OpenMP's own threads are not instrumented: a call starts threads of the standard library instead
-  "$compiler" "${flags[@]}" -DHOPE_STD_THREADS -fsanitize=thread tests/csrc/races.cpp csrc/cpu/{titans*,token,width,cms_whole*}.cpp -pthread \
-    -o build/sanitized/races
+  "$compiler" "${flags[@]}" -DHOPE_STD_THREADS -fsanitize=thread tests/csrc/races.cpp \
+    csrc/cpu/{titans*,token,attention*,width,cms_whole*}.cpp -pthread -o build/sanitized/races
   build/sanitized/races
   ;;
 memory | files)
@@ -23,7 +23,7 @@ memory | files)
     csrc/cpu/*.cpp -o "$library"
   tests=(tests/ops/titans/test_cpp{,_backward,_training}.py tests/ops/cms/test_cpp{,_step,_whole}.py
     tests/ops/test_cpp_training.py tests/ops/{attention/test_attention,linear/test_linear}.py tests/state/test_identity.py
-    tests/layers/test_{titans_cpp,bits,attention_bits}.py tests/engine/test_native{,_segment,_attention}.py
+    tests/layers/test_{titans_cpp,bits,attention_bits}.py tests/engine/test_native{,_segment,_attention,_attention_step}.py
     tests/csrc/test_native_arguments.py tests/csrc/test_width.py)
   if [ "$1" = files ]; then tests=(tests/state/test_files.py -m slow); fi
   # Python and PyTorch leak by design, and are not instrumented themselves

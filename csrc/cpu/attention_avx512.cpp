@@ -37,4 +37,5 @@ namespace code {
 }  // namespace code
 
 void attention(const AttentionCall& c) { code::Attention(c).run(); }
+void attention_task(const AttentionCall& c, int64_t i, float* work) { code::Attention(c).task(i, work); }
 }  // namespace avx512

@@ -25,20 +25,27 @@ class Attention {
   explicit Attention(const AttentionCall& c) : c(c), group(c.H / c.Hkv) {}
 
   void run() const {
-    const int64_t parts = (c.T * group + PART - 1) / PART, tasks = c.B * c.Hkv * parts;
     int64_t keys = 0;
     for (int64_t b = 0; b < c.B; b++) keys = std::max(keys, c.used[b] + c.len[b]);
     if (c.window) keys = std::min(keys, c.window + c.sinks + PART);
     const double products = 2.0 * static_cast<double>(c.B * c.T * c.H * c.D) * static_cast<double>(keys);
-    const int64_t team = products < ALONE ? 1 : std::clamp<int64_t>(tasks, 1, c.threads);
+    const int64_t team = products < ALONE ? 1 : std::clamp<int64_t>(tasks(), 1, c.threads);
     const std::unique_ptr<float[]> work(new float[team * floats() + 16]);
     float* const aligned = work.get() + (64 - reinterpret_cast<uintptr_t>(work.get()) % 64) % 64 / sizeof(float);
     in_parallel(static_cast<int>(team), [&](int id, int size) {
-      const FlushDenormals flush;
-      for (int64_t i = id; i < tasks; i += size)
-        part(i / parts / c.Hkv, i / parts % c.Hkv, i % parts * PART, aligned + id * floats());
+      for (int64_t i = id; i < tasks(); i += size) task(i, aligned + id * floats());
     });
   }
+
+  int64_t tasks() const { return c.B * c.Hkv * parts(); }
+
+  // work: floats() of the caller's
+  void task(int64_t i, float* work) const {
+    const FlushDenormals flush;
+    part(i / parts() / c.Hkv, i / parts() % c.Hkv, i % parts() * PART, work);
+  }
+
+  int64_t floats() const { return (3 * PART + PANEL) * c.D + 3 * PART + BLOCK * PANEL + 16; }
 
  private:
   static constexpr int64_t PART = 4 * PANEL, BLOCK = 64;  // queries that meet a block of keys while it is in the cache
@@ -55,7 +62,7 @@ class Attention {
     float *late;           // [16]: slots after `begin`
   };
 
-  int64_t floats() const { return (3 * PART + PANEL) * c.D + 3 * PART + BLOCK * PANEL + 16; }
+  int64_t parts() const { return (c.T * group + PART - 1) / PART; }
 
   // Queries [n, n + PART) of (row, key head), counted head by head of the group, token by token.
   void part(int64_t b, int64_t head, int64_t n, float* work) const {

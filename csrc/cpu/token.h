@@ -1,36 +1,60 @@
-// One token a row through a whole model of self-modifying blocks (called by hope_kernels/engine/native.py). All
-// fp32, contiguous; row-major but for matrices, which are hope_token_strips; widths are multiples of 8.
+// One token a row through a whole model in one call (called by hope_kernels/engine/native.py). All fp32, contiguous;
+// row-major but for matrices, which are hope_token_strips; d, and what is said to be a width, are multiples of 8.
 #pragma once
+#include "attention.h"
 #include "call.h"
 
-struct TokenLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
-  int64_t N;
-  const float* gain;                       // [d]
-  const float *const *up, *const *down;    // [B]: every row's own matrix, or the one it shares: [N, d], [d, N]
+enum LevelKind { GELU_LEVEL = 0, SWIGLU_LEVEL = 1, GEGLU_LEVEL = 2 };
+
+// x + down a, or x + rmsnorm(down a) post_gain; n = rmsnorm(x) gain, a = gelu_tanh(up n), silu(gate n) (up n) or
+// gelu_tanh(gate n) (up n)
+struct TokenLevel {
+  int64_t kind, N;                                   // N: a width
+  const float *gain, *post_gain;                     // [d]; post_gain: or null
+  const float *const *up, *const *gate, *const *down;  // [B]: every row's own matrix, or the one it shares: [N, d] (gate
+                                                     // null without one), [d, N]
+};
+
+// A mixer of memories that make their own k, v, eta, alpha.
+struct TokenMemories {
+  const float* conv;                                 // [d, W], or null: no convolution
+  float* tail;                                       // [B, W - 1, d], advanced in place
+  const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
+  const float* out_gain;                             // [H, D], or null
+  TitansCall titans;                                 // T = 1; q, x, o, len and kept are not looked at
+  float* packed;                                     // hope_token_packed floats, written by hope_token_pack
+  int64_t* count;                                    // [B], tokens read, advanced in place; or null
+};
+
+// A mixer of attention to cached keys and values, to which the token's are appended: they are written at slot used[b].
+struct TokenAttention {
+  AttentionCall call;                                // T = 1, len 1; q, far, k, v, y and threads are not looked at
+  float *k, *v;                                      // [B, slots, Hkv, D]
+  const float *q_proj, *k_proj, *v_proj, *o_proj;    // [H D, d], twice [Hkv D, d], and [d, H D]
+  const float *q_bias, *k_bias, *v_bias;             // [H D], [Hkv D], or null
+  const float *q_gain, *k_gain;                      // [D], a width then; both null: no norm of heads
+  const float* post_gain;                            // [d], of the norm behind the mixer, or null
+  // [D / 2] of row b at b `ahead`: the angles of its position, and those from which it sees the sinks (null without)
+  const float *cos, *sin, *far_cos, *far_sin;
+  int64_t ahead;
 };
 
 struct TokenBlock {
-  const float* gain;                       // [d], of the norm before the mixer
-  const float* conv;                       // [d, W], or null: no convolution
-  float* tail;                             // [B, W - 1, d], advanced in place
-  const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
-  const float* out_gain;                   // [H, D], or null
-  // T = 1, memories that make their own k, v, eta, alpha; q, x, o, len and kept are not looked at
-  TitansCall titans;
-  float* packed;                           // hope_token_packed floats, written by hope_token_pack
+  const float* gain;                                 // [d], of the norm before the mixer
+  const TokenMemories* memories;                     // the mixer, and the other one null
+  const TokenAttention* attention;
   int64_t levels;
   const TokenLevel* level;
-  int64_t* count;                          // [B], tokens read, advanced in place; or null
 };
 
 struct TokenCall {
   int64_t B, d, W, vocab, blocks, threads;
-  int32_t finite;                          // 1: refuse logits that are not
-  float eps;                               // of the norms of blocks, levels and model
-  const int64_t* ids;                      // [B]
-  const float *embed, *gain, *head;        // [vocab, d] (row-major), [d], [vocab, d]
+  int32_t finite;                                    // 1: refuse logits that are not
+  float eps, scale;                                  // of the norms of heads, blocks, levels and model; of embeddings
+  const int64_t* ids;                                // [B]
+  const float *embed, *gain, *head;                  // [vocab, d] (row-major), [d], [vocab, d]
   const TokenBlock* block;
-  float *logits, *work;                    // [B, vocab]; hope_token_work floats
+  float *logits, *work;                              // [B, vocab]; hope_token_work floats
 };
 
 extern "C" {
@@ -38,9 +62,10 @@ int64_t hope_token_packed(const TitansCall*);  // floats that a block's weights 
 int64_t hope_token_work(const TokenCall*);     // floats; both -1 for arguments that do not fit each other
 // W [rows, K] as a step takes it: K times as many floats as rows, rounded up to a multiple of 8.
 int hope_token_strips(int64_t rows, int64_t K, const float* W, float* to);
-// Packs the weights in force of every block: before the first step, and whenever others have changed them.
+// Packs the weights in force of all memories: before the first step, and whenever others have changed them.
 int hope_token_pack(const TokenCall*);
 // Reads ids: writes logits and advances what the blocks point to. Or, before anything is advanced, 1 when memory
-// runs out, 2 for arguments that do not fit each other, 3 for logits that are not finite.
+// runs out, 2 for arguments that do not fit each other, 3 for logits that are not finite: the slots that keys and
+// values of the token would have are then zero.
 int hope_token_step(const TokenCall*);
 }

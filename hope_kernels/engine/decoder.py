@@ -27,6 +27,7 @@ from torch import Tensor
 from ..check import check_tensor
 from ..config import TitansConfig
 from ..identity import unchanged
+from ..layers.attention import AttentionState
 from ..layers.titans import SelfModifyingTitans
 from ..layers.wrapped import placement
 from ..model_state import TAINTED, MixerState, ModelState, seen_off
@@ -38,7 +39,7 @@ from ..ops.titans.rounded import RoundedWeights, unserved_copy
 from ..ops.titans.state import FastWeights, TitansState
 from ..state import expanded
 from . import native, segments
-from .native import NativeStep, Strips
+from .native import NativeStep
 from .protocol import Model
 from .unread import check_read_next
 
@@ -50,8 +51,8 @@ class Decoder:
     counters of ``model(tokens, state, learn=learn, backend=backend)`` under ``no_grad``.
 
     learn: "off" or "next_token". backend: as in the model's ``forward``. capture: replay the step from a CUDA
-    graph; None does where that is possible (a CUDA device, backend "triton" or "cuda"), and everything else
-    is the same without. captures: how often the step has been captured so far.
+    graph; None does where that is possible (a CUDA device, backend "triton" or "cuda", no attention), and
+    everything else is the same without. captures: how often the step has been captured so far.
 
     Every row reads in every step; rows may stand at different positions. Between steps the state may be
     saved, cloned and read on by other calls that advance it in place. One whose tensors were exchanged
@@ -65,8 +66,8 @@ class Decoder:
 
     Rows of which some have refreshed a CMS level and some have not are read without a graph. No GPU has run a
     capture yet.
-    Raises ValueError for attention (its cache grows), a state of another model, an unknown ``learn``, and
-    capture=True where it is impossible.
+    Raises ValueError for a model divided over processes, a state of another model, an unknown ``learn``, and
+    capture=True where it is impossible, as with attention, whose cache grows.
     """
 
     def __init__(
@@ -77,11 +78,15 @@ class Decoder:
         model.claim(name, state)
         if learn not in ("off", "next_token"):
             raise ValueError(f"{name}: argument learn is {learn!r}, expected 'off' or 'next_token'")
-        reason = unserved(model)
-        if reason is not None:
-            raise ValueError(f"{name}: argument model {reason}")
+        if model.parallel is not None:
+            raise ValueError(f"{name}: argument model is divided over processes, which agree before every call of the "
+                             "model itself")
         self.device = placement(model.embed).device
-        possible = self.device.type == "cuda" and backend in DEVICE_DECIDES
+        grows = model.config.mixer == "attention"
+        possible = self.device.type == "cuda" and backend in DEVICE_DECIDES and not grows
+        if capture and grows:
+            raise ValueError(f"{name}: argument capture is True, and the model has attention, whose cache grows with "
+                             "the sequence")
         if capture and not possible:
             raise ValueError(f"{name}: argument capture is True, which needs a CUDA device and backend 'triton' "
                              f"or 'cuda', not {self.device.type} and {backend!r}")
@@ -107,8 +112,8 @@ class Decoder:
         self._pool = self._signature = None
         self._native: NativeStep | None = None  # the step in C++; None: does not serve, if ``_asked``
         self._asked = False
-        self._strips: Strips = {}
-        self._packed = None  # the mark of the weights that ``_strips`` are of
+        self._packed = state.fingerprint  # the mark of the weights that ``_strips`` are of
+        self._strips = native.strips_of(model, self._packed)
         self._expected = list(state.pos)
 
     @torch.no_grad()
@@ -221,7 +226,7 @@ class Decoder:
             place = "the state is past them" if in_cpp is None else "the last token has not been read"
             raise ValueError("Decoder.step: non-finite logits (weights, state or learning rates diverged); " + place)
         for mixer in state.mixers:
-            mixer.pos[:] = [p + 1 for p in mixer.pos]
+            mixer.pos[:] = [p + 1 for p in state.pos]
         return logits
 
     def _memories(self, i: int) -> tuple[TitansConfig, FastWeights, TitansState] | None:
@@ -246,7 +251,8 @@ class Decoder:
             served = self._whole and self.state.batch > 0 and native.dense(self._levels)
             if served and native.unserved_step(self.model, self.backend) is None:
                 if self._packed is not self.state.fingerprint:  # fused optimizers move no version counter
-                    self._strips, self._packed = {}, self.state.fingerprint
+                    self._packed = self.state.fingerprint
+                    self._strips = native.strips_of(self.model, self._packed)
                 self._native = NativeStep(self.model, self.state, self._levels, self._tokens, self._strips)
         return self._native
 
@@ -256,6 +262,9 @@ class Decoder:
         mixers = self.state.mixers
         logits, new = self._forward(mixers, self._rounded)
         for old, now in zip(mixers, new):
+            if isinstance(old, AttentionState):
+                old.assign(now)
+                continue
             for a, b in zip(old.tensors(), now.tensors(), strict=True):
                 if a is not b:
                     a.copy_(b)
@@ -305,13 +314,6 @@ class Decoder:
         if self.learn == "off":
             state.seen[:] = seen_off(state, self._ones)
         state.unread = None
-
-
-def unserved(model: Model) -> str | None:
-    """Why ``Decoder`` cannot serve a model, or None."""
-    if model.parallel is not None:
-        return "is divided over processes, which agree before every call of the model itself"
-    return "has attention, whose cache grows with the sequence" if model.config.mixer == "attention" else None
 
 
 def _all_slots(levels: Levels, states: list[CMSState | None]) -> Levels:

@@ -167,9 +167,8 @@ def generate(
     says True, ``generate`` returns what it has (no token at all, if it was still reading: go on with the rest
     of the prompt).
     graph: decode with a ``Decoder`` while no row has ended, which replays the step from a CUDA graph where
-    that is possible (on CUDA with backend "triton" or "cuda"; never run on a GPU yet, hence on request); and
-    ``read`` the prompt with ``graph``.
-    ValueError for a model with attention.
+    that is possible (on CUDA with backend "triton" or "cuda", without attention; never run on a GPU yet, hence on
+    request); and ``read`` the prompt with ``graph``.
     guard: what is learned is taken back where it reads worse than the model's own weights; ``state.rollbacks``
     counts (see the model's ``forward``).
     Raises ValueError for an empty prompt, arguments out of range, and logits that are no distribution;

@@ -9,51 +9,55 @@ from __future__ import annotations
 import ctypes
 from operator import attrgetter, is_
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backend import NO_GRADIENT, Request
-from ..config import CMSConfig, HopeConfig
-from ..layers.block import HopeBlock
-from ..layers.cms import ContinuumMemory
-from ..layers.cms_level import CMSLevel
+from ..config import HopeConfig
+from ..layers.attention import AttentionState
 from ..layers.titans import SelfModifyingTitans
-from ..layers.wrapped import is_hooked, is_plain
 from ..model_state import ModelState
-from ..ops.cms import cpp as cms_cpp
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.shared import cpu_library
-from ..ops.shared.cpu_library import POINTER, SIZE, Function, address
-from ..ops.titans import cpp as titans_cpp
+from ..ops.shared.cpu_library import POINTER, REAL, SIZE, Function, address
 from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
-from .protocol import Model
+from ..state import State
+from .native_cache import Angles, AttentionBlock, Cache
+from .native_served import unserved, unserved_step
+
+__all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "unserved", "unserved_step"]
 
 NOT_FINITE = 3  # csrc/cpu/token.cpp
 _version = attrgetter("_version")
 _STATE = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
-_PLAIN = (nn.Embedding, nn.RMSNorm, nn.Linear, nn.ModuleList, nn.ModuleDict, HopeBlock, ContinuumMemory, CMSLevel,
-          SelfModifyingTitans)
+_KINDS = {"gelu": 0, "swiglu": 1, "geglu": 2}  # of levels, csrc/cpu/token.h
 
 
 class _Level(ctypes.Structure):
-    _fields_ = [("N", SIZE), *((n, POINTER) for n in ("gain", "up", "down"))]
+    _fields_ = [("kind", SIZE), ("N", SIZE), *((n, POINTER) for n in ("gain", "post_gain", "up", "gate", "down"))]
+
+
+class _Memories(ctypes.Structure):
+    _fields_ = [
+        *((n, POINTER) for n in ("conv", "tail", "in_proj", "q_proj", "gate_proj", "out_proj", "out_gain")),
+        ("titans", TitansCall), ("packed", POINTER), ("count", POINTER),
+    ]
 
 
 class _Block(ctypes.Structure):
     _fields_ = [
-        *((n, POINTER) for n in ("gain", "conv", "tail", "in_proj", "q_proj", "gate_proj", "out_proj", "out_gain")),
-        ("titans", TitansCall), ("packed", POINTER), ("levels", SIZE), ("level", ctypes.POINTER(_Level)),
-        ("count", POINTER),
+        ("gain", POINTER), ("memories", ctypes.POINTER(_Memories)), ("attention", ctypes.POINTER(AttentionBlock)),
+        ("levels", SIZE), ("level", ctypes.POINTER(_Level)),
     ]
 
 
 class _Call(ctypes.Structure):
     _fields_ = [
         *((n, SIZE) for n in ("B", "d", "W", "vocab", "blocks", "threads")), ("finite", ctypes.c_int32),
-        ("eps", ctypes.c_float), *((n, POINTER) for n in ("ids", "embed", "gain", "head")),
+        ("eps", REAL), ("scale", REAL), *((n, POINTER) for n in ("ids", "embed", "gain", "head")),
         ("block", ctypes.POINTER(_Block)), ("logits", POINTER), ("work", POINTER),
     ]
 
@@ -62,83 +66,28 @@ _pack = Function("hope_token_pack", "Decoder", POINTER)
 _step = Function("hope_token_step", "Decoder", POINTER)
 _strips = Function("hope_token_strips", "Decoder", SIZE, SIZE, POINTER, POINTER)
 
-Strips = dict[int, tuple[Tensor, int, Tensor]]  # of a model's matrices, by address: whose, its version, the strips
+
+class Strips(dict[int, tuple[Tensor, int, Tensor]]):
+    """Of a model's matrices, by address: whose, its version, the strips."""
 
 
-def unserved_step(model: Model, backend: str | None) -> str | None:
-    """Why a step of ``model`` is not one call of C++, or None."""
-    titans = model.config.titans
-    if titans is None or not titans.self_modifying or titans.scalar_skip or titans.momentum is not None:
-        return "serves self-modifying memories without scalar_skip and momentum"
-    return unserved(model, backend)
+_living: WeakKeyDictionary[Any, tuple[Any, ref[Strips]]] = WeakKeyDictionary()  # by model, with the mark of its weights
 
 
-def unserved(model: Model, backend: str | None) -> str | None:
-    """Why segments of ``model`` are not read in C++, or None."""
-    if backend not in (None, "cpp"):
-        return f"backend is {backend!r}"
-    config, like = model.config, getattr(model.embed, "weight", None)
-    if not isinstance(like, Tensor) or model.parallel is not None:
-        return "its weights are not its own"
-    if not model.plain:
-        return "the model is another class, or hooked"
-    return (
-        cpu_library.unavailable() or _config_unserved(config) or _placement_unserved(config, like)
-        or _modules_unserved(model)
-    )
+def strips_of(model: Any, mark: Any) -> Strips:
+    """What decoders of ``model`` that are still there have in common, of weights of that ``mark``."""
+    of, known = _living.get(model, (None, None))
+    strips = known() if known is not None and mark is not None and of is mark else None
+    if strips is None:
+        strips = Strips()
+        _living[model] = mark, ref(strips)
+    return strips
 
 
 def dense(levels: list[list[Level] | None]) -> bool:
     """Whether every matrix of ``levels`` is written out, with no factors that wait."""
     matrices = [m for of in levels for level in of or () for m in level.values()]
     return all(not isinstance(m, Matrix) or m.left is None for m in matrices)
-
-
-def _config_unserved(config: HopeConfig) -> str | None:
-    if config.mixer == "attention":
-        return "serves memories"
-    if config.post_norm or config.embed_scale != 1 or config.d_model % 8:
-        return "serves plain blocks, embeddings without a scale, and widths that are multiples of 8"
-    for cms in config.block_cms:
-        if cms is not None and (reason := _cms_unserved(cms)):
-            return reason
-    return None
-
-
-def _cms_unserved(cms: CMSConfig) -> str | None:
-    if cms.variant == "independent" or cms.norm != "rmsnorm" or cms.bias or cms.rank is not None:
-        return "serves CMS levels one behind another, with rmsnorm and full rank, without biases"
-    return None
-
-
-def _placement_unserved(config: HopeConfig, like: Tensor) -> str | None:
-    assert config.titans is not None
-    reason = titans_cpp.unserved(Request(config.titans, like.dtype, like.device, NO_GRADIENT))
-    for cms in config.block_cms:
-        reason = reason or (None if cms is None else cms_cpp.unserved(cms, like.dtype, like.device))
-    return reason
-
-
-def _modules_unserved(model: Any) -> str | None:
-    for name, module in model.named_modules():
-        if module is model:
-            continue
-        if type(module) not in _PLAIN or is_hooked(module) or type(module) is nn.Linear and not is_plain(module):
-            return f"{name}, a {type(module).__name__}, is wrapped, hooked or another module"
-        if isinstance(module, nn.RMSNorm) and (module.weight is None or module.eps != model.config.norm_eps):
-            return f"{name} is another norm than the configuration's"
-        if isinstance(module, ContinuumMemory) and module.norm_eps != model.config.norm_eps:
-            return f"{name} has other norms than the configuration's"
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            return f"{name} changes its weights as it is read"
-        for p in module._parameters.values():
-            if p is not None and not _plain(p):
-                return f"{name} has a weight that is no plain tensor of fp32"
-    return None
-
-
-def _plain(p: Tensor) -> bool:
-    return type(p.data) is Tensor and p.dtype == torch.float32 and p.is_contiguous() and not p.is_inference()
 
 
 class NativeStep:
@@ -157,22 +106,28 @@ class NativeStep:
         self._ones = (ctypes.c_int64 * B)(*[1] * B)
         self._threads = torch.get_num_threads()  # that the work space is for
         self._mixers = list(state.mixers)
-        self._seen: list[tuple[TitansState, str, Tensor]] = []  # whose, and as what: the tensors that a step writes
+        self._seen: list[tuple[State, str]] = []  # whose, and as what: the tensors that a step writes
+        self._caches: list[Cache] = []
+        self._angles: dict[tuple, Angles] = {}
         blocks = (_Block * len(model.blocks))()
-        for i, (block, mixer, of) in enumerate(zip(model.blocks, state.mixers, levels)):
-            assert isinstance(mixer, TitansState)
-            self._fill(blocks[i], block, mixer, of, B)
+        for to, block, mixer, of in zip(blocks, model.blocks, state.mixers, levels):
+            to.gain = self._at(block.norm.weight, d)
+            if isinstance(mixer, TitansState):
+                self._memories(to, block.mixer, mixer, B)
+            else:
+                self._attention(to, block, mixer)
+            self._levels(to, block, of, B)
         head = model.embed.weight if model.head is None else model.head.weight
         self._call = _Call(
-            B=B, d=d, W=config.titans.conv_window or 0, vocab=V, blocks=len(blocks), threads=self._threads,
-            eps=config.norm_eps, ids=tokens.data_ptr(), embed=self._at(model.embed.weight, V * d),
+            B=B, d=d, W=_window(config), vocab=V, blocks=len(blocks), threads=self._threads, eps=config.norm_eps,
+            scale=getattr(model.embed, "scale", 1.0), ids=tokens.data_ptr(), embed=self._at(model.embed.weight, V * d),
             gain=self._at(model.norm.weight, d), head=self._matrix(head, V, d),
             block=ctypes.cast(blocks, ctypes.POINTER(_Block)),
         )
         self._shape, self._blocks = (B, 1, V), blocks
         self._call.logits = self._new(B * V).data_ptr()
-        self._owners, self._names, self._written = (list(of) for of in zip(*self._seen))
-        self._versions = [*map(_version, self._written)]
+        self._owners, self._names = (list(of) for of in zip(*self._seen))
+        self._look()
         self._call.work = self._new(floats("hope_token_work", self._call)).data_ptr()
         _pack(ctypes.addressof(self._call))
 
@@ -190,14 +145,27 @@ class NativeStep:
         self._pos[:] = state.pos
         self._call.logits, self._call.finite = logits.data_ptr(), finite
         self._call.threads = min(self._threads, torch.get_num_threads())
-        outcome = _step.bound()(ctypes.addressof(self._call))
+        read = False
+        try:
+            for cache in self._caches:
+                cache.claim()
+            outcome = _step.bound()(ctypes.addressof(self._call))
+            read = outcome == 0
+        finally:
+            grown = [cache.settle() if read else cache.undo() for cache in self._caches]
         if outcome == NOT_FINITE:
             return None
         cpu_library.check_outcome(outcome, "Decoder")
+        if any(grown):
+            self._look()
         # a graph that has kept one of these tensors must find out
         torch.autograd.graph.increment_version(self._written)
         self._versions = [version + 1 for version in self._versions]
         return logits
+
+    def _look(self) -> None:
+        self._written = [*map(getattr, self._owners, self._names)]
+        self._versions = [*map(_version, self._written)]
 
     def _new(self, floats: int) -> Tensor:
         t = torch.empty(floats, dtype=torch.float32, device="cpu")
@@ -208,24 +176,16 @@ class NativeStep:
         self._held.append(t)
         return address(t, count)
 
-    def _fill(self, to: _Block, block: Any, state: TitansState, levels: list[Level] | None, B: int) -> None:
-        mixer, c, d = block.mixer, block.mixer.config, block.mixer.config.d_model
-        weights = {n: getattr(mixer, n) for n in ("in_proj", "q_proj", "gate_proj", "out_proj")}
-        for name, module in weights.items():
+    def _memories(self, block: _Block, mixer: SelfModifyingTitans, state: TitansState, B: int) -> None:
+        c, H, D, d, to = mixer.config, mixer.config.num_heads, mixer.config.head_dim, mixer.config.d_model, _Memories()
+        block.memories = ctypes.pointer(to)
+        self._held.append(to)
+        for name in ("in_proj", "q_proj", "gate_proj", "out_proj"):
+            module: Any = getattr(mixer, name)
             setattr(to, name, None if module is None else self._matrix(module.weight, d, d))
         W = c.conv_window or 1
-        to.gain, to.out_gain = self._at(block.norm.weight, d), self._at(mixer.norm_gain, d)
-        to.conv, to.tail = self._at(mixer.conv, W * d), self._at(state.conv_tail, B * (W - 1) * d)
-        self._memories(to, mixer, state, B)
-        of = (_Level * len(levels or ()))()
-        for level, at in zip(levels or (), of):
-            at.N, at.gain = block.cms.config.hidden, self._at(level["norm_gain"], d)
-            at.up, at.down = self._rows(level["up"], at.N, d, B), self._rows(level["down"], d, at.N, B)
-        self._held.append(of)
-        to.levels, to.level = len(of), ctypes.cast(of, ctypes.POINTER(_Level))
-
-    def _memories(self, to: _Block, mixer: SelfModifyingTitans, state: TitansState, B: int) -> None:
-        c, H, D = mixer.config, mixer.config.num_heads, mixer.config.head_dim
+        to.out_gain, to.conv = self._at(mixer.norm_gain, d), self._at(mixer.conv, W * d)
+        to.tail = self._at(state.conv_tail, B * (W - 1) * d)
         shapes = Layout.of(c).shapes(B, H)
         slots = B * max(c.chunk_memory, c.chunk_other) * H
         counts = [size_of(s) for s in shapes] + [slots * D, slots * D, slots, slots]
@@ -234,12 +194,12 @@ class NativeStep:
             t = getattr(state, name)
             where[name] = self._at(t, count)
             if t is not None:
-                self._seen.append((state, name, t))
+                self._seen.append((state, name))
         if state.count is not None:
             to.count = address(state.count, B, "count", torch.int64)
-            self._seen.append((state, "count", state.count))
+            self._seen.append((state, "count"))
         if state.conv_tail is not None:
-            self._seen.append((state, "conv_tail", state.conv_tail))
+            self._seen.append((state, "conv_tail"))
         if c.retain_to == "init":
             for name, t, count in zip(("base2", "base1", "base1s"), mixer.w_init, counts):
                 where[name] = self._at(t, count // B if B else 0)
@@ -249,6 +209,36 @@ class NativeStep:
             len=ctypes.addressof(self._ones),
         )
         to.packed = self._new(floats("hope_token_packed", to.titans)).data_ptr()
+
+    def _attention(self, block: _Block, of: Any, state: AttentionState) -> None:
+        layer, to = of.mixer, AttentionBlock()
+        block.attention = ctypes.pointer(to)
+        self._held.append(to)
+        d, D, (H, kv_heads) = layer.config.d_model, layer.head_dim, layer.config.heads
+        for name, rows in (("q_proj", H * D), ("k_proj", kv_heads * D), ("v_proj", kv_heads * D)):
+            module = getattr(layer, name)
+            setattr(to, name, self._matrix(module.weight, rows, d))
+            setattr(to, f"{name[0]}_bias", self._at(module.bias, rows))
+        to.o_proj = self._matrix(layer.o_proj.weight, d, H * D)
+        if layer.q_norm is not None:
+            to.q_gain, to.k_gain = self._at(layer.q_norm.weight, D), self._at(layer.k_norm.weight, D)
+        if of.post_norm is not None:
+            to.post_gain = self._at(of.post_norm.weight, d)
+        angles = self._angles.setdefault(Angles.key(layer), Angles(layer))
+        self._caches.append(Cache(to, layer, state, angles))
+        self._seen += [(state, "k"), (state, "v")]
+
+    def _levels(self, to: _Block, block: Any, levels: list[Level] | None, B: int) -> None:
+        found = (_Level * len(levels or ()))()
+        for level, at in zip(levels or (), found):
+            c, d = block.cms.config, block.cms.config.d_model
+            at.kind, at.N = _KINDS[c.mlp], c.hidden
+            at.gain, at.post_gain = self._at(level["norm_gain"], d), self._at(level.get("post_gain"), d)
+            at.up, at.down = self._rows(level["up"], at.N, d, B), self._rows(level["down"], d, at.N, B)
+            if c.gated:
+                at.gate = self._rows(level["gate"], at.N, d, B)
+        self._held.append(found)
+        to.levels, to.level = len(found), ctypes.cast(found, ctypes.POINTER(_Level))
 
     def _rows(self, W: Tensor | Matrix, rows: int, K: int, B: int) -> int:
         """The addresses of every row's own matrix."""
@@ -273,6 +263,10 @@ class NativeStep:
         to = self._new(-(-rows // 8) * 8 * K)
         _strips(rows, K, address(W, rows * K), to.data_ptr())
         return to
+
+
+def _window(config: HopeConfig) -> int:
+    return 0 if config.titans is None else config.titans.conv_window or 0
 
 
 def floats(name: str, call: ctypes.Structure) -> int:

@@ -89,7 +89,7 @@ def read(model: Any, h: Tensor, state: ModelState, lengths: list[int]) -> tuple[
 def _after(mixer: CausalAttention, state: AttentionState, lengths: list[int]) -> AttentionState:
     """``state`` once ``lengths`` more tokens are in its cache."""
     pos = Counters([p + n for p, n in zip(state.pos, lengths)])
-    return trimmed(replace(state, pos=pos, base=Counters(state.base)), mixer._keep, mixer.sinks)
+    return trimmed(replace(state, pos=pos, base=Counters(state.base)), mixer.keep, mixer.sinks)
 
 
 class _Reading:
@@ -116,7 +116,7 @@ class _Reading:
         if mixer.q_norm is not None and mixer.k_norm is not None:
             to.q_gain, to.k_gain = self._at(mixer.q_norm.weight, D), self._at(mixer.k_norm.weight, D)
         to.cos, to.sin = self._turn(mixer, state.pos, None)
-        farthest = mixer._farthest
+        farthest = mixer.farthest
         if farthest is not None and max(p + n for p, n in zip(state.pos, self.given)) > farthest + 1:
             to.far_cos, to.far_sin = self._turn(mixer, state.pos, farthest)
         slots, rows = state.k.shape[1], [row_array(of, B) for of in (state.used(), list(state.base))]
@@ -140,7 +140,7 @@ class _Reading:
         T, D = self.h.shape[1], mixer.head_dim
         key = (tuple(mixer.rates.tolist()), tuple(pos), most)
         if key not in self._turns:
-            self._turns[key] = mixer._rotation(pos, T, self.h, most)
+            self._turns[key] = mixer.rotation(pos, T, self.h, most)
         cos, sin = self._turns[key]
         self.rotations = cos.shape[0]
         return self._at(cos, cos.shape[0] * T * D // 2), self._at(sin, cos.shape[0] * T * D // 2)

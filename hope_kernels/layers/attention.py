@@ -336,10 +336,10 @@ class CausalAttention(nn.Module):
         q, k, v = [self._heads(project(m, x, ops)) for m in (self.q_proj, self.k_proj, self.v_proj)]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._normed(self.q_norm, q, ops), self._normed(self.k_norm, k, ops)
-        far, farthest = None, self._farthest
+        far, farthest = None, self.farthest
         if farthest is not None and max(p + n for p, n in zip(state.pos, lengths)) > farthest + 1:
-            far = rotate(q, *self._rotation(state.pos, T, x, farthest))
-        cos, sin = self._rotation(state.pos, T, x)
+            far = rotate(q, *self.rotation(state.pos, T, x, farthest))
+        cos, sin = self.rotation(state.pos, T, x)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         used, graph = state.used(), torch.is_grad_enabled()
         new = state
@@ -347,7 +347,7 @@ class CausalAttention(nn.Module):
         stores = update and (not graph or constant_memory) and not (constant_memory and state.diverged(lengths))
         if stores:
             with torch.no_grad():
-                new = stored(state, k.detach(), v.detach(), lengths, self._keep, self.sinks)
+                new = stored(state, k.detach(), v.detach(), lengths, self.keep, self.sinks)
         if stores and not graph and new.base == state.base:
             keys, values = new.k, new.v
         else:
@@ -358,7 +358,7 @@ class CausalAttention(nn.Module):
             # full: backward needs keys and values as they are, after a shorter row too
             full = [keys.shape[1]] * len(pos)
             new = replace(state, pos=pos, k=kept[0], v=kept[1], base=Counters(state.base), filled=full)
-            new = trimmed(new, self._keep, self.sinks)
+            new = trimmed(new, self.keep, self.sinks)
         y = project(self.o_proj, attend(self.config, q, keys, values, used, lengths, state.base, far).flatten(2), ops)
         y = y if across is None else across.total(y)
         if valid is not None:
@@ -375,7 +375,7 @@ class CausalAttention(nn.Module):
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (-1, self.head_dim))
 
-    def _rotation(self, pos: list[int], T: int, x: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    def rotation(self, pos: list[int], T: int, x: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, 1, D/2] (or [1, ...] for rows at one position), in fp32 (fp64 for fp64). most:
         the position of all tokens after it too."""
         dtype = master_dtype(x.dtype)
@@ -389,12 +389,12 @@ class CausalAttention(nn.Module):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     @property
-    def _keep(self) -> int | None:
+    def keep(self) -> int | None:
         """Tokens a row may still need: sinks, window, and one segment, by which a learning model may go back.
         None: all."""
         return None if self.window is None else self.sinks + self.window + self.config.segment
 
     @property
-    def _farthest(self) -> int | None:
+    def farthest(self) -> int | None:
         """The position from which all later queries see the sinks. None: there are no sinks."""
         return self.sinks + self.window - 1 if self.sinks and self.window is not None else None

@@ -206,5 +206,5 @@ void whole() {
 int main(int count, char** arguments) {
   if (count > 1 && hope_cpu_width(std::atoi(arguments[1])) != std::atoi(arguments[1])) return 3;
   scans(), reads(), layers(), projections(), attention(), attention_model(), levels(), whole();
-  show("model's steps", stepped(1));
+  show("model's steps", stepped(1)), show("steps with attention", attended(1));
 }

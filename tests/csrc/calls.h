@@ -146,10 +146,11 @@ inline Floats stepped(int64_t threads) {
   const Floats base2 = draw(H * 5 * N * D, 0.1f), base1 = draw(H * 3 * D * N, 0.1f), base1s = draw(H * 2 * N, 0.1f);
   const Floats square = draw(d * d, 0.06f), up = draw(U * d, 0.06f), down = draw(d * U, 0.04f);
   const std::vector<const float*> ups(B, up.data()), downs(B, down.data());
-  const TokenLevel level{U, one.data(), ups.data(), downs.data()};
+  const TokenLevel level{GELU_LEVEL, U, one.data(), nullptr, ups.data(), nullptr, downs.data()};
   std::vector<int64_t> pos(B), len(B, 1), ids(B);
   Floats delta2[2], delta1[2], delta1s[2], k[2], v[2], eta[2], alpha[2], tail[2], packed[2];
-  TokenBlock blocks[2] = {};
+  TokenMemories memories[2];
+  TokenBlock blocks[2];
   for (int i = 0; i < 2; i++) {
     delta2[i].resize(B * H * 5 * N * D), delta1[i].resize(B * H * 3 * D * N), delta1s[i].resize(B * H * 2 * N);
     k[i].resize(B * C * d), v[i].resize(B * C * d), eta[i].resize(B * C * H), alpha[i].resize(B * C * H);
@@ -164,10 +165,11 @@ inline Floats stepped(int64_t threads) {
     t.pending_eta = eta[i].data(), t.pending_alpha = alpha[i].data(), t.pos = pos.data(), t.len = len.data();
     packed[i].resize(hope_token_packed(&t));
     const float* w = square.data();
-    blocks[i] = {one.data(), conv.data(), tail[i].data(), w, w, w, w, one.data(), t, packed[i].data(), 1, &level};
+    memories[i] = {conv.data(), tail[i].data(), w, w, w, w, one.data(), t, packed[i].data(), nullptr};
+    blocks[i] = {one.data(), &memories[i], nullptr, 1, &level};
   }
   Floats logits(B * V);
-  TokenCall c{B, d, W, V, 2, threads, 1, 1e-6f, ids.data(), embed.data(), one.data(), embed.data(), blocks,
+  TokenCall c{B, d, W, V, 2, threads, 1, 1e-6f, 1, ids.data(), embed.data(), one.data(), embed.data(), blocks,
               logits.data(), nullptr};
   Floats work(hope_token_work(&c));
   c.work = work.data();
@@ -178,6 +180,48 @@ inline Floats stepped(int64_t threads) {
     for (int64_t& p : pos) p++;
   }
   for (const Floats* more : {&delta2[0], &delta1[1], &tail[1]}) logits.insert(logits.end(), more->begin(), more->end());
+  return logits;
+}
+
+// Logits, keys and values after 20 tokens of 16 rows, at different places, through two blocks of attention, one of them
+// with a window and sinks, and a gated level each.
+inline Floats attended(int64_t threads) {
+  Draw draw;
+  const int64_t B = 16, d = 128, H = 6, Hkv = 2, D = 24, V = 40, U = 256, slots = 32, wide = H * D, kv = Hkv * D;
+  const Floats embed = draw(V * d, 1), gain = draw(d, 1), head = draw(D, 1), bias = draw(wide, 1);
+  const Floats q_proj = draw(wide * d, 0.1f), kv_proj = draw(kv * d, 0.1f), o_proj = draw(d * wide, 0.1f);
+  const Floats up = draw(U * d, 0.1f), down = draw(d * U, 0.1f);
+  const std::vector<const float*> ups(B, up.data()), downs(B, down.data());
+  const float *n = gain.data(), *w = kv_proj.data();
+  const TokenLevel levels[2] = {{SWIGLU_LEVEL, U, n, nullptr, ups.data(), ups.data(), downs.data()},
+                                {GEGLU_LEVEL, U, n, n, ups.data(), ups.data(), downs.data()}};
+  std::vector<int64_t> used(B), base(B), len(B, 1), ids(B);
+  for (int64_t b = 0; b < B; b++) used[b] = b % 5, base[b] = 7 * b;
+  const Floats cos = draw(B * D / 2, 1), sin = draw(B * D / 2, 1);
+  Floats k[2], v[2];
+  TokenAttention attention[2];
+  TokenBlock blocks[2];
+  for (int i = 0; i < 2; i++) {
+    k[i].resize(B * slots * kv), v[i].resize(B * slots * kv);
+    AttentionCall call{};
+    call.B = B, call.T = 1, call.H = H, call.Hkv = Hkv, call.D = D, call.slots = slots, call.scale = 0.2f;
+    call.used = used.data(), call.base = base.data(), call.len = len.data();
+    const float *far = nullptr, *more = i ? bias.data() : nullptr, *norm = i ? head.data() : nullptr;
+    if (i) call.window = 7, call.sinks = 3, far = sin.data();
+    attention[i] = {call, k[i].data(), v[i].data(), q_proj.data(), w, w, o_proj.data(), more, more, more, norm, norm,
+                    i ? n : nullptr, cos.data(), sin.data(), far, far, D / 2};
+    blocks[i] = {n, nullptr, &attention[i], 1, &levels[i]};
+  }
+  Floats logits(B * V);
+  TokenCall c{B, d, 0, V, 2, threads, 1, 1e-6f, 1, ids.data(), embed.data(), n, embed.data(), blocks, logits.data(), nullptr};
+  Floats work(hope_token_work(&c));
+  c.work = work.data();
+  for (int64_t t = 0; t < 20; t++) {
+    for (int64_t b = 0; b < B; b++) ids[b] = (7 * t + 3 * b) % V;
+    if (int outcome = hope_token_step(&c)) std::printf("refused: %d\n", outcome), std::exit(2);
+    for (int64_t& u : used) u++;
+  }
+  for (const Floats* more : {&k[0], &v[0], &k[1], &v[1]}) logits.insert(logits.end(), more->begin(), more->end());
   return logits;
 }
 

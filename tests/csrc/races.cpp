@@ -15,10 +15,12 @@ int main() {
         changed++, std::printf("case %d: other bits with %d threads\n", index, int(threads));
     index++;
   }
-  const Floats alone = stepped(1);
-  for (int64_t threads : {2, 3})
-    if (std::memcmp(alone.data(), stepped(threads).data(), 4 * alone.size()))
-      changed++, std::printf("a step: other bits with %d threads\n", int(threads));
+  for (const auto step : {stepped, attended}) {
+    const Floats alone = step(1);
+    for (int64_t threads : {2, 3})
+      if (std::memcmp(alone.data(), step(threads).data(), 4 * alone.size()))
+        changed++, std::printf("a step: other bits with %d threads\n", int(threads));
+  }
   Draw draw;
   const Floats g = draw(70 * 200, 1);
   Floats one = g;

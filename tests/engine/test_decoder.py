@@ -42,6 +42,7 @@ def variants():
         (CMSConfig(8, (4,), lr=0.02, expansion=1.0), CMSConfig(8, (8, 16), lr=0.01, expansion=1.0))
     )
     yield "segments of one", tiny(CMSConfig(8, (1, 3), lr=0.02))
+    yield "attention", tiny(mixer="attention", num_heads=2, window=9, sinks=2)
     yield "rate zero", tiny(CMSConfig(8, (4, 8), lr=0.0))
 
 
@@ -187,8 +188,8 @@ def test_errors():
     attention = HopeForCausalLM(
         HopeConfig(V, 8, 1, mixer="attention", num_heads=2, num_kv_heads=1, cms=CMSConfig(8, (4,)))
     )
-    with pytest.raises(ValueError, match="has attention"):
-        Decoder(attention, attention.init_state(1))
+    with pytest.raises(ValueError, match="capture is True, and the model has attention"):
+        Decoder(attention, attention.init_state(1), capture=True)
     with pytest.raises(ValueError, match="learn is 'on'"):
         Decoder(model, state, "on")
     with pytest.raises(ValueError, match="argument state belongs to"):

@@ -244,13 +244,15 @@ def test_generation_is_what_it_is_without(how, learn, monkeypatch):
 
 def test_what_is_not_served_is_named():
     model = small()
-    assert native.unserved_step(model, None) is None and native.unserved(model, "cpp") is None
+    assert native.unserved_step(model, None) is None and native.unserved_step(model, "cpp") is None
     assert "chunked" in native.unserved_step(model, "chunked")
     assert "float64" in native.unserved_step(small().double(), None)
     assert "rank" in native.unserved_step(small(cms={"rank": 2, "optimizer": "adam"}), None)
     assert "geglu" in native.unserved_step(small(cms={"mlp": "geglu"}), None)
     assert "scalar_skip" in native.unserved_step(small(titans={"scalar_skip": True}), None)
     assert "momentum" in native.unserved_step(small(titans={"momentum": 0.9}), None)
+    scaled = small(embed_scale=2.0)
+    assert native.unserved_step(scaled, None) is None and "scale" in native.unserved(scaled, None)
     hooked = small()
     hooked.blocks[1].cms.register_forward_hook(lambda *_: None)
     assert "blocks.1.cms" in native.unserved_step(hooked, None)
@@ -312,7 +314,9 @@ def test_the_library_refuses_what_does_not_fit():
         for value in values:
             blocks = type(call.block.contents) * 2
             copied = blocks.from_buffer_copy(ctypes.cast(call.block, ctypes.POINTER(blocks)).contents)
-            setattr(copied[1].titans, name, value)
+            memories = type(copied[1].memories.contents).from_buffer_copy(copied[1].memories.contents)
+            setattr(memories.titans, name, value)
+            copied[1].memories = ctypes.pointer(memories)
             wrong = type(call).from_buffer_copy(call)
             wrong.block = ctypes.cast(copied, type(call.block))
             assert step(ctypes.byref(wrong)) == 2, (name, value)
@@ -340,6 +344,20 @@ def test_who_decodes_alone_looks_at_the_weights_once():
     model.embed.weight.copy_(doubled)
     other.adopt(model)
     assert torch.equal(changed, model(text[:, :1], other)[0]) and str(state.fingerprint) == str(other.fingerprint)
+
+
+@torch.no_grad()
+def test_decoders_share_what_they_keep_of_a_models_matrices():
+    model, text = built("default"), ids(1, 5)
+    first, second = (Decoder(model, model.init_state(1)) for _ in range(2))
+    assert torch.equal(first.step(text[:, :1]), second.step(text[:, :1]))
+    assert first._strips is second._strips and len(first._strips) > 8
+    held = {of[2].data_ptr() for of in first._strips.values()}
+    assert held == {of[2].data_ptr() for of in Decoder(model, model.init_state(1))._strips.values()}
+    model.blocks[0].mixer.q_proj.weight.mul_(0.5)
+    want, _ = model(text[:, 1:2], first.state.clone())
+    assert all(torch.equal(decoder.step(text[:, 1:2]), want) for decoder in (first, second))
+    assert first._strips is second._strips
 
 
 @torch.no_grad()

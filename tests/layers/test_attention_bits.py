@@ -3,48 +3,16 @@ one call, any split, token by token, a row among others, files, threads and widt
 
 import pytest
 import torch
+from attention_model import OPTIONS, D, built, config, converted, ids, moved
 
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, load_state
+from hope_kernels import load_state
 from hope_kernels.layers.attention import CausalAttention
 from hope_kernels.ops.shared import cpu_library
 
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
-V, D, T = 60, 48, 200  # past several renewals of a cache with a window
-OPTIONS = {
-    "full": {},
-    "grouped, biases": {"num_heads": 6, "num_kv_heads": 2, "attention_bias": True},
-    "window": {"window": 21, "num_kv_heads": 1},
-    "window and sinks": {"window": 13, "sinks": 5, "attention_bias": True},
-    "more sinks than window": {"window": 3, "sinks": 9},
-    "norms, a scale, wider heads": {"qk_norm": True, "attention_scale": 0.3, "head_dim": 24, "window": 40, "sinks": 2},
-    "norms behind, scaled RoPE": {"post_norm": True, "rope_scaling": {"rope_type": "linear", "factor": 2},
-                                  "tie_embeddings": False, "num_kv_heads": 3},
-}
+T = 200  # past several renewals of a cache with a window
 named = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-
-
-def config(options) -> HopeConfig:
-    cms = CMSConfig(D, (4, 16), expansion=2.0, lr=0.02)
-    return HopeConfig(V, D, 2, mixer="attention", cms=cms, **{"num_heads": 3, **options})
-
-
-def moved(module):
-    """With every weight off its initial value."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return module.eval()
-
-
-def built(options) -> HopeForCausalLM:
-    torch.manual_seed(1)
-    return moved(HopeForCausalLM(config(options)))
-
-
-def ids(batch: int, tokens: int = T, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, V, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def in_parts(read, x, cuts, state=None):
@@ -76,7 +44,7 @@ def test_a_layer(options):
 @named
 @torch.no_grad()
 def test_a_model_over_splits_and_token_by_token(options):
-    model, text = built(options), ids(2)
+    model, text = built(options), ids(2, T)
     _, learned = model(ids(2, 37, 5), learn="next_token")  # levels of their own, and a cache that stands elsewhere
     for start in (model.init_state(2), learned):
         whole, _ = model(text, start.clone())
@@ -103,7 +71,7 @@ def test_rows_of_a_ragged_batch_and_files(options, tmp_path):
 @named
 @torch.no_grad()
 def test_threads_and_widths(options):
-    model, text = built(options), ids(3)
+    model, text = built(options), ids(3, T)
     ask, before = cpu_library.library().hope_cpu_width, torch.get_num_threads()
     most, whole = ask(0), model(text)[0]
     try:
@@ -131,11 +99,7 @@ def test_what_is_written_has_the_bits_of_what_is_read():
 @torch.no_grad()
 def test_a_converted_model_keeps_bits_over_splits_when_asked_to(mlp, post_norm):
     """By default it has those of its original (tests/test_convert.py), as far as calls go."""
-    levels = CMSConfig(D, (4, 16), mlp=mlp, post_norm=post_norm, intermediate_size=72, lr=0.02)
-    settings = config(OPTIONS["grouped, biases"]).replace(
-        rope_dtype="float32", cms=levels, post_norm=post_norm, qk_norm=post_norm, window=30
-    )
-    model, text = moved(HopeForCausalLM(settings)), ids(2, 150)
+    model, text = built(converted(mlp, post_norm)), ids(2, 150)
     _, learned = model(ids(2, 21, 5), learn="next_token", backend="cpp")
     for start in (model.init_state(2), learned):
         whole, _ = model(text, start.clone(), backend="cpp")

@@ -1,0 +1,75 @@
+// Whether the sizes and pointers of a decoder's step fit each other (check.h).
+#pragma once
+#include "attention_call.h"
+#include "check.h"
+#include "token.h"
+#include "vec.h"
+
+inline bool memories_fit(const TokenMemories& m, const TokenCall& c) {
+  const TitansCall& t = m.titans;
+  const int64_t big = std::max(t.chunk_memory, t.chunk_other), small = std::min(t.chunk_memory, t.chunk_other);
+  return all_given({m.q_proj, m.packed}) && (!m.conv || (c.W >= 1 && (c.W == 1 || m.tail))) && t.B == c.B &&
+         t.T == 1 && t.H > 0 && width(t.D) && width(t.N) && t.H * t.D == c.d && t.Mf == 3 &&
+         t.Ms == 1 + (t.retention != 0) && t.self_modifying && t.update && !t.scalar_skip && !t.kept2 && !t.s2 &&
+         small > 0 &&
+         big <= LARGEST && big % small == 0 && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) &&
+         extents({c.B, big, t.H, t.D}) && extents({big, t.Mf + t.Ms, t.N + 1}) && t.activation >= GELU_TANH &&
+         t.activation <= SILU && rows_fit(c.B, 1, t.pos, t.len) && !t.base2 == !t.base1 && !t.base2 == !t.base1s &&
+         all_given({t.delta2, t.delta1, t.delta1s, t.pending_k, t.pending_v}) &&
+         all_given({t.pending_eta, t.eta_bias, t.pos, t.len}) &&
+         (!t.retention || all_given({t.pending_alpha, t.alpha_bias}));
+}
+
+// But for the caches, which may be full until the token is read.
+inline bool attention_fits(const TokenAttention& m, const TokenCall& c) {
+  const AttentionCall& a = m.call;
+  return attention_sizes_fit(a) && a.B == c.B && a.T == 1 && a.D % 2 == 0 && a.D <= 1 << 16 && a.H <= 1 << 16 &&
+         extents({c.d, a.H, a.D}) && all_given({m.q_proj, m.k_proj, m.v_proj, m.o_proj}) && !m.q_gain == !m.k_gain &&
+         (!m.q_gain || width(a.D));
+}
+
+inline bool level_fits(const TokenLevel& level, const TokenCall& c) {
+  if (!width(level.N) || level.kind < GELU_LEVEL || level.kind > GEGLU_LEVEL ||
+      (level.kind == GELU_LEVEL) != !level.gate || !all_given({level.gain, level.up, level.down}))
+    return false;
+  for (int64_t b = 0; b < c.B; b++)
+    if (!all_given({level.up[b], level.down[b]}) || (level.gate && !level.gate[b])) return false;
+  return true;
+}
+
+inline bool block_fits(const TokenBlock& block, const TokenCall& c) {
+  if (!block.gain || !block.memories == !block.attention || block.levels < 0 || (block.levels && !block.level))
+    return false;
+  if (block.memories ? !memories_fit(*block.memories, c) : !attention_fits(*block.attention, c)) return false;
+  for (int64_t l = 0; l < block.levels; l++)
+    if (!level_fits(block.level[l], c)) return false;
+  return true;
+}
+
+inline bool step_fits(const TokenCall* c) {
+  if (!c || c->B < 0 || !width(c->d) || c->W < 0 || c->blocks < 0 || c->vocab < 1 || !threads_fit(c->threads) ||
+      !extents({c->B, c->W + 1, c->d, c->blocks + 1}) || !extents({c->vocab, c->d}) || !extents({c->B, c->vocab}))
+    return false;
+  if (!all_given({c->ids, c->embed, c->gain, c->head, c->logits}) || (c->blocks && !c->block)) return false;
+  for (int64_t b = 0; b < c->B; b++)
+    if (c->ids[b] < 0 || c->ids[b] >= c->vocab) return false;
+  for (int64_t i = 0; i < c->blocks; i++)
+    if (!block_fits(c->block[i], *c)) return false;
+  return true;
+}
+
+// Whether every row has angles, and a slot for the token.
+inline bool caches_fit(const TokenCall& c) {
+  for (int64_t i = 0; i < c.blocks; i++) {
+    const TokenAttention* m = c.block[i].attention;
+    if (!m) continue;
+    if (!all_given({m->cos, m->sin, m->k, m->v, m->call.used, m->call.base, m->call.len}) ||
+        !m->far_cos != !m->call.sinks || !m->far_sin != !m->call.sinks || m->ahead < 0 || m->ahead > LARGEST ||
+        !m->far_cos != !m->call.sinks || !m->far_sin != !m->call.sinks || m->ahead < 0 || m->ahead > LARGEST ||
+        !attention_rows_fit(m->call))
+      return false;
+    for (int64_t b = 0; b < c.B; b++)
+      if (m->call.len[b] != 1) return false;
+  }
+  return true;
+}

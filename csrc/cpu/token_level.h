@@ -1,0 +1,30 @@
+// A CMS level in a decoder's step.
+#pragma once
+#include "token_state.h"
+
+inline void read_level(const TokenState& s, const TokenLevel& level) {
+  const TokenBuffers& w = s.w;
+  const int64_t B = s.B, d = s.d, N = level.N;
+  s.norm(level.gain);
+  auto inner = [&](const float* const* W, float* y) {
+    product(s.team, B, N, d, w.n, [=](int64_t b) { return W[b]; },
+            [=](int64_t b, int64_t r, float sum) { y[b * N + r] = sum; });
+  };
+  inner(level.up, w.hidden);
+  if (level.gate) inner(level.gate, w.gates);
+  s.team.sync();
+  const Range own = s.team.share(0, B * N, 8);
+  auto activate = [&](auto f) {
+    const FlushDenormals flush;
+    for (int64_t i = own.begin; i < own.end; i += 8) store(w.hidden + i, f(i, load(w.hidden + i)));
+  };
+  if (level.kind == SWIGLU_LEVEL) activate([&](int64_t i, f8 z) { return sigma<SILU>(load(w.gates + i)) * z; });
+  else if (level.kind == GEGLU_LEVEL) activate([&](int64_t i, f8 z) { return sigma<GELU_TANH>(load(w.gates + i)) * z; });
+  else activate([](int64_t, f8 z) { return sigma<GELU_TANH>(z); });
+  s.team.sync();
+  float* const out = level.post_gain ? w.x : w.h;
+  const bool joins = out == w.h;
+  product(s.team, B, d, N, w.hidden, [&](int64_t b) { return level.down[b]; },
+          [=](int64_t b, int64_t r, float sum) { out[b * d + r] = joins ? out[b * d + r] + sum : sum; });
+  if (!joins) s.join(w.x, level.post_gain);
+}

@@ -1,0 +1,122 @@
+// The memories of a block in a decoder's step: the bits of hope_titans_scan, and the chunks are committed by its code.
+#pragma once
+#include "titans_heads.h"
+#include "token_state.h"
+#include "width.h"
+
+class MemoriesStep {
+ public:
+  // tails: [B, W - 1, d] of the work space, what the next token's convolution needs
+  MemoriesStep(const TokenState& step, const TokenMemories& memories, float* tails)
+      : s(step), c(step.c), w(step.w), m(memories), t(memories.titans), tails(tails), B(step.B), d(step.d) {}
+
+  void read(const float* gain) const {
+    s.norm(gain);
+    const float *u = w.n, *x = w.n;
+    if (m.conv) {
+      s.each(B, [&](int64_t b) { convolve(b); });
+      u = x = w.u;
+      s.team.sync();
+    }
+    if (m.in_proj) {
+      s.project(d, d, u, m.in_proj, w.x);
+      x = w.x;
+      s.team.sync();
+    }
+    s.project(d, d, x, m.q_proj, w.q);
+    if (m.gate_proj) s.project(d, d, w.n, m.gate_proj, w.gate);
+    s.team.sync();
+    s.each(B * t.H, [&](int64_t g) { head(g, x); });
+    s.team.sync();
+    // the heads of a row, [H, D], are its d numbers
+    if (m.out_proj) {
+      product(s.team, B, d, d, w.o, shared(m.out_proj), [&](int64_t b, int64_t r, float y) { w.h[b * d + r] += y; });
+    } else {
+      s.each(B, [&](int64_t b) {
+        const FlushDenormals flush;
+        for (int64_t i = b * d; i < (b + 1) * d; i += 8) store(w.h + i, load(w.h + i) + load(w.o + i));
+      });
+    }
+  }
+
+  // Commits the chunks that are full, and keeps the inputs of the next token's convolution. scratch: what a scan
+  // works with, and own: what each of its threads has to itself; null where no chunk is full.
+  void advance(float* scratch, float* own) const {
+    s.each(B * t.H, [&](int64_t g) {
+      const int64_t b = g / t.H, h = g % t.H;
+      if (!closes(t, b)) return;
+      (wide() ? avx512::commit_open : commit_open)(t, b, h, slot(t, b) + 1, scratch, own);
+      pack(t, b, h, m.packed + g * packed_floats(t));
+    });
+    for (int64_t b = 0; m.count && s.team.id == 0 && b < B; b++) m.count[b]++;
+    const int64_t n = (c.W - 1) * d;
+    if (m.conv && n) s.each(B, [&](int64_t b) { std::memcpy(m.tail + b * n, tails + b * n, n * sizeof(float)); });
+  }
+
+  // Takes the token out of the open chunks again.
+  void undo() const {
+    s.each(B * t.H, [&](int64_t g) {
+      const TokenRead to = place(g);
+      std::memset(to.k, 0, t.D * sizeof(float));
+      std::memset(to.v, 0, t.D * sizeof(float));
+      *to.eta = 0;
+      if (t.retention) *to.alpha = 0;
+    });
+  }
+
+  // Whether row b's token closes a chunk.
+  static bool closes(const TitansCall& t, int64_t b) {
+    return (slot(t, b) + 1) % std::min(t.chunk_memory, t.chunk_other) == 0;
+  }
+
+ private:
+  const TokenState& s;
+  const TokenCall& c;
+  const TokenBuffers& w;
+  const TokenMemories& m;
+  const TitansCall& t;
+  float* const tails;
+  const int64_t B, d;
+
+  static int64_t slot(const TitansCall& t, int64_t b) { return t.pos[b] % std::max(t.chunk_memory, t.chunk_other); }
+
+  // w.u_b: as hope_conv has it.
+  void convolve(int64_t b) const {
+    const int64_t W = c.W;
+    const float *before = m.tail + b * (W - 1) * d, *now = w.n + b * d;
+    for (int64_t i = 0; i < d; i++) {
+      const float* weight = m.conv + i * W;
+      float sum = weight[0] * (W > 1 ? before[i] : now[i]);
+      for (int64_t j = 1; j < W; j++) sum = std::fma(weight[j], j < W - 1 ? before[j * d + i] : now[i], sum);
+      w.u[b * d + i] = sum;
+    }
+    if (W == 1) return;
+    float* next = tails + b * (W - 1) * d;
+    std::memcpy(next, before + d, (W - 2) * d * sizeof(float));
+    std::memcpy(next + (W - 2) * d, now, d * sizeof(float));
+  }
+
+  // Where head g of the batch reads and writes.
+  TokenRead place(int64_t g) const {
+    const int64_t b = g / t.H, h = g % t.H, at = (b * std::max(t.chunk_memory, t.chunk_other) + slot(t, b)) * t.H + h;
+    return {w.q + g * t.D, nullptr, w.o + g * t.D, t.pending_k + at * t.D, t.pending_v + at * t.D,
+            t.pending_eta + at, t.retention ? t.pending_alpha + at : nullptr, t.eta_bias[h],
+            t.retention ? t.alpha_bias[h] : 0};
+  }
+
+  void head(int64_t g, const float* x) const {
+    TokenRead to = place(g);
+    to.x = x + g * t.D;
+    if (t.qk_l2norm) unit_row(to.q, t.D, w.q + g * t.D);
+    const FlushDenormals flush;
+    float* hidden = w.own + s.team.id * w.ahead;
+    const float* W = m.packed + g * packed_floats(t);
+    switch (t.activation) {
+      case GELU: read_token<GELU>(t, W, to, hidden); break;
+      case SILU: read_token<SILU>(t, W, to, hidden); break;
+      default: read_token<GELU_TANH>(t, W, to, hidden);
+    }
+    const float* gain = m.out_gain ? m.out_gain + g % t.H * t.D : nullptr;
+    gate_row(to.o, gain, m.gate_proj ? w.gate + g * t.D : nullptr, t.D, to.o);
+  }
+};
