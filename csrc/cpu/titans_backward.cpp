@@ -29,7 +29,7 @@ bool fits(const TitansBackward& a) {
 }  // namespace
 
 extern "C" int hope_titans_backward(const TitansBackward* call) {
-  if (!call) return BAD_ARGUMENT;
+  if (!call || !sizes_fit(call->call)) return BAD_ARGUMENT;
   if (call->call.B * call->call.T == 0) return DONE;
   if (!fits(*call)) return BAD_ARGUMENT;
   try {

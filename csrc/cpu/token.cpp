@@ -68,20 +68,19 @@ bool finite(const float* x, int64_t n) {
 }
 
 int team_of(const TokenCall& c) {
-  double work = static_cast<double>(c.vocab * c.d);
+  double products = 1.0 * c.vocab * c.d;  // of a row
   for (int64_t i = 0; i < c.blocks; i++) {
     const TokenBlock& block = c.block[i];
     if (const TokenMemories* m = block.memories) {
-      work += static_cast<double>(4 * c.d * c.d + m->titans.H * packed_floats(m->titans));
+      products += 4.0 * c.d * c.d + m->titans.H * packed_floats(m->titans);
     } else {
       const AttentionCall& a = block.attention->call;
       const int64_t keys = a.window ? std::min(a.slots, a.window + a.sinks) : a.slots;
-      work += static_cast<double>(2 * (a.H + a.Hkv) * a.D * c.d) + 2.0 * static_cast<double>(a.H * a.D * keys);
+      products += 2.0 * (a.H + a.Hkv) * a.D * c.d + 2.0 * a.H * a.D * keys;
     }
-    for (int64_t l = 0; l < block.levels; l++)
-      work += static_cast<double>((block.level[l].gate ? 3 : 2) * c.d * block.level[l].N);
+    for (int64_t l = 0; l < block.levels; l++) products += (block.level[l].gate ? 3.0 : 2.0) * c.d * block.level[l].N;
   }
-  return static_cast<int>(std::clamp<double>(static_cast<double>(c.B) * work / ALONE, 1, static_cast<double>(c.threads)));
+  return static_cast<int>(std::clamp<double>(c.B * products / ALONE, 1, c.threads));
 }
 
 }  // namespace

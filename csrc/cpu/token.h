@@ -6,13 +6,13 @@
 
 enum LevelKind { GELU_LEVEL = 0, SWIGLU_LEVEL = 1, GEGLU_LEVEL = 2 };
 
-// x + down a, or x + rmsnorm(down a) post_gain; n = rmsnorm(x) gain, a = gelu_tanh(up n), silu(gate n) (up n) or
-// gelu_tanh(gate n) (up n)
+// x + down a, or x + rmsnorm(down a) post_gain, where n = rmsnorm(x) gain and a = gelu_tanh(up n), silu(gate n) (up n)
+// or gelu_tanh(gate n) (up n).
 struct TokenLevel {
   int64_t kind, N;                                   // N: a width
   const float *gain, *post_gain;                     // [d]; post_gain: or null
-  const float *const *up, *const *gate, *const *down;  // [B]: every row's own matrix, or the one it shares: [N, d] (gate
-                                                     // null without one), [d, N]
+  // [B]: every row's own matrix, or the one it shares: [N, d], [N, d] (null for GELU_LEVEL), [d, N]
+  const float *const *up, *const *gate, *const *down;
 };
 
 // A mixer of memories that make their own k, v, eta, alpha.

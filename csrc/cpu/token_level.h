@@ -19,7 +19,7 @@ inline void read_level(const TokenState& s, const TokenLevel& level) {
     for (int64_t i = own.begin; i < own.end; i += 8) store(w.hidden + i, f(i, load(w.hidden + i)));
   };
   if (level.kind == SWIGLU_LEVEL) activate([&](int64_t i, f8 z) { return sigma<SILU>(load(w.gates + i)) * z; });
-  else if (level.kind == GEGLU_LEVEL) activate([&](int64_t i, f8 z) { return sigma<GELU_TANH>(load(w.gates + i)) * z; });
+  else if (level.gate) activate([&](int64_t i, f8 z) { return sigma<GELU_TANH>(load(w.gates + i)) * z; });
   else activate([](int64_t, f8 z) { return sigma<GELU_TANH>(z); });
   s.team.sync();
   float* const out = level.post_gain ? w.x : w.h;

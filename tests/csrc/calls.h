@@ -213,7 +213,8 @@ inline Floats attended(int64_t threads) {
     blocks[i] = {n, nullptr, &attention[i], 1, &levels[i]};
   }
   Floats logits(B * V);
-  TokenCall c{B, d, 0, V, 2, threads, 1, 1e-6f, 1, ids.data(), embed.data(), n, embed.data(), blocks, logits.data(), nullptr};
+  TokenCall c{B, d, 0, V, 2, threads, 1, 1e-6f, 1, ids.data(), embed.data(), n, embed.data(), blocks, logits.data(),
+              nullptr};
   Floats work(hope_token_work(&c));
   c.work = work.data();
   for (int64_t t = 0; t < 20; t++) {
