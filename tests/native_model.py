@@ -33,17 +33,16 @@ CASES = {
     "nested": {"cms": {"variant": "nested", "optimizer": "adam"}},
     "a head of its own": {"tie_embeddings": False},
     "one level": {"chunks": (8,), "cms": {"expansion": 4.0, "optimizer": "momentum"}},
-}
-IN_SEGMENTS = {  # whose steps are not one call
     "titans": {"mixer": "titans", "titans": {"self_modifying": False, "own_values": False, "momentum": "learned"}},
     "static": {"mixer": "titans", "titans": {"self_modifying": False, "retention": False}},
+    "skip rows": {"titans": {"scalar_skip": True, "retain_to": "zero"}},
     "momentum": {"titans": {"momentum": 0.5, "conv_window": None, "in_proj": False}},
     "learned momentum": {"titans": {"momentum": "learned", "scalar_skip": True, "chunk_other": 2}},
 }
 
 
 def built(name: str) -> HopeForCausalLM:
-    options = dict((CASES | IN_SEGMENTS)[name])
+    options = dict(CASES[name])
     if options.get("cms", {}) is None:
         torch.manual_seed(0)
         config = HopeConfig(V, 16, 2, titans=TitansConfig(16, 2, chunk_memory=4, chunk_other=4), cms=None)

@@ -61,20 +61,23 @@ inline float* to_strips(int64_t outputs, int64_t inputs, const float* A, const f
 
 // The weights of one (row, head) as ``read_token`` takes them: packed_floats(c) numbers.
 inline int64_t packed_floats(const TitansCall& c) {
-  return (c.Mf + c.Ms) * c.N * c.D + c.Mf * c.D * c.N + c.Ms * c.N;
+  return (c.Mf + c.Ms) * c.N * c.D + c.Mf * c.D * c.N + c.Ms * c.N + (c.scalar_skip ? c.Ms * c.D : 0);
 }
 
 inline void pack(const TitansCall& c, int64_t b, int64_t h, float* to) {
-  const int64_t D = c.D, N = c.N, hid = (c.Mf + c.Ms) * N, row = b * c.H + h;
+  const int64_t D = c.D, N = c.N, hid = (c.Mf + c.Ms) * N, skips = c.scalar_skip ? c.Ms : 0, row = b * c.H + h;
   auto base = [&](const float* p, int64_t n) { return p ? p + h * n : nullptr; };
-  const float *d2 = c.delta2 + row * hid * D, *d1 = c.delta1 + row * c.Mf * D * N;
-  const float *b2 = base(c.base2, hid * D), *b1 = base(c.base1, c.Mf * D * N);
+  const float *d2 = c.delta2 + row * (hid + skips) * D, *d1 = c.delta1 + row * c.Mf * D * N;
+  const float *b2 = base(c.base2, (hid + skips) * D), *b1 = base(c.base1, c.Mf * D * N);
   to = to_strips(N, D, d2, b2, to);
   to = to_strips(hid - N, D, d2 + N * D, b2 ? b2 + N * D : nullptr, to);
   for (int64_t f = 0; f < c.Mf; f++)
     to = to_strips(D, N, d1 + f * D * N, b1 ? b1 + f * D * N : nullptr, to);
-  const float *ds = c.delta1s + row * c.Ms * N, *bs = base(c.base1s, c.Ms * N);
-  for (int64_t i = 0; i < c.Ms * N; i++) to[i] = bs ? bs[i] + ds[i] : ds[i];
+  auto as_they_are = [&](int64_t n, const float* delta, const float* base) {
+    for (int64_t i = 0; i < n; i++) *to++ = base ? base[i] + delta[i] : delta[i];
+  };
+  if (c.Ms) as_they_are(c.Ms * N, c.delta1s + row * c.Ms * N, base(c.base1s, c.Ms * N));
+  as_they_are(skips * D, d2 + hid * D, b2 ? b2 + hid * D : nullptr);
 }
 
 // four_chains and squares of titans_head.h for one token
@@ -85,23 +88,28 @@ inline float four_chains_of(const float* a, const float* b, int64_t n) {
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-// hidden: hid numbers of the caller's. Memories that make their own k, v, eta, alpha, without skip rows.
+// hidden: hid numbers of the caller's. k, v, eta and alpha are made by memories that make their own.
 template <int ACT>
 void read_token(const TitansCall& c, const float* W, const TokenRead& t, float* hidden) {
   const int64_t D = c.D, N = c.N, hid = (c.Mf + c.Ms) * N;
   W = times_strips(N, D, W, t.q, hidden);
-  W = times_strips(hid - N, D, W, t.x, hidden + N);
+  if (c.self_modifying) W = times_strips(hid - N, D, W, t.x, hidden + N);
   for (int64_t i = 0; i < hid; i += 8) store(hidden + i, sigma<ACT>(load(hidden + i)));
   float* const out[3] = {t.o, t.k, t.v};
-  for (int f = 0; f < 3; f++) {
+  for (int f = 0; f < c.Mf; f++) {
     const float* in = f == 0 ? t.q : t.x;
     W = times_strips(D, N, W, hidden + f * N, out[f]);
     for (int64_t i = 0; i < D; i += 8) store(out[f] + i, load(out[f] + i) + load(in + i));
   }
+  if (!c.self_modifying) return;
   if (c.qk_l2norm) {
     const f8 n = all(1 / std::max(NORM_EPS, std::sqrt(four_chains_of(t.k, t.k, D))));
     for (int64_t i = 0; i < D; i += 8) store(t.k + i, load(t.k + i) * n);
   }
-  *t.eta = eta_of(c, four_chains_of(W, hidden + 3 * N, N), t.eta_bias);
-  if (c.retention) *t.alpha = alpha_of(c, four_chains_of(W + N, hidden + 4 * N, N), t.alpha_bias);
+  auto scalar = [&](int64_t s) {
+    const float y = four_chains_of(W + s * N, hidden + (c.Mf + s) * N, N);
+    return c.scalar_skip ? y + four_chains_of(W + c.Ms * N + s * D, t.x, D) : y;
+  };
+  *t.eta = eta_of(c, scalar(0), t.eta_bias);
+  if (c.retention) *t.alpha = alpha_of(c, scalar(1), t.alpha_bias);
 }

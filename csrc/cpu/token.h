@@ -15,13 +15,17 @@ struct TokenLevel {
   const float *const *up, *const *gate, *const *down;
 };
 
-// A mixer of memories that make their own k, v, eta, alpha.
+// A mixer of memories.
 struct TokenMemories {
   const float* conv;                                 // [d, W], or null: no convolution
   float* tail;                                       // [B, W - 1, d], advanced in place
   const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
+  const float *k_proj, *v_proj;                      // [d, d], of memories that are given theirs; else null, as these
+  const float *eta_proj, *alpha_proj, *beta_proj;    // [H, d]; beta's for a learned momentum, with
+  const float* beta_bias;                            // [H]
+  float beta;                                        // the momentum, if there is one that is not learned
   const float* out_gain;                             // [H, D], or null
-  TitansCall titans;                                 // T = 1; q, x, o, len and kept are not looked at
+  TitansCall titans;                                 // T = 1; q, x, k, v, eta, alpha, beta, o and kept are not looked at
   float* packed;                                     // hope_token_packed floats, written by hope_token_pack
   int64_t* count;                                    // [B], tokens read, advanced in place; or null
 };

@@ -24,6 +24,10 @@ class MemoriesStep {
       s.team.sync();
     }
     s.project(d, d, x, m.q_proj, w.q);
+    if (m.k_proj) s.project(d, d, x, m.k_proj, w.k), s.project(d, d, x, m.v_proj, w.v);
+    if (m.eta_proj) s.project(t.H, d, x, m.eta_proj, w.eta);
+    if (m.alpha_proj) s.project(t.H, d, x, m.alpha_proj, w.alpha);
+    if (m.beta_proj) s.project(t.H, d, x, m.beta_proj, w.beta);
     if (m.gate_proj) s.project(d, d, w.n, m.gate_proj, w.gate);
     s.team.sync();
     s.each(B * t.H, [&](int64_t g) { head(g, x); });
@@ -61,6 +65,7 @@ class MemoriesStep {
       std::memset(to.v, 0, t.D * sizeof(float));
       *to.eta = 0;
       if (t.retention) *to.alpha = 0;
+      if (t.s2) *beta(g) = 0;
     });
   }
 
@@ -96,9 +101,17 @@ class MemoriesStep {
     std::memcpy(next + (W - 2) * d, now, d * sizeof(float));
   }
 
+  // Head g's slot of the open chunk.
+  int64_t place_of(int64_t g) const {
+    const int64_t b = g / t.H;
+    return (b * std::max(t.chunk_memory, t.chunk_other) + slot(t, b)) * t.H + g % t.H;
+  }
+
+  float* beta(int64_t g) const { return t.pending_beta + place_of(g); }
+
   // Where head g of the batch reads and writes.
   TokenRead place(int64_t g) const {
-    const int64_t b = g / t.H, h = g % t.H, at = (b * std::max(t.chunk_memory, t.chunk_other) + slot(t, b)) * t.H + h;
+    const int64_t h = g % t.H, at = place_of(g);
     return {w.q + g * t.D, nullptr, w.o + g * t.D, t.pending_k + at * t.D, t.pending_v + at * t.D,
             t.pending_eta + at, t.retention ? t.pending_alpha + at : nullptr, t.eta_bias[h],
             t.retention ? t.alpha_bias[h] : 0};
@@ -116,7 +129,19 @@ class MemoriesStep {
       case SILU: read_token<SILU>(t, W, to, hidden); break;
       default: read_token<GELU_TANH>(t, W, to, hidden);
     }
+    if (!t.self_modifying) give(g, to);
+    if (t.s2) *beta(g) = m.beta_proj ? sigmoid(w.beta[g] + m.beta_bias[g % t.H]) : m.beta;
     const float* gain = m.out_gain ? m.out_gain + g % t.H * t.D : nullptr;
     gate_row(to.o, gain, m.gate_proj ? w.gate + g * t.D : nullptr, t.D, to.o);
+  }
+
+  // k, v, eta and alpha of memories that do not make their own
+  void give(int64_t g, const TokenRead& to) const {
+    const float* k = w.k + g * t.D;
+    if (t.qk_l2norm) unit_row(k, t.D, to.k);
+    else std::memcpy(to.k, k, t.D * sizeof(float));
+    std::memcpy(to.v, w.v + g * t.D, t.D * sizeof(float));
+    *to.eta = eta_of(t, w.eta[g], to.eta_bias);
+    if (t.retention) *to.alpha = alpha_of(t, w.alpha[g], to.alpha_bias);
   }
 };

@@ -12,16 +12,19 @@
 // h: the residual stream [B, d]; n: its norm; the others: of one mixer or level, `wide` or `hidden` numbers a row.
 struct TokenBuffers {
   float *h, *n, *u, *x, *q, *far, *gate, *o, *hidden, *gates, *tails, *own;
+  float *k, *v, *eta, *alpha, *beta;  // of memories that are given theirs: of a row, d, d and H, H, H before their gates
   int64_t ahead;  // floats between two threads' part of `own`
 
   // Assigns every buffer in `base`; returns the number of floats (base may be null to ask for it).
   int64_t carve(const TokenCall& c, float* base) {
-    int64_t used = 0, wide = c.d, hidden_units = 8, gated = 0, tail = 0;
+    int64_t used = 0, wide = c.d, hidden_units = 8, gated = 0, tail = 0, given = 0, heads = 0;
     ahead = 16;
     for (int64_t i = 0; i < c.blocks; i++) {
       const TokenBlock& block = c.block[i];
       if (const TokenMemories* m = block.memories) {
         ahead = std::max(ahead, (m->titans.Mf + m->titans.Ms) * m->titans.N), tail = c.W - 1;
+        if (m->k_proj) given = c.d;
+        if (m->k_proj || m->beta_proj) heads = std::max(heads, m->titans.H);
       } else {
         const AttentionCall& a = block.attention->call;
         ahead = std::max(ahead, attention_floats(a)), wide = std::max(wide, a.H * a.D);
@@ -38,6 +41,8 @@ struct TokenBuffers {
     };
     const int64_t n = c.B * c.d;
     take(h, n), take(this->n, n), take(u, n), take(x, n), take(gate, n);
+    take(k, c.B * given), take(v, c.B * given);
+    for (float** of : {&eta, &alpha, &beta}) take(*of, c.B * heads);
     take(q, c.B * wide), take(far, c.B * wide), take(o, c.B * wide);
     take(hidden, c.B * hidden_units), take(gates, c.B * gated);
     take(tails, c.blocks * n * std::max<int64_t>(tail, 0)), take(own, c.threads * ahead);

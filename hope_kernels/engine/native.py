@@ -26,13 +26,14 @@ from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
 from ..state import State
 from .native_cache import Angles, AttentionBlock, Cache
+from .native_mixer import GATES, MEMORY, SQUARE, constant_momentum
 from .native_served import unserved, unserved_step
 
 __all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "unserved", "unserved_step"]
 
 NOT_FINITE = 3  # csrc/cpu/token.cpp
 _version = attrgetter("_version")
-_STATE = ("delta2", "delta1", "delta1s", "pending_k", "pending_v", "pending_eta", "pending_alpha")
+_STATE = MEMORY[:-1]  # but for the tail of the convolution
 _KINDS = {"gelu": 0, "swiglu": 1, "geglu": 2}  # of levels, csrc/cpu/token.h
 
 
@@ -42,8 +43,8 @@ class _Level(ctypes.Structure):
 
 class _Memories(ctypes.Structure):
     _fields_ = [
-        *((n, POINTER) for n in ("conv", "tail", "in_proj", "q_proj", "gate_proj", "out_proj", "out_gain")),
-        ("titans", TitansCall), ("packed", POINTER), ("count", POINTER),
+        *((n, POINTER) for n in ("conv", "tail", *SQUARE, *GATES, "beta_bias")), ("beta", ctypes.c_float),
+        ("out_gain", POINTER), ("titans", TitansCall), ("packed", POINTER), ("count", POINTER),
     ]
 
 
@@ -180,15 +181,16 @@ class NativeStep:
         c, H, D, d, to = mixer.config, mixer.config.num_heads, mixer.config.head_dim, mixer.config.d_model, _Memories()
         block.memories = ctypes.pointer(to)
         self._held.append(to)
-        for name in ("in_proj", "q_proj", "gate_proj", "out_proj"):
+        for name in SQUARE + GATES:
             module: Any = getattr(mixer, name)
-            setattr(to, name, None if module is None else self._matrix(module.weight, d, d))
+            setattr(to, name, None if module is None else self._matrix(module.weight, d if name in SQUARE else H, d))
+        to.beta_bias, to.beta = self._at(mixer.beta_bias, H), constant_momentum(c)
         W = c.conv_window or 1
         to.out_gain, to.conv = self._at(mixer.norm_gain, d), self._at(mixer.conv, W * d)
         to.tail = self._at(state.conv_tail, B * (W - 1) * d)
         shapes = Layout.of(c).shapes(B, H)
         slots = B * max(c.chunk_memory, c.chunk_other) * H
-        counts = [size_of(s) for s in shapes] + [slots * D, slots * D, slots, slots]
+        counts = 2 * [size_of(s) for s in shapes] + [slots * D, slots * D, slots, slots, slots]
         where: dict[str, Any] = {}
         for name, count in zip(_STATE, counts):
             t = getattr(state, name)

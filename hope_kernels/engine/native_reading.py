@@ -21,12 +21,9 @@ from ..ops.titans.state import Layout, TitansState, on_device
 from ..state import Counters
 from .head import Heads, Targets, check_logits, read_head
 from .native import floats, size_of
+from .native_mixer import GATES, MEMORY, SQUARE
 
 HEAD_MOST = 4096  # as segment.h has it: the head of a larger vocabulary is PyTorch's, in pieces
-MEMORY = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s", "pending_k", "pending_v", "pending_eta", "pending_alpha",
-          "pending_beta", "conv_tail")
-SQUARE = ("in_proj", "q_proj", "gate_proj", "out_proj", "k_proj", "v_proj")  # of a mixer: [d, d]
-GATES = ("eta_proj", "alpha_proj", "beta_proj")  # [H, d]
 
 
 class Memory(ctypes.Structure):

@@ -22,7 +22,8 @@ from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
 from .head import Targets
 from .native import size_of, unserved
-from .native_reading import GATES, MEMORY, SQUARE, BlockCall, LevelCall, Memory, Reading, SegmentCall, addresses
+from .native_mixer import GATES, MEMORY, SQUARE, constant_momentum
+from .native_reading import BlockCall, LevelCall, Memory, Reading, SegmentCall, addresses
 
 
 class Reader:
@@ -134,7 +135,7 @@ class Reader:
             count = d * d if name in SQUARE else c.num_heads * d
             setattr(to, name, None if module is None else self._at(module.weight, count))
         to.beta_bias = self._at(mixer.beta_bias, c.num_heads)
-        to.beta = 0.0 if c.momentum in (None, "learned") else float(c.momentum)
+        to.beta = constant_momentum(c)
         to.gain, to.out_gain = self._at(block.norm.weight, d), self._at(mixer.norm_gain, d)
         to.conv = self._at(mixer.conv, (c.conv_window or 1) * d)
         where: dict[str, Any] = {"eta_bias": self._at(mixer.eta_bias, c.num_heads),

@@ -32,7 +32,7 @@ def unserved(model: Model, backend: str | None) -> str | None:
     """Why segments of ``model`` are not read in C++, or None."""
     if model.config.mixer == "attention" or model.config.embed_scale != 1:
         return "serves memories, and embeddings without a scale"
-    reason, like = _unserved(model, backend), placement(model.embed)
+    reason, like = unserved_step(model, backend), placement(model.embed)
     for cms in model.config.block_cms:
         if reason is None and cms is not None:
             reason = cms_cpp.unserved(cms, like.dtype, like.device)
@@ -41,14 +41,6 @@ def unserved(model: Model, backend: str | None) -> str | None:
 
 def unserved_step(model: Model, backend: str | None) -> str | None:
     """Why a step of ``model`` is not one call of C++, or None."""
-    titans = model.config.titans
-    if titans is not None and (not titans.self_modifying or titans.scalar_skip or titans.momentum is not None):
-        return "serves attention, and self-modifying memories without scalar_skip and momentum"
-    return _unserved(model, backend)
-
-
-def _unserved(model: Model, backend: str | None) -> str | None:
-    """Why neither is done in C++, or None."""
     if backend not in (None, "cpp"):
         return f"backend is {backend!r}"
     config, like = model.config, getattr(model.embed, "weight", None)

@@ -249,8 +249,6 @@ def test_what_is_not_served_is_named():
     assert "float64" in native.unserved_step(small().double(), None)
     assert "rank" in native.unserved_step(small(cms={"rank": 2, "optimizer": "adam"}), None)
     assert "geglu" in native.unserved_step(small(cms={"mlp": "geglu"}), None)
-    assert "scalar_skip" in native.unserved_step(small(titans={"scalar_skip": True}), None)
-    assert "momentum" in native.unserved_step(small(titans={"momentum": 0.9}), None)
     scaled = small(embed_scale=2.0)
     assert native.unserved_step(scaled, None) is None and "scale" in native.unserved(scaled, None)
     hooked = small()

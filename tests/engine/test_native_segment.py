@@ -8,12 +8,13 @@ from operator import attrgetter
 
 import pytest
 import torch
-from native_model import CASES, IN_SEGMENTS, V, built, ids, small
+from native_model import CASES, V, built, ids, small
 from numerics import relative, within_yardstick
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, load_state
 from hope_kernels.engine import native_reading, native_segments
 from hope_kernels.engine.head import Targets
+from hope_kernels.engine.native_mixer import MEMORY
 from hope_kernels.engine.native_segment import Reader
 from hope_kernels.ops.shared import cpu_library
 
@@ -29,7 +30,7 @@ MORE = {
     "the other level of rate zero": {"cms": {"lr": (0.02, 0.0)}},
     "segments of 24": {"chunks": (24, 48), "d": 24, "heads": 3},
 }
-LEARNING = {**CASES, **IN_SEGMENTS, **MORE}
+LEARNING = {**CASES, **MORE}
 del LEARNING["no CMS"]
 
 
@@ -90,7 +91,7 @@ CUT = ("default", "two clocks", "no convolution", "nested", "muon", "relative", 
 
 
 @pytest.mark.parametrize("name, large", [
-    *((name, False) for name in (*CUT, *IN_SEGMENTS)),
+    *((name, False) for name in (*CUT, "titans", "static", "skip rows", "learned momentum")),
     *(pytest.param(name, True, id=f"{name}, head in PyTorch") for name in CUT),
 ])
 @torch.no_grad()
@@ -380,7 +381,7 @@ def test_the_library_refuses_what_does_not_fit(case):
                          "self_modifying": (int(case == "titans"),), "update": (0,)}.items():
         for value in values:
             refused_in_a_block(lambda b: b.titans, part, value)
-    for part in native_reading.MEMORY:
+    for part in MEMORY:
         for state in ("before", "after"):
             if getattr(getattr(reading._blocks[1], state), part):
                 refused_in_a_block(attrgetter(state), part, None)

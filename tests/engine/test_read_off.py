@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from native_model import CASES, IN_SEGMENTS, built, ids, small
+from native_model import CASES, built, ids, small
 
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, load_state
 from hope_kernels.engine import native_reading
@@ -32,7 +32,7 @@ def by_blocks():
     return mock.patch.object(Reader, "serves", lambda *_: False)
 
 
-@pytest.mark.parametrize("name", [*CASES, *IN_SEGMENTS])
+@pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_bits_do_not_depend_on_how_a_text_is_cut(name, tmp_path):
     model, text = built(name), ids(3, T)
@@ -56,7 +56,7 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(name, tmp_path):
     assert torch.equal(y[0], whole[1, 7:20]) and torch.equal(y[1], whole[2, :13])
 
 
-@pytest.mark.parametrize("name", [*CASES, *IN_SEGMENTS])
+@pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_blocks_one_after_another_have_the_bits_of_one_call(name):
     model, text = built(name), ids(3, T)
