@@ -7,11 +7,11 @@
 //     delta2 <- gamma[C,0] delta2 - U^T Kg,   U_t = gain_t d_t + eta_t gamma[t-1,0] delta2 k_t
 //     delta1 <- gamma[C,0] delta1 - sum_t gain_t gamma[C,t] e_t a_t^T
 //
-// Schedule: stages (titans_read.h; titans_commit.h with titans_clock.h and titans_update.h), each a product over rows
-// of weights that the threads of a team share out, with barriers between them. A thread owns whole rows, never a part of a sum: every number
-// is one chain of operations whose order follows from shapes and the token's place in its chunk. So results
-// are bit-identical for any number of threads, any split of the sequence, any company in the batch. Where
-// there are at least as many (row, head) as threads, each team is one thread.
+// Schedule: stages (titans_read.h; titans_commit.h with titans_clock.h and titans_update.h), each a product over
+// rows of weights that the threads of a team share out, with barriers between them. A thread owns whole rows,
+// never a part of a sum: every number is one chain of operations whose order follows from shapes and the token's
+// place in its chunk. So results are bit-identical for any number of threads, any split of the sequence, any
+// company in the batch. Where there are at least as many (row, head) as threads, each team is one thread.
 //
 // At most 64 D N + 3 C D FLOPs a token and head; 70 D N with target norms, 80 with deviations kept beside a
 // base as well. The weights stream from L2 or L3 once per product; a tile reuses each for 16 tokens, so
