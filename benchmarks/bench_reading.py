@@ -51,8 +51,10 @@ def in_pytorch():
 @contextmanager
 def by_library():
     """Blocks one after another, with PyTorch's products."""
-    def linear(x: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
-        y = F.linear(x, weight)
+    def linear(
+        x: Tensor, weight: Tensor, more: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
         return y if more is None else more + y
 
     with mock.patch.object(products, "linear", linear), mock.patch.object(cms, "linear", linear), in_pytorch():
