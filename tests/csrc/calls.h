@@ -149,7 +149,7 @@ inline Floats stepped(int64_t threads) {
   const TokenLevel level{GELU_LEVEL, U, one.data(), nullptr, ups.data(), nullptr, downs.data()};
   std::vector<int64_t> pos(B), len(B, 1), ids(B);
   Floats delta2[2], delta1[2], delta1s[2], k[2], v[2], eta[2], alpha[2], tail[2], packed[2];
-  TokenMemories memories[2];
+  TokenMemories memories[2] = {};
   TokenBlock blocks[2];
   for (int i = 0; i < 2; i++) {
     delta2[i].resize(B * H * 5 * N * D), delta1[i].resize(B * H * 3 * D * N), delta1s[i].resize(B * H * 2 * N);
@@ -165,7 +165,9 @@ inline Floats stepped(int64_t threads) {
     t.pending_eta = eta[i].data(), t.pending_alpha = alpha[i].data(), t.pos = pos.data(), t.len = len.data();
     packed[i].resize(hope_token_packed(&t));
     const float* w = square.data();
-    memories[i] = {conv.data(), tail[i].data(), w, w, w, w, one.data(), t, packed[i].data(), nullptr};
+    TokenMemories& m = memories[i];
+    m.conv = conv.data(), m.tail = tail[i].data(), m.in_proj = m.q_proj = m.gate_proj = m.out_proj = w;
+    m.out_gain = one.data(), m.titans = t, m.packed = packed[i].data();
     blocks[i] = {one.data(), &memories[i], nullptr, 1, &level};
   }
   Floats logits(B * V);
