@@ -97,7 +97,12 @@ HOLDS = {"README.md": readme, "docs/llama.md": llama, "docs/streaming.md": strea
          "docs/training.md": training}
 
 
-@pytest.mark.parametrize("document", HOLDS)
+SLOW = ("docs/replay.md",)  # whose dozens of passes take more than a minute
+
+
+@pytest.mark.parametrize(
+    "document", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in HOLDS]
+)
 def test_examples_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
