@@ -18,8 +18,8 @@ OPTIONS = {
 
 
 def config(options) -> HopeConfig:
-    cms = CMSConfig(D, (4, 16), expansion=2.0, lr=0.02)
-    return HopeConfig(V, D, 2, mixer="attention", cms=cms, **{"num_heads": 3, **options})
+    usual = {"num_heads": 3, "cms": CMSConfig(D, (4, 16), expansion=2.0, lr=0.02)}
+    return HopeConfig(V, D, 2, mixer="attention", **usual | options)
 
 
 def converted(mlp: str, post_norm: bool) -> HopeConfig:

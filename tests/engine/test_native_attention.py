@@ -3,43 +3,25 @@ keep."""
 
 import ctypes
 
+import attention_model
 import pytest
 import torch
+from attention_model import D, built, ids
 
-from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM
+from hope_kernels import CMSConfig
 from hope_kernels.engine import native_attention
 from hope_kernels.ops.shared import cpu_library
 
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
-V, D = 60, 48
-OPTIONS = {
-    "full": {},
-    "grouped, biases": {"num_heads": 6, "num_kv_heads": 2, "attention_bias": True},
-    "window": {"window": 21, "num_kv_heads": 1},
-    "window and sinks": {"window": 13, "sinks": 5, "attention_bias": True},
-    "more sinks than window": {"window": 3, "sinks": 9},
-    "norms, a scale, wider heads": {"qk_norm": True, "attention_scale": 0.3, "head_dim": 24, "window": 40, "sinks": 2},
+# but for what is read layer by layer
+OPTIONS = {name: options for name, options in attention_model.OPTIONS.items() if "post_norm" not in options} | {
     "heads of 6": {"num_heads": 8, "rope_scaling": {"rope_type": "linear", "factor": 2}, "tie_embeddings": False},
     "blocks of their own": {"window": (None, 9), "rope_theta": (1e4, 5e2)},
     "no CMS": {"cms": None},
     "nested": {"cms": CMSConfig(D, (4, 16), variant="nested", lr=0.02)},
 }
 named = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-
-
-def built(options) -> HopeForCausalLM:
-    torch.manual_seed(1)
-    options = {"num_heads": 3, "cms": CMSConfig(D, (4, 16), expansion=2.0, lr=0.02), **options}
-    model = HopeForCausalLM(HopeConfig(V, D, 2, mixer="attention", **options))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model.eval()
-
-
-def ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, V, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def same_cache(a, b) -> bool:
