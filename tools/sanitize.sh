@@ -14,7 +14,7 @@ case "$1" in
 races)
   # OpenMP's own threads are not instrumented: a call starts threads of the standard library instead
   "$compiler" "${flags[@]}" -DHOPE_STD_THREADS -fsanitize=thread tests/csrc/races.cpp \
-    csrc/cpu/{titans*,token,attention*,width,cms_whole*}.cpp -pthread -o build/sanitized/races
+    csrc/cpu/{titans*,token,attention,attention_avx512,width,cms_whole*}.cpp -pthread -o build/sanitized/races
   build/sanitized/races
   ;;
 memory | files)
