@@ -31,6 +31,7 @@ from benchmarks import studies as s
 from benchmarks.synthetic.arms import ARMS, as_large_as_hope, config, size
 from benchmarks.synthetic.fit import SMOOTH, fit
 from benchmarks.synthetic.languages import LANGUAGES, Language, Words
+from benchmarks.synthetic.paper import LANGUAGES as PAPER
 from hope_kernels import HopeConfig, HopeForCausalLM
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "languages.json")
@@ -91,13 +92,14 @@ def train(arm: str, language: Language, lr: float, seed: int, args: argparse.Nam
 
 
 def table(data: dict) -> str:
-    """Markdown: share of right words, and of right answers, mean and least over the seeds."""
+    """Markdown: share of right words, and of right answers, mean and range over the seeds; the paper's beside them."""
     found: dict[tuple[str, str], list[dict]] = {}
     for case, record in data["cases"].items():
         if case.startswith("run "):
             found.setdefault((record["language"], record["arm"]), []).append(record)
     lines = ["| language | model | words right at " + " | at ".join(f"{k}x" for k in TESTED)
-             + f" | answers right at {TESTED[-1]}x | steps | seeds | rate |", "|" + "---|" * (len(TESTED) + 6)]
+             + f" | answers right at {TESTED[-1]}x | steps | seeds | rate | in the paper: short, long |",
+             "|" + "---|" * (len(TESTED) + 7)]
     for language in LANGUAGES:
         for arm in ARMS:
             records = found.get((language, arm))
@@ -107,8 +109,9 @@ def table(data: dict) -> str:
             cells.append([r["right"][str(TESTED[-1])]["answers"] for r in records])
             shown = (f"{sum(c) / len(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in cells)
             steps = sum(r["curve"][-1][0] for r in records) / len(records)
+            paper = "{:g}, {:g}".format(*PAPER[language, arm]) if (language, arm) in PAPER else "-"
             lines.append(f"| {language} | {arm} | {' | '.join(shown)} | {steps:.0f} | {len(records)} "
-                         f"| {records[0]['lr']:g} |")
+                         f"| {records[0]['lr']:g} | {paper} |")
     return "\n".join(lines) if found else "no runs yet"
 
 

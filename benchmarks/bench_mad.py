@@ -23,6 +23,7 @@ from benchmarks import studies as s
 from benchmarks.synthetic.arms import ARMS, as_large_as_hope, config, size
 from benchmarks.synthetic.fit import fit
 from benchmarks.synthetic.mad import TASKS, VOCABULARY, score
+from benchmarks.synthetic.paper import MAD as PAPER
 from hope_kernels import HopeConfig, HopeForCausalLM, TitansConfig
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "mad.json")
@@ -64,14 +65,16 @@ def train(arm: str, task: str, lr: float, seed: int, args: argparse.Namespace) -
 
 
 def table(data: dict) -> str:
-    """Markdown: share of right answers by task and arm, mean and range over the seeds, and the steps they took."""
+    """Markdown: share of right answers by task and arm, mean and range over the seeds, the steps they took, and what
+    the paper's models reach."""
     found: dict[tuple[str, str], list[dict]] = {}
     for case, record in data["cases"].items():
         if case.startswith("run "):
             found.setdefault((record["task"], record["arm"]), []).append(record)
     if not found:
         return "no runs yet"
-    lines = ["| task | " + " | ".join(f"{arm} | steps" for arm in ARMS) + " |", "|" + "---|" * (2 * len(ARMS) + 1)]
+    lines = ["| task | " + " | ".join(f"{arm} | steps" for arm in ARMS) + " | in the paper: HOPE, Transformer |",
+             "|" + "---|" * (2 * len(ARMS) + 2)]
     for task in (task for task in TASKS if any((task, arm) in found for arm in ARMS)):
         cells = []
         for arm in ARMS:
@@ -79,7 +82,8 @@ def table(data: dict) -> str:
             right, steps = [r["right"] for r in records], [r["curve"][-1][0] for r in records]
             cells += ([f"{sum(right) / len(right):.3f} ({min(right):.3f} to {max(right):.3f})",
                        f"{sum(steps) / len(steps):.0f}"] if records else ["-", "-"])
-        lines.append(f"| {task} | {' | '.join(cells)} |")
+        paper = ", ".join(f"{PAPER[task, arm]:g}" for arm in ("hope", "attention") if (task, arm) in PAPER)
+        lines.append(f"| {task} | {' | '.join(cells)} | {paper or '-'} |")
     return "\n".join(lines)
 
 

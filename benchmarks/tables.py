@@ -34,6 +34,7 @@ from benchmarks.real import tables as real_tables
 from benchmarks.records import RESULTS, load, runs
 from benchmarks.sources import ROOT, at_rest
 from benchmarks.synthetic.mad import CHOICES
+from benchmarks.synthetic.paper import ABLATIONS
 
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/claims.md", "docs/continual.md",
              "docs/llama.md", "docs/optim.md", "docs/real.md", "docs/serve.md")
@@ -170,7 +171,14 @@ def lm(run: dict) -> str:
             f"to most) over the seeds; trained on {read / 1e6:.1f} million bytes (d = {setting['d_model']}, "
             f"{setting['layers']} layers), at the best rate after "
             f"{setting['search_steps']} steps. Bytes/s of one core, by its own seconds, other work on the machine. "
-            f"{source('bench_lm --threads 1 --text FILE ...', 'lm')}")
+            f"{source('bench_lm --threads 1 --text FILE ...', 'lm')}\n\n{ablations()}")
+
+
+def ablations() -> str:
+    """The paper's figures for what it leaves out of HOPE."""
+    whole, *parts = (f"{part} {perplexity:.2f} ({accuracy:g}%)" for part, (perplexity, accuracy) in ABLATIONS.items())
+    return (f"The paper's own (Table 6), perplexity of language modelling and accuracy of reasoning: {whole}; "
+            f"without {', '.join(parts)}.")
 
 
 def optim(run: dict) -> str:

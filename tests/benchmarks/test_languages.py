@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from benchmarks import bench_languages
-from benchmarks.synthetic.arms import WITHIN, config, same_size, size
+from benchmarks.synthetic import paper
+from benchmarks.synthetic.arms import ARMS, WITHIN, config, same_size, size
 from benchmarks.synthetic.languages import BEGIN, END, FIRST, LANGUAGES
+from benchmarks.synthetic.mad import TASKS
 from hope_kernels import HopeForCausalLM
 
 
@@ -102,4 +104,11 @@ def test_the_study_writes_its_cases_and_runs_none_twice(tmp_path, capsys):
     bench_languages.main(command)
     assert json.loads(out.read_text())["cases"] == first["cases"]
     bench_languages.main([*command, "--table"])
-    assert "| (aa)* | hope |" in capsys.readouterr().out
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| (aa)* | hope |"))
+    assert row.endswith("| 100, 100 |")
+
+
+def test_the_papers_figures_are_of_these_languages_and_tasks():
+    assert {language for language, _ in paper.LANGUAGES} == set(LANGUAGES)
+    assert {task for task, _ in paper.MAD} < set(TASKS)
+    assert {arm for _, arm in (*paper.LANGUAGES, *paper.MAD)} <= set(ARMS)
