@@ -112,9 +112,12 @@ class ModelState(State):
         if len(marks) > 1:
             raise ValueError(f"ModelState.merge: the rows deviate from other weights ({' and '.join(sorted(marks))}); "
                              "state.adopt(model) takes either of them to the model's own")
-        # the CMS may have tensors on one side only: they merge as states of their own
-        cms = [c if c is None else c.merge(o, rows) for c, o in zip(self.cms, other.cms)]
-        return replace(State.merge(replace(self, cms=[]), replace(other, cms=[]), rows), cms=cms)
+        # one side may have tensors that the other lacks, or wider ones: the parts merge as states of their own
+        mine, theirs = self._alike([self, other])
+        parts = {name: [c if c is None else c.merge(o, rows) for c, o in zip(getattr(mine, name), getattr(theirs, name))]
+                 for name in ("mixers", "snapshot", "cms")}
+        mine, theirs = (replace(s, mixers=[], snapshot=[], cms=[]) for s in (mine, theirs))
+        return replace(State.merge(mine, theirs, rows), **parts)._tidied()
 
     def owned_by(self, module: nn.Module) -> None:
         self.owner = module
@@ -209,7 +212,7 @@ class ModelState(State):
     @classmethod
     def _alike(cls, states: list[ModelState]) -> list[ModelState]:
         """With an unread token, a guard, where one of them has any."""
-        where, unread = "State.join", any(s.unread is not None for s in states)
+        where, unread = "State.join, State.merge", any(s.unread is not None for s in states)
         if len({s.kept is None for s in states}) > 1:
             held = [i for i, s in enumerate(states) if s.kept is not None]
             raise ValueError(f"{where}: states {held} keep segments of what they learn, the others do not; "
@@ -239,7 +242,7 @@ class ModelState(State):
         none, pairs = [False] * self.batch, list(zip(self.snapshot, self.mixers))
 
         def shared(old: Any, now: Any) -> Any:
-            return old.merge(now, none) if now.holds(old, self.seen) else old
+            return old.caught_up(now, none) if now.holds(old, self.seen) else old
 
         return replace(self, snapshot=[shared(old, now) for old, now in pairs])
 

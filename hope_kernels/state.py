@@ -253,6 +253,10 @@ class State(AnyState):
         counters = iter(other._counters())
         return self._mapped(pick, lambda c: Counters([b if r else a for a, b, r in zip(c, next(counters), rows)]))
 
+    def caught_up(self, later, rows: list[bool]):
+        """``merge`` with a later state of the same sequences: it may share that one's storage."""
+        return self.merge(later, rows)
+
     def _counters(self) -> list[Counters]:
         return [v for v in self._leaves() if isinstance(v, Counters)]
 

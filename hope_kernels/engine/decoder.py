@@ -182,9 +182,9 @@ class Decoder:
             return learned, None
         pairs, every = zip(state.snapshot, state.mixers), all(opening)
         if self._whole:
-            opened: list[Any] = [now.snapshot() if every else old.merge(now, opening) for old, now in pairs]
+            opened: list[Any] = [now.snapshot() if every else old.caught_up(now, opening) for old, now in pairs]
             return learned, opened
-        state.snapshot[:] = [old.assign(now if every else old.merge(now, opening)) for old, now in pairs]
+        state.snapshot[:] = [old.assign(now if every else old.caught_up(now, opening)) for old, now in pairs]
         return learned, None
 
     def _draft(self) -> ModelState:

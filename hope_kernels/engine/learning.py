@@ -171,7 +171,7 @@ def _round(
     snapshot, held = state.snapshot, None
     if any(opening):
         pairs = zip(snapshot, state.mixers)
-        snapshot = [m.snapshot() if all(opening) else old.merge(m, opening) for old, m in pairs]
+        snapshot = [m.snapshot() if all(opening) else old.caught_up(m, opening) for old, m in pairs]
     if any(whole):
         # their next token is in this call: what is due when it arrives is done at once
         counts = [p + n for p, n in zip(state.pos, step)]

@@ -198,9 +198,13 @@ class AttentionState(State):
         return self.compact()
 
     def merge(self, other, rows: list[bool]):
-        """Of two states of one history: the storage of ``other``, the later one, which holds the tokens of both."""
-        pos = Counters([o if r else p for p, o, r in zip(self.pos, other.pos, rows)])
-        return replace(other, pos=pos, base=Counters(other.base), lost=Counters(other.lost))
+        mine, theirs = self._alike([self, other])
+        return State.merge(mine, theirs, rows)
+
+    def caught_up(self, later, rows: list[bool]):
+        """On the storage of ``later``, which holds the tokens of both."""
+        pos = Counters([o if r else p for p, o, r in zip(self.pos, later.pos, rows)])
+        return replace(later, pos=pos, base=Counters(later.base), lost=Counters(later.lost))
 
     def assign(self, new: State):
         """By reference: a snapshot may share the old storage."""

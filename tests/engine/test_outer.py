@@ -299,6 +299,32 @@ def test_deviations_are_carried_while_the_weights_move(rank, tmp_path):
     assert relative(mixed[:1], a[:1]) < 1e-12 and relative(mixed[1:], new) < 1e-12
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_rows_with_attention_begin_anew_beside_others(window):
+    model, tokens = tiny(cms=cms(), mixer="attention", window=window), ids(2, 40)
+    with torch.no_grad():
+        state = model(tokens[:, :17], **READ)[1]
+        mixed = state.merge(model.init_state(2).detach(), [False, True])
+        a, _ = model(tokens[:, 17:], mixed, **READ)
+        on, _ = model(tokens[:1, 17:], state.select([0]), **READ)
+        new, _ = model(tokens[1:, 17:], **READ)
+    assert relative(a[:1], on) < 1e-12 and relative(a[1:], new) < 1e-12
+
+
+def test_rows_merge_where_one_state_has_an_unread_token():
+    model, tokens = tiny(cms=cms()), ids(2, 12)
+    with torch.no_grad():
+        made = model.generate(tokens[:, :7], 3, temperature=0.0, learn="off")
+        state = model(tokens)[1]
+    both = state.merge(made.state, [False, True])
+    assert both.unread.tolist() == [[-1], made.state.unread[1].tolist()]
+    on = [model.generate(None, 4, state=s, temperature=0.0, learn="off").tokens
+          for s in (both.select([1]), made.state.select([1]))]
+    assert torch.equal(*on)
+    with torch.no_grad():
+        assert torch.equal(*(model(ids(1, 5), s)[0] for s in (both.select([0]), state.select([0]))))
+
+
 def test_learned_rates_become_numbers(tmp_path):
     model, tokens = learned(tiny(cms=cms(lr="learned")), 0.05, 0.02), ids(2, 23)
     fixed = model.with_fixed_rates()
