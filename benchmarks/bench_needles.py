@@ -6,11 +6,12 @@
 Four pairs (key, value) stand somewhere among T tokens of noise and are asked for at the end
 (benchmarks/synthetic/needles.py); chance is 1/32. Training begins with T = 16, which doubles up to 1024 whenever the
 smoothed loss falls below 0.8 nats; attention takes lessons before (benchmarks/synthetic/lessons.py), without which it
-never finds a value by its key, and twice the steps of the others. Rates are chosen from RATES by the training loss of
-seed 0. Once T is 1024 the arm "recall" is also pressed to write little: PRESS times the mean logit of the step size,
-over all tokens, is added to the loss, so that noise is hardly written at all. The arm "unpressed" is the same without.
-Tested are 200 sequences of each length, 4 answers each; attention up to 4096 tokens, for its cost grows with the
-square. Every case is written at once, and one that the file has is not run again.
+never finds a value by its key, and six times the steps of the others: after twice theirs, by which its rate is
+chosen, it still misses some of what stands in 1024 tokens. Rates are chosen from RATES by the training loss of seed 0.
+Once T is 1024 the arm "recall" is also pressed to write little: PRESS times the mean logit of the step size, over all
+tokens, is added to the loss, so that noise is hardly written at all. The arm "unpressed" is the same without. Tested
+are 200 sequences of each length, 4 answers each; attention up to 4096 tokens, for its cost grows with the square.
+Every case is written at once, and one that the file has is not run again.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 RESULT = os.path.join(os.path.dirname(__file__), "results", "needles.json")
 ARMS = ("recall", "unpressed", "titans", "attention")
 RATES = (2e-3, 4e-3, 8e-3)
-TIMES = {"attention": 2}  # the steps of the others, after its lessons
+# the steps of the others, after its lessons: those that its rate is chosen by, and those of its runs
+TIMES = {"attention": (2, 6)}
 FIRST, LAST, MASTERED = 16, 1024, 0.8  # tokens of noise that training begins and ends with; nats
 PRESS, DEEPEST = 0.01, -18.0  # nats a unit of the logit; the logit that is low enough
 ATTENTION_LONGEST = 4096  # tokens of noise
@@ -80,14 +82,15 @@ def write_logits(model: HopeForCausalLM, ids: Tensor) -> Tensor:
 
 def train(
     arm: str, lr: float, seed: int, args: argparse.Namespace, build: Build = build, sample: Sample = needles,
-    told: tuple[Tensor, Tensor] = TOLD,
+    told: tuple[Tensor, Tensor] = TOLD, run: bool = False,
 ) -> tuple[HopeForCausalLM, dict]:
+    """run: with the steps of a run, not of a search."""
     model, g = build(arm, seed, args.d_model, args.chunk), torch.Generator().manual_seed(seed)
     lessons = teach(model, *told, seed) if arm == "attention" else 0
     biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
     others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": biases}], betas=(0.9, 0.95), weight_decay=0.01)
-    T, smooth, since, curve, steps = FIRST, None, 0, [], args.steps * TIMES.get(arm, 1)
+    T, smooth, since, curve, steps = FIRST, None, 0, [], args.steps * TIMES.get(arm, (1, 1))[run]
     for step in range(steps):
         rows = max(2, min(64, args.tokens // (T + args.chunk + 2 * NEEDLES)))
         ids, at = sample(rows, T, args.chunk, g)
@@ -170,7 +173,7 @@ def compare(study: s.Study, args: argparse.Namespace, build: Build = build, samp
         for seed in args.seeds:
             case = f"run {arm} seed {seed}"
             if case not in study.cases:
-                model, record = train(arm, lr, seed, args, build, sample, told)
+                model, record = train(arm, lr, seed, args, build, sample, told, run=True)
                 lengths = [T for T in args.lengths if arm != "attention" or T <= ATTENTION_LONGEST]
                 shares = {str(T): found(model, T, args.chunk, args.sequences, tests) for T in lengths}
                 study.put(case, record | {"found": shares})

@@ -160,8 +160,9 @@ def _needles(name: str, run: dict, units: str, hay: str, chance: str, place: str
     data = run[name]
     return (f"{bench_needles.table(data)}\n\nShare of right answers by {units} of {hay}, 4 needles, chance {chance}, "
             f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps "
-            f"(attention: {bench_needles.TIMES['attention']} times as many, after lessons) on {bench_needles.FIRST} to "
-            f"{bench_needles.LAST} {units}. A needle begins at {place}. {source(f'bench_{name}', name)}")
+            f"(attention: {bench_needles.TIMES['attention'][1]} times as many, after lessons) on "
+            f"{bench_needles.FIRST} to {bench_needles.LAST} {units}. A needle begins at {place}. "
+            f"{source(f'bench_{name}', name)}")
 
 
 def lm(run: dict) -> str:

@@ -123,7 +123,8 @@ class Refreshes:
             for level in levels[-1] or ():
                 level.pop("log_rates", None)
         for (i, _, l, n), w in weights.items():
-            read[i, l, n] = levels[i][l][n] = w.index_select(0, index)
+            rows = w.index_select(0, index)  # a leaf where neither a parameter nor a state asks for gradients
+            read[i, l, n] = levels[i][l][n] = rows if rows.requires_grad else rows.requires_grad_()
         anchor = self.ids.new_zeros((), dtype=torch.float32)
         inner = [Inner(anchor, None, gate=gate) for _ in model.blocks]
         with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
@@ -188,6 +189,8 @@ class _Refreshed(torch.autograd.Function):
         with torch.enable_grad():
             inputs, found = ctx.refreshes.again(list(ctx.saved_tensors))
             pairs = [(t, e) for t, e in zip(found, errors) if e is not None and t.requires_grad]
+            if not pairs:
+                return (None,) * (2 + len(inputs))
             grads = torch.autograd.grad([t for t, _ in pairs], inputs, [e for _, e in pairs], allow_unused=True)
         return None, None, *grads
 

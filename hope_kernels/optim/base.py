@@ -18,12 +18,13 @@ from .orthogonal import ADJUSTMENTS, adjusted, check_backend, orthogonalised
 ADAMW = {"adamw": False, "adamw_lr": 1.0, "adamw_betas": (0.9, 0.999), "adamw_eps": 1e-8}
 ORTHOGONAL = {"adjust_lr_fn": "original", "ns_dtype": None, "backend": None}
 OUTER = ("embed", "embeddings", "embed_tokens", "wte", "wpe", "head", "lm_head")
+EACH = ("norm_gain", "conv")  # a gain, and taps, of every channel: two dimensions that multiply no vector
 
 
 def groups(model: nn.Module, adamw: tuple[str, ...] = OUTER) -> list[dict[str, Any]]:
     """Two groups of parameters: the matrices inside a model, and what AdamW trains better: embeddings, heads
-    and all that is no matrix. adamw: names of modules (a part of the parameter's name between dots) that
-    count as such.
+    and all that is no matrix, a mixer's taps and gains of its heads among them. adamw: names of modules (a
+    part of the parameter's name between dots) that count as such.
 
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     >>> [len(g["params"]) for g in groups(model)]
@@ -32,7 +33,8 @@ def groups(model: nn.Module, adamw: tuple[str, ...] = OUTER) -> list[dict[str, A
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices, others = [], []
     for name, p in model.named_parameters():
-        inside = p.ndim == 2 and id(p) not in tables and not set(name.split(".")) & set(adamw)
+        parts = name.split(".")
+        inside = p.ndim == 2 and id(p) not in tables and parts[-1] not in EACH and not set(parts) & set(adamw)
         (matrices if inside else others).append(p)
     found = [{"params": matrices}, {"params": others, "adamw": True}]
     return [group for group in found if group["params"]]

@@ -42,7 +42,8 @@ class DeepMomentum(MatrixOptimizer):
     An MLP returns to its first weights where the paper has a m: (A - A0), B <- a (A - A0), a B. From A = B =
     0 no gradient leads away. A0 ~ N(0, 1) is drawn from ``seed``, alike for all matrices of one shape; B
     starts at 0. ``hidden``: h, by default the shorter side of the matrix. lr' and the options of orthogonal
-    steps: as in ``M3``. State: M, or A and B. For parameters divided over processes, every process keeps the
+    steps: as in ``M3``. State: M, or A and B, in the parameter's dtype; steps of A, of elements about 1, are too
+    small for 16 bits, and there B alone learns. For parameters divided over processes, every process keeps the
     whole memory. Raises ValueError for options out of range, sparse gradients, parameters that are complex or
     empty.
 

@@ -14,8 +14,6 @@ from . import divided, lists
 from .base import ORTHOGONAL, MatrixOptimizer
 from .orthogonal import BATCH
 
-TINY = 1e-30  # below the norm of any gradient that is not zero
-
 
 class DeltaMomentum(MatrixOptimizer):
     """m <- a m - b (m ĝᵀ) ĝ + (1 - a) g,  ĝ = g / |g|;   W <- W - lr m, or W - lr' NS(m) with orthogonalize.
@@ -81,7 +79,9 @@ def check_forgetting(name: str, first: str, a: Any, second: str, b: Any) -> None
 
 def unit(g: Tensor) -> Tensor:
     """Each matrix of [..., r, c] with the norm 1; a zero one stays zero."""
-    return g / torch.linalg.matrix_norm(g, keepdim=True).clamp(min=max(TINY, torch.finfo(g.dtype).tiny))
+    # by its largest element first, or squares of small ones vanish: what is left has a norm of 1 or more, or of 0
+    g = g / g.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
+    return g / torch.linalg.matrix_norm(g, keepdim=True).clamp(min=1)
 
 
 def projected(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -30,10 +30,11 @@ class DGD(MatrixOptimizer):
 
     The inputs are those of ``nn.Linear`` layers: ``DGD(model)`` takes their weights, gives all other
     parameters to AdamW and watches the layers; ``DGD(params).watch(model)`` does so for parameters in groups
-    of your own. An input counts once its gradient has arrived at the layer in a backward pass (a reading
-    without one leaves none), is kept until ``step``, and goes with the optimizer's ``zero_grad``. Calls come
-    in the order of their gradients, the inputs of one call in its order. Watching ends with ``unwatch``; a
-    copied or unpickled optimizer has to watch again.
+    of your own. An input counts once a backward pass has made of it a part of its weight's ``grad``: a reading
+    without one leaves none, and neither does ``torch.autograd.grad``, with which a model learns while it reads.
+    It is kept, not copied, until ``step``, and goes with ``zero_grad`` and wherever ``grad`` is set to None.
+    Calls come in the order of their gradients, the inputs of one call in its order. Watching ends with
+    ``unwatch``; a copied or unpickled optimizer has to watch again.
 
     With inputs X [n, c], e_i = erase eta_i' and R_i = W_{i-1} x_i, what the weights say of an input when its
     turn comes, all decays together are
@@ -46,7 +47,8 @@ class DGD(MatrixOptimizer):
     Refused by name: parameters that are divided over processes, and steps where several processes train: each
     has inputs of its own, and their weights would drift apart. State: inputs since the last step, in their
     order. Raises ValueError for options out of range, sparse gradients, parameters that are complex or empty,
-    and at ``step`` for a matrix with a gradient and no input.
+    and at ``step``, before anything changes, for a matrix with a gradient and no input, and for inputs that
+    were written to after they had been read.
 
     >>> layer = nn.Linear(8, 4, bias=False)
     >>> optimizer = DGD(layer, lr=0.1)
@@ -60,7 +62,7 @@ class DGD(MatrixOptimizer):
     ) -> None:
         """params: as of any optimizer, or a model. adamw: ``adamw_lr``, ``adamw_betas``, ``adamw_eps``
         (``MatrixOptimizer``)."""
-        self._handles: list[RemovableHandle] = []
+        self._begin()
         model = params if isinstance(params, nn.Module) else None
         super().__init__(params if model is None else _groups(model), {
             "lr": lr, "erase": erase, "reduction": reduction, "chunk": chunk, "weight_decay": weight_decay
@@ -68,9 +70,16 @@ class DGD(MatrixOptimizer):
         if model is not None:
             self.watch(model)
 
+    def _begin(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._followed: set[Tensor] = set()
+        # inputs whose gradients have arrived in a graph task that may yet reach their weight's grad
+        self._arrived: dict[Tensor, dict[int, list[Tensor]]] = {}
+        self._versions: list[tuple[Tensor, int]] = []  # of inputs, when they were read
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._handles = []
+        self._begin()
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
@@ -93,22 +102,53 @@ class DGD(MatrixOptimizer):
         mine = {id(p) for group in self.param_groups for p in group["params"] if self.is_matrix(group, p)}
         for module in model.modules():
             if isinstance(module, nn.Linear) and id(module.weight) in mine:
-                self._handles.append(module.register_forward_hook(_Watcher(self)))
+                watcher = _Watcher(self, module.weight)
+                self._handles.append(module.register_forward_hook(watcher, with_kwargs=True))
         return self
 
     def unwatch(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._followed = [], set()
+
+    def follow(self, weight: Tensor) -> None:
+        """Asks to be told where ``weight.grad`` has grown: of a leaf, which a frozen weight is not yet."""
+        if weight not in self._followed:
+            self._followed.add(weight)
+            self._handles.append(weight.register_post_accumulate_grad_hook(_Accumulated(self)))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         for kept in self.state.values():
             kept.pop("inputs", None)
+        self._arrived, self._versions = {}, []
+
+    def arrived(self, weight: Tensor, x: Tensor, version: int) -> None:
+        """A gradient has arrived at a layer that read x [n, c] with ``weight``."""
+        if weight.grad is None:  # whatever came before has gone with it
+            self.state[weight].pop("inputs", None)
+        self._versions.append((x, version))
+        self._arrived.setdefault(weight, {}).setdefault(torch._C._current_graph_task_id(), []).append(x)
+
+    def accumulated(self, weight: Tensor) -> None:
+        """What has arrived in this graph task is in ``weight.grad``."""
+        found = self._arrived.get(weight, {}).pop(torch._C._current_graph_task_id(), [])
+        self.state[weight].setdefault("inputs", []).extend(found)
+
+    def step(self, closure=None) -> Any:
+        loss = super().step(closure)
+        self._arrived, self._versions = {}, []
+        return loss
 
     def check_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if not group["erase"]:
             return
+        for x, version in self._versions:
+            if x._version != version:
+                raise ValueError(
+                    f"DGD: an input {list(x.shape)} was written to after a layer had read it, and it is kept "
+                    "until step: give the layer a copy, x.clone()"
+                )
         for p in params:
             if not self.state[p].get("inputs"):
                 raise ValueError(
@@ -140,27 +180,47 @@ class DGD(MatrixOptimizer):
             p.sub_(grad * (n * rates.mean()))
 
 
-class _Watcher:
-    """A forward hook that holds its optimizer weakly. That of a copied or unpickled module does nothing: the
-    optimizer does not have the copy's weights."""
+class _Hook:
+    """Holds its optimizer weakly. That of a copied or unpickled module does nothing: the optimizer does not have
+    the copy's weights."""
 
     def __init__(self, optimizer: DGD | None = None) -> None:
         self.optimizer = (lambda: None) if optimizer is None else weakref.ref(optimizer)
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return _Watcher, ()
+        return type(self), ()
 
-    def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        if self.optimizer() is None or not output.requires_grad or not module.weight.requires_grad:
+
+class _Watcher(_Hook):
+    """A forward hook of a layer with ``weight``."""
+
+    def __init__(self, optimizer: DGD | None = None, weight: Tensor | None = None) -> None:
+        super().__init__(optimizer)
+        self.weight = weight
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        optimizer, weight = self.optimizer(), self.weight
+        if optimizer is None or weight is None or module.weight is not weight:
+            return  # it was called with another's weight, by torch.func say
+        if not output.requires_grad or not weight.requires_grad:
             return
-        x, weight = args[0].detach().reshape(-1, args[0].shape[-1]), module.weight
+        optimizer.follow(weight)
+        x = (args[0] if args else kwargs["input"]).detach()
+        x, version = x.reshape(-1, x.shape[-1]), x._version
 
         def arrived(grad: Tensor) -> None:
-            now = self.optimizer()  # its state may have been loaded since
-            if now is not None:
-                now.state[weight].setdefault("inputs", []).append(x)
+            if (optimizer := self.optimizer()) is not None:  # its state may have been loaded since
+                optimizer.arrived(weight, x, version)
 
         output.register_hook(arrived)
+
+
+class _Accumulated(_Hook):
+    """A hook of a weight, after its ``grad`` has grown."""
+
+    def __call__(self, weight: Tensor) -> None:
+        if (optimizer := self.optimizer()) is not None:
+            optimizer.accumulated(weight)
 
 
 def _groups(model: nn.Module) -> list[dict[str, Iterable[Any]]]:

@@ -299,6 +299,20 @@ def test_deviations_are_carried_while_the_weights_move(rank, tmp_path):
     assert relative(mixed[:1], a[:1]) < 1e-12 and relative(mixed[1:], new) < 1e-12
 
 
+@pytest.mark.parametrize("outer", ["first_order", "second_order"])
+@pytest.mark.parametrize("part", ["log_rates", "levels.0.up", "embed.weight"])
+def test_frozen_parameters_change_no_gradient_of_others(outer, part):
+    tokens, found = ids(2, 20), []
+    for frozen in (False, True):
+        model = learned(tiny(cms=cms(lr="learned", optimizer="gd")), 0.05, 0.02)
+        for name, p in model.named_parameters():
+            p.requires_grad_(not frozen or name.endswith(part))
+        logits, _ = model(tokens[:, :-1], outer=outer, **READ)
+        nats(logits, tokens).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if name.endswith(part)})
+    assert found[0] and all(relative(found[1][name], grad) < 1e-12 for name, grad in found[0].items())
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_rows_with_attention_begin_anew_beside_others(window):
     model, tokens = tiny(cms=cms(), mixer="attention", window=window), ids(2, 40)

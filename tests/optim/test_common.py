@@ -248,6 +248,9 @@ def test_a_hope_model_learns():
     model = tiny("self_modifying")
     groups = optim.groups(model)
     assert all(p.ndim == 2 for p in groups[0]["params"])
+    matrices = {id(p) for p in groups[0]["params"]}
+    inside = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if id(p) in matrices}
+    assert inside == {"weight", "up", "down"}  # not the taps and the gains of every channel
     assert any(p is model.embed.weight for p in groups[1]["params"])
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     for make in (lambda: optim.M3(groups, lr=0.02), lambda: optim.DGD(model, lr=0.02)):

@@ -3,7 +3,8 @@ import optimizer_rules as rules
 import pytest
 import torch
 
-from hope_kernels.optim import DeltaMomentum
+from hope_kernels.optim import DeepMomentum, DeltaMomentum
+from hope_kernels.optim.delta_momentum import unit
 
 SHAPES = ((7, 4), (4, 7), (7, 4))
 
@@ -47,6 +48,33 @@ def test_without_erasing_it_is_momentum():
         sgd.step()
     for a, b in zip(ours, theirs):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_direction_is_that_of_any_size(dtype):
+    info = torch.finfo(dtype)
+    g = torch.tensor([[1.0, -0.5, 0.0], [0.25, 1.0, -1.0]], dtype=dtype)
+    wanted = g.double() / torch.linalg.matrix_norm(g.double())
+    for size in (info.tiny, 8 * info.tiny, info.tiny ** 0.5, 1.0, info.max**0.5, info.max):
+        torch.testing.assert_close(unit((g * size)[None])[0].double(), wanted, rtol=0, atol=4 * info.eps)
+    assert torch.equal(unit(torch.zeros(1, 2, 3, dtype=dtype)), torch.zeros(1, 2, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-24, 1e-28, 1e-33, 1e-39])
+@pytest.mark.parametrize("make", [DeltaMomentum, lambda p, **o: DeepMomentum(p, memory="linear", **o)])
+def test_a_gradient_that_almost_vanishes_only_forgets(make, size):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(6, 5))
+    optimizer = make([p], lr=0.1, orthogonalize=False)
+    p.grad = torch.randn(6, 5)
+    optimizer.step()
+    before = next(iter(optimizer.state[p].values())).norm()
+    for _ in range(6):
+        p.grad = size * torch.randn(6, 5)
+        optimizer.step()
+        after = next(iter(optimizer.state[p].values())).norm()
+        assert after < before
+        before = after
 
 
 def test_a_gradient_of_rank_1_replaces_what_is_there():

@@ -4,8 +4,10 @@ import numpy as np
 import optimizer_rules as rules
 import pytest
 import torch
+from small_model import ids, tiny
 from torch import nn
 
+from hope_kernels import CMSConfig
 from hope_kernels.optim import DGD
 from hope_kernels.optim.dgd import erase_
 
@@ -100,6 +102,60 @@ def test_inputs_count_when_their_gradient_arrives():
     net(batch(1)).square().sum().backward()
     with pytest.raises(ValueError, match="has a gradient and no input"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"learn": "next_token"}, {"learn": "next_token", "outer": "first_order"},
+    {"learn": "next_token", "outer": "second_order"},
+])
+def test_what_a_model_learns_while_it_reads_is_no_backward_pass(options):
+    model = tiny(cms=CMSConfig(8, (4, 8), lr=0.02))
+    optimizer, tokens = DGD(model), ids(2, 17)
+    logits, _ = model(tokens[:, :-1], **options)
+    nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    counts = [sum(map(len, kept["inputs"])) for kept in optimizer.state.values() if "inputs" in kept]
+    assert len(counts) == 8 and set(counts) == {2 * 16}
+
+
+def test_a_gradient_that_is_not_kept_leaves_no_inputs():
+    layer, x = nn.Linear(3, 2, bias=False), torch.randn(4, 3, requires_grad=True)
+    optimizer = DGD(layer, lr=0.1)
+    torch.autograd.grad(layer(x).sum(), x)
+    assert "inputs" not in optimizer.state[layer.weight]
+    y = layer(input=x)
+    penalty = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0].square().sum()
+    (y.sum() + penalty).backward()
+    assert sum(map(len, optimizer.state[layer.weight]["inputs"])) == 4
+
+
+def test_inputs_go_with_the_gradient():
+    layer, x = nn.Linear(3, 2, bias=False), torch.randn(5, 3)
+    optimizer = DGD(layer, lr=0.1)
+    layer(torch.randn(4, 3)).sum().backward()
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert torch.equal(torch.cat(optimizer.state[layer.weight]["inputs"]), x)
+
+
+def test_an_input_that_was_written_to_is_refused():
+    layer, x = nn.Linear(3, 2, bias=False), torch.randn(4, 3)
+    optimizer, before = DGD(layer, lr=0.1), layer.weight.detach().clone()
+    layer(x).sum().backward()
+    x.zero_()
+    with pytest.raises(ValueError, match=r"an input \[4, 3\] was written to .*x.clone\(\)"):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+    optimizer.zero_grad()
+    layer(x + 1).sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+
+
+def test_a_weight_of_another_in_the_layer_is_not_counted():
+    layer = nn.Linear(3, 2, bias=False)
+    optimizer, other = DGD(layer, lr=0.1), torch.randn(2, 3, requires_grad=True)
+    torch.func.functional_call(layer, {"weight": other}, torch.randn(4, 3)).sum().backward()
+    assert not optimizer.state and other.grad is not None
 
 
 def test_a_call_without_rows_moves_nothing():
