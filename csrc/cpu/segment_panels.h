@@ -69,7 +69,7 @@ class SegmentPanels {
     kept_floats = kept;
     take(streams_, (c.keep ? streams : 2) * round(panel_floats()));
     take(levels_, c.keep ? levels : 0);
-    take(mixers_, c.keep ? c.blocks * 4 * round(row_floats()) : 0);
+    take(mixers_, c.keep ? c.blocks * (adaptive ? 4 : 3) * round(row_floats()) : 0);
     take(kept_, c.keep ? c.blocks * (adaptive ? 4 : 2) * kept : 0);
     take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats());
     take(wide, B * P * PANEL * std::max(c.vocab <= HEAD_MOST ? c.vocab : 0, deepest));
@@ -106,7 +106,9 @@ class SegmentPanels {
   }
   // of a block's mixer: 0 what q is before it is a unit vector, 1 the memory's answers, 2 the gate, 3 what q is made of
   // by a memory
-  float* kept_rows(int64_t block, int which) const { return mixers_ + (4 * block + which) * round(row_floats()); }
+  float* kept_rows(int64_t block, int which) const {
+    return mixers_ + ((adaptive ? 4 : 3) * block + which) * round(row_floats());
+  }
 
   // -- who does what ----------------------------------------------------------------------------------------
 

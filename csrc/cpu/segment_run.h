@@ -171,7 +171,7 @@ class Segment : public SegmentPanels {
     return DONE;
   }
 
-  // What the reads of a scan's gradient by q, or by x, take.
+  // Where the scan t puts what the gradient by q, or by x, takes.
   void keep_weights(int64_t i, TitansCall& t) const {
     const SegmentBlock& block = c.block[i];
     auto w1_of = [&](int which) { return t.N ? kept_of(i, which) : nullptr; };
@@ -391,20 +391,21 @@ class Segment : public SegmentPanels {
                               gate ? rc : nullptr);
     float* q = kept_rows(i, 0);
     if (t.qk_l2norm) hope_unit(B * T * H, t.D, c.threads, q, rd);
-    auto reads_backward = [&](int64_t chunk, int64_t kept, int which, const float* in, const float* out_bar, float* to) {
-      const TitansReadBackward back{B, T, H, t.D, t.N, chunk, kept, c.threads, t.activation, kept_of(i, which),
-                                    t.N ? kept_of(i, which + 1) : nullptr, in, out_bar, t.pos, c.len, to};
-      return hope_titans_read_backward(&back);
+    // dL/din of what was read with weights `which`, from dL/dout
+    auto back = [&](int64_t chunk, int64_t kept, int which, const float* in, const float* out_bar, float* in_bar) {
+      const TitansReadBackward call{B, T, H, t.D, t.N, chunk, kept, c.threads, t.activation, kept_of(i, which),
+                                    t.N ? kept_of(i, which + 1) : nullptr, in, out_bar, t.pos, c.len, in_bar};
+      return hope_titans_read_backward(&call);
     };
-    if (const int outcome = reads_backward(t.chunk_memory, chunks(block), 0, t.qk_l2norm ? rd : q, rb, re))
-      return outcome;
+    const float* asked = t.qk_l2norm ? rd : q;
+    if (const int outcome = back(t.chunk_memory, chunks(block), 0, asked, rb, re)) return outcome;
     if (t.qk_l2norm) hope_unit_backward(B * T * H, t.D, c.threads, q, re, re);
     float *dx = two, *other = one;
     if (block.q_proj) {
       all_from_rows(re, one, rows);
       project(true, block.q_proj, one, dx, rows);
     } else {
-      if (const int outcome = reads_backward(t.chunk_other, chunks_q(block), 2, kept_rows(i, 3), re, rd)) return outcome;
+      if (const int outcome = back(t.chunk_other, chunks_q(block), 2, kept_rows(i, 3), re, rd)) return outcome;
       all_from_rows(rd, dx, rows);
     }
     if (block.in_proj) {

@@ -39,7 +39,7 @@ inline bool pointers_fit(const TitansCall& c) {
       !weights_fit(c, c.s2, c.s1, c.s1s) || !(c.kept2 && c.N) != !c.kept1)
     return false;
   if (!c.s2 != !c.pending_beta || (c.update && !c.s2 != !c.beta) || !rows_fit(c.B, c.T, c.pos, c.len)) return false;
-  if (c.kept2 && !kept_weights_fit(c, c.kept, c.chunk_memory)) return false;
+  if (c.kept2 ? !kept_weights_fit(c, c.kept, c.chunk_memory) : c.kept != 0) return false;
   if (!c.kept_q2 != !queries || !(queries && c.N) != !c.kept_q1 || !c.made_q != !queries ||
       (queries && !kept_weights_fit(c, c.kept_q, c.chunk_other)))
     return false;

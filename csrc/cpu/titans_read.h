@@ -93,7 +93,8 @@ class Read {
         const float* in = input(f, p);
         float* out = output(0, p);
         if constexpr (ACT == LINEAR) {
-          panel_product(r.begin, r.end, D, h.w2, D, 1, in, half(p), [&](int64_t i, auto& acc) { store_rows(out, i, acc); });
+          panel_product(r.begin, r.end, D, h.w2, D, 1, in, half(p),
+                        [&](int64_t i, auto& acc) { store_rows(out, i, acc); });
         } else {
           panel_product(r.begin, r.end, N, h.w1, N, 1, w.hidden + (p * hid + f * N) * PANEL, half(p),
                         [&](int64_t i, auto& acc) {

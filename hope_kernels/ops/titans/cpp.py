@@ -212,7 +212,10 @@ def titans_call(
     tensors = {"base2": base.w2, "base1": base.w1, "base1s": base.w1s}
     tensors |= {n: getattr(inputs, n) for n in _INPUTS}
     tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
-    tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o}
+    state = {n: getattr(new, n) for n in _WRITTEN}
+    if not update:  # of any strides: nothing is written
+        state = {n: None if t is None else t.detach().contiguous() for n, t in state.items()}
+    tensors |= state | {"o": o}
     tensors |= {} if kept is None else dict(zip(("kept2", "kept1", *_QUERIES), kept))
     tensors |= {} if spans is None else dict(zip(_SPANS + _MADE, spans.kept + spans.made))
     # one head's numbers, and those of one memory
