@@ -2,9 +2,10 @@
 //
 //     o = q + w1 sigma(w2 q)        dq = do + w2^T (sigma'(w2 q) * (w1^T do))
 //
-// or, of linear memories, o = w2 q and dq = w2^T do, at the weights that hope_titans_scan kept for each chunk. One task a (row, head, chunk); z = w2 q is
-// computed again, which is a third of the 6 D N FLOPs a token and saves keeping N numbers for it. A value is
-// one chain of operations, as in product.h, and depends on nothing but its own token.
+// or, where memories are linear, o = w2 q and dq = w2^T do; at the weights that hope_titans_scan kept for each chunk.
+// One task a (row, head, chunk); z = w2 q is computed again, which is a third of the 6 D N FLOPs a token and saves
+// keeping N numbers for it. A value is one chain of operations, as in product.h, and depends on nothing but its own
+// token.
 
 #include <algorithm>
 #include <cstring>

@@ -32,8 +32,8 @@ bool memories_fit(const SegmentBlock& b, const SegmentCall& c) {
 }
 
 bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
-  if (!titans_fit(b.titans, c) || !b.gain || !b.q_proj != adaptive_q(b.titans) || b.levels < 0 || (b.levels && !b.level))
-    return false;
+  if (!titans_fit(b.titans, c) || !b.gain || !b.q_proj != adaptive_q(b.titans)) return false;
+  if (b.levels < 0 || (b.levels && !b.level)) return false;
   if ((b.conv && c.W < 1) || !memories_fit(b, c) || (b.beta_proj && !b.beta_bias)) return false;
   if (!b.titans.self_modifying && (!all_given({b.k_proj, b.v_proj, b.eta_proj, b.titans.eta_bias}) ||
                                    (b.titans.retention && !all_given({b.alpha_proj, b.titans.alpha_bias}))))

@@ -52,7 +52,8 @@ struct Workspace {
     take(solved, momentum ? Pb * D : 0), take(carried_k, momentum ? Pb * D : 0);
     take(k, Pb * D), take(v, Pb * D);
     take(a, Pb * hid), take(a_values, Pb * hid), take(d, Pb * R), take(delta2_k, Pb * R), take(a_rows, Pb * hid);
-    take(e, N ? Pb * c.Mf * D : 0), take(target, Pb * (N ? c.Mf * D : R)), take(es, Pb * (c.Ms + 1)), take(target_s, Pb * (c.Ms + 1));
+    take(e, N ? Pb * c.Mf * D : 0), take(target, Pb * (N ? c.Mf * D : R));
+    take(es, Pb * (c.Ms + 1)), take(target_s, Pb * (c.Ms + 1));
     take(gram, Pb * Pb), take(keys, Pb * D), take(norms, 2 * hid / 8 * Pb);
     return used;
   }

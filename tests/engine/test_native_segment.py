@@ -376,11 +376,11 @@ def test_the_library_refuses_what_does_not_fit(case):
 
     given = ("k_proj", "v_proj", "eta_proj", "alpha_proj", "beta_bias") if case == "titans" else ()
     linear = "linear" in case
-    for part in ("gain", "q_proj", "level", *given):
+    for part in ("gain", "q_proj", "level", *given):  # one that is not there: given
         refused_in_a_block(lambda b: b, part, None if getattr(reading._blocks[1], part) else text.data_ptr())
-    for part, values in {"H": (0, 3), "D": (12,), "N": (8 if linear else 0, 4), "Mf": (2,), "Ms": (1,), "chunk_memory": (0, -4),
-                         "chunk_other": (0,), "pos": (None,), "len": (None,), "B": (1,), "T": (3,),
-                         "self_modifying": (int(case == "titans"),), "update": (0,)}.items():
+    for part, values in {"H": (0, 3), "D": (12,), "N": (8 if linear else 0, 4), "Mf": (2,), "Ms": (1,),
+                         "chunk_memory": (0, -4), "chunk_other": (0,), "pos": (None,), "len": (None,), "B": (1,),
+                         "T": (3,), "self_modifying": (int(case == "titans"),), "update": (0,)}.items():
         for value in values:
             refused_in_a_block(lambda b: b.titans, part, value)
     for part in MEMORY:

@@ -91,9 +91,9 @@ def unserved(request: Request) -> str | None:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
     if torch.is_autocast_enabled("cpu"):
         return "serves float32, which projections under autocast are not"
-    if gradient == BY_ALL and not has_autograd():
-        return NO_GRAPH
     if gradient == BY_ALL:
+        if not has_autograd():
+            return NO_GRAPH
         if config.memory != "mlp":
             return f'trains memory="mlp", not "{config.memory}"'
         if config.momentum is not None or config.adaptive_q:
@@ -182,7 +182,7 @@ def _kept(
 
     if not config.adaptive_q:
         return Kept(*weights(clocks[0]))
-    # tokens that do not count have a query too, as ``unit`` sees them
+    # ``unit`` sees the tokens that do not count, too
     made = (torch.empty_like if min(lengths, default=0) == like.shape[1] else torch.zeros_like)(like.detach())
     return Kept(*weights(clocks[0]), *weights(clocks[1]), made)
 
@@ -261,8 +261,8 @@ def _read_backward(
     config: TitansConfig, q: Tensor, grad: Tensor, kept: tuple[Tensor, Tensor | None], pos: list[int], chunk: int,
     lengths: list[int]
 ) -> Tensor:
-    """dL/dq [B, T, H, D] from dL/do, of a memory that was read at q; row b's tokens share weights up to the multiples of ``chunk``, counted
-    from pos[b]."""
+    """dL/dq [B, T, H, D] from dL/do, of a memory that was read at q; row b's tokens share weights up to the
+    multiples of ``chunk``, counted from pos[b]."""
     B, T, H, D = q.shape
     grad, dq = grad.contiguous(), (torch.empty_like if min(lengths, default=T) == T else torch.zeros_like)(q)
     before, reads = row_array(pos, B), row_array(lengths, B)
