@@ -135,8 +135,8 @@ def titans_cpp_gradient(
     """
     new = advanced(config, state, lengths) if update else state
     # without an update the whole call reads with the same weights
-    pos = list(state.pos) if update else [0] * len(lengths)
-    clocks = (config.chunk_memory, config.chunk_other) if update else (max([1, *lengths]),) * 2
+    pos, longest = list(state.pos) if update else [0] * len(lengths), max([1, *lengths])
+    clocks = (config.chunk_memory, config.chunk_other) if update else (longest, longest)
     first = inputs.x if config.adaptive_q else inputs.q
     kept = _kept(config, new, first, pos, clocks, lengths)
     o = _scan(config, w_init, inputs, new, state.pos, lengths, update, kept)
