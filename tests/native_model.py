@@ -38,6 +38,13 @@ CASES = {
     "skip rows": {"titans": {"scalar_skip": True, "retain_to": "zero"}},
     "momentum": {"titans": {"momentum": 0.5, "conv_window": None, "in_proj": False}},
     "learned momentum": {"titans": {"momentum": "learned", "scalar_skip": True, "chunk_other": 2}},
+    "linear": {"titans": {"memory": "linear", "chunk_memory": 2}},
+    "delta": {"titans": {**TitansConfig.PRESETS["delta"], "conv_window": 3}},
+    "linear titans": {
+        "mixer": "titans", "titans": {"memory": "linear", "self_modifying": False, "momentum": "learned"}},
+    "adaptive queries": {"titans": {"adaptive_q": True, "scalar_skip": True, "chunk_other": 2}},
+    "linear adaptive queries": {"titans": {
+        "memory": "linear", "adaptive_q": True, "momentum": 0.5, "retain_to": "zero", "in_proj": False}},
 }
 
 

@@ -2,9 +2,10 @@
 //
 //     o = q + w1 sigma(w2 q)        dq = do + w2^T (sigma'(w2 q) * (w1^T do))
 //
-// at the weights that hope_titans_scan kept for each chunk. One task a (row, head, chunk); z = w2 q is
-// computed again, which is a third of the 6 D N FLOPs a token and saves keeping N numbers for it. A value is
-// one chain of operations, as in product.h, and depends on nothing but its own token.
+// or, where memories are linear, o = w2 q and dq = w2^T do; at the weights that hope_titans_scan kept for each chunk.
+// One task a (row, head, chunk); z = w2 q is computed again, which is a third of the 6 D N FLOPs a token and saves
+// keeping N numbers for it. A value is one chain of operations, as in product.h, and depends on nothing but its own
+// token.
 
 #include <algorithm>
 #include <cstring>
@@ -26,6 +27,16 @@ struct Task {
   float *dq, *work;                 // token rows; panels [D], [D], [N]
   int64_t tokens, step, D, N;       // step: floats between token rows
 };
+
+void linear_backward(const Task& t) {
+  float *grad = t.work, *dq = grad + t.D * PANEL;
+  for (int64_t first = 0; first < t.tokens; first += PANEL) {
+    const int64_t n = std::min<int64_t>(PANEL, t.tokens - first);
+    load_lanes(grad, t.grad + first * t.step, t.step, t.D, 0, n);
+    panel_product(0, t.D, t.D, t.w2, 1, t.D, grad, n <= 8, [&](int64_t i, auto& acc) { store_rows(dq, i, acc); });
+    store_lanes(dq, t.dq + first * t.step, t.step, t.D, 0, n);
+  }
+}
 
 template <int ACT>
 void backward(const Task& t) {
@@ -59,9 +70,10 @@ void run(const TitansReadBackward& c, int64_t task, float* work) {
   const int64_t begin = std::max<int64_t>(chunk * c.chunk - phase, 0);
   const int64_t end = std::min((chunk + 1) * c.chunk - phase, c.len[b]);
   // tasks are in the order of the weights
-  const int64_t token = ((b * c.T + begin) * c.H + h) * c.D, weights = task * c.N * c.D;
+  const int64_t token = ((b * c.T + begin) * c.H + h) * c.D, weights = task * (c.N ? c.N : c.D) * c.D;
   const Task t{c.kept2 + weights, c.kept1 + weights, c.q + token, c.grad + token,
                c.dq + token, work, end - begin, c.H * c.D, c.D, c.N};
+  if (!c.N) return linear_backward(t);
   switch (c.activation) {
     case GELU: return backward<GELU>(t);
     case SILU: return backward<SILU>(t);
@@ -70,11 +82,11 @@ void run(const TitansReadBackward& c, int64_t task, float* work) {
 }
 
 bool fits(const TitansReadBackward& c) {
-  const bool sizes = width(c.D) && width(c.N) && c.H > 0 && c.chunk > 0 && c.chunk <= LARGEST &&
-                     extents({c.B, c.T, c.H, c.D}) && extents({c.B, c.H, c.kept, c.N, c.D}) &&
+  const bool sizes = width(c.D) && (c.N == 0 || width(c.N)) && c.H > 0 && c.chunk > 0 && c.chunk <= LARGEST &&
+                     extents({c.B, c.T, c.H, c.D}) && extents({c.B, c.H, c.kept, std::max(c.N, c.D), c.D}) &&
                      threads_fit(c.threads) && c.activation >= GELU_TANH && c.activation <= SILU;
   if (!sizes || c.B * c.T == 0) return sizes;
-  return all_given({c.q, c.grad, c.pos, c.len, c.dq}) && (c.kept == 0 || all_given({c.kept2, c.kept1})) &&
+  return all_given({c.q, c.grad, c.pos, c.len, c.dq}) && (c.kept == 0 || (c.kept2 && !c.kept1 == !c.N)) &&
          rows_fit(c.B, c.T, c.pos, c.len) && kept_fit(c.B, c.kept, c.chunk, c.pos, c.len);
 }
 

@@ -3,6 +3,7 @@
 #include <new>
 
 #include "segment_run.h"
+#include "titans_check.h"
 #include "width.h"
 
 namespace avx512 {  // segment_avx512.cpp
@@ -14,28 +15,25 @@ int segment_learn(const SegmentCall& c);
 namespace {
 
 bool titans_fit(const TitansCall& t, const SegmentCall& c) {
-  const int64_t big = std::max(t.chunk_memory, t.chunk_other), small = std::min(t.chunk_memory, t.chunk_other);
-  const bool own = t.self_modifying;
-  return t.B == c.B && t.T == c.T && t.H > 0 && width(t.D) && width(t.N) && t.H * t.D == c.d &&
-         t.Mf == (own ? 3 : 1) && t.Ms == (own ? 1 + (t.retention != 0) : 0) && t.update && !t.kept2 && small > 0 &&
-         big <= LARGEST && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) && extents({c.B, big, t.H, t.D}) &&
-         extents({c.B, t.H, c.T / t.chunk_memory + 2, t.N, t.D}) && t.len == c.len && t.pos;
+  const int64_t small = std::min(t.chunk_memory, t.chunk_other);
+  return memory_sizes_fit(t) && t.B == c.B && t.T == c.T && t.H * t.D == c.d && t.update && !t.kept2 &&
+         extents({c.B, t.H, c.T / small + 2, memory_rows(t), t.D}) && t.len == c.len && t.pos;
 }
 
 // Two memories of one kind, which share nothing.
 bool memories_fit(const SegmentBlock& b, const SegmentCall& c) {
   auto one = [&](const SegmentMemory& m) {
-    return all_given({m.delta2, m.delta1, m.pending_k, m.pending_v, m.pending_eta}) &&
-           (!b.titans.Ms || m.delta1s) && (!b.titans.retention || m.pending_alpha) &&
-           (!b.conv || c.W == 1 || m.tail) && !m.s2 == !b.before.s2 &&
-           (!m.s2 || (all_given({m.s1, m.pending_beta}) && (!b.titans.Ms || m.s1s)));
+    return all_given({m.delta2, m.pending_k, m.pending_v, m.pending_eta}) &&
+           weights_fit(b.titans, m.delta2, m.delta1, m.delta1s) && (!b.titans.retention || m.pending_alpha) &&
+           (!b.conv || c.W == 1 || m.tail) && !m.s2 == !b.before.s2 && weights_fit(b.titans, m.s2, m.s1, m.s1s) &&
+           (!m.s2 || m.pending_beta);
   };
   return one(b.before) && one(b.after) && b.before.delta2 != b.after.delta2;
 }
 
 bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
-  if (!titans_fit(b.titans, c) || !all_given({b.gain, b.q_proj}) || b.levels < 0 || (b.levels && !b.level))
-    return false;
+  if (!titans_fit(b.titans, c) || !b.gain || !b.q_proj != adaptive_q(b.titans)) return false;
+  if (b.levels < 0 || (b.levels && !b.level)) return false;
   if ((b.conv && c.W < 1) || !memories_fit(b, c) || (b.beta_proj && !b.beta_bias)) return false;
   if (!b.titans.self_modifying && (!all_given({b.k_proj, b.v_proj, b.eta_proj, b.titans.eta_bias}) ||
                                    (b.titans.retention && !all_given({b.alpha_proj, b.titans.alpha_bias}))))

@@ -30,7 +30,7 @@ struct SegmentMemory {
 struct SegmentBlock {
   const float* gain;                       // [d], of the norm before the mixer
   const float* conv;                       // [d, W], or null: no convolution
-  const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
+  const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; null where there is none
   const float *k_proj, *v_proj;            // [d, d], for memories that are given theirs; else null, as these [H, d]:
   const float *eta_proj, *alpha_proj, *beta_proj;        // alpha's with retention; beta's for a learned momentum,
   const float* beta_bias;                  // with its bias [H]

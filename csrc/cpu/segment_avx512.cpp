@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP

@@ -33,6 +33,7 @@ class SegmentPanels {
   const int64_t B, T, d, P;
   int64_t first = 0, lowest = -1;  // what a gradient is taken back to: the first level that learns
   int64_t used = 0, streams = 0, kept_floats = 0;
+  bool adaptive = false;  // whether memories of a block make q
   float *streams_ = nullptr, *levels_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr;
   float *slope, *one, *two, *wide, *strips;   // panels of d, d, d and of the widest level (or vocabulary)
   float *ra, *rb, *rc, *rd, *re;              // token rows of d
@@ -46,8 +47,9 @@ class SegmentPanels {
   int64_t panel_floats() const { return B * P * PANEL * d; }
   int64_t row_floats() const { return B * T * d; }
 
-  // that a row's tokens may lie in
+  // that a row's tokens may lie in, of the clock of M_memory, and of the others
   int64_t chunks(const SegmentBlock& b) const { return T / b.titans.chunk_memory + 2; }
+  int64_t chunks_q(const SegmentBlock& b) const { return T / b.titans.chunk_other + 2; }
 
   void carve(float* base) {
     auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
@@ -58,15 +60,17 @@ class SegmentPanels {
       streams += 1 + b.levels;
       for (int64_t l = 0; l < b.levels; l++)
         deepest = std::max(deepest, b.level[l].N), levels += level_floats(b.level[l]);
-      kept = std::max(kept, round(B * b.titans.H * chunks(b) * b.titans.N * b.titans.D));
+      adaptive = adaptive || adaptive_q(b.titans);
+      const int64_t most = std::max(chunks(b), adaptive ? chunks_q(b) : 0);
+      kept = std::max(kept, round(B * b.titans.H * most * memory_rows(b.titans) * b.titans.D));
       if (!b.titans.self_modifying) given = row_floats();
       if (!b.titans.self_modifying || b.before.s2) gates = std::max(gates, B * T * b.titans.H);
     }
     kept_floats = kept;
     take(streams_, (c.keep ? streams : 2) * round(panel_floats()));
     take(levels_, c.keep ? levels : 0);
-    take(mixers_, c.keep ? c.blocks * 3 * round(row_floats()) : 0);
-    take(kept_, c.keep ? c.blocks * 2 * kept : 0);
+    take(mixers_, c.keep ? c.blocks * (adaptive ? 4 : 3) * round(row_floats()) : 0);
+    take(kept_, c.keep ? c.blocks * (adaptive ? 4 : 2) * kept : 0);
     take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats());
     take(wide, B * P * PANEL * std::max(c.vocab <= HEAD_MOST ? c.vocab : 0, deepest));
     take(strips, c.keep ? B * P * PANEL * (deepest + COLUMNS) : 0);
@@ -96,10 +100,15 @@ class SegmentPanels {
       for (int64_t j = 0; j < (i < block ? c.block[i].levels : l); j++) at += level_floats(c.block[i].level[j]);
     return {at, at + B * P * PANEL * d, at + B * P * PANEL * (d + level.N)};
   }
-  // of a block's memory, its weights in every chunk that was read: 0 w2, 1 w1
-  float* kept_of(int64_t block, int which) const { return kept_ + (2 * block + which) * kept_floats; }
-  // of a block's mixer: 0 what q is before it is a unit vector, 1 the memory's answers, 2 the gate
-  float* kept_rows(int64_t block, int which) const { return mixers_ + (3 * block + which) * round(row_floats()); }
+  // of a block's memory, its weights in every chunk that was read: 0 w2, 1 w1; and of the one that makes q: 2 w2, 3 w1
+  float* kept_of(int64_t block, int which) const {
+    return kept_ + ((adaptive ? 4 : 2) * block + which) * kept_floats;
+  }
+  // of a block's mixer: 0 what q is before it is a unit vector, 1 the memory's answers, 2 the gate, 3 what q is made of
+  // by a memory
+  float* kept_rows(int64_t block, int which) const {
+    return mixers_ + ((adaptive ? 4 : 3) * block + which) * round(row_floats());
+  }
 
   // -- who does what ----------------------------------------------------------------------------------------
 

@@ -95,7 +95,7 @@ class Segment : public SegmentPanels {
     auto copy = [](float* a, const float* b, int64_t n) {
       if (b) std::memcpy(a, b, n * sizeof(float));
     };
-    const int64_t rows = (t.Mf + t.Ms) * t.N + (t.scalar_skip ? t.Ms : 0);
+    const int64_t rows = weight_rows(t);
     copy(to.delta2, from.delta2, heads * rows * t.D), copy(to.s2, from.s2, heads * rows * t.D);
     copy(to.delta1, from.delta1, heads * t.Mf * t.D * t.N), copy(to.s1, from.s1, heads * t.Mf * t.D * t.N);
     copy(to.delta1s, from.delta1s, heads * t.Ms * t.N), copy(to.s1s, from.s1s, heads * t.Ms * t.N);
@@ -131,19 +131,21 @@ class Segment : public SegmentPanels {
       all_to_rows(wide, rb, All());
       x = rb, panel = wide;
     }
-    const TitansCall given = memory(block);
-    float* q = c.keep ? kept_rows(i, 0) : given.qk_l2norm ? re : rd;
-    project(false, block.q_proj, panel, slope, All());
-    all_to_rows(slope, q, All());
-    if (given.qk_l2norm) hope_unit(B * T * given.H, given.D, c.threads, q, rd);
+    TitansCall t = memory(block);
+    if (block.q_proj) {
+      float* q = c.keep ? kept_rows(i, 0) : t.qk_l2norm ? re : rd;
+      project(false, block.q_proj, panel, slope, All());
+      all_to_rows(slope, q, All());
+      if (t.qk_l2norm) hope_unit(B * T * t.H, t.D, c.threads, q, rd);
+      t.q = t.qk_l2norm ? rd : q;
+    }
     float* gate = block.gate_proj ? c.keep ? kept_rows(i, 2) : rc : nullptr;
     if (gate) {
       project(false, block.gate_proj, one, slope, All());
       all_to_rows(slope, gate, All());
     }
     float* o = c.keep ? kept_rows(i, 1) : re;
-    TitansCall t = given;
-    t.q = given.qk_l2norm ? rd : q, t.o = o;
+    t.o = o;
     if (t.self_modifying) t.x = x;
     else give(block, panel, t);
     if (t.s2) {
@@ -151,7 +153,7 @@ class Segment : public SegmentPanels {
       else std::fill_n(beta, B * T * t.H, block.beta);
       t.beta = beta;
     }
-    if (c.keep && i > first) t.kept = chunks(block), t.kept2 = kept_of(i, 0), t.kept1 = kept_of(i, 1);
+    if (c.keep && i > first) keep_weights(i, t);
     if (const int outcome = hope_titans_scan(&t)) return outcome;
     hope_output_gate(B * T, t.H, t.D, c.threads, o, block.out_gain, gate, ra);
     all_from_rows(ra, one, All());
@@ -167,6 +169,16 @@ class Segment : public SegmentPanels {
               store_rows(next + (b * P + p) * size, r, acc);
             }, Nothing());
     return DONE;
+  }
+
+  // Where the scan t puts what the gradient by q, or by x, takes.
+  void keep_weights(int64_t i, TitansCall& t) const {
+    const SegmentBlock& block = c.block[i];
+    auto w1_of = [&](int which) { return t.N ? kept_of(i, which) : nullptr; };
+    t.kept = chunks(block), t.kept2 = kept_of(i, 0), t.kept1 = w1_of(1);
+    if (block.q_proj) return;
+    t.kept_q = chunks_q(block), t.kept_q2 = kept_of(i, 2), t.kept_q1 = w1_of(3), t.made_q = kept_rows(i, 0);
+    std::memcpy(kept_rows(i, 3), t.x, row_floats() * sizeof(float));
   }
 
   // k, v, eta and alpha of memories that do not make their own; from: panels. Writes slope and ra.
@@ -379,13 +391,23 @@ class Segment : public SegmentPanels {
                               gate ? rc : nullptr);
     float* q = kept_rows(i, 0);
     if (t.qk_l2norm) hope_unit(B * T * H, t.D, c.threads, q, rd);
-    const TitansReadBackward back{B, T, H, t.D, t.N, t.chunk_memory, chunks(block), c.threads, t.activation,
-                                  kept_of(i, 0), kept_of(i, 1), t.qk_l2norm ? rd : q, rb, t.pos, c.len, re};
-    if (const int outcome = hope_titans_read_backward(&back)) return outcome;
+    // dL/din of what was read with weights `which`, from dL/dout
+    auto back = [&](int64_t chunk, int64_t kept, int which, const float* in, const float* out_bar, float* in_bar) {
+      const TitansReadBackward call{B, T, H, t.D, t.N, chunk, kept, c.threads, t.activation, kept_of(i, which),
+                                    t.N ? kept_of(i, which + 1) : nullptr, in, out_bar, t.pos, c.len, in_bar};
+      return hope_titans_read_backward(&call);
+    };
+    const float* asked = t.qk_l2norm ? rd : q;
+    if (const int outcome = back(t.chunk_memory, chunks(block), 0, asked, rb, re)) return outcome;
     if (t.qk_l2norm) hope_unit_backward(B * T * H, t.D, c.threads, q, re, re);
-    all_from_rows(re, one, rows);
     float *dx = two, *other = one;
-    project(true, block.q_proj, one, dx, rows);
+    if (block.q_proj) {
+      all_from_rows(re, one, rows);
+      project(true, block.q_proj, one, dx, rows);
+    } else {
+      if (const int outcome = back(t.chunk_other, chunks_q(block), 2, kept_rows(i, 3), re, rd)) return outcome;
+      all_from_rows(rd, dx, rows);
+    }
     if (block.in_proj) {
       std::swap(dx, other);
       project(true, block.in_proj, other, dx, rows);

@@ -7,7 +7,7 @@
 //     delta2 <- gamma[C,0] delta2 - U^T Kg,   U_t = gain_t d_t + eta_t gamma[t-1,0] delta2 k_t
 //     delta1 <- gamma[C,0] delta1 - sum_t gain_t gamma[C,t] e_t a_t^T
 //
-// With it: titans_momentum.h.
+// With it: titans_momentum.h. Linear memories, which have no delta1 and whose d is e: titans_linear.h.
 //
 // Schedule: stages (titans_read.h; titans_commit.h with titans_clock.h and titans_update.h), each a product over rows
 // of weights that the threads of a team share out, with barriers between them. A thread owns whole rows, never a part
@@ -25,7 +25,7 @@
 #include "titans_heads.h"
 #include "width.h"
 
-extern "C" int hope_titans_abi() { return 18; }
+extern "C" int hope_titans_abi() { return 19; }
 
 extern "C" int hope_titans_supported() {
 #if defined(__aarch64__)

@@ -20,6 +20,7 @@
 #include <memory>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP

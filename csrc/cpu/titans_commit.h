@@ -14,22 +14,25 @@
 #include <cfloat>
 #include <cstring>
 
-#include "titans_clock.h"
-#include "titans_update.h"
+#include "titans_write.h"
 
-// Memories [m0, m1), which commit together: [f0, f1) with D outputs, scalar ones [s0, s1).
-struct Group {
-  int64_t m0, m1, f0, f1, s0, s1;
+// What an output's update is made of: errors e [height] in panels, a place as large for them to be scaled in, and the
+// activations, tokens as rows.
+struct Errors {
+  const float* e;
+  float* scaled;
+  int64_t height;
+  const float* a;
+  int64_t lda;
+  Factors factors() const { return {scaled, height * PANEL, a, lda}; }
 };
 
 template <int ACT>
-class Commit {
+class Commit : protected ChunkWrite {
  public:
   Commit(const Head& head, const Group& group, int64_t C, int64_t end)
-      : h(head), c(h.c), w(h.w), g(h.g), D(h.D), N(h.N), hid(h.hid), R(h.R), ld(h.ld), m(group), C(C),
-        P(panels(C)), first((end - C) % h.big), k_rows(w.k_rows + first * D), v_rows(w.v_rows + first * D),
-        clock(head, C, first, k_rows), rows(h.hidden_rows(m.m0 * N, m.m1 * N)),
-        outs(h.output_rows(m.f0 * D, m.f1 * D + m.s1 - m.s0)), scale(c.objective_dot ? 1 : c.grad_scale),
+      : ChunkWrite(head, group, C, end), hid(h.hid), rows(h.hidden_rows(m.m0 * N, m.m1 * N)),
+        outs(h.output_rows(m.f0 * D, m.f1 * D + m.s1 - m.s0)),
         delta_form(c.own_values && !c.target_norm && !c.objective_dot) {}
 
   void run() {
@@ -55,42 +58,15 @@ class Commit {
     h.team.sync();
   }
 
-  const Head& h;
-  const TitansCall& c;
-  const Workspace& w;
-  const Tensors& g;
-  const int64_t D, N, hid, R, ld;
-  const Group m;
-  const int64_t C, P;                // tokens, and their panels
-  const int64_t first;               // the chunk's first slot
-  const float *k_rows, *v_rows;      // the chunk's tokens, [C, D]
-  const Clock clock;
+  const int64_t hid;
   const Range rows, outs;            // hidden rows and outputs of this thread
-  const float scale;
   const bool delta_form;             // M(k) - M(v) with one product
-
-  bool half(int64_t p) const { return C - p * PANEL <= 8; }
-
-  // Rows `own` of A times panel p of `in`
-  template <class Done>
-  HK_INLINE void product(Range own, const float* A, const float* in, int64_t p, Done done) const {
-    panel_product(own.begin, own.end, D, A, D, 1, in + p * D * PANEL, half(p), done);
-  }
-
-  void tokens() {
-    for_panels(h.own_lanes(C), [&](int64_t p, int64_t a, int64_t b) {
-      if (h.owns_k()) load_lanes(w.k + p * D * PANEL, k_rows + (p * PANEL + a) * D, D, D, a, b);
-      if (h.owns_v()) load_lanes(w.v + p * D * PANEL, v_rows + (p * PANEL + a) * D, D, D, a, b);
-    });
-  }
-
-  float decay_chunk() const { return h.gamma[C * ld]; }
 
   // -- evaluate ---------------------------------------------------------------------------------------------
 
   void evaluate() {
     for_blocks(rows, 0, P, [&](Range r, int64_t p) { evaluate_block(r, p); });
-    if (c.dgd && c.scalar_skip && h.team.id == h.team.size - 1) {
+    if (c.dgd && writes_skips()) {
       for (int64_t p = 0; p < P; p++)
         product({hid + m.s0, hid + m.s1}, g.delta2, w.k, p,
                 [&](int64_t i, auto& x) { store_rows(w.delta2_k + p * R * PANEL, i, x); });
@@ -144,11 +120,16 @@ class Commit {
     const int64_t full = m.f1 * D;
     const Range scalars = outs.within(full, full + m.s1 - m.s0);
     for (int64_t i = scalars.begin; i < scalars.end; i++)
-      for (int64_t p = 0; p < P; p++) scalar_error(m.s0 + i - full, p);
+      for (int64_t p = 0; p < P; p++) scalar_errors(m.s0 + i - full, p);
     h.sync_rows();
     if (delta_form) return;
     const Range owned = h.by_memory ? Range{outs.begin / D, std::min(outs.end / D, m.f1)} : Range{m.f0, m.f1};
-    for_lanes(h.own_lanes(C), [&](int64_t t, auto v) { target_errors<decltype(v)>(owned, t); });
+    for_lanes(h.own_lanes(C), [&](int64_t t, auto v) {
+      for (int64_t f = owned.begin; f < owned.end; f++) {
+        const int64_t at = (t / PANEL * c.Mf + f) * D * PANEL + t % PANEL;
+        full_error<decltype(v)>(w.e + at, w.target + at, w.target_sizes ? w.target_sizes + f * ld + t : nullptr);
+      }
+    });
     h.sync_rows();
   }
 
@@ -191,37 +172,12 @@ class Commit {
         acc[i][v] = (acc[i][v] - load_as<V>(panel + (r + i) * PANEL + LANES<V> * v)) * all_as<V>(scale);
   }
 
-  void scalar_error(int64_t s, int64_t p) {
+  void scalar_errors(int64_t s, int64_t p) {
     const float *k = w.k + p * D * PANEL, *v = w.v + p * D * PANEL;
     float *e = w.es + (p * c.Ms + s) * PANEL, *target = w.target_s + (p * c.Ms + s) * PANEL;
     h.scalar_output(s, w.a_values + (p * hid + (c.Mf + s) * N) * PANEL, v, target);
     if (!c.objective_dot) h.scalar_output(s, w.a + (p * hid + (c.Mf + s) * N) * PANEL, k, e);
-    for (int i = 0; i < PANEL; i += LANES<widest>) {
-      widest t = load_as<widest>(target + i);
-      if (c.target_norm) t = most(all_as<widest>(-1), least(all_as<widest>(1), t));
-      store(e + i, c.objective_dot ? -t : (load_as<widest>(e + i) - t) * all_as<widest>(scale));
-    }
-  }
-
-  // e = scale (M(k) - target) or -target, the target normalised, for tokens t ..
-  template <class V>
-  void target_errors(Range full, int64_t t) {
-    const bool norm = c.target_norm, dot = c.objective_dot;
-    for (int64_t f = full.begin; f < full.end; f++) {
-      const int64_t at = (t / PANEL * c.Mf + f) * D * PANEL + t % PANEL;
-      float *e = w.e + at, *target = w.target + at;
-      V factor = all_as<V>(1);
-      if (norm) {
-        const V size = root(squares<V>(target, D));
-        if (w.target_sizes) store(w.target_sizes + f * ld + t, size);
-        factor = unit_factor(size);
-      }
-      for (int64_t i = 0; i < D * PANEL; i += PANEL) {
-        V x = load_as<V>(target + i);
-        if (norm) x = x * factor, store(target + i, x);
-        store(e + i, dot ? -x : (load_as<V>(e + i) - x) * all_as<V>(scale));
-      }
-    }
+    for (int i = 0; i < PANEL; i += LANES<widest>) scalar_error<widest>(e + i, target + i);
   }
 
   // -- gradients --------------------------------------------------------------------------------------------
@@ -240,7 +196,11 @@ class Commit {
                       });
       });
     }
-    for (int64_t s = m.s0; s < m.s1; s++) scalar_gradients(s);
+    for (int64_t s = m.s0; s < m.s1; s++) {
+      scalar_gradients(s);
+      for (int64_t p = 0; writes_skips() && p < P; p++)
+        std::memcpy(w.d + (p * R + hid + s) * PANEL, w.es + (p * c.Ms + s) * PANEL, PANEL * sizeof(float));
+    }
   }
 
   float* d_norms(int64_t row, int64_t p) const { return w.norms + (hid / 8 + row / 8) * ld + p * PANEL; }
@@ -282,24 +242,7 @@ class Commit {
       return;
     }
     for_lanes({0, C}, [&](int64_t t, auto v) { sizes<decltype(v)>(i, t); });
-    int64_t t = 0;
-    for (; t + 4 * LANES<widest> <= C; t += 4 * LANES<widest>) gains<4>(gain, t);
-    for (; t < C; t += LANES<widest>) gains<1>(gain, t);
-  }
-
-  template <int NV>
-  void gains(float* gain, int64_t t) {
-    widest s[NV] = {};
-    for (int64_t j = 0; j < C; j++)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) {
-        const widest gram = load_as<widest>(w.gram + j * ld + t + LANES<widest> * v);
-        s[v] = fma(all_as<widest>(h.eta_size[j]), gram * gram, s[v]);
-      }
-    for (int v = 0; v < NV; v++, t += LANES<widest>) {
-      const widest clip = all_as<widest>(scale) * load_as<widest>(h.size + t) * s[v];
-      store(gain + t, load_as<widest>(h.eta + t) / most(all_as<widest>(1), clip));
-    }
+    gains(gain);
   }
 
   // m_t and eta_t m_t of memory i, for tokens t ..
@@ -317,77 +260,60 @@ class Commit {
       const V e = load_as<V>(w.es + (p * c.Ms + i - c.Mf) * PANEL + lane);
       e2 = e * e;
     }
-    // where a square overflows S does and the step is 0; bounds, since inf / inf and 0 inf would be NaN
-    const V most_of = all_as<V>(FLT_MAX);
-    const V m = root(a2 + d2 / (least(most_of, e2) + all_as<V>(1e-9f)) + all_as<V>(1e-12f));
-    const V size = least(all_as<V>(1e30f), m);
-    store(h.size + t, size);
-    store(h.eta_size + t, least(most_of, load_as<V>(h.eta + t) * size));
+    keep_size(t, root(a2 + d2 / (least(all_as<V>(FLT_MAX), e2) + all_as<V>(1e-9f)) + all_as<V>(1e-12f)));
   }
 
   // -- updates ----------------------------------------------------------------------------------------------
 
   // w2 and its skip rows
   void update_inputs() {
-    const FastWeight weight{g.delta2, g.base2, w.w2, D, decay_chunk()};
-    const Factors factors{w.d, R * PANEL, w.keys, D};
-    for (int64_t r = rows.begin; r < rows.end;) {
-      const int64_t stop = std::min({r + BLOCK, rows.end, (r / N + 1) * N});
-      for (int64_t p = 0; p < P; p++) left_factors(r, stop, r / N, w.d + (p * R + r) * PANEL, p);
-      update(weight, factors, C, r, stop);
-      r = stop;
-    }
-    if (c.scalar_skip && h.team.id == h.team.size - 1) {
-      for (int64_t p = 0; p < P; p++)
-        for (int64_t s = m.s0; s < m.s1; s++)
-          left_factors(hid + s, hid + s + 1, c.Mf + s, w.es + (p * c.Ms + s) * PANEL, p);
-      update(weight, factors, C, hid + m.s0, hid + m.s1);
-    }
+    for_inputs([&](Range r, int64_t memory) { update_rows(r, memory); });
   }
 
-  // u = gain d + erase (delta2 k), rows of a panel; they take the place of d
-  void left_factors(int64_t begin, int64_t end, int64_t memory, const float* d, int64_t p) {
-    float* u = w.d + p * R * PANEL;
-    const float* delta2_k = w.delta2_k + p * R * PANEL;
-    const bool dgd = c.dgd;
-    for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
-      const widest gain = load_as<widest>(h.gain + memory * ld + p * PANEL + v);
-      const widest erase = load_as<widest>(h.erase + p * PANEL + v);
-      for (int64_t i = begin; i < end; i++) {
-        const widest step = gain * load_as<widest>(d + (i - begin) * PANEL + v);
-        store(u + i * PANEL + v, dgd ? fma(erase, load_as<widest>(delta2_k + i * PANEL + v), step) : step);
-      }
+  // f(rows, memory) for the rows of w2 that this thread writes, in blocks
+  template <class F>
+  void for_inputs(F f) {
+    for (int64_t r = rows.begin; r < rows.end;) {
+      const int64_t stop = std::min({r + BLOCK, rows.end, (r / N + 1) * N});
+      f(Range{r, stop}, r / N);
+      r = stop;
     }
+    for (int64_t s = m.s0; writes_skips() && s < m.s1; s++) f(Range{hid + s, hid + s + 1}, c.Mf + s);
   }
+
+  bool writes_skips() const { return c.scalar_skip && h.team.id == h.team.size - 1; }
 
   // w1 and w1s
   void update_outputs() {
+    for_outputs([&](Range own, int64_t memory, const Errors& e, const FastWeight& weight, float*) {
+      scale_errors(own, memory, e, h.decay_after);
+      update(weight, e.factors(), C, own.begin, own.end);
+    });
+  }
+
+  // f(rows, memory, errors, weight, its momentum) for the rows of w1 and w1s that this thread writes
+  template <class F>
+  void for_outputs(F f) {
     const FastWeight full{g.delta1, g.base1, w.w1, N, decay_chunk()};
-    for (int64_t f = m.f0; f < m.f1; f++) {
-      const Range own = outs.within(f * D, (f + 1) * D);
-      for (int64_t p = 0; p < P; p++) {
-        const int64_t at = (p * c.Mf * D + own.begin) * PANEL;
-        scaled_errors(w.target + at, w.e + at, own.end - own.begin, f, h.decay_after, p);
-      }
-      update(full, {w.target, c.Mf * D * PANEL, w.a_rows + f * N, hid}, C, own.begin, own.end);
-    }
+    for (int64_t i = m.f0; i < m.f1; i++)
+      f(outs.within(i * D, (i + 1) * D), i, Errors{w.e, w.target, c.Mf * D, w.a_rows + i * N, hid}, full, g.s1);
     const FastWeight scalar{g.delta1s, g.base1s, w.w1s, N, decay_chunk()};
     const Range scalars = outs.within(m.f1 * D, outs.end);
     for (int64_t i = scalars.begin; i < scalars.end; i++) {
       const int64_t s = m.s0 + i - m.f1 * D;
-      for (int64_t p = 0; p < P; p++)
-        scaled_errors(w.target_s + (p * c.Ms + s) * PANEL, w.es + (p * c.Ms + s) * PANEL, 1, c.Mf + s, h.decay_after,
-                      p);
-      update(scalar, {w.target_s, c.Ms * PANEL, w.a_rows + (c.Mf + s) * N, hid}, C, s, s + 1);
+      f(Range{s, s + 1}, c.Mf + s, Errors{w.es, w.target_s, c.Ms, w.a_rows + (c.Mf + s) * N, hid}, scalar, g.s1s);
     }
   }
 
-  // to = gain after[t] e for n rows of a panel
-  void scaled_errors(float* to, const float* e, int64_t n, int64_t memory, const float* after, int64_t p) {
-    for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
-      const int64_t t = p * PANEL + v;
-      const widest factor = load_as<widest>(h.gain + memory * ld + t) * load_as<widest>(after + t);
-      for (int64_t i = v; i < n * PANEL; i += PANEL) store(to + i, factor * load_as<widest>(e + i));
-    }
+  // scaled = gain after[t] e
+  void scale_errors(Range own, int64_t memory, const Errors& errors, const float* after) const {
+    for (int64_t p = 0; p < P; p++)
+      for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
+        const int64_t t = p * PANEL + v, begin = (p * errors.height + own.begin) * PANEL;
+        const int64_t end = begin + (own.end - own.begin) * PANEL;
+        const widest factor = load_as<widest>(h.gain + memory * ld + t) * load_as<widest>(after + t);
+        for (int64_t i = begin + v; i < end; i += PANEL)
+          store(errors.scaled + i, factor * load_as<widest>(errors.e + i));
+      }
   }
 };

@@ -2,6 +2,7 @@
 // the thread's own.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "call.h"
 #include "gates.h"
@@ -11,13 +12,25 @@
 #include "workspace.h"
 
 constexpr int64_t BLOCK = 32;  // rows that meet every panel of tokens before the next rows do
+constexpr int LINEAR = -1;     // in the place of an activation: memories have none
+
+// f with the activation of the memories, or LINEAR, as the value of its argument's type
+template <class F>
+inline auto with_kind(const TitansCall& c, F f) {
+  if (!c.N) return f(std::integral_constant<int, LINEAR>());
+  switch (c.activation) {
+    case GELU: return f(std::integral_constant<int, GELU>());
+    case SILU: return f(std::integral_constant<int, SILU>());
+    default: return f(std::integral_constant<int, GELU_TANH>());
+  }
+}
 
 struct Tensors {  // of one (row, head): pointers into the call's
   float *delta2, *delta1, *delta1s, *s2, *s1, *s1s;
   const float *base2, *base1, *base1s;
   const float *q, *x, *k, *v, *eta, *alpha, *beta;
   float *o, *pending_k, *pending_v, *pending_eta, *pending_alpha, *pending_beta;
-  float *made_k, *made_v, *made_eta, *made_alpha, *made_size;
+  float *made_k, *made_v, *made_q, *made_eta, *made_alpha, *made_size;
   float eta_bias, alpha_bias;
 };
 
@@ -112,10 +125,10 @@ struct Head {
   }
 
   Head(const TitansCall& call, const Workspace& work, const Team& team, float* own)
-      : c(call), w(work), team(team), D(c.D), N(c.N), M(c.Mf + c.Ms), hid(M * N),
-        R(hid + (c.scalar_skip ? c.Ms : 0)), big(std::max(c.chunk_memory, c.chunk_other)),
+      : c(call), w(work), team(team), D(c.D), N(c.N), M(c.Mf + c.Ms), hid(hidden_units(c)),
+        R(weight_rows(c)), big(std::max(c.chunk_memory, c.chunk_other)),
         small(std::min(c.chunk_memory, c.chunk_other)),
-        by_memory(team.size == 2 && c.update && c.Mf == 3 && big == small), ld(panels(big) * PANEL) {
+        by_memory(team.size == 2 && c.update && c.Mf == 3 && c.N && big == small), ld(panels(big) * PANEL) {
     gamma = own;
     gain = gamma + (big + 1) * ld;
     size = gain + M * ld, eta_size = size + ld;
@@ -129,7 +142,7 @@ struct Head {
   void at(int64_t b, int64_t h) {
     const int64_t row = b * c.H + h, token = b * c.T * c.H + h, slot = b * big * c.H + h;
     auto from = [](auto* p, int64_t offset) { return p ? p + offset : nullptr; };
-    g.delta2 = c.delta2 + row * R * D, g.delta1 = c.delta1 + row * c.Mf * D * N;
+    g.delta2 = c.delta2 + row * R * D, g.delta1 = from(c.delta1, row * c.Mf * D * N);
     g.delta1s = from(c.delta1s, row * c.Ms * N);
     g.s2 = from(c.s2, row * R * D), g.s1 = from(c.s1, row * c.Mf * D * N), g.s1s = from(c.s1s, row * c.Ms * N);
     g.base2 = from(c.base2, h * R * D), g.base1 = from(c.base1, h * c.Mf * D * N);
@@ -137,7 +150,8 @@ struct Head {
     g.q = from(c.q, token * D), g.o = from(c.o, token * D);
     g.x = from(c.x, token * D), g.k = from(c.k, token * D), g.v = from(c.v, token * D);
     g.eta = from(c.eta, token), g.alpha = from(c.alpha, token), g.beta = from(c.beta, token);
-    g.made_k = from(c.made_k, token * D), g.made_v = from(c.made_v, token * D), g.made_eta = from(c.made_eta, token);
+    g.made_k = from(c.made_k, token * D), g.made_v = from(c.made_v, token * D);
+    g.made_q = from(c.made_q, token * D), g.made_eta = from(c.made_eta, token);
     g.made_alpha = from(c.made_alpha, token), g.made_size = from(c.made_size, token);
     g.pending_k = c.pending_k + slot * D, g.pending_v = c.pending_v + slot * D;
     g.pending_eta = c.pending_eta + slot, g.pending_alpha = from(c.pending_alpha, slot);
@@ -181,11 +195,16 @@ struct Head {
 
   // -- what reading and writing have in common --------------------------------------------------------------
 
-  // M(x) of scalar memory s for one panel: w1s a, plus the skip row
+  // M(x) of scalar memory s for one panel: w1s a, plus the skip row; of a linear one its row
   void scalar_output(int64_t s, const float* a, const float* in, float* out) const {
+    const float* row = w2 + (R - c.Ms + s) * D;
     for (int v = 0; v < PANEL; v += LANES<widest>) {
+      if (!N) {
+        store(out + v, four_chains<widest>(row, in + v, D));
+        continue;
+      }
       widest y = four_chains<widest>(w1s + s * N, a + v, N);
-      if (c.scalar_skip) y = y + four_chains<widest>(w2 + (hid + s) * D, in + v, D);
+      if (c.scalar_skip) y = y + four_chains<widest>(row, in + v, D);
       store(out + v, y);
     }
   }

@@ -9,11 +9,7 @@
 
 inline void scan(const TitansCall& c, const Workspace& work, const Team& team, float* mine, int64_t b, int64_t h) {
   Scan s(c, work, team, mine);
-  switch (c.activation) {
-    case GELU: return s.run<GELU>(b, h);
-    case SILU: return s.run<SILU>(b, h);
-    default: return s.run<GELU_TANH>(b, h);
-  }
+  with_kind(c, [&](auto kind) { s.run<kind>(b, h); });
 }
 
 // Whether one thread is done before others are awake: 2^18 products are some 5 us. A call has about 8 D N a token, head
@@ -22,7 +18,7 @@ inline bool small_work(const TitansCall& c) {
 #ifdef HOPE_STD_THREADS  // the thread sanitizer is to see threads in small calls
   return false;
 #else
-  return 8.0 * c.B * c.T * c.H * (c.Mf + c.Ms) * c.D * c.N < 1 << 18;
+  return 8.0 * c.B * c.T * c.H * (c.Mf + c.Ms) * c.D * memory_rows(c) < 1 << 18;
 #endif
 }
 
@@ -60,9 +56,5 @@ inline void commit_open(const TitansCall& c, int64_t b, int64_t h, int64_t end, 
   work.carve(c, scratch);
   const Team alone{0, 1, nullptr};
   Scan scan(c, work, alone, own);
-  switch (c.activation) {
-    case GELU: return scan.commit_open<GELU>(b, h, end);
-    case SILU: return scan.commit_open<SILU>(b, h, end);
-    default: return scan.commit_open<GELU_TANH>(b, h, end);
-  }
+  with_kind(c, [&](auto kind) { scan.commit_open<kind>(b, h, end); });
 }

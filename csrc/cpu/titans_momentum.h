@@ -12,12 +12,13 @@
 // What is added to s is what an update subtracts, with its sign changed.
 #pragma once
 #include "titans_commit.h"
+#include "titans_linear.h"
 
-template <int ACT>
-class MomentumCommit : private Commit<ACT> {
-  using Base = Commit<ACT>;
-  using Base::h, Base::c, Base::w, Base::g, Base::D, Base::N, Base::hid, Base::R, Base::ld, Base::m, Base::C, Base::P,
-      Base::first, Base::k_rows, Base::clock, Base::rows, Base::outs;
+// Base: Commit or LinearCommit
+template <class Base>
+class MomentumCommit : private Base {
+  using Base::h, Base::c, Base::w, Base::g, Base::D, Base::N, Base::R, Base::ld, Base::m, Base::C, Base::P, Base::first,
+      Base::k_rows, Base::clock;
 
  public:
   using Base::Base;
@@ -37,23 +38,20 @@ class MomentumCommit : private Commit<ACT> {
     h.team.sync();
     Base::all_step_sizes();
     update_inputs();
-    update_outputs();
+    if constexpr (!std::is_same_v<Base, LinearCommit>) update_outputs();
     h.sync_rows();
   }
 
  private:
   // s2 k, of this thread's rows
   void along_keys() {
-    auto product = [&](Range r, int64_t p) {
-      float* to = w.s2_k + p * R * PANEL;
-      Base::product(r, g.s2, w.k, p, [&](int64_t i, auto& x) { store_rows(to, i, x); });
-    };
-    for_blocks(rows, 0, P, product);
-    if (skips())
-      for (int64_t p = 0; p < P; p++) product({hid + m.s0, hid + m.s1}, p);
+    Base::for_inputs([&](Range r, int64_t) {
+      for (int64_t p = 0; p < P; p++) {
+        float* to = w.s2_k + p * R * PANEL;
+        Base::product(r, g.s2, w.k, p, [&](int64_t i, auto& x) { store_rows(to, i, x); });
+      }
+    });
   }
-
-  bool skips() const { return c.scalar_skip && h.team.id == h.team.size - 1; }
 
   // A, the last row of B, and what they are at the tokens: every thread for itself
   void arrivals() {
@@ -96,38 +94,26 @@ class MomentumCommit : private Commit<ACT> {
       }
   }
 
-  // w2 and its skip rows
   void update_inputs() {
-    for (int64_t r = rows.begin; r < rows.end;) {
-      const int64_t stop = std::min({r + BLOCK, rows.end, (r / N + 1) * N});
-      for (int64_t p = 0; p < P; p++) left_factors(r, stop, r / N, w.d + (p * R + r) * PANEL, p);
-      update_inputs(r, stop);
-      r = stop;
-    }
-    if (!skips()) return;
-    for (int64_t p = 0; p < P; p++)
-      for (int64_t s = m.s0; s < m.s1; s++)
-        left_factors(hid + s, hid + s + 1, c.Mf + s, w.es + (p * c.Ms + s) * PANEL, p);
-    update_inputs(hid + m.s0, hid + m.s1);
-  }
-
-  void update_inputs(int64_t begin, int64_t end) {
-    fade(g.delta2, g.s2, begin * D, end * D);
-    const FastWeight last{g.delta2, g.base2, w.w2, D, 1}, more{g.delta2, nullptr, nullptr, D, 1};
-    update(c.dgd ? more : last, {w.d, R * PANEL, w.keys, D}, C, begin, end);
-    if (c.dgd) update(last, {w.delta2_k, R * PANEL, w.solved, D}, C, begin, end);
-    update({g.s2, nullptr, nullptr, D, carried_chunk()}, {w.d, R * PANEL, w.carried_k, D}, C, begin, end);
+    Base::for_inputs([&](Range r, int64_t memory) {
+      for (int64_t p = 0; p < P; p++) left_factors(r, memory, p);
+      fade(g.delta2, g.s2, r.begin * D, r.end * D);
+      const FastWeight last{g.delta2, g.base2, w.w2, D, 1}, more{g.delta2, nullptr, nullptr, D, 1};
+      update(c.dgd ? more : last, {w.d, R * PANEL, w.keys, D}, C, r.begin, r.end);
+      if (c.dgd) update(last, {w.delta2_k, R * PANEL, w.solved, D}, C, r.begin, r.end);
+      update({g.s2, nullptr, nullptr, D, carried_chunk()}, {w.d, R * PANEL, w.carried_k, D}, C, r.begin, r.end);
+    });
   }
 
   // gain d, rows of a panel, in the place of d; and in that of delta2 k what is erased
-  void left_factors(int64_t begin, int64_t end, int64_t memory, const float* d, int64_t p) {
+  void left_factors(Range r, int64_t memory, int64_t p) {
     for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
       const int64_t t = p * PANEL + v;
       const widest gain = load_as<widest>(h.gain + memory * ld + t), decayed = load_as<widest>(h.decay_before + t);
       const widest arrived = load_as<widest>(h.arrived_before + t);
-      for (int64_t i = begin; i < end; i++) {
+      for (int64_t i = r.begin; i < r.end; i++) {
         const int64_t at = (p * R + i) * PANEL + v;
-        store(w.d + at, gain * load_as<widest>(d + (i - begin) * PANEL + v));
+        store(w.d + at, gain * load_as<widest>(w.d + at));
         if (!c.dgd) continue;
         const widest known = decayed * load_as<widest>(w.delta2_k + at);
         store(w.delta2_k + at, fnma(arrived, load_as<widest>(w.s2_k + at), known));
@@ -137,32 +123,13 @@ class MomentumCommit : private Commit<ACT> {
 
   // w1 and w1s
   void update_outputs() {
-    for (int64_t f = m.f0; f < m.f1; f++)
-      outputs(outs.within(f * D, (f + 1) * D), f, w.e, w.target, c.Mf * D, w.a_rows + f * N,
-              {g.delta1, g.base1, w.w1, N, 1}, g.s1);
-    const Range scalars = outs.within(m.f1 * D, outs.end);
-    for (int64_t i = scalars.begin; i < scalars.end; i++) {
-      const int64_t s = m.s0 + i - m.f1 * D;
-      outputs({s, s + 1}, c.Mf + s, w.es, w.target_s, c.Ms, w.a_rows + (c.Mf + s) * N,
-              {g.delta1s, g.base1s, w.w1s, N, 1}, g.s1s);
-    }
-  }
-
-  // Rows `own` of one memory: e [height] in panels, a in rows. steps: a place as large as e.
-  void outputs(Range own, int64_t memory, const float* e, float* steps, int64_t height, const float* a,
-               const FastWeight& weight, float* s) {
-    auto scaled = [&](const float* after) {
-      for (int64_t p = 0; p < P; p++) {
-        const int64_t at = (p * height + own.begin) * PANEL;
-        Base::scaled_errors(steps + at, e + at, own.end - own.begin, memory, after, p);
-      }
-    };
-    const Factors factors{steps, height * PANEL, a, hid};
-    fade(weight.delta, s, own.begin * N, own.end * N);
-    scaled(h.arrived_after);
-    update(weight, factors, C, own.begin, own.end);
-    scaled(h.carried_after);
-    update({s, nullptr, nullptr, N, carried_chunk()}, factors, C, own.begin, own.end);
+    Base::for_outputs([&](Range own, int64_t memory, const Errors& e, const FastWeight& weight, float* s) {
+      fade(weight.delta, s, own.begin * N, own.end * N);
+      Base::scale_errors(own, memory, e, h.arrived_after);
+      update({weight.delta, weight.base, weight.w, N, 1}, e.factors(), C, own.begin, own.end);
+      Base::scale_errors(own, memory, e, h.carried_after);
+      update({s, nullptr, nullptr, N, carried_chunk()}, e.factors(), C, own.begin, own.end);
+    });
   }
 
   // delta <- gamma[C,0] delta - A[C,0] s

@@ -1,6 +1,7 @@
 // Reading slots [slot, end) of one chunk of the faster clock: o from M_memory at q, and k, v, eta, alpha from
-// the other memories at x, into the open chunk.
+// the other memories at x, into the open chunk; with adaptive_q first q from M_q at x.
 #pragma once
+#include <algorithm>
 #include <cstring>
 
 #include "titans_head.h"
@@ -12,21 +13,26 @@ class Read {
   Read(const Head& head, int64_t slot, int64_t end, int64_t phase)
       : h(head), c(h.c), w(h.w), g(h.g), D(h.D), N(h.N), hid(h.hid), step(c.H * D), slot(slot),
         first(slot % h.small), last(first + end - slot), token(slot - phase), p0(first / PANEL),
-        p1(panels(last)), produce(c.update && c.self_modifying),
+        p1(panels(last)), produce(c.update && c.self_modifying), adaptive(adaptive_q(c)),
         lanes(h.own_lanes(h.small).within(first, last)) {}
 
   void run() {
     inputs();
     h.sync_rows();
-    activations();
-    h.sync_rows();
-    outputs();
-    h.sync_rows();
+    if (adaptive) {
+      evaluate(produce ? 1 : QUERIES, produce ? h.M : QUERIES + 1);
+      queries();
+      h.team.sync();
+      evaluate(0, 1);
+    } else {
+      evaluate(0, produce ? h.M : 1);
+    }
     results();
     if (h.big != h.small) h.team.sync();  // else the next stage keeps to the same lanes
   }
 
  private:
+  static constexpr int64_t QUERIES = 3;     // which memory M_q is
   const Head& h;
   const TitansCall& c;
   const Workspace& w;
@@ -35,6 +41,7 @@ class Read {
   const int64_t slot, first, last, token;   // lanes [first, last); the first token of them in the call
   const int64_t p0, p1;                     // panels
   const bool produce;                       // the memories make k, v, eta, alpha
+  const bool adaptive;                      // M_q makes q
   const Range lanes;
 
   bool half(int64_t p) const { return last - p * PANEL <= 8; }
@@ -42,45 +49,84 @@ class Read {
   void inputs() {
     for_panels(lanes, [&](int64_t p, int64_t a, int64_t b) {
       const int64_t t = token + p * PANEL + a - first;
-      if (h.owns_k()) load_lanes(w.q + p * D * PANEL, g.q + t * step, step, D, a, b);
-      if (produce) load_lanes(h.x + p * D * PANEL, g.x + t * step, step, D, a, b);
+      if (!adaptive && h.owns_k()) load_lanes(w.q + p * D * PANEL, g.q + t * step, step, D, a, b);
+      if (produce || adaptive) load_lanes(h.x + p * D * PANEL, g.x + t * step, step, D, a, b);
     });
   }
 
-  void activations() {
-    const Range rows = h.hidden_rows(0, produce ? hid : N);
-    auto rows_at = [&](Range own, const float* in) {
-      for_blocks(own, p0, p1, [&](Range r, int64_t p) {
-        float* hidden = w.hidden + p * hid * PANEL;
-        panel_product(r.begin, r.end, D, h.w2, D, 1, in + p * D * PANEL, half(p), [&](int64_t i, auto& acc) {
-          activate<ACT>(acc);
-          store_rows(hidden, i, acc);
-        });
-      });
-    };
-    rows_at(rows.within(0, N), w.q);
-    if (produce) rows_at(rows.within(N, hid), h.x);
+  float* output(int64_t m, int64_t p) const { return w.out + (p * c.Mf + m) * D * PANEL; }
+
+  // What memory m reads of panel p
+  const float* input(int64_t m, int64_t p) const {
+    if (m) return h.x + p * D * PANEL;
+    return adaptive ? output(QUERIES, p) : w.q + p * D * PANEL;
   }
 
-  void outputs() {
-    const int64_t full = produce ? 3 * D : D, total = full + (produce ? c.Ms : 0);
-    const Range outs = h.output_rows(0, total), scalars = outs.within(full, total);
-    for (int64_t f = 0; f < full / D; f++) {
+  // Memories [m0, m1); their outputs are whole to everyone afterwards.
+  void evaluate(int64_t m0, int64_t m1) {
+    if constexpr (ACT != LINEAR) {
+      const Range rows = h.hidden_rows(m0 * N, m1 * N);
+      activations(rows.within(0, N), 0);
+      activations(rows.within(N, hid), 1);
+      h.sync_rows();
+    }
+    outputs(m0, m1);
+    h.sync_rows();
+  }
+
+  // Hidden rows of memories that read what m does
+  void activations(Range own, int64_t m) {
+    for_blocks(own, p0, p1, [&](Range r, int64_t p) {
+      float* hidden = w.hidden + p * hid * PANEL;
+      panel_product(r.begin, r.end, D, h.w2, D, 1, input(m, p), half(p), [&](int64_t i, auto& acc) {
+        activate<ACT>(acc);
+        store_rows(hidden, i, acc);
+      });
+    });
+  }
+
+  void outputs(int64_t m0, int64_t m1) {
+    const int64_t f1 = std::min(m1, c.Mf), full = f1 * D;
+    const Range outs = h.output_rows(m0 * D, full + m1 - f1), scalars = outs.within(full, full + m1 - f1);
+    for (int64_t f = m0; f < f1; f++) {
       for_blocks(outs.within(f * D, (f + 1) * D), p0, p1, [&](Range r, int64_t p) {
-        const float* in = (f == 0 ? w.q : h.x) + p * D * PANEL;
-        float* out = w.out + p * c.Mf * D * PANEL;
-        panel_product(r.begin, r.end, N, h.w1, N, 1, w.hidden + (p * hid + f * N) * PANEL, half(p),
-                      [&](int64_t i, auto& acc) {
-                        add_rows(acc, in, i - f * D);
-                        store_rows(out, i, acc);
-                      });
+        const float* in = input(f, p);
+        float* out = output(0, p);
+        if constexpr (ACT == LINEAR) {
+          panel_product(r.begin, r.end, D, h.w2, D, 1, in, half(p),
+                        [&](int64_t i, auto& acc) { store_rows(out, i, acc); });
+        } else {
+          panel_product(r.begin, r.end, N, h.w1, N, 1, w.hidden + (p * hid + f * N) * PANEL, half(p),
+                        [&](int64_t i, auto& acc) {
+                          add_rows(acc, in, i - f * D);
+                          store_rows(out, i, acc);
+                        });
+        }
       });
     }
-    if (!produce) return;
     for (int64_t p = p0; p < p1; p++)
       for (int64_t s = scalars.begin - full; s < scalars.end - full; s++)
         h.scalar_output(s, w.hidden + (p * hid + (c.Mf + s) * N) * PANEL, h.x + p * D * PANEL,
                         w.gates + (p * c.Ms + s) * PANEL);
+  }
+
+  // What M_q has made, as unit vectors, this thread's lanes
+  void queries() {
+    for_panels(lanes, [&](int64_t p, int64_t a, int64_t b) {
+      const int64_t t = token + p * PANEL + a - first;
+      if (g.made_q) store_lanes(output(QUERIES, p), g.made_q + t * step, step, D, a, b);
+    });
+    if (!c.qk_l2norm) return;
+    for_lanes(lanes, [&](int64_t t, auto v) {
+      float* q = output(QUERIES, t / PANEL) + t % PANEL;
+      scale(q, unit_factor(root(squares<decltype(v)>(q, D))));
+    });
+  }
+
+  // A column of a panel times a factor
+  template <class V>
+  void scale(float* x, V factor) const {
+    for (int64_t i = 0; i < D * PANEL; i += PANEL) store(x + i, load_as<V>(x + i) * factor);
   }
 
   void results() {
@@ -115,9 +161,7 @@ class Read {
       const Range own = lanes.within(t, t + LANES<V>);
       for (int64_t i = own.begin; i < own.end; i++) g.made_size[(token + i - first) * c.H] = found[i - t];
     }
-    if (!c.qk_l2norm) return;
-    const V factor = unit_factor(size);
-    for (int64_t i = 0; i < D * PANEL; i += PANEL) store(k + i, load_as<V>(k + i) * factor);
+    if (c.qk_l2norm) scale(k, unit_factor(size));
   }
 
   // w.eta and w.alpha of n slots from s on, and token t's .., from the scalar memories' outputs

@@ -36,15 +36,17 @@ class Scan {
     if (n == 0) return;
     h.at(b, head);
     open(phase);
-    int64_t chunk = 0;
-    keep_weights(b, head, chunk);
     const int64_t row = b * c.H + head;
+    int64_t chunk = 0, chunk_q = 0;
+    keep_memory(row * c.kept);
+    keep_queries(row * c.kept_q);
     for (int64_t slot = phase; slot < phase + n;) {
       const int64_t end = std::min((slot / small + 1) * small, phase + n);
       Read<ACT>(h, slot, end, phase).run();
       if (c.update) {
         commit<ACT>(end);
-        if (end % c.chunk_memory == 0 && end < phase + n) keep_weights(b, head, ++chunk);
+        if (end % c.chunk_memory == 0 && end < phase + n) keep_memory(row * c.kept + ++chunk);
+        if (end % c.chunk_other == 0 && end < phase + n) keep_queries(row * c.kept_q + ++chunk_q);
         if (c.span && end % c.span == 0 && end < phase + n) keep_state(row * c.spans + end / c.span - 1);
       }
       slot = end;
@@ -84,7 +86,8 @@ class Scan {
 
   template <int ACT>
   void commit(const Group& group, int64_t C, int64_t end) {
-    c.s2 ? MomentumCommit<ACT>(h, group, C, end).run() : Commit<ACT>(h, group, C, end).run();
+    using Write = std::conditional_t<ACT == LINEAR, LinearCommit, Commit<ACT>>;
+    c.s2 ? MomentumCommit<Write>(h, group, C, end).run() : Write(h, group, C, end).run();
   }
 
   // The weights in force, and the open chunk's tokens.
@@ -110,14 +113,23 @@ class Scan {
     for (int64_t i = r.begin; i < r.end; i += 8) store(to + i, load(a + i) + load(b + i));
   }
 
-  // M_memory's weights as the reads of the call's chunk number `chunk` see them
-  void keep_weights(int64_t b, int64_t head, int64_t chunk) {
-    if (!c.kept2) return;
-    const int64_t n = N * D, at = ((b * c.H + head) * c.kept + chunk) * n;
+  // The weights of M_memory, and of M_q, as the reads of a chunk see them, become those of number `at`.
+  void keep_memory(int64_t at) {
+    keep(c.kept2, h.w2, memory_rows(c) * D, at);
+    keep(c.kept1, h.w1, N * D, at);
+  }
+
+  void keep_queries(int64_t at) {
+    if (!c.kept_q2) return;
+    keep(c.kept_q2, h.w2 + 3 * memory_rows(c) * D, memory_rows(c) * D, at);
+    keep(c.kept_q1, h.w1 + 3 * N * D, N * D, at);
+  }
+
+  void keep(float* to, const float* from, int64_t n, int64_t at) {
+    if (!to) return;
     // with by_memory they are thread 0's: the other one may not look at them between two barriers
     const Range own = !h.by_memory ? team.share(0, n, 8) : Range{0, team.id == 0 ? n : 0};
-    std::memcpy(c.kept2 + at + own.begin, h.w2 + own.begin, (own.end - own.begin) * sizeof(float));
-    std::memcpy(c.kept1 + at + own.begin, h.w1 + own.begin, (own.end - own.begin) * sizeof(float));
+    std::memcpy(to + at * n + own.begin, from + own.begin, (own.end - own.begin) * sizeof(float));
   }
 
   // The deviations at the start of a span

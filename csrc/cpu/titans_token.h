@@ -12,7 +12,8 @@
 
 // The inputs and outputs of one head; k, v, eta, alpha are the slot of the open chunk that the token takes.
 struct TokenRead {
-  const float *q, *x;
+  float* q;  // made here by M_q, where there is one
+  const float* x;
   float *o, *k, *v, *eta, *alpha;
   float eta_bias, alpha_bias;
 };
@@ -30,14 +31,13 @@ HK_INLINE const float* strip(int64_t inputs, const float* W, const float* x, flo
   return W;
 }
 
-// y [outputs] = W x, W in strips; what lies behind W.
-inline const float* times_strips(int64_t outputs, int64_t inputs, const float* W, const float* x, float* y) {
+// y [outputs] = W x, W in strips
+inline void times_strips(int64_t outputs, int64_t inputs, const float* W, const float* x, float* y) {
   int64_t r = 0;
   for (; r + 64 <= outputs; r += 64) W = strip<8>(inputs, W, x, y + r);
   if (outputs - r >= 32) W = strip<4>(inputs, W, x, y + r), r += 32;
   if (outputs - r >= 16) W = strip<2>(inputs, W, x, y + r), r += 16;
   if (outputs - r >= 8) W = strip<1>(inputs, W, x, y + r);
-  return W;
 }
 
 // A [outputs, inputs] (+ B, unless null), both multiples of 8, in strips to `to`; what lies behind them.
@@ -59,25 +59,27 @@ inline float* to_strips(int64_t outputs, int64_t inputs, const float* A, const f
   return to;
 }
 
-// The weights of one (row, head) as ``read_token`` takes them: packed_floats(c) numbers.
-inline int64_t packed_floats(const TitansCall& c) {
-  return (c.Mf + c.Ms) * c.N * c.D + c.Mf * c.D * c.N + c.Ms * c.N + (c.scalar_skip ? c.Ms * c.D : 0);
-}
+// The weights of one (row, head) as ``read_token`` takes them, packed_floats(c) numbers: strips of w2, memory by memory
+// where linear, else of M_memory and of all others; strips of w1, memory by memory; w1s; and the rows of w2 that a
+// scalar memory has for itself.
+inline int64_t packed_floats(const TitansCall& c) { return weight_rows(c) * c.D + c.Mf * c.D * c.N + c.Ms * c.N; }
 
 inline void pack(const TitansCall& c, int64_t b, int64_t h, float* to) {
-  const int64_t D = c.D, N = c.N, hid = (c.Mf + c.Ms) * N, skips = c.scalar_skip ? c.Ms : 0, row = b * c.H + h;
-  auto base = [&](const float* p, int64_t n) { return p ? p + h * n : nullptr; };
-  const float *d2 = c.delta2 + row * (hid + skips) * D, *d1 = c.delta1 + row * c.Mf * D * N;
-  const float *b2 = base(c.base2, (hid + skips) * D), *b1 = base(c.base1, c.Mf * D * N);
-  to = to_strips(N, D, d2, b2, to);
-  to = to_strips(hid - N, D, d2 + N * D, b2 ? b2 + N * D : nullptr, to);
-  for (int64_t f = 0; f < c.Mf; f++)
-    to = to_strips(D, N, d1 + f * D * N, b1 ? b1 + f * D * N : nullptr, to);
+  const int64_t D = c.D, N = c.N, hid = hidden_units(c), R = weight_rows(c), row = b * c.H + h;
+  const int64_t rows = N ? hid : c.Mf * D;  // that are strips
+  auto from = [](const float* p, int64_t n) { return p ? p + n : nullptr; };
+  const float *d2 = c.delta2 + row * R * D, *b2 = from(c.base2, h * R * D);
+  for (int64_t r = 0, n = 0; r < rows; r += n) {
+    n = N && r ? rows - r : memory_rows(c);
+    to = to_strips(n, D, d2 + r * D, from(b2, r * D), to);
+  }
+  for (int64_t f = 0; N && f < c.Mf; f++)
+    to = to_strips(D, N, c.delta1 + (row * c.Mf + f) * D * N, from(c.base1, (h * c.Mf + f) * D * N), to);
   auto as_they_are = [&](int64_t n, const float* delta, const float* base) {
     for (int64_t i = 0; i < n; i++) *to++ = base ? base[i] + delta[i] : delta[i];
   };
-  if (c.Ms) as_they_are(c.Ms * N, c.delta1s + row * c.Ms * N, base(c.base1s, c.Ms * N));
-  as_they_are(skips * D, d2 + hid * D, b2 ? b2 + hid * D : nullptr);
+  as_they_are(c.Ms * N, from(c.delta1s, row * c.Ms * N), from(c.base1s, h * c.Ms * N));
+  as_they_are((R - rows) * D, d2 + rows * D, from(b2, rows * D));
 }
 
 // four_chains and squares of titans_head.h for one token
@@ -88,28 +90,65 @@ inline float four_chains_of(const float* a, const float* b, int64_t n) {
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-// hidden: hid numbers of the caller's. k, v, eta and alpha are made by memories that make their own.
+// One head's token, with weights W as `pack` leaves them. hidden: hid numbers of the caller's. k, v, eta and alpha are
+// made by memories that make their own.
 template <int ACT>
-void read_token(const TitansCall& c, const float* W, const TokenRead& t, float* hidden) {
-  const int64_t D = c.D, N = c.N, hid = (c.Mf + c.Ms) * N;
-  W = times_strips(N, D, W, t.q, hidden);
-  if (c.self_modifying) W = times_strips(hid - N, D, W, t.x, hidden + N);
-  for (int64_t i = 0; i < hid; i += 8) store(hidden + i, sigma<ACT>(load(hidden + i)));
-  float* const out[3] = {t.o, t.k, t.v};
-  for (int f = 0; f < c.Mf; f++) {
-    const float* in = f == 0 ? t.q : t.x;
-    W = times_strips(D, N, W, hidden + f * N, out[f]);
-    for (int64_t i = 0; i < D; i += 8) store(out[f] + i, load(out[f] + i) + load(in + i));
+class TokenReader {
+ public:
+  TokenReader(const TitansCall& call, const float* W, const TokenRead& token, float* hidden)
+      : c(call), t(token), W(W), hidden(hidden), D(c.D), N(c.N), hid(hidden_units(c)),
+        w1(W + (N ? hid : c.Mf * D) * D), w1s(w1 + c.Mf * D * N), rows(w1s + c.Ms * N) {}
+
+  void run() const {
+    if (c.self_modifying) {
+      if constexpr (ACT != LINEAR) activations(N, hid, t.x);
+      full(1, t.x, t.k);
+      full(2, t.x, t.v);
+      if (c.qk_l2norm) unit(t.k);
+      if (adaptive_q(c)) {
+        full(3, t.x, t.q);
+        if (c.qk_l2norm) unit(t.q);
+      }
+      *t.eta = eta_of(c, scalar(0), t.eta_bias);
+      if (c.retention) *t.alpha = alpha_of(c, scalar(1), t.alpha_bias);
+    }
+    if constexpr (ACT != LINEAR) activations(0, N, t.q);
+    full(0, t.q, t.o);
   }
-  if (!c.self_modifying) return;
-  if (c.qk_l2norm) {
-    const f8 n = all(1 / std::max(NORM_EPS, std::sqrt(four_chains_of(t.k, t.k, D))));
-    for (int64_t i = 0; i < D; i += 8) store(t.k + i, load(t.k + i) * n);
+
+ private:
+  const TitansCall& c;
+  const TokenRead& t;
+  const float* const W;
+  float* const hidden;
+  const int64_t D, N, hid;
+  const float *const w1, *const w1s, *const rows;
+
+  // Hidden units [a, b), which lie in strips of their own
+  void activations(int64_t a, int64_t b, const float* in) const {
+    times_strips(b - a, D, W + a * D, in, hidden + a);
+    for (int64_t i = a; i < b; i += 8) store(hidden + i, sigma<ACT>(load(hidden + i)));
   }
-  auto scalar = [&](int64_t s) {
-    const float y = four_chains_of(W + s * N, hidden + (c.Mf + s) * N, N);
-    return c.scalar_skip ? y + four_chains_of(W + c.Ms * N + s * D, t.x, D) : y;
-  };
-  *t.eta = eta_of(c, scalar(0), t.eta_bias);
-  if (c.retention) *t.alpha = alpha_of(c, scalar(1), t.alpha_bias);
+
+  // M(in) of memory f
+  void full(int64_t f, const float* in, float* out) const {
+    if constexpr (ACT == LINEAR) return times_strips(D, D, W + f * D * D, in, out);
+    times_strips(D, N, w1 + f * D * N, hidden + f * N, out);
+    for (int64_t i = 0; i < D; i += 8) store(out + i, load(out + i) + load(in + i));
+  }
+
+  float scalar(int64_t s) const {
+    if constexpr (ACT == LINEAR) return four_chains_of(rows + s * D, t.x, D);
+    const float y = four_chains_of(w1s + s * N, hidden + (c.Mf + s) * N, N);
+    return c.scalar_skip ? y + four_chains_of(rows + s * D, t.x, D) : y;
+  }
+
+  void unit(float* x) const {
+    const f8 n = all(1 / std::max(NORM_EPS, std::sqrt(four_chains_of(x, x, D))));
+    for (int64_t i = 0; i < D; i += 8) store(x + i, load(x + i) * n);
+  }
+};
+
+inline void read_token(const TitansCall& c, const float* W, const TokenRead& t, float* hidden) {
+  with_kind(c, [&](auto kind) { TokenReader<kind>(c, W, t, hidden).run(); });
 }

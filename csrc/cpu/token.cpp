@@ -86,7 +86,7 @@ int team_of(const TokenCall& c) {
 }  // namespace
 
 extern "C" int64_t hope_token_packed(const TitansCall* t) {
-  return t && extents({t->B, t->H, t->Mf + t->Ms, t->N + 1, t->D}) ? t->B * t->H * packed_floats(*t) : -1;
+  return t && memory_sizes_fit(*t) ? t->B * t->H * packed_floats(*t) : -1;
 }
 
 extern "C" int hope_token_strips(int64_t rows, int64_t K, const float* W, float* to) {

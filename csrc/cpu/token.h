@@ -19,7 +19,7 @@ struct TokenLevel {
 struct TokenMemories {
   const float* conv;                                 // [d, W], or null: no convolution
   float* tail;                                       // [B, W - 1, d], advanced in place
-  const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; but for q_proj null where there is none
+  const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; null where there is none
   const float *k_proj, *v_proj;                      // [d, d], of memories that are given theirs; else null, as these
   const float *eta_proj, *alpha_proj, *beta_proj;    // [H, d]; beta's for a learned momentum, with
   const float* beta_bias;                            // [H]

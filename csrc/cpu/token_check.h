@@ -1,26 +1,19 @@
 // Whether the sizes and pointers of a decoder's step fit each other (check.h).
 #pragma once
 #include "attention_call.h"
-#include "check.h"
+#include "titans_check.h"
 #include "token.h"
-#include "vec.h"
 
 inline bool memories_fit(const TokenMemories& m, const TokenCall& c) {
   const TitansCall& t = m.titans;
-  const int64_t big = std::max(t.chunk_memory, t.chunk_other), small = std::min(t.chunk_memory, t.chunk_other);
-  const bool own = t.self_modifying;
-  if (!own && (!all_given({m.k_proj, m.v_proj, m.eta_proj}) || (t.retention && !m.alpha_proj))) return false;
-  if (!t.s2 != !t.s1 || !(t.s2 && t.Ms) != !t.s1s || !t.s2 != !t.pending_beta || (m.beta_proj && !m.beta_bias))
+  if (!t.self_modifying && (!all_given({m.k_proj, m.v_proj, m.eta_proj}) || (t.retention && !m.alpha_proj)))
     return false;
-  return all_given({m.q_proj, m.packed}) && (!m.conv || (c.W >= 1 && (c.W == 1 || m.tail))) && t.B == c.B &&
-         t.T == 1 && t.H > 0 && width(t.D) && width(t.N) && t.H * t.D == c.d &&
-         t.Mf == (own ? 3 : 1) && t.Ms == (own ? 1 + (t.retention != 0) : 0) && t.update && !t.kept2 && small > 0 &&
-         big <= LARGEST && big % small == 0 && extents({c.B, t.H, t.Mf + t.Ms, t.N + 1, t.D}) &&
-         extents({c.B, big, t.H, t.D}) && extents({big, t.Mf + t.Ms, t.N + 1}) && t.activation >= GELU_TANH &&
-         t.activation <= SILU && rows_fit(c.B, 1, t.pos, t.len) && !t.base2 == !t.base1 &&
-         !(t.base2 && t.Ms) == !t.base1s && all_given({t.delta2, t.delta1, t.pending_k, t.pending_v}) &&
-         (!t.Ms || t.delta1s) &&
-         all_given({t.pending_eta, t.eta_bias, t.pos, t.len}) &&
+  if (!t.s2 != !t.pending_beta || (m.beta_proj && !m.beta_bias)) return false;
+  return memory_sizes_fit(t) && m.packed && !m.q_proj == adaptive_q(t) &&
+         (!m.conv || (c.W >= 1 && (c.W == 1 || m.tail))) && t.B == c.B && t.T == 1 && t.H * t.D == c.d && t.update &&
+         !t.kept2 && all_given({t.delta2, t.pending_k, t.pending_v, t.pending_eta, t.eta_bias, t.pos, t.len}) &&
+         rows_fit(c.B, 1, t.pos, t.len) && weights_fit(t, t.delta2, t.delta1, t.delta1s) &&
+         weights_fit(t, t.base2, t.base1, t.base1s) && weights_fit(t, t.s2, t.s1, t.s1s) &&
          (!t.retention || all_given({t.pending_alpha, t.alpha_bias}));
 }
 

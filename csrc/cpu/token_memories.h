@@ -23,7 +23,7 @@ class MemoriesStep {
       x = w.x;
       s.team.sync();
     }
-    s.project(d, d, x, m.q_proj, w.q);
+    if (m.q_proj) s.project(d, d, x, m.q_proj, w.q);
     if (m.k_proj) s.project(d, d, x, m.k_proj, w.k), s.project(d, d, x, m.v_proj, w.v);
     if (m.eta_proj) s.project(t.H, d, x, m.eta_proj, w.eta);
     if (m.alpha_proj) s.project(t.H, d, x, m.alpha_proj, w.alpha);
@@ -120,15 +120,10 @@ class MemoriesStep {
   void head(int64_t g, const float* x) const {
     TokenRead to = place(g);
     to.x = x + g * t.D;
-    if (t.qk_l2norm) unit_row(to.q, t.D, w.q + g * t.D);
+    if (m.q_proj && t.qk_l2norm) unit_row(to.q, t.D, to.q);
     const FlushDenormals flush;
     float* hidden = w.own + s.team.id * w.ahead;
-    const float* W = m.packed + g * packed_floats(t);
-    switch (t.activation) {
-      case GELU: read_token<GELU>(t, W, to, hidden); break;
-      case SILU: read_token<SILU>(t, W, to, hidden); break;
-      default: read_token<GELU_TANH>(t, W, to, hidden);
-    }
+    read_token(t, m.packed + g * packed_floats(t), to, hidden);
     if (!t.self_modifying) give(g, to);
     if (t.s2) *beta(g) = m.beta_proj ? sigmoid(w.beta[g] + m.beta_bias[g % t.H]) : m.beta;
     const float* gain = m.out_gain ? m.out_gain + g % t.H * t.D : nullptr;

@@ -22,7 +22,7 @@ struct Workspace {
   float *a, *a_values;           // sigma at k [M N]; at v, or sigma(k) - sigma(v)
   float *d, *delta2_k;           // sigma', then d, then u [R]; delta2 k [R]
   float *a_rows;                 // a, tokens as rows [C, M N]
-  float *e, *target;             // errors [Mf D]; the target, later gain gamma[C,t] e
+  float *e, *target;             // errors [Mf D]; the target, later gain gamma[C,t] e. Linear: e is d, targets [R]
   float *es, *target_s;          // the same for the scalar memories [Ms]
   float *gram, *keys;            // k_t.k_s [C, C padded]; transformed keys Kg [C, D]
   float *norms;                  // partial sums of a^2 and d^2 over 8 rows, [2][M N / 8][C padded]
@@ -33,7 +33,7 @@ struct Workspace {
 
   // Assigns every buffer in `base`; returns the number of floats (base may be null to ask for it).
   int64_t carve(const TitansCall& c, float* base) {
-    const int64_t D = c.D, N = c.N, M = c.Mf + c.Ms, hid = M * N, R = hid + (c.scalar_skip ? c.Ms : 0);
+    const int64_t D = c.D, N = c.N, hid = hidden_units(c), R = weight_rows(c);
     const int64_t big = c.chunk_memory > c.chunk_other ? c.chunk_memory : c.chunk_other;
     const int64_t small = c.chunk_memory + c.chunk_other - big;
     const int64_t Pb = panels(big) * PANEL, Ps = panels(small) * PANEL;
@@ -52,7 +52,8 @@ struct Workspace {
     take(solved, momentum ? Pb * D : 0), take(carried_k, momentum ? Pb * D : 0);
     take(k, Pb * D), take(v, Pb * D);
     take(a, Pb * hid), take(a_values, Pb * hid), take(d, Pb * R), take(delta2_k, Pb * R), take(a_rows, Pb * hid);
-    take(e, Pb * c.Mf * D), take(target, Pb * c.Mf * D), take(es, Pb * (c.Ms + 1)), take(target_s, Pb * (c.Ms + 1));
+    take(e, N ? Pb * c.Mf * D : 0), take(target, Pb * (N ? c.Mf * D : R));
+    take(es, Pb * (c.Ms + 1)), take(target_s, Pb * (c.Ms + 1));
     take(gram, Pb * Pb), take(keys, Pb * D), take(norms, 2 * hid / 8 * Pb);
     return used;
   }

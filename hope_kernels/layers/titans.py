@@ -205,6 +205,8 @@ class SelfModifyingTitans(nn.Module):
         compute = resolve(own, x.dtype, x.device, backend, constant_memory is True)
         # a backend that builds no graph: where x needs a gradient, ``pullback`` supplies it
         by_formulas = hasattr(compute, "with_pullback") and stats is None and self._is_plain()
+        if c.adaptive_q and self.across is not None:
+            by_formulas = False  # which take what queries are made of for all of u
         if by_formulas and torch.compiler.is_compiling():
             _prepare()
             return _untraced(

@@ -28,7 +28,8 @@ def pullback(
     """dL/dy [B, T, d] -> dL/dx [B, T, d].
 
     layer: all its projections are plain (``wrapped.is_plain``). real [B, T, 1]: which tokens count; None: all.
-    raw [B, T, H, D]: W_q u. o [B, T, H, D], gate [B, T, d]: the memory's answers and W_g x. by_q: dL/do -> dL/dq.
+    raw [B, T, H, D]: W_q u, or None with adaptive_q. o [B, T, H, D], gate [B, T, d]: the memory's answers and W_g x.
+    by_q: dL/do -> dL/dq, with adaptive_q dL/du.
     Where processes share the layer, H and the rows of W are those of this one's heads.
     """
     conv, gain, across = layer.conv, layer.norm_gain, layer.across
@@ -42,9 +43,10 @@ def pullback(
             dy = across.own(dy).contiguous()
         do, dgate = output_gate_backward(dy, o, gain, gate)
         dq = by_q(do)
-        if layer.config.qk_l2norm:
-            dq = unit_backward(dq, raw)
-        dx = dq.flatten(2) @ layer.q_proj.weight
+        if layer.q_proj is None:  # M_q makes q of u
+            dx = dq.flatten(2)
+        else:
+            dx = (unit_backward(dq, raw) if layer.config.qk_l2norm else dq).flatten(2) @ layer.q_proj.weight
         if layer.in_proj is not None:
             dx = (dx if across is None else across.sum_of_own(dx)) @ layer.in_proj.weight
         if conv is not None:

@@ -35,15 +35,17 @@ void scans() {
   int index = 0;
   for (Case s : CASES) {
     for (int32_t activation : {0, 1, 2}) {
+      if (s.linear && activation) continue;
       s.activation = activation, s.softplus = index % 2;
       const Results r = called(s, 1);
       const std::string name = "scan " + std::to_string(index) + " activation " + std::to_string(activation);
       Floats state = r.delta2;
       for (const Floats* more : {&r.delta1, &r.delta1s, &r.pending_k, &r.pending_v, &r.pending_eta, &r.pending_alpha,
-                                 &r.kept2, &r.kept1, &r.s2, &r.s1, &r.s1s, &r.pending_beta})
+                                 &r.kept2, &r.kept1, &r.s2, &r.s1, &r.s1s, &r.pending_beta, &r.kept_q2, &r.kept_q1,
+                                 &r.made_q})
         state.insert(state.end(), more->begin(), more->end());
       show(name + " o", r.o), show(name + " state", state);
-      if (!s.momentum) show(name + " gradients", r.bars);
+      if (s.trains()) show(name + " gradients", r.bars);
     }
     index++;
   }
@@ -62,6 +64,11 @@ void reads() {
     done(hope_titans_read_backward(&c));
     show("read_backward activation " + std::to_string(activation), dq);
   }
+  Floats dq(q.size());
+  const TitansReadBackward c{B, T, H, D, 0, C, kept, 1, 0, w2.data(), nullptr, q.data(), grad.data(), pos.data(),
+                             len.data(), dq.data()};
+  done(hope_titans_read_backward(&c));
+  show("read_backward linear", dq);
 }
 
 void layers() {

@@ -16,7 +16,9 @@ struct Case {
   bool own, target_norm, clip, dgd, skip, based, modifying, keep;
   bool update = true;
   int32_t activation = 0, softplus = 0;
-  bool momentum = false;  // which has no gradient here
+  // these three have no gradient here, nor have linear memories an N
+  bool momentum = false, linear = false, adaptive = false, dot = false;
+  bool trains() const { return !momentum && !linear && !adaptive; }
 };
 
 using Floats = std::vector<float>;
@@ -40,7 +42,7 @@ struct Draw {  // of a bell's shape, variance 1, made of integers: the same in e
 
 struct Results {
   Floats delta2, delta1, delta1s, pending_k, pending_v, pending_eta, pending_alpha, o, kept2, kept1, bars;
-  Floats s2, s1, s1s, pending_beta;
+  Floats s2, s1, s1s, pending_beta, kept_q2, kept_q1, made_q;
   bool operator==(const Results& r) const {
     auto same = [](const Floats& a, const Floats& b) {
       return a.size() == b.size() && !std::memcmp(a.data(), b.data(), 4 * a.size());
@@ -49,7 +51,8 @@ struct Results {
            same(pending_k, r.pending_k) && same(pending_v, r.pending_v) && same(pending_eta, r.pending_eta) &&
            same(pending_alpha, r.pending_alpha) && same(o, r.o) && same(kept2, r.kept2) &&
            same(kept1, r.kept1) && same(bars, r.bars) && same(s2, r.s2) && same(s1, r.s1) && same(s1s, r.s1s) &&
-           same(pending_beta, r.pending_beta);
+           same(pending_beta, r.pending_beta) && same(kept_q2, r.kept_q2) && same(kept_q1, r.kept_q1) &&
+           same(made_q, r.made_q);
   }
 };
 
@@ -85,19 +88,21 @@ inline Floats differentiated(TitansCall c, const Results& start) {
 
 inline Results called(const Case& s, int64_t threads) {
   Draw draw;
-  const int64_t Mf = s.modifying ? 3 : 1, Ms = s.modifying ? 2 : 0, R = (Mf + Ms) * s.N + (s.skip ? Ms : 0);
+  const int64_t Mf = s.modifying ? 3 + s.adaptive : 1, Ms = s.modifying ? 2 : 0, one = s.linear ? s.D : s.N;
+  const int64_t R = s.linear ? Mf * s.D + Ms : (Mf + Ms) * s.N + (s.skip ? Ms : 0);
   const int64_t C = std::max(s.memory, s.other), tokens = s.B * s.T * s.H, chunks = s.T / s.memory + 2;
-  const float w2 = 1 / std::sqrt(float(s.D)), w1 = 1 / std::sqrt(float(s.N));
+  const float w2 = 1 / std::sqrt(float(s.D)), w1 = 1 / std::sqrt(float(one));
   const Floats base2 = draw(s.H * R * s.D, w2), base1 = draw(s.H * Mf * s.D * s.N, w1);
   const Floats base1s = draw(s.H * Ms * s.N, w1);
   const Floats q = draw(tokens * s.D, 1), x = draw(tokens * s.D, 1), k = draw(tokens * s.D, w2);
   const Floats v = draw(tokens * s.D, 1), bias(s.H, 0.5f);
   Floats eta = draw(tokens, 0.1f), alpha(tokens, 0.9f);
   for (float& e : eta) e = std::abs(e);
-  const Floats kept(s.keep ? s.B * s.H * chunks * s.N * s.D : 0);
+  const Floats kept(s.keep ? s.B * s.H * chunks * one * s.D : 0);
   Results r{draw(s.B * s.H * R * s.D, 0.1f * w2), draw(s.B * s.H * Mf * s.D * s.N, 0.1f * w1),
             draw(s.B * s.H * Ms * s.N, 0.1f * w1), Floats(s.B * C * s.H * s.D), Floats(s.B * C * s.H * s.D),
-            Floats(s.B * C * s.H), Floats(s.B * C * s.H), Floats(tokens * s.D), kept, kept, {}, {}, {}, {}, {}};
+            Floats(s.B * C * s.H), Floats(s.B * C * s.H), Floats(tokens * s.D), kept,
+            s.linear ? Floats() : kept, {}, {}, {}, {}, {}, {}, {}, {}};
   std::vector<int64_t> pos(s.B), len(s.B);
   TitansCall c{};
   c.B = s.B, c.T = s.T, c.H = s.H, c.D = s.D, c.N = s.N, c.Mf = Mf, c.Ms = Ms;
@@ -105,8 +110,11 @@ inline Results called(const Case& s, int64_t threads) {
   c.self_modifying = s.modifying, c.dgd = s.dgd, c.retention = 1, c.own_values = s.own;
   c.target_norm = s.target_norm, c.step_clip = s.clip, c.scalar_skip = s.skip, c.qk_l2norm = 1;
   c.update = s.update, c.activation = s.activation, c.softplus = s.softplus, c.grad_scale = 1, c.eta_scale = 0.1f;
-  if (s.based) c.base2 = base2.data(), c.base1 = base1.data(), c.base1s = Ms ? base1s.data() : nullptr;
-  c.delta2 = r.delta2.data(), c.delta1 = r.delta1.data(), c.delta1s = Ms ? r.delta1s.data() : nullptr, c.q = q.data();
+  c.objective_dot = s.dot;
+  auto given = [](auto& x) { return x.empty() ? nullptr : x.data(); };
+  if (s.based) c.base2 = base2.data(), c.base1 = given(base1), c.base1s = given(base1s);
+  c.delta2 = r.delta2.data(), c.delta1 = given(r.delta1), c.delta1s = given(r.delta1s);
+  c.q = s.adaptive ? nullptr : q.data();
   if (s.modifying) c.x = x.data(), c.eta_bias = c.alpha_bias = bias.data();
   else c.k = k.data(), c.v = v.data(), c.eta = eta.data(), c.alpha = alpha.data();
   c.pending_k = r.pending_k.data(), c.pending_v = r.pending_v.data();
@@ -116,23 +124,28 @@ inline Results called(const Case& s, int64_t threads) {
     for (float& b : beta) b = std::min(0.9f, std::abs(draw.one()));
     r.s2.resize(r.delta2.size()), r.s1.resize(r.delta1.size()), r.s1s.resize(r.delta1s.size());
     r.pending_beta.resize(r.pending_eta.size());
-    c.s2 = r.s2.data(), c.s1 = r.s1.data(), c.s1s = Ms ? r.s1s.data() : nullptr;
+    c.s2 = r.s2.data(), c.s1 = given(r.s1), c.s1s = given(r.s1s);
     c.beta = beta.data(), c.pending_beta = r.pending_beta.data();
   }
-  if (s.keep) c.kept2 = r.kept2.data(), c.kept1 = r.kept1.data();
+  if (s.keep) c.kept2 = r.kept2.data(), c.kept1 = given(r.kept1);
+  if (s.keep && s.adaptive) {
+    c.kept_q = s.T / s.other + 2, r.kept_q2.resize(s.B * s.H * c.kept_q * one * s.D), r.made_q.resize(tokens * s.D);
+    if (!s.linear) r.kept_q1.resize(r.kept_q2.size());
+    c.kept_q2 = r.kept_q2.data(), c.kept_q1 = given(r.kept_q1), c.made_q = r.made_q.data();
+  }
   c.pos = pos.data(), c.len = len.data();
   c.span = C, c.spans = s.T / C + 2;  // as many states as chunks: a backward has several spans
   Floats spans2(c.spans * r.delta2.size()), spans1(c.spans * r.delta1.size()), spans1s(c.spans * r.delta1s.size());
   Floats made_k(tokens * s.D), made_v(tokens * s.D), made_eta(tokens), made_alpha(tokens), made_size(tokens);
   c.made_k = made_k.data(), c.made_v = made_v.data(), c.made_eta = made_eta.data();
   c.made_alpha = made_alpha.data(), c.made_size = made_size.data();
-  c.spans2 = spans2.data(), c.spans1 = spans1.data(), c.spans1s = Ms ? spans1s.data() : nullptr;
+  c.spans2 = spans2.data(), c.spans1 = given(spans1), c.spans1s = given(spans1s);
   for (int64_t part : {s.T / 3, s.T - s.T / 3}) {  // two calls: the second opens a chunk that is there
     for (int64_t b = 0; b < s.B; b++) len[b] = part - b % 2;
     const Results start = r;
     c.o = r.o.data();  // the first call's outputs are written over by the second's, which are more
     if (int outcome = hope_titans_scan(&c)) std::printf("refused: %d\n", outcome), std::exit(2);
-    if (!s.momentum) r.bars = differentiated(c, start);
+    if (s.trains()) r.bars = differentiated(c, start);
     for (int64_t b = 0; b < s.B; b++) pos[b] += len[b];
   }
   return r;
@@ -244,4 +257,10 @@ const Case CASES[] = {
     {2, 1, 16, 16, 16, 16, 60, on, on, on, on, off, on, on, on, on, 0, 0, on},
     {1, 2, 16, 32, 24, 48, 110, off, off, on, on, on, on, on, off, on, 0, 0, on},
     {1, 2, 16, 16, 4, 8, 40, on, on, off, off, off, off, off, on, on, 0, 0, on},
+    {2, 1, 24, 0, 16, 16, 60, on, on, on, on, off, on, on, on, on, 0, 0, off, on},
+    {1, 2, 16, 0, 24, 48, 110, off, off, off, on, off, off, on, on, on, 0, 0, on, on},
+    {1, 2, 16, 0, 4, 8, 40, on, on, on, off, off, on, off, off, on, 0, 0, off, on},
+    {2, 1, 16, 0, 16, 8, 50, on, on, on, on, off, on, on, on, on, 0, 0, off, on, on, on},
+    {2, 1, 16, 24, 8, 16, 60, on, on, on, on, on, on, on, on, on, 0, 0, off, off, on},
+    {2, 1, 16, 16, 16, 16, 40, on, on, on, on, off, on, on, on, off, 0, 0, on, off, on},
 };

@@ -31,12 +31,17 @@ BAD_ARGUMENT = 2  # csrc/cpu/check.h
 CONFIGS = [
     TitansConfig(16, 2, chunk_memory=4, chunk_other=8), TitansConfig.preset("titans", d_model=16, momentum=None),
     TitansConfig(16, 2, momentum="learned", chunk_memory=4, chunk_other=8),
+    TitansConfig(16, 2, memory="linear", momentum=0.5, chunk_memory=4, chunk_other=8),
+    TitansConfig(16, 2, adaptive_q=True, chunk_memory=4, chunk_other=8),
+    TitansConfig(16, 2, memory="linear", adaptive_q=True, chunk_memory=8, chunk_other=4),
 ]
+NAMES = ["self-modifying", "static", "momentum", "linear", "adaptive", "linear adaptive"]
 FAR = 2**62
 SIZES = {
     "B": (-1, FAR), "T": (-1, FAR), "H": (0, -1, FAR), "D": (0, -8, 12, FAR), "N": (0, -8, 12, FAR),
-    "Mf": (0, 2, 4), "Ms": (-1, 3, 9),
+    "Mf": (0, 2, 3, 4, 5), "Ms": (-1, 3, 9),
     "chunk_memory": (0, -4, 3, FAR), "chunk_other": (0, -8, 3, FAR), "chunk": (0, -1, FAR), "kept": (-1, 0, 1, FAR),
+    "kept_q": (-1, 0, 1, FAR),
     "threads": (0, -1, FAR), "activation": (-1, 3),
 }
 
@@ -47,11 +52,12 @@ def wrong_calls(call):
     names = [name for name, _ in call._fields_]
     for name, values in SIZES.items():
         for value in values if name in names else ():
-            if name != "kept" or call.kept2:
+            given = not name.startswith("kept") or getattr(call, f"{name}2")
+            if given and value != getattr(call, name):
                 yield f"{name}={value}", {name: value}
     for name, kind in call._fields_:
         if kind is ctypes.c_void_p and getattr(call, name) and name not in (
-            "eta_bias", "alpha_bias", "pending_alpha", "alpha"
+            "eta_bias", "alpha_bias", "pending_alpha", "alpha", *(() if call.N else ("base2",))  # w2 may have none
         ):
             yield f"{name}=null", {name: None}
     for name, value in (("len", -1), ("len", call.T + 1), ("len", FAR), ("pos", -1), ("pos", 2**63 - 1)):
@@ -82,7 +88,7 @@ class Refusing:
         return call
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["self-modifying", "static", "momentum"])
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_library_refuses_a_call_before_it_writes(config, gradient, monkeypatch):
     w_init, inputs = map(single, problem(config, 2, 20))
@@ -101,7 +107,7 @@ def test_the_library_refuses_a_call_before_it_writes(config, gradient, monkeypat
     assert torch.equal(o, again) and same(new, other) and torch.equal(dq, dq2)  # refused calls have written nothing
 
 
-@pytest.mark.parametrize("config", CONFIGS[:2], ids=["self-modifying", "static"])
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=NAMES[:2])
 def test_the_library_refuses_a_backward_before_it_writes(config, monkeypatch):
     """The call inside it, as above, and pointers of its own."""
     w_init, inputs = map(single, problem(config, 2, 40))
@@ -198,7 +204,7 @@ def spoiled(t: torch.Tensor):
     yield "device", t.to("meta")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["self-modifying", "static", "momentum"])
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_tensors_of_another_size_dtype_or_device_are_value_errors(config):
     w_init, inputs = map(single, problem(config, 2, 20))
     state = init_titans_state(config, w_init, 2)

@@ -289,9 +289,10 @@ def test_factors_that_wait_are_read_by_pytorch():
     assert ways == {True, False} and same(state, plain)
 
 
+@pytest.mark.parametrize("case", ["default", "linear adaptive queries"])
 @torch.no_grad()
-def test_the_library_refuses_what_does_not_fit():
-    model = small()
+def test_the_library_refuses_what_does_not_fit(case):
+    model, linear = built(case), "linear" in case
     state = model.init_state(2)
     decoder = Decoder(model, state)
     decoder.step(ids(2, 1))
@@ -307,8 +308,10 @@ def test_the_library_refuses_what_does_not_fit():
             wrong = type(call).from_buffer_copy(call)
             setattr(wrong, name, value)
             assert step(ctypes.byref(wrong)) == 2, (name, value)
-    for name, values in {"H": (0, 3), "D": (12,), "N": (0, 4), "Mf": (2,), "chunk_memory": (0, 3), "delta2": (None,),
-                         "pos": (None,), "activation": (9,), "base1": (None,), "alpha_bias": (None,)}.items():
+    for name, values in {"H": (0, 3), "D": (12,), "N": (8 if linear else 0, 4), "Mf": (2, 3 if linear else 4),
+                         "chunk_memory": (0, 3), "delta2": (None,), "pos": (None,), "activation": (9,),
+                         "s1" if linear else "base1": (ids(2, 1).data_ptr() if linear else None,),
+                         "alpha_bias": (None,)}.items():
         for value in values:
             blocks = type(call.block.contents) * 2
             copied = blocks.from_buffer_copy(ctypes.cast(call.block, ctypes.POINTER(blocks)).contents)

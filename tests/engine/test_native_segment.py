@@ -91,7 +91,8 @@ CUT = ("default", "two clocks", "no convolution", "nested", "muon", "relative", 
 
 
 @pytest.mark.parametrize("name, large", [
-    *((name, False) for name in (*CUT, "titans", "static", "skip rows", "learned momentum")),
+    *((name, False) for name in (*CUT, "titans", "static", "skip rows", "learned momentum", "delta", "adaptive queries",
+                                 "linear adaptive queries")),
     *(pytest.param(name, True, id=f"{name}, head in PyTorch") for name in CUT),
 ])
 @torch.no_grad()
@@ -332,7 +333,7 @@ def test_a_state_with_factors_that_wait_is_read_by_pytorch_until_they_are_folded
     assert reader.serves(state) and relative(logits, other(text[:, 6:], before, learn="next_token")[0]) < 1e-4
 
 
-@pytest.mark.parametrize("case", ["default", "titans"])
+@pytest.mark.parametrize("case", ["default", "titans", "linear adaptive queries"])
 @torch.no_grad()
 def test_the_library_refuses_what_does_not_fit(case):
     model = built(case)
@@ -374,11 +375,12 @@ def test_the_library_refuses_what_does_not_fit(case):
         refused({"block": ctypes.addressof(copied)})
 
     given = ("k_proj", "v_proj", "eta_proj", "alpha_proj", "beta_bias") if case == "titans" else ()
-    for part in ("gain", "q_proj", "level", *given):
-        refused_in_a_block(lambda b: b, part, None)
-    for part, values in {"H": (0, 3), "D": (12,), "N": (0, 4), "Mf": (2,), "Ms": (1,), "chunk_memory": (0, -4),
-                         "chunk_other": (0,), "pos": (None,), "len": (None,), "B": (1,), "T": (3,),
-                         "self_modifying": (int(case == "titans"),), "update": (0,)}.items():
+    linear = "linear" in case
+    for part in ("gain", "q_proj", "level", *given):  # one that is not there: given
+        refused_in_a_block(lambda b: b, part, None if getattr(reading._blocks[1], part) else text.data_ptr())
+    for part, values in {"H": (0, 3), "D": (12,), "N": (8 if linear else 0, 4), "Mf": (2,), "Ms": (1,),
+                         "chunk_memory": (0, -4), "chunk_other": (0,), "pos": (None,), "len": (None,), "B": (1,),
+                         "T": (3,), "self_modifying": (int(case == "titans"),), "update": (0,)}.items():
         for value in values:
             refused_in_a_block(lambda b: b.titans, part, value)
     for part in MEMORY:

@@ -59,7 +59,7 @@ def test_splits_tokens_and_a_decoder(name, learn, monkeypatch):
 
 
 @pytest.mark.parametrize("learn", LEARN)
-@pytest.mark.parametrize("name", ["default", "two clocks", "no convolution"])
+@pytest.mark.parametrize("name", ["default", "two clocks", "no convolution", "delta", "linear adaptive queries"])
 @torch.no_grad()
 def test_rows_of_a_ragged_batch_and_files(name, learn, tmp_path):
     model, text, lengths = built(name), ids(6, 60), [60, 33, 17, 1, 0, 60]
@@ -84,9 +84,10 @@ def test_rates_of_zero_read_as_without_learning():
     assert torch.equal(learning[:, :4], want[:, :4]) and not torch.equal(learning, want)
 
 
+@pytest.mark.parametrize("titans", [{}, {"memory": "linear"}, {"adaptive_q": True}], ids=["mlp", "linear", "adaptive"])
 @torch.no_grad()
-def test_losses_threads_and_widths():
-    model, text = small(d=128, heads=4, chunks=(64, 128)), ids(5, 260, 3)
+def test_losses_threads_and_widths(titans):
+    model, text = small(d=128, heads=4, chunks=(64, 128), titans=titans), ids(5, 260, 3)
     ask, before = cpu_library.library().hope_cpu_width, torch.get_num_threads()
     most, found = ask(0), []
     try:

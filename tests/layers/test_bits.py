@@ -22,6 +22,9 @@ TITANS = {
     "momentum": TitansConfig(32, 2, momentum=0.9, **CHUNKS),
     "static, momentum": TitansConfig.preset("titans", d_model=32, num_heads=4, **CHUNKS),
     "static, softplus": TitansConfig(32, 2, self_modifying=False, eta_activation="softplus", **CHUNKS),
+    "delta": TitansConfig.preset("delta", d_model=32, num_heads=2, **CHUNKS),
+    "adaptive": TitansConfig(48, 2, adaptive_q=True, scalar_skip=True, **CHUNKS),
+    "linear, adaptive, momentum": TitansConfig(32, 1, memory="linear", adaptive_q=True, momentum="learned", **CHUNKS),
     "from zero": TitansConfig(32, 2, retain_to="zero", retention=False, hidden_mult=2, **CHUNKS),
 }
 CMS = {

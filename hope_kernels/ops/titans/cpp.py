@@ -1,8 +1,9 @@
 """backend="cpp": csrc/cpu/titans.cpp, one call into a C++ library for all chunks of all rows and heads.
 x86-64 CPUs, fp32.
 
-Gradients here are those of reads alone, by their queries, with fast weights and writes constants of the graph
-(``constant_memory``: what a learning model takes of its memories); those of training are in cpp_training.py.
+Gradients here are those of reads alone, by their queries (with adaptive_q by x, through M_q), with fast weights and
+writes constants of the graph (``constant_memory``: what a learning model takes of its memories); those of training are
+in cpp_training.py.
 Without the library this backend says so and the chunked one does the work.
 Results are bit-identical for any split of a sequence, any company in the batch and any number of threads.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,8 @@ from ...config import TitansConfig
 from ..shared.activations import ACTIVATION_CODES
 from ..shared.cpu_library import NO_GRAPH, address, check_outcome, has_autograd, library, row_array
 from ..shared.pullback import Pullback
-from .state import FastWeights, TitansState
+from ..unit.cpp import unit, unit_backward
+from .state import FastWeights, Layout, TitansState
 
 _WEIGHTS = ("delta2", "delta1", "delta1s", "s2", "s1", "s1s")
 _PENDING = ("pending_k", "pending_v", "pending_eta", "pending_alpha", "pending_beta")
@@ -30,6 +33,7 @@ _INPUTS = ("q", "x", "k", "v", "eta", "alpha", "beta", "eta_bias", "alpha_bias")
 _POINTERS = ("base2", "base1", "base1s", *_WEIGHTS, *_INPUTS, *_PENDING, "pos", "len", "o", "kept2", "kept1")
 _SPANS = ("spans2", "spans1", "spans1s")
 _MADE = ("made_k", "made_v", "made_eta", "made_alpha", "made_size")
+_QUERIES = ("kept_q2", "kept_q1", "made_q")
 
 
 class Spans(NamedTuple):
@@ -40,6 +44,18 @@ class Spans(NamedTuple):
     size: int
     kept: tuple[Tensor | None, ...]
     made: tuple[Tensor | None, ...]
+
+
+class Kept(NamedTuple):
+    """What the gradient of reads takes. w2 [B, H, chunks, N, D] (D for N where linear), w1 [B, H, chunks, D, N]: those
+    of M_memory in every chunk of its clock that a call reads; q2, q1: those of M_q in every chunk of the others, and
+    made_q [B, T, H, D], what it makes of x before that is normalised. None where there is none."""
+
+    w2: Tensor
+    w1: Tensor | None
+    q2: Tensor | None = None
+    q1: Tensor | None = None
+    made_q: Tensor | None = None
 
 
 class TitansCall(ctypes.Structure):
@@ -53,7 +69,8 @@ class TitansCall(ctypes.Structure):
                                          "step_clip", "scalar_skip", "qk_l2norm", "softplus", "update")]
         + [("grad_scale", ctypes.c_float), ("eta_scale", ctypes.c_float)]
         + [(n, ctypes.c_void_p) for n in _POINTERS] + [("span", ctypes.c_int64), ("spans", ctypes.c_int64)]
-        + [(n, ctypes.c_void_p) for n in _SPANS + _MADE]
+        + [(n, ctypes.c_void_p) for n in _SPANS + _MADE] + [("kept_q", ctypes.c_int64)]
+        + [(n, ctypes.c_void_p) for n in _QUERIES]
     )
 
 
@@ -74,12 +91,13 @@ def unserved(request: Request) -> str | None:
         return f"serves float32 on the CPU, not {dtype} on {device.type}"
     if torch.is_autocast_enabled("cpu"):
         return "serves float32, which projections under autocast are not"
-    if gradient == BY_ALL and not has_autograd():
-        return NO_GRAPH
-    if config.memory != "mlp" or config.adaptive_q:
-        return 'serves memory="mlp" without adaptive_q'
-    if config.momentum is not None and gradient == BY_ALL:
-        return "trains memories without momentum"
+    if gradient == BY_ALL:
+        if not has_autograd():
+            return NO_GRAPH
+        if config.memory != "mlp":
+            return f'trains memory="mlp", not "{config.memory}"'
+        if config.momentum is not None or config.adaptive_q:
+            return f"trains memories without {'adaptive_q' if config.momentum is None else 'momentum'}"
     if config.head_dim % 8 or config.hidden % 8:
         widths = f"{config.head_dim} and {config.hidden}"
         return f"serves head widths and hidden widths that are multiples of 8, not {widths}"
@@ -93,12 +111,13 @@ def titans_cpp(
     """As ``scan.titans_chunk``, under no_grad or with ``constant_memory``. Raises ValueError for ``stats``."""
     if stats is not None:
         raise ValueError("titans: backend 'cpp' collects no statistics; the chunked backend does")
-    if not (torch.is_grad_enabled() and inputs.q.requires_grad):
+    by = inputs.x if config.adaptive_q else inputs.q
+    if not (torch.is_grad_enabled() and by.requires_grad):
         with torch.no_grad():
             new = advanced(config, state, lengths) if update else state
             return _scan(config, w_init, inputs, new, state.pos, lengths, update), new
     o, new, gradient = titans_cpp_gradient(config, w_init, inputs, state, lengths, update=update)
-    return Pullback.apply(inputs.q, o, gradient), new
+    return Pullback.apply(by, o, gradient), new
 
 
 @torch.no_grad()
@@ -110,14 +129,29 @@ def titans_cpp_gradient(
     writes being constants:
 
         dq = do + w2^T (sigma'(w2 q) * (w1^T do))    at the weights of M_memory that each chunk was read with
+        dq = w2^T do                                 where it is linear
+
+    with adaptive_q into dL/dx, by the same formula for M_q.
     """
     new = advanced(config, state, lengths) if update else state
     # without an update the whole call reads with the same weights
-    pos, chunk = (list(state.pos), config.chunk_memory) if update else ([0] * len(lengths), max([1, *lengths]))
-    kept = _kept(config, new, pos, chunk, lengths)
+    pos, longest = list(state.pos) if update else [0] * len(lengths), max([1, *lengths])
+    clocks = (config.chunk_memory, config.chunk_other) if update else (longest, longest)
+    first = inputs.x if config.adaptive_q else inputs.q
+    kept = _kept(config, new, first, pos, clocks, lengths)
     o = _scan(config, w_init, inputs, new, state.pos, lengths, update, kept)
-    q, lengths = inputs.q.detach().contiguous(), list(lengths)
-    return o, new, lambda grad: _read_backward(config, q, grad, kept, pos, chunk, lengths)
+    given, lengths = first.detach().contiguous(), list(lengths)
+
+    def by_given(grad: Tensor) -> Tensor:
+        if kept.made_q is None:
+            return _read_backward(config, given, grad, (kept.w2, kept.w1), pos, clocks[0], lengths)
+        q = unit(kept.made_q) if config.qk_l2norm else kept.made_q
+        grad = _read_backward(config, q, grad, (kept.w2, kept.w1), pos, clocks[0], lengths)
+        grad = unit_backward(grad, kept.made_q) if config.qk_l2norm else grad
+        assert kept.q2 is not None
+        return _read_backward(config, given, grad, (kept.q2, kept.q1), pos, clocks[1], lengths)
+
+    return o, new, by_given
 
 
 @torch.no_grad()
@@ -136,18 +170,26 @@ titans_cpp.in_place = titans_cpp_
 
 
 def _kept(
-    config: TitansConfig, state: TitansState, pos: list[int], chunk: int, lengths: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Room for M_memory's weights in every chunk a call reads: w2 [B, H, chunks, N, D] and w1 [B, H, chunks,
-    D, N]."""
-    count = max(((p % chunk + n - 1) // chunk + 1 for p, n in zip(pos, lengths)), default=0)
-    lead, D, N = (*state.delta2.shape[:2], count), config.head_dim, config.hidden
-    return state.delta2.new_empty(*lead, N, D), state.delta2.new_empty(*lead, D, N)
+    config: TitansConfig, state: TitansState, like: Tensor, pos: list[int], clocks: tuple[int, int], lengths: list[int]
+) -> Kept:
+    """Room for what the gradient by ``like``, q or x, takes."""
+    D, N, mlp = config.head_dim, config.hidden, config.memory == "mlp"
+
+    def weights(chunk: int) -> tuple[Tensor, Tensor | None]:
+        count = max(((p % chunk + n - 1) // chunk + 1 for p, n in zip(pos, lengths)), default=0)
+        lead, make = (*state.delta2.shape[:2], count), state.delta2.new_empty
+        return make(*lead, N if mlp else D, D), make(*lead, D, N) if mlp else None
+
+    if not config.adaptive_q:
+        return Kept(*weights(clocks[0]))
+    # ``unit`` sees the tokens that do not count, too
+    made = (torch.empty_like if min(lengths, default=0) == like.shape[1] else torch.zeros_like)(like.detach())
+    return Kept(*weights(clocks[0]), *weights(clocks[1]), made)
 
 
 def _scan(
     config: TitansConfig, w_init: FastWeights, inputs, new: TitansState, pos: list[int], lengths: list[int],
-    update: bool, kept: tuple[Tensor, Tensor] | None = None, spans: Spans | None = None,
+    update: bool, kept: Kept | None = None, spans: Spans | None = None,
 ) -> Tensor:
     """o [B, T, H, D]; advances the tensors of ``new``, a state whose ``pos`` is that after the call, and
     fills ``kept`` and ``spans``."""
@@ -161,7 +203,7 @@ def _scan(
 
 def titans_call(
     config: TitansConfig, w_init: FastWeights, inputs, new: TitansState, pos: list[int], lengths: list[int],
-    update: bool, o: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None, spans: Spans | None = None,
+    update: bool, o: Tensor | None = None, kept: Kept | None = None, spans: Spans | None = None,
 ) -> tuple[TitansCall, list[Any]]:
     """What the library is handed, and what has to stay alive while it works."""
     first = inputs.x if inputs.x is not None else inputs.k
@@ -170,64 +212,62 @@ def titans_call(
     tensors = {"base2": base.w2, "base1": base.w1, "base1s": base.w1s}
     tensors |= {n: getattr(inputs, n) for n in _INPUTS}
     tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
-    tensors |= {n: getattr(new, n) for n in _WRITTEN} | {"o": o} | (
-        {} if kept is None else {"kept2": kept[0], "kept1": kept[1]}
-    ) | ({} if spans is None else dict(zip(_SPANS + _MADE, spans.kept + spans.made)))
-    N, Mf, Ms = config.hidden, *memories(config)
-    # one head's numbers
-    head2, head1, head1s = ((Mf + Ms) * N + (Ms if config.scalar_skip else 0)) * D, Mf * D * N, Ms * N
-    tokens, pending, chunks = (
-        B * T * H, B * max(config.chunk_memory, config.chunk_other) * H, 0 if kept is None else kept[0].shape[2]
-    )
+    state = {n: getattr(new, n) for n in _WRITTEN}
+    if not update:  # of any strides: nothing is written
+        state = {n: None if t is None else t.detach().contiguous() for n, t in state.items()}
+    tensors |= state | {"o": o}
+    tensors |= {} if kept is None else dict(zip(("kept2", "kept1", *_QUERIES), kept))
+    tensors |= {} if spans is None else dict(zip(_SPANS + _MADE, spans.kept + spans.made))
+    # one head's numbers, and those of one memory
+    head2, head1, head1s = (prod(shape or (0,)) for shape in Layout.of(config).shapes())
+    one = (config.hidden if config.memory == "mlp" else D) * D
+    tokens, pending = B * T * H, B * max(config.chunk_memory, config.chunk_other) * H
+    chunks, chunks_q = (0 if kept is None or t is None else t.shape[2] for t in (kept and kept.w2, kept and kept.q2))
     stops = 0 if spans is None or spans.kept[0] is None else spans.kept[0].shape[2]
     counts = {
         "base2": H * head2, "base1": H * head1, "base1s": H * head1s, "delta2": B * H * head2,
         "delta1": B * H * head1, "delta1s": B * H * head1s, "s2": B * H * head2, "s1": B * H * head1,
         "s1s": B * H * head1s, "eta": tokens, "alpha": tokens, "beta": tokens, "eta_bias": H, "alpha_bias": H,
         "pending_k": pending * D, "pending_v": pending * D, "pending_eta": pending, "pending_alpha": pending,
-        "pending_beta": pending, "kept2": B * H * chunks * N * D,
-        "kept1": B * H * chunks * N * D, "spans2": B * H * stops * head2, "spans1": B * H * stops * head1,
-        "spans1s": B * H * stops * head1s, "made_eta": tokens, "made_alpha": tokens, "made_size": tokens,
+        "pending_beta": pending, "kept2": B * H * chunks * one, "kept1": B * H * chunks * one,
+        "kept_q2": B * H * chunks_q * one, "kept_q1": B * H * chunks_q * one,
+        "spans2": B * H * stops * head2, "spans1": B * H * stops * head1, "spans1s": B * H * stops * head1s,
+        "made_eta": tokens, "made_alpha": tokens, "made_size": tokens,
     }
     pointers = {n: address(t, counts.get(n, tokens * D), n) for n, t in tensors.items()}
     before, reads = row_array(pos, B), row_array(lengths, B)
     call = TitansCall(
-        B=B, T=T, H=H, kept=chunks, threads=torch.get_num_threads(), update=update, **settings(config),
+        B=B, T=T, H=H, kept=chunks, kept_q=chunks_q, threads=torch.get_num_threads(), update=update, **settings(config),
         **pointers, pos=ctypes.addressof(before), len=ctypes.addressof(reads),
         span=0 if spans is None else spans.size, spans=stops,
     )
     return call, [tensors, before, reads]
 
 
-def memories(config: TitansConfig) -> tuple[int, int]:
-    """Memories with D outputs, and scalar ones."""
-    return (3, 1 + config.retention) if config.self_modifying else (1, 0)
-
-
 def settings(config: TitansConfig) -> dict[str, Any]:
     """The fields of a ``TitansCall`` that every call of a layer has."""
-    Mf, Ms = memories(config)
+    layout = Layout.of(config)
     return {
-        "D": config.head_dim, "N": config.hidden, "Mf": Mf, "Ms": Ms, "chunk_memory": config.chunk_memory,
+        "D": layout.D, "N": layout.N if layout.mlp else 0, "Mf": len(layout.full), "Ms": len(layout.scalars),
+        "scalar_skip": layout.skip, "chunk_memory": config.chunk_memory,
         "chunk_other": config.chunk_other, "activation": ACTIVATION_CODES[config.activation],
         "self_modifying": config.self_modifying, "objective_dot": config.objective == "dot",
         "softplus": config.eta_activation == "softplus", "grad_scale": config.grad_scale,
         "eta_scale": config.eta_scale,
-    } | {n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip",
-            "scalar_skip", "qk_l2norm")}
+    } | {n: getattr(config, n) for n in ("dgd", "retention", "own_values", "target_norm", "step_clip", "qk_l2norm")}
 
 
 def _read_backward(
-    config: TitansConfig, q: Tensor, grad: Tensor, kept: tuple[Tensor, Tensor], pos: list[int], chunk: int,
+    config: TitansConfig, q: Tensor, grad: Tensor, kept: tuple[Tensor, Tensor | None], pos: list[int], chunk: int,
     lengths: list[int]
 ) -> Tensor:
-    """dL/dq [B, T, H, D] from dL/do; row b's tokens share weights up to the multiples of ``chunk``, counted
-    from pos[b]."""
+    """dL/dq [B, T, H, D] from dL/do, of a memory that was read at q; row b's tokens share weights up to the
+    multiples of ``chunk``, counted from pos[b]."""
     B, T, H, D = q.shape
     grad, dq = grad.contiguous(), (torch.empty_like if min(lengths, default=T) == T else torch.zeros_like)(q)
     before, reads = row_array(pos, B), row_array(lengths, B)
-    chunks, N = kept[0].shape[2], config.hidden
-    weights, tokens = B * H * chunks * N * D, B * T * H * D
+    chunks, N = kept[0].shape[2], config.hidden if config.memory == "mlp" else 0
+    weights, tokens = B * H * chunks * (N or D) * D, B * T * H * D
     call = _ReadBackward(
         B, T, H, D, N, chunk, chunks, torch.get_num_threads(), ACTIVATION_CODES[config.activation],
         address(kept[0], weights, "kept2"),

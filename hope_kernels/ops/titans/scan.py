@@ -215,7 +215,7 @@ class _Scan:
         ).full[:, 0].mT
 
     def _adaptive_q(self, x: Tensor) -> Tensor:
-        """q = norm(M_q(x)) under grad while every other production is a constant."""
+        """q = norm(M_q(x)), under grad while every other production is a constant."""
         q = read(
             x.to(self.master).mT, self._gated(self.other_w), self.other_layout, self.config.activation, self.dtype
         ).full[:, 2].mT
@@ -229,8 +229,7 @@ class _Scan:
             return self._empty(), self.state
         q, x = self.rows.to_slots(i.q), self.rows.to_slots(i.x)
         if not update:
-            with self.writing():
-                q = self._produce(x, None, None)[1] if q is None else q
+            q = self._adaptive_q(x) if q is None else q
             return self._to_tokens(self._read_memory(q)), self.state
         with self.writing():
             given = None

@@ -21,11 +21,13 @@ FLAGS = ("own_values", "target_norm", "step_clip", "dgd", "retention", "qk_l2nor
 def configs(draw):
     small = draw(st.sampled_from([1, 4, 8, 16, 24]))
     memory, other = draw(st.permutations([small, small * draw(st.sampled_from([1, 1, 2]))]))
+    modifying = draw(st.booleans())
     return TitansConfig(
         d_model=draw(st.sampled_from([16, 48])), num_heads=draw(st.sampled_from([1, 2])),
         hidden_mult=draw(st.sampled_from([1, 2])),
         activation=draw(st.sampled_from(["gelu_tanh", "gelu", "silu"])), chunk_memory=memory, chunk_other=other,
-        self_modifying=draw(st.booleans()), objective=draw(st.sampled_from(["l2", "dot"])),
+        memory=draw(st.sampled_from(["mlp", "mlp", "linear"])), adaptive_q=modifying and draw(st.booleans()),
+        self_modifying=modifying, objective=draw(st.sampled_from(["l2", "dot"])),
         grad_scale=draw(st.sampled_from([1.0, 2.0])), retain_to=draw(st.sampled_from(["init", "zero"])),
         eta_activation=draw(st.sampled_from(["sigmoid", "softplus"])),
         eta_scale=draw(st.sampled_from([0.01, 0.1])), momentum=draw(st.sampled_from([None, 0.5, "learned"])),
@@ -126,6 +128,11 @@ CONFIGS = [
     TitansConfig.preset("titans", d_model=32, num_heads=2),
     TitansConfig(32, 2, momentum=0.9, chunk_memory=16, chunk_other=16),
     TitansConfig(32, 1, momentum="learned", chunk_memory=8, chunk_other=4, scalar_skip=True, retain_to="zero"),
+    TitansConfig.preset("delta", d_model=32, num_heads=2),
+    TitansConfig(24, 1, memory="linear", chunk_memory=8, chunk_other=4, retain_to="zero", eta_scale=0.1),
+    TitansConfig.preset("titans", d_model=16, num_heads=2, memory="linear"),
+    TitansConfig(32, 1, adaptive_q=True, chunk_memory=4, chunk_other=8, scalar_skip=True),
+    TitansConfig(32, 2, memory="linear", adaptive_q=True, momentum=0.9, eta_scale=0.1),
 ]
 
 
@@ -158,8 +165,6 @@ class TestContract(Accurate, Streaming, Partial):
         decays=[Case(STATIC, 50, correlation=0.5, alpha=tuple(alpha)) for alpha in DECAYS],
         default=TitansConfig(32, 2), is_default=True,
         refused=[
-            ({"memory": "linear"}, torch.float32, "mlp"),
-            ({"adaptive_q": True}, torch.float32, "adaptive_q"),
             ({"d_model": 24}, torch.float32, "multiples of 8"), ({}, torch.float64, "float32 on the CPU"),
         ],
     )
@@ -173,7 +178,8 @@ class TestContract(Accurate, Streaming, Partial):
 TEAMS = CONFIGS + [
     TitansConfig(64, 1, chunk_memory=memory, chunk_other=other, **more)
     for memory, other, more in ((16, 32, {}), (32, 16, {}), (24, 48, {"activation": "silu"}),
-        (48, 24, {"scalar_skip": True}), (32, 32, {"momentum": "learned"}))
+        (48, 24, {"scalar_skip": True}), (32, 32, {"momentum": "learned"}), (24, 48, {"memory": "linear"}),
+        (32, 32, {"adaptive_q": True, "activation": "silu"}), (32, 16, {"memory": "linear", "adaptive_q": True}))
 ]
 
 
@@ -200,9 +206,16 @@ def test_serves_with_gradients_what_has_one():
     layer, x = SelfModifyingTitans(TitansConfig(32, 2)), torch.randn(1, 40, 32)
     assert layer(x)[0].requires_grad and available_backends()["cpp"] is None
     assert layer(x, backend="cpp")[0].requires_grad
-    linear = SelfModifyingTitans(TitansConfig(32, 2, memory="linear"))
-    with pytest.raises(ValueError, match="'cpp'"):
-        linear(x, backend="cpp")
+    for change, reason in (
+        ({"memory": "linear"}, 'memory="mlp", not "linear"'), ({"adaptive_q": True}, "without adaptive_q"),
+        ({"momentum": 0.9, "adaptive_q": True}, "without momentum"),
+    ):
+        other = SelfModifyingTitans(TitansConfig(32, 2, **change))
+        assert other(x)[0].requires_grad
+        with pytest.raises(ValueError, match=f"'cpp'.*trains .*{reason}"):
+            other(x, backend="cpp")
+        with torch.no_grad():
+            other(x, backend="cpp")
 
 
 def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):

@@ -1,5 +1,5 @@
-"""The C++ backend's gradient of reads by their queries, fast weights and writes being constants: what
-learning while reading needs."""
+"""The C++ backend's gradient of reads by their queries, or what these are made of, fast weights and writes being
+constants: what learning while reading needs."""
 
 import pytest
 import torch
@@ -27,6 +27,12 @@ CONFIGS = {
         chunk_memory=8, chunk_other=16),
     "every token": TitansConfig(16, 2, chunk_memory=1, chunk_other=1),
     "nested_learning": TitansConfig.preset("nested_learning", d_model=24, chunk_memory=8, chunk_other=8),
+    "linear": TitansConfig(32, 2, memory="linear", chunk_memory=8, chunk_other=16),
+    "linear, static": TitansConfig.preset("titans", d_model=16, memory="linear", retain_to="zero"),
+    "adaptive": TitansConfig(32, 2, adaptive_q=True, chunk_memory=16, chunk_other=16),
+    "adaptive, two clocks": TitansConfig(24, 1, adaptive_q=True, activation="silu", chunk_memory=4, chunk_other=8,
+        hidden_mult=2, qk_l2norm=False, eta_scale=0.1),
+    "linear, adaptive": TitansConfig(16, 1, memory="linear", adaptive_q=True, chunk_memory=16, chunk_other=8),
 }
 # open chunks, boundaries on both ends, and a row that reads nothing
 START, LENGTHS = [0, 5, 19, 30], [50, 33, 48, 0]
@@ -45,18 +51,20 @@ def opened(config):
 
 
 def differentiated(scan, config, w_init, inputs, state, lengths, grad, **options):
-    """o and the new state, both under grad with constant memory, and the gradient by q."""
-    q = inputs.q.clone().requires_grad_()
-    o, new = scan(config, w_init, inputs._replace(q=q), state, lengths, constant_memory=True, **options)
+    """o and the new state, both under grad with constant memory, and the gradient by q, or by x with adaptive_q."""
+    by = "x" if config.adaptive_q else "q"
+    leaf = getattr(inputs, by).clone().requires_grad_()
+    o, new = scan(config, w_init, inputs._replace(**{by: leaf}), state, lengths, constant_memory=True, **options)
     assert o.requires_grad and not any(t.requires_grad for t in new.tensors())
-    return o.detach(), new, torch.autograd.grad(o, q, grad)[0]
+    return o.detach(), new, torch.autograd.grad(o, leaf, grad)[0]
 
 
 def output_gradient(inputs, lengths, seed=3):
-    grad = torch.randn(inputs.q.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    like = inputs.q if inputs.x is None else inputs.x
+    grad = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for row, n in enumerate(lengths):
         grad[row, n:] = 0
-    return grad.to(inputs.q.dtype)
+    return grad.to(like.dtype)
 
 
 @pytest.mark.parametrize("update", [True, False])
@@ -143,7 +151,7 @@ def test_nothing_is_kept_where_no_query_needs_a_gradient(monkeypatch):
     o, new = titans_cpp(config, w.map(lambda t: t.requires_grad_()), i, state, [50] * 4, constant_memory=True)
     assert not made and not o.requires_grad and not any(t.requires_grad for t in new.tensors())
     differentiated(titans_cpp, config, w, i, state, [50] * 4, torch.ones_like(i.q))
-    assert [kept.shape[2] for kept, _ in made] == [4]  # the last row's: positions 30 to 79
+    assert [kept.w2.shape[2] for kept in made] == [4]  # the last row's: positions 30 to 79
 
 
 def test_who_serves_constant_memory():
@@ -158,7 +166,8 @@ def test_who_serves_constant_memory():
     cpu = torch.device("cpu")
     for change in ({"adaptive_q": True}, {"memory": "linear"}):
         config = TitansConfig(**{"d_model": 32, **change})
-        assert resolve(config, torch.float32, cpu, constant_memory=True) is titans_chunk
+        assert resolve(config, torch.float32, cpu, constant_memory=True) is titans_cpp
+        assert resolve(config, torch.float32, cpu) is titans_chunk
     assert resolve(layer.config, torch.float64, cpu, constant_memory=True) is titans_chunk
     assert resolve(layer.config, torch.float32, cpu, constant_memory=True) is titans_cpp
 
@@ -168,6 +177,8 @@ LEARNING = {
     "two clocks": TitansConfig(32, 2, chunk_memory=8, chunk_other=16),
     "static": TitansConfig.preset("titans", d_model=32, num_heads=2, momentum=None, chunk_memory=16,
         chunk_other=16),
+    "delta": TitansConfig.preset("delta", d_model=32, num_heads=2, chunk_memory=16, chunk_other=16),
+    "adaptive": TitansConfig(32, 2, adaptive_q=True, chunk_memory=16, chunk_other=8),
 }
 
 
