@@ -108,9 +108,13 @@ class WrittenWhole:
         close_dead(list(self._holders))
         if not self._holders:
             self._end()
+            self._left()
 
     def _owes(self) -> bool:
         return self._unwritten is not None
+
+    def _left(self) -> None:
+        """For what a state owes beside that."""
 
     def _end(self) -> None:
         write = self._unwritten

@@ -286,8 +286,7 @@ class ModelState(State):
     def _owes(self) -> bool:
         return self._told is not None or super()._owes()
 
-    def _end(self) -> None:
-        super()._end()
+    def _left(self) -> None:
         if self._told is not None:
             self._told.left(self)
 

@@ -14,12 +14,13 @@ class Interrupt(BaseException):
 
 
 class CutShort:
-    """Calls functions and raises ``Interrupt`` before the n-th opcode that they execute in files of the package."""
+    """Calls functions and raises ``Interrupt`` before the n-th opcode that they execute in files of the package. error:
+    what was raised last, with the frames it came through, as an interactive session keeps it."""
 
     def __init__(self) -> None:
-        self.executed = 0
+        self.executed, self.error = 0, None
 
-    def __call__(self, call: Callable[[], object], at: int) -> bool:
+    def __call__(self, call: Callable[[], object], at: int = 0) -> bool:
         """Whether ``call`` was cut short; ``executed`` counts its opcodes."""
         self.executed = 0
 
@@ -37,7 +38,8 @@ class CutShort:
         sys.settrace(trace)
         try:
             call()
-        except Interrupt:
+        except Interrupt as error:
+            self.error = error
             return True
         finally:
             sys.settrace(before)

@@ -29,7 +29,6 @@ from torch import Tensor
 from ..check import check_tensor
 from ..config import TitansConfig
 from ..identity import unchanged
-from ..layers.autocast import autocast_off
 from ..layers.titans import SelfModifyingTitans
 from ..layers.wrapped import placement
 from ..model_state import MixerState, ModelState
@@ -88,6 +87,7 @@ class Decoder:
             raise ValueError(f"{name}: argument model is divided over processes, which agree before every call of the "
                              "model itself")
         self.device = placement(model.embed).device
+        self._kind = self.device.type
         grows = model.config.mixer == "attention"
         possible = self.device.type == "cuda" and backend in DEVICE_DECIDES and not grows
         if capture and grows:
@@ -133,8 +133,10 @@ class Decoder:
         state that another call has in hand, and on the CPU for a token id out of range; nothing is read then.
         check_finite: also for logits that are not finite, where backend "triton" or "cuda" alone has read the token.
         """
-        with autocast_off(self.device):
-            return self._read_next(tokens, check_finite)
+        if torch.is_autocast_enabled(self._kind):
+            with torch.autocast(self._kind, enabled=False):
+                return self._read_next(tokens, check_finite)
+        return self._read_next(tokens, check_finite)
 
     def _read_next(self, tokens: Tensor, check_finite: bool) -> Tensor:
         state = self.state

@@ -66,9 +66,8 @@ class Writing:
 
     def _draw(self, state: ModelState, logits: Tensor) -> list[int]:
         values = draw(logits, *self._how, state.pos).tolist()
-        before = values if self.newest is None else self.newest.flatten().tolist()
-        tokens = [old if e else v for e, v, old in zip(self.ended, values, before)]
+        tokens = [[row[-1] if e else v] for e, v, row in zip(self.ended, values, self.rows)]
         # before anyone is told: whatever happens from here on, the state knows how it goes on
-        state.unread = self.newest = torch.tensor(tokens, dtype=torch.long, device=logits.device).unsqueeze(1)
+        state.unread = self.newest = torch.tensor(tokens, dtype=torch.long, device=logits.device)
         self._at = list(state.pos)
         return values

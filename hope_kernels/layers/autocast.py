@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -34,18 +33,15 @@ def in_own_dtype(forward: Callable[Concatenate[S, Tensor, P], R]) -> Callable[Co
     return call
 
 
-def autocast_off(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast is off, for what computes on ``device`` and is given no tensor to cast."""
-    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
-
-
 def without_autocast(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """A method of a model, or of a layer, as it is outside autocast."""
 
     @functools.wraps(method)
     def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
-        with autocast_off(next((p.device for p in self.parameters()), torch.device("cpu"))):
+        kind = next((p.device.type for p in self.parameters()), "meta")
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
             return method(self, *args, **kwargs)
 
     return call
