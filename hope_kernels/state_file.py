@@ -52,8 +52,8 @@ def save_state(state: State, path: str | os.PathLike, note: dict | None = None) 
     try:
         _whole(tree, tensors)
     except Exception as error:
-        raise ValueError(f"{type(state).__name__}.save: the state is none that could be loaded again ({error}); nothing "
-                         "has been written") from None
+        raise ValueError(f"{type(state).__name__}.save: the state is none that could be loaded again ({error}); "
+                         "nothing has been written") from None
     mark = state.fingerprint or (None if state.owner is None else checksum(state.owner))
     meta = {
         "format": FORMAT, "version": str(VERSION), "fingerprint": "" if mark is None else str(mark),

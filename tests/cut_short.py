@@ -1,4 +1,4 @@
-"""Calls that an interrupt cuts short: an exception at a chosen step of the interpreter, as a signal handler raises it."""
+"""Calls that an interrupt cuts short: an exception at a chosen step of the interpreter, as of a signal handler."""
 
 import sys
 from collections.abc import Callable

@@ -308,16 +308,17 @@ class Decoder:
         return self._native
 
     def _step(self) -> Tensor:
-        """The model's step over the buffers, with a backend of ``DEVICE_DECIDES``: reads ``_tokens``, writes the mixers'
-        tensors. Asks the host for nothing."""
+        """The model's step over the buffers: reads ``_tokens``, writes the mixers' tensors. Asks the host for
+        nothing."""
         mixers = self.state.mixers
         logits, new = self._forward(mixers, self._rounded)
         for old, now in zip(mixers, new):
             for a, b in zip(old.tensors(), now.tensors(), strict=True):
                 if a is not b:
                     a.copy_(b)
-        counts = [m.count for m in mixers if isinstance(m, TitansState)]
-        torch.ops.aten._foreach_add_.Scalar(counts, 1)  # of all layers at once
+        if self.backend in DEVICE_DECIDES:  # of all layers at once
+            counts = [m.count for m in mixers if isinstance(m, TitansState)]
+            torch.ops.aten._foreach_add_.Scalar(counts, 1)
         return logits
 
     def _forward(

@@ -154,8 +154,8 @@ class NativeStep:
         )
 
     def ready(self, state: ModelState, finite: bool) -> Tensor:
-        """The logits [B, 1, vocab_size], which ``step`` will make of the tokens. finite: it reads nothing where they are
-        not."""
+        """The logits [B, 1, vocab_size], which ``step`` will make of the tokens. finite: it reads nothing where they
+        are not."""
         logits = torch.empty(self._shape, dtype=torch.float32, device="cpu")
         self._pos[:] = state.pos
         self._call.logits, self._call.finite = logits.data_ptr(), finite
@@ -163,8 +163,8 @@ class NativeStep:
         return logits
 
     def step(self) -> bool:
-        """Reads the tokens, and advances the memories' tensors in place, or nothing where logits are not finite: whether
-        it has. Then ``ended`` is to be told so."""
+        """Reads the tokens, and advances the memories' tensors in place, or nothing where logits are not finite:
+        whether it has. Then ``ended`` is to be told so."""
         for cache in self._caches:
             cache.claim()
         outcome = _step.bound()(ctypes.addressof(self._call))
