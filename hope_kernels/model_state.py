@@ -116,8 +116,8 @@ class ModelState(State):
                              "state.adopt(model) takes either of them to the model's own")
         # one side may have tensors that the other lacks, or wider ones: the parts merge as states of their own
         mine, theirs = self._alike([self, other])
-        parts = {name: [c if c is None else c.merge(o, rows) for c, o in zip(getattr(mine, name), getattr(theirs, name))]
-                 for name in ("mixers", "snapshot", "cms")}
+        pairs = {name: zip(getattr(mine, name), getattr(theirs, name)) for name in ("mixers", "snapshot", "cms")}
+        parts = {name: [a if a is None else a.merge(b, rows) for a, b in of] for name, of in pairs.items()}
         mine, theirs = (replace(s, mixers=[], snapshot=[], cms=[]) for s in (mine, theirs))
         return replace(State.merge(mine, theirs, rows), **parts)._tidied()
 
