@@ -283,6 +283,10 @@ class ModelState(State):
             self.assign(advance_off(self, self.mixers, lengths))
         return self
 
+    def tell(self, writing: Any) -> None:
+        """From here on calls tell ``writing`` what they make of their tokens; None: nobody."""
+        self._told = writing
+
     def _owes(self) -> bool:
         return self._told is not None or super()._owes()
 

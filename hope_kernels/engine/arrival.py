@@ -25,7 +25,7 @@ class Arrival:
     def __init__(
         self, state: ModelState, tokens: Tensor, learned: ModelState | None, opened: list[Any] | None, C: int,
         logits: Tensor, mixers: list[MixerState] | None, advance: Callable[[], bool] = bool,
-        ended: Callable[[bool], None] = bool,
+        ended: Callable[[bool], Any] = bool,
     ):
         self.state, self.tokens, self.learned, self.opened, self.logits = state, tokens, learned, opened, logits
         self.mixers, self.advance, self.ended = mixers, advance, ended

@@ -215,7 +215,7 @@ def generate(
         return Generation(torch.zeros(B, 0, dtype=torch.long, device=device), [0] * B, state, finished=False)
     if logits is None and not goes_on:
         raise ValueError("generate: empty prompt; every row needs at least one token")
-    writing = Writing(B, stops, temperature, top_k, top_p, seed)
+    writing = Writing(B, stops, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     try:
         if logits is None:
             assert isinstance(ids, Tensor)

@@ -23,8 +23,8 @@ class Writing:
     has its successor unread, or neither.
     """
 
-    def __init__(self, rows: int, stops: list[list[int]], *how: Any):
-        """how: ``draw``'s arguments after logits, but for the last."""
+    def __init__(self, rows: int, stops: list[list[int]], **how: Any):
+        """how: ``draw``'s arguments between logits and pos."""
         self.rows: list[list[int]] = [[] for _ in range(rows)]
         self.ended = [False] * rows
         self.newest: Tensor | None = None  # the tokens drawn last, [B, 1]
@@ -34,7 +34,7 @@ class Writing:
         self._thread, self._frame = threading.get_ident(), sys._getframe(1)
 
     def listen(self, state: ModelState) -> None:
-        state._told = self
+        state.tell(self)
 
     def hear(self, pos: list[int], logits: Tensor) -> None:
         """logits [B, 1, vocab_size] of the newest tokens; pos: where the state stands once it has read them."""
@@ -49,7 +49,7 @@ class Writing:
                 row = self.rows[b]
                 row.append(v)
                 self.ended[b] = any(row[-len(s) :] == s for s in self._stops)
-        state._told = None
+        state.tell(None)
         return fresh
 
     def catch_up(self, state: ModelState) -> None:
@@ -57,7 +57,7 @@ class Writing:
         if self._heard is not None and self._heard[0] == state.pos and self._at != state.pos:
             with contextlib.suppress(ValueError):  # of logits that are no distribution
                 self._draw(state, self._heard[1][:, -1])
-        state._told = None
+        state.tell(None)
 
     def left(self, state: ModelState) -> None:
         """Somebody takes ``state`` up: ``catch_up``, unless ``generate`` is at it."""
@@ -65,7 +65,7 @@ class Writing:
             self.catch_up(state)
 
     def _draw(self, state: ModelState, logits: Tensor) -> list[int]:
-        values = draw(logits, *self._how, state.pos).tolist()
+        values = draw(logits, pos=state.pos, **self._how).tolist()
         tokens = [[row[-1] if e else v] for e, v, row in zip(self.ended, values, self.rows)]
         # before anyone is told: whatever happens from here on, the state knows how it goes on
         state.unread = self.newest = torch.tensor(tokens, dtype=torch.long, device=logits.device)
