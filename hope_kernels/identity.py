@@ -106,7 +106,7 @@ def checksum_of(tensors: Iterable[Tensor]) -> Checksum:
     with torch.inference_mode(False), torch.no_grad():
         for t in tensors:
             kinds.append(f"{t.dtype}{tuple(t.shape)}")
-            sums.append(_weighted_sum(t))
+            sums.append(weighted_sum(t))
         return Checksum(kinds, [s.to(sums[0].device) for s in sums])
 
 
@@ -184,7 +184,7 @@ def collect(module: nn.Module, found: list[Tensor]) -> None:
             collect(child, found)
 
 
-def _weighted_sum(t: Tensor) -> Tensor:
+def weighted_sum(t: Tensor) -> Tensor:
     """The tensor's bytes as 64-bit integers x, each with x >> 32 beside it and weighted by its place, modulo
     2^64: an int64 scalar.
 
@@ -202,7 +202,7 @@ def _weighted_sum(t: Tensor) -> Tensor:
 
 
 def _weighted_sum_chunked(x: Tensor) -> Tensor:
-    """``_weighted_sum`` of bytes in PyTorch, on any device."""
+    """``weighted_sum`` of bytes in PyTorch, on any device."""
     whole = len(x) // 8 * 8
     tail = torch.zeros(8, dtype=torch.uint8, device=x.device)
     tail[: len(x) - whole] = x[whole:]

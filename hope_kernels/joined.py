@@ -38,6 +38,8 @@ def joined(states: Sequence[Any]) -> Any:
             what = described(found, state.config, first.config)
             raise ValueError(f"{OP}: states[{i}] {what}, which states[0] has; a call of one model gives both its "
                              "settings")
+    for state in states:
+        state.settle()
     _check_places(states)
     return _state(states, "state")
 

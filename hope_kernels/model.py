@@ -28,7 +28,7 @@ from .engine.source import Source
 from .engine.unread import check_read_next, left
 from .guard_state import new_guard
 from .identity import checksum
-from .layers.autocast import in_own_dtype
+from .layers.autocast import in_own_dtype, without_autocast
 from .layers.block import Block, HopeAttentionBlock, HopeBlock
 from .layers.cms import Inner
 from .layers.cms_consolidate import check_consolidation, consolidate
@@ -234,12 +234,15 @@ class HopeForCausalLM(nn.Module):
                 found, new = read_off(self, call, state)
                 held = None
             new = replace(new, unread=left(state.unread, lengths))
+            if given is not None and given._told is not None:
+                given._told.hear(new.pos, found)
             new = given.assign(new) if given is not None and in_place else new
             if held is not None:
                 new.hold(self, held)
             return found, new
 
     @torch.no_grad()
+    @without_autocast
     def flush(self, state: ModelState, backend: str | None = None) -> list[int]:
         """Learns the open segment of every row now, at the end of a document say, in place: how many tokens of
         each row have contributed.
@@ -315,6 +318,7 @@ class HopeForCausalLM(nn.Module):
             raise ValueError(f"HopeForCausalLM.state_bytes: argument tokens is {tokens!r}, expected an integer >= 0")
         return session_bytes(self, batch, tokens)
 
+    @without_autocast
     def levels(self, state: ModelState) -> list[list[Level] | None]:
         """The CMS weights in force, per block."""
         return [None if c is None or b.cms is None else b.cms.effective_levels(c)
@@ -359,6 +363,7 @@ class HopeForCausalLM(nn.Module):
         """Continues ``ids`` [B, T]; see :func:`hope_kernels.generation.generate`."""
         return generate(self, ids, max_new_tokens, state, **options)
 
+    @without_autocast
     def read(self, ids: Tensor | Source, state: ModelState | None = None, **options: Any) -> ReadAndSlept:
         """Reads ids [B, T], and learns: ``hope_kernels.generation.read`` with learn="next_token" unless told
         otherwise, and then, if asked to, ``flush`` and ``replay``.
@@ -379,6 +384,7 @@ class HopeForCausalLM(nn.Module):
         """
         return read(self, ids, state, **options)
 
+    @without_autocast
     def replay(
         self, state: ModelState, passes: int = 1, shuffle: bool = True, seed: int = 0, *,
         should_stop: Callable[[], bool] | None = None, on_segment: OnSegment | None = None,
@@ -421,6 +427,7 @@ class HopeForCausalLM(nn.Module):
                 mixer: Any = block.mixer
                 mixer.config = own
 
+    @without_autocast
     def consolidate(self, state: ModelState, row: int = 0, levels: list[int] | None = None) -> None:
         """Makes what ``row`` of ``state`` has learned in the CMS levels (indices; None: all) the model's own
         weights, in place: see ``ContinuumMemory.consolidate``. Save the model afterwards; sessions saved

@@ -54,8 +54,10 @@ class ModelState(State):
         """How often the guard has taken each row back to its last good weights."""
         return [0] * self.batch if self.guard is None else list(self.guard.rollbacks)
 
-    # The graph of open segments that were read whole, for the next call alone: no field, so no copy has it.
+    # No fields, so no copy has them: the graph of open segments that were read whole, for the next call alone; and whom
+    # a call tells what it makes of its tokens before the state has read them (``engine/writing.py``)
     _held = None
+    _told = None
 
     def hold(self, module: nn.Module, graph: Any) -> None:
         """Keeps ``graph``, which belongs to this state as it is and to ``module``'s weights as they are."""
@@ -278,9 +280,19 @@ class ModelState(State):
             raise ValueError(f"ModelState: the blocks stand at different positions, {found}")
         lengths = [now - before for now, before in zip(*places, self.pos)]
         if any(lengths):
-            new = advance_off(self, self.mixers, lengths)
-            self.pos, self.cms, self.seen = new.pos, new.cms, new.seen
+            self.assign(advance_off(self, self.mixers, lengths))
         return self
+
+    def tell(self, writing: Any) -> None:
+        """From here on calls tell ``writing`` what they make of their tokens; None: nobody."""
+        self._told = writing
+
+    def _owes(self) -> bool:
+        return self._told is not None or super()._owes()
+
+    def _left(self) -> None:
+        if self._told is not None:
+            self._told.left(self)
 
 
 def advance(state: ModelState, mixers: list[MixerState], lengths: list[int]) -> ModelState:

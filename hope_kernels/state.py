@@ -13,6 +13,9 @@ values, until then.
 
 One call at a time may advance a state; a second one, from another thread say, raises ValueError. Any number
 may read it meanwhile with ``update=False`` if none advances it.
+
+What is written into a state is prepared before, and then written by a function that leads to the same from wherever
+an interrupt has left it (``State.written``): so a state is as it was before a call, or as it is after it.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +35,11 @@ from torch._C._functorch import maybe_current_level
 from .check import check_rows, check_state
 from .counters import KINDS, AnyState, Counters
 from .identity import Checksum, checksum, matches
+from .in_hand import InHand, WrittenWhole
 from .joined import joined
 from .state_file import save_state
 
 _names: dict[type, tuple[str, ...]] = {}  # of the fields that a state's value consists of: every call walks them
-_guard = threading.Lock()  # of every state's ``_users``, for the moment in which it changes
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +95,7 @@ def _assign(old: Any, new: Any) -> Any:
             return new
         return old.copy_(new)
     if isinstance(old, State) and isinstance(new, State):
-        return old.assign(new)
+        return old._take(new)
     if isinstance(old, Counters) and isinstance(new, Counters):
         old[:] = new
         return old
@@ -107,7 +110,7 @@ def _assign(old: Any, new: Any) -> Any:
 
 
 @dataclass(eq=False)
-class State(AnyState):
+class State(WrittenWhole, AnyState):
     """Base of all states. ``pos[b]`` is the number of tokens row b has read since the start of its sequence.
 
     owner: the module that read it last. fingerprint: the checksum of that module's weights as they were then;
@@ -124,7 +127,6 @@ class State(AnyState):
     # Tensors in the dtype of the layer's input; all others are masters: fp32, or fp64 when the input is fp64.
     INPUT_DTYPE = frozenset()
     kinds = KINDS
-    _users = 0  # calls that read this state now; -1: one that advances it
 
     def __init_subclass__(cls) -> None:
         KINDS[cls.__name__] = cls
@@ -142,6 +144,7 @@ class State(AnyState):
         return [(n, getattr(self, n)) for n in names]
 
     def _mapped(self, tensor, counters):
+        self.settle()
         return dataclasses.replace(self, **{n: _map(v, tensor, counters) for n, v in self._fields()})
 
     def clone(self):
@@ -156,6 +159,7 @@ class State(AnyState):
 
     def __getstate__(self) -> dict:
         """For pickles: the module that read the state is no part of it, the mark of its weights is."""
+        self.settle()
         mark = self.fingerprint or (None if self.owner is None else checksum(self.owner))
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {
             "owner": None, "fingerprint": None if mark is None else str(mark)
@@ -304,6 +308,7 @@ class State(AnyState):
         Costs one read of the device. Whatever goes by ``pos`` needs it first: any call but
         ``ops.titans_advance_``. ``save`` does it. Returns self.
         """
+        self.settle()
         for state, count in self._counted():
             state.pos[:] = count
         return self
@@ -323,6 +328,7 @@ class State(AnyState):
             device, dtype = None, device
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"{type(self).__name__}.to: argument dtype is {dtype!r}, expected a floating dtype")
+        self.settle()
         master = None if dtype is None else master_dtype(dtype)
 
         def cast(name: str, value: Any) -> Any:
@@ -344,7 +350,15 @@ class State(AnyState):
         return dataclasses.replace(self, **moved)
 
     def assign(self, new: State):
-        """Becomes ``new``, keeping its own tensors (and their addresses) where shapes agree. Returns self."""
+        """Becomes ``new``, keeping its own tensors (and their addresses) where shapes agree; wholly, if at all. ``new``
+        is of no use any more. Returns self."""
+        if torch.compiler.is_compiling():
+            return self._take(new)
+        self.written(partial(self._take, new))
+        return self
+
+    def _take(self, new: State):
+        """``assign``, from wherever it has been left."""
         if self.config is not new.config:
             self.config = new.config
         for name, value in new._fields():
@@ -371,6 +385,7 @@ class State(AnyState):
         tensors share memory, all counters against each other and the periods, and all that for the states
         inside. values: also what only the tensors' values say (costs syncs on a device).
         """
+        self.settle()
         if not isinstance(self.pos, list):
             raise ValueError(f"{where}: state.pos is {self.pos!r}, expected one integer per row")
         if dtype is None:
@@ -442,33 +457,12 @@ class State(AnyState):
             if self.owner is not module:
                 self.owned_by(module)
             return contextlib.nullcontext()
-        return self._reading(where, module, advances)
-
-    @contextlib.contextmanager
-    def _reading(self, where: str, module: nn.Module, advances: bool) -> Iterator[None]:
-        before, mark = self.fingerprint, checksum(module)
-        with _guard:
-            if self._users < 0 or advances and self._users:
-                raise ValueError(f"{where}: argument state is in use by another call; one call at a time may advance a "
-                                 "state, state.clone() makes one for each thread")
-            self._users = -1 if advances else self._users + 1
-        try:
-            self.owned_by(module)
-            self.fingerprint = mark
-            yield
-            if not advances:
-                self.fingerprint = before
-        except BaseException:
-            self.fingerprint = before
-            raise
-        finally:
-            with _guard:
-                self._users = 0 if advances else self._users - 1
+        return InHand(where, self, module, advances)
 
     def save(self, path: str | os.PathLike, note: dict | None = None) -> None:
         """Synchronizes the state and writes it to ``path`` (safetensors), atomically: see
         ``files.write_atomically``; a new file is the user's alone (mode 0600). note: anything JSON can hold,
         for ``load_note``.
-        Raises ValueError for a path that is no regular file, OSError, and then leaves an existing file as it
-        was."""
+        Raises ValueError for a state that ``load_state`` would refuse and for a path that is no regular file, OSError,
+        and then leaves an existing file as it was."""
         save_state(self, path, note)

@@ -49,6 +49,11 @@ def save_state(state: State, path: str | os.PathLike, note: dict | None = None) 
     state.synchronize()
     tensors: dict[str, Tensor] = {}
     tree = _describe(state, "s", tensors)
+    try:
+        _whole(tree, tensors)
+    except Exception as error:
+        raise ValueError(f"{type(state).__name__}.save: the state is none that could be loaded again ({error}); "
+                         "nothing has been written") from None
     mark = state.fingerprint or (None if state.owner is None else checksum(state.owner))
     meta = {
         "format": FORMAT, "version": str(VERSION), "fingerprint": "" if mark is None else str(mark),
@@ -76,13 +81,8 @@ def load_state(path: str | os.PathLike, device: torch.device | str = "cpu") -> S
             tensors = {name: t.clone() for name, t in _tensors_of(data).items()}
         if "sha256" in meta and meta["sha256"] != _digest(meta, tensors):
             raise ValueError("its contents do not have the SHA-256 they were written with")
-        state = _rebuild(json.loads(meta["tree"]), tensors)
-        if not _is_state(state):
-            raise ValueError(f"it holds a {type(state).__name__}")
-        if tensors:
-            raise ValueError(f"it holds tensors that belong to nothing: {sorted(tensors)[:3]}")
+        state = _whole(json.loads(meta["tree"]), tensors)
         state.fingerprint = meta["fingerprint"] or None
-        state.validate("the state in it", values=True)
     except Exception as error:  # foreign bytes: whatever they lead to is a fault of the file
         raise ValueError(f"load_state: {path} is not a complete state file ({error})") from None
     return state if torch.device(device).type == "cpu" else state.to(device)
@@ -168,6 +168,18 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         return {"dict": {k: _describe(v, f"{name}.{k}", tensors) for k, v in value.items()}}
     raise TypeError(f"state field {name} holds a {type(value).__name__}, which has no form in a file")
+
+
+def _whole(tree: dict, tensors: dict[str, Tensor]) -> State:
+    """The state that a file of these has. Raises whatever foreign bytes lead to."""
+    tensors = dict(tensors)
+    state = _rebuild(tree, tensors)
+    if not _is_state(state):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    if tensors:
+        raise ValueError(f"it holds tensors that belong to nothing: {sorted(tensors)[:3]}")
+    state.validate("the state in it", values=True)
+    return state
 
 
 def _rebuild(node: dict, tensors: dict[str, Tensor]) -> Any:

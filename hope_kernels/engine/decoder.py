@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -27,10 +29,9 @@ from torch import Tensor
 from ..check import check_tensor
 from ..config import TitansConfig
 from ..identity import unchanged
-from ..layers.attention import AttentionState
 from ..layers.titans import SelfModifyingTitans
 from ..layers.wrapped import placement
-from ..model_state import TAINTED, MixerState, ModelState, seen_off
+from ..model_state import MixerState, ModelState
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
 from ..ops.cms.state import CMSState
@@ -39,11 +40,15 @@ from ..ops.titans.rounded import RoundedWeights, unserved_copy
 from ..ops.titans.state import FastWeights, TitansState
 from ..state import expanded
 from . import native, segments
+from .arrival import Arrival
 from .native import NativeStep
 from .protocol import Model
 from .unread import check_read_next
 
 Levels = list[list[Level] | None]  # the CMS weights in force, per block
+_changes, _flags, _weights = attrgetter("_changes"), attrgetter("own", "rank"), attrgetter("weights")
+_version = attrgetter("_version")
+_NOT_FINITE = "Decoder.step: non-finite logits (weights, state or learning rates diverged); {}"
 
 
 class Decoder:
@@ -55,12 +60,12 @@ class Decoder:
     everything else is the same without. captures: how often the step has been captured so far.
 
     Every row reads in every step; rows may stand at different positions. Between steps the state may be
-    saved, cloned and read on by other calls that advance it in place. One whose tensors were exchanged
-    (``select``, ``to``), or that was made to forget or learn without reading, needs a new decoder. A step
-    that raises leaves the state half advanced, unlike the model's ``forward``: go back to a clone or a file.
-    On a CPU a step is one call of C++ where ``engine/native.py`` serves the model; one that raises then leaves the
-    state as it was. Hooks that come later are not called, and what is written past PyTorch (``.data``, NumPy) is not
-    seen: both need a new decoder.
+    saved, cloned and read on by other calls that advance it in place, and be made to forget or to learn without
+    reading. One whose tensors were exchanged (``select``, ``to``) needs a new decoder. A step that raises leaves the
+    state as it was, or, interrupted behind its work, with the tokens read; only with backend "triton" or "cuda", which
+    write it in place, one that raises may leave it half advanced: go back to a clone or a file.
+    On a CPU a step is one call of C++ where ``engine/native.py`` serves the model. Hooks that come later are then not
+    called, and what is written past PyTorch (``.data``, NumPy) is not seen: both need a new decoder.
 
     alone: set it where no code of others runs between steps; weights are then looked at in the first one in C++ only.
 
@@ -82,6 +87,7 @@ class Decoder:
             raise ValueError(f"{name}: argument model is divided over processes, which agree before every call of the "
                              "model itself")
         self.device = placement(model.embed).device
+        self._kind = self.device.type
         grows = model.config.mixer == "attention"
         possible = self.device.type == "cuda" and backend in DEVICE_DECIDES and not grows
         if capture and grows:
@@ -95,8 +101,8 @@ class Decoder:
         self.capture = possible if capture is None else capture
         self.captures = 0
         self.alone = False
-        # a step in C++ reads a token or changes nothing, so learning before it must not either
-        self._whole = self.device.type == "cpu" and native.unserved_step(model, backend) is None
+        # a step reads a token or changes nothing, so learning before it must not either
+        self._whole = backend not in DEVICE_DECIDES
         with torch.inference_mode(False):
             if any(t.requires_grad or t.is_inference() or expanded(t) for t in state.tensors()):
                 state.assign(state.usable())
@@ -113,8 +119,10 @@ class Decoder:
         self._native: NativeStep | None = None  # the step in C++; None: does not serve, if ``_asked``
         self._asked = False
         self._packed = state.fingerprint  # the mark of the weights that ``_strips`` are of
-        self._strips = native.strips_of(model, self._packed)
+        self._strips = native.strips_of(model)
         self._expected = list(state.pos)
+        self._written = state._changes
+        self._learned: tuple | None = None  # what says that nothing else changes the CMS weights in force
 
     @torch.no_grad()
     def step(self, tokens: Tensor, check_finite: bool = False) -> Tensor:
@@ -123,10 +131,17 @@ class Decoder:
 
         Raises ValueError for another shape, dtype or device, tokens other than the state's ``unread`` ones, a
         state that another call has in hand, and on the CPU for a token id out of range; nothing is read then.
-        check_finite: also for logits that are not finite. A step in C++ has then read nothing; elsewhere the
-        state is past them.
+        check_finite: also for logits that are not finite, where backend "triton" or "cuda" alone has read the token.
         """
+        if torch.is_autocast_enabled(self._kind):
+            with torch.autocast(self._kind, enabled=False):
+                return self._read_next(tokens, check_finite)
+        return self._read_next(tokens, check_finite)
+
+    def _read_next(self, tokens: Tensor, check_finite: bool) -> Tensor:
         state = self.state
+        if state._unwritten is not None:
+            state.settle()
         check_tensor("Decoder.step", "tokens", tokens, (state.batch, 1), torch.int64, self.device)
         if self.device.type == "cpu" and state.batch:
             found, size = tokens.flatten().tolist(), self.model.config.vocab_size
@@ -143,22 +158,37 @@ class Decoder:
             new = state.followed(self.model)
             if new is not state:
                 state.assign(new)
-            if new is not state or self._expected != state.pos:
-                self._stale = True  # another call has advanced the state, or weights that it deviates from have moved
+            if new is not state or self._expected != state.pos or not looked and not self._same_levels():
+                self._stale = True  # another call has advanced the state, or weights have moved
             try:
                 learned, opened = self._arrive(tokens)
                 self._tokens.copy_(tokens)
-                logits = self._read(state if learned is None else learned, check_finite)
+                logits = self._read(tokens, learned, opened, check_finite)
             except BaseException:
                 self._stale = True  # of what the state does not have after all
                 raise
-            if learned is not None:
-                state.assign(learned)
-            if opened is not None:
-                state.snapshot[:] = opened
-            self._count(tokens)
-            self._expected = list(state.pos)
+            if self._learned is None:
+                self._learned = self._look()
+            self._written, self._expected = state._changes, list(state.pos)
             return logits
+
+    def _look(self) -> tuple:
+        cms = [c for c in self.state.cms if c is not None]
+        flags = [([list(c) for c in own], [list(c) for c in rank]) for own, rank in map(_flags, cms)]
+        weights = [*chain.from_iterable(map(_weights, cms))]
+        tensors = [t for of in weights for t in (of or {}).values() if not t.is_inference()]
+        return cms, [*map(_changes, cms)], flags, weights, tensors, [*map(_version, tensors)]
+
+    def _same_levels(self) -> bool:
+        """Whether nobody else has changed the CMS weights in force, since a step has looked at them."""
+        if self._learned is None or self._written != self.state._changes:
+            return False
+        cms, changes, flags, weights, tensors, versions = self._learned
+        return (
+            [*map(_changes, cms)] == changes and [*map(_flags, cms)] == flags
+            and all(map(is_, chain.from_iterable(map(_weights, cms)), weights))
+            and [*map(_version, tensors)] == versions
+        )
 
     def _arrive(self, tokens: Tensor) -> tuple[ModelState | None, list[MixerState] | None]:
         """What is due when a token arrives and before it is read, as in ``learning.read_off`` and
@@ -200,13 +230,15 @@ class Decoder:
         self.state.assign(new)
         return None
 
-    def _read(self, learned: ModelState, check_finite: bool) -> Tensor:
-        """learned: the state with the levels to read with."""
-        state = self.state
+    def _read(
+        self, tokens: Tensor, learned: ModelState | None, opened: list[Any] | None, check_finite: bool
+    ) -> Tensor:
+        """Reads ``_tokens``, which are ``tokens``, into the state. learned, opened: of ``_arrive``."""
+        state, of = self.state, self.state if learned is None else learned
         if self._native is not None and not self._native.current(state):
             self._stale = True
         if self._stale:
-            self._levels, self._stale = _all_slots(self.model.levels(learned), learned.cms), False
+            self._levels, self._stale, self._learned = _all_slots(self.model.levels(of), of.cms), False, None
             self._native, self._asked = None, False
             signature = _signature(self._levels, state.mixers)
             if signature != self._signature:
@@ -215,19 +247,38 @@ class Decoder:
         if self._graph is None and self.capture and _uniform(self._levels):
             self._capture()
         in_cpp = self._in_cpp() if self.device.type == "cpu" else None
-        if in_cpp is not None:
-            logits = in_cpp.step(state, check_finite)
-        elif self._graph is None or self._logits is None:
+        if self._whole and in_cpp is None:
+            logits, new = self._forward(state.mixers, self._rounded)
+            self._check(logits, check_finite, "the last token has not been read")
+            state.written(self._arrival(tokens, learned, opened, logits, new))
+        elif in_cpp is not None:
+            logits = in_cpp.ready(state, check_finite)
+            arrival = self._arrival(tokens, learned, opened, logits, None, in_cpp.step, in_cpp.ended)
+            state.written(arrival)
+            if not arrival.read:
+                raise ValueError(_NOT_FINITE.format("the last token has not been read"))
+        else:
+            logits = self._in_place(tokens, learned, opened)
+            self._check(logits, check_finite, "the state is past them")
+        return logits
+
+    def _arrival(self, tokens: Tensor, learned: ModelState | None, opened: list[Any] | None, *more: Any) -> Arrival:
+        C = self.model.segment if self.learn == "next_token" else 0
+        return Arrival(self.state, tokens, learned, opened, C, *more)
+
+    def _in_place(self, tokens: Tensor, learned: ModelState | None, opened: list[Any] | None) -> Tensor:
+        """By kernels that write the state where it lies."""
+        logits = self._logits
+        if self._graph is None or logits is None:
             logits = self._step()
         else:
             self._graph.replay()
-            logits = self._logits
-        if logits is None or check_finite and in_cpp is None and not bool(torch.isfinite(logits).all()):
-            place = "the state is past them" if in_cpp is None else "the last token has not been read"
-            raise ValueError("Decoder.step: non-finite logits (weights, state or learning rates diverged); " + place)
-        for mixer in state.mixers:
-            mixer.pos[:] = [p + 1 for p in state.pos]
+        self.state.written(self._arrival(tokens, learned, opened, logits, []))
         return logits
+
+    def _check(self, logits: Tensor, check_finite: bool, place: str) -> None:
+        if check_finite and not bool(torch.isfinite(logits).all()):
+            raise ValueError(_NOT_FINITE.format(place))
 
     def _memories(self, i: int) -> tuple[TitansConfig, FastWeights, TitansState] | None:
         """Of a block whose memories the backend reads from rounded weights: what those are made of."""
@@ -252,7 +303,7 @@ class Decoder:
             if served and native.unserved_step(self.model, self.backend) is None:
                 if self._packed is not self.state.fingerprint:  # fused optimizers move no version counter
                     self._packed = self.state.fingerprint
-                    self._strips = native.strips_of(self.model, self._packed)
+                    self._strips = native.strips_of(self.model)
                 self._native = NativeStep(self.model, self.state, self._levels, self._tokens, self._strips)
         return self._native
 
@@ -262,9 +313,6 @@ class Decoder:
         mixers = self.state.mixers
         logits, new = self._forward(mixers, self._rounded)
         for old, now in zip(mixers, new):
-            if isinstance(old, AttentionState):
-                old.assign(now)
-                continue
             for a, b in zip(old.tensors(), now.tensors(), strict=True):
                 if a is not b:
                     a.copy_(b)
@@ -295,25 +343,6 @@ class Decoder:
             with torch.cuda.graph(self._graph, pool=self._pool):
                 self._logits = self._step()
         self.captures += 1
-
-    def _count(self, tokens: Tensor) -> None:
-        """The token joins the open segment, and the model's counters move."""
-        state, first = self.state, self.state.seen[0] if self.state.batch else 0
-        if self.learn == "next_token":
-            C = self.model.segment
-            if first != TAINTED and all(s == first for s in state.seen):
-                state.ids[:, first].copy_(tokens[:, 0])
-                state.seen[:] = [first + 1] * state.batch
-            else:
-                whole = [False] * state.batch
-                ids, state.seen[:] = segments.recorded(state, tokens, self._ones, whole, C)
-                state.ids.copy_(ids)
-        for part in (state, *state.cms):
-            if part is not None:
-                part.pos[:] = [p + 1 for p in part.pos]
-        if self.learn == "off":
-            state.seen[:] = seen_off(state, self._ones)
-        state.unread = None
 
 
 def _all_slots(levels: Levels, states: list[CMSState | None]) -> Levels:

@@ -17,9 +17,9 @@ from .decoder import Decoder
 from .head import mask
 from .options import PIECE, OnPiece, Options, check_callbacks
 from .protocol import Model
-from .sampling import draw
 from .source import Opened, Source, opened
 from .stops import Stop, end_tokens, stop_sequences
+from .writing import Writing
 
 
 @dataclass
@@ -191,6 +191,8 @@ def generate(
     if stops and model.parallel is not None:
         model.parallel.check_stops(op)
     if ids is None:
+        if isinstance(state, ModelState):
+            state.settle()
         unread_ids: Tensor | None = getattr(state, "unread", None)
         if state is None or unread_ids is None or bool((unread_ids < 0).any()):
             raise ValueError(f"{op}: argument ids is None, which needs a state that generate returned")
@@ -200,62 +202,71 @@ def generate(
     if isinstance(ids, Tensor) and counts is not None and min(counts, default=0) == 0:
         raise ValueError(f"{op}: empty prompt (ids has shape {list(ids.shape)}, lengths {counts}); every row needs "
                          "at least one token")
-    decoder, logits = None, None
-    if state is not None and _goes_on(model, text, ids, state, options):
+    logits, goes_on = None, state is not None and _goes_on(model, text, ids, state, options)
+    if state is not None and goes_on:
         # the token that is read first is one of those that a run without a stop would have read in a step
         assert isinstance(ids, Tensor)
         B, device, finished = state.batch, ids.device, not options.stopped()
-        if finished:
-            decoder = Decoder(model, state, learn, backend)
-            logits = decoder.step(ids, check_finite)[:, 0]
-            if on_piece is not None:
-                on_piece(0, 0.0)
     else:
         reading = _read(model, text, state, options)
         logits, state, finished = reading.logits, reading.state, reading.finished
         B, device = state.batch, reading.nats.device
     if not finished:
         return Generation(torch.zeros(B, 0, dtype=torch.long, device=device), [0] * B, state, finished=False)
-    if logits is None:
+    if logits is None and not goes_on:
         raise ValueError("generate: empty prompt; every row needs at least one token")
-    rows: list[list[int]] = [[] for _ in range(B)]
-    ended = [False] * B
-    newest: Tensor | None = None  # the tokens drawn last, [B, 1]
-    for n in range(max_new_tokens):
-        if newest is not None:
-            if options.stopped():
-                finished = False
+    writing = Writing(B, stops, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    try:
+        if logits is None:
+            assert isinstance(ids, Tensor)
+            writing.listen(state)
+            decoder: Decoder | None = Decoder(model, state, learn, backend)
+            logits = decoder.step(ids, check_finite)[:, 0]
+            if on_piece is not None:
+                on_piece(0, 0.0)
+        else:
+            decoder = None
+            writing.hear(state.pos, logits.unsqueeze(1))
+        for n in range(max_new_tokens):
+            if writing.newest is not None:
+                if options.stopped():
+                    finished = False
+                    break
+                if n == 1 and decoder is None and (graph or native.unserved_step(model, backend) is None):
+                    decoder = Decoder(model, state, learn, backend)
+                logits = _next(model, state, writing, decoder, logits, options, on_token is None)
+            fresh = writing.write(state, logits)
+            if on_token is not None:
+                on_token(fresh)
+            if all(writing.ended):
                 break
-            if n == 1 and decoder is None and (graph or native.unserved_step(model, backend) is None):
-                decoder = Decoder(model, state, learn, backend)
-            if decoder is not None:
-                decoder.alone = on_token is None and should_stop is None
-            if decoder is None or any(ended):
-                step = [0 if e else 1 for e in ended]
-                out, state = options.call(model, newest, state, step)
-            else:
-                out = decoder.step(newest, check_finite)
-            if any(ended):
-                keep = torch.tensor(ended, dtype=torch.bool, device=device).unsqueeze(1)
-                logits = torch.where(keep, logits, out[:, 0])
-            else:
-                logits = out[:, 0]
-        values = draw(logits, temperature, top_k, top_p, seed, state.pos).tolist()
-        fresh = [None if e else v for e, v in zip(ended, values)]
-        for b, v in enumerate(fresh):
-            if v is not None:
-                rows[b].append(v)
-                ended[b] = any(rows[b][-len(s) :] == s for s in stops)
-        # before anyone is told: whatever happens from here on, the state knows how it goes on
-        state.unread = newest = torch.tensor([[r[-1]] for r in rows], dtype=torch.long, device=device)
-        if on_token is not None:
-            on_token(fresh)
-        if all(ended):
-            break
-    lengths_new = [len(r) for r in rows]
+    except BaseException:
+        state.settle()
+        writing.catch_up(state)
+        raise
+    rows, lengths_new = writing.rows, [len(r) for r in writing.rows]
     width = max(lengths_new)
     tokens = torch.tensor([r + [r[-1]] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
     return Generation(tokens, lengths_new, state, finished)
+
+
+def _next(
+    model: Model, state: ModelState, writing: Writing, decoder: Decoder | None, before: Tensor, options: Options,
+    alone: bool
+) -> Tensor:
+    """The logits [B, vocab] after the newest tokens; ``before`` of rows that have ended."""
+    newest, ended = writing.newest, writing.ended
+    assert newest is not None
+    if decoder is not None:
+        decoder.alone = alone and options.should_stop is None
+    writing.listen(state)
+    if decoder is not None and not any(ended):
+        return decoder.step(newest, options.check_finite)[:, 0]
+    out, _ = options.call(model, newest, state, [0 if e else 1 for e in ended])
+    if not any(ended):
+        return out[:, 0]
+    keep = torch.tensor(ended, dtype=torch.bool, device=newest.device).unsqueeze(1)
+    return torch.where(keep, before, out[:, 0])
 
 
 def _goes_on(

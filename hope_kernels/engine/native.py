@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
 from ..config import HopeConfig
+from ..identity import weighted_sum
 from ..layers.attention import AttentionState
 from ..layers.titans import SelfModifyingTitans
 from ..model_state import ModelState
@@ -68,21 +69,34 @@ _step = Function("hope_token_step", "Decoder", POINTER)
 _strips = Function("hope_token_strips", "Decoder", SIZE, SIZE, POINTER, POINTER)
 
 
-class Strips(dict[int, tuple[Tensor, int, Tensor]]):
-    """Of a model's matrices, by address: whose, its version, the strips."""
+class Strip(NamedTuple):
+    """Of a matrix: the matrix, its version and the sum of its bytes when they were packed, the strips."""
+
+    of: Tensor
+    version: int
+    sum: Tensor
+    strips: Tensor
 
 
-_living: WeakKeyDictionary[Any, tuple[Any, ref[Strips]]] = WeakKeyDictionary()  # by model, with the mark of its weights
+class Strips(dict[int, Strip]):
+    """Of a model's matrices, by address."""
 
 
-def strips_of(model: Any, mark: Any) -> Strips:
-    """What decoders of ``model`` that are still there have in common, of weights of that ``mark``."""
-    of, known = _living.get(model, (None, None))
-    strips = known() if known is not None and mark is not None and of is mark else None
-    if strips is None:
-        strips = Strips()
-        _living[model] = mark, ref(strips)
-    return strips
+_living: WeakKeyDictionary[Any, ref[Strips]] = WeakKeyDictionary()  # by model
+
+
+def strips_of(model: Any) -> Strips:
+    """What a new decoder of ``model`` has in common with those that are still there: strips of matrices whose bytes are
+    the same, which is looked at, as not every edit moves a version."""
+    known = _living.get(model)
+    strips, fresh = known and known(), Strips()
+    for at, strip in (strips or {}).items():
+        if strip.version == strip.of._version and torch.equal(strip.sum, weighted_sum(strip.of)):
+            fresh[at] = strip
+    if strips is not None and len(fresh) == len(strips):
+        return strips
+    _living[model] = ref(fresh)
+    return fresh
 
 
 def dense(levels: list[list[Level] | None]) -> bool:
@@ -139,30 +153,35 @@ class NativeStep:
             [*map(_version, self._written)] == self._versions
         )
 
-    def step(self, state: ModelState, finite: bool) -> Tensor | None:
-        """Reads the tokens: logits [B, 1, vocab_size]; the mixers' tensors are advanced in place. finite: None, and
-        nothing is advanced, where logits are not finite."""
+    def ready(self, state: ModelState, finite: bool) -> Tensor:
+        """The logits [B, 1, vocab_size], which ``step`` will make of the tokens. finite: it reads nothing where they
+        are not."""
         logits = torch.empty(self._shape, dtype=torch.float32, device="cpu")
         self._pos[:] = state.pos
         self._call.logits, self._call.finite = logits.data_ptr(), finite
         self._call.threads = min(self._threads, torch.get_num_threads())
-        read = False
-        try:
-            for cache in self._caches:
-                cache.claim()
-            outcome = _step.bound()(ctypes.addressof(self._call))
-            read = outcome == 0
-        finally:
-            grown = [cache.settle() if read else cache.undo() for cache in self._caches]
-        if outcome == NOT_FINITE:
-            return None
-        cpu_library.check_outcome(outcome, "Decoder")
+        return logits
+
+    def step(self) -> bool:
+        """Reads the tokens, and advances the memories' tensors in place, or nothing where logits are not finite:
+        whether it has. Then ``ended`` is to be told so."""
+        for cache in self._caches:
+            cache.claim()
+        outcome = _step.bound()(ctypes.addressof(self._call))
+        if outcome != NOT_FINITE:
+            cpu_library.check_outcome(outcome, "Decoder")
+        return outcome == 0
+
+    def ended(self, read: bool) -> None:
+        """May be told again."""
+        grown = [cache.settle() if read else cache.undo() for cache in self._caches]
+        if not read:
+            return
         if any(grown):
             self._look()
         # a graph that has kept one of these tensors must find out
         torch.autograd.graph.increment_version(self._written)
         self._versions = [version + 1 for version in self._versions]
-        return logits
 
     def _look(self) -> None:
         self._written = [*map(getattr, self._owners, self._names)]
@@ -256,10 +275,12 @@ class NativeStep:
     def _matrix(self, W: Tensor, rows: int, K: int) -> int:
         """Strips of a matrix of the model."""
         known = self._strips.get(W.data_ptr())
-        if known is None or known[1] != W._version or known[0].shape != W.shape:
-            known = self._strips[W.data_ptr()] = (W, W._version, self._packed(W, rows, K))
+        same = known is not None and known.of.data_ptr() == W.data_ptr() and known.of.shape == W.shape
+        if known is None or not same or known.version != W._version:
+            known = Strip(W, W._version, weighted_sum(W), self._packed(W, rows, K))
+            self._strips[W.data_ptr()] = known
         self._held.append(known)
-        return known[2].data_ptr()
+        return known.strips.data_ptr()
 
     def _packed(self, W: Tensor, rows: int, K: int) -> Tensor:
         to = self._new(-(-rows // 8) * 8 * K)

@@ -86,8 +86,8 @@ class Cache:
         other state has written there, else in new storage."""
         state, used = self.state, self.state.used()
         if max(used) < state.k.shape[1] and used == state.filled:
-            state.filled[:] = [u + 1 for u in used]
             self._claimed, now = True, state
+            state.filled[:] = [u + 1 for u in used]
         else:
             with torch.inference_mode(False):
                 token = state.k.new_zeros(state.batch, 1, *state.k.shape[2:])
@@ -103,9 +103,10 @@ class Cache:
 
     def settle(self) -> bool:
         """The token has been read: whether the state has other tensors now. Its ``pos`` is for the caller to move."""
-        state, new, self._claimed, self._new = self.state, self._new, False, None
+        state, new = self.state, self._new
         if new is not None:
             state.k, state.v, state.filled, state.base[:] = new.k, new.v, new.filled, new.base
+        self._claimed, self._new = False, None
         return new is not None
 
     def undo(self) -> None:

@@ -206,7 +206,7 @@ class AttentionState(State):
         pos = Counters([o if r else p for p, o, r in zip(self.pos, later.pos, rows)])
         return replace(later, pos=pos, base=Counters(later.base), lost=Counters(later.lost))
 
-    def assign(self, new: State):
+    def _take(self, new: State):
         """By reference: a snapshot may share the old storage."""
         assert isinstance(new, AttentionState)
         self.pos[:], self.base[:], self.k, self.v, self.filled = new.pos, new.base, new.k, new.v, new.filled

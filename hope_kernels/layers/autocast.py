@@ -31,3 +31,17 @@ def in_own_dtype(forward: Callable[Concatenate[S, Tensor, P], R]) -> Callable[Co
             return forward(self, x, *args, **kwargs)
 
     return call
+
+
+def without_autocast(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A method of a model, or of a layer, as it is outside autocast."""
+
+    @functools.wraps(method)
+    def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        kind = next((p.device.type for p in self.parameters()), "meta")
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return call

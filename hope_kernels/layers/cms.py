@@ -30,7 +30,7 @@ from ..ops.shared.across import Across
 from ..ops.titans.scan import Gate
 from ..state import Counters, master_dtype
 from . import cms_consolidate
-from .autocast import in_own_dtype
+from .autocast import in_own_dtype, without_autocast
 from .cms_bytes import state_bytes
 from .cms_level import CMSLevel
 from .cms_segment import check_reading, with_tokens, written
@@ -311,6 +311,7 @@ class ContinuumMemory(nn.Module):
             absorb(new, self.config, self.start(l), l, None, marked, due_at, ops=ops, sizes=self._sizes(l))
         return new.finished()
 
+    @without_autocast
     def detach_level(self, state: CMSState, level: int, row: int = 0) -> dict[str, Tensor]:
         """Takes out of ``state`` what one row has learned in ``level`` (index, level 1 is 0).
 
@@ -320,6 +321,7 @@ class ContinuumMemory(nn.Module):
         """
         return cms_consolidate.detach_level(self, state, level, row)
 
+    @without_autocast
     def consolidate(self, state: CMSState, row: int = 0, levels: list[int] | None = None) -> None:
         """Makes what ``row`` has learned in ``levels`` (None: all) the parameters, from which new sequences start.
 

@@ -296,8 +296,8 @@ class CMSState(State):
         found.made = self.private.made
         return found
 
-    def assign(self, new: State):
-        """As ``State.assign``; but what the call has written in memory of its own, the state takes, and gives
+    def _take(self, new: State):
+        """As any state; but what the call has written in memory of its own, the state takes, and gives
         its own away for the next call."""
         assert isinstance(new, CMSState)
         for part in _LISTS:
@@ -309,7 +309,7 @@ class CMSState(State):
                     if n in old and old[n] is not t and id(t) in new.made:
                         self.spare[part, l, n], kept[n] = old[n], t
         new.made, self.base = {}, new.base
-        return super().assign(new)
+        return super()._take(new)
 
     def writable(self, part: str, level: int) -> dict[str, Tensor]:
         """``weights``, ``grads``, ... of a level, for this draft to write into."""
