@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from numerics import relative
 from small_model import V, ids, tiny
 
-from hope_kernels import CMSConfig, load_state
+from hope_kernels import CMSConfig, load_state, state_file
 from hope_kernels.kept import hashed, nothing_kept, offer
 from hope_kernels.state import Counters
 
@@ -256,7 +256,7 @@ def test_kept_segments_are_part_of_the_state(tmp_path):
     lambda k: setattr(k, "ids", k.ids.float()), lambda k: k.pos.__setitem__(0, 1), lambda k: k.done.pop(),
     lambda k: k.done.__setitem__(0, -1), lambda k: setattr(k, "seed", "1"), lambda k: setattr(k, "config", None),
 ])
-def test_kept_segments_that_no_reading_leaves_are_refused(spoil, tmp_path):
+def test_kept_segments_that_no_reading_leaves_are_refused(spoil, tmp_path, monkeypatch):
     model = MODELS["hope"]
     state = model.read(ids(2, 50), replay=4).state
     model(ids(2, 1, 1), state)
@@ -264,7 +264,12 @@ def test_kept_segments_that_no_reading_leaves_are_refused(spoil, tmp_path):
     with pytest.raises(ValueError, match=r"kept|segments"):
         model(ids(2, 1, 1), state)
     if state.kept.config is not None:
-        state.save(tmp_path / "state")
+        with pytest.raises(ValueError, match="none that could be loaded again"):
+            state.save(tmp_path / "state")
+        assert not (tmp_path / "state").exists()
+        with monkeypatch.context() as elsewhere:  # a file that another program has made
+            elsewhere.setattr(state_file, "_whole", lambda tree, tensors: None)
+            state.save(tmp_path / "state")
         with pytest.raises(ValueError, match="not a complete state file"):
             load_state(tmp_path / "state")
 
