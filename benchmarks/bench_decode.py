@@ -72,7 +72,8 @@ def step_alone(model: HopeForCausalLM, ids: Tensor, steps: int = 64) -> float:
     assert step is not None
     began = time.perf_counter()
     for _ in range(steps):
-        step.step(state, True)
+        step.ready(state, True)
+        step.ended(step.step())
         for part in (state, *state.mixers):
             part.pos[:] = [p + 1 for p in part.pos]
     return (time.perf_counter() - began) / steps * 1e6

@@ -23,9 +23,9 @@ class ConvolvedState(AttentionState):
 
     INPUT_DTYPE = AttentionState.INPUT_DTYPE | {"tail"}
 
-    def assign(self, new: Any) -> Any:
+    def _take(self, new: Any) -> Any:
         self.tail = new.tail
-        return super().assign(new)
+        return super()._take(new)
 
 
 class ConvolvedAttention(CausalAttention):

@@ -156,7 +156,7 @@ class NativeStep:
     def ready(self, state: ModelState, finite: bool) -> Tensor:
         """The logits [B, 1, vocab_size], which ``step`` will make of the tokens. finite: it reads nothing where they
         are not."""
-        logits = torch.empty(self._shape, dtype=torch.float32, device="cpu")
+        logits = self._logits = torch.empty(self._shape, dtype=torch.float32, device="cpu")
         self._pos[:] = state.pos
         self._call.logits, self._call.finite = logits.data_ptr(), finite
         self._call.threads = min(self._threads, torch.get_num_threads())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_model import ids, tiny
 
-from hope_kernels import CMSConfig, ContinuumMemory, HopeConfig, load_state
+from hope_kernels import CMSConfig, ContinuumMemory, HopeConfig, load_state, state_file
 from hope_kernels.layers.attention import CausalAttention
 
 CMS = CMSConfig(8, (4, 8), expansion=2.0, lr=(0.02, 0.01))
@@ -238,13 +238,18 @@ def test_another_structure_is_refused_by_the_name_of_its_field(field):
     assert len(str(error.value)) < 300
 
 
-def test_a_state_whose_parts_disagree_names_the_field(tmp_path):
+def test_a_state_whose_parts_disagree_names_the_field(tmp_path, monkeypatch):
     state = model().init_state(1)
     state.cms[1].config = CMS.replace(lr=0.5)
     with pytest.raises(ValueError, match=r"cms\[1\] of state belongs to CMSConfig\(lr=0.5, ...\) and not to "
                                          r"CMSConfig\(lr=\(0.02, 0.01\), ...\), its model's"):
         state.validate("x")
-    state.save(tmp_path / "s")
+    with pytest.raises(ValueError, match=r"cms\[1\] of state belongs to CMSConfig\(lr=0.5, ...\)") as error:
+        state.save(tmp_path / "s")
+    assert len(str(error.value)) < 400 and not (tmp_path / "s").exists()
+    with monkeypatch.context() as elsewhere:  # a file that another program has made
+        elsewhere.setattr(state_file, "_whole", lambda tree, tensors: None)
+        state.save(tmp_path / "s")
     with pytest.raises(ValueError, match=r"cms\[1\] of state belongs to CMSConfig\(lr=0.5, ...\)") as error:
         load_state(tmp_path / "s")
     assert len(str(error.value)) < 400
