@@ -123,8 +123,8 @@ class Refreshes:
             for level in levels[-1] or ():
                 level.pop("log_rates", None)
         for (i, _, l, n), w in weights.items():
-            rows = w.index_select(0, index)  # a leaf where neither a parameter nor a state asks for gradients
-            read[i, l, n] = levels[i][l][n] = rows if rows.requires_grad else rows.requires_grad_()
+            # a leaf where neither a parameter nor a state asks for gradients
+            read[i, l, n] = levels[i][l][n] = w.index_select(0, index).requires_grad_()
         anchor = self.ids.new_zeros((), dtype=torch.float32)
         inner = [Inner(anchor, None, gate=gate) for _ in model.blocks]
         with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice

@@ -38,7 +38,7 @@ def without_autocast(method: Callable[Concatenate[S, P], R]) -> Callable[Concate
 
     @functools.wraps(method)
     def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
-        kind = next((p.device.type for p in self.parameters()), "meta")
+        kind = placement(self).device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
             return method(self, *args, **kwargs)
         with torch.autocast(kind, enabled=False):
