@@ -261,7 +261,8 @@ FORGETTING = {
     "forgetting_levels": (lambda data: pairs.table(data, "levels"), "Gradient descent, compared as above. Rank R / k: "
                           "k levels that learn products of that rank, equally many numbers together."),
     "forgetting_chain": (chain.table, "Bits of each text's last half at the end minus when it had been read, at rates "
-                         "of equal gain over pairs. {texts} texts in the order of the columns, the last not shown."),
+                         "of equal gain over pairs. {texts} texts in the order of the columns, the last not shown; mean (least to most) over "
+                         "the excerpts."),
     "forgetting_bank": (bank.table, "First halves of all texts in turn, then second halves; one stream for each of "
                         "{excerpts} excerpts. Forgotten: the most of them. Texts begin where blocks do."),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from torch import Tensor
@@ -52,8 +53,15 @@ def summary(record: dict) -> dict:
     return {"gain": sum(gains) / len(gains), "lost": lost}
 
 
+def of_excerpts(record: dict) -> list[float]:
+    """What each excerpt has forgotten at the end, of all texts but the last; infinite where it diverged."""
+    pairs = [zip(record["end"][t], record["learned"][t]) for t in list(record["learned"])[:-1]]
+    lost = [[math.inf if None in (a, b) else a - b for a, b in of] for of in pairs]
+    return [sum(of) / len(of) for of in zip(*lost)]
+
+
 def table(data: dict) -> str:
-    """Markdown: what every rule has forgotten of each text at the end of the chain."""
+    """Markdown: what every rule has forgotten of each text at the end of the chain, and over the excerpts."""
     records = [r for r in data["cases"].values() if r.get("part") == "chain"]
     if not records:
         return "no chain yet"
@@ -65,5 +73,6 @@ def table(data: dict) -> str:
         found = summary(r)
         lost, cells = mean(found["lost"]), " | ".join(f"{found['lost'][t]:.3f}" for t in texts)
         share = "-" if plain is None or plain <= 0 else f"{lost / plain:.2f}"
-        lines.append(f"| {r['rule']} | {r['factor']:g} | {found['gain']:.3f} | {cells} | {lost:.3f} | {share} |")
+        spread = f"{lost:.3f} ({min(of_excerpts(r)):.3f} to {max(of_excerpts(r)):.3f})"
+        lines.append(f"| {r['rule']} | {r['factor']:g} | {found['gain']:.3f} | {cells} | {spread} | {share} |")
     return "\n".join(lines)
