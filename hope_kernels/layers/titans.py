@@ -179,6 +179,7 @@ class SelfModifyingTitans(nn.Module):
         check_recorded(name, given)
         if state is None:
             state = self.init_state(x.shape[0])
+            state.made_here = not torch.is_grad_enabled()
         else:
             check_state(name, state, TitansState, self.config, x.shape[0])
             state.admit(name, self, x.dtype, x.device)

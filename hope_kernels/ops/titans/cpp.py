@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -207,41 +208,54 @@ def titans_call(
 ) -> tuple[TitansCall, list[Any]]:
     """What the library is handed, and what has to stay alive while it works."""
     first = inputs.x if inputs.x is not None else inputs.k
-    B, T, H, D = first.shape
-    base = w_init if config.retain_to == "init" else FastWeights(None, None, None)
-    tensors = {"base2": base.w2, "base1": base.w1, "base1s": base.w1s}
-    tensors |= {n: getattr(inputs, n) for n in _INPUTS}
-    tensors = {n: None if t is None else t.to(torch.float32).contiguous() for n, t in tensors.items()}
-    state = {n: getattr(new, n) for n in _WRITTEN}
-    if not update:  # of any strides: nothing is written
-        state = {n: None if t is None else t.detach().contiguous() for n, t in state.items()}
-    tensors |= state | {"o": o}
+    (B, T, H, _), started = first.shape, config.retain_to == "init"
+    given = dict(zip(("base2", "base1", "base1s"), w_init)) if started else {}
+    given |= {n: getattr(inputs, n) for n in _INPUTS}
+    tensors = {n: t if _is_plain(t) else t.to(torch.float32).contiguous() for n, t in given.items() if t is not None}
+    for n in _WRITTEN:
+        t = getattr(new, n)
+        if t is not None:  # without an update of any strides: nothing is written
+            tensors[n] = t if update else t.detach().contiguous()
+    tensors |= {} if o is None else {"o": o}
     tensors |= {} if kept is None else dict(zip(("kept2", "kept1", *_QUERIES), kept))
     tensors |= {} if spans is None else dict(zip(_SPANS + _MADE, spans.kept + spans.made))
-    # one head's numbers, and those of one memory
-    head2, head1, head1s = (prod(shape or (0,)) for shape in Layout.of(config).shapes())
-    one = (config.hidden if config.memory == "mlp" else D) * D
-    tokens, pending = B * T * H, B * max(config.chunk_memory, config.chunk_other) * H
     chunks, chunks_q = (0 if kept is None or t is None else t.shape[2] for t in (kept and kept.w2, kept and kept.q2))
     stops = 0 if spans is None or spans.kept[0] is None else spans.kept[0].shape[2]
-    counts = {
-        "base2": H * head2, "base1": H * head1, "base1s": H * head1s, "delta2": B * H * head2,
-        "delta1": B * H * head1, "delta1s": B * H * head1s, "s2": B * H * head2, "s1": B * H * head1,
-        "s1s": B * H * head1s, "eta": tokens, "alpha": tokens, "beta": tokens, "eta_bias": H, "alpha_bias": H,
-        "pending_k": pending * D, "pending_v": pending * D, "pending_eta": pending, "pending_alpha": pending,
-        "pending_beta": pending, "kept2": B * H * chunks * one, "kept1": B * H * chunks * one,
-        "kept_q2": B * H * chunks_q * one, "kept_q1": B * H * chunks_q * one,
-        "spans2": B * H * stops * head2, "spans1": B * H * stops * head1, "spans1s": B * H * stops * head1s,
-        "made_eta": tokens, "made_alpha": tokens, "made_size": tokens,
-    }
-    pointers = {n: address(t, counts.get(n, tokens * D), n) for n, t in tensors.items()}
+    counts, call = _counts(config, B, T, H), TitansCall.from_buffer_copy(_configured(config))
+    times = {"kept2": chunks, "kept1": chunks, "kept_q2": chunks_q, "kept_q1": chunks_q, **dict.fromkeys(_SPANS, stops)}
+    for n, t in tensors.items():
+        setattr(call, n, address(t, counts[n] * times.get(n, 1), n))
     before, reads = row_array(pos, B), row_array(lengths, B)
-    call = TitansCall(
-        B=B, T=T, H=H, kept=chunks, kept_q=chunks_q, threads=torch.get_num_threads(), update=update, **settings(config),
-        **pointers, pos=ctypes.addressof(before), len=ctypes.addressof(reads),
-        span=0 if spans is None else spans.size, spans=stops,
-    )
+    call.B, call.T, call.H, call.kept, call.kept_q, call.spans = B, T, H, chunks, chunks_q, stops
+    call.threads, call.update, call.span = torch.get_num_threads(), update, 0 if spans is None else spans.size
+    call.pos, call.len = ctypes.addressof(before), ctypes.addressof(reads)
     return call, [tensors, before, reads]
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and t.is_contiguous()
+
+
+@lru_cache(maxsize=256)
+def _counts(config: TitansConfig, B: int, T: int, H: int) -> dict[str, int]:
+    """The numbers of each tensor of a call; of one of the chunks or spans that are kept."""
+    D = config.head_dim
+    head2, head1, head1s = (prod(shape or (0,)) for shape in Layout.of(config).shapes())  # of one head
+    one = (config.hidden if config.memory == "mlp" else D) * D  # of one memory's matrix
+    tokens, pending = B * T * H, B * max(config.chunk_memory, config.chunk_other) * H
+    counts = dict.fromkeys(("q", "x", "k", "v", "o", "made_q", "made_k", "made_v"), tokens * D)
+    counts |= dict.fromkeys(("eta", "alpha", "beta", "made_eta", "made_alpha", "made_size"), tokens)
+    counts |= {"eta_bias": H, "alpha_bias": H, "pending_k": pending * D, "pending_v": pending * D}
+    counts |= dict.fromkeys(("pending_eta", "pending_alpha", "pending_beta"), pending)
+    counts |= dict.fromkeys(("kept2", "kept1", "kept_q2", "kept_q1"), B * H * one)
+    for stem, rows in (("base", H), ("delta", B * H), ("s", B * H), ("spans", B * H)):
+        counts |= {f"{stem}2": rows * head2, f"{stem}1": rows * head1, f"{stem}1s": rows * head1s}
+    return counts
+
+
+@lru_cache(maxsize=256)
+def _configured(config: TitansConfig) -> TitansCall:
+    return TitansCall(**settings(config))
 
 
 def settings(config: TitansConfig) -> dict[str, Any]:
@@ -281,6 +295,8 @@ def _read_backward(
 def advanced(config: TitansConfig, state: TitansState, lengths: list[int]) -> TitansState:
     """A state for the library to write into: copies of what this call will change, the rest shared with
     ``state``."""
+    if state.made_here:
+        return state.advanced(lengths)
     small = min(config.chunk_memory, config.chunk_other)
     commits = any(p // small != (p + n) // small for p, n in zip(state.pos, lengths))
     parts = {}

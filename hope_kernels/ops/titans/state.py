@@ -147,6 +147,8 @@ class TitansState(State):
     # What ``in_place`` was given: no fields, so no copy has them.
     _reads = None
     _rounded = None
+    # Whether the call that reads it has made it, so that nobody misses it as it was: neither a field.
+    made_here = False
 
     def __post_init__(self):
         if self.count is None:  # a new state, or one from a file written before there was a counter on the device
@@ -179,7 +181,8 @@ class TitansState(State):
         """The state with ``changes`` after row b has read ``lengths[b]`` more tokens."""
         pos = Counters([p + n for p, n in zip(self.pos, lengths)])
         if "count" not in changes:
-            changes["count"] = self.count + on_device(lengths, self.count.device)
+            same = len(set(lengths)) == 1
+            changes["count"] = self.count + (lengths[0] if same else on_device(lengths, self.count.device))
         return replace(self, pos=pos, **changes)
 
     def in_place(self, reads: Tensor, rounded: Any = None) -> TitansState:
