@@ -6,7 +6,7 @@
 Four pairs (key, value) stand somewhere among T tokens of noise and are asked for at the end
 (benchmarks/synthetic/needles.py); chance is 1/32. Training begins with T = 16, which doubles up to 1024 whenever the
 smoothed loss falls below 0.8 nats; attention takes lessons before (benchmarks/synthetic/lessons.py), without which it
-never finds a value by its key, and six times the steps of the others: after twice theirs, by which its rate is
+never finds a value by its key, and twelve times the steps of the others: after twice theirs, by which its rate is
 chosen, it still misses some of what stands in 1024 tokens. Rates are chosen from RATES by the training loss of seed 0.
 Once T is 1024 the arm "recall" is also pressed to write little: PRESS times the mean logit of the step size, over all
 tokens, is added to the loss, so that noise is hardly written at all. The arm "unpressed" is the same without. Tested
@@ -35,7 +35,7 @@ RESULT = os.path.join(os.path.dirname(__file__), "results", "needles.json")
 ARMS = ("recall", "unpressed", "titans", "attention")
 RATES = (2e-3, 4e-3, 8e-3)
 # the steps of the others, after its lessons: those that its rate is chosen by, and those of its runs
-TIMES = {"attention": (2, 6)}
+TIMES = {"attention": (2, 12)}
 FIRST, LAST, MASTERED = 16, 1024, 0.8  # tokens of noise that training begins and ends with; nats
 PRESS, DEEPEST = 0.01, -18.0  # nats a unit of the logit; the logit that is low enough
 ATTENTION_LONGEST = 4096  # tokens of noise
