@@ -37,24 +37,27 @@ class Attention {
     });
   }
 
-  int64_t tasks() const { return c.B * c.Hkv * parts(); }
+  int64_t tasks() const { return c.B * shares() * parts(); }
 
   // work: floats() of the caller's
   void task(int64_t i, float* work) const {
     const FlushDenormals flush;
-    part(i / parts() / c.Hkv, i / parts() % c.Hkv, i % parts() * PART, work);
+    const int64_t share = i / parts() % shares();
+    part(i / parts() / shares(), share * together(), i % parts() * PART, work);
   }
 
-  int64_t floats() const { return (3 * PART + PANEL) * c.D + 3 * PART + BLOCK * PANEL + 16; }
+  int64_t floats() const { return TILES * 3 * PANEL * (c.D + 1) + PANEL * c.D + BLOCK * PANEL + 16; }
 
  private:
   static constexpr int64_t PART = 4 * PANEL, BLOCK = 64;  // queries that meet a block of keys while it is in the cache
+  static constexpr int64_t TILES = 8;  // of a task, at most
   static constexpr int64_t FEW = 3;
   static constexpr double ALONE = 1 << 21;  // products that one thread is done with before others are worth waking
   const AttentionCall& c;
   const int64_t group;
 
   struct Tile {
+    int64_t head;          // of keys
     int64_t first, lanes;  // queries
     int64_t begin, end;    // slots where the first and the last of them stand
     float *q, *far, *o;    // panels [D]; o: sum of p v
@@ -64,33 +67,44 @@ class Attention {
 
   int64_t parts() const { return (c.T * group + PART - 1) / PART; }
 
-  // Queries [n, n + PART) of (row, key head), counted head by head of the group, token by token.
+  // Key heads of a task: where a few queries wait for memory, they share the pages of several heads, which lie beside
+  // each other; but every thread has a task.
+  int64_t together() const {
+    return c.T * group > FEW ? 1 : std::clamp<int64_t>(c.B * c.Hkv / c.threads, 1, std::min(c.Hkv, TILES));
+  }
+  int64_t shares() const { return (c.Hkv + together() - 1) / together(); }
+
+  // Queries [n, n + PART) of (row, key heads from `head`), counted head by head of the group, token by token.
   void part(int64_t b, int64_t head, int64_t n, float* work) const {
     const int64_t all = c.T * group, real = c.len[b] * group, stop = std::min(n + PART, all);
-    for (int64_t i = std::max(n, real); i < stop; i++) std::memset(output(b, head, i), 0, c.D * sizeof(float));
+    const int64_t heads = std::min(c.Hkv, head + together());
+    for (int64_t h = head; h < heads; h++)
+      for (int64_t i = std::max(n, real); i < stop; i++) std::memset(output(b, h, i), 0, c.D * sizeof(float));
     if (n >= real) return;
     float *const p = work, *const rows = p + BLOCK * PANEL;
     work = rows + PANEL * c.D;
-    Tile tiles[PART / PANEL];
+    Tile tiles[TILES];
     int count = 0;
-    for (; n < std::min(real, stop); n += PANEL) {
-      Tile& t = tiles[count++];
-      t.first = n, t.lanes = std::min<int64_t>(PANEL, real - n);
-      t.begin = c.used[b] + n / group, t.end = c.used[b] + (n + t.lanes - 1) / group;
-      for (float** panel : {&t.q, &t.far, &t.o}) *panel = work, work += PANEL * c.D;
-      for (float** row : {&t.m, &t.l, &t.late}) *row = work, work += PANEL;
-      start(b, head, t, rows);
-    }
-    auto meet = [&](int64_t from, int64_t to, bool sinks) {
-      for (int i = 0; i < count; i++) block(b, head, tiles[i], from, to, sinks, p);
-    };
+    for (int64_t h = head; h < heads; h++)
+      for (int64_t first = n; first < std::min(real, stop); first += PANEL) {
+        Tile& t = tiles[count++];
+        t.head = h, t.first = first, t.lanes = std::min<int64_t>(PANEL, real - first);
+        t.begin = c.used[b] + first / group, t.end = c.used[b] + (first + t.lanes - 1) / group;
+        for (float** panel : {&t.q, &t.far, &t.o}) *panel = work, work += PANEL * c.D;
+        for (float** row : {&t.m, &t.l, &t.late}) *row = work, work += PANEL;
+        start(b, t, rows);
+      }
     const int64_t end = tiles[count - 1].end + 1, sinks = std::min(c.sinks, end);
+    auto meet = [&](int64_t from, int64_t to, bool sinks) {
+      if (tiles[0].lanes <= FEW) ahead(b, head, heads, from, to, end);
+      for (int i = 0; i < count; i++) block(b, tiles[i], from, to, sinks, p);
+    };
     for (int64_t s = 0; s < sinks; s += BLOCK) meet(s, std::min(s + BLOCK, sinks), true);
     for (int64_t s = std::max(c.sinks, oldest(tiles[0].begin)), next; s < end; s = next) {
       next = std::min(end, s + BLOCK - (s + c.base[b]) % BLOCK);
       meet(s, next, false);
     }
-    for (int i = 0; i < count; i++) finish(b, head, tiles[i], rows);
+    for (int i = 0; i < count; i++) finish(b, tiles[i], rows);
   }
 
   // The first slot in the window of a query at `place`.
@@ -101,11 +115,11 @@ class Attention {
   }
   float* output(int64_t b, int64_t head, int64_t n) const { return c.y + at(b, head, n); }
 
-  void start(int64_t b, int64_t head, const Tile& t, float* rows) const {
+  void start(int64_t b, const Tile& t, float* rows) const {
     auto load_panel = [&](const float* from, float* to) {
       std::memset(rows, 0, PANEL * c.D * sizeof(float));
       for (int64_t j = 0; j < t.lanes; j++) {
-        const float* row = from + at(b, head, t.first + j);
+        const float* row = from + at(b, t.head, t.first + j);
         for (int64_t d = 0; d < c.D; d++) rows[j * c.D + d] = row[d] * (c.scale * LOG2_E);
       }
       load_lanes(to, rows, c.D, c.D, 0, PANEL);
@@ -120,14 +134,14 @@ class Attention {
   }
 
   // Slots [a, z) of one block meet a tile: those that some of its queries see.
-  void block(int64_t b, int64_t head, const Tile& t, int64_t a, int64_t z, bool sinks, float* p) const {
+  void block(int64_t b, const Tile& t, int64_t a, int64_t z, bool sinks, float* p) const {
     const bool windowed = c.window && !sinks, half = t.lanes <= 8;
     if (windowed) a = std::max(a, oldest(t.begin));
     z = std::min(z, t.end + 1);
     if (a >= z) return;
     // all of them see [u, w)
     const int64_t u = windowed ? std::clamp(oldest(t.end), a, z) : a, w = std::clamp(t.begin + 1, u, z);
-    const int64_t ld = c.Hkv * c.D, from = ((b * c.slots + a) * c.Hkv + head) * c.D;
+    const int64_t ld = c.Hkv * c.D, from = ((b * c.slots + a) * c.Hkv + t.head) * c.D;
     // whole tiles, where there are as many slots: what lies in those that nobody sees is not looked at
     const int64_t rows = std::min((z - a + 7) / 8 * 8, c.slots - a);
     panel_product(0, rows, c.D, c.k + from, ld, 1, sinks && c.far ? t.far : t.q, half,
@@ -148,6 +162,17 @@ class Attention {
     }
     if (t.lanes <= FEW) weigh_few(t, c.v + from, ld, p, z - a, shrink);
     else weigh(c.v + from, ld, p, u - a, w - a, z - a, half, t.o, shrink);
+  }
+
+  // A few queries wait for memory, which is fastest in its own order: of key heads [h, g), the values of slots [a, z) and
+  // the keys of as many after them come nearer. By loads: what fetches ahead of a program is not set off by prefetches.
+  void ahead(int64_t b, int64_t h, int64_t g, int64_t a, int64_t z, int64_t end) const {
+    auto touch = [&](const float* of, int64_t i) {
+      const volatile float* row = of + ((b * c.slots + i) * c.Hkv + h) * c.D;
+      for (int64_t d = 0; d < (g - h) * c.D; d += 16) static_cast<void>(row[d]);
+    };
+    for (int64_t i = a; i < z; i++) touch(c.v, i);
+    for (int64_t i = z; i < std::min(2 * z - a, end); i++) touch(c.k, i);
   }
 
   // Scores s [n][16], of 8 lanes, become p = 2^(s - m), -0 where hidden; shrink: 2^(m before - m now).
@@ -246,13 +271,13 @@ class Attention {
       }
   }
 
-  void finish(int64_t b, int64_t head, const Tile& t, float* rows) const {
+  void finish(int64_t b, const Tile& t, float* rows) const {
     for (int64_t v = 0; v < PANEL; v += 8) {
       const f8 factor = all(1) / load(t.l + v);
       for (int64_t d = 0; d < c.D; d++) store(t.o + d * PANEL + v, load(t.o + d * PANEL + v) * factor);
     }
     store_lanes(t.o, rows, c.D, c.D, 0, PANEL);
     for (int64_t j = 0; j < t.lanes; j++)
-      std::memcpy(output(b, head, t.first + j), rows + j * c.D, c.D * sizeof(float));
+      std::memcpy(output(b, t.head, t.first + j), rows + j * c.D, c.D * sizeof(float));
   }
 };

@@ -8,6 +8,7 @@ class AttentionStep {
  public:
   AttentionStep(const TokenState& step, const TokenAttention& attention)
       : s(step), w(step.w), m(attention), a(attention.call), B(step.B), D(a.D) {
+    a.threads = s.team.size;
     a.q = w.q, a.far = m.far_cos ? w.far : nullptr, a.k = m.k, a.v = m.v, a.y = w.o;
   }
 
