@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"
 CASES = {  # heads, key heads, width of a head, and what is seen
     "full": (4, 4, 32, {}),
     "grouped": (9, 3, 64, {}),
+    "more key heads than meet their keys together": (13, 13, 8, {"window": 100, "sinks": 3}),
     "one key head, a width of no vectors": (5, 1, 14, {"attention_scale": 0.7}),
     "window": (4, 2, 16, {"window": 40}),
     "window narrower than a panel": (3, 3, 8, {"window": 5}),
@@ -92,6 +93,7 @@ def test_bits_do_not_depend_on_cuts_company_threads_or_vectors(case):
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             assert torch.equal(attend(c, q, k, v, far, 0, READ + T), whole)
+            assert torch.equal(attend(c, q, k, v, far, 309, 310), whole[:, 309:310])
         for bits in (128, 256, 512):
             width(bits)
             assert torch.equal(attend(c, q, k, v, far, 0, READ + T), whole)
