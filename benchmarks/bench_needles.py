@@ -34,8 +34,7 @@ from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 RESULT = os.path.join(os.path.dirname(__file__), "results", "needles.json")
 ARMS = ("recall", "unpressed", "titans", "attention")
 RATES = (2e-3, 4e-3, 8e-3)
-# the steps of the others, after its lessons: those that its rate is chosen by, and those of its runs
-TIMES = {"attention": (2, 12)}
+SEARCH = 2  # times the steps of the others, after its lessons: those that attention's rate is chosen by
 FIRST, LAST, MASTERED = 16, 1024, 0.8  # tokens of noise that training begins and ends with; nats
 PRESS, DEEPEST = 0.01, -18.0  # nats a unit of the logit; the logit that is low enough
 ATTENTION_LONGEST = 4096  # tokens of noise
@@ -90,7 +89,8 @@ def train(
     biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
     others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": biases}], betas=(0.9, 0.95), weight_decay=0.01)
-    T, smooth, since, curve, steps = FIRST, None, 0, [], args.steps * TIMES.get(arm, (1, 1))[run]
+    times = 1 if arm != "attention" else args.times if run else SEARCH
+    T, smooth, since, curve, steps = FIRST, None, 0, [], args.steps * times
     for step in range(steps):
         rows = max(2, min(64, args.tokens // (T + args.chunk + 2 * NEEDLES)))
         ids, at = sample(rows, T, args.chunk, g)
@@ -184,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     p.add_argument("--steps", type=int, default=700)
+    p.add_argument("--times", type=int, default=12, help="as many steps have attention's runs")
     p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     p.add_argument("--d-model", type=int, default=64)
     p.add_argument("--chunk", type=int, default=16)

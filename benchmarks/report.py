@@ -27,8 +27,9 @@ from benchmarks.verdicts import rows, table
 
 # hours of reading; that the code still computes the same is what the tests are for. The budget is counts, which
 # `python -m benchmarks.budget --check` compares with the code's.
-STUDIES = ("rates.json", "continual.json", "learning.json", "languages.json", "lm.json", "mad.json", "needles.json",
-           "optim.json", "recall.json", "text_needles.json", "sinks.json", "real.json", "budget.json")
+STUDIES = ("rates.json", "continual.json", "continual_real.json", "learning.json", "languages.json", "lm.json",
+           "mad.json", "needles.json", "optim.json", "recall.json", "text_needles.json", "sinks.json", "real.json",
+           "budget.json")
 
 
 def ages(results: Path) -> dict[str, list[tuple[str, str]]]:

@@ -158,10 +158,11 @@ def text_needles(run: dict) -> str:
 
 def _needles(name: str, run: dict, units: str, hay: str, chance: str, place: str) -> str:
     data = run[name]
+    last = max((r["curve"][-1][0] for c, r in data["cases"].items() if c.startswith("run attention")), default=0)
+    of_attention = f" (attention: {last:,}, after lessons)" if last else ""
     return (f"{bench_needles.table(data)}\n\nShare of right answers by {units} of {hay}, 4 needles, chance {chance}, "
-            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps "
-            f"(attention: {bench_needles.TIMES['attention'][1]} times as many, after lessons) on "
-            f"{bench_needles.FIRST} to {bench_needles.LAST} {units}. A needle begins at {place}. "
+            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps"
+            f"{of_attention} on {bench_needles.FIRST} to {bench_needles.LAST} {units}. A needle begins at {place}. "
             f"{source(f'bench_{name}', name)}")
 
 
@@ -274,6 +275,13 @@ def forgetting(name: str, run: dict) -> str:
     return f"{make(data)}\n\n{text.format(**setting)} {source('bench_continual --text FILE ...', 'continual')}"
 
 
+def forgetting_real(run: dict) -> str:
+    data = run["continual_real"]
+    return (f"{pairs.table(data)}\n\nAs above, of {data['setting']['model']}: {data['setting']['excerpts']} excerpts of "
+            f"{data['setting']['length']} tokens. "
+            f"{source('bench_continual --model FOLDER --parts pairs --length 1024 --text FILE ...', 'continual_real')}")
+
+
 def context(run: dict) -> str:
     data = run["context"]
     off, on, layer = data["off"]["points"], data["next_token"]["points"], data["layer at once"]["points"]
@@ -368,12 +376,12 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
                 "text_needles": text_needles, "lm": lm, "optim": optim,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},
-                "cms": cms, "rates": rates,
+                "cms": cms, "rates": rates, "forgetting_real": forgetting_real,
                 **{name: lambda run, name=name: forgetting(name, run) for name in FORGETTING}}
     absent = lambda name: (f"Not measured yet: `python -m benchmarks.bench_{name}` writes "
                            f"`benchmarks/results/{name}.json`.")
     # what is not called as the block
-    file = {"figures": "cpu", **dict.fromkeys(FORGETTING, "continual"),
+    file = {"figures": "cpu", **dict.fromkeys(FORGETTING, "continual"), "forgetting_real": "continual_real",
             **dict.fromkeys(budget_table.BLOCKS, "budget"), **dict.fromkeys(REAL, "real")}
     made = lambda name, make: make(run) if (of := file.get(name, name)) in run else absent(of)
     return {name: lambda name=name, make=make: made(name, make) for name, make in of_files.items()} | {
