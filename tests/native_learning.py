@@ -19,6 +19,7 @@ MORE = {
     "a level of rate zero": {"cms": {"lr": (0.0, 0.02)}},
     "the other level of rate zero": {"cms": {"lr": (0.02, 0.0)}},
     "segments of 24": {"chunks": (24, 48), "d": 24, "heads": 3},
+    "scaled embeddings": {"embed_scale": 4.0},
 }
 SINKS = attention_model.OPTIONS["window and sinks"]
 CMS_OF_ATTENTION = {
@@ -40,6 +41,7 @@ ATTENTION |= {
 }
 ATTENTION["attention: blocks of their own"] = {
     "window": (None, 9), "rope_theta": (1e4, 5e2), "num_heads": 8, "tie_embeddings": False}
+ATTENTION["attention: scaled embeddings"] = {"embed_scale": 7.0}
 LEARNING = {**CASES, **MORE, **ATTENTION}
 del LEARNING["no CMS"]
 

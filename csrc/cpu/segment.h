@@ -54,6 +54,7 @@ struct SegmentCall {
   int64_t rotations;                       // 1: all rows stand at one place; or B
   int32_t keep;                            // whether hope_segment_learn is to follow
   float eps;                               // of the norms of blocks, levels and model
+  float scale;                             // of the vectors of `embed` as they are read, not of those of a head
   const int64_t *ids, *len;                // [B, T], of which len [B] tokens a row count
   const float *embed, *gain, *head;        // [vocab, d], [d], [vocab, d]
   const SegmentBlock* block;

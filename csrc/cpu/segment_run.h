@@ -52,6 +52,7 @@ class Segment : public SegmentAttention {
     if (n < PANEL) std::memset(to, 0, d * PANEL * sizeof(float));
     for (int64_t t = 0; t < n; t++)
       std::memcpy(rows + t * d, c.embed + c.ids[b * c.stride + p * PANEL + t] * d, d * sizeof(float));
+    for (int64_t i = 0; c.scale != 1 && i < n * d; i += 8) store(rows + i, load(rows + i) * all(c.scale));
     load_lanes(to, rows, d, d, 0, n);
   }
 

@@ -48,7 +48,7 @@ class SegmentCall(ctypes.Structure):
 
     _fields_ = [
         *((n, SIZE) for n in ("B", "T", "d", "W", "vocab", "blocks", "threads", "stride", "rotations")),
-        ("keep", ctypes.c_int32), ("eps", ctypes.c_float),
+        ("keep", ctypes.c_int32), ("eps", ctypes.c_float), ("scale", ctypes.c_float),
         *((n, POINTER) for n in ("ids", "len", "embed", "gain", "head", "block", "work", "targets", "known", "logits",
                                  "nats", "last", "h", "finite", "learns", "slopes")),
     ]
@@ -60,8 +60,10 @@ _read, _head, _learn = (Function(f"hope_segment_{n}", "HopeForCausalLM", POINTER
 class Reading:
     """A segment of B rows of T tokens. Used again for the next segment of that shape, once it is done with."""
 
+    reader: Any
+
     def __init__(self, reader: Any, B: int, T: int, keep: bool):
-        self.reader, self.keep, self.shape = reader, keep, (B, T)
+        self.reader, self.keep, self.shape, self._under_way = reader, keep, (B, T), None
         self.call = call = SegmentCall.from_buffer_copy(reader.call)
         self._blocks = blocks = type(reader.blocks).from_buffer_copy(reader.blocks)
         self._len = row_array([0] * B, B)
@@ -72,7 +74,6 @@ class Reading:
         for block, levels in zip(blocks, self._levels):
             block.level = None if levels is None else ctypes.addressof(levels)
         self._places = reader.mixers.placed(call, blocks)
-        self._under_way: Any = None
         self._weights: dict[tuple[int, int], tuple] = {}  # of (block, level): what its addresses were made of
         self._steps: dict[tuple[int, int], tuple] = {}
         self._work: Tensor | None = None

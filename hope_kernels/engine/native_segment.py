@@ -99,8 +99,8 @@ class Reader:
             to.levels = len(levels)
         self.call = SegmentCall(
             d=d, W=window(config), vocab=V, blocks=len(model.blocks), threads=torch.get_num_threads(),
-            eps=config.norm_eps, embed=self._at(model.embed.weight, V * d), gain=self._at(model.norm.weight, d),
-            head=self._at(head, V * d),
+            eps=config.norm_eps, scale=getattr(model.embed, "scale", 1.0), embed=self._at(model.embed.weight, V * d),
+            gain=self._at(model.norm.weight, d), head=self._at(head, V * d),
         )
 
     def _at(self, t: Tensor | None, count: int) -> int | None:

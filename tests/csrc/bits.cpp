@@ -216,7 +216,7 @@ void attention_segment() {  // through two blocks, back to the level of the firs
   Floats nats(B * T);
   SegmentCall c{};
   c.B = B, c.T = c.stride = T, c.d = d, c.vocab = V, c.blocks = 2, c.threads = 1, c.rotations = B, c.keep = 1;
-  c.eps = 1e-6f, c.ids = ids.data(), c.len = len.data(), c.embed = c.head = embed.data(), c.gain = gain.data();
+  c.eps = 1e-6f, c.scale = 1, c.ids = ids.data(), c.len = len.data(), c.embed = c.head = embed.data(), c.gain = gain.data();
   c.block = blocks, c.targets = targets.data(), c.known = known.data(), c.nats = nats.data(), c.learns = learns.data();
   Floats work(hope_segment_floats(&c));
   c.work = work.data();
