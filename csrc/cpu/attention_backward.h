@@ -8,12 +8,10 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 
 #include "attention_tiles.h"
 #include "check.h"
-#include "team.h"
 
 class AttentionGradient : AttentionTiles {
  public:
@@ -21,14 +19,9 @@ class AttentionGradient : AttentionTiles {
       : AttentionTiles(a.call), a(a), whole((c.D + 7) / 8 * 8) {}
 
   void run() const {
-    const int64_t tasks = c.B * c.Hkv;
-    const int team = static_cast<int>(std::clamp<int64_t>(tasks, 1, c.threads));
-    const std::unique_ptr<float[]> work(new float[team * floats() + 16]);
-    float* const aligned = work.get() + (64 - reinterpret_cast<uintptr_t>(work.get()) % 64) % 64 / sizeof(float);
-    in_parallel(team, [&](int id, int size) {
+    on_team(4, c.B * c.Hkv, floats(), [&](int64_t i, float* work) {
       const FlushDenormals flush;
-      for (int64_t i = id; i < tasks; i += size)
-        if (!a.rows || a.rows[i / c.Hkv]) head(i / c.Hkv, i % c.Hkv, aligned + id * floats());
+      if (!a.rows || a.rows[i / c.Hkv]) head(i / c.Hkv, i % c.Hkv, work);
     });
   }
 

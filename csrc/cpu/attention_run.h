@@ -12,28 +12,17 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 
 #include "attention_tiles.h"
 #include "check.h"
-#include "team.h"
 
 class Attention : AttentionTiles {
  public:
   explicit Attention(const AttentionCall& c) : AttentionTiles(c) {}
 
   void run() const {
-    int64_t keys = 0;
-    for (int64_t b = 0; b < c.B; b++) keys = std::max(keys, c.used[b] + c.len[b]);
-    if (c.window) keys = std::min(keys, c.window + c.sinks + PART);
-    const double products = 2.0 * static_cast<double>(c.B * c.T * c.H * c.D) * static_cast<double>(keys);
-    const int64_t team = products < ALONE ? 1 : std::clamp<int64_t>(tasks(), 1, c.threads);
-    const std::unique_ptr<float[]> work(new float[team * floats() + 16]);
-    float* const aligned = work.get() + (64 - reinterpret_cast<uintptr_t>(work.get()) % 64) % 64 / sizeof(float);
-    in_parallel(static_cast<int>(team), [&](int id, int size) {
-      for (int64_t i = id; i < tasks(); i += size) task(i, aligned + id * floats());
-    });
+    on_team(2, tasks(), floats(), [&](int64_t i, float* work) { task(i, work); });
   }
 
   int64_t tasks() const { return c.B * c.Hkv * parts(); }
@@ -49,7 +38,6 @@ class Attention : AttentionTiles {
  private:
   static constexpr int64_t PART = 4 * PANEL;  // queries that meet a block of keys while it is in the cache
   static constexpr int64_t FEW = 3;
-  static constexpr double ALONE = 1 << 21;  // products that one thread is done with before others are worth waking
 
   struct Queries : Tile {
     float *q, *far, *o;  // panels [D]; o: sum of p v
