@@ -124,7 +124,8 @@ class Attention : AttentionTiles {
   }
 
   // o <- shrink o + sum of p v for a few lanes, as when a token is decoded: the lanes of a vector are numbers of v.
-  void weigh_few(const Queries& t, const float* values, int64_t ld, const float* p, int64_t n, const float* shrink) const {
+  void weigh_few(const Queries& t, const float* values, int64_t ld, const float* p, int64_t n,
+                 const float* shrink) const {
     for (int64_t j = 0; j < t.lanes; j++) {
       int64_t d = 0;
       auto columns = [&](auto count) {

@@ -74,7 +74,7 @@ struct SegmentCall {
 struct SegmentsCall {
   SegmentCall first;                       // len and known are those of all; without slopes
   int64_t count;
-  const SegmentMemory* other;              // [blocks], of memories: what `after` is to the first, these are to the second
+  const SegmentMemory* other;              // [blocks], of memories: what `after` is to the first, to the second
   const SegmentStep* const* steps;         // [count, levels of all blocks, 2]: up_step, down_step; or null
   // The running mean of a row's loss a token, and the rise above it that ends the reading; null: nothing does.
   double *mean, rise, share;               // mean <- (1 - share) mean + share loss

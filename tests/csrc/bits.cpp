@@ -146,7 +146,8 @@ void attention() {
         const AttentionCall c{B, T, H, Hkv, D, slots, window, sinks, 1, 0.25f, q.data(), sinks ? far.data() : nullptr,
                               k.data(), v.data(), used.data(), base.data(), some.data(), y.data()};
         done(hope_attention(&c));
-        const std::string name = " " + std::to_string(D) + " window " + std::to_string(window) + " of " + std::to_string(tokens);
+        const std::string name =
+            " " + std::to_string(D) + " window " + std::to_string(window) + " of " + std::to_string(tokens);
         show("attention" + name, y);
         attention_backward("attention_backward" + name, c);
       }
@@ -190,7 +191,8 @@ void attention_segment() {  // through two blocks, back to the level of the firs
   AttentionMixer mixer{};
   mixer.gain = gain.data(), mixer.q_proj = q_proj.data(), mixer.k_proj = k_proj.data(), mixer.v_proj = v_proj.data();
   mixer.o_proj = o_proj.data(), mixer.k_bias = bias.data(), mixer.q_gain = gain.data(), mixer.k_gain = bias.data();
-  mixer.cos = mixer.far_sin = cos.data(), mixer.sin = mixer.far_cos = sin.data(), mixer.k = k.data(), mixer.v = v.data();
+  mixer.cos = mixer.far_sin = cos.data(), mixer.sin = mixer.far_cos = sin.data();
+  mixer.k = k.data(), mixer.v = v.data();
   AttentionCall& t = mixer.attention;
   t.B = B, t.H = H, t.Hkv = Hkv, t.D = D, t.slots = slots, t.window = 7, t.sinks = 2, t.threads = 1, t.scale = 0.3f;
   t.used = used.data(), t.base = base.data();
@@ -216,7 +218,8 @@ void attention_segment() {  // through two blocks, back to the level of the firs
   Floats nats(B * T);
   SegmentCall c{};
   c.B = B, c.T = c.stride = T, c.d = d, c.vocab = V, c.blocks = 2, c.threads = 1, c.rotations = B, c.keep = 1;
-  c.eps = 1e-6f, c.scale = 1, c.ids = ids.data(), c.len = len.data(), c.embed = c.head = embed.data(), c.gain = gain.data();
+  c.eps = 1e-6f, c.scale = 1, c.ids = ids.data(), c.len = len.data(), c.embed = c.head = embed.data();
+  c.gain = gain.data();
   c.block = blocks, c.targets = targets.data(), c.known = known.data(), c.nats = nats.data(), c.learns = learns.data();
   Floats work(hope_segment_floats(&c));
   c.work = work.data();
