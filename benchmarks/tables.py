@@ -262,8 +262,8 @@ FORGETTING = {
     "forgetting_levels": (lambda data: pairs.table(data, "levels"), "Gradient descent, compared as above. Rank R / k: "
                           "k levels that learn products of that rank, equally many numbers together."),
     "forgetting_chain": (chain.table, "Bits of each text's last half at the end minus when it had been read, at rates "
-                         "of equal gain over pairs. {texts} texts in the order of the columns, the last not shown; mean (least to most) over "
-                         "the excerpts."),
+                         "of equal gain over pairs. {texts} texts in the order of the columns, the last not shown; "
+                         "mean (least to most) over the excerpts."),
     "forgetting_bank": (bank.table, "First halves of all texts in turn, then second halves; one stream for each of "
                         "{excerpts} excerpts. Forgotten: the most of them. Texts begin where blocks do."),
 }
@@ -276,9 +276,8 @@ def forgetting(name: str, run: dict) -> str:
 
 
 def forgetting_real(run: dict) -> str:
-    data = run["continual_real"]
-    return (f"{pairs.table(data)}\n\nAs above, of {data['setting']['model']}: {data['setting']['excerpts']} excerpts of "
-            f"{data['setting']['length']} tokens. "
+    data, of = run["continual_real"], run["continual_real"]["setting"]
+    return (f"{pairs.table(data)}\n\nAs above, of {of['model']}: {of['excerpts']} excerpts of {of['length']} tokens. "
             f"{source('bench_continual --model FOLDER --parts pairs --length 1024 --text FILE ...', 'continual_real')}")
 
 

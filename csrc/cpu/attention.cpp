@@ -1,16 +1,18 @@
-// What the entry point of attention.h checks, and the choice of vectors (width.h).
+// What the entry points of attention.h check, and the choice of vectors (width.h).
 
 #include "attention_call.h"
 
 #include <cmath>
 #include <new>
 
+#include "attention_backward.h"
 #include "attention_run.h"
 #include "width.h"
 
 namespace avx512 {  // attention_avx512.cpp
 void attention(const AttentionCall& c);
 void attention_task(const AttentionCall& c, int64_t i, float* work);
+void attention_backward(const AttentionBackward& a);
 }  // namespace avx512
 
 bool attention_sizes_fit(const AttentionCall& c) {
@@ -45,6 +47,17 @@ bool attention_fits(const AttentionCall& c) {
 extern "C" int hope_attention(const AttentionCall* call) try {
   if (!call || !attention_fits(*call)) return BAD_ARGUMENT;
   wide() ? avx512::attention(*call) : Attention(*call).run();
+  return DONE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
+}
+
+extern "C" int hope_attention_backward(const AttentionBackward* a) try {
+  if (!a || !attention_fits(a->call) || !a->dfar != !a->call.sinks) return BAD_ARGUMENT;
+  const AttentionCall& c = a->call;
+  if (c.B * c.T == 0) return DONE;
+  if (!all_given({c.most, c.sum, a->dy, a->dq, a->dk, a->dv})) return BAD_ARGUMENT;
+  wide() ? avx512::attention_backward(*a) : AttentionGradient(*a).run();
   return DONE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;

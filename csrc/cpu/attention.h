@@ -13,7 +13,24 @@ struct AttentionCall {
   // them; len[b]: queries that count. The others' outputs are zero.
   const int64_t *used, *base, *len;
   float* y;                        // [B, T, H, D]
+  // [B, T, H], for a gradient: a query's largest score, in powers of two, and the sum of 2^(score - largest); or null
+  float *most, *sum;
 };
 
-extern "C" int hope_attention(const AttentionCall* call);
+// The gradient of what a call has made, which is here once more, by its queries, and by the keys and values at slots
+// used[b] + t: those before are constants. y, most and sum are as the call left them.
+struct AttentionBackward {
+  AttentionCall call;
+  const float* dy;                 // [B, T, H, D]
+  const int32_t* rows;             // [B]: which rows; those of others are left as they are; null: all
+  // [B, T, H, D]: by the queries as they see the sinks, if there are any, and as they see all else. Zero past len, as
+  // these:
+  float *dfar, *dq;
+  float *dk, *dv;                  // [B, T, Hkv, D]
+};
+
+extern "C" {
+int hope_attention(const AttentionCall* call);
+int hope_attention_backward(const AttentionBackward* call);
+}
 bool attention_fits(const AttentionCall& c);  // whether it takes the call

@@ -34,8 +34,10 @@
 namespace avx512 {
 namespace code {
 #include "attention_run.h"
+#include "attention_backward.h"
 }  // namespace code
 
 void attention(const AttentionCall& c) { code::Attention(c).run(); }
 void attention_task(const AttentionCall& c, int64_t i, float* work) { code::Attention(c).task(i, work); }
+void attention_backward(const AttentionBackward& a) { code::AttentionGradient(a).run(); }
 }  // namespace avx512

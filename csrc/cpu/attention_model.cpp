@@ -10,14 +10,12 @@
 #include <utility>
 #include <vector>
 
+#include "attention_rows.h"
 #include "check.h"
 #include "cms.h"
 #include "linear.h"
-#include "vec.h"
 
 namespace {
-
-constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
 
 class Reader {
  public:
@@ -71,8 +69,10 @@ class Reader {
     project(b.q_proj, b.q_bias, b.q_gain, wide, D, q);
     project(b.k_proj, b.k_bias, b.k_gain, kv, D, k);
     project(b.v_proj, b.v_bias, nullptr, kv, D, v);
-    if (b.far_cos) rotate(q, b.far_cos, b.far_sin, t.H, D, far);
-    rotate(q, b.cos, b.sin, t.H, D, q), rotate(k, b.cos, b.sin, t.Hkv, D, k);
+    const int64_t angle = first * D / 2, apart = c.rotations == 1 ? 0 : c.T * D / 2;
+    const Rotation queries{c.B, n, t.H, D, c.threads, apart}, keys{c.B, n, t.Hkv, D, c.threads, apart};
+    if (b.far_cos) queries(q, b.far_cos + angle, b.far_sin + angle, false, far);
+    queries(q, b.cos + angle, b.sin + angle, false, q), keys(k, b.cos + angle, b.sin + angle, false, k);
     for (int64_t r = 0; r < c.B; r++) {
       used[r] = t.used[r] + std::min(c.len[r], first);
       const int64_t to = (r * t.slots + used[r]) * kv;
@@ -89,31 +89,8 @@ class Reader {
 
   void project(const float* W, const float* bias, const float* gain, int64_t wide, int64_t D, float* to) const {
     hope_linear(rows, c.d, wide, c.threads, normed, W, nullptr, to);
-    for (int64_t i = 0; bias && i < rows; i++)
-      for (int64_t j = 0; j < wide; j++) to[i * wide + j] += bias[j];
+    add_bias(rows, wide, bias, to);
     if (gain) hope_rms_norm(rows * wide / D, D, c.threads, c.eps, to, gain, to);
-  }
-
-  // RoPE, which may be in place: pairs (i, i + D / 2) turned by the token's angle i
-  void rotate(const float* from, const float* cos, const float* sin, int64_t H, int64_t D, float* to) const {
-    const int64_t half = D / 2;
-    const int team = rows * H * D <= ALONE ? 1 : static_cast<int>(c.threads);
-#pragma omp parallel for num_threads(team) schedule(static)
-    for (int64_t i = 0; i < rows * H; i++) {
-      const int64_t row = i / H, at = ((c.rotations == 1 ? 0 : row / n) * c.T + first + row % n) * half;
-      const float *p = from + i * D, *u = cos + at, *w = sin + at;
-      float* y = to + i * D;
-      int64_t j = 0;
-      for (; j + 8 <= half; j += 8) turn(load(p + j), load(p + half + j), load(u + j), load(w + j), y + j, half);
-      for (; j < half; j++) {
-        const float one = p[j], other = p[half + j];
-        y[j] = one * u[j] - other * w[j], y[half + j] = other * u[j] + one * w[j];
-      }
-    }
-  }
-
-  static void turn(f8 one, f8 other, f8 u, f8 w, float* y, int64_t half) {
-    store(y, one * u - other * w), store(y + half, other * u + one * w);
   }
 
   int level(const AttentionLevel& l) {
@@ -136,14 +113,7 @@ class Reader {
 };
 
 bool block_fits(const AttentionBlock& b, const AttentionReading& c) {
-  AttentionCall t = b.attention;
-  t.T = c.T, t.q = t.y = c.h, t.k = b.k, t.v = b.v, t.len = c.len;
-  if (!attention_fits(t) || t.B != c.B || t.D % 2 || !extents({c.B, c.T + 1, t.H, t.D}) ||
-      !extents({c.d, t.H, t.D}) || b.levels < 0 || (b.levels && !b.level))
-    return false;
-  if (!all_given({b.gain, b.q_proj, b.k_proj, b.v_proj, b.o_proj, b.cos, b.sin, b.k, b.v}) ||
-      !b.far_cos != !b.far_sin || !b.q_gain != !b.k_gain || (b.q_gain && !width(t.D)))
-    return false;
+  if (!mixer_fits(b, c.B, c.T, c.d, c.len) || b.levels < 0 || (b.levels && !b.level)) return false;
   for (int64_t l = 0; l < b.levels; l++) {
     const AttentionLevel& level = b.level[l];
     if (!width(level.N) || !extents({c.B, c.T + 1, level.N}) || !all_given({level.gain, level.up, level.down}))

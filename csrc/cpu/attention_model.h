@@ -2,7 +2,7 @@
 // hope_kernels/engine/native_attention.py). All fp32, row-major, contiguous; d, hidden widths, and D where heads are
 // normed, are multiples of 8; D is even.
 #pragma once
-#include "attention.h"
+#include "attention_mixer.h"
 
 struct AttentionLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
   int64_t N;
@@ -10,15 +10,7 @@ struct AttentionLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
   const float *const *up, *const *down;  // [B]: every row's own matrix, or its shared one: [N, d], [d, N]
 };
 
-struct AttentionBlock {
-  const float* gain;                       // [d], of the norm before
-  const float *q_proj, *k_proj, *v_proj, *o_proj;  // [H D, d], [Hkv D, d] twice, [d, H D]
-  const float *q_bias, *k_bias, *v_bias;   // of the first three, or null
-  const float *q_gain, *k_gain;            // [D], of the norms of heads, or both null
-  // [rotations, T, D / 2]: of the pairs of a head, by the token's place; far: as it sees the sinks, or both null
-  const float *cos, *sin, *far_cos, *far_sin;
-  float *k, *v;                            // the caches, where the tokens that are read are put
-  AttentionCall attention;                 // but for T, q, far, k, v, len, y; used and base are those before the call
+struct AttentionBlock : AttentionMixer {
   int64_t levels;
   const AttentionLevel* level;
 };

@@ -31,13 +31,17 @@ bool memories_fit(const SegmentBlock& b, const SegmentCall& c) {
   return one(b.before) && one(b.after) && b.before.delta2 != b.after.delta2;
 }
 
-bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
+bool memory_fits(const SegmentBlock& b, const SegmentCall& c) {
   if (!titans_fit(b.titans, c) || !b.gain || !b.q_proj != adaptive_q(b.titans)) return false;
-  if (b.levels < 0 || (b.levels && !b.level)) return false;
   if ((b.conv && c.W < 1) || !memories_fit(b, c) || (b.beta_proj && !b.beta_bias)) return false;
-  if (!b.titans.self_modifying && (!all_given({b.k_proj, b.v_proj, b.eta_proj, b.titans.eta_bias}) ||
-                                   (b.titans.retention && !all_given({b.alpha_proj, b.titans.alpha_bias}))))
-    return false;
+  return b.titans.self_modifying || (all_given({b.k_proj, b.v_proj, b.eta_proj, b.titans.eta_bias}) &&
+                                     (!b.titans.retention || all_given({b.alpha_proj, b.titans.alpha_bias})));
+}
+
+bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
+  const bool all = !c.block->attention == !b.attention;  // blocks are of one kind
+  if (!all || !(b.attention ? mixer_fits(*b.attention, c.B, c.T, c.d, c.len) : memory_fits(b, c))) return false;
+  if (b.levels < 0 || (b.levels && !b.level)) return false;
   for (int64_t l = 0; l < b.levels; l++) {
     const SegmentLevel& level = b.level[l];
     if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N}) || !all_given({level.gain, level.up, level.down}))
@@ -54,6 +58,7 @@ bool fits(const SegmentCall* c) {
       !extents({c->vocab, c->d}) || !extents({c->B, c->T + PANEL, c->vocab}) || c->stride < c->T ||
       !extents({c->B, c->stride, c->vocab}))
     return false;
+  if (c->blocks && c->block && c->block->attention && c->rotations != 1 && c->rotations != c->B) return false;
   if (c->B && c->T && !all_given({c->ids, c->len, c->embed, c->gain, c->head})) return false;
   if ((c->blocks && !c->block) || (c->B && !c->len) || !rows_fit(c->B, c->T, nullptr, c->len)) return false;
   for (int64_t b = 0; b < c->B; b++)

@@ -1,6 +1,7 @@
-// A segment through a whole model of self-modifying blocks, and its loss back through it (called by
+// A segment through a whole model of memories or of attention, and its loss back through it (called by
 // hope_kernels/engine/native_reading.py). All fp32, row-major, contiguous; widths are multiples of 8.
 #pragma once
+#include "attention_mixer.h"
 #include "call.h"
 
 constexpr int64_t HEAD_MOST = 4096;  // tokens of a vocabulary whose logits are panels of the work space
@@ -28,6 +29,10 @@ struct SegmentMemory {
 };
 
 struct SegmentBlock {
+  // Of a block with attention, whose angles are [rotations, stride, D / 2]; of the others null. Its caches hold the
+  // tokens that are read from their slots on, and are the same from segment to segment.
+  const AttentionMixer* attention;
+  // Of one with memories; with attention, up to `levels`, not looked at.
   const float* gain;                       // [d], of the norm before the mixer
   const float* conv;                       // [d, W], or null: no convolution
   const float *in_proj, *q_proj, *gate_proj, *out_proj;  // [d, d]; null where there is none
@@ -46,8 +51,10 @@ struct SegmentBlock {
 struct SegmentCall {
   int64_t B, T, d, W, vocab, blocks, threads;
   int64_t stride;                          // from a row's first token to the next row's, in all but slopes
+  int64_t rotations;                       // 1: all rows stand at one place; or B
   int32_t keep;                            // whether hope_segment_learn is to follow
   float eps;                               // of the norms of blocks, levels and model
+  float scale;                             // of the vectors of `embed` as they are read, not of those of a head
   const int64_t *ids, *len;                // [B, T], of which len [B] tokens a row count
   const float *embed, *gain, *head;        // [vocab, d], [d], [vocab, d]
   const SegmentBlock* block;
@@ -67,7 +74,7 @@ struct SegmentCall {
 struct SegmentsCall {
   SegmentCall first;                       // len and known are those of all; without slopes
   int64_t count;
-  const SegmentMemory* other;              // [blocks]: what `after` is to the first, these are to the second, ...
+  const SegmentMemory* other;              // [blocks], of memories: what `after` is to the first, to the second
   const SegmentStep* const* steps;         // [count, levels of all blocks, 2]: up_step, down_step; or null
   // The running mean of a row's loss a token, and the rise above it that ends the reading; null: nothing does.
   double *mean, rise, share;               // mean <- (1 - share) mean + share loss

@@ -34,10 +34,11 @@ class SegmentPanels {
   int64_t first = 0, lowest = -1;  // what a gradient is taken back to: the first level that learns
   int64_t used = 0, streams = 0, kept_floats = 0;
   bool adaptive = false;  // whether memories of a block make q
-  float *streams_ = nullptr, *levels_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr;
+  float *streams_ = nullptr, *levels_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr, *heads_ = nullptr;
   float *slope, *one, *two, *wide, *strips;   // panels of d, d, d and of the widest level (or vocabulary)
   float *ra, *rb, *rc, *rd, *re;              // token rows of d
   float *rk, *rv, *raw, *eta, *alpha, *beta;  // of d, d, and H for every head, where memories are given theirs
+  float *hq, *hfar, *hy, *hdq, *hdfar, *hk, *hv;  // of H D and Hkv D, for attention
   static constexpr int64_t STRIP = 32;        // rows of a weight that meet all panels of a row of the batch
   static constexpr int64_t COLUMNS_MOST = 512;  // of a transposed weight that are copied to lie beside each other
   static constexpr int64_t FETCH = 32;        // lines of the next strip of a weight that are asked for at a time
@@ -54,12 +55,20 @@ class SegmentPanels {
   void carve(float* base) {
     auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
     streams = 1;
-    int64_t deepest = d, levels = 0, kept = 0, given = 0, gates = 0;
+    int64_t deepest = d, levels = 0, kept = 0, given = 0, gates = 0, memories = 0;
+    int64_t heads = 0, keys = 0, kept_heads = 0;
     for (int64_t i = 0; i < c.blocks; i++) {
       const SegmentBlock& b = c.block[i];
       streams += 1 + b.levels;
       for (int64_t l = 0; l < b.levels; l++)
         deepest = std::max(deepest, b.level[l].N), levels += level_floats(b.level[l]);
+      if (b.attention) {
+        const AttentionCall& t = b.attention->attention;
+        heads = std::max(heads, t.H * t.D), keys = std::max(keys, t.Hkv * t.D);
+        if (i > first) kept_heads += heads_floats(*b.attention);
+        continue;
+      }
+      memories = row_floats();
       adaptive = adaptive || adaptive_q(b.titans);
       const int64_t most = std::max(chunks(b), adaptive ? chunks_q(b) : 0);
       kept = std::max(kept, round(B * b.titans.H * most * memory_rows(b.titans) * b.titans.D));
@@ -69,14 +78,18 @@ class SegmentPanels {
     kept_floats = kept;
     take(streams_, (c.keep ? streams : 2) * round(panel_floats()));
     take(levels_, c.keep ? levels : 0);
-    take(mixers_, c.keep ? c.blocks * (adaptive ? 4 : 3) * round(row_floats()) : 0);
+    take(mixers_, c.keep && memories ? c.blocks * (adaptive ? 4 : 3) * round(row_floats()) : 0);
     take(kept_, c.keep ? c.blocks * (adaptive ? 4 : 2) * kept : 0);
     take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats());
-    take(wide, B * P * PANEL * std::max(c.vocab <= HEAD_MOST ? c.vocab : 0, deepest));
+    take(heads_, c.keep ? kept_heads : 0);
+    take(wide, B * P * PANEL * std::max({c.vocab <= HEAD_MOST ? c.vocab : 0, deepest, heads, keys}));
     take(strips, c.keep ? B * P * PANEL * (deepest + COLUMNS) : 0);
-    for (float** p : {&ra, &rb, &rc, &rd, &re}) take(*p, row_floats());
+    take(ra, row_floats());
+    for (float** p : {&rb, &rc, &rd, &re}) take(*p, memories);
     for (float** p : {&rk, &rv}) take(*p, given);
     for (float** p : {&raw, &eta, &alpha, &beta}) take(*p, gates);
+    for (float** p : {&hq, &hfar, &hy, &hdq, &hdfar}) take(*p, B * T * heads);
+    for (float** p : {&hk, &hv}) take(*p, B * T * keys);
   }
 
   // -- what is kept of a reading ----------------------------------------------------------------------------
@@ -108,6 +121,27 @@ class SegmentPanels {
   // by a memory
   float* kept_rows(int64_t block, int which) const {
     return mixers_ + ((adaptive ? 4 : 3) * block + which) * round(row_floats());
+  }
+
+  // of a block's attention, token rows: queries and, where they are normed, keys as they are before; its output; and
+  // what the gradient takes for the softmax [B, T, H]
+  struct KeptHeads {
+    float *q, *k, *y, *most, *sum;
+  };
+  static int64_t kept_keys(const AttentionMixer& m) { return m.k_gain ? m.attention.Hkv * m.attention.D : 0; }
+  int64_t heads_floats(const AttentionMixer& m) const {
+    const AttentionCall& t = m.attention;
+    return round(B * T * (2 * t.H * (t.D + 1) + kept_keys(m)));
+  }
+  // Those of a block that a gradient goes through; else q and k may be scratch, and the softmax is forgotten.
+  KeptHeads kept_heads(int64_t block) const {
+    if (!c.keep || block <= first) return {hq, hk, hy, nullptr, nullptr};
+    float* at = heads_;
+    for (int64_t i = first + 1; i < block; i++) at += heads_floats(*c.block[i].attention);
+    const AttentionMixer& m = *c.block[block].attention;
+    const int64_t n = B * T, wide = n * m.attention.H * m.attention.D;
+    float *y = at + wide, *most = y + wide, *sum = most + n * m.attention.H, *k = sum + n * m.attention.H;
+    return {at, m.k_gain ? k : hk, y, most, sum};
   }
 
   // -- who does what ----------------------------------------------------------------------------------------
@@ -192,6 +226,38 @@ class SegmentPanels {
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
               store_rows(to + (b * P + p) * d * PANEL, r, acc);
             }, Nothing());
+  }
+
+  f8 norm_factor(const float* x) const {
+    return all(1) / root(squares(x, d) / all(static_cast<float>(d)) + all(c.eps));
+  }
+
+  // one panel: n = rmsnorm(x) gain
+  void norm(const float* x, const float* gain, float* n) const {
+    for (int v = 0; v < PANEL; v += 8) {
+      const f8 factor = norm_factor(x + v);
+      for (int64_t i = 0; i < d; i++) store(n + i * PANEL + v, load(x + i * PANEL + v) * factor * all(gain[i]));
+    }
+  }
+
+  // one panel: dx (+ dx, if more) for dn at the norm's output
+  void norm_backward(const float* x, const float* gain, const float* dn, float* dx, bool more) const {
+    for (int v = 0; v < PANEL; v += 8) {
+      const f8 factor = norm_factor(x + v);
+      f8 along[4] = {};
+      for (int64_t i = 0; i < d; i += 4)
+        for (int j = 0; j < 4; j++) {
+          const int64_t at = (i + j) * PANEL + v;
+          along[j] = fma(load(x + at), load(dn + at) * all(gain[i + j]), along[j]);
+        }
+      const f8 mean = ((along[0] + along[1]) + (along[2] + along[3])) / all(static_cast<float>(d));
+      const f8 m = factor * factor * mean;
+      for (int64_t i = 0; i < d; i++) {
+        const int64_t at = i * PANEL + v;
+        const f8 back = fnma(m, load(x + at), load(dn + at) * all(gain[i])) * factor;
+        store(dx + at, more ? back + load(dx + at) : back);
+      }
+    }
   }
 
   void to_rows(const float* from, float* to, int64_t K, int64_t b, int64_t p) const {

@@ -1,19 +1,19 @@
 // A segment on panels of 16 tokens (panel.h): what is compiled for each width of vectors (width.h).
 //
-// Between the memories, which read and write token rows, everything is a product of a weight with panels, and
+// Between memories and attention, which read and write token rows, everything is a product of a weight with panels, and
 // what happens to its outputs while they are in the cache. A number is one chain of operations over its own row of
 // the batch and its own tokens: company in a panel or a batch, and threads, do not change it.
 #pragma once
-#include "segment_panels.h"
+#include "segment_attention.h"
 
-class Segment : public SegmentPanels {
+class Segment : public SegmentAttention {
  public:
-  using SegmentPanels::SegmentPanels;
+  using SegmentAttention::SegmentAttention;
 
   int read() {
     over(B * P, d, [&](int64_t i) { embed(i / P, i % P); });
     for (int64_t i = 0; i < c.blocks; i++) {
-      if (const int outcome = mixer(i)) return outcome;
+      if (const int outcome = c.block[i].attention ? attention(i) : mixer(i)) return outcome;
       for (int64_t l = 0; l < c.block[i].levels; l++) level(i, l);
     }
     return DONE;
@@ -37,7 +37,7 @@ class Segment : public SegmentPanels {
       for (int64_t l = c.block[i].levels - 1; l >= (i == first ? lowest : 0); l--)
         if (const int outcome = level_backward(i, l, i > first || l > lowest)) return outcome;
       if (i == first) break;
-      if (const int outcome = mixer_backward(i)) return outcome;
+      if (const int outcome = c.block[i].attention ? attention_backward(i) : mixer_backward(i)) return outcome;
     }
     return DONE;
   }
@@ -52,39 +52,8 @@ class Segment : public SegmentPanels {
     if (n < PANEL) std::memset(to, 0, d * PANEL * sizeof(float));
     for (int64_t t = 0; t < n; t++)
       std::memcpy(rows + t * d, c.embed + c.ids[b * c.stride + p * PANEL + t] * d, d * sizeof(float));
+    for (int64_t i = 0; c.scale != 1 && i < n * d; i += 8) store(rows + i, load(rows + i) * all(c.scale));
     load_lanes(to, rows, d, d, 0, n);
-  }
-
-  f8 norm_factor(const float* x) const {
-    return all(1) / root(squares(x, d) / all(static_cast<float>(d)) + all(c.eps));
-  }
-
-  // one panel: n = rmsnorm(x) gain
-  void norm(const float* x, const float* gain, float* n) const {
-    for (int v = 0; v < PANEL; v += 8) {
-      const f8 factor = norm_factor(x + v);
-      for (int64_t i = 0; i < d; i++) store(n + i * PANEL + v, load(x + i * PANEL + v) * factor * all(gain[i]));
-    }
-  }
-
-  // one panel: dx (+ dx, if more) for dn at the norm's output
-  void norm_backward(const float* x, const float* gain, const float* dn, float* dx, bool more) const {
-    for (int v = 0; v < PANEL; v += 8) {
-      const f8 factor = norm_factor(x + v);
-      f8 along[4] = {};
-      for (int64_t i = 0; i < d; i += 4)
-        for (int j = 0; j < 4; j++) {
-          const int64_t at = (i + j) * PANEL + v;
-          along[j] = fma(load(x + at), load(dn + at) * all(gain[i + j]), along[j]);
-        }
-      const f8 mean = ((along[0] + along[1]) + (along[2] + along[3])) / all(static_cast<float>(d));
-      const f8 m = factor * factor * mean;
-      for (int64_t i = 0; i < d; i++) {
-        const int64_t at = i * PANEL + v;
-        const f8 back = fnma(m, load(x + at), load(dn + at) * all(gain[i])) * factor;
-        store(dx + at, more ? back + load(dx + at) : back);
-      }
-    }
   }
 
   // The call of a block's memories, which are those before it once more.

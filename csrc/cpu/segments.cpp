@@ -14,13 +14,19 @@ namespace {
 class Segments {
  public:
   explicit Segments(const SegmentsCall& given)
-      : s(given), c(given.first), len(c.B), known(c.B), pos(c.blocks * c.B), blocks(c.block, c.block + c.blocks),
-        levels(c.blocks), memories(given.other, given.other + c.blocks) {
+      : s(given), c(given.first), len(c.B), known(c.B), before(c.blocks * c.B), blocks(c.block, c.block + c.blocks),
+        levels(c.blocks), mixers(c.blocks) {
+    if (given.other) memories.assign(given.other, given.other + c.blocks);
     for (int64_t i = 0; i < c.blocks; i++) {
       levels[i].assign(blocks[i].level, blocks[i].level + blocks[i].levels);
       blocks[i].level = levels[i].data();
-      std::copy_n(blocks[i].titans.pos, c.B, &pos[i * c.B]);
-      blocks[i].titans.pos = &pos[i * c.B], blocks[i].titans.len = len.data();
+      std::copy_n(counted(blocks[i]), c.B, &before[i * c.B]);
+      if (blocks[i].attention) {
+        mixers[i] = *blocks[i].attention, mixers[i].attention.used = &before[i * c.B];
+        blocks[i].attention = &mixers[i];
+      } else {
+        blocks[i].titans.pos = &before[i * c.B], blocks[i].titans.len = len.data();
+      }
     }
     c.block = blocks.data(), c.len = len.data(), c.known = known.data();
   }
@@ -39,13 +45,19 @@ class Segments {
     return DONE;
   }
 
+  // How many tokens a block has of each row, as its mixer counts them.
+  static const int64_t* counted(const SegmentBlock& b) {
+    return b.attention ? b.attention->attention.used : b.titans.pos;
+  }
+
  private:
   const SegmentsCall& s;
   SegmentCall c;
-  std::vector<int64_t> len, known, pos;
+  std::vector<int64_t> len, known, before;
   std::vector<SegmentBlock> blocks;
   std::vector<std::vector<SegmentLevel>> levels;
   std::vector<SegmentMemory> memories;  // that the next segment writes
+  std::vector<AttentionMixer> mixers;
 
   // c becomes segment i.
   void at(int64_t i) {
@@ -58,6 +70,12 @@ class Segments {
     auto behind = [past](auto* p, int64_t numbers) { return p ? p + past * numbers : p; };
     c.ids = behind(first.ids, 1), c.targets = behind(first.targets, 1), c.nats = behind(first.nats, 1);
     c.logits = behind(first.logits, c.vocab), c.h = behind(first.h, c.d);
+    for (int64_t k = 0; k < c.blocks && blocks[k].attention; k++) {
+      const AttentionMixer& m = *first.block[k].attention;
+      const int64_t half = m.attention.D / 2;
+      mixers[k].cos = behind(m.cos, half), mixers[k].sin = behind(m.sin, half);
+      mixers[k].far_cos = behind(m.far_cos, half), mixers[k].far_sin = behind(m.far_sin, half);
+    }
     if (c.finite) std::fill_n(c.finite, c.B, 1);
     const SegmentStep* const* step = s.steps;
     for (int64_t k = 0; step && k < i * c.blocks; k++) step += 2 * levels[k % c.blocks].size();
@@ -80,7 +98,8 @@ class Segments {
 
   void advance() {
     for (int64_t i = 0; i < c.blocks; i++) {
-      for (int64_t b = 0; b < c.B; b++) pos[i * c.B + b] += len[b];
+      for (int64_t b = 0; b < c.B; b++) before[i * c.B + b] += len[b];
+      if (blocks[i].attention) continue;
       blocks[i].before = std::exchange(blocks[i].after, memories[i]);
       memories[i] = blocks[i].before;
     }
@@ -92,14 +111,16 @@ bool fits(const SegmentsCall* s) {
   if (!s) return false;
   const SegmentCall& c = s->first;
   if (s->count < 0 || c.T < 1 || c.stride < 0 || c.blocks < 0 || !extents({c.B, c.blocks + 1, c.vocab, c.T}) ||
-      s->count > (c.stride + c.T - 1) / c.T || (c.B && !c.len) || (c.blocks && !all_given({c.block, s->other})) ||
+      s->count > (c.stride + c.T - 1) / c.T || (c.B && !c.len) || (c.blocks && !c.block) ||
       (s->mean && !all_given({c.targets, c.nats})) || (s->steps && !c.keep))
     return false;
   for (int64_t b = 0; b < c.B; b++)
     if (c.len[b] < 0 || c.len[b] > std::min(c.stride, s->count * c.T)) return false;
   for (int64_t i = 0; i < c.blocks; i++) {
     const SegmentBlock& b = c.block[i];
-    if (b.levels < 0 || b.levels > LARGEST || (b.levels && !b.level) || (c.B && !b.titans.pos)) return false;
+    if (b.levels < 0 || b.levels > LARGEST || (b.levels && !b.level) || (!b.attention && !s->other) ||
+        (c.B && !Segments::counted(b)))
+      return false;
   }
   return true;
 }

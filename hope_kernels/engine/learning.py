@@ -97,18 +97,18 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
     targets = call.targets([0] * len(lengths), [ids.shape[1]] * len(lengths)) if call.losses else None
     plain = call.embeds is None and call.wavefront is None and max(lengths, default=0) > 0
     if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        reader = Reader(model, backend)
-        if reader.serves(state):
-            with torch.inference_mode(False), torch.no_grad():
-                heads, mixers = read_frozen(
-                    reader, state, ids, lengths, targets, logits=not call.losses, check_finite=call.check_finite
-                )
-            return _output(heads, call.losses), advance_off(state, mixers, lengths)
         if native_attention.serves(model, state, backend):
             with torch.inference_mode(False), torch.no_grad():
                 h, mixers = native_attention.read(model, model.embed(ids), state, lengths)
                 heads = read_head(
                     model, h, lengths, targets, logits=not call.losses, check_finite=call.check_finite, backend=backend
+                )
+            return _output(heads, call.losses), advance_off(state, mixers, lengths)
+        reader = Reader(model, backend)
+        if reader.serves(state):
+            with torch.inference_mode(False), torch.no_grad():
+                heads, mixers = read_frozen(
+                    reader, state, ids, lengths, targets, logits=not call.losses, check_finite=call.check_finite
                 )
             return _output(heads, call.losses), advance_off(state, mixers, lengths)
     h = model.embed(ids) if call.embeds is None else call.embeds

@@ -30,7 +30,7 @@ from .native_cache import Angles, AttentionBlock, Cache
 from .native_mixer import GATES, MEMORY, SQUARE, constant_momentum
 from .native_served import unserved, unserved_step
 
-__all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "unserved", "unserved_step"]
+__all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "unserved", "unserved_step", "window"]
 
 NOT_FINITE = 3  # csrc/cpu/token.cpp
 _version = attrgetter("_version")
@@ -134,7 +134,7 @@ class NativeStep:
             self._levels(to, block, of, B)
         head = model.embed.weight if model.head is None else model.head.weight
         self._call = _Call(
-            B=B, d=d, W=_window(config), vocab=V, blocks=len(blocks), threads=self._threads, eps=config.norm_eps,
+            B=B, d=d, W=window(config), vocab=V, blocks=len(blocks), threads=self._threads, eps=config.norm_eps,
             scale=getattr(model.embed, "scale", 1.0), ids=tokens.data_ptr(), embed=self._at(model.embed.weight, V * d),
             gain=self._at(model.norm.weight, d), head=self._matrix(head, V, d),
             block=ctypes.cast(blocks, ctypes.POINTER(_Block)),
@@ -288,7 +288,8 @@ class NativeStep:
         return to
 
 
-def _window(config: HopeConfig) -> int:
+def window(config: HopeConfig) -> int:
+    """Of the memories' convolution; 0 where there is none."""
     return 0 if config.titans is None else config.titans.conv_window or 0
 
 

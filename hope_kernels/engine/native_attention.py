@@ -4,7 +4,6 @@ without learning on a CPU: the functions that the layers call, without what lies
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from ..backend import NO_GRADIENT, Request
 from ..layers.attention import AttentionState, CausalAttention
-from ..layers.attention_cache import roomy, trimmed
 from ..layers.block import HopeAttentionBlock
 from ..layers.cms import ContinuumMemory
 from ..layers.cms_level import CMSLevel
@@ -20,7 +18,6 @@ from ..layers.wrapped import is_hooked, is_plain
 from ..model_state import ModelState
 from ..ops.attention import backends as attention
 from ..ops.attention import cpp as attention_cpp
-from ..ops.attention.cpp import AttentionCall
 from ..ops.cms import cpp as cms_cpp
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
@@ -28,7 +25,7 @@ from ..ops.linear import backends as linear
 from ..ops.linear import cpp as linear_cpp
 from ..ops.shared.cpu_library import POINTER, REAL, SIZE, Function, address, row_array
 from ..ops.shared.cpu_library import is_plain as readable
-from ..state import Counters
+from .native_attention_mixer import AttentionMixer, Caches, after, give_weights
 from .protocol import Model
 
 PIECE = 512  # tokens, of all rows together, that are read at a time: what they are on the way stays in the cache
@@ -40,12 +37,8 @@ class _Level(ctypes.Structure):
     _fields_ = [("N", SIZE), *((n, POINTER) for n in ("gain", "up", "down"))]
 
 
-class _Block(ctypes.Structure):
-    _fields_ = [
-        *((n, POINTER) for n in ("gain", "q_proj", "k_proj", "v_proj", "o_proj", "q_bias", "k_bias", "v_bias",
-                                 "q_gain", "k_gain", "cos", "sin", "far_cos", "far_sin", "k", "v")),
-        ("attention", AttentionCall), ("levels", SIZE), ("level", ctypes.POINTER(_Level)),
-    ]
+class _Block(AttentionMixer):
+    _fields_ = [("levels", SIZE), ("level", ctypes.POINTER(_Level))]
 
 
 class _Call(ctypes.Structure):
@@ -75,90 +68,46 @@ def read(model: Any, h: Tensor, state: ModelState, lengths: list[int]) -> tuple[
     h = h.clone(memory_format=torch.contiguous_format)
     (B, T, d), config, threads = h.shape, model.config, torch.get_num_threads()
     reading, blocks, mixers = _Reading(h, lengths), (_Block * len(model.blocks))(), []
+    counts = row_array(lengths, B)
     for to, block, old, cms in zip(blocks, model.blocks, cast("list[AttentionState]", state.mixers), state.cms):
         mixers.append(reading.block(to, block, old, [] if cms is None else block.cms.effective_levels(cms)))
     call = _Call(
         B=B, T=T, d=d, blocks=len(blocks), threads=threads, piece=max(PIECE * threads // max(B, 1) // 16, 1) * 16,
-        rotations=reading.rotations, eps=config.norm_eps, len=ctypes.addressof(reading.lengths),
+        rotations=reading.rotations, eps=config.norm_eps, len=ctypes.addressof(counts),
         block=ctypes.cast(blocks, ctypes.POINTER(_Block)), h=address(h, B * T * d),
     )
     _read(ctypes.addressof(call))
-    return h, [_after(block.mixer, new, lengths) for block, new in zip(model.blocks, mixers)]
+    return h, [after(block.mixer, new, lengths) for block, new in zip(model.blocks, mixers)]
 
 
-def _after(mixer: CausalAttention, state: AttentionState, lengths: list[int]) -> AttentionState:
-    """``state`` once ``lengths`` more tokens are in its cache."""
-    pos = Counters([p + n for p, n in zip(state.pos, lengths)])
-    return trimmed(replace(state, pos=pos, base=Counters(state.base)), mixer.keep, mixer.sinks)
-
-
-class _Reading:
+class _Reading(Caches):
     """What the library is handed for h [B, T, d]."""
 
     def __init__(self, h: Tensor, lengths: list[int]):
-        self.h, self.given = h, lengths
-        self.lengths = row_array(lengths, h.shape[0])
-        self.rotations = 1
-        self._held: list[Any] = []  # whatever the library is handed the address of
-        self._turns: dict[tuple, tuple[Tensor, Tensor]] = {}  # cos and sin, by rates, places and the last of these
+        super().__init__(h.shape[1], lengths)
+        self.batch, self.width = h.shape[0], h.shape[2]
 
     def block(self, to: _Block, block: Any, old: AttentionState, levels: list[Level]) -> AttentionState:
         """Fills ``to``; the state that ``block`` reads from and writes into."""
-        mixer, (B, _, d) = block.mixer, self.h.shape
-        (H, kv_heads), D, state = mixer.config.heads, mixer.head_dim, roomy(old, self.given)
-        self._held.append(state)
-        to.gain = self._at(block.norm.weight, d)
-        for name, wide in (("q", H * D), ("k", kv_heads * D), ("v", kv_heads * D)):
-            module = getattr(mixer, f"{name}_proj")
-            setattr(to, f"{name}_proj", self._at(module.weight, wide * d))
-            setattr(to, f"{name}_bias", self._at(module.bias, wide))
-        to.o_proj = self._at(mixer.o_proj.weight, d * H * D)
-        if mixer.q_norm is not None and mixer.k_norm is not None:
-            to.q_gain, to.k_gain = self._at(mixer.q_norm.weight, D), self._at(mixer.k_norm.weight, D)
-        to.cos, to.sin = self._turn(mixer, state.pos, None)
-        farthest = mixer.farthest
-        if farthest is not None and max(p + n for p, n in zip(state.pos, self.given)) > farthest + 1:
-            to.far_cos, to.far_sin = self._turn(mixer, state.pos, farthest)
-        slots, rows = state.k.shape[1], [row_array(of, B) for of in (state.used(), list(state.base))]
-        self._held.append(rows)
-        to.k, to.v = (self._at(t, B * slots * kv_heads * D) for t in (state.k, state.v))
-        scale, (window, sinks) = mixer.config.attention_scale, mixer.config.sight
-        to.attention = AttentionCall(
-            B=B, H=H, Hkv=kv_heads, D=D, slots=slots, window=window or 0, sinks=sinks, threads=torch.get_num_threads(),
-            scale=D**-0.5 if scale is None else scale, used=ctypes.addressof(rows[0]), base=ctypes.addressof(rows[1]),
-        )
-        of = (_Level * len(levels))()
+        give_weights(to, block, self.at)
+        state, of, d = self.give(to, block.mixer, old), (_Level * len(levels))(), self.width
         for level, at in zip(levels, of):
-            at.N, at.gain = block.cms.config.hidden, self._at(level["norm_gain"], d)
+            at.N, at.gain = block.cms.config.hidden, self.at(level["norm_gain"], d)
             at.up, at.down = self._rows(level["up"], at.N, d), self._rows(level["down"], d, at.N)
         self._held.append(of)
         to.levels, to.level = len(of), ctypes.cast(of, ctypes.POINTER(_Level))
         return state
 
-    def _turn(self, mixer: CausalAttention, pos: list[int], most: int | None) -> tuple[int | None, int | None]:
-        """cos and sin of every token's angles."""
-        T, D = self.h.shape[1], mixer.head_dim
-        key = (tuple(mixer.rates.tolist()), tuple(pos), most)
-        if key not in self._turns:
-            self._turns[key] = mixer.rotation(pos, T, self.h, most)
-        cos, sin = self._turns[key]
-        self.rotations = cos.shape[0]
-        return self._at(cos, cos.shape[0] * T * D // 2), self._at(sin, cos.shape[0] * T * D // 2)
-
     def _rows(self, W: Tensor | Matrix, rows: int, K: int) -> int:
         """The addresses of every row's own matrix."""
-        found, B = Matrix.of(W), self.h.shape[0]
+        found, B = Matrix.of(W), self.batch
         own, mine = found.own, found.rows or (False,) * B
-        shared = self._at(found.shared, rows * K)
-        first = None if own is None else self._at(own, B * rows * K)
+        shared = self.at(found.shared, rows * K)
+        first = None if own is None else self.at(own, B * rows * K)
         addresses = (POINTER * B)(*[shared if first is None or not m else first + 4 * rows * K * b
                                     for b, m in enumerate(mine)])
         self._held.append(addresses)
         return ctypes.addressof(addresses)
-
-    def _at(self, t: Tensor | None, count: int) -> int | None:
-        self._held.append(t)
-        return address(t, count)
 
 
 def _served(block: nn.Module, backend: str | None, eps: float) -> bool:

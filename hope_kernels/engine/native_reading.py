@@ -11,25 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model_state import ModelState
+from ..model_state import MixerState, ModelState
 from ..ops.cms.plan import Plan, RowStep
 from ..ops.cms.schedule import learning_levels
 from ..ops.cms.state import CMSState
 from ..ops.shared.cpu_library import POINTER, SIZE, Function, address, row_array
 from ..ops.titans.cpp import TitansCall
-from ..ops.titans.state import Layout, TitansState, on_device
-from ..state import Counters
 from .head import Heads, Targets, check_logits, read_head
-from .native import floats, size_of
-from .native_mixer import GATES, MEMORY, SQUARE
+from .native import floats
+from .native_memories import Memory
+from .native_mixer import GATES, SQUARE
 
 HEAD_MOST = 4096  # as segment.h has it: the head of a larger vocabulary is PyTorch's, in pieces
-
-
-class Memory(ctypes.Structure):
-    """``SegmentMemory``."""
-
-    _fields_ = [(n, POINTER) for n in MEMORY]
 
 
 class LevelCall(ctypes.Structure):
@@ -44,8 +37,8 @@ class BlockCall(ctypes.Structure):
     """``SegmentBlock``."""
 
     _fields_ = [
-        *((n, POINTER) for n in ("gain", "conv", *SQUARE, *GATES, "beta_bias")), ("beta", ctypes.c_float),
-        ("out_gain", POINTER), ("titans", TitansCall),
+        *((n, POINTER) for n in ("attention", "gain", "conv", *SQUARE, *GATES, "beta_bias")),
+        ("beta", ctypes.c_float), ("out_gain", POINTER), ("titans", TitansCall),
         ("before", Memory), ("after", Memory), ("levels", SIZE), ("level", POINTER),
     ]
 
@@ -54,10 +47,10 @@ class SegmentCall(ctypes.Structure):
     """``SegmentCall``."""
 
     _fields_ = [
-        *((n, SIZE) for n in ("B", "T", "d", "W", "vocab", "blocks", "threads", "stride")), ("keep", ctypes.c_int32),
-        ("eps", ctypes.c_float), *((n, POINTER) for n in ("ids", "len", "embed", "gain", "head")),
-        *((n, POINTER) for n in ("block", "work", "targets", "known", "logits", "nats", "last", "h", "finite",
-                                 "learns", "slopes")),
+        *((n, SIZE) for n in ("B", "T", "d", "W", "vocab", "blocks", "threads", "stride", "rotations")),
+        ("keep", ctypes.c_int32), ("eps", ctypes.c_float), ("scale", ctypes.c_float),
+        *((n, POINTER) for n in ("ids", "len", "embed", "gain", "head", "block", "work", "targets", "known", "logits",
+                                 "nats", "last", "h", "finite", "learns", "slopes")),
     ]
 
 
@@ -67,52 +60,45 @@ _read, _head, _learn = (Function(f"hope_segment_{n}", "HopeForCausalLM", POINTER
 class Reading:
     """A segment of B rows of T tokens. Used again for the next segment of that shape, once it is done with."""
 
+    reader: Any
+
     def __init__(self, reader: Any, B: int, T: int, keep: bool):
-        self.reader, self.keep, self.shape = reader, keep, (B, T)
+        self.reader, self.keep, self.shape, self._under_way = reader, keep, (B, T), None
         self.call = call = SegmentCall.from_buffer_copy(reader.call)
         self._blocks = blocks = type(reader.blocks).from_buffer_copy(reader.blocks)
-        self._len, self._pos = row_array([0] * B, B), [row_array([0] * B, B) for _ in blocks]
+        self._len = row_array([0] * B, B)
         self._levels: list[Any] = [type(of).from_buffer_copy(of) if len(of) else None for of in reader.levels]
         call.B, call.T, call.keep, call.block = B, T, keep, ctypes.addressof(blocks)
         call.stride = T
         call.len = ctypes.addressof(self._len)
-        for block, pos, levels in zip(blocks, self._pos, self._levels):
-            t = block.titans
-            t.B, t.T, t.threads, t.len, t.pos = B, T, call.threads, call.len, ctypes.addressof(pos)
+        for block, levels in zip(blocks, self._levels):
             block.level = None if levels is None else ctypes.addressof(levels)
+        self._places = reader.mixers.placed(call, blocks)
         self._weights: dict[tuple[int, int], tuple] = {}  # of (block, level): what its addresses were made of
         self._steps: dict[tuple[int, int], tuple] = {}
         self._work: Tensor | None = None
 
     def read(
-        self, state: ModelState, mixers: Sequence[TitansState], ids: Tensor, lengths: list[int],
+        self, state: ModelState, mixers: Sequence[MixerState], ids: Tensor, lengths: list[int],
         among: list[int] | None
-    ) -> list[TitansState]:
+    ) -> list[MixerState]:
         """Reads ``lengths`` tokens of each row of ids: the mixers after it. ``mixers`` stay as they are."""
-        after, to = self.reader.mixers_like(mixers)
-        held = self.begin(state, mixers, ids, lengths, among, to)
+        under_way = self.begin(state, mixers, ids, lengths, among)
         _read(ctypes.addressof(self.call))
-        del held  # tensors that may have been made for the library to read
-        advanced(after, mixers, lengths)
-        return after
+        return under_way.ended(lengths)
 
     def begin(
-        self, state: ModelState, mixers: Sequence[TitansState], ids: Tensor, lengths: list[int],
-        among: list[int] | None, to: list[Memory]
-    ) -> list[Any]:
-        """Everything that a reading of ids [B, n] is told, whose mixers are written ``to``; what has to live on until
-        then."""
+        self, state: ModelState, mixers: Sequence[MixerState], ids: Tensor, lengths: list[int],
+        among: list[int] | None, several: bool = False
+    ) -> Any:
+        """Everything that a reading of ids [B, n] is told: the reading of the mixers, which is to be told its end.
+        several: segments, one after another."""
         call, (B, _) = self.call, self.shape
         self.ids, self.lengths, self.among, self.before = ids, lengths, among, mixers
         call.ids, call.stride = address(ids, ids.numel(), "ids", torch.int64), ids.shape[1]
-        found, known = [], self.reader.made(mixers)
-        if known is None:
-            found = [addresses(m) for m in mixers]
-            known = [at for at, _ in found]
-        for i, old in enumerate(mixers):
-            block, self._pos[i][:] = self._blocks[i], old.pos
-            block.before, block.after = known[i], to[i]
-            cms = state.cms[i]
+        found = self.reader.mixers.begin(self._places, call, self._blocks, mixers, lengths, several)
+        self._under_way = found
+        for i, cms in enumerate(state.cms):
             if cms is not None:
                 self._take_weights(i, cms, range(B) if among is None else among, state.batch)
         if self._work is None:
@@ -196,6 +182,10 @@ class Reading:
         """Nobody needs what was kept any more, nor the mixers before it."""
         self.reader.give_back(self, self.before)
 
+    def rest(self) -> None:
+        """Nobody needs it until it is used again: what it holds would otherwise live on until garbage is collected."""
+        self.reader = self._under_way = None
+
     def _take_weights(self, i: int, state: CMSState, among: Sequence[int], batch: int) -> None:
         """The levels of block ``i`` are what ``state`` has of them."""
         levels = self._levels[i]
@@ -234,24 +224,6 @@ def arrays_of(plan: Plan, B: int, places: list[tuple[int, int]]) -> list[Any]:
                 steps[here] = plan.steps[name, b]
         arrays.append(steps)
     return arrays
-
-
-def advanced(after: list[TitansState], mixers: Sequence[TitansState], lengths: list[int]) -> None:
-    """The counters of ``after``, whose tensors are ``mixers`` after ``lengths`` tokens."""
-    for old, new in zip(mixers, after):
-        new.pos = Counters([p + n for p, n in zip(old.pos, lengths)])
-        moved = on_device(lengths, old.count.device) if len(set(lengths)) != 1 else lengths[0]
-        torch.add(old.count, moved, out=new.count)
-
-
-def addresses(state: TitansState) -> tuple[Memory, list[Tensor | None]]:
-    """Of what a mixer has; and the tensors that lie there. Raises ValueError for what the library cannot read."""
-    c, B = state.config, state.batch
-    slots = B * max(c.chunk_memory, c.chunk_other) * c.num_heads
-    counts = 2 * [size_of(s) for s in Layout.of(c).shapes(B, c.num_heads)]
-    counts += [slots * c.head_dim, slots * c.head_dim, slots, slots, slots, B * ((c.conv_window or 1) - 1) * c.d_model]
-    held = [None if t is None else t.detach().contiguous() for t in (getattr(state, n) for n in MEMORY)]
-    return Memory(*(address(t, count) for t, count in zip(held, counts))), held
 
 
 def zeros(*shape: int) -> Tensor:

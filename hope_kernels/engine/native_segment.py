@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ..model_state import ModelState
 from ..ops.shared.cpu_library import address
-from ..ops.titans.cpp import TitansCall, settings
-from ..ops.titans.state import Layout, TitansState
 from .head import Targets
-from .native import size_of, unserved
-from .native_mixer import GATES, MEMORY, SQUARE, constant_momentum
-from .native_reading import BlockCall, LevelCall, Memory, Reading, SegmentCall, addresses
+from .native import unserved, window
+from .native_attention_segment import Attention
+from .native_memories import Memories
+from .native_reading import BlockCall, LevelCall, Reading, SegmentCall
 
 
 class Reader:
@@ -33,8 +32,7 @@ class Reader:
         self.plans = [{} for _ in model.blocks]  # of steps, by block and level
         self.model, self.reason = model, unserved(model, backend) or _cms_unserved(model)
         self._readings: dict[tuple, Reading] = {}  # that are done with
-        self._made: dict[int, tuple[list[TitansState], list[Memory]]] = {}  # mixers after readings: by their id
-        self._free: list[list[TitansState]] = []  # of these, those that nobody needs any more
+        self.mixers = Attention() if model.config.mixer == "attention" else Memories()
         if self.reason is None:
             self._prepare(model)
 
@@ -73,34 +71,11 @@ class Reader:
         spare.reader = self
         return spare
 
-    def mixers_like(self, mixers: Sequence[TitansState]) -> tuple[list[TitansState], list[Memory]]:
-        """States as ``mixers``, whose tensors are to be written, and where these lie."""
-        if self._free and self._free[-1][0].batch == mixers[0].batch:
-            free = self._free.pop()
-            return free, self._made[id(free)][1]
-        # normal tensors under inference mode too: they may be written outside it
-        with torch.inference_mode(False):
-            empty = [{n: _empty(getattr(m, n)) for n in (*MEMORY, "count")} for m in mixers]
-            made = [replace(m, **tensors) for m, tensors in zip(mixers, empty)]
-        self._made[id(made)] = made, [addresses(m)[0] for m in made]
-        return self._made[id(made)]
-
-    def made(self, mixers: Sequence[Any]) -> list[Memory] | None:
-        """Where the tensors of ``mixers`` lie, if this has made them, in this call."""
-        known = self._made.get(id(mixers))
-        return None if known is None else known[1]
-
     def give_back(self, reading: Reading, mixers: Sequence[Any]) -> None:
         """Nobody needs ``reading``, nor the ``mixers`` before it, if a reading has made them."""
-        reading.reader = None  # while it waits here: what both hold would otherwise live on until garbage is collected
+        reading.rest()
         self._readings[(*reading.shape, reading.keep)] = reading
-        self.free(mixers)
-
-    def free(self, mixers: Sequence[Any]) -> None:
-        """Nobody needs ``mixers``, if a reading has made them."""
-        known = self._made.get(id(mixers))
-        if known is not None:
-            self._free.append(known[0])
+        self.mixers.free(mixers)
 
     def _prepare(self, model: Any) -> None:
         """What is the same in all readings."""
@@ -111,7 +86,7 @@ class Reader:
         self.matrices: list[list[list[tuple[str, int | None, int]]]] = []  # by block and level: name, address, size
         self.levels: list[Any] = []
         for block, to in zip(model.blocks, self.blocks):
-            self._mixer(to, block, d)
+            self.mixers.prepare(to, block, self._at)
             cms = block.cms
             levels = [] if cms is None else [level.parameters_by_name() for level in cms.levels]
             calls = (LevelCall * len(levels))()
@@ -123,36 +98,14 @@ class Reader:
             self.levels.append(calls)
             to.levels = len(levels)
         self.call = SegmentCall(
-            d=d, W=config.titans.conv_window or 0, vocab=V, blocks=len(model.blocks), threads=torch.get_num_threads(),
-            eps=config.norm_eps, embed=self._at(model.embed.weight, V * d), gain=self._at(model.norm.weight, d),
-            head=self._at(head, V * d),
+            d=d, W=window(config), vocab=V, blocks=len(model.blocks), threads=torch.get_num_threads(),
+            eps=config.norm_eps, scale=getattr(model.embed, "scale", 1.0), embed=self._at(model.embed.weight, V * d),
+            gain=self._at(model.norm.weight, d), head=self._at(head, V * d),
         )
-
-    def _mixer(self, to: Any, block: Any, d: int) -> None:
-        mixer, c = block.mixer, block.mixer.config
-        for name in SQUARE + GATES:
-            module = getattr(mixer, name)
-            count = d * d if name in SQUARE else c.num_heads * d
-            setattr(to, name, None if module is None else self._at(module.weight, count))
-        to.beta_bias = self._at(mixer.beta_bias, c.num_heads)
-        to.beta = constant_momentum(c)
-        to.gain, to.out_gain = self._at(block.norm.weight, d), self._at(mixer.norm_gain, d)
-        to.conv = self._at(mixer.conv, (c.conv_window or 1) * d)
-        where: dict[str, Any] = {"eta_bias": self._at(mixer.eta_bias, c.num_heads),
-                                 "alpha_bias": self._at(mixer.alpha_bias, c.num_heads)}
-        if c.retain_to == "init":
-            shapes = Layout.of(c).shapes(c.num_heads)
-            for name, t, shape in zip(("base2", "base1", "base1s"), mixer.w_init, shapes):
-                where[name] = self._at(t, size_of(shape))
-        to.titans = TitansCall(H=c.num_heads, update=1, **settings(c), **where)
 
     def _at(self, t: Tensor | None, count: int) -> int | None:
         self._held.append(t)
         return address(t, count)
-
-
-def _empty(t: Tensor | None) -> Tensor | None:
-    return None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
 def _cms_unserved(model: Any) -> str | None:

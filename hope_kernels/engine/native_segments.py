@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,10 @@ from ..model_state import ModelState
 from ..ops.cms.plan import Plan, take_back
 from ..ops.cms.state import CMSState
 from ..ops.shared.cpu_library import POINTER, SIZE, Function
-from ..ops.titans.state import TitansState
 from ..state import Counters
 from .guard import EVERY, SHARE, rise
 from .head import Heads, Targets, read_head
-from .native_reading import HEAD_MOST, Memory, Reading, SegmentCall, advanced, arrays_of, zeros
+from .native_reading import HEAD_MOST, Reading, SegmentCall, arrays_of, zeros
 from .native_segment import Reader
 
 PIECE = 128  # tokens, of all rows together, that are read at a time: what they are on the way stays in the cache
@@ -147,22 +146,17 @@ def _read(
     logits: bool, check_finite: bool, h: Tensor | None = None, **learning: Any
 ) -> Read:
     """``count`` segments. h: becomes what the head is given. learning: ``steps`` and more of a ``SegmentsCall``."""
-    (B, T), reader, mixers = reading.shape, reading.reader, cast("list[TitansState]", state.mixers)
-    after, to = reader.mixers_like(mixers)
-    spare, others = reader.mixers_like(mixers)
-    held = reading.begin(state, mixers, ids.contiguous(), lengths, None, to)
-    heads, more = reading.results(targets, logits)
+    B, T = reading.shape
+    under_way = reading.begin(state, state.mixers, ids.contiguous(), lengths, None, several=True)
+    heads, held = reading.results(targets, logits)
     good, marks = (ctypes.c_int32 * B)(), (ctypes.c_int32 * B)(*[1] * B)
     call = reading.call
     call.finite = ctypes.addressof(good) if check_finite else None
     call.learns = ctypes.addressof(marks) if learning else None
     call.h = None if h is None else h.data_ptr()
-    other, done = (Memory * len(others))(*others), ctypes.c_int64()
-    several = SegmentsCall(first=call, count=count, other=ctypes.addressof(other), **learning)
+    done = ctypes.c_int64()
+    several = SegmentsCall(first=call, count=count, other=ctypes.addressof(under_way.other), **learning)
     _several(ctypes.addressof(several), ctypes.addressof(done))
-    del held, more
-    if done.value % 2 == 0:
-        after, spare = spare, after
-    reader.free(spare)
-    advanced(after, mixers, [min(n, done.value * T) for n in lengths])
+    del held
+    after = under_way.ended([min(n, done.value * T) for n in lengths], done.value)
     return Read(done.value, heads, after)

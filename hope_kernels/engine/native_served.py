@@ -30,8 +30,8 @@ _PLAIN = (nn.Embedding, ScaledEmbedding, nn.RMSNorm, nn.Linear, nn.ModuleList, n
 
 def unserved(model: Model, backend: str | None) -> str | None:
     """Why segments of ``model`` are not read in C++, or None."""
-    if model.config.mixer == "attention" or model.config.embed_scale != 1:
-        return "serves memories, and embeddings without a scale"
+    if model.config.post_norm:
+        return "serves mixers without post_norm"
     reason, like = unserved_step(model, backend), placement(model.embed)
     for cms in model.config.block_cms:
         if reason is None and cms is not None:

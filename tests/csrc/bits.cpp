@@ -14,6 +14,7 @@
 #include "layer.h"
 #include "layer_parameters.h"
 #include "linear.h"
+#include "segment.h"
 
 namespace {
 
@@ -118,6 +119,19 @@ void projections() {
   }
 }
 
+void attention_backward(const std::string& name, AttentionCall c) {
+  Draw draw{3};
+  const Floats dy = draw(c.B * c.T * c.H * c.D, 1);
+  const int64_t own = c.B * c.T * c.Hkv * c.D;
+  Floats most(c.B * c.T * c.H), sum(most.size()), dq(dy.size()), dfar(dy.size()), dk(own), dv(own);
+  c.most = most.data(), c.sum = sum.data();
+  done(hope_attention(&c));
+  const AttentionBackward a{c, dy.data(), nullptr, c.sinks ? dfar.data() : nullptr, dq.data(), dk.data(), dv.data()};
+  done(hope_attention_backward(&a));
+  for (const Floats* more : {&dfar, &dk, &dv}) dq.insert(dq.end(), more->begin(), more->end());
+  show(name, dq);
+}
+
 void attention() {
   Draw draw;
   const int64_t B = 2, T = 90, H = 6, Hkv = 2, slots = 240;
@@ -132,7 +146,10 @@ void attention() {
         const AttentionCall c{B, T, H, Hkv, D, slots, window, sinks, 1, 0.25f, q.data(), sinks ? far.data() : nullptr,
                               k.data(), v.data(), used.data(), base.data(), some.data(), y.data()};
         done(hope_attention(&c));
-        show("attention " + std::to_string(D) + " window " + std::to_string(window) + " of " + std::to_string(tokens), y);
+        const std::string name =
+            " " + std::to_string(D) + " window " + std::to_string(window) + " of " + std::to_string(tokens);
+        show("attention" + name, y);
+        attention_backward("attention_backward" + name, c);
       }
     }
 }
@@ -161,6 +178,54 @@ void attention_model() {
   done(hope_attention_read(&c));
   std::fill(h.begin() + (T + len[1]) * d, h.end(), 0.0f);  // of tokens that do not count
   show("attention_model", h), show("attention_model keys", k);
+}
+
+void attention_segment() {  // through two blocks, back to the level of the first
+  Draw draw;
+  const int64_t B = 2, T = 21, d = 16, H = 4, Hkv = 2, D = 8, N = 24, V = 11, slots = 50;
+  const std::vector<int64_t> used{9, 0}, base{4, 0}, len{21, 10}, known{20, 10};
+  const Floats gain = draw(d, 1), q_proj = draw(H * D * d, 0.3f), k_proj = draw(Hkv * D * d, 0.3f);
+  const Floats v_proj = draw(Hkv * D * d, 0.3f), o_proj = draw(d * H * D, 0.3f), bias = draw(H * D, 0.1f);
+  const Floats cos = draw(B * T * D / 2, 0.5f), sin = draw(B * T * D / 2, 0.5f), embed = draw(V * d, 1);
+  Floats k = draw(B * slots * Hkv * D, 1), v = draw(B * slots * Hkv * D, 1);
+  AttentionMixer mixer{};
+  mixer.gain = gain.data(), mixer.q_proj = q_proj.data(), mixer.k_proj = k_proj.data(), mixer.v_proj = v_proj.data();
+  mixer.o_proj = o_proj.data(), mixer.k_bias = bias.data(), mixer.q_gain = gain.data(), mixer.k_gain = bias.data();
+  mixer.cos = mixer.far_sin = cos.data(), mixer.sin = mixer.far_cos = sin.data();
+  mixer.k = k.data(), mixer.v = v.data();
+  AttentionCall& t = mixer.attention;
+  t.B = B, t.H = H, t.Hkv = Hkv, t.D = D, t.slots = slots, t.window = 7, t.sinks = 2, t.threads = 1, t.scale = 0.3f;
+  t.used = used.data(), t.base = base.data();
+  Floats weights[2] = {draw(B * N * d, 0.2f), draw(B * d * N, 0.2f)};
+  std::vector<const float*> rows[2];
+  std::vector<SegmentStep> steps[2];
+  for (int i : {0, 1})
+    for (int64_t b = 0; b < B; b++) {
+      float* own = weights[i].data() + b * N * d;
+      rows[i].push_back(own);
+      steps[i].push_back({0, 0, 0.1f, 0, 0, 0, 0, 0, 0, nullptr, own, nullptr, nullptr});
+    }
+  const SegmentLevel level{N, 1, gain.data(), rows[0].data(), rows[1].data(), steps[0].data(), steps[1].data()};
+  SegmentBlock blocks[2]{};
+  AttentionMixer mixers[2] = {mixer, mixer};
+  Floats other_k = k, other_v = v;
+  mixers[1].k = other_k.data(), mixers[1].v = other_v.data();
+  for (int i : {0, 1}) blocks[i].attention = &mixers[i], blocks[i].levels = 1 - i, blocks[i].level = &level;
+  std::vector<int64_t> ids(B * T);
+  for (size_t i = 0; i < ids.size(); i++) ids[i] = i * i % V;
+  const std::vector<int64_t> targets(ids.rbegin(), ids.rend());
+  std::vector<int32_t> learns(B, 1);
+  Floats nats(B * T);
+  SegmentCall c{};
+  c.B = B, c.T = c.stride = T, c.d = d, c.vocab = V, c.blocks = 2, c.threads = 1, c.rotations = B, c.keep = 1;
+  c.eps = 1e-6f, c.scale = 1, c.ids = ids.data(), c.len = len.data(), c.embed = c.head = embed.data();
+  c.gain = gain.data();
+  c.block = blocks, c.targets = targets.data(), c.known = known.data(), c.nats = nats.data(), c.learns = learns.data();
+  Floats work(hope_segment_floats(&c));
+  c.work = work.data();
+  done(hope_segment_read(&c)), done(hope_segment_head(&c)), done(hope_segment_learn(&c));
+  show("attention_segment nats", nats), show("attention_segment up", weights[0]);
+  show("attention_segment down", weights[1]), show("attention_segment keys", other_k);
 }
 
 void levels() {
@@ -212,6 +277,6 @@ void whole() {
 
 int main(int count, char** arguments) {
   if (count > 1 && hope_cpu_width(std::atoi(arguments[1])) != std::atoi(arguments[1])) return 3;
-  scans(), reads(), layers(), projections(), attention(), attention_model(), levels(), whole();
+  scans(), reads(), layers(), projections(), attention(), attention_model(), attention_segment(), levels(), whole();
   show("model's steps", stepped(1)), show("steps with attention", attended(1));
 }

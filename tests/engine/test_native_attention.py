@@ -9,7 +9,8 @@ import torch
 from attention_model import D, built, ids
 
 from hope_kernels import CMSConfig
-from hope_kernels.engine import native_attention
+from hope_kernels.engine import native_attention, native_segment
+from hope_kernels.engine.native_attention_mixer import AttentionMixer
 from hope_kernels.ops.shared import cpu_library
 
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
@@ -44,6 +45,7 @@ def layers(monkeypatch):
     def read(model, *given, **options):
         with monkeypatch.context() as m:
             m.setattr(native_attention, "serves", lambda *_: False)
+            m.setattr(native_segment, "unserved", lambda *_: "layer by layer")
             return model(*given, **options)
 
     return read
@@ -173,7 +175,7 @@ def test_the_library_refuses_what_does_not_fit(monkeypatch):
                              "block": (None,)}.items():
             for value in values:
                 refused("call", name, value)
-        for name, kind in native_attention._Block._fields_:
+        for name, kind in AttentionMixer._fields_:
             if kind is ctypes.c_void_p and not name.endswith("_bias"):
                 refused("block", name, None)
         refused("block", "levels", -1)

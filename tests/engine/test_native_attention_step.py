@@ -345,7 +345,7 @@ def test_generation_is_what_it_is_without(how, learn, monkeypatch):
 def test_what_is_not_served_is_named():
     model = built({})
     assert native.unserved_step(model, None) is None and native.unserved_step(model, "cpp") is None
-    assert "memories" in native.unserved(model, "cpp")
+    assert native.unserved(model, "cpp") is None and "post_norm" in native.unserved(built({"post_norm": True}), None)
     norms = built({"qk_norm": True, "num_heads": 4})
     assert "multiples of 8, not 12" in native.unserved_step(norms, None)
     gated = built(converted("swiglu", False))

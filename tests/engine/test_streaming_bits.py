@@ -3,7 +3,8 @@ decoder, as a row among others, and from a file."""
 
 import pytest
 import torch
-from native_model import CASES, V, built, ids, small
+from native_learning import cached, model_of
+from native_model import CASES, V, ids, small
 
 from hope_kernels import load_state
 from hope_kernels.engine import native_segments
@@ -14,11 +15,18 @@ from hope_kernels.ops.shared import cpu_library
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
 LEARN = ["off", "next_token"]
+ATTENDING = [f"attention: {name}" for name in (
+    "full", "grouped, biases", "window and sinks", "more sinks than window", "norms, a scale, wider heads", "muon",
+    "nested", "blocks of their own",
+)]
 
 
 def decides(state) -> list[torch.Tensor]:
     """All that decides what is read next."""
-    found = [t for mixer in state.mixers for t in mixer.tensors()]
+    found = []
+    for mixer in state.mixers:
+        rows = range(mixer.batch)
+        found += [t for b in rows for t in cached(mixer, b)] if hasattr(mixer, "base") else mixer.tensors()
     for cms in state.cms:
         if cms is not None:
             levels = zip(cms.weights, cms.own)
@@ -40,11 +48,11 @@ def in_parts(model, text, cuts, learn, state=None):
 
 
 @pytest.mark.parametrize("learn", LEARN)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *ATTENDING])
 @torch.no_grad()
 def test_splits_tokens_and_a_decoder(name, learn, monkeypatch):
     monkeypatch.setattr(native_segments, "PIECE", 48)
-    model, text = built(name), ids(2, 75)
+    model, text = model_of(name), ids(2, 75)
     assert Reader(model, None).reason is None
     want, whole = model(text, learn=learn)
     for cuts in ([33], [4, 16, 20, 64], [1, 2, 3, 40], range(1, 75)):
@@ -59,10 +67,11 @@ def test_splits_tokens_and_a_decoder(name, learn, monkeypatch):
 
 
 @pytest.mark.parametrize("learn", LEARN)
-@pytest.mark.parametrize("name", ["default", "two clocks", "no convolution", "delta", "linear adaptive queries"])
+@pytest.mark.parametrize("name", ["default", "two clocks", "no convolution", "delta", "linear adaptive queries",
+                                  *ATTENDING])
 @torch.no_grad()
 def test_rows_of_a_ragged_batch_and_files(name, learn, tmp_path):
-    model, text, lengths = built(name), ids(6, 60), [60, 33, 17, 1, 0, 60]
+    model, text, lengths = model_of(name), ids(6, 60), [60, 33, 17, 1, 0, 60]
     logits, state = model(text, lengths=lengths, learn=learn)
     state.save(tmp_path / "state")
     more, after = model(text[:, :25], load_state(tmp_path / "state"), learn=learn)
@@ -70,7 +79,11 @@ def test_rows_of_a_ragged_batch_and_files(name, learn, tmp_path):
         alone, own = model(text[b : b + 1, :n], learn=learn)
         again, own = model(text[b : b + 1, :25], own, learn=learn)
         assert torch.equal(logits[b, :n], alone[0]) and torch.equal(more[b], again[0]), b
-        assert all(torch.equal(t[b], o[0]) for t, o in zip(after.mixers[1].tensors(), own.mixers[1].tensors())), b
+        mine, others = after.mixers[1].select([b]), own.mixers[1]
+        if name in ATTENDING:
+            assert all(map(torch.equal, cached(mine, 0), cached(others, 0))), b
+        else:
+            assert all(map(torch.equal, mine.tensors(), others.tensors())), b
     assert not logits[1, 33:].any()
 
 

@@ -24,7 +24,7 @@ class AttentionCall(ctypes.Structure):
 
     _fields_ = [
         *((n, SIZE) for n in ("B", "T", "H", "Hkv", "D", "slots", "window", "sinks", "threads")), ("scale", REAL),
-        *((n, POINTER) for n in ("q", "far", "k", "v", "used", "base", "len", "y")),
+        *((n, POINTER) for n in ("q", "far", "k", "v", "used", "base", "len", "y", "most", "sum")),
     ]
 
 

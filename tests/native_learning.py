@@ -1,0 +1,88 @@
+"""Models in fp32 that C++ reads and learns: one of every kind, the same by PyTorch, and what they have learned."""
+
+import copy
+
+import attention_model
+import torch
+from native_model import CASES, built, small
+
+from hope_kernels import CMSConfig
+from hope_kernels.engine.native_segment import Reader
+from hope_kernels.layers.attention import AttentionState
+
+MORE = {
+    "momentum": {"cms": {"optimizer": "momentum"}},
+    "adam": {"cms": {"optimizer": "adam", "lr": 0.01}},
+    "muon": {"cms": {"optimizer": "muon"}},
+    "relative": {"cms": {"relative": True, "lr": 0.1}},
+    "relative momentum": {"cms": {"relative": True, "lr": 0.1, "optimizer": "momentum"}},
+    "a level of rate zero": {"cms": {"lr": (0.0, 0.02)}},
+    "the other level of rate zero": {"cms": {"lr": (0.02, 0.0)}},
+    "segments of 24": {"chunks": (24, 48), "d": 24, "heads": 3},
+    "scaled embeddings": {"embed_scale": 4.0},
+}
+SINKS = attention_model.OPTIONS["window and sinks"]
+CMS_OF_ATTENTION = {
+    "momentum": {"optimizer": "momentum"},
+    "adam": {"optimizer": "adam", "lr": 0.01},
+    "muon": {"optimizer": "muon"},
+    "relative": {"relative": True, "lr": 0.1},
+    "nested": {"variant": "nested"},
+    "a level of rate zero": {"lr": (0.0, 0.02)},
+    "the other level of rate zero": {"lr": (0.02, 0.0)},
+    "segments of 24": {"chunks": (24, 48)},
+}
+ATTENTION = {f"attention: {name}": options for name, options in attention_model.OPTIONS.items()
+             if "post_norm" not in options}
+ATTENTION |= {
+    f"attention: {name}": {**SINKS, "cms": CMSConfig(
+        attention_model.D, **{"chunks": (4, 16), "expansion": 2.0, "lr": 0.02, **options})}
+    for name, options in CMS_OF_ATTENTION.items()
+}
+ATTENTION["attention: blocks of their own"] = {
+    "window": (None, 9), "rope_theta": (1e4, 5e2), "num_heads": 8, "tie_embeddings": False}
+ATTENTION["attention: scaled embeddings"] = {"embed_scale": 7.0}
+LEARNING = {**CASES, **MORE, **ATTENTION}
+del LEARNING["no CMS"]
+
+
+def model_of(name):
+    if name in ATTENTION:
+        return attention_model.built(ATTENTION[name])
+    return small(**MORE[name]) if name in MORE else built(name)
+
+
+def by_pytorch(model):
+    """The same model, which C++ does not serve."""
+    other = copy.deepcopy(model)
+    other.blocks[0].register_forward_hook(lambda *_: None)
+    assert "hooked" in Reader(other, None).reason
+    return other
+
+
+def cached(mixer: AttentionState, row: int) -> list[torch.Tensor]:
+    """Keys and values that a row may still see: how many more a cache keeps depends on the calls."""
+    (window, sinks), used = mixer.config.sight, mixer.used()[row]
+    first = min(sinks, used)
+    rest = used - first if window is None else min(window, used - first)
+    return [torch.cat([t[row, :first], t[row, used - rest : used]]) for t in (mixer.k, mixer.v)]
+
+
+def learned(state) -> dict[str, torch.Tensor]:
+    """name -> tensor of all that a state has that decides what is read later."""
+    found = {}
+    for i, (mixer, cms) in enumerate(zip(state.mixers, state.cms)):
+        if isinstance(mixer, AttentionState):
+            found |= {f"{i}.{n}.{b}": t for b in range(mixer.batch) for n, t in zip("kv", cached(mixer, b))}
+        else:
+            found |= {f"{i}.{n}": t for n, t in vars(mixer).items() if isinstance(t, torch.Tensor)}
+        for name in ("weights", "grads", "moments", "squares"):
+            for l, of in enumerate(getattr(cms, name)):
+                counts = cms.dirty[l] if name == "grads" else [1]
+                found |= {f"{i}.{name}.{l}.{n}": t for n, t in (of or {}).items() if any(counts)}
+    return found
+
+
+def same_bits(a, b) -> bool:
+    x, y = learned(a), learned(b)
+    return list(a.pos) == list(b.pos) and x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
