@@ -10,7 +10,7 @@ from native_model import CASES, V, built, ids, small
 from numerics import relative
 from torch import nn
 
-from hope_kernels import HopeForCausalLM, identity
+from hope_kernels import HopeConfig, HopeForCausalLM, identity
 from hope_kernels.engine import native, segments
 from hope_kernels.engine.decoder import Decoder
 from hope_kernels.engine.generation import generate
@@ -250,7 +250,9 @@ def test_what_is_not_served_is_named():
     assert "rank" in native.unserved_step(small(cms={"rank": 2, "optimizer": "adam"}), None)
     assert "geglu" in native.unserved_step(small(cms={"mlp": "geglu"}), None)
     scaled = small(embed_scale=2.0)
-    assert native.unserved_step(scaled, None) is None and "scale" in native.unserved(scaled, None)
+    assert native.unserved_step(scaled, None) is None and native.unserved(scaled, None) is None
+    normed = HopeForCausalLM(HopeConfig(31, 16, 2, mixer="attention", num_heads=2, post_norm=True))
+    assert native.unserved_step(normed, None) is None and "post_norm" in native.unserved(normed, None)
     hooked = small()
     hooked.blocks[1].cms.register_forward_hook(lambda *_: None)
     assert "blocks.1.cms" in native.unserved_step(hooked, None)
