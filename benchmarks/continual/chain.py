@@ -73,6 +73,7 @@ def table(data: dict) -> str:
         found = summary(r)
         lost, cells = mean(found["lost"]), " | ".join(f"{found['lost'][t]:.3f}" for t in texts)
         share = "-" if plain is None or plain <= 0 else f"{lost / plain:.2f}"
-        spread = f"{lost:.3f} ({min(of_excerpts(r)):.3f} to {max(of_excerpts(r)):.3f})"
+        each = of_excerpts(r)
+        spread = f"{lost:.3f} ({min(each):.3f} to {max(each):.3f})"
         lines.append(f"| {r['rule']} | {r['factor']:g} | {found['gain']:.3f} | {cells} | {spread} | {share} |")
     return "\n".join(lines)

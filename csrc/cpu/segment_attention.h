@@ -26,11 +26,7 @@ class SegmentAttention : public SegmentPanels {
     t.y = kept.y, t.most = kept.most, t.sum = kept.sum;
     if (const int outcome = hope_attention(&t)) return outcome;
     over(B * P, wide_heads, [&](int64_t j) { from_rows(kept.y, wide, wide_heads, j / P, j % P); });
-    product(d, wide_heads, All(), [&](int64_t) { return m.o_proj; }, wide_heads, 1, wide,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-              add_rows(acc, h + (b * P + p) * size, r);
-              store_rows(next + (b * P + p) * size, r, acc);
-            }, Nothing());
+    add_product(wide_heads, [&](int64_t) { return m.o_proj; }, wide, h, next);
     return DONE;
   }
 

@@ -228,6 +228,16 @@ class SegmentPanels {
             }, Nothing());
   }
 
+  // The residual stream: panels [d] of next = h + W from, by every row's W [d, K].
+  template <class Weights>
+  void add_product(int64_t K, Weights weights, const float* from, const float* h, float* next) const {
+    product(d, K, All(), weights, K, 1, from,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              add_rows(acc, h + (b * P + p) * d * PANEL, r);
+              store_rows(next + (b * P + p) * d * PANEL, r, acc);
+            }, Nothing());
+  }
+
   f8 norm_factor(const float* x) const {
     return all(1) / root(squares(x, d) / all(static_cast<float>(d)) + all(c.eps));
   }

@@ -132,11 +132,7 @@ class Segment : public SegmentAttention {
       });
       return DONE;
     }
-    product(d, d, All(), [&](int64_t) { return block.out_proj; }, d, 1, one,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-              add_rows(acc, h + (b * P + p) * size, r);
-              store_rows(next + (b * P + p) * size, r, acc);
-            }, Nothing());
+    add_product(d, [&](int64_t) { return block.out_proj; }, one, h, next);
     return DONE;
   }
 
@@ -192,11 +188,7 @@ class Segment : public SegmentAttention {
                 if (slopes) store(slopes + k, s);
               }
             });
-    product(d, N, All(), [&](int64_t b) { return level.down[b]; }, N, 1, to.a,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-              add_rows(acc, h + (b * P + p) * size, r);
-              store_rows(next + (b * P + p) * size, r, acc);
-            }, Nothing());
+    add_product(N, [&](int64_t b) { return level.down[b]; }, to.a, h, next);
   }
 
   // -- head -------------------------------------------------------------------------------------------------

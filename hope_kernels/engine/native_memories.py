@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops.shared.cpu_library import POINTER, address, row_array
 from ..ops.titans.cpp import TitansCall, settings
-from ..ops.titans.state import Layout, TitansState, on_device
+from ..ops.titans.state import Layout, TitansState, moved
 from ..state import Counters
 from .native import size_of
 from .native_attention_mixer import Address
@@ -112,8 +112,7 @@ class UnderWay:
         self._owner.free(spare)
         for old, new in zip(self._mixers, found):
             new.pos = Counters([p + n for p, n in zip(old.pos, read)])
-            moved = on_device(read, old.count.device) if len(set(read)) != 1 else read[0]
-            torch.add(old.count, moved, out=new.count)
+            torch.add(old.count, moved(read, old.count.device), out=new.count)
         return found
 
 

@@ -211,7 +211,7 @@ def titans_call(
     (B, T, H, _), started = first.shape, config.retain_to == "init"
     given = dict(zip(("base2", "base1", "base1s"), w_init)) if started else {}
     given |= {n: getattr(inputs, n) for n in _INPUTS}
-    tensors = {n: t if _is_plain(t) else t.to(torch.float32).contiguous() for n, t in given.items() if t is not None}
+    tensors = {n: t.to(torch.float32).contiguous() for n, t in given.items() if t is not None}
     for n in _WRITTEN:
         t = getattr(new, n)
         if t is not None:  # without an update of any strides: nothing is written
@@ -230,10 +230,6 @@ def titans_call(
     call.threads, call.update, call.span = torch.get_num_threads(), update, 0 if spans is None else spans.size
     call.pos, call.len = ctypes.addressof(before), ctypes.addressof(reads)
     return call, [tensors, before, reads]
-
-
-def _is_plain(t: Tensor) -> bool:
-    return t.dtype is torch.float32 and t.is_contiguous()
 
 
 @lru_cache(maxsize=256)

@@ -115,6 +115,11 @@ def on_device(lengths: list[int], device) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int64, device=device)
 
 
+def moved(lengths: list[int], device) -> Tensor | int:
+    """What a ``count`` [B] grows by: a number, where that is the same for all rows."""
+    return lengths[0] if len(set(lengths)) == 1 else on_device(lengths, device)
+
+
 @dataclass(eq=False)
 class TitansState(State):
     """What a batch of sequences has learned in one layer. C = max(chunk_memory, chunk_other); all tensors
@@ -181,8 +186,7 @@ class TitansState(State):
         """The state with ``changes`` after row b has read ``lengths[b]`` more tokens."""
         pos = Counters([p + n for p, n in zip(self.pos, lengths)])
         if "count" not in changes:
-            same = len(set(lengths)) == 1
-            changes["count"] = self.count + (lengths[0] if same else on_device(lengths, self.count.device))
+            changes["count"] = self.count + moved(lengths, self.count.device)
         return replace(self, pos=pos, **changes)
 
     def in_place(self, reads: Tensor, rounded: Any = None) -> TitansState:
