@@ -8,6 +8,7 @@
 // the token take a slot that nobody has counted yet.
 
 #include <cmath>
+#include <cstring>
 #include <new>
 
 #include "token_attention.h"
@@ -32,9 +33,9 @@ class Step {
       const TokenBlock& block = c.block[i];
       if (block.memories) memories(i).read(block.gain);
       else AttentionStep(s, *block.attention).read(block.gain);
-      for (int64_t l = 0; l < block.levels; l++) read_level(s, block.level[l]);
+      levels(block);
     }
-    s.norm(c.gain);
+    s.norm(s.w.h, c.gain);
     s.project(c.vocab, c.d, s.w.n, c.head, c.logits);
     s.team.sync();
   }
@@ -55,6 +56,16 @@ class Step {
  private:
   const TokenCall& c;
   const TokenState s;
+
+  void levels(const TokenBlock& block) const {
+    const float* from = s.w.h;
+    if (block.mixture) {
+      s.team.sync();
+      s.each(c.B, [&](int64_t b) { std::memcpy(s.w.u + b * c.d, s.w.h + b * c.d, c.d * sizeof(float)); });
+      from = s.w.u;
+    }
+    for (int64_t l = 0; l < block.levels; l++) read_level(s, block.level[l], from);
+  }
 
   MemoriesStep memories(int64_t i) const {
     return MemoriesStep(s, *c.block[i].memories, s.w.tails + i * c.B * (c.W - 1) * c.d);

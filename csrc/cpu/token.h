@@ -6,13 +6,14 @@
 
 enum LevelKind { GELU_LEVEL = 0, SWIGLU_LEVEL = 1, GEGLU_LEVEL = 2 };
 
-// x + down a, or x + rmsnorm(down a) post_gain, where n = rmsnorm(x) gain and a = gelu_tanh(up n), silu(gate n) (up n)
-// or gelu_tanh(gate n) (up n).
+// x + share y, y = down a or rmsnorm(down a) post_gain, where n = rmsnorm(x) gain and a = gelu_tanh(up n),
+// silu(gate n) (up n) or gelu_tanh(gate n) (up n).
 struct TokenLevel {
   int64_t kind, N;                                   // N: a width
   const float *gain, *post_gain;                     // [d]; post_gain: or null
   // [B]: every row's own matrix, or the one it shares: [N, d], [N, d] (null for GELU_LEVEL), [d, N]
   const float *const *up, *const *gate, *const *down;
+  float share;                                       // 1, but of a mixture's levels
 };
 
 // A mixer of memories.
@@ -25,6 +26,7 @@ struct TokenMemories {
   const float* beta_bias;                            // [H]
   float beta;                                        // the momentum, if there is one that is not learned
   const float* out_gain;                             // [H, D], or null
+  const float* post_gain;                            // [d], of the norm behind the mixer, or null
   TitansCall titans;                                 // T = 1; q, x, k, v, eta, alpha, beta, o and kept are not looked at
   float* packed;                                     // hope_token_packed floats, written by hope_token_pack
   int64_t* count;                                    // [B], tokens read, advanced in place; or null
@@ -49,6 +51,7 @@ struct TokenBlock {
   const TokenAttention* attention;
   int64_t levels;
   const TokenLevel* level;
+  int64_t mixture;                                   // 1: every level's n is made of what the first one reads
 };
 
 struct TokenCall {

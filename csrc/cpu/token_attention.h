@@ -14,7 +14,7 @@ class AttentionStep {
 
   void read(const float* gain) const {
     const int64_t d = s.d, wide = a.H * D, kv = a.Hkv * D;
-    s.norm(gain);
+    s.norm(w.h, gain);
     s.project(wide, d, w.n, m.q_proj, w.q);
     auto append = [&](const float* W, float* cache) {
       product(s.team, B, kv, d, w.n, shared(W),

@@ -2,10 +2,11 @@
 #pragma once
 #include "token_state.h"
 
-inline void read_level(const TokenState& s, const TokenLevel& level) {
+// from: [B, d], what it reads; what it makes of that joins the stream.
+inline void read_level(const TokenState& s, const TokenLevel& level, const float* from) {
   const TokenBuffers& w = s.w;
   const int64_t B = s.B, d = s.d, N = level.N;
-  s.norm(level.gain);
+  s.norm(from, level.gain);
   auto inner = [&](const float* const* W, float* y) {
     product(s.team, B, N, d, w.n, [=](int64_t b) { return W[b]; },
             [=](int64_t b, int64_t r, float sum) { y[b * N + r] = sum; });
@@ -24,7 +25,8 @@ inline void read_level(const TokenState& s, const TokenLevel& level) {
   s.team.sync();
   float* const out = level.post_gain ? w.x : w.h;
   const bool joins = out == w.h;
+  const float share = level.share;
   product(s.team, B, d, N, w.hidden, [&](int64_t b) { return level.down[b]; },
-          [=](int64_t b, int64_t r, float sum) { out[b * d + r] = joins ? out[b * d + r] + sum : sum; });
-  if (!joins) s.join(w.x, level.post_gain);
+          [=](int64_t b, int64_t r, float sum) { out[b * d + r] = joins ? out[b * d + r] + share * sum : sum; });
+  if (!joins) s.join(w.x, level.post_gain, share);
 }

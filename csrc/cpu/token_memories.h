@@ -11,7 +11,7 @@ class MemoriesStep {
       : s(step), c(step.c), w(step.w), m(memories), t(memories.titans), tails(tails), B(step.B), d(step.d) {}
 
   void read(const float* gain) const {
-    s.norm(gain);
+    s.norm(w.h, gain);
     const float *u = w.n, *x = w.n;
     if (m.conv) {
       s.each(B, [&](int64_t b) { convolve(b); });
@@ -33,7 +33,11 @@ class MemoriesStep {
     s.each(B * t.H, [&](int64_t g) { head(g, x); });
     s.team.sync();
     // the heads of a row, [H, D], are its d numbers
-    if (m.out_proj) {
+    if (m.post_gain) {
+      float* y = w.o;
+      if (m.out_proj) s.project(d, d, w.o, m.out_proj, y = w.x);
+      s.join(y, m.post_gain);
+    } else if (m.out_proj) {
       product(s.team, B, d, d, w.o, shared(m.out_proj), [&](int64_t b, int64_t r, float y) { w.h[b * d + r] += y; });
     } else {
       s.each(B, [&](int64_t b) {

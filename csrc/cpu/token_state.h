@@ -77,15 +77,15 @@ struct TokenState {
     product(team, B, rows, K, x, shared(W), [=](int64_t b, int64_t r, float sum) { y[b * rows + r] = sum; });
   }
 
-  // w.n = rmsnorm(h) gain; whole to everyone afterwards
-  void norm(const float* gain) const {
+  // w.n = rmsnorm(x) gain, x [B, d]; whole to everyone afterwards
+  void norm(const float* x, const float* gain) const {
     team.sync();
-    each(B, [&](int64_t b) { rms_row(w.h + b * d, d, c.eps, gain, w.n + b * d); });
+    each(B, [&](int64_t b) { rms_row(x + b * d, d, c.eps, gain, w.n + b * d); });
     team.sync();
   }
 
-  // h += y, or rmsnorm(y) gain; y [B, d] as `project` has shared it out
-  void join(float* y, const float* gain) const {
+  // h += y, or share rmsnorm(y) gain; y [B, d] as `project` has shared it out
+  void join(float* y, const float* gain, float share = 1) const {
     if (!gain) {
       const Range own = team.share(0, d, STRIP);
       for (int64_t b = 0; b < B; b++)
@@ -96,7 +96,7 @@ struct TokenState {
     each(B, [&](int64_t b) {
       float* row = y + b * d;
       rms_row(row, d, c.eps, gain, row);
-      for (int64_t i = 0; i < d; i++) w.h[b * d + i] += row[i];
+      for (int64_t i = 0; i < d; i++) w.h[b * d + i] += share * row[i];
     });
   }
 };

@@ -39,20 +39,21 @@ _KINDS = {"gelu": 0, "swiglu": 1, "geglu": 2}  # of levels, csrc/cpu/token.h
 
 
 class _Level(ctypes.Structure):
-    _fields_ = [("kind", SIZE), ("N", SIZE), *((n, POINTER) for n in ("gain", "post_gain", "up", "gate", "down"))]
+    _fields_ = [("kind", SIZE), ("N", SIZE), *((n, POINTER) for n in ("gain", "post_gain", "up", "gate", "down")),
+                ("share", REAL)]
 
 
 class _Memories(ctypes.Structure):
     _fields_ = [
         *((n, POINTER) for n in ("conv", "tail", *SQUARE, *GATES, "beta_bias")), ("beta", ctypes.c_float),
-        ("out_gain", POINTER), ("titans", TitansCall), ("packed", POINTER), ("count", POINTER),
+        ("out_gain", POINTER), ("post_gain", POINTER), ("titans", TitansCall), ("packed", POINTER), ("count", POINTER),
     ]
 
 
 class _Block(ctypes.Structure):
     _fields_ = [
         ("gain", POINTER), ("memories", ctypes.POINTER(_Memories)), ("attention", ctypes.POINTER(AttentionBlock)),
-        ("levels", SIZE), ("level", ctypes.POINTER(_Level)),
+        ("levels", SIZE), ("level", ctypes.POINTER(_Level)), ("mixture", SIZE),
     ]
 
 
@@ -128,7 +129,7 @@ class NativeStep:
         for to, block, mixer, of in zip(blocks, model.blocks, state.mixers, levels):
             to.gain = self._at(block.norm.weight, d)
             if isinstance(mixer, TitansState):
-                self._memories(to, block.mixer, mixer, B)
+                self._memories(to, block, mixer, B)
             else:
                 self._attention(to, block, mixer)
             self._levels(to, block, of, B)
@@ -196,8 +197,9 @@ class NativeStep:
         self._held.append(t)
         return address(t, count)
 
-    def _memories(self, block: _Block, mixer: SelfModifyingTitans, state: TitansState, B: int) -> None:
-        c, H, D, d, to = mixer.config, mixer.config.num_heads, mixer.config.head_dim, mixer.config.d_model, _Memories()
+    def _memories(self, block: _Block, of: Any, state: TitansState, B: int) -> None:
+        mixer, to = of.mixer, _Memories()
+        c, H, D, d = mixer.config, mixer.config.num_heads, mixer.config.head_dim, mixer.config.d_model
         block.memories = ctypes.pointer(to)
         self._held.append(to)
         for name in SQUARE + GATES:
@@ -206,6 +208,7 @@ class NativeStep:
         to.beta_bias, to.beta = self._at(mixer.beta_bias, H), constant_momentum(c)
         W = c.conv_window or 1
         to.out_gain, to.conv = self._at(mixer.norm_gain, d), self._at(mixer.conv, W * d)
+        to.post_gain = self._post_gain(of)
         to.tail = self._at(state.conv_tail, B * (W - 1) * d)
         shapes = Layout.of(c).shapes(B, H)
         slots = B * max(c.chunk_memory, c.chunk_other) * H
@@ -243,16 +246,22 @@ class NativeStep:
         to.o_proj = self._matrix(layer.o_proj.weight, d, H * D)
         if layer.q_norm is not None:
             to.q_gain, to.k_gain = self._at(layer.q_norm.weight, D), self._at(layer.k_norm.weight, D)
-        if of.post_norm is not None:
-            to.post_gain = self._at(of.post_norm.weight, d)
+        to.post_gain = self._post_gain(of)
         angles = self._angles.setdefault(Angles.key(layer), Angles(layer))
         self._caches.append(Cache(to, layer, state, angles))
         self._seen += [(state, "k"), (state, "v")]
 
+    def _post_gain(self, block: Any) -> int | None:
+        return None if block.post_norm is None else self._at(block.post_norm.weight, block.config.d_model)
+
     def _levels(self, to: _Block, block: Any, levels: list[Level] | None, B: int) -> None:
         found = (_Level * len(levels or ()))()
-        for level, at in zip(levels or (), found):
+        mix = None if block.cms is None else block.cms.mix
+        shares = [1.0] * len(found) if mix is None else torch.softmax(mix.detach(), 0).tolist()
+        to.mixture = mix is not None
+        for level, at, share in zip(levels or (), found, shares):
             c, d = block.cms.config, block.cms.config.d_model
+            at.share = share
             at.kind, at.N = _KINDS[c.mlp], c.hidden
             at.gain, at.post_gain = self._at(level["norm_gain"], d), self._at(level.get("post_gain"), d)
             at.up, at.down = self._rows(level["up"], at.N, d, B), self._rows(level["down"], d, at.N, B)

@@ -35,7 +35,8 @@ def unserved(model: Model, backend: str | None) -> str | None:
     reason, like = unserved_step(model, backend), placement(model.embed)
     for cms in model.config.block_cms:
         if reason is None and cms is not None:
-            reason = cms_cpp.unserved(cms, like.dtype, like.device)
+            reason = "serves CMS levels one behind another" if cms.variant == "independent" else None
+            reason = reason or cms_cpp.unserved(cms, like.dtype, like.device)
     return reason
 
 
@@ -58,7 +59,7 @@ def _config_unserved(config: HopeConfig) -> str | None:
     if config.d_model % 8:
         return f"serves widths that are multiples of 8, not {config.d_model}"
     if config.mixer != "attention":
-        reason = "serves memories without post_norm" if config.post_norm else None
+        reason = None
     else:
         reason = _attention_unserved(config)
     for cms in config.block_cms:
@@ -73,8 +74,8 @@ def _attention_unserved(config: HopeConfig) -> str | None:
 
 
 def _cms_unserved(cms: CMSConfig) -> str | None:
-    if cms.variant == "independent" or cms.norm != "rmsnorm" or cms.bias or cms.rank is not None:
-        return "serves CMS levels one behind another, with rmsnorm and full rank, without biases"
+    if cms.norm != "rmsnorm" or cms.bias or cms.rank is not None:
+        return "serves CMS levels with rmsnorm and full rank, without biases"
     return None
 
 

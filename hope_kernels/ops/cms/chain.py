@@ -64,15 +64,11 @@ def read_levels(
             x = read(l, x, True)
         return x
     assert mix is not None
-    if not learns:
-        share = torch.softmax(mix.to(x.dtype), 0)
-        # The shares sum to 1, so the residual of the mixture is x itself.
-        return x + sum(share[l] * read(l, x, False) for l in range(config.num_levels))
-    share = torch.softmax(mix.detach().to(x.dtype), 0)
+    share = torch.softmax((mix.detach() if learns else mix).to(x.dtype), 0)
     # all branches before the sum: its backward begins with dL/dy and adds the levels' parts, the last level first
     branches, y = [read(l, x, False) for l in range(config.num_levels)], x
     for l, branch in enumerate(branches):
-        y = y + share[l] * branch
+        y = y + share[l] * branch  # the shares sum to 1, so the residual of the mixture is x itself
     return y
 
 
