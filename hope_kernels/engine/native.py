@@ -17,7 +17,6 @@ from torch import Tensor
 from ..config import HopeConfig
 from ..identity import weighted_sum
 from ..layers.attention import AttentionState
-from ..layers.titans import SelfModifyingTitans
 from ..model_state import ModelState
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
