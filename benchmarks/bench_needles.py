@@ -5,9 +5,10 @@
 
 Four pairs (key, value) stand somewhere among T tokens of noise and are asked for at the end
 (benchmarks/synthetic/needles.py); chance is 1/32. Training begins with T = 16, which doubles up to 1024 whenever the
-smoothed loss falls below 0.8 nats; attention takes lessons before (benchmarks/synthetic/lessons.py), without which it
-never finds a value by its key, and twelve times the steps of the others: after twice theirs, by which its rate is
-chosen, it still misses some of what stands in 1024 tokens. Rates are chosen from RATES by the training loss of seed 0.
+smoothed loss falls below 0.8 nats. "attention_conv" is attention behind the two taps that the memories of "recall" have
+before theirs (benchmarks/convolved.py), which show it a key beside its value; attention without them takes lessons
+before (benchmarks/synthetic/lessons.py), or it never finds a value by its key. Both take more steps than the others
+(TIMES). Rates are chosen from RATES by the training loss of seed 0.
 Once T is 1024 the arm "recall" is also pressed to write little: PRESS times the mean logit of the step size, over all
 tokens, is added to the loss, so that noise is hardly written at all. The arm "unpressed" is the same without. Tested
 are 200 sequences of each length, 4 answers each; attention up to 4096 tokens, for its cost grows with the square.
@@ -26,15 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import studies as s
+from benchmarks.convolved import convolved
 from benchmarks.synthetic.arms import same_size, size
 from benchmarks.synthetic.lessons import teach
 from benchmarks.synthetic.needles import KEYS, NEEDLES, VALUES, VOCABULARY, needles
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "needles.json")
-ARMS = ("recall", "unpressed", "titans", "attention")
+ATTENTION = ("attention", "attention_conv")
+ARMS = ("recall", "unpressed", "titans", *ATTENTION)
+NAMES = {"attention_conv": "attention and a convolution"}  # in the table
 RATES = (2e-3, 4e-3, 8e-3)
-SEARCH = 2  # times the steps of the others, after its lessons: those that attention's rate is chosen by
+# times the steps of the others that attention takes, after any lessons: when its rate is chosen, and in a run
+TIMES = {"attention": (2, 6), "attention_conv": (1, 4)}
 FIRST, LAST, MASTERED = 16, 1024, 0.8  # tokens of noise that training begins and ends with; nats
 PRESS, DEEPEST = 0.01, -18.0  # nats a unit of the logit; the logit that is low enough
 ATTENTION_LONGEST = 4096  # tokens of noise
@@ -48,7 +53,7 @@ TOLD = torch.arange(KEYS)[:, None], torch.arange(KEYS, KEYS + VALUES)  # keys an
 
 def configuration(arm: str, d: int, chunk: int, hidden: int) -> HopeConfig:
     fields = {"cms": CMSConfig(d, (1 << 20,), intermediate_size=hidden, lr=0.0)}
-    if arm == "attention":  # a pair takes two layers of it: one that looks back, one that finds
+    if arm in ATTENTION:  # a pair takes two layers of it: one that looks back, one that finds
         return HopeConfig(VOCABULARY, d, 2, mixer="attention", num_heads=4, **fields)
     preset, mixer = ("titans", "titans") if arm == "titans" else ("recall", "self_modifying")
     titans = TitansConfig.preset(preset, d_model=d, chunk_memory=chunk, chunk_other=chunk)
@@ -58,14 +63,14 @@ def configuration(arm: str, d: int, chunk: int, hidden: int) -> HopeConfig:
 def build(
     arm: str, seed: int, d: int, chunk: int, configuration: Callable[..., HopeConfig] = configuration
 ) -> HopeForCausalLM:
-    config = configuration("recall", d, chunk, 2 * d)
-    if arm in ("titans", "attention"):
-        config = same_size(size(HopeForCausalLM(config)), lambda hidden: configuration(arm, d, chunk, hidden))
+    config = recall = configuration("recall", d, chunk, 2 * d)
+    if arm in ("titans", *ATTENTION):
+        config = same_size(size(HopeForCausalLM(recall)), lambda hidden: configuration(arm, d, chunk, hidden))
     torch.manual_seed(seed)
     model = HopeForCausalLM(config)
     # tied embeddings at 0.02 make flat logits: the first hundreds of steps would go into their length
     torch.nn.init.normal_(model.embed.weight, std=0.3)
-    return model
+    return convolved(model, recall.titans.conv_window) if arm == "attention_conv" else model
 
 
 def write_logits(model: HopeForCausalLM, ids: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def train(
     biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
     others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": biases}], betas=(0.9, 0.95), weight_decay=0.01)
-    times = 1 if arm != "attention" else args.times if run else SEARCH
+    times = TIMES.get(arm, (1, 1))[run]
     T, smooth, since, curve, steps = FIRST, None, 0, [], args.steps * times
     for step in range(steps):
         rows = max(2, min(64, args.tokens // (T + args.chunk + 2 * NEEDLES)))
@@ -145,8 +150,8 @@ def table(data: dict) -> str:
         if case.startswith("run "):
             runs.setdefault(record["arm"], []).append(record)
     lengths = data["setting"]["lengths"]
-    lines = ["| model | parameters | " + " | ".join(f"{T:,}" for T in lengths) + " | seeds | rate |",
-             "|" + "---|" * (len(lengths) + 4)]
+    lines = ["| model | parameters | " + " | ".join(f"{T:,}" for T in lengths) + " | seeds | steps | rate |",
+             "|" + "---|" * (len(lengths) + 5)]
     for arm in ARMS:
         if arm in runs:
             cells = [[r["found"][str(T)] for r in runs[arm] if str(T) in r["found"]] for T in lengths]
@@ -154,7 +159,9 @@ def table(data: dict) -> str:
             size, lr = f"{runs[arm][0]['parameters']:,}", f"{runs[arm][0]['lr']:g}"
             reached = min(r["reached"] for r in runs[arm])
             lr += "" if reached == LAST else f", stuck at {reached} tokens"
-            lines.append(f"| {arm} | {size} | {' | '.join(shown)} | {len(runs[arm])} | {lr} |")
+            steps = f"{runs[arm][0]['curve'][-1][0]:,}"
+            steps += " after lessons" if any(r.get("lessons") for r in runs[arm]) else ""
+            lines.append(f"| {NAMES.get(arm, arm)} | {size} | {' | '.join(shown)} | {len(runs[arm])} | {steps} | {lr} |")
     return "\n".join(lines) if runs else "no runs yet"
 
 
@@ -174,7 +181,7 @@ def compare(study: s.Study, args: argparse.Namespace, build: Build = build, samp
             case = f"run {arm} seed {seed}"
             if case not in study.cases:
                 model, record = train(arm, lr, seed, args, build, sample, told, run=True)
-                lengths = [T for T in args.lengths if arm != "attention" or T <= ATTENTION_LONGEST]
+                lengths = [T for T in args.lengths if arm not in ATTENTION or T <= ATTENTION_LONGEST]
                 shares = {str(T): found(model, T, args.chunk, args.sequences, tests) for T in lengths}
                 study.put(case, record | {"found": shares})
                 print(case, study.cases[case]["found"], flush=True)
@@ -184,7 +191,6 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     p.add_argument("--steps", type=int, default=700)
-    p.add_argument("--times", type=int, default=12, help="as many steps have attention's runs")
     p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     p.add_argument("--d-model", type=int, default=64)
     p.add_argument("--chunk", type=int, default=16)

@@ -34,9 +34,8 @@ def configuration(arm: str, d: int, chunk: int, hidden: int) -> HopeConfig:
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--text", default=s.KJV, help="a text file, or .gz")
-    p.add_argument("--arms", nargs="+", choices=n.ARMS, default=("recall", "titans", "attention"))
+    p.add_argument("--arms", nargs="+", choices=n.ARMS, default=("recall", "titans", *n.ATTENTION))
     p.add_argument("--steps", type=int, default=1000)
-    p.add_argument("--times", type=int, default=6, help="as many steps have attention's runs")
     p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     p.add_argument("--d-model", type=int, default=64)
     p.add_argument("--chunk", type=int, default=16)

@@ -158,11 +158,9 @@ def text_needles(run: dict) -> str:
 
 def _needles(name: str, run: dict, units: str, hay: str, chance: str, place: str) -> str:
     data = run[name]
-    last = max((r["curve"][-1][0] for c, r in data["cases"].items() if c.startswith("run attention")), default=0)
-    of_attention = f" (attention: {last:,}, after lessons)" if last else ""
     return (f"{bench_needles.table(data)}\n\nShare of right answers by {units} of {hay}, 4 needles, chance {chance}, "
-            f"{data['setting']['sequences']} sequences of each length; trained for {data['setting']['steps']} steps"
-            f"{of_attention} on {bench_needles.FIRST} to {bench_needles.LAST} {units}. A needle begins at {place}. "
+            f"{data['setting']['sequences']} sequences of each length; trained on {bench_needles.FIRST} to "
+            f"{bench_needles.LAST} {units}. A needle begins at {place}. "
             f"{source(f'bench_{name}', name)}")
 
 

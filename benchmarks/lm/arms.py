@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.lm.convolved import convolved
+from benchmarks.convolved import convolved
 from benchmarks.synthetic.arms import as_large_as_hope
 from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig
 
 VOCABULARY, HEAD = 256, 32  # bytes; the width of a head
+TAPS = 4  # of a convolution, as TitansConfig.conv_window
 PERIODS = (64, 256)  # of the CMS, in tokens
 ARMS = {
     "hope": "HOPE",
@@ -51,4 +52,4 @@ def build(arm: str, seed: int, d: int, layers: int) -> HopeForCausalLM:
     """A new model of the arm, of as many parameters as HOPE with levels of 2 d units."""
     like = CONVOLVED.get(arm, arm)
     model = as_large_as_hope(like, seed, d, lambda arm, hidden: configuration(arm, d, layers, hidden))
-    return convolved(model) if arm in CONVOLVED else model
+    return convolved(model, TAPS) if arm in CONVOLVED else model

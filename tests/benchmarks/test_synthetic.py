@@ -143,12 +143,14 @@ def test_the_study_of_needles_writes_its_cases_and_runs_none_twice(tmp_path, cap
     monkeypatch.setattr(bench_needles, "RATES", (4e-3,))
     monkeypatch.setattr(lessons, "MOST", 2)
     out = tmp_path / "needles.json"
-    command = ["--arms", "unpressed", "attention", "--seeds", "0", "--steps", "3", "--tokens", "64",
+    command = ["--arms", "unpressed", "attention", "attention_conv", "--seeds", "0", "--steps", "3", "--tokens", "64",
                "--lengths", "16", "64", "--sequences", "3", "--out", str(out)]
     bench_needles.main(command)
     first = json.loads(out.read_text())
     assert set(first["cases"]["run attention seed 0"]["found"]) == {"16", "64"}
-    assert [first["cases"][f"run {arm} seed 0"]["lessons"] for arm in ("unpressed", "attention")] == [0, 2]
+    ran = [first["cases"][f"run {arm} seed 0"] for arm in ("unpressed", "attention", "attention_conv")]
+    assert [(r["lessons"], r["curve"][-1][0]) for r in ran] == [(0, 3), (2, 18), (0, 12)]
+    assert all(abs(r["parameters"] / 65_985 - 1) < 0.02 for r in ran)
     bench_needles.main(command)
     assert json.loads(out.read_text())["cases"] == first["cases"]
     assert "| unpressed | 65,985 |" in capsys.readouterr().out

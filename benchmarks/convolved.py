@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from hope_kernels import HopeForCausalLM
 from hope_kernels.layers.attention import AttentionState, CausalAttention
 
-TAPS = 4  # as TitansConfig.conv_window
-
 
 @dataclass(eq=False)
 class ConvolvedState(AttentionState):
-    """tail: [B, TAPS - 1, d_model], the inputs that the next token's convolution sees."""
+    """tail: [B, taps - 1, d_model], the inputs that the next token's convolution sees."""
 
     tail: Tensor = field(kw_only=True)
 
@@ -29,17 +27,18 @@ class ConvolvedState(AttentionState):
 
 
 class ConvolvedAttention(CausalAttention):
-    """``CausalAttention`` of a causal depthwise convolution of its input. Rows are all read whole."""
+    """``CausalAttention`` of a causal depthwise convolution of its input, of ``taps`` tokens. Rows are all read
+    whole."""
 
-    def __init__(self, attention: CausalAttention):
+    def __init__(self, attention: CausalAttention, taps: int):
         super().__init__(attention.config)
         self.load_state_dict(attention.state_dict())
-        self.conv = nn.Parameter(torch.empty(attention.config.d_model, TAPS))
-        nn.init.uniform_(self.conv, -(TAPS**-0.5), TAPS**-0.5)
+        self.conv = nn.Parameter(torch.empty(attention.config.d_model, taps))
+        nn.init.uniform_(self.conv, -(taps**-0.5), taps**-0.5)
 
     def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> AttentionState:
         s = super().init_state(batch, device, dtype)
-        tail = s.k.new_zeros(batch, TAPS - 1, self.config.d_model)
+        tail = s.k.new_zeros(batch, self.conv.shape[1] - 1, self.config.d_model)
         return ConvolvedState(s.pos, s.config, s.k, s.v, s.base, tail=tail, owner=self, parts=self.parts)
 
     def scan(self, x: Tensor, state: AttentionState, lengths: list[int], **how: Any) -> tuple[Tensor, AttentionState]:
@@ -51,11 +50,11 @@ class ConvolvedAttention(CausalAttention):
         y, new = super().scan(u, state, lengths, **how)
         if new is state:
             return y, state
-        return y, replace(new, tail=seen[:, -(TAPS - 1) :])
+        return y, replace(new, tail=seen[:, x.shape[1] :])
 
 
-def convolved(model: HopeForCausalLM) -> HopeForCausalLM:
+def convolved(model: HopeForCausalLM, taps: int) -> HopeForCausalLM:
     """The model, its attention replaced."""
     for block in model.blocks:
-        block.mixer = ConvolvedAttention(block.mixer)
+        block.mixer = ConvolvedAttention(block.mixer, taps)
     return model
