@@ -156,12 +156,12 @@ def table(data: dict) -> str:
         if arm in runs:
             cells = [[r["found"][str(T)] for r in runs[arm] if str(T) in r["found"]] for T in lengths]
             shown = (f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" if c else "-" for c in cells)
-            size, lr = f"{runs[arm][0]['parameters']:,}", f"{runs[arm][0]['lr']:g}"
+            name, size, lr = NAMES.get(arm, arm), f"{runs[arm][0]['parameters']:,}", f"{runs[arm][0]['lr']:g}"
             reached = min(r["reached"] for r in runs[arm])
             lr += "" if reached == LAST else f", stuck at {reached} tokens"
             steps = f"{runs[arm][0]['curve'][-1][0]:,}"
             steps += " after lessons" if any(r.get("lessons") for r in runs[arm]) else ""
-            lines.append(f"| {NAMES.get(arm, arm)} | {size} | {' | '.join(shown)} | {len(runs[arm])} | {steps} | {lr} |")
+            lines.append(f"| {name} | {size} | {' | '.join(shown)} | {len(runs[arm])} | {steps} | {lr} |")
     return "\n".join(lines) if runs else "no runs yet"
 
 
