@@ -33,7 +33,10 @@ class MemoriesStep {
     s.each(B * t.H, [&](int64_t g) { head(g, x); });
     s.team.sync();
     // the heads of a row, [H, D], are its d numbers
-    if (m.out_proj) {
+    if (m.post_gain) {
+      if (m.out_proj) s.project(d, d, w.o, m.out_proj, w.x);
+      s.join(m.out_proj ? w.x : w.o, m.post_gain);
+    } else if (m.out_proj) {
       product(s.team, B, d, d, w.o, shared(m.out_proj), [&](int64_t b, int64_t r, float y) { w.h[b * d + r] += y; });
     } else {
       s.each(B, [&](int64_t b) {

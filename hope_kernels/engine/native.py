@@ -17,7 +17,6 @@ from torch import Tensor
 from ..config import HopeConfig
 from ..identity import weighted_sum
 from ..layers.attention import AttentionState
-from ..layers.titans import SelfModifyingTitans
 from ..model_state import ModelState
 from ..ops.cms.level import Level
 from ..ops.cms.matrix import Matrix
@@ -35,7 +34,7 @@ __all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "u
 NOT_FINITE = 3  # csrc/cpu/token.cpp
 _version = attrgetter("_version")
 _STATE = MEMORY[:-1]  # but for the tail of the convolution
-_KINDS = {"gelu": 0, "swiglu": 1, "geglu": 2}  # of levels, csrc/cpu/token.h
+KINDS = {"gelu": 0, "swiglu": 1, "geglu": 2}  # of levels, csrc/cpu/cms.h
 
 
 class _Level(ctypes.Structure):
@@ -45,7 +44,7 @@ class _Level(ctypes.Structure):
 class _Memories(ctypes.Structure):
     _fields_ = [
         *((n, POINTER) for n in ("conv", "tail", *SQUARE, *GATES, "beta_bias")), ("beta", ctypes.c_float),
-        ("out_gain", POINTER), ("titans", TitansCall), ("packed", POINTER), ("count", POINTER),
+        ("out_gain", POINTER), ("post_gain", POINTER), ("titans", TitansCall), ("packed", POINTER), ("count", POINTER),
     ]
 
 
@@ -128,7 +127,7 @@ class NativeStep:
         for to, block, mixer, of in zip(blocks, model.blocks, state.mixers, levels):
             to.gain = self._at(block.norm.weight, d)
             if isinstance(mixer, TitansState):
-                self._memories(to, block.mixer, mixer, B)
+                self._memories(to, block, mixer, B)
             else:
                 self._attention(to, block, mixer)
             self._levels(to, block, of, B)
@@ -196,8 +195,9 @@ class NativeStep:
         self._held.append(t)
         return address(t, count)
 
-    def _memories(self, block: _Block, mixer: SelfModifyingTitans, state: TitansState, B: int) -> None:
-        c, H, D, d, to = mixer.config, mixer.config.num_heads, mixer.config.head_dim, mixer.config.d_model, _Memories()
+    def _memories(self, block: _Block, of: Any, state: TitansState, B: int) -> None:
+        mixer, to = of.mixer, _Memories()
+        c, H, D, d = mixer.config, mixer.config.num_heads, mixer.config.head_dim, mixer.config.d_model
         block.memories = ctypes.pointer(to)
         self._held.append(to)
         for name in SQUARE + GATES:
@@ -206,6 +206,8 @@ class NativeStep:
         to.beta_bias, to.beta = self._at(mixer.beta_bias, H), constant_momentum(c)
         W = c.conv_window or 1
         to.out_gain, to.conv = self._at(mixer.norm_gain, d), self._at(mixer.conv, W * d)
+        if of.post_norm is not None:
+            to.post_gain = self._at(of.post_norm.weight, d)
         to.tail = self._at(state.conv_tail, B * (W - 1) * d)
         shapes = Layout.of(c).shapes(B, H)
         slots = B * max(c.chunk_memory, c.chunk_other) * H
@@ -253,7 +255,7 @@ class NativeStep:
         found = (_Level * len(levels or ()))()
         for level, at in zip(levels or (), found):
             c, d = block.cms.config, block.cms.config.d_model
-            at.kind, at.N = _KINDS[c.mlp], c.hidden
+            at.kind, at.N = KINDS[c.mlp], c.hidden
             at.gain, at.post_gain = self._at(level["norm_gain"], d), self._at(level.get("post_gain"), d)
             at.up, at.down = self._rows(level["up"], at.N, d, B), self._rows(level["down"], d, at.N, B)
             if c.gated:
