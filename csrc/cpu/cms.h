@@ -5,6 +5,10 @@
 #pragma once
 #include <cstdint>
 
+// a = gelu_tanh(up n), silu(gate n) (up n) or gelu_tanh(gate n) (up n), where n = rmsnorm(x) gain; and a level makes
+// x + down a of it, or x + rmsnorm(down a) post_gain
+enum LevelKind { GELU_LEVEL = 0, SWIGLU_LEVEL = 1, GEGLU_LEVEL = 2 };
+
 extern "C" {
 // a = gelu_tanh(z); slope = its derivative, null: not wanted
 int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope);

@@ -74,6 +74,20 @@ HK_INLINE void multiply_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
   with_rows(acc, panel, r, [](V& x, const float* p) { x = x * load_as<V>(p); });
 }
 
+template <class V, int MR, int NV>
+HK_INLINE void scale_rows(V (&acc)[MR][NV], float by) {
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[r][v] = acc[r][v] * all_as<V>(by);
+}
+
+// A tile times rows of a panel, to those of another one.
+template <class V, int MR, int NV>
+HK_INLINE void store_products(float* to, int64_t r, V (&acc)[MR][NV], const float* panel) {
+  with_rows(acc, to, r, [to, panel](V& x, float* p) { store(p, x * load_as<V>(panel + (p - to))); });
+}
+
 // to += the squares of a tile's rows; from zero where the first of a group of eight rows is among them
 template <class V, int MR, int NV>
 HK_INLINE void add_squares(const V (&acc)[MR][NV], int64_t r, float* to) {

@@ -38,17 +38,22 @@ bool memory_fits(const SegmentBlock& b, const SegmentCall& c) {
                                      (!b.titans.retention || all_given({b.alpha_proj, b.titans.alpha_bias})));
 }
 
+bool level_fits(const SegmentLevel& level, const SegmentCall& c) {
+  if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N}) || level.kind < GELU_LEVEL ||
+      level.kind > GEGLU_LEVEL || (level.kind == GELU_LEVEL) != !level.gate ||
+      !all_given({level.gain, level.up, level.down}))
+    return false;
+  for (int64_t i = 0; i < c.B; i++)
+    if (!all_given({level.up[i], level.down[i]}) || (level.gate && !level.gate[i])) return false;
+  return true;
+}
+
 bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
   const bool all = !c.block->attention == !b.attention;  // blocks are of one kind
   if (!all || !(b.attention ? mixer_fits(*b.attention, c.B, c.T, c.d, c.len) : memory_fits(b, c))) return false;
   if (b.levels < 0 || (b.levels && !b.level)) return false;
-  for (int64_t l = 0; l < b.levels; l++) {
-    const SegmentLevel& level = b.level[l];
-    if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N}) || !all_given({level.gain, level.up, level.down}))
-      return false;
-    for (int64_t i = 0; i < c.B; i++)
-      if (!all_given({level.up[i], level.down[i]})) return false;
-  }
+  for (int64_t l = 0; l < b.levels; l++)
+    if (!level_fits(b.level[l], c)) return false;
   return true;
 }
 
@@ -96,7 +101,9 @@ bool learning_fits(const SegmentCall& c) {
   for (int64_t i = 0; i < c.blocks; i++)
     for (int64_t l = 0; l < c.block[i].levels; l++) {
       const SegmentLevel& level = c.block[i].level[l];
-      if (level.learns && !(steps_fit(level.up_step, c.B) && steps_fit(level.down_step, c.B))) return false;
+      if (level.learns && !(steps_fit(level.up_step, c.B) && steps_fit(level.down_step, c.B) &&
+                            (!level.gate || steps_fit(level.gate_step, c.B))))
+        return false;
     }
   return c.keep && all_given({c.work, c.learns});
 }

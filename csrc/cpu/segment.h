@@ -3,6 +3,7 @@
 #pragma once
 #include "attention_mixer.h"
 #include "call.h"
+#include "cms.h"
 
 constexpr int64_t HEAD_MOST = 4096;  // tokens of a vocabulary whose logits are panels of the work space
 
@@ -14,12 +15,14 @@ struct SegmentStep {
   float *total, *weight, *moment, *square;
 };
 
-struct SegmentLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
-  int64_t N;
+struct SegmentLevel {
+  int64_t kind, N;                               // a LevelKind
   int64_t learns;                                // whether its gradient is wanted
-  const float* gain;                             // [d]
-  const float *const *up, *const *down;          // [B]: every row's own matrix, or its shared one: [N, d], [d, N]
-  const SegmentStep *up_step, *down_step;        // [B], for hope_segment_learn, where it learns
+  const float *gain, *post_gain;                 // [d]; post_gain: or null
+  // [B]: every row's own matrix, or its shared one: [N, d], [N, d] (null for GELU_LEVEL), [d, N]
+  const float *const *up, *const *gate, *const *down;
+  const SegmentStep *up_step, *gate_step, *down_step;  // [B], for hope_segment_learn, where it learns
+  float share;                                   // of what it adds to the stream: 1, but of a mixture's levels
 };
 
 // What a mixer has of B rows: as in TitansCall, and the convolution's last inputs [B, W - 1, d].
@@ -32,6 +35,7 @@ struct SegmentBlock {
   // Of a block with attention, whose angles are [rotations, stride, D / 2]; of the others null. Its caches hold the
   // tokens that are read from their slots on, and are the same from segment to segment.
   const AttentionMixer* attention;
+  const float* post_gain;                  // [d], of the norm behind the mixer, or null
   // Of one with memories; with attention, up to `levels`, not looked at.
   const float* gain;                       // [d], of the norm before the mixer
   const float* conv;                       // [d, W], or null: no convolution
@@ -46,6 +50,7 @@ struct SegmentBlock {
   SegmentMemory before, after;             // the second becomes what a reading makes of the first
   int64_t levels;
   const SegmentLevel* level;
+  int64_t mixture;                         // 1: every level reads what the first one does
 };
 
 struct SegmentCall {
@@ -75,7 +80,7 @@ struct SegmentsCall {
   SegmentCall first;                       // len and known are those of all; without slopes
   int64_t count;
   const SegmentMemory* other;              // [blocks], of memories: what `after` is to the first, to the second
-  const SegmentStep* const* steps;         // [count, levels of all blocks, 2]: up_step, down_step; or null
+  const SegmentStep* const* steps;         // [count, levels of all blocks, 3]: up_, gate_ and down_step; or null
   // The running mean of a row's loss a token, and the rise above it that ends the reading; null: nothing does.
   double *mean, rise, share;               // mean <- (1 - share) mean + share loss
 };

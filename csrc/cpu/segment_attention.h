@@ -2,11 +2,11 @@
 // attention_model.cpp has them, bit for bit.
 #pragma once
 #include "attention_rows.h"
-#include "segment_panels.h"
+#include "segment_levels.h"
 
-class SegmentAttention : public SegmentPanels {
+class SegmentAttention : public SegmentLevels {
  protected:
-  using SegmentPanels::SegmentPanels;
+  using SegmentLevels::SegmentLevels;
 
   int attention(int64_t i) const {
     const AttentionMixer& m = *c.block[i].attention;
@@ -26,7 +26,7 @@ class SegmentAttention : public SegmentPanels {
     t.y = kept.y, t.most = kept.most, t.sum = kept.sum;
     if (const int outcome = hope_attention(&t)) return outcome;
     over(B * P, wide_heads, [&](int64_t j) { from_rows(kept.y, wide, wide_heads, j / P, j % P); });
-    add_product(wide_heads, [&](int64_t) { return m.o_proj; }, wide, h, next);
+    add_product(wide_heads, [&](int64_t) { return m.o_proj; }, wide, h, next, c.block[i].post_gain, mixed(i));
     return DONE;
   }
 
@@ -34,10 +34,10 @@ class SegmentAttention : public SegmentPanels {
   int attention_backward(int64_t i) const {
     const AttentionMixer& m = *c.block[i].attention;
     const KeptHeads kept = kept_heads(i);
-    const float* h = stream(stream_of(i));
+    const float *h = stream(stream_of(i)), *from = slope_before(c.block[i].post_gain, mixed(i), slope);
     const int64_t size = d * PANEL, H = m.attention.H, Hkv = m.attention.Hkv, D = m.attention.D;
     const Learning rows{*this};
-    product(H * D, d, rows, [&](int64_t) { return m.o_proj; }, 1, H * D, slope,
+    product(H * D, d, rows, [&](int64_t) { return m.o_proj; }, 1, H * D, from,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
               store_rows(wide + (b * P + p) * H * D * PANEL, r, acc);
             }, Nothing());

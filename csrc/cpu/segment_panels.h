@@ -35,7 +35,9 @@ class SegmentPanels {
   int64_t used = 0, streams = 0, kept_floats = 0;
   bool adaptive = false;  // whether memories of a block make q
   float *streams_ = nullptr, *levels_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr, *heads_ = nullptr;
+  float *mixed_ = nullptr, *apart = nullptr;  // apart: of a mixture, what its levels read, or the slope behind them
   float *slope, *one, *two, *wide, *strips;   // panels of d, d, d and of the widest level (or vocabulary)
+  float* wide_gate;                           // panels of the widest level with a gate
   float *ra, *rb, *rc, *rd, *re;              // token rows of d
   float *rk, *rv, *raw, *eta, *alpha, *beta;  // of d, d, and H for every head, where memories are given theirs
   float *hq, *hfar, *hy, *hdq, *hdfar, *hk, *hv;  // of H D and Hkv D, for attention
@@ -56,12 +58,16 @@ class SegmentPanels {
     auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
     streams = 1;
     int64_t deepest = d, levels = 0, kept = 0, given = 0, gates = 0, memories = 0;
-    int64_t heads = 0, keys = 0, kept_heads = 0;
+    int64_t heads = 0, keys = 0, kept_heads = 0, gated = 0, mixed = 0, mixtures = 0;
     for (int64_t i = 0; i < c.blocks; i++) {
       const SegmentBlock& b = c.block[i];
       streams += 1 + b.levels;
-      for (int64_t l = 0; l < b.levels; l++)
+      for (int64_t l = 0; l < b.levels; l++) {
         deepest = std::max(deepest, b.level[l].N), levels += level_floats(b.level[l]);
+        if (b.level[l].gate) gated = std::max(gated, b.level[l].N);
+      }
+      if (b.post_gain) mixed = c.blocks * round(panel_floats());
+      if (b.mixture) mixtures = panel_floats();
       if (b.attention) {
         const AttentionCall& t = b.attention->attention;
         heads = std::max(heads, t.H * t.D), keys = std::max(keys, t.Hkv * t.D);
@@ -80,8 +86,8 @@ class SegmentPanels {
     take(levels_, c.keep ? levels : 0);
     take(mixers_, c.keep && memories ? c.blocks * (adaptive ? 4 : 3) * round(row_floats()) : 0);
     take(kept_, c.keep ? c.blocks * (adaptive ? 4 : 2) * kept : 0);
-    take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats());
-    take(heads_, c.keep ? kept_heads : 0);
+    take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats()), take(apart, mixtures);
+    take(heads_, c.keep ? kept_heads : 0), take(mixed_, c.keep ? mixed : 0), take(wide_gate, B * P * PANEL * gated);
     take(wide, B * P * PANEL * std::max({c.vocab <= HEAD_MOST ? c.vocab : 0, deepest, heads, keys}));
     take(strips, c.keep ? B * P * PANEL * (deepest + COLUMNS) : 0);
     take(ra, row_floats());
@@ -100,18 +106,27 @@ class SegmentPanels {
     for (int64_t i = 0; i < block; i++) at += 1 + c.block[i].levels;
     return at;
   }
-  // of a level, panels: its inputs after the norm, [d], its hidden units, and the activation's derivatives, [N]
+  // of a level, panels: its inputs after the norm, [d], its hidden units a, da by up n and by gate n (null where not
+  // wanted, or without a gate), [N], and what is normed behind it, [d]
   struct Kept {
-    float *n, *a, *slopes;
+    float *n, *a, *by_up, *by_gate, *out;
   };
-  int64_t level_floats(const SegmentLevel& level) const { return B * P * PANEL * (d + 2 * level.N) + 16; }
+  int64_t level_floats(const SegmentLevel& level) const {
+    return B * P * PANEL * ((level.post_gain ? 2 : 1) * d + (level.gate ? 3 : 2) * level.N) + 16;
+  }
   Kept kept(int64_t block, int64_t l) const {
     const SegmentLevel& level = c.block[block].level[l];
-    if (!c.keep) return {one, wide, nullptr};
+    if (!c.keep) return {one, wide, level.gate ? wide_gate : nullptr, nullptr, two};
     float* at = levels_;
     for (int64_t i = 0; i <= block; i++)
       for (int64_t j = 0; j < (i < block ? c.block[i].levels : l); j++) at += level_floats(c.block[i].level[j]);
-    return {at, at + B * P * PANEL * d, at + B * P * PANEL * (d + level.N)};
+    const int64_t inner = B * P * PANEL * level.N;
+    float *a = at + panel_floats(), *by_gate = a + 2 * inner;
+    return {at, a, a + inner, level.gate ? by_gate : nullptr, level.gate ? by_gate + inner : by_gate};
+  }
+  // of a block's mixer, panels: its output, where that is normed
+  float* mixed(int64_t block) const {
+    return c.keep && c.block[block].post_gain ? mixed_ + block * round(panel_floats()) : two;
   }
   // of a block's memory, its weights in every chunk that was read: 0 w2, 1 w1; and of the one that makes q: 2 w2, 3 w1
   float* kept_of(int64_t block, int which) const {
@@ -228,14 +243,55 @@ class SegmentPanels {
             }, Nothing());
   }
 
-  // The residual stream: panels [d] of next = h + W from, by every row's W [d, K].
+  // The residual stream: panels [d] of next = h + share W from, by every row's W [d, K].
   template <class Weights>
-  void add_product(int64_t K, Weights weights, const float* from, const float* h, float* next) const {
+  void add_product(int64_t K, Weights weights, const float* from, const float* h, float* next, float share = 1) const {
     product(d, K, All(), weights, K, 1, from,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              if (share != 1) scale_rows(acc, share);
               add_rows(acc, h + (b * P + p) * d * PANEL, r);
               store_rows(next + (b * P + p) * d * PANEL, r, acc);
             }, Nothing());
+  }
+
+  // The same, or h + share rmsnorm(W from) gain, where W from goes to `out`.
+  template <class Weights>
+  void add_product(int64_t K, Weights weights, const float* from, const float* h, float* next, const float* gain,
+                   float* out, float share = 1) const {
+    if (!gain) return add_product(K, weights, from, h, next, share);
+    product(d, K, All(), weights, K, 1, from,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(out + (b * P + p) * d * PANEL, r, acc); },
+            Nothing());
+    add(out, gain, h, next, share);
+  }
+
+  // next = h + share from, or h + share rmsnorm(from) gain
+  void add(const float* from, const float* gain, const float* h, float* next, float share = 1) const {
+    over(B * P, d, [&](int64_t j) {
+      const int64_t size = d * PANEL, at = j * size;
+      if (gain) norm(from + at, gain, next + at);
+      const float* y = gain ? next : from;
+      for (int64_t k = at; k < at + size; k += 8) store(next + k, load(h + k) + all(share) * load(y + k));
+    });
+  }
+
+  // dL/dx for the slope dy behind share x, or behind share rmsnorm(x) gain: dy itself, or in two.
+  const float* slope_before(const float* gain, const float* x, const float* dy, float share = 1) const {
+    if (!gain && share == 1) return dy;
+    over(B * P, d, [&](int64_t j) {
+      const int64_t size = d * PANEL, at = j * size;
+      if (!learning(j / P)) return;
+      if (gain) norm_backward(x + at, gain, dy + at, two + at, false);
+      const float* y = gain ? two : dy;
+      for (int64_t k = at; share != 1 && k < at + size; k += 8) store(two + k, all(share) * load(y + k));
+    });
+    return two;
+  }
+
+  // panels of d
+  void copy(const float* from, float* to) const {
+    const int64_t size = d * PANEL;
+    over(B * P, d, [&](int64_t j) { std::memcpy(to + j * size, from + j * size, size * sizeof(float)); });
   }
 
   f8 norm_factor(const float* x) const {

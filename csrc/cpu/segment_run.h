@@ -14,7 +14,7 @@ class Segment : public SegmentAttention {
     over(B * P, d, [&](int64_t i) { embed(i / P, i % P); });
     for (int64_t i = 0; i < c.blocks; i++) {
       if (const int outcome = c.block[i].attention ? attention(i) : mixer(i)) return outcome;
-      for (int64_t l = 0; l < c.block[i].levels; l++) level(i, l);
+      levels(i);
     }
     return DONE;
   }
@@ -34,8 +34,7 @@ class Segment : public SegmentAttention {
     if (first == c.blocks) return DONE;
     if (c.slopes) over(B * P, d, [&](int64_t i) { from_rows(c.slopes, slope, d, i / P, i % P); });
     for (int64_t i = c.blocks - 1; i >= first; i--) {
-      for (int64_t l = c.block[i].levels - 1; l >= (i == first ? lowest : 0); l--)
-        if (const int outcome = level_backward(i, l, i > first || l > lowest)) return outcome;
+      if (const int outcome = levels_backward(i)) return outcome;
       if (i == first) break;
       if (const int outcome = c.block[i].attention ? attention_backward(i) : mixer_backward(i)) return outcome;
     }
@@ -125,14 +124,12 @@ class Segment : public SegmentAttention {
     if (c.keep && i > first) keep_weights(i, t);
     if (const int outcome = hope_titans_scan(&t)) return outcome;
     hope_output_gate(B * T, t.H, t.D, c.threads, o, block.out_gain, gate, ra);
-    all_from_rows(ra, one, All());
-    if (!block.out_proj) {
-      over(B * P, d, [&](int64_t j) {
-        for (int64_t k = j * size; k < (j + 1) * size; k += 8) store(next + k, load(h + k) + load(one + k));
-      });
-      return DONE;
-    }
-    add_product(d, [&](int64_t) { return block.out_proj; }, one, h, next);
+    float* y = block.out_proj ? one : mixed(i);
+    all_from_rows(ra, y, All());
+    if (block.out_proj)
+      add_product(d, [&](int64_t) { return block.out_proj; }, y, h, next, block.post_gain, mixed(i));
+    else
+      add(y, block.post_gain, h, next);
     return DONE;
   }
 
@@ -166,29 +163,6 @@ class Segment : public SegmentAttention {
             Nothing());
     over(B * P, H, [&](int64_t i) { to_rows(slope, raw, H, i / P, i % P); });
     hope_gate(B * T, H, softplus, scale, raw, bias, to);
-  }
-
-  void level(int64_t i, int64_t l) const {
-    const SegmentLevel& level = c.block[i].level[l];
-    const int64_t at = stream_of(i) + 1 + l, N = level.N, size = d * PANEL;
-    const float* h = stream(at);
-    float* next = stream(at + 1);
-    const Kept to = kept(i, l);
-    over(B * P, d, [&](int64_t j) { norm(h + j * size, level.gain, to.n + j * size); });
-    product(N, d, All(), [&](int64_t b) { return level.up[b]; }, d, 1, to.n,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-              store_rows(to.a + (b * P + p) * N * PANEL, r, acc);
-            },
-            [&](int64_t b, int64_t p, int64_t r0, int64_t r1) {
-              float* z = to.a + (b * P + p) * N * PANEL;
-              float* slopes = to.slopes ? to.slopes + (b * P + p) * N * PANEL : nullptr;
-              for (int64_t k = r0 * PANEL; k < r1 * PANEL; k += half(b, p) ? PANEL : 8) {
-                f8 s;
-                store(z + k, sigma<GELU_TANH>(load(z + k), s));
-                if (slopes) store(slopes + k, s);
-              }
-            });
-    add_product(N, [&](int64_t b) { return level.down[b]; }, to.a, h, next);
   }
 
   // -- head -------------------------------------------------------------------------------------------------
@@ -252,96 +226,14 @@ class Segment : public SegmentAttention {
 
   // -- backward ---------------------------------------------------------------------------------------------
 
-  int level_backward(int64_t i, int64_t l, bool on) const {
-    const SegmentLevel& level = c.block[i].level[l];
-    const int64_t N = level.N, size = d * PANEL;
-    const float* h = stream(stream_of(i) + 1 + l);
-    const Kept of = kept(i, l);
-    const Learning rows{*this};
-    product(N, d, rows, [&](int64_t b) { return level.down[b]; }, 1, N, slope,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-              multiply_rows(acc, of.slopes + (b * P + p) * N * PANEL, r);
-              store_rows(wide + (b * P + p) * N * PANEL, r, acc);
-            }, Nothing());
-    if (const int outcome = level.learns ? steps(d, N, level.down_step, slope, of.a) : DONE) return outcome;
-    if (on)
-      product(d, N, rows, [&](int64_t b) { return level.up[b]; }, 1, d, wide,
-              [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-                store_rows(one + (b * P + p) * size, r, acc);
-              }, Nothing());
-    if (const int outcome = level.learns ? steps(N, d, level.up_step, wide, of.n) : DONE) return outcome;
-    if (!on) return DONE;
-    over(B * P, d, [&](int64_t j) {
-      if (learning(j / P)) norm_backward(h + j * size, level.gain, one + j * size, slope + j * size, true);
-    });
-    return DONE;
-  }
-
-  // The steps of a matrix [R, K] of all rows that learn: its gradient is a sum over tokens, of errors [R] and inputs
-  // [K] in panels, one chain for every weight. It is in memory as a whole only where a step asks for that.
-  int steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
-    const int64_t count = (K + COLUMNS - 1) / COLUMNS;
-    over(B * count, COLUMNS * R * P, [&](int64_t i) {
-      const int64_t b = i / count, k = i % count * COLUMNS, w = std::min(COLUMNS, K - k), n = c.len[b];
-      if (!learning(b) || !step[b].weight) return;
-      float* rows = strips + (b * count + i % count) * COLUMNS * P * PANEL;  // the inputs here, [n, w]
-      for (int64_t p = 0; p * PANEL < n; p++)
-        store_lanes(inputs + ((b * P + p) * K + k) * PANEL, rows + p * PANEL * w, w, w, 0, tokens(b, p));
-      const SegmentStep& s = step[b];
-      Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
-      Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
-      if (s.whole) rule = {GD, -1, 0, 0, 0, 0, 0, 0}, weights = {s.total, nullptr, nullptr, nullptr, nullptr};
-      outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
-                    [&](int64_t r, int64_t at, auto& acc) { step_tile(rule, weights.from(r * K + k + at), K, acc); });
-    });
-    for (int64_t b = 0; b < B; b++)
-      if (const int outcome = learning(b) && step[b].weight && step[b].whole ? step_of(step[b], R, K) : DONE)
-        return outcome;
-    return DONE;
-  }
-
-  // The step from the gradient as a whole, which total has.
-  int step_of(const SegmentStep& s, int64_t R, int64_t K) const {
-    const int outcome = s.whole == ORTHOGONAL ? hope_newton_schulz(1, R, K, c.threads, s.total, s.total)
-                                              : hope_normalise(R * K, c.threads, s.total);
-    if (outcome) return outcome;
-    return hope_cms_step(R * K, c.threads, s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps, nullptr,
-                         s.total, s.weight, s.moment, s.square, nullptr);
-  }
-
-  // A tile of gradients, whose rows lie K apart.
-  template <class V, int MR, int NV>
-  static void step_tile(const Step& s, const Weights& p, int64_t K, const V (&acc)[MR][NV]) {
-#pragma GCC unroll 8
-    for (int r = MR; r < 2 * MR; r++)  // the tile below
-      __builtin_prefetch(p.weight + r * K, 1), __builtin_prefetch(p.weight + r * K + 16, 1);
-    if (s.rule == GD && !p.total) {
-      const V lr = all_as<V>(s.lr);
-#pragma GCC unroll 8
-      for (int r = 0; r < MR; r++)
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) {
-          float* w = p.weight + r * K + LANES<V> * v;
-          store(w, fnma(lr, acc[r][v], load_as<V>(w)));
-        }
-      return;
-    }
-    alignas(64) float grad[MR][NV * LANES<V>];
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; r++)
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) store(grad[r] + LANES<V> * v, acc[r][v]);
-    for (int r = 0; r < MR; r++) step_weights(s, NV * LANES<V>, grad[r], p.from(r * K));
-  }
-
   int mixer_backward(int64_t i) const {
     const SegmentBlock& block = c.block[i];
     const TitansCall& t = block.titans;
-    const float *h = stream(stream_of(i)), *from = slope;
+    const float *h = stream(stream_of(i)), *from = slope_before(block.post_gain, mixed(i), slope);
     const int64_t size = d * PANEL, H = t.H;
     const Learning rows{*this};
     if (block.out_proj) {
-      project(true, block.out_proj, slope, one, rows);
+      project(true, block.out_proj, from, one, rows);
       from = one;
     }
     // rows that do not learn, and padding, go through what follows as zeros

@@ -78,10 +78,10 @@ class Segments {
     }
     if (c.finite) std::fill_n(c.finite, c.B, 1);
     const SegmentStep* const* step = s.steps;
-    for (int64_t k = 0; step && k < i * c.blocks; k++) step += 2 * levels[k % c.blocks].size();
+    for (int64_t k = 0; step && k < i * c.blocks; k++) step += 3 * levels[k % c.blocks].size();
     for (auto& of : levels)
       for (SegmentLevel& level : of)
-        if (step) level.up_step = *step++, level.down_step = *step++;
+        if (step) level.up_step = *step++, level.gate_step = *step++, level.down_step = *step++;
   }
 
   // Whether no row's loss has risen, and the running means with it.

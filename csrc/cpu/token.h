@@ -3,17 +3,14 @@
 #pragma once
 #include "attention.h"
 #include "call.h"
+#include "cms.h"
 
-enum LevelKind { GELU_LEVEL = 0, SWIGLU_LEVEL = 1, GEGLU_LEVEL = 2 };
-
-// x + share y, y = down a or rmsnorm(down a) post_gain, where n = rmsnorm(x) gain and a = gelu_tanh(up n),
-// silu(gate n) (up n) or gelu_tanh(gate n) (up n).
 struct TokenLevel {
-  int64_t kind, N;                                   // N: a width
+  int64_t kind, N;                                   // a LevelKind; N: a width
   const float *gain, *post_gain;                     // [d]; post_gain: or null
   // [B]: every row's own matrix, or the one it shares: [N, d], [N, d] (null for GELU_LEVEL), [d, N]
   const float *const *up, *const *gate, *const *down;
-  float share;                                       // 1, but of a mixture's levels
+  float share;                                       // of what it adds to the stream: 1, but of a mixture's levels
 };
 
 // A mixer of memories.
@@ -25,8 +22,7 @@ struct TokenMemories {
   const float *eta_proj, *alpha_proj, *beta_proj;    // [H, d]; beta's for a learned momentum, with
   const float* beta_bias;                            // [H]
   float beta;                                        // the momentum, if there is one that is not learned
-  const float* out_gain;                             // [H, D], or null
-  const float* post_gain;                            // [d], of the norm behind the mixer, or null
+  const float *out_gain, *post_gain;                 // [H, D] and [d], of the norm behind the mixer, or null
   TitansCall titans;                                 // T = 1; q, x, k, v, eta, alpha, beta, o and kept are not looked at
   float* packed;                                     // hope_token_packed floats, written by hope_token_pack
   int64_t* count;                                    // [B], tokens read, advanced in place; or null
@@ -51,7 +47,7 @@ struct TokenBlock {
   const TokenAttention* attention;
   int64_t levels;
   const TokenLevel* level;
-  int64_t mixture;                                   // 1: every level's n is made of what the first one reads
+  int64_t mixture;                                   // 1: every level reads what the first one does
 };
 
 struct TokenCall {

@@ -34,9 +34,8 @@ class MemoriesStep {
     s.team.sync();
     // the heads of a row, [H, D], are its d numbers
     if (m.post_gain) {
-      float* y = w.o;
-      if (m.out_proj) s.project(d, d, w.o, m.out_proj, y = w.x);
-      s.join(y, m.post_gain);
+      if (m.out_proj) s.project(d, d, w.o, m.out_proj, w.x);
+      s.join(m.out_proj ? w.x : w.o, m.post_gain);
     } else if (m.out_proj) {
       product(s.team, B, d, d, w.o, shared(m.out_proj), [&](int64_t b, int64_t r, float y) { w.h[b * d + r] += y; });
     } else {

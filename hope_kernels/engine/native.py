@@ -34,7 +34,7 @@ __all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "u
 NOT_FINITE = 3  # csrc/cpu/token.cpp
 _version = attrgetter("_version")
 _STATE = MEMORY[:-1]  # but for the tail of the convolution
-_KINDS = {"gelu": 0, "swiglu": 1, "geglu": 2}  # of levels, csrc/cpu/token.h
+KINDS = {"gelu": 0, "swiglu": 1, "geglu": 2}  # of levels, csrc/cpu/cms.h
 
 
 class _Level(ctypes.Structure):
@@ -255,13 +255,10 @@ class NativeStep:
 
     def _levels(self, to: _Block, block: Any, levels: list[Level] | None, B: int) -> None:
         found = (_Level * len(levels or ()))()
-        mix = None if block.cms is None else block.cms.mix
-        shares = [1.0] * len(found) if mix is None else torch.softmax(mix.detach(), 0).tolist()
-        to.mixture = mix is not None
-        for level, at, share in zip(levels or (), found, shares):
+        to.mixture = block.cms is not None and block.cms.mix is not None
+        for level, at, share in zip(levels or (), found, shares(block.cms)):
             c, d = block.cms.config, block.cms.config.d_model
-            at.share = share
-            at.kind, at.N = _KINDS[c.mlp], c.hidden
+            at.kind, at.N, at.share = KINDS[c.mlp], c.hidden, share
             at.gain, at.post_gain = self._at(level["norm_gain"], d), self._at(level.get("post_gain"), d)
             at.up, at.down = self._rows(level["up"], at.N, d, B), self._rows(level["down"], d, at.N, B)
             if c.gated:
@@ -294,6 +291,13 @@ class NativeStep:
         to = self._new(-(-rows // 8) * 8 * K)
         _strips(rows, K, address(W, rows * K), to.data_ptr())
         return to
+
+
+def shares(cms: Any) -> list[float]:
+    """Of what the levels of a ContinuumMemory, or of none, add to the stream."""
+    if cms is None or cms.mix is None:
+        return [] if cms is None else [1.0] * len(cms.levels)
+    return torch.softmax(cms.mix.detach(), 0).tolist()
 
 
 def window(config: HopeConfig) -> int:

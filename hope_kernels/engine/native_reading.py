@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from .native import floats
 from .native_memories import Memory
 from .native_mixer import GATES, SQUARE
 
+MATRICES = ("up", "gate", "down")  # of a level; of those without a gate two
+STEPS = tuple(f"{name}_step" for name in MATRICES)
 HEAD_MOST = 4096  # as segment.h has it: the head of a larger vocabulary is PyTorch's, in pieces
 
 
@@ -29,7 +32,8 @@ class LevelCall(ctypes.Structure):
     """``SegmentLevel``."""
 
     _fields_ = [
-        ("N", SIZE), ("learns", SIZE), *((n, POINTER) for n in ("gain", "up", "down", "up_step", "down_step"))
+        *((n, SIZE) for n in ("kind", "N", "learns")),
+        *((n, POINTER) for n in ("gain", "post_gain", *MATRICES, *STEPS)), ("share", ctypes.c_float),
     ]
 
 
@@ -37,9 +41,9 @@ class BlockCall(ctypes.Structure):
     """``SegmentBlock``."""
 
     _fields_ = [
-        *((n, POINTER) for n in ("attention", "gain", "conv", *SQUARE, *GATES, "beta_bias")),
+        *((n, POINTER) for n in ("attention", "post_gain", "gain", "conv", *SQUARE, *GATES, "beta_bias")),
         ("beta", ctypes.c_float), ("out_gain", POINTER), ("titans", TitansCall),
-        ("before", Memory), ("after", Memory), ("levels", SIZE), ("level", POINTER),
+        ("before", Memory), ("after", Memory), ("levels", SIZE), ("level", POINTER), ("mixture", SIZE),
     ]
 
 
@@ -192,9 +196,9 @@ class Reading:
         learns = learning_levels(state.config) if self.keep else []
         for l, names in enumerate(self.reader.matrices[i]):
             held, own = state.weights[l], state.own[l]
-            up, down = (None, None) if held is None else (held["up"], held["down"])
-            known = self._weights.get((i, l))
-            if known is not None and known[0] is up and known[1] is down and known[2] == own and known[3] == among:
+            tensors, known = [] if held is None else list(held.values()), self._weights.get((i, l))
+            same = known is not None and len(tensors) == len(known[0]) and all(map(is_, tensors, known[0]))
+            if known is not None and same and known[1] == own and known[2] == among:
                 continue
             at, kept = levels[l], []
             at.learns = l in learns
@@ -204,20 +208,21 @@ class Reading:
                 rows = (POINTER * len(among))(*mine)
                 kept.append(rows)
                 setattr(at, name, ctypes.addressof(rows))
-            self._weights[i, l] = (up, down, list(own), among, kept)
+            self._weights[i, l] = (tensors, list(own), among, kept)
 
     def _take_steps(self, i: int, l: int, plan: Plan, places: list[tuple[int, int]]) -> None:
         """Level ``l`` of block ``i`` does what ``plan`` says in the rows (of the reading, of the batch)."""
         known, level = self._steps.get((i, l)), self._levels[i][l]
         if known is None or known[0] is not plan.steps or known[1] != places:
             self._steps[i, l] = known = (plan.steps, places, arrays_of(plan, self.shape[0], places), plan.held)
-        level.up_step, level.down_step = (ctypes.addressof(a) for a in known[2])
+        for name, steps in zip(STEPS, known[2]):
+            setattr(level, name, ctypes.addressof(steps))
 
 
 def arrays_of(plan: Plan, B: int, places: list[tuple[int, int]]) -> list[Any]:
-    """The steps of ``plan``, up and down, for the rows ``places`` (of a reading of B rows, of the batch)."""
+    """The steps of ``plan``, by matrix, for the rows ``places`` (of a reading of B rows, of the batch)."""
     arrays = []
-    for name in ("up", "down"):
+    for name in MATRICES:
         steps = (RowStep * B)()
         for here, b in places:
             if (name, b) in plan.steps:

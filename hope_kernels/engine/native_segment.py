@@ -19,7 +19,7 @@ from torch import Tensor
 from ..model_state import ModelState
 from ..ops.shared.cpu_library import address
 from .head import Targets
-from .native import unserved, window
+from .native import KINDS, shares, unserved, window
 from .native_attention_segment import Attention
 from .native_memories import Memories
 from .native_reading import BlockCall, LevelCall, Reading, SegmentCall
@@ -87,13 +87,17 @@ class Reader:
         self.levels: list[Any] = []
         for block, to in zip(model.blocks, self.blocks):
             self.mixers.prepare(to, block, self._at)
+            if block.post_norm is not None:
+                to.post_gain = self._at(block.post_norm.weight, d)
             cms = block.cms
             levels = [] if cms is None else [level.parameters_by_name() for level in cms.levels]
             calls = (LevelCall * len(levels))()
-            for at, tensors in zip(calls, levels):
-                at.N, at.gain = tensors["up"].shape[0], self._at(tensors["norm_gain"], d)
+            to.mixture = cms is not None and cms.mix is not None
+            for at, tensors, share in zip(calls, levels, shares(cms)):
+                at.kind, at.N, at.share = KINDS[cms.config.mlp], cms.config.hidden, share
+                at.gain, at.post_gain = self._at(tensors["norm_gain"], d), self._at(tensors.get("post_gain"), d)
             self.matrices.append([
-                [(n, self._at(t[n], t[n].numel()), t[n].numel()) for n in ("up", "down")] for t in levels
+                [(n, self._at(t[n], t[n].numel()), t[n].numel()) for n in cms.config.matrices] for t in levels
             ])
             self.levels.append(calls)
             to.levels = len(levels)

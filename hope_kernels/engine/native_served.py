@@ -30,14 +30,7 @@ _PLAIN = (nn.Embedding, ScaledEmbedding, nn.RMSNorm, nn.Linear, nn.ModuleList, n
 
 def unserved(model: Model, backend: str | None) -> str | None:
     """Why segments of ``model`` are not read in C++, or None."""
-    if model.config.post_norm:
-        return "serves mixers without post_norm"
-    reason, like = unserved_step(model, backend), placement(model.embed)
-    for cms in model.config.block_cms:
-        if reason is None and cms is not None:
-            reason = "serves CMS levels one behind another" if cms.variant == "independent" else None
-            reason = reason or cms_cpp.unserved(cms, like.dtype, like.device)
-    return reason
+    return unserved_step(model, backend)
 
 
 def unserved_step(model: Model, backend: str | None) -> str | None:
@@ -58,10 +51,7 @@ def unserved_step(model: Model, backend: str | None) -> str | None:
 def _config_unserved(config: HopeConfig) -> str | None:
     if config.d_model % 8:
         return f"serves widths that are multiples of 8, not {config.d_model}"
-    if config.mixer != "attention":
-        reason = None
-    else:
-        reason = _attention_unserved(config)
+    reason = _attention_unserved(config) if config.mixer == "attention" else None
     for cms in config.block_cms:
         reason = reason or (None if cms is None else _cms_unserved(cms))
     return reason

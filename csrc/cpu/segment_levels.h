@@ -1,0 +1,167 @@
+// The CMS levels of a segment's blocks: forward, backward, and the steps of their matrices.
+#pragma once
+#include "segment_panels.h"
+
+class SegmentLevels : public SegmentPanels {
+ protected:
+  using SegmentPanels::SegmentPanels;
+
+  void levels(int64_t i) const {
+    const int64_t at = stream_of(i) + 1;
+    const bool mixture = c.block[i].mixture;
+    if (mixture) copy(stream(at), apart);
+    for (int64_t l = 0; l < c.block[i].levels; l++) level(i, l, mixture ? apart : stream(at + l));
+  }
+
+  int levels_backward(int64_t i) const {
+    const SegmentBlock& block = c.block[i];
+    if (block.mixture) copy(slope, apart);
+    for (int64_t l = block.levels - 1; l >= (i == first ? lowest : 0); l--)
+      if (const int outcome = level_backward(i, l, i > first || (l > lowest && !block.mixture))) return outcome;
+    return DONE;
+  }
+
+ private:
+  // x: panels that it reads
+  void level(int64_t i, int64_t l, const float* x) const {
+    const SegmentLevel& level = c.block[i].level[l];
+    const int64_t at = stream_of(i) + 1 + l, N = level.N, size = d * PANEL;
+    const float* h = stream(at);
+    float* next = stream(at + 1);
+    const Kept to = kept(i, l);
+    over(B * P, d, [&](int64_t j) { norm(x + j * size, level.gain, to.n + j * size); });
+    if (level.kind == GELU_LEVEL) {
+      inner(level, level.up, to.n, to.a, [&](int64_t k) {
+        f8 slope;
+        store(to.a + k, sigma<GELU_TANH>(load(to.a + k), slope));
+        if (to.by_up) store(to.by_up + k, slope);
+      });
+    } else {
+      inner(level, level.up, to.n, to.by_up, [](int64_t) {});
+      if (level.kind == SWIGLU_LEVEL) gated<SILU>(level, to);
+      else gated<GELU_TANH>(level, to);
+    }
+    add_product(N, [&](int64_t b) { return level.down[b]; }, to.a, h, next, level.post_gain, to.out, level.share);
+  }
+
+  // on: whether dL/d its input is wanted, which is added to the slope by its output.
+  int level_backward(int64_t i, int64_t l, bool on) const {
+    const SegmentLevel& level = c.block[i].level[l];
+    const bool mixture = c.block[i].mixture;
+    const int64_t N = level.N, size = d * PANEL;
+    const float* x = stream(stream_of(i) + 1 + (mixture ? 0 : l));
+    const Kept of = kept(i, l);
+    const Learning rows{*this};
+    const float* errors = slope_before(level.post_gain, of.out, mixture ? apart : slope, level.share);
+    product(N, d, rows, [&](int64_t b) { return level.down[b]; }, 1, N, errors,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              const int64_t at = (b * P + p) * N * PANEL;
+              if (of.by_gate) store_products(wide_gate + at, r, acc, of.by_gate + at);
+              multiply_rows(acc, of.by_up + at, r);
+              store_rows(wide + at, r, acc);
+            }, Nothing());
+    if (const int outcome = level.learns ? steps(d, N, level.down_step, errors, of.a) : DONE) return outcome;
+    if (on) back(level, level.up, wide, false);
+    if (on && level.gate) back(level, level.gate, wide_gate, true);
+    if (const int outcome = level.learns ? steps(N, d, level.up_step, wide, of.n) : DONE) return outcome;
+    if (const int outcome = level.learns && level.gate ? steps(N, d, level.gate_step, wide_gate, of.n) : DONE)
+      return outcome;
+    if (!on) return DONE;
+    over(B * P, d, [&](int64_t j) {
+      if (learning(j / P)) norm_backward(x + j * size, level.gain, one + j * size, slope + j * size, true);
+    });
+    return DONE;
+  }
+
+  // to = W n; then activate(k) of eight numbers from place k on, while they are in the cache
+  template <class Activate>
+  void inner(const SegmentLevel& level, const float* const* W, const float* n, float* to, Activate activate) const {
+    const int64_t N = level.N;
+    product(N, d, All(), [&](int64_t b) { return W[b]; }, d, 1, n,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(to + (b * P + p) * N * PANEL, r, acc); },
+            [&](int64_t b, int64_t p, int64_t r0, int64_t r1) {
+              const int64_t at = (b * P + p) * N * PANEL;
+              for (int64_t k = r0 * PANEL; k < r1 * PANEL; k += half(b, p) ? PANEL : 8) activate(at + k);
+            });
+  }
+
+  // a = sigma(gate n) z, for z = up n in by_up
+  template <int ACT>
+  void gated(const SegmentLevel& level, const Kept& to) const {
+    inner(level, level.gate, to.n, to.a, [&](int64_t k) {
+      f8 slope;
+      const f8 gate = sigma<ACT>(load(to.a + k), slope), z = load(to.by_up + k);
+      store(to.a + k, gate * z);
+      if (!to.by_gate) return;
+      store(to.by_up + k, gate);
+      store(to.by_gate + k, slope * z);
+    });
+  }
+
+  // one = W^T from (+ one, if more)
+  void back(const SegmentLevel& level, const float* const* W, const float* from, bool more) const {
+    product(d, level.N, Learning{*this}, [&](int64_t b) { return W[b]; }, 1, d, from,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              float* to = one + (b * P + p) * d * PANEL;
+              if (more) add_rows(acc, to, r);
+              store_rows(to, r, acc);
+            }, Nothing());
+  }
+
+  // The steps of a matrix [R, K] of all rows that learn: its gradient is a sum over tokens, of errors [R] and inputs
+  // [K] in panels, one chain for every weight. It is in memory as a whole only where a step asks for that.
+  int steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
+    const int64_t count = (K + COLUMNS - 1) / COLUMNS;
+    over(B * count, COLUMNS * R * P, [&](int64_t i) {
+      const int64_t b = i / count, k = i % count * COLUMNS, w = std::min(COLUMNS, K - k), n = c.len[b];
+      if (!learning(b) || !step[b].weight) return;
+      float* rows = strips + (b * count + i % count) * COLUMNS * P * PANEL;  // the inputs here, [n, w]
+      for (int64_t p = 0; p * PANEL < n; p++)
+        store_lanes(inputs + ((b * P + p) * K + k) * PANEL, rows + p * PANEL * w, w, w, 0, tokens(b, p));
+      const SegmentStep& s = step[b];
+      Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
+      Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
+      if (s.whole) rule = {GD, -1, 0, 0, 0, 0, 0, 0}, weights = {s.total, nullptr, nullptr, nullptr, nullptr};
+      outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
+                    [&](int64_t r, int64_t at, auto& acc) { step_tile(rule, weights.from(r * K + k + at), K, acc); });
+    });
+    for (int64_t b = 0; b < B; b++)
+      if (const int outcome = learning(b) && step[b].weight && step[b].whole ? step_of(step[b], R, K) : DONE)
+        return outcome;
+    return DONE;
+  }
+
+  // The step from the gradient as a whole, which total has.
+  int step_of(const SegmentStep& s, int64_t R, int64_t K) const {
+    const int outcome = s.whole == ORTHOGONAL ? hope_newton_schulz(1, R, K, c.threads, s.total, s.total)
+                                              : hope_normalise(R * K, c.threads, s.total);
+    if (outcome) return outcome;
+    return hope_cms_step(R * K, c.threads, s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps, nullptr,
+                         s.total, s.weight, s.moment, s.square, nullptr);
+  }
+
+  // A tile of gradients, whose rows lie K apart.
+  template <class V, int MR, int NV>
+  static void step_tile(const Step& s, const Weights& p, int64_t K, const V (&acc)[MR][NV]) {
+#pragma GCC unroll 8
+    for (int r = MR; r < 2 * MR; r++)  // the tile below
+      __builtin_prefetch(p.weight + r * K, 1), __builtin_prefetch(p.weight + r * K + 16, 1);
+    if (s.rule == GD && !p.total) {
+      const V lr = all_as<V>(s.lr);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) {
+          float* w = p.weight + r * K + LANES<V> * v;
+          store(w, fnma(lr, acc[r][v], load_as<V>(w)));
+        }
+      return;
+    }
+    alignas(64) float grad[MR][NV * LANES<V>];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) store(grad[r] + LANES<V> * v, acc[r][v]);
+    for (int r = 0; r < MR; r++) step_weights(s, NV * LANES<V>, grad[r], p.from(r * K));
+  }
+};
