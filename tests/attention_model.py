@@ -22,9 +22,10 @@ def config(options) -> HopeConfig:
     return HopeConfig(V, D, 2, mixer="attention", **usual | options)
 
 
-def converted(mlp: str, post_norm: bool) -> HopeConfig:
+def converted(mlp: str, post_norm: bool, **cms) -> HopeConfig:
     """As of a model that was converted."""
-    levels = CMSConfig(D, (4, 16), mlp=mlp, post_norm=post_norm, intermediate_size=72, lr=0.02)
+    cms = {"chunks": (4, 16), "lr": 0.02} | cms
+    levels = CMSConfig(D, mlp=mlp, post_norm=post_norm, intermediate_size=72, **cms)
     return config(OPTIONS["grouped, biases"]).replace(
         rope_dtype="float32", cms=levels, post_norm=post_norm, qk_norm=post_norm, window=30,
         embed_scale=D**0.5 if post_norm else 1.0

@@ -21,6 +21,10 @@ MORE = {
     "segments of 24": {"chunks": (24, 48), "d": 24, "heads": 3},
     "scaled embeddings": {"embed_scale": 4.0},
 }
+MORE |= {f"{mlp}, {name}": {"cms": {"mlp": mlp, **cms}, **options} for mlp, name, cms, options in (
+    ("swiglu", "gd", {}, {}), ("geglu", "relative momentum", MORE["relative momentum"]["cms"], {}),
+    ("gelu", "norms behind all", {"post_norm": True}, {"post_norm": True}),
+)}
 SINKS = attention_model.OPTIONS["window and sinks"]
 CMS_OF_ATTENTION = {
     "momentum": {"optimizer": "momentum"},
@@ -31,9 +35,20 @@ CMS_OF_ATTENTION = {
     "a level of rate zero": {"lr": (0.0, 0.02)},
     "the other level of rate zero": {"lr": (0.02, 0.0)},
     "segments of 24": {"chunks": (24, 48)},
+    "gelu with norms behind": {"post_norm": True},
 }
-ATTENTION = {f"attention: {name}": options for name, options in attention_model.OPTIONS.items()
-             if "post_norm" not in options}
+CMS_OF_GATED = {  # of converted models: with norms behind mixers and levels, or without
+    "swiglu": {},
+    "swiglu, norms behind": {},
+    "geglu, norms behind": {"lr": (0.02, 0.0)},
+    "geglu, momentum": {"optimizer": "momentum"},
+    "swiglu, norms behind, adam": {"optimizer": "adam", "lr": 0.01},
+    "swiglu, muon": {"optimizer": "muon"},
+    "geglu, norms behind, relative": {"relative": True, "lr": 0.1},
+    "swiglu, nested": {"variant": "nested"},
+    "geglu, segments of 24": {"chunks": (24, 48)},
+}
+ATTENTION = {f"attention: {name}": options for name, options in attention_model.OPTIONS.items()}
 ATTENTION |= {
     f"attention: {name}": {**SINKS, "cms": CMSConfig(
         attention_model.D, **{"chunks": (4, 16), "expansion": 2.0, "lr": 0.02, **options})}
@@ -42,6 +57,11 @@ ATTENTION |= {
 ATTENTION["attention: blocks of their own"] = {
     "window": (None, 9), "rope_theta": (1e4, 5e2), "num_heads": 8, "tie_embeddings": False}
 ATTENTION["attention: scaled embeddings"] = {"embed_scale": 7.0}
+GATED = {
+    f"attention: {name}": attention_model.converted(name[:6].rstrip(","), "norms behind" in name, **cms)
+    for name, cms in CMS_OF_GATED.items()
+}
+ATTENTION |= GATED
 LEARNING = {**CASES, **MORE, **ATTENTION}
 del LEARNING["no CMS"]
 
@@ -50,6 +70,11 @@ def model_of(name):
     if name in ATTENTION:
         return attention_model.built(ATTENTION[name])
     return small(**MORE[name]) if name in MORE else built(name)
+
+
+def asked(name) -> str | None:
+    """The backend that reads all of the model in C++, whether it learns or not."""
+    return "cpp" if name in GATED else None
 
 
 def by_pytorch(model):

@@ -39,6 +39,8 @@ CASES = {
     "titans": {"mixer": "titans", "titans": {"self_modifying": False, "own_values": False, "momentum": "learned"}},
     "static": {"mixer": "titans", "titans": {"self_modifying": False, "retention": False}},
     "skip rows": {"titans": {"scalar_skip": True, "retain_to": "zero"}},
+    "norms behind": {"post_norm": True},
+    "norms behind, no projection": {"post_norm": True, "titans": {"out_proj": False}},
     "momentum": {"titans": {"momentum": 0.5, "conv_window": None, "in_proj": False}},
     "learned momentum": {"titans": {"momentum": "learned", "scalar_skip": True, "chunk_other": 2}},
     "linear": {"titans": {"memory": "linear", "chunk_memory": 2}},

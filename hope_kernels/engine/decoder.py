@@ -300,7 +300,7 @@ class Decoder:
         if not self._asked:
             self._asked = True
             served = self._whole and self.state.batch > 0 and native.dense(self._levels)
-            if served and native.unserved_step(self.model, self.backend) is None:
+            if served and native.unserved(self.model, self.backend, self.learn == "next_token") is None:
                 if self._packed is not self.state.fingerprint:  # fused optimizers move no version counter
                     self._packed = self.state.fingerprint
                     self._strips = native.strips_of(self.model)

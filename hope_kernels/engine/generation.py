@@ -232,7 +232,7 @@ def generate(
                 if options.stopped():
                     finished = False
                     break
-                if n == 1 and decoder is None and (graph or native.unserved_step(model, backend) is None):
+                if n == 1 and decoder is None and (graph or _steps_in_cpp(model, options)):
                     decoder = Decoder(model, state, learn, backend)
                 logits = _next(model, state, writing, decoder, logits, options, on_token is None)
             fresh = writing.write(state, logits)
@@ -278,4 +278,8 @@ def _goes_on(
     if state.unread is None or not torch.equal(ids, state.unread):
         return False
     guarded = options.learn == "off" or options.guard == (state.guard is not None)
-    return guarded and native.unserved_step(model, options.backend) is None
+    return guarded and _steps_in_cpp(model, options)
+
+
+def _steps_in_cpp(model: Model, options: Options) -> bool:
+    return native.unserved(model, options.backend, options.learn == "next_token" and model.learns) is None

@@ -104,7 +104,7 @@ def read_off(model: Model, call: Call, state: ModelState) -> tuple[Tensor | Loss
                     model, h, lengths, targets, logits=not call.losses, check_finite=call.check_finite, backend=backend
                 )
             return _output(heads, call.losses), advance_off(state, mixers, lengths)
-        reader = Reader(model, backend)
+        reader = Reader(model, backend, learning=False)
         if reader.serves(state):
             with torch.inference_mode(False), torch.no_grad():
                 heads, mixers = read_frozen(

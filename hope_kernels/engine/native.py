@@ -27,9 +27,9 @@ from ..ops.titans.state import Layout, TitansState
 from ..state import State
 from .native_cache import Angles, AttentionBlock, Cache
 from .native_mixer import GATES, MEMORY, SQUARE, constant_momentum
-from .native_served import unserved, unserved_step
+from .native_served import unserved
 
-__all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "unserved", "unserved_step", "window"]
+__all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "unserved", "window"]
 
 NOT_FINITE = 3  # csrc/cpu/token.cpp
 _version = attrgetter("_version")

@@ -26,11 +26,12 @@ from .native_reading import BlockCall, LevelCall, Reading, SegmentCall
 
 
 class Reader:
-    """Reads segments of ``model`` for one call, in C++ where that serves it. reason: why it does not, or None."""
+    """Reads segments of ``model`` for one call, in C++ where that serves it. reason: why it does not, or None.
+    learning: as ``unserved`` has it."""
 
-    def __init__(self, model: Any, backend: str | None):
+    def __init__(self, model: Any, backend: str | None, learning: bool = True):
         self.plans = [{} for _ in model.blocks]  # of steps, by block and level
-        self.model, self.reason = model, unserved(model, backend) or _cms_unserved(model)
+        self.model, self.reason = model, unserved(model, backend, learning) or _cms_unserved(model)
         self._readings: dict[tuple, Reading] = {}  # that are done with
         self.mixers = Attention() if model.config.mixer == "attention" else Memories()
         if self.reason is None:

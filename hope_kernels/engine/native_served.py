@@ -16,7 +16,7 @@ from ..layers.cms import ContinuumMemory
 from ..layers.cms_level import CMSLevel
 from ..layers.embedding import ScaledEmbedding
 from ..layers.titans import SelfModifyingTitans
-from ..layers.wrapped import is_hooked, is_plain, placement
+from ..layers.wrapped import is_hooked, is_plain
 from ..ops.cms import cpp as cms_cpp
 from ..ops.cms import cpp_gated
 from ..ops.linear import cpp as linear_cpp
@@ -28,13 +28,9 @@ _PLAIN = (nn.Embedding, ScaledEmbedding, nn.RMSNorm, nn.Linear, nn.ModuleList, n
           HopeAttentionBlock, ContinuumMemory, CMSLevel, SelfModifyingTitans, CausalAttention)
 
 
-def unserved(model: Model, backend: str | None) -> str | None:
-    """Why segments of ``model`` are not read in C++, or None."""
-    return unserved_step(model, backend)
-
-
-def unserved_step(model: Model, backend: str | None) -> str | None:
-    """Why a step of ``model`` is not one call of C++, or None."""
+def unserved(model: Model, backend: str | None, learning: bool) -> str | None:
+    """Why steps and segments of ``model`` are not read in C++, or None. learning: what is read is learned, after which
+    no bits are those of another program, so that all that can be read in C++ is."""
     if backend not in (None, "cpp"):
         return f"backend is {backend!r}"
     config, like = model.config, getattr(model.embed, "weight", None)
@@ -43,7 +39,7 @@ def unserved_step(model: Model, backend: str | None) -> str | None:
     if not model.plain:
         return "the model is another class, or hooked"
     return (
-        cpu_library.unavailable() or _config_unserved(config) or _placement_unserved(config, like, backend)
+        cpu_library.unavailable() or _config_unserved(config) or _placement_unserved(config, like, learning or backend == "cpp")
         or _modules_unserved(model)
     )
 
@@ -69,10 +65,10 @@ def _cms_unserved(cms: CMSConfig) -> str | None:
     return None
 
 
-def _placement_unserved(config: HopeConfig, like: Tensor, backend: str | None) -> str | None:
-    """As the choices of ops/ are made for a call of the model."""
+def _placement_unserved(config: HopeConfig, like: Tensor, asked: bool) -> str | None:
+    """As the choices of ops/ are made for a call of the model. asked: for C++."""
     if config.mixer == "attention":
-        asks = linear_cpp.unserved if backend == "cpp" else linear_cpp.unserved_unasked
+        asks = linear_cpp.unserved if asked else linear_cpp.unserved_unasked
         reason = asks(Request(config, like.dtype, like.device, NO_GRADIENT))
     else:
         assert config.titans is not None
@@ -80,7 +76,7 @@ def _placement_unserved(config: HopeConfig, like: Tensor, backend: str | None) -
     for cms in config.block_cms:
         if reason is None and cms is not None:
             reason = cms_cpp.unserved(cms, like.dtype, like.device)
-            if reason is not None and backend == "cpp":
+            if reason is not None and asked:
                 reason = cpp_gated.unserved(cms, like.dtype, like.device)
     return reason
 

@@ -164,7 +164,8 @@ class Batch:
         learn, unread = self.rows[0].job.learn, state.unread
         assert unread is not None and unread.shape[0] == rows
         if state is not self._decoded:  # the company has changed
-            served = native.unserved_step(self.model, self.settings.backend) is None
+            learning = learn == "next_token" and self.model.learns
+            served = native.unserved(self.model, self.settings.backend, learning) is None
             self._decoder = Decoder(self.model, state, learn, self.settings.backend) if served else None
             self._decoded = state
         if self._decoder is not None:

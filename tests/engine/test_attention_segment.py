@@ -6,7 +6,7 @@ import ctypes
 import pytest
 import torch
 from attention_model import OPTIONS, built, ids
-from native_learning import ATTENTION, learned, model_of, same_bits
+from native_learning import ATTENTION, GATED, learned, model_of, same_bits
 
 from hope_kernels.engine import native_segments
 from hope_kernels.engine.native_attention_mixer import AttentionMixer
@@ -118,7 +118,9 @@ def test_the_library_refuses_what_does_not_fit():
 def test_who_serves():
     for name in ATTENTION:
         assert Reader(model_of(name), None).reason is None, name
-    assert "post_norm" in Reader(built({"post_norm": True}), None).reason
+    for name in GATED:  # whose bits without learning are those of their original
+        assert Reader(model_of(name), "cpp", learning=False).reason is None
+        assert "bits of its original" in Reader(model_of(name), None, learning=False).reason
     assert "float64" in Reader(built({}).double(), None).reason
     adapted = built({})
     adapted.blocks[0].mixer.q_proj = torch.nn.Sequential(adapted.blocks[0].mixer.q_proj)

@@ -233,7 +233,7 @@ def test_generation_is_what_it_is_without(how, learn, monkeypatch):
     found = []
     for reason in (None, "no"):
         if reason:
-            monkeypatch.setattr(native, "unserved_step", lambda *_, reason=reason: reason)
+            monkeypatch.setattr(native, "unserved", lambda *_, reason=reason: reason)
         out = generate(model, prompt, 30, lengths=[21, 9, 1], learn=learn, **how)
         more = generate(model, None, 12, out.state, learn=learn, **how)
         found.append((out, more))
@@ -244,37 +244,37 @@ def test_generation_is_what_it_is_without(how, learn, monkeypatch):
 
 def test_what_is_not_served_is_named():
     model = small()
-    assert native.unserved_step(model, None) is None and native.unserved_step(model, "cpp") is None
-    assert "chunked" in native.unserved_step(model, "chunked")
-    assert "float64" in native.unserved_step(small().double(), None)
-    assert "rank" in native.unserved_step(small(cms={"rank": 2, "optimizer": "adam"}), None)
-    assert "geglu" in native.unserved_step(small(cms={"mlp": "geglu"}), None)
+    assert native.unserved(model, None, False) is None and native.unserved(model, "cpp", False) is None
+    assert "chunked" in native.unserved(model, "chunked", False)
+    assert "float64" in native.unserved(small().double(), None, False)
+    assert "rank" in native.unserved(small(cms={"rank": 2, "optimizer": "adam"}), None, False)
+    gated = small(cms={"mlp": "geglu"})
+    assert "geglu" in native.unserved(gated, None, False) and native.unserved(gated, None, True) is None
     scaled = small(embed_scale=2.0)
-    assert native.unserved_step(scaled, None) is None and native.unserved(scaled, None) is None
     normed = HopeForCausalLM(HopeConfig(31, 16, 2, mixer="attention", num_heads=2, post_norm=True))
-    assert native.unserved_step(normed, None) is None and "post_norm" in native.unserved(normed, None)
+    assert native.unserved(scaled, None, False) is None and native.unserved(normed, None, False) is None
     hooked = small()
     hooked.blocks[1].cms.register_forward_hook(lambda *_: None)
-    assert "blocks.1.cms" in native.unserved_step(hooked, None)
+    assert "blocks.1.cms" in native.unserved(hooked, None, False)
     adapted = small()
     nn.utils.parametrizations.weight_norm(adapted.blocks[0].mixer.out_proj)
-    assert "out_proj" in native.unserved_step(adapted, None)
+    assert "out_proj" in native.unserved(adapted, None, False)
     subclass = small()
     subclass.__class__ = type("Other", (HopeForCausalLM,), {"logits": lambda self, h, lengths: None})
-    assert "another class" in native.unserved_step(subclass, None)
+    assert "another class" in native.unserved(subclass, None, False)
     called = small()
     called.register_forward_hook(lambda *_: None)
-    assert "hooked" in native.unserved_step(called, None)
+    assert "hooked" in native.unserved(called, None, False)
     for change in (lambda m: setattr(m.norm, "eps", 0.1), lambda m: setattr(m.blocks[0].cms, "norm_eps", 0.1)):
         other = small()
         change(other)
-        assert "norm" in native.unserved_step(other, None)
+        assert "norm" in native.unserved(other, None, False)
     with torch.inference_mode():
         frozen = small()
-    assert "plain tensor" in native.unserved_step(frozen, None)
+    assert "plain tensor" in native.unserved(frozen, None, False)
     replaced = small()
     replaced.blocks[0].mixer.gate_proj = nn.Linear(16, 16)  # with a bias
-    assert "gate_proj" in native.unserved_step(replaced, None)
+    assert "gate_proj" in native.unserved(replaced, None, False)
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def test_equals_one_call_and_rows_alone(options):
 @pytest.mark.parametrize("learn", ["off", "next_token"])
 @pytest.mark.parametrize("mlp, post_norm", [("swiglu", False), ("geglu", True)])
 @torch.no_grad()
-def test_a_converted_model_where_the_backend_is_asked_for(mlp, post_norm, learn):
+def test_a_converted_model_where_it_learns_or_the_backend_is_asked_for(mlp, post_norm, learn):
     model, text = built(converted(mlp, post_norm)), ids(2, 150)
     for backend in ("cpp", None):
         state = model.init_state(2)
@@ -88,7 +88,7 @@ def test_a_converted_model_where_the_backend_is_asked_for(mlp, post_norm, learn)
         plain = state.clone()
         decoder = Decoder(model, state, learn, backend)
         follow(decoder, plain, text[:, 9 : 150 if backend else 40], learn, backend)
-        assert served(decoder) == (backend == "cpp")
+        assert served(decoder) == (backend == "cpp" or learn == "next_token")
 
 
 def per_block() -> dict:
@@ -333,7 +333,7 @@ def test_generation_is_what_it_is_without(how, learn, monkeypatch):
     model, prompt, found = built(OPTIONS["window and sinks"]), ids(3, 21, 5), []
     for reason in (None, "no"):
         if reason:
-            monkeypatch.setattr(native, "unserved_step", lambda *_, reason=reason: reason)
+            monkeypatch.setattr(native, "unserved", lambda *_, reason=reason: reason)
         out = model.generate(prompt, 90, lengths=[21, 9, 1], learn=learn, **how)
         more = model.generate(None, 12, out.state, learn=learn, **how)
         found.append((out, more))
@@ -344,20 +344,20 @@ def test_generation_is_what_it_is_without(how, learn, monkeypatch):
 
 def test_what_is_not_served_is_named():
     model = built({})
-    assert native.unserved_step(model, None) is None and native.unserved_step(model, "cpp") is None
-    assert native.unserved(model, "cpp") is None and "post_norm" in native.unserved(built({"post_norm": True}), None)
+    assert native.unserved(model, None, False) is None and native.unserved(model, "cpp", False) is None
     norms = built({"qk_norm": True, "num_heads": 4})
-    assert "multiples of 8, not 12" in native.unserved_step(norms, None)
+    assert "multiples of 8, not 12" in native.unserved(norms, None, False)
     gated = built(converted("swiglu", False))
-    assert native.unserved_step(gated, "cpp") is None and "bits of its original" in native.unserved_step(gated, None)
-    assert "swiglu" in native.unserved_step(built(converted("swiglu", False).replace(rope_dtype="float64")), None)
-    assert "gelu_erf" in native.unserved_step(built(converted("gelu_erf", False)), "cpp")
+    assert native.unserved(gated, "cpp", False) is None and "bits of its original" in native.unserved(gated, None, False)
+    assert "swiglu" in native.unserved(built(converted("swiglu", False).replace(rope_dtype="float64")), None, False)
+    assert native.unserved(gated, None, True) is None
+    assert "gelu_erf" in native.unserved(built(converted("gelu_erf", False)), "cpp", False)
     added = built({})
     added.blocks[1].mixer.o_proj = nn.Linear(48, 48)
-    assert "blocks.1.mixer.o_proj" in native.unserved_step(added, None)
+    assert "blocks.1.mixer.o_proj" in native.unserved(added, None, False)
     hooked = built({})
     hooked.blocks[0].mixer.register_forward_hook(lambda *_: None)
-    assert "blocks.0.mixer" in native.unserved_step(hooked, None)
+    assert "blocks.0.mixer" in native.unserved(hooked, None, False)
 
 
 @torch.no_grad()

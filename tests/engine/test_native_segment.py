@@ -23,6 +23,7 @@ from hope_kernels.ops.shared import cpu_library
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
 ATTENTION = [name for name in LEARNING if "attention" in name]
+GATED_MEMORIES = ("swiglu, gd", "geglu, relative momentum", "gelu, norms behind all")
 BOTH = pytest.mark.parametrize("name", ["default", "attention: window and sinks"])
 
 
@@ -58,7 +59,7 @@ CUT = ("default", "two clocks", "no convolution", "nested", "muon", "relative", 
 
 @pytest.mark.parametrize("name, large", [
     *((name, False) for name in (*CUT, "titans", "static", "skip rows", "learned momentum", "delta", "adaptive queries",
-                                 "linear adaptive queries", *(name for name in ATTENTION if name not in CUT))),
+                                 "linear adaptive queries", "norms behind, no projection", *GATED_MEMORIES, *(name for name in ATTENTION if name not in CUT))),
     *(pytest.param(name, True, id=f"{name}, head in PyTorch") for name in CUT),
 ])
 @torch.no_grad()
@@ -84,7 +85,7 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(name, large, tmp_path, monkeypa
         assert relative(torch.cat(parts, 1), want) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["default", "muon", "relative momentum", *ATTENTION])
+@pytest.mark.parametrize("name", ["default", "muon", "relative momentum", *GATED_MEMORIES, *ATTENTION])
 @torch.no_grad()
 def test_bits_do_not_depend_on_company(name):
     model, text = model_of(name), ids(4, 60, 5)
@@ -109,10 +110,14 @@ def test_bits_are_those_of_any_width_and_number_of_threads(cms):
     same_of_any_width_and_threads(model, text)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 70, "sinks": 4, "num_kv_heads": 2, "qk_norm": True}])
+@pytest.mark.parametrize("options, cms", [
+    ({}, {}), ({"window": 70, "sinks": 4, "num_kv_heads": 2, "qk_norm": True}, {}), ({}, {"mlp": "swiglu"}),
+    ({"post_norm": True}, {"mlp": "geglu", "post_norm": True, "optimizer": "muon"}),
+])
 @torch.no_grad()
-def test_bits_with_attention_are_those_of_any_width_and_number_of_threads(options):
-    config = HopeConfig(V, 128, 2, mixer="attention", num_heads=4, cms=CMSConfig(128, (64, 128), lr=0.02), **options)
+def test_bits_with_attention_are_those_of_any_width_and_number_of_threads(options, cms):
+    levels = CMSConfig(128, (64, 128), **{"lr": 0.02, **cms})
+    config = HopeConfig(V, 128, 2, mixer="attention", num_heads=4, cms=levels, **options)
     same_of_any_width_and_threads(moved(HopeForCausalLM(config)), ids(2, 200, 3))
 
 

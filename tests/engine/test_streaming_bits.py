@@ -3,7 +3,7 @@ decoder, as a row among others, and from a file."""
 
 import pytest
 import torch
-from native_learning import cached, model_of
+from native_learning import GATED, asked, cached, model_of
 from native_model import CASES, V, ids, small
 
 from hope_kernels import load_state
@@ -18,7 +18,7 @@ LEARN = ["off", "next_token"]
 ATTENDING = [f"attention: {name}" for name in (
     "full", "grouped, biases", "window and sinks", "more sinks than window", "norms, a scale, wider heads", "muon",
     "nested", "blocks of their own",
-)]
+)] + list(GATED)
 
 
 def decides(state) -> list[torch.Tensor]:
@@ -39,10 +39,10 @@ def same(a, b) -> bool:
     return list(a.pos) == list(b.pos) and len(x) == len(y) and all(map(torch.equal, x, y))
 
 
-def in_parts(model, text, cuts, learn, state=None):
+def in_parts(model, text, cuts, state=None, **how):
     parts = []
     for a, b in zip([0, *cuts], [*cuts, text.shape[1]]):
-        part, state = model(text[:, a:b], state, learn=learn)
+        part, state = model(text[:, a:b], state, **how)
         parts.append(part)
     return torch.cat(parts, 1), state
 
@@ -52,15 +52,15 @@ def in_parts(model, text, cuts, learn, state=None):
 @torch.no_grad()
 def test_splits_tokens_and_a_decoder(name, learn, monkeypatch):
     monkeypatch.setattr(native_segments, "PIECE", 48)
-    model, text = model_of(name), ids(2, 75)
-    assert Reader(model, None).reason is None
-    want, whole = model(text, learn=learn)
+    model, text, how = model_of(name), ids(2, 75), {"learn": learn, "backend": asked(name)}
+    assert Reader(model, asked(name), learning=False).reason is None
+    want, whole = model(text, **how)
     for cuts in ([33], [4, 16, 20, 64], [1, 2, 3, 40], range(1, 75)):
-        logits, state = in_parts(model, text, cuts, learn)
+        logits, state = in_parts(model, text, cuts, **how)
         assert torch.equal(logits, want) and same(state, whole), cuts
     state = model.init_state(2)
-    first, state = in_parts(model, text[:, :5], [2], learn, state)
-    decoder = Decoder(model, state, learn)
+    first, state = in_parts(model, text[:, :5], [2], state, **how)
+    decoder = Decoder(model, state, **how)
     written = torch.cat([decoder.step(text[:, t : t + 1]) for t in range(5, 75)], 1)
     assert decoder._native is not None
     assert torch.equal(torch.cat([first, written], 1), want) and same(state, whole)
@@ -72,12 +72,13 @@ def test_splits_tokens_and_a_decoder(name, learn, monkeypatch):
 @torch.no_grad()
 def test_rows_of_a_ragged_batch_and_files(name, learn, tmp_path):
     model, text, lengths = model_of(name), ids(6, 60), [60, 33, 17, 1, 0, 60]
-    logits, state = model(text, lengths=lengths, learn=learn)
+    how = {"learn": learn, "backend": asked(name)}
+    logits, state = model(text, lengths=lengths, **how)
     state.save(tmp_path / "state")
-    more, after = model(text[:, :25], load_state(tmp_path / "state"), learn=learn)
+    more, after = model(text[:, :25], load_state(tmp_path / "state"), **how)
     for b, n in enumerate(lengths):
-        alone, own = model(text[b : b + 1, :n], learn=learn)
-        again, own = model(text[b : b + 1, :25], own, learn=learn)
+        alone, own = model(text[b : b + 1, :n], **how)
+        again, own = model(text[b : b + 1, :25], own, **how)
         assert torch.equal(logits[b, :n], alone[0]) and torch.equal(more[b], again[0]), b
         mine, others = after.mixers[1].select([b]), own.mixers[1]
         if name in ATTENDING:
@@ -85,6 +86,20 @@ def test_rows_of_a_ragged_batch_and_files(name, learn, tmp_path):
         else:
             assert all(map(torch.equal, mine.tensors(), others.tensors())), b
     assert not logits[1, 33:].any()
+
+
+@pytest.mark.parametrize("name", GATED)
+@torch.no_grad()
+def test_what_learns_has_the_same_bits_unasked(name):
+    """Decoders included; until the first step it reads as without learning, where C++ is asked for that."""
+    model, text = model_of(name), ids(2, 75)
+    want, whole = model(text, learn="next_token", backend="cpp")
+    logits, state = model(text[:, :40], learn="next_token")
+    decoder = Decoder(model, state, "next_token")
+    written = torch.cat([decoder.step(text[:, t : t + 1]) for t in range(40, 75)], 1)
+    assert torch.equal(torch.cat([logits, written], 1), want) and same(state, whole)
+    frozen, C = model(text, backend="cpp")[0], model.segment
+    assert torch.equal(logits[:, :C], frozen[:, :C]) and not torch.equal(logits, frozen[:, :40])
 
 
 @torch.no_grad()
