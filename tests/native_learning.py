@@ -19,6 +19,8 @@ MORE = {
     "a level of rate zero": {"cms": {"lr": (0.0, 0.02)}},
     "the other level of rate zero": {"cms": {"lr": (0.02, 0.0)}},
     "segments of 24": {"chunks": (24, 48), "d": 24, "heads": 3},
+    "mixture, a level of rate zero": {"cms": {"variant": "independent", "lr": (0.0, 0.02)}},
+    "mixture, the other level of rate zero": {"cms": {"variant": "independent", "lr": (0.02, 0.0)}},
     "scaled embeddings": {"embed_scale": 4.0},
 }
 MORE |= {f"{mlp}, {name}": {"cms": {"mlp": mlp, **cms}, **options} for mlp, name, cms, options in (
@@ -32,6 +34,8 @@ CMS_OF_ATTENTION = {
     "muon": {"optimizer": "muon"},
     "relative": {"relative": True, "lr": 0.1},
     "nested": {"variant": "nested"},
+    "mixture": {"variant": "independent"},
+    "mixture of gated levels with norms": {"variant": "independent", "mlp": "geglu", "post_norm": True},
     "a level of rate zero": {"lr": (0.0, 0.02)},
     "the other level of rate zero": {"lr": (0.02, 0.0)},
     "segments of 24": {"chunks": (24, 48)},

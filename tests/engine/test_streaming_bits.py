@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"
 LEARN = ["off", "next_token"]
 ATTENDING = [f"attention: {name}" for name in (
     "full", "grouped, biases", "window and sinks", "more sinks than window", "norms, a scale, wider heads", "muon",
-    "nested", "blocks of their own",
+    "nested", "mixture", "blocks of their own",
 )] + list(GATED)
 
 
