@@ -38,7 +38,7 @@ ATTENTION = ("attention", "attention_conv")
 ARMS = ("recall", "unpressed", "titans", *ATTENTION)
 NAMES = {"attention_conv": "attention and a convolution"}  # in the table
 RATES = (2e-3, 4e-3, 8e-3)
-# times the steps of the others that attention takes, after any lessons: when its rate is chosen, and in a run
+# times --steps that an arm takes, where it is not once: when its rate is chosen, and in a run; lessons come before
 TIMES = {"attention": (2, 6), "attention_conv": (1, 4)}
 FIRST, LAST, MASTERED = 16, 1024, 0.8  # tokens of noise that training begins and ends with; nats
 PRESS, DEEPEST = 0.01, -18.0  # nats a unit of the logit; the logit that is low enough
@@ -86,15 +86,14 @@ def write_logits(model: HopeForCausalLM, ids: Tensor) -> Tensor:
 
 def train(
     arm: str, lr: float, seed: int, args: argparse.Namespace, build: Build = build, sample: Sample = needles,
-    told: tuple[Tensor, Tensor] = TOLD, run: bool = False,
+    told: tuple[Tensor, Tensor] = TOLD, times: int = 1,
 ) -> tuple[HopeForCausalLM, dict]:
-    """run: with the steps of a run, not of a search."""
+    """times: of ``args.steps``."""
     model, g = build(arm, seed, args.d_model, args.chunk), torch.Generator().manual_seed(seed)
     lessons = teach(model, *told, seed) if arm == "attention" else 0
     biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
     others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": biases}], betas=(0.9, 0.95), weight_decay=0.01)
-    times = TIMES.get(arm, (1, 1))[run]
     T, smooth, since, curve, steps = FIRST, None, 0, [], args.steps * times
     for step in range(steps):
         rows = max(2, min(64, args.tokens // (T + args.chunk + 2 * NEEDLES)))
@@ -166,21 +165,22 @@ def table(data: dict) -> str:
 
 
 def compare(study: s.Study, args: argparse.Namespace, build: Build = build, sample: Sample = needles,
-            tests: Sample = needles, told: tuple[Tensor, Tensor] = TOLD) -> None:
+            tests: Sample = needles, told: tuple[Tensor, Tensor] = TOLD,
+            times: dict[str, tuple[int, int]] = TIMES) -> None:
     """Runs what the study does not have yet: rates of every arm, then every seed at the best. sample: what trains."""
     for arm in args.arms:
-        ranks = {}
+        ranks, (search, run) = {}, times.get(arm, (1, 1))
         for lr in RATES:
             case = f"search {arm} {lr:g}"
             if case not in study.cases:
-                study.put(case, train(arm, lr, 0, args, build, sample, told)[1])
+                study.put(case, train(arm, lr, 0, args, build, sample, told, search)[1])
                 print(case, study.cases[case]["reached"], study.cases[case]["loss"], flush=True)
             ranks[lr] = rank(study.cases[case])
         lr = min(ranks, key=ranks.__getitem__)
         for seed in args.seeds:
             case = f"run {arm} seed {seed}"
             if case not in study.cases:
-                model, record = train(arm, lr, seed, args, build, sample, told, run=True)
+                model, record = train(arm, lr, seed, args, build, sample, told, run)
                 lengths = [T for T in args.lengths if arm not in ATTENTION or T <= ATTENTION_LONGEST]
                 shares = {str(T): found(model, T, args.chunk, args.sequences, tests) for T in lengths}
                 study.put(case, record | {"found": shares})
