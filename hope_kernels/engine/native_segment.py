@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import CMSConfig
 from ..model_state import ModelState
 from ..ops.shared.cpu_library import address
 from .head import Targets
@@ -91,22 +92,24 @@ class Reader:
             if block.post_norm is not None:
                 to.post_gain = self._at(block.post_norm.weight, d)
             cms = block.cms
-            levels = [] if cms is None else [level.parameters_by_name() for level in cms.levels]
-            calls = (LevelCall * len(levels))()
-            to.mixture = cms is not None and cms.mix is not None
-            for at, tensors, share in zip(calls, levels, shares(cms)):
-                at.kind, at.N, at.share = KINDS[cms.config.mlp], cms.config.hidden, share
-                at.gain, at.post_gain = self._at(tensors["norm_gain"], d), self._at(tensors.get("post_gain"), d)
-            self.matrices.append([
-                [(n, self._at(t[n], t[n].numel()), t[n].numel()) for n in cms.config.matrices] for t in levels
-            ])
-            self.levels.append(calls)
+            levels = [] if cms is None else [self._level(cms.config, level) for level in cms.levels]
+            self.matrices.append([matrices for _, matrices in levels])
+            self.levels.append((LevelCall * len(levels))(*[call for call, _ in levels]))
             to.levels = len(levels)
         self.call = SegmentCall(
             d=d, W=window(config), vocab=V, blocks=len(model.blocks), threads=torch.get_num_threads(),
             eps=config.norm_eps, scale=getattr(model.embed, "scale", 1.0), embed=self._at(model.embed.weight, V * d),
             gain=self._at(model.norm.weight, d), head=self._at(head, V * d),
         )
+
+    def _level(self, config: CMSConfig, level: Any) -> tuple[LevelCall, list[tuple[str, int | None, int]]]:
+        """What is the same of a level in all readings, and its entry of ``matrices``."""
+        t, d = level.parameters_by_name(), config.d_model
+        call = LevelCall(
+            kind=KINDS[config.mlp], N=config.hidden, gain=self._at(t["norm_gain"], d),
+            post_gain=self._at(t.get("post_gain"), d),
+        )
+        return call, [(name, self._at(t[name], t[name].numel()), t[name].numel()) for name in config.matrices]
 
     def _at(self, t: Tensor | None, count: int) -> int | None:
         self._held.append(t)

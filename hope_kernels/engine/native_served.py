@@ -38,8 +38,9 @@ def unserved(model: Model, backend: str | None, learning: bool) -> str | None:
         return "its weights are not its own"
     if not model.plain:
         return "the model is another class, or hooked"
+    asked = learning or backend == "cpp"
     return (
-        cpu_library.unavailable() or _config_unserved(config) or _placement_unserved(config, like, learning or backend == "cpp")
+        cpu_library.unavailable() or _config_unserved(config) or _placement_unserved(config, like, asked)
         or _modules_unserved(model)
     )
 

@@ -180,7 +180,8 @@ void attention_model() {
   show("attention_model", h), show("attention_model keys", k);
 }
 
-void attention_segment() {  // through two blocks, back to the level of the first
+// Through two blocks, back to the level of the first. behind: norms behind mixers and level.
+void attention_segment(const std::string& name, LevelKind kind, bool behind) {
   Draw draw;
   const int64_t B = 2, T = 21, d = 16, H = 4, Hkv = 2, D = 8, N = 24, V = 11, slots = 50;
   const std::vector<int64_t> used{9, 0}, base{4, 0}, len{21, 10}, known{20, 10};
@@ -196,21 +197,26 @@ void attention_segment() {  // through two blocks, back to the level of the firs
   AttentionCall& t = mixer.attention;
   t.B = B, t.H = H, t.Hkv = Hkv, t.D = D, t.slots = slots, t.window = 7, t.sinks = 2, t.threads = 1, t.scale = 0.3f;
   t.used = used.data(), t.base = base.data();
-  Floats weights[2] = {draw(B * N * d, 0.2f), draw(B * d * N, 0.2f)};
-  std::vector<const float*> rows[2];
-  std::vector<SegmentStep> steps[2];
-  for (int i : {0, 1})
+  Floats weights[3] = {draw(B * N * d, 0.2f), draw(B * d * N, 0.2f), draw(B * N * d, 0.2f)};
+  std::vector<const float*> rows[3];
+  std::vector<SegmentStep> steps[3];
+  for (int i : {0, 1, 2})
     for (int64_t b = 0; b < B; b++) {
       float* own = weights[i].data() + b * N * d;
       rows[i].push_back(own);
       steps[i].push_back({0, 0, 0.1f, 0, 0, 0, 0, 0, 0, nullptr, own, nullptr, nullptr});
     }
-  const SegmentLevel level{N, 1, gain.data(), rows[0].data(), rows[1].data(), steps[0].data(), steps[1].data()};
+  const float* post = behind ? gain.data() : nullptr;
+  const SegmentLevel level{kind, N, 1, gain.data(), post, rows[0].data(), kind ? rows[2].data() : nullptr,
+                           rows[1].data(), steps[0].data(), steps[2].data(), steps[1].data()};
   SegmentBlock blocks[2]{};
   AttentionMixer mixers[2] = {mixer, mixer};
   Floats other_k = k, other_v = v;
   mixers[1].k = other_k.data(), mixers[1].v = other_v.data();
-  for (int i : {0, 1}) blocks[i].attention = &mixers[i], blocks[i].levels = 1 - i, blocks[i].level = &level;
+  for (int i : {0, 1}) {
+    blocks[i].attention = &mixers[i], blocks[i].post_gain = post;
+    blocks[i].levels = 1 - i, blocks[i].level = &level;
+  }
   std::vector<int64_t> ids(B * T);
   for (size_t i = 0; i < ids.size(); i++) ids[i] = i * i % V;
   const std::vector<int64_t> targets(ids.rbegin(), ids.rend());
@@ -224,8 +230,9 @@ void attention_segment() {  // through two blocks, back to the level of the firs
   Floats work(hope_segment_floats(&c));
   c.work = work.data();
   done(hope_segment_read(&c)), done(hope_segment_head(&c)), done(hope_segment_learn(&c));
-  show("attention_segment nats", nats), show("attention_segment up", weights[0]);
-  show("attention_segment down", weights[1]), show("attention_segment keys", other_k);
+  show(name + " nats", nats), show(name + " up", weights[0]), show(name + " down", weights[1]);
+  if (kind) show(name + " gate", weights[2]);
+  show(name + " keys", other_k);
 }
 
 void levels() {
@@ -277,6 +284,10 @@ void whole() {
 
 int main(int count, char** arguments) {
   if (count > 1 && hope_cpu_width(std::atoi(arguments[1])) != std::atoi(arguments[1])) return 3;
-  scans(), reads(), layers(), projections(), attention(), attention_model(), attention_segment(), levels(), whole();
+  scans(), reads(), layers(), projections(), attention(), attention_model();
+  attention_segment("attention_segment", GELU_LEVEL, false);
+  attention_segment("attention_segment swiglu", SWIGLU_LEVEL, false);
+  attention_segment("attention_segment geglu, norms behind", GEGLU_LEVEL, true);
+  levels(), whole();
   show("model's steps", stepped(1)), show("steps with attention", attended(1));
 }

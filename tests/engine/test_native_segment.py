@@ -59,7 +59,8 @@ CUT = ("default", "two clocks", "no convolution", "nested", "muon", "relative", 
 
 @pytest.mark.parametrize("name, large", [
     *((name, False) for name in (*CUT, "titans", "static", "skip rows", "learned momentum", "delta", "adaptive queries",
-                                 "linear adaptive queries", "norms behind, no projection", *GATED_MEMORIES, *(name for name in ATTENTION if name not in CUT))),
+                                 "linear adaptive queries", "norms behind, no projection", *GATED_MEMORIES,
+                                 *(name for name in ATTENTION if name not in CUT))),
     *(pytest.param(name, True, id=f"{name}, head in PyTorch") for name in CUT),
 ])
 @torch.no_grad()
