@@ -5,9 +5,16 @@
 #pragma once
 #include <cstdint>
 
-// a = gelu_tanh(up n), silu(gate n) (up n) or gelu_tanh(gate n) (up n), where n = rmsnorm(x) gain; and a level makes
-// x + down a of it, or x + rmsnorm(down a) post_gain
+// a = gelu_tanh(up n), silu(gate n) (up n) or gelu_tanh(gate n) (up n), where n is the norm of x; and a level makes
+// x + share y of it, y = down a or rmsnorm(down a) post_gain
 enum LevelKind { GELU_LEVEL = 0, SWIGLU_LEVEL = 1, GEGLU_LEVEL = 2 };
+
+// Of a level, all but gain null where it has none. n = rmsnorm(x) gain, or with a shift layernorm(x) gain + shift; the
+// biases join what the matrices make.
+struct LevelVectors {
+  const float *gain, *shift, *post_gain;           // [d]
+  const float *up_bias, *gate_bias, *down_bias;    // [N], [N], [d]
+};
 
 extern "C" {
 // a = gelu_tanh(z); slope = its derivative, null: not wanted

@@ -7,6 +7,7 @@
 
 #include "gates.h"
 #include "linear_run.h"
+#include "rows.h"
 #include "width.h"
 
 namespace avx512 {  // linear_avx512.cpp
@@ -66,6 +67,19 @@ extern "C" int hope_rms_norm(int64_t n, int64_t d, int64_t threads, float eps, c
       const f8 factor = all(1 / std::sqrt(sums[j] / static_cast<float>(d) + eps));
       for (int64_t i = 0; i < d; i += 8) store(y + (r + j) * d + i, load(row + i) * factor * load(gain + i));
     }
+  }
+  return DONE;
+}
+
+extern "C" int hope_layer_norm(int64_t n, int64_t d, int64_t threads, float eps, const float* x, const float* gain,
+                               const float* shift, float* y) {
+  if (!width(d) || n < 0 || n > MOST_FLOATS / d || !threads_fit(threads) || (n && !all_given({x, gain, shift, y})))
+    return BAD_ARGUMENT;
+  const int team = n * d <= ALONE ? 1 : static_cast<int>(threads);
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t r = 0; r < n; r++) {
+    const FlushDenormals flush;
+    layer_norm_row(x + r * d, d, eps, gain, shift, y + r * d);
   }
   return DONE;
 }

@@ -11,4 +11,7 @@ int hope_linear(int64_t n, int64_t K, int64_t R, int64_t threads, const float* x
 int hope_gate(int64_t n, int64_t H, int32_t softplus, float scale, const float* x, const float* bias, float* y);
 // y = x / sqrt(mean(x^2) + eps) gain for n rows of d, a multiple of 8
 int hope_rms_norm(int64_t n, int64_t d, int64_t threads, float eps, const float* x, const float* gain, float* y);
+// y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) gain + shift, for the same
+int hope_layer_norm(int64_t n, int64_t d, int64_t threads, float eps, const float* x, const float* gain,
+                    const float* shift, float* y);
 }

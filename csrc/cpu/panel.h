@@ -74,6 +74,15 @@ HK_INLINE void multiply_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
   with_rows(acc, panel, r, [](V& x, const float* p) { x = x * load_as<V>(p); });
 }
 
+// Row r + i gets bias[r + i].
+template <class V, int MR, int NV>
+HK_INLINE void add_bias(V (&acc)[MR][NV], const float* bias, int64_t r) {
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[i][v] = acc[i][v] + all_as<V>(bias[r + i]);
+}
+
 template <class V, int MR, int NV>
 HK_INLINE void scale_rows(V (&acc)[MR][NV], float by) {
 #pragma GCC unroll 8

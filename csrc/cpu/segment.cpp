@@ -41,7 +41,7 @@ bool memory_fits(const SegmentBlock& b, const SegmentCall& c) {
 bool level_fits(const SegmentLevel& level, const SegmentCall& c) {
   if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N}) || level.kind < GELU_LEVEL ||
       level.kind > GEGLU_LEVEL || (level.kind == GELU_LEVEL) != !level.gate ||
-      !all_given({level.gain, level.up, level.down}))
+      !all_given({level.vectors.gain, level.up, level.down}))
     return false;
   for (int64_t i = 0; i < c.B; i++)
     if (!all_given({level.up[i], level.down[i]}) || (level.gate && !level.gate[i])) return false;

@@ -18,7 +18,7 @@ struct SegmentStep {
 struct SegmentLevel {
   int64_t kind, N;                               // a LevelKind
   int64_t learns;                                // whether its gradient is wanted
-  const float *gain, *post_gain;                 // [d]; post_gain: or null
+  LevelVectors vectors;
   // [B]: every row's own matrix, or its shared one: [N, d], [N, d] (null for GELU_LEVEL), [d, N]
   const float *const *up, *const *gate, *const *down;
   const SegmentStep *up_step, *gate_step, *down_step;  // [B], for hope_segment_learn, where it learns

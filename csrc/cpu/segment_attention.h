@@ -26,7 +26,8 @@ class SegmentAttention : public SegmentLevels {
     t.y = kept.y, t.most = kept.most, t.sum = kept.sum;
     if (const int outcome = hope_attention(&t)) return outcome;
     over(B * P, wide_heads, [&](int64_t j) { from_rows(kept.y, wide, wide_heads, j / P, j % P); });
-    add_product(wide_heads, [&](int64_t) { return m.o_proj; }, wide, h, next, c.block[i].post_gain, mixed(i));
+    add_product(wide_heads, [&](int64_t) { return m.o_proj; }, wide, h, next,
+                {nullptr, c.block[i].post_gain, mixed(i), 1});
     return DONE;
   }
 

@@ -28,20 +28,25 @@ class SegmentLevels : public SegmentPanels {
     const int64_t at = stream_of(i) + 1 + l, N = level.N, size = d * PANEL;
     const float* h = stream(at);
     float* next = stream(at + 1);
+    const LevelVectors& v = level.vectors;
     const Kept to = kept(i, l);
-    over(B * P, d, [&](int64_t j) { norm(x + j * size, level.gain, to.n + j * size); });
+    over(B * P, d, [&](int64_t j) {
+      if (v.shift) layer_norm(x + j * size, v, to.n + j * size);
+      else norm(x + j * size, v.gain, to.n + j * size);
+    });
     if (level.kind == GELU_LEVEL) {
-      inner(level, level.up, to.n, to.a, [&](int64_t k) {
+      inner(level, level.up, v.up_bias, to.n, to.a, [&](int64_t k) {
         f8 slope;
         store(to.a + k, sigma<GELU_TANH>(load(to.a + k), slope));
         if (to.by_up) store(to.by_up + k, slope);
       });
     } else {
-      inner(level, level.up, to.n, to.by_up, [](int64_t) {});
+      inner(level, level.up, v.up_bias, to.n, to.by_up, [](int64_t) {});
       if (level.kind == SWIGLU_LEVEL) gated<SILU>(level, to);
       else gated<GELU_TANH>(level, to);
     }
-    add_product(N, [&](int64_t b) { return level.down[b]; }, to.a, h, next, level.post_gain, to.out, level.share);
+    add_product(N, [&](int64_t b) { return level.down[b]; }, to.a, h, next,
+                {v.down_bias, v.post_gain, to.out, level.share});
   }
 
   // on: whether dL/d its input is wanted, which is added to the slope by its output.
@@ -52,7 +57,7 @@ class SegmentLevels : public SegmentPanels {
     const float* x = stream(stream_of(i) + 1 + (mixture ? 0 : l));
     const Kept of = kept(i, l);
     const Learning rows{*this};
-    const float* errors = slope_before(level.post_gain, of.out, mixture ? apart : slope, level.share);
+    const float* errors = slope_before(level.vectors.post_gain, of.out, mixture ? apart : slope, level.share);
     product(N, d, rows, [&](int64_t b) { return level.down[b]; }, 1, N, errors,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
               const int64_t at = (b * P + p) * N * PANEL;
@@ -68,17 +73,23 @@ class SegmentLevels : public SegmentPanels {
       return outcome;
     if (!on) return DONE;
     over(B * P, d, [&](int64_t j) {
-      if (learning(j / P)) norm_backward(x + j * size, level.gain, one + j * size, slope + j * size, true);
+      if (!learning(j / P)) return;
+      if (level.vectors.shift) layer_norm_backward(x + j * size, level.vectors, one + j * size, slope + j * size);
+      else norm_backward(x + j * size, level.vectors.gain, one + j * size, slope + j * size, true);
     });
     return DONE;
   }
 
-  // to = W n; then activate(k) of eight numbers from place k on, while they are in the cache
+  // to = W n + bias; then activate(k) of eight numbers from place k on, while they are in the cache
   template <class Activate>
-  void inner(const SegmentLevel& level, const float* const* W, const float* n, float* to, Activate activate) const {
+  void inner(const SegmentLevel& level, const float* const* W, const float* bias, const float* n, float* to,
+             Activate activate) const {
     const int64_t N = level.N;
     product(N, d, All(), [&](int64_t b) { return W[b]; }, d, 1, n,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(to + (b * P + p) * N * PANEL, r, acc); },
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              if (bias) add_bias(acc, bias, r);
+              store_rows(to + (b * P + p) * N * PANEL, r, acc);
+            },
             [&](int64_t b, int64_t p, int64_t r0, int64_t r1) {
               const int64_t at = (b * P + p) * N * PANEL;
               for (int64_t k = r0 * PANEL; k < r1 * PANEL; k += half(b, p) ? PANEL : 8) activate(at + k);
@@ -88,7 +99,7 @@ class SegmentLevels : public SegmentPanels {
   // a = sigma(gate n) z, for z = up n in by_up
   template <int ACT>
   void gated(const SegmentLevel& level, const Kept& to) const {
-    inner(level, level.gate, to.n, to.a, [&](int64_t k) {
+    inner(level, level.gate, level.vectors.gate_bias, to.n, to.a, [&](int64_t k) {
       f8 slope;
       const f8 gate = sigma<ACT>(load(to.a + k), slope), z = load(to.by_up + k);
       store(to.a + k, gate * z);
@@ -106,6 +117,46 @@ class SegmentLevels : public SegmentPanels {
               if (more) add_rows(acc, to, r);
               store_rows(to, r, acc);
             }, Nothing());
+  }
+
+  // The mean of f(i) over the rows i of eight tokens of a panel, in four chains.
+  template <class F>
+  f8 mean(F f) const {
+    f8 s[4] = {};
+    for (int64_t i = 0; i < d; i++) s[i % 4] = f(i, s[i % 4]);
+    return ((s[0] + s[1]) + (s[2] + s[3])) / all(static_cast<float>(d));
+  }
+
+  f8 mean_of(const float* x) const {
+    return mean([x](int64_t i, f8 sum) { return sum + load(x + i * PANEL); });
+  }
+
+  // one panel: n = layernorm(x) gain + shift
+  void layer_norm(const float* x, const LevelVectors& vectors, float* n) const {
+    for (int v = 0; v < PANEL; v += 8) {
+      const f8 middle = mean_of(x + v);
+      for (int64_t k = v; k < d * PANEL; k += PANEL) store(n + k, load(x + k) - middle);
+      const f8 factor = norm_factor(n + v);
+      for (int64_t i = 0; i < d; i++) {
+        const int64_t k = i * PANEL + v;
+        store(n + k, load(n + k) * factor * all(vectors.gain[i]) + all(vectors.shift[i]));
+      }
+    }
+  }
+
+  // one panel: dx += dL/dx for dn at the norm's output
+  void layer_norm_backward(const float* x, const LevelVectors& vectors, const float* dn, float* dx) const {
+    for (int v = 0; v < PANEL; v += 8) {
+      auto at = [v](int64_t i) { return i * PANEL + v; };
+      auto g = [&](int64_t i) { return load(dn + at(i)) * all(vectors.gain[i]); };
+      const f8 middle = mean_of(x + v), level = mean([&](int64_t i, f8 sum) { return sum + g(i); });
+      auto centred = [&](int64_t i) { return load(x + at(i)) - middle; };
+      const f8 variance = mean([&](int64_t i, f8 sum) { return fma(centred(i), centred(i), sum); });
+      const f8 factor = all(1) / root(variance + all(c.eps));
+      const f8 m = factor * factor * mean([&](int64_t i, f8 sum) { return fma(centred(i), g(i) - level, sum); });
+      for (int64_t i = 0; i < d; i++)
+        store(dx + at(i), fnma(m, centred(i), g(i) - level) * factor + load(dx + at(i)));
+    }
   }
 
   // The steps of a matrix [R, K] of all rows that learn: its gradient is a sum over tokens, of errors [R] and inputs

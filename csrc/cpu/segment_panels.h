@@ -112,7 +112,7 @@ class SegmentPanels {
     float *n, *a, *by_up, *by_gate, *out;
   };
   int64_t level_floats(const SegmentLevel& level) const {
-    return B * P * PANEL * ((level.post_gain ? 2 : 1) * d + (level.gate ? 3 : 2) * level.N) + 16;
+    return B * P * PANEL * ((level.vectors.post_gain ? 2 : 1) * d + (level.gate ? 3 : 2) * level.N) + 16;
   }
   Kept kept(int64_t block, int64_t l) const {
     const SegmentLevel& level = c.block[block].level[l];
@@ -243,26 +243,28 @@ class SegmentPanels {
             }, Nothing());
   }
 
-  // The residual stream: panels [d] of next = h + share W from, by every row's W [d, K].
+  // What y = W x is on its way into the stream: share (y + bias), or share rmsnorm(y + bias) gain, where y + bias goes to
+  // `out`. Null: without.
+  struct Joining {
+    const float *bias, *gain;
+    float* out;
+    float share;
+  };
+
+  // The residual stream: panels [d] of next = h + W from, by every row's W [d, K], as `how` says.
   template <class Weights>
-  void add_product(int64_t K, Weights weights, const float* from, const float* h, float* next, float share = 1) const {
+  void add_product(int64_t K, Weights weights, const float* from, const float* h, float* next,
+                   const Joining& how) const {
     product(d, K, All(), weights, K, 1, from,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-              if (share != 1) scale_rows(acc, share);
-              add_rows(acc, h + (b * P + p) * d * PANEL, r);
-              store_rows(next + (b * P + p) * d * PANEL, r, acc);
+              const int64_t at = (b * P + p) * d * PANEL;
+              if (how.bias) add_bias(acc, how.bias, r);
+              if (how.gain) return store_rows(how.out + at, r, acc);
+              if (how.share != 1) scale_rows(acc, how.share);
+              add_rows(acc, h + at, r);
+              store_rows(next + at, r, acc);
             }, Nothing());
-  }
-
-  // The same, or h + share rmsnorm(W from) gain, where W from goes to `out`.
-  template <class Weights>
-  void add_product(int64_t K, Weights weights, const float* from, const float* h, float* next, const float* gain,
-                   float* out, float share = 1) const {
-    if (!gain) return add_product(K, weights, from, h, next, share);
-    product(d, K, All(), weights, K, 1, from,
-            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(out + (b * P + p) * d * PANEL, r, acc); },
-            Nothing());
-    add(out, gain, h, next, share);
+    if (how.gain) add(how.out, how.gain, h, next, how.share);
   }
 
   // next = h + share from, or h + share rmsnorm(from) gain

@@ -127,7 +127,7 @@ class Segment : public SegmentAttention {
     float* y = block.out_proj ? one : mixed(i);
     all_from_rows(ra, y, All());
     if (block.out_proj)
-      add_product(d, [&](int64_t) { return block.out_proj; }, y, h, next, block.post_gain, mixed(i));
+      add_product(d, [&](int64_t) { return block.out_proj; }, y, h, next, {nullptr, block.post_gain, mixed(i), 1});
     else
       add(y, block.post_gain, h, next);
     return DONE;

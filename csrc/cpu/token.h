@@ -7,7 +7,7 @@
 
 struct TokenLevel {
   int64_t kind, N;                                   // a LevelKind; N: a width
-  const float *gain, *post_gain;                     // [d]; post_gain: or null
+  LevelVectors vectors;
   // [B]: every row's own matrix, or the one it shares: [N, d], [N, d] (null for GELU_LEVEL), [d, N]
   const float *const *up, *const *gate, *const *down;
   float share;                                       // of what it adds to the stream: 1, but of a mixture's levels

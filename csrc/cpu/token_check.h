@@ -27,7 +27,7 @@ inline bool attention_fits(const TokenAttention& m, const TokenCall& c) {
 
 inline bool level_fits(const TokenLevel& level, const TokenCall& c) {
   if (!width(level.N) || level.kind < GELU_LEVEL || level.kind > GEGLU_LEVEL ||
-      (level.kind == GELU_LEVEL) != !level.gate || !all_given({level.gain, level.up, level.down}))
+      (level.kind == GELU_LEVEL) != !level.gate || !all_given({level.vectors.gain, level.up, level.down}))
     return false;
   for (int64_t b = 0; b < c.B; b++)
     if (!all_given({level.up[b], level.down[b]}) || (level.gate && !level.gate[b])) return false;

@@ -5,14 +5,15 @@
 // from: [B, d], what it reads; what it makes of that joins the stream.
 inline void read_level(const TokenState& s, const TokenLevel& level, const float* from) {
   const TokenBuffers& w = s.w;
+  const LevelVectors& v = level.vectors;
   const int64_t B = s.B, d = s.d, N = level.N;
-  s.norm(from, level.gain);
-  auto inner = [&](const float* const* W, float* y) {
+  s.norm(from, v.gain, v.shift);
+  auto inner = [&](const float* const* W, const float* bias, float* y) {
     product(s.team, B, N, d, w.n, [=](int64_t b) { return W[b]; },
-            [=](int64_t b, int64_t r, float sum) { y[b * N + r] = sum; });
+            [=](int64_t b, int64_t r, float sum) { y[b * N + r] = bias ? sum + bias[r] : sum; });
   };
-  inner(level.up, w.hidden);
-  if (level.gate) inner(level.gate, w.gates);
+  inner(level.up, v.up_bias, w.hidden);
+  if (level.gate) inner(level.gate, v.gate_bias, w.gates);
   s.team.sync();
   const Range own = s.team.share(0, B * N, 8);
   auto activate = [&](auto f) {
@@ -23,10 +24,13 @@ inline void read_level(const TokenState& s, const TokenLevel& level, const float
   else if (level.gate) activate([&](int64_t i, f8 z) { return sigma<GELU_TANH>(load(w.gates + i)) * z; });
   else activate([](int64_t, f8 z) { return sigma<GELU_TANH>(z); });
   s.team.sync();
-  float* const out = level.post_gain ? w.x : w.h;
+  float* const out = v.post_gain ? w.x : w.h;
   const bool joins = out == w.h;
-  const float share = level.share;
+  const float share = level.share, *bias = v.down_bias;
   product(s.team, B, d, N, w.hidden, [&](int64_t b) { return level.down[b]; },
-          [=](int64_t b, int64_t r, float sum) { out[b * d + r] = joins ? out[b * d + r] + share * sum : sum; });
-  if (!joins) s.join(w.x, level.post_gain, share);
+          [=](int64_t b, int64_t r, float sum) {
+            const float y = bias ? sum + bias[r] : sum;
+            out[b * d + r] = joins ? out[b * d + r] + share * y : y;
+          });
+  if (!joins) s.join(w.x, v.post_gain, share);
 }

@@ -77,10 +77,14 @@ struct TokenState {
     product(team, B, rows, K, x, shared(W), [=](int64_t b, int64_t r, float sum) { y[b * rows + r] = sum; });
   }
 
-  // w.n = rmsnorm(x) gain, x [B, d]; whole to everyone afterwards
-  void norm(const float* x, const float* gain) const {
+  // w.n = rmsnorm(x) gain, or with a shift layernorm(x) gain + shift, x [B, d]; whole to everyone afterwards
+  void norm(const float* x, const float* gain, const float* shift = nullptr) const {
     team.sync();
-    each(B, [&](int64_t b) { rms_row(x + b * d, d, c.eps, gain, w.n + b * d); });
+    each(B, [&](int64_t b) {
+      const FlushDenormals flush;
+      if (shift) layer_norm_row(x + b * d, d, c.eps, gain, shift, w.n + b * d);
+      else rms_row(x + b * d, d, c.eps, gain, w.n + b * d);
+    });
     team.sync();
   }
 

@@ -26,6 +26,7 @@ from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
 from ..state import State
 from .native_cache import Angles, AttentionBlock, Cache
+from .native_level import KINDS, LevelVectors, shares
 from .native_mixer import GATES, MEMORY, SQUARE, constant_momentum
 from .native_served import unserved
 
@@ -34,12 +35,11 @@ __all__ = ["NativeStep", "Strips", "dense", "floats", "size_of", "strips_of", "u
 NOT_FINITE = 3  # csrc/cpu/token.cpp
 _version = attrgetter("_version")
 _STATE = MEMORY[:-1]  # but for the tail of the convolution
-KINDS = {"gelu": 0, "swiglu": 1, "geglu": 2}  # of levels, csrc/cpu/cms.h
 
 
 class _Level(ctypes.Structure):
-    _fields_ = [("kind", SIZE), ("N", SIZE), *((n, POINTER) for n in ("gain", "post_gain", "up", "gate", "down")),
-                ("share", REAL)]
+    _fields_ = [("kind", SIZE), ("N", SIZE), ("vectors", LevelVectors),
+                *((n, POINTER) for n in ("up", "gate", "down")), ("share", REAL)]
 
 
 class _Memories(ctypes.Structure):
@@ -259,7 +259,7 @@ class NativeStep:
         for level, at, share in zip(levels or (), found, shares(block.cms)):
             c, d = block.cms.config, block.cms.config.d_model
             at.kind, at.N, at.share = KINDS[c.mlp], c.hidden, share
-            at.gain, at.post_gain = self._at(level["norm_gain"], d), self._at(level.get("post_gain"), d)
+            at.vectors = LevelVectors.of(level, c, self._at)
             at.up, at.down = self._rows(level["up"], at.N, d, B), self._rows(level["down"], d, at.N, B)
             if c.gated:
                 at.gate = self._rows(level["gate"], at.N, d, B)
@@ -291,13 +291,6 @@ class NativeStep:
         to = self._new(-(-rows // 8) * 8 * K)
         _strips(rows, K, address(W, rows * K), to.data_ptr())
         return to
-
-
-def shares(cms: Any) -> list[float]:
-    """Of what the levels of a ContinuumMemory, or of none, add to the stream."""
-    if cms is None or cms.mix is None:
-        return [] if cms is None else [1.0] * len(cms.levels)
-    return torch.softmax(cms.mix.detach(), 0).tolist()
 
 
 def window(config: HopeConfig) -> int:

@@ -20,6 +20,7 @@ from ..ops.shared.cpu_library import POINTER, SIZE, Function, address, row_array
 from ..ops.titans.cpp import TitansCall
 from .head import Heads, Targets, check_logits, read_head
 from .native import floats
+from .native_level import LevelVectors
 from .native_memories import Memory
 from .native_mixer import GATES, SQUARE
 
@@ -32,8 +33,8 @@ class LevelCall(ctypes.Structure):
     """``SegmentLevel``."""
 
     _fields_ = [
-        *((n, SIZE) for n in ("kind", "N", "learns")),
-        *((n, POINTER) for n in ("gain", "post_gain", *MATRICES, *STEPS)), ("share", ctypes.c_float),
+        *((n, SIZE) for n in ("kind", "N", "learns")), ("vectors", LevelVectors),
+        *((n, POINTER) for n in (*MATRICES, *STEPS)), ("share", ctypes.c_float),
     ]
 
 

@@ -20,8 +20,9 @@ from ..config import CMSConfig
 from ..model_state import ModelState
 from ..ops.shared.cpu_library import address
 from .head import Targets
-from .native import KINDS, shares, unserved, window
+from .native import unserved, window
 from .native_attention_segment import Attention
+from .native_level import KINDS, LevelVectors, shares
 from .native_memories import Memories
 from .native_reading import BlockCall, LevelCall, Reading, SegmentCall
 
@@ -92,7 +93,8 @@ class Reader:
             if block.post_norm is not None:
                 to.post_gain = self._at(block.post_norm.weight, d)
             cms = block.cms
-            levels = [] if cms is None else [self._level(cms.config, level) for level in cms.levels]
+            levels = [] if cms is None else [self._level(cms.config, *of) for of in zip(cms.levels, shares(cms))]
+            to.mixture = cms is not None and cms.mix is not None
             self.matrices.append([matrices for _, matrices in levels])
             self.levels.append((LevelCall * len(levels))(*[call for call, _ in levels]))
             to.levels = len(levels)
@@ -102,13 +104,13 @@ class Reader:
             gain=self._at(model.norm.weight, d), head=self._at(head, V * d),
         )
 
-    def _level(self, config: CMSConfig, level: Any) -> tuple[LevelCall, list[tuple[str, int | None, int]]]:
+    def _level(
+        self, config: CMSConfig, level: Any, share: float
+    ) -> tuple[LevelCall, list[tuple[str, int | None, int]]]:
         """What is the same of a level in all readings, and its entry of ``matrices``."""
-        t, d = level.parameters_by_name(), config.d_model
-        call = LevelCall(
-            kind=KINDS[config.mlp], N=config.hidden, gain=self._at(t["norm_gain"], d),
-            post_gain=self._at(t.get("post_gain"), d),
-        )
+        t = level.parameters_by_name()
+        vectors = LevelVectors.of(t, config, self._at)
+        call = LevelCall(kind=KINDS[config.mlp], N=config.hidden, vectors=vectors, share=share)
         return call, [(name, self._at(t[name], t[name].numel()), t[name].numel()) for name in config.matrices]
 
     def _at(self, t: Tensor | None, count: int) -> int | None:

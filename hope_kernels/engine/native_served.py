@@ -61,9 +61,7 @@ def _attention_unserved(config: HopeConfig) -> str | None:
 
 
 def _cms_unserved(cms: CMSConfig) -> str | None:
-    if cms.norm != "rmsnorm" or cms.bias or cms.rank is not None:
-        return "serves CMS levels with rmsnorm and full rank, without biases"
-    return None
+    return None if cms.rank is None else "serves CMS levels of full rank"
 
 
 def _placement_unserved(config: HopeConfig, like: Tensor, asked: bool) -> str | None:

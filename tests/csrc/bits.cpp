@@ -180,8 +180,9 @@ void attention_model() {
   show("attention_model", h), show("attention_model keys", k);
 }
 
-// Through two blocks, back to the level of the first. behind: norms behind mixers and level.
-void attention_segment(const std::string& name, LevelKind kind, bool behind) {
+// Through two blocks, back to the level of the first. behind: norms behind mixers and level. mixture: as if it were one
+// of several levels, with biases behind a layer norm.
+void attention_segment(const std::string& name, LevelKind kind, bool behind, bool mixture = false) {
   Draw draw;
   const int64_t B = 2, T = 21, d = 16, H = 4, Hkv = 2, D = 8, N = 24, V = 11, slots = 50;
   const std::vector<int64_t> used{9, 0}, base{4, 0}, len{21, 10}, known{20, 10};
@@ -207,15 +208,17 @@ void attention_segment(const std::string& name, LevelKind kind, bool behind) {
       steps[i].push_back({0, 0, 0.1f, 0, 0, 0, 0, 0, 0, nullptr, own, nullptr, nullptr});
     }
   const float* post = behind ? gain.data() : nullptr;
-  const SegmentLevel level{kind, N, 1, gain.data(), post, rows[0].data(), kind ? rows[2].data() : nullptr,
-                           rows[1].data(), steps[0].data(), steps[2].data(), steps[1].data()};
+  LevelVectors vectors{gain.data(), nullptr, post, nullptr, nullptr, nullptr};
+  if (mixture) vectors.shift = vectors.up_bias = vectors.gate_bias = vectors.down_bias = bias.data();
+  const SegmentLevel level{kind, N, 1, vectors, rows[0].data(), kind ? rows[2].data() : nullptr, rows[1].data(),
+                           steps[0].data(), steps[2].data(), steps[1].data(), mixture ? 0.3f : 1};
   SegmentBlock blocks[2]{};
   AttentionMixer mixers[2] = {mixer, mixer};
   Floats other_k = k, other_v = v;
   mixers[1].k = other_k.data(), mixers[1].v = other_v.data();
   for (int i : {0, 1}) {
     blocks[i].attention = &mixers[i], blocks[i].post_gain = post;
-    blocks[i].levels = 1 - i, blocks[i].level = &level;
+    blocks[i].levels = 1 - i, blocks[i].level = &level, blocks[i].mixture = mixture;
   }
   std::vector<int64_t> ids(B * T);
   for (size_t i = 0; i < ids.size(); i++) ids[i] = i * i % V;
@@ -288,6 +291,7 @@ int main(int count, char** arguments) {
   attention_segment("attention_segment", GELU_LEVEL, false);
   attention_segment("attention_segment swiglu", SWIGLU_LEVEL, false);
   attention_segment("attention_segment geglu, norms behind", GEGLU_LEVEL, true);
+  attention_segment("attention_segment of a mixture", SWIGLU_LEVEL, true, true);
   levels(), whole();
   show("model's steps", stepped(1)), show("steps with attention", attended(1));
 }

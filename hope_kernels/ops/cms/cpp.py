@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import CMSConfig
-from ..linear.cpp import linear, rms_norm
+from ..linear.cpp import layer_norm, linear, rms_norm
 from ..shared.cpu_library import POINTER, REAL, SIZE, Function, address
 from .cpp_step import newton_schulz, normalise_, outer_add_, refresh_
 from .level import Factors, Level, norm_backward
@@ -87,7 +86,7 @@ def inner_norm(x: Tensor, level: Level, config: CMSConfig, eps: float) -> Tensor
     """norm(x) of a level."""
     if config.norm == "rmsnorm":
         return rms_norm(x, level["norm_gain"], eps)
-    return F.layer_norm(x, x.shape[-1:], level["norm_gain"], level.get("norm_bias"), eps)
+    return layer_norm(x, level["norm_gain"], level["norm_bias"], eps)
 
 
 def norm_gradients(

@@ -20,6 +20,7 @@ from . import forward
 _linear = Function("hope_linear", "linear", *[SIZE] * 4, *[POINTER] * 4)
 _gate = Function("hope_gate", "gate", *[SIZE] * 2, ctypes.c_int32, REAL, *[POINTER] * 3)
 _rms_norm = Function("hope_rms_norm", "rms_norm", *[SIZE] * 3, REAL, *[POINTER] * 3)
+_layer_norm = Function("hope_layer_norm", "layer_norm", *[SIZE] * 3, REAL, *[POINTER] * 4)
 
 
 def unserved(request: Request) -> str | None:
@@ -62,6 +63,17 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     x, gain = x.contiguous(), gain.contiguous()
     y, every, d = torch.empty_like(x), x.numel(), gain.numel()
     _rms_norm(every // d, d, torch.get_num_threads(), eps, address(x, every), address(gain, d), address(y, every))
+    return y
+
+
+def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) gain + shift over the last dimension, a multiple of 8."""
+    x, gain, shift = x.contiguous(), gain.contiguous(), shift.contiguous()
+    y, every, d = torch.empty_like(x), x.numel(), gain.numel()
+    _layer_norm(
+        every // d, d, torch.get_num_threads(), eps, address(x, every), address(gain, d), address(shift, d),
+        address(y, every),
+    )
     return y
 
 
