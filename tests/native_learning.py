@@ -36,6 +36,9 @@ CMS_OF_ATTENTION = {
     "nested": {"variant": "nested"},
     "mixture": {"variant": "independent"},
     "mixture of gated levels with norms": {"variant": "independent", "mlp": "geglu", "post_norm": True},
+    "mixture of gated levels with biases": {"variant": "independent", "mlp": "swiglu", "bias": True},
+    "gated levels with layer norms, biases and norms": {
+        "mlp": "swiglu", "norm": "layernorm", "bias": True, "post_norm": True, "optimizer": "muon"},
     "a level of rate zero": {"lr": (0.0, 0.02)},
     "the other level of rate zero": {"lr": (0.02, 0.0)},
     "segments of 24": {"chunks": (24, 48)},

@@ -32,6 +32,7 @@ CASES = {
     "no CMS": {"cms": None},
     "nested": {"cms": {"variant": "nested", "optimizer": "adam"}},
     "mixture": {"cms": {"variant": "independent", "lr": (0.02, 0.01)}},
+    "layer norms and biases": {"cms": {"norm": "layernorm", "bias": True}},
     "a norm behind memories": {"post_norm": True, "cms": {"optimizer": "adam"}},
     "a norm behind bare memories": {"post_norm": True, "titans": {"out_proj": False}},
     "a head of its own": {"tie_embeddings": False},
