@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import within_yardstick
 
 from hope_kernels import HopeConfig, TitansConfig
@@ -45,10 +46,11 @@ def test_bits_of_a_token_do_not_depend_on_company_threads_or_vectors(K, R):
     x, w = draw(210, K), draw(R, K, seed=1)
     gain, whole = draw(K // 8 * 8, seed=3), cpp.linear(x, w)
     rows = x[:, : gain.numel()]
-    normed = cpp.rms_norm(rows, gain, 1e-6)
+    normed, centred = cpp.rms_norm(rows, gain, 1e-6), cpp.layer_norm(rows, gain, rows[0], 1e-6)
     for a, b in ((0, 1), (1, 3), (3, 8), (17, 80), (80, 210)):
         assert torch.equal(cpp.linear(x[a:b], w), whole[a:b])
         assert torch.equal(cpp.rms_norm(rows[a:b], gain, 1e-6), normed[a:b])
+        assert torch.equal(cpp.layer_norm(rows[a:b], gain, rows[0], 1e-6), centred[a:b])
     assert torch.equal(cpp.linear(x.view(2, 105, K), w), whole.view(2, 105, R))
     threads, width = torch.get_num_threads(), cpu_library.library().hope_cpu_width
     try:
@@ -58,6 +60,7 @@ def test_bits_of_a_token_do_not_depend_on_company_threads_or_vectors(K, R):
         for bits in (256, 512):
             width(bits)
             assert torch.equal(cpp.linear(x, w), whole) and torch.equal(cpp.rms_norm(rows, gain, 1e-6), normed)
+            assert torch.equal(cpp.layer_norm(rows, gain, rows[0], 1e-6), centred)
     finally:
         torch.set_num_threads(threads)
         width(512)
@@ -77,6 +80,16 @@ def test_a_norm_is_as_exact_as_pytorchs(n, d):
     exact = forward.rms_norm(x.double(), gain.double(), 1e-6)
     within_yardstick(cpp.rms_norm(x, gain, 1e-6), forward.rms_norm(x, gain, 1e-6), exact, "y")
     assert torch.equal(cpp.rms_norm(0 * x, gain, 1e-6), 0 * x)
+
+
+@pytest.mark.parametrize("n, d", [(1, 8), (5, 40), (8, 128), (19, 256)])
+def test_a_layer_norm_is_as_exact_as_pytorchs(n, d):
+    x, gain, shift = 3 + draw(n, d), draw(d, seed=1), draw(d, seed=2)
+    exact = F.layer_norm(x.double(), (d,), gain.double(), shift.double(), 1e-6)
+    within_yardstick(cpp.layer_norm(x, gain, shift, 1e-6), F.layer_norm(x, (d,), gain, shift, 1e-6), exact, "y")
+    assert torch.equal(cpp.layer_norm(0 * x, gain, shift, 1e-6), shift.expand(n, d))
+    with pytest.raises(ValueError, match=f"shape .{d - 1}. .* expected {d} numbers"):
+        cpp.layer_norm(x, gain, shift[:-1], 1e-6)
 
 
 @pytest.mark.parametrize("softplus", [False, True])
