@@ -112,6 +112,8 @@ void projections() {
   Floats y(5 * 40);
   done(hope_rms_norm(5, 40, 1, 1e-6f, x.data(), gain.data(), y.data()));
   show("rms_norm", y);
+  done(hope_layer_norm(5, 40, 1, 1e-6f, x.data(), gain.data(), x.data(), y.data()));
+  show("layer_norm", y);
   Floats gates(5 * 40);
   for (int32_t softplus : {0, 1}) {
     done(hope_gate(5, 40, softplus, 0.5f, x.data(), gain.data(), gates.data()));

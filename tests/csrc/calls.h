@@ -159,7 +159,7 @@ inline Floats stepped(int64_t threads) {
   const Floats base2 = draw(H * 5 * N * D, 0.1f), base1 = draw(H * 3 * D * N, 0.1f), base1s = draw(H * 2 * N, 0.1f);
   const Floats square = draw(d * d, 0.06f), up = draw(U * d, 0.06f), down = draw(d * U, 0.04f);
   const std::vector<const float*> ups(B, up.data()), downs(B, down.data());
-  const TokenLevel level{GELU_LEVEL, U, one.data(), nullptr, ups.data(), nullptr, downs.data()};
+  const TokenLevel level{GELU_LEVEL, U, {one.data()}, ups.data(), nullptr, downs.data(), 1};
   std::vector<int64_t> pos(B), len(B, 1), ids(B);
   Floats delta2[2], delta1[2], delta1s[2], k[2], v[2], eta[2], alpha[2], tail[2], packed[2];
   TokenMemories memories[2] = {};
@@ -208,8 +208,8 @@ inline Floats attended(int64_t threads) {
   const Floats up = draw(U * d, 0.1f), down = draw(d * U, 0.1f);
   const std::vector<const float*> ups(B, up.data()), downs(B, down.data());
   const float *n = gain.data(), *w = kv_proj.data();
-  const TokenLevel levels[2] = {{SWIGLU_LEVEL, U, n, nullptr, ups.data(), ups.data(), downs.data()},
-                                {GEGLU_LEVEL, U, n, n, ups.data(), ups.data(), downs.data()}};
+  const TokenLevel levels[2] = {{SWIGLU_LEVEL, U, {n}, ups.data(), ups.data(), downs.data(), 1},
+                                {GEGLU_LEVEL, U, {n, nullptr, n}, ups.data(), ups.data(), downs.data(), 1}};
   std::vector<int64_t> used(B), base(B), len(B, 1), ids(B);
   for (int64_t b = 0; b < B; b++) used[b] = b % 5, base[b] = 7 * b;
   const Floats cos = draw(B * D / 2, 1), sin = draw(B * D / 2, 1);
