@@ -65,9 +65,10 @@ def test_memories_have_the_bits_of_a_scan():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("post_norm", [False, True])
 @torch.no_grad()
-def test_rows_and_threads_do_not_change_a_bit():
-    model, text = small(d=256, heads=4, chunks=(8,)), ids(24, 20, 3)
+def test_rows_and_threads_do_not_change_a_bit(post_norm):
+    model, text = small(d=256, heads=4, chunks=(8,), post_norm=post_norm), ids(24, 20, 3)
     found = []
     for threads, rows in ((1, slice(None)), (2, slice(None)), (1, slice(5, 6))):
         before = torch.get_num_threads()

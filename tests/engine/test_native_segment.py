@@ -104,10 +104,12 @@ def test_bits_do_not_depend_on_company(name):
         assert all(torch.equal(t[b], s[0]) for t, s in zip(together.cms[1].tensors(), state.cms[1].tensors()))
 
 
-@pytest.mark.parametrize("cms", [{}, {"optimizer": "muon"}, {"relative": True}], ids=["gd", "muon", "relative"])
+@pytest.mark.parametrize("cms", [{}, {"optimizer": "muon"}, {"relative": True}, {"mlp": "geglu", "post_norm": True}],
+                         ids=["gd", "muon", "relative", "gated"])
 @torch.no_grad()
 def test_bits_are_those_of_any_width_and_number_of_threads(cms):
-    model, text = small(d=128, heads=4, layers=2, chunks=(64, 128), cms=cms), ids(2, 200, 3)
+    behind = cms.get("post_norm", False)
+    model, text = small(d=128, heads=4, chunks=(64, 128), cms=cms, post_norm=behind), ids(2, 200, 3)
     same_of_any_width_and_threads(model, text)
 
 
