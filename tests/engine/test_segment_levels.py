@@ -7,6 +7,7 @@ import torch
 from native_learning import model_of
 from native_model import ids
 
+from hope_kernels.engine.native_level import LevelVectors
 from hope_kernels.engine.native_segment import Reader
 from hope_kernels.ops.cms.plan import RowStep
 from hope_kernels.ops.shared import cpu_library
@@ -37,7 +38,7 @@ def test_the_library_refuses_levels_that_do_not_fit(name):
 
     gated, empty = right[1].kind != 0, (ctypes.c_void_p * 2)()
     for field, values in {
-        "kind": (-1, 3, 0 if gated else 1), "N": (0, -8, 12, 2**62), "gain": (None,), "up": (None,), "down": (None,),
+        "kind": (-1, 3, 0 if gated else 1), "N": (0, -8, 12, 2**62), "vectors": (LevelVectors(),), "up": (None,), "down": (None,),
         "gate": (None,) if gated else (right[1].up,),
     }.items():
         for value in values:
