@@ -26,7 +26,7 @@ from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
 from ..state import State
 from .native_cache import Angles, AttentionBlock, Cache
-from .native_level import KINDS, LevelVectors, shares
+from .native_level import KINDS, LevelVectors, mixes, shares
 from .native_mixer import GATES, MEMORY, SQUARE, constant_momentum
 from .native_served import unserved
 
@@ -255,7 +255,7 @@ class NativeStep:
 
     def _levels(self, to: _Block, block: Any, levels: list[Level] | None, B: int) -> None:
         found = (_Level * len(levels or ()))()
-        to.mixture = block.cms is not None and block.cms.mix is not None
+        to.mixture = mixes(block.cms)
         for level, at, share in zip(levels or (), found, shares(block.cms)):
             c, d = block.cms.config, block.cms.config.d_model
             at.kind, at.N, at.share = KINDS[c.mlp], c.hidden, share

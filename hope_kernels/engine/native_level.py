@@ -28,8 +28,13 @@ class LevelVectors(ctypes.Structure):
         return cls(*[at(level.get(n), config.hidden if n in hidden else config.d_model) for n in _VECTORS])
 
 
+def mixes(cms: Any) -> bool:
+    """Whether the levels of a ContinuumMemory all read what the first one does."""
+    return cms is not None and cms.mix is not None
+
+
 def shares(cms: Any) -> list[float]:
     """Of what each level of a ContinuumMemory adds to the stream; none without one."""
-    if cms is None or cms.mix is None:
-        return [] if cms is None else [1.0] * len(cms.levels)
-    return torch.softmax(cms.mix.detach(), 0).tolist()
+    if mixes(cms):
+        return torch.softmax(cms.mix.detach(), 0).tolist()
+    return [] if cms is None else [1.0] * len(cms.levels)

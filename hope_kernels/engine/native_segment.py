@@ -22,7 +22,7 @@ from ..ops.shared.cpu_library import address
 from .head import Targets
 from .native import unserved, window
 from .native_attention_segment import Attention
-from .native_level import KINDS, LevelVectors, shares
+from .native_level import KINDS, LevelVectors, mixes, shares
 from .native_memories import Memories
 from .native_reading import BlockCall, LevelCall, Reading, SegmentCall
 
@@ -94,7 +94,7 @@ class Reader:
                 to.post_gain = self._at(block.post_norm.weight, d)
             cms = block.cms
             levels = [] if cms is None else [self._level(cms.config, *of) for of in zip(cms.levels, shares(cms))]
-            to.mixture = cms is not None and cms.mix is not None
+            to.mixture = mixes(cms)
             self.matrices.append([matrices for _, matrices in levels])
             self.levels.append((LevelCall * len(levels))(*[call for call, _ in levels]))
             to.levels = len(levels)

@@ -38,7 +38,8 @@ def test_the_library_refuses_levels_that_do_not_fit(name):
 
     gated, empty = right[1].kind != 0, (ctypes.c_void_p * 2)()
     for field, values in {
-        "kind": (-1, 3, 0 if gated else 1), "N": (0, -8, 12, 2**62), "vectors": (LevelVectors(),), "up": (None,), "down": (None,),
+        "kind": (-1, 3, 0 if gated else 1), "N": (0, -8, 12, 2**62), "vectors": (LevelVectors(),), "up": (None,),
+        "down": (None,),
         "gate": (None,) if gated else (right[1].up,),
     }.items():
         for value in values:
