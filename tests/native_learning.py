@@ -37,7 +37,7 @@ CMS_OF_ATTENTION = {
     "segments of 24": {"chunks": (24, 48)},
     "gelu with norms behind": {"post_norm": True},
 }
-CMS_OF_GATED = {  # of converted models: with norms behind mixers and levels, or without
+CMS_OF_GATED = {  # of models as converted ones are: with norms behind mixers and levels, or without
     "swiglu": {},
     "swiglu, norms behind": {},
     "geglu, norms behind": {"lr": (0.02, 0.0)},
@@ -58,7 +58,8 @@ ATTENTION["attention: blocks of their own"] = {
     "window": (None, 9), "rope_theta": (1e4, 5e2), "num_heads": 8, "tie_embeddings": False}
 ATTENTION["attention: scaled embeddings"] = {"embed_scale": 7.0}
 GATED = {
-    f"attention: {name}": attention_model.converted(name[:6].rstrip(","), "norms behind" in name, **cms)
+    f"attention: {name}": attention_model.converted(name[:6].rstrip(","), "norms behind" in name, **cms).replace(
+        rope_dtype="float64")  # with nobody's bits to keep
     for name, cms in CMS_OF_GATED.items()
 }
 ATTENTION |= GATED
