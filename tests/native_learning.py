@@ -21,10 +21,12 @@ MORE = {
     "segments of 24": {"chunks": (24, 48), "d": 24, "heads": 3},
     "scaled embeddings": {"embed_scale": 4.0},
 }
-MORE |= {f"{mlp}, {name}": {"cms": {"mlp": mlp, **cms}, **options} for mlp, name, cms, options in (
-    ("swiglu", "gd", {}, {}), ("geglu", "relative momentum", MORE["relative momentum"]["cms"], {}),
-    ("gelu", "norms behind all", {"post_norm": True}, {"post_norm": True}),
-)}
+GATED_MEMORIES = {  # and such as have norms behind
+    "swiglu, gd": {"cms": {"mlp": "swiglu"}},
+    "geglu, relative momentum": {"cms": {"mlp": "geglu", "relative": True, "lr": 0.1, "optimizer": "momentum"}},
+    "gelu, norms behind all": {"cms": {"post_norm": True}, "post_norm": True},
+}
+MORE |= GATED_MEMORIES
 SINKS = attention_model.OPTIONS["window and sinks"]
 CMS_OF_ATTENTION = {
     "momentum": {"optimizer": "momentum"},
