@@ -23,10 +23,12 @@ MORE = {
     "mixture, the other level of rate zero": {"cms": {"variant": "independent", "lr": (0.02, 0.0)}},
     "scaled embeddings": {"embed_scale": 4.0},
 }
-MORE |= {f"{mlp}, {name}": {"cms": {"mlp": mlp, **cms}, **options} for mlp, name, cms, options in (
-    ("swiglu", "gd", {}, {}), ("geglu", "relative momentum", MORE["relative momentum"]["cms"], {}),
-    ("gelu", "norms behind all", {"post_norm": True}, {"post_norm": True}),
-)}
+GATED_MEMORIES = {  # and such as have norms behind
+    "swiglu, gd": {"cms": {"mlp": "swiglu"}},
+    "geglu, relative momentum": {"cms": {"mlp": "geglu", "relative": True, "lr": 0.1, "optimizer": "momentum"}},
+    "gelu, norms behind all": {"cms": {"post_norm": True}, "post_norm": True},
+}
+MORE |= GATED_MEMORIES
 SINKS = attention_model.OPTIONS["window and sinks"]
 CMS_OF_ATTENTION = {
     "momentum": {"optimizer": "momentum"},
@@ -44,7 +46,7 @@ CMS_OF_ATTENTION = {
     "segments of 24": {"chunks": (24, 48)},
     "gelu with norms behind": {"post_norm": True},
 }
-CMS_OF_GATED = {  # of converted models: with norms behind mixers and levels, or without
+CMS_OF_GATED = {  # of models as converted ones are: with norms behind mixers and levels, or without
     "swiglu": {},
     "swiglu, norms behind": {},
     "geglu, norms behind": {"lr": (0.02, 0.0)},
@@ -65,7 +67,8 @@ ATTENTION["attention: blocks of their own"] = {
     "window": (None, 9), "rope_theta": (1e4, 5e2), "num_heads": 8, "tie_embeddings": False}
 ATTENTION["attention: scaled embeddings"] = {"embed_scale": 7.0}
 GATED = {
-    f"attention: {name}": attention_model.converted(name[:6].rstrip(","), "norms behind" in name, **cms)
+    f"attention: {name}": attention_model.converted(name[:6].rstrip(","), "norms behind" in name, **cms).replace(
+        rope_dtype="float64")  # with nobody's bits to keep
     for name, cms in CMS_OF_GATED.items()
 }
 ATTENTION |= GATED

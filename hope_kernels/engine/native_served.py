@@ -29,8 +29,8 @@ _PLAIN = (nn.Embedding, ScaledEmbedding, nn.RMSNorm, nn.Linear, nn.ModuleList, n
 
 
 def unserved(model: Model, backend: str | None, learning: bool) -> str | None:
-    """Why steps and segments of ``model`` are not read in C++, or None. learning: what is read is learned, after which
-    no bits are those of another program, so that all that can be read in C++ is."""
+    """Why steps and segments of ``model`` are not read in C++, or None. learning: what is read is learned, by which
+    levels are C++ unasked that without it are PyTorch's."""
     if backend not in (None, "cpp"):
         return f"backend is {backend!r}"
     config, like = model.config, getattr(model.embed, "weight", None)
@@ -38,9 +38,8 @@ def unserved(model: Model, backend: str | None, learning: bool) -> str | None:
         return "its weights are not its own"
     if not model.plain:
         return "the model is another class, or hooked"
-    asked = learning or backend == "cpp"
     return (
-        cpu_library.unavailable() or _config_unserved(config) or _placement_unserved(config, like, asked)
+        cpu_library.unavailable() or _config_unserved(config) or _placement_unserved(config, like, backend, learning)
         or _modules_unserved(model)
     )
 
@@ -64,10 +63,10 @@ def _cms_unserved(cms: CMSConfig) -> str | None:
     return None if cms.rank is None else "serves CMS levels of full rank"
 
 
-def _placement_unserved(config: HopeConfig, like: Tensor, asked: bool) -> str | None:
-    """As the choices of ops/ are made for a call of the model. asked: for C++."""
+def _placement_unserved(config: HopeConfig, like: Tensor, backend: str | None, learning: bool) -> str | None:
+    """As the choices of ops/ are made for a call of the model."""
     if config.mixer == "attention":
-        asks = linear_cpp.unserved if asked else linear_cpp.unserved_unasked
+        asks = linear_cpp.unserved if backend == "cpp" else linear_cpp.unserved_unasked
         reason = asks(Request(config, like.dtype, like.device, NO_GRADIENT))
     else:
         assert config.titans is not None
@@ -75,7 +74,7 @@ def _placement_unserved(config: HopeConfig, like: Tensor, asked: bool) -> str | 
     for cms in config.block_cms:
         if reason is None and cms is not None:
             reason = cms_cpp.unserved(cms, like.dtype, like.device)
-            if reason is not None and asked:
+            if reason is not None and (learning or backend == "cpp"):
                 reason = cpp_gated.unserved(cms, like.dtype, like.device)
     return reason
 

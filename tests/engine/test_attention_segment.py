@@ -118,9 +118,9 @@ def test_the_library_refuses_what_does_not_fit():
 def test_who_serves():
     for name in ATTENTION:
         assert Reader(model_of(name), None).reason is None, name
-    for name in GATED:  # whose bits without learning are those of their original
+    for name in GATED:
         assert Reader(model_of(name), "cpp", learning=False).reason is None
-        assert "bits of its original" in Reader(model_of(name), None, learning=False).reason
+        assert "serves" in Reader(model_of(name), None, learning=False).reason
     assert "float64" in Reader(built({}).double(), None).reason
     adapted = built({})
     adapted.blocks[0].mixer.q_proj = torch.nn.Sequential(adapted.blocks[0].mixer.q_proj)

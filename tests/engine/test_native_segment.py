@@ -9,7 +9,7 @@ from operator import attrgetter
 import pytest
 import torch
 from attention_model import moved
-from native_learning import LEARNING, by_pytorch, cached, learned, model_of, same_bits
+from native_learning import GATED_MEMORIES, LEARNING, by_pytorch, cached, learned, model_of, same_bits
 from native_model import V, built, ids, small
 from numerics import relative, within_yardstick
 
@@ -23,7 +23,6 @@ from hope_kernels.ops.shared import cpu_library
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
 ATTENTION = [name for name in LEARNING if "attention" in name]
-GATED_MEMORIES = ("swiglu, gd", "geglu, relative momentum", "gelu, norms behind all")
 BOTH = pytest.mark.parametrize("name", ["default", "attention: window and sinks"])
 
 

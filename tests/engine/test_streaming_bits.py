@@ -3,7 +3,7 @@ decoder, as a row among others, and from a file."""
 
 import pytest
 import torch
-from native_learning import GATED, asked, cached, model_of
+from native_learning import GATED, GATED_MEMORIES, asked, cached, model_of
 from native_model import CASES, V, ids, small
 
 from hope_kernels import load_state
@@ -88,7 +88,7 @@ def test_rows_of_a_ragged_batch_and_files(name, learn, tmp_path):
     assert not logits[1, 33:].any()
 
 
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("name", [*GATED, *GATED_MEMORIES])
 @torch.no_grad()
 def test_what_learns_has_the_same_bits_unasked(name):
     """Decoders included; until the first step it reads as without learning, where C++ is asked for that."""

@@ -2,7 +2,7 @@
 company, as those of ``cpp.py``; the backward is PyTorch's.
 
 Such levels come from models whose every bit is promised, so this serves only where the backend is asked for by name.
-Whole models that learn have other bits than those anyway, and are read and learned in C++ unasked (segment.h).
+Whole models of their own that learn are read in C++ unasked (csrc/cpu/segment.h).
 """
 
 from __future__ import annotations
