@@ -26,7 +26,7 @@ from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
 from ..state import State
 from .native_cache import Angles, AttentionBlock, Cache
-from .native_level import KINDS, LevelVectors, mixes, shares
+from .native_level import KINDS, LevelVectors, mixes, shares, vectors_of
 from .native_mixer import GATES, MEMORY, SQUARE, constant_momentum
 from .native_served import unserved
 
@@ -259,7 +259,7 @@ class NativeStep:
         for level, at, share in zip(levels or (), found, shares(block.cms)):
             c, d = block.cms.config, block.cms.config.d_model
             at.kind, at.N, at.share = KINDS[c.mlp], c.hidden, share
-            at.vectors = LevelVectors.of(level, c, self._at)
+            at.vectors = vectors_of(level, c, self._at)
             at.up, at.down = self._rows(level["up"], at.N, d, B), self._rows(level["down"], d, at.N, B)
             if c.gated:
                 at.gate = self._rows(level["gate"], at.N, d, B)

@@ -21,11 +21,11 @@ class LevelVectors(ctypes.Structure):
 
     _fields_ = [(n, POINTER) for n in ("gain", "shift", *_VECTORS[2:])]
 
-    @classmethod
-    def of(cls, level: Level, config: CMSConfig, at: Callable[[Any, int], int | None]) -> LevelVectors:
-        """at(tensor, count): the address of a tensor of so many numbers, None for None."""
-        hidden = ("up_bias", "gate_bias")
-        return cls(*[at(level.get(n), config.hidden if n in hidden else config.d_model) for n in _VECTORS])
+
+def vectors_of(level: Level, config: CMSConfig, at: Callable[[Any, int], int | None]) -> LevelVectors:
+    """at(tensor, count): the address of a tensor of so many numbers, None for None."""
+    hidden = ("up_bias", "gate_bias")
+    return LevelVectors(*[at(level.get(n), config.hidden if n in hidden else config.d_model) for n in _VECTORS])
 
 
 def mixes(cms: Any) -> bool:

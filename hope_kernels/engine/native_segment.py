@@ -22,7 +22,7 @@ from ..ops.shared.cpu_library import address
 from .head import Targets
 from .native import unserved, window
 from .native_attention_segment import Attention
-from .native_level import KINDS, LevelVectors, mixes, shares
+from .native_level import KINDS, mixes, shares, vectors_of
 from .native_memories import Memories
 from .native_reading import BlockCall, LevelCall, Reading, SegmentCall
 
@@ -109,7 +109,7 @@ class Reader:
     ) -> tuple[LevelCall, list[tuple[str, int | None, int]]]:
         """What is the same of a level in all readings, and its entry of ``matrices``."""
         t = level.parameters_by_name()
-        vectors = LevelVectors.of(t, config, self._at)
+        vectors = vectors_of(t, config, self._at)
         call = LevelCall(kind=KINDS[config.mlp], N=config.hidden, vectors=vectors, share=share)
         return call, [(name, self._at(t[name], t[name].numel()), t[name].numel()) for name in config.matrices]
 
