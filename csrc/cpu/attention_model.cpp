@@ -70,7 +70,8 @@ class Reader {
     project(b.k_proj, b.k_bias, b.k_gain, kv, D, k);
     project(b.v_proj, b.v_bias, nullptr, kv, D, v);
     const int64_t angle = first * D / 2, apart = c.rotations == 1 ? 0 : c.T * D / 2;
-    const Rotation queries{c.B, n, t.H, D, c.threads, apart}, keys{c.B, n, t.Hkv, D, c.threads, apart};
+    const Rotation queries{c.B, n, t.H, D, c.threads, apart, len.data()};
+    const Rotation keys{c.B, n, t.Hkv, D, c.threads, apart, len.data()};
     if (b.far_cos) queries(q, b.far_cos + angle, b.far_sin + angle, false, far);
     queries(q, b.cos + angle, b.sin + angle, false, q), keys(k, b.cos + angle, b.sin + angle, false, k);
     for (int64_t r = 0; r < c.B; r++) {

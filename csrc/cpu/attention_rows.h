@@ -13,9 +13,11 @@ inline void add_bias(int64_t rows, int64_t n, const float* bias, float* x) {
 }
 
 // RoPE of B rows of n tokens of H heads of D: pairs (i, i + D / 2) of a head are turned by angle i of the token, or
-// back. Angles of a row of the batch lie `apart` numbers behind those of the one before.
+// back. Angles of a row of the batch lie `apart` numbers behind those of the one before; tokens past len[row] have none,
+// and stay as they are.
 struct Rotation {
   int64_t B, n, H, D, threads, apart;
+  const int64_t* len;
   static constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
 
   // from and to may be the same
@@ -25,7 +27,8 @@ struct Rotation {
     const int team = heads * D <= ALONE ? 1 : static_cast<int>(threads);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t i = 0; i < heads; i++) {
-      const int64_t row = i / H, at = row / n * apart + row % n * half;
+      const int64_t token = i / H, row = token / n, at = row * apart + token % n * half;
+      if (token % n >= len[row]) continue;
       const float *p = from + i * D, *u = cos + at, *w = sin + at;
       float* y = to + i * D;
       int64_t j = 0;

@@ -66,7 +66,7 @@ class SegmentAttention : public SegmentLevels {
  private:
   Rotation turn(const AttentionMixer& m, int64_t heads) const {
     const int64_t D = m.attention.D;
-    return {B, T, heads, D, c.threads, c.rotations == 1 ? 0 : c.stride * D / 2};
+    return {B, T, heads, D, c.threads, c.rotations == 1 ? 0 : c.stride * D / 2, c.len};
   }
 
   // What the gradient has in common with the call: queries are in hq, and in hfar as they see the sinks.
