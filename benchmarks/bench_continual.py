@@ -1,7 +1,7 @@
 """What is left of one text when others have been learned, rule by rule at equal gain on the new text.
 
     python -m benchmarks.bench_continual --text FILE FILE ... [--title NAME ...] [--model bundled|FOLDER]
-        [--parts pairs levels chain bank] [--rules gd ...] [--length 4096]
+        [--parts pairs levels chain bank] [--rules gd ...] [--start 1] [--length 4096]
         [--out benchmarks/results/continual.json] [--table]
 
 Texts: the bundled model's own (John and Acts, held out of its training) and one per --text; three disjoint excerpts
@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--model", default="bundled", help="bundled, or a folder (that of make real, say)")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--rules", nargs="+", choices=tuple(RULES), default=tuple(RULES), help="beside own and gd")
+    p.add_argument("--start", type=float, help="the rate that every rule's search begins with (default: each its own, "
+                   "for the bundled model), in units of its first")
     p.add_argument("--length", type=int, default=4096, help="of each excerpt, in tokens")
     p.add_argument("--seed", type=int, default=0)
     args = s.arguments(p, argv, RESULT, table)
@@ -88,10 +90,10 @@ def main(argv: list[str] | None = None) -> None:
     three = dict(list(texts.items())[:3])
     rules = {name: rule for name, rule in RULES.items() if name in ("own", "gd", *args.rules)}
     if "pairs" in args.parts:
-        pairs.run(study, model, rules, three)
+        pairs.run(study, model, rules, three, start=args.start)
     if "levels" in args.parts:
-        pairs.run(study, model, {name: RULES[name] for name in ("own", "gd")}, three)
-        pairs.run(study, model, levels(model), three, "levels")
+        pairs.run(study, model, {name: RULES[name] for name in ("own", "gd")}, three, start=args.start)
+        pairs.run(study, model, levels(model), three, "levels", args.start)
     if "chain" in args.parts:
         chain.run(study, model, rules, texts, "pairs")
         chain.run(study, model, levels(model), texts, "levels")

@@ -38,9 +38,11 @@ def case(model: HopeForCausalLM, rule: Rule, factor: float, first: str, texts: d
 
 
 def run(
-    study: s.Study, model: HopeForCausalLM, rules: dict[str, Rule], texts: dict[str, Tensor], part: str = "pairs"
+    study: s.Study, model: HopeForCausalLM, rules: dict[str, Rule], texts: dict[str, Tensor], part: str = "pairs",
+    start: float | None = None,
 ) -> None:
-    """Every rule at rates around those that gain as much as the model's own rule, which comes first."""
+    """Every rule at rates around those that gain as much as the model's own rule, which comes first. start: where
+    the search begins, in place of the rules' own."""
     for name, rule in rules.items():
         def gain(factor: float, name: str = name, rule: Rule = rule) -> float:
             for first in texts:
@@ -54,7 +56,7 @@ def run(
 
         if rule.own:
             gain(1.0)
-        bracketed(gain, rule.start, mean_gain(study.data, "pairs", "own", 1.0))
+        bracketed(gain, start or rule.start, mean_gain(study.data, "pairs", "own", 1.0))
 
 
 def points(data: dict, part: str, rule: str) -> dict[str, list[dict[str, float]]]:
