@@ -1,7 +1,7 @@
 """What is left of one text when others have been learned, rule by rule at equal gain on the new text.
 
     python -m benchmarks.bench_continual --text FILE FILE ... [--title NAME ...] [--model bundled|FOLDER]
-        [--parts pairs levels chain bank] [--rules gd ...] [--start 1] [--length 4096]
+        [--parts pairs levels chain bank] [--rules gd ...] [--start 1] [--together 3] [--length 4096]
         [--out benchmarks/results/continual.json] [--table]
 
 Texts: the bundled model's own (John and Acts, held out of its training) and one per --text; three disjoint excerpts
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--rules", nargs="+", choices=tuple(RULES), default=tuple(RULES), help="beside own and gd")
     p.add_argument("--start", type=float, help="the rate that every rule's search begins with (default: each its own, "
                    "for the bundled model), in units of its first")
+    p.add_argument("--together", type=int, default=s.ROWS, choices=range(1, s.ROWS + 1),
+                   help="excerpts that are read side by side: fewer take less memory")
     p.add_argument("--length", type=int, default=4096, help="of each excerpt, in tokens")
     p.add_argument("--seed", type=int, default=0)
     args = s.arguments(p, argv, RESULT, table)
@@ -89,14 +91,15 @@ def main(argv: list[str] | None = None) -> None:
     })
     three = dict(list(texts.items())[:3])
     rules = {name: rule for name, rule in RULES.items() if name in ("own", "gd", *args.rules)}
+    search = {"together": args.together, "start": args.start}
     if "pairs" in args.parts:
-        pairs.run(study, model, rules, three, start=args.start)
+        pairs.run(study, model, rules, three, **search)
     if "levels" in args.parts:
-        pairs.run(study, model, {name: RULES[name] for name in ("own", "gd")}, three, start=args.start)
-        pairs.run(study, model, levels(model), three, "levels", args.start)
+        pairs.run(study, model, {name: RULES[name] for name in ("own", "gd")}, three, **search)
+        pairs.run(study, model, levels(model), three, "levels", **search)
     if "chain" in args.parts:
-        chain.run(study, model, rules, texts, "pairs")
-        chain.run(study, model, levels(model), texts, "levels")
+        chain.run(study, model, rules, texts, "pairs", args.together)
+        chain.run(study, model, levels(model), texts, "levels", args.together)
     if "bank" in args.parts:
         bank.run(study, model, texts)
     print(table(study.data))

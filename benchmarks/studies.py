@@ -92,6 +92,19 @@ def from_place(model: HopeForCausalLM, ids: Tensor, at: int, learn: str) -> tupl
     return bits(model, ids[:, at:], learn, first.state, first.logits)
 
 
+def by_rows(measure: Callable[[dict[str, Tensor]], dict], texts: dict[str, Tensor], together: int) -> dict:
+    """What ``measure`` finds of the rows of all texts, ``together`` of them at a time: its lists, which have a value
+    per row, one behind the other, and its numbers summed."""
+    rows = range(0, len(next(iter(texts.values()))), together)
+    return _joined([measure({name: ids[b : b + together] for name, ids in texts.items()}) for b in rows])
+
+
+def _joined(parts: list) -> Any:
+    if isinstance(parts[0], dict):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    return sum(parts, []) if isinstance(parts[0], list) else sum(parts)
+
+
 def finite(values: list[float]) -> list[float | None]:
     """For JSON, which has no NaN: None where a row diverged."""
     return [v if math.isfinite(v) else None for v in values]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 from torch import Tensor
 
@@ -30,9 +31,11 @@ def case(model: HopeForCausalLM, rule: Rule, factor: float, texts: dict[str, Ten
 
 
 def run(
-    study: s.Study, model: HopeForCausalLM, rules: dict[str, Rule], texts: dict[str, Tensor], part: str
+    study: s.Study, model: HopeForCausalLM, rules: dict[str, Rule], texts: dict[str, Tensor], part: str,
+    together: int = s.ROWS,
 ) -> None:
-    """Every rule of ``part`` at the rate that gains what the model's own rule gains on pairs."""
+    """Every rule of ``part`` at the rate that gains what the model's own rule gains on pairs. together: rows of a
+    batch."""
     for name, rule in rules.items():
         factor = 1.0 if rule.own else factor_at_gain(study.data, part, name)
         if factor is None:
@@ -42,7 +45,7 @@ def run(
         if key in study.cases:
             continue
         record = {"part": "chain", "of": part, "rule": name, "factor": factor}
-        study.put(key, record | case(model, rule, factor, texts))
+        study.put(key, record | s.by_rows(partial(case, model, rule, factor), texts, together))
         print(f"{key} x{factor:g}: {summary(study.cases[key])}", flush=True)
 
 

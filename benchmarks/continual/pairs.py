@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 from torch import Tensor
 
@@ -39,17 +40,17 @@ def case(model: HopeForCausalLM, rule: Rule, factor: float, first: str, texts: d
 
 def run(
     study: s.Study, model: HopeForCausalLM, rules: dict[str, Rule], texts: dict[str, Tensor], part: str = "pairs",
-    start: float | None = None,
+    together: int = s.ROWS, start: float | None = None,
 ) -> None:
-    """Every rule at rates around those that gain as much as the model's own rule, which comes first. start: where
-    the search begins, in place of the rules' own."""
+    """Every rule at rates around those that gain as much as the model's own rule, which comes first. together:
+    rows of a batch. start: where the search begins, in place of the rules' own."""
     for name, rule in rules.items():
         def gain(factor: float, name: str = name, rule: Rule = rule) -> float:
             for first in texts:
                 key = f"{part} {name} x{factor:g}: {first}"
                 if key not in study.cases:
                     record = {"part": part, "rule": name, "factor": factor, "first": first}
-                    study.put(key, record | case(model, rule, factor, first, texts))
+                    study.put(key, record | s.by_rows(partial(case, model, rule, factor, first), texts, together))
             found = mean_gain(study.data, part, name, factor)
             print(f"{part}, {name} x{factor:g}: gain {found:.3f}", flush=True)
             return found if math.isfinite(found) else -math.inf
