@@ -135,6 +135,8 @@ def code(case: dict) -> Code | None:
     operator = Code((), (*left_out, *CHOICE))
     if kind in CMS_KINDS:
         return operator._replace(entries=(*CMS_KINDS[kind], *cms(used)))
+    if kind == "linear":
+        return operator._replace(entries=("ops.linear.cpp:linear", *LINEAR_CPP))
     if kind in ("conv", "gate"):
         return operator._replace(entries=parts(CONV if kind == "conv" else GATE, used))
     if kind == "compiled":

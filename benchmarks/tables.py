@@ -36,8 +36,8 @@ from benchmarks.sources import ROOT, at_rest
 from benchmarks.synthetic.mad import CHOICES
 from benchmarks.synthetic.paper import ABLATIONS
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/budget.md", "docs/claims.md", "docs/continual.md",
-             "docs/llama.md", "docs/optim.md", "docs/real.md", "docs/serve.md")
+DOCUMENTS = ("README.md", "docs/backends.md", "docs/benchmarks.md", "docs/budget.md", "docs/claims.md",
+             "docs/continual.md", "docs/llama.md", "docs/optim.md", "docs/real.md", "docs/serve.md")
 WIDTH = 110
 WORDS = {1: "one thread", 2: "two threads"}
 
@@ -120,6 +120,15 @@ def reading(run: dict) -> str:
             f"The bundled model (a byte is a token), and layers of the default configuration in fp32; {threads}, "
             f"{clock}; medians of {data['rounds']} rounds (least to most) that take turns. \"guarded\" is what `read` "
             f"does unless told otherwise. {source('bench_reading', 'reading')}")
+
+
+def products(run: dict) -> str:
+    data = run["products"]
+    rows = [(f"{c['tokens']} x {c['inputs']} x {c['outputs']}", *(f"{rate:.0f}" for rate in c["gflops"].values()))
+            for c in data["cases"]]
+    return (f"{markdown('tokens x inputs x outputs | own | PyTorch | oneDNN', rows)}\n\nGFLOP/s of one core, best of "
+            f"{data['rounds']} rounds that take turns, \"oneDNN\" with the weight packed for it beforehand; a loop of "
+            f"fused multiply-adds reaches {data['fma gflops']:.0f}. {source('bench_products', 'products')}")
 
 
 def train(run: dict) -> str:
@@ -369,7 +378,7 @@ def blocks(results: Path, document: str) -> dict[str, Callable[[], str]]:
     folder = "" if document.startswith("docs/") else "docs/"
     of_files = {"figures": figures, "cpu": cpu, "learning": learning_memory, "recall": recall,
                 "context": context, "accuracy": accuracy, "sinks": sinks, "serve": serve, "decode": decode,
-                "reading": reading, "train": train, "languages": languages, "mad": mad, "needles": needles,
+                "reading": reading, "products": products, "train": train, "languages": languages, "mad": mad, "needles": needles,
                 "text_needles": text_needles, "lm": lm, "optim": optim,
                 **{name: lambda run, make=make: make(run["budget"]) for name, make in budget_table.BLOCKS.items()},
                 **{name: lambda run, name=name: real(name, run) for name in REAL},

@@ -306,3 +306,14 @@ def test_command_measures_resumes_and_tells(small, tmp_path, capsys, monkeypatch
     assert shown.endswith(printed)
     row = next(line for line in printed.splitlines() if line.startswith("| gd |"))
     assert row.startswith("| gd | 1.00 (1.00 to 1.00) |") and "| 6 of 6 |" in row
+
+
+def test_excerpts_read_one_by_one_are_those_read_side_by_side(model):
+    texts = {"words": text(WORDS, 64), "figures": text(FIGURES, 64)}
+    found = [
+        studies.by_rows(lambda some: pairs.case(model, RULES["momentum"], 2.0, "words", some), texts, together)
+        for together in (3, 2, 1)
+    ]
+    for one in found:
+        assert one.pop("seconds") >= 0 and len(one["after"]) == len(one["then"]["figures"]["lost"]) == 3
+    assert found[0] == found[1] == found[2]
