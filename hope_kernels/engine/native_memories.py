@@ -97,7 +97,7 @@ class UnderWay:
     ):
         self._owner, self._mixers = owner, mixers
         self._after, to = owner.like(mixers)
-        self._spare, others = owner.like(mixers) if several else ([], [])
+        self._spare, others = owner.like(mixers) if several else ([], to)  # of one segment never written
         self.other = (Memory * len(others))(*others)
         known, self._held = owner.made(mixers), []
         if known is None:

@@ -147,7 +147,7 @@ def _read(
 ) -> Read:
     """``count`` segments. h: becomes what the head is given. learning: ``steps`` and more of a ``SegmentsCall``."""
     B, T = reading.shape
-    under_way = reading.begin(state, state.mixers, ids.contiguous(), lengths, None, several=True)
+    under_way = reading.begin(state, state.mixers, ids.contiguous(), lengths, None, several=count > 1)
     heads, held = reading.results(targets, logits)
     good, marks = (ctypes.c_int32 * B)(), (ctypes.c_int32 * B)(*[1] * B)
     call = reading.call
