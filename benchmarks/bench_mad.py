@@ -81,7 +81,7 @@ def table(data: dict) -> str:
             records = found.get((task, arm), [])
             right, steps = [r["right"] for r in records], [r["curve"][-1][0] for r in records]
             cells += ([f"{sum(right) / len(right):.3f} ({min(right):.3f} to {max(right):.3f})",
-                       f"{sum(steps) / len(steps):.0f}"] if records else ["-", "-"])
+                       f"{sum(steps) / len(steps):.0f} at {records[0]['lr']:g}"] if records else ["-", "-"])
         paper = ", ".join(f"{PAPER[task, arm]:g}" for arm in ("hope", "attention") if (task, arm) in PAPER)
         lines.append(f"| {task} | {' | '.join(cells)} | {paper or '-'} |")
     return "\n".join(lines)

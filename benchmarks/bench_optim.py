@@ -1,7 +1,7 @@
 """Optimizers as memories, on a byte language model: loss by step and by second, and what the optimizer keeps.
 
     python -m benchmarks.bench_optim [--text FILE] [--optimizers m3 muon ...] [--steps 600] [--seeds 0 1 2]
-        [--search-steps 200] [--d-model 64] [--layers 2] [--out benchmarks/results/optim.json] [--table]
+        [--search-steps 600] [--d-model 64] [--layers 2] [--out benchmarks/results/optim.json] [--table]
 
 The text (the bundled one, or --text) has three parts: the first 80% trains, 10% chooses rates, and the last
 10% is judged. For every optimizer rates are tried, a factor of 2 apart, on seed 0 until the best one has a
@@ -32,7 +32,7 @@ from hope_kernels import CMSConfig, HopeConfig, HopeForCausalLM, TitansConfig, o
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "optim.json")
 MATCHED = {"adjust_lr_fn": "match_rms_adamw"}  # rates of orthogonal steps on AdamW's scale
-WIDEST = 6  # rates that are tried at most on either side of the first
+WIDEST = 8  # rates that are tried at most on either side of the first
 DECAY = 0.05
 
 
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--text", default=s.KJV, help="a text file, or .gz")
     p.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     p.add_argument("--steps", type=int, default=600)
-    p.add_argument("--search-steps", type=int, default=200)
+    p.add_argument("--search-steps", type=int, default=600)
     p.add_argument("--widest", type=int, default=WIDEST, help="rates tried on either side of the first")
     p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     p.add_argument("--d-model", type=int, default=64)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_decode, bench_products, bench_reading, bench_train, tables
+from benchmarks import bench_decode, bench_products, bench_reading, bench_train, speed_tables
 from hope_kernels.ops.shared import cpu_library
 
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
@@ -39,7 +39,7 @@ def test_products_of_one_round(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_products, "LONG", 1e-6)
     try:
         bench_products.main(["--rounds", "1", "--out", str(out)])
-        made = tables.products({"products": json.loads(out.read_text())})
+        made = speed_tables.products({"products": json.loads(out.read_text())})
         assert "| 5 x 24 x 40 | " in made and "| 1 x 8 x 16 | " in made
         monkeypatch.setattr(bench_products, "linear", lambda x, W: 2 * x @ W.mT)
         with pytest.raises(RuntimeError, match="5 x 24 x 40: pytorch differs"):
