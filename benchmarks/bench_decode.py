@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks import llama_cpp
+from benchmarks.bench_model import flops_per_token
+from benchmarks.fma_peak import fma_rate
 from benchmarks.machine import machine, write_json
 from benchmarks.measure import ROOT
 from benchmarks.sources import mark
@@ -88,15 +88,6 @@ def with_attention(model: HopeForCausalLM) -> HopeForCausalLM:
     return HopeForCausalLM(config).eval()
 
 
-def _llama(model: HopeForCausalLM, weights: int, threads: int) -> llama_cpp.Llama:
-    c = model.config
-    assert c.titans is not None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "random.gguf"
-        llama_cpp.write(path, weights, c.d_model, c.titans.num_heads, c.num_layers)
-        return llama_cpp.Llama(path, threads)
-
-
 def summary(values: list[float]) -> dict:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
@@ -112,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     bundled = HopeForCausalLM.from_pretrained("hope-byte")
     weights = sum(p.numel() for p in bundled.parameters())
     attention = with_attention(bundled)
-    peer = None if llama_cpp.absent() else _llama(bundled, weights, args.threads)
-    cases = []
+    peer = None if llama_cpp.absent() else llama_cpp.like(bundled, args.threads)
+    cases, ceiling, flops = [], fma_rate(args.threads), flops_per_token(bundled)
     for B, learn, how in CASES:
         model = attention if how.endswith("attention") else bundled
         ids, given = prompts(B), {"learn": learn, **HOW[how]}
@@ -134,12 +125,14 @@ def main(argv: list[str] | None = None) -> None:
         }
         if llama:
             case["llama.cpp"] = summary(llama)
+        ceiling = max(ceiling, fma_rate(args.threads))
         cases.append(case)
         print(f"B {B} {learn} {how}: {case['us']['median']:.0f} us a step ({case['step']['median']:.0f} in C++), "
               f"in PyTorch {case['pytorch']['median']:.0f}: {case['ratio']['median']:.1f}x", flush=True)
     write_json(args.out, {
         "what": __doc__.split("\n")[0], "machine": machine() | {"threads": args.threads}, "model": "hope-byte",
-        "weights": weights, "tokens": args.tokens, "rounds": args.rounds, "cases": cases, **mark("model", device="cpu"),
+        "weights": weights, "tokens": args.tokens, "rounds": args.rounds, "flops": flops, "fma gflops": ceiling / 1e9,
+        "cases": cases, **mark("model", device="cpu"),
     })
 
 

@@ -6,7 +6,8 @@ products of our own (csrc/cpu/linear.h) and beside it with those of PyTorch's li
 
 Rows read the held-out text from different places, in calls of 4096 tokens; "guarded" is what ``read`` does unless told
 otherwise. ``--cpu-time`` counts the time that the process was at work, for a machine that others use as well. Before
-anything is timed both ways read the same 512 tokens, and their losses (or outputs) are compared.
+anything is timed both ways read the same 512 tokens, and their losses (or outputs) are compared. "flops": of a token's
+products; with learning, at least: what passes errors back through memories is not counted.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import llama_cpp
 from benchmarks.bench_decode import summary
+from benchmarks.bench_model import flops_per_token
 from benchmarks.fma_peak import fma_rate
 from benchmarks.machine import machine, write_json
 from benchmarks.measure import ROOT
+from benchmarks.measure import flops_per_token as of_memories
 from benchmarks.sources import mark
 from benchmarks.studies import KJV, text
 from hope_kernels import HopeForCausalLM, SelfModifyingTitans, TitansConfig
@@ -76,11 +80,15 @@ def per_token(model: HopeForCausalLM, ids: Tensor, clock: Callable[[], float], h
 
 def off_cases(model: HopeForCausalLM, rounds: int, clock: Callable[[], float]) -> list[dict]:
     """Calls of 512 tokens with learning off: microseconds a token, and how many times faster than ``by_library``."""
-    found, ids = [], rows(1, 512)
+    found, ids, peer = [], rows(1, 512), None
+    if not llama_cpp.absent():
+        peer = llama_cpp.like(model, torch.get_num_threads())
     calls: dict[str, Callable[[], Tensor]] = {"model": lambda: model(ids)[0]}
+    flops = {"model": flops_per_token(model)}
     for d, heads in LAYERS:
         layer, x = SelfModifyingTitans(TitansConfig(d, heads)), torch.randn(1, 512, d)
         calls[f"layer d={d} H={heads}"] = lambda layer=layer, x=x: layer(x)[0]
+        flops[f"layer d={d} H={heads}"] = of_memories(layer.config) + 8 * d * d
 
     def per_call(call: Callable[[], Tensor]) -> float:
         began = clock()
@@ -95,18 +103,29 @@ def off_cases(model: HopeForCausalLM, rounds: int, clock: Callable[[], float]) -
         if not difference <= AGREE:
             raise RuntimeError(f"{name}: outputs differ by {difference:.1e}; no speed is reported for a wrong result")
         times: dict[str, list[float]] = {"us": [], "library": [], "fma gflops": []}
+        if name == "model" and peer is not None:
+            times["llama.cpp"] = [peer.per_read_token(ids[0].tolist()) for _ in range(4 * rounds)]
         for _ in range(4 * rounds):
             times["us"].append(per_call(call))
             with by_library():
                 times["library"].append(per_call(call))
         times["fma gflops"] = [fma_rate(torch.get_num_threads()) / 1e9 for _ in range(rounds)]
-        case = {"case": name, "difference": difference} | {n: summary(t) for n, t in times.items()}
+        case = {"case": name, "difference": difference, "flops": flops[name]}
+        case |= {n: summary(t) for n, t in times.items()}
         case["ratio"] = summary([a / b for a, b in zip(times["library"], times["us"])])
         found.append(case)
         us, library = statistics.median(times["us"]), statistics.median(times["library"])
         print(f"{name}, learning off: {us:.1f} us a token, with the library's products {library:.1f} "
               f"({case['ratio']['median']:.2f}x)", flush=True)
     return found
+
+
+def flops_of_learning(model: HopeForCausalLM) -> float:
+    """Of a token, at least: of reading it, of the gradients of levels by inputs and by weights, and of the head and of
+    projections between blocks by inputs."""
+    c = model.config
+    levels = sum(2 * p.numel() for block in model.blocks if block.cms for p in block.cms.parameters() if p.dim() == 2)
+    return flops_per_token(model) + 2 * levels + 2 * c.vocab_size * c.d_model + (c.num_layers - 1) * 8 * c.d_model**2
 
 
 @torch.no_grad()
@@ -135,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
             with in_pytorch():
                 times["pytorch"].append(per_token(model, ids, clock, how))
             times["off"].append(per_token(model, ids, clock, "off"))
-        case = {"B": B, "how": how, "difference": difference} | {n: summary(t) for n, t in times.items()}
+        case = {"B": B, "how": how, "difference": difference, "flops": flops_of_learning(model)}
+        case |= {n: summary(t) for n, t in times.items()}
         for name, above, below in (("ratio", "pytorch", "us"), ("over off", "us", "off")):
             case[name] = summary([a / b for a, b in zip(times[above], times[below])])
         cases.append(case)

@@ -17,6 +17,8 @@ import time
 import torch
 import torch.nn.functional as F
 
+from benchmarks.bench_model import flops_per_token
+from benchmarks.fma_peak import fma_rate
 from benchmarks.machine import machine, write_json
 from benchmarks.measure import ROOT
 from benchmarks.sources import mark
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             times = run.step()
             if i:  # the first warms up
                 found[backend].append(times)
-    cases = []
+    cases, model = [], runs["cpp"].model
     for backend, steps in found.items():
         us = {part: sorted(s[part] for s in steps) for part in PARTS}
         us = {part: {"median": statistics.median(v), "least": v[0], "most": v[-1]} for part, v in us.items()}
@@ -94,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.out, {
         "what": __doc__.split("\n\n")[0].replace("\n", " "), "machine": machine() | {"threads": args.threads},
         "batch": args.batch, "tokens": args.tokens, "rounds": args.rounds, "cases": cases,
+        "flops": 3 * flops_per_token(model), "fma gflops": fma_rate(args.threads) / 1e9,
         **mark("train", device="cpu"),
     })
 

@@ -7,9 +7,12 @@ Its vocabulary are the 256 bytes. Weights are fp32, as those that it is compared
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from hope_kernels import HopeForCausalLM
 
 CONTEXT = 4096
 
@@ -81,7 +84,23 @@ class Llama:
 
     def per_token(self, prompt: list[int], tokens: int) -> float:
         """Microseconds of a greedy token after the prompt, by its own clock: sampling included, no Python."""
+        return self._timings(prompt, tokens)["predicted_per_token_ms"] * 1e3
+
+    def per_read_token(self, prompt: list[int]) -> float:
+        """Microseconds of a token of the prompt, by its own clock."""
+        return self._timings(prompt, 1)["prompt_per_token_ms"] * 1e3
+
+    def _timings(self, prompt: list[int], tokens: int) -> dict[str, float]:
         asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
         answer = self.server.handle_completions(asked)
-        answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
-        return answer["timings"]["predicted_per_token_ms"] * 1e3
+        return (json.loads(answer) if isinstance(answer, (str, bytes)) else answer)["timings"]
+
+
+def like(model: HopeForCausalLM, threads: int) -> Llama:
+    """A random one with about as many weights as ``model``, as wide and as deep."""
+    c, weights = model.config, sum(p.numel() for p in model.parameters())
+    assert c.titans is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.gguf"
+        write(path, weights, c.d_model, c.titans.num_heads, c.num_layers)
+        return Llama(path, threads)

@@ -51,6 +51,7 @@ def decode(run: dict) -> str:
     spread = lambda s, unit="": f"{s['median']:.0f}{unit} ({s['least']:.0f} to {s['most']:.0f})"
     rows = [(c["B"], c["learn"], c["how"], spread(c["us"]), f"{c['step']['median']:.0f}", spread(c["pytorch"]),
              f"{c['ratio']['median']:.1f}") for c in data["cases"]]
+    fastest = min(c["us"]["median"] / c["B"] for c in data["cases"])
     head = "rows | learn | tokens | a step, us | of it C++ | a step in PyTorch, us | ratio"
     same = "the same tokens" if all(c["same tokens"] for c in data["cases"]) else "**not always the same tokens**"
     threads = WORDS.get(data["machine"]["threads"], "several threads")
@@ -58,7 +59,7 @@ def decode(run: dict) -> str:
                   f"{spread(c['llama.cpp'])} us." for c in data["cases"] if "llama.cpp" in c), "")
     return (f"{markdown(head, rows)}\n\n`generate` with the bundled model ({data['weights'] / 1e6:.1f} M weights, "
             f"fp32), {threads}; both ways write {same}. Medians of {data['rounds']} rounds (least to most) that "
-            f"take turns.{llama} {source('bench_decode', 'decode')}")
+            f"take turns.{llama} {of_ceiling(data, fastest)} {source('bench_decode', 'decode')}")
 
 
 def writing(run: dict) -> str:
@@ -75,16 +76,25 @@ def writing(run: dict) -> str:
 def reading(run: dict) -> str:
     data = run["reading"]
     spread = lambda us: f"{us['median']:.0f} ({us['least']:.0f} to {us['most']:.0f})"
-    off = [(c["case"], spread(c["us"]), spread(c["library"]), f"{c['ratio']['median']:.2f}") for c in data["off"]]
-    on = [(c["B"], c["how"], spread(c["us"]), spread(c["pytorch"]), f"{c['ratio']['median']:.2f}",
+    ceiling = max(c["fma gflops"]["median"] for c in data["off"])
+    share = lambda c: f"{c['flops'] / c['us']['median'] / ceiling / 1e3:.0%}"
+    off = [(c["case"], spread(c["us"]), share(c), spread(c["library"]), f"{c['ratio']['median']:.2f}")
+           for c in data["off"]]
+    on = [(c["B"], c["how"], spread(c["us"]), share(c), spread(c["pytorch"]), f"{c['ratio']['median']:.2f}",
            f"{c['over off']['median']:.2f}") for c in data["cases"]]
     clock = {"cpu": "seconds of the processor, other work on the machine", "wall": "wall clock"}[data["clock"]]
     threads = WORDS.get(data["machine"]["threads"], "several threads")
-    return (f"{markdown('learning off, T = 512 | us a token | with products of MKL | ratio', off)}\n\n"
-            f"{markdown('rows | reading | us a token | segments in PyTorch | ratio | of learning off', on)}\n\n"
+    llama = next((f" llama.cpp reads 512 tokens with a random Llama of as many weights in fp32 at "
+                  f"{spread(c['llama.cpp'])} us a token, by its own clock."
+                  for c in data["off"] if "llama.cpp" in c), "")
+    heads = ("learning off, T = 512 | us a token | of the ceiling | with products of MKL | ratio",
+             "rows | reading | us a token | of the ceiling | segments in PyTorch | ratio | of learning off")
+    return (f"{markdown(heads[0], off)}\n\n{markdown(heads[1], on)}\n\n"
             f"The bundled model (a byte is a token), and layers of the default configuration in fp32; {threads}, "
             f"{clock}; medians of {data['rounds']} rounds (least to most) that take turns. \"guarded\" is what `read` "
-            f"does unless told otherwise. {source('bench_reading', 'reading')}")
+            f"does unless told otherwise. The ceiling: a loop of fused multiply-adds, {ceiling:.0f} GFLOP/s; "
+            f"of learning's work, what passes errors back through memories is not counted.{llama} "
+            f"{source('bench_reading', 'reading')}")
 
 
 def products(run: dict) -> str:
@@ -102,9 +112,18 @@ def train(run: dict) -> str:
     rows = [(c["backend"], *(spread(c["us"][part]) for part in ("step", "forward", "backward", "optimizer")))
             for c in data["cases"]]
     threads = WORDS.get(data["machine"]["threads"], "several threads")
+    fastest = min(c["us"]["step"]["median"] for c in data["cases"])
     return (f"{markdown('memories by | a step, us a token | forward | backward | clipping, optimizer', rows)}\n\n"
             f"Model of examples/train_lm.py, AdamW, {data['batch']} rows of {data['tokens']} tokens, {threads}, "
-            f"medians of {data['rounds']} steps (least to most) that take turns. {source('bench_train', 'train')}")
+            f"medians of {data['rounds']} steps (least to most) that take turns. {of_ceiling(data, fastest)} "
+            f"{source('bench_train', 'train')}")
+
+
+def of_ceiling(data: dict, us: float) -> str:
+    """What part of the ceiling a token of ``us`` microseconds reaches."""
+    share = data["flops"] / us / data["fma gflops"] / 1e3
+    return (f"A token's products, {data['flops'] / 1e6:.1f} MFLOP at least, would take {share:.0%} of the fastest of "
+            f"these times at the rate of a loop of fused multiply-adds ({data['fma gflops']:.0f} GFLOP/s).")
 
 
 def context(run: dict) -> str:
