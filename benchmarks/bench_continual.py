@@ -1,7 +1,7 @@
 """What is left of one text when others have been learned, rule by rule at equal gain on the new text.
 
     python -m benchmarks.bench_continual --text FILE FILE ... [--title NAME ...] [--model bundled|FOLDER]
-        [--parts pairs levels chain bank] [--rules gd ...] [--start 1] [--together 3] [--length 4096]
+        [--parts pairs levels chain slow bank] [--rules gd ...] [--start 1] [--together 3] [--length 4096]
         [--out benchmarks/results/continual.json] [--table]
 
 Texts: the bundled model's own (John and Acts, held out of its training) and one per --text; three disjoint excerpts
@@ -14,6 +14,8 @@ memories. Parts:
             forgets is interpolated where it gains as much as the model's own rule does at its own rates.
     levels  the same for gd with other levels and periods: 1, 2 and 3 levels, also of equal state
     chain   all texts in turn, every rule at the rate of equal gain
+    slow    the same in excerpts of --slow-length tokens, gd at its rate of equal gain, with a third level of periods
+            of up to 64k
     bank    the first halves of all texts in turn, then their second halves, by a bank of deltas that is not told
             which text it reads
 
@@ -30,13 +32,13 @@ from torch import Tensor
 
 from benchmarks import studies as s
 from benchmarks.continual import bank, chain, pairs
-from benchmarks.continual.rules import RULES, levels
+from benchmarks.continual.rules import RULES, levels, slow_levels
 from hope_kernels import HopeForCausalLM
 from hope_kernels.identity import fingerprint
 
 RESULT = os.path.join(os.path.dirname(__file__), "results", "continual.json")
 BUNDLED = "hope-byte"
-PARTS = ("pairs", "levels", "chain", "bank")
+PARTS = ("pairs", "levels", "chain", "slow", "bank")
 
 
 def excerpts(model_name: str, texts: dict[str, bytes], length: int, seed: int) -> dict[str, Tensor]:
@@ -53,8 +55,13 @@ def excerpts(model_name: str, texts: dict[str, bytes], length: int, seed: int) -
 
 def table(data: dict) -> str:
     parts = {"Rules, over pairs": pairs.table(data), "Levels, over pairs": pairs.table(data, "levels"),
-             "A chain": chain.table(data), "A bank of deltas": bank.table(data)}
+             "A chain": chain.table(data), "Slow levels, a long chain": slow_table(data),
+             "A bank of deltas": bank.table(data)}
     return "\n\n".join(f"{title}:\n\n{made}" for title, made in parts.items())
+
+
+def slow_table(data: dict) -> str:
+    return chain.table(data, "slow", next((r["rule"] for r in data["cases"].values() if r.get("part") == "slow"), ""))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--together", type=int, default=s.ROWS, choices=range(1, s.ROWS + 1),
                    help="excerpts that are read side by side: fewer take less memory")
     p.add_argument("--length", type=int, default=4096, help="of each excerpt, in tokens")
+    p.add_argument("--slow-length", type=int, default=49152)
     p.add_argument("--seed", type=int, default=0)
     args = s.arguments(p, argv, RESULT, table)
     if args is None:
@@ -100,6 +108,11 @@ def main(argv: list[str] | None = None) -> None:
     if "chain" in args.parts:
         chain.run(study, model, rules, texts, "pairs", args.together)
         chain.run(study, model, levels(model), texts, "levels", args.together)
+    if "slow" in args.parts:
+        long, rate = excerpts(name, data, args.slow_length, args.seed), pairs.factor_at_gain(study.data, "pairs", "gd")
+        if rate is None:
+            p.error("--parts: slow needs gd's rate of equal gain, which the part pairs finds")
+        chain.run(study, model, slow_levels(model), long, "slow", args.together, rate, kind="slow")
     if "bank" in args.parts:
         bank.run(study, model, texts)
     print(table(study.data))

@@ -51,8 +51,9 @@ def excerpts(data: Sequence[int], length: int, longest: int, seed: int, rows: in
 def with_cms(
     model: HopeForCausalLM, cms: CMSConfig | Sequence[CMSConfig | None], seed: int = 0
 ) -> HopeForCausalLM:
-    """The same weights with another CMS in every block, or one for each. Levels that the model does not have are the
-    identity: w_down = 0, and w_up ~ N(0, 1/d) drawn from ``seed``, so that the first refresh can move w_down."""
+    """The same weights with another CMS in every block, or one for each. Levels that the model does not have begin as
+    the identity, with matrices of the usual sizes, which relative rates are relative to: hidden units come in pairs,
+    one like the other going in and opposite going out, drawn from ``seed``."""
     changed = cms.to_dict() if isinstance(cms, CMSConfig) else [c and c.to_dict() for c in cms]
     other = HopeForCausalLM(HopeConfig.from_dict({**model.config.to_dict(), "cms": changed}))
     kept = {n: p for n, p in model.state_dict().items() if n in other.state_dict()}
@@ -60,10 +61,13 @@ def with_cms(
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in other.named_parameters():
-            if name not in kept and name.endswith(".down"):
-                p.zero_()
-            elif name not in kept and p.dim() == 2:
-                p.copy_(torch.randn(p.shape, generator=g) * p.shape[1] ** -0.5)
+            if name in kept or p.dim() != 2:
+                continue
+            units = p.mT if name.endswith(".down") else p
+            drawn = torch.randn(len(units) // 2, units.shape[1], generator=g) * p.shape[1] ** -0.5
+            units.zero_()
+            for i, sign in enumerate((1, -1 if name.endswith(".down") else 1)):
+                units[i : 2 * len(drawn) : 2].copy_(sign * drawn)
     return other.to(model.embed.weight.device).eval()
 
 

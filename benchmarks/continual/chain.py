@@ -32,21 +32,21 @@ def case(model: HopeForCausalLM, rule: Rule, factor: float, texts: dict[str, Ten
 
 def run(
     study: s.Study, model: HopeForCausalLM, rules: dict[str, Rule], texts: dict[str, Tensor], part: str,
-    together: int = s.ROWS,
+    together: int = s.ROWS, factor: float | None = None, kind: str = "chain",
 ) -> None:
-    """Every rule of ``part`` at the rate that gains what the model's own rule gains on pairs. together: rows of a
-    batch."""
+    """Every rule of ``part`` at ``factor``, or at the rate that gains what the model's own rule gains on pairs.
+    together: rows of a batch. kind: the "part" of the records."""
     for name, rule in rules.items():
-        factor = 1.0 if rule.own else factor_at_gain(study.data, part, name)
-        if factor is None:
+        rate = 1.0 if rule.own else factor or factor_at_gain(study.data, part, name)
+        if rate is None:
             continue
-        factor = round(factor, 4)
-        key = f"chain {part} {name} x{factor:g}"
+        rate = round(rate, 4)
+        key = f"{kind} {part} {name} x{rate:g}"
         if key in study.cases:
             continue
-        record = {"part": "chain", "of": part, "rule": name, "factor": factor}
-        study.put(key, record | s.by_rows(partial(case, model, rule, factor), texts, together))
-        print(f"{key} x{factor:g}: {summary(study.cases[key])}", flush=True)
+        record = {"part": kind, "of": part, "rule": name, "factor": rate}
+        study.put(key, record | s.by_rows(partial(case, model, rule, rate), texts, together))
+        print(f"{key}: {summary(study.cases[key])}", flush=True)
 
 
 def summary(record: dict) -> dict:
@@ -63,15 +63,16 @@ def of_excerpts(record: dict) -> list[float]:
     return [sum(of) / len(of) for of in zip(*lost)]
 
 
-def table(data: dict) -> str:
+def table(data: dict, kind: str = "chain", plain_rule: str = "gd") -> str:
     """Markdown: what every rule has forgotten of each text at the end of the chain, and over the excerpts."""
-    records = [r for r in data["cases"].values() if r.get("part") == "chain"]
+    records = [r for r in data["cases"].values() if r.get("part") == kind]
     if not records:
         return "no chain yet"
     texts = list(summary(records[0])["lost"])
-    lines = [f"| rule | rate | gain | {' | '.join(texts)} | mean | of gd's |", "|" + "---|" * (len(texts) + 5)]
+    lines = [f"| rule | rate | gain | {' | '.join(texts)} | mean | of {plain_rule}'s |",
+             "|" + "---|" * (len(texts) + 5)]
     mean = lambda lost: sum(lost.values()) / len(lost)
-    plain = next((mean(summary(r)["lost"]) for r in records if r["rule"] == "gd"), None)
+    plain = next((mean(summary(r)["lost"]) for r in records if r["rule"] == plain_rule), None)
     for r in records:
         found = summary(r)
         lost, cells = mean(found["lost"]), " | ".join(f"{found['lost'][t]:.3f}" for t in texts)

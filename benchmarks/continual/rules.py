@@ -71,6 +71,15 @@ def levels(model: HopeForCausalLM) -> dict[str, Rule]:
     return found
 
 
+def slow_levels(model: HopeForCausalLM) -> dict[str, Rule]:
+    """Gradient descent with the trained levels, and with one more, the identity at first, of a period up to 1,024
+    times the fastest one's."""
+    own = s.cms_of(model).chunks
+    trained = tuple(c / own[0] for c in own)
+    more = {f"and one at {own[0] * k:,}": Rule(periods=(*trained, float(k))) for k in (16, 64, 256, 1024)}
+    return {f"levels at {', '.join(map(str, own))}": Rule(periods=trained), **more}
+
+
 def under(model: HopeForCausalLM, rule: Rule, factor: float) -> HopeForCausalLM:
     """``model`` with the CMS of ``rule`` at ``factor`` times its first rates."""
     own = s.cms_of(model)

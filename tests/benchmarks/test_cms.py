@@ -43,10 +43,23 @@ def test_a_level_that_is_added_is_the_identity_until_it_learns(small):
     model = HopeForCausalLM.from_pretrained(small)
     ids = studies.excerpts(WORDS, 70, 70, 0)
     three = studies.with_cms(model, model.config.cms.replace(chunks=(8, 32, 128), lr=0.1))
-    assert torch.equal(three(ids)[0], model(ids)[0]) and float(
-        three.blocks[0].cms.levels[2]["up"].detach().std()
-    ) > 0.2
+    torch.testing.assert_close(three(ids)[0], model(ids)[0], rtol=1e-6, atol=1e-5)
+    level = {name: p.detach() for name, p in three.blocks[0].cms.levels[2].items()}
+    up, down = level["up"], level["down"]
+    assert float(up.std()) > 0.2 and float(down.std()) > 0.1
+    assert torch.equal(up[0::2], up[1::2]) and torch.equal(down[:, 0::2], -down[:, 1::2])
     assert studies.cms_of(three) is three.config.block_cms[0] and studies.cms_of(three).chunks == (8, 32, 128)
+
+
+@torch.no_grad()
+def test_a_level_that_is_added_learns_at_relative_rates_too(small):
+    model = HopeForCausalLM.from_pretrained(small)
+    cms = model.config.cms.replace(chunks=(8, 16, 32), relative=True, lr=None)
+    three, ids = studies.with_cms(model, cms), studies.excerpts(WORDS, 70, 70, 0)
+    level = three.blocks[0].cms.levels[2]
+    _, state = three(ids, learn="next_token")
+    for name, learned in state.cms[0].weights[2].items():
+        assert float((learned - level[name]).abs().max()) > 1e-6, name
 
 
 @torch.no_grad()
