@@ -37,7 +37,7 @@ inline double power(double shifted) {
 
 constexpr double LEAST = -800;  // e^LEAST is 0
 
-// e^x for x of [LEAST, 0], within 2 units in the last place. Written out, without branches, it is done four at a time,
+// e^x for x of [LEAST, 0], within one unit in the last place. Written out, without branches, it is done four at a time,
 // and has the same bits on any machine: x = n ln 2 + r, a Taylor polynomial of r, and 2^n in two halves, as n may be
 // below the exponents.
 inline double exponential(double x) {
@@ -140,6 +140,7 @@ class Row {
 
   // kept: of the top_k likeliest the likeliest whose mass reaches top_p.
   void keep(int64_t top_k, double top_p) {
+    kept.clear();
     if (top_k == V) {
       weigh_all();
     } else {
@@ -148,7 +149,7 @@ class Row {
     }
     const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
     for (int64_t n = std::min(FIRST, top_k);; n = std::min(n * MORE, top_k)) {
-      if (n < top_k || top_k == V) keep(n);
+      if (static_cast<int64_t>(kept.size()) != n) keep(n);
       std::sort(kept.begin(), kept.end(), likelier);
       weigh_kept();
       double mass = 0;

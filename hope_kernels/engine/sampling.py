@@ -42,10 +42,12 @@ def draw(
         found = _where_some(top, likeliest)
     else:
         # on the CPU, so that a session draws the same text on any device
-        values = logits.to("cpu", torch.float64)
+        values, V = logits.to("cpu", torch.float64), logits.shape[-1]
         numbers = [uniform(seed, b, t) for b, t in enumerate(pos)]
+        if len(numbers) != len(values):
+            raise ValueError(f"generate: {len(numbers)} positions, expected one per row ({len(values)})")
         way = _drawn_in_cpp if cpu_library.unavailable() is None else _drawn
-        found = way(values, temperature, min(top_k or math.inf, values.shape[-1]), min(top_p or 1.0, 1.0), numbers)
+        found = way(values, temperature, min(top_k or V, V), min(top_p or 1.0, 1.0), numbers)
     if _NONE in found:
         raise ValueError(
             f"generate: the logits of row {found.index(_NONE)} are no distribution (NaN, or -inf everywhere)"
@@ -64,10 +66,8 @@ def _drawn_in_cpp(
 ) -> list[int]:
     """``_drawn`` in one call of the library (csrc/cpu/draw.cpp), which sorts the likeliest tokens alone."""
     values, (B, V) = values.contiguous(), values.shape
-    if len(numbers) != B:
-        raise ValueError(f"generate: {len(numbers)} positions, expected one per row ({B})")
-    tokens = (ctypes.c_int64 * B)()
-    _in_cpp(B, V, values.data_ptr(), temperature, top_k, top_p, (ctypes.c_double * B)(*numbers), tokens)
+    u, tokens = (ctypes.c_double * B)(*numbers), (ctypes.c_int64 * B)()
+    _in_cpp(B, V, values.data_ptr(), temperature, top_k, top_p, ctypes.addressof(u), ctypes.addressof(tokens))
     return list(tokens)
 
 
@@ -88,7 +88,7 @@ def _drawn(values: Tensor, temperature: float, top_k: int, top_p: float, numbers
     mass = scaled.softmax(-1).cumsum(-1)
     # below the total whatever the product rounds to: the token found always has a mass
     targets = [
-        [min(u * total, math.nextafter(total, 0))] for u, total in zip(numbers, mass[:, -1].tolist(), strict=True)
+        [min(u * total, math.nextafter(total, 0))] for u, total in zip(numbers, mass[:, -1].tolist())
     ]
     found = torch.searchsorted(mass, torch.tensor(targets, dtype=torch.float64, device="cpu"), right=True)
     return _where_some(top.squeeze(-1), found.squeeze(-1))
