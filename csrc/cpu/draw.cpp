@@ -60,11 +60,13 @@ inline double exponential(double x) {
   return p * power(half + INTEGERS) * power(n - half + INTEGERS);
 }
 
+// Number: of the logits. All arithmetic is in double.
+template <class Number>
 class Row {
  public:
   explicit Row(int64_t V) : V(V) {}
 
-  int64_t draw(const double* of, double at, int64_t top_k, double top_p, double u) {
+  int64_t draw(const Number* of, double at, int64_t top_k, double top_p, double u) {
     logits = of, temperature = at;
     if (!find_largest()) return -1;
     if (top_k == V && top_p >= 1) {
@@ -79,14 +81,14 @@ class Row {
 
  private:
   const int64_t V;
-  const double* logits;
+  const Number* logits;
   double temperature, largest;
   std::vector<Token> kept;
   std::vector<double> weights;  // e^((logit - largest) / temperature), of all tokens or of the kept ones
 
   // Whether the row is a distribution.
   bool find_largest() {
-    double most = -INFINITE;
+    Number most = -INFINITE;
     int64_t none = 0;
 #pragma omp simd reduction(max : most) reduction(| : none)
     for (int64_t i = 0; i < V; i++) {
@@ -124,7 +126,8 @@ class Row {
   // kept: the n likeliest, in no order; fewer where the others are at -inf.
   void keep(int64_t n) {
     kept.clear();
-    double least = -INFINITE;  // n tokens before are as likely as this
+    kept.reserve(std::min(2 * n, V));
+    Number least = -INFINITE;  // n tokens before are as likely as this
     const auto cut = [&] {
       std::nth_element(kept.begin(), kept.begin() + (n - 1), kept.end(), likelier);
       kept.resize(n);
@@ -174,15 +177,20 @@ class Row {
 
 }  // namespace
 
-extern "C" int hope_draw(int64_t B, int64_t V, const double* logits, double temperature, int64_t top_k, double top_p,
-                         const double* u, int64_t* tokens) try {
+extern "C" int hope_draw(int64_t B, int64_t V, int64_t wide, const void* logits, double temperature, int64_t top_k,
+                         double top_p, const double* u, int64_t* tokens) try {
   if (!extents({B, V}) || !V || !(temperature > 0) || top_k < 1 || top_k > V || !(top_p > 0)) return BAD_ARGUMENT;
   if (!B) return DONE;
   if (!all_given({logits, u, tokens})) return BAD_ARGUMENT;
   for (int64_t b = 0; b < B; b++)
     if (!(u[b] >= 0 && u[b] < 1)) return BAD_ARGUMENT;
-  Row row(V);
-  for (int64_t b = 0; b < B; b++) tokens[b] = row.draw(logits + b * V, temperature, top_k, top_p, u[b]);
+  const auto draw = [&](auto row, const auto* rows) {
+    for (int64_t b = 0; b < B; b++) tokens[b] = row.draw(rows + b * V, temperature, top_k, top_p, u[b]);
+  };
+  if (wide)
+    draw(Row<double>(V), static_cast<const double*>(logits));
+  else
+    draw(Row<float>(V), static_cast<const float*>(logits));
   return DONE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;

@@ -15,7 +15,7 @@ from ..ops.shared.cpu_library import POINTER, SIZE
 
 _NONE = -1  # in the place of a token where logits are no distribution
 _in_cpp = cpu_library.Function(
-    "hope_draw", "generate", SIZE, SIZE, POINTER, ctypes.c_double, SIZE, ctypes.c_double, POINTER, POINTER
+    "hope_draw", "generate", SIZE, SIZE, SIZE, POINTER, ctypes.c_double, SIZE, ctypes.c_double, POINTER, POINTER
 )
 
 
@@ -41,13 +41,12 @@ def draw(
         top, likeliest = logits.max(-1)
         found = _where_some(top, likeliest)
     else:
-        # on the CPU, so that a session draws the same text on any device
-        values, V = logits.to("cpu", torch.float64), logits.shape[-1]
-        numbers = [uniform(seed, b, t) for b, t in enumerate(pos)]
-        if len(numbers) != len(values):
-            raise ValueError(f"generate: {len(numbers)} positions, expected one per row ({len(values)})")
+        (B, V), numbers = logits.shape, [uniform(seed, b, t) for b, t in enumerate(pos)]
+        if len(numbers) != B:
+            raise ValueError(f"generate: {len(numbers)} positions, expected one per row ({B})")
+        # both on the CPU and in float64, so that a session draws the same text on any device
         way = _drawn_in_cpp if cpu_library.unavailable() is None else _drawn
-        found = way(values, temperature, min(top_k or V, V), min(top_p or 1.0, 1.0), numbers)
+        found = way(logits, temperature, min(top_k or V, V), min(top_p or 1.0, 1.0), numbers)
     if _NONE in found:
         raise ValueError(
             f"generate: the logits of row {found.index(_NONE)} are no distribution (NaN, or -inf everywhere)"
@@ -62,20 +61,23 @@ def _where_some(top: Tensor, tokens: Tensor) -> list[int]:
 
 
 def _drawn_in_cpp(
-    values: Tensor, temperature: float, top_k: int, top_p: float, numbers: list[float]
+    logits: Tensor, temperature: float, top_k: int, top_p: float, numbers: list[float]
 ) -> list[int]:
     """``_drawn`` in one call of the library (csrc/cpu/draw.cpp), which sorts the likeliest tokens alone."""
-    values, (B, V) = values.contiguous(), values.shape
+    narrow, (B, V) = logits.is_cpu and logits.dtype is torch.float32, logits.shape
+    values = (logits if narrow else logits.to("cpu", torch.float64)).contiguous()
     u, tokens = (ctypes.c_double * B)(*numbers), (ctypes.c_int64 * B)()
-    _in_cpp(B, V, values.data_ptr(), temperature, top_k, top_p, ctypes.addressof(u), ctypes.addressof(tokens))
+    _in_cpp(
+        B, V, not narrow, values.data_ptr(), temperature, top_k, top_p, ctypes.addressof(u), ctypes.addressof(tokens)
+    )
     return list(tokens)
 
 
-def _drawn(values: Tensor, temperature: float, top_k: int, top_p: float, numbers: list[float]) -> list[int]:
-    """A token per row of values [B, vocab], float64 on the CPU; ``_NONE`` where they are no distribution. numbers:
-    where the draws fall. The yardstick of the C++: a token differs where a draw falls between their roundings."""
+def _drawn(logits: Tensor, temperature: float, top_k: int, top_p: float, numbers: list[float]) -> list[int]:
+    """A token per row of logits [B, vocab]; ``_NONE`` where they are no distribution. numbers: where the draws fall.
+    The yardstick of the C++: a token differs where a draw falls between their roundings."""
+    values, order = logits.to("cpu", torch.float64), None
     top = values.amax(-1, keepdim=True)
-    order = None
     if top_k < values.shape[-1] or top_p < 1:
         values, order = values.sort(dim=-1, descending=True, stable=True)
     scaled = _scaled(values, top, temperature)

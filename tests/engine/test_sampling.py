@@ -127,7 +127,10 @@ def test_both_draw_the_same(V, scale, dtype):
         for k in {min(k, V) for k in (1, 7, 50, 100, 500, V)}:
             for p in (1e-300, 0.05, 0.5, 0.95, 1.0):
                 how = temperature, k, p, numbers
-                assert _drawn_in_cpp(x, *how) == _drawn(x, *how), how[:3]
+                want = _drawn(x, *how)
+                assert _drawn_in_cpp(x, *how) == want, how[:3]
+                if dtype is not torch.float64:
+                    assert _drawn_in_cpp(x.to(dtype), *how) == want, how[:3]
 
 
 @cpp
@@ -145,12 +148,12 @@ def test_a_row_draws_in_company_what_it_draws_alone():
 def test_the_library_refuses_what_does_not_fit():
     x, tokens = torch.zeros(2, 5, dtype=torch.float64), (ctypes.c_int64 * 2)(7, 7)
     u = (ctypes.c_double * 2)(0.1, 0.2)
-    right = [2, 5, x.data_ptr(), 1.0, 5, 1.0, u, tokens]
+    right = [2, 5, 1, x.data_ptr(), 1.0, 5, 1.0, u, tokens]
     call = sampling._in_cpp.bound()
     wrong = {
-        0: (-1, 2**62), 1: (-1, 0, 2**62), 2: (None,), 3: (0.0, -1.0, math.nan), 4: (0, -1, 6),
-        5: (0.0, -0.5, math.nan), 7: (None,),
-        6: (None, *((ctypes.c_double * 2)(0.1, value) for value in (1.0, -0.1, math.nan))),
+        0: (-1, 2**62), 1: (-1, 0, 2**62), 3: (None,), 4: (0.0, -1.0, math.nan), 5: (0, -1, 6),
+        6: (0.0, -0.5, math.nan), 8: (None,),
+        7: (None, *((ctypes.c_double * 2)(0.1, value) for value in (1.0, -0.1, math.nan))),
     }
     for at, values in wrong.items():
         for value in values:
