@@ -1,5 +1,5 @@
-// A draw takes one pass for the largest logit, one for the weights and one or two to find the token. Nothing is sorted
-// but the likeliest tokens, where top_k or top_p asks for them.
+// A draw takes one pass for the largest logit, and where all tokens have a place one for their weights and one for the
+// sums. Nothing is sorted but the likeliest tokens, where top_k or top_p asks for them.
 #include "draw.h"
 
 #include <algorithm>
