@@ -78,7 +78,7 @@ OPTIMIZERS = tuple(f"optim.{name}" for name in (
     "deep_momentum:DeepMomentum", "delta_momentum:DeltaMomentum", "dgd:DGD", "m3:M3"
 ))
 STEP_CPP = ("csrc/cpu/token*.cpp", "csrc/cpu/segment*.cpp", "csrc/cpu/attention_model.cpp", "csrc/cpu/checksum*.cpp",
-            *CPU_LIBRARY)
+            "csrc/cpu/draw*.cpp", *CPU_LIBRARY)
 
 # -- modules left out ----------------------------------------------------------------------------------------
 

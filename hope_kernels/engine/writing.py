@@ -65,7 +65,7 @@ class Writing:
             self.catch_up(state)
 
     def _draw(self, state: ModelState, logits: Tensor) -> list[int]:
-        values = draw(logits, pos=state.pos, **self._how).tolist()
+        values = draw(logits, pos=state.pos, **self._how)
         tokens = [[row[-1] if e else v] for e, v, row in zip(self.ended, values, self.rows)]
         # before anyone is told: whatever happens from here on, the state knows how it goes on
         state.unread = self.newest = torch.tensor(tokens, dtype=torch.long, device=logits.device)

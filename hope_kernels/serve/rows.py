@@ -52,7 +52,7 @@ class Row:
     def draw(self, logits: torch.Tensor, pos: int) -> None:
         """The next token from logits [1, vocab], which stand at ``pos``; its text goes out."""
         job = self.job
-        self.token = int(draw(logits, job.temperature, job.top_k, job.top_p, job.seed, [pos])[0])
+        (self.token,) = draw(logits, job.temperature, job.top_k, job.top_p, job.seed, [pos])
         self.written += 1
         text = self.answer.push(self.token)
         if text:

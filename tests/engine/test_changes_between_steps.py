@@ -117,7 +117,7 @@ def test_a_flush_while_text_is_written():
     state, tokens = model.init_state(1), []
     logits, _ = model(prompt, state, learn="next_token", guard=True)
     for n in range(14):
-        token = draw(logits[:, -1], 1.0, None, None, 1, state.pos)
+        token = torch.tensor(draw(logits[:, -1], 1.0, None, None, 1, state.pos))
         tokens.append(token)
         if n == 5:
             model.flush(state)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import hope_kernels as hk
-from hope_kernels.engine import sampling
 from hope_kernels.engine.generation import read
-from hope_kernels.engine.sampling import draw, uniform
+from hope_kernels.engine.sampling import uniform
 
 
 def model(vocab: int = 256) -> hk.HopeForCausalLM:
@@ -190,72 +189,6 @@ def test_stop_is_text_bytes_or_token_ids():
 
 
 # -- drawing -------------------------------------------------------------------------------------------------
-
-POSITIONS = range(400)
-
-
-def drawn(logits, **options) -> list[int]:
-    """Tokens drawn at many positions."""
-    options = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0} | options
-    logits = torch.as_tensor(logits).expand(1, -1)
-    return [int(draw(logits, pos=[t], **options)) for t in POSITIONS]
-
-
-def test_top_k_keeps_exactly_k_of_equals_the_lowest_ids():
-    assert set(drawn([0.0, 2.0, 2.0, 2.0], top_k=1)) == {1}
-    assert set(drawn([0.0, 2.0, 2.0, 2.0], top_k=2)) == {1, 2}
-    assert set(drawn([2.0, 5.0, 2.0, 2.0], top_k=3)) == {0, 1, 2}
-    assert set(drawn([0.0] * 300, top_k=2)) == {0, 1}  # an unstable sort shows from 17 values on
-    assert set(drawn([1.0, 1.0], top_k=99)) == {0, 1}
-
-
-def test_top_p_keeps_of_equals_the_lowest_ids():
-    assert set(drawn([0.0] * 300, top_p=1.5 / 300)) == {0, 1}
-    assert set(drawn([0.0, 1.0, 0.0, 1.0], top_p=0.3)) == {1}
-    assert set(drawn([0.0, 9.0, 9.0], top_k=2, top_p=0.5)) == {1}
-    assert set(drawn([0.0, 1.0, 0.5], top_p=1.0)) == {0, 1, 2}
-    assert set(drawn([0.0, 1.0], top_p=5e-324)) == {1}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_any_temperature(dtype):
-    logits = torch.tensor([-3.0, 1.0, 4.0, 3.9, -torch.inf], dtype=dtype)
-    for cold in (1e-308, 5e-324, 1e-12):
-        assert set(drawn(logits, temperature=cold)) == {2}
-    assert set(drawn(logits * 1e30, temperature=1e-308)) == {2}
-    for hot in (1e308, math.inf):
-        counts = torch.bincount(torch.tensor(drawn(logits, temperature=hot)), minlength=5).tolist()
-        assert counts[4] == 0 and min(counts[:4]) > 70 and max(counts[:4]) < 130
-    assert set(drawn([0.0, 7.0, 7.0, 1.0], temperature=1e-300)) == {1, 2}
-
-
-def test_infinite_logits_and_none():
-    assert set(drawn([-torch.inf, 0.0, -torch.inf, 0.0])) == {1, 3}
-    assert set(drawn([1e4, torch.inf, 3.0, torch.inf])) == {1, 3}
-    assert set(drawn([1e4, torch.inf, 3.0, torch.inf], temperature=torch.inf)) == {1, 3}
-    assert draw(torch.tensor([[-torch.inf, 0.0]]), 0.0, None, None, 0, [0]).tolist() == [1]
-    for bad in ([0.0, torch.nan], [-torch.inf, -torch.inf]):
-        for temperature in (0.0, 1.0):
-            with pytest.raises(ValueError, match="the logits of row 1 are no distribution"):
-                draw(torch.tensor([[0.0, 0.0], bad]), temperature, None, None, 0, [0, 0])
-
-
-def test_a_draw_has_a_mass_wherever_it_falls(monkeypatch):
-    logits = torch.tensor([[-torch.inf, 0.0, -1e30, 0.0, -torch.inf]])
-    for u, token in ((0.0, 1), (0.49, 1), (0.51, 3), (1 - 2.0**-53, 3)):
-        monkeypatch.setattr(sampling, "uniform", lambda *_, u=u: u)
-        assert draw(logits, 1.0, None, None, 0, [0]).tolist() == [token]
-        assert draw(logits.double() * 1e200, 1e200, 4, 1 - 1e-12, 0, [0]).tolist() == [token]
-
-
-def test_frequencies_are_those_of_the_softmax():
-    logits = torch.tensor([0.0, 1.0, 2.0, 0.5])
-    want = (logits / 0.8).softmax(-1)
-    got = torch.bincount(
-        torch.tensor([int(draw(logits.expand(1, -1), 0.8, None, None, 3, [t])) for t in range(4000)])
-    ) / 4000
-    assert (got - want).abs().max() < 0.03
-
 
 SEEDS = [0, 1, -1, -2, -3, 2**31, 2**61 - 1, 2**61, 2**63 - 1, 2**64, -(2**64), 2**64 + 1, 10**5000]
 
