@@ -25,6 +25,7 @@ memory | files)
     tests/ops/test_cpp_training.py tests/ops/{attention/test_attention{,_backward},linear/test_linear}.py
     tests/state/test_identity.py tests/layers/test_{titans_cpp,bits,attention_bits}.py
     tests/engine/test_native{,_segment,_attention,_attention_step}.py tests/engine/test_{attention_segment,segment_levels,streaming_bits}.py
+    tests/engine/test_{read_off,changes_between_steps}.py
     tests/csrc/test_native_arguments.py tests/csrc/test_width.py)
   if [ "$1" = files ]; then tests=(tests/state/test_files.py -m slow); fi
   # Python and PyTorch leak by design, and are not instrumented themselves
