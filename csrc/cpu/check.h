@@ -1,5 +1,5 @@
-// What every entry point checks before it follows a pointer: sizes, positions and pointers that cannot belong
-// to one call are refused. How much memory a pointer points to is for the caller to know
+// What entry points return, and what every one of them checks before it follows a pointer: sizes, positions and
+// pointers that cannot belong to one call are refused. How much memory a pointer points to is for the caller to know
 // (hope_kernels/ops/titans/cpp.py counts it).
 #pragma once
 #include <algorithm>

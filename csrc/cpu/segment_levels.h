@@ -173,7 +173,8 @@ class SegmentLevels : public SegmentPanels {
       if (s.whole) rule = {GD, -1, 0, 0, 0, 0, 0, 0}, weights = {s.total, nullptr, nullptr, nullptr, nullptr};
       outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
                     [&](int64_t r, int64_t at, auto& acc) {
-                      step_tile(rule, weights.from(r * K + k + at), K, R * K - 1 - (r * K + k + at), acc);
+                      const int64_t place = r * K + k + at;
+                      step_tile(rule, weights.from(place), K, R * K - 1 - place, acc);
                     });
     });
     for (int64_t b = 0; b < B; b++)
