@@ -24,7 +24,8 @@ memory | files)
   tests=(tests/ops/titans/test_cpp{,_backward,_training}.py tests/ops/cms/test_cpp{,_step,_whole}.py
     tests/ops/test_cpp_training.py tests/ops/{attention/test_attention{,_backward},linear/test_linear}.py
     tests/state/test_identity.py tests/layers/test_{titans_cpp,bits,attention_bits}.py
-    tests/engine/test_native{,_segment,_attention,_attention_step}.py tests/engine/test_{attention_segment,segment_levels,streaming_bits,sampling}.py
+    tests/engine/test_native{,_segment,_attention,_attention_step}.py tests/engine/test_{attention_segment,segment_levels}.py
+    tests/engine/test_{streaming_bits,sampling,read_off,changes_between_steps}.py
     tests/csrc/test_native_arguments.py tests/csrc/test_width.py)
   if [ "$1" = files ]; then tests=(tests/state/test_files.py -m slow); fi
   # Python and PyTorch leak by design, and are not instrumented themselves

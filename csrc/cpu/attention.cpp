@@ -17,7 +17,7 @@ void attention_backward(const AttentionBackward& a);
 
 bool attention_sizes_fit(const AttentionCall& c) {
   return extents({c.B, c.T, c.H, c.D}) && extents({c.B, c.slots, c.Hkv, c.D}) && c.Hkv > 0 && c.H > 0 && c.D > 0 &&
-         c.H % c.Hkv == 0 && c.window >= 0 && c.window <= LARGEST && c.sinks >= 0 && c.sinks <= LARGEST &&
+         c.H % c.Hkv == 0 && extent(c.window) && extent(c.sinks) &&
          (!c.sinks || c.window) && std::isfinite(c.scale);
 }
 

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
@@ -37,7 +36,7 @@ class Reader {
     take(k, keys), take(v, keys), take(a, hidden);
   }
 
-  int run() {
+  void run() {
     for (first = 0; first < c.T; first += n) {
       n = std::min(c.piece, c.T - first), rows = c.B * n;
       for (int64_t b = 0; b < c.B; b++) {
@@ -45,14 +44,12 @@ class Reader {
         std::memcpy(x + b * n * c.d, c.h + (b * c.T + first) * c.d, n * c.d * sizeof(float));
       }
       for (int64_t i = 0; i < c.blocks; i++) {
-        if (const int outcome = mixer(c.block[i])) return outcome;
-        for (int64_t l = 0; l < c.block[i].levels; l++)
-          if (const int outcome = level(c.block[i].level[l])) return outcome;
+        mixer(c.block[i]);
+        for (int64_t l = 0; l < c.block[i].levels; l++) level(c.block[i].level[l]);
       }
       for (int64_t b = 0; b < c.B; b++)
         std::memcpy(c.h + (b * c.T + first) * c.d, x + b * n * c.d, n * c.d * sizeof(float));
     }
-    return DONE;
   }
 
  private:
@@ -62,10 +59,10 @@ class Reader {
   float *x, *next, *normed, *q, *far, *y, *k, *v, *a;
   int64_t first = 0, n = 0, rows = 0;
 
-  int mixer(const AttentionBlock& b) {
+  void mixer(const AttentionBlock& b) {
     AttentionCall t = b.attention;
     const int64_t D = t.D, wide = t.H * D, kv = t.Hkv * D;
-    hope_rms_norm(rows, c.d, c.threads, c.eps, x, b.gain, normed);
+    must(hope_rms_norm(rows, c.d, c.threads, c.eps, x, b.gain, normed));
     project(b.q_proj, b.q_bias, b.q_gain, wide, D, q);
     project(b.k_proj, b.k_bias, b.k_gain, kv, D, k);
     project(b.v_proj, b.v_bias, nullptr, kv, D, v);
@@ -82,25 +79,23 @@ class Reader {
     }
     t.T = n, t.q = q, t.far = b.far_cos ? far : nullptr, t.k = b.k, t.v = b.v, t.y = y;
     t.used = used.data(), t.len = len.data();
-    if (const int outcome = hope_attention(&t)) return outcome;
-    hope_linear(rows, wide, c.d, c.threads, y, b.o_proj, x, next);
+    must(hope_attention(&t));
+    must(hope_linear(rows, wide, c.d, c.threads, y, b.o_proj, x, next));
     std::swap(x, next);
-    return DONE;
   }
 
   void project(const float* W, const float* bias, const float* gain, int64_t wide, int64_t D, float* to) const {
-    hope_linear(rows, c.d, wide, c.threads, normed, W, nullptr, to);
+    must(hope_linear(rows, c.d, wide, c.threads, normed, W, nullptr, to));
     add_bias(rows, wide, bias, to);
-    if (gain) hope_rms_norm(rows * wide / D, D, c.threads, c.eps, to, gain, to);
+    if (gain) must(hope_rms_norm(rows * wide / D, D, c.threads, c.eps, to, gain, to));
   }
 
-  int level(const AttentionLevel& l) {
-    hope_rms_norm(rows, c.d, c.threads, c.eps, x, l.gain, normed);
+  void level(const AttentionLevel& l) {
+    must(hope_rms_norm(rows, c.d, c.threads, c.eps, x, l.gain, normed));
     product(l.up, c.d, l.N, normed, nullptr, a);
-    if (const int outcome = hope_cms_gelu(rows * l.N, c.threads, a, a, nullptr)) return outcome;
+    must(hope_cms_gelu(rows * l.N, c.threads, a, a, nullptr));
     product(l.down, l.N, c.d, a, x, next);
     std::swap(x, next);
-    return DONE;
   }
 
   // to = from W^T (+ more), by every row's W [R, K]
@@ -108,8 +103,8 @@ class Reader {
     const bool shared = std::count(W, W + c.B, W[0]) == c.B;
     const int64_t parts = shared ? 1 : c.B, tokens = rows / parts;
     for (int64_t b = 0; b < parts; b++)
-      hope_linear(tokens, K, R, c.threads, from + b * tokens * K, W[b], more ? more + b * tokens * R : nullptr,
-                  to + b * tokens * R);
+      must(hope_linear(tokens, K, R, c.threads, from + b * tokens * K, W[b], more ? more + b * tokens * R : nullptr,
+                       to + b * tokens * R));
   }
 };
 
@@ -126,7 +121,7 @@ bool block_fits(const AttentionBlock& b, const AttentionReading& c) {
 }
 
 bool fits(const AttentionReading* c) {
-  if (!c || !extents({c->B, c->T + 1, c->d}) || !width(c->d) || c->T < 0 || c->blocks < 0 || c->piece < 1 ||
+  if (!c || !extent(c->T) || !extents({c->B, c->T + 1, c->d}) || !width(c->d) || c->blocks < 0 || c->piece < 1 ||
       !threads_fit(c->threads) || (c->rotations != 1 && c->rotations != c->B) || (c->blocks && !c->block))
     return false;
   if (c->B * c->T == 0) return true;
@@ -138,9 +133,7 @@ bool fits(const AttentionReading* c) {
 
 }  // namespace
 
-extern "C" int hope_attention_read(const AttentionReading* c) try {
+extern "C" int hope_attention_read(const AttentionReading* c) {
   if (!fits(c)) return BAD_ARGUMENT;
-  return c->B * c->T == 0 ? int{DONE} : Reader(*c).run();
-} catch (const std::bad_alloc&) {
-  return NO_MEMORY;
+  return c->B * c->T == 0 ? int{DONE} : outcome_of([c] { Reader(*c).run(); });
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "linear.h"
+#include "team.h"
 #include "vec.h"
 
 // x [rows, n] += bias; null: there is none
@@ -18,13 +19,12 @@ inline void add_bias(int64_t rows, int64_t n, const float* bias, float* x) {
 struct Rotation {
   int64_t B, n, H, D, threads, apart;
   const int64_t* len;
-  static constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
 
   // from and to may be the same
   void operator()(const float* from, const float* cos, const float* sin, bool back, float* to) const {
     const int64_t half = D / 2, heads = B * n * H;
     const float way = back ? -1 : 1;
-    const int team = heads * D <= ALONE ? 1 : static_cast<int>(threads);
+    const int team = team_for(1.0 * heads * D, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t i = 0; i < heads; i++) {
       const int64_t token = i / H, row = token / n, at = row * apart + token % n * half;

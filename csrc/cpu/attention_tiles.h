@@ -21,15 +21,14 @@ class AttentionTiles {
   // query's and a key's numbers each.
   template <class Task>
   void on_team(int64_t products, int64_t tasks, int64_t floats, Task task) const {
-    constexpr double ALONE = 1 << 21;  // products that one thread is done with before others are worth waking
     int64_t keys = 0;
     for (int64_t b = 0; b < c.B; b++) keys = std::max(keys, c.used[b] + c.len[b]);
     if (c.window) keys = std::min(keys, c.window + c.sinks + BLOCK);
     const double all = static_cast<double>(products * c.B * c.T * c.H * c.D) * static_cast<double>(keys);
-    const int64_t team = all < ALONE ? 1 : std::clamp<int64_t>(tasks, 1, c.threads);
+    const int team = team_for(all, ALONE_PRODUCTS, std::clamp<int64_t>(tasks, 1, c.threads));
     const std::unique_ptr<float[]> work(new float[team * floats + 16]);
     float* const aligned = work.get() + (64 - reinterpret_cast<uintptr_t>(work.get()) % 64) % 64 / sizeof(float);
-    in_parallel(static_cast<int>(team), [&](int id, int size) {
+    in_parallel(team, [&](int id, int size) {
       for (int64_t i = id; i < tasks; i += size) task(i, aligned + id * floats);
     });
   }

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "cms.h"
 #include "rows.h"
+#include "team.h"
 
 namespace {
 
@@ -20,7 +21,7 @@ constexpr int64_t PART = 64;        // rows whose parts in a sum are added up fi
 extern "C" int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope) {
   if (n < 0 || n > MOST_FLOATS || n % 8 || !threads_fit(threads) || (n && !all_given({z, a}))) return BAD_ARGUMENT;
   const int64_t count = (n + BLOCK - 1) / BLOCK;
-  const int team = count < 8 ? 1 : static_cast<int>(threads);
+  const int team = team_for(n, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t block = 0; block < count; block++) {
     const FlushDenormals flush;
@@ -40,7 +41,7 @@ extern "C" int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* 
 extern "C" int hope_cms_gate(int64_t n, int64_t threads, int32_t silu, const float* g, const float* z, float* a) {
   if (n < 0 || n > MOST_FLOATS || n % 8 || !threads_fit(threads) || (n && !all_given({g, z, a}))) return BAD_ARGUMENT;
   const int64_t count = (n + BLOCK - 1) / BLOCK;
-  const int team = count < 8 ? 1 : static_cast<int>(threads);
+  const int team = team_for(n, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t block = 0; block < count; block++) {
     const FlushDenormals flush;
@@ -53,12 +54,10 @@ extern "C" int hope_cms_gate(int64_t n, int64_t threads, int32_t silu, const flo
 extern "C" int hope_cms_norm_backward(int64_t rows, int64_t d, int64_t threads, float eps, const float* x,
                                       const float* gain, const float* dn, const float* dy, float* dx,
                                       float* dgain) try {
-  if (!width(d) || rows < 0 || rows > MOST_FLOATS / d || !threads_fit(threads) ||
-      (rows && !all_given({x, gain, dn, dx})))
-    return BAD_ARGUMENT;
+  if (!rows_of_width(rows, d, threads) || (rows && !all_given({x, gain, dn, dx}))) return BAD_ARGUMENT;
   const int64_t parts = (rows + PART - 1) / PART;
   std::vector<float> sums(dgain ? parts * d : 0);
-  const int team = rows * d < 8 * BLOCK ? 1 : static_cast<int>(threads);
+  const int team = team_for(1.0 * rows * d, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t part = 0; part < parts; part++) {
     const FlushDenormals flush;

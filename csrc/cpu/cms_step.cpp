@@ -16,6 +16,7 @@
 #include "check.h"
 #include "cms_step.h"
 #include "cms.h"
+#include "team.h"
 
 namespace {
 
@@ -32,7 +33,7 @@ extern "C" int hope_cms_step(int64_t n, int64_t threads, int64_t rule, float lr,
   if (n < 0 || n > MOST_FLOATS || !threads_fit(threads) || (n && (!step_fits(s, p) || (!grad && !total))))
     return BAD_ARGUMENT;
   const int64_t count = (n + BLOCK - 1) / BLOCK;
-  const int team = count < 8 ? 1 : static_cast<int>(threads);
+  const int team = team_for(n, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t block = 0; block < count; block++) {
     const FlushDenormals flush;
@@ -120,7 +121,7 @@ extern "C" int hope_cms_step_bf16(int64_t C, int64_t r, int64_t c, int64_t threa
   std::unique_ptr<uint32_t[]> a(new (std::nothrow) uint32_t[pairs * tall * MR + 1]);
   std::unique_ptr<uint32_t[]> b(new (std::nothrow) uint32_t[pairs * wide * NR + 1]);
   if (!a || !b) return NO_MEMORY;
-  const int team = r * c < 8 * BLOCK ? 1 : static_cast<int>(threads);
+  const int team = team_for(r * c, ALONE_NUMBERS, threads);
   panels(left, C, r, MR, a.get(), team);
   panels(right, C, c, NR, b.get(), team);
   const int64_t groups = (tall + GROUP - 1) / GROUP;

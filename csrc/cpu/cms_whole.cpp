@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <new>
 
+#include "aligned.h"
 #include "check.h"
 #include "newton_schulz.h"
 #include "width.h"
@@ -44,23 +44,24 @@ double sum_of_squares(const float* x, int64_t n) {
 
 }  // namespace
 
-extern "C" int hope_newton_schulz(int64_t count, int64_t r, int64_t c, int64_t threads, const float* from, float* to) {
+extern "C" int hope_newton_schulz(int64_t count, int64_t r, int64_t c, int64_t threads, const float* from,
+                                  float* to) try {
   if (!extents({count, r, c}) || !extents({r + PANEL, c + PANEL, 3}) || !threads_fit(threads)) return BAD_ARGUMENT;
   if (count == 0 || r == 0 || c == 0) return DONE;
   if (!all_given({from, to})) return BAD_ARGUMENT;
   const NewtonSchulz here(r, c);
   const int64_t team = NewtonSchulz::team(r, c, threads), floats = here.floats(team);
-  std::unique_ptr<float[]> held(new (std::nothrow) float[floats + 16]);
-  if (!held) return NO_MEMORY;
-  float* work = held.get() + (64 - reinterpret_cast<uintptr_t>(held.get()) % 64) % 64 / sizeof(float);
+  const AlignedFloats work(floats);
   for (int64_t i = 0; i < count; i++) {
     const float* g = from + i * r * c;
     float* y = to + i * r * c;
     const float norm = static_cast<float>(std::sqrt(sum_of_squares(g, r * c)));
-    std::fill_n(work, floats, 0.0f);
-    wide() ? avx512::newton_schulz(r, c, team, g, norm, y, work) : here.run(team, g, norm, y, work);
+    if (i > 0) std::fill_n(work.data, floats, 0.0f);
+    wide() ? avx512::newton_schulz(r, c, team, g, norm, y, work.data) : here.run(team, g, norm, y, work.data);
   }
   return DONE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
 }
 
 extern "C" int hope_normalise(int64_t n, int64_t threads, float* x) {
@@ -68,7 +69,7 @@ extern "C" int hope_normalise(int64_t n, int64_t threads, float* x) {
   if (n == 0) return DONE;
   const float rms = std::max(std::sqrt(static_cast<float>(sum_of_squares(x, n) / n)), TINY);  // NaN stays NaN
   const int64_t count = (n + BLOCK - 1) / BLOCK;
-  const int team = count < 8 ? 1 : static_cast<int>(threads);
+  const int team = team_for(n, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t block = 0; block < count; block++) {
     const FlushDenormals flush;

@@ -12,20 +12,15 @@
 #include "check.h"
 #include "layer.h"
 #include "rows.h"
+#include "team.h"
 
 namespace {
 
-constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
-
 template <class Row>
 void for_rows(int64_t rows, int64_t width, int64_t threads, Row row) {
-  const int n = rows * width <= ALONE ? 1 : static_cast<int>(threads);
+  const int n = team_for(1.0 * rows * width, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(n) schedule(static)
   for (int64_t r = 0; r < rows; r++) row(r);
-}
-
-bool rows_of_width(int64_t rows, int64_t D, int64_t threads) {
-  return width(D) && rows <= MOST_FLOATS / D && rows >= 0 && threads_fit(threads);
 }
 
 // weight [d, W] as W rows of d

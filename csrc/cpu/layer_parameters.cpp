@@ -7,28 +7,29 @@
 #include <new>
 #include <vector>
 
+#include "aligned.h"
 #include "check.h"
 #include "rows.h"
+#include "team.h"
 
 namespace {
 
-constexpr int64_t PART = 64;        // tokens
-constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
+constexpr int64_t PART = 64;  // tokens
 
 // to [n] = the sum over parts of what row(r, sum [n]) adds for the rows of a part; width: numbers of a row
 template <class Row>
 void sum_of_parts(int64_t rows, int64_t width, int64_t n, int64_t threads, float* to, Row row) {
   const int64_t parts = (rows + PART - 1) / PART;
-  std::vector<float> sums(parts * n);
-  const int team = rows * width <= ALONE ? 1 : static_cast<int>(threads);
+  const AlignedFloats sums(n, parts);
+  const int team = team_for(1.0 * rows * width, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t part = 0; part < parts; part++) {
     const FlushDenormals flush;
-    for (int64_t r = part * PART; r < std::min(rows, (part + 1) * PART); r++) row(r, sums.data() + part * n);
+    for (int64_t r = part * PART; r < std::min(rows, (part + 1) * PART); r++) row(r, sums.data + part * n);
   }
   std::fill_n(to, n, 0);
   for (int64_t part = 0; part < parts; part++)
-    for (int64_t i = 0; i < n; i += 8) store(to + i, load(to + i) + load(sums.data() + part * n + i));
+    for (int64_t i = 0; i < n; i += 8) store(to + i, load(to + i) + load(sums.data + part * n + i));
 }
 
 }  // namespace

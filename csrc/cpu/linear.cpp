@@ -17,8 +17,6 @@ void linear(int64_t n, int64_t K, int64_t R, int64_t threads, const float* x, co
 
 namespace {
 
-constexpr int64_t ALONE = 1 << 15;  // numbers that one thread is done with before others have started
-
 // The sums of squares of up to eight rows of d, in the order that a panel has them (`squares` of titans_head.h): four
 // chains each.
 void squares_of(const float* x, int64_t rows, int64_t d, float* sums) {
@@ -53,9 +51,8 @@ extern "C" int hope_linear(int64_t n, int64_t K, int64_t R, int64_t threads, con
 
 extern "C" int hope_rms_norm(int64_t n, int64_t d, int64_t threads, float eps, const float* x, const float* gain,
                              float* y) {
-  if (!width(d) || n < 0 || n > MOST_FLOATS / d || !threads_fit(threads) || (n && !all_given({x, gain, y})))
-    return BAD_ARGUMENT;
-  const int team = n * d <= ALONE ? 1 : static_cast<int>(threads);
+  if (!rows_of_width(n, d, threads) || (n && !all_given({x, gain, y}))) return BAD_ARGUMENT;
+  const int team = team_for(1.0 * n * d, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t r = 0; r < n; r += 8) {
     const FlushDenormals flush;
@@ -73,14 +70,10 @@ extern "C" int hope_rms_norm(int64_t n, int64_t d, int64_t threads, float eps, c
 
 extern "C" int hope_layer_norm(int64_t n, int64_t d, int64_t threads, float eps, const float* x, const float* gain,
                                const float* shift, float* y) {
-  if (!width(d) || n < 0 || n > MOST_FLOATS / d || !threads_fit(threads) || (n && !all_given({x, gain, shift, y})))
-    return BAD_ARGUMENT;
-  const int team = n * d <= ALONE ? 1 : static_cast<int>(threads);
+  if (!rows_of_width(n, d, threads) || (n && !all_given({x, gain, shift, y}))) return BAD_ARGUMENT;
+  const int team = team_for(1.0 * n * d, ALONE_NUMBERS, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t r = 0; r < n; r++) {
-    const FlushDenormals flush;
-    layer_norm_row(x + r * d, d, eps, gain, shift, y + r * d);
-  }
+  for (int64_t r = 0; r < n; r++) layer_norm_row(x + r * d, d, eps, gain, shift, y + r * d);
   return DONE;
 }
 

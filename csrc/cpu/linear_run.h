@@ -13,6 +13,7 @@
 #include "check.h"
 #include "linear.h"
 #include "panel.h"
+#include "team.h"
 
 class Linear {
  public:
@@ -20,7 +21,7 @@ class Linear {
       : n(n), K(K), R(R), x(x), W(W), more(more), y(y) {}
 
   void run(int64_t threads) const {
-    const int team = n * K * R < ALONE ? 1 : static_cast<int>(threads);
+    const int team = team_for(1.0 * n * K * R, ALONE_PRODUCTS, threads);
     // every task turns its own strip: not for fewer tokens than that pays for
     const int64_t strips = (R + WIDEST - 1) / WIDEST;
     const int64_t parts = team == 1 ? 1 : std::clamp<int64_t>(n / FEW, 1, (4 * team + strips - 1) / strips);
@@ -38,7 +39,6 @@ class Linear {
 
  private:
   static constexpr int64_t WIDEST = 64, DEEP = 512, SHALLOW = 64, SHORT = 1024, FEW = 96, TILE = 6;
-  static constexpr int64_t ALONE = 1 << 21;  // products that one thread is done with before others are worth waking
   const int64_t n, K, R;
   const float *x, *W, *more;
   float* y;

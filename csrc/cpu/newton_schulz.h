@@ -21,7 +21,7 @@ class NewtonSchulz {
 
   static int64_t team(int64_t r, int64_t c, int64_t threads) {
     const int64_t m = std::min(r, c), n = std::max(r, c);
-    return m * n < ALONE / m ? 1 : std::clamp<int64_t>((n + PAIR - 1) / PAIR, 1, threads);
+    return team_for(1.0 * m * m * n, ALONE_ORTHOGONAL, std::clamp<int64_t>((n + PAIR - 1) / PAIR, 1, threads));
   }
   int64_t floats(int64_t team) const { return m * (np + 2 * mp) + team * n * PAIR; }
 
@@ -35,7 +35,6 @@ class NewtonSchulz {
   static constexpr int STEPS = 5;
   static constexpr float A = 3.4445f, B = -4.7750f, C = 2.0315f;
   static constexpr int64_t PAIR = 2 * PANEL;
-  static constexpr int64_t ALONE = 1 << 18;  // m m n that one thread is done with before others are worth waking
   const int64_t r, c, m, n, mp, np;
 
   static int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }

@@ -76,7 +76,7 @@ HK_INLINE void multiply_rows(V (&acc)[MR][NV], const float* panel, int64_t r) {
 
 // Row r + i gets bias[r + i].
 template <class V, int MR, int NV>
-HK_INLINE void add_bias(V (&acc)[MR][NV], const float* bias, int64_t r) {
+HK_INLINE void bias_rows(V (&acc)[MR][NV], const float* bias, int64_t r) {
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8

@@ -82,7 +82,7 @@ void run(const TitansReadBackward& c, int64_t task, float* work) {
 }
 
 bool fits(const TitansReadBackward& c) {
-  const bool sizes = width(c.D) && (c.N == 0 || width(c.N)) && c.H > 0 && c.chunk > 0 && c.chunk <= LARGEST &&
+  const bool sizes = width(c.D) && (c.N == 0 || width(c.N)) && c.H > 0 && c.chunk > 0 && extent(c.chunk) &&
                      extents({c.B, c.T, c.H, c.D}) && extents({c.B, c.H, c.kept, std::max(c.N, c.D), c.D}) &&
                      threads_fit(c.threads) && c.activation >= GELU_TANH && c.activation <= SILU;
   if (!sizes || c.B * c.T == 0) return sizes;

@@ -21,6 +21,7 @@ HK_INLINE float rms_factor(const float* x, int64_t n, float eps = NORM_EPS) {
 
 // y = layernorm(x) gain + shift, its sums in the order that a panel has them: four chains each
 inline void layer_norm_row(const float* x, int64_t n, float eps, const float* gain, const float* shift, float* y) {
+  const FlushDenormals flush;
   float sum[4] = {}, squares[4] = {};
   for (int64_t i = 0; i < n; i++) sum[i % 4] += x[i];
   const f8 mean = all(((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<float>(n));

@@ -1,15 +1,13 @@
 // What the entry points of segment.h check, and the choice of vectors (width.h).
 
-#include <new>
-
 #include "segment_run.h"
 #include "titans_check.h"
 #include "width.h"
 
 namespace avx512 {  // segment_avx512.cpp
-int segment_read(const SegmentCall& c);
+void segment_read(const SegmentCall& c);
 void segment_head(const SegmentCall& c);
-int segment_learn(const SegmentCall& c);
+void segment_learn(const SegmentCall& c);
 }  // namespace avx512
 
 namespace {
@@ -17,7 +15,7 @@ namespace {
 bool titans_fit(const TitansCall& t, const SegmentCall& c) {
   const int64_t small = std::min(t.chunk_memory, t.chunk_other);
   return memory_sizes_fit(t) && t.B == c.B && t.T == c.T && t.H * t.D == c.d && t.update && !t.kept2 &&
-         extents({c.B, t.H, c.T / small + 2, memory_rows(t), t.D}) && t.len == c.len && t.pos;
+         extents({c.B, t.H, c.T / small + 2, memory_rows(t), t.D, c.blocks}) && t.len == c.len && t.pos;
 }
 
 // Two memories of one kind, which share nothing.
@@ -38,8 +36,8 @@ bool memory_fits(const SegmentBlock& b, const SegmentCall& c) {
                                      (!b.titans.retention || all_given({b.alpha_proj, b.titans.alpha_bias})));
 }
 
-bool level_fits(const SegmentLevel& level, const SegmentCall& c) {
-  if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N}) || level.kind < GELU_LEVEL ||
+bool level_fits(const SegmentLevel& level, const SegmentCall& c, int64_t streams) {
+  if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N, streams}) || level.kind < GELU_LEVEL ||
       level.kind > GEGLU_LEVEL || (level.kind == GELU_LEVEL) != !level.gate ||
       !all_given({level.vectors.gain, level.up, level.down}))
     return false;
@@ -48,20 +46,24 @@ bool level_fits(const SegmentLevel& level, const SegmentCall& c) {
   return true;
 }
 
-bool block_fits(const SegmentBlock& b, const SegmentCall& c) {
+bool attention_fits(const AttentionMixer& m, const SegmentCall& c) {
+  return mixer_fits(m, c.B, c.T, c.d, c.len) &&
+         extents({c.B, c.T + PANEL, m.attention.H, m.attention.D, c.blocks});
+}
+
+bool block_fits(const SegmentBlock& b, const SegmentCall& c, int64_t streams) {
   const bool all = !c.block->attention == !b.attention;  // blocks are of one kind
-  if (!all || !(b.attention ? mixer_fits(*b.attention, c.B, c.T, c.d, c.len) : memory_fits(b, c))) return false;
-  if (b.levels < 0 || (b.levels && !b.level)) return false;
+  if (!all || !(b.attention ? attention_fits(*b.attention, c) : memory_fits(b, c))) return false;
+  if (b.levels && !b.level) return false;
   for (int64_t l = 0; l < b.levels; l++)
-    if (!level_fits(b.level[l], c)) return false;
+    if (!level_fits(b.level[l], c, streams)) return false;
   return true;
 }
 
 bool fits(const SegmentCall* c) {
-  if (!c || c->B < 0 || c->T < 0 || !width(c->d) || c->W < 0 || c->blocks < 0 || c->vocab < 1 ||
-      !threads_fit(c->threads) || !extents({c->B, c->T + PANEL, c->d, c->blocks + 1}) ||
-      !extents({c->vocab, c->d}) || !extents({c->B, c->T + PANEL, c->vocab}) || c->stride < c->T ||
-      !extents({c->B, c->stride, c->vocab}))
+  if (!c || !extent(c->T) || !width(c->d) || c->W < 0 || !extent(c->blocks) || c->vocab < 1 ||
+      !threads_fit(c->threads) || !extents({c->vocab, c->d}) || !extents({c->B, c->T + PANEL, c->vocab}) ||
+      c->stride < c->T || !extents({c->B, c->stride, c->vocab}))
     return false;
   if (c->blocks && c->block && c->block->attention && c->rotations != 1 && c->rotations != c->B) return false;
   if (c->B && c->T && !all_given({c->ids, c->len, c->embed, c->gain, c->head})) return false;
@@ -69,8 +71,14 @@ bool fits(const SegmentCall* c) {
   for (int64_t b = 0; b < c->B; b++)
     for (int64_t t = 0; t < c->len[b]; t++)
       if (c->ids[b * c->stride + t] < 0 || c->ids[b * c->stride + t] >= c->vocab) return false;
+  int64_t streams = 1;  // the residual stream before, between and behind mixers and levels
+  for (int64_t i = 0; i < c->blocks; i++) {
+    if (!extent(c->block[i].levels)) return false;
+    streams += 1 + c->block[i].levels;
+  }
+  if (!extents({c->B, c->T + PANEL, c->d, streams})) return false;
   for (int64_t i = 0; i < c->blocks; i++)
-    if (!block_fits(c->block[i], *c)) return false;
+    if (!block_fits(c->block[i], *c, streams)) return false;
   return true;
 }
 
@@ -113,31 +121,25 @@ bool empty(const SegmentCall& c) { return c.B * c.T == 0; }
 }  // namespace
 
 extern "C" int64_t hope_segment_floats(const SegmentCall* c) {
-  return fits(c) ? Segment(*c, nullptr).floats() : -1;
+  int64_t floats = -1;
+  if (fits(c)) outcome_of([&] { floats = Segment(*c, nullptr).floats(); });
+  return floats;
 }
 
 extern "C" int hope_segment_read(const SegmentCall* c) {
   if (!fits(c) || !c->work) return BAD_ARGUMENT;
   if (empty(*c)) return DONE;
-  try {
-    return wide() ? avx512::segment_read(*c) : segment_read(*c);
-  } catch (const std::bad_alloc&) {
-    return NO_MEMORY;
-  }
+  return outcome_of([c] { wide() ? avx512::segment_read(*c) : segment_read(*c); });
 }
 
 extern "C" int hope_segment_head(const SegmentCall* c) {
   if (!fits(c) || !c->work || !head_fits(*c)) return BAD_ARGUMENT;
-  if (!empty(*c)) wide() ? avx512::segment_head(*c) : segment_head(*c);
-  return DONE;
+  if (empty(*c)) return DONE;
+  return outcome_of([c] { wide() ? avx512::segment_head(*c) : segment_head(*c); });
 }
 
 extern "C" int hope_segment_learn(const SegmentCall* c) {
   if (!fits(c) || !learning_fits(*c)) return BAD_ARGUMENT;
   if (empty(*c)) return DONE;
-  try {
-    return wide() ? avx512::segment_learn(*c) : segment_learn(*c);
-  } catch (const std::bad_alloc&) {
-    return NO_MEMORY;
-  }
+  return outcome_of([c] { wide() ? avx512::segment_learn(*c) : segment_learn(*c); });
 }

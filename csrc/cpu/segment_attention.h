@@ -8,7 +8,7 @@ class SegmentAttention : public SegmentLevels {
  protected:
   using SegmentLevels::SegmentLevels;
 
-  int attention(int64_t i) const {
+  void attention(int64_t i) const {
     const AttentionMixer& m = *c.block[i].attention;
     const KeptHeads kept = kept_heads(i);
     const float* h = stream(stream_of(i));
@@ -24,15 +24,14 @@ class SegmentAttention : public SegmentLevels {
     append(m.attention, hk, m.k), append(m.attention, hv, m.v);
     AttentionCall t = call(m);
     t.y = kept.y, t.most = kept.most, t.sum = kept.sum;
-    if (const int outcome = hope_attention(&t)) return outcome;
+    must(hope_attention(&t));
     over(B * P, wide_heads, [&](int64_t j) { from_rows(kept.y, wide, wide_heads, j / P, j % P); });
     add_product(wide_heads, [&](int64_t) { return m.o_proj; }, wide, h, next,
                 {nullptr, c.block[i].post_gain, mixed(i), 1});
-    return DONE;
   }
 
   // dL/d its input is added to the slope by its output.
-  int attention_backward(int64_t i) const {
+  void attention_backward(int64_t i) const {
     const AttentionMixer& m = *c.block[i].attention;
     const KeptHeads kept = kept_heads(i);
     const float *h = stream(stream_of(i)), *from = slope_before(c.block[i].post_gain, mixed(i), slope);
@@ -46,21 +45,19 @@ class SegmentAttention : public SegmentLevels {
     queries(m, kept.q);
     AttentionBackward back{call(m), hy, c.learns, m.attention.sinks ? hdfar : nullptr, hdq, hk, hv};
     back.call.y = kept.y, back.call.most = kept.most, back.call.sum = kept.sum;
-    if (const int outcome = hope_attention_backward(&back)) return outcome;
+    must(hope_attention_backward(&back));
     turn(m, H)(hdq, m.cos, m.sin, true, hdq), turn(m, Hkv)(hk, m.cos, m.sin, true, hk);
     if (m.attention.sinks) {
       const bool far = m.far_cos;
       turn(m, H)(hdfar, far ? m.far_cos : m.cos, far ? m.far_sin : m.sin, true, hdfar);
       for (int64_t j = 0; j < B * T * H * D; j++) hdq[j] += hdfar[j];
     }
-    if (const int outcome = normed_backward(m.q_gain, H, D, kept.q, hdq)) return outcome;
-    if (const int outcome = normed_backward(m.k_gain, Hkv, D, kept.k, hk)) return outcome;
+    normed_backward(m.q_gain, H, D, kept.q, hdq), normed_backward(m.k_gain, Hkv, D, kept.k, hk);
     heads_backward(m.q_proj, H * D, hdq, false);
     heads_backward(m.k_proj, Hkv * D, hk, true), heads_backward(m.v_proj, Hkv * D, hv, true);
     over(B * P, d, [&](int64_t j) {
       if (learning(j / P)) norm_backward(h + j * size, m.gain, two + j * size, slope + j * size, true);
     });
-    return DONE;
   }
 
  private:
@@ -107,13 +104,12 @@ class SegmentAttention : public SegmentLevels {
 
   void normed(const float* gain, int64_t heads, int64_t D, const float* from, float* to) const {
     const int64_t rows = B * T * heads;
-    if (gain) hope_rms_norm(rows, D, c.threads, c.eps, from, gain, to);
+    if (gain) must(hope_rms_norm(rows, D, c.threads, c.eps, from, gain, to));
     else if (from != to) std::memcpy(to, from, rows * D * sizeof(float));
   }
 
-  int normed_backward(const float* gain, int64_t heads, int64_t D, const float* from, float* bar) const {
-    if (!gain) return DONE;
-    return hope_cms_norm_backward(B * T * heads, D, c.threads, c.eps, from, gain, bar, nullptr, bar, nullptr);
+  void normed_backward(const float* gain, int64_t heads, int64_t D, const float* from, float* bar) const {
+    if (gain) must(hope_cms_norm_backward(B * T * heads, D, c.threads, c.eps, from, gain, bar, nullptr, bar, nullptr));
   }
 
   // The tokens of every row, behind those in its cache.

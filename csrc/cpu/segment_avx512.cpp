@@ -40,7 +40,7 @@ namespace code {
 #include "segment_run.h"
 }  // namespace code
 
-int segment_read(const SegmentCall& c) { return code::segment_read(c); }
+void segment_read(const SegmentCall& c) { code::segment_read(c); }
 void segment_head(const SegmentCall& c) { code::segment_head(c); }
-int segment_learn(const SegmentCall& c) { return code::segment_learn(c); }
+void segment_learn(const SegmentCall& c) { code::segment_learn(c); }
 }  // namespace avx512

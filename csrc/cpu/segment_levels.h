@@ -9,16 +9,16 @@ class SegmentLevels : public SegmentPanels {
   void levels(int64_t i) const {
     const int64_t at = stream_of(i) + 1;
     const bool mixture = c.block[i].mixture;
-    if (mixture) copy(stream(at), apart);
-    for (int64_t l = 0; l < c.block[i].levels; l++) level(i, l, mixture ? apart : stream(at + l));
+    const float* read = stream(at);  // by the levels of a mixture
+    if (mixture && !c.keep) copy(read, apart), read = apart;  // the stream goes back and forth between two
+    for (int64_t l = 0; l < c.block[i].levels; l++) level(i, l, mixture ? read : stream(at + l));
   }
 
-  int levels_backward(int64_t i) const {
+  void levels_backward(int64_t i) const {
     const SegmentBlock& block = c.block[i];
     if (block.mixture) copy(slope, apart);
     for (int64_t l = block.levels - 1; l >= (i == first ? lowest : 0); l--)
-      if (const int outcome = level_backward(i, l, i > first || (l > lowest && !block.mixture))) return outcome;
-    return DONE;
+      level_backward(i, l, i > first || (l > lowest && !block.mixture));
   }
 
  private:
@@ -50,7 +50,7 @@ class SegmentLevels : public SegmentPanels {
   }
 
   // on: whether dL/d its input is wanted, which is added to the slope by its output.
-  int level_backward(int64_t i, int64_t l, bool on) const {
+  void level_backward(int64_t i, int64_t l, bool on) const {
     const SegmentLevel& level = c.block[i].level[l];
     const bool mixture = c.block[i].mixture;
     const int64_t N = level.N, size = d * PANEL;
@@ -65,19 +65,17 @@ class SegmentLevels : public SegmentPanels {
               multiply_rows(acc, of.by_up + at, r);
               store_rows(wide + at, r, acc);
             }, Nothing());
-    if (const int outcome = level.learns ? steps(d, N, level.down_step, errors, of.a) : DONE) return outcome;
+    if (level.learns) steps(d, N, level.down_step, errors, of.a);
     if (on) back(level, level.up, wide, false);
     if (on && level.gate) back(level, level.gate, wide_gate, true);
-    if (const int outcome = level.learns ? steps(N, d, level.up_step, wide, of.n) : DONE) return outcome;
-    if (const int outcome = level.learns && level.gate ? steps(N, d, level.gate_step, wide_gate, of.n) : DONE)
-      return outcome;
-    if (!on) return DONE;
+    if (level.learns) steps(N, d, level.up_step, wide, of.n);
+    if (level.learns && level.gate) steps(N, d, level.gate_step, wide_gate, of.n);
+    if (!on) return;
     over(B * P, d, [&](int64_t j) {
       if (!learning(j / P)) return;
       if (level.vectors.shift) layer_norm_backward(x + j * size, level.vectors, one + j * size, slope + j * size);
       else norm_backward(x + j * size, level.vectors.gain, one + j * size, slope + j * size, true);
     });
-    return DONE;
   }
 
   // to = W n + bias; then activate(k) of eight numbers from place k on, while they are in the cache
@@ -87,7 +85,7 @@ class SegmentLevels : public SegmentPanels {
     const int64_t N = level.N;
     product(N, d, All(), [&](int64_t b) { return W[b]; }, d, 1, n,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
-              if (bias) add_bias(acc, bias, r);
+              if (bias) bias_rows(acc, bias, r);
               store_rows(to + (b * P + p) * N * PANEL, r, acc);
             },
             [&](int64_t b, int64_t p, int64_t r0, int64_t r1) {
@@ -161,7 +159,7 @@ class SegmentLevels : public SegmentPanels {
 
   // The steps of a matrix [R, K] of all rows that learn: its gradient is a sum over tokens, of errors [R] and inputs
   // [K] in panels, one chain for every weight. It is in memory as a whole only where a step asks for that.
-  int steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
+  void steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
     const int64_t count = (K + COLUMNS - 1) / COLUMNS;
     over(B * count, COLUMNS * R * P, [&](int64_t i) {
       const int64_t b = i / count, k = i % count * COLUMNS, w = std::min(COLUMNS, K - k), n = c.len[b];
@@ -174,29 +172,29 @@ class SegmentLevels : public SegmentPanels {
       Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
       if (s.whole) rule = {GD, -1, 0, 0, 0, 0, 0, 0}, weights = {s.total, nullptr, nullptr, nullptr, nullptr};
       outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
-                    [&](int64_t r, int64_t at, auto& acc) { step_tile(rule, weights.from(r * K + k + at), K, acc); });
+                    [&](int64_t r, int64_t at, auto& acc) {
+                      const int64_t place = r * K + k + at;
+                      step_tile(rule, weights.from(place), K, R * K - 1 - place, acc);
+                    });
     });
     for (int64_t b = 0; b < B; b++)
-      if (const int outcome = learning(b) && step[b].weight && step[b].whole ? step_of(step[b], R, K) : DONE)
-        return outcome;
-    return DONE;
+      if (learning(b) && step[b].weight && step[b].whole) step_of(step[b], R, K);
   }
 
   // The step from the gradient as a whole, which total has.
-  int step_of(const SegmentStep& s, int64_t R, int64_t K) const {
-    const int outcome = s.whole == ORTHOGONAL ? hope_newton_schulz(1, R, K, c.threads, s.total, s.total)
-                                              : hope_normalise(R * K, c.threads, s.total);
-    if (outcome) return outcome;
-    return hope_cms_step(R * K, c.threads, s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps, nullptr,
-                         s.total, s.weight, s.moment, s.square, nullptr);
+  void step_of(const SegmentStep& s, int64_t R, int64_t K) const {
+    must(s.whole == ORTHOGONAL ? hope_newton_schulz(1, R, K, c.threads, s.total, s.total)
+                               : hope_normalise(R * K, c.threads, s.total));
+    must(hope_cms_step(R * K, c.threads, s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps, nullptr,
+                       s.total, s.weight, s.moment, s.square, nullptr));
   }
 
-  // A tile of gradients, whose rows lie K apart.
+  // A tile of gradients, whose rows lie K apart; `last` numbers behind its first one is the matrix's last.
   template <class V, int MR, int NV>
-  static void step_tile(const Step& s, const Weights& p, int64_t K, const V (&acc)[MR][NV]) {
+  static void step_tile(const Step& s, const Weights& p, int64_t K, int64_t last, const V (&acc)[MR][NV]) {
 #pragma GCC unroll 8
     for (int r = MR; r < 2 * MR; r++)  // the tile below
-      __builtin_prefetch(p.weight + r * K, 1), __builtin_prefetch(p.weight + r * K + 16, 1);
+      for (int64_t at : {r * K, r * K + 16}) __builtin_prefetch(p.weight + std::min(at, last), 1);
     if (s.rule == GD && !p.total) {
       const V lr = all_as<V>(s.lr);
 #pragma GCC unroll 8

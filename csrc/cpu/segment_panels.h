@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "check.h"
 #include "cms.h"
@@ -14,11 +15,13 @@
 #include "panel.h"
 #include "rows.h"
 #include "segment.h"
+#include "team.h"
 #include "titans_head.h"
 
 class SegmentPanels {
  public:
-  SegmentPanels(const SegmentCall& call, float* base) : c(call), B(c.B), T(c.T), d(c.d), P(panels(c.T)) {
+  SegmentPanels(const SegmentCall& call, float* base)
+      : c(call), B(c.B), T(c.T), d(c.d), P(panels(c.T)), places(c.blocks) {
     for (; first < c.blocks && lowest < 0; first++)
       for (int64_t l = c.block[first].levels - 1; l >= 0; l--)
         if (c.block[first].level[l].learns) lowest = l;
@@ -32,7 +35,12 @@ class SegmentPanels {
   const SegmentCall& c;
   const int64_t B, T, d, P;
   int64_t first = 0, lowest = -1;  // what a gradient is taken back to: the first level that learns
-  int64_t used = 0, streams = 0, kept_floats = 0;
+  int64_t used = 0, streams = 1, kept_floats = 0;
+  struct Place {
+    int64_t stream;         // the number of a block's input
+    int64_t levels, heads;  // where what is kept of its levels, and of its attention, begins
+  };
+  std::vector<Place> places;  // of blocks
   bool adaptive = false;  // whether memories of a block make q
   float *streams_ = nullptr, *levels_ = nullptr, *mixers_ = nullptr, *kept_ = nullptr, *heads_ = nullptr;
   float *mixed_ = nullptr, *apart = nullptr;  // apart: of a mixture, what its levels read, or the slope behind them
@@ -56,11 +64,11 @@ class SegmentPanels {
 
   void carve(float* base) {
     auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
-    streams = 1;
     int64_t deepest = d, levels = 0, kept = 0, given = 0, gates = 0, memories = 0;
     int64_t heads = 0, keys = 0, kept_heads = 0, gated = 0, mixed = 0, mixtures = 0;
     for (int64_t i = 0; i < c.blocks; i++) {
       const SegmentBlock& b = c.block[i];
+      places[i] = {streams - 1, levels, kept_heads};
       streams += 1 + b.levels;
       for (int64_t l = 0; l < b.levels; l++) {
         deepest = std::max(deepest, b.level[l].N), levels += level_floats(b.level[l]);
@@ -101,11 +109,7 @@ class SegmentPanels {
   // -- what is kept of a reading ----------------------------------------------------------------------------
 
   float* stream(int64_t at) const { return streams_ + (c.keep ? at : at % 2) * round(panel_floats()); }
-  int64_t stream_of(int64_t block) const {  // the number of its input
-    int64_t at = 0;
-    for (int64_t i = 0; i < block; i++) at += 1 + c.block[i].levels;
-    return at;
-  }
+  int64_t stream_of(int64_t block) const { return places[block].stream; }
   // of a level, panels: its inputs after the norm, [d], its hidden units a, da by up n and by gate n (null where not
   // wanted, or without a gate), [N], and what is normed behind it, [d]
   struct Kept {
@@ -117,9 +121,8 @@ class SegmentPanels {
   Kept kept(int64_t block, int64_t l) const {
     const SegmentLevel& level = c.block[block].level[l];
     if (!c.keep) return {one, wide, level.gate ? wide_gate : nullptr, nullptr, two};
-    float* at = levels_;
-    for (int64_t i = 0; i <= block; i++)
-      for (int64_t j = 0; j < (i < block ? c.block[i].levels : l); j++) at += level_floats(c.block[i].level[j]);
+    float* at = levels_ + places[block].levels;
+    for (int64_t j = 0; j < l; j++) at += level_floats(c.block[block].level[j]);
     const int64_t inner = B * P * PANEL * level.N;
     float *a = at + panel_floats(), *by_gate = a + 2 * inner;
     return {at, a, a + inner, level.gate ? by_gate : nullptr, level.gate ? by_gate + inner : by_gate};
@@ -151,8 +154,7 @@ class SegmentPanels {
   // Those of a block that a gradient goes through; else q and k may be scratch, and the softmax is forgotten.
   KeptHeads kept_heads(int64_t block) const {
     if (!c.keep || block <= first) return {hq, hk, hy, nullptr, nullptr};
-    float* at = heads_;
-    for (int64_t i = first + 1; i < block; i++) at += heads_floats(*c.block[i].attention);
+    float* at = heads_ + places[block].heads;
     const AttentionMixer& m = *c.block[block].attention;
     const int64_t n = B * T, wide = n * m.attention.H * m.attention.D;
     float *y = at + wide, *most = y + wide, *sum = most + n * m.attention.H, *k = sum + n * m.attention.H;
@@ -170,7 +172,7 @@ class SegmentPanels {
   // f(i) for i in [0, n), each some `work` numbers for every token of a panel
   template <class F>
   void over(int64_t n, int64_t work, F f) const {
-    const int team = n * work * PANEL < (1 << 22) ? 1 : static_cast<int>(c.threads);
+    const int team = team_for(1.0 * n * work * PANEL, ALONE_SEGMENT, c.threads);
     if (team == 1) {
       const FlushDenormals flush;
       for (int64_t i = 0; i < n; i++) f(i);
@@ -200,9 +202,11 @@ class SegmentPanels {
         for (int64_t k = 0; k < K; k++) std::memcpy(columns + k * PANEL, W + k * ks, PANEL * sizeof(float));
         W = columns, next = PANEL;
       }
-      // the next strip comes nearer while this one is multiplied: all weights together do not fit into the second cache
+      // the next strip, if any, comes nearer while this one is multiplied: all weights together do not fit into the
+      // second cache
       const float* ahead = weights(b) + r1 * rs;
-      const int64_t line = rs == 1 ? ks : 16, lines = rs == 1 ? K : strip * K / 16;
+      const int64_t left = std::min(strip, R - r1);
+      const int64_t line = rs == 1 ? ks : 16, lines = left == 0 ? 0 : rs == 1 ? K : left * K / 16;
       int64_t fetched = 0;
       auto to = [&](int64_t p) {
         return [&, p](int64_t r, auto& acc) {
@@ -258,7 +262,7 @@ class SegmentPanels {
     product(d, K, All(), weights, K, 1, from,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
               const int64_t at = (b * P + p) * d * PANEL;
-              if (how.bias) add_bias(acc, how.bias, r);
+              if (how.bias) bias_rows(acc, how.bias, r);
               if (how.gain) return store_rows(how.out + at, r, acc);
               if (how.share != 1) scale_rows(acc, how.share);
               add_rows(acc, h + at, r);

@@ -10,13 +10,12 @@ class Segment : public SegmentAttention {
  public:
   using SegmentAttention::SegmentAttention;
 
-  int read() {
+  void read() {
     over(B * P, d, [&](int64_t i) { embed(i / P, i % P); });
     for (int64_t i = 0; i < c.blocks; i++) {
-      if (const int outcome = c.block[i].attention ? attention(i) : mixer(i)) return outcome;
+      c.block[i].attention ? attention(i) : mixer(i);
       levels(i);
     }
-    return DONE;
   }
 
   void head() {
@@ -30,15 +29,14 @@ class Segment : public SegmentAttention {
     over(B * P, c.vocab * d, [&](int64_t i) { head_of(h, i / P, i % P); });
   }
 
-  int learn() {
-    if (first == c.blocks) return DONE;
+  void learn() {
+    if (first == c.blocks) return;
     if (c.slopes) over(B * P, d, [&](int64_t i) { from_rows(c.slopes, slope, d, i / P, i % P); });
     for (int64_t i = c.blocks - 1; i >= first; i--) {
-      if (const int outcome = levels_backward(i)) return outcome;
+      levels_backward(i);
       if (i == first) break;
-      if (const int outcome = c.block[i].attention ? attention_backward(i) : mixer_backward(i)) return outcome;
+      c.block[i].attention ? attention_backward(i) : mixer_backward(i);
     }
-    return DONE;
   }
 
  private:
@@ -76,7 +74,7 @@ class Segment : public SegmentAttention {
     return t;
   }
 
-  int mixer(int64_t i) const {
+  void mixer(int64_t i) const {
     const SegmentBlock& block = c.block[i];
     const float* h = stream(stream_of(i));
     float* next = stream(stream_of(i) + 1);
@@ -88,9 +86,7 @@ class Segment : public SegmentAttention {
     });
     float *x = ra, *panel = one;
     if (block.conv) {
-      const int outcome = hope_conv(B, T, d, c.W, c.threads, ra, block.before.tail, block.conv, c.len, rb,
-                                    block.after.tail);
-      if (outcome) return outcome;
+      must(hope_conv(B, T, d, c.W, c.threads, ra, block.before.tail, block.conv, c.len, rb, block.after.tail));
       all_from_rows(rb, two, All());
       x = rb, panel = two;
     }
@@ -104,7 +100,7 @@ class Segment : public SegmentAttention {
       float* q = c.keep ? kept_rows(i, 0) : t.qk_l2norm ? re : rd;
       project(false, block.q_proj, panel, slope, All());
       all_to_rows(slope, q, All());
-      if (t.qk_l2norm) hope_unit(B * T * t.H, t.D, c.threads, q, rd);
+      if (t.qk_l2norm) must(hope_unit(B * T * t.H, t.D, c.threads, q, rd));
       t.q = t.qk_l2norm ? rd : q;
     }
     float* gate = block.gate_proj ? c.keep ? kept_rows(i, 2) : rc : nullptr;
@@ -122,15 +118,14 @@ class Segment : public SegmentAttention {
       t.beta = beta;
     }
     if (c.keep && i > first) keep_weights(i, t);
-    if (const int outcome = hope_titans_scan(&t)) return outcome;
-    hope_output_gate(B * T, t.H, t.D, c.threads, o, block.out_gain, gate, ra);
+    must(hope_titans_scan(&t));
+    must(hope_output_gate(B * T, t.H, t.D, c.threads, o, block.out_gain, gate, ra));
     float* y = block.out_proj ? one : mixed(i);
     all_from_rows(ra, y, All());
     if (block.out_proj)
       add_product(d, [&](int64_t) { return block.out_proj; }, y, h, next, {nullptr, block.post_gain, mixed(i), 1});
     else
       add(y, block.post_gain, h, next);
-    return DONE;
   }
 
   // Where the scan t puts what the gradient by q, or by x, takes.
@@ -147,7 +142,7 @@ class Segment : public SegmentAttention {
   void give(const SegmentBlock& block, const float* from, TitansCall& t) const {
     project(false, block.k_proj, from, slope, All());
     all_to_rows(slope, t.qk_l2norm ? ra : rk, All());
-    if (t.qk_l2norm) hope_unit(B * T * t.H, t.D, c.threads, ra, rk);
+    if (t.qk_l2norm) must(hope_unit(B * T * t.H, t.D, c.threads, ra, rk));
     project(false, block.v_proj, from, slope, All());
     all_to_rows(slope, rv, All());
     gates(block.eta_proj, t.eta_bias, t.H, t.softplus, t.eta_scale, from, eta);
@@ -162,7 +157,7 @@ class Segment : public SegmentAttention {
             [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(slope + (b * P + p) * H * PANEL, r, acc); },
             Nothing());
     over(B * P, H, [&](int64_t i) { to_rows(slope, raw, H, i / P, i % P); });
-    hope_gate(B * T, H, softplus, scale, raw, bias, to);
+    must(hope_gate(B * T, H, softplus, scale, raw, bias, to));
   }
 
   // -- head -------------------------------------------------------------------------------------------------
@@ -226,7 +221,7 @@ class Segment : public SegmentAttention {
 
   // -- backward ---------------------------------------------------------------------------------------------
 
-  int mixer_backward(int64_t i) const {
+  void mixer_backward(int64_t i) const {
     const SegmentBlock& block = c.block[i];
     const TitansCall& t = block.titans;
     const float *h = stream(stream_of(i)), *from = slope_before(block.post_gain, mixed(i), slope);
@@ -240,25 +235,25 @@ class Segment : public SegmentAttention {
     std::memset(ra, 0, row_floats() * sizeof(float));
     all_to_rows(from, ra, rows);
     float* gate = block.gate_proj ? kept_rows(i, 2) : nullptr;
-    hope_output_gate_backward(B * T, H, t.D, c.threads, kept_rows(i, 1), block.out_gain, gate, ra, rb,
-                              gate ? rc : nullptr);
+    must(hope_output_gate_backward(B * T, H, t.D, c.threads, kept_rows(i, 1), block.out_gain, gate, ra, rb,
+                                   gate ? rc : nullptr));
     float* q = kept_rows(i, 0);
-    if (t.qk_l2norm) hope_unit(B * T * H, t.D, c.threads, q, rd);
+    if (t.qk_l2norm) must(hope_unit(B * T * H, t.D, c.threads, q, rd));
     // dL/din of what was read with weights `which`, from dL/dout
     auto back = [&](int64_t chunk, int64_t kept, int which, const float* in, const float* out_bar, float* in_bar) {
       const TitansReadBackward call{B, T, H, t.D, t.N, chunk, kept, c.threads, t.activation, kept_of(i, which),
                                     t.N ? kept_of(i, which + 1) : nullptr, in, out_bar, t.pos, c.len, in_bar};
-      return hope_titans_read_backward(&call);
+      must(hope_titans_read_backward(&call));
     };
     const float* asked = t.qk_l2norm ? rd : q;
-    if (const int outcome = back(t.chunk_memory, chunks(block), 0, asked, rb, re)) return outcome;
-    if (t.qk_l2norm) hope_unit_backward(B * T * H, t.D, c.threads, q, re, re);
+    back(t.chunk_memory, chunks(block), 0, asked, rb, re);
+    if (t.qk_l2norm) must(hope_unit_backward(B * T * H, t.D, c.threads, q, re, re));
     float *dx = two, *other = one;
     if (block.q_proj) {
       all_from_rows(re, one, rows);
       project(true, block.q_proj, one, dx, rows);
     } else {
-      if (const int outcome = back(t.chunk_other, chunks_q(block), 2, kept_rows(i, 3), re, rd)) return outcome;
+      back(t.chunk_other, chunks_q(block), 2, kept_rows(i, 3), re, rd);
       all_from_rows(rd, dx, rows);
     }
     if (block.in_proj) {
@@ -268,7 +263,7 @@ class Segment : public SegmentAttention {
     if (block.conv) {
       std::memset(ra, 0, row_floats() * sizeof(float));
       all_to_rows(dx, ra, rows);
-      if (const int outcome = hope_conv_backward(B, T, d, c.W, c.threads, block.conv, ra, rb)) return outcome;
+      must(hope_conv_backward(B, T, d, c.W, c.threads, block.conv, ra, rb));
       all_from_rows(rb, dx, rows);
     }
     if (gate) {
@@ -282,11 +277,10 @@ class Segment : public SegmentAttention {
     over(B * P, d, [&](int64_t j) {
       if (learning(j / P)) norm_backward(h + j * size, block.gain, dx + j * size, slope + j * size, true);
     });
-    return DONE;
   }
 };
 
 inline int64_t segment_floats(const SegmentCall& c) { return Segment(c, nullptr).floats(); }
-inline int segment_read(const SegmentCall& c) { return Segment(c, c.work).read(); }
+inline void segment_read(const SegmentCall& c) { Segment(c, c.work).read(); }
 inline void segment_head(const SegmentCall& c) { Segment(c, c.work).head(); }
-inline int segment_learn(const SegmentCall& c) { return Segment(c, c.work).learn(); }
+inline void segment_learn(const SegmentCall& c) { Segment(c, c.work).learn(); }

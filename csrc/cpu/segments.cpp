@@ -20,12 +20,13 @@ class Segments {
     for (int64_t i = 0; i < c.blocks; i++) {
       levels[i].assign(blocks[i].level, blocks[i].level + blocks[i].levels);
       blocks[i].level = levels[i].data();
-      std::copy_n(counted(blocks[i]), c.B, &before[i * c.B]);
+      int64_t* const at = before.data() + i * c.B;
+      std::copy_n(counted(blocks[i]), c.B, at);
       if (blocks[i].attention) {
-        mixers[i] = *blocks[i].attention, mixers[i].attention.used = &before[i * c.B];
+        mixers[i] = *blocks[i].attention, mixers[i].attention.used = at;
         blocks[i].attention = &mixers[i];
       } else {
-        blocks[i].titans.pos = &before[i * c.B], blocks[i].titans.len = len.data();
+        blocks[i].titans.pos = at, blocks[i].titans.len = len.data();
       }
     }
     c.block = blocks.data(), c.len = len.data(), c.known = known.data();
@@ -110,15 +111,15 @@ class Segments {
 bool fits(const SegmentsCall* s) {
   if (!s) return false;
   const SegmentCall& c = s->first;
-  if (s->count < 0 || c.T < 1 || c.stride < 0 || c.blocks < 0 || !extents({c.B, c.blocks + 1, c.vocab, c.T}) ||
-      s->count > (c.stride + c.T - 1) / c.T || (c.B && !c.len) || (c.blocks && !c.block) ||
-      (s->mean && !all_given({c.targets, c.nats})) || (s->steps && !c.keep))
+  if (s->count < 0 || c.T < 1 || !extent(c.stride) || !extent(c.blocks) ||
+      !extents({c.B, c.blocks + 1, c.vocab, c.T}) || s->count > (c.stride + c.T - 1) / c.T || (c.B && !c.len) ||
+      (c.blocks && !c.block) || (s->mean && !all_given({c.targets, c.nats})) || (s->steps && !c.keep))
     return false;
   for (int64_t b = 0; b < c.B; b++)
     if (c.len[b] < 0 || c.len[b] > std::min(c.stride, s->count * c.T)) return false;
   for (int64_t i = 0; i < c.blocks; i++) {
     const SegmentBlock& b = c.block[i];
-    if (b.levels < 0 || b.levels > LARGEST || (b.levels && !b.level) || (!b.attention && !s->other) ||
+    if (!extent(b.levels) || (b.levels && !b.level) || (!b.attention && !s->other) ||
         (c.B && !Segments::counted(b)))
       return false;
   }

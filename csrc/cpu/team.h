@@ -56,6 +56,15 @@ struct Team {
   }
 };
 
+// Work that one thread is done with before others are worth waking: numbers that are passed over, and products of the
+// memories, of an orthogonal step (m m n), of projections, attention and decoder steps, and of segments.
+constexpr double ALONE_NUMBERS = 1 << 15, ALONE_MEMORY = 1 << 18, ALONE_ORTHOGONAL = 1 << 18, ALONE_PRODUCTS = 1 << 21,
+                 ALONE_SEGMENT = 1 << 22;
+
+inline int team_for(double work, double alone, int64_t threads) {
+  return work < alone ? 1 : static_cast<int>(threads);
+}
+
 // f(id, n) on `threads` threads, or on as many as there are: n.
 template <class F>
 void in_parallel(int threads, F f) {

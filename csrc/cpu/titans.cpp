@@ -1,4 +1,4 @@
-// The self-modifying memory on a CPU: a whole call in one pass per (row, head), fp32, AVX2.
+// The self-modifying memory on a CPU: a whole call in one pass per (row, head), fp32.
 //
 // What is computed: hope_kernels/ops/titans/README.md. Without momentum a chunk's update is of rank C, with
 // gamma[t,s] = prod_{s<j<=t} alpha_j:

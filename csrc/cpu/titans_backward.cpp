@@ -12,7 +12,7 @@ namespace {
 bool fits(const TitansBackward& a) {
   const TitansCall& c = a.call;
   if (!sizes_fit(c) || !pointers_fit(c) || c.s2 || !c.N || adaptive_q(c)) return false;
-  if (c.span <= 0 || c.span > LARGEST || !spans_fit(c) ||
+  if (c.span == 0 || !extent(c.span) || !spans_fit(c) ||
       !extents({c.span / std::min(c.chunk_memory, c.chunk_other) + 1, c.Mf + c.Ms, 2 * c.N + 1, c.D}))
     return false;
   if (!all_given({a.o_bar, a.delta2_bar, a.delta1_bar, a.q_bar}) || (c.Ms && !a.delta1s_bar) ||

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstring>
 
+#include "aligned.h"
 #include "backward_commit.h"
 #include "backward_read.h"
 #include "titans_scan.h"
@@ -243,7 +244,7 @@ inline void all_heads_backward(const TitansBackward& a) {
                 more = spaces.carve(c, c.span, nullptr);
   const int64_t own = Head::own_floats(c), each = (forward + more + own + 15) / 16 * 16 + 16;
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min(c.threads, groups)));
-  Memory memory(each > MOST_FLOATS ? each : each * threads);
+  const AlignedFloats memory(each, threads);
   in_parallel(threads, [&](int id, int n) {
     const FlushDenormals guard;
     float* mine = memory.data + id * each;

@@ -8,12 +8,13 @@
 
 // Of memories, whoever reads them: their kinds, widths and chunks.
 inline bool memory_sizes_fit(const TitansCall& c) {
+  if (!width(c.D) || (c.N == 0 ? c.scalar_skip : !width(c.N))) return false;
   const int64_t big = std::max(c.chunk_memory, c.chunk_other), small = std::min(c.chunk_memory, c.chunk_other);
   const int64_t scalars = c.self_modifying ? 1 + (c.retention != 0) : 0, units = std::max(c.N, c.D) + 1;
-  return width(c.D) && (c.N == 0 ? !c.scalar_skip : width(c.N)) && c.H > 0 &&
-         (c.self_modifying ? c.Mf == 3 || c.Mf == 4 : c.Mf == 1) && c.Ms == scalars && small > 0 && big <= LARGEST &&
-         big % small == 0 && extents({c.B, c.H, c.Mf + c.Ms, units, c.D}) && extents({c.B, big, c.H, c.D}) &&
-         extents({big, c.Mf + c.Ms, units}) && c.activation >= GELU_TANH && c.activation <= SILU;
+  return c.H > 0 && (c.self_modifying ? c.Mf == 3 || c.Mf == 4 : c.Mf == 1) && c.Ms == scalars && small > 0 &&
+         big % small == 0 && extents({big, big, 2}) && extents({c.B, c.H, c.Mf + c.Ms, units, c.D}) &&
+         extents({c.B, big, c.H, c.D}) && extents({big, c.Mf + c.Ms, units}) && c.activation >= GELU_TANH &&
+         c.activation <= SILU;
 }
 
 inline bool sizes_fit(const TitansCall& c) {

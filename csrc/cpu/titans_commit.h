@@ -209,7 +209,7 @@ class Commit : protected ChunkWrite {
     const int64_t top = (c.Mf + s) * N;
     const Range own = rows.within(top, top + N);
     if (own.begin == own.end) return;
-    const float* w1s = h.w1s + s * N - top;
+    const float* w1s = h.w1s + s * N;
     for (int64_t p = 0; p < P; p++)
       for (int64_t v = 0; v < PANEL; v += LANES<widest>) {
         const widest e = load_as<widest>(w.es + (p * c.Ms + s) * PANEL + v);
@@ -218,7 +218,7 @@ class Commit : protected ChunkWrite {
           widest sum{};
 #pragma GCC unroll 8
           for (int64_t j = i; j < i + 8; j++) {
-            const widest x = load_as<widest>(d + j * PANEL) * (all_as<widest>(w1s[j]) * e);
+            const widest x = load_as<widest>(d + j * PANEL) * (all_as<widest>(w1s[j - top]) * e);
             store(d + j * PANEL, x);
             sum = fma(x, x, sum);
           }

@@ -5,6 +5,8 @@
 #include <new>
 #include <vector>
 
+#include "aligned.h"
+#include "team.h"
 #include "titans_scan.h"
 
 inline void scan(const TitansCall& c, const Workspace& work, const Team& team, float* mine, int64_t b, int64_t h) {
@@ -12,13 +14,12 @@ inline void scan(const TitansCall& c, const Workspace& work, const Team& team, f
   with_kind(c, [&](auto kind) { s.run<kind>(b, h); });
 }
 
-// Whether one thread is done before others are awake: 2^18 products are some 5 us. A call has about 8 D N a token, head
-// and memory (titans.cpp).
-inline bool small_work(const TitansCall& c) {
+// A call has about 8 D N products a token, head and memory (titans.cpp).
+inline int team_of(const TitansCall& c) {
 #ifdef HOPE_STD_THREADS  // the thread sanitizer is to see threads in small calls
-  return false;
+  return static_cast<int>(c.threads);
 #else
-  return 8.0 * c.B * c.T * c.H * (c.Mf + c.Ms) * c.D * memory_rows(c) < 1 << 18;
+  return team_for(8.0 * c.B * c.T * c.H * (c.Mf + c.Ms) * c.D * memory_rows(c), ALONE_MEMORY, c.threads);
 #endif
 }
 
@@ -26,17 +27,17 @@ inline void all_heads(const TitansCall& c) {
   const int64_t groups = c.B * c.H;
   Workspace sizes;
   const int64_t floats = sizes.carve(c, nullptr);
-  const int threads = small_work(c) ? 1 : static_cast<int>(c.threads);
+  const int threads = team_of(c);
   const bool together = groups < threads;  // all threads on one (row, head), or one on each
   const int works = together ? 1 : threads;
-  Memory memory(floats > MOST_FLOATS ? floats : floats * works);
+  const AlignedFloats memory(floats, works);
   std::vector<Workspace> work(works);
   for (int i = 0; i < works; i++) work[i].carve(c, memory.data + i * floats);
   // every thread's own floats are asked for here, since an exception must not leave the parallel region;
   // pages come as they are touched
   const int64_t own = Head::own_floats(c);
   const std::unique_ptr<float, void (*)(void*)> mine(
-      static_cast<float*>(std::calloc(own * threads, sizeof(float))), std::free);
+      static_cast<float*>(std::calloc(threads, own * sizeof(float))), std::free);
   if (!mine) throw std::bad_alloc();
   Barrier barrier;
   in_parallel(threads, [&](int id, int n) {

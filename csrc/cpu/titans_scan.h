@@ -1,27 +1,10 @@
 // One (row, head) through a call: its chunks one after the other, read and committed.
 #pragma once
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
-#include "check.h"
 #include "titans_commit.h"
 #include "titans_momentum.h"
 #include "titans_read.h"
-
-struct Memory {  // zeroed, 64-byte aligned
-  float* data;
-  explicit Memory(int64_t floats)
-      : data(floats > MOST_FLOATS
-                 ? nullptr
-                 : static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64))) {
-    if (!data) throw std::bad_alloc();
-    std::memset(data, 0, floats * sizeof(float));
-  }
-  ~Memory() { std::free(data); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-};
 
 // All tokens of a call, head after head.
 class Scan {

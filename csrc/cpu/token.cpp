@@ -11,6 +11,7 @@
 #include <cstring>
 #include <new>
 
+#include "aligned.h"
 #include "token_attention.h"
 #include "token_check.h"
 #include "token_level.h"
@@ -19,7 +20,6 @@
 namespace {
 
 constexpr int NOT_FINITE = 3;
-constexpr int64_t ALONE = 1 << 21;  // products that one thread is done with before others are worth waking
 
 class Step {
  public:
@@ -91,7 +91,7 @@ int team_of(const TokenCall& c) {
     }
     for (int64_t l = 0; l < block.levels; l++) products += (block.level[l].gate ? 3.0 : 2.0) * c.d * block.level[l].N;
   }
-  return static_cast<int>(std::clamp<double>(c.B * products / ALONE, 1, c.threads));
+  return static_cast<int>(std::clamp<double>(c.B * products / ALONE_PRODUCTS, 1, c.threads));
 }
 
 }  // namespace
@@ -135,7 +135,7 @@ extern "C" int hope_token_step(const TokenCall* call) {
   const int threads = team_of(c);
   own = (own + 15) / 16 * 16;
   try {
-    const Memory memory((scratch + own) * threads);
+    const AlignedFloats memory(scratch + own, threads);
     TokenBuffers buffers;
     buffers.carve(c, c.work);
     Barrier barrier;

@@ -44,7 +44,7 @@ inline bool block_fits(const TokenBlock& block, const TokenCall& c) {
 }
 
 inline bool step_fits(const TokenCall* c) {
-  if (!c || c->B < 0 || !width(c->d) || c->W < 0 || c->blocks < 0 || c->vocab < 1 || !threads_fit(c->threads) ||
+  if (!c || !width(c->d) || !extent(c->W) || !extent(c->blocks) || c->vocab < 1 || !threads_fit(c->threads) ||
       !extents({c->B, c->W + 1, c->d, c->blocks + 1}) || !extents({c->vocab, c->d}) || !extents({c->B, c->vocab}))
     return false;
   if (!all_given({c->ids, c->embed, c->gain, c->head, c->logits}) || (c->blocks && !c->block)) return false;
@@ -61,8 +61,7 @@ inline bool caches_fit(const TokenCall& c) {
     const TokenAttention* m = c.block[i].attention;
     if (!m) continue;
     if (!all_given({m->cos, m->sin, m->k, m->v, m->call.used, m->call.base, m->call.len}) ||
-        !m->far_cos != !m->call.sinks || !m->far_sin != !m->call.sinks || m->ahead < 0 || m->ahead > LARGEST ||
-        !m->far_cos != !m->call.sinks || !m->far_sin != !m->call.sinks || m->ahead < 0 || m->ahead > LARGEST ||
+        !m->far_cos != !m->call.sinks || !m->far_sin != !m->call.sinks || !extent(m->ahead) ||
         !attention_rows_fit(m->call))
       return false;
     for (int64_t b = 0; b < c.B; b++)

@@ -81,7 +81,6 @@ struct TokenState {
   void norm(const float* x, const float* gain, const float* shift = nullptr) const {
     team.sync();
     each(B, [&](int64_t b) {
-      const FlushDenormals flush;
       if (shift) layer_norm_row(x + b * d, d, c.eps, gain, shift, w.n + b * d);
       else rms_row(x + b * d, d, c.eps, gain, w.n + b * d);
     });

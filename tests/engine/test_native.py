@@ -302,9 +302,9 @@ def test_the_library_refuses_what_does_not_fit(case):
     call, before = decoder._native._call, state.clone()
     step = cpu_library.library().hope_token_step
     bad = {
-        "B": (-1, 2**62), "d": (0, 12, -8, 2**62), "W": (-1, 2**62), "vocab": (0, -1, 2**62), "blocks": (-1,),
-        "threads": (0, -1, 2**62), "ids": (None,), "embed": (None,), "gain": (None,), "head": (None,),
-        "logits": (None,), "work": (None,),
+        "B": (-1, 2**62), "d": (0, 12, -8, 2**62), "W": (-1, 2**62, 2**63 - 1), "vocab": (0, -1, 2**62),
+        "blocks": (-1, 2**63 - 1), "threads": (0, -1, 2**62), "ids": (None,), "embed": (None,), "gain": (None,),
+        "head": (None,), "logits": (None,), "work": (None,),
     }
     for name, values in bad.items():
         for value in values:

@@ -170,9 +170,9 @@ def test_the_library_refuses_what_does_not_fit(monkeypatch):
             assert function(ctypes.byref(wrong)) == 2, (part, name, value)
             calls.append(name)
 
-        for name, values in {"B": (-1, 2**62), "T": (-1, 2**62), "d": (0, 12, -8), "blocks": (-1,), "piece": (0, -1),
-                             "threads": (0, 2**62), "rotations": (0, 3), "len": (None,), "h": (None,),
-                             "block": (None,)}.items():
+        for name, values in {"B": (-1, 2**62), "T": (-1, 2**62, 2**63 - 1), "d": (0, 12, -8), "blocks": (-1,),
+                             "piece": (0, -1), "threads": (0, 2**62), "rotations": (0, 3), "len": (None,),
+                             "h": (None,), "block": (None,)}.items():
             for value in values:
                 refused("call", name, value)
         for name, kind in AttentionMixer._fields_:

@@ -340,9 +340,9 @@ def test_the_library_refuses_what_does_not_fit(case):
     marks = (ctypes.c_int32 * 2)(1, 1)
     call.learns = ctypes.addressof(marks)
     wrongs = {
-        "B": (-1, 2**62), "T": (-1, 2**62), "d": (0, 12, -8, 2**62), "W": (-1,), "vocab": (0, -1, 2**62),
-        "blocks": (-1,), "threads": (0, -1, 2**62), "ids": (None,), "len": (None,), "embed": (None,), "gain": (None,),
-        "head": (None,), "block": (None,), "work": (None,),
+        "B": (-1, 2**62), "T": (-1, 2**62, 2**63 - 1), "d": (0, 12, -8, 2**62), "W": (-1,),
+        "vocab": (0, -1, 2**62), "blocks": (-1, 2**63 - 1), "threads": (0, -1, 2**62), "ids": (None,), "len": (None,),
+        "embed": (None,), "gain": (None,), "head": (None,), "block": (None,), "work": (None,),
     }
 
     def refused(fields, functions=("read", "head", "learn")):
@@ -373,6 +373,8 @@ def test_the_library_refuses_what_does_not_fit(case):
 
     given = ("k_proj", "v_proj", "eta_proj", "alpha_proj", "beta_bias") if case == "titans" else ()
     linear = "linear" in case
+    for levels in (-1, 2**62):
+        refused_in_a_block(lambda b: b, "levels", levels)
     for part in ("gain", "q_proj", "level", *given):  # one that is not there: given
         refused_in_a_block(lambda b: b, part, None if getattr(reading._blocks[1], part) else text.data_ptr())
     for part, values in {"H": (0, 3), "D": (12,), "N": (8 if linear else 0, 4), "Mf": (2,), "Ms": (1,),
