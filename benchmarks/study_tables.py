@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import (
+    bench_continual,
     bench_languages,
     bench_lm,
     bench_mad,
@@ -150,6 +151,8 @@ FORGETTING = {
     "forgetting_chain": (chain.table, "Bits of each text's last half at the end minus when it had been read, at rates "
                          "of equal gain over pairs. {texts} texts in the order of the columns, the last not shown; "
                          "mean (least to most) over the excerpts."),
+    "forgetting_slow": (bench_continual.slow_table, "As above, in excerpts of 49,152 tokens and with gradient descent, "
+                        "all at its rate of equal gain."),
     "forgetting_bank": (bank.table, "First halves of all texts in turn, then second halves; one stream for each of "
                         "{excerpts} excerpts. Forgotten: the most of them. Texts begin where blocks do."),
 }
