@@ -20,12 +20,14 @@ def table(result: dict) -> str:
             [(c["d"], c["K"], c["rows"], f"{c['B']} x {c['C']}", f"{r['ms']['median']:.2f}",
               f"{r['of_module']:.2f}", f"{r['of_compiled']:.2f}" if r.get("of_compiled") else "")
              for c, r in of("forward")])
+    ceiling = "FMA ceiling" if any("of_fma" in r for r in found) else "GEMM rate"
     titles = {"refresh": "Refresh of one level",
               "segment": "A segment through one level: read, errors, refresh"}
     for kind, title in titles.items():
-        section(title, "optimizer | d | C | rows | ms | GB/s | of the copy rate | TFLOP/s | of the GEMM rate",
+        section(title, f"optimizer | d | C | rows | ms | GB/s | of the copy rate | TFLOP/s | of the {ceiling}",
                 [(c["optimizer"], c["d"], c["C"], c["B"], f"{r['ms']['median']:.3f}", f"{r['GB/s']:.1f}",
-                  share(r["of_copy"]), f"{r['TFLOP/s']:.3f}", share(r["of_matmul"])) for c, r in of(kind)])
+                  share(r["of_copy"]), f"{r['TFLOP/s']:.3f}", share(r.get("of_fma", r.get("of_matmul"))))
+                 for c, r in of(kind)])
     section("Refreshes kept as factors, then folded",
             "d | C | rows | slots | tokens/s | folded at once | ratio",
             [(c["d"], c["C"], c["B"], c["T"], f"{r['tokens/s']:.0f}", f"{r['at_once_tokens/s']:.0f}",

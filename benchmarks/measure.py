@@ -4,7 +4,8 @@ passes before it is timed.
 Times are taken with CUDA events around single calls, back to back, in rotation over several sets of random
 inputs that together exceed the L2 cache; on a CPU with the host's clock. ``host_ms`` is what the host spends
 on a call with an idle queue: where it is close to ``ms``, the host is what was measured. Ceilings are
-measured in the same run: a device-to-device copy (bytes read + written), and torch's matmul.
+measured in the same run: a device-to-device copy (bytes read + written), and torch's matmul, on a CPU a loop of
+fused multiply-adds.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.fma_peak import fma_rate
 from hope_kernels import TitansConfig
 
 ROOT = Path(__file__).parents[1]
@@ -201,9 +203,11 @@ def turns(
 
 
 def ceiling(name: str, device: str, quick: bool) -> dict:
-    """The record of one ceiling: "copy" in GB/s, "matmul bf16", "matmul fp16", "matmul fp32" (tf32 off) in
-    TFLOP/s."""
+    """The record of one ceiling: "copy" in GB/s, "matmul bf16", "matmul fp16", "matmul fp32" (tf32 off) and, of a CPU,
+    "fma fp32" in TFLOP/s."""
     seconds = 0.05 if quick else 0.5
+    if name == "fma fp32":
+        return {"TFLOP/s": fma_rate(torch.get_num_threads()) / 1e12}
     if name == "copy":
         n = 2**24 if quick else 2**30 if device != "cuda" else min(2**31, torch.cuda.mem_get_info()[0] // 8)
         a = torch.randint(0, 255, (n,), dtype=torch.uint8, device=device)
@@ -218,25 +222,20 @@ def ceiling(name: str, device: str, quick: bool) -> dict:
 
 
 class Beside(dict):
-    """The ceilings of a CPU, whose cores others may share, around a case: GB/s of a copy (read + written) and
-    TFLOP/s of an fp32 product, the best of sixteen each: eight when this is made, before the case, and eight
-    when first asked for a value, after its timing."""
+    """The ceilings of a CPU, whose cores others may share, around a case: GB/s of a copy (read + written), the best of
+    sixteen, and TFLOP/s of a loop of fused multiply-adds, the best of twenty: half of them when this is made, before
+    the case, and half when first asked for a value, after its timing. Without a C compiler there is no such loop."""
 
     def __init__(self, quick: bool):
-        n, size = (256, 2**20) if quick else (768, 2**25)
-        self._a, self._b, self._c, self._out = torch.ones(
-            size
-        ), torch.ones(size), torch.randn(n, n), torch.empty(n, n)
-        self._asked = False
+        size = 2**20 if quick else 2**25
+        self._a, self._b, self._asked = torch.ones(size), torch.ones(size), False
         self._look()
 
     def _look(self) -> None:
-        copy, product = lambda: self._a.copy_(self._b), lambda: torch.mm(self._c, self._c, out=self._out)
-        ms = turns({"copy": copy, "matmul": product}, "cpu", 0.0, least=8)
-        found = {
-            "copy": 8 * self._a.numel() / ms["copy"]["min"] / 1e6,
-            "matmul fp32": 2 * len(self._c)**3 / ms["matmul"]["min"] / 1e9
-        }
+        ms = turns({"copy": lambda: self._a.copy_(self._b)}, "cpu", 0.0, least=8)
+        found = {"copy": 8 * self._a.numel() / ms["copy"]["min"] / 1e6}
+        with suppress(FileNotFoundError):
+            found["fma fp32"] = fma_rate(torch.get_num_threads()) / 1e12
         self.update({name: max(rate, super(Beside, self).get(name, 0.0)) for name, rate in found.items()})
 
     def get(self, name: str, default=None):
@@ -253,7 +252,9 @@ def rates(record: dict, ceilings: dict, dtype: str, flops: float | None, nbytes:
     found = {"bytes": nbytes, "GB/s": nbytes / ms / 1e6}
     if flops is not None:
         found |= {"flops": flops, "TFLOP/s": flops / ms / 1e9}
-    for key, unit, name in (("of_matmul", "TFLOP/s", f"matmul {dtype}"), ("of_copy", "GB/s", "copy")):
+    on_cpu = "fma fp32" in ceilings
+    products = ("of_fma", "TFLOP/s", "fma fp32") if on_cpu else ("of_matmul", "TFLOP/s", f"matmul {dtype}")
+    for key, unit, name in (products, ("of_copy", "GB/s", "copy")):
         if unit in found:
             found[key] = found[unit] / ceilings[name] if ceilings.get(name) else None
     return record | found

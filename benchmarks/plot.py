@@ -144,7 +144,7 @@ def roofline(run: dict, device: str) -> Chart | None:
     copy = ceilings.get("copy", {}).get("GB/s")
     if not found or not copy:
         return None
-    rates = {n: r for n in ("matmul bf16", "matmul fp32") if (r := ceilings.get(n, {}).get("TFLOP/s"))}
+    rates = {n: r for n in ("matmul bf16", "matmul fp32", "fma fp32") if (r := ceilings.get(n, {}).get("TFLOP/s"))}
     # left of it the copy rate bounds, right of it the product
     ridges = {n: 1e3 * r / copy for n, r in rates.items()}
     xs = [x for points in found.values() for x, _ in points]

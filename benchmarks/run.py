@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from benchmarks import measure as m
-from benchmarks.device import CEILINGS
+from benchmarks.device import ceilings_of
 from benchmarks.records import Results
 from benchmarks.sources import kernel_hash
 
@@ -54,7 +54,7 @@ def measure(
             most = min(limit(section), max(1.0, until + LATE - time.time()))
             beats(time.time() + most)
             faulthandler.dump_traceback_later(most, exit=True)
-        ceilings = {n: results["env"].cases.get(n, {}).get(unit) for n, unit in CEILINGS.items()}
+        ceilings = {n: results["env"].cases.get(n, {}).get(unit) for n, unit in ceilings_of(device).items()}
         now = m.Beside(args.quick) if device == "cpu" and limit is None and section != "env" else {}
         began, restart = time.time(), False
         try:
@@ -93,5 +93,5 @@ def line(section: str, name: str, r: dict) -> str:
     ms = r.get("ms", {}).get("median")
     parts = [f"{section:11} {name:52} {r['status']:8}", f"{ms:10.4f} ms" if ms is not None else ""]
     parts += [f"{r[k]:8.1f} {k}" for k in ("TFLOP/s", "GB/s", "tokens/s") if r.get(k)]
-    parts += [f"{r[k]:7.1%} {k}" for k in ("of_matmul", "of_copy") if r.get(k)]
+    parts += [f"{r[k]:7.1%} {k}" for k in ("of_matmul", "of_fma", "of_copy") if r.get(k)]
     return " ".join([p for p in parts if p] + [str(r.get("reason") or "")[:200]]).rstrip()

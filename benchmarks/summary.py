@@ -65,7 +65,7 @@ def row(name: str, record: dict) -> str:
     ms = record.get("ms", {}).get("median")
     if record["status"] != "ok" or ms is None:
         return f"{name:48} {record['status']} {first_line(record)}"
-    shares = [f"{record[k]:6.1%} {k}" for k in ("of_matmul", "of_copy") if record.get(k)]
+    shares = [f"{record[k]:6.1%} {k}" for k in ("of_matmul", "of_fma", "of_copy") if record.get(k)]
     others = ("tokens/s", "backward_per_forward", "pairs_at_once")
     shares += [f"{record[k]:.4g} {k}" for k in others if record.get(k)]
     return f"{name:48} {ms:10.4f} ms  {', '.join(shares)}"

@@ -235,7 +235,7 @@ def test_the_command_writes_resumes_and_tabulates(tmp_path, monkeypatch, capsys)
     out = tmp_path / "cms.json"
     assert bench_cms.main(["--quick", "--out", str(out)]) == 0
     first = json.loads(out.read_text())
-    assert set(first) == {"stamp", "cases"} and {"machine", "copy", "matmul fp32"} < set(first["cases"])
+    assert set(first) == {"stamp", "cases"} and {"machine", "copy", "fma fp32"} < set(first["cases"])
     record = first["cases"]["refresh d16 C16 B1 fp32 gd"]
     assert record["status"] == "ok" and record["GB/s"] > 0
     assert record["of_copy"] == pytest.approx(record["GB/s"] / record["ceilings"]["copy"])

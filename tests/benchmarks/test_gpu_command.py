@@ -69,7 +69,7 @@ def check_schema(section: str, found: dict) -> None:
                 assert math.isclose(
                     record[unit] * record["ms"]["median"] * {"GB/s": 1e6, "TFLOP/s": 1e9}[unit], record[counted]
                 )
-        for key, unit, ceiling in (("of_copy", "GB/s", "copy"), ("of_matmul", "TFLOP/s", "matmul fp32")):
+        for key, unit, ceiling in (("of_copy", "GB/s", "copy"), ("of_fma", "TFLOP/s", "fma fp32")):
             if record.get(key) and "ceilings" in record:
                 assert math.isclose(record[key] * record["ceilings"][ceiling], record[unit])
     assert all(isinstance(why, str) and why for why in found["missing"].values())
@@ -102,7 +102,7 @@ def test_what_it_writes(written):
             record = files[section]["cases"][case.name]
             assert record["status"] == "ok" or case.backend == "cpp"
             assert set(record["ceilings"]) == {
-                "copy", "matmul fp32"
+                "copy", "fma fp32"
             } if record["status"] == "ok" else "cannot be used" in record["reason"]
     package = files["peers"]["cases"]["package C16 D64"]
     assert package["error"] < 1e-4 and math.isclose(

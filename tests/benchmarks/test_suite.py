@@ -32,13 +32,23 @@ def small(tmp_path_factory):
 
 
 def test_ceilings_beside_a_case_are_looked_for_twice_and_the_better_counts(monkeypatch):
-    rates = iter([1.0, 4.0, 2.0, 2.0])  # ms of copy and product, before and after
-    monkeypatch.setattr(m, "turns", lambda *_, **__: {name: m.stats([next(rates)]) for name in ("copy", "matmul")})
+    copies, loops = iter([1.0, 2.0]), iter([1e12, 3e12])  # ms and FLOP/s, before and after
+    monkeypatch.setattr(m, "turns", lambda *_, **__: {"copy": m.stats([next(copies)])})
+    monkeypatch.setattr(m, "fma_rate", lambda threads: next(loops))
     found = m.Beside(quick=True)
-    assert dict(found) == {"copy": 8 * 2**20 / 1e6, "matmul fp32": 2 * 256**3 / 4e9}
-    assert found.get(
-        "matmul fp32"
-    ) == 2 * 256**3 / 2e9 and found.get("copy") == 8 * 2**20 / 1e6 and found.get("matmul bf16") is None
+    assert dict(found) == {"copy": 8 * 2**20 / 1e6, "fma fp32": 1.0}
+    assert found.get("fma fp32") == 3.0 and found.get("copy") == 8 * 2**20 / 1e6 and found.get("matmul bf16") is None
+
+
+def test_without_a_compiler_there_is_no_loop_of_multiply_adds(monkeypatch):
+    def absent(threads):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(m, "fma_rate", absent)
+    found = m.Beside(quick=True)
+    record = m.rates({"ms": {"median": 2.0}}, found, "fp32", 4e9, 8e6)
+    assert "fma fp32" not in found and record["TFLOP/s"] == 2.0 and record["of_copy"] > 0
+    assert record.get("of_fma") is record.get("of_matmul") is None
 
 
 # -- layers --------------------------------------------------------------------------------------------------
@@ -227,5 +237,5 @@ def test_pytest_benchmark_gets_the_times_of_the_records_and_fails_wrong_results(
     info, stats = found["extra_info"], found["stats"]
     assert found["group"] == "cms" and right in found["name"]
     assert stats["rounds"] == info["ms"]["n"] and stats["median"] == pytest.approx(info["ms"]["median"] / 1e3)
-    assert stats["min"] == pytest.approx(info["ms"]["min"] / 1e3) and info["check"]["ok"] and info["of_matmul"] > 0
-    assert info["of_matmul"] == pytest.approx(info["TFLOP/s"] / info["ceilings"]["matmul fp32"])
+    assert stats["min"] == pytest.approx(info["ms"]["min"] / 1e3) and info["check"]["ok"] and info["of_fma"] > 0
+    assert info["of_fma"] == pytest.approx(info["TFLOP/s"] / info["ceilings"]["fma fp32"])
