@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"
 
 
 @pytest.mark.parametrize("bench, sizes", [
-    (bench_reading, ["--tokens", "512"]), (bench_decode, ["--tokens", "4"]), (bench_train, ["--tokens", "64"]),
+    (bench_reading, ["--tokens", "512"]), (bench_decode, ["--tokens", "64"]), (bench_train, ["--tokens", "64"]),
 ])
 def test_one_round(bench, sizes, tmp_path):
     before, out = torch.get_num_threads(), tmp_path / "out.json"
