@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-WORDS = {1: "one thread", 2: "two threads"}
-
 
 def markdown(head: str, rows: Iterable[Iterable[object]]) -> str:
     """A table; ``head`` is "a | b | c"."""
@@ -15,3 +13,8 @@ def markdown(head: str, rows: Iterable[Iterable[object]]) -> str:
 
 def source(command: str, file: str) -> str:
     return f"`python -m benchmarks.{command}`, `benchmarks/results/{file}.json`."
+
+
+def threads(data: dict) -> str:
+    """How many a result was measured with."""
+    return {1: "one thread", 2: "two threads"}.get(data["machine"]["threads"], "several threads")

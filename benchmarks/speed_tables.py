@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import cms_table
-from benchmarks.markdown import WORDS, markdown, source
+from benchmarks.markdown import markdown, source, threads
 
 
 def cpu(run: dict) -> str:
@@ -46,19 +46,21 @@ def serve(run: dict) -> str:
             f"{source('bench_serve', 'serve')}")
 
 
+def spread(found: dict, unit: str = "") -> str:
+    return f"{found['median']:.0f}{unit} ({found['least']:.0f} to {found['most']:.0f})"
+
+
 def decode(run: dict) -> str:
     data = run["decode"]
-    spread = lambda s, unit="": f"{s['median']:.0f}{unit} ({s['least']:.0f} to {s['most']:.0f})"
     rows = [(c["B"], c["learn"], c["how"], spread(c["us"]), f"{c['step']['median']:.0f}", spread(c["pytorch"]),
              f"{c['ratio']['median']:.1f}") for c in data["cases"]]
     fastest = min(c["us"]["median"] / c["B"] for c in data["cases"])
     head = "rows | learn | tokens | a step, us | of it C++ | a step in PyTorch, us | ratio"
     same = "the same tokens" if all(c["same tokens"] for c in data["cases"]) else "**not always the same tokens**"
-    threads = WORDS.get(data["machine"]["threads"], "several threads")
     llama = next((f" llama.cpp, of a random Llama of as many weights in fp32, one row, by its server's clock: "
                   f"{spread(c['llama.cpp'])} us." for c in data["cases"] if "llama.cpp" in c), "")
     return (f"{markdown(head, rows)}\n\n`generate` with the bundled model ({data['weights'] / 1e6:.1f} M weights, "
-            f"fp32), {threads}; both ways write {same}. Medians of {data['rounds']} rounds (least to most) that "
+            f"fp32), {threads(data)}; both ways write {same}. Medians of {data['rounds']} rounds (least to most) that "
             f"take turns.{llama} {of_ceiling(data, fastest)} {source('bench_decode', 'decode')}")
 
 
@@ -66,16 +68,16 @@ def writing(run: dict) -> str:
     """What the README shows of ``decode``."""
     one = {c["how"]: c for c in run["decode"]["cases"] if c["B"] == 1 and c["learn"] == "off"}
     llama = one["greedy"].get("llama.cpp")
-    spread = lambda s: f"{s['median']:.0f} us ({s['least']:.0f} to {s['most']:.0f})"
-    beside = "" if llama is None else f" llama.cpp takes {spread(llama)} for a random Llama of as many weights, greedy."
-    return (f"**Writing on a CPU:** {spread(one['greedy']['us'])} a token with the bundled model, greedy, and "
-            f"{spread(one['drawn']['us'])} drawn; one thread, the whole of `generate`.{beside} "
+    beside = ""
+    if llama is not None:
+        beside = f" llama.cpp takes {spread(llama, ' us')} for a random Llama of as many weights, greedy."
+    return (f"**Writing on a CPU:** {spread(one['greedy']['us'], ' us')} a token with the bundled model, greedy, and "
+            f"{spread(one['drawn']['us'], ' us')} drawn; one thread, the whole of `generate`.{beside} "
             f"{source('bench_decode', 'decode')}")
 
 
 def reading(run: dict) -> str:
     data = run["reading"]
-    spread = lambda us: f"{us['median']:.0f} ({us['least']:.0f} to {us['most']:.0f})"
     ceiling = max(c["fma gflops"]["median"] for c in data["off"])
     share = lambda c: f"{c['flops'] / c['us']['median'] / ceiling / 1e3:.0%}"
     off = [(c["case"], spread(c["us"]), share(c), spread(c["library"]), f"{c['ratio']['median']:.2f}")
@@ -83,14 +85,13 @@ def reading(run: dict) -> str:
     on = [(c["B"], c["how"], spread(c["us"]), share(c), spread(c["pytorch"]), f"{c['ratio']['median']:.2f}",
            f"{c['over off']['median']:.2f}") for c in data["cases"]]
     clock = {"cpu": "seconds of the processor, other work on the machine", "wall": "wall clock"}[data["clock"]]
-    threads = WORDS.get(data["machine"]["threads"], "several threads")
     llama = next((f" llama.cpp reads 512 tokens with a random Llama of as many weights in fp32 at "
                   f"{spread(c['llama.cpp'])} us a token, by its own clock."
                   for c in data["off"] if "llama.cpp" in c), "")
     heads = ("learning off, T = 512 | us a token | of the ceiling | with products of MKL | ratio",
              "rows | reading | us a token | of the ceiling | segments in PyTorch | ratio | of learning off")
     return (f"{markdown(heads[0], off)}\n\n{markdown(heads[1], on)}\n\n"
-            f"The bundled model (a byte is a token), and layers of the default configuration in fp32; {threads}, "
+            f"The bundled model (a byte is a token), and layers of the default configuration in fp32; {threads(data)}, "
             f"{clock}; medians of {data['rounds']} rounds (least to most) that take turns. \"guarded\" is what `read` "
             f"does unless told otherwise. The ceiling: a loop of fused multiply-adds, {ceiling:.0f} GFLOP/s; "
             f"of learning's work, what passes errors back through memories is not counted.{llama} "
@@ -108,13 +109,11 @@ def products(run: dict) -> str:
 
 def train(run: dict) -> str:
     data = run["train"]
-    spread = lambda us: f"{us['median']:.0f} ({us['least']:.0f} to {us['most']:.0f})"
     rows = [(c["backend"], *(spread(c["us"][part]) for part in ("step", "forward", "backward", "optimizer")))
             for c in data["cases"]]
-    threads = WORDS.get(data["machine"]["threads"], "several threads")
     fastest = min(c["us"]["step"]["median"] for c in data["cases"])
     return (f"{markdown('memories by | a step, us a token | forward | backward | clipping, optimizer', rows)}\n\n"
-            f"Model of examples/train_lm.py, AdamW, {data['batch']} rows of {data['tokens']} tokens, {threads}, "
+            f"Model of examples/train_lm.py, AdamW, {data['batch']} rows of {data['tokens']} tokens, {threads(data)}, "
             f"medians of {data['rounds']} steps (least to most) that take turns. {of_ceiling(data, fastest)} "
             f"{source('bench_train', 'train')}")
 
@@ -133,9 +132,9 @@ def context(run: dict) -> str:
              *(f"{p['decode_ms']['median']:.2f}" for p in (a, b)))
             for a, b, c in zip(off, on, layer)]
     head = "context | layer (d = 256), tok/s | model reads, tok/s | and learns | decoded token, ms | and learns"
-    times, threads = data["learning"]["reading_per_learning"], WORDS[data["machine"]["threads"]]
+    times = data["learning"]["reading_per_learning"]
     return (f"{markdown(head, rows)}\n\nReading without learning is {times:.1f} times as fast as with it. "
-            f"Bundled model, {threads}, seconds of its CPU clock. {source('bench_context', 'context')}")
+            f"Bundled model, {threads(data)}, seconds of its CPU clock. {source('bench_context', 'context')}")
 
 
 def accuracy(run: dict) -> str:

@@ -13,7 +13,7 @@ from benchmarks import (
     bench_recall,
 )
 from benchmarks.continual import bank, chain, pairs
-from benchmarks.markdown import WORDS, markdown, source
+from benchmarks.markdown import markdown, source, threads
 from benchmarks.real import tables as real_tables
 from benchmarks.synthetic.mad import CHOICES
 from benchmarks.synthetic.paper import ABLATIONS
@@ -94,12 +94,12 @@ def learning_memory(run: dict) -> str:
     """The table, and memory and speed of the first text."""
     first = next(iter(run["learning"].values()))
     peaks = [mib for _, mib in first["on_lr_x1"]["peak_memory_mib_per_10k_bytes"]]
-    late, threads = min(20, len(peaks)), WORDS.get(first["machine"]["threads"], "several threads")
+    late = min(20, len(peaks))
     return (f"{learning(run)}\n\nPeak memory of the same process while reading with learning: {peaks[0]:.0f} MiB "
             f"in the first 10,000 bytes, {peaks[late - 1]:.0f} MiB between {10 * (late - 1)},000 and {10 * late},000. "
             f"Reading speed: {first['off']['bytes_per_s']:.0f} bytes/s off, {first['on_lr_x1']['bytes_per_s']:.0f} on, "
-            f"{threads}, other work on the machine.\n\nWhat the memories write is worth what the columns learning "
-            "off and writes off have between them.")
+            f"{threads(first)}, other work on the machine.\n\nWhat the memories write is worth what the columns "
+            "learning off and writes off have between them.")
 
 
 def recall(run: dict) -> str:
