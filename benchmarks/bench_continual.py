@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--model", default="bundled", help="bundled, or a folder (that of make real, say)")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--rules", nargs="+", choices=tuple(RULES), default=tuple(RULES), help="beside own and gd")
-    p.add_argument("--start", type=float, help="the rate that every rule's search begins with (default: each its own, "
-                   "for the bundled model), in units of its first")
+    p.add_argument("--start", type=float, help="the rate that every rule's search begins with, but for own (default: "
+                   "each its own, for the bundled model), in units of its first")
     p.add_argument("--together", type=int, default=s.ROWS, choices=range(1, s.ROWS + 1),
                    help="excerpts that are read side by side: fewer take less memory")
     p.add_argument("--length", type=int, default=4096, help="of each excerpt, in tokens")

@@ -22,11 +22,23 @@ MORE = {
     "mixture, a level of rate zero": {"cms": {"variant": "independent", "lr": (0.0, 0.02)}},
     "mixture, the other level of rate zero": {"cms": {"variant": "independent", "lr": (0.02, 0.0)}},
     "scaled embeddings": {"embed_scale": 4.0},
+    "low rank, momentum, one level of rate zero": {"cms": {"rank": 8, "optimizer": "momentum", "lr": (0.02, 0.0)}},
+    "low rank, muon, nested": {"cms": {"rank": 8, "optimizer": "muon", "variant": "nested"}},
+    "preconditioned": {"cms": {"precondition": 1.0}},
+    "preconditioned, relative, swiglu": {
+        "cms": {"precondition": 0.5, "relative": True, "lr": 0.1, "mlp": "swiglu"}},
+    "preconditioned, muon, nested": {"cms": {"precondition": 1.0, "optimizer": "muon", "variant": "nested"}},
+    "preconditioned, low rank, adam": {"cms": {"precondition": 1.0, "rank": 8, "optimizer": "adam", "lr": 0.01}},
+    "preconditioned, one level of segments of 24": {
+        "chunks": (24,), "d": 24, "heads": 3, "cms": {"precondition": 0.1, "optimizer": "momentum"}},
+    "low rank, segments of 24": {"chunks": (24, 48), "d": 24, "heads": 3, "cms": {"rank": 16, "relative": True}},
 }
 GATED_MEMORIES = {  # and such as have norms behind
     "swiglu, gd": {"cms": {"mlp": "swiglu"}},
     "geglu, relative momentum": {"cms": {"mlp": "geglu", "relative": True, "lr": 0.1, "optimizer": "momentum"}},
     "gelu, norms behind all": {"cms": {"post_norm": True}, "post_norm": True},
+    "low rank, swiglu": {"cms": {"mlp": "swiglu", "rank": 8}},
+    "low rank, geglu, norms behind all": {"cms": {"mlp": "geglu", "rank": 8, "post_norm": True}, "post_norm": True},
 }
 MORE |= GATED_MEMORIES
 SINKS = attention_model.OPTIONS["window and sinks"]
@@ -45,6 +57,9 @@ CMS_OF_ATTENTION = {
     "the other level of rate zero": {"lr": (0.02, 0.0)},
     "segments of 24": {"chunks": (24, 48)},
     "gelu with norms behind": {"post_norm": True},
+    "gelu of erf": {"mlp": "gelu_erf"},
+    "low rank": {"rank": 8, "optimizer": "adam", "lr": 0.01},
+    "mixture of low rank, gated, with biases": {"variant": "independent", "mlp": "swiglu", "bias": True, "rank": 8},
 }
 CMS_OF_GATED = {  # of models as converted ones are: with norms behind mixers and levels, or without
     "swiglu": {},
@@ -111,7 +126,7 @@ def learned(state) -> dict[str, torch.Tensor]:
             found |= {f"{i}.{n}.{b}": t for b in range(mixer.batch) for n, t in zip("kv", cached(mixer, b))}
         else:
             found |= {f"{i}.{n}": t for n, t in vars(mixer).items() if isinstance(t, torch.Tensor)}
-        for name in ("weights", "grads", "moments", "squares"):
+        for name in ("weights", "grads", "moments", "squares", "inverses", "following"):
             for l, of in enumerate(getattr(cms, name)):
                 counts = cms.dirty[l] if name == "grads" else [1]
                 found |= {f"{i}.{name}.{l}.{n}": t for n, t in (of or {}).items() if any(counts)}

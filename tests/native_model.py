@@ -33,6 +33,10 @@ CASES = {
     "nested": {"cms": {"variant": "nested", "optimizer": "adam"}},
     "mixture": {"cms": {"variant": "independent", "lr": (0.02, 0.01)}},
     "layer norms and biases": {"cms": {"norm": "layernorm", "bias": True}},
+    "gelu of erf": {"cms": {"mlp": "gelu_erf"}},
+    "low rank": {"cms": {"rank": 8}},
+    "low rank, adam, layer norms and biases": {
+        "cms": {"rank": 8, "optimizer": "adam", "lr": 0.01, "norm": "layernorm", "bias": True}},
     "a norm behind memories": {"post_norm": True, "cms": {"optimizer": "adam"}},
     "a norm behind bare memories": {"post_norm": True, "titans": {"out_proj": False}},
     "a head of its own": {"tie_embeddings": False},

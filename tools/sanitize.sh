@@ -21,7 +21,7 @@ memory | files)
   library=$PWD/build/sanitized/_titans_cpu.so
   "$compiler" "${flags[@]}" -fopenmp -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=all \
     csrc/cpu/*.cpp -o "$library"
-  tests=(tests/ops/titans/test_cpp{,_backward,_training}.py tests/ops/cms/test_cpp{,_step,_whole}.py
+  tests=(tests/ops/titans/test_cpp{,_backward,_training}.py tests/ops/cms/test_{cpp,cpp_step,cpp_whole,precondition}.py
     tests/ops/test_cpp_training.py tests/ops/{attention/test_attention{,_backward},linear/test_linear}.py
     tests/state/test_identity.py tests/layers/test_{titans_cpp,bits,attention_bits}.py
     tests/engine/test_native{,_segment,_attention,_attention_step}.py tests/engine/test_{attention_segment,segment_levels}.py

@@ -43,7 +43,8 @@ def run(
     together: int = s.ROWS, start: float | None = None,
 ) -> None:
     """Every rule at rates around those that gain as much as the model's own rule, which comes first. together:
-    rows of a batch. start: where the search begins, in place of the rules' own."""
+    rows of a batch. start: where the search begins, in place of the rules' own (but for the
+    model's)."""
     for name, rule in rules.items():
         def gain(factor: float, name: str = name, rule: Rule = rule) -> float:
             for first in texts:
@@ -57,7 +58,7 @@ def run(
 
         if rule.own:
             gain(1.0)
-        bracketed(gain, start or rule.start, mean_gain(study.data, "pairs", "own", 1.0))
+        bracketed(gain, rule.start if rule.own else start or rule.start, mean_gain(study.data, "pairs", "own", 1.0))
 
 
 def points(data: dict, part: str, rule: str) -> dict[str, list[dict[str, float]]]:

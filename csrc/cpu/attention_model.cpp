@@ -93,7 +93,7 @@ class Reader {
   void level(const AttentionLevel& l) {
     must(hope_rms_norm(rows, c.d, c.threads, c.eps, x, l.gain, normed));
     product(l.up, c.d, l.N, normed, nullptr, a);
-    must(hope_cms_gelu(rows * l.N, c.threads, a, a, nullptr));
+    must(hope_cms_gelu(rows * l.N, c.threads, l.kind == GELU_ERF_LEVEL, a, a, nullptr));
     product(l.down, l.N, c.d, a, x, next);
     std::swap(x, next);
   }
@@ -112,7 +112,8 @@ bool block_fits(const AttentionBlock& b, const AttentionReading& c) {
   if (!mixer_fits(b, c.B, c.T, c.d, c.len) || b.levels < 0 || (b.levels && !b.level)) return false;
   for (int64_t l = 0; l < b.levels; l++) {
     const AttentionLevel& level = b.level[l];
-    if (!width(level.N) || !extents({c.B, c.T + 1, level.N}) || !all_given({level.gain, level.up, level.down}))
+    if (!width(level.N) || !extents({c.B, c.T + 1, level.N}) || !kind_fits(level.kind, false) ||
+        !all_given({level.gain, level.up, level.down}))
       return false;
     for (int64_t r = 0; r < c.B; r++)
       if (!all_given({level.up[r], level.down[r]})) return false;

@@ -4,8 +4,8 @@
 #pragma once
 #include "attention_mixer.h"
 
-struct AttentionLevel {  // x + down gelu_tanh(up (rmsnorm(x) gain))
-  int64_t N;
+struct AttentionLevel {  // x + down sigma(up (rmsnorm(x) gain))
+  int64_t kind, N;                       // GELU_LEVEL or GELU_ERF_LEVEL
   const float* gain;                     // [d]
   const float *const *up, *const *down;  // [B]: every row's own matrix, or its shared one: [N, d], [d, N]
 };

@@ -18,7 +18,7 @@ constexpr int64_t PART = 64;        // rows whose parts in a sum are added up fi
 
 }  // namespace
 
-extern "C" int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* a, float* slope) {
+extern "C" int hope_cms_gelu(int64_t n, int64_t threads, int32_t erf, const float* z, float* a, float* slope) {
   if (n < 0 || n > MOST_FLOATS || n % 8 || !threads_fit(threads) || (n && !all_given({z, a}))) return BAD_ARGUMENT;
   const int64_t count = (n + BLOCK - 1) / BLOCK;
   const int team = team_for(n, ALONE_NUMBERS, threads);
@@ -26,13 +26,9 @@ extern "C" int hope_cms_gelu(int64_t n, int64_t threads, const float* z, float* 
   for (int64_t block = 0; block < count; block++) {
     const FlushDenormals flush;
     for (int64_t i = block * BLOCK; i < std::min(n, (block + 1) * BLOCK); i += 8) {
-      if (!slope) {
-        store(a + i, sigma<GELU_TANH>(load(z + i)));
-        continue;
-      }
-      f8 s;
-      store(a + i, sigma<GELU_TANH>(load(z + i), s));
-      store(slope + i, s);
+      f8 s;  // gelu has other bits without its slope
+      store(a + i, erf ? sigma<GELU>(load(z + i), s) : sigma<GELU_TANH>(load(z + i), s));
+      if (slope) store(slope + i, s);
     }
   }
   return DONE;

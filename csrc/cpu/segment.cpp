@@ -37,9 +37,8 @@ bool memory_fits(const SegmentBlock& b, const SegmentCall& c) {
 }
 
 bool level_fits(const SegmentLevel& level, const SegmentCall& c, int64_t streams) {
-  if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N, streams}) || level.kind < GELU_LEVEL ||
-      level.kind > GEGLU_LEVEL || (level.kind == GELU_LEVEL) != !level.gate ||
-      !all_given({level.vectors.gain, level.up, level.down}))
+  if (!width(level.N) || !extents({c.B, c.T + PANEL, level.N, streams}) || !kind_fits(level.kind, level.gate) ||
+      !low_rank_fits(level.low, c.d, level.N, level.gate) || !all_given({level.vectors.gain, level.up, level.down}))
     return false;
   for (int64_t i = 0; i < c.B; i++)
     if (!all_given({level.up[i], level.down[i]}) || (level.gate && !level.gate[i])) return false;
@@ -105,12 +104,27 @@ bool steps_fit(const SegmentStep* steps, int64_t B) {
   return steps;
 }
 
+// Of what `step` and, unless it is null, `other` are given.
+bool inverses_fit(const RowInverse* inverses, const SegmentStep* step, const SegmentStep* other, int64_t B) {
+  for (int64_t b = 0; inverses && b < B; b++) {
+    if (!inverse_fits(inverses[b])) return false;
+    for (const SegmentStep* s : {step, other})
+      if (s && inverses[b].how == BY_THE_SUM && s[b].weight && !s[b].total) return false;
+  }
+  return true;
+}
+
 bool learning_fits(const SegmentCall& c) {
   for (int64_t i = 0; i < c.blocks; i++)
     for (int64_t l = 0; l < c.block[i].levels; l++) {
       const SegmentLevel& level = c.block[i].level[l];
-      if (level.learns && !(steps_fit(level.up_step, c.B) && steps_fit(level.down_step, c.B) &&
-                            (!level.gate || steps_fit(level.gate_step, c.B))))
+      if (!level.learns) continue;
+      const SegmentStep* gate = level.gate ? level.gate_step : nullptr;
+      if (!steps_fit(level.up_step, c.B) || !steps_fit(level.down_step, c.B) || (level.gate && !steps_fit(gate, c.B)))
+        return false;
+      if (!level.preconditioned && (level.inverse || level.inverse_down)) return false;
+      if (!inverses_fit(level.inverse, level.up_step, gate, c.B) ||
+          !inverses_fit(level.inverse_down, level.down_step, nullptr, c.B))
         return false;
     }
   return c.keep && all_given({c.work, c.learns});

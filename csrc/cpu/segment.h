@@ -4,6 +4,7 @@
 #include "attention_mixer.h"
 #include "call.h"
 #include "cms.h"
+#include "precondition.h"
 
 constexpr int64_t HEAD_MOST = 4096;  // tokens of a vocabulary whose logits are panels of the work space
 
@@ -17,11 +18,13 @@ struct SegmentStep {
 
 struct SegmentLevel {
   int64_t kind, N;                               // a LevelKind
-  int64_t learns;                                // whether its gradient is wanted
+  int64_t learns, preconditioned;                // whether its gradient is wanted; whether rows may have a P
   LevelVectors vectors;
-  // [B]: every row's own matrix, or its shared one: [N, d], [N, d] (null for GELU_LEVEL), [d, N]
+  // [B]: every row's own matrix, or its shared one: [N, d], [N, d] (null without a gate), [d, N]
   const float *const *up, *const *gate, *const *down;
-  const SegmentStep *up_step, *gate_step, *down_step;  // [B], for hope_segment_learn, where it learns
+  LevelLowRank low;                              // steps are those of L then
+  const SegmentStep *up_step, *gate_step, *down_step;  // [B], for hope_segment_learn, where it learns; and of what up and
+  const RowInverse *inverse, *inverse_down;            // gate, or down, are given; null: no row has any P
   float share;                                   // of what it adds to the stream: 1, but of a mixture's levels
 };
 
@@ -80,7 +83,9 @@ struct SegmentsCall {
   SegmentCall first;                       // len and known are those of all; without slopes
   int64_t count;
   const SegmentMemory* other;              // [blocks], of memories: what `after` is to the first, to the second
-  const SegmentStep* const* steps;         // [count, levels of all blocks, 3]: up_, gate_ and down_step; or null
+  // [count, levels of all blocks, 5]: up_, gate_ and down_step, inverse and inverse_down, as SegmentLevel has them; or
+  // null
+  const void* const* steps;
   // The running mean of a row's loss a token, and the rise above it that ends the reading; null: nothing does.
   double *mean, rise, share;               // mean <- (1 - share) mean + share loss
 };

@@ -1,10 +1,10 @@
-// The CMS levels of a segment's blocks: forward, backward, and the steps of their matrices.
+// The CMS levels of a segment's blocks: forward, and backward with the steps of their matrices.
 #pragma once
-#include "segment_panels.h"
+#include "segment_steps.h"
 
-class SegmentLevels : public SegmentPanels {
+class SegmentLevels : public SegmentSteps {
  protected:
-  using SegmentPanels::SegmentPanels;
+  using SegmentSteps::SegmentSteps;
 
   void levels(int64_t i) const {
     const int64_t at = stream_of(i) + 1;
@@ -34,19 +34,20 @@ class SegmentLevels : public SegmentPanels {
       if (v.shift) layer_norm(x + j * size, v, to.n + j * size);
       else norm(x + j * size, v.gain, to.n + j * size);
     });
-    if (level.kind == GELU_LEVEL) {
-      inner(level, level.up, v.up_bias, to.n, to.a, [&](int64_t k) {
-        f8 slope;
-        store(to.a + k, sigma<GELU_TANH>(load(to.a + k), slope));
-        if (to.by_up) store(to.by_up + k, slope);
-      });
-    } else {
-      inner(level, level.up, v.up_bias, to.n, to.by_up, [](int64_t) {});
-      if (level.kind == SWIGLU_LEVEL) gated<SILU>(level, to);
-      else gated<GELU_TANH>(level, to);
+    const LevelLowRank& low = level.low;
+    across(level, low.across, low.up, d, to.n, to.s);
+    switch (level.kind) {
+      case GELU_LEVEL: ungated<GELU_TANH>(level, to); break;
+      case GELU_ERF_LEVEL: ungated<GELU>(level, to); break;
+      default:
+        inner(level, level.up, low.up, v.up_bias, to, to.by_up, [](int64_t) {});
+        if (level.kind == SWIGLU_LEVEL) gated<SILU>(level, to);
+        else gated<GELU_TANH>(level, to);
     }
+    across(level, low.across_down, low.down, N, to.a, to.s_down);
+    learned(level, low.down, d, to.s_down, v.post_gain ? to.out : next);
     add_product(N, [&](int64_t b) { return level.down[b]; }, to.a, h, next,
-                {v.down_bias, v.post_gain, to.out, level.share});
+                {v.down_bias, v.post_gain, to.out, level.share, low.down});
   }
 
   // on: whether dL/d its input is wanted, which is added to the slope by its output.
@@ -57,19 +58,35 @@ class SegmentLevels : public SegmentPanels {
     const float* x = stream(stream_of(i) + 1 + (mixture ? 0 : l));
     const Kept of = kept(i, l);
     const Learning rows{*this};
+    const LevelLowRank& low = level.low;
     const float* errors = slope_before(level.vectors.post_gain, of.out, mixture ? apart : slope, level.share);
+    learned_back(level, low.down, d, errors, false);
+    across_back(level, low.across_down, low.down, N, [&](int64_t at, int64_t r, auto& acc) {
+      store_rows(wide + at, r, acc);
+    });
     product(N, d, rows, [&](int64_t b) { return level.down[b]; }, 1, N, errors,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
               const int64_t at = (b * P + p) * N * PANEL;
+              if (low.rank && low.down[b]) add_rows(acc, wide + at, r);
               if (of.by_gate) store_products(wide_gate + at, r, acc, of.by_gate + at);
               multiply_rows(acc, of.by_up + at, r);
               store_rows(wide + at, r, acc);
             }, Nothing());
-    if (level.learns) steps(d, N, level.down_step, errors, of.a);
-    if (on) back(level, level.up, wide, false);
-    if (on && level.gate) back(level, level.gate, wide_gate, true);
-    if (level.learns) steps(N, d, level.up_step, wide, of.n);
-    if (level.learns && level.gate) steps(N, d, level.gate_step, wide_gate, of.n);
+    const bool thin_ones = low.rank;
+    if (level.learns) {
+      const int64_t K = thin_ones ? low.rank : N;
+      const float *inputs = thin_ones ? of.s_down : of.a, *given = before(level.inverse_down, K, inputs);
+      steps(d, K, level.down_step, level.inverse_down, errors, given);
+      after(level.inverse_down, K, inputs);
+    }
+    if (on) inner_backward(level);
+    if (level.learns) {
+      const int64_t K = thin_ones ? low.rank : d;
+      const float *inputs = thin_ones ? of.s : of.n, *given = before(level.inverse, K, inputs);
+      steps(N, K, level.up_step, level.inverse, wide, given);
+      if (level.gate) steps(N, K, level.gate_step, level.inverse, wide_gate, given);
+      after(level.inverse, K, inputs);
+    }
     if (!on) return;
     over(B * P, d, [&](int64_t j) {
       if (!learning(j / P)) return;
@@ -78,15 +95,70 @@ class SegmentLevels : public SegmentPanels {
     });
   }
 
-  // to = W n + bias; then activate(k) of eight numbers from place k on, while they are in the cache
-  template <class Activate>
-  void inner(const SegmentLevel& level, const float* const* W, const float* bias, const float* n, float* to,
-             Activate activate) const {
-    const int64_t N = level.N;
-    product(N, d, All(), [&](int64_t b) { return W[b]; }, d, 1, n,
+  // -- what rows have learned as products of two thin matrices L S; without any, these do nothing -----------------
+
+  struct Having {  // rows that learn and have an L
+    const SegmentPanels& s;
+    const float* const* L;
+    bool operator()(int64_t b) const { return Learning{s}(b) && L[b]; }
+  };
+
+  // s = S x, panels [K] to [rank], where a row's L, or the gradient by it, asks for it
+  void across(const SegmentLevel& level, const float* S, const float* const* L, int64_t K, const float* x,
+              float* s) const {
+    const int64_t rank = level.low.rank;
+    if (rank == 0) return;
+    const bool kept = c.keep && level.learns;
+    product(rank, K, [=](int64_t b) { return kept || L[b]; }, [=](int64_t) { return S; }, K, 1, x,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(s + (b * P + p) * rank * PANEL, r, acc); },
+            Nothing());
+  }
+
+  // to = L s, panels [R], in rows with an L
+  void learned(const SegmentLevel& level, const float* const* L, int64_t R, const float* s, float* to) const {
+    const int64_t rank = level.low.rank;
+    if (rank == 0) return;
+    product(R, rank, [=](int64_t b) { return L[b] != nullptr; }, [=](int64_t b) { return L[b]; }, rank, 1, s,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) { store_rows(to + (b * P + p) * R * PANEL, r, acc); },
+            Nothing());
+  }
+
+  // thin = L^T from (+ thin, if more), panels [R] to [rank]
+  void learned_back(const SegmentLevel& level, const float* const* L, int64_t R, const float* from, bool more) const {
+    const int64_t rank = level.low.rank;
+    if (rank == 0) return;
+    product(rank, R, Having{*this, L}, [=](int64_t b) { return L[b]; }, 1, rank, from,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              float* to = thin + (b * P + p) * rank * PANEL;
+              if (more) add_rows(acc, to, r);
+              store_rows(to, r, acc);
+            }, Nothing());
+  }
+
+  // done(place of a panel [K], r, acc) of S^T thin
+  template <class Done>
+  void across_back(const SegmentLevel& level, const float* S, const float* const* L, int64_t K, Done done) const {
+    const int64_t rank = level.low.rank;
+    if (rank == 0) return;
+    product(K, rank, Having{*this, L}, [=](int64_t) { return S; }, 1, K, thin,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) { done((b * P + p) * K * PANEL, r, acc); }, Nothing());
+  }
+
+  // -- products ---------------------------------------------------------------------------------------------------
+
+  // to = W n + L s + bias; then activate(k) of eight numbers from place k on, while they are in the cache
+  template <class Activate>
+  void inner(const SegmentLevel& level, const float* const* W, const float* const* L, const float* bias,
+             const Kept& from, float* to, Activate activate) const {
+    const int64_t N = level.N;
+    const bool rank = level.low.rank;
+    learned(level, L, N, from.s, to);
+    product(N, d, All(), [&](int64_t b) { return W[b]; }, d, 1, from.n,
+            [&](int64_t b, int64_t p, int64_t r, auto& acc) {
+              float* panel = to + (b * P + p) * N * PANEL;
+              if (rank && L[b]) add_rows(acc, panel, r);
               if (bias) bias_rows(acc, bias, r);
-              store_rows(to + (b * P + p) * N * PANEL, r, acc);
+              store_rows(panel, r, acc);
             },
             [&](int64_t b, int64_t p, int64_t r0, int64_t r1) {
               const int64_t at = (b * P + p) * N * PANEL;
@@ -94,16 +166,41 @@ class SegmentLevels : public SegmentPanels {
             });
   }
 
+  // a = sigma(up n)
+  template <int ACT>
+  void ungated(const SegmentLevel& level, const Kept& to) const {
+    inner(level, level.up, level.low.up, level.vectors.up_bias, to, to.a, [&](int64_t k) {
+      f8 slope;
+      store(to.a + k, sigma<ACT>(load(to.a + k), slope));
+      if (to.by_up) store(to.by_up + k, slope);
+    });
+  }
+
   // a = sigma(gate n) z, for z = up n in by_up
   template <int ACT>
   void gated(const SegmentLevel& level, const Kept& to) const {
-    inner(level, level.gate, level.vectors.gate_bias, to.n, to.a, [&](int64_t k) {
+    inner(level, level.gate, level.low.gate, level.vectors.gate_bias, to, to.a, [&](int64_t k) {
       f8 slope;
       const f8 gate = sigma<ACT>(load(to.a + k), slope), z = load(to.by_up + k);
       store(to.a + k, gate * z);
       if (!to.by_gate) return;
       store(to.by_up + k, gate);
       store(to.by_gate + k, slope * z);
+    });
+  }
+
+  // one = dL/dn, from dL/d(up n) in wide and dL/d(gate n) in wide_gate
+  void inner_backward(const SegmentLevel& level) const {
+    const LevelLowRank& low = level.low;
+    back(level, level.up, wide, false);
+    learned_back(level, low.up, level.N, wide, false);
+    if (level.gate) {
+      back(level, level.gate, wide_gate, true);
+      learned_back(level, low.gate, level.N, wide_gate, true);
+    }
+    across_back(level, low.across, low.up, d, [&](int64_t at, int64_t r, auto& acc) {
+      add_rows(acc, one + at, r);
+      store_rows(one + at, r, acc);
     });
   }
 
@@ -155,62 +252,5 @@ class SegmentLevels : public SegmentPanels {
       for (int64_t i = 0; i < d; i++)
         store(dx + at(i), fnma(m, centred(i), g(i) - level) * factor + load(dx + at(i)));
     }
-  }
-
-  // The steps of a matrix [R, K] of all rows that learn: its gradient is a sum over tokens, of errors [R] and inputs
-  // [K] in panels, one chain for every weight. It is in memory as a whole only where a step asks for that.
-  void steps(int64_t R, int64_t K, const SegmentStep* step, const float* errors, const float* inputs) const {
-    const int64_t count = (K + COLUMNS - 1) / COLUMNS;
-    over(B * count, COLUMNS * R * P, [&](int64_t i) {
-      const int64_t b = i / count, k = i % count * COLUMNS, w = std::min(COLUMNS, K - k), n = c.len[b];
-      if (!learning(b) || !step[b].weight) return;
-      float* rows = strips + (b * count + i % count) * COLUMNS * P * PANEL;  // the inputs here, [n, w]
-      for (int64_t p = 0; p * PANEL < n; p++)
-        store_lanes(inputs + ((b * P + p) * K + k) * PANEL, rows + p * PANEL * w, w, w, 0, tokens(b, p));
-      const SegmentStep& s = step[b];
-      Step rule{s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps};
-      Weights weights{s.weight, s.moment, s.square, s.total, nullptr};
-      if (s.whole) rule = {GD, -1, 0, 0, 0, 0, 0, 0}, weights = {s.total, nullptr, nullptr, nullptr, nullptr};
-      outer_product(0, R, w, n, errors + b * P * R * PANEL, R * PANEL, rows, w,
-                    [&](int64_t r, int64_t at, auto& acc) {
-                      const int64_t place = r * K + k + at;
-                      step_tile(rule, weights.from(place), K, R * K - 1 - place, acc);
-                    });
-    });
-    for (int64_t b = 0; b < B; b++)
-      if (learning(b) && step[b].weight && step[b].whole) step_of(step[b], R, K);
-  }
-
-  // The step from the gradient as a whole, which total has.
-  void step_of(const SegmentStep& s, int64_t R, int64_t K) const {
-    must(s.whole == ORTHOGONAL ? hope_newton_schulz(1, R, K, c.threads, s.total, s.total)
-                               : hope_normalise(R * K, c.threads, s.total));
-    must(hope_cms_step(R * K, c.threads, s.rule, s.lr, s.mu, s.beta2, s.first, s.second, s.root, s.eps, nullptr,
-                       s.total, s.weight, s.moment, s.square, nullptr));
-  }
-
-  // A tile of gradients, whose rows lie K apart; `last` numbers behind its first one is the matrix's last.
-  template <class V, int MR, int NV>
-  static void step_tile(const Step& s, const Weights& p, int64_t K, int64_t last, const V (&acc)[MR][NV]) {
-#pragma GCC unroll 8
-    for (int r = MR; r < 2 * MR; r++)  // the tile below
-      for (int64_t at : {r * K, r * K + 16}) __builtin_prefetch(p.weight + std::min(at, last), 1);
-    if (s.rule == GD && !p.total) {
-      const V lr = all_as<V>(s.lr);
-#pragma GCC unroll 8
-      for (int r = 0; r < MR; r++)
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) {
-          float* w = p.weight + r * K + LANES<V> * v;
-          store(w, fnma(lr, acc[r][v], load_as<V>(w)));
-        }
-      return;
-    }
-    alignas(64) float grad[MR][NV * LANES<V>];
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; r++)
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) store(grad[r] + LANES<V> * v, acc[r][v]);
-    for (int r = 0; r < MR; r++) step_weights(s, NV * LANES<V>, grad[r], p.from(r * K));
   }
 };

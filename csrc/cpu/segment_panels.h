@@ -46,6 +46,8 @@ class SegmentPanels {
   float *mixed_ = nullptr, *apart = nullptr;  // apart: of a mixture, what its levels read, or the slope behind them
   float *slope, *one, *two, *wide, *strips;   // panels of d, d, d and of the widest level (or vocabulary)
   float* wide_gate;                           // panels of the widest level with a gate
+  float* thin;                                // panels of the highest rank
+  float *made, *taken;  // where steps are preconditioned: panels of the widest inputs, and token rows of a row of them
   float *ra, *rb, *rc, *rd, *re;              // token rows of d
   float *rk, *rv, *raw, *eta, *alpha, *beta;  // of d, d, and H for every head, where memories are given theirs
   float *hq, *hfar, *hy, *hdq, *hdfar, *hk, *hv;  // of H D and Hkv D, for attention
@@ -65,7 +67,7 @@ class SegmentPanels {
   void carve(float* base) {
     auto take = [&](float*& p, int64_t n) { p = base ? base + used : nullptr, used += round(n); };
     int64_t deepest = d, levels = 0, kept = 0, given = 0, gates = 0, memories = 0;
-    int64_t heads = 0, keys = 0, kept_heads = 0, gated = 0, mixed = 0, mixtures = 0;
+    int64_t heads = 0, keys = 0, kept_heads = 0, gated = 0, mixed = 0, mixtures = 0, rank = 0, widest = 0;
     for (int64_t i = 0; i < c.blocks; i++) {
       const SegmentBlock& b = c.block[i];
       places[i] = {streams - 1, levels, kept_heads};
@@ -73,6 +75,8 @@ class SegmentPanels {
       for (int64_t l = 0; l < b.levels; l++) {
         deepest = std::max(deepest, b.level[l].N), levels += level_floats(b.level[l]);
         if (b.level[l].gate) gated = std::max(gated, b.level[l].N);
+        rank = std::max(rank, b.level[l].low.rank);
+        if (b.level[l].preconditioned) widest = std::max({widest, d, b.level[l].N});
       }
       if (b.post_gain) mixed = c.blocks * round(panel_floats());
       if (b.mixture) mixtures = panel_floats();
@@ -96,6 +100,7 @@ class SegmentPanels {
     take(kept_, c.keep ? c.blocks * (adaptive ? 4 : 2) * kept : 0);
     take(slope, panel_floats()), take(one, panel_floats()), take(two, panel_floats()), take(apart, mixtures);
     take(heads_, c.keep ? kept_heads : 0), take(mixed_, c.keep ? mixed : 0), take(wide_gate, B * P * PANEL * gated);
+    take(thin, B * P * PANEL * rank), take(made, c.keep ? B * P * PANEL * widest : 0), take(taken, c.keep ? T * widest : 0);
     take(wide, B * P * PANEL * std::max({c.vocab <= HEAD_MOST ? c.vocab : 0, deepest, heads, keys}));
     take(strips, c.keep ? B * P * PANEL * (deepest + COLUMNS) : 0);
     take(ra, row_floats());
@@ -111,21 +116,23 @@ class SegmentPanels {
   float* stream(int64_t at) const { return streams_ + (c.keep ? at : at % 2) * round(panel_floats()); }
   int64_t stream_of(int64_t block) const { return places[block].stream; }
   // of a level, panels: its inputs after the norm, [d], its hidden units a, da by up n and by gate n (null where not
-  // wanted, or without a gate), [N], and what is normed behind it, [d]
+  // wanted, or without a gate), [N], what is normed behind it, [d], and S n and S a, [rank]
   struct Kept {
-    float *n, *a, *by_up, *by_gate, *out;
+    float *n, *a, *by_up, *by_gate, *out, *s, *s_down;
   };
   int64_t level_floats(const SegmentLevel& level) const {
-    return B * P * PANEL * ((level.vectors.post_gain ? 2 : 1) * d + (level.gate ? 3 : 2) * level.N) + 16;
+    return B * P * PANEL * ((level.vectors.post_gain ? 2 : 1) * d + (level.gate ? 3 : 2) * level.N +
+                            2 * level.low.rank) + 16;
   }
   Kept kept(int64_t block, int64_t l) const {
     const SegmentLevel& level = c.block[block].level[l];
-    if (!c.keep) return {one, wide, level.gate ? wide_gate : nullptr, nullptr, two};
+    if (!c.keep) return {one, wide, level.gate ? wide_gate : nullptr, nullptr, two, thin, thin};
     float* at = levels_ + places[block].levels;
     for (int64_t j = 0; j < l; j++) at += level_floats(c.block[block].level[j]);
     const int64_t inner = B * P * PANEL * level.N;
-    float *a = at + panel_floats(), *by_gate = a + 2 * inner;
-    return {at, a, a + inner, level.gate ? by_gate : nullptr, level.gate ? by_gate + inner : by_gate};
+    float *a = at + panel_floats(), *by_gate = a + 2 * inner, *out = level.gate ? by_gate + inner : by_gate;
+    float* s = level.vectors.post_gain ? out + panel_floats() : out;
+    return {at, a, a + inner, level.gate ? by_gate : nullptr, out, s, s + B * P * PANEL * level.low.rank};
   }
   // of a block's mixer, panels: its output, where that is normed
   float* mixed(int64_t block) const {
@@ -248,11 +255,12 @@ class SegmentPanels {
   }
 
   // What y = W x is on its way into the stream: share (y + bias), or share rmsnorm(y + bias) gain, where y + bias goes to
-  // `out`. Null: without.
+  // `out`. Null: without. added: of rows where it is not null y joins what is in the place of `out`, or of next.
   struct Joining {
     const float *bias, *gain;
     float* out;
     float share;
+    const float* const* added = nullptr;
   };
 
   // The residual stream: panels [d] of next = h + W from, by every row's W [d, K], as `how` says.
@@ -262,6 +270,7 @@ class SegmentPanels {
     product(d, K, All(), weights, K, 1, from,
             [&](int64_t b, int64_t p, int64_t r, auto& acc) {
               const int64_t at = (b * P + p) * d * PANEL;
+              if (how.added && how.added[b]) add_rows(acc, (how.gain ? how.out : next) + at, r);
               if (how.bias) bias_rows(acc, how.bias, r);
               if (how.gain) return store_rows(how.out + at, r, acc);
               if (how.share != 1) scale_rows(acc, how.share);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -78,11 +79,15 @@ class Segments {
       mixers[k].far_cos = behind(m.far_cos, half), mixers[k].far_sin = behind(m.far_sin, half);
     }
     if (c.finite) std::fill_n(c.finite, c.B, 1);
-    const SegmentStep* const* step = s.steps;
-    for (int64_t k = 0; step && k < i * c.blocks; k++) step += 3 * levels[k % c.blocks].size();
+    const void* const* step = s.steps;
+    for (int64_t k = 0; step && k < i * c.blocks; k++) step += 5 * levels[k % c.blocks].size();
+    auto next = [&step](auto*& to) { to = static_cast<std::remove_reference_t<decltype(to)>>(*step++); };
     for (auto& of : levels)
-      for (SegmentLevel& level : of)
-        if (step) level.up_step = *step++, level.gate_step = *step++, level.down_step = *step++;
+      for (SegmentLevel& level : of) {
+        if (!step) continue;
+        next(level.up_step), next(level.gate_step), next(level.down_step);
+        next(level.inverse), next(level.inverse_down);
+      }
   }
 
   // Whether no row's loss has risen, and the running means with it.

@@ -25,7 +25,7 @@
 #include "titans_heads.h"
 #include "width.h"
 
-extern "C" int hope_titans_abi() { return 22; }
+extern "C" int hope_titans_abi() { return 23; }
 
 extern "C" int hope_titans_supported() {
 #if defined(__aarch64__)

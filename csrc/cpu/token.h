@@ -8,8 +8,9 @@
 struct TokenLevel {
   int64_t kind, N;                                   // a LevelKind; N: a width
   LevelVectors vectors;
-  // [B]: every row's own matrix, or the one it shares: [N, d], [N, d] (null for GELU_LEVEL), [d, N]
+  // [B]: every row's own matrix, or the one it shares: [N, d], [N, d] (null without a gate), [d, N]
   const float *const *up, *const *gate, *const *down;
+  LevelLowRank low;                                  // whose matrices are strips, too
   float share;                                       // of what it adds to the stream: 1, but of a mixture's levels
 };
 

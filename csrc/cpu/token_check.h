@@ -26,8 +26,8 @@ inline bool attention_fits(const TokenAttention& m, const TokenCall& c) {
 }
 
 inline bool level_fits(const TokenLevel& level, const TokenCall& c) {
-  if (!width(level.N) || level.kind < GELU_LEVEL || level.kind > GEGLU_LEVEL ||
-      (level.kind == GELU_LEVEL) != !level.gate || !all_given({level.vectors.gain, level.up, level.down}))
+  if (!width(level.N) || !kind_fits(level.kind, level.gate) ||
+      !low_rank_fits(level.low, c.d, level.N, level.gate) || !all_given({level.vectors.gain, level.up, level.down}))
     return false;
   for (int64_t b = 0; b < c.B; b++)
     if (!all_given({level.up[b], level.down[b]}) || (level.gate && !level.gate[b])) return false;

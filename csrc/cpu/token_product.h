@@ -49,8 +49,8 @@ HK_INLINE void strip_product(int64_t K, const float* W, int64_t w, const float* 
   for (; j < w; j += 8) columns<NB, 1>(K, W, w, j, x, y);
 }
 
-// y_b = W_b x_b for every row b: done(b, r, the sum). weights(b): W_b [rows, K] in strips. Rows of the batch that
-// share W take it together.
+// y_b = W_b x_b for every row b: done(b, r, the sum). weights(b): W_b [rows, K] in strips, or null: of this row nothing
+// is wanted. Rows of the batch that share W take it together.
 template <class Weights, class Done>
 void product(const Team& team, int64_t B, int64_t rows, int64_t K, const float* x, Weights weights, Done done) {
   const FlushDenormals flush;
@@ -59,6 +59,10 @@ void product(const Team& team, int64_t B, int64_t rows, int64_t K, const float* 
     const int64_t count = std::min(STRIP, rows - r), w = (count + 7) / 8 * 8;
     for (int64_t b = 0; b < B;) {
       const float* W = weights(b);
+      if (!W) {
+        b++;
+        continue;
+      }
       const bool four = b + 4 <= B && weights(b + 1) == W && weights(b + 2) == W && weights(b + 3) == W;
       float y[4][STRIP];
       four ? strip_product<4>(K, W + r * K, w, x + b * K, y) : strip_product<1>(K, W + r * K, w, x + b * K, y);

@@ -11,13 +11,13 @@
 
 // h: the residual stream [B, d]; n: its norm; the others: of one mixer or level, `wide` or `hidden` numbers a row.
 struct TokenBuffers {
-  float *h, *n, *u, *x, *q, *far, *gate, *o, *hidden, *gates, *tails, *own;
+  float *h, *n, *u, *x, *q, *far, *gate, *o, *hidden, *gates, *thin, *tails, *own;
   float *k, *v, *eta, *alpha, *beta;  // of memories that are given theirs: of a row, d, d and H, H, H before their gates
   int64_t ahead;  // floats between two threads' part of `own`
 
   // Assigns every buffer in `base`; returns the number of floats (base may be null to ask for it).
   int64_t carve(const TokenCall& c, float* base) {
-    int64_t used = 0, wide = c.d, hidden_units = 8, gated = 0, tail = 0, given = 0, heads = 0;
+    int64_t used = 0, wide = c.d, hidden_units = 8, gated = 0, rank = 0, tail = 0, given = 0, heads = 0;
     ahead = 16;
     for (int64_t i = 0; i < c.blocks; i++) {
       const TokenBlock& block = c.block[i];
@@ -32,6 +32,7 @@ struct TokenBuffers {
       for (int64_t l = 0; l < block.levels; l++) {
         hidden_units = std::max(hidden_units, block.level[l].N);
         if (block.level[l].gate) gated = std::max(gated, block.level[l].N);
+        rank = std::max(rank, block.level[l].low.rank);
       }
     }
     ahead = (ahead + 15) / 16 * 16 + 16;
@@ -44,7 +45,7 @@ struct TokenBuffers {
     take(k, c.B * given), take(v, c.B * given);
     for (float** of : {&eta, &alpha, &beta}) take(*of, c.B * heads);
     take(q, c.B * wide), take(far, c.B * wide), take(o, c.B * wide);
-    take(hidden, c.B * hidden_units), take(gates, c.B * gated);
+    take(hidden, c.B * hidden_units), take(gates, c.B * gated), take(thin, c.B * rank);
     take(tails, c.blocks * n * std::max<int64_t>(tail, 0)), take(own, c.threads * ahead);
     return used;
   }

@@ -299,7 +299,7 @@ class Decoder:
         """The step as one call of C++, where that serves the model as it is now."""
         if not self._asked:
             self._asked = True
-            served = self._whole and self.state.batch > 0 and native.dense(self._levels)
+            served = self._whole and self.state.batch > 0 and native.dense(self.model, self._levels)
             if served and native.unserved(self.model, self.backend, self.learn == "next_token") is None:
                 if self._packed is not self.state.fingerprint:  # fused optimizers move no version counter
                     self._packed = self.state.fingerprint

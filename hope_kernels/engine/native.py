@@ -26,7 +26,7 @@ from ..ops.titans.cpp import TitansCall, settings
 from ..ops.titans.state import Layout, TitansState
 from ..state import State
 from .native_cache import Angles, AttentionBlock, Cache
-from .native_level import KINDS, LevelVectors, mixes, shares, vectors_of
+from .native_level import KINDS, LevelLowRank, LevelVectors, low_rank_of, mixes, shares, vectors_of
 from .native_mixer import GATES, MEMORY, SQUARE, constant_momentum
 from .native_served import unserved
 
@@ -39,7 +39,7 @@ _STATE = MEMORY[:-1]  # but for the tail of the convolution
 
 class _Level(ctypes.Structure):
     _fields_ = [("kind", SIZE), ("N", SIZE), ("vectors", LevelVectors),
-                *((n, POINTER) for n in ("up", "gate", "down")), ("share", REAL)]
+                *((n, POINTER) for n in ("up", "gate", "down")), ("low", LevelLowRank), ("share", REAL)]
 
 
 class _Memories(ctypes.Structure):
@@ -99,10 +99,10 @@ def strips_of(model: Any) -> Strips:
     return fresh
 
 
-def dense(levels: list[list[Level] | None]) -> bool:
-    """Whether every matrix of ``levels`` is written out, with no factors that wait."""
-    matrices = [m for of in levels for level in of or () for m in level.values()]
-    return all(not isinstance(m, Matrix) or m.left is None for m in matrices)
+def dense(model: Any, levels: list[list[Level] | None]) -> bool:
+    """Whether no matrix of ``levels``, as ``model.levels`` has them, has factors that wait to be folded into it."""
+    whole = [of or () for block, of in zip(model.blocks, levels) if of is None or block.cms.config.rank is None]
+    return all(not isinstance(m, Matrix) or m.left is None for of in whole for level in of for m in level.values())
 
 
 class NativeStep:
@@ -256,24 +256,38 @@ class NativeStep:
     def _levels(self, to: _Block, block: Any, levels: list[Level] | None, B: int) -> None:
         found = (_Level * len(levels or ()))()
         to.mixture = mixes(block.cms)
-        for level, at, share in zip(levels or (), found, shares(block.cms)):
+        for l, (level, at, share) in enumerate(zip(levels or (), found, shares(block.cms))):
             c, d = block.cms.config, block.cms.config.d_model
             at.kind, at.N, at.share = KINDS[c.mlp], c.hidden, share
             at.vectors = vectors_of(level, c, self._at)
-            at.up, at.down = self._rows(level["up"], at.N, d, B), self._rows(level["down"], d, at.N, B)
-            if c.gated:
-                at.gate = self._rows(level["gate"], at.N, d, B)
+            like = Matrix.of(level["up"]).shared
+            at.low = low = low_rank_of(c, l, like, lambda S: self._matrix(S, *S.shape))
+            for name in c.matrices:
+                W, (rows, K) = Matrix.of(level[name]), (d, at.N) if name == "down" else (at.N, d)
+                setattr(at, name, self._rows(W, rows, K, B))
+                if low.rank:
+                    setattr(at.low, name, self._learned(W, rows, low.rank, B))
         self._held.append(found)
         to.levels, to.level = len(found), ctypes.cast(found, ctypes.POINTER(_Level))
 
-    def _rows(self, W: Tensor | Matrix, rows: int, K: int, B: int) -> int:
+    def _rows(self, found: Matrix, rows: int, K: int, B: int) -> int:
         """The addresses of every row's own matrix."""
-        found = Matrix.of(W)
         mine = found.rows or (False,) * B
         shared = None if found.shared is None or all(mine) else self._matrix(found.shared, rows, K)
-        own = [shared if found.own is None or not m else self._packed(found.own[b], rows, K).data_ptr()
-               for b, m in enumerate(mine)]
-        addresses = (ctypes.c_void_p * B)(*own)
+        return self._addresses([
+            shared if found.own is None or not m else self._packed(found.own[b], rows, K).data_ptr()
+            for b, m in enumerate(mine)
+        ])
+
+    def _learned(self, found: Matrix, rows: int, rank: int, B: int) -> int:
+        """The addresses of every row's L [rows, rank], for ``found`` = shared + L S; None where it is zero."""
+        if found.left is None:
+            return self._addresses([None] * B)
+        held = [L if bool(L.any()) else None for L in found.left.mT.contiguous()]
+        return self._addresses([None if L is None else self._packed(L, rows, rank).data_ptr() for L in held])
+
+    def _addresses(self, found: list[int | None]) -> int:
+        addresses = (ctypes.c_void_p * len(found))(*found)
         self._held.append(addresses)
         return ctypes.addressof(addresses)
 

@@ -26,6 +26,7 @@ from ..ops.linear import cpp as linear_cpp
 from ..ops.shared.cpu_library import POINTER, REAL, SIZE, Function, address, row_array
 from ..ops.shared.cpu_library import is_plain as readable
 from .native_attention_mixer import AttentionMixer, Caches, after, give_weights
+from .native_level import KINDS, settled
 from .protocol import Model
 
 PIECE = 512  # tokens, of all rows together, that are read at a time: what they are on the way stays in the cache
@@ -34,7 +35,7 @@ _PLAIN = (nn.RMSNorm, nn.Linear, nn.ModuleList, nn.ModuleDict, HopeAttentionBloc
 
 
 class _Level(ctypes.Structure):
-    _fields_ = [("N", SIZE), *((n, POINTER) for n in ("gain", "up", "down"))]
+    _fields_ = [("kind", SIZE), ("N", SIZE), *((n, POINTER) for n in ("gain", "up", "down"))]
 
 
 class _Block(AttentionMixer):
@@ -56,8 +57,7 @@ def serves(model: Model, state: ModelState, backend: str | None) -> bool:
     config = model.config
     if backend not in (None, "cpp") or config.mixer != "attention" or config.post_norm or config.d_model % 8:
         return False
-    waiting = [c is not None and any(map(any, c.rank)) for c in state.cms]
-    if not model.plain or model.parallel is not None or any(waiting):
+    if not model.plain or model.parallel is not None or not settled(state):
         return False
     return all(_served(block, backend, config.norm_eps) for block in model.blocks)
 
@@ -92,7 +92,8 @@ class _Reading(Caches):
         give_weights(to, block, self.at)
         state, of, d = self.give(to, block.mixer, old), (_Level * len(levels))(), self.width
         for level, at in zip(levels, of):
-            at.N, at.gain = block.cms.config.hidden, self.at(level["norm_gain"], d)
+            at.kind, at.N = KINDS[block.cms.config.mlp], block.cms.config.hidden
+            at.gain = self.at(level["norm_gain"], d)
             at.up, at.down = self._rows(level["up"], at.N, d), self._rows(level["down"], d, at.N)
         self._held.append(of)
         to.levels, to.level = len(of), ctypes.cast(of, ctypes.POINTER(_Level))

@@ -13,19 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model_state import MixerState, ModelState
-from ..ops.cms.plan import Plan, RowStep
+from ..ops.cms.plan import Plan, RowInverse, RowStep
 from ..ops.cms.schedule import learning_levels
 from ..ops.cms.state import CMSState
 from ..ops.shared.cpu_library import POINTER, SIZE, Function, address, row_array
 from ..ops.titans.cpp import TitansCall
 from .head import Heads, Targets, check_logits, read_head
 from .native import floats
-from .native_level import LevelVectors
+from .native_level import LevelLowRank, LevelVectors
 from .native_memories import Memory
 from .native_mixer import GATES, SQUARE
 
 MATRICES = ("up", "gate", "down")  # of a level; of those without a gate two
 STEPS = tuple(f"{name}_step" for name in MATRICES)
+INVERSES = {"inverse": "up", "inverse_down": "down"}  # of the inputs of these, where steps are preconditioned
 HEAD_MOST = 4096  # as segment.h has it: the head of a larger vocabulary is PyTorch's, in pieces
 
 
@@ -33,8 +34,9 @@ class LevelCall(ctypes.Structure):
     """``SegmentLevel``."""
 
     _fields_ = [
-        *((n, SIZE) for n in ("kind", "N", "learns")), ("vectors", LevelVectors),
-        *((n, POINTER) for n in (*MATRICES, *STEPS)), ("share", ctypes.c_float),
+        *((n, SIZE) for n in ("kind", "N", "learns", "preconditioned")), ("vectors", LevelVectors),
+        *((n, POINTER) for n in MATRICES), ("low", LevelLowRank), *((n, POINTER) for n in (*STEPS, *INVERSES)),
+        ("share", ctypes.c_float),
     ]
 
 
@@ -202,13 +204,16 @@ class Reading:
             if known is not None and same and known[1] == own and known[2] == among:
                 continue
             at, kept = levels[l], []
-            at.learns = l in learns
+            at.learns, low = l in learns, at.low if at.low.rank else None
             for name, shared, count in names:
                 first = None if held is None else address(held[name], batch * count)
-                mine = [first + 4 * count * b if first and own[b] else shared for b in among]
-                rows = (POINTER * len(among))(*mine)
-                kept.append(rows)
-                setattr(at, name, ctypes.addressof(rows))
+                mine = [first + 4 * count * b if first and own[b] else None for b in among]
+                found = [(at, [m or shared for m in mine])] if low is None else [
+                    (at, [shared] * len(mine)), (low, mine)]
+                for to, of in found:
+                    rows = (POINTER * len(of))(*of)
+                    kept.append(rows)
+                    setattr(to, name, ctypes.addressof(rows))
             self._weights[i, l] = (tensors, list(own), among, kept)
 
     def _take_steps(self, i: int, l: int, plan: Plan, places: list[tuple[int, int]]) -> None:
@@ -216,19 +221,26 @@ class Reading:
         known, level = self._steps.get((i, l)), self._levels[i][l]
         if known is None or known[0] is not plan.steps or known[1] != places:
             self._steps[i, l] = known = (plan.steps, places, arrays_of(plan, self.shape[0], places), plan.held)
-        for name, steps in zip(STEPS, known[2]):
-            setattr(level, name, ctypes.addressof(steps))
+        for name, array in zip((*STEPS, *INVERSES), known[2]):
+            setattr(level, name, None if array is None else ctypes.addressof(array))
 
 
 def arrays_of(plan: Plan, B: int, places: list[tuple[int, int]]) -> list[Any]:
-    """The steps of ``plan``, by matrix, for the rows ``places`` (of a reading of B rows, of the batch)."""
-    arrays = []
+    """What ``plan`` has for ``STEPS`` and ``INVERSES``, for the rows ``places`` (of a reading of B rows, of the batch);
+    None: for none of them."""
+    arrays: list[Any] = []
     for name in MATRICES:
         steps = (RowStep * B)()
         for here, b in places:
             if (name, b) in plan.steps:
                 steps[here] = plan.steps[name, b]
         arrays.append(steps)
+    for name in INVERSES.values():
+        inverses = (RowInverse * B)()
+        for here, b in places:
+            if (name, b) in plan.inverses:
+                inverses[here] = plan.inverses[name, b]
+        arrays.append(inverses if plan.inverses else None)
     return arrays
 
 

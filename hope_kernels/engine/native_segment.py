@@ -22,7 +22,7 @@ from ..ops.shared.cpu_library import address
 from .head import Targets
 from .native import unserved, window
 from .native_attention_segment import Attention
-from .native_level import KINDS, mixes, shares, vectors_of
+from .native_level import KINDS, low_rank_of, mixes, settled, shares, vectors_of
 from .native_memories import Memories
 from .native_reading import BlockCall, LevelCall, Reading, SegmentCall
 
@@ -41,7 +41,7 @@ class Reader:
 
     def serves(self, state: ModelState) -> bool:
         """Whether it reads with what ``state`` has learned."""
-        return self.reason is None and not any([c is not None and any(map(any, c.rank)) for c in state.cms])
+        return self.reason is None and settled(state)
 
     def read(
         self, state: ModelState, mixers: Sequence[Any], ids: Tensor, lengths: list[int], among: list[int] | None,
@@ -86,14 +86,16 @@ class Reader:
         self._held: list[Any] = []  # whatever the library is handed the address of
         head = model.embed.weight if model.head is None else model.head.weight
         self.blocks = (BlockCall * len(model.blocks))()
-        self.matrices: list[list[list[tuple[str, int | None, int]]]] = []  # by block and level: name, address, size
+        # by block and level: name, address, and how many numbers a row learns of it
+        self.matrices: list[list[list[tuple[str, int | None, int]]]] = []
         self.levels: list[Any] = []
         for block, to in zip(model.blocks, self.blocks):
             self.mixers.prepare(to, block, self._at)
             if block.post_norm is not None:
                 to.post_gain = self._at(block.post_norm.weight, d)
             cms = block.cms
-            levels = [] if cms is None else [self._level(cms.config, *of) for of in zip(cms.levels, shares(cms))]
+            levels = [] if cms is None else [
+                self._level(cms.config, l, *of) for l, of in enumerate(zip(cms.levels, shares(cms)))]
             to.mixture = mixes(cms)
             self.matrices.append([matrices for _, matrices in levels])
             self.levels.append((LevelCall * len(levels))(*[call for call, _ in levels]))
@@ -105,13 +107,20 @@ class Reader:
         )
 
     def _level(
-        self, config: CMSConfig, level: Any, share: float
+        self, config: CMSConfig, l: int, level: Any, share: float
     ) -> tuple[LevelCall, list[tuple[str, int | None, int]]]:
-        """What is the same of a level in all readings, and its entry of ``matrices``."""
+        """What is the same of level ``l`` in all readings, and its entry of ``matrices``."""
         t = level.parameters_by_name()
-        vectors = vectors_of(t, config, self._at)
-        call = LevelCall(kind=KINDS[config.mlp], N=config.hidden, vectors=vectors, share=share)
-        return call, [(name, self._at(t[name], t[name].numel()), t[name].numel()) for name in config.matrices]
+        call = LevelCall(
+            kind=KINDS[config.mlp], N=config.hidden, vectors=vectors_of(t, config, self._at), share=share,
+            low=low_rank_of(config, l, t["up"], lambda S: self._at(S, S.numel())),
+            preconditioned=config.precondition is not None,
+        )
+        found = []
+        for name in config.matrices:
+            r, c = t[name].shape
+            found.append((name, self._at(t[name], r * c), r * (c if config.rank is None else config.rank)))
+        return call, found
 
     def _at(self, t: Tensor | None, count: int) -> int | None:
         self._held.append(t)
@@ -123,8 +132,6 @@ def _cms_unserved(model: Any) -> str | None:
     for block in model.blocks:
         if block.cms is None:
             continue
-        if block.cms.config.precondition is not None:
-            return "serves steps without precondition"
         if any(block.cms._slots(l) for l in range(block.cms.config.num_levels)):
             return "serves levels whose factors do not wait to be folded"
     return None

@@ -20,7 +20,7 @@ from ..ops.shared.cpu_library import POINTER, SIZE, Function
 from ..state import Counters
 from .guard import EVERY, SHARE, rise
 from .head import Heads, Targets, read_head
-from .native_reading import HEAD_MOST, STEPS, Reading, SegmentCall, arrays_of, zeros
+from .native_reading import HEAD_MOST, INVERSES, STEPS, Reading, SegmentCall, arrays_of, zeros
 from .native_segment import Reader
 
 PIECE = 128  # tokens, of all rows together, that are read at a time: what they are on the way stays in the cache
@@ -137,7 +137,8 @@ def _pointers(plans: list[list[dict[int, Plan]]], reader: Reader, B: int) -> tup
                 plan = planned.get(l)
                 if plan is not None and id(plan.steps) not in known:
                     known[id(plan.steps)] = plan, arrays_of(plan, B, places)
-                found += [None] * len(STEPS) if plan is None else map(ctypes.addressof, known[id(plan.steps)][1])
+                arrays = [None] * len((*STEPS, *INVERSES)) if plan is None else known[id(plan.steps)][1]
+                found += [None if array is None else ctypes.addressof(array) for array in arrays]
     return (POINTER * len(found))(*found), list(known.values())
 
 

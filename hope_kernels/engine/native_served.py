@@ -60,7 +60,9 @@ def _attention_unserved(config: HopeConfig) -> str | None:
 
 
 def _cms_unserved(cms: CMSConfig) -> str | None:
-    return None if cms.rank is None else "serves CMS levels of full rank"
+    if cms.rank is not None and cms.rank % 8:
+        return f"serves ranks that are multiples of 8, not {cms.rank}"
+    return None
 
 
 def _placement_unserved(config: HopeConfig, like: Tensor, backend: str | None, learning: bool) -> str | None:

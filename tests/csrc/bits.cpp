@@ -167,7 +167,7 @@ void attention_model() {
   Floats k = draw(B * slots * Hkv * D, 1), v = draw(B * slots * Hkv * D, 1), h = draw(B * T * d, 1);
   const float* ups[] = {up.data(), other.data()};
   const float* downs[] = {down.data(), down.data()};
-  const AttentionLevel level{N, gain.data(), ups, downs};
+  const AttentionLevel level{GELU_LEVEL, N, gain.data(), ups, downs};
   AttentionBlock block{};
   block.gain = gain.data(), block.q_proj = q_proj.data(), block.k_proj = k_proj.data(), block.v_proj = v_proj.data();
   block.o_proj = o_proj.data(), block.q_bias = bias.data(), block.cos = block.far_sin = cos.data();
@@ -183,8 +183,10 @@ void attention_model() {
 }
 
 // Through two blocks, back to the level of the first. behind: norms behind mixers and level. mixture: as if it were one
-// of several levels, with biases behind a layer norm.
-void attention_segment(const std::string& name, LevelKind kind, bool behind, bool mixture = false) {
+// of several levels, with biases behind a layer norm. rank: of what rows learn, where the second has learned nothing; 0:
+// whole matrices.
+void attention_segment(const std::string& name, LevelKind kind, bool behind, bool mixture = false, int64_t rank = 0,
+                       bool preconditioned = false) {
   Draw draw;
   const int64_t B = 2, T = 21, d = 16, H = 4, Hkv = 2, D = 8, N = 24, V = 11, slots = 50;
   const std::vector<int64_t> used{9, 0}, base{4, 0}, len{21, 10}, known{20, 10};
@@ -201,19 +203,39 @@ void attention_segment(const std::string& name, LevelKind kind, bool behind, boo
   t.B = B, t.H = H, t.Hkv = Hkv, t.D = D, t.slots = slots, t.window = 7, t.sinks = 2, t.threads = 1, t.scale = 0.3f;
   t.used = used.data(), t.base = base.data();
   Floats weights[3] = {draw(B * N * d, 0.2f), draw(B * d * N, 0.2f), draw(B * N * d, 0.2f)};
-  std::vector<const float*> rows[3];
+  Floats thin[3] = {draw(B * N * rank, 0.2f), draw(B * d * rank, 0.2f), draw(B * N * rank, 0.2f)};
+  const Floats across = draw(rank * d, 0.3f), across_down = draw(rank * N, 0.3f);
+  std::vector<const float*> rows[3], learned[3];
   std::vector<SegmentStep> steps[3];
   for (int i : {0, 1, 2})
     for (int64_t b = 0; b < B; b++) {
-      float* own = weights[i].data() + b * N * d;
-      rows[i].push_back(own);
+      rows[i].push_back(weights[i].data() + (rank ? 0 : b * N * d));
+      float* own = rank ? thin[i].data() + b * (i == 1 ? d : N) * rank : weights[i].data() + b * N * d;
+      learned[i].push_back(b ? nullptr : own);
       steps[i].push_back({0, 0, 0.1f, 0, 0, 0, 0, 0, 0, nullptr, own, nullptr, nullptr});
     }
+  const bool gate = kind == SWIGLU_LEVEL || kind == GEGLU_LEVEL;
+  // of what each matrix is given: one row steps by its P at once, the other sums up and so does its next P
+  const int64_t most = preconditioned ? (rank ? rank : N) : 0;
+  Floats inverses[4] = {Floats(most * most), Floats(most * most), Floats(most * most), Floats(most * most)};
+  std::vector<RowInverse> inverse[2];
+  for (int i = 0; i < 2 && preconditioned; i++) {
+    const int64_t K = rank ? rank : i ? N : d;
+    for (int64_t k = 0; k < K; k++) inverses[2 * i][k * K + k] = inverses[2 * i + 1][k * K + k] = 1;
+    inverse[i].push_back({AT_ONCE, 0.5f, inverses[2 * i].data(), nullptr});
+    inverse[i].push_back({LATER, 0.5f, nullptr, inverses[2 * i + 1].data()});
+  }
+  LevelLowRank low{};
+  if (rank)
+    low = {rank, across.data(), across_down.data(), learned[0].data(), gate ? learned[2].data() : nullptr,
+           learned[1].data()};
   const float* post = behind ? gain.data() : nullptr;
   LevelVectors vectors{gain.data(), nullptr, post, nullptr, nullptr, nullptr};
   if (mixture) vectors.shift = vectors.up_bias = vectors.gate_bias = vectors.down_bias = bias.data();
-  const SegmentLevel level{kind, N, 1, vectors, rows[0].data(), kind ? rows[2].data() : nullptr, rows[1].data(),
-                           steps[0].data(), steps[2].data(), steps[1].data(), mixture ? 0.3f : 1};
+  const SegmentLevel level{kind, N, 1, preconditioned, vectors, rows[0].data(), gate ? rows[2].data() : nullptr,
+                           rows[1].data(), low, steps[0].data(), steps[2].data(), steps[1].data(),
+                           preconditioned ? inverse[0].data() : nullptr, preconditioned ? inverse[1].data() : nullptr,
+                           mixture ? 0.3f : 1};
   SegmentBlock blocks[2]{};
   AttentionMixer mixers[2] = {mixer, mixer};
   Floats other_k = k, other_v = v;
@@ -235,8 +257,11 @@ void attention_segment(const std::string& name, LevelKind kind, bool behind, boo
   Floats work(hope_segment_floats(&c));
   c.work = work.data();
   done(hope_segment_read(&c)), done(hope_segment_head(&c)), done(hope_segment_learn(&c));
-  show(name + " nats", nats), show(name + " up", weights[0]), show(name + " down", weights[1]);
-  if (kind) show(name + " gate", weights[2]);
+  const Floats* changed = rank ? thin : weights;
+  show(name + " nats", nats), show(name + " up", changed[0]), show(name + " down", changed[1]);
+  if (gate) show(name + " gate", changed[2]);
+  for (const Floats& P : inverses)
+    if (preconditioned) show(name + " P", P);
   show(name + " keys", other_k);
 }
 
@@ -248,8 +273,11 @@ void levels() {
                             std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()};
   std::copy(std::begin(extremes), std::end(extremes), z.begin());
   Floats a(n), slope(n), dx(rows * d), dgain(d);
-  done(hope_cms_gelu(n, 1, z.data(), a.data(), slope.data()));
-  show("gelu", a), show("gelu slope", slope);
+  for (int32_t erf : {1, 0}) {
+    done(hope_cms_gelu(n, 1, erf, z.data(), a.data(), slope.data()));
+    const std::string name = erf ? "gelu of erf" : "gelu";
+    show(name, a), show(name + " slope", slope);
+  }
   const Floats x = draw(rows * d, 1), gain = draw(d, 1), dn = draw(rows * d, 1), dy = draw(rows * d, 1);
   Floats gated(n);
   for (int32_t silu : {0, 1}) {
@@ -283,6 +311,17 @@ void whole() {
   Floats g = draw(5000, 1e-3f);
   done(hope_normalise(5000, 1, g.data()));
   show("normalise", g);
+  const int64_t c = 72;
+  Floats P(c * c);
+  for (int64_t i = 0; i < c; i++) P[i * c + i] = 1;
+  for (int64_t n : {13, 100}) {  // some, and more than it takes at a time
+    const Floats x = draw(n * c, 1);
+    done(hope_take_up(n, c, 1, 0.7f, x.data(), P.data()));
+    show("take_up of " + std::to_string(n), P);
+  }
+  Floats weights = draw(70 * c, 1);
+  done(hope_precondition(70, c, 1, P.data(), weights.data()));
+  show("precondition", weights);
 }
 
 }  // namespace
@@ -294,6 +333,11 @@ int main(int count, char** arguments) {
   attention_segment("attention_segment swiglu", SWIGLU_LEVEL, false);
   attention_segment("attention_segment geglu, norms behind", GEGLU_LEVEL, true);
   attention_segment("attention_segment of a mixture", SWIGLU_LEVEL, true, true);
+  attention_segment("attention_segment gelu of erf", GELU_ERF_LEVEL, false);
+  attention_segment("attention_segment low rank", GELU_LEVEL, false, false, 8);
+  attention_segment("attention_segment preconditioned, swiglu", SWIGLU_LEVEL, false, false, 0, true);
+  attention_segment("attention_segment low rank, geglu of a mixture", GEGLU_LEVEL, true, true, 16);
   levels(), whole();
   show("model's steps", stepped(1)), show("steps with attention", attended(1));
+  show("steps of low rank", attended(1, 16));
 }

@@ -159,7 +159,7 @@ inline Floats stepped(int64_t threads) {
   const Floats base2 = draw(H * 5 * N * D, 0.1f), base1 = draw(H * 3 * D * N, 0.1f), base1s = draw(H * 2 * N, 0.1f);
   const Floats square = draw(d * d, 0.06f), up = draw(U * d, 0.06f), down = draw(d * U, 0.04f);
   const std::vector<const float*> ups(B, up.data()), downs(B, down.data());
-  const TokenLevel level{GELU_LEVEL, U, {one.data()}, ups.data(), nullptr, downs.data(), 1};
+  const TokenLevel level{GELU_LEVEL, U, {one.data()}, ups.data(), nullptr, downs.data(), {}, 1};
   std::vector<int64_t> pos(B), len(B, 1), ids(B);
   Floats delta2[2], delta1[2], delta1s[2], k[2], v[2], eta[2], alpha[2], tail[2], packed[2];
   TokenMemories memories[2] = {};
@@ -199,8 +199,9 @@ inline Floats stepped(int64_t threads) {
 }
 
 // Logits, keys and values after 20 tokens of 16 rows, at different places, through two blocks of attention, one of them
-// with a window and sinks, and a gated level each.
-inline Floats attended(int64_t threads) {
+// with a window and sinks, and a gated level each. rank: of what all rows but one have learned of it; 0: whole matrices,
+// which are all the same.
+inline Floats attended(int64_t threads, int64_t rank = 0) {
   Draw draw;
   const int64_t B = 16, d = 128, H = 6, Hkv = 2, D = 24, V = 40, U = 256, slots = 32, wide = H * D, kv = Hkv * D;
   const Floats embed = draw(V * d, 1), gain = draw(d, 1), head = draw(D, 1), bias = draw(wide, 1);
@@ -208,8 +209,13 @@ inline Floats attended(int64_t threads) {
   const Floats up = draw(U * d, 0.1f), down = draw(d * U, 0.1f);
   const std::vector<const float*> ups(B, up.data()), downs(B, down.data());
   const float *n = gain.data(), *w = kv_proj.data();
-  const TokenLevel levels[2] = {{SWIGLU_LEVEL, U, {n}, ups.data(), ups.data(), downs.data(), 1},
-                                {GEGLU_LEVEL, U, {n, nullptr, n}, ups.data(), ups.data(), downs.data(), 1}};
+  const Floats across = draw(rank * U, 0.2f), thin = draw((U + B) * rank, 0.2f);
+  std::vector<const float*> learned(B);
+  for (int64_t b = 1; b < B; b++) learned[b] = thin.data() + b * rank;
+  LevelLowRank low{};
+  if (rank) low = {rank, across.data(), across.data(), learned.data(), learned.data(), learned.data()};
+  const TokenLevel levels[2] = {{SWIGLU_LEVEL, U, {n}, ups.data(), ups.data(), downs.data(), low, 1},
+                                {GEGLU_LEVEL, U, {n, nullptr, n}, ups.data(), ups.data(), downs.data(), low, 1}};
   std::vector<int64_t> used(B), base(B), len(B, 1), ids(B);
   for (int64_t b = 0; b < B; b++) used[b] = b % 5, base[b] = 7 * b;
   const Floats cos = draw(B * D / 2, 1), sin = draw(B * D / 2, 1);

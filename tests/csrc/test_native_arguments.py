@@ -19,6 +19,7 @@ from hope_kernels.ops.linear import cpp as linear_cpp
 from hope_kernels.ops.output_gate import cpp as gate_cpp
 from hope_kernels.ops.output_gate import cpp_training as gate_training
 from hope_kernels.ops.shared import cpu_library
+from hope_kernels.ops.shared.cpu_library import POINTER, REAL, SIZE
 from hope_kernels.ops.titans import cpp, cpp_training
 from hope_kernels.ops.titans.cpp import titans_cpp, titans_cpp_gradient
 from hope_kernels.ops.titans.cpp_training import titans_cpp_training
@@ -153,6 +154,8 @@ FUNCTIONS = {
     "newton_schulz": cms_step._newton_schulz, "normalise": cms_step._normalise,
     "conv_weight_backward": conv_training._weight_backward,
     "output_gate_gain_backward": gate_training._gain_backward, "checksum": identity._in_cpp,
+    "take_up": cpu_library.Function("hope_take_up", "cms", *[SIZE] * 3, REAL, *[POINTER] * 2),
+    "precondition": cpu_library.Function("hope_precondition", "cms", *[SIZE] * 3, *[POINTER] * 2),
 }
 
 
@@ -171,7 +174,7 @@ FUNCTIONS = {
     ("output_gate", (5, 2, 16, 1, 1, 1, 1, 1), [(-1,), (5, -2), (5, 2, 12), (5, 2, 16, 0), (FAR, FAR)]),
     ("output_gate_backward", (5, 2, 16, 1, 1, 1, 1, 1, 1, 1),
         [(-1,), (5, -2), (5, 2, 12), (5, 2, 16, 0), (FAR, FAR)]),
-    ("cms_gelu", (16, 1, 1, 1, 1), [(-8,), (12,), (16, 0), (FAR,)]),
+    ("cms_gelu", (16, 1, 0, 1, 1, 1), [(-8,), (12,), (16, 0), (FAR,)]),
     ("cms_gate", (16, 1, 1, 1, 1, 1), [(-8,), (12,), (16, 0), (FAR,)]),
     ("linear", (5, 16, 7, 1, 1, 1, 1, 1),
         [(-1,), (5, 0), (5, 16, -1), (5, 16, FAR), (5, 16, 7, 0), (FAR,), WRAPPING, (2**25, 2**25, 2**31)]),
@@ -185,6 +188,9 @@ FUNCTIONS = {
         [(-1,), (FAR,), (2, -1), (2, FAR), (2, 5, -1), (2, 5, FAR), (2, 2**30, 2**30), (2, 5, 7, 0),
          (2, 5, 7, FAR), WRAPPING]),
     ("normalise", (9, 1, 1), [(-1,), (FAR,), (9, 0)]),
+    ("take_up", (9, 16, 1, 0.5, 1, 1),
+        [(-1,), (FAR,), (9, 0), (9, 12), (9, FAR), (9, 16, 0), (9, 16, 1, 0.0), (9, 16, 1, float("nan"))]),
+    ("precondition", (9, 16, 1, 1, 1), [(-1,), (FAR,), (9, 0), (9, 12), (9, FAR), (9, 16, 0)]),
 ])
 def test_what_surrounds_the_memories_is_refused_as_well(name, right, wrong):
     """``right``: sizes, then addresses, which a refused call does not follow."""

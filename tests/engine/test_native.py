@@ -248,7 +248,8 @@ def test_what_is_not_served_is_named():
     assert native.unserved(model, None, False) is None and native.unserved(model, "cpp", False) is None
     assert "chunked" in native.unserved(model, "chunked", False)
     assert "float64" in native.unserved(small().double(), None, False)
-    assert "rank" in native.unserved(small(cms={"rank": 2, "optimizer": "adam"}), None, False)
+    assert "ranks that are multiples of 8, not 4" in native.unserved(small(cms={"rank": 4}), None, False)
+    assert native.unserved(small(cms={"rank": 8, "optimizer": "adam", "mlp": "gelu_erf"}), None, False) is None
     gated = small(cms={"mlp": "geglu"})
     assert "geglu" in native.unserved(gated, None, False) and native.unserved(gated, None, True) is None
     scaled = small(embed_scale=2.0)

@@ -23,6 +23,8 @@ from hope_kernels.ops.shared import cpu_library
 pytestmark = pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
 
 ATTENTION = [name for name in LEARNING if "attention" in name]
+LOW_RANK = [name for name in LEARNING if name.startswith("low rank") and name not in GATED_MEMORIES]
+PRECONDITIONED = [name for name in LEARNING if name.startswith("preconditioned")]
 BOTH = pytest.mark.parametrize("name", ["default", "attention: window and sinks"])
 
 
@@ -58,7 +60,8 @@ CUT = ("default", "two clocks", "no convolution", "nested", "muon", "relative", 
 
 @pytest.mark.parametrize("name, large", [
     *((name, False) for name in (*CUT, "titans", "static", "skip rows", "learned momentum", "delta", "adaptive queries",
-                                 "linear adaptive queries", "norms behind, no projection", *GATED_MEMORIES,
+                                 "linear adaptive queries", "norms behind, no projection", "gelu of erf", *LOW_RANK,
+                                 *PRECONDITIONED, *GATED_MEMORIES,
                                  *(name for name in ATTENTION if name not in CUT))),
     *(pytest.param(name, True, id=f"{name}, head in PyTorch") for name in CUT),
 ])
@@ -304,9 +307,29 @@ def test_a_row_that_is_not_finite_stays_alone(name):
     assert torch.equal(state.cms[0].weights[0]["up"][1], alone.cms[0].weights[0]["up"][0])
 
 
+@pytest.mark.parametrize("name", PRECONDITIONED)
+@torch.no_grad()
+def test_a_level_that_begins_to_learn_within_its_period(name):
+    """Its first step is of one segment, and its P takes that up before it sums up the next ones."""
+    model, text = model_of(name), ids(2, 96, 7)
+    C = model.segment
+    _, start = model(text[:, : 3 * C])
+    want, whole = model(text[:, 3 * C :], start.clone(), learn="next_token")
+    state, parts = start.clone(), []
+    for token in text[:, 3 * C :].split(1, 1):
+        part, state = model(token, state, learn="next_token")
+        parts.append(part)
+    assert torch.equal(torch.cat(parts, 1), want) and same_bits(state, whole)
+    theirs = by_pytorch(model)
+    _, other = theirs(text[:, : 3 * C])
+    _, other = theirs(text[:, 3 * C :], other, learn="next_token")
+    for n, t in learned(other).items():
+        if t.is_floating_point():
+            assert relative(learned(whole)[n], t) < 1e-4, n
+
+
 def test_what_is_not_served_is_named():
     assert "chunked" in Reader(small(), "chunked").reason
-    assert "precondition" in Reader(small(cms={"precondition": 0.1}), None).reason
     waiting = small()
     waiting.blocks[1].cms.pending = 8
     assert "wait" in Reader(waiting, None).reason

@@ -102,6 +102,23 @@ def test_what_learns_has_the_same_bits_unasked(name):
     assert torch.equal(logits[:, :C], frozen[:, :C]) and not torch.equal(logits, frozen[:, :40])
 
 
+@pytest.mark.parametrize("name", ["default", "low rank", "low rank, adam, layer norms and biases", "gelu of erf"])
+@torch.no_grad()
+def test_what_was_learned_is_read_with_the_same_bits_without_learning(name):
+    """In one call, in parts, by a decoder, and block by block: two rows that have learned and one that has not."""
+    model, text = model_of(name), ids(3, 75)
+    _, learned = model(text[:, :40], learn="next_token", lengths=[40, 33, 1])
+    want, whole = model(text, learned.clone())
+    for cuts in ([33], range(1, 75)):
+        logits, state = in_parts(model, text, cuts, learned.clone())
+        assert torch.equal(logits, want) and same(state, whole), cuts
+    decoder = Decoder(model, learned.clone(), "off")
+    assert torch.equal(torch.cat([decoder.step(text[:, t : t + 1]) for t in range(75)], 1), want)
+    state = learned.clone()
+    h, _ = model.run(model.embed(text), state.mixers, model.levels(state), [75] * 3)
+    assert torch.equal(model.logits(h, [75] * 3), want)
+
+
 @torch.no_grad()
 def test_rates_of_zero_read_as_without_learning():
     text, model = ids(2, 70), small(cms={"lr": 0.0})

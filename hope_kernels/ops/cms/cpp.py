@@ -1,13 +1,14 @@
 """A CMS level on the C++ backend: products and norm as those of a projection (``ops/linear/cpp.py``), and one pass
 over the tokens for what is between them (csrc/cpu/cms.cpp); the backward's products are PyTorch's.
 
-The functions are those of ``level.py``, for gelu levels in fp32 on the CPU and without a graph: call under
+The functions are those of ``level.py``, for levels without a gate in fp32 on the CPU and without a graph: call under
 no_grad. The activation and its derivative come from one exponential, so the backward multiplies by what the
 forward kept. Other levels: ``cpp_gated.py``.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from .matrix import Matrix, by_rows, times
 
 __all__ = ["level_backward", "level_forward", "newton_schulz", "normalise_", "outer_add_", "refresh_", "unserved"]
 
-_gelu_forward = Function("hope_cms_gelu", "cms gelu", *[SIZE] * 2, *[POINTER] * 3)
+_gelu_forward = Function("hope_cms_gelu", "cms gelu", *[SIZE] * 2, ctypes.c_int32, *[POINTER] * 3)
 _norm_backward = Function("hope_cms_norm_backward", "cms norm_backward", *[SIZE] * 3, REAL, *[POINTER] * 6)
 
 
@@ -37,8 +38,8 @@ class Saved(NamedTuple):
 
 def unserved(config: CMSConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the backend cannot serve a level, or None."""
-    if config.mlp != "gelu":
-        return f'serves mlp="gelu", not "{config.mlp}"'
+    if config.gated:
+        return f'serves mlp="gelu" and "gelu_erf", not "{config.mlp}"'
     if config.post_norm:
         return "serves levels without post_norm"
     return placed(config, dtype, device)
@@ -62,7 +63,7 @@ def level_forward(
     n = inner_norm(x, level, config, eps)
     z = product(n, level["up"], level.get("up_bias"))
     a, slope = torch.empty_like(z), torch.empty_like(z) if keep else None
-    gelu(z, a, slope)
+    gelu(z, a, slope, config.mlp == "gelu_erf")
     y = product(a, level["down"], level.get("down_bias"), x if residual else None)
     return y, None if slope is None else Saved(x, n, slope, a)
 
@@ -114,12 +115,14 @@ def product(x: Tensor, W: Matrix, bias: Tensor | None, more: Tensor | None = Non
 
     y = by_rows(W, x.shape[0], with_shared, with_own)
     if W.left is not None and W.right is not None:
-        y = torch.baddbmm(y, torch.bmm(x, W.right.mT), W.left, alpha=W.scale)
+        parts = [linear(linear(t.unsqueeze(0), right), left.mT.contiguous())
+                 for t, left, right in zip(x, W.left, W.right)]
+        y = torch.add(y, torch.cat(parts), alpha=W.scale)
     y = y if bias is None else y + bias
     return y if more is None else more + y
 
 
-def gelu(z: Tensor, a: Tensor, slope: Tensor | None) -> None:
-    """a becomes sigma(z), slope sigma'(z)."""
+def gelu(z: Tensor, a: Tensor, slope: Tensor | None, erf: bool = False) -> None:
+    """a becomes sigma(z), slope sigma'(z): of gelu's tanh form, or with ``erf`` of gelu itself."""
     count = z.numel()
-    _gelu_forward(count, torch.get_num_threads(), *(address(t, count) for t in (z, a, slope)))
+    _gelu_forward(count, torch.get_num_threads(), erf, *(address(t, count) for t in (z, a, slope)))

@@ -18,6 +18,7 @@ from .absorb import Sizes, averages, grads_of, mark, own_weights, reset
 from .cpp_step import ADAM, AS_IT_IS, GD, MOMENTUM, NORMALISED, ORTHOGONAL
 from .level import ADAM_EPS, Adam
 from .muon import step_size
+from .precondition import inverses_of, ridge
 from .relative import normalises, rate
 from .schedule import due, matrices
 from .state import CMSState
@@ -35,15 +36,23 @@ class RowStep(ctypes.Structure):
     ]
 
 
+class RowInverse(ctypes.Structure):
+    """``RowInverse`` of csrc/cpu/precondition.h."""
+
+    _fields_ = [("how", SIZE), ("ridge", REAL), ("now", POINTER), ("next", POINTER)]
+
+
 class Plan(NamedTuple):
-    """Of one level. steps: by matrix and row of the batch. held: the tensors that they point to. back: rows that
-    ``take_back`` resets."""
+    """Of one level. steps: by matrix and row of the batch. inverses: by a matrix of ``precondition.SOURCE`` and row.
+    held: the tensors that they point to. back: rows that ``take_back`` resets."""
 
     steps: dict[tuple[str, int], RowStep]
+    inverses: dict[tuple[str, int], RowInverse]
     held: list[Tensor]
     back: list[int]
 
 
+AT_ONCE, LATER, BY_THE_SUM = 1, 2, 3  # ``Preconditioning``
 Known = dict[tuple, Plan]  # plans of one level: by what rows do
 
 
@@ -63,6 +72,9 @@ def planned(
     parts = (
         state.writable("weights", l) if step else {}, averages(state, config, l, "moments") if step else {},
         averages(state, config, l, "squares") if step else {}, _sums(state, shared, l) if wait or dirty else {},
+        # a copy of P that later segments take up is made before any segment is learned that is planned beside them
+        *(inverses_of(state, config, l, shared, wait or dirty or config.chunks[l] > max(tokens, default=0))
+          if step or wait else ({}, {})),
     )
     for b in step if parts[2] else ():
         state.steps[l][b] += 1
@@ -70,9 +82,11 @@ def planned(
     key, held = (tuple(wait), tuple(step), tuple(dirty), tuple(rates)), [t for of in parts for t in of.values()]
     plan = known.get(key)
     if plan is None or parts[2] or len(held) != len(plan.held) or not all(map(is_, held, plan.held)):
-        known[key] = plan = Plan({}, held, [])
+        known[key] = plan = Plan({}, {}, held, [])
         _add(plan, parts[3], wait)
-        _take(plan, state, config, l, step, rates, dirty, parts, sizes)
+        _take(plan, state, config, l, step, rates, dirty, parts[:4], sizes)
+        for how, of in ((AT_ONCE, [b for b in step if b not in dirty]), (LATER, wait), (BY_THE_SUM, dirty)):
+            _take_up(plan, config, l, how, of, *parts[4:])
     if wait:
         mark(state.dirty[l], wait, 1)
     for counters in (state.dirty, state.tokens) if step else ():
@@ -122,6 +136,16 @@ def _take(
                 first, root = adam.rates(factor * lr)
                 numbers = (ADAM, whole, first, *adam.betas, *adam.shares, root, ADAM_EPS)
             plan.steps[name, b] = RowStep(*numbers, g(b) if b in dirty else None, w(b), m(b), v(b))
+
+
+def _take_up(
+    plan: Plan, config: CMSConfig, l: int, how: int, rows: list[int], now: dict[str, Tensor], later: dict[str, Tensor]
+) -> None:
+    """What the P of ``rows`` do with a segment's inputs."""
+    for name, P in now.items() if rows else ():
+        at, behind = _rows_of(P), _rows_of(later.get(name))
+        for b in rows:
+            plan.inverses[name, b] = RowInverse(how, ridge(config, l), at(b), behind(b))
 
 
 def _rows_of(t: Tensor | None) -> Callable[[int], int | None]:

@@ -15,6 +15,7 @@ One P for each distinct input of a row's level: ``up`` and ``gate`` share one. A
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,12 +51,12 @@ def take_up_(P: Tensor, X: Tensor, ridge: float) -> Tensor:
 
 def preconditioned(state: CMSState, config: CMSConfig, l: int, factors: Factors, rows: list[int]) -> Factors:
     """``factors`` of a step in ``rows`` with X P in the place of X; their P takes X up. Level ``l`` of a draft."""
-    held = _inverses(state, l, factors)
+    held = _inverses(state, l, _inputs(factors))
     rights = {n: factors[n][1].clone() for n in held}
     for name, P in held.items():
         for b in rows:
             X = factors[name][1][b].to(P.dtype)
-            rights[name][b] = take_up_(P[b], X, _ridge(config, l))
+            rights[name][b] = take_up_(P[b], X, ridge(config, l))
     if state.following[l] is not None:
         _agree(state, l, "following", rows)
     return {n: (left, rights[SOURCE[n]]) for n, (left, _) in factors.items()}
@@ -74,12 +75,9 @@ def precondition_total_(state: CMSState, l: int, total: dict[str, Tensor], rows:
 
 def take_up_later_(state: CMSState, config: CMSConfig, l: int, factors: Factors, rows: list[int]) -> None:
     """The P that ``rows`` have from their next commit on takes the inputs of ``factors`` up."""
-    held = _inverses(state, l, factors)
-    if state.following[l] is None:
-        state.put("following", l, {n: P.clone() for n, P in held.items()})
-    for name, P in state.writable("following", l).items():
+    for name, P in _following(state, l, _inverses(state, l, _inputs(factors))).items():
         for b in rows:
-            take_up_(P[b], factors[name][1][b].to(P.dtype), _ridge(config, l))
+            take_up_(P[b], factors[name][1][b].to(P.dtype), ridge(config, l))
 
 
 def forget_(state: CMSState, l: int, rows: list[int]) -> None:
@@ -96,21 +94,43 @@ def forget_later_(state: CMSState, l: int, rows: list[int]) -> None:
         _agree(state, l, "following", rows)
 
 
-def _ridge(config: CMSConfig, l: int) -> float:
+def ridge(config: CMSConfig, l: int) -> float:
+    """r"""
     assert config.precondition is not None
     return config.precondition * config.chunks[l]
 
 
-def _inverses(state: CMSState, l: int, factors: Factors) -> dict[str, Tensor]:
+def inverses_of(
+    state: CMSState, config: CMSConfig, l: int, like: Callable[[], dict[str, Tensor]], later: object
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """P of all rows, and with ``later``, or where there are any, those that they are to have from their next commit on,
+    by the name of their matrix, for a draft to write into; nothing without ``precondition``. like: what is learned of
+    the level's matrices, [.., inputs]."""
+    if config.precondition is None:
+        return {}, {}
+    held = _inverses(state, l, {} if state.inverses[l] is not None else like())
+    return held, {} if not later and state.following[l] is None else _following(state, l, held)
+
+
+def _inputs(factors: Factors) -> dict[str, Tensor]:
+    return {n: X for n, (_, X) in factors.items()}
+
+
+def _inverses(state: CMSState, l: int, like: dict[str, Tensor]) -> dict[str, Tensor]:
     if state.inverses[l] is not None:
         return state.writable("inverses", l)
-    inputs = {n: X for n, (_, X) in factors.items() if SOURCE[n] == n}
 
     def unit(X: Tensor) -> Tensor:
-        eye = torch.eye(X.shape[2], dtype=master_dtype(X.dtype), device=X.device)
+        eye = torch.eye(X.shape[-1], dtype=master_dtype(X.dtype), device=X.device)
         return eye.expand(state.batch, -1, -1).clone(memory_format=torch.contiguous_format)
 
-    return state.put("inverses", l, {n: unit(X) for n, X in inputs.items()})
+    return state.put("inverses", l, {n: unit(X) for n, X in like.items() if SOURCE[n] == n})
+
+
+def _following(state: CMSState, l: int, held: dict[str, Tensor]) -> dict[str, Tensor]:
+    if state.following[l] is None:
+        return state.put("following", l, {n: P.clone() for n, P in held.items()})
+    return state.writable("following", l)
 
 
 def _agree(state: CMSState, l: int, part: str, rows: list[int]) -> None:

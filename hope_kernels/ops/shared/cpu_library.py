@@ -19,7 +19,7 @@ from ...backend import NO_GRADIENT, Request
 from ...tracing import constant_result
 
 LIBRARY = str(Path(__file__).parents[2] / "_titans_cpu.so")
-ABI = 22
+ABI = 23
 NO_GRAPH = "has no gradient that torch.compile and transformations of torch.func can follow"
 SIZE, POINTER, REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 

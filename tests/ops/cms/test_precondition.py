@@ -1,11 +1,15 @@
 """Steps that keep what was learned: P in closed form, what it leaves of a step, and its rounding over a long run."""
 
+import ctypes
+
 import pytest
 import torch
 from cms_stream import D, Stream, make
+from numerics import within_yardstick
 
 from hope_kernels.ops.cms import level as chunked
 from hope_kernels.ops.cms.precondition import take_up_
+from hope_kernels.ops.shared import cpu_library
 
 F64 = torch.float64
 
@@ -102,3 +106,35 @@ def test_a_16_bit_model_keeps_p_in_fp32(pending):
     stream = streamed(pending, dtype=torch.bfloat16, precondition=1.0)
     assert {P.dtype for P in stream.state.inverses[0].values()} == {torch.float32}
     stream.check(tol=0.15)
+
+
+@pytest.mark.skipif(cpu_library.unavailable() is not None, reason=f"cpp: {cpu_library.unavailable()}")
+@pytest.mark.parametrize("ridge", [1e-2, 1.0, 100.0])
+@pytest.mark.parametrize("n, c", [(1, 8), (13, 40), (64, 128), (100, 24), (130, 64)])
+def test_in_cpp_p_takes_up_what_it_does_in_pytorch(n, c, ridge):
+    torch.manual_seed(0)
+    X = torch.randn(n, c, dtype=torch.float64) @ torch.diag(torch.logspace(0, -2, c, dtype=torch.float64))
+    X[n // 2] = X[0]  # again
+    eye = torch.eye(c, dtype=torch.float64)
+    before, exact = eye.clone(), eye.clone()
+    take_up_(before, X[: n // 2], ridge)
+    take_up_(exact, X[: n // 2], ridge)
+    take_up_(exact, X, ridge)
+    narrow, found, take_up = before.float(), [], cpu_library.library().hope_take_up
+    given = ctypes.c_float(ridge)
+    for threads in (1, 3):
+        P = narrow.clone()
+        assert take_up(*map(ctypes.c_int64, (n, c, threads)), given, *map(pointer, (X.float(), P))) == 0
+        found.append(P)
+    theirs = narrow.clone()
+    take_up_(theirs, X.float(), ridge)
+    assert torch.equal(*found) and torch.equal(found[0], found[0].mT)
+    within_yardstick(found[0], theirs, exact, "P")
+    G = torch.randn(70, c)
+    want = G.double() @ found[0].double()
+    assert cpu_library.library().hope_precondition(*map(ctypes.c_int64, (70, c, 3)), *map(pointer, (found[0], G))) == 0
+    torch.testing.assert_close(G.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def pointer(t: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(t.data_ptr())
